@@ -1,0 +1,69 @@
+"""The proof that a written checkpoint is what was computed: reloaded in a clean process, same keys, same logits."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from jaxtyping import Float, Int64
+from safetensors.torch import save_file
+from torch import Tensor
+
+from compress.checkpoints import reload
+from compress.errors import VerificationError
+
+# Of the largest logit. Float32 against float32 is rounding; a model too large for that runs in its 16-bit dtype.
+TOLERANCE = 1e-4
+TOLERANCE_16_BIT = 0.05
+
+
+def verify(
+    folder: Path,
+    ids: Int64[Tensor, "1 tokens"],
+    logits: Float[Tensor, "1 tokens vocabulary"],
+    *,
+    memory: int,
+) -> float:
+    """The largest difference of the reloaded model's logits, as a share of the largest logit.
+
+    ids, logits: the probe, and what the walk computed for it from the rounded weights.
+    memory: bytes the reloading may take; a larger model is loaded block by block.
+    Raises VerificationError on any other key or too large a difference.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        probe = Path(scratch) / "probe.safetensors"
+        save_file({"ids": ids.cpu().contiguous(), "logits": logits.cpu().contiguous()}, probe)
+        found = run_clean(folder, probe, memory, Path(scratch))
+    for kind in ("missing", "unexpected", "mismatched"):
+        if found[kind]:
+            raise VerificationError(f"The written checkpoint has {kind} keys on reload: {', '.join(found[kind][:3])}.")
+    difference = float(found["difference"]) / max(float(found["largest_logit"]), 1e-30)
+    tolerance = TOLERANCE if found["in_memory"] else TOLERANCE_16_BIT
+    if not difference <= tolerance:
+        raise VerificationError(
+            f"The written checkpoint reloads with other logits: they differ by {difference:.1e} of the largest, "
+            f"allowed is {tolerance:.0e}. Please report it; the folder {folder} is kept."
+        )
+    return difference
+
+
+def run_clean(folder: Path, probe: Path, memory: int, scratch: Path) -> dict[str, list[str]]:
+    """What reload.py finds. -I keeps the user's paths out; the carried code is cached in a folder of the run's own."""
+    environment = os.environ | {
+        "HF_MODULES_CACHE": str(scratch / "modules"),
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "PYTHONWARNINGS": "ignore",
+    }
+    command = [sys.executable, "-I", str(Path(reload.__file__)), str(folder), str(probe), str(memory), str(scratch)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        last = done.stderr.strip().splitlines()[-1:] or ["no message"]
+        raise VerificationError(f"The written checkpoint does not load: {last[0]}. The folder {folder} is kept.")
+    found: dict[str, list[str]] = json.loads(done.stdout.strip().splitlines()[-1])
+    if found["imported_compress"]:
+        raise VerificationError("The reloading process imported this package; the proof would prove nothing.")
+    return found

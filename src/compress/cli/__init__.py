@@ -1,0 +1,53 @@
+"""The command line: one file a command. typer and rich are used here and nowhere else.
+
+Commands import torch and transformers when they run, so that help and usage errors come at once.
+"""
+
+import signal
+from types import FrameType
+from typing import Annotated
+
+import typer
+
+from compress.cli.eval import evaluate
+from compress.cli.slice import slice_model
+from compress.version import __version__
+
+app = typer.Typer(
+    name="compress",
+    help="Make a language model smaller in one shot, without training.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_show_locals=False,
+    rich_markup_mode="rich",
+)
+app.command("slice")(slice_model)
+app.command("eval")(evaluate)
+
+
+def show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"compress {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and end.", callback=show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Make a language model smaller in one shot, without training.
+
+    Exit codes: 0 done, 1 failed, 2 usage, 3 model not supported, 4 data or hub not reachable, 130 interrupted.
+    """
+
+
+def interrupt(_signal: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    # A polite kill ends like Ctrl-C: files closed, the unfinished run kept for --resume.
+    signal.signal(signal.SIGTERM, interrupt)
+    app()

@@ -1,0 +1,130 @@
+"""`compress eval`: how good a model is, dense or compressed."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from compress.cli.options import BatchSize, DataDir, Device, Json, pick_device, usual_seq_len
+from compress.cli.reporting import print_json, print_table, progress_bar, quiet_libraries, reporting_errors
+from compress.errors import UsageError, unknown_name
+
+if TYPE_CHECKING:
+    import torch
+
+    from compress.evaluation.perplexity import Perplexity
+
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+
+@reporting_errors
+def evaluate(
+    ppl: Annotated[
+        str, typer.Option(help="Data sets or text files, with commas between: wikitext2, c4, ptb, stdlib, FILE.txt")
+    ],
+    model: Annotated[
+        str | None,
+        typer.Option(help="A hub id, an alias, a folder or demo. Default: newest under ./compressed, else demo."),
+    ] = None,
+    seq_len: Annotated[
+        int | None, typer.Option(min=2, help="Tokens a window. Default: 2048, or what the model has.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first windows, for a quick look.")] = None,
+    batch_size: BatchSize = 8,
+    dtype: Annotated[
+        str | None, typer.Option(help="To compute in. Default: float32 on the CPU, the model's own on a GPU.")
+    ] = None,
+    device: Device = None,
+    data_dir: DataDir = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run modeling code that the checkpoint brings along.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Measure perplexity by the papers' convention, with its standard error.
+
+    Example: compress eval --ppl wikitext2 --model opt-125m
+    """
+    from compress.datasets import data_directory
+    from compress.models.hub import find_model
+    from compress.models.loading import load_config, load_model, load_tokenizer
+
+    quiet_libraries()
+    sets = [name.strip() for name in ppl.split(",") if name.strip()]
+    if not sets:
+        raise UsageError("--ppl names no data set. Try --ppl wikitext2.")
+    if dtype is not None and dtype not in DTYPES:
+        raise UsageError(unknown_name("dtype", dtype, DTYPES))
+    source = find_model(model or newest_output())
+    folder = source.whole_folder()
+    config = load_config(folder, trust_remote_code=trust_remote_code)
+    text_config = config.get_text_config()
+    target = pick_device(device)
+    precision = computing_dtype(dtype, config, target)
+    length = usual_seq_len(text_config, seq_len)
+    windows = read_windows(sets, load_tokenizer(folder, trust_remote_code=trust_remote_code), length, data_dir, limit)
+    loaded = load_model(folder, dtype=precision, device=target, trust_remote_code=trust_remote_code)
+    results = measure(loaded, windows, batch_size or 8)
+    parameters = sum(parameter.numel() for parameter in loaded.parameters())
+    if json:
+        entries = [result.to_dict() for result in results]
+        print_json({"model": source.name, "parameters": parameters, "dtype": str(precision), "perplexity": entries})
+        return
+    columns = ["text", "perplexity", "± std. error", "tokens", "windows", "of tokens", "seconds"]
+    print_table(f"{source.name}: {parameters:,} parameters", columns, [row(result) for result in results])
+
+
+def newest_output() -> str:
+    """The checkpoint last written under ./compressed, or the embedded model where there is none."""
+    outputs = [file.parent for file in Path("compressed").glob("*/compress.json") if file.parent.suffix != ".partial"]
+    return str(max(outputs, key=lambda folder: (folder / "compress.json").stat().st_mtime)) if outputs else "demo"
+
+
+def computing_dtype(asked: str | None, config: object, device: "torch.device") -> "torch.dtype":
+    import torch
+
+    if asked is not None:
+        named: torch.dtype = getattr(torch, asked)
+        return named
+    own = getattr(config, "dtype", None) or torch.float32
+    return torch.promote_types(own, torch.float32) if device.type == "cpu" else own
+
+
+def read_windows(
+    sets: list[str], tokenizer: object, seq_len: int, data_dir: Path | None, limit: int | None
+) -> "dict[str, torch.Tensor]":
+    from compress.datasets import data_directory
+    from compress.datasets.windows import evaluation_windows
+
+    folder = data_directory(data_dir)
+    return {
+        name: evaluation_windows(name, tokenizer, seq_len=seq_len, data_dir=folder, limit=limit) for name in sets
+    }
+
+
+def measure(model: "torch.nn.Module", windows: "dict[str, torch.Tensor]", batch_size: int) -> "list[Perplexity]":
+    from compress.evaluation.perplexity import perplexity
+
+    total, done, results = sum(map(len, windows.values())), 0, []
+    with progress_bar("evaluating") as progress:
+        for name, batch in windows.items():
+
+            def advance(count: int, name: str = name) -> None:
+                nonlocal done
+                done += count
+                progress(name, done, total)
+
+            results.append(perplexity(model, batch, dataset=name, batch_size=batch_size, on_batch=advance))
+    return results
+
+
+def row(result: "Perplexity") -> list[str]:
+    return [
+        result.dataset,
+        f"{result.ppl:.3f}",
+        f"{result.standard_error:.3f}",
+        f"{result.tokens:,}",
+        f"{result.windows:,}",
+        str(result.seq_len),
+        f"{result.seconds:.1f}",
+    ]

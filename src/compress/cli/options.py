@@ -1,0 +1,75 @@
+"""Options that several commands have, in the same words, and how their values are read."""
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from compress.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+Data = "Data"
+Machine = "Machine"
+Output = "Output"
+
+DataDir = Annotated[
+    Path | None,
+    typer.Option(
+        envvar="COMPRESS_DATA_DIR", help="Folder with data sets as plain files, for use offline.", rich_help_panel=Data
+    ),
+]
+Device = Annotated[str | None, typer.Option(help="cuda, cuda:1, cpu; by default a GPU if there is one.", rich_help_panel=Machine)]
+Seed = Annotated[int, typer.Option(min=0, help="Of everything that is drawn at random.", rich_help_panel=Data)]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.", rich_help_panel=Output)]
+BatchSize = Annotated[int | None, typer.Option(min=1, help="Windows at a time.", rich_help_panel=Machine)]
+
+SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)b?", re.IGNORECASE)
+SCALES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+
+
+def parse_size(text: str, option: str) -> int:
+    """Bytes from `8GB`, `500MB` or a plain number."""
+    match = SIZE.fullmatch(text.strip())
+    if match is None:
+        raise UsageError(f"{option} takes a size such as 8GB or 500MB, got {text!r}.")
+    return int(float(match[1]) * SCALES[match[2].lower()])
+
+
+def pick_device(name: str | None) -> "torch.device":
+    """The device asked for, or the best there is. Raises UsageError where torch cannot use it."""
+    import torch
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {name} cannot be used here. Try --device cpu.") from error
+    return device
+
+
+def usual_seq_len(config: object, asked: int | None, usual: int = 2048) -> int:
+    """What was asked for, or 2048 tokens as in the papers, or all positions of a shorter model."""
+    return asked if asked is not None else min(usual, getattr(config, "max_position_embeddings", usual))
+
+
+def printable(command: str, options: dict[str, object]) -> str:
+    """The command line that gives these options; True is a bare flag, False and None are left out."""
+    words = [command]
+    for name, value in options.items():
+        if value is None or value is False:
+            continue
+        words.append(f"--{name.replace('_', '-')}" + ("" if value is True else f" {quoted(str(value))}"))
+    return " ".join(words)
+
+
+def quoted(text: str) -> str:
+    import shlex
+
+    return shlex.quote(text)
+
+

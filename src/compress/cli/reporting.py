@@ -1,0 +1,88 @@
+"""Errors as one line and an exit code; results as tables for people, JSON for machines; progress on stderr."""
+
+import functools
+import json
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, ParamSpec
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from compress.errors import CompressError
+
+INTERRUPTED = 130
+P = ParamSpec("P")
+
+
+def reporting_errors(command: Callable[P, None]) -> Callable[P, None]:
+    """Print a CompressError as `error: ...` on stderr, a line a fault, and leave with its exit code."""
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except CompressError as error:
+            for line in str(error).splitlines():
+                sys.stderr.write(f"error: {line}\n")
+            raise typer.Exit(error.exit_code) from error
+        except KeyboardInterrupt as interrupt:
+            sys.stderr.write("interrupted: what was finished is kept; the same command with --resume goes on\n")
+            raise typer.Exit(INTERRUPTED) from interrupt
+
+    return run
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' own bars and advice out of our output; their errors come through as ours."""
+    from transformers.utils import logging
+
+    warnings.filterwarnings("ignore", category=UserWarning)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def print_json(data: Mapping[str, Any]) -> None:
+    sys.stdout.write(json.dumps(data, indent=2) + "\n")
+
+
+def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, justify="left" if column == columns[0] else "right")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+@contextmanager
+def progress_bar(start: str) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on stderr, with the time left and this process's memory; plain lines where stderr is no terminal."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda name, done, total: sys.stderr.write(f"[{done}/{total}] {name}  {memory_in_use()}\n") and None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[memory]}"), console=console) as bar:
+        task = bar.add_task(start, total=None, memory=memory_in_use())
+        yield lambda name, done, total: bar.update(
+            task, description=name, completed=done, total=total, memory=memory_in_use()
+        )
+
+
+def memory_in_use() -> str:
+    import psutil
+
+    return gigabytes(psutil.Process().memory_info().rss)
+
+
+def gigabytes(count: int) -> str:
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.1f} {unit}"
+    return f"{count} B"

@@ -1,0 +1,250 @@
+"""`compress slice`: a narrower residual stream."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from compress.cli.options import (
+    BatchSize,
+    Data,
+    DataDir,
+    Device,
+    Json,
+    Machine,
+    Output,
+    Seed,
+    parse_size,
+    pick_device,
+    printable,
+    usual_seq_len,
+)
+from compress.cli.reporting import gigabytes, print_json, print_table, progress_bar, quiet_libraries, reporting_errors
+from compress.errors import UsageError
+
+if TYPE_CHECKING:
+    from compress.pipeline import Job, Result
+    from compress.plan import Plan
+
+Method = "Method"
+
+
+@reporting_errors
+def slice_model(
+    model: Annotated[
+        str, typer.Option(help="A hub id, an alias such as llama-2-7b or opt-125m, a folder, or demo.")
+    ] = "demo",
+    ratio: Annotated[
+        str | None,
+        typer.Option(
+            help="Share of the hidden size to delete: 0.25; 0.1:0.3 from first to last block; or one a block, 0.1,0.2,...",
+            rich_help_panel=Method,
+        ),
+    ] = None,
+    explained_variance: Annotated[
+        float | None,
+        typer.Option(help="Instead of --ratio: keep what holds this share of the stream's energy.", rich_help_panel=Method),
+    ] = None,
+    method: Annotated[
+        Literal["slicegpt"], typer.Option(help="slicegpt: a rotation a layer, as in the paper.", rich_help_panel=Method)
+    ] = "slicegpt",
+    signal: Annotated[
+        Literal["stream", "normed"],
+        typer.Option(help="Principal components of the stream before or after the norm.", rich_help_panel=Method),
+    ] = "stream",
+    final_orientation: Annotated[
+        Literal["pca", "random"],
+        typer.Option(help="Span the kept space by its components, or rotated at random.", rich_help_panel=Method),
+    ] = "pca",
+    round_to: Annotated[
+        int, typer.Option(min=1, help="Widths are rounded down to a multiple.", rich_help_panel=Method)
+    ] = 8,
+    slice_head: Annotated[
+        bool, typer.Option("--slice-head", help="Slice the head's input as well.", rich_help_panel=Method)
+    ] = False,
+    calib: Annotated[
+        str | None,
+        typer.Option(
+            help="wikitext2, c4, ptb, alpaca, stdlib, or a .txt or .jsonl file. Default: wikitext2; stdlib for demo.",
+            rich_help_panel=Data,
+        ),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Calibration windows.", rich_help_panel=Data)] = 128,
+    seq_len: Annotated[
+        int | None,
+        typer.Option(min=2, help="Tokens a window. Default: 2048, or what the model has.", rich_help_panel=Data),
+    ] = None,
+    data_dir: DataDir = None,
+    seed: Seed = 42,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Output folder. Default: ./compressed/MODEL-METHOD-RATIO.", rich_help_panel=Output),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Of the written weights. Default: the model's own.", rich_help_panel=Output),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.", rich_help_panel=Output)] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the output if it exists.", rich_help_panel=Output)
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show sizes and needs from config.json alone.", rich_help_panel=Output)
+    ] = False,
+    json: Json = False,
+    device: Device = None,
+    batch_size: BatchSize = None,
+    cache_memory: Annotated[
+        str | None,
+        typer.Option(
+            help="Activations beyond this go to disk: 8GB. Default: half of what is free.", rich_help_panel=Machine
+        ),
+    ] = None,
+) -> None:
+    """Slice a model: rotate its residual stream to its principal components and delete the least (SliceGPT).
+
+    Example: compress slice --model llama-2-7b --ratio 0.25
+    """
+    from compress.datasets import data_directory
+    from compress.models.hub import find_model
+    from compress.models.loading import load_config
+    from compress.pipeline import Job, plan_only, run
+    from compress.recipe import parse_recipe, slicegpt
+
+    quiet_libraries()
+    rule = slicing_rule(ratio, explained_variance)
+    source = find_model(model)
+    stages = slicegpt(
+        rule, signal=signal, final_orientation=final_orientation, round_to=round_to, slice_head=slice_head
+    )
+    calibration = {
+        "source": calib or ("stdlib" if source.is_demo else "wikitext2"),
+        "samples": samples,
+        "seq_len": usual_seq_len(load_config(source.config_folder()), seq_len),
+    }
+    recipe = parse_recipe(
+        {"method": method, "stages": stages, "calibration": calibration, "seed": seed, "dtype": dtype}
+    )
+    command = printable(
+        "compress slice",
+        {
+            "model": source.repository or source.name,
+            "ratio": ratio,
+            "explained_variance": explained_variance,
+            "method": method,
+            "signal": signal,
+            "final_orientation": final_orientation,
+            "round_to": round_to,
+            "slice_head": slice_head,
+            "calib": calibration["source"],
+            "samples": samples,
+            "seq_len": calibration["seq_len"],
+            "seed": seed,
+            "dtype": dtype,
+            "batch_size": batch_size,
+        },
+    )
+    amount = ratio or f"ev{explained_variance}"
+    job = Job(
+        model=source,
+        recipe=recipe,
+        out=out or Path("compressed") / f"{source.name.replace('/', '--')}-{method}-{amount.replace(':', '-')}",
+        command=command,
+        device=pick_device(device),
+        batch_size=batch_size,
+        cache_memory=None if cache_memory is None else parse_size(cache_memory, "--cache-memory"),
+        data_dir=data_directory(data_dir),
+        resume=resume,
+        overwrite=overwrite,
+    )
+    if dry_run:
+        show_plan(job, plan_only(job), as_json=json)
+        return
+    with progress_bar("preparing") as progress:
+        result = run(job, progress)
+    show_result(job, result, as_json=json)
+
+
+def slicing_rule(ratio: str | None, explained_variance: float | None) -> dict[str, Any]:
+    """How `slice` is told to choose widths, from what was typed."""
+    if (ratio is None) == (explained_variance is None):
+        raise UsageError("Say how much to slice: --ratio 0.25 or --explained-variance 0.99, one of the two.")
+    if explained_variance is not None:
+        if not 0 < explained_variance <= 1:
+            raise UsageError(f"--explained-variance is a share above 0 and up to 1, got {explained_variance}. Try 0.99.")
+        return {"explained_variance": explained_variance}
+    assert ratio is not None
+    if ":" in ratio:
+        ends = parse_ratios(ratio, ":")
+        if len(ends) != 2:
+            raise UsageError(f"--ratio FIRST:LAST takes two numbers, got {ratio!r}. Try 0.1:0.3.")
+        return {"linear_ratios": ends}
+    if "," in ratio:
+        return {"block_ratios": parse_ratios(ratio, ",")}
+    (single,) = parse_ratios(ratio, None)
+    if single == 0:
+        raise UsageError("--ratio is a share above 0 and below 1, got 0. 0.25 deletes a quarter of the hidden size.")
+    return {"ratio": single}
+
+
+def parse_ratios(text: str, separator: str | None) -> list[float]:
+    ratios = []
+    for word in text.split(separator):
+        try:
+            ratio = float(word)
+        except ValueError as error:
+            raise UsageError(f"--ratio is a number such as 0.25, got {word!r}.") from error
+        if not 0 <= ratio < 1:
+            raise UsageError(
+                f"--ratio is a share above 0 and below 1, got {word}. 0.25 deletes a quarter of the hidden size."
+            )
+        ratios.append(ratio)
+    return ratios
+
+
+def show_plan(job: "Job", plan: "Plan", *, as_json: bool) -> None:
+    if as_json:
+        print_json({"out": str(job.out), **plan.to_dict()})
+        return
+    rows = [
+        ["widths", "decided by the data" if plan.sliced is None else spans([width or 0 for width in plan.widths])],
+        ["parameters, dense", f"{plan.dense.parameters:,}"],
+    ]
+    if plan.sliced is not None:
+        rows += size_rows(vars(plan.dense), vars(plan.sliced))
+    rows += [["memory, at most about", gigabytes(plan.memory_bytes)], ["disk, for the run", gigabytes(plan.disk_bytes)]]
+    print_table(f"Plan: {job.model.name} to {job.out}", ["", "value"], rows)
+
+
+def show_result(job: "Job", result: "Result", *, as_json: bool) -> None:
+    if as_json:
+        print_json(result.to_dict())
+        return
+    rows = [["widths", spans(result.widths)], ["parameters, dense", f"{result.dense.parameters:,}"]]
+    rows += size_rows(vars(result.dense), vars(result.size))
+    seconds = result.seconds
+    shares = ", ".join(f"{kind} {value:.1f}" for kind, value in seconds.items() if kind != "total")
+    rows += [["seconds", f"{seconds['total']:.1f} ({shares})"], ["reloads with logits within", f"{result.difference:.0e}"]]
+    print_table(f"{job.model.name} sliced: {result.out}", ["", "value"], rows)
+
+
+def size_rows(dense: Mapping[str, int], sliced: Mapping[str, int]) -> list[list[str]]:
+    removed = 1 - sliced["parameters"] / dense["parameters"]
+    share = f"{removed:.1%} removed" if removed >= 0 else f"{-removed:.1%} added"
+    return [
+        ["parameters, sliced", f"{sliced['parameters']:,} ({share})"],
+        ["bytes, dense", gigabytes(dense["bytes"])],
+        ["bytes, sliced", gigabytes(sliced["bytes"])],
+    ]
+
+
+def spans(widths: list[int]) -> str:
+    """Widths with repetitions counted: 96 x 8, 128."""
+    parts: list[str] = []
+    start = 0
+    for i in range(1, len(widths) + 1):
+        if i == len(widths) or widths[i] != widths[start]:
+            parts.append(f"{widths[start]}" + (f" x {i - start}" if i - start > 1 else ""))
+            start = i
+    return ", ".join(parts)

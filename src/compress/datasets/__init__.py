@@ -1,0 +1,55 @@
+"""The texts that models are calibrated and evaluated on.
+
+A data set is one file here, named as the user names it, with `load(split, data_dir) -> rows`, split being train,
+validation or test. Rows are joined with a blank line, SEPARATOR. A file of the user's is a text too: its whole text is
+every split.
+"""
+
+import importlib
+import os
+import pkgutil
+from pathlib import Path
+from types import ModuleType
+
+from compress.datasets._files import is_file, read_rows
+from compress.errors import UsageError, unknown_name
+
+SEPARATOR = "\n\n"
+DATA_DIR_VARIABLE = "COMPRESS_DATA_DIR"
+# Cuts texts into tokens and is none itself. It needs torch, which a list of names must not wait for.
+WINDOWS = "windows"
+
+
+def names() -> list[str]:
+    """The data sets: the modules of this package that can `load`."""
+    modules = (module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
+    return sorted(name for name in modules if name != WINDOWS and hasattr(_module(name), "load"))
+
+
+def load_rows(source: str, split: str, data_dir: Path | None) -> list[str]:
+    """The rows of a data set's split, or of a text file."""
+    if is_file(source):
+        rows = read_rows(source, data_sets=names())
+    elif source in names():
+        rows = _module(source).load(split, data_dir)
+    else:
+        raise UsageError(unknown_name("data set", source, names()) + " A .txt or .jsonl file works too.")
+    if not any(row.strip() for row in rows):
+        raise UsageError(f"The text {source!r} is empty. Name another one.")
+    return rows
+
+
+def data_directory(option: Path | None) -> Path | None:
+    """The folder of local data sets: --data-dir, else COMPRESS_DATA_DIR, else none."""
+    asked = option or os.environ.get(DATA_DIR_VARIABLE)
+    if not asked:
+        return None
+    folder = Path(asked).expanduser()
+    if not folder.is_dir():
+        asked_by = "--data-dir" if option else DATA_DIR_VARIABLE
+        raise UsageError(f"{asked_by} must be a folder, {str(asked)!r} is none. Create it or correct the path.")
+    return folder
+
+
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f"{__name__}.{name}")

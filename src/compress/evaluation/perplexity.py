@@ -1,0 +1,112 @@
+"""Perplexity by the convention of GPTQ (arXiv 2210.17323), SparseGPT and SliceGPT.
+
+    ppl = exp(mean over windows of the window's loss),    loss = mean over its L - 1 shifted targets of -ln p(target)
+
+L tokens a window, natural logarithm, so the loss is in nats per token. The windows do not see one another, and the
+first token of each is not predicted. Perplexities compare only between models with one tokenizer, at one L.
+
+The standard error is that of the mean over windows, brought to the perplexity by the delta method:
+ppl * std(losses, ddof=1) / sqrt(windows). It is NaN for one window.
+
+The reference codes take the loss in the model's dtype; ours moves the logits to float32 first (float64 stays).
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from compress.errors import NumericalError, UsageError
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """nll is the mean loss in nats per token; tokens are those predicted."""
+
+    dataset: str
+    ppl: float
+    standard_error: float
+    nll: float
+    tokens: int
+    windows: int
+    seq_len: int
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it, which knows no NaN: an unknown standard error is None."""
+        return {key: None if value != value else value for key, value in asdict(self).items()}
+
+
+def perplexity(
+    model: nn.Module,
+    windows: Int64[Tensor, "windows seq_len"],
+    *,
+    dataset: str,
+    batch_size: int,
+    on_batch: Callable[[int], None] | None = None,
+) -> Perplexity:
+    """The model's perplexity on the windows. `on_batch` is told the number of windows in each batch done."""
+    num_windows, seq_len = windows.shape
+    if seq_len < 2:
+        raise UsageError(f"Perplexity needs windows of at least 2 tokens, --seq-len is {seq_len}.")
+    start = time.perf_counter()
+    losses: list[float] = []
+    device = next(model.parameters()).device
+    with evaluating(model), torch.inference_mode():
+        for batch in windows.split(batch_size):
+            losses += finite(window_losses(model, batch.to(device)), dataset, first=len(losses))
+            if on_batch:
+                on_batch(len(batch))
+    loss = torch.tensor(losses, dtype=torch.float64)
+    ppl = loss.mean().exp().item()
+    error = ppl * loss.std().item() / math.sqrt(num_windows) if num_windows > 1 else math.nan
+    return Perplexity(
+        dataset=dataset,
+        ppl=ppl,
+        standard_error=error,
+        nll=loss.mean().item(),
+        tokens=num_windows * (seq_len - 1),
+        windows=num_windows,
+        seq_len=seq_len,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def window_losses(model: nn.Module, batch: Int64[Tensor, "batch seq_len"]) -> list[float]:
+    """The loss of each window, in nats per token."""
+    logits = model(input_ids=batch, use_cache=False).logits
+    # One window at a time: the float32 copy of a whole batch would be twice the size of its logits.
+    return [mean_nll(window_logits, window).item() for window_logits, window in zip(logits, batch, strict=True)]
+
+
+def mean_nll(logits: Float[Tensor, "seq_len vocab"], tokens: Int64[Tensor, "seq_len"]) -> Float[Tensor, ""]:
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return nn.functional.cross_entropy(logits[:-1].to(wide), tokens[1:])
+
+
+def finite(losses: list[float], dataset: str, first: int) -> list[float]:
+    """The losses of windows from number `first` on, if none is NaN or Inf."""
+    for window, loss in enumerate(losses, first):
+        if not math.isfinite(loss):
+            raise NumericalError(
+                f"The loss on {dataset!r}, window {window}, is {loss}. Check the weights, or try --dtype float32."
+            )
+    return losses
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode; its modules are put back as they were."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,97 @@
+"""Model families as tables: one file a `model_type`, found by its name.
+
+A decoder is a chain of residual branches. Each reads the stream through a norm, by linears (`readers`), and adds to it
+by linears (`writers`); embeddings only write, the head only reads. A family names these parts and says how its norm is
+built; everything else follows from the table. Names are those of the stock transformers modules.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from compress.errors import UnsupportedModel, unknown_name
+
+
+@dataclass(frozen=True, kw_only=True)
+class BranchTable:
+    """One residual branch of a block. Names are below the block.
+
+    paths: the chains of modules from norm to stream; more than one where attention and MLP run in parallel.
+    """
+
+    name: str
+    norm: str
+    paths: tuple[tuple[str, ...], ...]
+    readers: tuple[str, ...]
+    writers: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """The parts of a family's causal LM. Names are below the causal LM, those in `branches` below a block.
+
+    norm: `layer` (LayerNorm), `rms` (gain w), `rms_plus_one` (gain 1 + w).
+    norm_eps: the config's key for the norm's epsilon, or a number where the model fixes it.
+    dropout: the config's key for dropout on what a branch adds, None where the family has none.
+    not_exact: why a model with this config cannot be rotated exactly, None where it can.
+    """
+
+    embeddings: tuple[str, ...] = ("model.embed_tokens",)
+    blocks: str = "model.layers"
+    branches: tuple[BranchTable, ...]
+    attention: str = "self_attn"
+    final_norm: str = "model.norm"
+    head: str = "lm_head"
+    head_bias: bool = False
+    norm: Literal["layer", "rms", "rms_plus_one"] = "rms"
+    norm_eps: str | float = "rms_norm_eps"
+    dropout: str | None = None
+    not_exact: Callable[[Any], str | None] = lambda config: None
+
+    def epsilon(self, config: Any) -> float:
+        return getattr(config, self.norm_eps) if isinstance(self.norm_eps, str) else self.norm_eps
+
+    def structure(self) -> dict[str, Any]:
+        """The names alone, as plain data: what a sliced checkpoint carries in its config.json."""
+        named = ("embeddings", "blocks", "attention", "final_norm", "head", "head_bias", "dropout")
+        names: dict[str, Any] = {name: getattr(self, name) for name in named}
+        return plain({**names, "branches": [asdict(branch) for branch in self.branches]})
+
+
+def plain(value: Any) -> Any:
+    """Tuples as lists, all the way down: data as JSON gives it back."""
+    if isinstance(value, dict):
+        return {key: plain(entry) for key, entry in value.items()}
+    return [plain(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+
+def names() -> list[str]:
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
+
+
+def find(config: Any) -> Family:
+    """The family of a model, from its config.
+
+    Raises UnsupportedModel where there is none, or where the model cannot be rotated exactly, with the reason.
+    """
+    model_type = config.model_type
+    if reason := NEVER_EXACT.get(model_type):
+        raise UnsupportedModel(f"{model_type} cannot be sliced exactly: {reason} Supported: {', '.join(names())}.")
+    if model_type not in names():
+        raise UnsupportedModel(unknown_name("model type", model_type, names()))
+    family: Family = importlib.import_module(f"compress.families.{model_type}").FAMILY
+    if reason := family.not_exact(config):
+        raise UnsupportedModel(f"This {model_type} model cannot be sliced exactly: {reason}")
+    return family
+
+
+_NORMS_THE_WRITE = "it normalises what a branch writes (post-norm), which a rotation of the stream does not pass."
+NEVER_EXACT = {
+    "gemma2": _NORMS_THE_WRITE,
+    "gemma3": _NORMS_THE_WRITE,
+    "gemma3_text": _NORMS_THE_WRITE,
+    "olmo2": _NORMS_THE_WRITE,
+    "compress_sliced": "it is sliced already. Slice the dense model instead, to the ratio you want.",
+}

@@ -1,0 +1,1 @@
+"""The decoder seen through its family: its parts, its residual branches, and the modules a compressed model runs on."""

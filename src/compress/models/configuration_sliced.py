@@ -1,0 +1,45 @@
+"""The config of the `compress_sliced` architecture; carried in every checkpoint of that type, beside its modeling file."""
+
+from transformers import AutoConfig
+from transformers.configuration_utils import PretrainedConfig
+
+
+class SlicedConfig(PretrainedConfig):
+    """
+    text_config: the stock config of the dense model.
+    structure: the names of the stock model's parts: `embeddings`, `blocks`, `final_norm`, `head` below the causal LM,
+        `branches` below a block (each: `name`, `norm`, `paths`, `readers`, `writers`), `attention` (the step of a path
+        that takes masks, positions and cache), `dropout` (the key of the residual dropout in the stock config).
+    stream_widths: the width of the residual stream after the embeddings and after each branch, in order.
+    norm_width, norm_eps: RMSNorm(x) = x / sqrt(sum(x^2) / norm_width + norm_eps), norm_width the dense width.
+    reader_bias: whether norm offsets were folded into the readers, so that each has a bias.
+    """
+
+    model_type = "compress_sliced"
+    sub_configs = {"text_config": AutoConfig}  # noqa: RUF012 (transformers reads it as a plain class attribute)
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+
+    def __init__(
+        self,
+        text_config=None,
+        structure=None,
+        stream_widths=(),
+        norm_width=0,
+        norm_eps=0.0,
+        reader_bias=False,
+        **kwargs,
+    ):
+        if isinstance(text_config, dict):
+            text_config = AutoConfig.for_model(**text_config)
+        self.text_config = text_config
+        self.structure = structure
+        self.stream_widths = list(stream_widths)
+        self.norm_width = norm_width
+        self.norm_eps = norm_eps
+        self.reader_bias = reader_bias
+        kwargs.setdefault("tie_word_embeddings", False)
+        super().__init__(**kwargs)
+
+    @property
+    def vocab_size(self):
+        return self.text_config.vocab_size

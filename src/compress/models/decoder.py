@@ -1,0 +1,160 @@
+"""A causal LM of which one part at a time has weights.
+
+The stock model is built on the meta device, where it costs nothing, and its parts (the embeddings, one decoder block,
+the head) are filled, used and emptied in turn. Stock code does all the computing: nothing of it is copied here.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from compress.families import Family
+from compress.models.branch import Branch
+from compress.models.modeling_sliced import as_residual_block, replace
+
+Arguments = dict[str, Any]
+
+
+class Recorder(nn.Module):
+    """Stands in for a decoder block: notes its keyword arguments and hands the hidden states on unchanged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.arguments: Arguments = {}
+        self.hidden_states: Tensor | None = None
+
+    def forward(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
+        self.hidden_states = hidden_states
+        self.arguments = {name: value for name, value in arguments.items() if value is not None and name != "use_cache"}
+        return hidden_states
+
+
+class Decoder:
+    """The parts of a causal LM, on the meta device until their tensors are given."""
+
+    def __init__(self, config: Any, family: Family, *, dtype: torch.dtype, device: torch.device) -> None:
+        self.config = config
+        self.family = family
+        self.dtype = dtype
+        self.device = device
+        self.structure = family.structure()
+        with init_empty_weights(include_buffers=False):
+            self.model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        self.blocks = list(self.model.get_submodule(family.blocks))
+        for block in self.blocks:
+            as_residual_block(block, self.structure, config)
+        self.recorders = [Recorder() for _ in self.blocks]
+        for owner in self.model.modules():
+            for name, buffer in owner.named_buffers(recurse=False):
+                setattr(owner, name, buffer.to(device))
+
+    @property
+    def dense_width(self) -> int:
+        return int(self.config.hidden_size)
+
+    def parameter_shapes(self) -> dict[str, torch.Size]:
+        """Every parameter of the dense model; a tied head goes by its own name."""
+        shapes = {name: p.shape for name, p in self.model.named_parameters(remove_duplicate=False)}
+        return dict(sorted(shapes.items()))
+
+    def embedding_names(self) -> list[str]:
+        return [f"{table}.weight" for table in self.family.embeddings]
+
+    def block_names(self, index: int) -> list[str]:
+        return [f"{self.block_prefix(index)}{name}" for name, _ in self.blocks[index].named_parameters()]
+
+    def head_names(self) -> list[str]:
+        parts = (self.family.final_norm, self.family.head)
+        return [f"{part}.{name}" for part in parts for name, _ in self.model.get_submodule(part).named_parameters()]
+
+    def block_prefix(self, index: int) -> str:
+        return f"{self.family.blocks}.{index}."
+
+    def fill(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        """Give a part its weights, by their names below it, in the computing dtype and on the device."""
+        for name, tensor in tensors.items():
+            owner, _, attribute = name.rpartition(".")
+            weight = tensor.to(self.device, self.dtype)
+            setattr(module.get_submodule(owner), attribute, nn.Parameter(weight, requires_grad=False))
+
+    def fill_root(self, tensors: Mapping[str, Tensor], *, part: str) -> None:
+        below = {name.removeprefix(f"{part}."): tensor for name, tensor in tensors.items() if name.startswith(f"{part}.")}
+        self.fill(self.model.get_submodule(part), below)
+
+    def embedding_branch(self) -> Branch:
+        tables = {name: self.model.get_submodule(name) for name in self.family.embeddings}
+        return Branch(name="embeddings", readers={}, writers=tables, **self._norm_facts())
+
+    def block_branches(self, index: int) -> list[Branch]:
+        return [self._block_branch(index, table) for table in self.structure["branches"]]
+
+    def head_branch(self) -> Branch:
+        owner, _, name = self.family.final_norm.rpartition(".")
+        readers = {self.family.head: self.model.get_submodule(self.family.head)}
+        return Branch(
+            name="head",
+            readers=readers,
+            writers={},
+            norm_owner=self.model.get_submodule(owner),
+            norm_name=name,
+            **self._norm_facts(),
+        )
+
+    def embed(self, ids: Int64[Tensor, "batch tokens"]) -> tuple[Float[Tensor, "batch tokens d"], list[Arguments]]:
+        """The stream before the first block, and what each block is called with besides it."""
+        with self._recording():
+            self.model.base_model(input_ids=ids.to(self.device), use_cache=False)
+        hidden_states = self.recorders[0].hidden_states
+        if hidden_states is None:
+            raise RuntimeError("The stock model did not call its first block.")
+        return hidden_states, [recorder.arguments for recorder in self.recorders]
+
+    def logits(self, hidden_states: Float[Tensor, "batch tokens d"]) -> Float[Tensor, "batch tokens vocabulary"]:
+        normed = self.model.get_submodule(self.family.final_norm)(hidden_states)
+        return self.model.get_submodule(self.family.head)(normed)
+
+    def empty(self, module: nn.Module) -> None:
+        """Let go of a part's weights."""
+        for owner in module.modules():
+            for name, parameter in list(owner.named_parameters(recurse=False)):
+                setattr(owner, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
+
+    def _norm_facts(self) -> dict[str, Any]:
+        epsilon = self.family.epsilon(self.config)
+        return {"norm_kind": self.family.norm, "norm_eps": epsilon, "dense_width": self.dense_width}
+
+    def _block_branch(self, index: int, table: Mapping[str, Any]) -> Branch:
+        block = self.blocks[index]
+        owner, _, name = table["norm"].rpartition(".")
+
+        def run(hidden_states: Tensor, arguments: Arguments) -> Tensor:
+            return block.run_branch(table, hidden_states, **arguments)
+
+        return Branch(
+            name=f"block {index} {table['name']}",
+            readers={reader: block.get_submodule(reader) for reader in table["readers"]},
+            writers={writer: block.get_submodule(writer) for writer in table["writers"]},
+            norm_owner=block.get_submodule(owner),
+            norm_name=name,
+            run=run,
+            **self._norm_facts(),
+        )
+
+    @contextmanager
+    def _recording(self) -> Iterator[None]:
+        # The blocks and the final norm may be empty; recorders and an identity take their places for the call.
+        final_norm = self.model.get_submodule(self.family.final_norm)
+        blocks = self.model.get_submodule(self.family.blocks)
+        replace(self.model, self.family.blocks, nn.ModuleList(self.recorders))
+        replace(self.model, self.family.final_norm, nn.Identity())
+        try:
+            yield
+        finally:
+            replace(self.model, self.family.blocks, blocks)
+            replace(self.model, self.family.final_norm, final_norm)

@@ -1,0 +1,90 @@
+"""From what a user types to a folder: a path, a short alias, a hub id, or `demo`, the model in this package.
+
+Hub downloads go through huggingface_hub, which has its own cache, token and offline switch; only safetensors, JSON and
+tokenizer files are fetched.
+"""
+
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+from compress.errors import Unavailable, UsageError, unknown_name
+
+DEMO = "demo"
+ALIASES = {
+    **{f"opt-{size}": f"facebook/opt-{size}" for size in ("125m", "350m", "1.3b", "2.7b", "6.7b", "13b", "30b", "66b")},
+    **{f"llama-2-{size}": f"meta-llama/Llama-2-{size}-hf" for size in ("7b", "13b", "70b")},
+    **{f"llama-3-{size}": f"meta-llama/Meta-Llama-3-{size}" for size in ("8b", "70b")},
+    **{f"llama-3.1-{size}": f"meta-llama/Llama-3.1-{size}" for size in ("8b", "70b")},
+    **{f"llama-3.2-{size}": f"meta-llama/Llama-3.2-{size}" for size in ("1b", "3b")},
+    **{f"qwen2.5-{size}": f"Qwen/Qwen2.5-{size.upper()}" for size in ("0.5b", "1.5b", "3b", "7b", "14b", "32b", "72b")},
+    **{f"qwen3-{size}": f"Qwen/Qwen3-{size.upper()}" for size in ("0.6b", "1.7b", "4b", "8b", "14b", "32b")},
+    **{f"gemma-{size}": f"google/gemma-{size}" for size in ("2b", "7b")},
+    "mistral-7b": "mistralai/Mistral-7B-v0.1",
+    "phi-1": "microsoft/phi-1",
+    "phi-1.5": "microsoft/phi-1_5",
+    "phi-2": "microsoft/phi-2",
+    "phi-3-mini": "microsoft/Phi-3-mini-4k-instruct",
+    "starcoder": "bigcode/starcoder",
+    "tinyllama": "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
+}
+NEEDED_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*", "*.model", "merges.txt", "LICENSE*")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """
+    name: as outputs and model cards should call it.
+    folder: where its files are; for a hub model not yet fetched, None.
+    repository: its hub id, None for a local folder.
+    """
+
+    name: str
+    folder: Path | None
+    repository: str | None = None
+
+    @property
+    def is_demo(self) -> bool:
+        return self.name == DEMO
+
+    def config_folder(self) -> Path:
+        """A folder with at least config.json; nothing else is fetched for it."""
+        return self.folder or fetch(self.repository or self.name, ("config.json",))
+
+    def whole_folder(self) -> Path:
+        return self.folder or fetch(self.repository or self.name, NEEDED_FILES)
+
+
+def find_model(name: str) -> ModelSource:
+    """What `name` stands for; nothing is downloaded yet."""
+    if name == DEMO:
+        return ModelSource(DEMO, Path(str(files("compress") / "assets" / "demo")))
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UsageError(f"The folder {path} has no config.json. Name the folder of a Hugging Face model.")
+        return ModelSource(path.resolve().name, path)
+    if repository := ALIASES.get(name.lower()):
+        return ModelSource(name.lower(), None, repository)
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise UsageError(f"There is no model folder {name!r}. Check the path.")
+    if "/" in name:
+        return ModelSource(name, None, name)
+    raise UsageError(unknown_name("model", name, [DEMO, *ALIASES]) + " A folder or an owner/name of the hub works too.")
+
+
+def fetch(repository: str, patterns: tuple[str, ...]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(repository, allow_patterns=list(patterns)))
+    except GatedRepoError as error:
+        raise Unavailable(f"{repository} is gated: accept its licence on the hub, then set HF_TOKEN.") from error
+    except RepositoryNotFoundError as error:
+        raise Unavailable(f"The hub has no model {repository!r}, or HF_TOKEN may not read it.") from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise Unavailable(
+            f"{repository} is not on this machine and the hub cannot be reached. "
+            "Fetch it where there is a network and give --model its folder, or try --model demo."
+        ) from error

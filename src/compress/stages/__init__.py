@@ -1,0 +1,20 @@
+"""What can be done to a model, one file a stage: a configuration and one `apply` at one kind of site.
+
+A stage names the statistics it needs and the stages that must come before it; nothing outside its file names it.
+"""
+
+import importlib
+import pkgutil
+
+from compress.streaming.sites import Stage
+
+
+def names() -> list[str]:
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
+
+
+def stage_class(name: str) -> type[Stage]:
+    """The stage of a file, found by its name: `fold_norms` is `FoldNorms` in stages/fold_norms.py."""
+    class_name = "".join(word.capitalize() for word in name.split("_"))
+    found: type[Stage] = getattr(importlib.import_module(f"compress.stages.{name}"), class_name)
+    return found

@@ -1,0 +1,32 @@
+"""The rotation of SliceGPT (arXiv 2401.15024, section 3.3): at each point of the stream, its own principal components.
+
+Computational invariance makes it free: RMSNorm commutes with orthogonal matrices, so Q goes into the linears that
+write the stream, Q^T into those that read it, and between two bases the stream passes through Q_l^T Q_(l+1).
+
+signal: whether the components are those of the stream after the next norm (the paper, equation 8) or before it (the
+    paper's code). final_orientation: see `Basis`; the reference rotates at random without a seed, ours draws from
+    the run's seed.
+"""
+
+from typing import ClassVar, Literal
+
+from compress.numerics.linalg import pca
+from compress.stages._stage import StageConfig
+from compress.streaming.sites import Basis, StreamPoint
+from compress.streaming.statistics import SecondMoment
+
+
+class Rotate(StageConfig):
+    site: ClassVar = StreamPoint
+    after: ClassVar = ("fold_norms",)
+    stage: Literal["rotate"] = "rotate"
+    signal: Literal["stream", "normed"] = "stream"
+    final_orientation: Literal["pca", "random"] = "pca"
+
+    @property
+    def needs(self) -> tuple[SecondMoment, ...]:
+        return (SecondMoment(self.signal),)
+
+    def apply(self, point: StreamPoint) -> None:
+        Q, eigenvalues = pca(point.statistics[self.needs[0]], name=f"the stream after {point.name}")
+        point.basis = Basis(Q, eigenvalues, width=point.dense_width, orientation=self.final_orientation)

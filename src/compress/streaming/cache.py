@@ -1,0 +1,60 @@
+"""Activations of the calibration windows between one branch and the next.
+
+They are the largest thing in memory beside a block: windows x tokens x width numbers. Within the budget they stay in
+memory (the device's or the host's); past it they lie in a memory-mapped file, one slot a batch, and the system pages.
+"""
+
+import math
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+class ActivationCache:
+    """One tensor (windows, tokens, width) a batch, replaced in place as the walk goes on.
+
+    A batch's width may change, up to `max_width`; how many windows and tokens it has may not. Batches are kept on
+    `device`, or in `file` if one is given.
+    """
+
+    def __init__(
+        self,
+        batch_shapes: list[tuple[int, int]],
+        max_width: int,
+        dtype: torch.dtype,
+        *,
+        device: torch.device,
+        file: Path | None = None,
+    ) -> None:
+        self.batches: list[Tensor | None] = [None] * len(batch_shapes)
+        self.device = device
+        self.slots: list[Tensor] | None = None
+        if file is not None:
+            sizes = [windows * tokens * max_width for windows, tokens in batch_shapes]
+            file.unlink(missing_ok=True)
+            storage = torch.from_file(str(file), shared=True, size=sum(sizes), dtype=dtype)
+            # Unlinked while open: the space goes back when the process ends, however it ends.
+            file.unlink()
+            self.slots = list(storage.split(sizes))
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def get(self, index: int, device: torch.device) -> Float[Tensor, "windows tokens width"]:
+        batch = self.batches[index]
+        if batch is None:
+            raise LookupError(f"batch {index} was never put into the cache")
+        return batch.to(device)
+
+    def put(self, index: int, activations: Float[Tensor, "windows tokens width"]) -> None:
+        if self.slots is None:
+            self.batches[index] = activations.to(self.device)
+        else:
+            slot = self.slots[index][: activations.numel()].view(activations.shape)
+            self.batches[index] = slot.copy_(activations)
+
+
+def cache_bytes(num_windows: int, seq_len: int, width: int, dtype: torch.dtype) -> int:
+    return math.prod((num_windows, seq_len, width, dtype.itemsize))

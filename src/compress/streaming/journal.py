@@ -1,0 +1,157 @@
+"""What a run has finished, on disk, so that a killed run goes on where it was.
+
+The folder `<output>.partial` holds the finished parts, the state after the last of them, and journal.jsonl: one line
+that says what the run is (recipe, input, calibration, versions), then one line a finished part. A line is written after
+the files it speaks of have reached the disk; what has no line did not happen. Opening the folder takes a lock, so two
+runs cannot share it.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import IO, Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from compress.errors import OutputError, UsageError
+
+JOURNAL = "journal.jsonl"
+
+
+class Journal:
+    """An open partial folder. `identity` is what must be equal for a run to continue another."""
+
+    def __init__(self, folder: Path, identity: dict[str, Any], lock: IO[str], entries: list[dict[str, Any]]) -> None:
+        self.folder = folder
+        self.identity = identity
+        self.entries = entries
+        self._lock = lock
+
+    @classmethod
+    def start(cls, folder: Path, identity: dict[str, Any]) -> "Journal":
+        folder.mkdir(parents=True, exist_ok=True)
+        journal = cls(folder, identity, take_lock(folder), [])
+        with (folder / JOURNAL).open("w", encoding="utf-8") as file:
+            write_line(file, {"run": identity})
+        return journal
+
+    @classmethod
+    def resume(cls, folder: Path, identity: dict[str, Any]) -> "Journal":
+        """Open a partial folder of the same run, or say in what the runs differ."""
+        lock = take_lock(folder)
+        lines = read_lines(folder / JOURNAL)
+        if not lines or "run" not in lines[0]:
+            raise UsageError(f"{folder} has no readable journal. Start over with --overwrite.")
+        started = lines[0]["run"]
+        differing = sorted(key for key in identity.keys() | started.keys() if identity.get(key) != started.get(key))
+        if differing:
+            raise UsageError(
+                f"--resume: the run in {folder} had another {', '.join(differing)}. "
+                "Give the same options, or start over with --overwrite."
+            )
+        entries = whole_entries(folder, lines[1:])
+        # A line cut off by the kill is not there; rewriting the rest keeps the file readable.
+        with (folder / JOURNAL).open("w", encoding="utf-8") as file:
+            for line in [lines[0], *entries]:
+                write_line(file, line)
+        return cls(folder, identity, lock, entries)
+
+    def record(self, entry: dict[str, Any], state: dict[str, Tensor]) -> None:
+        """Make a finished part count: its state, then its line. The state before it is no longer needed."""
+        number = len(self.entries)
+        entry["state"] = write_tensors(self.folder / f"state-{number:05d}.safetensors", state)
+        with (self.folder / JOURNAL).open("a", encoding="utf-8") as file:
+            write_line(file, entry)
+        if self.entries:
+            (self.folder / self.entries[-1]["state"]["file"]).unlink(missing_ok=True)
+        self.entries.append(entry)
+
+    def state(self) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = load_file(self.folder / self.entries[-1]["state"]["file"])
+        return tensors
+
+    def forget(self) -> None:
+        """Leave only the parts: the run is finished and its folder is about to become the output."""
+        for leftover in (*self.folder.glob("state-*.safetensors"), self.folder / JOURNAL, self.folder / "lock"):
+            leftover.unlink(missing_ok=True)
+        self.close()
+
+    def close(self) -> None:
+        self._lock.close()
+
+
+def whole_entries(folder: Path, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The finished parts whose files are as they were written, up to the first that is not."""
+    entries = []
+    for line in lines:
+        if not file_is(folder, line.get("part")):
+            break
+        entries.append(line)
+    while entries and not file_is(folder, entries[-1].get("state")):
+        entries.pop()
+    return entries
+
+
+def file_is(folder: Path, written: Any) -> bool:
+    if not isinstance(written, dict) or Path(str(written.get("file"))).name != written.get("file"):
+        return False
+    file = folder / written["file"]
+    return file.is_file() and sha256(file) == written.get("sha256")
+
+
+def write_tensors(file: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """A safetensors file that is there whole or not at all; its name, bytes and sha256.
+
+    Raises OutputError when the disk is full or may not be written.
+    """
+    unfinished = file.with_suffix(".unfinished")
+    try:
+        save_file({name: tensor.detach() for name, tensor in tensors.items()}, unfinished, metadata={"format": "pt"})
+        with unfinished.open("rb") as opened:
+            os.fsync(opened.fileno())
+        unfinished.replace(file)
+    except (OSError, SafetensorError) as error:
+        unfinished.unlink(missing_ok=True)
+        raise OutputError(
+            f"{file} cannot be written ({error}). Free space or choose another --out; --resume goes on from here."
+        ) from error
+    return {"file": file.name, "bytes": file.stat().st_size, "sha256": sha256(file)}
+
+
+def sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def write_line(file: IO[str], entry: dict[str, Any]) -> None:
+    file.write(json.dumps(entry, sort_keys=True) + "\n")
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """The journal's lines up to the first that is not whole."""
+    lines = []
+    for text in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []:
+        try:
+            line = json.loads(text)
+        except ValueError:
+            break
+        if not isinstance(line, dict):
+            break
+        lines.append(line)
+    return lines
+
+
+def take_lock(folder: Path) -> IO[str]:
+    lock = (folder / "lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.close()
+        raise UsageError(f"Another run is writing {folder}. Wait for it, or choose another --out.") from error
+    return lock

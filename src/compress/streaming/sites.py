@@ -1,0 +1,112 @@
+"""What a stage works on, and what a stage is.
+
+A walk meets two kinds of sites, in the order of the decoder: a branch when its weights have been read, and a point of
+the residual stream when a branch has written it. A stage names the kind it takes, the statistics it needs there and the
+stages that must come before it; the walk calls it at each site of that kind and knows nothing else about it.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Protocol
+
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+
+from compress.models.branch import Branch
+from compress.numerics.linalg import kept_energy, random_orthogonal
+from compress.streaming.statistics import SecondMoment
+
+
+@dataclass
+class Basis:
+    """An orthogonal basis of the stream by decreasing eigenvalue, and how many of its directions are kept.
+
+    orientation: how the kept subspace is spanned; `pca` by its principal components, `random` by a rotation of them,
+        which spreads outliers over all coordinates and changes no function.
+    """
+
+    Q: Float64[Tensor, "D D"]
+    eigenvalues: Float64[Tensor, "D"]
+    width: int
+    orientation: Literal["pca", "random"] = "pca"
+
+
+@dataclass
+class StreamPoint:
+    """The residual stream after the embeddings (index 0) or after the branch `index` - 1.
+
+    block: the block the point lies in; for the embeddings, the first one.
+    statistics: what the stages declared, by need.
+    basis: set by a stage that rotates; None leaves the stream as it is.
+    """
+
+    index: int
+    block: int
+    num_blocks: int
+    is_last: bool
+    dense_width: int
+    name: str
+    seed: int
+    statistics: Mapping[SecondMoment, Tensor] = field(default_factory=dict)
+    basis: Basis | None = None
+
+    @property
+    def width(self) -> int:
+        return self.basis.width if self.basis else self.dense_width
+
+    def encode(self) -> Float64[Tensor, "D d"] | None:
+        """The matrix that takes the dense stream into the kept basis; its transpose takes it back."""
+        if self.basis is None:
+            return None
+        kept = self.basis.Q[:, : self.basis.width]
+        if self.basis.orientation == "random":
+            kept = kept @ random_orthogonal(self.basis.width, self.generator()).to(kept.device)
+        return kept.contiguous()
+
+    def generator(self) -> torch.Generator:
+        """Random numbers of this point's own, so that a resumed run draws what an undisturbed one does."""
+        digest = hashlib.sha256(f"{self.seed}/{self.index}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+    def report(self) -> dict[str, Any]:
+        kept = {"kept_energy": kept_energy(self.basis.eigenvalues, self.width)} if self.basis else {}
+        return {"point": self.name, "width": self.width, "dense_width": self.dense_width, **kept}
+
+
+def stream_points(dense_width: int, *, num_blocks: int, branch_names: list[str], seed: int) -> list[StreamPoint]:
+    """All points of a decoder's stream in order: after the embeddings, then after each branch of each block."""
+    places = [(0, "embeddings")]
+    places += [(block, f"block {block} {name}") for block in range(num_blocks) for name in branch_names]
+    return [
+        StreamPoint(
+            index=index,
+            block=block,
+            num_blocks=num_blocks,
+            is_last=index == len(places) - 1,
+            dense_width=dense_width,
+            name=name,
+            seed=seed,
+        )
+        for index, (block, name) in enumerate(places)
+    ]
+
+
+class Stage(Protocol):
+    """A configuration and what it does at one site."""
+
+    site: ClassVar[type[Branch] | type[StreamPoint]]
+    after: ClassVar[tuple[str, ...]]
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def needs(self) -> tuple[SecondMoment, ...]: ...
+
+    def apply(self, site: Any) -> None: ...
+
+    def planned_width(self, point: StreamPoint) -> int | None:
+        """The width this stage will give a stream of `point.width`, from the config alone; None if the data decides."""
+        ...

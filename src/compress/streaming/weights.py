@@ -1,0 +1,132 @@
+"""Weights read lazily from safetensors, sharded or not.
+
+Nothing but safetensors is opened, and an index can only name files of its own folder. A file is open only while it is
+read: a mapped file counts as memory for as long as it stays open, and would make memory grow with depth.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from compress.errors import CheckpointError, NumericalError, UnsupportedModel
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+READABLE = {"F16", "BF16", "F32", "F64"}
+
+
+class LazyWeights:
+    """The tensors of a checkpoint folder by name. Opening it reads headers only."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.files: dict[str, Path] = {}
+        self.shapes: dict[str, torch.Size] = {}
+        self.dtypes: dict[str, str] = {}
+        for file in checkpoint_files(folder):
+            self._read_header(file)
+
+    def resolve(self, name: str) -> str | None:
+        """The stored name of a parameter: some checkpoints were saved from below `model.`."""
+        return next((form for form in (name, name.removeprefix("model.")) if form in self.files), None)
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The tensors as stored, on the CPU, each checked for NaN and Inf, under the names asked for."""
+        by_file: dict[Path, list[str]] = defaultdict(list)
+        for name in names:
+            stored = self.resolve(name)
+            if stored is None:
+                raise CheckpointError(f"The checkpoint {self.folder} has no tensor {name!r}.")
+            by_file[self.files[stored]].append(name)
+        tensors: dict[str, Tensor] = {}
+        for file, wanted in by_file.items():
+            with open_safetensors(file) as opened:
+                for name in wanted:
+                    # A copy: what safetensors returns is a view of the mapped file.
+                    tensors[name] = finite(opened.get_tensor(self.resolve(name)).clone(), name)
+        return tensors
+
+    def bytes(self) -> int:
+        return sum(file.stat().st_size for file in set(self.files.values()))
+
+    def _read_header(self, file: Path) -> None:
+        with open_safetensors(file) as opened:
+            for name in opened.keys():  # noqa: SIM118 (no dict)
+                view = opened.get_slice(name)
+                if name in self.files:
+                    raise CheckpointError(f"The tensor {name!r} is in both {self.files[name].name} and {file.name}.")
+                self.files[name] = file
+                self.shapes[name] = torch.Size(view.get_shape())
+                self.dtypes[name] = view.get_dtype()
+
+    def check_against(self, shapes: dict[str, torch.Size], *, may_miss: Iterable[str] = ()) -> None:
+        """That every parameter of the model is stored, in its shape and in a float type. Reads no weights."""
+        missing, optional = [], set(may_miss)
+        for name, shape in shapes.items():
+            stored = self.resolve(name)
+            if stored is None:
+                missing += [name] if name not in optional else []
+            elif self.shapes[stored] != shape:
+                found = list(self.shapes[stored])
+                raise CheckpointError(f"The tensor {name!r} has shape {found}, but config.json says {list(shape)}.")
+            elif self.dtypes[stored] not in READABLE:
+                raise UnsupportedModel(
+                    f"The tensor {name!r} is stored as {self.dtypes[stored]}: a quantised checkpoint. "
+                    "Start from the unquantised model (F16, BF16, F32 or F64)."
+                )
+        if missing:
+            shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+            raise CheckpointError(f"The checkpoint {self.folder} lacks {len(missing)} tensors of its model: {shown}.")
+
+
+def checkpoint_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, from its index where it has one."""
+    index = folder / INDEX
+    if index.is_file():
+        files = [folder / name for name in indexed_names(index)]
+        absent = [file.name for file in files if not file.is_file()]
+        if absent:
+            raise CheckpointError(f"{index} names {absent[0]}, which is not there. Complete the download.")
+        return files
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    pickles = [file.name for pattern in PICKLES for file in sorted(folder.glob(pattern))]
+    if pickles:
+        raise CheckpointError(
+            f"{folder} holds weights only as a pickle ({pickles[0]}), which can run code when it is opened. "
+            "Convert it to safetensors: load it with transformers where you trust it, then save_pretrained()."
+        )
+    raise CheckpointError(f"{folder} has no weights: neither {SINGLE} nor {INDEX}.")
+
+
+def indexed_names(index: Path) -> list[str]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(weight_map.values()))
+        if not names or not all(isinstance(name, str) for name in names):
+            raise TypeError
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} is no safetensors index (a JSON object with a weight_map).") from error
+    for name in names:
+        if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
+            raise CheckpointError(f"{index} names {name!r}; an index may only name .safetensors files of its own folder.")
+    return names
+
+
+def open_safetensors(file: Path) -> safe_open:
+    try:
+        return safe_open(file, framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} is damaged ({error}). Download or write it again.") from error
+
+
+def finite(tensor: Tensor, name: str) -> Tensor:
+    if not torch.isfinite(tensor).all():
+        raise NumericalError(f"The weight {name!r} has a NaN or Inf. The input checkpoint is broken: get it again.")
+    return tensor

@@ -1,0 +1,189 @@
+"""Perplexity against a loop over tokens, and what it says when a model is broken."""
+
+import json
+import math
+import statistics
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+
+from compress.errors import NumericalError, UsageError
+from compress.evaluation.perplexity import perplexity
+
+VOCAB = 50
+
+
+def opt() -> OPTForCausalLM:
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=VOCAB,
+        hidden_size=16,
+        word_embed_proj_dim=16,
+        ffn_dim=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        dropout=0.5,
+        init_std=0.5,
+    )
+    return OPTForCausalLM(config).eval()
+
+
+def llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=32,
+        initializer_range=0.5,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def random_windows(count: int, seq_len: int) -> torch.Tensor:
+    return torch.randint(0, VOCAB, (count, seq_len), generator=torch.Generator().manual_seed(1))
+
+
+def slow_losses(model: nn.Module, windows: torch.Tensor) -> list[float]:
+    """Token by token: the model reads a prefix and gives the next token's probability."""
+    losses = []
+    for window in windows:
+        total = 0.0
+        for position in range(1, len(window)):
+            with torch.no_grad():
+                logits = model(input_ids=window[None, :position]).logits[0, -1].tolist()
+            normaliser = math.log(math.fsum(math.exp(logit) for logit in logits))
+            total += normaliser - logits[window[position]]
+        losses.append(total / (len(window) - 1))
+    return losses
+
+
+@pytest.mark.parametrize("make", [opt, llama])
+def test_a_loop_over_tokens_agrees(make):
+    model = make().double()
+    windows = random_windows(4, 6)
+    losses = slow_losses(model, windows)
+    answer = perplexity(model, windows, dataset="random", batch_size=2)
+    assert answer.nll == pytest.approx(statistics.fmean(losses), rel=1e-12)
+    assert answer.ppl == pytest.approx(math.exp(statistics.fmean(losses)), rel=1e-12)
+    assert answer.standard_error == pytest.approx(answer.ppl * statistics.stdev(losses) / math.sqrt(4), rel=1e-10)
+    assert (answer.dataset, answer.tokens, answer.windows, answer.seq_len) == ("random", 20, 4, 6)
+    assert answer.seconds > 0
+
+
+def test_the_batch_size_changes_nothing():
+    model = opt().double()
+    windows = random_windows(5, 9)
+    answers = [perplexity(model, windows, dataset="random", batch_size=size).ppl for size in (1, 3, 5, 64)]
+    assert answers == pytest.approx([answers[0]] * 4, rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_loss_is_taken_in_float32(dtype):
+    model = llama().to(dtype)
+    windows = random_windows(4, 8)
+    with torch.no_grad():
+        logits = model(input_ids=windows).logits[:, :-1].double()
+    expected = nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+    assert perplexity(model, windows, dataset="random", batch_size=4).nll == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_a_uniform_model_has_the_vocabulary_as_perplexity():
+    model = llama().double()
+    model.lm_head.weight.data.zero_()
+    answer = perplexity(model, random_windows(3, 8), dataset="random", batch_size=1)
+    assert answer.ppl == pytest.approx(VOCAB, rel=1e-12)
+    assert answer.standard_error == pytest.approx(0, abs=1e-12)
+
+
+def test_one_window_has_no_standard_error():
+    answer = perplexity(llama(), random_windows(1, 8), dataset="random", batch_size=1)
+    assert math.isnan(answer.standard_error)
+    record = answer.to_dict()
+    assert record["standard_error"] is None
+    assert record["ppl"] == answer.ppl
+    assert json.loads(json.dumps(record, allow_nan=False)) == record
+
+
+def test_progress_counts_windows():
+    done = []
+    perplexity(llama(), random_windows(5, 8), dataset="random", batch_size=2, on_batch=done.append)
+    assert done == [2, 2, 1]
+
+
+class Recorder(nn.Module):
+    """A model that notes how it is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(VOCAB))
+        self.calls: list[dict] = []
+
+    def forward(self, **options):
+        grad = torch.is_grad_enabled() or not torch.is_inference_mode_enabled()
+        self.calls.append({**options, "grad": grad, "training": self.training})
+        return SimpleNamespace(logits=self.weight.expand(*options["input_ids"].shape, VOCAB))
+
+
+def test_no_cache_no_gradient_no_dropout():
+    model = Recorder().train()
+    windows = random_windows(1, 4)
+    perplexity(model, windows, dataset="random", batch_size=1)
+    [call] = model.calls
+    assert torch.equal(call.pop("input_ids"), windows)
+    assert call == {"use_cache": False, "grad": False, "training": False}
+
+
+def test_training_modes_are_put_back():
+    model = opt().train()
+    model.model.decoder.layers[0].eval()
+    modes = {name: module.training for name, module in model.named_modules()}
+    perplexity(model, random_windows(2, 8), dataset="random", batch_size=2)
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    model.lm_head.weight.data[0, 0] = math.nan
+    with pytest.raises(NumericalError):
+        perplexity(model, random_windows(2, 8), dataset="random", batch_size=2)
+    assert {name: module.training for name, module in model.named_modules()} == modes
+
+
+@pytest.mark.parametrize(("value", "loss"), [(math.nan, "nan"), (math.inf, "nan")])
+def test_a_loss_that_is_no_number_names_the_window(value, loss):
+    model = llama()
+    windows = random_windows(6, 8).clamp_max(VOCAB - 2)
+    windows[3, 0] = VOCAB - 1
+    model.model.embed_tokens.weight.data[VOCAB - 1] = value
+    done = []
+    with pytest.raises(NumericalError) as error:
+        perplexity(model, windows, dataset="wikitext2", batch_size=2, on_batch=done.append)
+    assert str(error.value) == (
+        f"The loss on 'wikitext2', window 3, is {loss}. Check the weights, or try --dtype float32."
+    )
+    assert done == [2]
+
+
+def test_an_infinite_loss_names_the_window():
+    model = Recorder()
+    model.weight.data[7] = -math.inf
+    with pytest.raises(NumericalError, match=r"^The loss on 'c4', window 1, is inf\."):
+        perplexity(model, torch.tensor([[1, 2, 3], [1, 7, 3]]), dataset="c4", batch_size=2)
+
+
+def test_a_window_needs_a_target():
+    with pytest.raises(UsageError) as error:
+        perplexity(llama(), random_windows(2, 1), dataset="random", batch_size=1)
+    assert str(error.value) == "Perplexity needs windows of at least 2 tokens, --seq-len is 1."
+
+
+@pytest.mark.gpu
+def test_the_model_may_be_on_a_gpu():
+    windows = random_windows(4, 8)
+    here = perplexity(opt().double(), windows, dataset="random", batch_size=2)
+    there = perplexity(opt().double().cuda(), windows, dataset="random", batch_size=2)
+    assert there.ppl == pytest.approx(here.ppl, rel=1e-10)

@@ -1,0 +1,81 @@
+"""Tiny random models of every family, built from configs: no downloads, milliseconds each."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+VOCAB_SIZE = 256 + 3
+HIDDEN = 32
+NUM_BLOCKS = 3
+POSITIONS = 64
+
+SHARED: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": HIDDEN,
+    "num_hidden_layers": NUM_BLOCKS,
+    "num_attention_heads": 4,
+    "max_position_embeddings": POSITIONS,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+}
+GATED = {"intermediate_size": 48, "num_key_value_heads": 2}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": HIDDEN, "tie_word_embeddings": True, "dropout": 0.0},
+    "llama": {**GATED, "rms_norm_eps": 1e-4, "attention_bias": True, "mlp_bias": True},
+    "mistral": {**GATED, "head_dim": 12, "sliding_window": 16},
+    "qwen2": {**GATED, "tie_word_embeddings": True},
+    "qwen3": {**GATED, "head_dim": 16},
+    "phi": {"intermediate_size": 48, "partial_rotary_factor": 0.5},
+    "phi3": {**GATED},
+    "gemma": {**GATED, "head_dim": 12, "tie_word_embeddings": True},
+}
+
+
+def tiny_config(model_type: str, **changes: Any) -> Any:
+    return AutoConfig.for_model(model_type, **(SHARED | FAMILIES[model_type] | changes))
+
+
+def tiny_model(model_type: str, *, dtype: torch.dtype = torch.float64, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """A random model whose every parameter matters: gains, biases and offsets are drawn too."""
+    torch.manual_seed(seed)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(tiny_config(model_type, **changes), dtype=dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                parameter.copy_(0.3 * torch.randn_like(parameter) + (1.0 if name.endswith("norm.weight") else 0.0))
+            else:
+                parameter.copy_(torch.randn_like(parameter) / parameter.shape[-1] ** 0.5)
+    return model.eval()
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Bytes as tokens, three special ones before them."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    special = ["<s>", "</s>", "<pad>"]
+    vocabulary = {token: number for number, token in enumerate([*special, *alphabet])}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.add_special_tokens(special)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
+def write_model(folder: Path, model_type: str, *, shard_size: str = "20KB", **options: Any) -> PreTrainedModel:
+    """A tiny model with its tokenizer as a checkpoint folder, in several shards; the model is handed back."""
+    model = tiny_model(model_type, **options)
+    model.save_pretrained(folder, max_shard_size=shard_size)
+    tiny_tokenizer().save_pretrained(folder)
+    return model
+
+
+def write_text(file: Path, *, lines: int = 400, seed: int = 0) -> Path:
+    """Text with some structure, long enough for a few dozen windows."""
+    generator = torch.Generator().manual_seed(seed)
+    words = ["alpha", "beta", "gamma", "delta", "return", "if", "else", "x", "y", "0", "1", "(", ")", ":", "="]
+    picks = torch.randint(len(words), (lines, 8), generator=generator).tolist()
+    file.write_text("\n".join(" ".join(words[i] for i in line) for line in picks), encoding="utf-8")
+    return file
