@@ -194,7 +194,9 @@ def check_output(job: Job) -> None:
 def check_positions(config: Any, seq_len: int) -> None:
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and seq_len > positions:
-        raise UsageError(f"--seq-len {seq_len} is more than the model's {positions} positions. Use --seq-len {positions}.")
+        raise UsageError(
+            f"--seq-len {seq_len} is more than the model's {positions} positions. Use --seq-len {positions}."
+        )
 
 
 def check_disk(out: Path, needed: int) -> None:

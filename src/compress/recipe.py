@@ -1,4 +1,4 @@
-"""A recipe: which stages, on which calibration text, from which seed. With the model it determines the output's bytes."""
+"""A recipe: which stages, on which calibration text, from which seed. With the model it determines the output."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,11 +55,11 @@ class Recipe(BaseModel):
     def _in_order(self) -> Self:
         if not self.stages:
             raise ValueError("a recipe needs at least one stage")
-        names = [stage.name for stage in self.stages]
+        names = [stage.stage for stage in self.stages]
         for position, stage in enumerate(self.stages):
             for earlier in stage.after:
                 if earlier not in names[:position]:
-                    raise ValueError(f"{stage.name} needs {earlier} before it; the order is {', '.join(names)}")
+                    raise ValueError(f"{stage.stage} needs {earlier} before it; the order is {', '.join(names)}")
         return self
 
 
@@ -67,8 +67,7 @@ def parse_stage(entry: Any) -> StageConfig:
     name = entry.get("stage") if isinstance(entry, dict) else None
     if name not in stages.names():
         raise ValueError(unknown_name("stage", str(name), stages.names()))
-    parsed: StageConfig = stages.stage_class(name).model_validate(entry)
-    return parsed
+    return stages.stage_class(name).model_validate(entry)
 
 
 def parse_recipe(data: Any) -> Recipe:

@@ -46,7 +46,8 @@ def carry_modeling(target: Path, modules: Iterable[str]) -> None:
 
 def write_index(target: Path, parts: Iterable[Mapping[str, Any]]) -> None:
     """model.safetensors.index.json over the part files: which tensor is where, and the totals."""
-    weight_map, total_bytes, total_parameters = {}, 0, 0
+    weight_map: dict[str, str] = {}
+    total_bytes = total_parameters = 0
     for part in parts:
         weight_map |= dict.fromkeys(part["tensors"], part["part"]["file"])
         total_bytes += part["tensor_bytes"]

@@ -10,6 +10,7 @@ loaded in its own dtype and its blocks stay on disk until they are needed.
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -21,13 +22,15 @@ def main(folder: str, probe_file: str, memory: int, scratch: str) -> dict[str, o
     stored = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
     itemsize = json.loads((Path(folder) / "compress.json").read_text(encoding="utf-8"))["itemsize"]
     fits = stored * 4 / itemsize * 1.5 < memory
+    options: dict[str, Any]
     if fits:
         options = {"dtype": torch.promote_types(torch.float32, probe["logits"].dtype)}
     else:
         options = {"device_map": "auto", "max_memory": {"cpu": memory // 2}, "offload_folder": scratch}
-    model, info = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder, trust_remote_code=True, output_loading_info=True, local_files_only=True, **options
     )
+    model, info = loaded
     with torch.inference_mode():
         logits = model.eval()(input_ids=probe["ids"], use_cache=False).logits
     difference = (logits.double() - probe["logits"].double()).abs().max()

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from jaxtyping import Float, Int64
 from safetensors.torch import save_file
@@ -49,7 +50,7 @@ def verify(
     return difference
 
 
-def run_clean(folder: Path, probe: Path, memory: int, scratch: Path) -> dict[str, list[str]]:
+def run_clean(folder: Path, probe: Path, memory: int, scratch: Path) -> dict[str, Any]:
     """What reload.py finds. -I keeps the user's paths out; the carried code is cached in a folder of the run's own."""
     environment = os.environ | {
         "HF_MODULES_CACHE": str(scratch / "modules"),
@@ -63,7 +64,7 @@ def run_clean(folder: Path, probe: Path, memory: int, scratch: Path) -> dict[str
     if done.returncode != 0:
         last = done.stderr.strip().splitlines()[-1:] or ["no message"]
         raise VerificationError(f"The written checkpoint does not load: {last[0]}. The folder {folder} is kept.")
-    found: dict[str, list[str]] = json.loads(done.stdout.strip().splitlines()[-1])
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     if found["imported_compress"]:
         raise VerificationError("The reloading process imported this package; the proof would prove nothing.")
     return found

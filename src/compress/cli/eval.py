@@ -1,7 +1,7 @@
 """`compress eval`: how good a model is, dense or compressed."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -45,7 +45,6 @@ def evaluate(
 
     Example: compress eval --ppl wikitext2 --model opt-125m
     """
-    from compress.datasets import data_directory
     from compress.models.hub import find_model
     from compress.models.loading import load_config, load_model, load_tokenizer
 
@@ -91,15 +90,13 @@ def computing_dtype(asked: str | None, config: object, device: "torch.device") -
 
 
 def read_windows(
-    sets: list[str], tokenizer: object, seq_len: int, data_dir: Path | None, limit: int | None
+    sets: list[str], tokenizer: Any, seq_len: int, data_dir: Path | None, limit: int | None
 ) -> "dict[str, torch.Tensor]":
     from compress.datasets import data_directory
     from compress.datasets.windows import evaluation_windows
 
     folder = data_directory(data_dir)
-    return {
-        name: evaluation_windows(name, tokenizer, seq_len=seq_len, data_dir=folder, limit=limit) for name in sets
-    }
+    return {name: evaluation_windows(name, tokenizer, seq_len=seq_len, data_dir=folder, limit=limit) for name in sets}
 
 
 def measure(model: "torch.nn.Module", windows: "dict[str, torch.Tensor]", batch_size: int) -> "list[Perplexity]":

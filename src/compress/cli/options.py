@@ -21,7 +21,9 @@ DataDir = Annotated[
         envvar="COMPRESS_DATA_DIR", help="Folder with data sets as plain files, for use offline.", rich_help_panel=Data
     ),
 ]
-Device = Annotated[str | None, typer.Option(help="cuda, cuda:1, cpu; by default a GPU if there is one.", rich_help_panel=Machine)]
+Device = Annotated[
+    str | None, typer.Option(help="cuda, cuda:1, cpu; by default a GPU if there is one.", rich_help_panel=Machine)
+]
 Seed = Annotated[int, typer.Option(min=0, help="Of everything that is drawn at random.", rich_help_panel=Data)]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.", rich_help_panel=Output)]
 BatchSize = Annotated[int | None, typer.Option(min=1, help="Windows at a time.", rich_help_panel=Machine)]
@@ -71,5 +73,3 @@ def quoted(text: str) -> str:
     import shlex
 
     return shlex.quote(text)
-
-

@@ -65,7 +65,7 @@ def progress_bar(start: str) -> Iterator[Callable[[str, int, int], None]]:
     """A bar on stderr, with the time left and this process's memory; plain lines where stderr is no terminal."""
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield lambda name, done, total: sys.stderr.write(f"[{done}/{total}] {name}  {memory_in_use()}\n") and None
+        yield print_progress
         return
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[memory]}"), console=console) as bar:
@@ -73,6 +73,10 @@ def progress_bar(start: str) -> Iterator[Callable[[str, int, int], None]]:
         yield lambda name, done, total: bar.update(
             task, description=name, completed=done, total=total, memory=memory_in_use()
         )
+
+
+def print_progress(name: str, done: int, total: int) -> None:
+    sys.stderr.write(f"[{done}/{total}] {name}  {memory_in_use()}\n")
 
 
 def memory_in_use() -> str:

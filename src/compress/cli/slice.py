@@ -38,13 +38,15 @@ def slice_model(
     ratio: Annotated[
         str | None,
         typer.Option(
-            help="Share of the hidden size to delete: 0.25; 0.1:0.3 from first to last block; or one a block, 0.1,0.2,...",
+            help="Share of the hidden size to delete: 0.25; from first to last block, 0.1:0.3; or one a block, 0.1,0.2",
             rich_help_panel=Method,
         ),
     ] = None,
     explained_variance: Annotated[
         float | None,
-        typer.Option(help="Instead of --ratio: keep what holds this share of the stream's energy.", rich_help_panel=Method),
+        typer.Option(
+            help="Instead of --ratio: keep what holds this share of the stream's energy.", rich_help_panel=Method
+        ),
     ] = None,
     method: Annotated[
         Literal["slicegpt"], typer.Option(help="slicegpt: a rotation a layer, as in the paper.", rich_help_panel=Method)
@@ -85,7 +87,9 @@ def slice_model(
         str | None,
         typer.Option(help="Of the written weights. Default: the model's own.", rich_help_panel=Output),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.", rich_help_panel=Output)] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an interrupted run.", rich_help_panel=Output)
+    ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the output if it exists.", rich_help_panel=Output)
     ] = False,
@@ -172,7 +176,9 @@ def slicing_rule(ratio: str | None, explained_variance: float | None) -> dict[st
         raise UsageError("Say how much to slice: --ratio 0.25 or --explained-variance 0.99, one of the two.")
     if explained_variance is not None:
         if not 0 < explained_variance <= 1:
-            raise UsageError(f"--explained-variance is a share above 0 and up to 1, got {explained_variance}. Try 0.99.")
+            raise UsageError(
+                f"--explained-variance is a share above 0 and up to 1, got {explained_variance}. Try 0.99."
+            )
         return {"explained_variance": explained_variance}
     assert ratio is not None
     if ":" in ratio:
@@ -225,7 +231,10 @@ def show_result(job: "Job", result: "Result", *, as_json: bool) -> None:
     rows += size_rows(vars(result.dense), vars(result.size))
     seconds = result.seconds
     shares = ", ".join(f"{kind} {value:.1f}" for kind, value in seconds.items() if kind != "total")
-    rows += [["seconds", f"{seconds['total']:.1f} ({shares})"], ["reloads with logits within", f"{result.difference:.0e}"]]
+    rows += [
+        ["seconds", f"{seconds['total']:.1f} ({shares})"],
+        ["reloads with logits within", f"{result.difference:.0e}"],
+    ]
     print_table(f"{job.model.name} sliced: {result.out}", ["", "value"], rows)
 
 

@@ -7,11 +7,13 @@ Weights are (d_out, d_in); embedding tables are (vocabulary, stream). Arithmetic
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+
+Writer = nn.Linear | nn.Embedding
 
 
 @dataclass
@@ -24,14 +26,13 @@ class Branch:
 
     name: str
     readers: Mapping[str, nn.Linear]
-    writers: Mapping[str, nn.Module]
+    writers: Mapping[str, Writer]
     norm_kind: str
     norm_eps: float
     dense_width: int
     norm_owner: nn.Module | None = None
     norm_name: str = ""
     run: Callable[..., Tensor] | None = None
-    report: dict[str, object] = field(default_factory=dict)
 
     @property
     def norm(self) -> nn.Module | None:
@@ -50,7 +51,7 @@ def read_through(branch: Branch, decode: Float[Tensor, "d D"]) -> None:
 
 
 def write_through(branch: Branch, encode: Float[Tensor, "D d"]) -> None:
-    """Let the writers write in the basis whose columns are `encode`: W <- encode^T W, b <- encode^T b, E <- E encode."""
+    """Let the writers write in the basis of `encode`'s columns: W <- encode^T W, b <- encode^T b, E <- E encode."""
     encode = encode.double()
     for writer in branch.writers.values():
         weight = writer.weight.double()
@@ -62,7 +63,7 @@ def write_through(branch: Branch, encode: Float[Tensor, "D d"]) -> None:
             set_bias(writer, writer.bias.double() @ encode)
 
 
-def set_weight(module: nn.Module, weight: Float[Tensor, "rows columns"]) -> None:
+def set_weight(module: Writer, weight: Float[Tensor, "rows columns"]) -> None:
     """Put a new weight into a linear or an embedding table, in the module's own dtype, with its sizes kept true."""
     module.weight = nn.Parameter(weight.to(module.weight.dtype).contiguous(), requires_grad=False)
     if isinstance(module, nn.Embedding):
@@ -71,8 +72,8 @@ def set_weight(module: nn.Module, weight: Float[Tensor, "rows columns"]) -> None
         module.out_features, module.in_features = weight.shape
 
 
-def set_bias(module: nn.Module, bias: Float[Tensor, "d_out"]) -> None:
-    module.bias = nn.Parameter(bias.to(module.weight.dtype).contiguous(), requires_grad=False)
+def set_bias(linear: nn.Linear, bias: Float[Tensor, "d_out"]) -> None:
+    linear.bias = nn.Parameter(bias.to(linear.weight.dtype).contiguous(), requires_grad=False)
 
 
 def shortcut(weight: Float[Tensor, "d_in d_out"], dtype: torch.dtype) -> nn.Linear:

@@ -1,4 +1,4 @@
-"""The config of the `compress_sliced` architecture; carried in every checkpoint of that type, beside its modeling file."""
+"""The config of the `compress_sliced` architecture; carried in every checkpoint of that type."""
 
 from transformers import AutoConfig
 from transformers.configuration_utils import PretrainedConfig

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from compress.families import Family
-from compress.models.branch import Branch
+from compress.models.branch import Branch, Writer
 from compress.models.modeling_sliced import as_residual_block, replace
 
 Arguments = dict[str, Any]
@@ -84,11 +84,13 @@ class Decoder:
             setattr(module.get_submodule(owner), attribute, nn.Parameter(weight, requires_grad=False))
 
     def fill_root(self, tensors: Mapping[str, Tensor], *, part: str) -> None:
-        below = {name.removeprefix(f"{part}."): tensor for name, tensor in tensors.items() if name.startswith(f"{part}.")}
+        below = {
+            name.removeprefix(f"{part}."): tensor for name, tensor in tensors.items() if name.startswith(f"{part}.")
+        }
         self.fill(self.model.get_submodule(part), below)
 
     def embedding_branch(self) -> Branch:
-        tables = {name: self.model.get_submodule(name) for name in self.family.embeddings}
+        tables: dict[str, Writer] = {name: embedding(self.model, name) for name in self.family.embeddings}
         return Branch(name="embeddings", readers={}, writers=tables, **self._norm_facts())
 
     def block_branches(self, index: int) -> list[Branch]:
@@ -96,7 +98,7 @@ class Decoder:
 
     def head_branch(self) -> Branch:
         owner, _, name = self.family.final_norm.rpartition(".")
-        readers = {self.family.head: self.model.get_submodule(self.family.head)}
+        readers = {self.family.head: linear(self.model, self.family.head)}
         return Branch(
             name="head",
             readers=readers,
@@ -138,8 +140,8 @@ class Decoder:
 
         return Branch(
             name=f"block {index} {table['name']}",
-            readers={reader: block.get_submodule(reader) for reader in table["readers"]},
-            writers={writer: block.get_submodule(writer) for writer in table["writers"]},
+            readers={reader: linear(block, reader) for reader in table["readers"]},
+            writers={writer: linear(block, writer) for writer in table["writers"]},
             norm_owner=block.get_submodule(owner),
             norm_name=name,
             run=run,
@@ -158,3 +160,17 @@ class Decoder:
         finally:
             replace(self.model, self.family.blocks, blocks)
             replace(self.model, self.family.final_norm, final_norm)
+
+
+def linear(root: nn.Module, name: str) -> nn.Linear:
+    module = root.get_submodule(name)
+    if not isinstance(module, nn.Linear):
+        raise TypeError(f"The family's table calls {name} a linear layer, it is a {type(module).__name__}.")
+    return module
+
+
+def embedding(root: nn.Module, name: str) -> nn.Embedding:
+    module = root.get_submodule(name)
+    if not isinstance(module, nn.Embedding):
+        raise TypeError(f"The family's table calls {name} an embedding, it is a {type(module).__name__}.")
+    return module

@@ -28,7 +28,15 @@ ALIASES = {
     "starcoder": "bigcode/starcoder",
     "tinyllama": "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
 }
-NEEDED_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*", "*.model", "merges.txt", "LICENSE*")
+NEEDED_FILES = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*.json",
+    "tokenizer*",
+    "*.model",
+    "merges.txt",
+    "LICENSE*",
+)
 
 
 @dataclass(frozen=True)

@@ -20,16 +20,23 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     if not any(any(folder.glob(pattern)) for pattern in ("tokenizer*", "*.model", "vocab*")):
-        raise CheckpointError(f"{folder} has no tokenizer (tokenizer.json or its like). Copy the model's tokenizer there.")
+        raise CheckpointError(
+            f"{folder} has no tokenizer (tokenizer.json or its like). Copy the model's tokenizer there."
+        )
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"The tokenizer of {folder} cannot be read: {str(error).strip().splitlines()[0]}") from error
+        raise CheckpointError(
+            f"The tokenizer of {folder} cannot be read: {str(error).strip().splitlines()[0]}"
+        ) from error
 
 
-def load_model(folder: Path, *, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False) -> PreTrainedModel:
+def load_model(
+    folder: Path, *, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """The whole model, for what needs it whole. Safetensors only."""
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True, local_files_only=True
     )
-    return model.to(device).eval()
+    model.to(device)  # type: ignore[arg-type]
+    return model.eval()

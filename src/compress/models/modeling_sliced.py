@@ -55,7 +55,7 @@ class ResidualBlock:
         return hidden_states if shortcut is None else shortcut(hidden_states)
 
     def run_branch(self, branch, hidden_states, **kwargs):
-        """What the branch adds to the stream: the sum of its paths (more than one where attention and MLP are parallel)."""
+        """What the branch adds to the stream: the sum of its paths (two where attention and MLP are parallel)."""
         normed = self.get_submodule(branch["norm"])(hidden_states)
         outputs = [self.run_path(path, normed, **kwargs) for path in branch["paths"]]
         return functools.reduce(torch.add, outputs)

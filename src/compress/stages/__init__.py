@@ -6,15 +6,15 @@ A stage names the statistics it needs and the stages that must come before it; n
 import importlib
 import pkgutil
 
-from compress.streaming.sites import Stage
+from compress.stages._stage import StageConfig
 
 
 def names() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
 
 
-def stage_class(name: str) -> type[Stage]:
+def stage_class(name: str) -> type[StageConfig]:
     """The stage of a file, found by its name: `fold_norms` is `FoldNorms` in stages/fold_norms.py."""
     class_name = "".join(word.capitalize() for word in name.split("_"))
-    found: type[Stage] = getattr(importlib.import_module(f"compress.stages.{name}"), class_name)
+    found: type[StageConfig] = getattr(importlib.import_module(f"compress.stages.{name}"), class_name)
     return found

@@ -6,10 +6,9 @@ numerics/norms.py for the formula. The function is preserved exactly; epsilon is
 
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor, nn
 
-from compress.models.branch import Branch, set_bias, set_weight
+from compress.models.branch import Branch, Writer, set_bias, set_weight
 from compress.models.modeling_sliced import GainlessRMSNorm
 from compress.numerics.norms import center_rows, fold_gain, fold_offset
 from compress.stages._stage import StageConfig
@@ -45,12 +44,11 @@ def fold_into(linear: nn.Linear, gain: Tensor | None, offset: Tensor | None) -> 
         set_weight(linear, fold_gain(weight, gain))
 
 
-def center_writer(writer: nn.Module) -> None:
+def center_writer(writer: Writer) -> None:
     weight = writer.weight.double()
     if isinstance(writer, nn.Embedding):
         set_weight(writer, center_rows(weight.T).T)
         return
     set_weight(writer, center_rows(weight))
-    bias = writer.bias
-    if isinstance(bias, torch.Tensor):
-        set_bias(writer, bias.double() - bias.double().mean())
+    if writer.bias is not None:
+        set_bias(writer, writer.bias.double() - writer.bias.double().mean())

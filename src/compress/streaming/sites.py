@@ -94,19 +94,11 @@ def stream_points(dense_width: int, *, num_blocks: int, branch_names: list[str],
 
 
 class Stage(Protocol):
-    """A configuration and what it does at one site."""
+    """A configuration and what it does at one site: all that the walk knows of a stage."""
 
     site: ClassVar[type[Branch] | type[StreamPoint]]
-    after: ClassVar[tuple[str, ...]]
-
-    @property
-    def name(self) -> str: ...
 
     @property
     def needs(self) -> tuple[SecondMoment, ...]: ...
 
     def apply(self, site: Any) -> None: ...
-
-    def planned_width(self, point: StreamPoint) -> int | None:
-        """The width this stage will give a stream of `point.width`, from the config alone; None if the data decides."""
-        ...

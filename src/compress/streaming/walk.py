@@ -4,7 +4,8 @@ The windows' hidden states pass through the *compressed* prefix, so each statist
 before it. A branch's output is taken in the dense basis, its statistics decide the next basis, and both the weights
 and the activations are carried over into it; nothing is run a second time. The reference runs each block twice.
 
-Shapes: stream (windows, tokens, d) in the present basis, dense stream (windows, tokens, D); decode (d, D), encode (D, d).
+Shapes: stream (windows, tokens, d) in the present basis, dense stream
+(windows, tokens, D), decode (d, D), encode (D, d).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
-from torch import Tensor, nn
+from torch import Tensor
 
 from compress.errors import NumericalError
 from compress.models.branch import Branch, read_through, shortcut, write_through
@@ -131,8 +132,8 @@ class Walk:
             dense_stream = (decoder.embed(batch)[0] for batch in self.batches)
             self._gather(point, dense_stream)
         self._change_basis(branch, point)
-        tables = {f"{name}.weight": table.weight for name, table in branch.writers.items()}
-        part = self._finish(0, "embeddings", tables, [point], decoder.model)
+        tables: dict[str, Tensor] = {f"{name}.weight": table.weight for name, table in branch.writers.items()}
+        part = self._finish(0, "embeddings", tables, [point])
         self.probe, _ = decoder.embed(self.probe_ids)
         for table in branch.writers.values():
             decoder.empty(table)
@@ -154,7 +155,7 @@ class Walk:
             if weight is not None:
                 setattr(block, shortcut_name(table), shortcut(weight, decoder.dtype))
         tensors = {prefix + name: parameter for name, parameter in block.named_parameters()}
-        part = self._finish(index + 1, f"block {index}", tensors, points, block)
+        part = self._finish(index + 1, f"block {index}", tensors, points)
         if self.probe is not None:
             self.probe = block(self.probe, **self.probe_arguments[index])
         decoder.empty(block)
@@ -164,12 +165,13 @@ class Walk:
         decoder, head = self.decoder, self.decoder.head_branch()
         with self.clock("read"):
             tensors = self._read_head()
-            for part in (decoder.family.final_norm, decoder.family.head):
-                decoder.fill_root(tensors, part=part)
+            names = (decoder.family.final_norm, decoder.family.head)
+            for name in names:
+                decoder.fill_root(tensors, part=name)
         self._at_branch(head)
-        owners = {name: decoder.model.get_submodule(name) for name in (decoder.family.final_norm, decoder.family.head)}
+        owners = {name: decoder.model.get_submodule(name) for name in names}
         named = {f"{name}.{inner}": p for name, owner in owners.items() for inner, p in owner.named_parameters()}
-        part = self._finish(self.num_parts - 1, "head", named, [], decoder.model)
+        part = self._finish(self.num_parts - 1, "head", named, [])
         if self.probe is not None:
             self.probe = decoder.logits(self.probe)
         return part
@@ -208,7 +210,7 @@ class Walk:
             self._gather(point, dense_stream())
 
     def _gather(self, point: StreamPoint, dense_stream: Iterator[Tensor]) -> None:
-        """Put the dense stream of each batch into the cache and the statistics that stages need, then ask the stages."""
+        """Put each batch of the dense stream into the cache and the needed statistics, then ask the stages."""
         stages = [stage for stage in self.stages if stage.site is StreamPoint]
         needs = dict.fromkeys(need for stage in stages for need in stage.needs)
         device, eps = self.decoder.device, self.decoder.family.epsilon(self.decoder.config)
@@ -237,9 +239,7 @@ class Walk:
             self.decode = encode.T.contiguous()
         return weight
 
-    def _finish(
-        self, index: int, name: str, tensors: Mapping[str, Tensor], points: list[StreamPoint], owner: nn.Module
-    ) -> FinishedPart:
+    def _finish(self, index: int, name: str, tensors: Mapping[str, Tensor], points: list[StreamPoint]) -> FinishedPart:
         """Round a part's weights to the output dtype, in the module too: the probe sees what will be read back."""
         rounded = {key: tensor.to(self.settings.output_dtype).cpu().contiguous() for key, tensor in tensors.items()}
         for key, tensor in rounded.items():

@@ -115,7 +115,9 @@ def indexed_names(index: Path) -> list[str]:
         raise CheckpointError(f"{index} is no safetensors index (a JSON object with a weight_map).") from error
     for name in names:
         if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
-            raise CheckpointError(f"{index} names {name!r}; an index may only name .safetensors files of its own folder.")
+            raise CheckpointError(
+                f"{index} names {name!r}; an index may only name .safetensors files of its own folder."
+            )
     return names
 
 
