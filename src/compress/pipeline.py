@@ -327,7 +327,7 @@ def _complete(prepared: Prepared, walk: Walk, journal: Journal, start: float, re
     files.copy_companions(prepared.folder, partial)
     files.write_index(partial, journal.entries)
     facts = {
-        "name": job.out.name,
+        "name": f"{job.model.name}-{job.recipe.method}",
         "base_model": job.model.repository or job.model.name,
         "command": job.command,
         "recipe": job.recipe.model_dump(mode="json"),

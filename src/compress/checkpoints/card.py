@@ -20,7 +20,7 @@ tags: [compress, {facts["recipe"]["method"]}]
 ---
 # {facts["name"]}
 
-{facts["base_model"]}, made smaller by [compress]({HOMEPAGE}) {facts["versions"]["compress"]} with the method
+{facts["base_model"]}, made smaller by compress {facts["versions"]["compress"]} with the method
 `{facts["recipe"]["method"]}`: one pass over {calibration["samples"]} windows of {calibration["seq_len"]} tokens of
 `{calibration["source"]}`, no training.
 
@@ -51,6 +51,3 @@ tokenizer = AutoTokenizer.from_pretrained("PATH")
 compress.json holds the recipe, versions, fingerprints and a report on every point of the residual stream. The licence
 is the base model's.
 """
-
-
-HOMEPAGE = "https://pypi.org/project/compress-llm/"

@@ -23,6 +23,7 @@ def sliced_config(config: Any, family: Family, widths: Sequence[int], dtype: tor
     text_config = copy.deepcopy(config)
     # The embeddings and the head lie in different bases, so what was tied no longer is.
     text_config.tie_word_embeddings = False
+    text_config.name_or_path = ""  # a path of the machine it was made on
     sliced = SlicedConfig(
         text_config=text_config,
         structure=family.structure(),

@@ -233,9 +233,13 @@ def show_result(job: "Job", result: "Result", *, as_json: bool) -> None:
     shares = ", ".join(f"{kind} {value:.1f}" for kind, value in seconds.items() if kind != "total")
     rows += [
         ["seconds", f"{seconds['total']:.1f} ({shares})"],
-        ["reloads with logits within", f"{result.difference:.0e}"],
+        ["reloads", reloads(result.difference)],
     ]
     print_table(f"{job.model.name} sliced: {result.out}", ["", "value"], rows)
+
+
+def reloads(difference: float) -> str:
+    return "with the same logits" if difference == 0 else f"with logits within {difference:.0e} of the largest"
 
 
 def size_rows(dense: Mapping[str, int], sliced: Mapping[str, int]) -> list[list[str]]:
