@@ -43,6 +43,7 @@ def main() -> None:
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokens):,} training tokens", flush=True)
     train(model, tokens, held_out, steps=options.steps)
 
+    forget_untrained_positions(model)
     model.half().save_pretrained(options.out)
     tokenizer.save_pretrained(options.out)
     report = {
@@ -54,9 +55,17 @@ def main() -> None:
     print(json.dumps(report))
 
 
+def forget_untrained_positions(model: OPTForCausalLM) -> None:
+    """Cut the position table to the length that was trained: what lies past it is noise."""
+    positions = model.model.decoder.embed_positions
+    positions.weight = torch.nn.Parameter(positions.weight[: SEQ_LEN + positions.offset].clone())
+    model.config.max_position_embeddings = SEQ_LEN
+
+
 def library_tests() -> list[str]:
     root = stdlib.library_root()
     paths = sorted((root / "test").rglob("*.py"))
+    # What encoded mail headers spell is no language.
     return [path.read_text(encoding="utf-8", errors="replace") for path in paths if "encoded" not in path.name]
 
 

@@ -39,7 +39,9 @@ def tiny_config(model_type: str, **changes: Any) -> Any:
     return AutoConfig.for_model(model_type, **(SHARED | FAMILIES[model_type] | changes))
 
 
-def tiny_model(model_type: str, *, dtype: torch.dtype = torch.float64, seed: int = 0, **changes: Any) -> PreTrainedModel:
+def tiny_model(
+    model_type: str, *, dtype: torch.dtype = torch.float64, seed: int = 0, **changes: Any
+) -> PreTrainedModel:
     """A random model whose every parameter matters: gains, biases and offsets are drawn too."""
     torch.manual_seed(seed)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(tiny_config(model_type, **changes), dtype=dtype)

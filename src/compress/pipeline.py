@@ -40,6 +40,7 @@ from compress.version import __version__
 
 PROBE_TOKENS = 64
 TOKENS_PER_BATCH = 8192
+SMALL = 5 * 10**8  # bytes: a model below this is reloaded whole, whatever the walk needed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -344,7 +345,7 @@ def _complete(prepared: Prepared, walk: Walk, journal: Journal, start: float, re
     with walk.clock("verify"):
         ids, logits = walk.probe_ids, walk.probe
         assert logits is not None
-        difference = verify(partial, ids, logits, memory=psutil.virtual_memory().available)
+        difference = verify(partial, ids, logits, memory=max(prepared.plan.memory_bytes, SMALL))
     journal.forget()
     publish(partial, job.out)
     seconds = dict(walk.clock.seconds) | {"total": time.perf_counter() - start}

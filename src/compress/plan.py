@@ -11,6 +11,7 @@ from compress.families import Family
 from compress.recipe import Recipe
 from compress.streaming.cache import cache_bytes
 from compress.streaming.sites import StreamPoint, stream_points
+from compress.streaming.walk import num_streams
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,8 @@ class Plan:
     sliced: the result's size; where the data decides, None.
     memory_bytes: the most that is held at once beside the interpreter: the largest part at its dense width with its
         float64 copy, its statistics, a batch in flight, and the activation cache as far as it may stay in memory.
-    disk_bytes: the output and the state a killed run resumes from.
+    disk_bytes: the output, the state a killed run resumes from, twice while it is replaced, and activations that
+        memory does not hold.
     """
 
     widths: list[int | None]
@@ -67,6 +69,8 @@ def make_plan(
     dense = dense_size(config, dtype)
     calibration = recipe.calibration
     cache = cache_bytes(calibration.samples, calibration.seq_len, config.hidden_size, computing)
+    cache *= num_streams(recipe.stages)
+    spilled = cache if cache > cache_memory else 0
     return Plan(
         widths=widths,
         dense=dense,
@@ -74,7 +78,7 @@ def make_plan(
         memory_bytes=largest_part(config, family) * (computing.itemsize + 8)
         + 4 * config.hidden_size**2 * 8
         + min(cache, cache_memory),
-        disk_bytes=(sliced or dense).bytes + 2 * cache,
+        disk_bytes=(sliced or dense).bytes + 2 * cache + spilled,
     )
 
 

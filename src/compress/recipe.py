@@ -100,10 +100,12 @@ def slicegpt(
     final_orientation: str = "pca",
     round_to: int = 8,
     slice_head: bool = False,
+    measure_error: bool = False,
 ) -> list[dict[str, Any]]:
     """The stages of SliceGPT (arXiv 2401.15024). `rule` is how `slice` chooses widths, such as {"ratio": 0.25}."""
     return [
         {"stage": "fold_norms"},
+        *([{"stage": "measure_error"}] if measure_error else []),
         {"stage": "rotate", "signal": signal, "final_orientation": final_orientation},
         {"stage": "slice", **rule, "round_to": round_to, "slice_head": slice_head},
     ]

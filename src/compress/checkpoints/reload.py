@@ -26,7 +26,7 @@ def main(folder: str, probe_file: str, memory: int, scratch: str) -> dict[str, o
     if fits:
         options = {"dtype": torch.promote_types(torch.float32, probe["logits"].dtype)}
     else:
-        options = {"device_map": "auto", "max_memory": {"cpu": memory // 2}, "offload_folder": scratch}
+        options = {"device_map": "auto", "max_memory": {"cpu": memory // 4}, "offload_folder": scratch}
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder, trust_remote_code=True, output_loading_info=True, local_files_only=True, **options
     )
@@ -40,7 +40,7 @@ def main(folder: str, probe_file: str, memory: int, scratch: str) -> dict[str, o
         "mismatched": sorted(str(key) for key in info["mismatched_keys"]),
         "difference": float(difference),
         "largest_logit": float(probe["logits"].abs().max()),
-        "in_memory": fits,
+        "bits": 8 * model.dtype.itemsize,
         "imported_compress": "compress" in sys.modules,
     }
 

@@ -41,7 +41,7 @@ def verify(
         if found[kind]:
             raise VerificationError(f"The written checkpoint has {kind} keys on reload: {', '.join(found[kind][:3])}.")
     difference = float(found["difference"]) / max(float(found["largest_logit"]), 1e-30)
-    tolerance = TOLERANCE if found["in_memory"] else TOLERANCE_16_BIT
+    tolerance = TOLERANCE if found["bits"] >= 32 else TOLERANCE_16_BIT
     if not difference <= tolerance:
         raise VerificationError(
             f"The written checkpoint reloads with other logits: they differ by {difference:.1e} of the largest, "

@@ -1,8 +1,9 @@
 """Options that several commands have, in the same words, and how their values are read."""
 
 import re
+import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,22 +12,34 @@ from compress.errors import UsageError
 if TYPE_CHECKING:
     import torch
 
+Method = "Method"
 Data = "Data"
 Machine = "Machine"
 Output = "Output"
 
-DataDir = Annotated[
-    Path | None,
-    typer.Option(
-        envvar="COMPRESS_DATA_DIR", help="Folder with data sets as plain files, for use offline.", rich_help_panel=Data
+
+def in_panel(panel: str, help: str, *, flag: str | None = None, **rules: Any) -> Any:
+    """An option under a heading of the help page; `flag` is the name of one that has no --no- form."""
+    return typer.Option(*([flag] if flag else []), help=help, rich_help_panel=panel, **rules)
+
+
+Calibration = Annotated[
+    str | None,
+    in_panel(
+        Data, "wikitext2, c4, ptb, alpaca, stdlib, or a .txt or .jsonl file. Default: wikitext2; stdlib for demo."
     ),
 ]
-Device = Annotated[
-    str | None, typer.Option(help="cuda, cuda:1, cpu; by default a GPU if there is one.", rich_help_panel=Machine)
+Samples = Annotated[int, in_panel(Data, "Calibration windows.", min=1)]
+SeqLen = Annotated[int | None, in_panel(Data, "Tokens a window. Default: 2048, or what the model has.", min=2)]
+DataDir = Annotated[
+    Path | None,
+    in_panel(Data, "Folder with data sets as plain files, for use offline.", envvar="COMPRESS_DATA_DIR"),
 ]
-Seed = Annotated[int, typer.Option(min=0, help="Of everything that is drawn at random.", rich_help_panel=Data)]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.", rich_help_panel=Output)]
-BatchSize = Annotated[int | None, typer.Option(min=1, help="Windows at a time.", rich_help_panel=Machine)]
+Seed = Annotated[int, in_panel(Data, "Of everything that is drawn at random.", min=0)]
+Dtype = Annotated[str | None, in_panel(Output, "Of the written weights. Default: the model's own.")]
+Json = Annotated[bool, in_panel(Output, "Print the result as JSON.", flag="--json")]
+Device = Annotated[str | None, in_panel(Machine, "cuda, cuda:1, cpu; by default a GPU if there is one.")]
+BatchSize = Annotated[int | None, in_panel(Machine, "Windows at a time.", min=1)]
 
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)b?", re.IGNORECASE)
 SCALES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
@@ -70,6 +83,4 @@ def printable(command: str, options: dict[str, object]) -> str:
 
 
 def quoted(text: str) -> str:
-    import shlex
-
     return shlex.quote(text)

@@ -65,7 +65,7 @@ def progress_bar(start: str) -> Iterator[Callable[[str, int, int], None]]:
     """A bar on stderr, with the time left and this process's memory; plain lines where stderr is no terminal."""
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield print_progress
+        yield PlainProgress()
         return
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[memory]}"), console=console) as bar:
@@ -75,8 +75,16 @@ def progress_bar(start: str) -> Iterator[Callable[[str, int, int], None]]:
         )
 
 
-def print_progress(name: str, done: int, total: int) -> None:
-    sys.stderr.write(f"[{done}/{total}] {name}  {memory_in_use()}\n")
+class PlainProgress:
+    """A line when something new begins and when all is done, for logs."""
+
+    def __init__(self) -> None:
+        self.last = ""
+
+    def __call__(self, name: str, done: int, total: int) -> None:
+        if name != self.last or done == total:
+            sys.stderr.write(f"[{done}/{total}] {name}  {memory_in_use()}\n")
+        self.last = name
 
 
 def memory_in_use() -> str:

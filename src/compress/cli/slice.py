@@ -8,13 +8,18 @@ import typer
 
 from compress.cli.options import (
     BatchSize,
-    Data,
+    Calibration,
     DataDir,
     Device,
+    Dtype,
     Json,
     Machine,
+    Method,
     Output,
+    Samples,
     Seed,
+    SeqLen,
+    in_panel,
     parse_size,
     pick_device,
     printable,
@@ -24,10 +29,18 @@ from compress.cli.reporting import gigabytes, print_json, print_table, progress_
 from compress.errors import UsageError
 
 if TYPE_CHECKING:
+    from compress.models.hub import ModelSource
     from compress.pipeline import Job, Result
     from compress.plan import Plan
+    from compress.recipe import Recipe
 
-Method = "Method"
+
+RATIO = "Share of the hidden size to delete: 0.25; from first to last block, 0.1:0.3; or one a block, 0.1,0.2"
+ENERGY = "Instead of --ratio: keep what holds this share of the stream's energy."
+SIGNAL = "Principal components of the stream before or after the norm."
+ORIENTATION = "Span the kept space by its components, or rotated at random."
+ERROR = "Run the dense model beside and report how far the stream is from its own at each point."
+CACHE = "Activations beyond this go to disk: 8GB. Default: half of what is free."
 
 
 @reporting_errors
@@ -35,76 +48,32 @@ def slice_model(
     model: Annotated[
         str, typer.Option(help="A hub id, an alias such as llama-2-7b or opt-125m, a folder, or demo.")
     ] = "demo",
-    ratio: Annotated[
-        str | None,
-        typer.Option(
-            help="Share of the hidden size to delete: 0.25; from first to last block, 0.1:0.3; or one a block, 0.1,0.2",
-            rich_help_panel=Method,
-        ),
-    ] = None,
-    explained_variance: Annotated[
-        float | None,
-        typer.Option(
-            help="Instead of --ratio: keep what holds this share of the stream's energy.", rich_help_panel=Method
-        ),
-    ] = None,
+    ratio: Annotated[str | None, in_panel(Method, RATIO)] = None,
+    explained_variance: Annotated[float | None, in_panel(Method, ENERGY)] = None,
     method: Annotated[
-        Literal["slicegpt"], typer.Option(help="slicegpt: a rotation a layer, as in the paper.", rich_help_panel=Method)
+        Literal["slicegpt"], in_panel(Method, "slicegpt: a rotation a layer, as in the paper.")
     ] = "slicegpt",
-    signal: Annotated[
-        Literal["stream", "normed"],
-        typer.Option(help="Principal components of the stream before or after the norm.", rich_help_panel=Method),
-    ] = "stream",
-    final_orientation: Annotated[
-        Literal["pca", "random"],
-        typer.Option(help="Span the kept space by its components, or rotated at random.", rich_help_panel=Method),
-    ] = "pca",
-    round_to: Annotated[
-        int, typer.Option(min=1, help="Widths are rounded down to a multiple.", rich_help_panel=Method)
-    ] = 8,
-    slice_head: Annotated[
-        bool, typer.Option("--slice-head", help="Slice the head's input as well.", rich_help_panel=Method)
-    ] = False,
-    calib: Annotated[
-        str | None,
-        typer.Option(
-            help="wikitext2, c4, ptb, alpaca, stdlib, or a .txt or .jsonl file. Default: wikitext2; stdlib for demo.",
-            rich_help_panel=Data,
-        ),
-    ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Calibration windows.", rich_help_panel=Data)] = 128,
-    seq_len: Annotated[
-        int | None,
-        typer.Option(min=2, help="Tokens a window. Default: 2048, or what the model has.", rich_help_panel=Data),
-    ] = None,
+    signal: Annotated[Literal["stream", "normed"], in_panel(Method, SIGNAL)] = "stream",
+    final_orientation: Annotated[Literal["pca", "random"], in_panel(Method, ORIENTATION)] = "pca",
+    round_to: Annotated[int, in_panel(Method, "Widths are rounded down to a multiple.", min=1)] = 8,
+    slice_head: Annotated[bool, in_panel(Method, "Slice the head's input as well.", flag="--slice-head")] = False,
+    calib: Calibration = None,
+    samples: Samples = 128,
+    seq_len: SeqLen = None,
     data_dir: DataDir = None,
     seed: Seed = 42,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="Output folder. Default: ./compressed/MODEL-METHOD-RATIO.", rich_help_panel=Output),
-    ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(help="Of the written weights. Default: the model's own.", rich_help_panel=Output),
-    ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with an interrupted run.", rich_help_panel=Output)
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the output if it exists.", rich_help_panel=Output)
-    ] = False,
+    out: Annotated[Path | None, in_panel(Output, "Output folder. Default: ./compressed/MODEL-METHOD-RATIO.")] = None,
+    dtype: Dtype = None,
+    resume: Annotated[bool, in_panel(Output, "Go on with an interrupted run.", flag="--resume")] = False,
+    overwrite: Annotated[bool, in_panel(Output, "Replace the output if it exists.", flag="--overwrite")] = False,
+    measure_error: Annotated[bool, in_panel(Output, ERROR, flag="--measure-error")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show sizes and needs from config.json alone.", rich_help_panel=Output)
+        bool, in_panel(Output, "Show sizes and needs from config.json alone.", flag="--dry-run")
     ] = False,
     json: Json = False,
     device: Device = None,
     batch_size: BatchSize = None,
-    cache_memory: Annotated[
-        str | None,
-        typer.Option(
-            help="Activations beyond this go to disk: 8GB. Default: half of what is free.", rich_help_panel=Machine
-        ),
-    ] = None,
+    cache_memory: Annotated[str | None, in_panel(Machine, CACHE)] = None,
 ) -> None:
     """Slice a model: rotate its residual stream to its principal components and delete the least (SliceGPT).
 
@@ -112,49 +81,28 @@ def slice_model(
     """
     from compress.datasets import data_directory
     from compress.models.hub import find_model
-    from compress.models.loading import load_config
     from compress.pipeline import Job, plan_only, run
-    from compress.recipe import parse_recipe, slicegpt
+    from compress.recipe import slicegpt
 
     quiet_libraries()
     rule = slicing_rule(ratio, explained_variance)
-    source = find_model(model)
-    stages = slicegpt(
-        rule, signal=signal, final_orientation=final_orientation, round_to=round_to, slice_head=slice_head
-    )
-    calibration = {
-        "source": calib or ("stdlib" if source.is_demo else "wikitext2"),
-        "samples": samples,
-        "seq_len": usual_seq_len(load_config(source.config_folder()), seq_len),
+    how: dict[str, Any] = {
+        "signal": signal,
+        "final_orientation": final_orientation,
+        "round_to": round_to,
+        "slice_head": slice_head,
+        "measure_error": measure_error,
     }
-    recipe = parse_recipe(
-        {"method": method, "stages": stages, "calibration": calibration, "seed": seed, "dtype": dtype}
+    source = find_model(model)
+    recipe = complete_recipe(
+        source, method, slicegpt(rule, **how), calib=calib, samples=samples, seq_len=seq_len, seed=seed, dtype=dtype
     )
-    command = printable(
-        "compress slice",
-        {
-            "model": source.repository or source.name,
-            "ratio": ratio,
-            "explained_variance": explained_variance,
-            "method": method,
-            "signal": signal,
-            "final_orientation": final_orientation,
-            "round_to": round_to,
-            "slice_head": slice_head,
-            "calib": calibration["source"],
-            "samples": samples,
-            "seq_len": calibration["seq_len"],
-            "seed": seed,
-            "dtype": dtype,
-            "batch_size": batch_size,
-        },
-    )
-    amount = ratio or f"ev{explained_variance}"
+    amount = {"ratio": ratio, "explained_variance": explained_variance}
     job = Job(
         model=source,
         recipe=recipe,
-        out=out or Path("compressed") / f"{source.name.replace('/', '--')}-{method}-{amount.replace(':', '-')}",
-        command=command,
+        out=out or default_output(source, method, amount),
+        command=command_line(source, recipe, {**amount, **how, "batch_size": batch_size}),
         device=pick_device(device),
         batch_size=batch_size,
         cache_memory=None if cache_memory is None else parse_size(cache_memory, "--cache-memory"),
@@ -168,6 +116,49 @@ def slice_model(
     with progress_bar("preparing") as progress:
         result = run(job, progress)
     show_result(job, result, as_json=json)
+
+
+def complete_recipe(
+    source: "ModelSource",
+    method: str,
+    stages: list[dict[str, Any]],
+    *,
+    calib: str | None,
+    samples: int,
+    seq_len: int | None,
+    **rest: Any,
+) -> "Recipe":
+    """The recipe with what was left to us: the demo's own text, windows as long as the model takes."""
+    from compress.models.loading import load_config
+    from compress.recipe import parse_recipe
+
+    calibration = {
+        "source": calib or ("stdlib" if source.is_demo else "wikitext2"),
+        "samples": samples,
+        "seq_len": usual_seq_len(load_config(source.config_folder()), seq_len),
+    }
+    return parse_recipe({"method": method, "stages": stages, "calibration": calibration, **rest})
+
+
+def default_output(source: "ModelSource", method: str, amount: Mapping[str, Any]) -> Path:
+    size = amount["ratio"] or f"ev{amount['explained_variance']}"
+    return Path("compressed") / f"{source.name.replace('/', '--')}-{method}-{size.replace(':', '-')}"
+
+
+def command_line(source: "ModelSource", recipe: "Recipe", options: Mapping[str, Any]) -> str:
+    """The command that makes the same checkpoint, with every default spelled out."""
+    calibration = recipe.calibration
+    fixed = {
+        "model": source.repository or source.name,
+        **options,
+        "method": recipe.method,
+        "calib": calibration.source,
+        "samples": calibration.samples,
+        "seq_len": calibration.seq_len,
+        "seed": recipe.seed,
+        "dtype": recipe.dtype,
+    }
+    return printable("compress slice", fixed)
 
 
 def slicing_rule(ratio: str | None, explained_variance: float | None) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict
 
 from compress.models.branch import Branch
 from compress.streaming.sites import StreamPoint
-from compress.streaming.statistics import SecondMoment
+from compress.streaming.statistics import Need
 
 
 class StageConfig(BaseModel):
@@ -22,7 +22,7 @@ class StageConfig(BaseModel):
     stage: str
 
     @property
-    def needs(self) -> tuple[SecondMoment, ...]:
+    def needs(self) -> tuple[Need, ...]:
         """The statistics that `apply` finds at a point of the stream."""
         return ()
 

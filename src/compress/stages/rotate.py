@@ -13,7 +13,7 @@ from typing import ClassVar, Literal
 from compress.numerics.linalg import pca
 from compress.stages._stage import StageConfig
 from compress.streaming.sites import Basis, StreamPoint
-from compress.streaming.statistics import SecondMoment
+from compress.streaming.statistics import Need, SecondMoment
 
 
 class Rotate(StageConfig):
@@ -24,7 +24,7 @@ class Rotate(StageConfig):
     final_orientation: Literal["pca", "random"] = "pca"
 
     @property
-    def needs(self) -> tuple[SecondMoment, ...]:
+    def needs(self) -> tuple[Need, ...]:
         return (SecondMoment(self.signal),)
 
     def apply(self, point: StreamPoint) -> None:

@@ -42,11 +42,15 @@ class ActivationCache:
     def __len__(self) -> int:
         return len(self.batches)
 
-    def get(self, index: int, device: torch.device) -> Float[Tensor, "windows tokens width"]:
+    def stored(self, index: int) -> Float[Tensor, "windows tokens width"]:
+        """A batch where it is kept."""
         batch = self.batches[index]
         if batch is None:
             raise LookupError(f"batch {index} was never put into the cache")
-        return batch.to(device)
+        return batch
+
+    def get(self, index: int, device: torch.device) -> Float[Tensor, "windows tokens width"]:
+        return self.stored(index).to(device)
 
     def put(self, index: int, activations: Float[Tensor, "windows tokens width"]) -> None:
         if self.slots is None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from compress.models.branch import Branch
 from compress.numerics.linalg import kept_energy, random_orthogonal
-from compress.streaming.statistics import SecondMoment
+from compress.streaming.statistics import Need
 
 
 @dataclass
@@ -40,6 +40,7 @@ class StreamPoint:
     block: the block the point lies in; for the embeddings, the first one.
     statistics: what the stages declared, by need.
     basis: set by a stage that rotates; None leaves the stream as it is.
+    notes: what stages have to say about the point in the report.
     """
 
     index: int
@@ -49,8 +50,9 @@ class StreamPoint:
     dense_width: int
     name: str
     seed: int
-    statistics: Mapping[SecondMoment, Tensor] = field(default_factory=dict)
+    statistics: Mapping[Need, Tensor] = field(default_factory=dict)
     basis: Basis | None = None
+    notes: dict[str, float] = field(default_factory=dict)
 
     @property
     def width(self) -> int:
@@ -70,9 +72,15 @@ class StreamPoint:
         digest = hashlib.sha256(f"{self.seed}/{self.index}".encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
+    def close(self) -> dict[str, Any]:
+        """What the report says of the point. Its matrices are let go: they would make memory grow with depth."""
+        report = self.report()
+        self.statistics, self.basis = {}, None
+        return report
+
     def report(self) -> dict[str, Any]:
         kept = {"kept_energy": kept_energy(self.basis.eigenvalues, self.width)} if self.basis else {}
-        return {"point": self.name, "width": self.width, "dense_width": self.dense_width, **kept}
+        return {"point": self.name, "width": self.width, "dense_width": self.dense_width, **kept, **self.notes}
 
 
 def stream_points(dense_width: int, *, num_blocks: int, branch_names: list[str], seed: int) -> list[StreamPoint]:
@@ -99,6 +107,6 @@ class Stage(Protocol):
     site: ClassVar[type[Branch] | type[StreamPoint]]
 
     @property
-    def needs(self) -> tuple[SecondMoment, ...]: ...
+    def needs(self) -> tuple[Need, ...]: ...
 
     def apply(self, site: Any) -> None: ...

@@ -1,26 +1,44 @@
 """Statistics of calibration activations, as needs that a stage declares.
 
-A need is a small frozen value: equal needs of two stages are gathered once. Everything is a mean per token, accumulated
-in float64.
+A need is a small frozen value: equal needs of two stages are gathered once, and the walk keeps the dense model's
+activations beside the compressed ones only if some need asks for them. Everything is accumulated in float64.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
 
+class Accumulator(Protocol):
+    def add(self, stream: Tensor, dense: Tensor | None) -> None:
+        """Take in a batch: the stream of the compressed prefix in the dense basis, and the dense model's."""
+
+    def value(self) -> Tensor: ...
+
+
+class Need(Protocol):
+    """dense: whether the dense model's stream is compared with."""
+
+    dense: ClassVar[bool]
+
+    def __hash__(self) -> int: ...
+
+    def accumulator(self, width: int, eps: float, device: torch.device) -> Accumulator: ...
+
+
 @dataclass(frozen=True)
 class SecondMoment:
-    """C = mean over tokens of x x^T at a point of the stream, float64.
+    """C = mean over tokens of x x^T at a point of the stream.
 
     signal: `stream` is the stream itself, before the next norm, as SliceGPT's code has it; `normed` is the stream over
         its root mean square, as the paper has it (equation 8: X is the output of the norm). A few tokens of
         enormous norm weigh heavily in the first and like all others in the second.
     """
 
+    dense: ClassVar[bool] = False
     signal: Literal["stream", "normed"]
 
     def accumulator(self, width: int, eps: float, device: torch.device) -> "MomentAccumulator":
@@ -34,8 +52,8 @@ class MomentAccumulator:
         self.sum = torch.zeros(width, width, dtype=torch.float64, device=device)
         self.tokens = 0
 
-    def add(self, x: Float[Tensor, "*batch D"]) -> None:
-        rows = x.reshape(-1, x.shape[-1]).double()
+    def add(self, stream: Float[Tensor, "*batch D"], dense: Float[Tensor, "*batch D"] | None = None) -> None:
+        rows = stream.reshape(-1, stream.shape[-1]).double()
         if self.normalise:
             rows = rows * torch.rsqrt(rows.square().mean(-1, keepdim=True) + self.eps)
         self.sum.addmm_(rows.T, rows)
@@ -43,3 +61,28 @@ class MomentAccumulator:
 
     def value(self) -> Float64[Tensor, "D D"]:
         return self.sum / self.tokens
+
+
+@dataclass(frozen=True)
+class RelativeError:
+    """sum ||x - x_dense||^2 / sum ||x_dense||^2 over all tokens, x the stream of the compressed prefix."""
+
+    dense: ClassVar[bool] = True
+
+    def accumulator(self, width: int, eps: float, device: torch.device) -> "ErrorAccumulator":
+        return ErrorAccumulator(device)
+
+
+class ErrorAccumulator:
+    def __init__(self, device: torch.device) -> None:
+        self.error = torch.zeros((), dtype=torch.float64, device=device)
+        self.energy = torch.zeros((), dtype=torch.float64, device=device)
+
+    def add(self, stream: Float[Tensor, "*batch D"], dense: Float[Tensor, "*batch D"] | None) -> None:
+        if dense is None:
+            raise ValueError("RelativeError needs the dense stream.")
+        self.error += (stream - dense).double().square().sum()
+        self.energy += dense.double().square().sum()
+
+    def value(self) -> Float64[Tensor, ""]:
+        return self.error / self.energy

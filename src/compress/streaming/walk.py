@@ -8,7 +8,7 @@ Shapes: stream (windows, tokens, d) in the present basis, dense stream
 (windows, tokens, D), decode (d, D), encode (D, d).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from compress.models.decoder import Arguments, Decoder
 from compress.models.modeling_sliced import shortcut_name
 from compress.streaming.cache import ActivationCache, cache_bytes
 from compress.streaming.interning import Interner
+from compress.streaming.memory import release_freed_memory
 from compress.streaming.sites import Stage, StreamPoint, stream_points
 from compress.streaming.stopwatch import Stopwatch
 from compress.streaming.weights import LazyWeights
@@ -82,7 +83,9 @@ class Walk:
         self.stages = stages
         self.settings = settings
         self.clock = Stopwatch(decoder.device)
-        self.cache = self._new_cache(windows)
+        budget = settings.cache_memory // num_streams(stages)
+        self.stream = self._new_cache(windows, "stream", budget)
+        self.dense_stream = self._new_cache(windows, "dense", budget) if num_streams(stages) == 2 else None
         self.arguments: list[list[Arguments]] = []
         self.probe_arguments: list[Arguments] = []
         self.probe: Tensor | None = None
@@ -99,10 +102,10 @@ class Walk:
             part = self._walk_part(self.next_part)
             self.next_part += 1
             yield part
+            release_freed_memory()
 
     def state(self) -> dict[str, Tensor]:
-        device = self.decoder.device
-        tensors = {f"stream.{i}": self.cache.get(i, device).cpu() for i in range(len(self.cache))}
+        tensors = {f"{name}.{i}": cache.stored(i).cpu() for name, cache in self._caches() for i in range(len(cache))}
         optional = {"decode": self.decode, "probe": self.probe}
         return tensors | {name: tensor.cpu() for name, tensor in optional.items() if tensor is not None}
 
@@ -110,8 +113,9 @@ class Walk:
     def restore(self, state: Mapping[str, Tensor], next_part: int) -> None:
         self._record_arguments()
         device = self.decoder.device
-        for i in range(len(self.cache)):
-            self.cache.put(i, state[f"stream.{i}"].to(device))
+        for name, cache in self._caches():
+            for i in range(len(cache)):
+                cache.put(i, state[f"{name}.{i}"])
         self.decode = state["decode"].to(device) if "decode" in state else None
         self.probe = state["probe"].to(device)
         self.next_part = next_part
@@ -129,8 +133,12 @@ class Walk:
         self._at_branch(branch)
         point = self.points[0]
         with self.clock("forward"):
-            dense_stream = (decoder.embed(batch)[0] for batch in self.batches)
-            self._gather(point, dense_stream)
+            for i, batch in enumerate(self.batches):
+                embedded, _ = decoder.embed(batch)
+                self.stream.put(i, embedded)
+                if self.dense_stream is not None:
+                    self.dense_stream.put(i, embedded)
+        self._decide(point)
         self._change_basis(branch, point)
         tables: dict[str, Tensor] = {f"{name}.weight": table.weight for name, table in branch.writers.items()}
         part = self._finish(0, "embeddings", tables, [point])
@@ -150,7 +158,8 @@ class Walk:
         points = self.points[first : first + len(branches)]
         for branch, point, table in zip(branches, points, decoder.structure["branches"], strict=True):
             self._at_branch(branch)
-            self._run_branch(branch, point, index)
+            self._run_branch(branch, index)
+            self._decide(point)
             weight = self._change_basis(branch, point)
             if weight is not None:
                 setattr(block, shortcut_name(table), shortcut(weight, decoder.dtype))
@@ -169,6 +178,8 @@ class Walk:
             for name in names:
                 decoder.fill_root(tensors, part=name)
         self._at_branch(head)
+        if self.decode is not None:
+            read_through(head, self.decode)
         owners = {name: decoder.model.get_submodule(name) for name in names}
         named = {f"{name}.{inner}": p for name, owner in owners.items() for inner, p in owner.named_parameters()}
         part = self._finish(self.num_parts - 1, "head", named, [])
@@ -188,38 +199,42 @@ class Walk:
         return tensors | {head_weight: self.weights.read([table])[table]}
 
     def _at_branch(self, branch: Branch) -> None:
-        """What is done to a branch as its weights come in: branch stages, then the basis its readers have to take."""
         for stage in self.stages:
             if stage.site is Branch:
                 stage.apply(branch)
-        if self.decode is not None:
-            read_through(branch, self.decode)
 
-    def _run_branch(self, branch: Branch, point: StreamPoint, block: int) -> None:
+    def _run_branch(self, branch: Branch, block: int) -> None:
+        """Advance the dense stream through the branch as it is, then the compressed one through it in its basis.
+
+        Both come out in the dense basis: the writers have not been given one yet.
+        """
         if branch.run is None:
             raise ValueError(f"{branch.name} cannot be run.")
-        run, decode = branch.run, None if self.decode is None else self.decode.to(self.decoder.dtype)
-
-        def dense_stream() -> Iterator[Tensor]:
-            for i in range(len(self.cache)):
-                stream = self.cache.get(i, self.decoder.device)
-                passed = stream if decode is None else stream @ decode
-                yield passed + run(stream, self.arguments[i][block])
-
+        device, dtype = self.decoder.device, self.decoder.dtype
         with self.clock("forward"):
-            self._gather(point, dense_stream())
+            if self.dense_stream is not None:
+                for i in range(len(self.dense_stream)):
+                    dense = self.dense_stream.get(i, device)
+                    self.dense_stream.put(i, dense + branch.run(dense, self.arguments[i][block]))
+            if self.decode is not None:
+                read_through(branch, self.decode)
+            for i in range(len(self.stream)):
+                stream = self.stream.get(i, device)
+                passed = stream if self.decode is None else stream @ self.decode.to(dtype)
+                self.stream.put(i, passed + branch.run(stream, self.arguments[i][block]))
 
-    def _gather(self, point: StreamPoint, dense_stream: Iterator[Tensor]) -> None:
-        """Put each batch of the dense stream into the cache and the needed statistics, then ask the stages."""
+    def _decide(self, point: StreamPoint) -> None:
+        """Gather the statistics that stages need at a point of the stream, and ask the stages."""
         stages = [stage for stage in self.stages if stage.site is StreamPoint]
         needs = dict.fromkeys(need for stage in stages for need in stage.needs)
         device, eps = self.decoder.device, self.decoder.family.epsilon(self.decoder.config)
         gathered = {need: need.accumulator(point.dense_width, eps, device) for need in needs}
-        for i, batch in enumerate(dense_stream):
-            self.cache.put(i, batch)
-            with self.clock("statistics"):
+        with self.clock("statistics"):
+            for i in range(len(self.stream)):
+                stream = self.stream.get(i, device)
+                dense = None if self.dense_stream is None else self.dense_stream.get(i, device)
                 for accumulator in gathered.values():
-                    accumulator.add(batch)
+                    accumulator.add(stream, dense)
         point.statistics = {need: accumulator.value() for need, accumulator in gathered.items()}
         with self.clock("eigensolve"):
             for stage in stages:
@@ -233,8 +248,8 @@ class Walk:
         with self.clock("rotate"):
             write_through(branch, encode)
             narrow = encode.to(self.decoder.dtype)
-            for i in range(len(self.cache)):
-                self.cache.put(i, self.cache.get(i, self.decoder.device) @ narrow)
+            for i in range(len(self.stream)):
+                self.stream.put(i, self.stream.get(i, self.decoder.device) @ narrow)
             weight = encode if self.decode is None else self.decode @ encode
             self.decode = encode.T.contiguous()
         return weight
@@ -249,7 +264,7 @@ class Walk:
                     "Try --dtype bfloat16 or float32."
                 )
             tensors[key].copy_(tensor)
-        return FinishedPart(index, name, rounded, [point.report() for point in points])
+        return FinishedPart(index, name, rounded, [point.close() for point in points])
 
     def _record_arguments(self, *, then_empty: bool = True) -> None:
         """Fill the embeddings and note what each block is called with, for every batch and for the probe."""
@@ -264,7 +279,11 @@ class Walk:
             for table in decoder.family.embeddings:
                 decoder.empty(decoder.model.get_submodule(table))
 
-    def _new_cache(self, windows: Tensor) -> ActivationCache:
+    def _caches(self) -> list[tuple[str, ActivationCache]]:
+        named = [("stream", self.stream), ("dense", self.dense_stream)]
+        return [(name, cache) for name, cache in named if cache is not None]
+
+    def _new_cache(self, windows: Tensor, name: str, budget: int) -> ActivationCache:
         decoder, settings = self.decoder, self.settings
         num_windows, seq_len = windows.shape
         needed = cache_bytes(num_windows, seq_len, decoder.dense_width, decoder.dtype)
@@ -274,5 +293,10 @@ class Walk:
             decoder.dense_width,
             decoder.dtype,
             device=decoder.device if fits_device else torch.device("cpu"),
-            file=settings.scratch / "activations" if needed > settings.cache_memory and not fits_device else None,
+            file=settings.scratch / f"activations-{name}" if needed > budget and not fits_device else None,
         )
+
+
+def num_streams(stages: Iterable[Stage]) -> int:
+    """1, the compressed stream, or 2 where a stage compares with the dense one."""
+    return 2 if any(need.dense for stage in stages for need in stage.needs) else 1

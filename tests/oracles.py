@@ -1,0 +1,351 @@
+"""Slow, obvious references: exact norms, SliceGPT written out from the paper, and a walk held in memory."""
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from tiny import VOCAB_SIZE
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from compress import families
+from compress.checkpoints.sliced import sliced_config
+from compress.families import Family
+from compress.models.decoder import Decoder
+from compress.models.loading import load_config
+from compress.models.modeling_sliced import SlicedForCausalLM
+from compress.stages.fold_norms import FoldNorms
+from compress.stages.rotate import Rotate
+from compress.stages.slice import Slice
+from compress.streaming.sites import Stage
+from compress.streaming.walk import FinishedPart, Walk, WalkSettings
+from compress.streaming.weights import LazyWeights
+
+UNLIMITED = 2**40
+RMS_NORMS: tuple[type[nn.Module], ...] = (
+    transformers.models.llama.modeling_llama.LlamaRMSNorm,
+    transformers.models.mistral.modeling_mistral.MistralRMSNorm,
+    transformers.models.qwen2.modeling_qwen2.Qwen2RMSNorm,
+    transformers.models.qwen3.modeling_qwen3.Qwen3RMSNorm,
+    transformers.models.phi3.modeling_phi3.Phi3RMSNorm,
+)
+RMS_PLUS_ONE_NORMS: tuple[type[nn.Module], ...] = (transformers.models.gemma.modeling_gemma.GemmaRMSNorm,)
+
+
+def exact_rms_norm(norm: Any, x: Tensor) -> Tensor:
+    return norm.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.variance_epsilon)
+
+
+def exact_rms_plus_one_norm(norm: Any, x: Tensor) -> Tensor:
+    return (1 + norm.weight) * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.eps)
+
+
+@contextmanager
+def exact_norms() -> Iterator[None]:
+    """transformers' RMSNorms in the dtype they are given: as they are, they compute in float32, float64 or not."""
+    with pytest.MonkeyPatch.context() as patch:
+        for kind in RMS_NORMS:
+            patch.setattr(kind, "forward", exact_rms_norm)
+        for kind in RMS_PLUS_ONE_NORMS:
+            patch.setattr(kind, "forward", exact_rms_plus_one_norm)
+        yield
+
+
+def random_ids(windows: int, tokens: int, *, seed: int = 1) -> Tensor:
+    return torch.randint(VOCAB_SIZE, (windows, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def logits_of(model: Any, ids: Tensor) -> Tensor:
+    logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits
+
+
+def largest_difference(a: Tensor, b: Tensor) -> float:
+    assert a.shape == b.shape
+    return float((a.double() - b.double()).abs().max())
+
+
+# ---- a walk held in memory ----
+
+
+@dataclass
+class Walked:
+    """What a walk gave: its parts, and what it says of the stream and the probe."""
+
+    parts: list[FinishedPart]
+    config: Any
+    family: Family
+    probe_logits: Tensor
+    walk: Walk
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: tensor for part in self.parts for name, tensor in part.tensors.items()}
+
+    @property
+    def points(self) -> list[dict[str, Any]]:
+        return [point for part in self.parts for point in part.points]
+
+    @property
+    def widths(self) -> list[int]:
+        return [point["width"] for point in self.points]
+
+
+def new_walk(
+    folder: Path,
+    stages: Sequence[Stage],
+    windows: Tensor,
+    *,
+    dtype: torch.dtype = torch.float64,
+    output_dtype: torch.dtype | None = None,
+    batch_size: int = 3,
+    cache_memory: int = UNLIMITED,
+    seed: int = 7,
+    device: str = "cpu",
+) -> Walk:
+    config = load_config(folder)
+    settings = WalkSettings(
+        output_dtype=output_dtype or dtype,
+        batch_size=batch_size,
+        seed=seed,
+        cache_memory=cache_memory,
+        scratch=folder,
+    )
+    decoder = Decoder(config, families.find(config), dtype=dtype, device=torch.device(device))
+    return Walk(decoder, LazyWeights(folder), windows, windows[:1], stages, settings)
+
+
+def walked(folder: Path, stages: Sequence[Stage], windows: Tensor, **options: Any) -> Walked:
+    return finished(new_walk(folder, stages, windows, **options))
+
+
+def finished(walk: Walk) -> Walked:
+    parts = list(walk.parts())
+    assert walk.probe is not None
+    return Walked(parts, walk.decoder.config, walk.decoder.family, walk.probe, walk)
+
+
+def fold_only() -> list[Stage]:
+    return [FoldNorms()]
+
+
+def fold_and_rotate(**rotation: Any) -> list[Stage]:
+    return [FoldNorms(), Rotate(**rotation)]
+
+
+def slicegpt(rule: dict[str, Any], **rotation: Any) -> list[Stage]:
+    return [FoldNorms(), Rotate(**rotation), Slice(**{"round_to": 1, **rule})]
+
+
+def sliced_model(result: Walked, dtype: torch.dtype = torch.float64) -> SlicedForCausalLM:
+    """The tensors of a walk in the architecture that is written; a stretch left in its basis has the identity."""
+    model = empty_sliced_model(result.config, result.family, result.widths, dtype)
+    tensors = dict(result.tensors)
+    for name, parameter in model.named_parameters():
+        if name.endswith("_shortcut.weight") and result.walk.decode is None:
+            assert name not in tensors
+            tensors[name] = torch.eye(len(parameter), dtype=dtype)
+    model.load_state_dict(tensors)
+    return model
+
+
+def empty_sliced_model(
+    config: Any, family: Family, widths: Sequence[int], dtype: torch.dtype = torch.float64
+) -> SlicedForCausalLM:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        model = SlicedForCausalLM(sliced_config(config, family, widths, dtype))
+    finally:
+        torch.set_default_dtype(before)
+    return model.to(dtype).eval()
+
+
+# ---- SliceGPT as the paper has it ----
+
+# Of each branch: its norm, what reads the normed stream, what writes the stream.
+ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+BRANCHES = {
+    "opt": [
+        ("self_attn_layer_norm", ATTENTION, ("self_attn.out_proj",)),
+        ("final_layer_norm", ("fc1",), ("fc2",)),
+    ],
+    "llama": [
+        ("input_layernorm", ATTENTION, ("self_attn.o_proj",)),
+        ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",)),
+    ],
+    "phi": [("input_layernorm", (*ATTENTION, "mlp.fc1"), ("self_attn.dense", "mlp.fc2"))],
+}
+EMBEDDINGS = {
+    "opt": ("model.decoder.embed_tokens", "model.decoder.embed_positions"),
+    "llama": ("model.embed_tokens",),
+    "phi": ("model.embed_tokens",),
+}
+BLOCKS = {"opt": "model.decoder.layers", "llama": "model.layers", "phi": "model.layers"}
+FINAL_NORM = {"opt": "model.decoder.final_layer_norm", "llama": "model.norm", "phi": "model.final_layernorm"}
+
+Choose = Callable[[int, Tensor], int]
+
+
+@dataclass
+class Affine:
+    """x -> x W^T + b, W being (d_out, d_in)."""
+
+    W: Tensor
+    b: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x @ self.W.T + self.b
+
+
+class PaperSliceGPT:
+    """A decoder as plain float64 matrices, and SliceGPT (arXiv 2401.15024) done to it step by step.
+
+    No forward pass is shared: for every rotation the calibration text goes through the whole sliced prefix again.
+    `choose(point, eigenvalues)` gives the width kept at a point of the stream: 0 after the embeddings, then one after
+    each branch.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, signal: str = "stream") -> None:
+        config: Any = model.config
+        self.kind: str = config.model_type
+        self.signal = signal
+        self.D: int = config.hidden_size
+        self.eps: float = {"opt": lambda: 1e-5, "llama": lambda: config.rms_norm_eps, "phi": lambda: config.layer_norm_eps}[
+            self.kind
+        ]()
+        self.heads: int = config.num_attention_heads
+        self.rotary: Any = None if self.kind == "opt" else model.base_model.rotary_emb
+        self.weights = {name: tensor.detach().double().clone() for name, tensor in model.state_dict().items()}
+        self.tables = [self.weights[f"{name}.weight"] for name in EMBEDDINGS[self.kind]]
+        self.branches: list[tuple[list[Affine], list[Affine]]] = []
+        for block in range(config.num_hidden_layers):
+            for norm, readers, writers in BRANCHES[self.kind]:
+                prefix = f"{BLOCKS[self.kind]}.{block}."
+                branch = [self.affine(prefix + name) for name in readers], [self.affine(prefix + name) for name in writers]
+                self.fold_reader(prefix + norm, branch[0])
+                self.branches.append(branch)
+        self.head = self.affine("lm_head")
+        self.fold_reader(FINAL_NORM[self.kind], [self.head])
+        if self.kind != "llama":
+            self.subtract_means()
+        self.Q: list[Tensor] = []
+        self.eigenvalues: list[Tensor] = []
+
+    def affine(self, name: str) -> Affine:
+        W = self.weights[f"{name}.weight"]
+        return Affine(W, self.weights.get(f"{name}.bias", torch.zeros(len(W), dtype=torch.float64)))
+
+    def fold_reader(self, norm: str, readers: list[Affine]) -> None:
+        """Linear(x diag(a) + b) = x (W diag(a))^T + (W b + bias)."""
+        a, b = self.weights[f"{norm}.weight"], self.weights.get(f"{norm}.bias")
+        for reader in readers:
+            if b is not None:
+                reader.b = reader.b + reader.W @ b
+            reader.W = reader.W @ torch.diag(a)
+
+    def subtract_means(self) -> None:
+        """LayerNorm subtracts the mean over coordinates, M = I - 11^T/D: whatever writes the stream does it instead."""
+        M = torch.eye(self.D, dtype=torch.float64) - torch.ones(self.D, self.D, dtype=torch.float64) / self.D
+        self.tables = [table @ M for table in self.tables]
+        for _, writers in self.branches:
+            for writer in writers:
+                writer.W, writer.b = M @ writer.W, M @ writer.b
+
+    def slice(self, windows: Tensor, choose: Choose) -> "PaperSliceGPT":
+        for point in range(len(self.branches) + 1):
+            X = self.stream(windows, point).flatten(0, 1)
+            if self.signal == "normed":
+                X = self.rms_norm(X)
+            C = torch.zeros(self.D, self.D, dtype=torch.float64)
+            for x in X:
+                C += torch.outer(x, x)
+            eigenvalues, vectors = torch.linalg.eigh(C)
+            order = torch.argsort(eigenvalues, descending=True)
+            self.eigenvalues.append(eigenvalues[order])
+            self.Q.append(vectors[:, order[: choose(point, eigenvalues[order])]])
+        return self
+
+    def stream(self, ids: Tensor, point: int) -> Tensor:
+        """The stream at a point in the original basis, D wide, behind a prefix that is already sliced."""
+        x = self.tables[0][ids]
+        if self.kind == "opt":
+            x = x + self.tables[1][torch.arange(ids.shape[1]) + 2]
+        for i in range(point):
+            Q_in = self.Q[i]
+            Q_out = self.Q[i + 1] if i + 1 < point else torch.eye(self.D, dtype=torch.float64)
+            xs = x @ Q_in if i == 0 else x
+            readers, writers = self.branches[i]
+            readers = [Affine(reader.W @ Q_in, reader.b) for reader in readers]
+            writers = [Affine(Q_out.T @ writer.W, Q_out.T @ writer.b) for writer in writers]
+            x = xs @ (Q_in.T @ Q_out) + self.branch(i, self.rms_norm(xs), readers, writers)
+        return x
+
+    def logits(self, ids: Tensor) -> Tensor:
+        Q = self.Q[-1]
+        return Affine(self.head.W @ Q, self.head.b)(self.rms_norm(self.stream(ids, len(self.branches)) @ Q))
+
+    def rms_norm(self, x: Tensor) -> Tensor:
+        """Deleted coordinates count as zeros: the sum of squares is over D, however wide x is."""
+        return x / torch.sqrt(x.square().sum(-1, keepdim=True) / self.D + self.eps)
+
+    def branch(self, i: int, x: Tensor, readers: list[Affine], writers: list[Affine]) -> Tensor:
+        if self.kind == "phi":
+            mlp = nn.functional.gelu(readers[3](x), approximate="tanh")
+            return writers[0](self.attention(x, *readers[:3])) + writers[1](mlp)
+        if i % 2 == 0:
+            return writers[0](self.attention(x, *readers))
+        if self.kind == "opt":
+            return writers[0](torch.relu(readers[0](x)))
+        gate = readers[0](x)
+        return writers[0](gate * torch.sigmoid(gate) * readers[1](x))
+
+    def attention(self, x: Tensor, q: Affine, k: Affine, v: Affine) -> Tensor:
+        """Head by head, query by query."""
+        windows, tokens, _ = x.shape
+        width = len(q.W) // self.heads
+        queries_per_key = len(q.W) // len(k.W)
+        output = torch.zeros(windows, tokens, len(q.W), dtype=torch.float64)
+        for head in range(self.heads):
+            own = slice(head * width, (head + 1) * width)
+            shared = slice(head // queries_per_key * width, (head // queries_per_key + 1) * width)
+            queries, keys, values = self.turn(q(x)[..., own]), self.turn(k(x)[..., shared]), v(x)[..., shared]
+            for token in range(tokens):
+                scores = (keys[:, : token + 1] @ queries[:, token, :, None]).squeeze(-1) / math.sqrt(width)
+                weights = torch.softmax(scores, dim=-1)
+                output[:, token, own] = (weights[:, :, None] * values[:, : token + 1]).sum(1)
+        return output
+
+    def turn(self, x: Tensor) -> Tensor:
+        """Rotary positions, on as many coordinates as the model has angles for."""
+        if self.rotary is None:
+            return x
+        cos, sin = self.rotary(x, torch.arange(x.shape[1])[None])
+        turned = x[..., : cos.shape[-1]]
+        first, second = turned.chunk(2, dim=-1)
+        rotated = turned * cos + torch.cat([-second, first], dim=-1) * sin
+        return torch.cat([rotated, x[..., cos.shape[-1] :]], dim=-1)
+
+
+def scaled(model: PreTrainedModel, factor: float) -> PreTrainedModel:
+    """A model whose whole stream is smaller by `factor`, so that the norms' epsilon counts."""
+    model = copy.deepcopy(model)
+    config: Any = model.config
+    family = families.find(config)
+    writers = [name for branch in family.branches for name in branch.writers]
+    blocks = model.get_submodule(family.blocks)
+    modules: list[Any] = [model.get_submodule(name) for name in family.embeddings]
+    modules += [block.get_submodule(name) for block in blocks for name in writers]  # type: ignore[union-attr]
+    with torch.no_grad():
+        for module in modules:
+            for parameter in module.parameters():
+                parameter.mul_(factor)
+    return model

@@ -1,0 +1,93 @@
+"""Activation caches in memory and on disk, and equal arguments held once."""
+
+import pytest
+import torch
+
+from compress.streaming.cache import ActivationCache, cache_bytes
+from compress.streaming.interning import Interner
+
+CPU = torch.device("cpu")
+SHAPES = [(2, 3), (2, 3), (1, 3)]
+
+
+@pytest.fixture(params=["in memory", "on disk"])
+def cache(request, tmp_path):
+    file = tmp_path / "activations" if request.param == "on disk" else None
+    return ActivationCache(SHAPES, 8, torch.float64, device=CPU, file=file)
+
+
+def batch(index: int, width: int, *, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(100 * seed + index)
+    return torch.randn(*SHAPES[index], width, dtype=torch.float64, generator=generator)
+
+
+def test_batches_come_back(cache):
+    for i in range(3):
+        cache.put(i, batch(i, 8))
+    assert len(cache) == 3
+    for i in range(3):
+        assert torch.equal(cache.get(i, CPU), batch(i, 8))
+
+
+def test_batches_are_replaced_at_other_widths(cache):
+    """Narrower and wide again: each batch stays its own, whatever its neighbours do."""
+    for i in range(3):
+        cache.put(i, batch(i, 8))
+    for seed, width in enumerate((5, 8, 1, 8), 1):
+        for i in range(3):
+            cache.put(i, batch(i, width, seed=seed))
+            neighbours = [(j, width, seed) if j <= i else (j, (8, 5, 8, 1, 8)[seed - 1], seed - 1) for j in range(3)]
+            for j, stored_width, stored_seed in neighbours:
+                assert torch.equal(cache.get(j, CPU), batch(j, stored_width, seed=stored_seed))
+
+
+def test_a_batch_may_be_computed_from_itself(cache):
+    cache.put(1, batch(1, 8))
+    narrow = torch.randn(8, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+    cache.put(1, cache.get(1, CPU) @ narrow)
+    assert torch.equal(cache.get(1, CPU), batch(1, 8) @ narrow)
+
+
+def test_a_batch_that_was_never_put(cache):
+    cache.put(0, batch(0, 8))
+    with pytest.raises(LookupError, match="batch 2 was never put into the cache"):
+        cache.get(2, CPU)
+
+
+def test_the_file_leaves_no_trace(tmp_path):
+    cache = ActivationCache(SHAPES, 8, torch.float32, device=CPU, file=tmp_path / "activations")
+    cache.put(0, torch.ones(2, 3, 8))
+    assert list(tmp_path.iterdir()) == []
+    assert torch.equal(cache.get(0, CPU), torch.ones(2, 3, 8))
+
+
+def test_activations_on_disk_share_no_memory_with_what_was_put(tmp_path):
+    cache = ActivationCache(SHAPES, 8, torch.float32, device=CPU, file=tmp_path / "activations")
+    ones = torch.ones(2, 3, 8)
+    cache.put(0, ones)
+    ones.zero_()
+    assert torch.equal(cache.get(0, CPU), torch.ones(2, 3, 8))
+
+
+def test_cache_bytes_are_windows_tokens_width_and_type():
+    assert cache_bytes(128, 2048, 4096, torch.float32) == 128 * 2048 * 4096 * 4
+    assert cache_bytes(3, 5, 7, torch.float64) == 840
+
+
+def test_equal_tensors_are_held_once():
+    intern = Interner()
+    first = intern({"mask": torch.ones(2, 2), "rest": [torch.zeros(3), (torch.ones(2, 2), "word", None, 4)]})
+    second = intern({"mask": torch.ones(2, 2), "rest": [torch.zeros(3)]})
+    assert first["rest"][1][0] is first["mask"]
+    assert second["mask"] is first["mask"]
+    assert second["rest"][0] is first["rest"][0]
+    assert first["rest"][1][1:] == ("word", None, 4)
+    assert isinstance(first["rest"], list)
+    assert isinstance(first["rest"][1], tuple)
+
+
+def test_unequal_tensors_are_kept_apart():
+    intern = Interner()
+    tensors = [torch.ones(4), torch.zeros(4), torch.ones(2, 2), torch.ones(4, dtype=torch.float64), torch.ones(4).bool()]
+    interned = intern(tensors)
+    assert all(kept is given for kept, given in zip(interned, tensors, strict=True))

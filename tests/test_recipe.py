@@ -1,0 +1,175 @@
+"""Recipes: what is accepted, what is refused and how, and that the shipped ones are good."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from compress.errors import UsageError
+from compress.recipe import Recipe, parse_recipe, read_recipe, slicegpt
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+FOLD, ROTATE, SLICE = {"stage": "fold_norms"}, {"stage": "rotate"}, {"stage": "slice", "ratio": 0.25}
+
+
+def data(**changes):
+    return {"method": "mine", "stages": [FOLD, ROTATE, SLICE], "calibration": {"source": "c4"}} | changes
+
+
+def faults(recipe) -> list[str]:
+    with pytest.raises(UsageError) as error:
+        parse_recipe(recipe)
+    return str(error.value).splitlines()
+
+
+def test_defaults_are_those_of_the_paper():
+    recipe = parse_recipe(data())
+    assert (recipe.calibration.samples, recipe.calibration.seq_len, recipe.seed, recipe.dtype) == (128, 2048, 42, None)
+    assert [stage.stage for stage in recipe.stages] == ["fold_norms", "rotate", "slice"]
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [{"ratio": 0.25}, {"block_ratios": [0.1, 0.2]}, {"linear_ratios": [0.1, 0.3]}, {"explained_variance": 0.99}],
+    ids=lambda rule: next(iter(rule)),
+)
+def test_a_dumped_recipe_parses_back(rule):
+    """What compress.json holds is the recipe, to the last number."""
+    stages = slicegpt(rule, signal="normed", final_orientation="random", round_to=3, slice_head=True)
+    recipe = parse_recipe(data(stages=stages, seed=7, dtype="bfloat16"))
+    dumped = recipe.model_dump(mode="json")
+    assert parse_recipe(dumped) == recipe
+    assert parse_recipe(yaml.safe_load(yaml.safe_dump(dumped))) == recipe
+
+
+def test_slicegpt_gives_what_it_was_asked_for():
+    recipe = parse_recipe(data(stages=slicegpt({"ratio": 0.3}, signal="normed", round_to=4)))
+    _, rotate, cut = [stage.model_dump() for stage in recipe.stages]
+    assert rotate == {"stage": "rotate", "signal": "normed", "final_orientation": "pca"}
+    assert {key: cut[key] for key in ("ratio", "round_to", "slice_head")} == {
+        "ratio": 0.3,
+        "round_to": 4,
+        "slice_head": False,
+    }
+
+
+@pytest.mark.parametrize(
+    ("stages", "needs"),
+    [
+        ([ROTATE, FOLD, SLICE], "rotate needs fold_norms before it; the order is rotate, fold_norms, slice"),
+        ([FOLD, SLICE, ROTATE], "slice needs rotate before it; the order is fold_norms, slice, rotate"),
+        ([SLICE], "slice needs rotate before it; the order is slice"),
+        ([FOLD, SLICE], "slice needs rotate before it"),
+    ],
+)
+def test_the_order_of_stages(stages, needs):
+    (fault,) = faults(data(stages=stages))
+    assert needs in fault
+
+
+def test_unknown_stage_with_a_guess():
+    (fault,) = faults(data(stages=[FOLD, {"stage": "rotat"}, SLICE]))
+    assert "Unknown stage 'rotat'. Did you mean 'rotate'?" in fault
+    assert "fold_norms" in fault.partition("Available:")[2]
+    assert fault.startswith("stages")
+
+
+@pytest.mark.parametrize(
+    ("changes", "place", "words"),
+    [
+        ({"stages": []}, "", "at least one stage"),
+        ({"stages": "slice"}, "stages", "is a list"),
+        ({"stages": None}, "stages", "is a list"),
+        ({"stages": ["slice"]}, "stages", "Unknown stage"),
+        ({"stages": [{}]}, "stages", "Unknown stage"),
+        ({"dtype": "floot16"}, "dtype", "Unknown dtype 'floot16'. Did you mean 'float16'?"),
+        ({"seed": -1}, "seed", "greater than or equal to 0"),
+        ({"calibration": {"source": "c4", "samples": 0}}, "calibration.samples", "greater than or equal to 1"),
+        ({"calibration": {"source": "c4", "seq_len": 1}}, "calibration.seq_len", "greater than or equal to 2"),
+        ({"calibration": {}}, "calibration.source", "required"),
+        ({"callibration": {}}, "callibration", "not permitted"),
+        ({"stages": [FOLD, ROTATE, {"stage": "slice"}]}, "stages", "exactly one of ratio, block_ratios"),
+        ({"stages": [FOLD, ROTATE, SLICE | {"explained_variance": 0.9}]}, "stages", "got ratio, explained_variance"),
+        ({"stages": [FOLD, ROTATE, {"stage": "slice", "ratio": 1.5}]}, "stages", "less than 1"),
+        ({"stages": [FOLD, ROTATE, SLICE | {"round_to": 0}]}, "stages", "greater than or equal to 1"),
+        ({"stages": [FOLD, {"stage": "rotate", "signal": "norm"}, SLICE]}, "stages", "'stream' or 'normed'"),
+        ({"stages": [FOLD, ROTATE, SLICE | {"ratios": 1}]}, "stages", "not permitted"),
+    ],
+)
+def test_each_fault_is_one_line_that_says_where(changes, place, words):
+    (fault,) = faults(data(**changes))
+    assert fault.startswith(place)
+    assert words in fault
+
+
+def test_a_fault_of_a_stage_names_its_field_and_nothing_of_the_library():
+    (fault,) = faults(data(stages=[FOLD, ROTATE, {"stage": "slice", "ratio": 1.5}]))
+    assert fault.startswith("stages.2.ratio: ")
+    for foreign in ("pydantic", "input_value", "validation error", "Value error"):
+        assert foreign not in fault
+
+
+def test_all_faults_at_once():
+    stages = [FOLD, {"stage": "rotate", "signal": "norm"}, {"stage": "slice", "ratio": 2, "round_to": 0}, {"stage": "x"}]
+    found = faults(data(stages=stages, seed=-1, dtype="int4", calibration={"samples": 0}, extra=1))
+    places = ["stages.1.signal", "stages.2.ratio", "stages.2.round_to", "stages.3", "seed", "dtype"]
+    places += ["calibration.source", "calibration.samples", "extra"]
+    assert sorted(fault.split(": ")[0] for fault in found) == sorted(places)
+
+
+@pytest.mark.parametrize("recipe", [None, [], "slicegpt", 3])
+def test_what_is_no_mapping_is_refused(recipe):
+    assert len(faults(recipe)) == 1
+
+
+def test_a_recipe_does_not_change():
+    recipe = parse_recipe(data())
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.seed = 3  # type: ignore[misc]
+
+
+# Files.
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("method: [unclosed", "cannot be read"),
+        ("- a\n- list\n", "is no mapping"),
+        ("", "is no mapping"),
+        (b"\xff\xfe\x00", "cannot be read"),
+        ("method: !!python/object/apply:os.system ['true']", "cannot be read"),
+    ],
+)
+def test_a_file_that_is_no_recipe(tmp_path, content, words):
+    file = tmp_path / "recipe.yaml"
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UsageError) as error:
+        read_recipe(file)
+    assert words in str(error.value)
+    assert str(file) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_is_missing(tmp_path):
+    with pytest.raises(UsageError, match=r"nowhere\.yaml cannot be read: .*No such file"):
+        read_recipe(tmp_path / "nowhere.yaml")
+
+
+def test_the_recipe_of_the_paper_is_shipped():
+    assert (CONFIGS / "slicegpt.yaml").is_file()
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)
+def test_a_shipped_recipe_parses(file):
+    recipe = parse_recipe(read_recipe(file))
+    assert isinstance(recipe, Recipe)
+    assert recipe.method
+    # Comments say what it is for.
+    assert file.read_text(encoding="utf-8").startswith("#")
+
+
+def test_the_shipped_slicegpt_is_what_the_command_runs():
+    shipped = parse_recipe(read_recipe(CONFIGS / "slicegpt.yaml"))
+    assert list(shipped.stages) == list(parse_recipe(data(stages=slicegpt({"ratio": 0.25}))).stages)
+    assert shipped.calibration.source == "wikitext2"

@@ -1,0 +1,339 @@
+"""Widths and parameters before any weight is read: the rules of `slice`, and the published sizes of known models."""
+
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from transformers import LlamaConfig, OPTConfig, PhiConfig
+
+from compress import families
+from compress.checkpoints.sliced import dense_size, sliced_config, sliced_size
+from compress.errors import UsageError
+from compress.plan import Plan, make_plan, model_points, planned_widths
+from compress.recipe import Recipe, parse_recipe, slicegpt
+from compress.stages.rotate import Rotate
+from compress.stages.slice import Slice
+from compress.streaming.sites import Basis, StreamPoint, stream_points
+
+# ---- widths ----
+
+
+def points(width: int, num_blocks: int, branches: tuple[str, ...] = ("attention", "mlp")) -> list[StreamPoint]:
+    return stream_points(width, num_blocks=num_blocks, branch_names=list(branches), seed=0)
+
+
+def test_points_of_the_stream_are_in_order():
+    places = points(16, 2)
+    assert [point.name for point in places] == [
+        "embeddings",
+        "block 0 attention",
+        "block 0 mlp",
+        "block 1 attention",
+        "block 1 mlp",
+    ]
+    assert [point.index for point in places] == [0, 1, 2, 3, 4]
+    assert [point.block for point in places] == [0, 0, 0, 1, 1]
+    assert [point.is_last for point in places] == [False, False, False, False, True]
+
+
+def widths(stage: Slice, places: list[StreamPoint]) -> list[int | None]:
+    return [stage.planned_width(point) for point in places]
+
+
+@pytest.mark.parametrize(
+    ("ratio", "dense", "round_to", "kept"),
+    [
+        (0.25, 4096, 8, 3072),
+        (0.2, 768, 8, 608),  # 614.4
+        (0.3, 4096, 8, 2864),  # 2867.2
+        (0.3, 4096, 1, 2867),
+        (0.3, 4096, 128, 2816),
+        (0.1, 4096, 8, 3680),  # 3686.4
+        (0.01, 64, 8, 56),  # 63.36: the next multiple below, however little was asked for
+        (0.999, 64, 8, 8),  # never nothing
+    ],
+)
+def test_a_ratio_deletes_at_least_its_share(ratio, dense, round_to, kept):
+    found = widths(Slice(ratio=ratio, round_to=round_to), points(dense, 2))
+    assert found == [kept, kept, kept, kept, dense]
+
+
+def test_the_last_point_is_sliced_if_asked():
+    assert widths(Slice(ratio=0.25, slice_head=True), points(64, 2)) == [48] * 5
+
+
+def test_ratios_of_their_own_for_each_block():
+    found = widths(Slice(block_ratios=(0.5, 0.0, 0.25), slice_head=True), points(64, 3))
+    assert found == [32, 32, 32, 64, 64, 48, 48]
+
+
+def test_a_line_of_ratios_from_the_first_block_to_the_last():
+    found = widths(Slice(linear_ratios=(0.1, 0.5), round_to=1, slice_head=True), points(100, 5, ("parallel",)))
+    assert found == [90, 90, 80, 70, 60, 50]
+    falling = widths(Slice(linear_ratios=(0.5, 0.0), round_to=1), points(100, 3, ("parallel",)))
+    assert falling == [50, 50, 75, 100]
+
+
+def test_a_line_of_one_block_is_its_first_ratio():
+    assert widths(Slice(linear_ratios=(0.25, 0.5), slice_head=True), points(64, 1)) == [48, 48, 48]
+
+
+def test_a_ratio_of_zero_keeps_the_full_width_whatever_the_multiple():
+    assert widths(Slice(linear_ratios=(0, 0), round_to=7), points(50, 2)) == [50] * 5
+
+
+def rotated(point: StreamPoint, eigenvalues: list[float]) -> StreamPoint:
+    spectrum = torch.tensor(eigenvalues, dtype=torch.float64)
+    point.basis = Basis(torch.eye(len(spectrum), dtype=torch.float64), spectrum, width=len(spectrum))
+    return point
+
+
+@pytest.mark.parametrize(
+    ("share", "round_to", "kept"),
+    [(0.5, 1, 1), (0.75, 1, 2), (0.76, 1, 3), (1.0, 1, 5), (0.76, 2, 2), (0.1, 4, 4), (0.95, 4, 4)],
+)
+def test_explained_variance_leaves_the_width_to_the_data(share, round_to, kept):
+    stage = Slice(explained_variance=share, round_to=round_to)
+    first, *_, last = (rotated(point, [8.0, 4.0, 2.0, 1.0, 1.0, 0.0]) for point in points(6, 2))
+    assert stage.planned_width(first) is None
+    stage.apply(first)
+    assert first.width == kept
+    stage.apply(last)
+    assert last.width == 6
+
+
+def test_slicing_needs_a_basis():
+    with pytest.raises(ValueError, match="embeddings has no basis to slice: rotate comes first"):
+        Slice(ratio=0.5).apply(points(16, 1)[0])
+
+
+RULES: dict[str, Any] = {"ratio": 0.25, "block_ratios": (0.25,), "linear_ratios": (0.1, 0.2), "explained_variance": 0.9}
+
+
+@pytest.mark.parametrize("given", [(), ("ratio", "explained_variance"), ("block_ratios", "linear_ratios"), tuple(RULES)])
+def test_exactly_one_rule(given):
+    with pytest.raises(ValidationError) as error:
+        Slice(**{name: RULES[name] for name in given})
+    (fault,) = error.value.errors()
+    assert fault["msg"] == (
+        "Value error, slice takes exactly one of ratio, block_ratios, linear_ratios, explained_variance; "
+        f"got {', '.join(name for name in RULES if name in given) or 'none'}"
+    )
+    for name, value in RULES.items():
+        assert getattr(Slice(**{name: value}), name) == value
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"ratio": 0},
+        {"ratio": 1},
+        {"ratio": -0.1},
+        {"ratio": float("nan")},
+        {"block_ratios": (0.1, 1.0)},
+        {"linear_ratios": (0.1,)},
+        {"linear_ratios": (0.1, -0.1)},
+        {"explained_variance": 0},
+        {"explained_variance": 1.1},
+        {"ratio": 0.5, "round_to": 0},
+        {"ratio": 0.5, "unknown": 1},
+    ],
+)
+def test_values_out_of_range_are_refused(wrong):
+    with pytest.raises(ValidationError):
+        Slice(**wrong)
+
+
+def test_faults_say_what_to_do():
+    places = points(64, 3)
+    assert Slice(ratio=0.25).faults(places) == []
+    assert Slice(explained_variance=0.9).faults(places) == []
+    assert Slice(block_ratios=(0.1, 0.2)).faults(places) == [
+        "2 ratios are given for 3 blocks. Give one for each block."
+    ]
+    assert Slice(ratio=0.9).faults(places) == [
+        "The ratio 0.9 leaves less than 8 of 64 dimensions (widths are multiples of 8). "
+        "Use a smaller ratio or --round-to."
+    ]
+    assert Slice(ratio=0.9, round_to=2).faults(places) == []
+    assert Slice(linear_ratios=(0, 0)).faults(places) == [
+        "The ratio 0.0 deletes nothing of 64 dimensions. Use a larger one."
+    ]
+    assert Slice(block_ratios=(0, 0, 0.5)).faults(places) == []
+
+
+def test_a_plan_reports_faults(tmp_path):
+    with pytest.raises(UsageError, match=r"^4 ratios are given for 12 blocks\. Give one for each block\.$"):
+        plan(OPT_125M, {"block_ratios": [0.1] * 4})
+
+
+# ---- sizes ----
+
+# Facts of the models' config.json.
+OPT_125M = OPTConfig(
+    vocab_size=50272,
+    hidden_size=768,
+    word_embed_proj_dim=768,
+    ffn_dim=3072,
+    num_hidden_layers=12,
+    num_attention_heads=12,
+    max_position_embeddings=2048,
+)
+OPT_6_7B = OPTConfig(
+    vocab_size=50272,
+    hidden_size=4096,
+    word_embed_proj_dim=4096,
+    ffn_dim=16384,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    max_position_embeddings=2048,
+)
+LLAMA_2_7B = LlamaConfig(
+    vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32
+)
+LLAMA_2_70B = LlamaConfig(
+    vocab_size=32000,
+    hidden_size=8192,
+    intermediate_size=28672,
+    num_hidden_layers=80,
+    num_attention_heads=64,
+    num_key_value_heads=8,
+)
+LLAMA_3_8B = LlamaConfig(
+    vocab_size=128256,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+)
+PHI_2 = PhiConfig(
+    vocab_size=51200,
+    hidden_size=2560,
+    intermediate_size=10240,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    partial_rotary_factor=0.4,
+)
+
+# Parameters as they are stored: OPT's head is its embeddings and counts once.
+DENSE = {
+    id(OPT_125M): 125_239_296,
+    id(OPT_6_7B): 6_658_473_984,
+    id(LLAMA_2_7B): 6_738_415_616,
+    id(LLAMA_2_70B): 68_976_648_192,
+    id(LLAMA_3_8B): 8_030_261_248,
+    id(PHI_2): 2_779_683_840,
+}
+
+
+def name_of(value: Any) -> str | None:
+    """Of a model in a test's name."""
+    return f"{value.model_type}-{DENSE[id(value)] / 1e9:.1f}B" if id(value) in DENSE else None
+
+
+def recipe(rule: dict[str, Any], **options: Any) -> Recipe:
+    return parse_recipe(
+        {"method": "slicegpt", "stages": slicegpt(rule, **options), "calibration": {"source": "wikitext2"}}
+    )
+
+
+def plan(config: Any, rule: dict[str, Any], **options: Any) -> Plan:
+    return make_plan(
+        recipe(rule, **options),
+        config,
+        families.find(config),
+        dtype=torch.float16,
+        computing=torch.float32,
+        cache_memory=2**30,
+    )
+
+
+@pytest.mark.parametrize("config", [OPT_125M, OPT_6_7B, LLAMA_2_7B, LLAMA_3_8B, PHI_2], ids=name_of)
+def test_dense_models_have_the_parameters_they_are_known_for(config):
+    size = dense_size(config, torch.bfloat16)
+    assert (size.parameters, size.bytes) == (DENSE[id(config)], 2 * DENSE[id(config)])
+
+
+@pytest.mark.parametrize(
+    ("config", "ratio", "parameters"), [(OPT_125M, 0.2, 147_250_880), (PHI_2, 0.2, 2_391_772_160)], ids=name_of
+)
+def test_sliced_models_have_the_parameters_the_papers_code_gives(config, ratio, parameters):
+    found = plan(config, {"ratio": ratio})
+    assert found.sliced is not None
+    assert (found.sliced.parameters, found.sliced.bytes) == (parameters, 2 * parameters)
+
+
+@pytest.mark.parametrize(
+    ("config", "percent", "removed"),
+    [
+        (LLAMA_2_7B, 10, -3.0),
+        (LLAMA_2_7B, 20, 9.4),
+        (LLAMA_2_7B, 25, 15.3),
+        (LLAMA_2_7B, 30, 21.5),
+        (LLAMA_3_8B, 10, -1.4),
+        (LLAMA_3_8B, 25, 15.6),
+        (OPT_6_7B, 10, -6.1),
+        (OPT_6_7B, 25, 12.5),
+        (OPT_125M, 10, -29.7),
+        (OPT_125M, 20, -17.6),
+        (OPT_125M, 25, -12.8),
+        (OPT_125M, 30, -6.8),
+        (PHI_2, 20, 14.0),
+        (PHI_2, 25, 19.2),
+    ],
+    ids=name_of,
+)
+def test_the_share_that_is_removed(config, percent, removed):
+    """Of the dense model as it is stored, a tied head counted once: slicing a little adds parameters."""
+    family = families.find(config)
+    planned = planned_widths(recipe({"ratio": percent / 100}), model_points(config, family, 0))
+    sliced = sliced_size(sliced_config(config, family, [width or 0 for width in planned], torch.float16), torch.float16)
+    dense = DENSE[id(config)]
+    assert round(100 * (1 - sliced.parameters / dense), 1) == removed
+
+
+def test_parameters_written_out_for_opt_125m():
+    """Every matrix of A3 with its sizes: nothing is left out of the count, and nothing is counted twice."""
+    V, P, D, F, L, d = 50272, 2048 + 2, 768, 3072, 12, 608
+    attention = 3 * (d * D + D) + (D * d + d) + d * d
+    mlp = (d * F + F) + (F * d + d) + d * d
+    last_mlp = (d * F + F) + (F * D + D) + d * D
+    total = (V + P) * d + (L - 1) * (attention + mlp) + attention + last_mlp + (D * V + V)
+    found = plan(OPT_125M, {"ratio": 0.2})
+    assert found.widths == [d] * (2 * L) + [D]
+    assert found.sliced is not None
+    assert found.sliced.parameters == total
+    assert found.removed == pytest.approx(1 - total / 125_239_296, rel=1e-12)
+
+
+def test_a_plan_of_a_70b_model_takes_no_weights():
+    found = plan(LLAMA_2_70B, {"ratio": 0.25})
+    assert found.dense.parameters == DENSE[id(LLAMA_2_70B)]
+    assert found.sliced is not None
+    assert found.removed is not None
+    assert round(100 * found.removed, 1) == 16.0
+    # One block (its largest: three MLP matrices and the attention's) in float32 and float64, four D x D matrices in
+    # float64, and 1 GiB of activations.
+    block = 3 * 8192 * 28672 + 2 * 8192 * 8192 + 2 * 8192 * 1024 + 2 * 8192
+    assert found.memory_bytes == block * (4 + 8) + 4 * 8192**2 * 8 + 2**30
+    activations = 128 * 2048 * 8192 * 4
+    assert found.disk_bytes == found.sliced.bytes + 2 * activations + activations
+
+
+def test_a_plan_that_the_data_decides_knows_no_size():
+    found = plan(OPT_125M, {"explained_variance": 0.99})
+    assert found.widths == [None] * 24 + [768]
+    assert found.sliced is None
+    assert found.removed is None
+    assert found.to_dict()["dense"] == {"parameters": 125_239_296, "bytes": 250_478_592}
+
+
+def test_rotating_alone_keeps_every_width():
+    chain = parse_recipe(
+        {"method": "rotate", "stages": [{"stage": "fold_norms"}, {"stage": "rotate"}], "calibration": {"source": "c4"}}
+    )
+    assert chain.stages[1] == Rotate()
+    family = families.find(PHI_2)
+    assert planned_widths(chain, model_points(PHI_2, family, 0)) == [2560] * 33

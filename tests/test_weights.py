@@ -1,0 +1,276 @@
+"""Weights read lazily from safetensors: every form a checkpoint comes in, and what is wrong with a broken one."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import oracles
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from compress import families
+from compress.errors import CheckpointError, NumericalError, UnsupportedModel
+from compress.models.decoder import Decoder
+from compress.streaming.weights import INDEX, SINGLE, LazyWeights
+
+
+def write(folder: Path, tensors: dict[str, Tensor], name: str = SINGLE) -> Path:
+    save_file(tensors, folder / name)
+    return folder / name
+
+
+def write_index(folder: Path, weight_map: Any) -> None:
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def tensors() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.randn(3, 4, generator=generator) for name in ("a", "b", "c")}
+
+
+def expected_shapes(model: Any) -> dict[str, torch.Size]:
+    return Decoder(
+        model.config, families.find(model.config), dtype=torch.float32, device=torch.device("cpu")
+    ).parameter_shapes()
+
+
+def complaint(action: Any, kind: type[Exception] = CheckpointError) -> str:
+    with pytest.raises(kind) as error:
+        action()
+    return str(error.value)
+
+
+@pytest.mark.parametrize("shard_size", ["10KB", "1GB"], ids=["shards", "one file"])
+@pytest.mark.parametrize("model_type", tiny.FAMILIES)
+def test_every_parameter_is_read_as_it_was_saved(model_type, shard_size, tmp_path):
+    model = tiny.tiny_model(model_type)
+    model.save_pretrained(tmp_path, max_shard_size=shard_size)
+    assert (tmp_path / INDEX).exists() is (shard_size == "10KB")
+    weights = LazyWeights(tmp_path)
+    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    weights.check_against(expected_shapes(model), may_miss=tied)
+    parameters = {name: p.data for name, p in model.named_parameters() if name not in tied}
+    read = weights.read(parameters)
+    assert read.keys() == parameters.keys()
+    for name, parameter in parameters.items():
+        assert read[name].dtype == torch.float64
+        assert torch.equal(read[name], parameter)
+    assert weights.bytes() == sum(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("model_type", ["opt", "qwen2"])
+def test_a_checkpoint_saved_from_the_base_model(model_type, tmp_path):
+    """Its names lack the `model.` that the causal LM puts before them."""
+    model: Any = tiny.tiny_model(model_type)
+    model.model.save_pretrained(tmp_path, max_shard_size="10KB")
+    weights = LazyWeights(tmp_path)
+    assert not any(name.startswith("model.") for name in weights.files)
+    weights.check_against(expected_shapes(model), may_miss=["lm_head.weight"])
+    for name, parameter in model.named_parameters():
+        assert torch.equal(weights.read([name])[name], parameter)
+
+
+def test_a_checkpoint_saved_from_the_base_model_walks_like_the_whole_one(tmp_path):
+    model: Any = tiny.tiny_model("qwen2")
+    windows = oracles.random_ids(2, 8)
+    found = []
+    for part, folder in ((model, tmp_path / "whole"), (model.model, tmp_path / "base")):
+        part.save_pretrained(folder)
+        model.config.save_pretrained(folder)
+        found.append(oracles.walked(folder, oracles.slicegpt({"ratio": 0.3}), windows).tensors)
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_a_tied_head_that_is_stored_is_the_one_that_is_read(tmp_path):
+    """Some checkpoints of tied models store the head as well."""
+    model: Any = tiny.tiny_model("qwen2")
+    model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / SINGLE)
+    write(tmp_path, stored | {"lm_head.weight": stored["model.embed_tokens.weight"].clone()})
+    windows = oracles.random_ids(2, 8)
+    result = oracles.walked(tmp_path, oracles.fold_only(), windows)
+    with oracles.exact_norms():
+        dense = oracles.logits_of(model, windows)
+    assert oracles.largest_difference(oracles.logits_of(oracles.sliced_model(result), windows), dense) < 1e-9
+
+
+def test_an_untied_head_may_not_miss(tmp_path):
+    model: Any = tiny.tiny_model("llama")
+    model.model.save_pretrained(tmp_path)
+    assert complaint(lambda: LazyWeights(tmp_path).check_against(expected_shapes(model))) == (
+        f"The checkpoint {tmp_path} lacks 1 tensors of its model: lm_head.weight."
+    )
+
+
+def test_missing_tensors_are_counted_and_named(tmp_path):
+    write(tmp_path, tensors())
+    shapes = {name: torch.Size([3, 4]) for name in "abcdefgh"}
+    assert complaint(lambda: LazyWeights(tmp_path).check_against(shapes, may_miss=["h"])) == (
+        f"The checkpoint {tmp_path} lacks 4 tensors of its model: d, e, f, ...."
+    )
+    assert complaint(lambda: LazyWeights(tmp_path).read(["a", "x"])) == f"The checkpoint {tmp_path} has no tensor 'x'."
+
+
+def test_a_wrong_shape_is_named(tmp_path):
+    write(tmp_path, tensors())
+    shapes = {"a": torch.Size([3, 4]), "b": torch.Size([4, 3])}
+    assert complaint(lambda: LazyWeights(tmp_path).check_against(shapes)) == (
+        "The tensor 'b' has shape [3, 4], but config.json says [4, 3]."
+    )
+
+
+@pytest.mark.parametrize(("dtype", "stored"), [(torch.int8, "I8"), (torch.uint8, "U8"), (torch.float8_e4m3fn, "F8_E4M3")])
+def test_a_quantised_checkpoint_is_refused(dtype, stored, tmp_path):
+    write(tmp_path, tensors() | {"b": torch.ones(3, 4).to(dtype)})
+    shapes = dict.fromkeys(tensors(), torch.Size([3, 4]))
+    assert complaint(lambda: LazyWeights(tmp_path).check_against(shapes), UnsupportedModel) == (
+        f"The tensor 'b' is stored as {stored}: a quantised checkpoint. "
+        "Start from the unquantised model (F16, BF16, F32 or F64)."
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_floats_are_read_in_the_type_they_are_stored_in(dtype, tmp_path):
+    stored = {name: tensor.to(dtype) for name, tensor in tensors().items()}
+    write(tmp_path, stored)
+    weights = LazyWeights(tmp_path)
+    weights.check_against({name: tensor.shape for name, tensor in stored.items()})
+    read = weights.read(["c", "a"])
+    assert list(read) == ["c", "a"]
+    assert all(torch.equal(tensor, stored[name]) and tensor.dtype == dtype for name, tensor in read.items())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_weight_that_is_no_number_is_named(value, tmp_path):
+    broken = tensors()
+    broken["b"][2, 3] = value
+    write(tmp_path, broken)
+    weights = LazyWeights(tmp_path)
+    assert weights.read(["a"]).keys() == {"a"}
+    assert complaint(lambda: weights.read(["a", "b"]), NumericalError) == (
+        "The weight 'b' has a NaN or Inf. The input checkpoint is broken: get it again."
+    )
+
+
+@pytest.mark.parametrize("kept", [0, 4, 100, 0.5, 0.99])
+def test_a_truncated_file_is_damaged(kept, tmp_path):
+    file = write(tmp_path, {name: torch.ones(40, 40) for name in "abc"})
+    whole = file.read_bytes()
+    file.write_bytes(whole[: int(kept * len(whole)) if isinstance(kept, float) else kept])
+    message = complaint(lambda: LazyWeights(tmp_path))
+    assert message.startswith(f"{file} is damaged (")
+    assert message.endswith("). Download or write it again.")
+
+
+def test_a_file_damaged_after_it_was_opened(tmp_path):
+    file = write(tmp_path, tensors())
+    weights = LazyWeights(tmp_path)
+    file.write_bytes(b"no safetensors")
+    assert complaint(lambda: weights.read(["a"])).startswith(f"{file} is damaged (")
+
+
+@pytest.mark.parametrize(
+    "name", ["../x.safetensors", "/tmp/x.safetensors", "below/x.safetensors", "..\\x.safetensors", "x.bin", "", ".."]
+)
+def test_an_index_names_files_of_its_own_folder_alone(name, tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    write(tmp_path, tensors(), "x.safetensors")
+    write_index(folder, {"a": name})
+    assert complaint(lambda: LazyWeights(folder)) == (
+        f"{folder / INDEX} names {name!r}; an index may only name .safetensors files of its own folder."
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "no json",
+        "",
+        "[]",
+        "3",
+        "{}",
+        '{"weight_map": []}',
+        '{"weight_map": {}}',
+        '{"weight_map": {"a": 3}}',
+        '{"weight_map": {"a": ["x.safetensors"]}}',
+        '{"weight_map": {"a": "x.safetensors", "b": null}}',
+        b'{"weight_map": {"a": "\xff"}}',
+    ],
+)
+def test_an_index_that_is_none(text, tmp_path):
+    (tmp_path / INDEX).write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert complaint(lambda: LazyWeights(tmp_path)) == (
+        f"{tmp_path / INDEX} is no safetensors index (a JSON object with a weight_map)."
+    )
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    write(tmp_path, tensors(), "model-00001-of-00002.safetensors")
+    write_index(tmp_path, {"a": "model-00001-of-00002.safetensors", "d": "model-00002-of-00002.safetensors"})
+    assert complaint(lambda: LazyWeights(tmp_path)) == (
+        f"{tmp_path / INDEX} names model-00002-of-00002.safetensors, which is not there. Complete the download."
+    )
+
+
+def test_a_tensor_in_two_shards(tmp_path):
+    write(tmp_path, tensors(), "one.safetensors")
+    write(tmp_path, {"b": torch.ones(1)}, "two.safetensors")
+    write_index(tmp_path, {"a": "one.safetensors", "b": "two.safetensors"})
+    assert complaint(lambda: LazyWeights(tmp_path)) == "The tensor 'b' is in both one.safetensors and two.safetensors."
+
+
+def test_files_that_the_index_does_not_name_are_left_alone(tmp_path):
+    write(tmp_path, tensors(), "one.safetensors")
+    write(tmp_path, {"b": torch.ones(1)}, "consolidated.safetensors")
+    write_index(tmp_path, dict.fromkeys(tensors(), "one.safetensors"))
+    assert torch.equal(LazyWeights(tmp_path).read(["b"])["b"], tensors()["b"])
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "weights.pth", "last.ckpt"])
+def test_a_pickle_is_never_opened(name, tmp_path):
+    (tmp_path / name).write_bytes(b"")
+    assert complaint(lambda: LazyWeights(tmp_path)) == (
+        f"{tmp_path} holds weights only as a pickle ({name}), which can run code when it is opened. "
+        "Convert it to safetensors: load it with transformers where you trust it, then save_pretrained()."
+    )
+
+
+def test_a_pickle_beside_safetensors_does_not_matter(tmp_path):
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    write(tmp_path, tensors())
+    assert LazyWeights(tmp_path).read(["a"]).keys() == {"a"}
+
+
+def test_a_folder_without_weights(tmp_path):
+    assert complaint(lambda: LazyWeights(tmp_path)) == f"{tmp_path} has no weights: neither {SINGLE} nor {INDEX}."
+
+
+def mapped_files() -> str:
+    return Path("/proc/self/maps").read_text()
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's list of mapped files")
+def test_reading_leaves_no_file_mapped(tmp_path):
+    file = write(tmp_path, {name: torch.ones(300, 300) for name in "ab"})
+    weights = LazyWeights(tmp_path)
+    assert str(file) not in mapped_files()
+    read = weights.read(["a", "b"])
+    assert str(file) not in mapped_files()
+    assert read["a"].sum() == 90000
+    # The list would have shown it.
+    kept_open = torch.from_file(str(file), size=100, dtype=torch.uint8)
+    assert str(file) in mapped_files()
+    del kept_open
+
+
+def test_what_was_read_does_not_change_with_the_file(tmp_path):
+    file = write(tmp_path, tensors())
+    read = LazyWeights(tmp_path).read(["a"])["a"]
+    with file.open("r+b") as opened:
+        opened.write(b"\0" * file.stat().st_size)
+    assert torch.equal(read, tensors()["a"])
