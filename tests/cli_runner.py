@@ -168,11 +168,12 @@ def serve() -> None:
     for line in sys.stdin:
         requests = json.loads(line)
         answers: list[Any] = [None] * len(requests)
-        waiting, running = list(range(len(requests))), {}
+        waiting = list(range(len(requests)))
+        running: dict[int, tuple[int, tuple[IO[str], IO[str]]]] = {}
         while waiting or running:
             while waiting and len(running) < (os.cpu_count() or 1):
                 number = waiting.pop(0)
-                files = (tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+"))
+                files = (tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+"))  # noqa: SIM115 (closed below)
                 running[fork(requests[number], files)] = (number, files)
             pid, status = os.wait()
             number, files = running.pop(pid)
@@ -220,7 +221,7 @@ def run_forked(request: dict[str, Any]) -> int:
     os.chdir(request["cwd"])
     os.environ.update(request["env"])
     if not request["verify"]:
-        compress.pipeline.verify = lambda *_arguments, **_options: 0.0
+        vars(compress.pipeline)["verify"] = lambda *_arguments, **_options: 0.0
     if request["disturbance"]:
         disturb(Disturbance(**request["disturbance"]))
     if request["max_file_bytes"] is not None:
@@ -292,7 +293,7 @@ def watch_writes(folder: Path, fatal: int) -> list[str]:
             writes = isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
         else:
             writes = event in {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.copyfile", "os.truncate"}
-        paths = [os.path.abspath(path) for path in arguments[:2] if isinstance(path, str | os.PathLike)]
+        paths = [str(Path(path).absolute()) for path in arguments[:2] if isinstance(path, str | os.PathLike)]
         if writes and any(path.startswith(root) for path in paths):
             events.append(event)
             if len(events) == fatal:

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tiny import VOCAB_SIZE
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -21,12 +20,13 @@ from compress.families import Family
 from compress.models.decoder import Decoder
 from compress.models.loading import load_config
 from compress.models.modeling_sliced import SlicedForCausalLM
+from compress.stages._stage import StageConfig
 from compress.stages.fold_norms import FoldNorms
 from compress.stages.rotate import Rotate
 from compress.stages.slice import Slice
-from compress.streaming.sites import Stage
 from compress.streaming.walk import FinishedPart, Walk, WalkSettings
 from compress.streaming.weights import LazyWeights
+from tiny import VOCAB_SIZE
 
 UNLIMITED = 2**40
 RMS_NORMS: tuple[type[nn.Module], ...] = (
@@ -101,7 +101,7 @@ class Walked:
 
 def new_walk(
     folder: Path,
-    stages: Sequence[Stage],
+    stages: Sequence[StageConfig],
     windows: Tensor,
     *,
     dtype: torch.dtype = torch.float64,
@@ -123,7 +123,7 @@ def new_walk(
     return Walk(decoder, LazyWeights(folder), windows, windows[:1], stages, settings)
 
 
-def walked(folder: Path, stages: Sequence[Stage], windows: Tensor, **options: Any) -> Walked:
+def walked(folder: Path, stages: Sequence[StageConfig], windows: Tensor, **options: Any) -> Walked:
     return finished(new_walk(folder, stages, windows, **options))
 
 
@@ -133,15 +133,15 @@ def finished(walk: Walk) -> Walked:
     return Walked(parts, walk.decoder.config, walk.decoder.family, walk.probe, walk)
 
 
-def fold_only() -> list[Stage]:
+def fold_only() -> list[StageConfig]:
     return [FoldNorms()]
 
 
-def fold_and_rotate(**rotation: Any) -> list[Stage]:
+def fold_and_rotate(**rotation: Any) -> list[StageConfig]:
     return [FoldNorms(), Rotate(**rotation)]
 
 
-def slicegpt(rule: dict[str, Any], **rotation: Any) -> list[Stage]:
+def slicegpt(rule: dict[str, Any], **rotation: Any) -> list[StageConfig]:
     return [FoldNorms(), Rotate(**rotation), Slice(**{"round_to": 1, **rule})]
 
 
@@ -163,17 +163,17 @@ def empty_sliced_model(
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        model = SlicedForCausalLM(sliced_config(config, family, widths, dtype))
+        model: SlicedForCausalLM = SlicedForCausalLM(sliced_config(config, family, widths, dtype))
     finally:
         torch.set_default_dtype(before)
-    return model.to(dtype).eval()
+    return model.eval()
 
 
 # ---- SliceGPT as the paper has it ----
 
 # Of each branch: its norm, what reads the normed stream, what writes the stream.
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-BRANCHES = {
+BRANCHES: dict[str, list[tuple[str, tuple[str, ...], tuple[str, ...]]]] = {
     "opt": [
         ("self_attn_layer_norm", ATTENTION, ("self_attn.out_proj",)),
         ("final_layer_norm", ("fc1",), ("fc2",)),
@@ -191,6 +191,7 @@ EMBEDDINGS = {
 }
 BLOCKS = {"opt": "model.decoder.layers", "llama": "model.layers", "phi": "model.layers"}
 FINAL_NORM = {"opt": "model.decoder.final_layer_norm", "llama": "model.norm", "phi": "model.final_layernorm"}
+EPSILON = {"llama": "rms_norm_eps", "phi": "layer_norm_eps"}
 
 Choose = Callable[[int, Tensor], int]
 
@@ -219,18 +220,20 @@ class PaperSliceGPT:
         self.kind: str = config.model_type
         self.signal = signal
         self.D: int = config.hidden_size
-        self.eps: float = {"opt": lambda: 1e-5, "llama": lambda: config.rms_norm_eps, "phi": lambda: config.layer_norm_eps}[
-            self.kind
-        ]()
+        self.eps: float = getattr(config, EPSILON[self.kind]) if self.kind in EPSILON else 1e-5
         self.heads: int = config.num_attention_heads
         self.rotary: Any = None if self.kind == "opt" else model.base_model.rotary_emb
-        self.weights = {name: tensor.detach().double().clone() for name, tensor in model.state_dict().items()}
+        state: dict[str, Tensor] = model.state_dict()
+        self.weights = {name: tensor.detach().double().clone() for name, tensor in state.items()}
         self.tables = [self.weights[f"{name}.weight"] for name in EMBEDDINGS[self.kind]]
         self.branches: list[tuple[list[Affine], list[Affine]]] = []
         for block in range(config.num_hidden_layers):
             for norm, readers, writers in BRANCHES[self.kind]:
                 prefix = f"{BLOCKS[self.kind]}.{block}."
-                branch = [self.affine(prefix + name) for name in readers], [self.affine(prefix + name) for name in writers]
+                branch = (
+                    [self.affine(prefix + name) for name in readers],
+                    [self.affine(prefix + name) for name in writers],
+                )
                 self.fold_reader(prefix + norm, branch[0])
                 self.branches.append(branch)
         self.head = self.affine("lm_head")
@@ -341,9 +344,9 @@ def scaled(model: PreTrainedModel, factor: float) -> PreTrainedModel:
     config: Any = model.config
     family = families.find(config)
     writers = [name for branch in family.branches for name in branch.writers]
-    blocks = model.get_submodule(family.blocks)
+    blocks: Any = model.get_submodule(family.blocks)
     modules: list[Any] = [model.get_submodule(name) for name in family.embeddings]
-    modules += [block.get_submodule(name) for block in blocks for name in writers]  # type: ignore[union-attr]
+    modules += [block.get_submodule(name) for block in blocks for name in writers]
     with torch.no_grad():
         for module in modules:
             for parameter in module.parameters():

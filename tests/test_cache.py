@@ -88,6 +88,12 @@ def test_equal_tensors_are_held_once():
 
 def test_unequal_tensors_are_kept_apart():
     intern = Interner()
-    tensors = [torch.ones(4), torch.zeros(4), torch.ones(2, 2), torch.ones(4, dtype=torch.float64), torch.ones(4).bool()]
+    tensors = [
+        torch.ones(4),
+        torch.zeros(4),
+        torch.ones(2, 2),
+        torch.ones(4, dtype=torch.float64),
+        torch.ones(4).bool(),
+    ]
     interned = intern(tensors)
     assert all(kept is given for kept, given in zip(interned, tensors, strict=True))

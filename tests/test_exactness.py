@@ -3,12 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-import oracles
 import pytest
-import tiny
 import torch
 from transformers import PreTrainedModel
 
+import oracles
+import tiny
 from compress import families
 
 # Longer than the sliding windows, so that they cut something off.

@@ -5,11 +5,11 @@ import json
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from torch import nn
 from transformers import AutoConfig
 
+import tiny
 from compress import families
 from compress.errors import UnsupportedModel
 from compress.families import Family
@@ -29,7 +29,8 @@ def pair(request) -> tuple[Family, Any]:
 
 
 def blocks_of(family: Family, model: nn.Module) -> list[Any]:
-    return list(model.get_submodule(family.blocks))  # type: ignore[arg-type]
+    blocks: Any = model.get_submodule(family.blocks)
+    return list(blocks)
 
 
 def test_every_family_has_a_tiny_model():

@@ -105,7 +105,7 @@ def test_plugins_do_not_know_each_other(part):
 
 
 def cycles(edges: set[tuple[str, str]]) -> set[str]:
-    """Modules that import one another in a circle: what remains when those without imports are taken away, again and again."""
+    """Modules that import one another in a circle: what is left when those without imports are taken away for good."""
     while True:
         importers = {importer for importer, _ in edges}
         kept = {(importer, imported) for importer, imported in edges if imported in importers}

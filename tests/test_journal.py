@@ -161,7 +161,7 @@ def test_a_journal_without_its_first_line_is_refused(three_parts, content):
     (three_parts / JOURNAL).unlink()
     if content is not None:
         (three_parts / JOURNAL).write_text(content)
-    with pytest.raises(UsageError, match="no readable journal.*--overwrite"):
+    with pytest.raises(UsageError, match=r"no readable journal.*--overwrite"):
         Journal.resume(three_parts, IDENTITY)
 
 

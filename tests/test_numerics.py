@@ -88,7 +88,7 @@ def test_random_orthogonal_is_orthogonal_and_seeded():
 
 
 def test_random_orthogonal_favours_no_direction():
-    """Of the Haar measure: entries have mean 0 and variance 1/D, the diagonal too (it would not, without signs fixed)."""
+    """Of the Haar measure: entries have mean 0 and variance 1/D, the diagonal too, where unfixed signs would show."""
     generator = torch.Generator().manual_seed(0)
     draws = torch.stack([random_orthogonal(4, generator) for _ in range(4000)])
     assert draws.mean(0).abs().max() < 0.05
@@ -185,11 +185,13 @@ def test_full_precision_puts_the_settings_back():
     before = (matmul.allow_tf32, cudnn.allow_tf32)
     try:
         matmul.allow_tf32 = cudnn.allow_tf32 = True
-        with pytest.raises(KeyError), full_precision():
+        with full_precision():
             assert not matmul.allow_tf32
             assert not cudnn.allow_tf32
-            raise KeyError
         assert matmul.allow_tf32
         assert cudnn.allow_tf32
+        with pytest.raises(KeyError), full_precision():
+            raise KeyError
+        assert matmul.allow_tf32
     finally:
         matmul.allow_tf32, cudnn.allow_tf32 = before

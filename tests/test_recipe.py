@@ -110,7 +110,12 @@ def test_a_fault_of_a_stage_names_its_field_and_nothing_of_the_library():
 
 
 def test_all_faults_at_once():
-    stages = [FOLD, {"stage": "rotate", "signal": "norm"}, {"stage": "slice", "ratio": 2, "round_to": 0}, {"stage": "x"}]
+    stages = [
+        FOLD,
+        {"stage": "rotate", "signal": "norm"},
+        {"stage": "slice", "ratio": 2, "round_to": 0},
+        {"stage": "x"},
+    ]
     found = faults(data(stages=stages, seed=-1, dtype="int4", calibration={"samples": 0}, extra=1))
     places = ["stages.1.signal", "stages.2.ratio", "stages.2.round_to", "stages.3", "seed", "dtype"]
     places += ["calibration.source", "calibration.samples", "extra"]
@@ -125,7 +130,7 @@ def test_what_is_no_mapping_is_refused(recipe):
 def test_a_recipe_does_not_change():
     recipe = parse_recipe(data())
     with pytest.raises(ValueError, match="frozen"):
-        recipe.seed = 3  # type: ignore[misc]
+        recipe.seed = 3
 
 
 # Files.

@@ -9,7 +9,7 @@ import pytest
 
 # What a program may do first. Each ends in one that has imported compress and looks into transformers' registries.
 ORDERS = {
-    "models and base classes, then compress": "from transformers import LlamaForCausalLM, PreTrainedModel; import compress",
+    "a model class, then compress": "from transformers import LlamaForCausalLM, PreTrainedModel; import compress",
     "compress, then generation": "import compress; from transformers import GenerationMixin",
     "compress, then the configs": "import compress; from transformers import AutoConfig",
     "the modeling file first": "import compress.models.modeling_sliced",

@@ -1,10 +1,11 @@
 """A run that is killed, at any moment, goes on and writes the bytes of a run that was not.
 
-All runs have the last point of the stream sliced and rotated at random, so that the random numbers of a resumed run
-are tested too. Each has a folder of its own, in which everything it may write lies.
+All runs rotate at random, slice the last point of the stream and run the dense model beside: what a resumed run draws
+and all that it restores is tested too. Each has a folder of its own, in which everything it may write lies.
 """
 
 import json
+import shlex
 import shutil
 import signal
 from collections.abc import Sequence
@@ -12,14 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
 from cli_runner import Disturbance, Ran, Request, flat, run_warm, snapshot
 from tiny import NUM_BLOCKS, write_model, write_text
 
 NUM_PARTS = NUM_BLOCKS + 2
 OUT, PARTIAL = "out", "out.partial"
 WORDS = (
-    *"slice --model ../tiny --calib ../text.txt --samples 4 --seq-len 32 --device cpu --out out --json".split(),
-    *"--ratio 0.25 --slice-head --final-orientation random".split(),
+    *shlex.split("slice --model ../tiny --calib ../text.txt --samples 4 --seq-len 32 --device cpu --out out --json"),
+    *shlex.split("--ratio 0.25 --slice-head --final-orientation random --measure-error"),
 )
 RECORD = "compress.streaming.journal:Journal.record"
 
@@ -54,9 +56,9 @@ def undisturbed(place):
     ran = place.run(folder)
     assert ran.code == 0, ran.err
     files = snapshot(folder)
-    assert {f"{OUT}/{name}" for name in ("compress.json", "README.md", "config.json", "model.safetensors.index.json")} < set(
-        files
-    )
+    assert {
+        f"{OUT}/{name}" for name in ("compress.json", "README.md", "config.json", "model.safetensors.index.json")
+    } < set(files)
     return files
 
 
@@ -412,7 +414,6 @@ def test_two_runs_on_one_output(place, running, option):
 def test_two_runs_that_start_at_once(place, monkeypatch):
     """Neither has found the other's folder when it looked; the second then must not delete it."""
     from cli_runner import invoke
-
     from compress import pipeline
     from compress.streaming.journal import Journal
 

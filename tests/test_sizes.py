@@ -111,7 +111,9 @@ def test_slicing_needs_a_basis():
 RULES: dict[str, Any] = {"ratio": 0.25, "block_ratios": (0.25,), "linear_ratios": (0.1, 0.2), "explained_variance": 0.9}
 
 
-@pytest.mark.parametrize("given", [(), ("ratio", "explained_variance"), ("block_ratios", "linear_ratios"), tuple(RULES)])
+@pytest.mark.parametrize(
+    "given", [(), ("ratio", "explained_variance"), ("block_ratios", "linear_ratios"), tuple(RULES)]
+)
 def test_exactly_one_rule(given):
     with pytest.raises(ValidationError) as error:
         Slice(**{name: RULES[name] for name in given})
@@ -214,7 +216,6 @@ PHI_2 = PhiConfig(
     intermediate_size=10240,
     num_hidden_layers=32,
     num_attention_heads=32,
-    partial_rotary_factor=0.4,
 )
 
 # Parameters as they are stored: OPT's head is its embeddings and counts once.

@@ -4,13 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-import oracles
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import oracles
+import tiny
 from compress import families
 from compress.errors import CheckpointError, NumericalError, UnsupportedModel
 from compress.models.decoder import Decoder
@@ -123,7 +123,9 @@ def test_a_wrong_shape_is_named(tmp_path):
     )
 
 
-@pytest.mark.parametrize(("dtype", "stored"), [(torch.int8, "I8"), (torch.uint8, "U8"), (torch.float8_e4m3fn, "F8_E4M3")])
+@pytest.mark.parametrize(
+    ("dtype", "stored"), [(torch.int8, "I8"), (torch.uint8, "U8"), (torch.float8_e4m3fn, "F8_E4M3")]
+)
 def test_a_quantised_checkpoint_is_refused(dtype, stored, tmp_path):
     write(tmp_path, tensors() | {"b": torch.ones(3, 4).to(dtype)})
     shapes = dict.fromkeys(tensors(), torch.Size([3, 4]))

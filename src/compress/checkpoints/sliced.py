@@ -54,7 +54,7 @@ class Size:
 
 def dense_size(config: Any, dtype: torch.dtype) -> Size:
     with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
     if config.tie_word_embeddings:
         model.tie_weights()
     return size_of(model, dtype)
@@ -62,7 +62,7 @@ def dense_size(config: Any, dtype: torch.dtype) -> Size:
 
 def sliced_size(config: SlicedConfig, dtype: torch.dtype) -> Size:
     with init_empty_weights():
-        model = SlicedForCausalLM(config)
+        model = SlicedForCausalLM(copy.deepcopy(config))
     return size_of(model, dtype)
 
 

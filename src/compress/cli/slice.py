@@ -29,8 +29,9 @@ from compress.cli.reporting import gigabytes, print_json, print_table, progress_
 from compress.errors import UsageError
 
 if TYPE_CHECKING:
+    from compress.job import Job
     from compress.models.hub import ModelSource
-    from compress.pipeline import Job, Result
+    from compress.pipeline import Result
     from compress.plan import Plan
     from compress.recipe import Recipe
 
@@ -80,8 +81,9 @@ def slice_model(
     Example: compress slice --model llama-2-7b --ratio 0.25
     """
     from compress.datasets import data_directory
+    from compress.job import Job
     from compress.models.hub import find_model
-    from compress.pipeline import Job, plan_only, run
+    from compress.pipeline import plan_only, run
     from compress.recipe import slicegpt
 
     quiet_libraries()

@@ -4,6 +4,7 @@ The stock model is built on the meta device, where it costs nothing, and its par
 the head) are filled, used and emptied in turn. Stock code does all the computing: nothing of it is copied here.
 """
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -39,13 +40,14 @@ class Decoder:
     """The parts of a causal LM, on the meta device until their tensors are given."""
 
     def __init__(self, config: Any, family: Family, *, dtype: torch.dtype, device: torch.device) -> None:
-        self.config = config
+        # A copy: transformers notes the dtype and the attention it was asked for in the config it is given.
+        self.config = copy.deepcopy(config)
         self.family = family
         self.dtype = dtype
         self.device = device
         self.structure = family.structure()
         with init_empty_weights(include_buffers=False):
-            self.model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+            self.model = AutoModelForCausalLM.from_config(self.config, dtype=dtype).eval()
         self.blocks = list(self.model.get_submodule(family.blocks))
         for block in self.blocks:
             as_residual_block(block, self.structure, config)

@@ -20,6 +20,7 @@ from torch import Tensor
 from compress.errors import OutputError, UsageError
 
 JOURNAL = "journal.jsonl"
+LOCK = "lock"
 
 
 class Journal:
@@ -33,8 +34,12 @@ class Journal:
 
     @classmethod
     def start(cls, folder: Path, identity: dict[str, Any]) -> "Journal":
+        """A new run in the folder. What another left there goes, once nobody is writing it."""
         folder.mkdir(parents=True, exist_ok=True)
         journal = cls(folder, identity, take_lock(folder), [])
+        for leftover in folder.iterdir():
+            if leftover.name != LOCK:
+                leftover.unlink()
         with (folder / JOURNAL).open("w", encoding="utf-8") as file:
             write_line(file, {"run": identity})
         return journal
@@ -76,7 +81,7 @@ class Journal:
 
     def forget(self) -> None:
         """Leave only the parts: the run is finished and its folder is about to become the output."""
-        for leftover in (*self.folder.glob("state-*.safetensors"), self.folder / JOURNAL, self.folder / "lock"):
+        for leftover in (*self.folder.glob("state-*.safetensors"), self.folder / JOURNAL, self.folder / LOCK):
             leftover.unlink(missing_ok=True)
         self.close()
 
@@ -148,7 +153,7 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
 
 
 def take_lock(folder: Path) -> IO[str]:
-    lock = (folder / "lock").open("w")
+    lock = (folder / LOCK).open("w")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:

@@ -1,0 +1,33 @@
+"""What is to be compressed, how, and to where."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from compress.models.hub import ModelSource
+from compress.recipe import Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """
+    command: how a user would ask for it again; it goes into the model card.
+    batch_size: windows at a time; None for about 8192 tokens.
+    cache_memory: bytes of activations to hold in memory; None for half of what is free.
+    """
+
+    model: ModelSource
+    recipe: Recipe
+    out: Path
+    command: str
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    batch_size: int | None = None
+    cache_memory: int | None = None
+    data_dir: Path | None = None
+    resume: bool = False
+    overwrite: bool = False
+
+    @property
+    def partial(self) -> Path:
+        return self.out.with_name(f"{self.out.name}.partial")

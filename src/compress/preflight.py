@@ -1,0 +1,156 @@
+"""Everything about a job is looked at before its first weight is read, and all faults are reported at once."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+import torch
+from torch import Tensor
+
+from compress import families
+from compress.datasets.windows import calibration_windows
+from compress.errors import CompressError, OutputError, UsageError
+from compress.job import Job
+from compress.models.decoder import Decoder
+from compress.models.loading import load_config, load_tokenizer
+from compress.plan import Plan, make_plan
+from compress.streaming.weights import LazyWeights
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The dtype weights are written in, and the one the walk computes in."""
+
+    written: torch.dtype
+    computing: torch.dtype
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A job whose every input has been looked at."""
+
+    job: Job
+    folder: Path
+    config: Any
+    family: families.Family
+    precision: Precision
+    plan: Plan
+    weights: LazyWeights
+    windows: Tensor
+
+
+def prepare(job: Job) -> Prepared:
+    """Raises a CompressError with a line for every fault, and the exit code of the first."""
+    folder = job.model.whole_folder()
+    config = load_config(folder)
+    family, plan = families.find(config), plan_job(job, config)
+    calibration = job.recipe.calibration
+    faults: list[CompressError] = []
+    attempt(faults, lambda: check_output(job))
+    attempt(faults, lambda: check_positions(config, calibration.seq_len))
+    attempt(faults, lambda: check_disk(job.out, plan.disk_bytes))
+    attempt(faults, lambda: check_memory(plan.memory_bytes))
+    weights = attempt(faults, lambda: open_weights(folder, config, family))
+    windows = attempt(faults, lambda: read_windows(job, folder))
+    if faults or weights is None or windows is None:
+        raise type(faults[0])("\n".join(str(fault) for fault in faults))
+    return Prepared(
+        job=job,
+        folder=folder,
+        config=config,
+        family=family,
+        precision=choose_precision(job, config),
+        plan=plan,
+        weights=weights,
+        windows=windows,
+    )
+
+
+def attempt(faults: list[CompressError], look: Callable[[], T]) -> T | None:
+    """What `look` finds; what it raises joins the faults."""
+    try:
+        return look()
+    except CompressError as fault:
+        faults.append(fault)
+        return None
+
+
+def read_windows(job: Job, folder: Path) -> Tensor:
+    calibration = job.recipe.calibration
+    return calibration_windows(
+        calibration.source,
+        load_tokenizer(folder),
+        num_samples=calibration.samples,
+        seq_len=calibration.seq_len,
+        seed=job.recipe.seed,
+        data_dir=job.data_dir,
+    )
+
+
+def choose_precision(job: Job, config: Any) -> Precision:
+    """float32 for the walk, whatever the weights are stored in; float64 for float64 models."""
+    written = getattr(torch, job.recipe.dtype) if job.recipe.dtype else config.dtype or torch.float32
+    return Precision(written, torch.float64 if written == torch.float64 else torch.float32)
+
+
+def plan_job(job: Job, config: Any) -> Plan:
+    """Raises UnsupportedModel or UsageError where the recipe does not fit the model."""
+    precision = choose_precision(job, config)
+    return make_plan(
+        job.recipe,
+        config,
+        families.find(config),
+        dtype=precision.written,
+        computing=precision.computing,
+        cache_memory=cache_memory(job),
+    )
+
+
+def cache_memory(job: Job) -> int:
+    return psutil.virtual_memory().available // 2 if job.cache_memory is None else job.cache_memory
+
+
+def check_output(job: Job) -> None:
+    if job.out.exists() and not job.overwrite:
+        raise UsageError(f"The output {job.out} exists. Choose another --out, or replace it with --overwrite.")
+    if job.partial.exists() and not (job.resume or job.overwrite):
+        raise UsageError(f"An unfinished run is in {job.partial}. Go on with --resume, or start over with --overwrite.")
+    if job.resume and not job.partial.exists():
+        raise UsageError(f"--resume: there is no unfinished run in {job.partial}. Run it without --resume.")
+
+
+def check_positions(config: Any, seq_len: int) -> None:
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and seq_len > positions:
+        raise UsageError(
+            f"--seq-len {seq_len} is more than the model's {positions} positions. Use --seq-len {positions}."
+        )
+
+
+def check_disk(out: Path, needed: int) -> None:
+    parent = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise OutputError(f"The run needs {needed / 1e9:.1f} GB of disk, {parent} has {free / 1e9:.1f} GB. Free some.")
+
+
+def check_memory(needed: int) -> None:
+    total = psutil.virtual_memory().total
+    if total < needed:
+        raise UsageError(
+            f"The run needs {needed / 1e9:.1f} GB of memory, this machine has {total / 1e9:.1f} GB. "
+            "Use fewer --samples, a shorter --seq-len or a smaller --cache-memory."
+        )
+
+
+def open_weights(folder: Path, config: Any, family: families.Family) -> LazyWeights:
+    weights = LazyWeights(folder)
+    shapes = Decoder(config, family, dtype=torch.float32, device=torch.device("cpu")).parameter_shapes()
+    tied = [f"{family.head}.weight"] if config.tie_word_embeddings else []
+    weights.check_against(shapes, may_miss=tied)
+    return weights

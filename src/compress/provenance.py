@@ -1,0 +1,46 @@
+"""What an output comes from: enough to tell whether two runs would give the same bytes."""
+
+import hashlib
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from compress.datasets.windows import fingerprint
+from compress.preflight import Prepared
+from compress.streaming.weights import LazyWeights
+from compress.version import __version__
+
+
+def identity(prepared: Prepared) -> dict[str, Any]:
+    """What determines the output's bytes."""
+    job = prepared.job
+    return {
+        "recipe": job.recipe.model_dump(mode="json"),
+        "model": input_fingerprint(prepared.folder, prepared.weights),
+        "calibration text": fingerprint(prepared.windows),
+        "versions": versions(),
+        "device": job.device.type,
+        "batch size": job.batch_size,
+        "dtype": str(prepared.precision.written).removeprefix("torch."),
+    }
+
+
+def versions() -> dict[str, str]:
+    return {
+        "compress": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def input_fingerprint(folder: Path, weights: LazyWeights) -> str:
+    """sha256 over config.json and the names, shapes and types of all tensors with the sizes of their files."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for name in sorted(weights.files):
+        file = weights.files[name]
+        digest.update(f"{name} {list(weights.shapes[name])} {weights.dtypes[name]} {file.stat().st_size}\n".encode())
+    return digest.hexdigest()

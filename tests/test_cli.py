@@ -1,0 +1,653 @@
+"""The command line: what it accepts, writes and prints when all is well. Bad input is in test_bad_input.py.
+
+Most commands run in this process, with the reloading of the written checkpoint taken for granted; that it does reload
+is seen through the installed command.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+
+from cli_runner import Ran, environment, finish, flat, invoke, snapshot, start_installed, succeeds
+from tiny import HIDDEN, NUM_BLOCKS, write_model, write_text
+
+COMMANDS = ("slice", "eval")
+LLAMA_2_7B = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "dtype": "float16",
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+}
+POINTS = 1 + 2 * NUM_BLOCKS
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A model, a text, and configs without weights."""
+    home = tmp_path_factory.mktemp("home")
+    write_model(home / "tiny", "opt")
+    write_text(home / "text.txt")
+    for name, config in {"llama-2-7b-config": LLAMA_2_7B, "deep": LLAMA_2_7B | {"num_hidden_layers": 80}}.items():
+        (home / name).mkdir()
+        (home / name / "config.json").write_text(json.dumps(config))
+    (home / "tiny-config").mkdir()
+    shutil.copy(home / "tiny" / "config.json", home / "tiny-config")
+    return home
+
+
+@pytest.fixture
+def place(home, tmp_path, monkeypatch):
+    """An empty folder to work in, the model and the text in its parent; nothing is really reloaded."""
+    monkeypatch.delenv("COMPRESS_DATA_DIR", raising=False)
+    monkeypatch.setattr("compress.pipeline.verify", lambda *_arguments, **_options: 0.0)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def words(home):
+    """`slice` with everything but how much."""
+    return ["slice", "--model", home / "tiny", "--calib", home / "text.txt", "--samples", 4, "--seq-len", 32]
+
+
+def widths(*arguments: object) -> list[int]:
+    return succeeds(*arguments, "--json").json["widths"]
+
+
+# The installed command runs in processes of its own, while the other tests of this file do; its tests come last.
+
+
+@pytest.fixture(scope="module", autouse=True)
+def started(home, tmp_path_factory):
+    """slice and then eval of its output, and a plan."""
+    folder = tmp_path_factory.mktemp("installed")
+    slicing = ["--model", home / "tiny", "--ratio", 0.25, "--calib", home / "text.txt", "--samples", 4, "--seq-len", 32]
+    evaluating = ["--ppl", home / "text.txt", "--seq-len", 32, "--limit", 4]
+    ran: dict[str, Ran] = {}
+
+    def in_turn():
+        for name, words in {
+            "slice": ["slice", *slicing, "--device", "cpu", "--json"],
+            "eval": ["eval", *evaluating, "--device", "cpu", "--json"],
+            "plan": ["slice", "--model", home / "llama-2-7b-config", "--ratio", 0.25, "--dry-run"],
+        }.items():
+            ran[name] = finish(start_installed(*words, cwd=folder))
+
+    thread = threading.Thread(target=in_turn)
+    thread.start()
+    yield folder, ran, thread
+    thread.join()
+
+
+@pytest.fixture
+def installed(started):
+    folder, ran, thread = started
+    thread.join()
+    return folder, ran
+
+
+# Help.
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_an_example(command):
+    ran = succeeds(command, "--help")
+    assert f"Example: compress {command} " in flat(ran.out)
+    assert ran.err == ""
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_example_of_the_help_is_accepted(command, place, monkeypatch):
+    """Its words are options that there are: offline, it gets as far as the model."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(place / "cache"))
+    example = flat(invoke(command, "--help").out).partition("Example: compress ")[2].split(" ╭")[0]
+    ran = invoke(*example.split())
+    assert ran.code == 4
+    assert "is not on this machine" in ran.faults[0]
+
+
+def test_help_lists_every_command():
+    listed = flat(succeeds("--help").out)
+    for command in COMMANDS:
+        assert f" {command} " in listed
+    assert "make a language model smaller" in listed.lower()
+
+
+OPTIONS = {
+    "slice": {
+        *("--model", "--ratio", "--explained-variance", "--method", "--signal", "--final-orientation", "--round-to"),
+        *("--slice-head", "--measure-error", "--calib", "--samples", "--seq-len", "--data-dir", "--seed", "--out"),
+        *("--dtype", "--resume", "--overwrite", "--dry-run", "--json", "--device", "--batch-size", "--cache-memory"),
+    },
+    "eval": {
+        *("--ppl", "--model", "--seq-len", "--limit", "--batch-size", "--dtype", "--device", "--data-dir"),
+        *("--trust-remote-code", "--json"),
+    },
+}
+
+
+def test_the_options_of_every_command():
+    """A new option is a promise: whoever adds one adds it here, and in the documentation."""
+    from typer.main import get_command
+
+    from compress.cli import app
+
+    commands = get_command(app).commands
+    found = {name: {word for option in command.params for word in option.opts} for name, command in commands.items()}
+    assert found == OPTIONS
+
+
+def test_every_option_has_a_help_text():
+    from typer.main import get_command
+
+    from compress.cli import app
+
+    for command in get_command(app).commands.values():
+        assert [option.name for option in command.params if not option.help] == []
+
+
+def test_version():
+    from compress import __version__
+
+    assert succeeds("--version").out == f"compress {__version__}\n"
+
+
+PROBE = """
+import sys
+from compress.cli import main
+for words in {words}:
+    sys.argv = ["compress", *words]
+    try:
+        main()
+    except SystemExit:
+        pass
+    heavy = [name for name in ("torch", "transformers", "datasets", "accelerate") if name in sys.modules]
+    sys.stderr.write("IMPORTED " + repr((words, heavy)) + "\\n")
+"""
+
+
+def test_help_and_usage_errors_import_nothing_heavy(place):
+    """Torch takes seconds; who asks for help, or mistypes a word, must not wait for it."""
+    commands = [
+        *(["--help"], ["--version"], ["slice", "--help"], ["eval", "--help"], ["slcie"], ["slice", "--ratoi", "1"]),
+        *(["slice"], ["slice", "--ratio", "2"], ["slice", "--ratio", "0.25", "--model", "opt-126m"], ["eval"]),
+    ]
+    ran = subprocess.run(
+        [sys.executable, "-c", PROBE.format(words=commands)],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        check=True,
+    )
+    lines = [line.removeprefix("IMPORTED ") for line in ran.stderr.splitlines() if line.startswith("IMPORTED ")]
+    assert lines == [repr((words, [])) for words in commands]
+
+
+# What was meant.
+
+
+def test_a_misspelt_command():
+    ran = invoke("slcie", "--ratio", 0.25)
+    assert ran.code == 2
+    assert "No such command 'slcie'" in flat(ran.err)
+    assert "Did you mean 'slice'" in flat(ran.err)
+
+
+@pytest.mark.parametrize(
+    ("command", "typed", "meant"),
+    [
+        ("slice", "--ratoi", "--ratio"),
+        ("slice", "--overwrit", "--overwrite"),
+        ("slice", "--sampels", "--samples"),
+        ("eval", "--pll", "--ppl"),
+        ("eval", "--modle", "--model"),
+    ],
+)
+def test_a_misspelt_option(command, typed, meant):
+    ran = invoke(command, typed, "x")
+    assert ran.code == 2
+    assert f"No such option: {typed}" in flat(ran.err)
+    assert f" {meant}" in flat(ran.err).split(typed, 1)[1]
+
+
+def test_a_misspelt_choice(words, place):
+    ran = invoke(*words, "--ratio", 0.25, "--signal", "strem")
+    assert ran.code == 2
+    assert "--signal" in flat(ran.err)
+    assert "'stream', 'normed'" in flat(ran.err)
+
+
+@pytest.mark.parametrize(
+    ("option", "typed", "message"),
+    [
+        ("--model", "opt-126m", "Unknown model 'opt-126m'. Did you mean 'opt-125m'?"),
+        ("--calib", "wikitext-2", "Unknown data set 'wikitext-2'. Did you mean 'wikitext2'?"),
+        ("--dtype", "blfoat16", "Unknown dtype 'blfoat16'. Did you mean 'bfloat16'?"),
+    ],
+)
+def test_misspelt_values_of_slice(words, place, option, typed, message):
+    ran = invoke(*words, "--ratio", 0.25, option, typed)
+    assert ran.code == 2
+    assert len(ran.faults) == 1
+    assert message in ran.faults[0]
+
+
+@pytest.mark.parametrize(
+    ("option", "typed", "message"),
+    [
+        ("--model", "lama-2-7b", "Unknown model 'lama-2-7b'. Did you mean 'llama-2-7b'?"),
+        ("--ppl", "ptbb", "Unknown data set 'ptbb'. Did you mean 'ptb'?"),
+        ("--dtype", "float23", "Unknown dtype 'float23'. Did you mean 'float32'?"),
+    ],
+)
+def test_misspelt_values_of_eval(home, place, option, typed, message):
+    ran = invoke("eval", "--ppl", home / "text.txt", "--model", home / "tiny", option, typed)
+    assert ran.code == 2
+    assert len(ran.faults) == 1
+    assert message in ran.faults[0]
+
+
+# A plan.
+
+
+def test_the_plan_of_llama_2_7b(home, place):
+    """From config.json alone. 3072 = 0.75 x 4096; the last of the 65 points keeps its full width."""
+    ran = succeeds("slice", "--model", home / "llama-2-7b-config", "--ratio", 0.25, "--dry-run", "--json")
+    plan = ran.json
+    assert plan["widths"] == [3072] * 64 + [4096]
+    assert plan["dense"]["parameters"] == 6_738_415_616
+    assert plan["dense"]["bytes"] == 2 * 6_738_415_616
+    assert round(plan["removed"], 3) == 0.153
+    table = flat(succeeds("slice", "--model", home / "llama-2-7b-config", "--ratio", 0.25, "--dry-run").out)
+    assert "3072 x 64, 4096" in table
+    assert "15.3% removed" in table
+    assert ran.err == ""
+
+
+def test_a_plan_needs_no_weights_and_writes_nothing(home, place):
+    ran = succeeds("slice", "--model", home / "tiny-config", "--ratio", 0.25, "--seq-len", 32, "--dry-run", "--json")
+    assert ran.json["widths"] == [24] * (POINTS - 1) + [HIDDEN]
+    assert snapshot(place) == {}
+
+
+def test_a_plan_is_what_the_run_then_gives(words, place):
+    plan = succeeds(*words, "--ratio", 0.25, "--dry-run", "--json").json
+    result = succeeds(*words, "--ratio", 0.25, "--json").json
+    assert plan["out"] == result["out"]
+    assert plan["widths"] == result["widths"]
+    assert plan["sliced"] == {"parameters": result["parameters"], "bytes": result["bytes"]}
+    assert plan["removed"] == result["removed"]
+    written = sum(file.stat().st_size for file in (place / result["out"]).iterdir())
+    assert result["bytes"] < written <= plan["disk_bytes"]
+
+
+def test_a_plan_whose_widths_the_data_decides(words, place):
+    plan = succeeds(*words, "--explained-variance", 0.9, "--dry-run", "--json").json
+    assert plan["widths"] == [None] * (POINTS - 1) + [HIDDEN]
+    assert plan["sliced"] is plan["removed"] is None
+    assert "decided by the data" in succeeds(*words, "--explained-variance", 0.9, "--dry-run").out
+
+
+# How much.
+
+
+def test_one_ratio(words, place):
+    assert widths(*words, "--ratio", 0.25) == [24] * (POINTS - 1) + [HIDDEN]
+
+
+def test_a_ratio_that_grows_from_first_to_last_block(words, place):
+    """0.1, 0.2, 0.3 of 32 leave 28.8, 25.6, 22.4; whole numbers here."""
+    assert widths(*words, "--ratio", "0.1:0.3", "--round-to", 1) == [28, 28, 28, 25, 25, 22, HIDDEN]
+
+
+def test_a_ratio_for_each_block(words, place):
+    assert widths(*words, "--ratio", "0.5,0,0.25") == [16, 16, 16, HIDDEN, HIDDEN, 24, HIDDEN]
+
+
+def test_the_head_too(words, place):
+    assert widths(*words, "--ratio", 0.25, "--slice-head") == [24] * POINTS
+
+
+@pytest.mark.parametrize(("round_to", "width"), [(8, 16), (5, 20), (1, 22), (22, 22)])
+def test_widths_are_rounded_down(words, place, round_to, width):
+    plan = succeeds(*words, "--ratio", 0.3, "--round-to", round_to, "--dry-run", "--json").json
+    assert plan["widths"][0] == width
+
+
+def test_explained_variance(words, place):
+    """More of the energy takes more directions, all of it takes (nearly) all; each point keeps at least its share."""
+    less, more = (widths(*words, "--explained-variance", share, "--out", f"ev{share}") for share in (0.8, 0.99))
+    assert all(a <= b for a, b in zip(less, more, strict=True))
+    assert less != more
+    points = json.loads((place / "ev0.8" / "compress.json").read_text())["points"]
+    assert all(point["width"] == HIDDEN or point["kept_energy"] <= 1 for point in points)
+
+
+def test_the_paper_orders_explained_variance_before_rounding(words, place):
+    widths(*words, "--explained-variance", 0.9, "--round-to", 1, "--out", "exact")
+    points = json.loads((place / "exact" / "compress.json").read_text())["points"]
+    assert all(point["kept_energy"] >= 0.9 for point in points)
+
+
+# Where to.
+
+
+@pytest.mark.parametrize(
+    ("amount", "name"),
+    [
+        (["--ratio", "0.25"], "tiny-slicegpt-0.25"),
+        (["--ratio", "0.1:0.3"], "tiny-slicegpt-0.1-0.3"),
+        (["--explained-variance", "0.99"], "tiny-slicegpt-ev0.99"),
+    ],
+)
+def test_the_default_output(words, place, amount, name):
+    assert succeeds(*words, *amount, "--dry-run", "--json").json["out"] == f"compressed/{name}"
+
+
+def test_the_default_output_is_written_there(words, place):
+    succeeds(*words, "--ratio", 0.25)
+    assert [path.name for path in (place / "compressed").iterdir()] == ["tiny-slicegpt-0.25"]
+
+
+def test_the_default_output_of_many_ratios_is_a_name_that_a_file_can_have(home, place):
+    """255 bytes are a name's limit, and .partial is added. Other ratios still have another name."""
+    outs = [
+        succeeds("slice", "--model", home / "deep", "--ratio", ratios, "--dry-run", "--json").json["out"]
+        for ratios in (",".join(["0.25"] * 80), ",".join(["0.25"] * 79 + ["0.3"]))
+    ]
+    assert outs[0] != outs[1]
+    assert all(len(Path(out).name) < 200 for out in outs)
+
+
+@pytest.mark.parametrize(
+    ("model", "out", "base"),
+    [
+        ("opt-125m", "opt-125m-slicegpt-0.25", "facebook/opt-125m"),
+        ("someone/theirs", "someone--theirs-slicegpt-0.25", "someone/theirs"),
+    ],
+)
+def test_a_model_of_the_hub(home, place, words, monkeypatch, model, out, base):
+    monkeypatch.setattr("compress.models.hub.fetch", lambda repository, patterns: home / "tiny")
+    written = Path(succeeds(*words, "--model", model, "--ratio", 0.25, "--json").json["out"])
+    assert written == Path("compressed", out)
+    facts = json.loads((written / "compress.json").read_text())
+    assert facts["base_model"] == base
+    assert f"--model {base} " in facts["command"]
+
+
+def test_the_same_inputs_give_the_same_bytes(words, place):
+    for folder in ("first", "second"):
+        (place / folder).mkdir()
+        succeeds(*words, "--ratio", 0.25, "--out", f"{folder}/out")
+    assert snapshot(place / "first") == snapshot(place / "second")
+
+
+def test_the_seed_of_a_random_orientation(words, place):
+    for name, seed in {"a": 1, "b": 1, "c": 2}.items():
+        (place / name).mkdir()
+        succeeds(*words, "--ratio", 0.25, "--final-orientation", "random", "--seed", seed, "--out", f"{name}/out")
+    a, b, c = (snapshot(place / name) for name in "abc")
+    assert a == b
+    parts = [name for name in a if name.endswith(".safetensors")]
+    assert len(parts) == NUM_BLOCKS + 2
+    # The head reads the last point, which is rotated at its full width too.
+    assert all(a[name] != c[name] for name in parts)
+
+
+def test_orientation_changes_the_weights_and_not_the_function(home, words, place):
+    outputs = []
+    ids = torch.arange(3, 35)[None]
+    for orientation in ("pca", "random"):
+        succeeds(*words, "--ratio", 0.25, "--final-orientation", orientation, "--out", orientation)
+        model = AutoModelForCausalLM.from_pretrained(place / orientation)
+        with torch.inference_mode():
+            outputs.append(model(ids).logits)
+    first, second = (
+        {path.name: path.read_bytes() for path in (place / o).glob("*.safetensors")} for o in ("pca", "random")
+    )
+    assert all(first[name] != second[name] for name in first)
+    torch.testing.assert_close(*outputs)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_the_dtype_of_the_weights(words, place, dtype):
+    succeeds(*words, "--ratio", 0.25, "--dtype", dtype, "--out", "out")
+    stored = set()
+    for file in (place / "out").glob("*.safetensors"):
+        with safe_open(file, framework="pt") as opened:
+            stored |= {opened.get_tensor(name).dtype for name in opened.keys()}  # noqa: SIM118 (no dict)
+    assert stored == {getattr(torch, dtype)}
+    assert json.loads((place / "out" / "config.json").read_text())["dtype"] == dtype
+
+
+def test_overwrite_replaces_the_whole_output(words, place):
+    succeeds(*words, "--ratio", 0.5, "--out", "out")
+    (place / "out" / "stale.txt").write_text("of the old one")
+    old = snapshot(place)
+    refused = invoke(*words, "--ratio", 0.25, "--out", "out")
+    assert refused.code == 2
+    assert snapshot(place) == old
+    succeeds(*words, "--ratio", 0.25, "--out", "out", "--overwrite")
+    assert [path.name for path in place.iterdir()] == ["out"]
+    assert not (place / "out" / "stale.txt").exists()
+    assert json.loads((place / "out" / "compress.json").read_text())["recipe"]["stages"][-1]["ratio"] == 0.25
+
+
+def test_a_file_of_the_users_beside_the_output_stays(words, place):
+    """Activations that memory does not hold go to a file beside the output, which must be nobody else's."""
+    kept = {
+        name: f"my {name}" for name in ("activations", "activations-stream", "activations-dense", "lock", "out.txt")
+    }
+    for name, content in kept.items():
+        (place / name).write_text(content)
+    succeeds(*words, "--ratio", 0.25, "--out", "out", "--cache-memory", "1", "--measure-error")
+    assert {path.name for path in place.iterdir()} == {"out", *kept}
+    assert {name: (place / name).read_text() for name in kept} == kept
+
+
+def test_the_cache_on_disk_gives_the_same_bytes(words, place):
+    succeeds(*words, "--ratio", 0.25, "--out", "a/out")
+    succeeds(*words, "--ratio", 0.25, "--out", "b/out", "--cache-memory", "0")
+    assert snapshot(place / "a") == snapshot(place / "b")
+
+
+def test_an_output_that_is_a_link(words, place):
+    """Taken for what it is, an existing output; with --overwrite the link goes, not what it points to."""
+    (place / "elsewhere").mkdir()
+    (place / "elsewhere" / "compress.json").write_text("{}")
+    (place / "link").symlink_to(place / "elsewhere")
+    assert invoke(*words, "--ratio", 0.25, "--out", "link").code == 2
+    succeeds(*words, "--ratio", 0.25, "--out", "link", "--overwrite")
+    assert (place / "link" / "config.json").is_file()
+    assert (place / "elsewhere" / "compress.json").read_text() == "{}"
+    assert {path.name for path in place.iterdir()} == {"elsewhere", "link"}
+
+
+def test_an_output_that_is_a_link_to_nowhere(words, place):
+    """No folder can take its name. It would be found out at the very end."""
+    (place / "link").symlink_to(place / "nowhere")
+    ran = invoke(*words, "--ratio", 0.25, "--out", "link")
+    assert ran.code == 2
+    assert "link" in ran.faults[0]
+    assert [path.name for path in place.iterdir()] == ["link"]
+
+
+# What is printed where.
+
+
+def test_json_is_all_that_stdout_has(words, place):
+    ran = succeeds(*words, "--ratio", 0.25, "--json")
+    result = ran.json
+    assert set(result) == {
+        *("out", "dense_parameters", "parameters", "removed", "dense_bytes", "bytes", "widths", "seconds"),
+        *("reload_difference", "resumed_parts"),
+    }
+    assert result["resumed_parts"] == 0
+    progress = ran.err.splitlines()
+    assert [line.split("]")[0] for line in progress[: NUM_BLOCKS + 2]] == [f"[{part}/5" for part in range(1, 6)]
+    assert "block 1" in progress[2]
+    assert all(line.startswith("[") for line in progress)
+
+
+def test_a_table_for_people(words, place):
+    ran = succeeds(*words, "--ratio", 0.25)
+    table = flat(ran.out)
+    assert "24 x 6, 32" in table
+    assert "parameters, sliced" in table
+    assert "[1/5]" not in table
+
+
+def test_a_fault_leaves_stdout_empty(words, place):
+    ran = invoke(*words, "--ratio", 2, "--json")
+    assert ran.out == ""
+    assert len(ran.faults) == 1
+
+
+def test_text_that_looks_like_markup_is_printed_as_it_is(home, place):
+    shutil.copytree(home / "tiny", place / "[red]tiny")
+    shutil.copy(home / "text.txt", place / "[b]text.txt")
+    ran = succeeds("slice", "--model", "[red]tiny", "--ratio", 0.25, "--seq-len", 32, "--dry-run")
+    assert "[red]tiny" in flat(ran.out)
+    ran = succeeds("eval", "--model", "[red]tiny", "--ppl", "[b]text.txt", "--seq-len", 32, "--limit", 1)
+    assert "[red]tiny" in flat(ran.out)
+    assert "[b]text.txt" in flat(ran.out)
+
+
+# eval.
+
+
+def test_eval_of_a_dense_model(home, place):
+    """Against the loss taken by hand, window by window."""
+    ran = succeeds(
+        "eval", "--ppl", home / "text.txt", "--model", home / "tiny", "--seq-len", 32, "--limit", 3, "--json"
+    )
+    (entry,) = ran.json["perplexity"]
+    model = AutoModelForCausalLM.from_pretrained(home / "tiny")
+    from transformers import AutoTokenizer
+
+    ids = AutoTokenizer.from_pretrained(home / "tiny")((home / "text.txt").read_text(), return_tensors="pt").input_ids
+    with torch.inference_mode():
+        losses = [model(window[None], labels=window[None]).loss for window in ids[0][:96].split(32)]
+    assert entry["ppl"] == pytest.approx(torch.stack(losses).mean().exp().item(), rel=1e-6)
+    assert (entry["windows"], entry["tokens"], entry["seq_len"]) == (3, 3 * 31, 32)
+    assert ran.json["parameters"] == model.num_parameters()
+    assert all(line.startswith("[") for line in ran.err.splitlines())
+
+
+def test_eval_of_several_texts(home, place):
+    for seed, name in enumerate(["a.txt", "b.txt"]):
+        write_text(place / name, seed=seed)
+    options = ["--model", home / "tiny", "--seq-len", 32, "--limit", 2]
+    first, second = succeeds("eval", "--ppl", "a.txt, b.txt", *options, "--json").json["perplexity"]
+    assert (first["dataset"], second["dataset"]) == ("a.txt", "b.txt")
+    assert first["ppl"] != second["ppl"]
+    table = flat(succeeds("eval", "--ppl", "a.txt,b.txt", *options).out)
+    for shown in ("a.txt", "b.txt", "std. error", f"{first['ppl']:.3f}", f"{second['ppl']:.3f}"):
+        assert shown in table
+
+
+def test_eval_takes_the_newest_output(home, words, place):
+    for age, ratio in enumerate(["0.5", "0.25", "0.75"]):
+        succeeds(*words, "--ratio", ratio)
+        written = place / "compressed" / f"tiny-slicegpt-{ratio}" / "compress.json"
+        os.utime(written, (1e9 - 1000 * (age % 2), 1e9 - 1000 * (age % 2)))
+    os.utime(place / "compressed" / "tiny-slicegpt-0.25" / "compress.json", (2e9, 2e9))
+    for unnamed in ("later.partial", "later.replaced", "empty"):
+        (place / "compressed" / unnamed).mkdir()
+    for unfinished in ("later.partial", "later.replaced"):
+        (place / "compressed" / unfinished / "compress.json").write_text("{}")
+        os.utime(place / "compressed" / unfinished / "compress.json", (3e9, 3e9))
+    result = succeeds("eval", "--ppl", home / "text.txt", "--seq-len", 32, "--limit", 1, "--json").json
+    assert result["model"] == "tiny-slicegpt-0.25"
+    written_parameters = json.loads((place / "compressed/tiny-slicegpt-0.25/compress.json").read_text())["size"]
+    assert result["parameters"] == written_parameters["parameters"]
+
+
+def test_eval_takes_demo_where_there_is_no_output(home, place, monkeypatch):
+    from compress.models import hub
+
+    asked = []
+    find = hub.find_model
+
+    def find_and_note(name):
+        asked.append(name)
+        return find(str(home / "tiny"))
+
+    monkeypatch.setattr(hub, "find_model", find_and_note)
+    succeeds("eval", "--ppl", home / "text.txt", "--seq-len", 32, "--limit", 1)
+    assert asked == ["demo"]
+
+
+def test_eval_writes_nothing(home, place):
+    succeeds("eval", "--ppl", home / "text.txt", "--model", home / "tiny", "--seq-len", 32, "--limit", 1)
+    assert snapshot(place) == {}
+
+
+@pytest.mark.parametrize(("dtype", "printed"), [(None, "torch.float64"), ("float32", "torch.float32")])
+def test_the_dtype_of_eval(home, place, dtype, printed):
+    """On the CPU not less than float32: the model's own here is float64."""
+    options = [] if dtype is None else ["--dtype", dtype]
+    words = ["eval", "--ppl", home / "text.txt", "--model", home / "tiny", "--seq-len", 32, "--limit", 1]
+    assert succeeds(*words, *options, "--json").json["dtype"] == printed
+
+
+def test_local_data_sets(home, words, place, monkeypatch):
+    """--data-dir and COMPRESS_DATA_DIR are one thing."""
+    (place / "data" / "ptb").mkdir(parents=True)
+    for split in ("train", "test"):
+        shutil.copy(home / "text.txt", place / "data" / "ptb" / f"ptb.{split}.txt")
+    evaluate = ["eval", "--ppl", "ptb", "--model", home / "tiny", "--seq-len", 32, "--limit", 2, "--json"]
+    by_option = succeeds(*evaluate, "--data-dir", "data").json["perplexity"][0]["ppl"]
+    succeeds(*words, "--calib", "ptb", "--data-dir", "data", "--ratio", 0.25, "--out", "by-option/out")
+    monkeypatch.setenv("COMPRESS_DATA_DIR", "data")
+    assert succeeds(*evaluate).json["perplexity"][0]["ppl"] == by_option
+    succeeds(*words, "--calib", "ptb", "--ratio", 0.25, "--out", "by-variable/out")
+    assert snapshot(place / "by-option") == snapshot(place / "by-variable")
+
+
+# The installed command.
+
+
+def test_installed_slice(installed):
+    folder, ran = installed
+    assert ran["slice"].code == 0, ran["slice"].err
+    result = ran["slice"].json
+    assert result["reload_difference"] < 1e-6
+    assert (folder / result["out"] / "model.safetensors.index.json").is_file()
+    assert "[5/5] reloading" in ran["slice"].err
+    assert "Warning" not in ran["slice"].err
+
+
+def test_installed_eval(installed):
+    _, ran = installed
+    assert ran["eval"].code == 0, ran["eval"].err
+    assert ran["eval"].json["model"] == "tiny-slicegpt-0.25"
+    assert ran["eval"].json["parameters"] == ran["slice"].json["parameters"]
+    assert ran["eval"].json["perplexity"][0]["ppl"] > 1
+    assert all(line.startswith("[") for line in ran["eval"].err.splitlines())
+
+
+def test_installed_plan(installed):
+    _, ran = installed
+    assert ran["plan"].code == 0
+    assert "3072 x 64, 4096" in flat(ran["plan"].out)
+    assert "15.3% removed" in flat(ran["plan"].out)
+    assert ran["plan"].err == ""

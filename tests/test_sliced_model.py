@@ -1,0 +1,568 @@
+"""A written checkpoint as its users meet it: loaded, run, generated from, trained, saved again, and tampered with."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import infer_auto_device_map
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+import compress
+import oracles
+import tiny
+from compress import families, pipeline
+from compress.checkpoints.verify import verify
+from compress.datasets.windows import calibration_windows
+from compress.errors import UsageError, VerificationError
+from compress.models.hub import find_model
+from compress.models.modeling_sliced import SlicedForCausalLM
+from compress.recipe import parse_recipe, slicegpt
+
+RULE = {"ratio": 0.3}
+NARROW, DENSE = 22, tiny.HIDDEN
+UNSEEN = oracles.random_ids(2, 24, seed=3)
+SAMPLES, SEQ_LEN, SEED = 5, 32, 42
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+KINDS = [(model_type, dtype) for model_type in ("opt", "llama", "phi") for dtype in DTYPES]
+COMPANIONS = {
+    "generation_config.json": b'{ "eos_token_id": 1,\n\n "top_k": 7, "do_sample": true }',
+    "chat_template.jinja": b"{% for message in messages %}{{ message.content }}{% endfor %}\r\n",
+    "LICENSE": b"Do what you like.\n",
+    "NOTICE.txt": b"Made by us.",
+}
+
+
+@dataclass
+class Made:
+    """A checkpoint, the dense model it was made of, and what the walk said of its probe."""
+
+    dense: Any
+    source: Path
+    out: Path
+    windows: Tensor
+    probe_ids: Tensor
+    probe_logits: Tensor
+    result: pipeline.Result
+
+    def load(self, **options: Any) -> Any:
+        model: Any = AutoModelForCausalLM.from_pretrained(self.out, **options)
+        return model.eval()
+
+
+def job(source: Path, out: Path, text: Path, stages: Any, **options: Any) -> pipeline.Job:
+    calibration = {"source": str(text), "samples": SAMPLES, "seq_len": SEQ_LEN}
+    recipe = parse_recipe({"method": "slicegpt", "stages": stages, "calibration": calibration, "seed": SEED})
+    options = {"device": torch.device("cpu"), "batch_size": 2, "command": "compress slice", **options}
+    return pipeline.Job(model=find_model(str(source)), recipe=recipe, out=out, **options)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    return tiny.write_text(tmp_path_factory.mktemp("text") / "text.txt")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, text) -> Iterator[Callable[[str, str], Made]]:
+    """Checkpoints of the pipeline, each written once. Their proof in a clean process is tested below."""
+    finished: dict[tuple[str, str], Made] = {}
+    probes: list[tuple[Tensor, Tensor]] = []
+
+    def noting(folder: Path, ids: Tensor, logits: Tensor, *, memory: int) -> float:
+        probes.append((ids, logits))
+        return 0.0
+
+    def make(model_type: str, dtype: str = "float64") -> Made:
+        if (model_type, dtype) not in finished:
+            root = tmp_path_factory.mktemp(f"{model_type}-{dtype}")
+            dense = tiny.write_model(root / "dense", model_type, dtype=DTYPES[dtype])
+            for name, content in COMPANIONS.items():
+                (root / "dense" / name).write_bytes(content)
+            result = pipeline.run(job(root / "dense", root / "out", text, slicegpt(RULE, round_to=1)))
+            tokenizer = AutoTokenizer.from_pretrained(root / "dense")
+            windows = calibration_windows(
+                str(text), tokenizer, num_samples=SAMPLES, seq_len=SEQ_LEN, seed=SEED, data_dir=None
+            )
+            finished[model_type, dtype] = Made(dense, root / "dense", root / "out", windows, *probes[-1], result)
+        return finished[model_type, dtype]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "verify", noting)
+        yield make
+
+
+@pytest.fixture(scope="module")
+def any_model(tmp_path_factory) -> Callable[..., Any]:
+    """A sliced model of any family in memory, from the tensors of a walk."""
+
+    def make(model_type: str, *, stages: Any = None, **changes: Any) -> Any:
+        folder = tmp_path_factory.mktemp(model_type)
+        tiny.tiny_model(model_type, **changes).save_pretrained(folder)
+        stages = oracles.slicegpt(RULE) if stages is None else stages
+        return oracles.sliced_model(oracles.walked(folder, stages, oracles.random_ids(3, 16)))
+
+    return make
+
+
+# ---- what was written ----
+
+
+@pytest.mark.parametrize(("model_type", "dtype"), KINDS)
+def test_it_loads_and_says_what_the_paper_says(model_type, dtype, made):
+    """Against SliceGPT written out, from the same weights and the same windows."""
+    checkpoint = made(model_type, dtype)
+    model, info = AutoModelForCausalLM.from_pretrained(checkpoint.out, output_loading_info=True)
+    assert type(model) is SlicedForCausalLM
+    assert not any(info.values())
+    assert {parameter.dtype for parameter in model.parameters()} == {DTYPES[dtype]}
+    last = 2 * tiny.NUM_BLOCKS if model_type != "phi" else tiny.NUM_BLOCKS
+    paper = oracles.PaperSliceGPT(checkpoint.dense)
+    paper.slice(checkpoint.windows, lambda point, eigenvalues: DENSE if point == last else NARROW)
+    expected = paper.logits(UNSEEN)
+    difference = oracles.largest_difference(oracles.logits_of(model.eval(), UNSEEN), expected)
+    assert difference < {"float64": 1e-8, "float32": 1e-4}[dtype]
+    # Slicing is no small change, so that the agreement means something.
+    with oracles.exact_norms():
+        assert oracles.largest_difference(oracles.logits_of(checkpoint.dense, UNSEEN), expected) > 0.1
+
+
+@pytest.mark.parametrize(("model_type", "dtype"), KINDS)
+def test_it_says_what_the_walk_said(model_type, dtype, made):
+    checkpoint = made(model_type, dtype)
+    written = oracles.logits_of(checkpoint.load(), checkpoint.probe_ids)
+    assert torch.equal(checkpoint.probe_ids, checkpoint.windows[:1, :64])
+    assert oracles.largest_difference(written, checkpoint.probe_logits) < {"float64": 1e-11, "float32": 1e-4}[dtype]
+
+
+def test_the_config_says_what_it_is(made):
+    checkpoint = made("opt", "float32")
+    config = json.loads((checkpoint.out / "config.json").read_text())
+    assert config["model_type"] == "compress_sliced"
+    assert config["architectures"] == ["SlicedForCausalLM"]
+    assert config["tie_word_embeddings"] is False
+    assert config["text_config"]["tie_word_embeddings"] is False
+    assert config["text_config"]["model_type"] == "opt"
+    assert config["text_config"]["hidden_size"] == DENSE
+    assert config["dtype"] == "float32"
+    assert config["stream_widths"] == checkpoint.result.widths == [NARROW] * 6 + [DENSE]
+    assert (config["norm_width"], config["norm_eps"], config["reader_bias"]) == (DENSE, 1e-5, True)
+    assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (0, 1, 2)
+    assert config["auto_map"] == {
+        "AutoConfig": "configuration_sliced.SlicedConfig",
+        "AutoModelForCausalLM": "modeling_sliced.SlicedForCausalLM",
+    }
+    assert str(checkpoint.source) not in (checkpoint.out / "config.json").read_text()
+    loaded: Any = AutoConfig.from_pretrained(checkpoint.out)
+    assert loaded.vocab_size == tiny.VOCAB_SIZE
+    assert loaded.get_text_config().num_hidden_layers == tiny.NUM_BLOCKS
+    assert checkpoint.dense.config.tie_word_embeddings  # of the dense model; it was tied
+
+
+@pytest.mark.parametrize(("model_type", "dtype"), KINDS)
+def test_the_index_covers_exactly_the_state_dict(model_type, dtype, made):
+    checkpoint = made(model_type, dtype)
+    index = json.loads((checkpoint.out / "model.safetensors.index.json").read_text())
+    state = checkpoint.load().state_dict()
+    assert index["weight_map"].keys() == state.keys()
+    stored: dict[str, Tensor] = {}
+    for file in sorted(checkpoint.out.glob("*.safetensors")):
+        tensors = load_file(file)
+        assert {index["weight_map"][name] for name in tensors} == {file.name}
+        assert not tensors.keys() & stored.keys()
+        stored |= tensors
+    assert stored.keys() == state.keys()
+    assert all(torch.equal(stored[name], state[name]) for name in stored)
+    parameters = sum(tensor.numel() for tensor in stored.values())
+    assert index["metadata"] == {
+        "total_size": parameters * DTYPES[dtype].itemsize,
+        "total_parameters": parameters,
+    }
+    assert checkpoint.result.size.parameters == parameters
+
+
+def test_companions_are_copied_byte_for_byte(made):
+    checkpoint = made("llama", "float32")
+    names = {file.name for file in checkpoint.source.iterdir()} - {"config.json", "model.safetensors.index.json"}
+    names = {name for name in names if not name.endswith(".safetensors")}
+    assert names >= {"tokenizer.json", "tokenizer_config.json", *COMPANIONS}
+    for name in names:
+        assert (checkpoint.out / name).read_bytes() == (checkpoint.source / name).read_bytes(), name
+    words = "def alpha(x): return y"
+    tokenizers = [AutoTokenizer.from_pretrained(folder) for folder in (checkpoint.source, checkpoint.out)]
+    assert tokenizers[0](words)["input_ids"] == tokenizers[1](words)["input_ids"]
+    assert checkpoint.load().generation_config.top_k == 7
+
+
+def test_the_carried_modeling_files_are_this_packages(made):
+    folder = Path(compress.__file__).parent / "models"
+    for name in ("configuration_sliced.py", "modeling_sliced.py"):
+        assert (made("opt", "float32").out / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_nothing_unfinished_is_left(made):
+    checkpoint = made("opt", "float32")
+    assert sorted(path.name for path in checkpoint.out.parent.iterdir()) == ["dense", "out"]
+    found = {path.name for path in checkpoint.out.iterdir() if path.suffix not in (".safetensors", ".py")}
+    written = {"README.md", "compress.json", "config.json", "model.safetensors.index.json"}
+    assert found == written | {"tokenizer.json", "tokenizer_config.json"} | COMPANIONS.keys()
+
+
+def test_files_beside_the_output_are_left_alone(made, text, tmp_path):
+    """Activations that do not fit into memory lie in a file; it is no file of the user's."""
+    source = tmp_path / "dense"
+    shutil.copytree(made("opt", "float32").source, source)
+    names = ("activations", "activations-stream", "activations-dense", "lock", "journal.jsonl")
+    for name in names:
+        (tmp_path / name).write_text("mine")
+    pipeline.run(job(source, tmp_path / "out", text, slicegpt(RULE), cache_memory=0))
+    assert {name: (tmp_path / name).exists() and (tmp_path / name).read_text() for name in names} == dict.fromkeys(
+        names, "mine"
+    )
+
+
+@pytest.mark.parametrize("stages", [["fold_norms"], ["fold_norms", "rotate"]], ids=" ".join)
+def test_any_recipe_that_is_accepted_gives_a_checkpoint_that_loads(stages, made, text, tmp_path):
+    checkpoint = made("opt", "float64")
+    try:
+        pipeline.run(job(checkpoint.source, tmp_path / "out", text, [{"stage": stage} for stage in stages]))
+    except UsageError:
+        assert not (tmp_path / "out").exists()
+        return
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values())
+    dense = oracles.logits_of(checkpoint.dense, UNSEEN)
+    assert oracles.largest_difference(oracles.logits_of(model.eval(), UNSEEN), dense) < 1e-9
+
+
+# ---- what it is good for ----
+
+
+def generate(model: Any, ids: Tensor, tokens: int, **options: Any) -> Tensor:
+    generated: Tensor = model.generate(
+        ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=2, **options
+    )
+    return generated
+
+
+@pytest.mark.parametrize("model_type", tiny.FAMILIES)
+def test_cached_generation_is_uncached_generation(model_type, any_model):
+    """Past the sliding window too, where the family has one."""
+    model = any_model(model_type)
+    ids = oracles.random_ids(2, 6, seed=4).clamp_min(3)
+    cached = generate(model, ids, 24)
+    assert torch.equal(cached, generate(model, ids, 24, use_cache=False))
+    step_by_step = ids
+    for _ in range(24):
+        logits = oracles.logits_of(model, step_by_step)[:, -1]
+        logits[:, model.config.eos_token_id] = -torch.inf
+        step_by_step = torch.cat([step_by_step, logits.argmax(-1, keepdim=True)], dim=1)
+    assert torch.equal(cached, step_by_step)
+
+
+@pytest.mark.parametrize("model_type", tiny.FAMILIES)
+def test_padding_on_the_left_changes_nothing(model_type, any_model):
+    model = any_model(model_type)
+    ids = oracles.random_ids(1, 9, seed=5).clamp_min(3)
+    padded = torch.cat([torch.full((1, 4), 2), ids], dim=1)
+    mask = (padded != 2).long()
+    with torch.no_grad():
+        alone = model(input_ids=ids).logits
+        positions = (mask.cumsum(1) - 1).clamp_min(0)
+        beside = model(input_ids=padded, attention_mask=mask, position_ids=positions).logits[:, 4:]
+    assert oracles.largest_difference(alone, beside) < 1e-6
+    assert torch.equal(
+        generate(model, padded, 8, attention_mask=mask)[:, 4:],
+        generate(model, ids, 8, attention_mask=torch.ones_like(ids)),
+    )
+
+
+@pytest.mark.parametrize("model_type", ["opt", "llama", "phi"])
+def test_saved_again_it_is_the_same(model_type, made, tmp_path):
+    model = made(model_type).load()
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    again, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    before, after = model.state_dict(), again.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert torch.equal(oracles.logits_of(model, UNSEEN), oracles.logits_of(again.eval(), UNSEEN))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("model_type", ["opt", "llama", "phi"])
+def test_it_runs_in_16_bits(model_type, dtype, made):
+    checkpoint = made(model_type, "float32")
+    precise = oracles.logits_of(checkpoint.load(), UNSEEN)
+    model = checkpoint.load(dtype=dtype)
+    logits = oracles.logits_of(model, UNSEEN)
+    assert logits.dtype == dtype
+    assert torch.isfinite(logits).all()
+    difference = (logits.float() - precise).square().mean().sqrt() / precise.square().mean().sqrt()
+    assert difference < (0.05 if dtype == torch.bfloat16 else 0.01)
+
+
+@pytest.mark.parametrize("model_type", tiny.FAMILIES)
+def test_every_parameter_learns(model_type, any_model):
+    """With gradient checkpointing as without: the same gradients."""
+    model = any_model(model_type).train()
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            # Since transformers 5.20 or so the other is deprecated.
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
+            assert all(block.gradient_checkpointing for block in model.get_submodule(model.config.structure["blocks"]))
+        model.zero_grad()
+        output = model(input_ids=UNSEEN, labels=UNSEEN, use_cache=False)
+        output.loss.backward()
+        gradients.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
+    for name in gradients[0]:
+        assert gradients[0][name].abs().max() > 0, name
+        assert oracles.largest_difference(gradients[0][name], gradients[1][name]) < 1e-10, name
+
+
+def test_the_loss_is_the_cross_entropy_of_the_next_token(any_model):
+    model = any_model("llama")
+    labels = UNSEEN.clone()
+    labels[0, :5] = -100
+    with torch.no_grad():
+        output = model(input_ids=UNSEEN, labels=labels)
+        summed = model(input_ids=UNSEEN, labels=labels, num_items_in_batch=10)
+    losses = []
+    for row, targets in zip(output.logits.log_softmax(-1), labels, strict=True):
+        losses += [-float(row[i, targets[i + 1]]) for i in range(len(targets) - 1) if targets[i + 1] != -100]
+    assert float(output.loss) == pytest.approx(sum(losses) / len(losses), rel=1e-6)
+    # What transformers' Trainer asks for when it accumulates gradients.
+    assert float(summed.loss) == pytest.approx(sum(losses) / 10, rel=1e-6)
+
+
+def test_outputs_can_be_a_tuple_and_logits_the_last_alone(any_model):
+    model = any_model("llama")
+    with torch.no_grad():
+        full = model(input_ids=UNSEEN)
+        last = model(input_ids=UNSEEN, logits_to_keep=1)
+        some = model(input_ids=UNSEEN, logits_to_keep=torch.tensor([0, 5]))
+        loss, logits, *_ = model(input_ids=UNSEEN, labels=UNSEEN, return_dict=False)
+    assert oracles.largest_difference(last.logits, full.logits[:, -1:]) < 1e-12
+    assert oracles.largest_difference(some.logits, full.logits[:, [0, 5]]) < 1e-12
+    assert loss.ndim == 0
+    assert torch.equal(logits, full.logits)
+
+
+@pytest.mark.parametrize("model_type", tiny.FAMILIES)
+def test_hidden_states_have_the_streams_widths(model_type, any_model):
+    model = any_model(model_type, stages=oracles.slicegpt({"block_ratios": (0.1, 0.5, 0.3)}))
+    widths = model.config.stream_widths
+    branches = len(model.config.structure["branches"])
+    with torch.no_grad():
+        output = model(input_ids=UNSEEN, output_hidden_states=True)
+    states = output.hidden_states
+    assert [state.shape[-1] for state in states] == widths[::branches]
+    assert len(set(widths[::branches])) > 2
+    embedded = model.get_input_embeddings()(UNSEEN)
+    if model_type != "opt":  # whose positions are added to it
+        assert torch.equal(states[0], embedded)
+    assert torch.equal(model.lm_head(states[-1]), output.logits)
+
+
+@pytest.mark.parametrize("model_type", ["opt", "llama", "phi"])
+def test_attention_may_be_eager_and_is_shown(model_type, made):
+    checkpoint = made(model_type, "float32")
+    model = checkpoint.load(attn_implementation="eager")
+    with torch.no_grad():
+        output = model(input_ids=UNSEEN, output_attentions=True)
+    assert len(output.attentions) == tiny.NUM_BLOCKS
+    for weights in output.attentions:
+        assert weights.shape == (2, 4, 24, 24)
+        assert oracles.largest_difference(weights.sum(-1), torch.ones(2, 4, 24)) < 1e-5
+        assert weights.triu(1).abs().max() == 0
+    assert oracles.largest_difference(output.logits, oracles.logits_of(checkpoint.load(), UNSEEN)) < 1e-4
+
+
+@pytest.mark.parametrize("model_type", ["opt", "llama", "phi"])
+def test_accelerate_may_place_it(model_type, made):
+    checkpoint = made(model_type)
+    model = checkpoint.load(device_map="auto")
+    assert (
+        oracles.largest_difference(oracles.logits_of(model, UNSEEN), oracles.logits_of(checkpoint.load(), UNSEEN)) == 0
+    )
+    # A block stays in one place: its shortcuts add what came in to what its branches give.
+    sizes = {"cpu": model.get_memory_footprint() * 6 // 10, "disk": 10**9}
+    places = infer_auto_device_map(model, max_memory=sizes, no_split_module_classes=model._no_split_modules)
+    assert set(places.values()) == {"cpu", "disk"}
+    blocks = f"{model.config.structure['blocks']}."
+    assert all(name.removeprefix(blocks).count(".") == 0 for name in places if name.startswith(blocks))
+
+
+@pytest.mark.parametrize("model_type", tiny.FAMILIES)
+def test_it_can_be_made_from_its_config_alone(model_type, any_model):
+    """As for training from scratch, or for filling with weights later: every parameter has a finite start."""
+    config = any_model(model_type).config
+    torch.manual_seed(0)
+    model: Any = AutoModelForCausalLM.from_config(config)
+    assert type(model) is SlicedForCausalLM
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2:
+            assert 0.01 < parameter.std() < 0.03, name
+    assert torch.isfinite(oracles.logits_of(model.eval(), UNSEEN)).all()
+
+
+def test_the_vocabulary_can_grow(any_model):
+    model = any_model("llama")
+    before = oracles.logits_of(model, UNSEEN)
+    model.resize_token_embeddings(tiny.VOCAB_SIZE + 5, mean_resizing=False)
+    assert model.config.vocab_size == tiny.VOCAB_SIZE + 5
+    after = oracles.logits_of(model, UNSEEN)
+    assert after.shape[-1] == tiny.VOCAB_SIZE + 5
+    assert oracles.largest_difference(after[..., : tiny.VOCAB_SIZE], before) < 1e-12
+
+
+def test_residual_dropout_is_the_dense_models(any_model, tmp_path):
+    """An RMSNorm model that is only folded draws the same numbers in the same places."""
+    dense = tiny.tiny_model("phi3", resid_pdrop=0.3)
+    folded = any_model("phi3", stages=oracles.fold_only(), resid_pdrop=0.3)
+    logits = []
+    with oracles.exact_norms():
+        for model in (dense, folded):
+            torch.manual_seed(5)
+            logits.append(oracles.logits_of(model.train(), UNSEEN))
+        undisturbed = oracles.logits_of(dense.eval(), UNSEEN)
+    assert oracles.largest_difference(logits[0], logits[1]) < 1e-9
+    assert oracles.largest_difference(logits[0], undisturbed) > 0.1
+
+
+@pytest.mark.parametrize("model_type", tiny.FAMILIES)
+def test_norms_have_no_parameters_and_blocks_are_still_the_stock_ones(model_type, any_model):
+    model = any_model(model_type)
+    family = families.find(tiny.tiny_config(model_type))
+    stock = type(tiny.tiny_model(model_type).get_submodule(family.blocks)[0])
+    for block in model.get_submodule(family.blocks):
+        assert isinstance(block, stock)
+        for branch in family.branches:
+            assert not list(block.get_submodule(branch.norm).parameters())
+            shortcut = getattr(block, f"{branch.name}_shortcut")
+            assert isinstance(shortcut, nn.Linear)
+            assert shortcut.bias is None
+    assert not list(model.get_submodule(family.final_norm).parameters())
+
+
+# ---- the proof, and strangers, each in a clean process ----
+
+STRANGER = """
+import json, sys
+import torch
+from transformers import AutoModelForCausalLM
+folder, ids = sys.argv[1], json.loads(sys.argv[2])
+try:
+    AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
+    refused = ""
+except ValueError as error:
+    refused = str(error)
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+with torch.no_grad():
+    logits = model(input_ids=torch.tensor(ids)).logits
+print(json.dumps({
+    "refused": refused,
+    "logits": logits.tolist(),
+    "module": type(model).__module__,
+    "compress": sorted(name for name in sys.modules if name.split(".")[0] == "compress"),
+}))
+"""
+
+
+def stranger(folder: Path, scratch: Path) -> dict[str, Any]:
+    environment = os.environ | {"HF_MODULES_CACHE": str(scratch), "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "error"}
+    command = [sys.executable, "-I", "-c", STRANGER, str(folder), json.dumps(UNSEEN.tolist())]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=240)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def tampered(checkpoint: Made, folder: Path, change: Callable[[dict[str, Tensor]], None]) -> Path:
+    """A copy of a checkpoint of which one file was changed after it was written."""
+    shutil.copytree(checkpoint.out, folder)
+    file = next(file for file in sorted(folder.glob("*.safetensors")) if "lm_head.weight" not in load_file(file))
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+    return folder
+
+
+def lose_a_tensor(tensors: dict[str, Tensor]) -> None:
+    del tensors["model.decoder.embed_tokens.weight"]
+
+
+def change_a_value(tensors: dict[str, Tensor]) -> None:
+    tensors["model.decoder.embed_tokens.weight"] *= 1.01
+
+
+def nothing(tensors: dict[str, Tensor]) -> None:
+    pass
+
+
+TAMPERINGS = {
+    "untouched": nothing,
+    "on disk": nothing,
+    "missing": lose_a_tensor,
+    "changed": change_a_value,
+}
+ENOUGH, TOO_LITTLE = 10**9, 1
+
+
+@pytest.fixture(scope="module")
+def proofs(made, tmp_path_factory) -> dict[str, Any]:
+    """Clean processes side by side: what verification says of each tampering, and what a stranger finds."""
+    checkpoint, root = made("opt", "float32"), tmp_path_factory.mktemp("proofs")
+
+    def prove(name: str) -> Any:
+        if name == "stranger":
+            return stranger(checkpoint.out, root / "modules")
+        folder = tampered(checkpoint, root / name, TAMPERINGS[name])
+        memory = TOO_LITTLE if name == "on disk" else ENOUGH
+        try:
+            return verify(folder, checkpoint.probe_ids, checkpoint.probe_logits, memory=memory)
+        except VerificationError as error:
+            return str(error)
+
+    names = ["stranger", *TAMPERINGS]
+    with ThreadPoolExecutor(max_workers=len(names)) as pool:
+        return dict(zip(names, pool.map(prove, names), strict=True))
+
+
+def test_a_stranger_may_load_it_with_the_code_it_carries(proofs, made):
+    found = proofs["stranger"]
+    assert found["compress"] == []
+    assert found["module"].startswith("transformers_modules.")
+    assert "trust_remote_code=True" in found["refused"]
+    expected = oracles.logits_of(made("opt", "float32").load(), UNSEEN)
+    assert oracles.largest_difference(torch.tensor(found["logits"]), expected) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["untouched", "on disk"])
+def test_a_sound_checkpoint_is_proved(name, proofs):
+    """Whole in memory, and block by block from disk where it does not fit."""
+    assert isinstance(proofs[name], float)
+    assert 0 <= proofs[name] < 1e-5
+
+
+def test_a_missing_key_fails_the_proof(proofs):
+    assert proofs["missing"] == (
+        "The written checkpoint has missing keys on reload: model.decoder.embed_tokens.weight."
+    )
+
+
+def test_a_changed_value_fails_the_proof(proofs):
+    assert proofs["changed"].startswith("The written checkpoint reloads with other logits: they differ by ")
+    assert " of the largest, allowed is 1e-04. " in proofs["changed"]
