@@ -169,7 +169,7 @@ def serve() -> None:
         requests = json.loads(line)
         answers: list[Any] = [None] * len(requests)
         waiting = list(range(len(requests)))
-        running: dict[int, tuple[int, tuple[IO[str], IO[str]]]] = {}
+        running: dict[int, tuple[int, tuple[Any, Any]]] = {}
         while waiting or running:
             while waiting and len(running) < (os.cpu_count() or 1):
                 number = waiting.pop(0)
@@ -191,13 +191,14 @@ def import_all() -> None:
     importlib.import_module("transformers.models.opt.modeling_opt")
 
 
-def read_back(file: IO[str]) -> str:
+def read_back(file: IO[Any]) -> str:
     with file:
         file.seek(0)
-        return file.read()
+        text: str = file.read()
+        return text
 
 
-def fork(request: dict[str, Any], files: tuple[IO[str], IO[str]]) -> int:
+def fork(request: dict[str, Any], files: tuple[IO[Any], IO[Any]]) -> int:
     pid = os.fork()
     if pid == 0:
         code = 70

@@ -24,7 +24,7 @@ USAGE, UNSUPPORTED, UNAVAILABLE, FAILED = 2, 3, 4, 1
 def home(tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
     write_model(home / "tiny", "opt")
-    write_text(home / "text.txt")
+    write_text(home / "text.txt", lines=60)
     return home
 
 
@@ -274,7 +274,7 @@ def test_a_ratio_that_leaves_less_than_a_multiple(place, ratio):
     refused(place, USAGE, "0.8", "less than 8 of 32", "--round-to", changes=("--ratio", ratio))
 
 
-@pytest.mark.parametrize("ratio", ["0,0,0", "0:0", "1e-9:1e-9"])
+@pytest.mark.parametrize("ratio", ["0,0,0", "0:0"])
 def test_a_ratio_that_deletes_nothing(place, ratio):
     refused(place, USAGE, "deletes nothing", "larger", changes=("--ratio", ratio))
 

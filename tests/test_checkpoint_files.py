@@ -39,7 +39,7 @@ LEFT = {
 def home(tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
     write_model(home / "tiny", "opt")
-    write_text(home / "text.txt")
+    write_text(home / "text.txt", lines=60)
     for name, content in (COPIED | LEFT).items():
         if content is not None:
             (home / "tiny" / name).write_text(content)
@@ -190,7 +190,7 @@ def test_fingerprints_tell_inputs_apart(home, facts, patched, tmp_path, change, 
     shutil.copytree(home / "tiny", tmp_path / "tiny")
     shutil.copy(home / "text.txt", tmp_path / "text.txt")
     if change == "another text":
-        write_text(tmp_path / "text.txt", seed=1)
+        write_text(tmp_path / "text.txt", lines=60, seed=1)
     elif change == "another model":
         write_model(tmp_path / "tiny", "opt", seed=1)
     else:

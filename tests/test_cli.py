@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from cli_runner import Ran, environment, finish, flat, invoke, snapshot, start_i
 from tiny import HIDDEN, NUM_BLOCKS, write_model, write_text
 
 COMMANDS = ("slice", "eval")
-LLAMA_2_7B = {
+LLAMA_2_7B: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
     "dtype": "float16",
@@ -43,10 +44,9 @@ def home(tmp_path_factory):
     """A model, a text, and configs without weights."""
     home = tmp_path_factory.mktemp("home")
     write_model(home / "tiny", "opt")
-    write_text(home / "text.txt")
-    for name, config in {"llama-2-7b-config": LLAMA_2_7B, "deep": LLAMA_2_7B | {"num_hidden_layers": 80}}.items():
-        (home / name).mkdir()
-        (home / name / "config.json").write_text(json.dumps(config))
+    write_text(home / "text.txt", lines=60)
+    (home / "llama-2-7b-config").mkdir()
+    (home / "llama-2-7b-config" / "config.json").write_text(json.dumps(LLAMA_2_7B))
     (home / "tiny-config").mkdir()
     shutil.copy(home / "tiny" / "config.json", home / "tiny-config")
     return home
@@ -369,12 +369,17 @@ def test_the_default_output_is_written_there(words, place):
 
 def test_the_default_output_of_many_ratios_is_a_name_that_a_file_can_have(home, place):
     """255 bytes are a name's limit, and .partial is added. Other ratios still have another name."""
+    first, *rest = [f"0.25{number:04d}" for number in range(LLAMA_2_7B["num_hidden_layers"])]
     outs = [
-        succeeds("slice", "--model", home / "deep", "--ratio", ratios, "--dry-run", "--json").json["out"]
-        for ratios in (",".join(["0.25"] * 80), ",".join(["0.25"] * 79 + ["0.3"]))
+        Path(
+            succeeds("slice", "--model", home / "llama-2-7b-config", "--ratio", ratios, "--dry-run", "--json").json[
+                "out"
+            ]
+        )
+        for ratios in (",".join([first, *rest]), ",".join([*rest, first]))
     ]
     assert outs[0] != outs[1]
-    assert all(len(Path(out).name) < 200 for out in outs)
+    assert all(len(out.name) < 200 for out in outs)
 
 
 @pytest.mark.parametrize(
@@ -523,12 +528,12 @@ def test_a_fault_leaves_stdout_empty(words, place):
 
 def test_text_that_looks_like_markup_is_printed_as_it_is(home, place):
     shutil.copytree(home / "tiny", place / "[red]tiny")
-    shutil.copy(home / "text.txt", place / "[b]text.txt")
+    shutil.copy(home / "text.txt", place / "[b].txt")
     ran = succeeds("slice", "--model", "[red]tiny", "--ratio", 0.25, "--seq-len", 32, "--dry-run")
     assert "[red]tiny" in flat(ran.out)
-    ran = succeeds("eval", "--model", "[red]tiny", "--ppl", "[b]text.txt", "--seq-len", 32, "--limit", 1)
+    ran = succeeds("eval", "--model", "[red]tiny", "--ppl", "[b].txt", "--seq-len", 32, "--limit", 1)
     assert "[red]tiny" in flat(ran.out)
-    assert "[b]text.txt" in flat(ran.out)
+    assert "[b].txt" in flat(ran.out)
 
 
 # eval.
@@ -554,7 +559,7 @@ def test_eval_of_a_dense_model(home, place):
 
 def test_eval_of_several_texts(home, place):
     for seed, name in enumerate(["a.txt", "b.txt"]):
-        write_text(place / name, seed=seed)
+        write_text(place / name, lines=60, seed=seed)
     options = ["--model", home / "tiny", "--seq-len", 32, "--limit", 2]
     first, second = succeeds("eval", "--ppl", "a.txt, b.txt", *options, "--json").json["perplexity"]
     assert (first["dataset"], second["dataset"]) == ("a.txt", "b.txt")

@@ -20,7 +20,9 @@ LAYERS = [
     ("streaming",),
     ("stages", "datasets", "checkpoints", "evaluation"),
     ("recipe",),
-    ("plan",),
+    ("plan", "job"),
+    ("preflight",),
+    ("provenance",),
     ("pipeline",),
     ("cli",),
 ]

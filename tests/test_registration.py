@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
@@ -16,38 +16,53 @@ ORDERS = {
 }
 # Nothing of ours is imported here: that alone would register it.
 LOOK = """
-import json, sys
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 config = CONFIG_MAPPING["compress_sliced"]
 model = MODEL_FOR_CAUSAL_LM_MAPPING[config]
 print(json.dumps([f"{found.__module__}.{found.__name__}" for found in (config, model, model.config_class)]))
 """
+# torch is imported once; every order is a fork that has neither compress nor transformers yet.
+FORKS = """
+import json, os, sys, traceback
+import torch
+assert not {name.split(".")[0] for name in sys.modules} & {"compress", "transformers"}
+for order in json.loads(sys.argv[1]):
+    sys.stdout.flush()
+    child = os.fork()
+    if not child:
+        try:
+            exec(order)
+        except BaseException:
+            print(json.dumps(traceback.format_exc()))
+        finally:
+            sys.stdout.flush()
+            os._exit(0)
+    os.waitpid(child, 0)
+"""
 
 
-def python(code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=False, timeout=240)
+def python(code: str, *words: str) -> str:
+    done = subprocess.run([sys.executable, "-I", "-c", code, *words], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
-def outcomes():
-    """Each order in an interpreter of its own, side by side."""
-    with ThreadPoolExecutor(max_workers=len(ORDERS)) as pool:
-        return dict(zip(ORDERS, pool.map(lambda order: python(order + LOOK), ORDERS.values()), strict=True))
+def outcomes() -> dict[str, Any]:
+    lines = python(FORKS, json.dumps([order + LOOK for order in ORDERS.values()])).splitlines()
+    return dict(zip(ORDERS, map(json.loads, lines), strict=True))
 
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_both_registries_know_the_architecture(order, outcomes):
-    done = outcomes[order]
-    assert done.returncode == 0, done.stderr
     config = "compress.models.configuration_sliced.SlicedConfig"
-    assert json.loads(done.stdout) == [config, "compress.models.modeling_sliced.SlicedForCausalLM", config]
+    assert outcomes[order] == [config, "compress.models.modeling_sliced.SlicedForCausalLM", config]
 
 
 def test_importing_the_package_imports_neither_torch_nor_transformers():
-    done = python("import json, sys, compress; print(json.dumps(sorted(sys.modules)))")
-    assert done.returncode == 0, done.stderr
-    loaded = {name.split(".")[0] for name in json.loads(done.stdout)}
+    modules = json.loads(python("import json, sys, compress; print(json.dumps(sorted(sys.modules)))"))
+    loaded = {name.split(".")[0] for name in modules}
     assert "compress" in loaded
     assert not loaded & {"torch", "transformers", "datasets", "accelerate", "pydantic", "numpy", "typer", "rich"}
 

@@ -251,7 +251,7 @@ def plan(config: Any, rule: dict[str, Any], **options: Any) -> Plan:
     )
 
 
-@pytest.mark.parametrize("config", [OPT_125M, OPT_6_7B, LLAMA_2_7B, LLAMA_3_8B, PHI_2], ids=name_of)
+@pytest.mark.parametrize("config", [OPT_125M, LLAMA_2_7B, LLAMA_3_8B, PHI_2], ids=name_of)
 def test_dense_models_have_the_parameters_they_are_known_for(config):
     size = dense_size(config, torch.bfloat16)
     assert (size.parameters, size.bytes) == (DENSE[id(config)], 2 * DENSE[id(config)])
@@ -270,18 +270,12 @@ def test_sliced_models_have_the_parameters_the_papers_code_gives(config, ratio, 
     ("config", "percent", "removed"),
     [
         (LLAMA_2_7B, 10, -3.0),
-        (LLAMA_2_7B, 20, 9.4),
         (LLAMA_2_7B, 25, 15.3),
         (LLAMA_2_7B, 30, 21.5),
-        (LLAMA_3_8B, 10, -1.4),
         (LLAMA_3_8B, 25, 15.6),
         (OPT_6_7B, 10, -6.1),
-        (OPT_6_7B, 25, 12.5),
-        (OPT_125M, 10, -29.7),
         (OPT_125M, 20, -17.6),
-        (OPT_125M, 25, -12.8),
         (OPT_125M, 30, -6.8),
-        (PHI_2, 20, 14.0),
         (PHI_2, 25, 19.2),
     ],
     ids=name_of,

@@ -10,7 +10,9 @@ from torch import Tensor
 import oracles
 import tiny
 from compress.errors import NumericalError
+from compress.numerics.linalg import random_orthogonal
 from compress.stages.measure_error import MeasureError
+from compress.streaming.sites import Basis, stream_points
 from compress.streaming.walk import FinishedPart
 from compress.streaming.weights import LazyWeights
 
@@ -78,8 +80,11 @@ def test_the_oracle_at_full_width_is_the_dense_model(model_type):
     assert oracles.largest_difference(paper.logits(UNSEEN), dense) < 1e-9
 
 
-@pytest.mark.parametrize("signal", ["stream", "normed"])
-@pytest.mark.parametrize("rule", RULES, ids=lambda rule: " ".join(rule))
+@pytest.mark.parametrize(
+    ("rule", "signal"),
+    [*((rule, "stream") for rule in RULES), (SLICED, "normed")],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
+)
 @pytest.mark.parametrize("model_type", MODELS)
 def test_the_walk_is_the_paper(model_type, rule, signal, folders):
     paper = oracles.PaperSliceGPT(tiny.tiny_model(model_type), signal=signal)
@@ -131,6 +136,27 @@ def test_an_orientation_at_random_spans_the_same_space(model_type, folders):
     for name, tensor in random[0].tensors.items():
         if "shortcut" in name:
             assert oracles.largest_difference(tensor, random[2].tensors[name]) > 0.1
+
+
+def test_each_point_draws_random_numbers_of_its_own():
+    """From the seed and its place alone, so that a resumed run draws the same."""
+    eigenvalues = torch.linspace(2, 1, D, dtype=torch.float64)
+    Q = random_orthogonal(D, torch.Generator().manual_seed(0))
+
+    def draw(seed: int, index: int) -> Tensor:
+        point = stream_points(D, num_blocks=2, branch_names=["attention", "mlp"], seed=seed)[index]
+        point.basis = Basis(Q, eigenvalues, width=20, orientation="random")
+        encode = point.encode()
+        assert encode is not None
+        return encode
+
+    drawn = {(seed, index): draw(seed, index) for seed in (0, 1) for index in range(5)}
+    kept = Q[:, :20] @ Q[:, :20].T
+    for place, encode in drawn.items():
+        assert torch.equal(encode, draw(*place))
+        assert oracles.largest_difference(encode @ encode.T, kept) < 1e-12
+        for other in drawn.keys() - {place}:
+            assert oracles.largest_difference(encode, drawn[other]) > 0.1
 
 
 @pytest.mark.parametrize("model_type", MODELS)
