@@ -54,8 +54,9 @@ def home(tmp_path_factory):
 
 @pytest.fixture
 def place(home, tmp_path, monkeypatch):
-    """An empty folder to work in, the model and the text in its parent; nothing is really reloaded."""
+    """An empty folder to work in. No GPU is seen, and what is written is not really reloaded."""
     monkeypatch.delenv("COMPRESS_DATA_DIR", raising=False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("compress.pipeline.verify", lambda *_arguments, **_options: 0.0)
     monkeypatch.chdir(tmp_path)
     return tmp_path

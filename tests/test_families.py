@@ -201,5 +201,5 @@ def test_a_sliced_model_is_refused():
 
 def test_an_unknown_model_type_names_those_there_are():
     assert refusal(AutoConfig.for_model("gpt2")) == (
-        f"Unknown model type 'gpt2'. Available: {', '.join(families.names())}."
+        f"The model type 'gpt2' is not supported. Supported: {', '.join(families.names())}."
     )

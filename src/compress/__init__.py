@@ -32,6 +32,7 @@ def _load_model(_registry: ModuleType) -> None:
 def _register_config(module: ModuleType) -> None:
     from transformers import AutoConfig
 
+    module.SlicedConfig.register_for_auto_class()
     AutoConfig.register(module.SlicedConfig.model_type, module.SlicedConfig, exist_ok=True)
 
 
@@ -39,4 +40,5 @@ def _register_config(module: ModuleType) -> None:
 def _register_model(module: ModuleType) -> None:
     from transformers import AutoModelForCausalLM
 
+    module.SlicedForCausalLM.register_for_auto_class("AutoModelForCausalLM")
     AutoModelForCausalLM.register(module.SlicedConfig, module.SlicedForCausalLM, exist_ok=True)

@@ -66,7 +66,8 @@ Progress = Callable[[str, int, int], None]
 
 def plan_only(job: Job) -> Plan:
     """The plan, from config.json alone: the weights need not be on this machine."""
-    return plan_job(job, load_config(job.model.config_folder()))
+    folder = job.model.config_folder()
+    return plan_job(job, folder, load_config(folder))
 
 
 def run(job: Job, progress: Progress = lambda name, done, total: None) -> Result:

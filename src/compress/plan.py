@@ -64,6 +64,8 @@ def make_plan(
     if faults:
         raise UsageError("\n".join(faults))
     widths = planned_widths(recipe, points)
+    if all(width == config.hidden_size for width in widths):
+        raise UsageError("The recipe deletes nothing: every width stays as it is. Add a slice stage.")
     known = [width for width in widths if width is not None]
     sliced = sliced_size(sliced_config(config, family, known, dtype), dtype) if len(known) == len(widths) else None
     dense = dense_size(config, dtype)

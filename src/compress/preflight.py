@@ -1,6 +1,7 @@
 """Everything about a job is looked at before its first weight is read, and all faults are reported at once."""
 
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +13,12 @@ from torch import Tensor
 
 from compress import families
 from compress.datasets.windows import calibration_windows
-from compress.errors import CompressError, OutputError, UsageError
+from compress.errors import CheckpointError, CompressError, OutputError, UsageError
 from compress.job import Job
 from compress.models.decoder import Decoder
 from compress.models.loading import load_config, load_tokenizer
 from compress.plan import Plan, make_plan
-from compress.streaming.weights import LazyWeights
+from compress.streaming.weights import READABLE, LazyWeights
 
 T = TypeVar("T")
 
@@ -48,7 +49,7 @@ def prepare(job: Job) -> Prepared:
     """Raises a CompressError with a line for every fault, and the exit code of the first."""
     folder = job.model.whole_folder()
     config = load_config(folder)
-    family, plan = families.find(config), plan_job(job, config)
+    family, plan = families.find(config), plan_job(job, folder, config)
     calibration = job.recipe.calibration
     faults: list[CompressError] = []
     attempt(faults, lambda: check_output(job))
@@ -64,7 +65,7 @@ def prepare(job: Job) -> Prepared:
         folder=folder,
         config=config,
         family=family,
-        precision=choose_precision(job, config),
+        precision=choose_precision(job, folder, config),
         plan=plan,
         weights=weights,
         windows=windows,
@@ -92,15 +93,18 @@ def read_windows(job: Job, folder: Path) -> Tensor:
     )
 
 
-def choose_precision(job: Job, config: Any) -> Precision:
+def choose_precision(job: Job, folder: Path, config: Any) -> Precision:
     """float32 for the walk, whatever the weights are stored in; float64 for float64 models."""
-    written = getattr(torch, job.recipe.dtype) if job.recipe.dtype else config.dtype or torch.float32
+    if job.recipe.dtype:
+        written = getattr(torch, job.recipe.dtype)
+    else:
+        written = config.dtype or stored_dtype(folder) or torch.float32
     return Precision(written, torch.float64 if written == torch.float64 else torch.float32)
 
 
-def plan_job(job: Job, config: Any) -> Plan:
+def plan_job(job: Job, folder: Path, config: Any) -> Plan:
     """Raises UnsupportedModel or UsageError where the recipe does not fit the model."""
-    precision = choose_precision(job, config)
+    precision = choose_precision(job, folder, config)
     return make_plan(
         job.recipe,
         config,
@@ -109,6 +113,15 @@ def plan_job(job: Job, config: Any) -> Plan:
         computing=precision.computing,
         cache_memory=cache_memory(job),
     )
+
+
+def stored_dtype(folder: Path) -> torch.dtype | None:
+    """What most tensors of a checkpoint are stored in, for a config.json that does not say; None without weights."""
+    try:
+        stored = Counter(LazyWeights(folder).dtypes.values())
+    except CheckpointError:
+        return None
+    return READABLE.get(stored.most_common(1)[0][0])
 
 
 def cache_memory(job: Job) -> int:

@@ -16,10 +16,12 @@ from compress.version import __version__
 
 def identity(prepared: Prepared) -> dict[str, Any]:
     """What determines the output's bytes."""
-    job = prepared.job
+    job, weights = prepared.job, prepared.weights
+    written = {file.name: file.stat().st_mtime_ns for file in weights.files.values()}
     return {
         "recipe": job.recipe.model_dump(mode="json"),
         "model": input_fingerprint(prepared.folder, prepared.weights),
+        "model files": dict(sorted(written.items())),
         "calibration text": fingerprint(prepared.windows),
         "versions": versions(),
         "device": job.device.type,

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator
@@ -52,7 +52,7 @@ class Recipe(BaseModel):
         return value
 
     @model_validator(mode="after")
-    def _in_order(self) -> Self:
+    def _in_order(self) -> "Recipe":
         if not self.stages:
             raise ValueError("a recipe needs at least one stage")
         names = [stage.stage for stage in self.stages]

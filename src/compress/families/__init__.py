@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from compress.errors import UnsupportedModel, unknown_name
+from compress.errors import UnsupportedModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,7 @@ def find(config: Any) -> Family:
     if reason := NEVER_EXACT.get(model_type):
         raise UnsupportedModel(f"{model_type} cannot be sliced exactly: {reason} Supported: {', '.join(names())}.")
     if model_type not in names():
-        raise UnsupportedModel(unknown_name("model type", model_type, names()))
+        raise UnsupportedModel(f"The model type {model_type!r} is not supported. Supported: {', '.join(names())}.")
     family: Family = importlib.import_module(f"compress.families.{model_type}").FAMILY
     if reason := family.not_exact(config):
         raise UnsupportedModel(f"This {model_type} model cannot be sliced exactly: {reason}")

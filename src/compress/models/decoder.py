@@ -32,7 +32,7 @@ class Recorder(nn.Module):
 
     def forward(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
         self.hidden_states = hidden_states
-        self.arguments = {name: value for name, value in arguments.items() if value is not None and name != "use_cache"}
+        self.arguments = {name: value for name, value in arguments.items() if name != "use_cache"}
         return hidden_states
 
 

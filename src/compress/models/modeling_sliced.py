@@ -125,7 +125,7 @@ class SlicedForCausalLM(PreTrainedModel, GenerationMixin):
         logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         result = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -147,6 +147,7 @@ def slice_architecture(model, config):
         table = model.get_submodule(name)
         table.weight = nn.Parameter(table.weight.new_empty(table.num_embeddings, widths[0]))
         table.embedding_dim = widths[0]
+        table._is_hf_initialized = False  # its stock weight was; this one is not
     point = 0
     for block in model.get_submodule(structure["blocks"]):
         as_residual_block(block, structure, config.text_config)

@@ -7,7 +7,7 @@ Widths are rounded down to a multiple of `round_to`. The last block's output and
 """
 
 from collections.abc import Sequence
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -30,7 +30,7 @@ class Slice(StageConfig):
     slice_head: bool = False
 
     @model_validator(mode="after")
-    def _one_rule(self) -> Self:
+    def _one_rule(self) -> "Slice":
         rules = ("ratio", "block_ratios", "linear_ratios", "explained_variance")
         given = [rule for rule in rules if getattr(self, rule) is not None]
         if len(given) != 1:

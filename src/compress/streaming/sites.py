@@ -8,7 +8,7 @@ stages that must come before it; the walk calls it at each site of that kind and
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float64
@@ -101,6 +101,7 @@ def stream_points(dense_width: int, *, num_blocks: int, branch_names: list[str],
     ]
 
 
+@runtime_checkable
 class Stage(Protocol):
     """A configuration and what it does at one site: all that the walk knows of a stage."""
 

@@ -5,13 +5,14 @@ activations beside the compressed ones only if some need asks for them. Everythi
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
 
+@runtime_checkable
 class Accumulator(Protocol):
     def add(self, stream: Tensor, dense: Tensor | None) -> None:
         """Take in a batch: the stream of the compressed prefix in the dense basis, and the dense model's."""
@@ -19,6 +20,7 @@ class Accumulator(Protocol):
     def value(self) -> Tensor: ...
 
 
+@runtime_checkable
 class Need(Protocol):
     """dense: whether the dense model's stream is compared with."""
 

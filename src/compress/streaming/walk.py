@@ -8,6 +8,8 @@ Shapes: stream (windows, tokens, d) in the present basis, dense stream
 (windows, tokens, D), decode (d, D), encode (D, d).
 """
 
+import os
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,9 +117,10 @@ class Walk:
         device = self.decoder.device
         for name, cache in self._caches():
             for i in range(len(cache)):
-                cache.put(i, state[f"{name}.{i}"])
-        self.decode = state["decode"].to(device) if "decode" in state else None
-        self.probe = state["probe"].to(device)
+                # A copy: tensors of a file lie unaligned, and products of matrices round differently there.
+                cache.put(i, state[f"{name}.{i}"].clone())
+        self.decode = state["decode"].clone().to(device) if "decode" in state else None
+        self.probe = state["probe"].clone().to(device)
         self.next_part = next_part
 
     def _walk_part(self, index: int) -> FinishedPart:
@@ -293,8 +296,15 @@ class Walk:
             decoder.dense_width,
             decoder.dtype,
             device=decoder.device if fits_device else torch.device("cpu"),
-            file=settings.scratch / f"activations-{name}" if needed > budget and not fits_device else None,
+            file=scratch_file(settings.scratch, name) if needed > budget and not fits_device else None,
         )
+
+
+def scratch_file(folder: Path, name: str) -> Path:
+    """A new file that is nobody else's, whatever lies in the folder."""
+    handle, path = tempfile.mkstemp(prefix=f"activations-{name}-", dir=folder)
+    os.close(handle)
+    return Path(path)
 
 
 def num_streams(stages: Iterable[Stage]) -> int:

@@ -18,7 +18,7 @@ from compress.errors import CheckpointError, NumericalError, UnsupportedModel
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-READABLE = {"F16", "BF16", "F32", "F64"}
+READABLE = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 
 
 class LazyWeights:
