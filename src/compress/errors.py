@@ -13,7 +13,8 @@ A message gives the rule, the value, the name and the remedy.
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class CompressError(Exception):
@@ -46,6 +47,26 @@ class OutputError(CompressError):
 
 class VerificationError(CompressError):
     """The written checkpoint does not reload as it was computed."""
+
+
+class Faults:
+    """Faults that are looked for one after another and told all at once."""
+
+    def __init__(self) -> None:
+        self.found: list[CompressError] = []
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """What is raised in here is kept for `report`."""
+        try:
+            yield
+        except CompressError as fault:
+            self.found.append(fault)
+
+    def report(self) -> None:
+        """Raise what was found as one error, a line a fault, of the first one's kind."""
+        if self.found:
+            raise type(self.found[0])("\n".join(str(fault) for fault in self.found))
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:

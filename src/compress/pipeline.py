@@ -4,10 +4,11 @@ The output is built in `<out>.partial` and gets its name by a rename, after it h
 Nothing volatile (times, paths of this machine) goes into it: the same inputs give the same bytes.
 """
 
+import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,15 @@ from compress.checkpoints import files
 from compress.checkpoints.card import model_card
 from compress.checkpoints.sliced import CARRIED, Size, sliced_config
 from compress.checkpoints.verify import verify
+from compress.errors import OutputError
 from compress.job import Job
 from compress.models.decoder import Decoder
 from compress.models.loading import load_config
 from compress.numerics.precision import full_precision
 from compress.plan import Plan
-from compress.preflight import Prepared, cache_memory, plan_job, prepare
+from compress.preflight import Prepared, aside_of, cache_memory, plan_job, prepare
 from compress.provenance import identity
-from compress.streaming.journal import Journal, write_tensors
+from compress.streaming.journal import JOURNAL, Journal, write_tensors
 from compress.streaming.walk import FinishedPart, Walk, WalkSettings
 
 PROBE_TOKENS = 64
@@ -43,7 +45,7 @@ class Result:
     size: Size
     widths: list[int]
     seconds: dict[str, float]
-    difference: float
+    difference: float | None
     resumed_parts: int
 
     def to_dict(self) -> dict[str, Any]:
@@ -78,8 +80,10 @@ def run(job: Job, progress: Progress = lambda name, done, total: None) -> Result
     with full_precision():
         start = time.perf_counter()
         prepared = prepare(job)
-        walk = _new_walk(prepared)
-        with _journal(prepared) as journal:
+        if job.resume and (finished := _give_name(prepared)):
+            return finished
+        with _parent_folder(job), _journal(prepared) as journal:
+            walk = _new_walk(prepared)
             resumed = len(journal.entries)
             if resumed:
                 walk.restore(journal.state(), resumed)
@@ -92,7 +96,6 @@ def run(job: Job, progress: Progress = lambda name, done, total: None) -> Result
 
 def _new_walk(prepared: Prepared) -> Walk:
     job, windows = prepared.job, prepared.windows
-    prepared.job.partial.parent.mkdir(parents=True, exist_ok=True)
     return Walk(
         Decoder(prepared.config, prepared.family, dtype=prepared.precision.computing, device=job.device),
         prepared.weights,
@@ -110,19 +113,59 @@ def _new_walk(prepared: Prepared) -> Walk:
 
 
 @contextmanager
+def _parent_folder(job: Job) -> Iterator[None]:
+    """The folder that the output lies in. What had to be made for it goes again if nothing is kept there."""
+    made = [folder for folder in job.partial.absolute().parents if not folder.exists()]
+    try:
+        job.partial.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{job.partial.parent} cannot be made ({error}). Choose another --out.") from error
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            for folder in made:
+                folder.rmdir()
+
+
+@contextmanager
 def _journal(prepared: Prepared) -> Iterator[Journal]:
     """The journal of this run; a run that ends before its first part leaves no folder behind."""
     job = prepared.job
-    if job.resume:
-        journal = Journal.resume(job.partial, identity(prepared))
-    else:
-        journal = Journal.start(job.partial, identity(prepared))
+    journal = None
     try:
+        if job.resume:
+            journal = Journal.resume(job.partial, identity(prepared))
+        else:
+            journal = Journal.start(job.partial, identity(prepared))
         yield journal
+    except OSError as error:
+        raise OutputError(
+            f"{job.partial} cannot be written ({error}). Free space or choose another --out; "
+            "what was finished is kept for --resume."
+        ) from error
     finally:
-        journal.close()
-        if not journal.entries and job.partial.exists():
-            shutil.rmtree(job.partial)
+        if journal is not None:
+            journal.close()
+            if not journal.entries and job.partial.exists():
+                shutil.rmtree(job.partial)
+
+
+def _give_name(prepared: Prepared) -> Result | None:
+    """The end of a run that was killed when it was finished and verified, and only lacked its name."""
+    job = prepared.job
+    facts_file = job.partial / "compress.json"
+    if (job.partial / JOURNAL).exists() or not facts_file.is_file():
+        return None
+    facts = json.loads(facts_file.read_text(encoding="utf-8"))
+    mine = identity(prepared)
+    same = facts["recipe"] == mine["recipe"] and facts["versions"] == mine["versions"]
+    if not same or any(facts["fingerprints"][name] != mine[name] for name in facts["fingerprints"]):
+        return None
+    publish(job.partial, job.out)
+    widths = [point["width"] for point in facts["points"]]
+    size = Size(**facts["size"])
+    return Result(job.out, prepared.plan.dense, size, widths, {"total": 0.0}, None, len(facts["parts"]))
 
 
 def _write_part(journal: Journal, part: FinishedPart, walk: Walk) -> None:
@@ -185,11 +228,13 @@ def _facts(prepared: Prepared, journal: Journal) -> dict[str, Any]:
 
 def publish(partial: Path, out: Path) -> None:
     """Give the finished folder its name. An output to be replaced is moved aside first and deleted last."""
-    aside = out.with_name(f"{out.name}.replaced")
-    if aside.exists():
-        shutil.rmtree(aside)
+    aside = aside_of(out)
     if out.exists():
+        if aside.exists():
+            shutil.rmtree(aside)
         out.rename(aside)
     partial.rename(out)
-    if aside.exists():
+    if aside.is_symlink():
+        aside.unlink()
+    elif aside.exists():
         shutil.rmtree(aside)

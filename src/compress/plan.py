@@ -67,8 +67,8 @@ def make_plan(
     if all(width == config.hidden_size for width in widths):
         raise UsageError("The recipe deletes nothing: every width stays as it is. Add a slice stage.")
     known = [width for width in widths if width is not None]
-    sliced = sliced_size(sliced_config(config, family, known, dtype), dtype) if len(known) == len(widths) else None
     dense = dense_size(config, dtype)
+    sliced = sliced_size(sliced_config(config, family, known, dtype), dtype) if len(known) == len(widths) else None
     calibration = recipe.calibration
     cache = cache_bytes(calibration.samples, calibration.seq_len, config.hidden_size, computing)
     cache *= num_streams(recipe.stages)

@@ -2,10 +2,9 @@
 
 import shutil
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import psutil
 import torch
@@ -13,14 +12,12 @@ from torch import Tensor
 
 from compress import families
 from compress.datasets.windows import calibration_windows
-from compress.errors import CheckpointError, CompressError, OutputError, UsageError
+from compress.errors import CheckpointError, Faults, OutputError, UsageError
 from compress.job import Job
 from compress.models.decoder import Decoder
-from compress.models.loading import load_config, load_tokenizer
+from compress.models.loading import check_positions, check_vocabulary, load_config, load_tokenizer
 from compress.plan import Plan, make_plan
 from compress.streaming.weights import READABLE, LazyWeights
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -49,17 +46,25 @@ def prepare(job: Job) -> Prepared:
     """Raises a CompressError with a line for every fault, and the exit code of the first."""
     folder = job.model.whole_folder()
     config = load_config(folder)
-    family, plan = families.find(config), plan_job(job, folder, config)
-    calibration = job.recipe.calibration
-    faults: list[CompressError] = []
-    attempt(faults, lambda: check_output(job))
-    attempt(faults, lambda: check_positions(config, calibration.seq_len))
-    attempt(faults, lambda: check_disk(job.out, plan.disk_bytes))
-    attempt(faults, lambda: check_memory(plan.memory_bytes))
-    weights = attempt(faults, lambda: open_weights(folder, config, family))
-    windows = attempt(faults, lambda: read_windows(job, folder))
-    if faults or weights is None or windows is None:
-        raise type(faults[0])("\n".join(str(fault) for fault in faults))
+    calibration, faults = job.recipe.calibration, Faults()
+    with faults.noted():
+        family, plan = families.find(config), plan_job(job, folder, config)
+    planned = not faults.found
+    with faults.noted():
+        check_output(job)
+    with faults.noted():
+        check_positions(config, calibration.seq_len)
+    if planned:
+        with faults.noted():
+            check_disk(job.out, plan.disk_bytes)
+        with faults.noted():
+            check_memory(plan.memory_bytes)
+        with faults.noted():
+            weights = open_weights(folder, config, family)
+    with faults.noted():
+        windows = read_windows(job, folder)
+        check_vocabulary(windows, config, folder)
+    faults.report()
     return Prepared(
         job=job,
         folder=folder,
@@ -70,15 +75,6 @@ def prepare(job: Job) -> Prepared:
         weights=weights,
         windows=windows,
     )
-
-
-def attempt(faults: list[CompressError], look: Callable[[], T]) -> T | None:
-    """What `look` finds; what it raises joins the faults."""
-    try:
-        return look()
-    except CompressError as fault:
-        faults.append(fault)
-        return None
 
 
 def read_windows(job: Job, folder: Path) -> Tensor:
@@ -129,6 +125,20 @@ def cache_memory(job: Job) -> int:
 
 
 def check_output(job: Job) -> None:
+    if job.out.name in ("", ".."):
+        raise UsageError(f"--out {job.out} has no name of its own. Name a new folder, such as --out compressed/mine.")
+    if job.model.folder is not None:
+        model, out = job.model.folder.resolve(), job.out.resolve()
+        if out == model or out in model.parents:
+            raise UsageError(f"The output {job.out} would replace the model it is made from. Choose another --out.")
+    if job.out.is_symlink() and not job.out.exists():
+        raise UsageError(f"The output {job.out} is a link to nowhere. Choose another --out.")
+    for folder in (job.out, aside_of(job.out)):
+        if job.overwrite and folder.exists() and not is_replaceable(folder):
+            raise UsageError(
+                f"{folder} is not of this program (it has no compress.json), so --overwrite leaves it alone. "
+                "Choose another --out."
+            )
     if job.out.exists() and not job.overwrite:
         raise UsageError(f"The output {job.out} exists. Choose another --out, or replace it with --overwrite.")
     if job.partial.exists() and not (job.resume or job.overwrite):
@@ -137,12 +147,13 @@ def check_output(job: Job) -> None:
         raise UsageError(f"--resume: there is no unfinished run in {job.partial}. Run it without --resume.")
 
 
-def check_positions(config: Any, seq_len: int) -> None:
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions is not None and seq_len > positions:
-        raise UsageError(
-            f"--seq-len {seq_len} is more than the model's {positions} positions. Use --seq-len {positions}."
-        )
+def aside_of(out: Path) -> Path:
+    """Where an output that is replaced waits until the new one has its name."""
+    return out.with_name(f"{out.name}.replaced")
+
+
+def is_replaceable(folder: Path) -> bool:
+    return folder.is_dir() and ((folder / "compress.json").is_file() or not any(folder.iterdir()))
 
 
 def check_disk(out: Path, needed: int) -> None:

@@ -72,14 +72,43 @@ def parse_stage(entry: Any) -> StageConfig:
 
 def parse_recipe(data: Any) -> Recipe:
     """A recipe from plain data. Raises UsageError with every fault, a line each."""
+    faults: list[str] = []
+    if isinstance(data, dict) and isinstance(data.get("stages"), list | tuple):
+        data = data | {"stages": parse_stages(data["stages"], faults)}
+    in_stages = bool(faults)
     try:
-        return Recipe.model_validate(data)
+        recipe = Recipe.model_validate(data)
     except ValidationError as error:
-        faults = []
-        for fault in error.errors():
-            place = ".".join(str(step) for step in fault["loc"])
-            faults.append(f"{place + ': ' if place else ''}{fault['msg'].removeprefix('Value error, ')}")
-        raise UsageError("\n".join(faults)) from error
+        # With a stage missing, nothing can be said about their order.
+        faults += [line for line in described(error) if not in_stages or not line.startswith(WHOLE)]
+    if faults:
+        raise UsageError("\n".join(fault.removeprefix(WHOLE) for fault in faults))
+    return recipe
+
+
+# Marks a fault of the recipe as a whole, of no single field.
+WHOLE = ": "
+
+
+def parse_stages(entries: Sequence[Any], faults: list[str]) -> list[StageConfig]:
+    """The stages that can be parsed; what is wrong with the others goes to `faults`."""
+    parsed = []
+    for position, entry in enumerate(entries):
+        try:
+            parsed.append(entry if isinstance(entry, StageConfig) else parse_stage(entry))
+        except ValidationError as error:
+            faults += [f"stages.{position}{'' if line.startswith(WHOLE) else '.'}{line}" for line in described(error)]
+        except ValueError as error:
+            faults.append(f"stages.{position}: {error}")
+    return parsed
+
+
+def described(error: ValidationError) -> list[str]:
+    """A line a fault: where it is, and what."""
+    return [
+        f"{'.'.join(str(step) for step in fault['loc'])}: {fault['msg'].removeprefix('Value error, ')}"
+        for fault in error.errors()
+    ]
 
 
 def read_recipe(file: Path) -> dict[str, Any]:

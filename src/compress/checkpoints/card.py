@@ -12,8 +12,9 @@ def model_card(facts: Mapping[str, Any]) -> str:
     size, dense = facts["size"], facts["dense_size"]
     calibration = facts["recipe"]["calibration"]
     removed = 1 - size["parameters"] / dense["parameters"]
+    share = f"{removed:.1%} removed" if removed >= 0 else f"{-removed:.1%} added"
     return f"""---
-base_model: {json.dumps(facts["base_model"])}
+base_model: {json.dumps(facts["base_model"], ensure_ascii=False)}
 library_name: transformers
 pipeline_tag: text-generation
 tags: [compress, {facts["recipe"]["method"]}]
@@ -27,7 +28,7 @@ tags: [compress, {facts["recipe"]["method"]}]
 | | parameters | bytes |
 |---|---|---|
 | dense | {dense["parameters"]:,} | {dense["bytes"]:,} |
-| this model | {size["parameters"]:,} ({removed:.1%} removed) | {size["bytes"]:,} |
+| this model | {size["parameters"]:,} ({share}) | {size["bytes"]:,} |
 
 Everything is counted: shortcut matrices, biases, embeddings, a head that no longer shares the embeddings' weights.
 

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from compress.families import Family
 from compress.models.configuration_sliced import SlicedConfig
+from compress.models.loading import empty_model
 from compress.models.modeling_sliced import SlicedForCausalLM
 
 CARRIED = ("configuration_sliced", "modeling_sliced")
@@ -53,15 +53,14 @@ class Size:
 
 
 def dense_size(config: Any, dtype: torch.dtype) -> Size:
-    with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    model = empty_model(copy.deepcopy(config))
     if config.tie_word_embeddings:
         model.tie_weights()
     return size_of(model, dtype)
 
 
 def sliced_size(config: SlicedConfig, dtype: torch.dtype) -> Size:
-    with init_empty_weights():
+    with torch.device("meta"):
         model = SlicedForCausalLM(copy.deepcopy(config))
     return size_of(model, dtype)
 

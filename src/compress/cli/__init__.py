@@ -25,10 +25,11 @@ app.command("slice")(slice_model)
 app.command("eval")(evaluate)
 
 
-def show_version(wanted: bool) -> None:
+def show_version(wanted: bool) -> bool:
     if wanted:
         typer.echo(f"compress {__version__}")
         raise typer.Exit
+    return wanted
 
 
 @app.callback()

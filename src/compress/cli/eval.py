@@ -5,16 +5,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from compress.cli.options import BatchSize, DataDir, Device, Json, pick_device, usual_seq_len
+from compress.cli.options import BatchSize, DataDir, Device, Json, check_dtype, pick_device, usual_seq_len
 from compress.cli.reporting import print_json, print_table, progress_bar, quiet_libraries, reporting_errors
-from compress.errors import UsageError, unknown_name
+from compress.errors import Faults, UsageError
 
 if TYPE_CHECKING:
     import torch
 
     from compress.evaluation.perplexity import Perplexity
-
-DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
 @reporting_errors
@@ -45,23 +43,44 @@ def evaluate(
 
     Example: compress eval --ppl wikitext2 --model opt-125m
     """
+    from compress.datasets import data_directory
     from compress.models.hub import find_model
-    from compress.models.loading import load_config, load_model, load_tokenizer
+
+    sets = [name.strip() for name in ppl.split(",") if name.strip()]
+    faults = Faults()
+    with faults.noted():
+        if not sets:
+            raise UsageError("--ppl names no data set. Try --ppl wikitext2.")
+    with faults.noted():
+        check_dtype(dtype)
+    with faults.noted():
+        data_folder = data_directory(data_dir)
+    with faults.noted():
+        source = find_model(model or newest_output())
+    if device is not None or not faults.found:
+        with faults.noted():
+            target = pick_device(device)
+    faults.report()
+
+    from compress.models.loading import check_positions, check_vocabulary, load_config, load_model, load_tokenizer
+    from compress.streaming.weights import LazyWeights
 
     quiet_libraries()
-    sets = [name.strip() for name in ppl.split(",") if name.strip()]
-    if not sets:
-        raise UsageError("--ppl names no data set. Try --ppl wikitext2.")
-    if dtype is not None and dtype not in DTYPES:
-        raise UsageError(unknown_name("dtype", dtype, DTYPES))
-    source = find_model(model or newest_output())
     folder = source.whole_folder()
     config = load_config(folder, trust_remote_code=trust_remote_code)
     text_config = config.get_text_config()
-    target = pick_device(device)
-    precision = computing_dtype(dtype, config, target)
     length = usual_seq_len(text_config, seq_len)
-    windows = read_windows(sets, load_tokenizer(folder, trust_remote_code=trust_remote_code), length, data_dir, limit)
+    with faults.noted():
+        check_positions(text_config, length)
+    with faults.noted():
+        LazyWeights(folder)
+    with faults.noted():
+        tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+        windows = read_windows(sets, tokenizer, length, data_folder, limit)
+        for window in windows.values():
+            check_vocabulary(window, config, folder)
+    faults.report()
+    precision = computing_dtype(dtype, config, target)
     loaded = load_model(folder, dtype=precision, device=target, trust_remote_code=trust_remote_code)
     results = measure(loaded, windows, batch_size or 8)
     parameters = sum(parameter.numel() for parameter in loaded.parameters())
@@ -75,7 +94,8 @@ def evaluate(
 
 def newest_output() -> str:
     """The checkpoint last written under ./compressed, or the embedded model where there is none."""
-    outputs = [file.parent for file in Path("compressed").glob("*/compress.json") if file.parent.suffix != ".partial"]
+    found = [file.parent for file in Path("compressed").glob("*/compress.json")]
+    outputs = [folder for folder in found if folder.suffix not in (".partial", ".replaced")]
     return str(max(outputs, key=lambda folder: (folder / "compress.json").stat().st_mtime)) if outputs else "demo"
 
 
@@ -92,11 +112,14 @@ def computing_dtype(asked: str | None, config: object, device: "torch.device") -
 def read_windows(
     sets: list[str], tokenizer: Any, seq_len: int, data_dir: Path | None, limit: int | None
 ) -> "dict[str, torch.Tensor]":
-    from compress.datasets import data_directory
     from compress.datasets.windows import evaluation_windows
 
-    folder = data_directory(data_dir)
-    return {name: evaluation_windows(name, tokenizer, seq_len=seq_len, data_dir=folder, limit=limit) for name in sets}
+    faults, windows = Faults(), {}
+    for name in sets:
+        with faults.noted():
+            windows[name] = evaluation_windows(name, tokenizer, seq_len=seq_len, data_dir=data_dir, limit=limit)
+    faults.report()
+    return windows
 
 
 def measure(model: "torch.nn.Module", windows: "dict[str, torch.Tensor]", batch_size: int) -> "list[Perplexity]":

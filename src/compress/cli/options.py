@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from compress.errors import UsageError
+from compress.errors import UsageError, unknown_name
 
 if TYPE_CHECKING:
     import torch
@@ -41,6 +41,7 @@ Json = Annotated[bool, in_panel(Output, "Print the result as JSON.", flag="--jso
 Device = Annotated[str | None, in_panel(Machine, "cuda, cuda:1, cpu; by default a GPU if there is one.")]
 BatchSize = Annotated[int | None, in_panel(Machine, "Windows at a time.", min=1)]
 
+DTYPES = ("float16", "bfloat16", "float32", "float64")
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)b?", re.IGNORECASE)
 SCALES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
@@ -53,6 +54,11 @@ def parse_size(text: str, option: str) -> int:
     return int(float(match[1]) * SCALES[match[2].lower()])
 
 
+def check_dtype(name: str | None) -> None:
+    if name is not None and name not in DTYPES:
+        raise UsageError(unknown_name("dtype", name, DTYPES))
+
+
 def pick_device(name: str | None) -> "torch.device":
     """The device asked for, or the best there is. Raises UsageError where torch cannot use it."""
     import torch
@@ -61,6 +67,8 @@ def pick_device(name: str | None) -> "torch.device":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+        if device.type == "meta":
+            raise RuntimeError("it holds no numbers")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"--device {name} cannot be used here. Try --device cpu.") from error

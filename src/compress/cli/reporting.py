@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from compress.errors import CompressError
 
@@ -31,7 +32,8 @@ def reporting_errors(command: Callable[P, None]) -> Callable[P, None]:
                 sys.stderr.write(f"error: {line}\n")
             raise typer.Exit(error.exit_code) from error
         except KeyboardInterrupt as interrupt:
-            sys.stderr.write("interrupted: what was finished is kept; the same command with --resume goes on\n")
+            # Commands that keep something say what in the exception.
+            sys.stderr.write(": ".join(["interrupted", *map(str, interrupt.args)]) + "\n")
             raise typer.Exit(INTERRUPTED) from interrupt
 
     return run
@@ -52,11 +54,11 @@ def print_json(data: Mapping[str, Any]) -> None:
 
 
 def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    table = Table(title=title, title_justify="left")
+    table = Table(title=Text(title), title_justify="left")
     for column in columns:
         table.add_column(column, justify="left" if column == columns[0] else "right")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     Console().print(table)
 
 

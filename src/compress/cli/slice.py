@@ -1,5 +1,6 @@
 """`compress slice`: a narrower residual stream."""
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -19,6 +20,7 @@ from compress.cli.options import (
     Samples,
     Seed,
     SeqLen,
+    check_dtype,
     in_panel,
     parse_size,
     pick_device,
@@ -26,7 +28,7 @@ from compress.cli.options import (
     usual_seq_len,
 )
 from compress.cli.reporting import gigabytes, print_json, print_table, progress_bar, quiet_libraries, reporting_errors
-from compress.errors import UsageError
+from compress.errors import Faults, UsageError
 
 if TYPE_CHECKING:
     from compress.job import Job
@@ -81,13 +83,30 @@ def slice_model(
     Example: compress slice --model llama-2-7b --ratio 0.25
     """
     from compress.datasets import data_directory
-    from compress.job import Job
     from compress.models.hub import find_model
+
+    # What can be seen without torch comes first, so that it comes at once.
+    faults = Faults()
+    with faults.noted():
+        rule = slicing_rule(ratio, explained_variance)
+    with faults.noted():
+        source = find_model(model)
+    with faults.noted():
+        check_dtype(dtype)
+    with faults.noted():
+        cache_bytes = None if cache_memory is None else parse_size(cache_memory, "--cache-memory")
+    with faults.noted():
+        data_folder = data_directory(data_dir)
+    if device is not None or not faults.found:
+        with faults.noted():
+            target = pick_device(device)
+    faults.report()
+
+    from compress.job import Job
     from compress.pipeline import plan_only, run
     from compress.recipe import slicegpt
 
     quiet_libraries()
-    rule = slicing_rule(ratio, explained_variance)
     how: dict[str, Any] = {
         "signal": signal,
         "final_orientation": final_orientation,
@@ -95,7 +114,6 @@ def slice_model(
         "slice_head": slice_head,
         "measure_error": measure_error,
     }
-    source = find_model(model)
     recipe = complete_recipe(
         source, method, slicegpt(rule, **how), calib=calib, samples=samples, seq_len=seq_len, seed=seed, dtype=dtype
     )
@@ -105,18 +123,23 @@ def slice_model(
         recipe=recipe,
         out=out or default_output(source, method, amount),
         command=command_line(source, recipe, {**amount, **how, "batch_size": batch_size}),
-        device=pick_device(device),
+        device=target,
         batch_size=batch_size,
-        cache_memory=None if cache_memory is None else parse_size(cache_memory, "--cache-memory"),
-        data_dir=data_directory(data_dir),
+        cache_memory=cache_bytes,
+        data_dir=data_folder,
         resume=resume,
         overwrite=overwrite,
     )
     if dry_run:
         show_plan(job, plan_only(job), as_json=json)
         return
-    with progress_bar("preparing") as progress:
-        result = run(job, progress)
+    try:
+        with progress_bar("preparing") as progress:
+            result = run(job, progress)
+    except KeyboardInterrupt as interrupt:
+        if job.partial.exists():
+            raise KeyboardInterrupt("what was finished is kept; the same command with --resume goes on") from interrupt
+        raise
     show_result(job, result, as_json=json)
 
 
@@ -144,6 +167,9 @@ def complete_recipe(
 
 def default_output(source: "ModelSource", method: str, amount: Mapping[str, Any]) -> Path:
     size = amount["ratio"] or f"ev{amount['explained_variance']}"
+    if len(size) > 40:
+        # A ratio for each of many blocks is longer than a file's name may be.
+        size = f"ratios-{hashlib.sha256(size.encode()).hexdigest()[:8]}"
     return Path("compressed") / f"{source.name.replace('/', '--')}-{method}-{size.replace(':', '-')}"
 
 
@@ -189,7 +215,7 @@ def slicing_rule(ratio: str | None, explained_variance: float | None) -> dict[st
 
 def parse_ratios(text: str, separator: str | None) -> list[float]:
     ratios = []
-    for word in text.split(separator):
+    for word in text.split(separator) if separator else [text]:
         try:
             ratio = float(word)
         except ValueError as error:
@@ -231,7 +257,9 @@ def show_result(job: "Job", result: "Result", *, as_json: bool) -> None:
     print_table(f"{job.model.name} sliced: {result.out}", ["", "value"], rows)
 
 
-def reloads(difference: float) -> str:
+def reloads(difference: float | None) -> str:
+    if difference is None:
+        return "seen before the run was interrupted"
     return "with the same logits" if difference == 0 else f"with logits within {difference:.0e} of the largest"
 
 

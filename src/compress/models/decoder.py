@@ -14,6 +14,7 @@ from accelerate import init_empty_weights
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
+from transformers.initialization import no_init_weights
 
 from compress.families import Family
 from compress.models.branch import Branch, Writer
@@ -46,7 +47,7 @@ class Decoder:
         self.dtype = dtype
         self.device = device
         self.structure = family.structure()
-        with init_empty_weights(include_buffers=False):
+        with no_init_weights(), init_empty_weights(include_buffers=False):
             self.model = AutoModelForCausalLM.from_config(self.config, dtype=dtype).eval()
         self.blocks = list(self.model.get_submodule(family.blocks))
         for block in self.blocks:

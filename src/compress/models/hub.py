@@ -83,10 +83,18 @@ def find_model(name: str) -> ModelSource:
 
 def fetch(repository: str, patterns: tuple[str, ...]) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     try:
         return Path(snapshot_download(repository, allow_patterns=list(patterns)))
+    except HFValidationError as error:
+        raise UsageError(f"There is no model folder {repository!r}, and no id of the hub looks like that.") from error
     except GatedRepoError as error:
         raise Unavailable(f"{repository} is gated: accept its licence on the hub, then set HF_TOKEN.") from error
     except RepositoryNotFoundError as error:

@@ -1,21 +1,65 @@
 """Configs, tokenizers and whole models from a folder, with errors a user can act on."""
 
+import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from compress.errors import CheckpointError, UnsupportedModel
+from compress.errors import CheckpointError, UnsupportedModel, UsageError
 
 
 def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    file = folder / "config.json"
+    try:
+        is_object = isinstance(json.loads(file.read_text(encoding="utf-8")), dict)
+    except (OSError, ValueError):
+        is_object = False
+    if not is_object:
+        raise CheckpointError(f"{file} is damaged: it is no JSON object. Get it again.")
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    except StrictDataclassError as error:
+        raise CheckpointError(f"{file} makes no model: {one_line(error)}") from error
     except (OSError, ValueError, TypeError, KeyError) as error:
         # transformers raises ValueError for a model_type it does not know and for code it was not allowed to run.
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UnsupportedModel(f"The config.json of {folder} cannot be used: {first_line}") from error
+        raise UnsupportedModel(f"The config.json of {folder} cannot be used: {one_line(error)}") from error
+
+
+def empty_model(config: Any) -> PreTrainedModel:
+    """The model of a config without weights, on the meta device."""
+    try:
+        # Under torch's own context transformers leaves out the initialisation, most of the time it takes.
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(f"The model's config.json makes no model: {one_line(error)}") from error
+    return model
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def check_vocabulary(windows: torch.Tensor, config: Any, folder: Path) -> None:
+    """That every token has an embedding."""
+    largest, size = int(windows.max()), config.get_text_config().vocab_size
+    if largest >= size:
+        raise CheckpointError(
+            f"The tokenizer of {folder} gives token {largest}, but the model has a vocabulary of {size}. "
+            "It is another model's: copy this one's there."
+        )
+
+
+def check_positions(config: Any, seq_len: int) -> None:
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and seq_len > positions:
+        raise UsageError(
+            f"--seq-len {seq_len} is more than the model's {positions} positions. Use --seq-len {positions}."
+        )
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
@@ -26,17 +70,36 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(
-            f"The tokenizer of {folder} cannot be read: {str(error).strip().splitlines()[0]}"
-        ) from error
+        raise CheckpointError(f"The tokenizer of {folder} cannot be read: {one_line(error)}") from error
 
 
 def load_model(
     folder: Path, *, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """The whole model, for what needs it whole. Safetensors only."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True, local_files_only=True
-    )
-    model.to(device)  # type: ignore[arg-type]
-    return model.eval()
+    """The whole model, for what needs it whole. Safetensors only, and every parameter must be there."""
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            local_files_only=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"{folder} with its config.json makes no model: {one_line(error)}") from error
+    model, info = loaded
+    if info["missing_keys"]:
+        raise CheckpointError(f"The checkpoint {folder} lacks tensors of its model: {shown(info['missing_keys'])}.")
+    if info["mismatched_keys"]:
+        raise CheckpointError(
+            f"Tensors of {folder} have other shapes than config.json says: {shown(info['mismatched_keys'])}."
+        )
+    ready: PreTrainedModel = model.to(device).eval()
+    return ready
+
+
+def shown(keys: Iterable[Any]) -> str:
+    names = sorted(" ".join(map(str, key)) if isinstance(key, tuple) else str(key) for key in keys)
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

@@ -10,6 +10,9 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -36,18 +39,26 @@ class Journal:
     def start(cls, folder: Path, identity: dict[str, Any]) -> "Journal":
         """A new run in the folder. What another left there goes, once nobody is writing it."""
         folder.mkdir(parents=True, exist_ok=True)
-        journal = cls(folder, identity, take_lock(folder), [])
-        for leftover in folder.iterdir():
-            if leftover.name != LOCK:
-                leftover.unlink()
-        with (folder / JOURNAL).open("w", encoding="utf-8") as file:
-            write_line(file, {"run": identity})
-        return journal
+        lock = take_lock(folder)
+        with closed_on_error(lock):
+            clear(folder)
+            try:
+                with (folder / JOURNAL).open("w", encoding="utf-8") as file:
+                    write_line(file, {"run": identity})
+            except OSError:
+                shutil.rmtree(folder)
+                raise
+        return cls(folder, identity, lock, [])
 
     @classmethod
     def resume(cls, folder: Path, identity: dict[str, Any]) -> "Journal":
         """Open a partial folder of the same run, or say in what the runs differ."""
         lock = take_lock(folder)
+        with closed_on_error(lock):
+            return cls(folder, identity, lock, cls._readable_entries(folder, identity))
+
+    @staticmethod
+    def _readable_entries(folder: Path, identity: dict[str, Any]) -> list[dict[str, Any]]:
         lines = read_lines(folder / JOURNAL)
         if not lines or "run" not in lines[0]:
             raise UsageError(f"{folder} has no readable journal. Start over with --overwrite.")
@@ -63,7 +74,7 @@ class Journal:
         with (folder / JOURNAL).open("w", encoding="utf-8") as file:
             for line in [lines[0], *entries]:
                 write_line(file, line)
-        return cls(folder, identity, lock, entries)
+        return entries
 
     def record(self, entry: dict[str, Any], state: dict[str, Tensor]) -> None:
         """Make a finished part count: its state, then its line. The state before it is no longer needed."""
@@ -80,8 +91,11 @@ class Journal:
         return tensors
 
     def forget(self) -> None:
-        """Leave only the parts: the run is finished and its folder is about to become the output."""
-        for leftover in (*self.folder.glob("state-*.safetensors"), self.folder / JOURNAL, self.folder / LOCK):
+        """Leave only the parts: the run is finished and its folder is about to become the output.
+
+        The journal goes last: a folder without one, but with all else, is finished and only lacks its name.
+        """
+        for leftover in (*self.folder.glob("state-*.safetensors"), self.folder / LOCK, self.folder / JOURNAL):
             leftover.unlink(missing_ok=True)
         self.close()
 
@@ -150,6 +164,23 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
             break
         lines.append(line)
     return lines
+
+
+def clear(folder: Path) -> None:
+    for left in folder.iterdir():
+        if left.is_dir() and not left.is_symlink():
+            shutil.rmtree(left)
+        elif left.name != LOCK:
+            left.unlink()
+
+
+@contextmanager
+def closed_on_error(lock: IO[str]) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        lock.close()
+        raise
 
 
 def take_lock(folder: Path) -> IO[str]:

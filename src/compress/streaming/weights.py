@@ -6,7 +6,7 @@ read: a mapped file counts as memory for as long as it stays open, and would mak
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -51,6 +51,18 @@ class LazyWeights:
                     # A copy: what safetensors returns is a view of the mapped file.
                     tensors[name] = finite(opened.get_tensor(self.resolve(name)).clone(), name)
         return tensors
+
+    def samples(self) -> Iterator[tuple[str, "bytes"]]:
+        """A row from the midst of every tensor, by name: enough to tell two models of one shape apart."""
+        by_file: dict[Path, list[str]] = defaultdict(list)
+        for name in sorted(self.files):
+            by_file[self.files[name]].append(name)
+        for file in sorted(by_file):
+            with open_safetensors(file) as opened:
+                for name in by_file[file]:
+                    middle = self.shapes[name][0] // 2 if self.shapes[name] else 0
+                    row = opened.get_slice(name)[middle : middle + 1] if self.shapes[name] else opened.get_tensor(name)
+                    yield name, row.contiguous().view(torch.uint8).numpy().tobytes()
 
     def bytes(self) -> int:
         return sum(file.stat().st_size for file in set(self.files.values()))
