@@ -7,6 +7,7 @@ The weights are random, written block by block so that this process stays small 
 
 import argparse
 import json
+import multiprocessing
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -32,7 +33,11 @@ def main() -> None:
     for depth in options.depths:
         with tempfile.TemporaryDirectory() as folder:
             model = Path(folder) / "model"
-            size = write_llama(model, depth)
+            # In a process of its own: a child's peak starts from what its parent held when it was forked.
+            writer = multiprocessing.get_context("spawn").Process(target=write_llama, args=(model, depth))
+            writer.start()
+            writer.join()
+            size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
             arguments = ["--model", str(model), "--ratio", "0.25", "--calib", "stdlib", "--out", f"{folder}/sliced"]
             arguments += ["--samples", str(options.samples), "--seq-len", str(options.seq_len)]
             result, memory = compress("slice", *arguments)
@@ -40,8 +45,8 @@ def main() -> None:
         print(f"| {depth} | {size / 1e6:.0f} | {memory / 1e6:.0f} | {seconds:.1f} |", flush=True)
 
 
-def write_llama(folder: Path, depth: int) -> int:
-    """A random float32 Llama, a shard a layer; its bytes."""
+def write_llama(folder: Path, depth: int) -> None:
+    """A random float32 Llama, a shard a layer."""
     folder.mkdir(parents=True)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -64,15 +69,12 @@ def write_llama(folder: Path, depth: int) -> int:
     ends = {"model.embed_tokens.weight": (VOCABULARY, WIDTH), "lm_head.weight": (VOCABULARY, WIDTH)}
     parts = [{name: matrix(*shape) for name, shape in ends.items()} | {"model.norm.weight": torch.ones(WIDTH)}]
     weight_map: dict[str, str] = {}
-    total = 0
     for index in range(depth + 1):
         tensors = parts[0] if index == depth else layer(index, matrix)
         file = f"model-{index:05d}.safetensors"
         save_file(tensors, folder / file)
         weight_map |= dict.fromkeys(tensors, file)
-        total += sum(tensor.nbytes for tensor in tensors.values())
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    return total
 
 
 def layer(index: int, matrix: Callable[..., torch.Tensor]) -> dict[str, torch.Tensor]:

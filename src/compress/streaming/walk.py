@@ -25,7 +25,7 @@ from compress.models.decoder import Arguments, Decoder
 from compress.models.modeling_sliced import shortcut_name
 from compress.streaming.cache import ActivationCache, cache_bytes
 from compress.streaming.interning import Interner
-from compress.streaming.memory import release_freed_memory
+from compress.streaming.memory import return_large_blocks
 from compress.streaming.sites import Stage, StreamPoint, stream_points
 from compress.streaming.stopwatch import Stopwatch
 from compress.streaming.weights import LazyWeights
@@ -100,11 +100,11 @@ class Walk:
 
     @torch.no_grad()
     def parts(self) -> Iterator[FinishedPart]:
+        return_large_blocks()
         while self.next_part < self.num_parts:
             part = self._walk_part(self.next_part)
             self.next_part += 1
             yield part
-            release_freed_memory()
 
     def state(self) -> dict[str, Tensor]:
         tensors = {f"{name}.{i}": cache.stored(i).cpu() for name, cache in self._caches() for i in range(len(cache))}
