@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from compress.cli.options import BatchSize, DataDir, Device, Json, check_dtype, pick_device, usual_seq_len
+from compress.cli.options import BatchSize, DataDir, Device, Json, look_at, usual_seq_len
 from compress.cli.reporting import print_json, print_table, progress_bar, quiet_libraries, reporting_errors
 from compress.errors import Faults, UsageError
 
@@ -43,24 +43,13 @@ def evaluate(
 
     Example: compress eval --ppl wikitext2 --model opt-125m
     """
-    from compress.datasets import data_directory
-    from compress.models.hub import find_model
-
     sets = [name.strip() for name in ppl.split(",") if name.strip()]
     faults = Faults()
     with faults.noted():
         if not sets:
             raise UsageError("--ppl names no data set. Try --ppl wikitext2.")
-    with faults.noted():
-        check_dtype(dtype)
-    with faults.noted():
-        data_folder = data_directory(data_dir)
-    with faults.noted():
-        source = find_model(model or newest_output())
-    if device is not None or not faults.found:
-        with faults.noted():
-            target = pick_device(device)
-    faults.report()
+    named = model or newest_output()
+    source, data_folder, target = look_at(faults, model=named, dtype=dtype, data_dir=data_dir, device=device)
 
     from compress.models.loading import check_positions, check_vocabulary, load_config, load_model, load_tokenizer
     from compress.streaming.weights import LazyWeights
@@ -84,12 +73,16 @@ def evaluate(
     loaded = load_model(folder, dtype=precision, device=target, trust_remote_code=trust_remote_code)
     results = measure(loaded, windows, batch_size or 8)
     parameters = sum(parameter.numel() for parameter in loaded.parameters())
-    if json:
+    show(source.name, parameters, str(precision), results, as_json=json)
+
+
+def show(name: str, parameters: int, dtype: str, results: "list[Perplexity]", *, as_json: bool) -> None:
+    if as_json:
         entries = [result.to_dict() for result in results]
-        print_json({"model": source.name, "parameters": parameters, "dtype": str(precision), "perplexity": entries})
+        print_json({"model": name, "parameters": parameters, "dtype": dtype, "perplexity": entries})
         return
     columns = ["text", "perplexity", "± std. error", "tokens", "windows", "of tokens", "seconds"]
-    print_table(f"{source.name}: {parameters:,} parameters", columns, [row(result) for result in results])
+    print_table(f"{name}: {parameters:,} parameters", columns, [row(result) for result in results])
 
 
 def newest_output() -> str:

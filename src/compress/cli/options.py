@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from compress.errors import UsageError, unknown_name
+from compress.errors import Faults, UsageError, unknown_name
 
 if TYPE_CHECKING:
     import torch
+
+    from compress.models.hub import ModelSource
 
 Method = "Method"
 Data = "Data"
@@ -57,6 +59,29 @@ def parse_size(text: str, option: str) -> int:
 def check_dtype(name: str | None) -> None:
     if name is not None and name not in DTYPES:
         raise UsageError(unknown_name("dtype", name, DTYPES))
+
+
+def look_at(
+    faults: Faults, *, model: str, dtype: str | None, data_dir: Path | None, device: str | None
+) -> "tuple[ModelSource, Path | None, torch.device]":
+    """The model, data folder and device that were named. What is wrong with them is told with the faults so far.
+
+    What can be seen without torch comes first, so that it comes at once.
+    """
+    from compress.datasets import data_directory
+    from compress.models.hub import find_model
+
+    with faults.noted():
+        source = find_model(model)
+    with faults.noted():
+        check_dtype(dtype)
+    with faults.noted():
+        data_folder = data_directory(data_dir)
+    if device is not None or not faults.found:
+        with faults.noted():
+            target = pick_device(device)
+    faults.report()
+    return source, data_folder, target
 
 
 def pick_device(name: str | None) -> "torch.device":

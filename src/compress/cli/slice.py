@@ -20,10 +20,9 @@ from compress.cli.options import (
     Samples,
     Seed,
     SeqLen,
-    check_dtype,
     in_panel,
+    look_at,
     parse_size,
-    pick_device,
     printable,
     usual_seq_len,
 )
@@ -82,28 +81,15 @@ def slice_model(
 
     Example: compress slice --model llama-2-7b --ratio 0.25
     """
-    from compress.datasets import data_directory
-    from compress.models.hub import find_model
-
-    # What can be seen without torch comes first, so that it comes at once.
     faults = Faults()
     with faults.noted():
         rule = slicing_rule(ratio, explained_variance)
     with faults.noted():
-        source = find_model(model)
-    with faults.noted():
-        check_dtype(dtype)
-    with faults.noted():
         cache_bytes = None if cache_memory is None else parse_size(cache_memory, "--cache-memory")
-    with faults.noted():
-        data_folder = data_directory(data_dir)
-    if device is not None or not faults.found:
-        with faults.noted():
-            target = pick_device(device)
-    faults.report()
+    source, data_folder, target = look_at(faults, model=model, dtype=dtype, data_dir=data_dir, device=device)
 
     from compress.job import Job
-    from compress.pipeline import plan_only, run
+    from compress.pipeline import plan_only
     from compress.recipe import slicegpt
 
     quiet_libraries()
@@ -132,15 +118,20 @@ def slice_model(
     )
     if dry_run:
         show_plan(job, plan_only(job), as_json=json)
-        return
+    else:
+        show_result(job, run_with_progress(job), as_json=json)
+
+
+def run_with_progress(job: "Job") -> "Result":
+    from compress.pipeline import run
+
     try:
         with progress_bar("preparing") as progress:
-            result = run(job, progress)
+            return run(job, progress)
     except KeyboardInterrupt as interrupt:
         if job.partial.exists():
             raise KeyboardInterrupt("what was finished is kept; the same command with --resume goes on") from interrupt
         raise
-    show_result(job, result, as_json=json)
 
 
 def complete_recipe(
