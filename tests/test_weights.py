@@ -59,7 +59,6 @@ def test_every_parameter_is_read_as_it_was_saved(model_type, shard_size, tmp_pat
     for name, parameter in parameters.items():
         assert read[name].dtype == torch.float64
         assert torch.equal(read[name], parameter)
-    assert weights.bytes() == sum(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
 
 
 @pytest.mark.parametrize("model_type", ["opt", "qwen2"])

@@ -8,6 +8,7 @@ import torch
 from compress.checkpoints.sliced import Size, dense_size, sliced_config, sliced_size
 from compress.errors import UsageError
 from compress.families import Family
+from compress.models.decoder import Decoder
 from compress.recipe import Recipe
 from compress.streaming.cache import cache_bytes
 from compress.streaming.sites import StreamPoint, stream_points
@@ -86,8 +87,6 @@ def make_plan(
 
 def largest_part(config: Any, family: Family) -> int:
     """Parameters of the largest of embeddings, block and head, before compression."""
-    from compress.models.decoder import Decoder
-
     decoder = Decoder(config, family, dtype=torch.float32, device=torch.device("cpu"))
     shapes = decoder.parameter_shapes()
     parts = [decoder.embedding_names(), decoder.block_names(0), decoder.head_names()]

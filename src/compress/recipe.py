@@ -9,9 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationErr
 
 from compress import stages
 from compress.errors import UsageError, unknown_name
+from compress.numerics import DTYPES
 from compress.stages._stage import StageConfig
-
-DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
 class Calibration(BaseModel):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from compress.errors import Faults, UsageError, unknown_name
+from compress.numerics import DTYPES
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +44,6 @@ Json = Annotated[bool, in_panel(Output, "Print the result as JSON.", flag="--jso
 Device = Annotated[str | None, in_panel(Machine, "cuda, cuda:1, cpu; by default a GPU if there is one.")]
 BatchSize = Annotated[int | None, in_panel(Machine, "Windows at a time.", min=1)]
 
-DTYPES = ("float16", "bfloat16", "float32", "float64")
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)b?", re.IGNORECASE)
 SCALES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 

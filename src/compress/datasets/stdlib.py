@@ -13,7 +13,6 @@ from pathlib import Path
 
 from compress.errors import Unavailable
 
-VERSION = 1
 SPLITS = ("train", "validation", "test")
 LEFT_OUT = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "pydoc_data"})
 

@@ -4,8 +4,8 @@ The windows' hidden states pass through the *compressed* prefix, so each statist
 before it. A branch's output is taken in the dense basis, its statistics decide the next basis, and both the weights
 and the activations are carried over into it; nothing is run a second time. The reference runs each block twice.
 
-Shapes: stream (windows, tokens, d) in the present basis, dense stream
-(windows, tokens, D), decode (d, D), encode (D, d).
+Shapes: stream (windows, tokens, d) in the present basis, (windows, tokens, D) in the dense one, decode (d, D),
+encode (D, d).
 """
 
 import os

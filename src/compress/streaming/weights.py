@@ -52,7 +52,7 @@ class LazyWeights:
                     tensors[name] = finite(opened.get_tensor(self.resolve(name)).clone(), name)
         return tensors
 
-    def samples(self) -> Iterator[tuple[str, "bytes"]]:
+    def samples(self) -> Iterator[tuple[str, bytes]]:
         """A row from the midst of every tensor, by name: enough to tell two models of one shape apart."""
         by_file: dict[Path, list[str]] = defaultdict(list)
         for name in sorted(self.files):
@@ -63,9 +63,6 @@ class LazyWeights:
                     middle = self.shapes[name][0] // 2 if self.shapes[name] else 0
                     row = opened.get_slice(name)[middle : middle + 1] if self.shapes[name] else opened.get_tensor(name)
                     yield name, row.contiguous().view(torch.uint8).numpy().tobytes()
-
-    def bytes(self) -> int:
-        return sum(file.stat().st_size for file in set(self.files.values()))
 
     def _read_header(self, file: Path) -> None:
         with open_safetensors(file) as opened:
