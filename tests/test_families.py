@@ -19,7 +19,7 @@ EPSILON = 0.0625
 
 def make(model_type: str, **changes: Any) -> tuple[Family, Any]:
     """A family and a tiny stock model of it whose epsilon is not the usual one."""
-    model = tiny.tiny_model(model_type, rms_norm_eps=EPSILON, layer_norm_eps=EPSILON, **changes)
+    model = tiny.tiny_model(model_type, rms_norm_eps=EPSILON, layer_norm_eps=EPSILON, norm_epsilon=EPSILON, **changes)
     return families.find(model.config), model
 
 

@@ -31,6 +31,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {**GATED, "head_dim": 16},
     "phi": {"intermediate_size": 48, "partial_rotary_factor": 0.5},
     "phi3": {**GATED},
+    "starcoder2": {**GATED, "use_bias": True, "tie_word_embeddings": True},
     "gemma": {**GATED, "head_dim": 12, "tie_word_embeddings": True},
 }
 

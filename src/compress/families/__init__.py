@@ -7,11 +7,45 @@ built; everything else follows from the table. Names are those of the stock tran
 
 import importlib
 import pkgutil
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from compress.errors import UnsupportedModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Units:
+    """Parts of a branch's inner width that can be deleted whole: MLP neurons, or KV groups with their query heads.
+
+    kind: `neurons` or `kv_groups`. count: the config's key for how many there are.
+    readers: which linears produce them, and in how many stacks: 2 where gate and up are one linear.
+    writer: the linear that reads them; each unit is as many neighbouring inputs of it.
+    """
+
+    kind: Literal["neurons", "kv_groups"]
+    count: str
+    readers: tuple[tuple[str, int], ...]
+    writer: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class StockShape:
+    """How a narrower model of this family is written so that a stock class of transformers loads it.
+
+    written_as: the model_type, None for the family's own. adds: what its config says besides what the two share.
+    heads_divide_width: the config class refuses a hidden size that is no multiple of the number of heads.
+    constant_channel: the head has no bias of its own, so one channel of the final LayerNorm is kept constant for it.
+    zero_biases: writers that have a bias in the stock class but none in this family.
+    not_stock: why a model with this config has no stock shape, None where it has.
+    """
+
+    written_as: str | None = None
+    adds: Mapping[str, Any] = field(default_factory=dict)
+    heads_divide_width: bool = False
+    constant_channel: bool = False
+    zero_biases: tuple[str, ...] = ()
+    not_stock: Callable[[Any], str | None] = lambda config: None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +60,7 @@ class BranchTable:
     paths: tuple[tuple[str, ...], ...]
     readers: tuple[str, ...]
     writers: tuple[str, ...]
+    units: tuple[Units, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +70,7 @@ class Family:
     norm: `layer` (LayerNorm), `rms` (gain w), `rms_plus_one` (gain 1 + w).
     norm_eps: the config's key for the norm's epsilon, or a number where the model fixes it.
     dropout: the config's key for dropout on what a branch adds, None where the family has none.
+    stock: how a sliced model is a stock one; None where the stock class has no room for it.
     not_exact: why a model with this config cannot be rotated exactly, None where it can.
     """
 
@@ -48,6 +84,7 @@ class Family:
     norm: Literal["layer", "rms", "rms_plus_one"] = "rms"
     norm_eps: str | float = "rms_norm_eps"
     dropout: str | None = None
+    stock: StockShape | None = None
     not_exact: Callable[[Any], str | None] = lambda config: None
 
     def epsilon(self, config: Any) -> float:
@@ -57,7 +94,13 @@ class Family:
         """The names alone, as plain data: what a sliced checkpoint carries in its config.json."""
         named = ("embeddings", "blocks", "attention", "final_norm", "head", "head_bias", "dropout")
         names: dict[str, Any] = {name: getattr(self, name) for name in named}
-        return plain({**names, "branches": [asdict(branch) for branch in self.branches]})
+        branches = [asdict(branch) for branch in self.branches]
+        for branch in branches:
+            del branch["units"]  # the modules themselves say how wide they are
+        return plain({**names, "branches": branches})
+
+    def units(self, kind: str) -> list[Units]:
+        return [units for branch in self.branches for units in branch.units if units.kind == kind]
 
 
 def plain(value: Any) -> Any:

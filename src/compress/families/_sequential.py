@@ -1,13 +1,27 @@
 """The block that most families share: attention, then a gated MLP, each behind a norm of its own."""
 
-from compress.families import BranchTable
+from compress.families import BranchTable, Units
+
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+
+
+def kv_groups(writer: str) -> Units:
+    """The groups of query heads that share a key and a value head, where q, k and v are linears of their own."""
+    readers = tuple((name, 1) for name in QKV)
+    return Units(kind="kv_groups", count="num_key_value_heads", readers=readers, writer=writer)
+
+
+def neurons(*readers: str, writer: str, stacks: int = 1, count: str = "intermediate_size") -> Units:
+    return Units(kind="neurons", count=count, readers=tuple((name, stacks) for name in readers), writer=writer)
+
 
 ATTENTION = BranchTable(
     name="attention",
     norm="input_layernorm",
     paths=(("self_attn",),),
-    readers=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    readers=QKV,
     writers=("self_attn.o_proj",),
+    units=(kv_groups("self_attn.o_proj"),),
 )
 GATED_MLP = BranchTable(
     name="mlp",
@@ -15,4 +29,5 @@ GATED_MLP = BranchTable(
     paths=(("mlp",),),
     readers=("mlp.gate_proj", "mlp.up_proj"),
     writers=("mlp.down_proj",),
+    units=(neurons("mlp.gate_proj", "mlp.up_proj", writer="mlp.down_proj"),),
 )

@@ -3,6 +3,7 @@
 from typing import Any
 
 from compress.families import BranchTable, Family
+from compress.families._sequential import neurons
 
 ATTENTION = BranchTable(
     name="attention",
@@ -17,6 +18,7 @@ MLP = BranchTable(
     paths=(("fc1", "activation_fn", "fc2"),),
     readers=("fc1",),
     writers=("fc2",),
+    units=(neurons("fc1", writer="fc2", count="ffn_dim"),),
 )
 
 

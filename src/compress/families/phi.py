@@ -1,13 +1,22 @@
 """Phi-1, 1.5 and 2: one LayerNorm feeds attention and MLP, which run in parallel; everything has a bias."""
 
-from compress.families import BranchTable, Family
+from typing import Any
+
+from compress.families import BranchTable, Family, StockShape
+from compress.families._sequential import QKV, kv_groups, neurons
+
+
+def not_stock(config: Any) -> str | None:
+    return "it normalises queries and keys at hidden_size / heads (qk_layernorm)." if config.qk_layernorm else None
+
 
 PARALLEL = BranchTable(
     name="parallel",
     norm="input_layernorm",
     paths=(("self_attn",), ("mlp",)),
-    readers=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.fc1"),
+    readers=(*QKV, "mlp.fc1"),
     writers=("self_attn.dense", "mlp.fc2"),
+    units=(kv_groups("self_attn.dense"), neurons("mlp.fc1", writer="mlp.fc2")),
 )
 FAMILY = Family(
     branches=(PARALLEL,),
@@ -16,4 +25,5 @@ FAMILY = Family(
     norm="layer",
     norm_eps="layer_norm_eps",
     dropout="resid_pdrop",
+    stock=StockShape(not_stock=not_stock),
 )

@@ -5,6 +5,7 @@ goes into whatever writes the stream, diag(a) and b into whatever reads it. Exac
 the embeddings' mean for RMSNorm models as well and fixes eps at 1e-5; neither preserves the function, we do neither.
 """
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -24,3 +25,8 @@ def fold_offset(
     """The bias of a reader that has taken in the norm's offset; W before the gain is folded."""
     folded = W @ offset
     return folded if bias is None else bias + folded
+
+
+def rms_normed(x: Float[Tensor, "*tokens d"], width: int, eps: float) -> Float[Tensor, "*tokens d"]:
+    """x / sqrt(sum(x^2) / width + eps); `width` is the dense one, for which deleted coordinates count as zeros."""
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) / width + eps)
