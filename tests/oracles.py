@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compress import families
-from compress.checkpoints.sliced import sliced_config
+from compress.checkpoints.sliced import SlicedLayout, SlicedTarget
+from compress.checkpoints.targets import Shape, dense_units
 from compress.families import Family
 from compress.models.decoder import Decoder
 from compress.models.loading import load_config
@@ -113,6 +114,9 @@ def new_walk(
 ) -> Walk:
     config = load_config(folder)
     settings = WalkSettings(
+        layout=SlicedLayout(),
+        held_out=0,
+        probe_tokens=windows.shape[1],
         output_dtype=output_dtype or dtype,
         batch_size=batch_size,
         seed=seed,
@@ -120,7 +124,7 @@ def new_walk(
         scratch=folder,
     )
     decoder = Decoder(config, families.find(config), dtype=dtype, device=torch.device(device))
-    return Walk(decoder, LazyWeights(folder), windows, windows[:1], stages, settings)
+    return Walk(decoder, LazyWeights(folder), windows, stages, settings)
 
 
 def walked(folder: Path, stages: Sequence[StageConfig], windows: Tensor, **options: Any) -> Walked:
@@ -150,7 +154,7 @@ def sliced_model(result: Walked, dtype: torch.dtype = torch.float64) -> SlicedFo
     model = empty_sliced_model(result.config, result.family, result.widths, dtype)
     tensors = dict(result.tensors)
     for name, parameter in model.named_parameters():
-        if name.endswith("_shortcut.weight") and result.walk.decode is None:
+        if name.endswith("_shortcut.weight") and result.walk.passage.decode is None:
             assert name not in tensors
             tensors[name] = torch.eye(len(parameter), dtype=dtype)
     model.load_state_dict(tensors)
@@ -163,7 +167,8 @@ def empty_sliced_model(
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        model: SlicedForCausalLM = SlicedForCausalLM(sliced_config(config, family, widths, dtype))
+        shape = Shape(tuple(widths), dense_units(config, family))
+        model: SlicedForCausalLM = SlicedForCausalLM(SlicedTarget(config, family).config(shape, dtype))
     finally:
         torch.set_default_dtype(before)
     return model.eval()

@@ -42,7 +42,10 @@ def place(home, tmp_path, monkeypatch):
 
 
 SLICE = tuple(
-    shlex.split("slice --model tiny --ratio 0.25 --calib text.txt --samples 4 --seq-len 32 --device cpu --out out")
+    shlex.split(
+        "slice --model tiny --method slicegpt --ratio 0.25 --calib text.txt --samples 4 --seq-len 32 "
+        "--device cpu --out out"
+    )
 )
 EVAL = tuple(shlex.split("eval --model tiny --ppl text.txt --seq-len 32 --limit 2 --device cpu"))
 

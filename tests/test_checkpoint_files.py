@@ -56,7 +56,7 @@ def patched():
         yield patch
 
 
-OPTIONS = shlex.split("--ratio 0.25 --samples 4 --seq-len 32 --device cpu")
+OPTIONS = shlex.split("--method slicegpt --ratio 0.25 --samples 4 --seq-len 32 --device cpu")
 
 
 @pytest.fixture(scope="module")
@@ -305,14 +305,26 @@ RARE = {
     "blocks": ["--ratio", "0.25,0.5,0.25"],
     "line": ["--ratio", "0.1:0.3", "--round-to", "1"],
 }
+ANCHORED = {
+    "ratio": ["--ratio", "0.25"],
+    "budget": ["--keep-params", "0.6", "--trial-samples", "8", "--samples", "8"],
+    "size": ["--target-size", "40kB", "--mlp-ratio", "0.25"],
+    "no refit": ["--ratio", "0.25", "--no-refit", "--mlp-ratio", "0.5", "--gradient-weight", "0"],
+    "per layer": ["--ratio", "0.1:0.3", "--rotation", "per-layer", "--measure-error"],
+}
 
 
-@pytest.mark.parametrize("options", RARE.values(), ids=RARE)
+@pytest.mark.parametrize(
+    "options",
+    [["--method", "slicegpt", *words] for words in RARE.values()] + list(ANCHORED.values()),
+    ids=[*RARE, *ANCHORED],
+)
 def test_the_command_of_any_options_makes_it_again(home, patched, tmp_path, options):
     for name in ("tiny", "text.txt"):
         (tmp_path / name).symlink_to(home / name)
     patched.chdir(tmp_path)
-    amount = [] if {"--ratio", "--explained-variance"} & set(options) else ["--ratio", "0.25"]
+    amounts = {"--ratio", "--explained-variance", "--keep-params", "--target-size"}
+    amount = [] if amounts & set(options) else ["--ratio", "0.25"]
     words = ["--model", "tiny", "--calib", "text.txt", "--samples", 4, "--seq-len", 32, *amount, *options]
     succeeds("slice", *words, "--out", "first/out")
     command = json.loads((tmp_path / "first" / "out" / "compress.json").read_text())["command"]

@@ -65,7 +65,8 @@ def place(home, tmp_path, monkeypatch):
 @pytest.fixture
 def words(home):
     """`slice` with everything but how much."""
-    return ["slice", "--model", home / "tiny", "--calib", home / "text.txt", "--samples", 4, "--seq-len", 32]
+    text = ["--calib", home / "text.txt", "--samples", 4, "--seq-len", 32]
+    return ["slice", "--model", home / "tiny", "--method", "slicegpt", *text]
 
 
 def widths(*arguments: object) -> list[int]:
@@ -79,7 +80,20 @@ def widths(*arguments: object) -> list[int]:
 def started(home, tmp_path_factory):
     """slice and then eval of its output, and a plan."""
     folder = tmp_path_factory.mktemp("installed")
-    slicing = ["--model", home / "tiny", "--ratio", 0.25, "--calib", home / "text.txt", "--samples", 4, "--seq-len", 32]
+    slicing = [
+        "--model",
+        home / "tiny",
+        "--method",
+        "slicegpt",
+        "--ratio",
+        0.25,
+        "--calib",
+        home / "text.txt",
+        "--samples",
+        4,
+        "--seq-len",
+        32,
+    ]
     evaluating = ["--ppl", home / "text.txt", "--seq-len", 32, "--limit", 4]
     ran: dict[str, Ran] = {}
 
@@ -87,7 +101,16 @@ def started(home, tmp_path_factory):
         for name, words in {
             "slice": ["slice", *slicing, "--device", "cpu", "--json"],
             "eval": ["eval", *evaluating, "--device", "cpu", "--json"],
-            "plan": ["slice", "--model", home / "llama-2-7b-config", "--ratio", 0.25, "--dry-run"],
+            "plan": [
+                "slice",
+                "--model",
+                home / "llama-2-7b-config",
+                "--method",
+                "slicegpt",
+                "--ratio",
+                0.25,
+                "--dry-run",
+            ],
         }.items():
             ran[name] = finish(start_installed(*words, cwd=folder))
 
@@ -134,7 +157,9 @@ def test_help_lists_every_command():
 
 OPTIONS = {
     "slice": {
-        *("--model", "--ratio", "--explained-variance", "--method", "--signal", "--final-orientation", "--round-to"),
+        *("--model", "--ratio", "--keep-params", "--target-size", "--explained-variance", "--mlp-ratio", "--kv-ratio"),
+        *("--method", "--rotation", "--refit", "--gradient-weight", "--trial-samples", "--export"),
+        *("--signal", "--final-orientation", "--round-to"),
         *("--slice-head", "--measure-error", "--calib", "--samples", "--seq-len", "--data-dir", "--seed", "--out"),
         *("--dtype", "--resume", "--overwrite", "--dry-run", "--json", "--device", "--batch-size", "--cache-memory"),
     },
@@ -271,20 +296,38 @@ def test_misspelt_values_of_eval(home, place, option, typed, message):
 
 def test_the_plan_of_llama_2_7b(home, place):
     """From config.json alone. 3072 = 0.75 x 4096; the last of the 65 points keeps its full width."""
-    ran = succeeds("slice", "--model", home / "llama-2-7b-config", "--ratio", 0.25, "--dry-run", "--json")
+    ran = succeeds(
+        "slice", "--model", home / "llama-2-7b-config", "--method", "slicegpt", "--ratio", 0.25, "--dry-run", "--json"
+    )
     plan = ran.json
     assert plan["widths"] == [3072] * 64 + [4096]
     assert plan["dense"]["parameters"] == 6_738_415_616
     assert plan["dense"]["bytes"] == 2 * 6_738_415_616
     assert round(plan["removed"], 3) == 0.153
-    table = flat(succeeds("slice", "--model", home / "llama-2-7b-config", "--ratio", 0.25, "--dry-run").out)
+    table = flat(
+        succeeds(
+            "slice", "--model", home / "llama-2-7b-config", "--method", "slicegpt", "--ratio", 0.25, "--dry-run"
+        ).out
+    )
     assert "3072 x 64, 4096" in table
     assert "15.3% removed" in table
     assert ran.err == ""
 
 
 def test_a_plan_needs_no_weights_and_writes_nothing(home, place):
-    ran = succeeds("slice", "--model", home / "tiny-config", "--ratio", 0.25, "--seq-len", 32, "--dry-run", "--json")
+    ran = succeeds(
+        "slice",
+        "--model",
+        home / "tiny-config",
+        "--method",
+        "slicegpt",
+        "--ratio",
+        0.25,
+        "--seq-len",
+        32,
+        "--dry-run",
+        "--json",
+    )
     assert ran.json["widths"] == [24] * (POINTS - 1) + [HIDDEN]
     assert snapshot(place) == {}
 
@@ -373,9 +416,17 @@ def test_the_default_output_of_many_ratios_is_a_name_that_a_file_can_have(home, 
     first, *rest = [f"0.25{number:04d}" for number in range(LLAMA_2_7B["num_hidden_layers"])]
     outs = [
         Path(
-            succeeds("slice", "--model", home / "llama-2-7b-config", "--ratio", ratios, "--dry-run", "--json").json[
-                "out"
-            ]
+            succeeds(
+                "slice",
+                "--model",
+                home / "llama-2-7b-config",
+                "--method",
+                "slicegpt",
+                "--ratio",
+                ratios,
+                "--dry-run",
+                "--json",
+            ).json["out"]
         )
         for ratios in (",".join([first, *rest]), ",".join([*rest, first]))
     ]
@@ -504,7 +555,8 @@ def test_json_is_all_that_stdout_has(words, place):
     result = ran.json
     assert set(result) == {
         *("out", "dense_parameters", "parameters", "removed", "dense_bytes", "bytes", "widths", "seconds"),
-        *("reload_difference", "resumed_parts"),
+        *("reload_difference", "resumed_parts", "architecture", "loads_without_our_code", "units", "notes"),
+        "held_out_divergence",
     }
     assert result["resumed_parts"] == 0
     progress = ran.err.splitlines()

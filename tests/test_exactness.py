@@ -18,6 +18,7 @@ SCALE = "scale"
 # Every norm's epsilon is large or the stream is small: a wrong epsilon shows.
 RMS = {"rms_norm_eps": 1e-2}
 LAYER = {"layer_norm_eps": 1e-2}
+STARCODER = {"norm_epsilon": 1e-2}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "opt": ("opt", {SCALE: 0.01}),
     "opt, untied": ("opt", {"tie_word_embeddings": False, SCALE: 0.01}),
@@ -45,6 +46,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "phi, norms in the attention": ("phi", {"qk_layernorm": True, **LAYER}),
     "phi3": ("phi3", RMS),
     "phi3, tied": ("phi3", {"tie_word_embeddings": True, **RMS}),
+    "starcoder2": ("starcoder2", STARCODER),
+    "starcoder2, untied, no biases": (
+        "starcoder2",
+        {"tie_word_embeddings": False, "use_bias": False, **STARCODER},
+    ),
     "gemma": ("gemma", RMS),
     "gemma, untied": ("gemma", {"tie_word_embeddings": False, **RMS}),
 }
@@ -143,7 +149,7 @@ def test_the_stream_is_the_dense_models(variant, dense):
             expected = outputs[part.index - 1]
             if family.norm == "layer":
                 expected = expected - expected.mean(-1, keepdim=True)
-            found = torch.cat([walk.stream.get(i, torch.device("cpu")) for i in range(len(walk.batches))])
+            found = torch.cat([walk.streams.now(batch)[0] for batch in walk.streams.batches])
             assert oracles.largest_difference(found, expected) < 1e-10
 
 

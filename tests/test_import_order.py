@@ -20,16 +20,18 @@ LAYERS = [
     ("streaming",),
     ("stages", "datasets", "checkpoints", "evaluation"),
     ("recipe",),
+    ("budget",),
     ("plan", "job"),
     ("preflight",),
-    ("provenance",),
+    ("assembly", "provenance"),
+    ("search",),
     ("pipeline",),
     ("cli",),
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 # One file a family, a stage, a text, a command: each can be added and taken away without the others.
 PLUGINS = ("families", "stages", "datasets", "evaluation", "cli")
-SHARED = {"datasets": {"windows"}, "cli": {"options", "reporting"}}
+SHARED = {"datasets": {"windows"}, "cli": {"amounts", "options", "reporting", "tables"}}
 CARRIED = ("models/configuration_sliced.py", "models/modeling_sliced.py")
 
 

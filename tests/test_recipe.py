@@ -45,7 +45,7 @@ def test_a_dumped_recipe_parses_back(rule):
 def test_slicegpt_gives_what_it_was_asked_for():
     recipe = parse_recipe(data(stages=slicegpt({"ratio": 0.3}, signal="normed", round_to=4)))
     _, rotate, cut = [stage.model_dump() for stage in recipe.stages]
-    assert rotate == {"stage": "rotate", "signal": "normed", "final_orientation": "pca"}
+    assert rotate == {"stage": "rotate", "signal": "normed", "stream": "compressed", "final_orientation": "pca"}
     assert {key: cut[key] for key in ("ratio", "round_to", "slice_head")} == {
         "ratio": 0.3,
         "round_to": 4,
@@ -57,9 +57,12 @@ def test_slicegpt_gives_what_it_was_asked_for():
     ("stages", "needs"),
     [
         ([ROTATE, FOLD, SLICE], "rotate needs fold_norms before it; the order is rotate, fold_norms, slice"),
-        ([FOLD, SLICE, ROTATE], "slice needs rotate before it; the order is fold_norms, slice, rotate"),
-        ([SLICE], "slice needs rotate before it; the order is slice"),
-        ([FOLD, SLICE], "slice needs rotate before it"),
+        (
+            [FOLD, SLICE, ROTATE],
+            "slice needs rotate or rotate_shared before it; the order is fold_norms, slice, rotate",
+        ),
+        ([SLICE], "slice needs rotate or rotate_shared before it; the order is slice"),
+        ([FOLD, SLICE], "slice needs rotate or rotate_shared before it"),
     ],
 )
 def test_the_order_of_stages(stages, needs):
@@ -88,7 +91,11 @@ def test_unknown_stage_with_a_guess():
         ({"calibration": {"source": "c4", "seq_len": 1}}, "calibration.seq_len", "greater than or equal to 2"),
         ({"calibration": {}}, "calibration.source", "required"),
         ({"callibration": {}}, "callibration", "not permitted"),
-        ({"stages": [FOLD, ROTATE, {"stage": "slice"}]}, "stages", "exactly one of ratio, block_ratios"),
+        ({"stages": [FOLD, ROTATE, {"stage": "slice"}]}, "slice", "give it a ratio, or the recipe a budget"),
+        ({"budget": {"keep_params": 0.5}}, "the recipe has a budget", "leave one open"),
+        ({"budget": {}}, "budget", "keep_params or target_size, one of the two"),
+        ({"budget": {"keep_params": 0.5, "target_size": 9}}, "budget", "keep_params or target_size, one of the two"),
+        ({"budget": {"keep_params": 1}}, "budget.keep_params", "less than 1"),
         ({"stages": [FOLD, ROTATE, SLICE | {"explained_variance": 0.9}]}, "stages", "got ratio, explained_variance"),
         ({"stages": [FOLD, ROTATE, {"stage": "slice", "ratio": 1.5}]}, "stages", "less than 1"),
         ({"stages": [FOLD, ROTATE, SLICE | {"round_to": 0}]}, "stages", "greater than or equal to 1"),

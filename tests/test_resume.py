@@ -21,7 +21,7 @@ NUM_PARTS = NUM_BLOCKS + 2
 OUT, PARTIAL = "out", "out.partial"
 WORDS = (
     *shlex.split("slice --model ../tiny --calib ../text.txt --samples 4 --seq-len 32 --device cpu --out out --json"),
-    *shlex.split("--ratio 0.25 --slice-head --final-orientation random --measure-error"),
+    *shlex.split("--method slicegpt --ratio 0.25 --slice-head --final-orientation random --measure-error"),
 )
 RECORD = "compress.streaming.journal:Journal.record"
 

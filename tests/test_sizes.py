@@ -8,9 +8,11 @@ from pydantic import ValidationError
 from transformers import LlamaConfig, OPTConfig, PhiConfig
 
 from compress import families
-from compress.checkpoints.sliced import dense_size, sliced_config, sliced_size
+from compress.budget import planned_shape
+from compress.checkpoints.sizes import dense_size
 from compress.errors import UsageError
-from compress.plan import Plan, make_plan, model_points, planned_widths
+from compress.numerics.frames import OrthogonalFrame
+from compress.plan import Plan, make_plan, model_points
 from compress.recipe import Recipe, parse_recipe, slicegpt
 from compress.stages.rotate import Rotate
 from compress.stages.slice import Slice
@@ -60,7 +62,7 @@ def test_a_ratio_deletes_at_least_its_share(ratio, dense, round_to, kept):
 
 
 def test_the_last_point_is_sliced_if_asked():
-    assert widths(Slice(ratio=0.25, slice_head=True), points(64, 2)) == [48] * 5
+    assert widths(Slice(ratio=0.25, round_to=8, slice_head=True), points(64, 2)) == [48] * 5
 
 
 def test_ratios_of_their_own_for_each_block():
@@ -85,7 +87,8 @@ def test_a_ratio_of_zero_keeps_the_full_width_whatever_the_multiple():
 
 def rotated(point: StreamPoint, eigenvalues: list[float]) -> StreamPoint:
     spectrum = torch.tensor(eigenvalues, dtype=torch.float64)
-    point.basis = Basis(torch.eye(len(spectrum), dtype=torch.float64), spectrum, width=len(spectrum))
+    frame = OrthogonalFrame(torch.eye(len(spectrum), dtype=torch.float64), spectrum)
+    point.basis = Basis(frame, width=len(spectrum))
     return point
 
 
@@ -108,19 +111,23 @@ def test_slicing_needs_a_basis():
         Slice(ratio=0.5).apply(points(16, 1)[0])
 
 
-RULES: dict[str, Any] = {"ratio": 0.25, "block_ratios": (0.25,), "linear_ratios": (0.1, 0.2), "explained_variance": 0.9}
+RULES: dict[str, Any] = {
+    "ratio": 0.25,
+    "block_ratios": (0.25,),
+    "linear_ratios": (0.1, 0.2),
+    "explained_variance": 0.9,
+    "width": 8,
+}
 
 
-@pytest.mark.parametrize(
-    "given", [(), ("ratio", "explained_variance"), ("block_ratios", "linear_ratios"), tuple(RULES)]
-)
-def test_exactly_one_rule(given):
+@pytest.mark.parametrize("given", [("ratio", "explained_variance"), ("block_ratios", "linear_ratios"), tuple(RULES)])
+def test_one_rule_at_most(given):
     with pytest.raises(ValidationError) as error:
         Slice(**{name: RULES[name] for name in given})
     (fault,) = error.value.errors()
     assert fault["msg"] == (
-        "Value error, slice takes exactly one of ratio, block_ratios, linear_ratios, explained_variance; "
-        f"got {', '.join(name for name in RULES if name in given) or 'none'}"
+        "Value error, slice takes one of ratio, block_ratios, linear_ratios, explained_variance, width; "
+        f"got {', '.join(name for name in RULES if name in given)}"
     )
     for name, value in RULES.items():
         assert getattr(Slice(**{name: value}), name) == value
@@ -149,20 +156,21 @@ def test_values_out_of_range_are_refused(wrong):
 
 def test_faults_say_what_to_do():
     places = points(64, 3)
-    assert Slice(ratio=0.25).faults(places) == []
-    assert Slice(explained_variance=0.9).faults(places) == []
-    assert Slice(block_ratios=(0.1, 0.2)).faults(places) == [
+    assert Slice(ratio=0.25).faults(places, {}) == []
+    assert Slice(explained_variance=0.9).faults(places, {}) == []
+    assert Slice(block_ratios=(0.1, 0.2)).faults(places, {}) == [
         "2 ratios are given for 3 blocks. Give one for each block."
     ]
-    assert Slice(ratio=0.9).faults(places) == [
+    assert Slice(ratio=0.9, round_to=8).faults(places, {}) == [
         "The ratio 0.9 leaves less than 8 of 64 dimensions (widths are multiples of 8). "
         "Use a smaller ratio or --round-to."
     ]
-    assert Slice(ratio=0.9, round_to=2).faults(places) == []
-    assert Slice(linear_ratios=(0, 0)).faults(places) == [
+    assert Slice(ratio=0.9, round_to=2).faults(places, {}) == []
+    assert Slice(width=72).faults(places, {}) == ["The width 72 is more than the model's hidden size of 64. Use less."]
+    assert Slice(linear_ratios=(0, 0)).faults(places, {}) == [
         "The ratio 0.0 deletes nothing of 64 dimensions. Use a larger one."
     ]
-    assert Slice(block_ratios=(0, 0, 0.5)).faults(places) == []
+    assert Slice(block_ratios=(0, 0, 0.5)).faults(places, {}) == []
 
 
 def test_a_plan_reports_faults(tmp_path):
@@ -282,11 +290,9 @@ def test_sliced_models_have_the_parameters_the_papers_code_gives(config, ratio, 
 )
 def test_the_share_that_is_removed(config, percent, removed):
     """Of the dense model as it is stored, a tied head counted once: slicing a little adds parameters."""
-    family = families.find(config)
-    planned = planned_widths(recipe({"ratio": percent / 100}), model_points(config, family, 0))
-    sliced = sliced_size(sliced_config(config, family, [width or 0 for width in planned], torch.float16), torch.float16)
-    dense = DENSE[id(config)]
-    assert round(100 * (1 - sliced.parameters / dense), 1) == removed
+    sliced = plan(config, {"ratio": percent / 100}).sliced
+    assert sliced is not None
+    assert round(100 * (1 - sliced.parameters / DENSE[id(config)]), 1) == removed
 
 
 def test_parameters_written_out_for_opt_125m():
@@ -331,4 +337,6 @@ def test_rotating_alone_keeps_every_width():
     )
     assert chain.stages[1] == Rotate()
     family = families.find(PHI_2)
-    assert planned_widths(chain, model_points(PHI_2, family, 0)) == [2560] * 33
+    widths, units = planned_shape(chain.stages, model_points(PHI_2, family, 0), {"neurons": 10240})
+    assert widths == [2560] * 33
+    assert units == {"neurons": 10240}

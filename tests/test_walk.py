@@ -10,6 +10,7 @@ from torch import Tensor
 import oracles
 import tiny
 from compress.errors import NumericalError
+from compress.numerics.frames import OrthogonalFrame
 from compress.numerics.linalg import random_orthogonal
 from compress.stages.measure_error import MeasureError
 from compress.streaming.sites import Basis, stream_points
@@ -145,9 +146,11 @@ def test_each_point_draws_random_numbers_of_its_own():
 
     def draw(seed: int, index: int) -> Tensor:
         point = stream_points(D, num_blocks=2, branch_names=["attention", "mlp"], seed=seed)[index]
-        point.basis = Basis(Q, eigenvalues, width=20, orientation="random")
-        encode = point.encode()
-        assert encode is not None
+        point.basis = Basis(OrthogonalFrame(Q, eigenvalues), width=20, orientation="random")
+        change = point.change(20)
+        assert change is not None
+        encode, decode = change
+        assert torch.allclose(decode, encode.T, atol=1e-14, rtol=0)
         return encode
 
     drawn = {(seed, index): draw(seed, index) for seed in (0, 1) for index in range(5)}

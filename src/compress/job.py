@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -13,6 +14,7 @@ from compress.recipe import Recipe
 class Job:
     """
     command: how a user would ask for it again; it goes into the model card.
+    export: `hf` for the checkpoint folder alone, `gguf` for a GGUF file in it as well.
     batch_size: windows at a time; None for about 8192 tokens.
     cache_memory: bytes of activations to hold in memory; None for half of what is free.
     """
@@ -21,6 +23,7 @@ class Job:
     recipe: Recipe
     out: Path
     command: str
+    export: Literal["hf", "gguf"] = "hf"
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     batch_size: int | None = None
     cache_memory: int | None = None

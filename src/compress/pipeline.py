@@ -1,5 +1,7 @@
 """From a model and a recipe to a checkpoint: everything checked first, one walk, every part written as it is finished.
 
+Before the walk come what its recipe asks for: a survey of the dense model, and trials where a budget leaves a choice.
+
 The output is built in `<out>.partial` and gets its name by a rename, after it has been reloaded in a clean process.
 Nothing volatile (times, paths of this machine) goes into it: the same inputs give the same bytes.
 """
@@ -9,27 +11,28 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from compress import search
+from compress.assembly import new_walk, restored, take_survey
 from compress.checkpoints import files
 from compress.checkpoints.card import model_card
-from compress.checkpoints.sliced import CARRIED, Size, sliced_config
+from compress.checkpoints.sizes import Size
+from compress.checkpoints.targets import Shape
 from compress.checkpoints.verify import verify
 from compress.errors import OutputError
 from compress.job import Job
-from compress.models.decoder import Decoder
 from compress.models.loading import load_config
 from compress.numerics.precision import full_precision
 from compress.plan import Plan
-from compress.preflight import Prepared, aside_of, cache_memory, plan_job, prepare
+from compress.preflight import Prepared, aside_of, plan_job, prepare
 from compress.provenance import identity
 from compress.streaming.journal import JOURNAL, Journal, write_tensors
-from compress.streaming.walk import FinishedPart, Walk, WalkSettings
+from compress.streaming.survey import Survey, SurveyNeed
+from compress.streaming.walk import FinishedPart, Walk
 
-PROBE_TOKENS = 64
-TOKENS_PER_BATCH = 8192
 SMALL = 5 * 10**8  # bytes: a model below this is reloaded whole, whatever the walk needed
 
 
@@ -37,29 +40,40 @@ SMALL = 5 * 10**8  # bytes: a model below this is reloaded whole, whatever the w
 class Result:
     """
     seconds: by kind of work; `total` is the whole run's, imports left out.
-    difference: of the reloaded logits, as a share of the largest.
+    units: how many of each kind a block keeps. divergence: from the dense model on held-out calibration windows, in
+        nats a token, where it was measured. difference: of the reloaded logits, as a share of the largest.
     """
 
     out: Path
+    architecture: str
+    is_stock: bool
     dense: Size
     size: Size
     widths: list[int]
+    units: dict[str, int]
+    divergence: float | None
     seconds: dict[str, float]
     difference: float | None
     resumed_parts: int
+    notes: list[str]
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "out": str(self.out),
+            "architecture": self.architecture,
+            "loads_without_our_code": self.is_stock,
             "dense_parameters": self.dense.parameters,
             "parameters": self.size.parameters,
             "removed": 1 - self.size.parameters / self.dense.parameters,
             "dense_bytes": self.dense.bytes,
             "bytes": self.size.bytes,
             "widths": self.widths,
+            "units": self.units,
+            "held_out_divergence": self.divergence,
             "seconds": {kind: round(value, 3) for kind, value in self.seconds.items()},
             "reload_difference": self.difference,
             "resumed_parts": self.resumed_parts,
+            "notes": self.notes,
         }
 
 
@@ -83,7 +97,13 @@ def run(job: Job, progress: Progress = lambda name, done, total: None) -> Result
         if job.resume and (finished := _give_name(prepared)):
             return finished
         with _parent_folder(job), _journal(prepared) as journal:
-            walk = _new_walk(prepared)
+            seconds: dict[str, float] = {}
+            with timed(seconds, "survey"):
+                survey = _survey(prepared, journal, progress)
+            with timed(seconds, "trials"):
+                prepared = _chosen(prepared, journal, survey, progress)
+            stages, held_out = prepared.plan.stages, job.recipe.held_out_windows
+            walk = new_walk(prepared, stages, prepared.windows, held_out, survey)
             resumed = len(journal.entries)
             if resumed:
                 walk.restore(journal.state(), resumed)
@@ -91,25 +111,48 @@ def run(job: Job, progress: Progress = lambda name, done, total: None) -> Result
                 _write_part(journal, part, walk)
                 progress(part.name, part.index + 1, walk.num_parts)
             progress("reloading", walk.num_parts, walk.num_parts)
-            return _complete(prepared, walk, journal, start, resumed)
+            facts, difference = _complete(prepared, walk, journal)
+            seconds |= dict(walk.clock.seconds) | {"total": time.perf_counter() - start}
+            return _result(prepared, facts, seconds, difference, resumed)
 
 
-def _new_walk(prepared: Prepared) -> Walk:
-    job, windows = prepared.job, prepared.windows
-    return Walk(
-        Decoder(prepared.config, prepared.family, dtype=prepared.precision.computing, device=job.device),
-        prepared.weights,
-        windows,
-        windows[:1, :PROBE_TOKENS],
-        job.recipe.stages,
-        WalkSettings(
-            output_dtype=prepared.precision.written,
-            batch_size=job.batch_size or max(1, TOKENS_PER_BATCH // windows.shape[1]),
-            seed=job.recipe.seed,
-            cache_memory=cache_memory(job),
-            scratch=job.partial.parent,
-        ),
-    )
+@contextmanager
+def timed(seconds: dict[str, float], kind: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    if (elapsed := time.perf_counter() - start) > 0.001:
+        seconds[kind] = elapsed
+
+
+def _survey(prepared: Prepared, journal: Journal, progress: Progress) -> Survey | None:
+    """The survey that the plan asks for, taken once: a run that goes on reads it back."""
+    if prepared.plan.survey is SurveyNeed.NONE:
+        return None
+    if "survey" in journal.findings:
+        return restored(journal.found_tensors("survey"), prepared.job.device)
+    blocks = prepared.config.num_hidden_layers
+    steps = iter(range(1, 2 * blocks + 1))
+    total = blocks * (2 if prepared.plan.survey is SurveyNeed.GRADIENT else 1)
+    survey = take_survey(prepared, lambda: progress("looking at the dense model", next(steps), total))
+    assert survey is not None
+    journal.note("survey", None, survey.tensors())
+    return survey
+
+
+def _chosen(prepared: Prepared, journal: Journal, survey: Survey | None, progress: Progress) -> Prepared:
+    """With the plan's choice made, by trial where there is more than one; a run that goes on reads it back."""
+    plan = prepared.plan
+    if not plan.choices:
+        return prepared
+    if "trials" not in journal.findings:
+        heard = (number for number in range(1, len(plan.choices) + 1))
+        _, trials = search.choose(
+            prepared, survey, lambda trial: progress("trying out shapes", next(heard), len(plan.choices))
+        )
+        journal.note("trials", search.as_data(trials))
+    best = min(journal.findings["trials"]["data"], key=lambda trial: trial["divergence"])
+    choice = next(c for c in plan.choices if all(best[kind] == count for kind, count in c.counts.items()))
+    return replace(prepared, plan=plan.chosen(choice))
 
 
 @contextmanager
@@ -147,7 +190,7 @@ def _journal(prepared: Prepared) -> Iterator[Journal]:
     finally:
         if journal is not None:
             journal.close()
-            if not journal.entries and job.partial.exists():
+            if journal.is_empty and job.partial.exists():
                 shutil.rmtree(job.partial)
 
 
@@ -163,9 +206,26 @@ def _give_name(prepared: Prepared) -> Result | None:
     if not same or any(facts["fingerprints"][name] != mine[name] for name in facts["fingerprints"]):
         return None
     publish(job.partial, job.out)
-    widths = [point["width"] for point in facts["points"]]
-    size = Size(**facts["size"])
-    return Result(job.out, prepared.plan.dense, size, widths, {"total": 0.0}, None, len(facts["parts"]))
+    return _result(prepared, facts, {"total": 0.0}, None, len(facts["parts"]))
+
+
+def _result(
+    prepared: Prepared, facts: dict[str, Any], seconds: dict[str, float], difference: float | None, resumed: int
+) -> Result:
+    return Result(
+        out=prepared.job.out,
+        architecture=facts["architecture"],
+        is_stock=facts["loads_without_our_code"],
+        dense=prepared.plan.dense,
+        size=Size(**facts["size"]),
+        widths=[point["width"] for point in facts["points"]],
+        units=facts["units"],
+        divergence=facts["held_out_divergence"],
+        seconds=seconds,
+        difference=difference,
+        resumed_parts=resumed,
+        notes=prepared.plan.notes,
+    )
 
 
 def _write_part(journal: Journal, part: FinishedPart, walk: Walk) -> None:
@@ -178,18 +238,20 @@ def _write_part(journal: Journal, part: FinishedPart, walk: Walk) -> None:
             "tensor_bytes": sum(tensor.nbytes for tensor in part.tensors.values()),
             "parameters": sum(tensor.numel() for tensor in part.tensors.values()),
             "points": part.points,
+            "groups": part.groups,
+            "divergence": part.divergence,
         }
         journal.record(entry, walk.state())
 
 
-def _complete(prepared: Prepared, walk: Walk, journal: Journal, start: float, resumed: int) -> Result:
-    """The rest of the checkpoint, the proof that it reloads, and its name."""
-    job, partial = prepared.job, journal.folder
+def _complete(prepared: Prepared, walk: Walk, journal: Journal) -> tuple[dict[str, Any], float]:
+    """The rest of the checkpoint, the proof that it reloads, and its name. What it says of itself, and the proof."""
+    job, partial, target = prepared.job, journal.folder, prepared.plan.target
     facts = _facts(prepared, journal)
-    size, widths = Size(**facts["size"]), [point["width"] for point in facts["points"]]
-    config = sliced_config(prepared.config, prepared.family, widths, prepared.precision.written)
+    shape = Shape(tuple(point["width"] for point in facts["points"]), facts["units"])
+    config = target.config(shape, prepared.precision.written)
     files.write_json(partial / "config.json", config.to_diff_dict())
-    files.carry_modeling(partial, CARRIED)
+    files.carry_modeling(partial, target.carried)
     files.copy_companions(prepared.folder, partial)
     files.write_index(partial, journal.entries)
     files.write_json(partial / "compress.json", facts)
@@ -200,8 +262,7 @@ def _complete(prepared: Prepared, walk: Walk, journal: Journal, start: float, re
         difference = verify(partial, ids, logits, memory=max(prepared.plan.memory_bytes, SMALL))
     journal.forget()
     publish(partial, job.out)
-    seconds = dict(walk.clock.seconds) | {"total": time.perf_counter() - start}
-    return Result(job.out, prepared.plan.dense, size, widths, seconds, difference, resumed)
+    return facts, difference
 
 
 def _facts(prepared: Prepared, journal: Journal) -> dict[str, Any]:
@@ -213,6 +274,10 @@ def _facts(prepared: Prepared, journal: Journal) -> dict[str, Any]:
         "base_model": job.model.repository or job.model.name,
         "command": job.command,
         "recipe": run["recipe"],
+        "architecture": prepared.plan.target.architecture,
+        "loads_without_our_code": prepared.plan.target.is_stock,
+        "stages": [stage.model_dump(mode="json") for stage in prepared.plan.stages],
+        "trials": journal.findings["trials"]["data"] if "trials" in journal.findings else [],
         "versions": run["versions"],
         "fingerprints": {key: run[key] for key in ("model", "calibration text")},
         "itemsize": prepared.precision.written.itemsize,
@@ -221,7 +286,10 @@ def _facts(prepared: Prepared, journal: Journal) -> dict[str, Any]:
             "parameters": sum(entry["parameters"] for entry in entries),
             "bytes": sum(entry["tensor_bytes"] for entry in entries),
         },
+        "units": dict(prepared.plan.units),
+        "held_out_divergence": entries[-1]["divergence"],
         "points": [point for entry in entries for point in entry["points"]],
+        "groups": [group for entry in entries for group in entry["groups"]],
         "parts": {entry["part"]["file"]: entry["part"]["sha256"] for entry in entries},
     }
 

@@ -1,6 +1,6 @@
 """A recipe: which stages, on which calibration text, from which seed. With the model it determines the output."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,14 +24,36 @@ class Calibration(BaseModel):
     seq_len: Annotated[int, Field(ge=2)] = 2048
 
 
+class Budget(BaseModel):
+    """What the result may come to, a promise. Widths that the stages leave open are chosen under it.
+
+    keep_params: a share of the dense model's parameters, a tied head counted once.
+    target_size: bytes of the safetensors files on disk.
+    trial_samples: windows of each trial of a way to spend it, a quarter of them held out.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    keep_params: Annotated[float, Field(gt=0, lt=1)] | None = None
+    target_size: Annotated[int, Field(ge=1)] | None = None
+    trial_samples: Annotated[int, Field(ge=8)] = 128
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> "Budget":
+        if (self.keep_params is None) == (self.target_size is None):
+            raise ValueError("a budget is keep_params or target_size, one of the two")
+        return self
+
+
 class Recipe(BaseModel):
     """
-    method: the name the result goes by. dtype: of the written weights, None for the input's own.
+    method: the name the result goes by. budget: what decides the widths that stages leave open.
+    dtype: of the written weights, None for the input's own.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     method: str
     stages: tuple[SerializeAsAny[StageConfig], ...]
+    budget: Budget | None = None
     calibration: Calibration
     seed: Annotated[int, Field(ge=0)] = 42
     dtype: str | None = None
@@ -57,9 +79,20 @@ class Recipe(BaseModel):
         names = [stage.stage for stage in self.stages]
         for position, stage in enumerate(self.stages):
             for earlier in stage.after:
-                if earlier not in names[:position]:
+                if not set(earlier.split(" or ")) & set(names[:position]):
                     raise ValueError(f"{stage.stage} needs {earlier} before it; the order is {', '.join(names)}")
+        opened = [stage.stage for stage in self.stages if stage.opens]
+        if opened and self.budget is None:
+            raise ValueError(f"{opened[0]} is not told how much to keep; give it a ratio, or the recipe a budget")
+        if self.budget is not None and not opened:
+            raise ValueError("the recipe has a budget, but every stage says how much it keeps; leave one open")
         return self
+
+    @property
+    def held_out_windows(self) -> int:
+        """How many of the calibration windows stages choose on: their share, but at least one."""
+        share = max(stage.held_out_share for stage in self.stages)
+        return max(1, int(share * self.calibration.samples)) if share else 0
 
 
 def parse_stage(entry: Any) -> StageConfig:
@@ -126,7 +159,7 @@ def slicegpt(
     *,
     signal: str = "stream",
     final_orientation: str = "pca",
-    round_to: int = 8,
+    round_to: int | None = None,
     slice_head: bool = False,
     measure_error: bool = False,
 ) -> list[dict[str, Any]]:
@@ -136,4 +169,31 @@ def slicegpt(
         *([{"stage": "measure_error"}] if measure_error else []),
         {"stage": "rotate", "signal": signal, "final_orientation": final_orientation},
         {"stage": "slice", **rule, "round_to": round_to, "slice_head": slice_head},
+    ]
+
+
+def anchored(
+    rule: dict[str, Any],
+    *,
+    rotation: str = "shared",
+    gradient_weight: float = 0.9,
+    refit: bool = True,
+    units: Mapping[str, dict[str, Any]] | None = None,
+    round_to: int | None = None,
+    measure_error: bool = False,
+) -> list[dict[str, Any]]:
+    """The stages of the anchored method: `rotation` is `shared` or `per-layer`.
+
+    units: how `prune_units` chooses of each kind, such as {"neurons": {"ratio": 0.25}}; {} where a budget decides.
+    """
+    rotate: dict[str, Any] = {"stage": "rotate", "signal": "normed", "stream": "dense" if refit else "compressed"}
+    if rotation == "shared":
+        rotate = {"stage": "rotate_shared", "gradient_weight": gradient_weight}
+    return [
+        {"stage": "fold_norms"},
+        *([{"stage": "measure_error"}] if measure_error else []),
+        rotate,
+        {"stage": "slice", **rule, "round_to": round_to, "slice_head": True},
+        *([{"stage": "refit"}] if refit else []),
+        *({"stage": "prune_units", "units": kind, **how} for kind, how in (units or {}).items()),
     ]

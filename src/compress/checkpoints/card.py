@@ -31,17 +31,10 @@ tags: [compress, {facts["recipe"]["method"]}]
 | this model | {size["parameters"]:,} ({share}) | {size["bytes"]:,} |
 
 Everything is counted: shortcut matrices, biases, embeddings, a head that no longer shares the embeddings' weights.
-
+{quality(facts)}
 ## Load it
 
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-import compress  # registers the architecture; without it, pass trust_remote_code=True (the code is in this folder)
-
-model = AutoModelForCausalLM.from_pretrained("PATH")
-tokenizer = AutoTokenizer.from_pretrained("PATH")
-```
+{loading(facts)}
 
 ## Make it again
 
@@ -52,3 +45,28 @@ tokenizer = AutoTokenizer.from_pretrained("PATH")
 compress.json holds the recipe, versions, fingerprints and a report on every point of the residual stream. The licence
 is the base model's.
 """
+
+
+def quality(facts: Mapping[str, Any]) -> str:
+    divergence = facts["held_out_divergence"]
+    if divergence is None:
+        return ""
+    return f"""
+On calibration windows that nothing was fitted on, its next-token distribution diverges from the dense model's by
+{divergence:.3f} nats a token (Kullback-Leibler).
+"""
+
+
+def loading(facts: Mapping[str, Any]) -> str:
+    lines = [
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        'model = AutoModelForCausalLM.from_pretrained("PATH")',
+        'tokenizer = AutoTokenizer.from_pretrained("PATH")',
+    ]
+    if facts["loads_without_our_code"]:
+        said = f"A plain `{facts['architecture']}`: whatever loads that class loads this, transformers among them."
+    else:
+        said = "In an architecture of its own, whose code is in this folder."
+        lines[1:1] = ["import compress  # registers it; without the package, pass trust_remote_code=True"]
+    return f"{said}\n\n```python\n" + "\n".join(lines) + "\n```"

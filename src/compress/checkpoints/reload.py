@@ -3,8 +3,9 @@
     python -I reload.py FOLDER PROBE.safetensors MEMORY_BYTES SCRATCH
 
 Prints one JSON object: keys that were missing, unexpected or mismatched, and the largest difference of the logits
-beside the largest logit. The carried modeling file is used; where the model in float32 exceeds the memory given, it is
-loaded in its own dtype and its blocks stay on disk until they are needed.
+beside the largest logit. A stock model is loaded by stock code alone, any other by the modeling file it carries. Where
+the model in float32 exceeds the memory given, it is loaded in its own dtype and its blocks stay on disk until they are
+needed.
 """
 
 import json
@@ -21,6 +22,7 @@ def main(folder: str, probe_file: str, memory: int, scratch: str) -> dict[str, o
     probe = load_file(probe_file)
     stored = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
     itemsize = json.loads((Path(folder) / "compress.json").read_text(encoding="utf-8"))["itemsize"]
+    carries_code = "auto_map" in json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
     fits = stored * 4 / itemsize * 1.5 < memory
     options: dict[str, Any]
     if fits:
@@ -28,7 +30,7 @@ def main(folder: str, probe_file: str, memory: int, scratch: str) -> dict[str, o
     else:
         options = {"device_map": "auto", "max_memory": {"cpu": memory // 4}, "offload_folder": scratch}
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder, trust_remote_code=True, output_loading_info=True, local_files_only=True, **options
+        folder, trust_remote_code=carries_code, output_loading_info=True, local_files_only=True, **options
     )
     model, info = loaded
     with torch.inference_mode():

@@ -1,70 +1,105 @@
-"""The config of a sliced model, and what its numbers come to, before any weight is read."""
+"""A sliced model in our own architecture: every point of the stream with a width of its own, shortcuts between bases.
+
+For models that no stock class has room for: a rotation a layer, as in SliceGPT, or a family whose class ties the heads'
+size to the hidden one (OPT).
+"""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from compress.checkpoints.targets import ONE_WIDTH, Shape, dense_units, shortened, usual_step
 from compress.families import Family
+from compress.models.branch import Branch
 from compress.models.configuration_sliced import SlicedConfig
-from compress.models.loading import empty_model
 from compress.models.modeling_sliced import SlicedForCausalLM
-
-CARRIED = ("configuration_sliced", "modeling_sliced")
-
-
-def sliced_config(config: Any, family: Family, widths: Sequence[int], dtype: torch.dtype) -> SlicedConfig:
-    """
-    widths: of the stream after the embeddings and after each branch.
-    """
-    text_config = copy.deepcopy(config)
-    # The embeddings and the head lie in different bases, so what was tied no longer is.
-    text_config.tie_word_embeddings = False
-    text_config.name_or_path = ""  # a path of the machine it was made on
-    sliced = SlicedConfig(
-        text_config=text_config,
-        structure=family.structure(),
-        stream_widths=list(widths),
-        norm_width=config.hidden_size,
-        norm_eps=family.epsilon(config),
-        reader_bias=family.norm == "layer" and getattr(config, "layer_norm_elementwise_affine", True),
-        architectures=["SlicedForCausalLM"],
-        auto_map={
-            "AutoConfig": "configuration_sliced.SlicedConfig",
-            "AutoModelForCausalLM": "modeling_sliced.SlicedForCausalLM",
-        },
-        bos_token_id=config.bos_token_id,
-        eos_token_id=config.eos_token_id,
-        pad_token_id=config.pad_token_id,
-    )
-    sliced.dtype = dtype
-    return sliced
+from compress.streaming.layout import Layout
 
 
 @dataclass(frozen=True)
-class Size:
-    """Parameters as they are stored (a tied head counts once), and their bytes."""
+class SlicedTarget:
+    """
+    dense: the config of the dense model. shortcuts: the points have bases of their own.
+    """
 
-    parameters: int
-    bytes: int
+    dense: Any
+    family: Family
+    shortcuts: bool = True
+
+    @property
+    def architecture(self) -> str:
+        return "SlicedForCausalLM"
+
+    @property
+    def is_stock(self) -> bool:
+        return False
+
+    @property
+    def carried(self) -> tuple[str, ...]:
+        return ("configuration_sliced", "modeling_sliced")
+
+    def config(self, shape: Shape, dtype: torch.dtype) -> SlicedConfig:
+        config, family = self.dense, self.family
+        text_config = copy.deepcopy(config)
+        # The embeddings and the head lie in different bases, so what was tied no longer is.
+        text_config.tie_word_embeddings = False
+        text_config.name_or_path = ""  # a path of the machine it was made on
+        for units in family.units("neurons"):
+            setattr(text_config, units.count, shape.units["neurons"])
+        sliced = SlicedConfig(
+            text_config=text_config,
+            structure=family.structure(),
+            stream_widths=list(shape.widths),
+            shortcuts=self.shortcuts,
+            norm_width=config.hidden_size,
+            norm_eps=family.epsilon(config),
+            reader_bias=family.norm == "layer" and getattr(config, "layer_norm_elementwise_affine", True),
+            architectures=[self.architecture],
+            auto_map={
+                "AutoConfig": "configuration_sliced.SlicedConfig",
+                "AutoModelForCausalLM": "modeling_sliced.SlicedForCausalLM",
+            },
+            bos_token_id=config.bos_token_id,
+            eos_token_id=config.eos_token_id,
+            pad_token_id=config.pad_token_id,
+        )
+        sliced.dtype = dtype
+        return sliced
+
+    def model(self, shape: Shape, *, num_blocks: int | None = None) -> PreTrainedModel:
+        config = self.config(shape, torch.float32)
+        if num_blocks is not None:
+            config.text_config = shortened(config.text_config, num_blocks)
+            config.stream_widths = config.stream_widths[: 1 + num_blocks * len(self.family.branches)]
+        with torch.device("meta"):
+            return SlicedForCausalLM(config)
+
+    def layout(self, dtype: torch.dtype) -> Layout:
+        return SlicedLayout()
+
+    def steps(self) -> Mapping[str, int]:
+        units = dense_units(self.dense, self.family)
+        # With shortcuts as the paper's code has it; without, as finely as for a stock shape.
+        hidden = 8 if self.shortcuts else usual_step(self.dense.hidden_size, 1, at_least=16)
+        return {"hidden": hidden, "neurons": usual_step(units["neurons"], 1, at_least=64), "kv_groups": 1}
+
+    def faults(self, shape: Shape) -> list[str]:
+        if not self.shortcuts and len(set(shape.widths)) > 1:
+            return [ONE_WIDTH]
+        if shape.units.get("kv_groups", 0) != dense_units(self.dense, self.family).get("kv_groups", 0):
+            return ["KV groups can be deleted only where the model keeps a stock shape."]
+        return []
 
 
-def dense_size(config: Any, dtype: torch.dtype) -> Size:
-    model = empty_model(copy.deepcopy(config))
-    if config.tie_word_embeddings:
-        model.tie_weights()
-    return size_of(model, dtype)
+class SlicedLayout:
+    """The architecture has the parts as they come out of the walk."""
 
+    def directions(self, width: int) -> int:
+        return width
 
-def sliced_size(config: SlicedConfig, dtype: torch.dtype) -> Size:
-    with torch.device("meta"):
-        model = SlicedForCausalLM(copy.deepcopy(config))
-    return size_of(model, dtype)
-
-
-def size_of(model: PreTrainedModel, dtype: torch.dtype) -> Size:
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Size(parameters, parameters * dtype.itemsize)
+    def settle(self, branch: Branch) -> None:
+        pass

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from compress.models.hub import ModelSource
 
+Amounts = "How much"
 Method = "Method"
 Data = "Data"
 Machine = "Machine"

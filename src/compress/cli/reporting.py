@@ -4,7 +4,7 @@ import functools
 import json
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ParamSpec
 
@@ -60,6 +60,11 @@ def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     for row in rows:
         table.add_row(*map(Text, row))
     Console().print(table)
+
+
+def print_lines(lines: Iterable[str]) -> None:
+    for line in lines:
+        Console().print(Text(line))
 
 
 @contextmanager

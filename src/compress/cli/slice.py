@@ -1,13 +1,14 @@
 """`compress slice`: a narrower residual stream."""
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from compress.cli.amounts import Amount, parse_amount
 from compress.cli.options import (
+    Amounts,
     BatchSize,
     Calibration,
     DataDir,
@@ -26,22 +27,34 @@ from compress.cli.options import (
     printable,
     usual_seq_len,
 )
-from compress.cli.reporting import gigabytes, print_json, print_table, progress_bar, quiet_libraries, reporting_errors
+from compress.cli.reporting import progress_bar, quiet_libraries, reporting_errors
+from compress.cli.tables import show_plan, show_result
 from compress.errors import Faults, UsageError
 
 if TYPE_CHECKING:
     from compress.job import Job
     from compress.models.hub import ModelSource
     from compress.pipeline import Result
-    from compress.plan import Plan
     from compress.recipe import Recipe
 
 
 RATIO = "Share of the hidden size to delete: 0.25; from first to last block, 0.1:0.3; or one a block, 0.1,0.2"
-ENERGY = "Instead of --ratio: keep what holds this share of the stream's energy."
-SIGNAL = "Principal components of the stream before or after the norm."
-ORIENTATION = "Span the kept space by its components, or rotated at random."
+KEEP = "Share of all parameters to keep, a promise: hidden size and MLP width are chosen by trial."
+SIZE = "Bytes the weights may take on disk, a promise: 4GB. Chosen as with --keep-params."
+ENERGY = "Keep what holds this share of the stream's energy."
+METHOD = "anchored: ours, refitted to the dense model. slicegpt: the paper's, a rotation a layer."
+ROTATION = "One basis for the whole stream, which keeps a stock shape, or one a layer with shortcuts. Default: shared."
+REFIT = "Solve readers and writers of the stream again, towards the dense model. Default: --refit."
+GRADIENT = "How much the shared basis goes by the loss's gradient; 0: by variance alone. Default: 0.9."
+MLP = "Share of each MLP's neurons to delete; left to the trials under a budget."
+KV = "Share of the KV groups to delete, with their query heads."
+TRIALS = "Calibration windows of each trial under a budget."
+SIGNAL = "slicegpt: principal components of the stream before or after the norm. Default: stream."
+ORIENTATION = "slicegpt: span the kept space by its components, or rotated at random. Default: pca."
+HEAD = "slicegpt: slice the head's input as well."
+ROUND = "Widths are rounded down to a multiple. Default: what suits the architecture."
 ERROR = "Run the dense model beside and report how far the stream is from its own at each point."
+EXPORT = "gguf: also a GGUF file for llama.cpp, for llama-shaped results."
 CACHE = "Activations beyond this go to disk: 8GB. Default: half of what is free."
 
 
@@ -50,15 +63,21 @@ def slice_model(
     model: Annotated[
         str, typer.Option(help="A hub id, an alias such as llama-2-7b or opt-125m, a folder, or demo.")
     ] = "demo",
-    ratio: Annotated[str | None, in_panel(Method, RATIO)] = None,
-    explained_variance: Annotated[float | None, in_panel(Method, ENERGY)] = None,
-    method: Annotated[
-        Literal["slicegpt"], in_panel(Method, "slicegpt: a rotation a layer, as in the paper.")
-    ] = "slicegpt",
-    signal: Annotated[Literal["stream", "normed"], in_panel(Method, SIGNAL)] = "stream",
-    final_orientation: Annotated[Literal["pca", "random"], in_panel(Method, ORIENTATION)] = "pca",
-    round_to: Annotated[int, in_panel(Method, "Widths are rounded down to a multiple.", min=1)] = 8,
-    slice_head: Annotated[bool, in_panel(Method, "Slice the head's input as well.", flag="--slice-head")] = False,
+    ratio: Annotated[str | None, in_panel(Amounts, RATIO)] = None,
+    keep_params: Annotated[float | None, in_panel(Amounts, KEEP)] = None,
+    target_size: Annotated[str | None, in_panel(Amounts, SIZE)] = None,
+    explained_variance: Annotated[float | None, in_panel(Amounts, ENERGY)] = None,
+    mlp_ratio: Annotated[float | None, in_panel(Amounts, MLP)] = None,
+    kv_ratio: Annotated[float | None, in_panel(Amounts, KV)] = None,
+    round_to: Annotated[int | None, in_panel(Amounts, ROUND, min=1)] = None,
+    method: Annotated[Literal["anchored", "slicegpt"], in_panel(Method, METHOD)] = "anchored",
+    rotation: Annotated[Literal["shared", "per-layer"] | None, in_panel(Method, ROTATION)] = None,
+    refit: Annotated[bool | None, in_panel(Method, REFIT, flag="--refit/--no-refit")] = None,
+    gradient_weight: Annotated[float | None, in_panel(Method, GRADIENT)] = None,
+    trial_samples: Annotated[int, in_panel(Method, TRIALS, min=8)] = 128,
+    signal: Annotated[Literal["stream", "normed"] | None, in_panel(Method, SIGNAL)] = None,
+    final_orientation: Annotated[Literal["pca", "random"] | None, in_panel(Method, ORIENTATION)] = None,
+    slice_head: Annotated[bool | None, in_panel(Method, HEAD, flag="--slice-head")] = None,
     calib: Calibration = None,
     samples: Samples = 128,
     seq_len: SeqLen = None,
@@ -66,6 +85,7 @@ def slice_model(
     seed: Seed = 42,
     out: Annotated[Path | None, in_panel(Output, "Output folder. Default: ./compressed/MODEL-METHOD-RATIO.")] = None,
     dtype: Dtype = None,
+    export: Annotated[Literal["hf", "gguf"], in_panel(Output, EXPORT)] = "hf",
     resume: Annotated[bool, in_panel(Output, "Go on with an interrupted run.", flag="--resume")] = False,
     overwrite: Annotated[bool, in_panel(Output, "Replace the output if it exists.", flag="--overwrite")] = False,
     measure_error: Annotated[bool, in_panel(Output, ERROR, flag="--measure-error")] = False,
@@ -77,38 +97,54 @@ def slice_model(
     batch_size: BatchSize = None,
     cache_memory: Annotated[str | None, in_panel(Machine, CACHE)] = None,
 ) -> None:
-    """Slice a model: rotate its residual stream to its principal components and delete the least (SliceGPT).
+    """Make a model narrower: fewer dimensions of the residual stream, fewer neurons (SliceGPT and past it).
 
-    Example: compress slice --model llama-2-7b --ratio 0.25
+    Example: compress slice --model llama-2-7b --keep-params 0.75
     """
+    typed = {"ratio": ratio, "keep_params": keep_params, "target_size": target_size}
+    how: dict[str, dict[str, Any]] = {
+        "anchored": {
+            "rotation": rotation,
+            "refit": refit,
+            "gradient_weight": gradient_weight,
+            "mlp_ratio": mlp_ratio,
+            "kv_ratio": kv_ratio,
+        },
+        "slicegpt": {"signal": signal, "final_orientation": final_orientation, "slice_head": slice_head},
+    }
     faults = Faults()
     with faults.noted():
-        rule = slicing_rule(ratio, explained_variance)
+        amount = parse_amount({**typed, "explained_variance": explained_variance}, trial_samples)
+    with faults.noted():
+        mine = options_of(method, how)
     with faults.noted():
         cache_bytes = None if cache_memory is None else parse_size(cache_memory, "--cache-memory")
     source, data_folder, target = look_at(faults, model=model, dtype=dtype, data_dir=data_dir, device=device)
 
     from compress.job import Job
     from compress.pipeline import plan_only
-    from compress.recipe import slicegpt
 
     quiet_libraries()
-    how: dict[str, Any] = {
-        "signal": signal,
-        "final_orientation": final_orientation,
-        "round_to": round_to,
-        "slice_head": slice_head,
-        "measure_error": measure_error,
-    }
+    common = {"round_to": round_to, "measure_error": measure_error}
     recipe = complete_recipe(
-        source, method, slicegpt(rule, **how), calib=calib, samples=samples, seq_len=seq_len, seed=seed, dtype=dtype
+        source,
+        method,
+        stages_of(method, amount, {**mine, **common}),
+        calib=calib,
+        samples=samples,
+        seq_len=seq_len,
+        budget=amount.budget,
+        seed=seed,
+        dtype=dtype,
     )
-    amount = {"ratio": ratio, "explained_variance": explained_variance}
+    trials = {"trial_samples": trial_samples} if amount.budget else {}
+    spelled = {**amount.typed, **mine, **common, **trials, "export": export, "batch_size": batch_size}
     job = Job(
         model=source,
         recipe=recipe,
         out=out or default_output(source, method, amount),
-        command=command_line(source, recipe, {**amount, **how, "batch_size": batch_size}),
+        command=command_line(source, recipe, spelled),
+        export=export,
         device=target,
         batch_size=batch_size,
         cache_memory=cache_bytes,
@@ -120,6 +156,36 @@ def slice_model(
         show_plan(job, plan_only(job), as_json=json)
     else:
         show_result(job, run_with_progress(job), as_json=json)
+
+
+def options_of(method: str, how: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The given options of a method. Raises UsageError where one of another method is given."""
+    for other, options in how.items():
+        given = [name for name, value in options.items() if value is not None]
+        if other != method and given:
+            flag = given[0].replace("_", "-")
+            raise UsageError(f"--{flag} is an option of --method {other}, not of {method}. Leave one of them out.")
+    mine = {name: value for name, value in how[method].items() if value is not None}
+    for name in ("mlp_ratio", "kv_ratio"):
+        if not 0 < mine.get(name, 0.5) < 1:
+            raise UsageError(f"--{name.replace('_', '-')} is a share above 0 and below 1, got {mine[name]}. Try 0.25.")
+    if not 0 <= mine.get("gradient_weight", 0) < 1:
+        raise UsageError(f"--gradient-weight is from 0 up to below 1, got {mine['gradient_weight']}. Try 0.9.")
+    return mine
+
+
+def stages_of(method: str, amount: Amount, options: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What the method does, as a recipe has it."""
+    from compress.recipe import anchored, slicegpt
+
+    if method == "slicegpt":
+        return slicegpt(amount.rule, **options)
+    own = dict(options)
+    mlp, kv = own.pop("mlp_ratio", None), own.pop("kv_ratio", None)
+    units = {kind: {"ratio": ratio} for kind, ratio in (("neurons", mlp), ("kv_groups", kv)) if ratio is not None}
+    if amount.budget:
+        units = {"neurons": {}, **units}  # open, unless it is said
+    return anchored(amount.rule, units=units, **own)
 
 
 def run_with_progress(job: "Job") -> "Result":
@@ -156,17 +222,16 @@ def complete_recipe(
     return parse_recipe({"method": method, "stages": stages, "calibration": calibration, **rest})
 
 
-def default_output(source: "ModelSource", method: str, amount: Mapping[str, Any]) -> Path:
-    size = amount["ratio"] or f"ev{amount['explained_variance']}"
-    if len(size) > 40:
-        # A ratio for each of many blocks is longer than a file's name may be.
-        size = f"ratios-{hashlib.sha256(size.encode()).hexdigest()[:8]}"
-    return Path("compressed") / f"{source.name.replace('/', '--')}-{method}-{size.replace(':', '-')}"
+def default_output(source: "ModelSource", method: str, amount: Amount) -> Path:
+    return Path("compressed") / f"{source.name.replace('/', '--')}-{method}-{amount.in_name}"
 
 
 def command_line(source: "ModelSource", recipe: "Recipe", options: Mapping[str, Any]) -> str:
     """The command that makes the same checkpoint, with every default spelled out."""
     calibration = recipe.calibration
+    options = dict(options)
+    if options.pop("refit", None) is False:
+        options["no_refit"] = True
     fixed = {
         "model": source.repository or source.name,
         **options,
@@ -178,98 +243,3 @@ def command_line(source: "ModelSource", recipe: "Recipe", options: Mapping[str, 
         "dtype": recipe.dtype,
     }
     return printable("compress slice", fixed)
-
-
-def slicing_rule(ratio: str | None, explained_variance: float | None) -> dict[str, Any]:
-    """How `slice` is told to choose widths, from what was typed."""
-    if (ratio is None) == (explained_variance is None):
-        raise UsageError("Say how much to slice: --ratio 0.25 or --explained-variance 0.99, one of the two.")
-    if explained_variance is not None:
-        if not 0 < explained_variance <= 1:
-            raise UsageError(
-                f"--explained-variance is a share above 0 and up to 1, got {explained_variance}. Try 0.99."
-            )
-        return {"explained_variance": explained_variance}
-    assert ratio is not None
-    if ":" in ratio:
-        ends = parse_ratios(ratio, ":")
-        if len(ends) != 2:
-            raise UsageError(f"--ratio FIRST:LAST takes two numbers, got {ratio!r}. Try 0.1:0.3.")
-        return {"linear_ratios": ends}
-    if "," in ratio:
-        return {"block_ratios": parse_ratios(ratio, ",")}
-    (single,) = parse_ratios(ratio, None)
-    if single == 0:
-        raise UsageError("--ratio is a share above 0 and below 1, got 0. 0.25 deletes a quarter of the hidden size.")
-    return {"ratio": single}
-
-
-def parse_ratios(text: str, separator: str | None) -> list[float]:
-    ratios = []
-    for word in text.split(separator) if separator else [text]:
-        try:
-            ratio = float(word)
-        except ValueError as error:
-            raise UsageError(f"--ratio is a number such as 0.25, got {word!r}.") from error
-        if not 0 <= ratio < 1:
-            raise UsageError(
-                f"--ratio is a share above 0 and below 1, got {word}. 0.25 deletes a quarter of the hidden size."
-            )
-        ratios.append(ratio)
-    return ratios
-
-
-def show_plan(job: "Job", plan: "Plan", *, as_json: bool) -> None:
-    if as_json:
-        print_json({"out": str(job.out), **plan.to_dict()})
-        return
-    rows = [
-        ["widths", "decided by the data" if plan.sliced is None else spans([width or 0 for width in plan.widths])],
-        ["parameters, dense", f"{plan.dense.parameters:,}"],
-    ]
-    if plan.sliced is not None:
-        rows += size_rows(vars(plan.dense), vars(plan.sliced))
-    rows += [["memory, at most about", gigabytes(plan.memory_bytes)], ["disk, for the run", gigabytes(plan.disk_bytes)]]
-    print_table(f"Plan: {job.model.name} to {job.out}", ["", "value"], rows)
-
-
-def show_result(job: "Job", result: "Result", *, as_json: bool) -> None:
-    if as_json:
-        print_json(result.to_dict())
-        return
-    rows = [["widths", spans(result.widths)], ["parameters, dense", f"{result.dense.parameters:,}"]]
-    rows += size_rows(vars(result.dense), vars(result.size))
-    seconds = result.seconds
-    shares = ", ".join(f"{kind} {value:.1f}" for kind, value in seconds.items() if kind != "total")
-    rows += [
-        ["seconds", f"{seconds['total']:.1f} ({shares})"],
-        ["reloads", reloads(result.difference)],
-    ]
-    print_table(f"{job.model.name} sliced: {result.out}", ["", "value"], rows)
-
-
-def reloads(difference: float | None) -> str:
-    if difference is None:
-        return "seen before the run was interrupted"
-    return "with the same logits" if difference == 0 else f"with logits within {difference:.0e} of the largest"
-
-
-def size_rows(dense: Mapping[str, int], sliced: Mapping[str, int]) -> list[list[str]]:
-    removed = 1 - sliced["parameters"] / dense["parameters"]
-    share = f"{removed:.1%} removed" if removed >= 0 else f"{-removed:.1%} added"
-    return [
-        ["parameters, sliced", f"{sliced['parameters']:,} ({share})"],
-        ["bytes, dense", gigabytes(dense["bytes"])],
-        ["bytes, sliced", gigabytes(sliced["bytes"])],
-    ]
-
-
-def spans(widths: list[int]) -> str:
-    """Widths with repetitions counted: 96 x 8, 128."""
-    parts: list[str] = []
-    start = 0
-    for i in range(1, len(widths) + 1):
-        if i == len(widths) or widths[i] != widths[start]:
-            parts.append(f"{widths[start]}" + (f" x {i - start}" if i - start > 1 else ""))
-            start = i
-    return ", ".join(parts)

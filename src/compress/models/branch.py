@@ -6,12 +6,16 @@ change of the stream's basis is two verbs: `write_through` the branch before it,
 Weights are (d_out, d_in); embedding tables are (vocabulary, stream). Arithmetic is float64, weights keep their dtype.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from compress.families import Units
+from compress.models.modeling_sliced import replace
 
 Writer = nn.Linear | nn.Embedding
 
@@ -20,7 +24,9 @@ Writer = nn.Linear | nn.Embedding
 class Branch:
     """
     name: as a user should read it in an error, "block 3 mlp".
-    norm_owner, norm_name: where the norm hangs, so that it can be replaced; None where the branch has none.
+    owner, norm_name: the module that the branch's parts are named below, and its norm there; no norm, no name.
+    shortcut_name: where the owner has the stream's change of basis beside the branch, if it needs one.
+    units: kinds of parts that can be deleted whole, and how many the dense branch has of each.
     run: from the stream (batch, tokens, d) and the block's keyword arguments to what the branch adds to it.
     """
 
@@ -30,18 +36,66 @@ class Branch:
     norm_kind: str
     norm_eps: float
     dense_width: int
-    norm_owner: nn.Module | None = None
+    owner: nn.Module | None = None
     norm_name: str = ""
+    shortcut_name: str = ""
+    units: Mapping[str, tuple[Units, int]] = field(default_factory=dict)
     run: Callable[..., Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        self.norm_class = type(self.norm)
 
     @property
     def norm(self) -> nn.Module | None:
-        return getattr(self.norm_owner, self.norm_name) if self.norm_owner is not None else None
+        return self.owner.get_submodule(self.norm_name) if self.owner is not None and self.norm_name else None
 
     def replace_norm(self, norm: nn.Module) -> None:
-        if self.norm_owner is None:
+        if self.norm is None:
             raise ValueError(f"{self.name} has no norm to replace.")
-        setattr(self.norm_owner, self.norm_name, norm)
+        replace(self.owner, self.norm_name, norm)
+
+    @property
+    def device(self) -> torch.device:
+        return self._a_weight.device
+
+    def parameter(self, values: Tensor) -> nn.Parameter:
+        """The values as a parameter beside this branch's weights: their device, their dtype."""
+        return nn.Parameter(values.to(self.device, self._a_weight.dtype), requires_grad=False)
+
+    @property
+    def _a_weight(self) -> Tensor:
+        return next(iter((*self.readers.values(), *self.writers.values()))).weight
+
+    @property
+    def shortcut(self) -> nn.Linear | None:
+        return getattr(self.owner, self.shortcut_name, None) if self.shortcut_name else None
+
+    def set_shortcut(self, weight: Float[Tensor, "d_in d_out"], dtype: torch.dtype) -> None:
+        """x weight as a linear layer, so that it can be fitted, quantised and adapted like any other."""
+        with torch.device("meta"):
+            linear = nn.Linear(weight.shape[0], weight.shape[1], bias=False)
+        linear.weight = nn.Parameter(weight.T.to(dtype).contiguous(), requires_grad=False)
+        setattr(self.owner, self.shortcut_name, linear)
+
+    def carried(self, stream: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
+        """The stream past the branch."""
+        return stream if self.shortcut is None else self.shortcut(stream)
+
+
+@contextmanager
+def captured_inputs(linears: Iterable[nn.Linear]) -> Iterator[dict[int, Tensor]]:
+    """The latest input of each linear, by its place among them, for as long as the context is open."""
+    found: dict[int, Tensor] = {}
+
+    def note(place: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _module, inputs: found.__setitem__(place, inputs[0])
+
+    handles = [linear.register_forward_pre_hook(note(place)) for place, linear in enumerate(linears)]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def read_through(branch: Branch, decode: Float[Tensor, "d D"]) -> None:
@@ -74,11 +128,3 @@ def set_weight(module: Writer, weight: Float[Tensor, "rows columns"]) -> None:
 
 def set_bias(linear: nn.Linear, bias: Float[Tensor, "d_out"]) -> None:
     linear.bias = nn.Parameter(bias.to(linear.weight.dtype).contiguous(), requires_grad=False)
-
-
-def shortcut(weight: Float[Tensor, "d_in d_out"], dtype: torch.dtype) -> nn.Linear:
-    """The change of basis x S as a linear layer, so that it can be quantised and adapted like any other."""
-    with torch.device("meta"):
-        linear = nn.Linear(weight.shape[0], weight.shape[1], bias=False)
-    linear.weight = nn.Parameter(weight.T.to(dtype).contiguous(), requires_grad=False)
-    return linear

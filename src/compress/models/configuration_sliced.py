@@ -11,6 +11,7 @@ class SlicedConfig(PretrainedConfig):
         `branches` below a block (each: `name`, `norm`, `paths`, `readers`, `writers`), `attention` (the step of a path
         that takes masks, positions and cache), `dropout` (the key of the residual dropout in the stock config).
     stream_widths: the width of the residual stream after the embeddings and after each branch, in order.
+    shortcuts: whether the stream has another basis behind every branch and passes it by a matrix.
     norm_width, norm_eps: RMSNorm(x) = x / sqrt(sum(x^2) / norm_width + norm_eps), norm_width the dense width.
     reader_bias: whether norm offsets were folded into the readers, so that each has a bias.
     """
@@ -24,6 +25,7 @@ class SlicedConfig(PretrainedConfig):
         text_config=None,
         structure=None,
         stream_widths=(),
+        shortcuts=True,
         norm_width=0,
         norm_eps=0.0,
         reader_bias=False,
@@ -34,6 +36,7 @@ class SlicedConfig(PretrainedConfig):
         self.text_config = text_config
         self.structure = structure
         self.stream_widths = list(stream_widths)
+        self.shortcuts = shortcuts
         self.norm_width = norm_width
         self.norm_eps = norm_eps
         self.reader_bias = reader_bias

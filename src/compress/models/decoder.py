@@ -18,7 +18,7 @@ from transformers.initialization import no_init_weights
 
 from compress.families import Family
 from compress.models.branch import Branch, Writer
-from compress.models.modeling_sliced import as_residual_block, replace
+from compress.models.modeling_sliced import as_residual_block, replace, shortcut_name
 
 Arguments = dict[str, Any]
 
@@ -100,14 +100,12 @@ class Decoder:
         return [self._block_branch(index, table) for table in self.structure["branches"]]
 
     def head_branch(self) -> Branch:
-        owner, _, name = self.family.final_norm.rpartition(".")
-        readers = {self.family.head: linear(self.model, self.family.head)}
         return Branch(
             name="head",
-            readers=readers,
+            readers={self.family.head: linear(self.model, self.family.head)},
             writers={},
-            norm_owner=self.model.get_submodule(owner),
-            norm_name=name,
+            owner=self.model,
+            norm_name=self.family.final_norm,
             **self._norm_facts(),
         )
 
@@ -136,7 +134,7 @@ class Decoder:
 
     def _block_branch(self, index: int, table: Mapping[str, Any]) -> Branch:
         block = self.blocks[index]
-        owner, _, name = table["norm"].rpartition(".")
+        kinds = next(branch.units for branch in self.family.branches if branch.name == table["name"])
 
         def run(hidden_states: Tensor, arguments: Arguments) -> Tensor:
             return block.run_branch(table, hidden_states, **arguments)
@@ -145,8 +143,10 @@ class Decoder:
             name=f"block {index} {table['name']}",
             readers={reader: linear(block, reader) for reader in table["readers"]},
             writers={writer: linear(block, writer) for writer in table["writers"]},
-            norm_owner=block.get_submodule(owner),
-            norm_name=name,
+            owner=block,
+            norm_name=table["norm"],
+            shortcut_name=shortcut_name(table),
+            units={units.kind: (units, getattr(self.config, units.count)) for units in kinds},
             run=run,
             **self._norm_facts(),
         )

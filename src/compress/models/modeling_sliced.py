@@ -11,7 +11,7 @@ a branch through a shortcut, the change of basis:
 
 The model is the stock one (`text_config` describes it at its dense width) with narrower linears, gainless norms that
 still divide by the dense width (the deleted coordinates count as zeros), and shortcuts. Attention, KV cache, masks and
-positions are the stock code's own.
+positions are the stock code's own. Where all stretches share one basis (`shortcuts` is false), S is the identity.
 """
 
 import functools
@@ -166,7 +166,8 @@ def slice_branch(block, branch, config, width_in, width_out):
     for name in branch["writers"]:
         linear = block.get_submodule(name)
         replace(block, name, nn.Linear(linear.in_features, width_out, bias=linear.bias is not None))
-    setattr(block, shortcut_name(branch), nn.Linear(width_in, width_out, bias=False))
+    if config.shortcuts:
+        setattr(block, shortcut_name(branch), nn.Linear(width_in, width_out, bias=False))
 
 
 def replace(root, name, module):

@@ -4,12 +4,14 @@ Computational invariance makes it free: RMSNorm commutes with orthogonal matrice
 write the stream, Q^T into those that read it, and between two bases the stream passes through Q_l^T Q_(l+1).
 
 signal: whether the components are those of the stream after the next norm (the paper, equation 8) or before it (the
-    paper's code). final_orientation: see `Basis`; the reference rotates at random without a seed, ours draws from
-    the run's seed.
+    paper's code). stream: of the compressed prefix, as the paper has it, or the dense model's: where the writers are
+    refitted afterwards, that is what they are fitted to.
+final_orientation: see `Basis`; the reference rotates at random without a seed, ours draws from the run's seed.
 """
 
 from typing import ClassVar, Literal
 
+from compress.numerics.frames import OrthogonalFrame
 from compress.numerics.linalg import pca
 from compress.stages._stage import StageConfig
 from compress.streaming.sites import Basis, StreamPoint
@@ -21,12 +23,13 @@ class Rotate(StageConfig):
     after: ClassVar = ("fold_norms",)
     stage: Literal["rotate"] = "rotate"
     signal: Literal["stream", "normed"] = "stream"
+    stream: Literal["compressed", "dense"] = "compressed"
     final_orientation: Literal["pca", "random"] = "pca"
 
     @property
     def needs(self) -> tuple[Need, ...]:
-        return (SecondMoment(self.signal),)
+        return (SecondMoment(self.signal, dense=self.stream == "dense"),)
 
     def apply(self, point: StreamPoint) -> None:
-        Q, eigenvalues = pca(point.statistics[self.needs[0]], name=f"the stream after {point.name}")
-        point.basis = Basis(Q, eigenvalues, width=point.dense_width, orientation=self.final_orientation)
+        frame = OrthogonalFrame(*pca(point.statistics[self.needs[0]], name=f"the stream after {point.name}"))
+        point.basis = Basis(frame, width=point.dense_width, orientation=self.final_orientation)

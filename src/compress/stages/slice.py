@@ -1,12 +1,13 @@
 """Deleting the stream's least principal directions (SliceGPT, arXiv 2401.15024, section 3.4).
 
 How many are kept is a share of the hidden size (`ratio` says what is deleted: one number, or one for each block, or a
-line from the first block to the last) or what holds a share of the energy (`explained_variance`, the paper's table 6).
-Widths are rounded down to a multiple of `round_to`. The last block's output and the head keep the full width unless
-`slice_head`, as in the paper's code: the head reads what no later block could correct.
+line from the first block to the last), a `width`, or what holds a share of the energy (`explained_variance`, the
+paper's table 6); with none of these the recipe's budget decides. Widths are rounded down to a multiple of `round_to`,
+by default what suits the architecture. The last block's output and the head keep the full width unless `slice_head`,
+as in the paper's code: the head reads what no later block could correct.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -16,26 +17,41 @@ from compress.stages._stage import StageConfig
 from compress.streaming.sites import StreamPoint
 
 Ratio = Annotated[float, Field(gt=0, lt=1)]
+RULES = ("ratio", "block_ratios", "linear_ratios", "explained_variance", "width")
 
 
 class Slice(StageConfig):
     site: ClassVar = StreamPoint
-    after: ClassVar = ("rotate",)
+    after: ClassVar = ("rotate or rotate_shared",)
     stage: Literal["slice"] = "slice"
     ratio: Ratio | None = None
     block_ratios: tuple[Annotated[float, Field(ge=0, lt=1)], ...] | None = None
     linear_ratios: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] | None = None
     explained_variance: Annotated[float, Field(gt=0, le=1)] | None = None
-    round_to: Annotated[int, Field(ge=1)] = 8
+    width: Annotated[int, Field(ge=1)] | None = None
+    round_to: Annotated[int, Field(ge=1)] | None = None
     slice_head: bool = False
 
     @model_validator(mode="after")
     def _one_rule(self) -> "Slice":
-        rules = ("ratio", "block_ratios", "linear_ratios", "explained_variance")
-        given = [rule for rule in rules if getattr(self, rule) is not None]
-        if len(given) != 1:
-            raise ValueError(f"slice takes exactly one of {', '.join(rules)}; got {', '.join(given) or 'none'}")
+        given = [rule for rule in RULES if getattr(self, rule) is not None]
+        if len(given) > 1:
+            raise ValueError(f"slice takes one of {', '.join(RULES)}; got {', '.join(given)}")
         return self
+
+    @property
+    def opens(self) -> str | None:
+        return None if any(getattr(self, rule) is not None for rule in RULES) else "hidden"
+
+    @property
+    def rounds(self) -> str | None:
+        return None if self.round_to else "hidden"
+
+    def resolved(self, steps: Mapping[str, int]) -> "Slice":
+        return self.model_copy(update={"round_to": steps[self.rounds]}) if self.rounds else self
+
+    def fitted(self, counts: Mapping[str, int]) -> "Slice":
+        return self.model_copy(update={"width": counts["hidden"]}) if self.opens else self
 
     def apply(self, point: StreamPoint) -> None:
         if point.basis is None:
@@ -43,12 +59,14 @@ class Slice(StageConfig):
         width = self.planned_width(point)
         if width is None:
             assert self.explained_variance is not None
-            width = self.rounded(width_for_energy(point.basis.eigenvalues, self.explained_variance), point.dense_width)
+            width = self.rounded(width_for_energy(point.basis.frame.energy, self.explained_variance), point.dense_width)
         point.basis.width = width
 
     def planned_width(self, point: StreamPoint) -> int | None:
-        if point.is_last and not self.slice_head:
+        if (point.is_last and not self.slice_head) or self.opens:
             return point.dense_width
+        if self.width is not None:
+            return self.width
         ratio = self.ratio_at(point)
         return None if ratio is None else self.rounded(int((1 - ratio) * point.dense_width), point.dense_width)
 
@@ -60,15 +78,18 @@ class Slice(StageConfig):
 
     def rounded(self, width: int, dense_width: int) -> int:
         """Down to a multiple of `round_to`, but at least one of them; the full width is left as it is."""
-        return width if width == dense_width else max(width - width % self.round_to, self.round_to)
+        step = self.round_to or 1
+        return width if width == dense_width else max(width - width % step, step)
 
-    def faults(self, points: Sequence[StreamPoint]) -> list[str]:
+    def faults(self, points: Sequence[StreamPoint], units: Mapping[str, int]) -> list[str]:
         faults = []
         num_blocks, dense_width = points[0].num_blocks, points[0].dense_width
         if self.block_ratios is not None and len(self.block_ratios) != num_blocks:
             return [f"{len(self.block_ratios)} ratios are given for {num_blocks} blocks. Give one for each block."]
         ratios = [ratio for ratio in map(self.ratio_at, points) if ratio is not None]
-        if ratios and int((1 - max(ratios)) * dense_width) < self.round_to:
+        if self.width is not None and self.width > dense_width:
+            faults.append(f"The width {self.width} is more than the model's hidden size of {dense_width}. Use less.")
+        if ratios and int((1 - max(ratios)) * dense_width) < (self.round_to or 1):
             faults.append(
                 f"The ratio {max(ratios)} leaves less than {self.round_to} of {dense_width} dimensions (widths are "
                 f"multiples of {self.round_to}). Use a smaller ratio or --round-to."

@@ -1,9 +1,9 @@
 """What a run has finished, on disk, so that a killed run goes on where it was.
 
-The folder `<output>.partial` holds the finished parts, the state after the last of them, and journal.jsonl: one line
-that says what the run is (recipe, input, calibration, versions), then one line a finished part. A line is written after
-the files it speaks of have reached the disk; what has no line did not happen. Opening the folder takes a lock, so two
-runs cannot share it.
+The folder `<output>.partial` holds the finished parts, the state after the last of them, what was found before the
+first part, and journal.jsonl: one line that says what the run is (recipe, input, calibration, versions), then one line
+a finding or a finished part. A line is written after the files it speaks of have reached the disk; what has no line did
+not happen. Opening the folder takes a lock, so two runs cannot share it.
 """
 
 import fcntl
@@ -27,13 +27,21 @@ LOCK = "lock"
 
 
 class Journal:
-    """An open partial folder. `identity` is what must be equal for a run to continue another."""
+    """An open partial folder. `identity` is what must be equal for a run to continue another.
 
-    def __init__(self, folder: Path, identity: dict[str, Any], lock: IO[str], entries: list[dict[str, Any]]) -> None:
+    findings: what was found before the first part, by name. entries: the finished parts.
+    """
+
+    def __init__(self, folder: Path, identity: dict[str, Any], lock: IO[str], lines: list[dict[str, Any]]) -> None:
         self.folder = folder
         self.identity = identity
-        self.entries = entries
+        self.findings = {line["finding"]: line for line in lines if "finding" in line}
+        self.entries = [line for line in lines if "finding" not in line]
         self._lock = lock
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.entries and not self.findings
 
     @classmethod
     def start(cls, folder: Path, identity: dict[str, Any]) -> "Journal":
@@ -55,10 +63,10 @@ class Journal:
         """Open a partial folder of the same run, or say in what the runs differ."""
         lock = take_lock(folder)
         with closed_on_error(lock):
-            return cls(folder, identity, lock, cls._readable_entries(folder, identity))
+            return cls(folder, identity, lock, cls._readable_lines(folder, identity))
 
     @staticmethod
-    def _readable_entries(folder: Path, identity: dict[str, Any]) -> list[dict[str, Any]]:
+    def _readable_lines(folder: Path, identity: dict[str, Any]) -> list[dict[str, Any]]:
         lines = read_lines(folder / JOURNAL)
         if not lines or "run" not in lines[0]:
             raise UsageError(f"{folder} has no readable journal. Start over with --overwrite.")
@@ -69,12 +77,30 @@ class Journal:
                 f"--resume: the run in {folder} had another {', '.join(differing)}. "
                 "Give the same options, or start over with --overwrite."
             )
-        entries = whole_entries(folder, lines[1:])
+        findings = [line for line in lines[1:] if "finding" in line]
+        whole = [line for line in findings if line.get("file") is None or file_is(folder, line["file"])]
+        # Without a finding the parts that came of it cannot be gone on from.
+        entries = [line for line in lines[1:] if "finding" not in line] if whole == findings else []
+        kept = [*whole, *whole_entries(folder, entries)]
         # A line cut off by the kill is not there; rewriting the rest keeps the file readable.
         with (folder / JOURNAL).open("w", encoding="utf-8") as file:
-            for line in [lines[0], *entries]:
+            for line in [lines[0], *kept]:
                 write_line(file, line)
-        return entries
+        return kept
+
+    def note(self, name: str, data: Any, tensors: dict[str, Tensor] | None = None) -> None:
+        """Make a finding count: plain data, and tensors if it has any."""
+        line = {"finding": name, "data": data, "file": None}
+        if tensors:
+            line["file"] = write_tensors(self.folder / f"finding-{name}.safetensors", tensors)
+        with (self.folder / JOURNAL).open("a", encoding="utf-8") as file:
+            write_line(file, line)
+        self.findings[name] = line
+
+    def found_tensors(self, name: str) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = load_file(self.folder / self.findings[name]["file"]["file"])
+        # Copies: tensors of a file lie unaligned, and products of matrices round differently there.
+        return {key: tensor.clone() for key, tensor in tensors.items()}
 
     def record(self, entry: dict[str, Any], state: dict[str, Tensor]) -> None:
         """Make a finished part count: its state, then its line. The state before it is no longer needed."""
@@ -95,7 +121,8 @@ class Journal:
 
         The journal goes last: a folder without one, but with all else, is finished and only lacks its name.
         """
-        for leftover in (*self.folder.glob("state-*.safetensors"), self.folder / LOCK, self.folder / JOURNAL):
+        written = [file for pattern in ("state-*", "finding-*") for file in self.folder.glob(f"{pattern}.safetensors")]
+        for leftover in (*written, self.folder / LOCK, self.folder / JOURNAL):
             leftover.unlink(missing_ok=True)
         self.close()
 

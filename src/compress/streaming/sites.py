@@ -1,8 +1,10 @@
 """What a stage works on, and what a stage is.
 
-A walk meets two kinds of sites, in the order of the decoder: a branch when its weights have been read, and a point of
-the residual stream when a branch has written it. A stage names the kind it takes, the statistics it needs there and the
-stages that must come before it; the walk calls it at each site of that kind and knows nothing else about it.
+A walk meets four kinds of sites: the whole model before the first weight is changed, a branch when its weights have
+been read, a group of linears when it is known what the compressed prefix gives them and what the dense model gave
+them, and a point of the residual stream when a branch has written it. A stage names the kind it takes, the statistics
+it needs there and the stages that must come before it; the walk calls it at each site of that kind and knows nothing
+else about it.
 """
 
 import hashlib
@@ -15,20 +17,34 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from compress.models.branch import Branch
+from compress.numerics.frames import Frame
 from compress.numerics.linalg import kept_energy, random_orthogonal
+from compress.streaming.groups import LinearGroup
 from compress.streaming.statistics import Need
+from compress.streaming.survey import Survey
+
+
+@dataclass
+class WholeModel:
+    """The model before the walk: what the survey of the dense one found, and the frame that all points share.
+
+    layer_norm: its norms are LayerNorms, so that the stream has no mean.
+    """
+
+    survey: Survey
+    layer_norm: bool
+    frame: Frame | None = None
 
 
 @dataclass
 class Basis:
-    """An orthogonal basis of the stream by decreasing eigenvalue, and how many of its directions are kept.
+    """A frame of the stream and how many of its directions are kept.
 
     orientation: how the kept subspace is spanned; `pca` by its principal components, `random` by a rotation of them,
         which spreads outliers over all coordinates and changes no function.
     """
 
-    Q: Float64[Tensor, "D D"]
-    eigenvalues: Float64[Tensor, "D"]
+    frame: Frame
     width: int
     orientation: Literal["pca", "random"] = "pca"
 
@@ -58,14 +74,15 @@ class StreamPoint:
     def width(self) -> int:
         return self.basis.width if self.basis else self.dense_width
 
-    def encode(self) -> Float64[Tensor, "D d"] | None:
-        """The matrix that takes the dense stream into the kept basis; its transpose takes it back."""
+    def change(self, directions: int) -> tuple[Float64[Tensor, "D d"], Float64[Tensor, "d D"]] | None:
+        """Encode and decode for so many directions: into the kept basis and back to the dense stream."""
         if self.basis is None:
             return None
-        kept = self.basis.Q[:, : self.basis.width]
+        encode, decode = self.basis.frame.encode(directions), self.basis.frame.decode(directions)
         if self.basis.orientation == "random":
-            kept = kept @ random_orthogonal(self.basis.width, self.generator()).to(kept.device)
-        return kept.contiguous()
+            turn = random_orthogonal(directions, self.generator()).to(encode.device)
+            encode, decode = encode @ turn, turn.T @ decode
+        return encode.contiguous(), decode.contiguous()
 
     def generator(self) -> torch.Generator:
         """Random numbers of this point's own, so that a resumed run draws what an undisturbed one does."""
@@ -79,7 +96,7 @@ class StreamPoint:
         return report
 
     def report(self) -> dict[str, Any]:
-        kept = {"kept_energy": kept_energy(self.basis.eigenvalues, self.width)} if self.basis else {}
+        kept = {"kept_energy": kept_energy(self.basis.frame.energy, self.width)} if self.basis else {}
         return {"point": self.name, "width": self.width, "dense_width": self.dense_width, **kept, **self.notes}
 
 
@@ -101,11 +118,14 @@ def stream_points(dense_width: int, *, num_blocks: int, branch_names: list[str],
     ]
 
 
+Site = WholeModel | Branch | LinearGroup | StreamPoint
+
+
 @runtime_checkable
 class Stage(Protocol):
     """A configuration and what it does at one site: all that the walk knows of a stage."""
 
-    site: ClassVar[type[Branch] | type[StreamPoint]]
+    site: ClassVar[type[Site]]
 
     @property
     def needs(self) -> tuple[Need, ...]: ...

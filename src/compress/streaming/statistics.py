@@ -1,15 +1,17 @@
-"""Statistics of calibration activations, as needs that a stage declares.
+"""Statistics of calibration activations at points of the stream, as needs that a stage declares.
 
 A need is a small frozen value: equal needs of two stages are gathered once, and the walk keeps the dense model's
 activations beside the compressed ones only if some need asks for them. Everything is accumulated in float64.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
+
+from compress.numerics.norms import rms_normed
 
 
 @runtime_checkable
@@ -22,9 +24,10 @@ class Accumulator(Protocol):
 
 @runtime_checkable
 class Need(Protocol):
-    """dense: whether the dense model's stream is compared with."""
+    """dense: whether the dense model's stream is needed."""
 
-    dense: ClassVar[bool]
+    @property
+    def dense(self) -> bool: ...
 
     def __hash__(self) -> int: ...
 
@@ -38,26 +41,30 @@ class SecondMoment:
     signal: `stream` is the stream itself, before the next norm, as SliceGPT's code has it; `normed` is the stream over
         its root mean square, as the paper has it (equation 8: X is the output of the norm). A few tokens of
         enormous norm weigh heavily in the first and like all others in the second.
+    dense: x is the dense model's stream, not that of the compressed prefix.
     """
 
-    dense: ClassVar[bool] = False
     signal: Literal["stream", "normed"]
+    dense: bool = False
 
     def accumulator(self, width: int, eps: float, device: torch.device) -> "MomentAccumulator":
-        return MomentAccumulator(self.signal == "normed", width, eps, device)
+        return MomentAccumulator(self, width, eps, device)
 
 
 class MomentAccumulator:
-    def __init__(self, normalise: bool, width: int, eps: float, device: torch.device) -> None:
-        self.normalise = normalise
+    def __init__(self, need: SecondMoment, width: int, eps: float, device: torch.device) -> None:
+        self.need = need
         self.eps = eps
         self.sum = torch.zeros(width, width, dtype=torch.float64, device=device)
         self.tokens = 0
 
     def add(self, stream: Float[Tensor, "*batch D"], dense: Float[Tensor, "*batch D"] | None = None) -> None:
-        rows = stream.reshape(-1, stream.shape[-1]).double()
-        if self.normalise:
-            rows = rows * torch.rsqrt(rows.square().mean(-1, keepdim=True) + self.eps)
+        signal = dense if self.need.dense else stream
+        if signal is None:
+            raise ValueError("This second moment is of the dense stream, which is not there.")
+        rows = signal.reshape(-1, signal.shape[-1]).double()
+        if self.need.signal == "normed":
+            rows = rms_normed(rows, rows.shape[-1], self.eps)
         self.sum.addmm_(rows.T, rows)
         self.tokens += len(rows)
 
@@ -69,7 +76,9 @@ class MomentAccumulator:
 class RelativeError:
     """sum ||x - x_dense||^2 / sum ||x_dense||^2 over all tokens, x the stream of the compressed prefix."""
 
-    dense: ClassVar[bool] = True
+    @property
+    def dense(self) -> bool:
+        return True
 
     def accumulator(self, width: int, eps: float, device: torch.device) -> "ErrorAccumulator":
         return ErrorAccumulator(device)

@@ -1,0 +1,63 @@
+"""From a prepared job to the objects that do its work."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from compress.models.decoder import Decoder
+from compress.preflight import Prepared, cache_memory
+from compress.stages._stage import StageConfig
+from compress.streaming.loader import PartLoader
+from compress.streaming.streams import CacheFolder, split_windows
+from compress.streaming.survey import Survey, SurveyNeed, Surveyor
+from compress.streaming.walk import Walk, WalkSettings
+
+PROBE_TOKENS = 64
+TOKENS_PER_BATCH = 8192
+
+
+def new_decoder(prepared: Prepared) -> Decoder:
+    return Decoder(prepared.config, prepared.family, dtype=prepared.precision.computing, device=prepared.job.device)
+
+
+def batch_size(prepared: Prepared) -> int:
+    return prepared.job.batch_size or max(1, TOKENS_PER_BATCH // prepared.windows.shape[1])
+
+
+def take_survey(prepared: Prepared, progress: Callable[[], None]) -> Survey | None:
+    """What the plan's stages need to know of the whole dense model; None if nothing."""
+    need = prepared.plan.survey
+    if need is SurveyNeed.NONE:
+        return None
+    decoder = new_decoder(prepared)
+    surveyor = Surveyor(
+        decoder,
+        PartLoader(decoder, prepared.weights),
+        split_windows(prepared.windows, batch_size(prepared), held_out=0),
+        CacheFolder(decoder, prepared.job.partial.parent),
+        memory=cache_memory(prepared.job),
+    )
+    return surveyor.run(gradient=need is SurveyNeed.GRADIENT, progress=progress)
+
+
+def new_walk(
+    prepared: Prepared, stages: Sequence[StageConfig], windows: Tensor, held_out: int, survey: Survey | None
+) -> Walk:
+    job, precision = prepared.job, prepared.precision
+    settings = WalkSettings(
+        layout=prepared.plan.target.layout(precision.written),
+        output_dtype=precision.written,
+        batch_size=batch_size(prepared),
+        held_out=held_out,
+        probe_tokens=PROBE_TOKENS,
+        seed=job.recipe.seed,
+        cache_memory=cache_memory(job),
+        scratch=job.partial.parent,
+    )
+    return Walk(new_decoder(prepared), prepared.weights, windows, stages, settings, survey)
+
+
+def restored(tensors: dict[str, Tensor], device: torch.device) -> Survey:
+    on_device = {name: tensor.to(device) for name, tensor in tensors.items()}
+    return Survey(on_device["moment"], on_device.get("gradient"))

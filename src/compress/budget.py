@@ -1,0 +1,137 @@
+"""What a budget leaves to choose: the shapes that fit under it and that no other fitting one contains."""
+
+import itertools
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from compress.checkpoints.sizes import Size, by_depth, disk_bytes, size_of
+from compress.checkpoints.targets import Shape, Target
+from compress.errors import UsageError
+from compress.recipe import Budget
+from compress.stages._stage import StageConfig
+from compress.streaming.sites import StreamPoint
+
+Counts = Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """
+    counts: the widths that stages left open, by kind. shape: of the whole model with them.
+    """
+
+    counts: Counts
+    shape: Shape
+    size: Size
+
+
+def planned_shape(
+    stages: Sequence[StageConfig], points: Sequence[StreamPoint], units: Mapping[str, int]
+) -> tuple[list[int | None], dict[str, int]]:
+    """Each point's width and each kind's count after all stages: the least that one plans; None: the data decides."""
+    widths: list[int | None] = []
+    for point in points:
+        planned = [stage.planned_width(point) for stage in stages]
+        known = [width for width in planned if width is not None]
+        widths.append(min(known) if len(known) == len(planned) else None)
+    return widths, {kind: min(stage.planned_units(kind, count) for stage in stages) for kind, count in units.items()}
+
+
+@dataclass(frozen=True)
+class Space:
+    """Everything that decides what a choice comes to.
+
+    units: how many of each kind the dense blocks have.
+    """
+
+    stages: Sequence[StageConfig]
+    points: Sequence[StreamPoint]
+    units: Mapping[str, int]
+    target: Target
+    dtype: torch.dtype
+
+    def shape(self, counts: Counts) -> Shape:
+        stages = [stage.fitted(counts) for stage in self.stages]
+        widths, units = planned_shape(stages, self.points, self.units)
+        known = [width for width in widths if width is not None]
+        if len(known) < len(widths):
+            raise UsageError("A budget needs widths that are known beforehand: leave out explained_variance.")
+        return Shape(tuple(known), units)
+
+    def size(self, shape: Shape) -> Size:
+        parameters = self._count(shape, lambda model: size_of(model, self.dtype).parameters)
+        return Size(parameters, parameters * self.dtype.itemsize)
+
+    def full_size(self, shape: Shape) -> Size:
+        """The same from the whole model, for blocks that are not all alike."""
+        return size_of(self.target.model(shape), self.dtype)
+
+    def disk_bytes(self, shape: Shape) -> int:
+        return self._count(shape, lambda model: disk_bytes(model, self.dtype))
+
+    def _count(self, shape: Shape, measure: Callable[[PreTrainedModel], int]) -> int:
+        blocks = self.points[0].num_blocks
+        return by_depth(lambda depth: self.target.model(shape, num_blocks=depth), blocks, measure)
+
+
+def choices(space: Space, budget: Budget, dense: Size) -> list[Choice]:
+    """The shapes under the budget, by increasing hidden size: for each, as many neurons and groups as fit.
+
+    Raises UsageError where not even the smallest fits.
+    """
+    limit = budget.target_size or int((budget.keep_params or 0) * dense.parameters)
+    measure = space.disk_bytes if budget.target_size else lambda shape: space.size(shape).parameters
+    fitting = [
+        Choice(counts, shape, space.size(shape))
+        for counts, shape in largest_fitting(space, lambda counts: measure(space.shape(counts)) <= limit)
+    ]
+    if not fitting:
+        smallest = space.shape({kind: steps[0] for kind, steps in ladders(space).items()})
+        unit = "bytes" if budget.target_size else "parameters"
+        raise UsageError(
+            f"The budget of {limit:,} {unit} cannot be kept: the least this recipe can come to is "
+            f"{measure(smallest):,}. Allow more."
+        )
+    return sorted(fitting, key=lambda choice: sorted(choice.counts.items()))
+
+
+def ladders(space: Space) -> dict[str, list[int]]:
+    """The legal counts of each open kind, increasing."""
+    steps, dense = space.target.steps(), {"hidden": space.points[0].dense_width, **space.units}
+    opened = {kind for stage in space.stages if (kind := stage.opens)}
+    # Neurons come last: they are the finest, so that they can fill a budget up.
+    kinds = [kind for kind in ("kv_groups", "hidden", "neurons") if kind in opened]
+    return {kind: sorted({*range(steps[kind], dense[kind] + 1, steps[kind]), dense[kind]}) for kind in kinds}
+
+
+def largest_fitting(space: Space, fits: Callable[[Counts], bool]) -> Iterator[tuple[dict[str, int], Shape]]:
+    """For all counts of the other open kinds, the largest of the last one that fits; none that another contains."""
+    *outer, last = ladders(space).items()
+    found: list[dict[str, int]] = []
+    for counts in combinations(outer):
+        kind, ladder = last
+        place = number_fitting(ladder, kind, counts, fits)
+        if place and legal(space, counts := {**counts, kind: ladder[place - 1]}):
+            found.append(counts)
+    for counts in found:
+        if not any(other is not counts and all(other[kind] >= counts[kind] for kind in counts) for other in found):
+            yield counts, space.shape(counts)
+
+
+def number_fitting(ladder: Sequence[int], kind: str, counts: Counts, fits: Callable[[Counts], bool]) -> int:
+    """How many of an increasing ladder's counts fit beside the others'."""
+    return bisect_right(ladder, False, key=lambda count: not fits({**counts, kind: count}))
+
+
+def combinations(ladders: Sequence[tuple[str, list[int]]]) -> Iterator[dict[str, int]]:
+    names = [kind for kind, _ in ladders]
+    for values in itertools.product(*(ladder for _, ladder in ladders)):
+        yield dict(zip(names, values, strict=True))
+
+
+def legal(space: Space, counts: Counts) -> bool:
+    return not space.target.faults(space.shape(counts))

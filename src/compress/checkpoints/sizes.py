@@ -1,0 +1,50 @@
+"""What a model comes to: parameters and bytes, before any weight is read."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from compress.models.loading import empty_model
+
+# A safetensors header says a tensor's name, dtype, shape and place: what that takes beside the name, at most.
+HEADER_BYTES_PER_TENSOR = 128
+HEADER_BYTES_PER_FILE = 128
+
+
+@dataclass(frozen=True)
+class Size:
+    """Parameters as they are stored (a tied head counts once), and their bytes."""
+
+    parameters: int
+    bytes: int
+
+
+def dense_size(config: Any, dtype: torch.dtype) -> Size:
+    model = empty_model(copy.deepcopy(config))
+    if config.tie_word_embeddings:
+        model.tie_weights()
+    return size_of(model, dtype)
+
+
+def size_of(model: PreTrainedModel, dtype: torch.dtype) -> Size:
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return Size(parameters, parameters * dtype.itemsize)
+
+
+def disk_bytes(model: PreTrainedModel, dtype: torch.dtype) -> int:
+    """At most what the safetensors files of the model take, headers included, one file a part."""
+    headers = sum(len(name) + HEADER_BYTES_PER_TENSOR for name, _ in model.named_parameters())
+    files = model.config.get_text_config().num_hidden_layers + 2
+    return size_of(model, dtype).bytes + headers + files * HEADER_BYTES_PER_FILE
+
+
+def by_depth(
+    build: Callable[[int], PreTrainedModel], num_blocks: int, measure: Callable[[PreTrainedModel], int]
+) -> int:
+    """A count of a deep model of equal blocks from those of one and two blocks; exact, and much faster to build."""
+    one, two = measure(build(1)), measure(build(2))
+    return one + (num_blocks - 1) * (two - one)

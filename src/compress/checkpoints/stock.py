@@ -1,0 +1,194 @@
+"""A sliced model as a plain, narrower one of a stock class: any engine loads it, with no code of ours.
+
+With one basis for the whole stream and RMSNorm(x) = x / sqrt(sum(x^2) / D + eps) at its dense width D, a hidden size of
+d is the stock class's own with norm weights sqrt(D / d) and epsilon eps D / d. What a norm weight loses by rounding to
+16 bits is made up for in the linears behind it.
+
+LayerNorm stays LayerNorm (Phi, StarCoder2): the kept directions are laid into the vectors of R^d whose coordinates sum
+to zero, where LayerNorm subtracts nothing. That costs one channel; a head that has no bias for what the final norm's
+offset was costs another, whose norm weight is 0 and norm bias 1. Norms of such a model have no offset but that.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float64
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from compress.checkpoints.targets import ONE_WIDTH, Shape, dense_units, shortened, usual_step
+from compress.families import Family, StockShape
+from compress.models.branch import Branch, read_through, set_bias, set_weight, write_through
+from compress.models.loading import empty_model
+from compress.numerics.frames import zero_mean_basis
+from compress.streaming.layout import Layout
+
+
+@dataclass(frozen=True)
+class StockTarget:
+    """
+    dense: the config of the dense model.
+    """
+
+    dense: Any
+    family: Family
+
+    @property
+    def architecture(self) -> str:
+        name: str = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[self.model_type]
+        return name
+
+    @property
+    def is_stock(self) -> bool:
+        return True
+
+    @property
+    def carried(self) -> tuple[str, ...]:
+        return ()
+
+    @property
+    def shape(self) -> StockShape:
+        assert self.family.stock is not None
+        return self.family.stock
+
+    @property
+    def model_type(self) -> str:
+        return self.shape.written_as or self.dense.model_type
+
+    def config(self, shape: Shape, dtype: torch.dtype) -> Any:
+        dense, width = self.dense, shape.widths[0]
+        changes: dict[str, Any] = {
+            "hidden_size": width,
+            "head_dim": getattr(dense, "head_dim", None) or dense.hidden_size // dense.num_attention_heads,
+            "num_attention_heads": self.num_heads(shape),
+            "tie_word_embeddings": False,
+            str(self.family.norm_eps): self.family.epsilon(dense) * dense.hidden_size / width,
+            "architectures": [self.architecture],
+            "dtype": dtype,
+            **self.shape.adds,
+        }
+        for branch in self.family.branches:
+            changes |= {units.count: shape.units[units.kind] for units in branch.units}
+        # Built anew, so that the config class sees the final values together; what it has no key for, it does not get.
+        known = AutoConfig.for_model(self.model_type).to_dict().keys() if self.shape.written_as else None
+        data = {key: value for key, value in dense.to_dict().items() if known is None or key in known}
+        config = AutoConfig.for_model(**data | {"model_type": self.model_type} | changes)
+        config.name_or_path = ""  # a path of the machine it was made on
+        return config
+
+    def num_heads(self, shape: Shape) -> int:
+        heads: int = self.dense.num_attention_heads
+        if "kv_groups" in shape.units:
+            return heads // self.dense.num_key_value_heads * shape.units["kv_groups"]
+        return heads
+
+    def model(self, shape: Shape, *, num_blocks: int | None = None) -> PreTrainedModel:
+        config = self.config(shape, torch.float32)
+        return empty_model(config if num_blocks is None else shortened(config, num_blocks))
+
+    def layout(self, dtype: torch.dtype) -> Layout:
+        return StockLayout(self.family, dtype)
+
+    def steps(self) -> Mapping[str, int]:
+        heads = self.dense.num_attention_heads if self.shape.heads_divide_width else 1
+        units = dense_units(self.dense, self.family)
+        finest = {"hidden": usual_step(self.dense.hidden_size, heads, at_least=16), "kv_groups": 1}
+        return finest | {"neurons": usual_step(units["neurons"], 1, at_least=64)}
+
+    def faults(self, shape: Shape) -> list[str]:
+        if len(set(shape.widths)) > 1:
+            return [ONE_WIDTH]
+        width, heads = shape.widths[0], self.num_heads(shape)
+        if self.shape.heads_divide_width and width % heads:
+            return [
+                f"A hidden size of {width} is no multiple of the {heads} attention heads, as {self.architecture} "
+                f"asks for. Use --round-to {heads}."
+            ]
+        if StockLayout(self.family, torch.float32).directions(width) < 1:
+            return [f"A hidden size of {width} leaves no direction of the stream. Slice less."]
+        return []
+
+
+@dataclass(frozen=True)
+class StockLayout:
+    """
+    dtype: of the written weights.
+    """
+
+    family: Family
+    dtype: torch.dtype
+
+    @property
+    def is_layer_norm(self) -> bool:
+        return self.family.norm == "layer"
+
+    @property
+    def has_constant(self) -> bool:
+        return self.family.stock is not None and self.family.stock.constant_channel
+
+    def directions(self, width: int) -> int:
+        return width - self.is_layer_norm - self.has_constant
+
+    def settle(self, branch: Branch) -> None:
+        assert self.family.stock is not None
+        width = self.stream_width(branch)
+        if self.is_layer_norm:
+            lift = self.lift(width).to(branch.device)
+            read_through(branch, lift)
+            write_through(branch, lift.T)
+        self._settle_embeddings(branch, (branch.dense_width / width) ** 0.5)
+        if branch.norm is not None:
+            self._settle_norm(branch, width)
+        for name in set(self.family.stock.zero_biases) & set(branch.writers):
+            linear = branch.writers[name]
+            assert isinstance(linear, nn.Linear)
+            set_bias(linear, linear.weight.new_zeros(linear.out_features))
+
+    def stream_width(self, branch: Branch) -> int:
+        """The hidden size that is written, from the directions that a branch reads or writes."""
+        writers, readers = list(branch.writers.values()), list(branch.readers.values())
+        directions = readers[0].in_features if readers else writers[0].weight.shape[1]
+        return directions + self.is_layer_norm + self.has_constant
+
+    def lift(self, width: int) -> Float64[Tensor, "width directions"]:
+        """Orthonormal columns that sum to zero, and leave the last channel free where it is the constant one."""
+        basis = zero_mean_basis(width - self.has_constant)
+        return torch.cat([basis, basis.new_zeros(1, basis.shape[1])]) if self.has_constant else basis
+
+    def _settle_embeddings(self, branch: Branch, scale: float) -> None:
+        """Gemma multiplies embeddings by the root of the hidden size, which is another one now."""
+        for table in branch.writers.values():
+            if isinstance(embed_scale := getattr(table, "embed_scale", None), Tensor):
+                set_weight(table, table.weight.double() * scale)
+                table.embed_scale = embed_scale / scale
+
+    def _settle_norm(self, branch: Branch, width: int) -> None:
+        """The stock norm with the gain as the output dtype has it; the readers take up what rounding changed."""
+        ratio = branch.dense_width / width
+        offset = 1.0 if branch.norm_kind == "rms_plus_one" else 0.0
+        weight = torch.full((width,), ratio**0.5 - offset, dtype=torch.float64).to(self.dtype).double()
+        for linear in branch.readers.values():
+            set_weight(linear, linear.weight.double() * (ratio**0.5 / (float(weight[0]) + offset)))
+        norm_class: Any = branch.norm_class
+        norm = norm_class(width, eps=branch.norm_eps * ratio)
+        bias = torch.zeros_like(weight)
+        if self.has_constant and not branch.writers:
+            weight[-1], bias[-1] = 0.0, 1.0
+            self._bias_as_column(branch)
+        norm.weight = branch.parameter(weight)
+        if self.is_layer_norm:
+            norm.bias = branch.parameter(bias)
+        branch.replace_norm(norm)
+
+    @staticmethod
+    def _bias_as_column(branch: Branch) -> None:
+        """The head's bias becomes its weights for the channel that is always 1."""
+        for linear in branch.readers.values():
+            weight = linear.weight.double()
+            if linear.bias is not None:
+                weight = torch.cat([weight[:, :-1], linear.bias.double()[:, None]], dim=1)
+                linear.register_parameter("bias", None)
+            set_weight(linear, weight)

@@ -1,0 +1,92 @@
+"""The architectures a compressed model can be written in.
+
+Stock where a stock class has room for the result, ours otherwise. A target knows its config for given widths, the form
+of the finished weights, and the steps that widths come in.
+"""
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from transformers import PreTrainedModel
+
+from compress.families import Family
+from compress.streaming.layout import Layout
+
+
+@dataclass(frozen=True)
+class Shape:
+    """
+    widths: of the stream after the embeddings and after each branch. units: how many of each kind, in every block.
+    """
+
+    widths: tuple[int, ...]
+    units: Mapping[str, int]
+
+
+@runtime_checkable
+class Target(Protocol):
+    """
+    architecture: the name of the class. is_stock: transformers loads it without our code.
+    carried: modeling files the checkpoint takes along.
+    """
+
+    @property
+    def architecture(self) -> str: ...
+
+    @property
+    def is_stock(self) -> bool: ...
+
+    @property
+    def carried(self) -> tuple[str, ...]: ...
+
+    def config(self, shape: Shape, dtype: torch.dtype) -> Any: ...
+
+    def model(self, shape: Shape, *, num_blocks: int | None = None) -> PreTrainedModel:
+        """Without weights; with fewer blocks, if asked."""
+
+    def layout(self, dtype: torch.dtype) -> Layout:
+        """The form of the weights for an output dtype."""
+
+    def steps(self) -> Mapping[str, int]:
+        """Widths of each kind are multiples of these."""
+
+    def faults(self, shape: Shape) -> list[str]:
+        """Why the architecture has no room for a shape, a sentence each."""
+
+
+def dense_units(config: Any, family: Family) -> dict[str, int]:
+    """How many units of each kind a block of the dense model has."""
+    found: dict[str, int] = {}
+    for branch in family.branches:
+        found |= {units.kind: int(getattr(config, units.count)) for units in branch.units}
+    return found
+
+
+ONE_WIDTH = "One basis for the whole stream has one width. Give one ratio for all blocks, or use --rotation per-layer."
+
+# What kernels and group-wise quantisation are made for: Marlin's K % 128, group size 128.
+KERNEL_STEP = 128
+
+
+def usual_step(width: int, divisor: int, *, at_least: int) -> int:
+    """The largest power of two up to 128, times what `divisor` needs beyond it, of which `width` has `at_least`.
+
+    Where even a multiple of 1 is too coarse, that: `divisor` has to divide what is written.
+    """
+    step = KERNEL_STEP
+    while step > 1 and math.lcm(step, divisor) * at_least > width:
+        step //= 2
+    return math.lcm(step, divisor)
+
+
+def shortened(config: Any, num_blocks: int) -> Any:
+    """The config of the same model with fewer blocks."""
+    short = copy.deepcopy(config)
+    short.num_hidden_layers = num_blocks
+    if getattr(short, "layer_types", None):
+        short.layer_types = short.layer_types[:num_blocks]
+    return short

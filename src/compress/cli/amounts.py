@@ -1,0 +1,91 @@
+"""How much is to be deleted, from what was typed: a rule for `slice`, or a budget for the whole model."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from compress.cli.options import parse_size
+from compress.errors import UsageError
+
+WAYS = {
+    "ratio": "--ratio 0.25",
+    "keep_params": "--keep-params 0.75",
+    "target_size": "--target-size 4GB",
+    "explained_variance": "--explained-variance 0.99",
+}
+
+
+@dataclass(frozen=True)
+class Amount:
+    """
+    typed: the option it was given by and its value. rule: how `slice` chooses widths; empty where the budget does.
+    """
+
+    typed: Mapping[str, Any]
+    rule: dict[str, Any]
+    budget: dict[str, Any] | None = None
+
+    @property
+    def in_name(self) -> str:
+        """As the default output folder says it."""
+        ((option, value),) = self.typed.items()
+        text = {"ratio": "{}", "keep_params": "kp{}", "target_size": "{}", "explained_variance": "ev{}"}[option]
+        # A ratio for each of many blocks is longer than a file's name may be.
+        name = text.format(value)
+        if len(name) > 40:
+            return f"ratios-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+        return name.replace(":", "-").replace(" ", "")
+
+
+def parse_amount(typed: Mapping[str, Any], trial_samples: int) -> Amount:
+    """
+    typed: the values of the options in `WAYS`, None where not given. Raises UsageError unless exactly one is.
+    """
+    given = {option: value for option, value in typed.items() if value is not None}
+    if len(given) != 1:
+        raise UsageError(f"Say how much to delete by one of {', '.join(WAYS.values())}; got {len(given)} of them.")
+    ((option, value),) = given.items()
+    if option == "ratio":
+        return Amount(given, ratio_rule(value))
+    if option == "explained_variance":
+        if not 0 < value <= 1:
+            raise UsageError(f"--explained-variance is a share above 0 and up to 1, got {value}. Try 0.99.")
+        return Amount(given, {"explained_variance": value})
+    if option == "keep_params":
+        if not 0 < value < 1:
+            raise UsageError(f"--keep-params is a share above 0 and below 1, got {value}. 0.75 keeps three quarters.")
+        return Amount(given, {}, {"keep_params": value, "trial_samples": trial_samples})
+    size = parse_size(value, "--target-size")
+    if size < 1:
+        raise UsageError(f"--target-size is a size above 0, got {value!r}. Try 4GB.")
+    return Amount(given, {}, {"target_size": size, "trial_samples": trial_samples})
+
+
+def ratio_rule(ratio: str) -> dict[str, Any]:
+    if ":" in ratio:
+        ends = parse_ratios(ratio, ":")
+        if len(ends) != 2:
+            raise UsageError(f"--ratio FIRST:LAST takes two numbers, got {ratio!r}. Try 0.1:0.3.")
+        return {"linear_ratios": ends}
+    if "," in ratio:
+        return {"block_ratios": parse_ratios(ratio, ",")}
+    (single,) = parse_ratios(ratio, None)
+    if single == 0:
+        raise UsageError("--ratio is a share above 0 and below 1, got 0. 0.25 deletes a quarter of the hidden size.")
+    return {"ratio": single}
+
+
+def parse_ratios(text: str, separator: str | None) -> list[float]:
+    ratios = []
+    for word in text.split(separator) if separator else [text]:
+        try:
+            ratio = float(word)
+        except ValueError as error:
+            raise UsageError(f"--ratio is a number such as 0.25, got {word!r}.") from error
+        if not 0 <= ratio < 1:
+            raise UsageError(
+                f"--ratio is a share above 0 and below 1, got {word}. 0.25 deletes a quarter of the hidden size."
+            )
+        ratios.append(ratio)
+    return ratios

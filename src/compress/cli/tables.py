@@ -1,0 +1,95 @@
+"""A plan and a result as tables."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from compress.cli.reporting import gigabytes, print_json, print_lines, print_table
+
+if TYPE_CHECKING:
+    from compress.job import Job
+    from compress.pipeline import Result
+    from compress.plan import Plan
+
+KINDS = {"hidden": "hidden size", "neurons": "MLP neurons a block", "kv_groups": "KV groups a block"}
+
+
+def show_plan(job: "Job", plan: "Plan", *, as_json: bool) -> None:
+    if as_json:
+        print_json({"out": str(job.out), **plan.to_dict()})
+        return
+    rows = [["written as", loads_as(plan.target.architecture, is_stock=plan.target.is_stock)]]
+    rows += [["parameters, dense", f"{plan.dense.parameters:,}"]]
+    if plan.choices:
+        rows += [["shapes that fit", f"{len(plan.choices)}, see below; trials on calibration text choose"]]
+    elif plan.sliced is None:
+        rows += [["widths", "decided by the data"]]
+    else:
+        rows += [["widths", spans([width or 0 for width in plan.widths])], *unit_rows(plan.units)]
+        rows += size_rows(vars(plan.dense), vars(plan.sliced))
+    rows += [["memory, at most about", gigabytes(plan.memory_bytes)], ["disk, for the run", gigabytes(plan.disk_bytes)]]
+    print_table(f"Plan: {job.model.name} to {job.out}", ["", "value"], rows)
+    if plan.choices:
+        show_choices(plan)
+    print_lines(plan.notes)
+
+
+def show_choices(plan: "Plan") -> None:
+    kinds = list(plan.choices[0].counts)
+    rows = [
+        [*(f"{choice.counts[kind]:,}" for kind in kinds), f"{choice.size.parameters:,}", gigabytes(choice.size.bytes)]
+        for choice in plan.choices
+    ]
+    columns = [KINDS[kind] for kind in kinds]
+    print_table("Shapes that fit", [*columns, "parameters", "bytes"], rows)
+
+
+def show_result(job: "Job", result: "Result", *, as_json: bool) -> None:
+    if as_json:
+        print_json(result.to_dict())
+        return
+    rows = [["written as", loads_as(result.architecture, is_stock=result.is_stock)]]
+    rows += [["widths", spans(result.widths)], *unit_rows(result.units)]
+    rows += [["parameters, dense", f"{result.dense.parameters:,}"]]
+    rows += size_rows(vars(result.dense), vars(result.size))
+    if result.divergence is not None:
+        rows += [["divergence from dense, held out", f"{result.divergence:.3f} nats a token"]]
+    seconds = result.seconds
+    shares = ", ".join(f"{kind} {value:.1f}" for kind, value in seconds.items() if kind != "total")
+    rows += [["seconds", f"{seconds['total']:.1f} ({shares})"], ["reloads", reloads(result.difference)]]
+    print_table(f"{job.model.name} sliced: {result.out}", ["", "value"], rows)
+    print_lines(result.notes)
+
+
+def loads_as(architecture: str, *, is_stock: bool) -> str:
+    return f"{architecture} ({'stock: no code of ours' if is_stock else 'ours, its code is carried along'})"
+
+
+def reloads(difference: float | None) -> str:
+    if difference is None:
+        return "seen before the run was interrupted"
+    return "with the same logits" if difference == 0 else f"with logits within {difference:.0e} of the largest"
+
+
+def unit_rows(units: Mapping[str, int]) -> list[list[str]]:
+    return [[KINDS[kind], f"{count:,}"] for kind, count in units.items() if kind == "neurons"]
+
+
+def size_rows(dense: Mapping[str, int], sliced: Mapping[str, int]) -> list[list[str]]:
+    removed = 1 - sliced["parameters"] / dense["parameters"]
+    share = f"{removed:.1%} removed" if removed >= 0 else f"{-removed:.1%} added"
+    return [
+        ["parameters, sliced", f"{sliced['parameters']:,} ({share})"],
+        ["bytes, dense", gigabytes(dense["bytes"])],
+        ["bytes, sliced", gigabytes(sliced["bytes"])],
+    ]
+
+
+def spans(widths: list[int]) -> str:
+    """Widths with repetitions counted: 96 x 8, 128."""
+    parts: list[str] = []
+    start = 0
+    for i in range(1, len(widths) + 1):
+        if i == len(widths) or widths[i] != widths[start]:
+            parts.append(f"{widths[start]}" + (f" x {i - start}" if i - start > 1 else ""))
+            start = i
+    return ", ".join(parts)

@@ -1,0 +1,80 @@
+"""Which of the shapes that a budget allows: by trial, on a part of the calibration windows.
+
+A trial is the whole walk on fewer windows, its parts thrown away. What counts is how far its next-token distribution
+is from the dense model's on windows that nothing was fitted on. The choices lie on a line, from a narrow stream with
+wide MLPs to the reverse, and the divergence along it has one valley, so few trials find it.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from compress.assembly import new_walk
+from compress.budget import Choice
+from compress.errors import UsageError
+from compress.preflight import Prepared
+from compress.streaming.survey import Survey
+
+HELD_OUT = 4  # one window in so many
+
+
+@dataclass(frozen=True)
+class Trial:
+    """
+    divergence: mean Kullback-Leibler divergence from the dense model's next-token distribution, in nats.
+    """
+
+    counts: Mapping[str, int]
+    divergence: float
+
+
+def choose(prepared: Prepared, survey: Survey | None, heard: Callable[[Trial], None]) -> tuple[Choice, list[Trial]]:
+    """The choice of the plan with the least divergence, and all trials that were made. `heard` hears of each."""
+    budget = prepared.job.recipe.budget
+    assert budget is not None
+    windows = spread(prepared.windows, budget.trial_samples)
+    trials: dict[int, Trial] = {}
+
+    def divergence(index: int) -> float:
+        if index not in trials:
+            trials[index] = Trial(found[index].counts, try_out(prepared, found[index], windows, survey))
+            heard(trials[index])
+        return trials[index].divergence
+
+    found = prepared.plan.choices
+    best = lowest(divergence, len(found))
+    return found[best], [trials[index] for index in sorted(trials)]
+
+
+def try_out(prepared: Prepared, choice: Choice, windows: Tensor, survey: Survey | None) -> float:
+    stages = prepared.plan.chosen(choice).stages
+    walk = new_walk(prepared, stages, windows, max(1, len(windows) // HELD_OUT), survey)
+    divergence: float | None = None
+    for part in walk.parts():
+        divergence = part.divergence
+    if divergence is None:
+        raise UsageError("Choices under a budget are compared by the refit's held-out windows. Add a refit stage.")
+    return divergence
+
+
+def spread(windows: Tensor, count: int) -> Tensor:
+    """So many of the windows, evenly spread."""
+    count = min(count, len(windows))
+    return windows[[index * len(windows) // count for index in range(count)]]
+
+
+def lowest(value: Callable[[int], float], count: int) -> int:
+    """The argument below `count` of the least value of a function with one valley; not every value is asked for."""
+    step = max(1, count // 3)
+    best = min(range(step // 2, count, step), key=value)
+    while step > 1:
+        step = (step + 1) // 2
+        best = min((i for i in (best - step, best, best + step) if 0 <= i < count), key=value)
+    while (better := min((i for i in (best - 1, best, best + 1) if 0 <= i < count), key=value)) != best:
+        best = better
+    return best
+
+
+def as_data(trials: Sequence[Trial]) -> list[dict[str, int | float]]:
+    return [{**trial.counts, "divergence": trial.divergence} for trial in trials]

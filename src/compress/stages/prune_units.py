@@ -1,0 +1,90 @@
+"""Deleting whole units of a branch: MLP neurons, or KV groups with their query heads; as many in every block.
+
+The units whose loss the branch's writer can make up for best go first, one after the other, and the rest of the writer
+takes over what they did: structured Optimal Brain Surgeon on the group's own equations (`numerics/obs.py`). One count
+for all blocks, so that the model keeps the shape of a stock one.
+
+After `refit` the writer is the anchored solution, so units are judged by what they do towards the dense stream; without
+it, by what they do for the branch as it is.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from compress.numerics.obs import prune_units
+from compress.stages._stage import StageConfig
+from compress.streaming.groups import Writers
+from compress.streaming.sites import StreamPoint
+
+
+class PruneUnits(StageConfig):
+    """
+    units: `neurons` or `kv_groups`. ratio: the share of them to delete, or keep: how many stay, or neither of the two
+    where a budget of the recipe decides. round_to: counts that a ratio gives are rounded down to a multiple; by default
+    what suits the architecture.
+    """
+
+    site: ClassVar = Writers
+    after: ClassVar = ("fold_norms",)
+    stage: Literal["prune_units"] = "prune_units"
+    units: Literal["neurons", "kv_groups"]
+    ratio: Annotated[float, Field(gt=0, lt=1)] | None = None
+    keep: Annotated[int, Field(ge=1)] | None = None
+    round_to: Annotated[int, Field(ge=1)] | None = None
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> "PruneUnits":
+        if self.ratio is not None and self.keep is not None:
+            raise ValueError("prune_units takes ratio or keep, got both")
+        return self
+
+    @property
+    def opens(self) -> str | None:
+        return self.units if self.ratio is None and self.keep is None else None
+
+    @property
+    def rounds(self) -> str | None:
+        return None if self.round_to else self.units
+
+    def resolved(self, steps: Mapping[str, int]) -> "PruneUnits":
+        return self.model_copy(update={"round_to": steps[self.rounds]}) if self.rounds else self
+
+    def fitted(self, counts: Mapping[str, int]) -> "PruneUnits":
+        return self.model_copy(update={"keep": counts[self.units]}) if self.opens else self
+
+    def planned_units(self, kind: str, count: int) -> int:
+        if kind != self.units or self.opens:
+            return count
+        if self.keep is not None:
+            return self.keep
+        assert self.ratio is not None
+        step = self.round_to or 1
+        kept = int((1 - self.ratio) * count)
+        return max(kept - kept % step, step)
+
+    def faults(self, points: Sequence[StreamPoint], units: Mapping[str, int]) -> list[str]:
+        count = units.get(self.units)
+        if count is None:
+            return [f"This model has no {self.units} that could be deleted."]
+        kept = self.planned_units(self.units, count)
+        if kept > count:
+            return [f"prune_units keeps {kept} {self.units}, the model has {count}. Keep fewer."]
+        if self.ratio is not None and (1 - self.ratio) * count < (self.round_to or 1):
+            return [
+                f"The ratio {self.ratio} leaves less than {self.round_to} of {count} {self.units}. Use a smaller one."
+            ]
+        return []
+
+    def apply(self, writers: Writers) -> None:
+        units = writers.unit_inputs(self.units)
+        if units is None:
+            return
+        keep = self.planned_units(self.units, len(units))
+        if keep == len(units):
+            return
+        kept, writers.matrix = prune_units(
+            writers.matrix, writers.fit.G, units, keep, damping=writers.damping, name=writers.name
+        )
+        writers.keep(self.units, kept)

@@ -1,0 +1,40 @@
+"""The anchored refit: what reads and what writes the compressed stream is solved again, towards the dense model.
+
+Every group of linears is asked to make of what the compressed prefix gives it what the dense model had at its place,
+by ridge regression towards the weights it has (`streaming/groups.py` says what that means for readers and writers,
+`numerics/ridge.py` how it is solved). Errors of the prefix are made up for by the groups behind it, which a method that
+lets each layer reproduce itself cannot do. Nothing changes where the compressed prefix is the dense one.
+
+How strongly a group is drawn towards its weights is chosen on windows that it is not fitted on; where no fit is better
+there than the weights as they are, they stay.
+"""
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from compress.numerics.ridge import choose_damping, ridge
+from compress.stages._stage import StageConfig
+from compress.streaming.groups import LinearGroup
+
+
+class Refit(StageConfig):
+    """
+    held_out: the share of the calibration windows to choose on.
+    """
+
+    site: ClassVar = LinearGroup
+    after: ClassVar = ("fold_norms",)
+    stage: Literal["refit"] = "refit"
+    held_out: Annotated[float, Field(gt=0, le=0.5)] = 0.125
+
+    @property
+    def held_out_share(self) -> float:
+        return self.held_out
+
+    def apply(self, group: LinearGroup) -> None:
+        damping = choose_damping(group.fit, group.held_out, group.matrix, name=group.name, metric=group.metric)
+        if damping is None:
+            return
+        group.matrix = ridge(group.fit, group.matrix, damping, name=group.name)
+        group.damping = group.notes["damping"] = damping

@@ -1,0 +1,179 @@
+"""A group of linears and what it is to compute: the compressed prefix's inputs beside the dense model's outputs.
+
+The anchored view: a group is not to reproduce itself on the inputs it is given, but to turn them into what the dense
+model had at the same place. What is known of that are two second moments, gathered over the calibration windows apart
+for those it is fitted on and those held out:
+
+    readers of the stream (q, k, v | gate, up | head)    u = RMSNorm(z) of the compressed stream
+                                                         t = RMSNorm(x) of the dense stream
+    writers of the stream (o | down)                     u = (z,) their inputs in the compressed branch
+                                                         t = what takes the compressed stream to the dense one, encoded
+
+Readers have one unknown, the map from u to t: each linear is its dense weight after it, so a map is fitted once for all
+of them and the head costs no more than any. Writers are the unknown themselves. Where the linears have biases, u ends
+in a constant 1. Tokens count by the inverse mean square of the dense stream there, as the next norm will weigh them.
+
+Dimensions: k inputs, D the dense width, d the kept one. Matrices act from the right: u W.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, Float64, Int64
+from torch import Tensor, nn
+
+from compress.models.branch import Branch, set_bias, set_weight
+from compress.numerics.ridge import NormalEquations
+
+
+class EquationSums:
+    """Sums of u u^T and u t^T, apart for the windows to fit on and those held out."""
+
+    def __init__(self, inputs: int, targets: int, device: torch.device) -> None:
+        def zeros() -> NormalEquations:
+            G = torch.zeros(inputs, inputs, dtype=torch.float64, device=device)
+            return NormalEquations(G, G.new_zeros(inputs, targets), 0.0)
+
+        self.fit, self.held_out = zeros(), zeros()
+
+    def add(
+        self, u: Float[Tensor, "tokens k"], t: Float[Tensor, "tokens m"], *, weights: Tensor | None, held_out: bool
+    ) -> None:
+        sums = self.held_out if held_out else self.fit
+        u, t = u.double(), t.double()
+        weighted = u if weights is None else u * weights
+        sums.G.addmm_(weighted.T, u)
+        sums.B.addmm_(weighted.T, t)
+        tokens = len(u) if weights is None else float(weights.sum())
+        if held_out:
+            self.held_out = NormalEquations(sums.G, sums.B, sums.tokens + tokens)
+        else:
+            self.fit = NormalEquations(sums.G, sums.B, sums.tokens + tokens)
+
+
+def with_constant(u: Float[Tensor, "tokens k"], *, bias: bool) -> Float[Tensor, "tokens _"]:
+    return torch.cat([u, u.new_ones(len(u), 1)], dim=1) if bias else u
+
+
+@dataclass
+class LinearGroup:
+    """
+    name: as a user should read it, "block 3 mlp writers".
+    matrix: (k, targets); what the group now makes of u. A stage replaces it, `write` puts it into the linears.
+    damping: how strongly the matrix was drawn towards what it was, in units of the mean of fit.G's diagonal; later
+        stages judge changes by the same measure.
+    notes: what stages have to say about the group in the report.
+    """
+
+    name: str
+    branch: Branch
+    fit: NormalEquations
+    held_out: NormalEquations
+    matrix: Float64[Tensor, "k m"]
+    damping: float = 0.01
+    notes: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def metric(self) -> Float64[Tensor, "m m"] | None:
+        """S S^T where an error e of the targets counts as ||e S||^2; None where S is the identity."""
+        return None
+
+    def write(self) -> None:
+        raise NotImplementedError
+
+
+class Readers(LinearGroup):
+    """The linears that read the stream; they hold their dense weights until `write`. m = D."""
+
+    @property
+    def metric(self) -> Float64[Tensor, "D D"]:
+        """An error of the map counts as it shows in the outputs of all linears together."""
+        weights = [linear.weight.double() for linear in self.branch.readers.values()]
+        return torch.stack([W.T @ W for W in weights]).sum(0)
+
+    def write(self) -> None:
+        has_bias = all_biased(self.branch.readers.values())
+        through = self.matrix[:-1] if has_bias else self.matrix
+        for linear in self.branch.readers.values():
+            weight = linear.weight.double()
+            if has_bias:
+                set_bias(linear, linear.bias.double() + weight @ self.matrix[-1])
+            set_weight(linear, weight @ through.T)
+
+
+def all_biased(linears: Iterable[nn.Linear]) -> bool:
+    """Whether a constant can be fitted: only if every linear has a bias to hold it."""
+    return all(linear.bias is not None for linear in linears)
+
+
+class Writers(LinearGroup):
+    """The linears that write the stream, encoded already, and the shortcut before them where there is one. m = d."""
+
+    def write(self) -> None:
+        """One bias for all: the stream takes in only their sum."""
+        start = 0
+        for linear in writer_linears(self.branch):
+            set_weight(linear, self.matrix[start : start + linear.in_features].T)
+            start += linear.in_features
+        biases = [linear for linear in writer_linears(self.branch) if linear.bias is not None]
+        for place, linear in enumerate(biases):
+            set_bias(linear, self.matrix[-1] if place == 0 else torch.zeros_like(self.matrix[-1]))
+
+    def unit_inputs(self, kind: str) -> Int64[Tensor, "units inputs"] | None:
+        """The inputs of each unit of a kind; None where the branch has none."""
+        if kind not in self.branch.units:
+            return None
+        units, count = self.branch.units[kind]
+        linear, start = self.branch.writers[units.writer], 0
+        for other in writer_linears(self.branch):
+            if other is linear:
+                break
+            start += other.in_features
+        assert isinstance(linear, nn.Linear)
+        inputs = torch.arange(start, start + linear.in_features, device=self.matrix.device)
+        return inputs.view(count, -1)
+
+    def keep(self, kind: str, kept: Int64[Tensor, "kept"]) -> None:
+        """Delete all other units: from what produces them, from their writer and from the equations."""
+        units, count = self.branch.units[kind]
+        inputs = self.unit_inputs(kind)
+        assert inputs is not None
+        gone = torch.ones(count, dtype=torch.bool, device=inputs.device)
+        gone[kept] = False
+        rest = torch.ones(len(self.matrix), dtype=torch.bool, device=inputs.device)
+        rest[inputs[gone].flatten()] = False
+        stay = rest.nonzero()[:, 0]
+        self.matrix, self.fit, self.held_out = self.matrix[stay], self.fit.only(stay), self.held_out.only(stay)
+        writer = self.branch.writers[units.writer]
+        columns = kept_rows(writer.weight.shape[1], 1, count, kept)
+        set_weight(writer, writer.weight[:, columns])
+        for name, stacks in units.readers:
+            reader = self.branch.readers[name]
+            rows = kept_rows(reader.out_features, stacks, count, kept)
+            set_weight(reader, reader.weight[rows])
+            if reader.bias is not None:
+                set_bias(reader, reader.bias[rows])
+        self.branch.units = {**self.branch.units, kind: (units, len(kept))}
+
+
+def writer_linears(branch: Branch) -> list[nn.Linear]:
+    """What writes the stream after a branch, in the order of the group's inputs."""
+    linears = [linear for linear in branch.writers.values() if isinstance(linear, nn.Linear)]
+    return linears if branch.shortcut is None else [branch.shortcut, *linears]
+
+
+def kept_rows(size: int, stacks: int, count: int, kept: Int64[Tensor, "kept"]) -> Int64[Tensor, "rows"]:
+    """Of `size` rows, `stacks` times `count` units of neighbours: those of the kept units."""
+    rows = torch.arange(size, device=kept.device).view(stacks, count, -1)
+    return rows[:, kept].flatten()
+
+
+def writer_matrix(branch: Branch) -> Float64[Tensor, "k d"]:
+    """The matrix of a branch's writers as they are: their weights one below the other, then the sum of their biases."""
+    linears = writer_linears(branch)
+    rows = [linear.weight.double().T for linear in linears]
+    biases = [linear.bias.double() for linear in linears if linear.bias is not None]
+    if biases:
+        rows.append(torch.stack(biases).sum(0, keepdim=True))
+    return torch.cat(rows)

@@ -1,0 +1,14 @@
+"""The form in which finished branches are written: our own architecture's, or a stock one's."""
+
+from typing import Protocol, runtime_checkable
+
+from compress.models.branch import Branch
+
+
+@runtime_checkable
+class Layout(Protocol):
+    def directions(self, width: int) -> int:
+        """How many directions of the stream a hidden size of `width` has room for."""
+
+    def settle(self, branch: Branch) -> None:
+        """Bring a branch that nothing is done to any more into the written form, in place."""

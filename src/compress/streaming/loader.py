@@ -1,0 +1,56 @@
+"""The parts of a decoder filled from a checkpoint for as long as they are needed."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor
+
+from compress.models.decoder import Decoder
+from compress.streaming.weights import LazyWeights
+
+
+class PartLoader:
+    """`with loader.block(3): ...` has that block's weights in the decoder; behind it they are gone."""
+
+    def __init__(self, decoder: Decoder, weights: LazyWeights) -> None:
+        self.decoder = decoder
+        self.weights = weights
+
+    @contextmanager
+    def embeddings(self) -> Iterator[None]:
+        decoder = self.decoder
+        tensors = self.weights.read(decoder.embedding_names())
+        for table in decoder.family.embeddings:
+            decoder.fill_root(tensors, part=table)
+        yield
+        for table in decoder.family.embeddings:
+            decoder.empty(decoder.model.get_submodule(table))
+
+    @contextmanager
+    def block(self, index: int) -> Iterator[None]:
+        decoder, prefix = self.decoder, self.decoder.block_prefix(index)
+        tensors = self.weights.read(decoder.block_names(index))
+        decoder.fill(decoder.blocks[index], {name.removeprefix(prefix): tensor for name, tensor in tensors.items()})
+        yield
+        decoder.empty(decoder.blocks[index])
+
+    @contextmanager
+    def head(self) -> Iterator[None]:
+        decoder = self.decoder
+        tensors = self._head_tensors()
+        parts = (decoder.family.final_norm, decoder.family.head)
+        for part in parts:
+            decoder.fill_root(tensors, part=part)
+        yield
+        for part in parts:
+            decoder.empty(decoder.model.get_submodule(part))
+
+    def _head_tensors(self) -> dict[str, Tensor]:
+        """The final norm and the head; a tied head is the first embedding table under its own name."""
+        names = self.decoder.head_names()
+        head_weight = f"{self.decoder.family.head}.weight"
+        if self.weights.resolve(head_weight) is not None:
+            return self.weights.read(names)
+        table = self.decoder.embedding_names()[0]
+        tensors = self.weights.read([name for name in names if name != head_weight])
+        return tensors | {head_weight: self.weights.read([table])[table]}

@@ -1,0 +1,119 @@
+"""The calibration windows on their way through the decoder: the compressed prefix's stream, and the dense model's.
+
+Some windows, evenly spread, are held out: they walk along, but nothing is fitted on them.
+"""
+
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from compress.models.decoder import Arguments, Decoder
+from compress.streaming.cache import ActivationCache, cache_bytes
+from compress.streaming.interning import Interner
+
+
+@dataclass(frozen=True)
+class Batch:
+    index: int
+    ids: Int64[Tensor, "windows tokens"]
+    held_out: bool
+
+
+def split_windows(windows: Int64[Tensor, "windows tokens"], batch_size: int, held_out: int) -> list[Batch]:
+    """Batches of the windows in their order; `held_out` of them, evenly spread, in batches of their own at the end."""
+    apart = torch.zeros(len(windows), dtype=torch.bool)
+    apart[[(2 * i + 1) * len(windows) // (2 * held_out) for i in range(held_out)]] = True
+    tagged = [(ids, False) for ids in windows[~apart].split(batch_size)]
+    tagged += [(ids, True) for ids in windows[apart].split(batch_size) if held_out]
+    return [Batch(index, ids, is_held_out) for index, (ids, is_held_out) in enumerate(tagged)]
+
+
+@dataclass(frozen=True)
+class CacheFolder:
+    """Makes caches: on the device where they fit, in memory up to `memory` bytes each, in files under `scratch`."""
+
+    decoder: Decoder
+    scratch: Path
+
+    def new(self, name: str, batches: list[Batch], memory: int, *, copies: int = 1) -> ActivationCache:
+        decoder = self.decoder
+        shapes = [(len(batch.ids), batch.ids.shape[1]) for batch in batches]
+        needed = sum(cache_bytes(*shape, decoder.dense_width, decoder.dtype) for shape in shapes)
+        on_device = decoder.device.type == "cuda" and self._device_holds(needed * copies)
+        return ActivationCache(
+            shapes,
+            decoder.dense_width,
+            decoder.dtype,
+            device=decoder.device if on_device else torch.device("cpu"),
+            file=scratch_file(self.scratch, name) if needed > memory and not on_device else None,
+        )
+
+    def _device_holds(self, needed: int) -> bool:
+        free: int = torch.cuda.mem_get_info(self.decoder.device)[0]
+        return needed < free // 3
+
+
+def scratch_file(folder: Path, name: str) -> Path:
+    """A new file that is nobody else's, whatever lies in the folder."""
+    handle, path = tempfile.mkstemp(prefix=f"activations-{name}-", dir=folder)
+    os.close(handle)
+    return Path(path)
+
+
+class Streams:
+    """
+    compressed: in the present basis, (windows, tokens, d) a batch. dense: (windows, tokens, D), None where no stage
+    compares with it. arguments: what each block is called with besides the stream, by batch.
+    """
+
+    def __init__(self, decoder: Decoder, batches: list[Batch], caches: CacheFolder, *, dense: bool, memory: int):
+        self.decoder = decoder
+        self.batches = batches
+        share = memory // (2 if dense else 1)
+        self.compressed = caches.new("stream", batches, share, copies=2)
+        self.dense = caches.new("dense", batches, share, copies=2) if dense else None
+        self.arguments: list[list[Arguments]] = []
+
+    def embed(self) -> None:
+        """Both streams as the embeddings, which must be in the decoder, give them."""
+        for batch, stream in zip(self.batches, self._record(), strict=True):
+            self.compressed.put(batch.index, stream)
+            if self.dense is not None:
+                self.dense.put(batch.index, stream)
+
+    def record_arguments(self) -> None:
+        """Note what the blocks are called with; the embeddings must be in the decoder."""
+        for _ in self._record():
+            pass
+
+    def _record(self) -> Iterator[Tensor]:
+        intern, self.arguments = Interner(), []
+        for batch in self.batches:
+            stream, arguments = self.decoder.embed(batch.ids)
+            self.arguments.append(intern(arguments))
+            yield stream
+
+    def now(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """A batch of the compressed stream and of the dense one, on the device."""
+        device = self.decoder.device
+        dense = None if self.dense is None else self.dense.get(batch.index, device)
+        return self.compressed.get(batch.index, device), dense
+
+    def state(self) -> dict[str, Tensor]:
+        return {f"{name}.{i}": cache.stored(i).cpu() for name, cache in self._caches() for i in range(len(cache))}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        for name, cache in self._caches():
+            for i in range(len(cache)):
+                # A copy: tensors of a file lie unaligned, and products of matrices round differently there.
+                cache.put(i, state[f"{name}.{i}"].clone())
+
+    def _caches(self) -> list[tuple[str, ActivationCache]]:
+        named = [("stream", self.compressed), ("dense", self.dense)]
+        return [(name, cache) for name, cache in named if cache is not None]

@@ -1,0 +1,202 @@
+"""One look at the whole dense model before anything is changed: where its stream lives and what its loss feels there.
+
+For a basis that all layers share, the second moment of the normalised stream at every norm of the model is needed, and
+that of the loss's gradient at the same places. Both come from one pass forward and one backward, a block at a time: the
+inputs of every few blocks are kept, those between are computed again on the way back, and no weight is ever changed.
+
+The loss is the cross-entropy of the next token of the calibration text. The gradient is that by the normalised stream,
+n = x / rms(x): dL/dn = rms(x) dL/dx, with rms(x) taken as given. A LayerNorm model's stream is taken without its mean,
+which no LayerNorm lets pass.
+"""
+
+import enum
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor
+
+from compress.models.branch import Branch
+from compress.models.decoder import Arguments, Decoder
+from compress.streaming.cache import ActivationCache
+from compress.streaming.interning import Interner
+from compress.streaming.loader import PartLoader
+from compress.streaming.streams import Batch, CacheFolder
+
+
+class SurveyNeed(enum.IntEnum):
+    """What a stage needs to know of the whole dense model; each includes what comes before it."""
+
+    NONE = 0
+    STREAM = 1
+    GRADIENT = 2
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Sums over all points of the stream of the mean per token, D the dense width."""
+
+    moment: Float64[Tensor, "D D"]
+    gradient: Float64[Tensor, "D D"] | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        named = {"moment": self.moment, "gradient": self.gradient}
+        return {name: tensor.cpu() for name, tensor in named.items() if tensor is not None}
+
+
+class Surveyor:
+    """
+    memory: bytes of activations to hold in memory; past it they go to disk.
+    """
+
+    def __init__(
+        self, decoder: Decoder, loader: PartLoader, batches: list[Batch], caches: CacheFolder, *, memory: int
+    ) -> None:
+        self.decoder = decoder
+        self.loader = loader
+        self.batches = batches
+        self.caches = caches
+        self.tokens = sum(batch.ids.numel() for batch in batches)
+        stream_bytes = self.tokens * decoder.dense_width * decoder.dtype.itemsize
+        self.segment = segment_length(self.num_blocks, stream_bytes, memory)
+        self.copies = num_kept(self.num_blocks, self.segment)
+        self.share = memory // self.copies
+        self.arguments: list[list[Arguments]] = []
+        width = decoder.dense_width
+        self.moment = torch.zeros(width, width, dtype=torch.float64, device=decoder.device)
+        self.gradient = torch.zeros_like(self.moment)
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.decoder.blocks)
+
+    def run(self, *, gradient: bool, progress: Callable[[], None] = lambda: None) -> Survey:
+        """`progress` hears of every block, once on the way there and once on the way back."""
+        kept: dict[int, ActivationCache] = {}
+        stream = self._embed()
+        for block in range(self.num_blocks):
+            if gradient and block % self.segment == 0:
+                kept[block] = self._copy(stream, f"kept-{block}")
+            self._forward(block, stream, count=True)
+            progress()
+        if not gradient:
+            return Survey(self.moment)
+        self._start_backward(stream)
+        for start in sorted(kept, reverse=True):
+            inputs = self._segment_inputs(start, kept.pop(start))
+            for block in reversed(range(start, start + len(inputs))):
+                self._backward(block, inputs.pop(), stream)
+                progress()
+        return Survey(self.moment, self.gradient)
+
+    @torch.no_grad()
+    def _embed(self) -> ActivationCache:
+        stream, intern = self._new_cache("survey"), Interner()
+        with self.loader.embeddings():
+            for batch in self.batches:
+                embedded, arguments = self.decoder.embed(batch.ids)
+                stream.put(batch.index, embedded)
+                self.arguments.append(intern(arguments))
+                self._count(embedded)
+        return stream
+
+    @torch.no_grad()
+    def _forward(self, block: int, stream: ActivationCache, *, count: bool) -> None:
+        """Advance the stream through a block; `count` its points in the moment."""
+        with self.loader.block(block):
+            branches = self.decoder.block_branches(block)
+            for i in range(len(self.batches)):
+                x = stream.get(i, self.decoder.device)
+                for branch in branches:
+                    x = x + self._run(branch, x, i, block)
+                    if count:
+                        self._count(x)
+                stream.put(i, x)
+
+    def _segment_inputs(self, start: int, first: ActivationCache) -> list[ActivationCache]:
+        """The inputs of a segment's blocks, computed again from the first one's."""
+        inputs = [first]
+        for block in range(start, min(start + self.segment, self.num_blocks) - 1):
+            following = self._copy(inputs[-1], f"segment-{block}")
+            self._forward(block, following, count=False)
+            inputs.append(following)
+        return inputs
+
+    def _start_backward(self, stream: ActivationCache) -> None:
+        """Turn the last stream into the loss's gradient by it, in place."""
+        with self.loader.head():
+            for batch in self.batches:
+                x = stream.get(batch.index, self.decoder.device)
+                pairs = zip(x.split(1), batch.ids.split(1), strict=True)
+                gradient = torch.cat([self._loss_gradient(row, ids) for row, ids in pairs])
+                self._count(x, gradient)
+                stream.put(batch.index, gradient)
+
+    def _loss_gradient(self, x: Float[Tensor, "1 tokens D"], ids: Tensor) -> Float[Tensor, "1 tokens D"]:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            logits = self.decoder.logits(x)[0, :-1].float()
+            loss = torch.nn.functional.cross_entropy(logits, ids[0, 1:].to(logits.device), reduction="sum")
+            return torch.autograd.grad(loss, x)[0]
+
+    def _backward(self, block: int, inputs: ActivationCache, gradients: ActivationCache) -> None:
+        """Take the gradients from a block's output to its input, counting them at each point on the way."""
+        with self.loader.block(block), torch.enable_grad():
+            branches = self.decoder.block_branches(block)
+            for i in range(len(self.batches)):
+                points = [inputs.get(i, self.decoder.device).detach().requires_grad_()]
+                for branch in branches:
+                    points.append(points[-1] + self._run(branch, points[-1], i, block))
+                behind = gradients.get(i, self.decoder.device)
+                before = torch.autograd.grad(points[-1], points[:-1], behind)
+                for point, gradient in zip(points[:-1], before, strict=True):
+                    self._count(point.detach(), gradient)
+                gradients.put(i, before[0].detach())
+
+    def _run(self, branch: Branch, x: Tensor, batch: int, block: int) -> Tensor:
+        assert branch.run is not None
+        update: Tensor = branch.run(x, self.arguments[batch][block])
+        return update
+
+    @torch.no_grad()
+    def _count(self, x: Float[Tensor, "*batch D"], gradient: Float[Tensor, "*batch D"] | None = None) -> None:
+        """A point's tokens, or the gradients there, into the sums."""
+        rows = x.reshape(-1, x.shape[-1]).double()
+        if self.decoder.family.norm == "layer":
+            rows = rows - rows.mean(-1, keepdim=True)
+        rms = torch.sqrt(rows.square().mean(-1, keepdim=True) + self.decoder.family.epsilon(self.decoder.config))
+        if gradient is None:
+            rows, sums = rows / rms, self.moment
+        else:
+            rows, sums = gradient.reshape(rows.shape).double() * rms, self.gradient
+        sums.addmm_(rows.T, rows, alpha=1 / self.tokens)
+
+    def _copy(self, stream: ActivationCache, name: str) -> ActivationCache:
+        copy = self._new_cache(name)
+        for i in range(len(stream)):
+            copy.put(i, stream.stored(i).clone())
+        return copy
+
+    def _new_cache(self, name: str) -> ActivationCache:
+        return self.caches.new(name, self.batches, self.share, copies=self.copies)
+
+
+def num_kept(num_blocks: int, segment: int) -> int:
+    """Streams held at once: one at the start of each segment, those within one, and the one that walks."""
+    return math.ceil(num_blocks / segment) + segment
+
+
+def segment_length(num_blocks: int, stream_bytes: int, memory: int) -> int:
+    """How many blocks lie between kept inputs: as few as memory allows, at most the square root of all.
+
+    What memory cannot hold even then goes to disk.
+    """
+    root = math.isqrt(num_blocks - 1) + 1
+    return next((s for s in range(1, root) if num_kept(num_blocks, s) * stream_bytes <= memory), root)
+
+
+def kept_streams(num_blocks: int, stream_bytes: int, memory: int) -> int:
+    """How many streams a survey with gradients holds at once."""
+    return num_kept(num_blocks, segment_length(num_blocks, stream_bytes, memory))
