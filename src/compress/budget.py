@@ -110,16 +110,21 @@ def ladders(space: Space) -> dict[str, list[int]]:
 
 def largest_fitting(space: Space, fits: Callable[[Counts], bool]) -> Iterator[tuple[dict[str, int], Shape]]:
     """For all counts of the other open kinds, the largest of the last one that fits; none that another contains."""
-    *outer, last = ladders(space).items()
+    *outer, (kind, ladder) = ladders(space).items()
     found: list[dict[str, int]] = []
+
+    def is_contained(counts: Counts) -> bool:
+        return any(all(other[name] >= counts[name] for name in counts) for other in found)
+
+    # Downwards, so that what contains another comes before it, and the many small ones are never measured.
     for counts in combinations(outer):
-        kind, ladder = last
+        if is_contained({**counts, kind: ladder[-1]}):
+            continue
         place = number_fitting(ladder, kind, counts, fits)
-        if place and legal(space, counts := {**counts, kind: ladder[place - 1]}):
-            found.append(counts)
-    for counts in found:
-        if not any(other is not counts and all(other[kind] >= counts[kind] for kind in counts) for other in found):
-            yield counts, space.shape(counts)
+        largest = {**counts, kind: ladder[place - 1]}
+        if place and not is_contained(largest) and legal(space, largest):
+            found.append(largest)
+            yield largest, space.shape(largest)
 
 
 def number_fitting(ladder: Sequence[int], kind: str, counts: Counts, fits: Callable[[Counts], bool]) -> int:
@@ -128,8 +133,9 @@ def number_fitting(ladder: Sequence[int], kind: str, counts: Counts, fits: Calla
 
 
 def combinations(ladders: Sequence[tuple[str, list[int]]]) -> Iterator[dict[str, int]]:
+    """All combinations of counts, the largest first."""
     names = [kind for kind, _ in ladders]
-    for values in itertools.product(*(ladder for _, ladder in ladders)):
+    for values in itertools.product(*(ladder[::-1] for _, ladder in ladders)):
         yield dict(zip(names, values, strict=True))
 
 

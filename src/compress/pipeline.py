@@ -15,6 +15,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
+from torch import Tensor
+
 from compress import search
 from compress.assembly import new_walk, restored, take_survey
 from compress.checkpoints import files
@@ -224,8 +227,16 @@ def _result(
         seconds=seconds,
         difference=difference,
         resumed_parts=resumed,
-        notes=prepared.plan.notes,
+        notes=prepared.plan.notes + export_notes(prepared.job),
     )
+
+
+def export_notes(job: Job) -> list[str]:
+    if job.export != "gguf":
+        return []
+    from compress.checkpoints.gguf import reader_notes
+
+    return reader_notes(job.out)
 
 
 def _write_part(journal: Journal, part: FinishedPart, walk: Walk) -> None:
@@ -260,9 +271,20 @@ def _complete(prepared: Prepared, walk: Walk, journal: Journal) -> tuple[dict[st
         ids, logits = walk.probe_ids, walk.probe
         assert logits is not None
         difference = verify(partial, ids, logits, memory=max(prepared.plan.memory_bytes, SMALL))
+        if job.export == "gguf":
+            export_gguf(partial, job.out.name, ids, logits, memory=prepared.plan.memory_bytes)
     journal.forget()
     publish(partial, job.out)
     return facts, difference
+
+
+def export_gguf(folder: Path, name: str, ids: Tensor, logits: Tensor, *, memory: int) -> None:
+    """A GGUF file of the finished checkpoint, in its folder, read back before it counts."""
+    from compress.checkpoints.gguf import verify_gguf, write_gguf
+
+    file = folder / f"{name}.gguf"
+    write_gguf(folder, file, name=name)
+    verify_gguf(folder, file, ids, logits, memory=max(memory, psutil.virtual_memory().available // 2))
 
 
 def _facts(prepared: Prepared, journal: Journal) -> dict[str, Any]:

@@ -68,6 +68,11 @@ class Plan:
             choices=[],
         )
 
+    @property
+    def shape(self) -> Shape:
+        """The shape of the result, at its dense width where the data decides."""
+        return Shape(tuple(width or self.target.dense.hidden_size for width in self.widths), self.units)
+
     def to_dict(self) -> dict[str, Any]:
         open_widths = bool(self.choices)
         return {

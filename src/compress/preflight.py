@@ -61,6 +61,9 @@ def prepare(job: Job) -> Prepared:
             check_memory(plan.memory_bytes)
         with faults.noted():
             weights = open_weights(folder, config, family)
+        if job.export == "gguf":
+            with faults.noted():
+                check_gguf(plan, folder)
     with faults.noted():
         windows = read_windows(job, folder)
         check_vocabulary(windows, config, folder)
@@ -170,6 +173,14 @@ def check_memory(needed: int) -> None:
             f"The run needs {needed / 1e9:.1f} GB of memory, this machine has {total / 1e9:.1f} GB. "
             "Use fewer --samples, a shorter --seq-len or a smaller --cache-memory."
         )
+
+
+def check_gguf(plan: Plan, folder: Path) -> None:
+    """That what will be written can be said in a GGUF file."""
+    from compress.checkpoints.gguf import check_exportable
+
+    shape = plan.choices[0].shape if plan.choices else plan.shape
+    check_exportable(plan.target.config(shape, torch.float32), folder)
 
 
 def open_weights(folder: Path, config: Any, family: families.Family) -> LazyWeights:

@@ -22,6 +22,7 @@ def identity(prepared: Prepared) -> dict[str, Any]:
         "model": input_fingerprint(prepared.folder, prepared.weights),
         "calibration text": fingerprint(prepared.windows),
         "versions": versions(),
+        "export": job.export,
         "device": job.device.type,
         "batch size": job.batch_size,
         "dtype": str(prepared.precision.written).removeprefix("torch."),

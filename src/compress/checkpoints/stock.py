@@ -50,13 +50,13 @@ class StockTarget:
         return ()
 
     @property
-    def shape(self) -> StockShape:
+    def rules(self) -> StockShape:
         assert self.family.stock is not None
         return self.family.stock
 
     @property
     def model_type(self) -> str:
-        return self.shape.written_as or self.dense.model_type
+        return self.rules.written_as or self.dense.model_type
 
     def config(self, shape: Shape, dtype: torch.dtype) -> Any:
         dense, width = self.dense, shape.widths[0]
@@ -68,12 +68,12 @@ class StockTarget:
             str(self.family.norm_eps): self.family.epsilon(dense) * dense.hidden_size / width,
             "architectures": [self.architecture],
             "dtype": dtype,
-            **self.shape.adds,
+            **self.rules.adds,
         }
         for branch in self.family.branches:
             changes |= {units.count: shape.units[units.kind] for units in branch.units}
         # Built anew, so that the config class sees the final values together; what it has no key for, it does not get.
-        known = AutoConfig.for_model(self.model_type).to_dict().keys() if self.shape.written_as else None
+        known = AutoConfig.for_model(self.model_type).to_dict().keys() if self.rules.written_as else None
         data = {key: value for key, value in dense.to_dict().items() if known is None or key in known}
         config = AutoConfig.for_model(**data | {"model_type": self.model_type} | changes)
         config.name_or_path = ""  # a path of the machine it was made on
@@ -93,7 +93,7 @@ class StockTarget:
         return StockLayout(self.family, dtype)
 
     def steps(self) -> Mapping[str, int]:
-        heads = self.dense.num_attention_heads if self.shape.heads_divide_width else 1
+        heads = self.dense.num_attention_heads if self.rules.heads_divide_width else 1
         units = dense_units(self.dense, self.family)
         finest = {"hidden": usual_step(self.dense.hidden_size, heads, at_least=16), "kv_groups": 1}
         return finest | {"neurons": usual_step(units["neurons"], 1, at_least=64)}
@@ -102,7 +102,7 @@ class StockTarget:
         if len(set(shape.widths)) > 1:
             return [ONE_WIDTH]
         width, heads = shape.widths[0], self.num_heads(shape)
-        if self.shape.heads_divide_width and width % heads:
+        if self.rules.heads_divide_width and width % heads:
             return [
                 f"A hidden size of {width} is no multiple of the {heads} attention heads, as {self.architecture} "
                 f"asks for. Use --round-to {heads}."

@@ -30,9 +30,12 @@ class Shape:
 @runtime_checkable
 class Target(Protocol):
     """
-    architecture: the name of the class. is_stock: transformers loads it without our code.
-    carried: modeling files the checkpoint takes along.
+    dense: the config of the dense model. architecture: the name of the class.
+    is_stock: transformers loads it without our code. carried: modeling files the checkpoint takes along.
     """
+
+    @property
+    def dense(self) -> Any: ...
 
     @property
     def architecture(self) -> str: ...

@@ -18,6 +18,7 @@ Dimensions: k inputs, D the dense width, d the kept one. Matrices act from the r
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Float, Float64, Int64
@@ -80,7 +81,15 @@ class LinearGroup:
         return None
 
     def write(self) -> None:
+        """Put the matrix into the linears."""
         raise NotImplementedError
+
+    def close(self) -> dict[str, Any]:
+        """What the report says of the group. Its matrices are let go: they are the largest there are beside a block."""
+        nothing = self.matrix.new_zeros(0, 0)
+        self.fit = self.held_out = NormalEquations(nothing, nothing, 0.0)
+        self.matrix = nothing
+        return {"group": self.name, **self.notes}
 
 
 class Readers(LinearGroup):

@@ -157,6 +157,7 @@ def write_tensors(file: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
     unfinished = file.with_suffix(".unfinished")
     try:
         save_file({name: tensor.detach() for name, tensor in tensors.items()}, unfinished, metadata={"format": "pt"})
+        unfinished.chmod(new_file_mode())  # safetensors makes files that only their owner may read
         with unfinished.open("rb") as opened:
             os.fsync(opened.fileno())
         unfinished.replace(file)
@@ -166,6 +167,13 @@ def write_tensors(file: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
             f"{file} cannot be written ({error}). Free space or choose another --out; --resume goes on from here."
         ) from error
     return {"file": file.name, "bytes": file.stat().st_size, "sha256": sha256(file)}
+
+
+def new_file_mode() -> int:
+    """What the user's umask gives a new file."""
+    umask = os.umask(0)
+    os.umask(umask)
+    return 0o666 & ~umask
 
 
 def sha256(file: Path) -> str:

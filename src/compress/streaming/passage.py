@@ -15,6 +15,7 @@ encode (D, d).
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float, Float64
@@ -42,6 +43,7 @@ from compress.streaming.stopwatch import Stopwatch
 from compress.streaming.streams import Batch, Streams
 
 Gathered = dict[Need, Accumulator]
+Report = dict[str, Any]
 
 
 class Passage:
@@ -83,32 +85,30 @@ class Passage:
         self._change_basis(branch, point)
         self.layout.settle(branch)
 
-    def through(self, branch: Branch, point: StreamPoint, block: int) -> list[LinearGroup]:
-        """A branch of a block, from the point before it to `point`; the groups that stages worked on."""
+    def through(self, branch: Branch, point: StreamPoint, block: int) -> list[Report]:
+        """A branch of a block, from the point before it to `point`; reports on the groups that stages worked on."""
         self._apply(branch)
-        groups: list[LinearGroup] = []
-        if self.fits_groups:
-            groups.append(self._readers(branch))
+        readers = self._readers(branch) if self.fits_groups else None
         self._advance_dense(branch, block)
-        self._enter(branch, groups)
-        if not self.fits_groups:
+        reports = self._enter(branch, readers)
+        if self.fits_groups:
+            reports += self._fit_writers(branch, point, block)
+            self._advance(branch, block)
+        else:
             self._run_wide(branch, point, block)
             self._change_basis(branch, point)
-        else:
-            groups.append(self._writers(branch, point, block))
-            self._advance(branch, block)
         self.layout.settle(branch)
-        return groups
+        return reports
 
-    def read_out(self, head: Branch) -> tuple[list[LinearGroup], float | None]:
+    def read_out(self, head: Branch) -> tuple[list[Report], float | None]:
         """The head, and the divergence of its logits from the dense model's on held-out windows."""
         self._apply(head)
-        groups: list[LinearGroup] = [self._readers(head)] if self.fits_groups else []
+        readers = self._readers(head) if self.fits_groups else None
         dense = copy_linears(head.readers.values())
-        self._enter(head, groups)
+        reports = self._enter(head, readers)
         divergence = self._divergence(head, dense)
         self.layout.settle(head)
-        return groups, divergence
+        return reports, divergence
 
     def _apply(self, site: Branch | LinearGroup | StreamPoint) -> None:
         for stage in self.stages:
@@ -134,12 +134,14 @@ class Passage:
             self._apply(group)
         return group
 
-    def _enter(self, branch: Branch, groups: Sequence[LinearGroup]) -> None:
+    def _enter(self, branch: Branch, readers: Readers | None) -> list[Report]:
         """Let the readers take the compressed stream."""
-        for readers in groups:
+        if readers is not None:
             readers.write()
-        if not groups and self.decode is not None:
+            return [readers.close()]
+        if self.decode is not None:
             read_through(branch, self.decode)
+        return []
 
     def _advance_dense(self, branch: Branch, block: int) -> None:
         if self.streams.dense is None or branch.run is None:
@@ -164,7 +166,7 @@ class Passage:
                     accumulator.add(wide, dense)
         self._decide(point, gathered)
 
-    def _writers(self, branch: Branch, point: StreamPoint, block: int) -> Writers:
+    def _fit_writers(self, branch: Branch, point: StreamPoint, block: int) -> list[Report]:
         """Run the branch to see what its writers are given; encode and fit them."""
         d_in = self.streams.compressed.stored(0).shape[-1]
         sums, gathered = self._gather_writers(branch, point, block)
@@ -176,7 +178,7 @@ class Passage:
         with self.clock("solve"):
             self._apply(group)
         group.write()
-        return group
+        return [group.close()]
 
     def _gather_writers(self, branch: Branch, point: StreamPoint, block: int) -> tuple[EquationSums, Gathered]:
         """Second moments of (z, inputs of the writers, 1), and with the dense stream; the point's statistics beside."""

@@ -17,11 +17,10 @@ from torch import Tensor, nn
 from compress.errors import NumericalError
 from compress.models.decoder import Arguments, Decoder
 from compress.numerics.frames import Frame
-from compress.streaming.groups import LinearGroup
 from compress.streaming.layout import Layout
 from compress.streaming.loader import PartLoader
 from compress.streaming.memory import return_large_blocks
-from compress.streaming.passage import Passage, num_streams
+from compress.streaming.passage import Passage, Report, num_streams
 from compress.streaming.sites import Stage, StreamPoint, WholeModel, stream_points
 from compress.streaming.stopwatch import Stopwatch
 from compress.streaming.streams import CacheFolder, Streams, split_windows
@@ -157,7 +156,7 @@ class Walk:
         with self._loaded(self.loader.block(index)):
             branches = decoder.block_branches(index)
             first = 1 + index * len(branches)
-            points, groups = self.points[first : first + len(branches)], list[LinearGroup]()
+            points, groups = self.points[first : first + len(branches)], list[Report]()
             for branch, point in zip(branches, points, strict=True):
                 groups += self.passage.through(branch, point, index)
             tensors = named_parameters(decoder.block_prefix(index), block)
@@ -194,7 +193,7 @@ class Walk:
         tensors: Mapping[str, Tensor],
         *,
         points: Sequence[StreamPoint] = (),
-        groups: Sequence[LinearGroup] = (),
+        groups: Sequence[Report] = (),
     ) -> FinishedPart:
         """Round a part's weights to the output dtype, in the module too: the probe sees what will be read back."""
         rounded = {key: tensor.to(self.settings.output_dtype).cpu().contiguous() for key, tensor in tensors.items()}
@@ -205,8 +204,7 @@ class Walk:
                     "Try --dtype bfloat16 or float32."
                 )
             tensors[key].copy_(tensor)
-        reports = [{"group": group.name, **group.notes} for group in groups if group.notes]
-        return FinishedPart(index, name, rounded, [point.close() for point in points], reports)
+        return FinishedPart(index, name, rounded, [point.close() for point in points], list(groups))
 
     def _record_probe(self) -> None:
         _, self.probe_arguments = self.decoder.embed(self.probe_ids)

@@ -1,0 +1,103 @@
+"""The file itself, by gguf's writer. Imported only where the package gguf is known to be."""
+
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import gguf
+import torch
+from torch import Tensor
+
+from compress.checkpoints.gguf.llama import Entry, Model
+from compress.checkpoints.gguf.vocabulary import Vocabulary
+
+TENSOR_TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+FILE_TYPES = {torch.float32: "ALL_F32", torch.float16: "MOSTLY_F16", torch.bfloat16: "MOSTLY_BF16"}
+
+
+class Writer(gguf.GGUFWriter):
+    """Also writes empty arrays: llama.cpp wants a list of merges even of a tokenizer that merges none."""
+
+    def _pack_val(self, val: Any, vtype: Any, *options: Any, **named: Any) -> bytes:
+        if vtype == gguf.GGUFValueType.ARRAY and len(val) == 0:
+            kinds = [self._pack("I", kind) for kind in (gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.STRING)]
+            return b"".join([*kinds, self._pack("Q", 0)])
+        packed: bytes = super()._pack_val(val, vtype, *options, **named)
+        return packed
+
+
+def write_container(file: Path, model: Model, vocabulary: Vocabulary, name: str) -> None:
+    """Raises OSError when the file cannot be written; what there is of it then is the caller's to delete."""
+    writer = Writer(file, "llama")
+    try:
+        describe_model(writer, model, name)
+        describe_vocabulary(writer, vocabulary)
+        write_entries(writer, model.entries)
+        writer.close()
+    finally:
+        # After an error, what a full disk says again on closing is known.
+        with suppress(OSError):
+            writer.close()
+
+
+def describe_model(writer: Writer, model: Model, name: str) -> None:
+    config = model.config
+    # transformers takes a model of this very name for its class Mistral, which its reader then does not know.
+    writer.add_name("Mistral" if name == "mistral" else name)
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[model.usual_dtype]])
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(float(model.rope["rope_theta"]))
+    if model.rope["rope_type"] == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(float(model.rope["factor"]))
+
+
+def describe_vocabulary(writer: Writer, vocabulary: Vocabulary) -> None:
+    writer.add_tokenizer_model(vocabulary.kind)
+    writer.add_tokenizer_pre(vocabulary.cut)
+    writer.add_token_list(vocabulary.tokens)
+    writer.add_token_types(vocabulary.types)
+    if vocabulary.scores is not None:
+        writer.add_token_scores(vocabulary.scores)
+        writer.add_add_space_prefix(True)
+    # SentencePiece's too: llama.cpp has the scores, transformers would have to guess the merges from them.
+    writer.add_key_value("tokenizer.ggml.merges", vocabulary.merges, gguf.GGUFValueType.ARRAY)
+    for kind, number in vocabulary.ids.items():
+        getattr(writer, f"add_{kind}_token_id")(number)
+    writer.add_add_bos_token(vocabulary.adds_bos)
+    writer.add_add_eos_token(vocabulary.adds_eos)
+    if vocabulary.templates:
+        writer.add_chat_template(vocabulary.templates)
+
+
+def write_entries(writer: Writer, entries: Iterable[Entry]) -> None:
+    """Header, table, then the tensors one after another."""
+    unused: Any = None  # the type as numpy's, which has no bfloat16
+    for entry in entries:
+        kind = gguf.GGMLQuantizationType[TENSOR_TYPES[entry.dtype]]
+        nbytes = entry.shape.numel() * entry.dtype.itemsize
+        writer.add_tensor_info(entry.name, tuple(entry.shape), unused, nbytes, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for entry in entries:
+        # In a function of its own: a name here would keep one tensor while the next is read.
+        write_tensor(writer, entry.read().contiguous())
+
+
+def write_tensor(writer: Writer, tensor: Tensor) -> None:
+    # numpy has no bfloat16; its bits are written.
+    bits = tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
+    writer.write_tensor_data(bits.numpy())
