@@ -74,6 +74,8 @@ class Space:
         return self._count(shape, lambda model: disk_bytes(model, self.dtype))
 
     def _count(self, shape: Shape, measure: Callable[[PreTrainedModel], int]) -> int:
+        if len(set(shape.widths[:-1])) > 1:  # blocks that are not alike
+            return measure(self.target.model(shape))
         blocks = self.points[0].num_blocks
         return by_depth(lambda depth: self.target.model(shape, num_blocks=depth), blocks, measure)
 
@@ -90,21 +92,28 @@ def choices(space: Space, budget: Budget, dense: Size) -> list[Choice]:
         for counts, shape in largest_fitting(space, lambda counts: measure(space.shape(counts)) <= limit)
     ]
     if not fitting:
-        smallest = space.shape({kind: steps[0] for kind, steps in ladders(space).items()})
-        unit = "bytes" if budget.target_size else "parameters"
-        raise UsageError(
-            f"The budget of {limit:,} {unit} cannot be kept: the least this recipe can come to is "
-            f"{measure(smallest):,}. Allow more."
-        )
+        raise UsageError(why_nothing_fits(space, limit, measure, "bytes" if budget.target_size else "parameters"))
     return sorted(fitting, key=lambda choice: sorted(choice.counts.items()))
+
+
+def why_nothing_fits(space: Space, limit: int, measure: Callable[[Shape], int], unit: str) -> str:
+    """What the least legal shape comes to; where there is none, what is wrong with all."""
+    shapes = [space.shape(counts) for counts in combinations([*ladders(space).items()])]
+    smallest = next((shape for shape in reversed(shapes) if not space.target.faults(shape)), None)
+    if smallest is None:
+        return "\n".join(space.target.faults(shapes[0]))
+    return (
+        f"The budget of {limit:,} {unit} cannot be kept: the least this recipe can come to is "
+        f"{measure(smallest):,}. Allow more."
+    )
 
 
 def ladders(space: Space) -> dict[str, list[int]]:
     """The legal counts of each open kind, increasing."""
-    steps, dense = space.target.steps(), {"hidden": space.points[0].dense_width, **space.units}
-    opened = {kind for stage in space.stages if (kind := stage.opens)}
+    dense = {"hidden": space.points[0].dense_width, **space.units}
+    steps = {kind: stage.step for stage in space.stages if (kind := stage.opens)}
     # Neurons come last: they are the finest, so that they can fill a budget up.
-    kinds = [kind for kind in ("kv_groups", "hidden", "neurons") if kind in opened]
+    kinds = [kind for kind in ("kv_groups", "hidden", "neurons") if kind in steps]
     return {kind: sorted({*range(steps[kind], dense[kind] + 1, steps[kind]), dense[kind]}) for kind in kinds}
 
 
@@ -120,9 +129,9 @@ def largest_fitting(space: Space, fits: Callable[[Counts], bool]) -> Iterator[tu
     for counts in combinations(outer):
         if is_contained({**counts, kind: ladder[-1]}):
             continue
-        place = number_fitting(ladder, kind, counts, fits)
-        largest = {**counts, kind: ladder[place - 1]}
-        if place and not is_contained(largest) and legal(space, largest):
+        rungs = [count for count in ladder if legal(space, {**counts, kind: count})]
+        place = number_fitting(rungs, kind, counts, fits)
+        if place and not is_contained(largest := {**counts, kind: rungs[place - 1]}):
             found.append(largest)
             yield largest, space.shape(largest)
 

@@ -137,10 +137,12 @@ def make_plan(
     sliced: Size | None = None
     if recipe.budget is not None:
         found = choices(space, recipe.budget, dense)
+        if deletes_nothing(found[0].shape, points, units):
+            raise UsageError("The budget deletes nothing: the whole model fits under it. Allow less.")
     elif len(known) == len(widths):
         shape = Shape(tuple(known), kept)
         report(target.faults(shape))
-        if all(width == config.hidden_size for width in known) and kept == units:
+        if deletes_nothing(shape, points, units):
             raise UsageError("The recipe deletes nothing: every width stays as it is. Add a slice stage.")
         sliced = space.full_size(shape)
     largest = sliced or max((choice.size for choice in found), key=lambda size: size.bytes, default=dense)
@@ -158,6 +160,10 @@ def make_plan(
         disk_bytes=largest.bytes + disk,
     )
     return plan.chosen(found[0]) if len(found) == 1 else plan
+
+
+def deletes_nothing(shape: Shape, points: Sequence[StreamPoint], units: Mapping[str, int]) -> bool:
+    return all(width == points[0].dense_width for width in shape.widths) and shape.units == units
 
 
 def report(faults: Sequence[str]) -> None:

@@ -86,6 +86,8 @@ class Recipe(BaseModel):
             raise ValueError(f"{opened[0]} is not told how much to keep; give it a ratio, or the recipe a budget")
         if self.budget is not None and not opened:
             raise ValueError("the recipe has a budget, but every stage says how much it keeps; leave one open")
+        if self.held_out_windows >= self.calibration.samples:
+            raise ValueError("a stage holds calibration windows out of its fit; it needs 2 samples at least")
         return self
 
     @property

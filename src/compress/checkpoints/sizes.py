@@ -46,5 +46,5 @@ def by_depth(
     build: Callable[[int], PreTrainedModel], num_blocks: int, measure: Callable[[PreTrainedModel], int]
 ) -> int:
     """A count of a deep model of equal blocks from those of one and two blocks; exact, and much faster to build."""
-    one, two = measure(build(1)), measure(build(2))
-    return one + (num_blocks - 1) * (two - one)
+    one = measure(build(1))
+    return one if num_blocks == 1 else one + (num_blocks - 1) * (measure(build(2)) - one)

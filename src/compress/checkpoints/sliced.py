@@ -74,7 +74,9 @@ class SlicedTarget:
         config = self.config(shape, torch.float32)
         if num_blocks is not None:
             config.text_config = shortened(config.text_config, num_blocks)
-            config.stream_widths = config.stream_widths[: 1 + num_blocks * len(self.family.branches)]
+            # Blocks alike, up to the last point, which has the head's width.
+            points = num_blocks * len(self.family.branches)
+            config.stream_widths = [shape.widths[0]] * points + [shape.widths[-1]]
         with torch.device("meta"):
             return SlicedForCausalLM(config)
 

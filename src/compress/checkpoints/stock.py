@@ -142,6 +142,7 @@ class StockLayout:
         self._settle_embeddings(branch, (branch.dense_width / width) ** 0.5)
         if branch.norm is not None:
             self._settle_norm(branch, width)
+            self._settle_normed_readers(branch, branch.dense_width / width)
         for name in set(self.family.stock.zero_biases) & set(branch.writers):
             linear = branch.writers[name]
             assert isinstance(linear, nn.Linear)
@@ -182,6 +183,18 @@ class StockLayout:
         if self.is_layer_norm:
             norm.bias = branch.parameter(bias)
         branch.replace_norm(norm)
+
+    def _settle_normed_readers(self, branch: Branch, ratio: float) -> None:
+        """Where their norms' epsilon has grown with the stream's, what they are given grows by as much."""
+        assert self.family.stock is not None
+        for name, norm_name in self.family.stock.normed_readers:
+            if linear := branch.readers.get(name):
+                set_weight(linear, linear.weight.double() * ratio**0.5)
+                if linear.bias is not None:
+                    set_bias(linear, linear.bias.double() * ratio**0.5)
+                assert branch.owner is not None
+                norm: Any = branch.owner.get_submodule(norm_name)
+                norm.variance_epsilon = branch.norm_eps * ratio
 
     @staticmethod
     def _bias_as_column(branch: Branch) -> None:

@@ -37,6 +37,7 @@ class StockShape:
     heads_divide_width: the config class refuses a hidden size that is no multiple of the number of heads.
     constant_channel: the head has no bias of its own, so one channel of the final LayerNorm is kept constant for it.
     zero_biases: writers that have a bias in the stock class but none in this family.
+    normed_readers: readers whose outputs have a norm of the same epsilon, and those norms.
     not_stock: why a model with this config has no stock shape, None where it has.
     """
 
@@ -45,6 +46,7 @@ class StockShape:
     heads_divide_width: bool = False
     constant_channel: bool = False
     zero_biases: tuple[str, ...] = ()
+    normed_readers: tuple[tuple[str, str], ...] = ()
     not_stock: Callable[[Any], str | None] = lambda config: None
 
 

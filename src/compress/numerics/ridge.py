@@ -8,6 +8,7 @@ where they say much; if t = u W0 it is W0 for every damping. All in float64.
 Dimensions: k inputs, m outputs. W is (k, m): inputs times W, the transpose of a linear layer's weight.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -78,5 +79,10 @@ def choose_damping(
 ) -> float | None:
     """The damping whose solution on `fit` is best on `held_out`; None if W0 itself is no worse there."""
     errors = {damping: excess(held_out, ridge(fit, W0, damping, name=name), metric) for damping in dampings}
+    unfitted = excess(held_out, W0, metric)
+    if not all(map(math.isfinite, (unfitted, *errors.values()))):
+        raise NumericalError(
+            f"What {name} are given or are to give has a NaN or Inf. Check the weights before it and the text."
+        )
     best = min(errors, key=errors.__getitem__)
-    return best if errors[best] < excess(held_out, W0, metric) else None
+    return best if errors[best] < unfitted else None

@@ -55,6 +55,11 @@ class StageConfig(BaseModel):
         """The kind of width that it leaves to the recipe's budget: `hidden`, `neurons` or `kv_groups`."""
         return None
 
+    @property
+    def step(self) -> int:
+        """Widths that it gives come in multiples of this."""
+        return 1
+
     def fitted(self, counts: Mapping[str, int]) -> "StageConfig":
         """With the widths that the budget came to, by kind."""
         return self

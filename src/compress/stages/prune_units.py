@@ -45,6 +45,10 @@ class PruneUnits(StageConfig):
         return self.units if self.ratio is None and self.keep is None else None
 
     @property
+    def step(self) -> int:
+        return self.round_to or 1
+
+    @property
     def rounds(self) -> str | None:
         return None if self.round_to else self.units
 
@@ -60,9 +64,8 @@ class PruneUnits(StageConfig):
         if self.keep is not None:
             return self.keep
         assert self.ratio is not None
-        step = self.round_to or 1
         kept = int((1 - self.ratio) * count)
-        return max(kept - kept % step, step)
+        return max(kept - kept % self.step, self.step)
 
     def faults(self, points: Sequence[StreamPoint], units: Mapping[str, int]) -> list[str]:
         count = units.get(self.units)
@@ -71,7 +74,7 @@ class PruneUnits(StageConfig):
         kept = self.planned_units(self.units, count)
         if kept > count:
             return [f"prune_units keeps {kept} {self.units}, the model has {count}. Keep fewer."]
-        if self.ratio is not None and (1 - self.ratio) * count < (self.round_to or 1):
+        if self.ratio is not None and (1 - self.ratio) * count < self.step:
             return [
                 f"The ratio {self.ratio} leaves less than {self.round_to} of {count} {self.units}. Use a smaller one."
             ]

@@ -44,8 +44,13 @@ class Slice(StageConfig):
         return None if any(getattr(self, rule) is not None for rule in RULES) else "hidden"
 
     @property
+    def step(self) -> int:
+        return self.round_to or 1
+
+    @property
     def rounds(self) -> str | None:
-        return None if self.round_to else "hidden"
+        told = self.round_to is not None or self.width is not None
+        return None if told else "hidden"
 
     def resolved(self, steps: Mapping[str, int]) -> "Slice":
         return self.model_copy(update={"round_to": steps[self.rounds]}) if self.rounds else self
@@ -78,8 +83,7 @@ class Slice(StageConfig):
 
     def rounded(self, width: int, dense_width: int) -> int:
         """Down to a multiple of `round_to`, but at least one of them; the full width is left as it is."""
-        step = self.round_to or 1
-        return width if width == dense_width else max(width - width % step, step)
+        return width if width == dense_width else max(width - width % self.step, self.step)
 
     def faults(self, points: Sequence[StreamPoint], units: Mapping[str, int]) -> list[str]:
         faults = []
@@ -89,7 +93,7 @@ class Slice(StageConfig):
         ratios = [ratio for ratio in map(self.ratio_at, points) if ratio is not None]
         if self.width is not None and self.width > dense_width:
             faults.append(f"The width {self.width} is more than the model's hidden size of {dense_width}. Use less.")
-        if ratios and int((1 - max(ratios)) * dense_width) < (self.round_to or 1):
+        if ratios and int((1 - max(ratios)) * dense_width) < self.step:
             faults.append(
                 f"The ratio {max(ratios)} leaves less than {self.round_to} of {dense_width} dimensions (widths are "
                 f"multiples of {self.round_to}). Use a smaller ratio or --round-to."

@@ -42,6 +42,9 @@ from compress.streaming.statistics import Accumulator, Need
 from compress.streaming.stopwatch import Stopwatch
 from compress.streaming.streams import Batch, Streams
 
+# Tokens whose logits are held at a time: a row of them is as wide as the vocabulary.
+LOGITS_AT_ONCE = 256
+
 Gathered = dict[Need, Accumulator]
 Report = dict[str, Any]
 
@@ -275,9 +278,11 @@ class Passage:
             for batch in batches:
                 streams, denses = self.streams.now(batch)
                 assert denses is not None
-                for stream, dense in zip(streams.split(1), denses.split(1), strict=True):
+                for stream, dense in zip(
+                    *(rows(both).split(LOGITS_AT_ONCE) for both in (streams, denses)), strict=True
+                ):
                     total += kl_divergence(dense_linear(head.norm(dense)), linear(head.norm(stream)))
-                    tokens += dense.shape[1]
+                    tokens += len(dense)
         return total / tokens
 
 

@@ -1,6 +1,6 @@
 """The calibration windows on their way through the decoder: the compressed prefix's stream, and the dense model's.
 
-Some windows, evenly spread, are held out: they walk along, but nothing is fitted on them.
+Some windows, evenly spread, are held out: they walk along and count in the bases, but nothing is fitted on them.
 """
 
 import os

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from compress.models.branch import Branch
@@ -24,6 +24,9 @@ from compress.streaming.cache import ActivationCache
 from compress.streaming.interning import Interner
 from compress.streaming.loader import PartLoader
 from compress.streaming.streams import Batch, CacheFolder
+
+# Tokens of each window whose logits are held at a time: a row of them is as wide as the vocabulary.
+TOKENS_AT_ONCE = 64
 
 
 class SurveyNeed(enum.IntEnum):
@@ -129,16 +132,21 @@ class Surveyor:
         with self.loader.head():
             for batch in self.batches:
                 x = stream.get(batch.index, self.decoder.device)
-                pairs = zip(x.split(1), batch.ids.split(1), strict=True)
-                gradient = torch.cat([self._loss_gradient(row, ids) for row, ids in pairs])
+                # Every token but a window's last predicts the next.
+                pieces = zip(x[:, :-1].split(TOKENS_AT_ONCE, 1), batch.ids[:, 1:].split(TOKENS_AT_ONCE, 1), strict=True)
+                gradient = torch.cat(
+                    [self._loss_gradient(*piece) for piece in pieces] + [x.new_zeros(x[:, -1:].shape)], 1
+                )
                 self._count(x, gradient)
                 stream.put(batch.index, gradient)
 
-    def _loss_gradient(self, x: Float[Tensor, "1 tokens D"], ids: Tensor) -> Float[Tensor, "1 tokens D"]:
+    def _loss_gradient(
+        self, x: Float[Tensor, "windows tokens D"], following: Int64[Tensor, "windows tokens"]
+    ) -> Float[Tensor, "windows tokens D"]:
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            logits = self.decoder.logits(x)[0, :-1].float()
-            loss = torch.nn.functional.cross_entropy(logits, ids[0, 1:].to(logits.device), reduction="sum")
+            logits, following = self.decoder.logits(x).flatten(0, 1), following.flatten().to(x.device)
+            loss = torch.nn.functional.cross_entropy(logits, following, reduction="sum")
             return torch.autograd.grad(loss, x)[0]
 
     def _backward(self, block: int, inputs: ActivationCache, gradients: ActivationCache) -> None:
@@ -176,7 +184,7 @@ class Surveyor:
     def _copy(self, stream: ActivationCache, name: str) -> ActivationCache:
         copy = self._new_cache(name)
         for i in range(len(stream)):
-            copy.put(i, stream.stored(i).clone())
+            copy.put(i, stream.stored(i))
         return copy
 
     def _new_cache(self, name: str) -> ActivationCache:

@@ -1,0 +1,230 @@
+"""Frames of the stream against what they are to be: projections, nested, and the best ones of their rank."""
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from compress.errors import NumericalError
+from compress.numerics.frames import (
+    FLOOR,
+    Frame,
+    ObliqueFrame,
+    OrthogonalFrame,
+    balanced_frame,
+    beside_the_mean,
+    zero_mean_basis,
+)
+from compress.numerics.linalg import pca
+
+D, ROWS = 12, 400
+WHERE = "the stream of a test"
+WEIGHTS = [0.1, 0.5, 0.9, 0.999]
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def identity(width: int) -> Tensor:
+    return torch.eye(width, dtype=torch.float64)
+
+
+def signal(seed: int, width: int = D) -> Tensor:
+    """Rows that move far in some directions and hardly in others."""
+    mix = random(width, width, seed=seed + 1) @ torch.diag(torch.logspace(0, -2, width).double())
+    return random(ROWS, width, seed=seed) @ mix @ torch.linalg.qr(random(width, width, seed=seed + 2)).Q
+
+
+def moments(seed: int = 0, width: int = D) -> tuple[Tensor, Tensor]:
+    X, gradients = signal(10 * seed, width), signal(10 * seed + 5, width)
+    return X.T @ X / ROWS, 1e-4 * gradients.T @ gradients / ROWS
+
+
+def frames(kind: str, seed: int = 0) -> Frame:
+    C, G = moments(seed)
+    if kind == "orthogonal":
+        return balanced_frame(C, None, 0.0, name=WHERE)
+    if kind == "oblique":
+        return balanced_frame(C, G, 0.9, name=WHERE)
+    H = zero_mean_basis(D)
+    within = balanced_frame(H.T @ C @ H, H.T @ G @ H, 0.0 if "orthogonal" in kind else 0.9, name=WHERE)
+    return beside_the_mean(within, H)
+
+
+KINDS = ["orthogonal", "oblique", "orthogonal beside the mean", "oblique beside the mean"]
+
+
+def projection(frame: Frame, width: int) -> Tensor:
+    return frame.encode(width) @ frame.decode(width)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_kept_comes_back_whole(kind):
+    for seed in range(3):
+        frame = frames(kind, seed)
+        for width in range(1, D + 1):
+            encode, decode = frame.encode(width), frame.decode(width)
+            assert encode.shape == decode.T.shape == (D, width)
+            assert (decode @ encode - identity(width)).abs().max() < 1e-9
+            assert (encode.T @ decode.T - identity(width)).abs().max() < 1e-9
+            assert (decode @ decode.T - identity(width)).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_of_the_space_is_itself(kind):
+    for seed in range(3):
+        frame = frames(kind, seed)
+        assert (projection(frame, D) - identity(D)).abs().max() < 1e-10
+        if isinstance(frame, ObliqueFrame):
+            # Said outright at the full width; the formula for all others comes to the same.
+            assert (frame.Enc @ frame.R.T @ frame.Q.T - identity(D)).abs().max() < 1e-8
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_subspaces_are_nested(kind):
+    """A smaller width keeps some of the same directions, and to project twice is to project to the smaller."""
+    frame = frames(kind)
+    for small, large in itertools.pairwise(range(1, D + 1)):
+        assert torch.equal(frame.decode(large)[:small], frame.decode(small))
+        both = projection(frame, large) @ projection(frame, small)
+        assert (both - projection(frame, small)).abs().max() < 1e-8
+        both = projection(frame, small) @ projection(frame, large)
+        assert (both - projection(frame, small)).abs().max() < 1e-8
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_energy_decreases(kind):
+    energy = frames(kind).energy
+    assert energy.shape == (D,)
+    assert (energy >= 0).all()
+    assert all(a >= b for a, b in itertools.pairwise(energy.tolist()))
+
+
+def test_without_a_gradient_they_are_the_principal_components():
+    C, G = moments()
+    Q, energy = pca(C, name=WHERE)
+    for frame in (balanced_frame(C, None, 0.9, name=WHERE), balanced_frame(C, G, 0.0, name=WHERE)):
+        assert isinstance(frame, OrthogonalFrame)
+        assert torch.equal(frame.Q, Q)
+        assert torch.equal(frame.energy, energy)
+        assert torch.equal(frame.encode(5), Q[:, :5])
+        assert torch.equal(frame.decode(5), Q[:, :5].T)
+
+
+def test_a_gradient_alike_everywhere_leaves_the_principal_components():
+    C, _ = moments()
+    Q, _ = pca(C, name=WHERE)
+    frame = balanced_frame(C, 3 * identity(D), 0.7, name=WHERE)
+    assert isinstance(frame, ObliqueFrame)
+    for width in range(1, D + 1):
+        assert (projection(frame, width) - Q[:, :width] @ Q[:, :width].T).abs().max() < 1e-8
+
+
+def objective(C: Tensor, G: Tensor, weight: float) -> tuple[Tensor, Tensor]:
+    """C and M = (1 - w) I + w G as the docstring has them, both scaled to trace D."""
+    scaled = C / C.diagonal().mean() + FLOOR * identity(len(C))
+    return scaled, (1 - weight) * identity(len(C)) + weight * G / G.diagonal().mean()
+
+
+def error(P: Tensor, C: Tensor, M: Tensor) -> float:
+    """E (x - x P) M (x - x P)^T over rows x with second moment C."""
+    lost = identity(len(C)) - P
+    return float((lost.T @ C @ lost @ M).trace())
+
+
+def root(matrix: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(matrix)
+    return vectors @ torch.diag(values.clamp_min(0).sqrt()) @ vectors.T
+
+
+def random_projection(width: int, seed: int) -> Tensor:
+    """Onto a random subspace along another random one."""
+    A, B = random(D, width, seed=seed), random(D, width, seed=seed + 1000)
+    return A @ torch.linalg.solve(B.T @ A, B.T)
+
+
+@pytest.mark.parametrize("weight", WEIGHTS)
+@pytest.mark.parametrize("seed", range(3))
+def test_no_projection_loses_less_of_what_counts(seed, weight):
+    """What x -> x P loses in the metric M is least of all maps of its rank: X P M^1/2 is the truncated SVD of
+    X M^1/2 (Eckart and Young), and what is lost is the rest of the singular values squared, the frame's own energies.
+    """
+    C, G = moments(seed)
+    exact, M = objective(C, G, weight)
+    frame = balanced_frame(C, G, weight, name=WHERE)
+    principal = balanced_frame(C, None, 0.0, name=WHERE)
+    X = root(exact)  # D rows whose sum of x x^T is C
+    U, S, V = torch.linalg.svd(X @ root(M))
+    for width in range(1, D):
+        P = projection(frame, width)
+        lost = error(P, exact, M)
+        truncated = U[:, :width] @ torch.diag(S[:width]) @ V[:width]
+        assert (X @ P @ root(M) - truncated).abs().max() < 1e-7
+        assert lost == pytest.approx(float(S[width:].square().sum()), rel=1e-7)
+        assert lost == pytest.approx(float(frame.energy[width:].sum()), rel=1e-7)
+        assert lost <= error(projection(principal, width), exact, M) * (1 + 1e-9)
+    for width in (2, D // 2, D - 2):
+        lost = error(projection(frame, width), exact, M)
+        assert all(lost <= error(random_projection(width, trial), exact, M) for trial in range(200))
+    width = D // 2
+    assert error(projection(frame, width), exact, M) < 0.99 * error(projection(principal, width), exact, M)
+
+
+def test_scales_do_not_matter():
+    """The loss may be in nats or bits, the stream in any unit."""
+    C, G = moments()
+    one, other = balanced_frame(C, G, 0.9, name=WHERE), balanced_frame(100 * C, G / 7, 0.9, name=WHERE)
+    for width in range(1, D + 1):
+        assert (projection(one, width) - projection(other, width)).abs().max() < 1e-8
+
+
+def test_directions_the_text_never_moves_in_go_first():
+    C, G = moments()
+    still = torch.linalg.qr(random(D, D, seed=7)).Q[:, :3]
+    within = identity(D) - still @ still.T
+    frame = balanced_frame(within @ C @ within, G, 0.9, name=WHERE)
+    X = signal(0) @ within
+    assert (X @ projection(frame, D - 3) - X).abs().max() < 1e-2 * X.abs().max()
+    assert frame.energy[D - 3 :].sum() < 1e-3 * frame.energy.sum()
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 7, 32, 64])
+def test_zero_mean_basis_is_one(width):
+    H = zero_mean_basis(width)
+    assert H.shape == (width, width - 1)
+    assert torch.allclose(H.T @ H, identity(width - 1), rtol=0, atol=1e-12)
+    assert (H.sum(0).abs() < 1e-12).all()
+
+
+@pytest.mark.parametrize("kind", KINDS[2:])
+def test_beside_the_mean_the_mean_is_last(kind):
+    """Every smaller width lives in the space without a mean and does not see it; within, it is the frame it was."""
+    C, G = moments()
+    H = zero_mean_basis(D)
+    within = balanced_frame(H.T @ C @ H, H.T @ G @ H, 0.0 if "orthogonal" in kind else 0.9, name=WHERE)
+    frame = beside_the_mean(within, H)
+    assert type(frame) is type(within)
+    ones = torch.ones(D).double() / D**0.5
+    assert (frame.decode(D)[-1] - ones).abs().max() < 1e-12
+    assert frame.energy[-1] == 0
+    assert torch.equal(frame.energy[:-1], within.energy)
+    for width in range(1, D):
+        assert (ones @ frame.encode(width)).abs().max() < 1e-9
+        assert (frame.decode(width) @ ones).abs().max() < 1e-12
+        assert (projection(frame, width) - H @ projection(within, width) @ H.T).abs().max() < 1e-9
+    assert (projection(frame, D - 1) - (identity(D) - torch.outer(ones, ones))).abs().max() < 1e-9
+
+
+def test_an_error_names_the_place():
+    C, G = moments()
+    broken_moment, broken_gradient = C.clone(), G.clone()
+    broken_moment[3, 3] = broken_gradient[3, 3] = float("nan")
+    with pytest.raises(NumericalError, match=WHERE):
+        balanced_frame(broken_moment, G, 0.9, name=WHERE)
+    with pytest.raises(NumericalError, match=WHERE):
+        balanced_frame(broken_moment, None, 0.0, name=WHERE)
+    with pytest.raises(NumericalError) as raised:
+        balanced_frame(C, broken_gradient, 0.9, name=WHERE)
+    assert str(raised.value).startswith(f"The second moment of the loss's gradient at {WHERE} has a NaN or Inf.")

@@ -1,0 +1,156 @@
+"""Optimal Brain Surgeon on units against trying every unit and solving what is left exactly."""
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from compress.errors import NumericalError
+from compress.numerics.obs import prune_units, unit_costs
+
+M, ROWS = 4, 60
+WHERE = "block 3 mlp writers"
+DAMPING = 1e-3
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def problem(size: int, count: int, *, others: int = 2, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """W, G and `count` units of `size` rows, scattered; `others` rows are in no unit. Inputs are correlated."""
+    k = size * count + others
+    U = random(ROWS, k, seed=seed) @ (torch.eye(k).double() + 0.7 * random(k, k, seed=seed + 50) / k**0.5)
+    order = torch.randperm(k, generator=torch.Generator().manual_seed(seed))
+    return random(k, M, seed=seed + 99), U.T @ U / ROWS, order[: size * count].view(count, size)
+
+
+def damped(G: Tensor) -> Tensor:
+    return G + DAMPING * G.diagonal().mean() * torch.eye(len(G)).double()
+
+
+def error(W: Tensor, other: Tensor, G: Tensor) -> float:
+    """Column by column, (w - w')^T G (w - w')."""
+    return sum(float(d @ G @ d) for d in (W - other).T)
+
+
+def without(W: Tensor, G: Tensor, gone: Tensor) -> Tensor:
+    """The best matrix whose `gone` rows are zero: dE/dW' = 0 in all other rows, solved as a system of equations."""
+    rest = torch.tensor([row for row in range(len(W)) if row not in gone.tolist()])
+    best = torch.zeros_like(W)
+    best[rest] = torch.linalg.solve(G[rest][:, rest], G[rest] @ W)
+    return best
+
+
+def greedy(W: Tensor, G: Tensor, units: Tensor, keep: int) -> tuple[list[int], Tensor]:
+    """Unit after unit: each that is left is tried, all other rows solved again, the cheapest goes."""
+    left, now = list(range(len(units))), W
+    while len(left) > keep:
+        trials = {}
+        for unit in left:
+            gone = [*(set(range(len(units))) - set(left)), unit]
+            trials[unit] = without(W, G, units[gone].flatten())
+        cheapest = min(trials, key=lambda unit: error(W, trials[unit], G))
+        left.remove(cheapest)
+        now = trials[cheapest]
+    return left, now
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("size", "count"), [(1, 9), (3, 6), (2, 5)])
+def test_every_step_is_the_best_one(size, count, seed):
+    W, G, units = problem(size, count, seed=seed)
+    for keep in range(count):
+        kept, found = prune_units(W, G, units, keep, damping=DAMPING, name=WHERE)
+        left, expected = greedy(W, damped(G), units, keep)
+        assert kept.tolist() == left
+        assert (found - expected).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_units_cost_is_what_its_removal_comes_to(size):
+    W, G, units = problem(size, 6)
+    costs = unit_costs(W, torch.linalg.inv(G), units)
+    for cost, unit in zip(costs.tolist(), units, strict=True):
+        assert cost == pytest.approx(error(W, without(W, G, unit), G), rel=1e-9)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_what_is_in_no_unit_stays_and_what_is_gone_is_zero(size):
+    W, G, units = problem(size, 6, others=3)
+    kept, found = prune_units(W, G, units, 2, damping=DAMPING, name=WHERE)
+    others = [row for row in range(len(W)) if row not in units.flatten().tolist()]
+    gone = [unit for unit in range(6) if unit not in kept.tolist()]
+    assert kept.tolist() == sorted(kept.tolist())
+    assert len(kept) == 2
+    assert (found[units[gone].flatten()] == 0).all()
+    assert (found[others].abs().sum(1) > 0).all()
+    assert (found[others] != W[others]).any()
+
+
+def test_all_units_kept_change_nothing():
+    W, G, units = problem(3, 6)
+    kept, found = prune_units(W, G, units, 6, damping=DAMPING, name=WHERE)
+    assert kept.tolist() == list(range(6))
+    assert torch.equal(found, W)
+
+
+def test_what_it_is_given_stays_as_it_was():
+    W, G, units = problem(3, 6)
+    before = W.clone(), G.clone(), units.clone()
+    prune_units(W, G, units, 2, damping=DAMPING, name=WHERE)
+    assert all(torch.equal(a, b) for a, b in zip((W, G, units), before, strict=True))
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_twin_takes_over(size):
+    """Two units with the same inputs, which no inverse of G tells apart without damping: one goes, at no cost."""
+    U = random(ROWS, 5 * size)
+    U = torch.cat([U, U[:, :size]], dim=1)
+    units = torch.arange(6 * size).view(6, size)
+    W = 10 * random(6 * size, M, seed=1)
+    kept, found = prune_units(W, U.T @ U / ROWS, units, 5, damping=1e-9, name=WHERE)
+    assert len({0, 5} & set(kept.tolist())) == 1
+    assert (U @ found - U @ W).abs().max() < 1e-5
+
+
+def best_by(score: Tensor, keep: int) -> list[int]:
+    return sorted(score.argsort(descending=True)[:keep].tolist())
+
+
+@pytest.mark.parametrize(("size", "count"), [(1, 10), (3, 6)])
+def test_it_loses_less_than_simpler_ways(size, count):
+    """For every seed: no more than the same units dropped without making up for them, no less than the best of all
+    subsets, which greed need not find. On average over the seeds: less than half of what the units of least norm
+    cost when they are dropped, and less than they cost even when the rest makes up for them as well as it can.
+    """
+    keep, totals = count // 2, torch.zeros(3).double()
+    for seed in range(20):
+        W, G, units = problem(size, count, seed=seed)
+        exact = damped(G)
+        kept, found = prune_units(W, G, units, keep, damping=DAMPING, name=WHERE)
+        gone = torch.tensor([unit for unit in range(count) if unit not in kept.tolist()])
+        dropped = W.clone()
+        dropped[units[gone].flatten()] = 0
+        ours = error(W, found, exact)
+        assert ours <= error(W, dropped, exact)
+        subsets = itertools.combinations(range(count), count - keep)
+        best = min(error(W, without(W, exact, units[list(some)].flatten()), exact) for some in subsets)
+        assert ours >= best * (1 - 1e-9)
+        large = best_by(W[units].square().sum((1, 2)), keep)
+        small = units[[unit for unit in range(count) if unit not in large]].flatten()
+        cut = W.clone()
+        cut[small] = 0
+        totals += torch.tensor([ours, error(W, cut, exact), error(W, without(W, exact, small), exact)]).double()
+    ours, cut, made_up = totals.tolist()
+    assert ours < 0.5 * cut
+    assert ours < made_up
+
+
+@pytest.mark.parametrize("fault", [0.0, float("nan"), float("inf")])
+def test_an_error_names_the_place(fault):
+    W, G, units = problem(3, 6)
+    with pytest.raises(NumericalError) as raised:
+        prune_units(W, G * fault, units, 2, damping=DAMPING, name=WHERE)
+    assert str(raised.value).startswith(f"The second moment of the inputs of {WHERE} has no Cholesky factor: ")

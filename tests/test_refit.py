@@ -1,0 +1,684 @@
+"""The anchored method on walks: refits, the shared rotation and pruned units, against the same written out plainly."""
+
+import argparse
+import copy
+import inspect
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import compress
+import oracles
+import tiny
+from compress import families
+from compress.checkpoints.sliced import SlicedTarget
+from compress.checkpoints.stock import StockTarget
+from compress.checkpoints.targets import Shape, Target, dense_units
+from compress.datasets.windows import cut, encode
+from compress.models.decoder import Decoder
+from compress.models.loading import load_config, load_tokenizer
+from compress.models.modeling_sliced import SlicedForCausalLM
+from compress.numerics.frames import Frame
+from compress.numerics.linalg import pca
+from compress.numerics.obs import prune_units
+from compress.numerics.ridge import DAMPINGS, excess
+from compress.stages._stage import StageConfig
+from compress.stages.fold_norms import FoldNorms
+from compress.stages.measure_error import MeasureError
+from compress.stages.prune_units import PruneUnits
+from compress.stages.refit import Refit
+from compress.stages.rotate import Rotate
+from compress.stages.rotate_shared import RotateShared
+from compress.stages.slice import Slice
+from compress.streaming.groups import LinearGroup
+from compress.streaming.loader import PartLoader
+from compress.streaming.sites import Stage, WholeModel
+from compress.streaming.statistics import Need
+from compress.streaming.streams import CacheFolder, split_windows
+from compress.streaming.survey import Survey, SurveyNeed, Surveyor
+from compress.streaming.walk import FinishedPart, Walk, WalkSettings
+from compress.streaming.weights import LazyWeights
+
+D, NEURONS = tiny.HIDDEN, 48
+NARROW = 20
+WINDOWS = oracles.random_ids(8, 16, seed=2)
+UNSEEN = oracles.random_ids(2, 24, seed=3)
+SHALLOW = {"num_hidden_layers": 2}
+# Two of eight, evenly spread.
+HELD_OUT = [2, 6]
+DEMO = Path(compress.__file__).parent / "assets/demo"
+WITH_BIASES = {"attention_bias": True, "mlp_bias": True}
+WITHOUT_BIASES = {"attention_bias": False, "mlp_bias": False}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _exact():
+    with oracles.exact_norms():
+        yield
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A model in memory and its folder, made once."""
+    made: dict[str, tuple[PreTrainedModel, Path]] = {}
+
+    def make(model_type: str, **changes: Any) -> tuple[PreTrainedModel, Path]:
+        key = f"{model_type} {sorted(changes.items())}"
+        if key not in made:
+            folder = tmp_path_factory.mktemp(model_type)
+            model = tiny.tiny_model(model_type, **changes)
+            model.save_pretrained(folder)
+            made[key] = model, folder
+        return made[key]
+
+    return make
+
+
+# ---- a walk with everything it may need ----
+
+
+def new_decoder(folder: Path) -> Decoder:
+    config = load_config(folder)
+    return Decoder(config, families.find(config), dtype=torch.float64, device=torch.device("cpu"))
+
+
+SURVEYS: dict[tuple[Path, bool], Survey] = {}
+
+
+def survey_of(folder: Path, gradient: bool, windows: Tensor = WINDOWS) -> Survey:
+    """Taken once for a model: all walks of these tests are over the same windows."""
+    if (folder, gradient) not in SURVEYS:
+        decoder = new_decoder(folder)
+        loader, batches = PartLoader(decoder, LazyWeights(folder)), split_windows(windows, 4, held_out=0)
+        surveyor = Surveyor(decoder, loader, batches, CacheFolder(decoder, folder), memory=2**40)
+        SURVEYS[folder, gradient] = surveyor.run(gradient=gradient)
+    return SURVEYS[folder, gradient]
+
+
+def target_of(folder: Path, kind: str = "ours") -> Target:
+    config = load_config(folder)
+    family = families.find(config)
+    return StockTarget(config, family) if kind == "stock" else SlicedTarget(config, family, shortcuts=kind == "ours")
+
+
+def new_walk(
+    folder: Path,
+    stages: Sequence[Stage],
+    *,
+    windows: Tensor = WINDOWS,
+    held_out: int = len(HELD_OUT),
+    target: Target | None = None,
+    batch_size: int = 4,
+    cache_memory: int = 2**40,
+) -> Walk:
+    need = max(stage.survey for stage in stages if isinstance(stage, StageConfig))
+    survey = None if need is SurveyNeed.NONE else survey_of(folder, need is SurveyNeed.GRADIENT, windows)
+    return Walk(
+        new_decoder(folder),
+        LazyWeights(folder),
+        windows,
+        stages,
+        WalkSettings(
+            layout=(target or target_of(folder)).layout(torch.float64),
+            output_dtype=torch.float64,
+            batch_size=batch_size,
+            held_out=held_out,
+            probe_tokens=windows.shape[1],
+            seed=7,
+            cache_memory=cache_memory,
+            scratch=folder,
+        ),
+        survey,
+    )
+
+
+def walked(folder: Path, stages: Sequence[Stage], **options: Any) -> oracles.Walked:
+    return oracles.finished(new_walk(folder, stages, **options))
+
+
+def dampings(parts: Iterable[FinishedPart]) -> dict[str, float]:
+    """Of the groups that were fitted, by their names."""
+    groups = [group for part in parts for group in part.groups]
+    return {group["group"]: group["damping"] for group in groups if "damping" in group}
+
+
+def written_model(result: oracles.Walked, target: Target, **kept: int) -> Any:
+    """The tensors of a walk in the class they are written for."""
+    shape = Shape(tuple(result.widths), dense_units(result.config, result.family) | kept)
+    config = target.config(shape, torch.float64)
+    if target.is_stock:
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float64)
+    else:
+        model = SlicedForCausalLM(config).double()
+    model.load_state_dict(result.tensors)
+    return model.eval()
+
+
+def shared(width: int = NARROW, **options: Any) -> list[StageConfig]:
+    return [RotateShared(**options), Slice(width=width, round_to=1, slice_head=True)]
+
+
+def per_layer(width: int = NARROW) -> list[StageConfig]:
+    return [Rotate(signal="normed", stream="dense"), Slice(width=width, round_to=1, slice_head=True)]
+
+
+ROTATIONS = {"shared": shared, "per layer": per_layer}
+
+
+# ---- exact at the full width ----
+
+
+@pytest.mark.parametrize("rotation", ["none", *ROTATIONS])
+@pytest.mark.parametrize("model_type", tiny.FAMILIES)
+def test_at_the_full_width_a_refit_changes_nothing(model_type, rotation, models):
+    model, folder = models(model_type, **SHALLOW)
+    stages = [FoldNorms(), *(ROTATIONS[rotation](D) if rotation in ROTATIONS else []), Refit()]
+    result = walked(folder, stages)
+    assert result.widths == [D] * len(result.widths)
+    assert oracles.largest_difference(result.probe_logits, oracles.logits_of(model, WINDOWS[:1])) < 1e-9
+    assert result.parts[-1].divergence == pytest.approx(0, abs=1e-12)
+
+
+# ---- a refit of one branch, written out ----
+
+
+@dataclass
+class Problem:
+    """Rows of inputs and targets of every calibration token, and what the matrix was; an error e counts ||e S||^2."""
+
+    U: Tensor
+    T: Tensor
+    W0: Tensor
+    weights: Tensor
+    S: Tensor
+
+    @property
+    def apart(self) -> Tensor:
+        return torch.isin(torch.arange(len(WINDOWS)), torch.tensor(HELD_OUT)).repeat_interleave(WINDOWS.shape[1])
+
+    def solution(self, damping: float | None) -> Tensor:
+        """min sum of w ||u W - t||^2 + damping mean(diag G) ||W - W0||^2 over the tokens fitted on, as stacked rows."""
+        if damping is None:
+            return self.W0
+        root = self.weights[~self.apart].sqrt()[:, None]
+        U, T = root * self.U[~self.apart], root * self.T[~self.apart]
+        pull = (damping * U.square().sum(0).mean()).sqrt()
+        rows = torch.cat([U, pull * identity(U.shape[1])])
+        return torch.linalg.lstsq(rows, torch.cat([T, pull * self.W0]), driver="gelsd").solution
+
+    def held_out_error(self, W: Tensor) -> float:
+        lost = (self.U[self.apart] @ W - self.T[self.apart]) @ self.S
+        return float((self.weights[self.apart] * lost.square().sum(1)).sum())
+
+    def best_damping(self) -> float | None:
+        """None where nothing is better than what there was."""
+        errors = {damping: self.held_out_error(self.solution(damping)) for damping in (None, *DAMPINGS)}
+        return min(errors, key=lambda damping: errors[damping])
+
+
+def identity(width: int) -> Tensor:
+    return torch.eye(width, dtype=torch.float64)
+
+
+def flat(x: Tensor) -> Tensor:
+    return x.flatten(0, 1)
+
+
+def with_ones(U: Tensor, biased: bool) -> Tensor:
+    return torch.cat([U, torch.ones(len(U), 1, dtype=torch.float64)], dim=1) if biased else U
+
+
+class FirstBranch:
+    """The first branch of a model in plain matrices, behind embeddings that are sliced.
+
+    encode, decode: of the stream before it; encode_after: of the stream behind it.
+    """
+
+    def __init__(self, model: PreTrainedModel, frame: Frame | None, *, biased: bool) -> None:
+        self.paper = oracles.PaperSliceGPT(model)
+        self.biased = biased
+        self.shared = frame is not None
+        self.readers, self.writers = self.paper.branches[0]
+        self.dense = self.paper.stream(WINDOWS, 0)
+        given = self.writer_inputs(self.dense, self.readers)
+        self.after = self.dense + sum(writer(x) for writer, x in zip(self.writers, given, strict=True))
+        if frame is not None:
+            self.encode, self.decode, self.encode_after = (
+                frame.encode(NARROW),
+                frame.decode(NARROW),
+                frame.encode(NARROW),
+            )
+        else:
+            self.encode, self.encode_after = self.components(self.dense), self.components(self.after)
+            self.decode = self.encode.T
+        self.narrow = self.dense @ self.encode
+
+    def components(self, x: Tensor) -> Tensor:
+        """Of the stream after the norm, over all calibration tokens."""
+        normed = flat(self.paper.rms_norm(x))
+        Q, _ = pca(normed.T @ normed / len(normed), name="a test")
+        return Q[:, :NARROW]
+
+    def writer_inputs(self, x: Tensor, readers: list[oracles.Affine]) -> list[Tensor]:
+        normed = self.paper.rms_norm(x)
+        inputs = [self.paper.attention(normed, *readers[:3])]
+        if self.paper.kind == "phi":
+            inputs.append(nn.functional.gelu(readers[3](normed), approximate="tanh"))
+        return inputs
+
+    def reader_problem(self) -> Problem:
+        """The compressed stream behind its norm is to become the dense one behind its own, as all readers see it."""
+        U = with_ones(flat(self.paper.rms_norm(self.narrow)), self.biased)
+        start = torch.cat([self.decode, self.decode.new_zeros(1, D)]) if self.biased else self.decode
+        S = torch.cat([reader.W.T for reader in self.readers], dim=1)
+        return Problem(U, flat(self.paper.rms_norm(self.dense)), start, torch.ones(len(U)).double(), S)
+
+    def turned(self, turn: Tensor) -> list[oracles.Affine]:
+        """The readers behind a solution of their problem."""
+        constant = turn[-1] if self.biased else torch.zeros(D).double()
+        return [oracles.Affine(r.W @ turn[:NARROW].T, r.b + r.W @ constant) for r in self.readers]
+
+    def writer_problem(self, readers: list[oracles.Affine]) -> Problem:
+        """From the writers' inputs behind the refitted readers to what the compressed stream lacks of the dense one.
+
+        With a shortcut, the stream is one of the inputs and nothing is carried past them.
+        """
+        given = [flat(x) for x in self.writer_inputs(self.narrow, readers)]
+        start = [writer.W.T @ self.encode_after for writer in self.writers]
+        target = flat(self.after @ self.encode_after)
+        if self.shared:
+            target = target - flat(self.narrow)
+        else:
+            given, start = [flat(self.narrow), *given], [self.decode @ self.encode_after, *start]
+        if self.biased:
+            start.append(torch.stack([writer.b for writer in self.writers]).sum(0, keepdim=True) @ self.encode_after)
+        weights = 1 / (flat(self.after).square().mean(1) + self.paper.eps)
+        return Problem(
+            with_ones(torch.cat(given, dim=1), self.biased), target, torch.cat(start), weights, identity(NARROW)
+        )
+
+
+@pytest.mark.parametrize("rotation", ROTATIONS)
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [("llama", WITH_BIASES), ("llama", WITHOUT_BIASES), ("opt", {}), ("phi", {})],
+    ids=["llama with biases", "llama without biases", "opt", "phi"],
+)
+def test_the_first_branch_is_refitted_as_written_out(model_type, changes, rotation, models):
+    model, folder = models(model_type, **changes)
+    result = walked(folder, [FoldNorms(), *ROTATIONS[rotation](), Refit()])
+    notes = dampings(result.parts[1:2])
+    name = "parallel" if model_type == "phi" else "attention"
+    biased = changes is not WITHOUT_BIASES
+    plain = FirstBranch(model, result.walk.passage.frame, biased=biased)
+    expected: dict[str, Tensor] = {}
+
+    problem = plain.reader_problem()
+    damping = problem.best_damping()
+    assert notes.get(f"block 0 {name} readers") == damping
+    readers = plain.turned(problem.solution(damping))
+    _, reader_names, writer_names = oracles.BRANCHES[model_type][0]
+    for reader_name, reader in zip(reader_names, readers, strict=True):
+        expected |= {f"{reader_name}.weight": reader.W} | ({f"{reader_name}.bias": reader.b} if biased else {})
+
+    problem = plain.writer_problem(readers)
+    damping = problem.best_damping()
+    assert notes.get(f"block 0 {name} writers") == damping
+    rest = problem.solution(damping)
+    if rotation == "per layer":
+        expected[f"{name}_shortcut.weight"], rest = rest[:NARROW].T, rest[NARROW:]
+    for writer_name, writer in zip(writer_names, plain.writers, strict=True):
+        expected[f"{writer_name}.weight"], rest = rest[: writer.W.shape[1]].T, rest[writer.W.shape[1] :]
+        if biased:
+            expected[f"{writer_name}.bias"] = torch.zeros(NARROW).double()
+    if biased:
+        # One bias for all of them: the stream takes in only the sum.
+        expected[f"{writer_names[0]}.bias"] = rest[0]
+
+    for key, tensor in expected.items():
+        found = result.parts[1].tensors[f"{oracles.BLOCKS[model_type]}.0.{key}"]
+        assert oracles.largest_difference(found, tensor) < 1e-8, key
+    of_branch = {key for key in result.parts[1].tensors if any(f".{linear}." in key for linear in linears(expected))}
+    assert len(of_branch) == len(expected)
+
+
+def linears(names: Iterable[str]) -> set[str]:
+    return {name.rpartition(".")[0] for name in names}
+
+
+# ---- a refit is an improvement ----
+
+
+class Watch:
+    """Between two stages: what a group of linears is at that place. Refers to nothing that is written later."""
+
+    site: ClassVar = LinearGroup
+    needs: tuple[Need, ...] = ()
+
+    def __init__(self) -> None:
+        self.seen: list[Seen] = []
+
+    def apply(self, group: LinearGroup) -> None:
+        fit, held_out = (excess(sums, group.matrix, group.metric) for sums in (group.fit, group.held_out))
+        self.seen.append(Seen(group.name, group.matrix.clone(), group.fit.G.clone(), group.damping, fit, held_out))
+
+
+@dataclass
+class Seen:
+    name: str
+    matrix: Tensor
+    G: Tensor
+    damping: float
+    fit: float
+    held_out: float
+
+
+@pytest.mark.parametrize(
+    ("model_type", "rotation", "least"),
+    [("llama", "shared", 8), ("opt", "shared", 8), ("phi", "shared", 4), ("llama", "per layer", 2)],
+)
+def test_no_group_is_worse_for_its_refit(model_type, rotation, least, models):
+    """On the windows it is fitted on by the formula, on those held out by the choice; `least` groups are better."""
+    _, folder = models(model_type)
+    before, after = Watch(), Watch()
+    result = walked(folder, [FoldNorms(), *ROTATIONS[rotation](), before, Refit(), after])
+    noted = dampings(result.parts)
+    assert len(noted) >= least
+    branches = len(result.family.branches)
+    assert len(after.seen) == 2 * branches * tiny.NUM_BLOCKS + 1
+    for old, new in zip(before.seen, after.seen, strict=True):
+        assert old.name == new.name
+        if new.name in noted:
+            assert new.damping == noted[new.name]
+            assert new.fit < old.fit
+            assert new.held_out < old.held_out
+        else:
+            assert torch.equal(new.matrix, old.matrix)
+
+
+def test_a_refit_brings_the_demo_model_nearer_to_the_dense_one():
+    """On the windows it was chosen on, and on text between them that nothing was fitted to: by far."""
+    text = cut(encode(load_tokenizer(DEMO), inspect.getsource(argparse)), 48)
+    windows, unseen = text[:600:36], text[18:600:108]
+    assert len(windows) == 17
+    dense = oracles.logits_of(AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float64), unseen)
+    target = target_of(DEMO, "one basis")
+    found = {}
+    for name, rest in (("plain", [MeasureError()]), ("refitted", [Refit()])):
+        stages = [FoldNorms(), *shared(96), *rest]
+        result = walked(DEMO, stages, windows=windows, held_out=3, target=target)
+        logits = oracles.logits_of(written_model(result, target), unseen)
+        found[name] = (result.parts[-1].divergence, divergence(dense, logits))
+    for plain, refitted in zip(found["plain"], found["refitted"], strict=True):
+        assert 0 < refitted < 0.8 * plain
+
+
+def divergence(dense: Tensor, other: Tensor) -> float:
+    """KL(dense || other), token by token and entry by entry."""
+    p, q = dense.softmax(-1), other.softmax(-1)
+    return float((p * (p / q).log()).sum(-1).mean())
+
+
+# ---- one rotation for all, written out ----
+
+
+@contextmanager
+def projected(model: PreTrainedModel, P: Tensor) -> Iterator[PreTrainedModel]:
+    """The dense model with everything that is written to its stream projected, x -> x P."""
+    family = families.find(model.config)
+    blocks: Any = model.get_submodule(family.blocks)
+    writers = [block.get_submodule(name) for block in blocks for branch in family.branches for name in branch.writers]
+    writers += [model.get_submodule(name) for name in family.embeddings]
+    handles = [writer.register_forward_hook(lambda _module, _inputs, output: output @ P) for writer in writers]
+    yield model
+    for handle in handles:
+        handle.remove()
+
+
+@pytest.mark.parametrize("gradient_weight", [0.0, 0.9])
+@pytest.mark.parametrize("model_type", ["llama", "opt", "phi", "gemma", "starcoder2"])
+def test_a_shared_rotation_is_the_dense_model_with_its_stream_projected(model_type, gradient_weight, models):
+    """The norms still divide by the dense width, and LayerNorm finds no mean to subtract."""
+    model, folder = models(model_type)
+    stages = [FoldNorms(), *shared(gradient_weight=gradient_weight), MeasureError()]
+    target = target_of(folder, "one basis")
+    result = walked(folder, stages, target=target)
+    assert result.widths == [NARROW] * len(result.widths)
+    frame = result.walk.passage.frame
+    assert frame is not None
+    P = frame.encode(NARROW) @ frame.decode(NARROW)
+    dense, held_out = oracles.logits_of(model, UNSEEN), oracles.logits_of(model, WINDOWS[HELD_OUT])
+    with projected(model, P):
+        assert oracles.largest_difference(result.probe_logits, oracles.logits_of(model, WINDOWS[:1])) < 1e-9
+        logits = oracles.logits_of(model, UNSEEN)
+        expected = divergence(held_out, oracles.logits_of(model, WINDOWS[HELD_OUT]))
+    assert oracles.largest_difference(oracles.logits_of(written_model(result, target), UNSEEN), logits) < 1e-9
+    assert oracles.largest_difference(logits, dense) > 1e-2
+    assert result.parts[-1].divergence == pytest.approx(expected, rel=1e-8)
+    (symmetric,) = {oracles.largest_difference(P, P.T) < 1e-9}
+    assert symmetric == (gradient_weight == 0)
+
+
+@pytest.mark.parametrize("gradient_weight", [0.0, 0.9])
+def test_a_layer_norm_models_frame_keeps_the_mean_for_last(gradient_weight):
+    """Even where the text moves in so few directions that others are as empty."""
+    generator = torch.Generator().manual_seed(0)
+    moments = []
+    for _ in range(2):
+        X = torch.randn(D // 2, D, dtype=torch.float64, generator=generator)
+        X = X - X.mean(1, keepdim=True)
+        moments.append(X.T @ X)
+    stage, site = RotateShared(gradient_weight=gradient_weight), WholeModel(Survey(*moments), layer_norm=True)
+    assert stage.survey is (SurveyNeed.GRADIENT if gradient_weight else SurveyNeed.STREAM)
+    stage.apply(site)
+    assert site.frame is not None
+    assert site.frame.energy[-1] == 0
+    assert oracles.largest_difference(site.frame.decode(D)[-1], torch.ones(D).double() / D**0.5) < 1e-12
+    assert float(site.frame.decode(D - 1).sum(1).abs().max()) < 1e-12
+
+
+# ---- units ----
+
+
+@dataclass
+class Unit:
+    """
+    rows: of the readers, what belongs to each unit. writer: what reads the units. after: the norm behind it, below the
+    blocks.
+    """
+
+    kind: str
+    count: int
+    rows: dict[str, Tensor]
+    writer: str
+    after: str
+
+
+def neighbours(count: int, size: int, start: int = 0) -> Tensor:
+    return torch.arange(start, start + count * size).view(count, size)
+
+
+NEURON = neighbours(NEURONS, 1)
+GATE_AND_UP = torch.cat([NEURON, neighbours(NEURONS, 1, NEURONS)], dim=1)
+MLP = {"mlp.gate_proj": NEURON, "mlp.up_proj": NEURON}
+# Two groups, each of a key head and a value head and the two query heads that share them.
+HEADS = {
+    "self_attn.q_proj": neighbours(2, D // 2),
+    **dict.fromkeys(("self_attn.k_proj", "self_attn.v_proj"), neighbours(2, D // 4)),
+}
+NEXT, BESIDE = "1.input_layernorm", "0.post_attention_layernorm"
+UNITS = {
+    "llama neurons": Unit("neurons", NEURONS, MLP, "mlp.down_proj", NEXT),
+    "gemma neurons": Unit("neurons", NEURONS, MLP, "mlp.down_proj", NEXT),
+    "phi3 neurons": Unit("neurons", NEURONS, {"mlp.gate_up_proj": GATE_AND_UP}, "mlp.down_proj", NEXT),
+    "opt neurons": Unit("neurons", NEURONS, {"fc1": NEURON}, "fc2", "1.self_attn_layer_norm"),
+    "starcoder2 neurons": Unit("neurons", NEURONS, {"mlp.c_fc": NEURON}, "mlp.c_proj", NEXT),
+    "llama kv_groups": Unit("kv_groups", 2, HEADS, "self_attn.o_proj", BESIDE),
+    "starcoder2 kv_groups": Unit("kv_groups", 2, HEADS, "self_attn.o_proj", BESIDE),
+}
+KEPT = {"neurons": 29, "kv_groups": 1}
+
+
+@torch.no_grad()
+def inputs_of(model: PreTrainedModel, *names: str) -> list[Tensor]:
+    """What modules of the stock model are given on the calibration windows, a row a token."""
+    found: dict[str, Tensor] = {}
+    for name in names:
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda _module, inputs, name=name: found.__setitem__(name, inputs[0].reshape(-1, inputs[0].shape[-1]))
+        )
+    model(input_ids=WINDOWS, use_cache=False)
+    return [found[name] for name in names]
+
+
+@pytest.mark.parametrize("case", UNITS)
+def test_units_are_deleted_as_written_out(case, models):
+    """In the first branch that has them, before which nothing is changed: the same in all readers and the writer.
+
+    An input counts by the inverse mean square of the dense stream behind the branch, as the next norm will weigh it.
+    """
+    model_type, unit = case.split()[0], UNITS[case]
+    model, folder = models(model_type, **SHALLOW)
+    blocks = families.find(model.config).blocks
+    dense = walked(folder, [FoldNorms()]).parts[1].tensors
+    part = walked(folder, [FoldNorms(), *pruned((unit.kind,))], held_out=0).parts[1]
+
+    U, stream = inputs_of(copy.deepcopy(model), f"{blocks}.0.{unit.writer}", f"{blocks}.{unit.after}")
+    layer_norm = families.find(model.config).norm == "layer"
+    stream = stream - stream.mean(1, keepdim=True) if layer_norm else stream
+    W, bias = dense[f"{blocks}.0.{unit.writer}.weight"].T, dense.get(f"{blocks}.0.{unit.writer}.bias")
+    if bias is not None:
+        U, W = with_ones(U, biased=True), torch.cat([W, bias[None]])
+    G = torch.zeros(len(W), len(W)).double()
+    for u, x in zip(U, stream, strict=True):
+        G += torch.outer(u, u) / (x.square().mean() + families.find(model.config).epsilon(model.config))
+    inputs = neighbours(unit.count, dense[f"{blocks}.0.{unit.writer}.weight"].shape[1] // unit.count)
+    kept, expected = prune_units(W, G, inputs, KEPT[unit.kind], damping=0.01, name="a test")
+
+    for name, rows in unit.rows.items():
+        stay = rows[kept].T.flatten() if unit.kind == "neurons" else rows[kept].flatten()
+        for key in {f"{blocks}.0.{name}.weight", f"{blocks}.0.{name}.bias"} & dense.keys():
+            assert torch.equal(part.tensors[key], dense[key][stay])
+    found = part.tensors[f"{blocks}.0.{unit.writer}.weight"]
+    assert oracles.largest_difference(found, expected[inputs[kept].flatten()].T) < 1e-8
+    if bias is not None:
+        assert oracles.largest_difference(part.tensors[f"{blocks}.0.{unit.writer}.bias"], expected[-1]) < 1e-8
+
+
+def test_units_can_be_deleted_in_two_steps(models):
+    _, folder = models("llama", **SHALLOW)
+    target = target_of(folder, "stock")
+    steps = [PruneUnits(units="neurons", keep=keep) for keep in (40, 29)]
+    result = walked(folder, [FoldNorms(), *shared(), Refit(), *steps], target=target)
+    model = written_model(result, target, neurons=29)
+    assert oracles.largest_difference(oracles.logits_of(model, WINDOWS[:1]), result.probe_logits) < 1e-9
+
+
+def pruned(kinds: Iterable[str]) -> list[StageConfig]:
+    return [PruneUnits.model_validate({"units": kind, "keep": KEPT[kind]}) for kind in kinds]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "refit"), [*((name, True) for name in tiny.FAMILIES), ("llama", False), ("phi", False)]
+)
+def test_what_is_written_computes_what_the_walk_did(model_type, refit, models):
+    """Narrower, with fewer neurons and, where a stock class has them, fewer groups of heads."""
+    _, folder = models(model_type, **SHALLOW)
+    target = target_of(folder, "one basis" if model_type == "opt" else "stock")
+    kinds = ("neurons",) if model_type in ("opt", "phi3") else ("neurons", "kv_groups")
+    stages = [FoldNorms(), *shared(), *([Refit()] if refit else []), *pruned(kinds)]
+    result = walked(folder, stages, target=target)
+    model = written_model(result, target, **{kind: KEPT[kind] for kind in kinds})
+    assert oracles.largest_difference(oracles.logits_of(model, WINDOWS[:1]), result.probe_logits) < 1e-9
+    inner = [w.shape for name, w in result.tensors.items() if name.endswith(("down_proj.weight", "fc2.weight"))]
+    assert all(shape[1] == KEPT["neurons"] for shape in inner)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "phi"])
+def test_units_are_judged_by_the_refitted_writer(model_type, models):
+    _, folder = models(model_type)
+    before, between, after = Watch(), Watch(), Watch()
+    neurons, groups = pruned(("neurons", "kv_groups"))
+    stages = [FoldNorms(), *shared(), Refit(), before, neurons, between, groups, after]
+    target = target_of(folder, "stock")
+    result = walked(folder, stages, target=target)
+    noted = dampings(result.parts)
+    heads = D if model_type == "phi" else 0  # inputs before the neurons'
+    deleted = 0
+    for old, new in zip(before.seen, between.seen, strict=True):
+        if "writers" not in new.name or ("attention" in new.name and model_type == "llama"):
+            assert torch.equal(old.matrix, new.matrix)
+            continue
+        assert old.damping == noted.get(old.name, 0.01)
+        units = heads + torch.arange(NEURONS)[:, None]
+        kept, expected = prune_units(old.matrix, old.G, units, 29, damping=old.damping, name="a test")
+        rows = torch.cat([torch.arange(heads), heads + kept, torch.arange(heads + NEURONS, len(old.matrix))])
+        assert torch.equal(new.matrix, expected[rows])
+        assert torch.equal(new.G, old.G[rows][:, rows])
+        deleted += 1
+    assert deleted == tiny.NUM_BLOCKS
+    # What is written is what the last stage left.
+    writer = "self_attn.dense" if model_type == "phi" else "self_attn.o_proj"
+    last = [seen for seen in after.seen if "writers" in seen.name and "mlp" not in seen.name]
+    lift = StockTarget(result.config, result.family).layout(torch.float64).lift(NARROW) if model_type == "phi" else None
+    for block, seen in enumerate(last):
+        weight = result.tensors[f"model.layers.{block}.{writer}.weight"]
+        expected = seen.matrix[: weight.shape[1]].T
+        assert oracles.largest_difference(weight, expected if lift is None else lift @ expected) < 1e-12
+
+
+# ---- what must not change the result ----
+
+
+def assert_same(part: FinishedPart, other: FinishedPart) -> None:
+    assert part.tensors.keys() == other.tensors.keys()
+    for name, tensor in part.tensors.items():
+        assert torch.equal(tensor, other.tensors[name]), name
+    assert (part.points, part.groups, part.divergence) == (other.points, other.groups, other.divergence)
+
+
+def off_the_grid(tensor: Tensor) -> Tensor:
+    """The same numbers at an address that is no multiple of 16 bytes, as a file may well give them."""
+    return torch.empty(tensor.numel() + 1, dtype=tensor.dtype)[1:].view(tensor.shape).copy_(tensor)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "rotation", "cache_memory"),
+    [("llama", "shared", 2**40), ("opt", "shared", 0), ("phi", "per layer", 2**40), ("llama", "per layer", 0)],
+)
+def test_a_walk_goes_on_from_its_state(model_type, rotation, cache_memory, models):
+    """To the bit, its refits, its choices and its divergence too."""
+    _, folder = models(model_type)
+    stages = [FoldNorms(), *ROTATIONS[rotation](), Refit(), *pruned(("neurons",))]
+    options: dict[str, Any] = {"cache_memory": cache_memory, "batch_size": 3}
+    walk, parts, states = new_walk(folder, stages, **options), [], []
+    for part in walk.parts():
+        parts.append(part)
+        states.append({name: off_the_grid(tensor) for name, tensor in walk.state().items()})
+    for done in (1, 3):
+        again = new_walk(folder, stages, **options)
+        again.restore(states[done - 1], done)
+        for part, undisturbed in zip(again.parts(), parts[done:], strict=True):
+            assert_same(part, undisturbed)
+        assert again.probe is not None
+        assert walk.probe is not None
+        assert torch.equal(again.probe, walk.probe)
+
+
+@pytest.mark.parametrize("rotation", ROTATIONS)
+def test_activations_on_disk_and_batches_change_nothing(rotation, models):
+    _, folder = models("llama")
+    stages = [FoldNorms(), *ROTATIONS[rotation](), Refit(), *pruned(("neurons",))]
+    one = walked(folder, stages)
+    for part, other in zip(one.parts, walked(folder, stages, cache_memory=0).parts, strict=True):
+        assert_same(part, other)
+    other = walked(folder, stages, batch_size=2)
+    assert dampings(one.parts) == dampings(other.parts)
+    assert oracles.largest_difference(one.probe_logits, other.probe_logits) < 1e-8

@@ -1,0 +1,193 @@
+"""Ridge regression from second moments against the rows themselves, stacked one below the other."""
+
+import itertools
+import re
+
+import pytest
+import torch
+from torch import Tensor
+
+from compress.errors import NumericalError
+from compress.numerics.ridge import DAMPINGS, NormalEquations, choose_damping, excess, ridge
+
+K, M, ROWS = 7, 5, 40
+WHERE = "block 3 mlp writers"
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def equations(U: Tensor, T: Tensor, weights: Tensor | None = None) -> NormalEquations:
+    """Token by token, as the sums are defined."""
+    weights = torch.ones(len(U), dtype=torch.float64) if weights is None else weights
+    G, B = torch.zeros(U.shape[1], U.shape[1]).double(), torch.zeros(U.shape[1], T.shape[1]).double()
+    for u, t, weight in zip(U, T, weights, strict=True):
+        G += weight * torch.outer(u, u)
+        B += weight * torch.outer(u, t)
+    return NormalEquations(G, B, float(weights.sum()))
+
+
+def least_squares(U: Tensor, T: Tensor) -> Tensor:
+    return torch.linalg.lstsq(U, T, driver="gelsd").solution
+
+
+def stacked(U: Tensor, T: Tensor, W0: Tensor, damping: float) -> Tensor:
+    """min ||U W - T||^2 + l ||W - W0||^2 as one least-squares problem of ROWS + K rows."""
+    root = (damping * U.square().sum(0).mean()).sqrt()
+    return least_squares(torch.cat([U, root * torch.eye(U.shape[1]).double()]), torch.cat([T, root * W0]))
+
+
+def problem(seed: int = 0, noise: float = 0.5, truth: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Correlated inputs of unlike sizes; targets that a matrix near W0 explains in part."""
+    U = random(ROWS, K, seed=seed) @ (random(K, K, seed=90) @ torch.diag(torch.logspace(0, -1, K).double()))
+    W0 = random(K, M, seed=91)
+    truth = W0 + random(K, M, seed=92) if truth is None else truth
+    return U, U @ truth + noise * random(ROWS, M, seed=seed + 100), W0
+
+
+@pytest.mark.parametrize("rows", [ROWS, K - 3], ids=["enough rows", "fewer rows than inputs"])
+@pytest.mark.parametrize("damping", DAMPINGS)
+def test_it_is_the_stacked_least_squares_problem(damping, rows):
+    U, T, W0 = problem()
+    U, T = U[:rows], T[:rows]
+    found = ridge(equations(U, T), W0, damping, name=WHERE)
+    assert (found - stacked(U, T, W0, damping)).abs().max() < 1e-9
+    assert (found - W0).abs().max() > 1e-3
+
+
+def test_tokens_count_by_their_weights():
+    U, T, W0 = problem()
+    weights = random(ROWS).abs()
+    root = weights.sqrt()[:, None]
+    found = ridge(equations(U, T, weights), W0, 0.1, name=WHERE)
+    assert (found - stacked(U * root, T * root, W0, 0.1)).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("rows", [ROWS, K - 3], ids=["enough rows", "fewer rows than inputs"])
+@pytest.mark.parametrize("damping", DAMPINGS)
+def test_what_explains_everything_stays_for_every_damping(damping, rows):
+    U, _, W0 = problem()
+    U = U[:rows]
+    assert (ridge(equations(U, U @ W0), W0, damping, name=WHERE) - W0).abs().max() < 1e-10
+
+
+def test_the_damping_leads_from_least_squares_to_what_is_known():
+    U, T, W0 = problem()
+    sums = equations(U, T)
+    assert (ridge(sums, W0, 1e-12, name=WHERE) - least_squares(U, T)).abs().max() < 1e-8
+    assert (ridge(sums, W0, 1e12, name=WHERE) - W0).abs().max() < 1e-8
+    steps = [float((ridge(sums, W0, damping, name=WHERE) - W0).norm()) for damping in DAMPINGS]
+    assert steps == sorted(steps, reverse=True)
+
+
+def test_where_the_inputs_say_nothing_the_matrix_stays():
+    U, T, W0 = problem()
+    U[:, 2] = 0
+    found = ridge(equations(U, T), W0, 0.01, name=WHERE)
+    assert torch.equal(found[2], W0[2])
+    assert ((found - W0).abs().amax(1) > 1e-3).sum() == K - 1
+
+
+def mean_error(U: Tensor, T: Tensor, W: Tensor, S: Tensor) -> float:
+    """Row by row."""
+    return sum(float(((u @ W - t) @ S).square().sum()) for u, t in zip(U, T, strict=True)) / len(U)
+
+
+@pytest.mark.parametrize("metric", [False, True], ids=["plain", "in a metric"])
+def test_excess_is_the_mean_error_but_for_a_constant(metric):
+    U, T, W0 = problem()
+    S = random(M, 3, seed=5) if metric else torch.eye(M).double()
+    given = S @ S.T if metric else None
+    nothing = mean_error(U, T, torch.zeros(K, M).double(), S)
+    for W in (W0, least_squares(U, T), torch.zeros(K, M).double()):
+        expected = mean_error(U, T, W, S) - nothing
+        assert excess(equations(U, T), W, given) == pytest.approx(expected, rel=1e-10, abs=1e-10)
+
+
+def test_excess_is_a_mean_over_weighted_tokens():
+    U, T, W0 = problem()
+    twice = torch.where(torch.arange(ROWS) < 10, 2.0, 1.0).double()
+    repeated = equations(torch.cat([U, U[:10]]), torch.cat([T, T[:10]]))
+    assert excess(equations(U, T, twice), W0) == pytest.approx(excess(repeated, W0), rel=1e-12)
+
+
+@pytest.mark.parametrize("metric", [False, True], ids=["plain", "in a metric"])
+def test_the_damping_is_the_one_that_is_best_on_what_was_held_out(metric):
+    """By brute force from the rows, for noises whose best damping is now small, now large."""
+    S = random(M, 3, seed=5) if metric else torch.eye(M).double()
+    chosen = []
+    for seed, noise in itertools.product(range(4), (0.01, 3.0, 20.0, 500.0)):
+        U, T, W0 = problem(seed=seed, noise=noise)
+        V, R, _ = problem(seed=seed + 10, noise=noise)
+        errors = {damping: mean_error(V, R, stacked(U, T, W0, damping), S) for damping in DAMPINGS}
+        best = min(errors, key=lambda damping: errors[damping])
+        expected = best if errors[best] < mean_error(V, R, W0, S) else None
+        sums = equations(U, T), equations(V, R)
+        assert choose_damping(*sums, W0, name=WHERE, metric=S @ S.T if metric else None) == expected
+        chosen.append(expected)
+    assert None in chosen
+    assert len(set(chosen)) >= 4, chosen
+
+
+def test_the_metric_decides():
+    """Two outputs, one of which is learnt and the other spoilt: which one counts says whether to fit at all."""
+    U, _, W0 = problem()
+    learnt, spoilt = torch.ones(M).double(), torch.zeros(M).double()
+    learnt[0], spoilt[0] = 0, 1
+    truth = W0 + random(K, M, seed=3) * learnt
+    fit = equations(U, U @ (truth + random(K, M, seed=4) * spoilt))
+    held_out = equations(U, U @ truth)
+    assert choose_damping(fit, held_out, W0, name=WHERE, metric=torch.diag(learnt)) == DAMPINGS[0]
+    assert choose_damping(fit, held_out, W0, name=WHERE, metric=torch.diag(spoilt)) is None
+
+
+def test_nothing_is_chosen_where_no_fit_is_better():
+    U, T, W0 = problem(noise=0.0, truth=random(K, M, seed=3))
+    V, R, _ = problem(seed=2, noise=0.0, truth=random(K, M, seed=91))
+    assert choose_damping(equations(U, T), equations(V, R), W0, name=WHERE) is None
+
+
+def test_where_all_is_explained_the_choice_changes_nothing():
+    U, _, W0 = problem()
+    sums = equations(U, U @ W0)
+    damping = choose_damping(sums, sums, W0, name=WHERE)
+    assert damping is None or (ridge(sums, W0, damping, name=WHERE) - W0).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("fault", ["nan", "inf", "zero"])
+@pytest.mark.parametrize("call", [ridge, choose_damping])
+def test_an_error_names_the_place(call, fault):
+    U, T, W0 = problem()
+    if fault == "zero":
+        U = torch.zeros_like(U)
+    else:
+        U[3, 2] = float(fault)
+    sums = equations(U, T)
+    arguments = (sums, W0, 0.1) if call is ridge else (sums, sums, W0)
+    message = (
+        f"The second moment of the inputs of {WHERE} has no Cholesky factor: a NaN, an Inf or inputs that are all "
+        "zero. Check the weights before it, or calibrate on more text."
+    )
+    with pytest.raises(NumericalError, match=f"^{re.escape(message)}$"):
+        call(*arguments, name=WHERE)
+
+
+@pytest.mark.parametrize("place", ["fit targets", "held out inputs", "held out targets"])
+def test_no_choice_is_made_by_what_is_no_number(place):
+    """Comparisons with a NaN are false, all of them: unlooked at, it would pass for a fit that is no better."""
+    U, T, W0 = problem()
+    fit, held_out = equations(U, T), equations(U, T)
+    broken = {"fit targets": fit.B, "held out inputs": held_out.G, "held out targets": held_out.B}[place]
+    broken[3, 2] = float("nan")
+    with pytest.raises(NumericalError, match=WHERE):
+        choose_damping(fit, held_out, W0, name=WHERE)
+
+
+def test_equations_of_some_inputs_are_those_of_their_rows():
+    U, T, _ = problem()
+    kept = torch.tensor([5, 0, 3])
+    some, expected = equations(U, T).only(kept), equations(U[:, kept], T)
+    assert (some.G - expected.G).abs().max() < 1e-12
+    assert (some.B - expected.B).abs().max() < 1e-12
+    assert some.tokens == expected.tokens

@@ -1,0 +1,659 @@
+"""Sliced models of stock shape: what stock transformers computes from them, in a process that has no code of ours.
+
+Most models here are float64, and so are their norms, so that what is promised to be exact can be told from what is not.
+The checkpoints that the selected tests ask for are written first, then one clean process looks at all of them
+(stock_probe.py).
+"""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import oracles
+import tiny
+from compress import pipeline
+from compress.assembly import take_survey
+from compress.checkpoints.stock import StockTarget
+from compress.errors import UsageError
+from compress.job import Job
+from compress.models.hub import find_model
+from compress.numerics.frames import Frame
+from compress.preflight import Prepared
+from compress.recipe import anchored, parse_recipe
+from compress.streaming.survey import Survey
+from compress.streaming.walk import shared_frame
+
+D, HEADS, NEURONS, BLOCKS = tiny.HIDDEN, 4, 48, 2
+NARROW = 22
+IDLE = 16  # of the neurons
+EXACT = 1e-9
+# Of the logits, root mean squares; the walk and the model that is loaded round at every step.
+TOLERANCES = {"float32": 1e-5, "float16": 0.01, "bfloat16": 0.05}
+# Longer than the sliding windows, so that they cut something off.
+IDS = oracles.random_ids(2, 24, seed=3)
+PROMPT = oracles.random_ids(2, 12, seed=4).clamp_min(3)
+PROBE = Path(__file__).with_name("stock_probe.py")
+
+CLASSES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "LlamaForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "phi": "PhiForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "starcoder2": "Starcoder2ForCausalLM",
+    "gemma": "GemmaForCausalLM",
+}
+# Of a block: what writes the stream, attention's first.
+WRITERS = {
+    "opt": ("self_attn.out_proj", "fc2"),
+    "phi": ("self_attn.dense", "mlp.fc2"),
+    "starcoder2": ("self_attn.o_proj", "mlp.c_proj"),
+}
+GATED_WRITERS = ("self_attn.o_proj", "mlp.down_proj")
+EPSILON = {"phi": "layer_norm_eps", "starcoder2": "norm_epsilon"}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """
+    width: what is kept; for a class whose heads have to divide it, a multiple of 4. slow: left to the slow tests.
+    """
+
+    model_type: str
+    changes: dict[str, Any] = field(default_factory=dict)
+    width: int = NARROW
+    gradient_weight: float = 0.9
+    slow: bool = False
+
+    @property
+    def head_dim(self) -> int:
+        explicit = {"mistral": 12, "qwen3": 16, "gemma": 12}.get(self.model_type, D // HEADS)
+        return int(self.changes.get("head_dim", explicit))
+
+    @property
+    def groups(self) -> int:
+        """How many KV groups there are; 0 where they cannot be deleted."""
+        usual = {"phi3": 0, "phi": HEADS}.get(self.model_type, 2)
+        return int(self.changes.get("num_key_value_heads", usual))
+
+    @property
+    def is_layer_norm(self) -> bool:
+        return self.model_type in ("phi", "starcoder2")
+
+    def directions(self, width: int) -> int:
+        """How many directions of the stream a stock hidden size holds."""
+        return width - {"phi": 1, "starcoder2": 2}.get(self.model_type, 0)
+
+
+# Epsilons are large and the rotary angles unusual, so that what is lost of them shows.
+RMS: dict[str, Any] = {"rms_norm_eps": 1e-2, "rope_parameters": {"rope_type": "default", "rope_theta": 300.0}}
+LLAMA_3 = {
+    "rope_type": "llama3",
+    "rope_theta": 300.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+TIED = {"tie_word_embeddings": True}
+UNTIED = {"tie_word_embeddings": False}
+VARIANTS = {
+    "llama": Variant("llama", {**RMS, "attention_bias": False, "mlp_bias": False}, width=20),
+    "llama, biases, tied": Variant("llama", {**RMS, **TIED, "rope_parameters": LLAMA_3}, width=24, gradient_weight=0.0),
+    "llama, head_dim": Variant("llama", {**RMS, "head_dim": 20}, width=20, slow=True),
+    "mistral": Variant("mistral", RMS),
+    "mistral, no window": Variant("mistral", {**RMS, "sliding_window": None}, width=21, slow=True),
+    "qwen2": Variant("qwen2", RMS, width=20),
+    "qwen2, untied": Variant("qwen2", {**RMS, **UNTIED}, width=24, slow=True),
+    "qwen3": Variant("qwen3", RMS),
+    "qwen3, biases, tied": Variant("qwen3", {**RMS, **TIED, "attention_bias": True}, width=21, slow=True),
+    "phi": Variant("phi", {"layer_norm_eps": 1e-2}),
+    "phi, shared heads": Variant(
+        "phi", {"layer_norm_eps": 1e-2, "num_key_value_heads": 2}, gradient_weight=0.0, slow=True
+    ),
+    "starcoder2": Variant("starcoder2", {**TIED, "norm_epsilon": 1e-2}),
+    "starcoder2, untied, a window": Variant(
+        "starcoder2", {**UNTIED, "norm_epsilon": 1e-2, "sliding_window": 16}, gradient_weight=0.0, slow=True
+    ),
+    "phi3": Variant("phi3", RMS),
+    "phi3, tied": Variant("phi3", {**RMS, **TIED}, width=21, slow=True),
+    "gemma": Variant("gemma", RMS),
+    "gemma, untied": Variant("gemma", {**RMS, **UNTIED}, width=21, gradient_weight=0.0, slow=True),
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0, 1.1, 1.2, 1.3],
+    "long_factor": [2.0, 2.1, 2.2, 2.3],
+    "original_max_position_embeddings": 64,
+    "factor": 1.0,
+}
+OURS = "The result is written in our architecture: "
+# What no stock class has room for, and what the user is told.
+FALLBACKS = {
+    "phi3, longrope": (
+        Variant("phi3", {**RMS, "rope_parameters": LONGROPE}),
+        f"{OURS}its config class checks the longrope factors against hidden_size / heads, which no longer holds.",
+    ),
+    "qwen2, window": (
+        Variant("qwen2", {**RMS, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
+        f"{OURS}its layers attend within a sliding window, which a Llama has not.",
+    ),
+    "phi, qk_layernorm": (
+        Variant("phi", {"layer_norm_eps": 1e-2, "qk_layernorm": True}),
+        f"{OURS}it normalises queries and keys at hidden_size / heads (qk_layernorm).",
+    ),
+    "starcoder2, no biases": (
+        Variant("starcoder2", {"norm_epsilon": 1e-2, "use_bias": False}),
+        f"{OURS}its linears have no bias that could hold the norms' offsets (use_bias=false).",
+    ),
+    "opt": (
+        Variant("opt"),
+        "opt ties the heads' size to the hidden one, so the result is written in our architecture.",
+    ),
+}
+
+
+# ---- what is written ----
+
+
+@dataclass(frozen=True)
+class Case:
+    """A checkpoint to be written.
+
+    width: kept of the stream. refit, units: of the anchored method. idle: the units that are deleted do nothing.
+    gain_dtype: what the layout takes the output dtype to be, where that is another.
+    """
+
+    variant: Variant
+    width: int
+    dtype: str = "float64"
+    refit: bool = False
+    units: dict[str, dict[str, int]] = field(default_factory=dict)
+    idle: bool = False
+    gain_dtype: torch.dtype | None = None
+    slow: bool = False
+
+    @property
+    def is_exact(self) -> bool:
+        """Nothing is fitted, and what is deleted did nothing."""
+        return not self.refit and (self.idle or not self.units)
+
+    @property
+    def heads(self) -> int:
+        groups = self.units.get("kv_groups", {}).get("keep", self.variant.groups)
+        return HEADS // self.variant.groups * groups if self.variant.groups else HEADS
+
+
+@dataclass
+class Written:
+    """
+    projected: the logits for IDS of the dense model with its stream projected. probe: its ids and what the walk made of
+        them.
+    """
+
+    case: Case
+    dense: Any
+    out: Path
+    result: pipeline.Result
+    projected: Tensor
+    probe: tuple[Tensor, Tensor]
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: tensor for file in self.out.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+    @property
+    def config(self) -> dict[str, Any]:
+        config: dict[str, Any] = json.loads((self.out / "config.json").read_text(encoding="utf-8"))
+        return config
+
+
+QUICK_FULL_WIDTH = ("llama", "phi", "starcoder2", "gemma")
+QUICK_ROUNDED_GAIN = ("llama", "phi", "starcoder2", "gemma")
+
+
+def cases() -> dict[str, Case]:
+    found: dict[str, Case] = {}
+    for name, variant in VARIANTS.items():
+        slow, width = variant.slow, variant.width
+        neurons = {"neurons": {"keep": NEURONS - IDLE}}
+        units = neurons | ({"kv_groups": {"keep": variant.groups - 1}} if variant.groups else {})
+        fewer_heads = NARROW if width % HEADS == 0 else width  # no multiple of the dense model's heads
+        found |= {
+            f"{name}: sliced": Case(variant, width, slow=slow),
+            f"{name}: refitted": Case(variant, width, refit=True, slow=True),
+            f"{name}: refitted, fewer units": Case(variant, fewer_heads, refit=True, units=units, slow=slow),
+            f"{name}: idle units": Case(variant, fewer_heads, units=units, idle=True, slow=slow),
+            f"{name}: full width": Case(
+                variant, D, units=neurons, idle=True, slow=slow or name not in QUICK_FULL_WIDTH
+            ),
+            f"{name}: rounded gain": Case(
+                variant, width, gain_dtype=torch.bfloat16, slow=slow or name not in QUICK_ROUNDED_GAIN
+            ),
+            f"{name}: float32": Case(variant, width, "float32", slow=slow),
+            f"{name}: bfloat16": Case(variant, width, "bfloat16", slow=slow),
+            f"{name}: float16": Case(variant, width, "float16", slow=True),
+        }
+    return found | {f"{name}: fallback": Case(variant, NARROW) for name, (variant, _) in FALLBACKS.items()}
+
+
+CASES = cases()
+STOCK = ("sliced", "refitted", "refitted, fewer units", "idle units", "full width", "rounded gain", *TOLERANCES)
+
+
+def named(*kinds: str) -> pytest.MarkDecorator:
+    """A test of all cases of some kinds, by their name."""
+    chosen = [name for name in CASES if name.split(": ")[1] in kinds]
+    slow = pytest.mark.slow
+    return pytest.mark.parametrize(
+        "name", [pytest.param(name, marks=slow) if CASES[name].slow else name for name in chosen]
+    )
+
+
+def writers_of(model: Any) -> Iterator[list[Any]]:
+    """Of each block, the linears that write the stream: attention's, then the MLP's."""
+    names = WRITERS.get(model.config.model_type, GATED_WRITERS)
+    blocks = model.model.decoder.layers if model.config.model_type == "opt" else model.model.layers
+    for block in blocks:
+        yield [block.get_submodule(name) for name in names]
+
+
+@torch.no_grad()
+def dense_model(case: Case) -> Any:
+    """With idle units, if the case has them: in each block other neurons, and one other group of heads."""
+    changes = {"num_hidden_layers": BLOCKS, **copy.deepcopy(case.variant.changes)}
+    model: Any = tiny.tiny_model(case.variant.model_type, **changes)
+    if case.idle:
+        generator = torch.Generator().manual_seed(11)
+        for number, (attention, mlp) in enumerate(writers_of(model)):
+            mlp.weight[:, torch.randperm(NEURONS, generator=generator)[:IDLE]] = 0
+            if groups := case.variant.groups:
+                attention.weight.view(D, groups, -1)[:, (number + 1) % groups] = 0
+    return model
+
+
+def projected_logits(dense: Any, P: Tensor) -> Tensor:
+    """The dense model, everything that writes the stream followed by x -> x P; norms divide by the dense width.
+
+    A LayerNorm model's P takes the stream's mean away with the rest, which no norm lets pass.
+    """
+    model = copy.deepcopy(dense)
+    tables = [model.get_input_embeddings()]
+    if model.config.model_type == "opt":
+        tables.append(model.model.decoder.embed_positions)
+    for module in [*tables, *(linear for linears in writers_of(model) for linear in linears)]:
+        module.register_forward_hook(lambda module, inputs, output: output @ P)
+    return oracles.logits_of(model, IDS)
+
+
+def job_of(case: Case, source: Path, out: Path, text: Path) -> Job:
+    stages = anchored(
+        {"width": case.width}, refit=case.refit, units=case.units, gradient_weight=case.variant.gradient_weight
+    )
+    calibration = {"source": str(text), "samples": 5, "seq_len": 32}
+    recipe = parse_recipe({"method": "anchored", "stages": stages, "calibration": calibration, "dtype": case.dtype})
+    return Job(model=find_model(str(source)), recipe=recipe, out=out, command="compress slice")
+
+
+@dataclass
+class Overheard:
+    """What the pipeline hands on: the dense model's survey, and the probe that is to be proved."""
+
+    family: Any = None
+    survey: Any = None
+    stages: Any = None
+    probe: Any = None
+
+    def take_survey(self, prepared: Prepared, progress: Callable[[], None]) -> Survey | None:
+        self.survey = take_survey(prepared, progress)
+        self.family, self.stages = prepared.family, prepared.plan.stages
+        return self.survey
+
+    def verify(self, folder: Path, ids: Tensor, logits: Tensor, *, memory: int) -> float:
+        self.probe = ids, logits
+        return 0.0  # the clean process of this file proves it instead
+
+    @property
+    def frame(self) -> Frame:
+        """The basis that the stages make of the survey."""
+        frame = shared_frame(self.stages, self.survey, layer_norm=self.family.norm == "layer")
+        assert frame is not None
+        return frame
+
+
+def write(case: Case, folder: Path) -> Written:
+    dense = dense_model(case)
+    dense.save_pretrained(folder / "dense")
+    tiny.tiny_tokenizer().save_pretrained(folder / "dense")
+    job = job_of(case, folder / "dense", folder / "out", tiny.write_text(folder / "text.txt", lines=60))
+    overheard, stock_layout = Overheard(), StockTarget.layout
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "verify", overheard.verify)
+        patch.setattr(pipeline, "take_survey", overheard.take_survey)
+        if gain_dtype := case.gain_dtype:
+            patch.setattr(StockTarget, "layout", lambda target, dtype: stock_layout(target, gain_dtype))
+        result = pipeline.run(job)
+    frame = overheard.frame
+    directions = case.variant.directions(case.width) if result.is_stock else case.width
+    P = frame.encode(directions) @ frame.decode(directions)
+    return Written(case, dense, folder / "out", result, projected_logits(dense, P), overheard.probe)
+
+
+@pytest.fixture(scope="module")
+def written(request, tmp_path_factory) -> Iterator[dict[str, Written]]:
+    """The checkpoints of all selected tests. Norms are exact, here and in the clean process."""
+    selected = [
+        item.callspec.params
+        for item in request.session.items
+        if item.path == request.path and "name" in item.fixturenames
+    ]
+    asked = {params["name"] for params in selected}
+    with oracles.exact_norms():
+        yield {name: write(case, tmp_path_factory.mktemp("stock")) for name, case in CASES.items() if name in asked}
+
+
+@dataclass(frozen=True)
+class Looked:
+    """What the clean process says. models: of each, what it is and what transformers complained of."""
+
+    logits: dict[str, Tensor]
+    models: dict[str, dict[str, Any]]
+    ours: list[str]
+
+
+@pytest.fixture(scope="module")
+def looked(written, tmp_path_factory) -> Looked:
+    root = tmp_path_factory.mktemp("looked")
+    request = {
+        name: {
+            "folder": str(made.out),
+            "trust": name.endswith("fallback"),
+            "ids": {"ids": IDS.tolist(), "probe": made.probe[0].tolist()},
+            "prompt": PROMPT.tolist() if made.case.dtype == "float64" else None,
+        }
+        for name, made in written.items()
+    }
+    (root / "request.json").write_text(json.dumps(request), encoding="utf-8")
+    command = [sys.executable, "-I", str(PROBE), str(root / "request.json"), str(root / "answers")]
+    environment = os.environ | {"HF_MODULES_CACHE": str(root / "modules"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((root / "answers" / "found.json").read_text(encoding="utf-8"))
+    return Looked(load_file(root / "answers" / "logits.safetensors"), found["models"], found["ours"])
+
+
+# ---- what is computed ----
+
+
+@named("sliced", "idle units", "rounded gain", "fallback")
+def test_it_computes_the_projected_model(name, written, looked):
+    made = written[name]
+    difference = oracles.largest_difference(looked.logits[f"{name}/ids"], made.projected)
+    assert difference < EXACT
+    # Slicing is no small change, so that the agreement means something.
+    assert oracles.largest_difference(made.projected, oracles.logits_of(made.dense, IDS)) > 0.1
+
+
+@named("sliced", "refitted", "refitted, fewer units", "idle units", "rounded gain", "fallback")
+def test_it_computes_what_the_walk_said(name, written, looked):
+    ids, logits = written[name].probe
+    assert ids.shape == (1, 32)
+    assert oracles.largest_difference(looked.logits[f"{name}/probe"], logits) < EXACT
+
+
+@named("refitted", "refitted, fewer units")
+def test_refitting_changes_what_is_computed(name, written, looked):
+    made = written[name]
+    assert oracles.largest_difference(looked.logits[f"{name}/ids"], made.projected) > 1e-3
+    facts = json.loads((made.out / "compress.json").read_text(encoding="utf-8"))
+    assert any("damping" in group for group in facts["groups"])
+    assert made.result.divergence is not None
+    assert made.result.divergence > 0
+
+
+@named("full width")
+def test_at_full_width_only_starcoder2_loses_anything(name, written, looked):
+    """LayerNorm's stream has a direction less than channels; a head without a bias takes one away for its constant."""
+    made = written[name]
+    logits = looked.logits[f"{name}/ids"]
+    assert oracles.largest_difference(logits, made.projected) < EXACT
+    lost = oracles.largest_difference(logits, oracles.logits_of(made.dense, IDS))
+    if made.case.variant.model_type == "starcoder2":
+        assert 1e-3 < lost < 10
+    else:
+        assert lost < EXACT
+
+
+@named("float32", "bfloat16", "float16")
+def test_rounded_it_is_close(name, written, looked):
+    made = written[name]
+    logits = looked.logits[f"{name}/ids"]
+    assert str(logits.dtype) == f"torch.{made.case.dtype}"
+    difference = (logits.double() - made.projected).square().mean().sqrt() / made.projected.square().mean().sqrt()
+    assert difference < TOLERANCES[made.case.dtype]
+
+
+@named("sliced", "refitted, fewer units", "idle units", "fallback")
+def test_cached_generation_is_uncached_generation(name, looked):
+    """Past the sliding windows."""
+    found = looked.models[name]
+    assert torch.tensor(found["cached"]).shape == (2, 12 + 8)
+    assert found["cached"] == found["greedy"]
+
+
+# ---- what is written ----
+
+
+@named(*STOCK, "fallback")
+def test_every_key_finds_its_place(name, looked):
+    assert looked.models[name]["info"] == {}
+
+
+@named(*STOCK)
+def test_stock_code_loads_it_without_a_complaint(name, written, looked):
+    made, found = written[name], looked.models[name]
+    assert looked.ours == []
+    assert found["module"].startswith("transformers.models.")
+    assert found["class"] == CLASSES[made.case.variant.model_type] == made.result.architecture
+    assert found["dtypes"] == [f"torch.{made.case.dtype}"]
+    assert found["said"] == []
+    assert made.result.is_stock
+    assert list(made.out.glob("*.py")) == []
+
+
+@named("fallback")
+def test_what_has_no_stock_shape_is_written_in_ours(name, written, looked):
+    made, found = written[name], looked.models[name]
+    _, note = FALLBACKS[name.split(": ")[0]]
+    assert made.result.notes == [note]
+    assert not made.result.is_stock
+    assert made.result.architecture == found["class"] == "SlicedForCausalLM"
+    assert found["module"].startswith("transformers_modules.")
+    assert looked.ours == []
+    assert made.config["shortcuts"] is False
+    assert not any("shortcut" in key for key in made.tensors)
+
+
+@named(*STOCK)
+def test_the_config_says_what_it_is(name, written, looked):
+    """As JSON, too, where engines read it without the defaults of transformers."""
+    made = written[name]
+    case, variant, raw = made.case, made.case.variant, made.config
+    epsilon = EPSILON.get(variant.model_type, "rms_norm_eps")
+    expected = {
+        "architectures": [CLASSES[variant.model_type]],
+        "hidden_size": case.width,
+        "head_dim": variant.head_dim,
+        "num_attention_heads": case.heads,
+        "num_key_value_heads": case.units.get("kv_groups", {}).get("keep", made.dense.config.num_key_value_heads),
+        "intermediate_size": case.units.get("neurons", {}).get("keep", NEURONS),
+        "num_hidden_layers": BLOCKS,
+        "vocab_size": tiny.VOCAB_SIZE,
+        "tie_word_embeddings": False,
+        "dtype": case.dtype,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 2,
+        epsilon: pytest.approx(getattr(made.dense.config, epsilon) * D / case.width, rel=1e-12),
+    }
+    assert {key: raw.get(key) for key in expected} == expected
+    assert {key: looked.models[name]["config"].get(key) for key in expected} == expected
+    assert raw["rope_parameters"] == made.dense.config.rope_parameters
+    assert raw.get("sliding_window") == getattr(made.dense.config, "sliding_window", None)
+    assert not {"auto_map", "_name_or_path", "quantization_config"} & set(raw)
+    assert str(made.out.parent) not in (made.out / "config.json").read_text(encoding="utf-8")
+
+
+def norms_of(tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor | None]]:
+    """The stream's norms, by name: weight and bias."""
+    names = [key.removesuffix(".weight") for key in tensors if key.endswith("norm.weight")]
+    names = [name for name in names if "self_attn" not in name]
+    return {name: (tensors[f"{name}.weight"], tensors.get(f"{name}.bias")) for name in names}
+
+
+@named("sliced", "refitted, fewer units", "bfloat16")
+def test_norms_hold_the_ratio_of_the_widths(name, written):
+    """And nothing else: their gains and offsets are in the linears behind them."""
+    made = written[name]
+    variant, width = made.case.variant, made.case.width
+    norms = norms_of(made.tensors)
+    assert len(norms) == BLOCKS * (1 if variant.model_type == "phi" else 2) + 1
+    gain = (D / width) ** 0.5 - (1 if variant.model_type == "gemma" else 0)
+    for key, (weight, bias) in norms.items():
+        ends_in_constant = variant.model_type == "starcoder2" and key == "model.norm"
+        expected = torch.full((width,), gain, dtype=torch.float64)
+        offset = torch.zeros(width, dtype=torch.float64)
+        if ends_in_constant:
+            expected[-1], offset[-1] = 0, 1
+        dtype = getattr(torch, made.case.dtype)
+        torch.testing.assert_close(weight, expected.to(dtype), rtol=1e-15, atol=0)
+        assert (bias is not None) == variant.is_layer_norm
+        if bias is not None:
+            assert torch.equal(bias, offset.to(dtype))
+
+
+@named("sliced", "refitted, fewer units")
+def test_the_index_is_the_state_dict(name, written):
+    made = written[name]
+    index = json.loads((made.out / "model.safetensors.index.json").read_text(encoding="utf-8"))
+    tensors = made.tensors
+    assert index["weight_map"].keys() == tensors.keys()
+    assert "lm_head.weight" in tensors  # no longer tied
+    parameters = sum(tensor.numel() for tensor in tensors.values())
+    assert index["metadata"] == {"total_parameters": parameters, "total_size": 8 * parameters}
+    assert made.result.size.parameters == parameters
+
+
+@named("sliced", "refitted, fewer units")
+def test_a_layer_norm_stream_has_no_mean(name, written):
+    """So that the stock LayerNorm subtracts nothing; the last channel is left alone where it is the constant one."""
+    made = written[name]
+    variant = made.case.variant
+    if not variant.is_layer_norm:
+        return
+    tensors = made.tensors
+    writers = [key for key in tensors if any(key.endswith(f"{w}.weight") for w in WRITERS[variant.model_type])]
+    assert len(writers) == 2 * BLOCKS
+    written_rows = [tensors[key].T for key in writers] + [tensors["model.embed_tokens.weight"]]
+    written_rows += [tensors[key.replace("weight", "bias")][None] for key in writers]
+    for rows in written_rows:
+        assert rows.sum(-1).abs().max() < 1e-12 * rows.abs().max().clamp_min(1)
+        if variant.model_type == "starcoder2":
+            assert rows[:, -1].abs().max() == 0
+
+
+@named("sliced", "idle units")
+def test_qwen2_becomes_a_llama_whose_attention_writes_without_a_bias(name, written):
+    made = written[name]
+    if made.case.variant.model_type != "qwen2":
+        return
+    assert made.config["model_type"] == "llama"
+    assert made.config["attention_bias"] is True
+    assert not made.config.get("mlp_bias", False)
+    biases = {key: tensor for key, tensor in made.tensors.items() if key.endswith("_proj.bias")}
+    assert len(biases) == 4 * BLOCKS
+    for key, bias in biases.items():
+        assert (bias.abs().max() == 0) == key.endswith("o_proj.bias"), key
+
+
+# ---- what is refused ----
+
+
+def refusal(model_type: str, folder: Path, stages: list[dict[str, Any]], **changes: Any) -> str:
+    tiny.tiny_config(model_type, **changes).save_pretrained(folder / "dense")
+    calibration = {"source": "stdlib", "samples": 4, "seq_len": 32}
+    recipe = parse_recipe({"method": "anchored", "stages": stages, "calibration": calibration})
+    job = Job(model=find_model(str(folder / "dense")), recipe=recipe, out=folder / "out", command="compress slice")
+    with pytest.raises(UsageError) as error:
+        pipeline.plan_only(job)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+def test_a_width_that_the_heads_do_not_divide_is_refused(model_type, tmp_path):
+    assert refusal(model_type, tmp_path, anchored({"width": 22})) == (
+        "A hidden size of 22 is no multiple of the 4 attention heads, as LlamaForCausalLM asks for. Use --round-to 4."
+    )
+    assert refusal(model_type, tmp_path, anchored({"width": 21}, units={"kv_groups": {"keep": 1}})) == (
+        "A hidden size of 21 is no multiple of the 2 attention heads, as LlamaForCausalLM asks for. Use --round-to 2."
+    )
+
+
+@pytest.mark.parametrize("model_type", ["llama", "opt"])
+def test_one_basis_takes_one_width(model_type, tmp_path):
+    fault = "One basis for the whole stream has one width. Give one ratio for all blocks, or use --rotation per-layer."
+    stages = anchored({"linear_ratios": [0.1, 0.5]}, round_to=4)
+    assert refusal(model_type, tmp_path, stages) == fault
+    head_left = [stage | ({"slice_head": False} if stage["stage"] == "slice" else {}) for stage in stages]
+    head_left[2] = {"stage": "slice", "ratio": 0.25, "round_to": 4}
+    assert refusal(model_type, tmp_path, head_left) == fault
+
+
+@pytest.mark.parametrize(("model_type", "width"), [("phi", 1), ("starcoder2", 2)])
+def test_a_width_without_a_direction_is_refused(model_type, width, tmp_path):
+    assert refusal(model_type, tmp_path, anchored({"width": width})) == (
+        f"A hidden size of {width} leaves no direction of the stream. Slice less."
+    )
+
+
+@pytest.mark.parametrize("model_type", ["phi3", "opt"])
+def test_groups_of_fused_projections_cannot_be_deleted(model_type, tmp_path):
+    stages = anchored({"width": 16}, units={"kv_groups": {"keep": 1}})
+    assert refusal(model_type, tmp_path, stages) == "This model has no kv_groups that could be deleted."
+
+
+def test_groups_are_deleted_in_stock_shapes_alone(tmp_path):
+    fault = "KV groups can be deleted only where the model keeps a stock shape."
+    units = {"kv_groups": {"keep": 1}}
+    assert refusal("llama", tmp_path / "per layer", anchored({"width": 16}, rotation="per-layer", units=units)) == fault
+    window = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
+    assert refusal("qwen2", tmp_path / "window", anchored({"width": 16}, units=units), **window) == fault
+
+
+# ---- the pipeline's own proof ----
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("model_type", ["llama", "starcoder2", "gemma"])
+def test_the_pipeline_proves_it(model_type, dtype, tmp_path):
+    """In a clean process of its own, which computes in float32 from the rounded weights."""
+    tiny.write_model(tmp_path / "dense", model_type, dtype=torch.float32)
+    case = Case(Variant(model_type), 16, dtype, refit=True)
+    result = pipeline.run(
+        job_of(case, tmp_path / "dense", tmp_path / "out", tiny.write_text(tmp_path / "text.txt", lines=60))
+    )
+    assert result.difference is not None
+    assert result.difference < 1e-5

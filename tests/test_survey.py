@@ -1,0 +1,249 @@
+"""The survey of the dense model, taken block by block, against the whole stock model and autograd."""
+
+import math
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+import oracles
+import tiny
+from compress import families
+from compress.models.decoder import Decoder
+from compress.models.loading import load_config
+from compress.streaming.cache import ActivationCache
+from compress.streaming.loader import PartLoader
+from compress.streaming.streams import CacheFolder, split_windows
+from compress.streaming.survey import Survey, Surveyor, kept_streams, num_kept, segment_length
+from compress.streaming.weights import LazyWeights
+
+D = tiny.HIDDEN
+WINDOWS = oracles.random_ids(5, 8, seed=2)
+# Of a block: the norms, each of which reads a point of the stream. Then the final norm, and the epsilon.
+ATTENTION_AND_MLP = ("input_layernorm", "post_attention_layernorm")
+NORMS: dict[str, tuple[str, tuple[str, ...], str, float]] = {
+    "llama": ("model.layers", ATTENTION_AND_MLP, "model.norm", 1e-4),
+    "opt": (
+        "model.decoder.layers",
+        ("self_attn_layer_norm", "final_layer_norm"),
+        "model.decoder.final_layer_norm",
+        1e-5,
+    ),
+    "phi": ("model.layers", ("input_layernorm",), "model.final_layernorm", 1e-5),
+    "gemma": ("model.layers", ATTENTION_AND_MLP, "model.norm", 1e-6),
+    "starcoder2": ("model.layers", ATTENTION_AND_MLP, "model.norm", 1e-5),
+}
+MODELS = list(NORMS)
+LAYER_NORMS = ("opt", "phi", "starcoder2")
+DEEP = 9
+# The loss is taken in float32, whatever the model computes in.
+OF_THE_LOSS = 1e-7
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _exact():
+    with oracles.exact_norms():
+        yield
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A model in memory and its folder, made once for a family and a depth."""
+    made: dict[tuple[str, int], tuple[PreTrainedModel, Path]] = {}
+
+    def make(model_type: str, num_blocks: int = tiny.NUM_BLOCKS) -> tuple[PreTrainedModel, Path]:
+        if (model_type, num_blocks) not in made:
+            model = tiny.tiny_model(model_type, num_hidden_layers=num_blocks)
+            folder = tmp_path_factory.mktemp(model_type)
+            model.save_pretrained(folder)
+            made[model_type, num_blocks] = model, folder
+        return made[model_type, num_blocks]
+
+    return make
+
+
+def surveyor(folder: Path, *, batch_size: int = 2, memory: int = oracles.UNLIMITED, windows: Tensor = WINDOWS):
+    config = load_config(folder)
+    decoder = Decoder(config, families.find(config), dtype=torch.float64, device=torch.device("cpu"))
+    loader, batches = PartLoader(decoder, LazyWeights(folder)), split_windows(windows, batch_size, held_out=0)
+    return Surveyor(decoder, loader, batches, CacheFolder(decoder, folder), memory=memory)
+
+
+def norms_of(model: PreTrainedModel) -> list[nn.Module]:
+    """In the order they are passed; what each is given is a point of the stream."""
+    blocks, names, final_norm, _ = NORMS[model.config.model_type]
+    all_blocks: Any = model.get_submodule(blocks)
+    found = [block.get_submodule(name) for block in all_blocks for name in names]
+    return [*found, model.get_submodule(final_norm)]
+
+
+def by_autograd(model: PreTrainedModel, windows: Tensor) -> Survey:
+    """The whole model at once, a window at a time; every token's outer products one by one."""
+    model_type = model.config.model_type
+    moment, gradient = torch.zeros(D, D).double(), torch.zeros(D, D).double()
+    for ids in windows:
+        points: list[Tensor] = []
+
+        def note(_module: nn.Module, inputs: tuple[Tensor, ...], points: list[Tensor] = points) -> None:
+            inputs[0].retain_grad()
+            points.append(inputs[0])
+
+        handles = [norm.register_forward_pre_hook(note) for norm in norms_of(model)]
+        logits = model(input_ids=ids[None], use_cache=False).logits[0]
+        losses = [-logits[i].log_softmax(-1)[ids[i + 1]] for i in range(len(ids) - 1)]
+        torch.stack(losses).sum().backward()
+        for handle in handles:
+            handle.remove()
+        assert len(points) == 1 + tiny.NUM_BLOCKS * len(NORMS[model_type][1])
+        for point in points:
+            assert point.grad is not None
+            for x, by_x in zip(point.detach().view(-1, D), point.grad.view(-1, D), strict=True):
+                if model_type in LAYER_NORMS:
+                    x = x - x.mean()
+                rms = ((x * x).mean() + NORMS[model_type][3]).sqrt()
+                moment += torch.outer(x / rms, x / rms)
+                gradient += torch.outer(rms * by_x, rms * by_x)
+    model.zero_grad()
+    return Survey(moment / windows.numel(), gradient / windows.numel())
+
+
+def assert_close(a: Tensor | None, b: Tensor | None, share: float) -> None:
+    assert a is not None
+    assert b is not None
+    assert float((a - b).abs().max()) < share * float(b.abs().max())
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+def test_it_is_autograd_through_the_whole_model(model_type, models):
+    model, folder = models(model_type)
+    found, expected = surveyor(folder).run(gradient=True), by_autograd(model, WINDOWS)
+    assert_close(found.moment, expected.moment, 1e-11)
+    assert_close(found.gradient, expected.gradient, OF_THE_LOSS)
+    assert float(found.moment.trace()) == pytest.approx(D * len(norms_of(model)), rel=1e-2)
+    if model_type in LAYER_NORMS:
+        # Neither has a component along the mean.
+        for matrix in (found.moment, found.gradient):
+            assert float(matrix.sum(0).abs().max()) < 1e-5 * float(matrix.abs().max())
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+def test_without_the_gradient_it_stops_at_the_head(model_type, models):
+    _, folder = models(model_type)
+    steps: list[None] = []
+    found = surveyor(folder).run(gradient=False, progress=lambda: steps.append(None))
+    assert found.gradient is None
+    assert found.tensors().keys() == {"moment"}
+    assert len(steps) == tiny.NUM_BLOCKS
+    assert torch.equal(found.moment, surveyor(folder).run(gradient=True).moment)
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+def test_the_batch_size_changes_rounding_alone(model_type, models):
+    _, folder = models(model_type)
+    one, other = (surveyor(folder, batch_size=size).run(gradient=True) for size in (1, 3))
+    assert_close(other.moment, one.moment, 1e-11)
+    assert_close(other.gradient, one.gradient, OF_THE_LOSS)
+
+
+def stream_bytes(windows: Tensor = WINDOWS) -> int:
+    return windows.numel() * D * 8
+
+
+def test_segments_and_disk_change_nothing(models, monkeypatch):
+    """Less and less memory: segments of 1, 2 and 3 blocks, the last of 2 shorter than the others; then files."""
+    _, folder = models("llama", DEEP)
+    mapped: list[Any] = []
+    from_file = torch.from_file
+
+    def noting(*arguments: Any, **options: Any) -> Tensor:
+        mapped.append(arguments)
+        return from_file(*arguments, **options)
+
+    monkeypatch.setattr(torch, "from_file", noting)
+    before = sorted(folder.iterdir())
+    windows = WINDOWS[:3]
+    found = {}
+    for streams, segment in ((10, 1), (7, 2), (6, 3), (1, 3)):
+        survey = surveyor(folder, memory=streams * stream_bytes(windows), windows=windows)
+        assert survey.segment == segment
+        steps: list[None] = []
+        found[streams] = survey.run(gradient=True, progress=lambda steps=steps: steps.append(None))
+        assert len(steps) == 2 * DEEP
+        assert bool(mapped) == (streams == 1)
+    for streams in (7, 6, 1):
+        assert_close(found[streams].moment, found[10].moment, 1e-12)
+        assert_close(found[streams].gradient, found[10].gradient, OF_THE_LOSS)
+    assert sorted(folder.iterdir()) == before
+
+
+@pytest.mark.parametrize(("streams", "most"), [(10, 10), (7, 6), (6, 6)])
+def test_it_holds_no_more_streams_than_it_says(streams, most, models, monkeypatch):
+    """One less where the last segment, of which nothing is let go yet, is shorter than the others."""
+    _, folder = models("llama", DEEP)
+    alive: weakref.WeakSet[ActivationCache] = weakref.WeakSet()
+    counts = []
+    new = CacheFolder.new
+
+    def noting(caches: CacheFolder, *arguments: Any, **options: Any) -> ActivationCache:
+        cache = new(caches, *arguments, **options)
+        alive.add(cache)
+        counts.append(len(alive))
+        return cache
+
+    monkeypatch.setattr(CacheFolder, "new", noting)
+    windows = WINDOWS[:1]
+    survey = surveyor(folder, memory=streams * stream_bytes(windows), windows=windows)
+    survey.run(gradient=True)
+    assert survey.copies == streams
+    assert max(counts) == most
+
+
+def test_it_reads_each_part_alone_and_leaves_none(models):
+    _, folder = models("opt")
+    survey = surveyor(folder)
+    filled = []
+
+    def count() -> None:
+        filled.append({name for name, p in survey.decoder.model.named_parameters() if p.device.type != "meta"})
+
+    survey.run(gradient=True, progress=count)
+    assert filled == [set()] * (2 * tiny.NUM_BLOCKS)
+    count()
+    assert filled[-1] == set()
+
+
+def test_positions_and_windows_are_those_of_their_batch(models):
+    """Windows are apart: a survey of two sets of windows is the mean of theirs."""
+    _, folder = models("opt")
+    parts = [surveyor(folder, windows=windows).run(gradient=True) for windows in (WINDOWS[:2], WINDOWS[2:])]
+    whole = surveyor(folder).run(gradient=True)
+    for name in ("moment", "gradient"):
+        a, b = (getattr(part, name) for part in parts)
+        assert_close((2 * a + 3 * b) / 5, getattr(whole, name), OF_THE_LOSS)
+
+
+@pytest.mark.parametrize("num_blocks", [1, 2, 3, 5, 9, 12, 13, 32, 80])
+def test_segments_are_as_short_as_memory_allows(num_blocks):
+    fewest = min(num_kept(num_blocks, segment) for segment in range(1, num_blocks + 1))
+    root = math.ceil(math.sqrt(num_blocks))
+    for streams in range(num_blocks + 4):
+        for slack in (0, 99):
+            segment = segment_length(num_blocks, 100, 100 * streams + slack)
+            assert 1 <= segment <= root
+            assert kept_streams(num_blocks, 100, 100 * streams + slack) == num_kept(num_blocks, segment)
+            if streams >= fewest:
+                assert num_kept(num_blocks, segment) <= streams
+            else:
+                assert segment == root
+            assert all(num_kept(num_blocks, shorter) > streams for shorter in range(1, segment))
+
+
+def test_streams_are_counted_as_they_are_kept():
+    """10 blocks in threes: inputs of blocks 0, 3, 6 and 9; two more within a segment; the one that walks."""
+    assert num_kept(10, 3) == 4 + 2 + 1
+    assert num_kept(10, 1) == 10 + 0 + 1
+    assert num_kept(1, 1) == 1 + 0 + 1
