@@ -92,7 +92,7 @@ def test_a_size_on_disk_is_kept(home, place):
 
 
 def test_the_plan_of_a_budget_needs_no_weights(home, place):
-    table = flat(succeeds("slice", "--model", home / "7b", "--keep-params", 0.75, "--dry-run").out)
+    table = flat(succeeds(*words(home, "llama", "--keep-params", 0.75, "--dry-run")).out)
     assert "LlamaForCausalLM (stock: no code of ours)" in table
     assert "shapes that fit" in table
     plan = succeeds("slice", "--model", home / "7b", "--keep-params", 0.75, "--dry-run", "--json").json

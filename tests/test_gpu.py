@@ -14,7 +14,7 @@ import tiny
 from compress.job import Job
 from compress.models.hub import find_model
 from compress.pipeline import run
-from compress.recipe import parse_recipe, slicegpt
+from compress.recipe import anchored, parse_recipe, slicegpt
 from compress.stages.measure_error import MeasureError
 
 DEVICE = "cuda"
@@ -71,16 +71,30 @@ def test_activations_that_the_device_does_not_hold_give_the_same_bytes(cache_mem
     assert all(torch.equal(on_device.tensors[name], elsewhere.tensors[name]) for name in on_device.tensors)
 
 
+HOW: dict[str, dict[str, Any]] = {
+    "slicegpt": {"stages": slicegpt({"ratio": 0.3})},
+    "anchored": {
+        "stages": anchored({"ratio": 0.3}, units={"neurons": {"ratio": 0.25}}),
+    },
+    "anchored, per layer": {"stages": anchored({"ratio": 0.3}, rotation="per-layer")},
+    "budget": {
+        "stages": anchored({}, units={"neurons": {}}),
+        "budget": {"keep_params": 0.7, "trial_samples": 8},
+    },
+}
+
+
+@pytest.mark.parametrize("how", HOW.values(), ids=HOW)
 @pytest.mark.parametrize("model_type", ["opt", "llama", "phi"])
-def test_the_pipeline_from_end_to_end(model_type, tmp_path):
+def test_the_pipeline_from_end_to_end(model_type, how, tmp_path):
     """Written, reloaded in a clean process on the CPU, and close to what the CPU writes; it runs on the GPU too."""
     tiny.write_model(tmp_path / "dense", model_type, dtype=torch.float32)
     text = tiny.write_text(tmp_path / "text.txt")
     recipe = parse_recipe(
         {
-            "method": "slicegpt",
-            "stages": slicegpt({"ratio": 0.3}),
-            "calibration": {"source": str(text), "samples": 4, "seq_len": 32},
+            "method": "any",
+            "calibration": {"source": str(text), "samples": 8, "seq_len": 32},
+            **how,
         }
     )
     models: list[Any] = []
