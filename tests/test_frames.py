@@ -95,11 +95,21 @@ def test_subspaces_are_nested(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_energy_decreases(kind):
-    energy = frames(kind).energy
-    assert energy.shape == (D,)
-    assert (energy >= 0).all()
-    assert all(a >= b for a, b in itertools.pairwise(energy.tolist()))
+def test_what_a_frame_ranks_by_decreases(kind):
+    frame = frames(kind)
+    ranked = frame.importance if isinstance(frame, ObliqueFrame) else frame.energy
+    assert ranked.shape == (D,)
+    assert (ranked >= 0).all()
+    assert all(a >= b for a, b in itertools.pairwise(ranked.tolist()))
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5, 0.9])
+def test_energy_is_the_streams_along_each_direction(weight):
+    C, G = moments()
+    frame = balanced_frame(C, G, weight, name=WHERE)
+    for direction, energy in zip(frame.decode(D), frame.energy, strict=True):
+        assert float(energy) == pytest.approx(float(direction @ C @ direction), rel=1e-9)
+    assert float(frame.energy.sum()) == pytest.approx(float(C.trace()), rel=1e-9)
 
 
 def test_without_a_gradient_they_are_the_principal_components():
@@ -149,7 +159,7 @@ def random_projection(width: int, seed: int) -> Tensor:
 @pytest.mark.parametrize("seed", range(3))
 def test_no_projection_loses_less_of_what_counts(seed, weight):
     """What x -> x P loses in the metric M is least of all maps of its rank: X P M^1/2 is the truncated SVD of
-    X M^1/2 (Eckart and Young), and what is lost is the rest of the singular values squared, the frame's own energies.
+    X M^1/2 (Eckart and Young), and what is lost is the rest of the singular values squared, the frame's own importance.
     """
     C, G = moments(seed)
     exact, M = objective(C, G, weight)
@@ -163,7 +173,8 @@ def test_no_projection_loses_less_of_what_counts(seed, weight):
         truncated = U[:, :width] @ torch.diag(S[:width]) @ V[:width]
         assert (X @ P @ root(M) - truncated).abs().max() < 1e-7
         assert lost == pytest.approx(float(S[width:].square().sum()), rel=1e-7)
-        assert lost == pytest.approx(float(frame.energy[width:].sum()), rel=1e-7)
+        assert isinstance(frame, ObliqueFrame)
+        assert lost == pytest.approx(float(frame.importance[width:].sum()), rel=1e-7)
         assert lost <= error(projection(principal, width), exact, M) * (1 + 1e-9)
     for width in (2, D // 2, D - 2):
         lost = error(projection(frame, width), exact, M)

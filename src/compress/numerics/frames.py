@@ -22,7 +22,7 @@ from compress.numerics.ridge import cholesky
 class Frame(Protocol):
     @property
     def energy(self) -> Float64[Tensor, "D"]:
-        """What each direction holds of what the frame ranks by, in decreasing order."""
+        """The stream's mean square along each direction of the decode; an orthogonal frame's by decreasing energy."""
 
     def encode(self, width: int) -> Float64[Tensor, "D d"]: ...
 
@@ -43,12 +43,16 @@ class OrthogonalFrame:
 
 @dataclass(frozen=True)
 class ObliqueFrame:
-    """Q R = Dec, the directions that are kept; Enc^T Dec = I."""
+    """Q R = Dec, the directions that are kept; Enc^T Dec = I.
+
+    importance: what each direction of Dec holds of what the frame ranks by, in decreasing order.
+    """
 
     Q: Float64[Tensor, "D D"]
     R: Float64[Tensor, "D D"]
     Enc: Float64[Tensor, "D D"]
     energy: Float64[Tensor, "D"]
+    importance: Float64[Tensor, "D"]
 
     def encode(self, width: int) -> Float64[Tensor, "D d"]:
         if width == len(self.Q):
@@ -77,9 +81,10 @@ def balanced_frame(
     identity = torch.eye(len(C), dtype=C.dtype, device=C.device)
     L = cholesky(C / C.diagonal().mean() + FLOOR * identity, name=name)
     felt = (1 - gradient_weight) * identity + gradient_weight * G / G.diagonal().mean()
-    V, energy = pca(L.T @ felt @ L, name=f"the loss's gradient at {name}")
+    V, importance = pca(L.T @ felt @ L, name=f"the loss's gradient at {name}")
     Q, R = torch.linalg.qr(L @ V)
-    return ObliqueFrame(Q, R, torch.linalg.solve_triangular(L.T, V, upper=True), energy)
+    energy = (Q * (C @ Q)).sum(0)
+    return ObliqueFrame(Q, R, torch.linalg.solve_triangular(L.T, V, upper=True), energy, importance)
 
 
 def beside_the_mean(frame_of: Frame, complement: Float64[Tensor, "D D_less_1"]) -> Frame:
@@ -93,12 +98,15 @@ def beside_the_mean(frame_of: Frame, complement: Float64[Tensor, "D D_less_1"]) 
     def widened(matrix: Tensor) -> Tensor:
         return torch.cat([complement @ matrix, ones], dim=1)
 
-    energy = torch.cat([frame_of.energy, frame_of.energy.new_zeros(1)])
+    def with_none(values: Tensor) -> Tensor:
+        return torch.cat([values, values.new_zeros(1)])
+
     if isinstance(frame_of, ObliqueFrame):
         R = torch.block_diag(frame_of.R, frame_of.R.new_ones(1, 1))
-        return ObliqueFrame(widened(frame_of.Q), R, widened(frame_of.Enc), energy)
+        shares = (with_none(values) for values in (frame_of.energy, frame_of.importance))
+        return ObliqueFrame(widened(frame_of.Q), R, widened(frame_of.Enc), *shares)
     assert isinstance(frame_of, OrthogonalFrame)
-    return OrthogonalFrame(widened(frame_of.Q), energy)
+    return OrthogonalFrame(widened(frame_of.Q), with_none(frame_of.energy))
 
 
 def zero_mean_basis(width: int) -> Float64[Tensor, "width width_less_1"]:

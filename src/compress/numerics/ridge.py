@@ -63,9 +63,8 @@ def excess(
     equations: NormalEquations, W: Float64[Tensor, "k m"], metric: Float64[Tensor, "m m"] | None = None
 ) -> float:
     """The mean of ||(u W - t) S||^2 over tokens, S S^T = metric, less what no W changes: the mean of ||t S||^2."""
-    error = W.T @ (equations.G @ W - 2 * equations.B)
-    weighted = error.diagonal() if metric is None else error * metric.T
-    return float(weighted.sum() / equations.tokens)
+    slope = equations.G @ W - 2 * equations.B
+    return float((W * (slope if metric is None else slope @ metric)).sum() / equations.tokens)
 
 
 def choose_damping(

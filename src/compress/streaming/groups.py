@@ -16,6 +16,7 @@ in a constant 1. Tokens count by the inverse mean square of the dense stream the
 Dimensions: k inputs, D the dense width, d the kept one. Matrices act from the right: u W.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -58,7 +59,7 @@ def with_constant(u: Float[Tensor, "tokens k"], *, bias: bool) -> Float[Tensor, 
 
 
 @dataclass
-class LinearGroup:
+class LinearGroup(ABC):
     """
     name: as a user should read it, "block 3 mlp writers".
     matrix: (k, targets); what the group now makes of u. A stage replaces it, `write` puts it into the linears.
@@ -80,9 +81,9 @@ class LinearGroup:
         """S S^T where an error e of the targets counts as ||e S||^2; None where S is the identity."""
         return None
 
+    @abstractmethod
     def write(self) -> None:
         """Put the matrix into the linears."""
-        raise NotImplementedError
 
     def close(self) -> dict[str, Any]:
         """What the report says of the group. Its matrices are let go: they are the largest there are beside a block."""
