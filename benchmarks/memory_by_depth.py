@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument("--depths", type=int, nargs="+", default=[4, 32])
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--seq-len", type=int, default=128)
+    parser.add_argument("--method", default="slicegpt", choices=["anchored", "slicegpt"])
     options = parser.parse_args()
     print("| layers | model, MB | peak memory, MB | slicing, s |")
     print("|---|---|---|---|")
@@ -40,6 +41,7 @@ def main() -> None:
             size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
             arguments = ["--model", str(model), "--ratio", "0.25", "--calib", "stdlib", "--out", f"{folder}/sliced"]
             arguments += ["--samples", str(options.samples), "--seq-len", str(options.seq_len)]
+            arguments += ["--method", options.method]
             result, memory = compress("slice", *arguments)
         seconds = result["seconds"]["total"] - result["seconds"]["verify"]
         print(f"| {depth} | {size / 1e6:.0f} | {memory / 1e6:.0f} | {seconds:.1f} |", flush=True)

@@ -48,7 +48,8 @@ def row(ratio: float, options: argparse.Namespace) -> str:
         return f"| dense | {found['parameters']:,} | {shown(found)} | | | |"
     with tempfile.TemporaryDirectory() as folder:
         out = str(Path(folder) / "sliced")
-        arguments = ["--model", options.model, "--ratio", str(ratio), "--calib", options.calib, "--out", out]
+        arguments = ["--model", options.model, "--method", "slicegpt", "--ratio", str(ratio)]
+        arguments += ["--calib", options.calib, "--out", out]
         arguments += ["--samples", str(options.samples), "--seq-len", str(options.seq_len), *options.options]
         result, memory = compress("slice", *arguments)
         found = compress("eval", "--model", out, *evaluation)[0]
