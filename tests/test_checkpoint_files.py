@@ -367,3 +367,23 @@ def test_a_failed_command_prints_its_model_as_typed(patched, tmp_path):
     ran = invoke("slice", "--model", "./[bold]x[/bold]", "--ratio", "0.25")
     assert ran.code == 2
     assert "'./[bold]x[/bold]'" in ran.faults[0]
+
+
+def test_a_tokenizer_that_cuts_otherwise_fails_the_run(home, patched, tmp_path):
+    """As it would if the class that transformers chooses for the written config read the same files in its own way."""
+    from compress.checkpoints import verify
+
+    def load(folder):
+        tokenizer = verify_loading(folder)
+        return (
+            tokenizer if "partial" not in folder.name else lambda text: {"input_ids": tokenizer(text)["input_ids"][1:]}
+        )
+
+    verify_loading = verify.load_tokenizer
+    patched.setattr(verify, "load_tokenizer", load)
+    patched.chdir(tmp_path)
+    words = ["--model", home / "tiny", "--calib", home / "text.txt", *OPTIONS, "--out", "out"]
+    ran = invoke("slice", *words)
+    assert ran.code == 1
+    assert "gives other tokens than the dense model's" in ran.faults[0]
+    assert not (tmp_path / "out").exists()

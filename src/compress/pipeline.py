@@ -24,7 +24,7 @@ from compress.checkpoints import files
 from compress.checkpoints.card import model_card
 from compress.checkpoints.sizes import Size
 from compress.checkpoints.targets import Shape
-from compress.checkpoints.verify import verify
+from compress.checkpoints.verify import verify, verify_tokens
 from compress.errors import OutputError
 from compress.job import Job
 from compress.models.loading import load_config
@@ -270,6 +270,7 @@ def _complete(prepared: Prepared, walk: Walk, journal: Journal) -> tuple[dict[st
     with walk.clock("verify"):
         ids, logits = walk.probe_ids, walk.probe
         assert logits is not None
+        verify_tokens(prepared.folder, partial)
         difference = verify(partial, ids, logits, memory=max(prepared.plan.memory_bytes, SMALL))
         if job.export == "gguf":
             export_gguf(partial, job.out.name, ids, logits, memory=prepared.plan.memory_bytes)

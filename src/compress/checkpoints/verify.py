@@ -14,6 +14,7 @@ from torch import Tensor
 
 from compress.checkpoints import reload
 from compress.errors import VerificationError
+from compress.models.loading import load_tokenizer
 
 # Of the largest logit. Float32 against float32 is rounding; a model too large for that runs in its 16-bit dtype.
 TOLERANCE = 1e-4
@@ -48,6 +49,23 @@ def verify(
             f"allowed is {tolerance:.0e}. Please report it; the folder {folder} is kept."
         )
     return difference
+
+
+# What tokenizers cut in different ways: spaces, digits, marks, scripts, code.
+SAMPLE = "The year's 1st test: naïve façade, 東京 in 2024, don't  stop.\n\n\tdef f(x):\n    return x**2  # Привет 🙂"
+
+
+def verify_tokens(source: Path, written: Path) -> None:
+    """That the copied tokenizer cuts text as before: its class is chosen by config.json, whose model_type may be new.
+
+    Raises VerificationError with what differs.
+    """
+    before, after = (load_tokenizer(folder)(SAMPLE)["input_ids"] for folder in (source, written))
+    if list(before) != list(after):
+        raise VerificationError(
+            "The tokenizer of the written checkpoint gives other tokens than the dense model's: "
+            f"{len(after)} instead of {len(before)} for {SAMPLE[:20]!r}... Please report it; the folder {written} is kept."
+        )
 
 
 def run_clean(folder: Path, probe: Path, memory: int, scratch: Path) -> dict[str, Any]:

@@ -17,11 +17,10 @@ from torch import Tensor
 from compress.checkpoints.gguf import reload
 from compress.checkpoints.gguf.llama import Model
 from compress.checkpoints.gguf.readers import dropped_by_transformers
-from compress.checkpoints.verify import TOLERANCE, TOLERANCE_16_BIT
+from compress.checkpoints.verify import SAMPLE, TOLERANCE, TOLERANCE_16_BIT
 from compress.errors import VerificationError
 from compress.models.loading import load_tokenizer
 
-SAMPLE = "The year's 1st test: naïve façade, 東京 in 2024, don't  stop.\n\n\tdef f(x):\n    return x**2  # Привет 🙂"
 PROBE_TOKENS = 64
 
 
