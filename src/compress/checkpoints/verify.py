@@ -64,7 +64,8 @@ def verify_tokens(source: Path, written: Path) -> None:
     if list(before) != list(after):
         raise VerificationError(
             "The tokenizer of the written checkpoint gives other tokens than the dense model's: "
-            f"{len(after)} instead of {len(before)} for {SAMPLE[:20]!r}... Please report it; the folder {written} is kept."
+            f"{len(after)} instead of {len(before)} for {SAMPLE[:20]!r}... "
+            f"Please report it; the folder {written} is kept."
         )
 
 
