@@ -219,6 +219,8 @@ def run_forked(request: dict[str, Any]) -> int:
     import compress.cli
     import compress.pipeline
 
+    # Tests that run in the background of a shell inherit that Ctrl-C is ignored; a user at a terminal does not.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(request["cwd"])
     os.environ.update(request["env"])
     if not request["verify"]:

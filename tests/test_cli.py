@@ -158,7 +158,8 @@ def test_help_lists_every_command():
 OPTIONS = {
     "slice": {
         *("--model", "--ratio", "--keep-params", "--target-size", "--explained-variance", "--mlp-ratio", "--kv-ratio"),
-        *("--method", "--rotation", "--refit", "--gradient-weight", "--trial-samples", "--export"),
+        *("--method", "--rotation", "--refit", "--gradient-weight", "--trial-samples", "--allocation"),
+        "--export",
         *("--signal", "--final-orientation", "--round-to"),
         *("--slice-head", "--measure-error", "--calib", "--samples", "--seq-len", "--data-dir", "--seed", "--out"),
         *("--dtype", "--resume", "--overwrite", "--dry-run", "--json", "--device", "--batch-size", "--cache-memory"),

@@ -13,9 +13,9 @@ from compress.checkpoints.targets import Shape, Target
 from compress.errors import UsageError
 from compress.recipe import Budget
 from compress.stages._stage import StageConfig
-from compress.streaming.sites import StreamPoint
+from compress.streaming.sites import Count, StreamPoint
 
-Counts = Mapping[str, int]
+Counts = Mapping[str, Count]
 
 
 @dataclass(frozen=True)
@@ -31,14 +31,21 @@ class Choice:
 
 def planned_shape(
     stages: Sequence[StageConfig], points: Sequence[StreamPoint], units: Mapping[str, int]
-) -> tuple[list[int | None], dict[str, int]]:
+) -> tuple[list[int | None], dict[str, Count]]:
     """Each point's width and each kind's count after all stages: the least that one plans; None: the data decides."""
     widths: list[int | None] = []
     for point in points:
         planned = [stage.planned_width(point) for stage in stages]
         known = [width for width in planned if width is not None]
         widths.append(min(known) if len(known) == len(planned) else None)
-    return widths, {kind: min(stage.planned_units(kind, count) for stage in stages) for kind, count in units.items()}
+    return widths, {kind: planned_units(stages, kind, count) for kind, count in units.items()}
+
+
+def planned_units(stages: Sequence[StageConfig], kind: str, count: int) -> Count:
+    """How many of a kind stay after all stages: the least that one plans, or what one plans block by block."""
+    planned = [stage.planned_units(kind, count) for stage in stages]
+    apart = [counts for counts in planned if isinstance(counts, tuple)]
+    return apart[-1] if apart else min(counts for counts in planned if isinstance(counts, int))
 
 
 @dataclass(frozen=True)
@@ -74,7 +81,8 @@ class Space:
         return self._count(shape, lambda model: disk_bytes(model, self.dtype))
 
     def _count(self, shape: Shape, measure: Callable[[PreTrainedModel], int]) -> int:
-        if len(set(shape.widths[:-1])) > 1:  # blocks that are not alike
+        apart = any(isinstance(count, tuple) for count in shape.units.values())
+        if apart or len(set(shape.widths[:-1])) > 1:  # blocks that are not alike
             return measure(self.target.model(shape))
         blocks = self.points[0].num_blocks
         return by_depth(lambda depth: self.target.model(shape, num_blocks=depth), blocks, measure)
@@ -117,13 +125,13 @@ def ladders(space: Space) -> dict[str, list[int]]:
     return {kind: sorted({*range(steps[kind], dense[kind] + 1, steps[kind]), dense[kind]}) for kind in kinds}
 
 
-def largest_fitting(space: Space, fits: Callable[[Counts], bool]) -> Iterator[tuple[dict[str, int], Shape]]:
+def largest_fitting(space: Space, fits: Callable[[Mapping[str, int]], bool]) -> Iterator[tuple[dict[str, int], Shape]]:
     """For all counts of the other open kinds, the largest of the last one that fits; none that another contains."""
     *outer, (kind, ladder) = ladders(space).items()
     found: list[dict[str, int]] = []
 
-    def is_contained(counts: Counts) -> bool:
-        return any(all(other[name] >= counts[name] for name in counts) for other in found)
+    def is_contained(counts: Mapping[str, int]) -> bool:
+        return any(all(other[name] >= count for name, count in counts.items()) for other in found)
 
     # Downwards, so that what contains another comes before it, and the many small ones are never measured.
     for counts in combinations(outer):
@@ -136,7 +144,9 @@ def largest_fitting(space: Space, fits: Callable[[Counts], bool]) -> Iterator[tu
             yield largest, space.shape(largest)
 
 
-def number_fitting(ladder: Sequence[int], kind: str, counts: Counts, fits: Callable[[Counts], bool]) -> int:
+def number_fitting(
+    ladder: Sequence[int], kind: str, counts: Mapping[str, int], fits: Callable[[Mapping[str, int]], bool]
+) -> int:
     """How many of an increasing ladder's counts fit beside the others'."""
     return bisect_right(ladder, False, key=lambda count: not fits({**counts, kind: count}))
 

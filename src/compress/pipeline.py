@@ -20,6 +20,7 @@ from torch import Tensor
 
 from compress import search
 from compress.assembly import new_walk, restored, take_survey
+from compress.budget import Choice
 from compress.checkpoints import files
 from compress.checkpoints.card import model_card
 from compress.checkpoints.sizes import Size
@@ -33,6 +34,7 @@ from compress.plan import Plan
 from compress.preflight import Prepared, aside_of, plan_job, prepare
 from compress.provenance import identity
 from compress.streaming.journal import JOURNAL, Journal, write_tensors
+from compress.streaming.sites import Count
 from compress.streaming.survey import Survey, SurveyNeed
 from compress.streaming.walk import FinishedPart, Walk
 
@@ -53,7 +55,7 @@ class Result:
     dense: Size
     size: Size
     widths: list[int]
-    units: dict[str, int]
+    units: dict[str, Count]
     divergence: float | None
     seconds: dict[str, float]
     difference: float | None
@@ -155,7 +157,27 @@ def _chosen(prepared: Prepared, journal: Journal, survey: Survey | None, progres
         journal.note("trials", search.as_data(trials))
     best = min(journal.findings["trials"]["data"], key=lambda trial: trial["divergence"])
     choice = next(c for c in plan.choices if all(best[kind] == count for kind, count in c.counts.items()))
+    budget = prepared.job.recipe.budget
+    if budget is not None and budget.allocation == "searched":
+        choice = _allocated(prepared, choice, journal, survey, progress)
     return replace(prepared, plan=plan.chosen(choice))
+
+
+def _allocated(
+    prepared: Prepared, choice: Choice, journal: Journal, survey: Survey | None, progress: Progress
+) -> Choice:
+    """The choice with its neurons allocated over the blocks; a run that goes on reads the trials back."""
+    budget = prepared.job.recipe.budget
+    assert budget is not None
+    most = budget.allocation_trials
+    if "allocation" not in journal.findings:
+        heard = iter(range(1, most + 1))
+        _, trials = search.allocate(
+            prepared, choice, survey, lambda trial: progress("trying out allocations", next(heard), most)
+        )
+        journal.note("allocation", search.as_data(trials))
+    best = min(journal.findings["allocation"]["data"], key=lambda trial: trial["divergence"])
+    return search.reshaped(choice, tuple(best["neurons"]))
 
 
 @contextmanager
@@ -222,7 +244,7 @@ def _result(
         dense=prepared.plan.dense,
         size=Size(**facts["size"]),
         widths=[point["width"] for point in facts["points"]],
-        units=facts["units"],
+        units={kind: tuple(n) if isinstance(n, list) else n for kind, n in facts["units"].items()},
         divergence=facts["held_out_divergence"],
         seconds=seconds,
         difference=difference,
@@ -300,7 +322,8 @@ def _facts(prepared: Prepared, journal: Journal) -> dict[str, Any]:
         "architecture": prepared.plan.target.architecture,
         "loads_without_our_code": prepared.plan.target.is_stock,
         "stages": [stage.model_dump(mode="json") for stage in prepared.plan.stages],
-        "trials": journal.findings["trials"]["data"] if "trials" in journal.findings else [],
+        "trials": found_trials(journal, "trials"),
+        "allocation_trials": found_trials(journal, "allocation"),
         "versions": run["versions"],
         "fingerprints": {key: run[key] for key in ("model", "calibration text")},
         "itemsize": prepared.precision.written.itemsize,
@@ -315,6 +338,11 @@ def _facts(prepared: Prepared, journal: Journal) -> dict[str, Any]:
         "groups": [group for entry in entries for group in entry["groups"]],
         "parts": {entry["part"]["file"]: entry["part"]["sha256"] for entry in entries},
     }
+
+
+def found_trials(journal: Journal, name: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = journal.findings[name]["data"] if name in journal.findings else []
+    return found
 
 
 def publish(partial: Path, out: Path) -> None:

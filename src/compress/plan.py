@@ -19,7 +19,7 @@ from compress.stages._stage import StageConfig
 from compress.streaming.cache import cache_bytes
 from compress.streaming.groups import LinearGroup
 from compress.streaming.passage import num_streams
-from compress.streaming.sites import StreamPoint, WholeModel, stream_points
+from compress.streaming.sites import Count, StreamPoint, WholeModel, stream_points
 from compress.streaming.survey import SurveyNeed, kept_streams
 
 
@@ -41,7 +41,7 @@ class Plan:
     stages: tuple[StageConfig, ...]
     target: Target
     widths: list[int | None]
-    units: Mapping[str, int]
+    units: Mapping[str, Count]
     dense: Size
     sliced: Size | None
     choices: list[Choice]
@@ -101,6 +101,10 @@ def choose_target(recipe: Recipe, config: Any, family: Family) -> tuple[Target, 
     shared = any(stage.site is WholeModel for stage in recipe.stages)
     if not shared:
         return SlicedTarget(config, family), []
+    if recipe.budget is not None and recipe.budget.allocation == "searched":
+        return SlicedTarget(config, family, shortcuts=False), [
+            "MLPs of different widths have no stock shape, so the result is written in our architecture."
+        ]
     if family.stock is None:
         return SlicedTarget(config, family, shortcuts=False), [
             f"{config.model_type} ties the heads' size to the hidden one, so the result is written in our architecture."
@@ -159,7 +163,8 @@ def make_plan(
         memory_bytes=memory,
         disk_bytes=largest.bytes + disk,
     )
-    return plan.chosen(found[0]) if len(found) == 1 else plan
+    decided = len(found) == 1 and recipe.budget is not None and recipe.budget.allocation == "uniform"
+    return plan.chosen(found[0]) if decided else plan
 
 
 def deletes_nothing(shape: Shape, points: Sequence[StreamPoint], units: Mapping[str, int]) -> bool:

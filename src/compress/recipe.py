@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator
@@ -30,12 +30,16 @@ class Budget(BaseModel):
     keep_params: a share of the dense model's parameters, a tied head counted once.
     target_size: bytes of the safetensors files on disk.
     trial_samples: windows of each trial of a way to spend it, a quarter of them held out.
+    allocation: as many neurons in every block, or `searched`: after that, up to `allocation_trials` trials move some
+        from one block to another. The result then has no stock shape.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     keep_params: Annotated[float, Field(gt=0, lt=1)] | None = None
     target_size: Annotated[int, Field(ge=1)] | None = None
     trial_samples: Annotated[int, Field(ge=8)] = 128
+    allocation: Literal["uniform", "searched"] = "uniform"
+    allocation_trials: Annotated[int, Field(ge=1)] = 48
 
     @model_validator(mode="after")
     def _one_limit(self) -> "Budget":
@@ -86,6 +90,9 @@ class Recipe(BaseModel):
             raise ValueError(f"{opened[0]} is not told how much to keep; give it a ratio, or the recipe a budget")
         if self.budget is not None and not opened:
             raise ValueError("the recipe has a budget, but every stage says how much it keeps; leave one open")
+        searched = self.budget is not None and self.budget.allocation == "searched"
+        if searched and "neurons" not in [stage.opens for stage in self.stages]:
+            raise ValueError("an allocation is searched for neurons; leave prune_units open")
         if self.held_out_windows >= self.calibration.samples:
             raise ValueError("a stage holds calibration windows out of its fit; it needs 2 samples at least")
         return self

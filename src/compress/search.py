@@ -5,13 +5,16 @@ is from the dense model's on windows that nothing was fitted on. The choices lie
 wide MLPs to the reverse, and the divergence along it has one valley, so few trials find it.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from compress.assembly import new_walk
-from compress.budget import Choice
+from compress.budget import Choice, Counts
+from compress.checkpoints.targets import Shape, dense_units
 from compress.errors import UsageError
 from compress.preflight import Prepared
 from compress.streaming.survey import Survey
@@ -25,8 +28,15 @@ class Trial:
     divergence: mean Kullback-Leibler divergence from the dense model's next-token distribution, in nats.
     """
 
-    counts: Mapping[str, int]
+    counts: Counts
     divergence: float
+
+    @property
+    def neurons(self) -> tuple[int, ...]:
+        """Of each block, where a trial says it block by block."""
+        found = self.counts["neurons"]
+        assert isinstance(found, tuple)
+        return found
 
 
 def choose(prepared: Prepared, survey: Survey | None, heard: Callable[[Trial], None]) -> tuple[Choice, list[Trial]]:
@@ -45,6 +55,47 @@ def choose(prepared: Prepared, survey: Survey | None, heard: Callable[[Trial], N
     found = prepared.plan.choices
     best = lowest(divergence, len(found))
     return found[best], [trials[index] for index in sorted(trials)]
+
+
+def allocate(
+    prepared: Prepared, choice: Choice, survey: Survey | None, heard: Callable[[Trial], None]
+) -> tuple[Choice, list[Trial]]:
+    """The choice with its neurons spread over the blocks as trials say, as many in all; and all trials made.
+
+    Each trial moves some neurons from one block, drawn at random, to another, and stays where the divergence fell.
+    Where none of many falls any more, fewer are moved.
+    """
+    budget, rng = prepared.job.recipe.budget, random.Random(prepared.job.recipe.seed)
+    assert budget is not None
+    windows, blocks = spread(prepared.windows, budget.trial_samples), int(prepared.config.num_hidden_layers)
+    step = prepared.plan.target.steps()["neurons"]
+    uniform, most = choice.counts["neurons"], dense_units(prepared.config, prepared.family)["neurons"]
+    assert isinstance(uniform, int)
+    trials = [tried(prepared, reshaped(choice, (uniform,) * blocks), windows, survey)]
+    best, moved, failed = trials[0], max(step, uniform // 6 // step * step), 0
+    while len(trials) <= budget.allocation_trials and moved >= step and blocks > 1:
+        given, taken = rng.sample(range(blocks), 2)
+        counts = list(best.neurons)
+        counts[given], counts[taken] = counts[given] + moved, counts[taken] - moved
+        if counts[given] <= most and counts[taken] >= step and tuple(counts) not in [trial.neurons for trial in trials]:
+            trials.append(tried(prepared, reshaped(choice, tuple(counts)), windows, survey))
+            heard(trials[-1])
+            if trials[-1].divergence < best.divergence:
+                best, failed = trials[-1], -1
+        failed += 1
+        if failed >= 2 * blocks:
+            moved, failed = moved // 2 // step * step, 0
+    return reshaped(choice, best.neurons), trials
+
+
+def reshaped(choice: Choice, neurons: tuple[int, ...]) -> Choice:
+    """The choice with so many neurons in each block."""
+    units = {**choice.shape.units, "neurons": neurons}
+    return Choice({**choice.counts, "neurons": neurons}, Shape(choice.shape.widths, units), choice.size)
+
+
+def tried(prepared: Prepared, choice: Choice, windows: Tensor, survey: Survey | None) -> Trial:
+    return Trial(choice.counts, try_out(prepared, choice, windows, survey))
 
 
 def try_out(prepared: Prepared, choice: Choice, windows: Tensor, survey: Survey | None) -> float:
@@ -76,5 +127,5 @@ def lowest(value: Callable[[int], float], count: int) -> int:
     return best
 
 
-def as_data(trials: Sequence[Trial]) -> list[dict[str, int | float]]:
+def as_data(trials: Sequence[Trial]) -> list[dict[str, Any]]:
     return [{**trial.counts, "divergence": trial.divergence} for trial in trials]

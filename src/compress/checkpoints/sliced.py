@@ -48,13 +48,15 @@ class SlicedTarget:
         # The embeddings and the head lie in different bases, so what was tied no longer is.
         text_config.tie_word_embeddings = False
         text_config.name_or_path = ""  # a path of the machine it was made on
+        neurons = shape.units.get("neurons")
         for units in family.units("neurons"):
-            setattr(text_config, units.count, shape.units["neurons"])
+            setattr(text_config, units.count, max(neurons) if isinstance(neurons, tuple) else neurons)
         sliced = SlicedConfig(
             text_config=text_config,
             structure=family.structure(),
             stream_widths=list(shape.widths),
             shortcuts=self.shortcuts,
+            mlp_widths=list(neurons) if isinstance(neurons, tuple) else None,
             norm_width=config.hidden_size,
             norm_eps=family.epsilon(config),
             reader_bias=family.norm == "layer" and getattr(config, "layer_norm_elementwise_affine", True),

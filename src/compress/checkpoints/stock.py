@@ -81,9 +81,8 @@ class StockTarget:
 
     def num_heads(self, shape: Shape) -> int:
         heads: int = self.dense.num_attention_heads
-        if "kv_groups" in shape.units:
-            return heads // self.dense.num_key_value_heads * shape.units["kv_groups"]
-        return heads
+        groups = shape.units.get("kv_groups")
+        return heads // self.dense.num_key_value_heads * groups if isinstance(groups, int) else heads
 
     def model(self, shape: Shape, *, num_blocks: int | None = None) -> PreTrainedModel:
         config = self.config(shape, torch.float32)
@@ -101,6 +100,8 @@ class StockTarget:
     def faults(self, shape: Shape) -> list[str]:
         if len(set(shape.widths)) > 1:
             return [ONE_WIDTH]
+        if any(isinstance(count, tuple) for count in shape.units.values()):
+            return [f"{self.architecture} has as many of each unit in every block. Give one number for all blocks."]
         width, heads = shape.widths[0], self.num_heads(shape)
         if self.rules.heads_divide_width and width % heads:
             return [

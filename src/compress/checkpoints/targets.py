@@ -15,16 +15,17 @@ from transformers import PreTrainedModel
 
 from compress.families import Family
 from compress.streaming.layout import Layout
+from compress.streaming.sites import Count
 
 
 @dataclass(frozen=True)
 class Shape:
     """
-    widths: of the stream after the embeddings and after each branch. units: how many of each kind, in every block.
+    widths: of the stream after the embeddings and after each branch. units: how many of each kind.
     """
 
     widths: tuple[int, ...]
-    units: Mapping[str, int]
+    units: Mapping[str, Count]
 
 
 @runtime_checkable

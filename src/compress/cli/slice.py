@@ -48,6 +48,7 @@ REFIT = "Solve readers and writers of the stream again, towards the dense model.
 GRADIENT = "How much the shared basis goes by the loss's gradient; 0: by variance alone. Default: 0.9."
 MLP = "Share of each MLP's neurons to delete; left to the trials under a budget."
 KV = "Share of the KV groups to delete, with their query heads."
+ALLOCATION = "Under a budget: as many neurons in every block, or searched, beyond any stock shape. Default: uniform."
 TRIALS = "Calibration windows of each trial under a budget."
 SIGNAL = "slicegpt: principal components of the stream before or after the norm. Default: stream."
 ORIENTATION = "slicegpt: span the kept space by its components, or rotated at random. Default: pca."
@@ -74,6 +75,7 @@ def slice_model(
     rotation: Annotated[Literal["shared", "per-layer"] | None, in_panel(Method, ROTATION)] = None,
     refit: Annotated[bool | None, in_panel(Method, REFIT, flag="--refit/--no-refit")] = None,
     gradient_weight: Annotated[float | None, in_panel(Method, GRADIENT)] = None,
+    allocation: Annotated[Literal["uniform", "searched"] | None, in_panel(Method, ALLOCATION)] = None,
     trial_samples: Annotated[int, in_panel(Method, TRIALS, min=8)] = 128,
     signal: Annotated[Literal["stream", "normed"] | None, in_panel(Method, SIGNAL)] = None,
     final_orientation: Annotated[Literal["pca", "random"] | None, in_panel(Method, ORIENTATION)] = None,
@@ -109,6 +111,7 @@ def slice_model(
             "gradient_weight": gradient_weight,
             "mlp_ratio": mlp_ratio,
             "kv_ratio": kv_ratio,
+            "allocation": allocation,
         },
         "slicegpt": {"signal": signal, "final_orientation": final_orientation, "slice_head": slice_head},
     }
@@ -117,6 +120,10 @@ def slice_model(
         amount = parse_amount({**typed, "explained_variance": explained_variance}, trial_samples)
     with faults.noted():
         mine = options_of(method, how)
+        if allocation == "searched" and (mlp_ratio is not None or (keep_params is None and target_size is None)):
+            raise UsageError(
+                "--allocation searched spends a budget on neurons: give --keep-params or --target-size alone."
+            )
     with faults.noted():
         cache_bytes = None if cache_memory is None else parse_size(cache_memory, "--cache-memory")
     source, data_folder, target = look_at(faults, model=model, dtype=dtype, data_dir=data_dir, device=device)
@@ -133,7 +140,7 @@ def slice_model(
         calib=calib,
         samples=samples,
         seq_len=seq_len,
-        budget=amount.budget,
+        budget=amount.budget and {**amount.budget, "allocation": allocation or "uniform"},
         seed=seed,
         dtype=dtype,
     )
@@ -181,7 +188,7 @@ def stages_of(method: str, amount: Amount, options: Mapping[str, Any]) -> list[d
     if method == "slicegpt":
         return slicegpt(amount.rule, **options)
     own = dict(options)
-    mlp, kv = own.pop("mlp_ratio", None), own.pop("kv_ratio", None)
+    mlp, kv, _ = (own.pop(name, None) for name in ("mlp_ratio", "kv_ratio", "allocation"))
     units = {kind: {"ratio": ratio} for kind, ratio in (("neurons", mlp), ("kv_groups", kv)) if ratio is not None}
     if amount.budget:
         units = {"neurons": {}, **units}  # open, unless it is said

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from compress.job import Job
     from compress.pipeline import Result
     from compress.plan import Plan
+    from compress.streaming.sites import Count
 
 KINDS = {"hidden": "hidden size", "neurons": "MLP neurons a block", "kv_groups": "KV groups a block"}
 
@@ -70,8 +71,11 @@ def reloads(difference: float | None) -> str:
     return "with the same logits" if difference == 0 else f"with logits within {difference:.0e} of the largest"
 
 
-def unit_rows(units: Mapping[str, int]) -> list[list[str]]:
-    return [[KINDS[kind], f"{count:,}"] for kind, count in units.items() if kind == "neurons"]
+def unit_rows(units: Mapping[str, "Count"]) -> list[list[str]]:
+    if "neurons" not in units:
+        return []
+    count = units["neurons"]
+    return [[KINDS["neurons"], spans(list(count)) if isinstance(count, tuple) else f"{count:,}"]]
 
 
 def size_rows(dense: Mapping[str, int], sliced: Mapping[str, int]) -> list[list[str]]:

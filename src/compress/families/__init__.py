@@ -98,7 +98,10 @@ class Family:
         names: dict[str, Any] = {name: getattr(self, name) for name in named}
         branches = [asdict(branch) for branch in self.branches]
         for branch in branches:
-            del branch["units"]  # the modules themselves say how wide they are
+            neurons = [units for units in branch.pop("units") if units["kind"] == "neurons"]
+            branch["neurons"] = (
+                {"readers": dict(neurons[0]["readers"]), "writer": neurons[0]["writer"]} if neurons else None
+            )
         return plain({**names, "branches": branches})
 
     def units(self, kind: str) -> list[Units]:

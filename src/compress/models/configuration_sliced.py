@@ -12,6 +12,7 @@ class SlicedConfig(PretrainedConfig):
         that takes masks, positions and cache), `dropout` (the key of the residual dropout in the stock config).
     stream_widths: the width of the residual stream after the embeddings and after each branch, in order.
     shortcuts: whether the stream has another basis behind every branch and passes it by a matrix.
+    mlp_widths: of the MLPs, one a block, where they are not all as `text_config` says.
     norm_width, norm_eps: RMSNorm(x) = x / sqrt(sum(x^2) / norm_width + norm_eps), norm_width the dense width.
     reader_bias: whether norm offsets were folded into the readers, so that each has a bias.
     """
@@ -20,12 +21,13 @@ class SlicedConfig(PretrainedConfig):
     sub_configs = {"text_config": AutoConfig}  # noqa: RUF012 (transformers reads it as a plain class attribute)
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 (the keys of config.json)
         self,
         text_config=None,
         structure=None,
         stream_widths=(),
         shortcuts=True,
+        mlp_widths=None,
         norm_width=0,
         norm_eps=0.0,
         reader_bias=False,
@@ -37,6 +39,7 @@ class SlicedConfig(PretrainedConfig):
         self.structure = structure
         self.stream_widths = list(stream_widths)
         self.shortcuts = shortcuts
+        self.mlp_widths = mlp_widths
         self.norm_width = norm_width
         self.norm_eps = norm_eps
         self.reader_bias = reader_bias

@@ -149,23 +149,28 @@ def slice_architecture(model, config):
         table.embedding_dim = widths[0]
         table._is_hf_initialized = False  # its stock weight was; this one is not
     point = 0
-    for block in model.get_submodule(structure["blocks"]):
+    for index, block in enumerate(model.get_submodule(structure["blocks"])):
         as_residual_block(block, structure, config.text_config)
+        mlp_width = config.mlp_widths[index] if config.mlp_widths else None
         for branch in structure["branches"]:
-            slice_branch(block, branch, config, widths[point], widths[point + 1])
+            slice_branch(block, branch, config, widths[point : point + 2], mlp_width)
             point += 1
     replace(model, structure["final_norm"], GainlessRMSNorm(config.norm_width, config.norm_eps))
 
 
-def slice_branch(block, branch, config, width_in, width_out):
+def slice_branch(block, branch, config, widths, mlp_width):
+    width_in, width_out = widths
+    neurons = branch["neurons"] if mlp_width else None
     replace(block, branch["norm"], GainlessRMSNorm(config.norm_width, config.norm_eps))
     for name in branch["readers"]:
         linear = block.get_submodule(name)
         bias = linear.bias is not None or config.reader_bias
-        replace(block, name, nn.Linear(width_in, linear.out_features, bias=bias))
+        stacks = neurons["readers"].get(name) if neurons else None
+        replace(block, name, nn.Linear(width_in, stacks * mlp_width if stacks else linear.out_features, bias=bias))
     for name in branch["writers"]:
         linear = block.get_submodule(name)
-        replace(block, name, nn.Linear(linear.in_features, width_out, bias=linear.bias is not None))
+        inner = mlp_width if neurons and name == neurons["writer"] else linear.in_features
+        replace(block, name, nn.Linear(inner, width_out, bias=linear.bias is not None))
     if config.shortcuts:
         setattr(block, shortcut_name(branch), nn.Linear(width_in, width_out, bias=False))
 

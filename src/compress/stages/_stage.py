@@ -4,7 +4,7 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
-from compress.streaming.sites import Site, StreamPoint
+from compress.streaming.sites import Count, Site, StreamPoint
 from compress.streaming.statistics import Need
 from compress.streaming.survey import SurveyNeed
 
@@ -60,7 +60,7 @@ class StageConfig(BaseModel):
         """Widths that it gives come in multiples of this."""
         return 1
 
-    def fitted(self, counts: Mapping[str, int]) -> "StageConfig":
+    def fitted(self, counts: Mapping[str, Count]) -> "StageConfig":
         """With the widths that the budget came to, by kind."""
         return self
 
@@ -68,8 +68,8 @@ class StageConfig(BaseModel):
         """The width this stage will give a stream of `point.width`, from the config alone; None if the data decides."""
         return point.width
 
-    def planned_units(self, kind: str, count: int) -> int:
-        """How many of `count` units of a kind this stage leaves in each block."""
+    def planned_units(self, kind: str, count: int) -> Count:
+        """How many of `count` units of a kind this stage leaves in the blocks."""
         return count
 
     def faults(self, points: Sequence[StreamPoint], units: Mapping[str, int]) -> list[str]:

@@ -16,14 +16,17 @@ from pydantic import Field, model_validator
 from compress.numerics.obs import prune_units
 from compress.stages._stage import StageConfig
 from compress.streaming.groups import Writers
-from compress.streaming.sites import StreamPoint
+from compress.streaming.sites import Count, StreamPoint
+
+Kept = Annotated[int, Field(ge=1)]
 
 
 class PruneUnits(StageConfig):
     """
-    units: `neurons` or `kv_groups`. ratio: the share of them to delete, or keep: how many stay, or neither of the two
-    where a budget of the recipe decides. round_to: counts that a ratio gives are rounded down to a multiple; by default
-    what suits the architecture.
+    units: `neurons` or `kv_groups`.
+    ratio: the share of them to delete, or keep: how many stay, one number for all blocks or one a block, or neither of
+        the two where a budget of the recipe decides.
+    round_to: counts that a ratio gives are rounded down to a multiple; by default what suits the architecture.
     """
 
     site: ClassVar = Writers
@@ -31,7 +34,7 @@ class PruneUnits(StageConfig):
     stage: Literal["prune_units"] = "prune_units"
     units: Literal["neurons", "kv_groups"]
     ratio: Annotated[float, Field(gt=0, lt=1)] | None = None
-    keep: Annotated[int, Field(ge=1)] | None = None
+    keep: Kept | tuple[Kept, ...] | None = None
     round_to: Annotated[int, Field(ge=1)] | None = None
 
     @model_validator(mode="after")
@@ -55,10 +58,10 @@ class PruneUnits(StageConfig):
     def resolved(self, steps: Mapping[str, int]) -> "PruneUnits":
         return self.model_copy(update={"round_to": steps[self.rounds]}) if self.rounds else self
 
-    def fitted(self, counts: Mapping[str, int]) -> "PruneUnits":
+    def fitted(self, counts: Mapping[str, Count]) -> "PruneUnits":
         return self.model_copy(update={"keep": counts[self.units]}) if self.opens else self
 
-    def planned_units(self, kind: str, count: int) -> int:
+    def planned_units(self, kind: str, count: int) -> Count:
         if kind != self.units or self.opens:
             return count
         if self.keep is not None:
@@ -72,8 +75,13 @@ class PruneUnits(StageConfig):
         if count is None:
             return [f"This model has no {self.units} that could be deleted."]
         kept = self.planned_units(self.units, count)
-        if kept > count:
-            return [f"prune_units keeps {kept} {self.units}, the model has {count}. Keep fewer."]
+        each = kept if isinstance(kept, tuple) else (kept,) * points[0].num_blocks
+        if len(each) != points[0].num_blocks:
+            return [
+                f"prune_units keeps {len(each)} numbers of {self.units}, the model has {points[0].num_blocks} blocks."
+            ]
+        if max(each) > count:
+            return [f"prune_units keeps {max(each)} {self.units}, the model has {count}. Keep fewer."]
         if self.ratio is not None and (1 - self.ratio) * count < self.step:
             return [
                 f"The ratio {self.ratio} leaves less than {self.round_to} of {count} {self.units}. Use a smaller one."
@@ -84,7 +92,8 @@ class PruneUnits(StageConfig):
         units = writers.unit_inputs(self.units)
         if units is None:
             return
-        keep = self.planned_units(self.units, len(units))
+        planned = self.planned_units(self.units, len(units))
+        keep = planned[writers.block] if isinstance(planned, tuple) else planned
         if keep == len(units):
             return
         kept, writers.matrix = prune_units(

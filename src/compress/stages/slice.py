@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 
 from compress.numerics.linalg import width_for_energy
 from compress.stages._stage import StageConfig
-from compress.streaming.sites import StreamPoint
+from compress.streaming.sites import Count, StreamPoint
 
 Ratio = Annotated[float, Field(gt=0, lt=1)]
 RULES = ("ratio", "block_ratios", "linear_ratios", "explained_variance", "width")
@@ -55,7 +55,7 @@ class Slice(StageConfig):
     def resolved(self, steps: Mapping[str, int]) -> "Slice":
         return self.model_copy(update={"round_to": steps[self.rounds]}) if self.rounds else self
 
-    def fitted(self, counts: Mapping[str, int]) -> "Slice":
+    def fitted(self, counts: Mapping[str, Count]) -> "Slice":
         return self.model_copy(update={"width": counts["hidden"]}) if self.opens else self
 
     def apply(self, point: StreamPoint) -> None:

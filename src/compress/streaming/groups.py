@@ -62,6 +62,7 @@ def with_constant(u: Float[Tensor, "tokens k"], *, bias: bool) -> Float[Tensor, 
 class LinearGroup(ABC):
     """
     name: as a user should read it, "block 3 mlp writers".
+    block: the block it is in; past the last one for the head.
     matrix: (k, targets); what the group now makes of u. A stage replaces it, `write` puts it into the linears.
     damping: how strongly the matrix was drawn towards what it was, in units of the mean of fit.G's diagonal; later
         stages judge changes by the same measure.
@@ -69,6 +70,7 @@ class LinearGroup(ABC):
     """
 
     name: str
+    block: int
     branch: Branch
     fit: NormalEquations
     held_out: NormalEquations

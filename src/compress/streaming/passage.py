@@ -91,7 +91,7 @@ class Passage:
     def through(self, branch: Branch, point: StreamPoint, block: int) -> list[Report]:
         """A branch of a block, from the point before it to `point`; reports on the groups that stages worked on."""
         self._apply(branch)
-        readers = self._readers(branch) if self.fits_groups else None
+        readers = self._readers(branch, block) if self.fits_groups else None
         self._advance_dense(branch, block)
         reports = self._enter(branch, readers)
         if self.fits_groups:
@@ -106,7 +106,7 @@ class Passage:
     def read_out(self, head: Branch) -> tuple[list[Report], float | None]:
         """The head, and the divergence of its logits from the dense model's on held-out windows."""
         self._apply(head)
-        readers = self._readers(head) if self.fits_groups else None
+        readers = self._readers(head, len(self.decoder.blocks)) if self.fits_groups else None
         dense = copy_linears(head.readers.values())
         reports = self._enter(head, readers)
         divergence = self._divergence(head, dense)
@@ -118,7 +118,7 @@ class Passage:
             if isinstance(site, stage.site):
                 stage.apply(site)
 
-    def _readers(self, branch: Branch) -> Readers:
+    def _readers(self, branch: Branch, block: int) -> Readers:
         """The readers as a group, fitted by the stages but not written: the dense stream is yet to pass them."""
         width, has_bias = self.decoder.dense_width, all_biased(branch.readers.values())
         decode = self.decode if self.decode is not None else torch.eye(width, dtype=torch.float64)
@@ -132,7 +132,7 @@ class Passage:
         start = decode.to(sums.fit.G.device)
         if has_bias:
             start = torch.cat([start, start.new_zeros(1, width)])
-        group = Readers(f"{branch.name} readers", branch, sums.fit, sums.held_out, start)
+        group = Readers(f"{branch.name} readers", block, branch, sums.fit, sums.held_out, start)
         with self.clock("solve"):
             self._apply(group)
         return group
@@ -177,7 +177,7 @@ class Passage:
         encode = self._write_in_basis(branch, point)
         carried = d_in if branch.shortcut is None else 0
         fit, held_out = (encoded(equations, encode, carried=carried) for equations in (sums.fit, sums.held_out))
-        group = Writers(f"{branch.name} writers", branch, fit, held_out, writer_matrix(branch))
+        group = Writers(f"{branch.name} writers", block, branch, fit, held_out, writer_matrix(branch))
         with self.clock("solve"):
             self._apply(group)
         group.write()

@@ -118,6 +118,9 @@ def stream_points(dense_width: int, *, num_blocks: int, branch_names: list[str],
     ]
 
 
+# How many units of a kind: in every block, or one number a block.
+Count = int | tuple[int, ...]
+
 Site = WholeModel | Branch | LinearGroup | StreamPoint
 
 

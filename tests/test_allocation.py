@@ -1,0 +1,111 @@
+"""Neurons allocated over the blocks by trial: the numbers, the architecture that holds them, what is refused."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import compress  # noqa: F401 (registers the architecture)
+from cli_runner import invoke, succeeds
+from compress import families
+from compress.checkpoints.sliced import SlicedTarget
+from compress.checkpoints.targets import Shape, dense_units
+from compress.stages.prune_units import PruneUnits
+from compress.streaming.sites import stream_points
+from tiny import HIDDEN, NUM_BLOCKS, tiny_config, write_model, write_text
+
+KINDS = ["llama", "opt", "phi", "phi3"]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    home = tmp_path_factory.mktemp("home")
+    for kind in KINDS:
+        write_model(home / kind, kind, dtype=torch.float32)
+    write_text(home / "text.txt", lines=60)
+    return home
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def words(home, kind, *more):
+    text = ["--calib", home / "text.txt", "--samples", 8, "--seq-len", 32, "--trial-samples", 8]
+    return ["slice", "--model", home / kind, *text, *more]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_written_has_as_many_neurons_in_each_block_as_the_best_trial(home, place, monkeypatch, kind):
+    if kind != "llama":  # one is proved in a clean process
+        monkeypatch.setattr("compress.pipeline.verify", lambda *_arguments, **_options: 0.0)
+    said = succeeds(*words(home, kind, "--keep-params", 0.6, "--allocation", "searched", "--out", "out", "--json")).json
+    assert said["architecture"] == "SlicedForCausalLM"
+    assert said["parameters"] <= 0.6 * said["dense_parameters"]
+    facts = json.loads((place / "out" / "compress.json").read_text())
+    uniform, *moved = facts["allocation_trials"]
+    assert len(moved) > 3
+    assert len(set(uniform["neurons"])) == 1
+    best = min(facts["allocation_trials"], key=lambda trial: trial["divergence"])
+    assert said["units"]["neurons"] == best["neurons"]
+    assert all(sum(trial["neurons"]) == sum(uniform["neurons"]) for trial in moved)
+    config = json.loads((place / "out" / "config.json").read_text())
+    assert config["mlp_widths"] == best["neurons"]
+    model = AutoModelForCausalLM.from_pretrained(place / "out")
+    assert sum(parameter.numel() for parameter in model.parameters()) == said["parameters"]
+    family = families.find(model.config.text_config)
+    (units,) = family.units("neurons")
+    writers = [block.get_submodule(units.writer) for block in model.get_submodule(family.blocks)]
+    assert [writer.in_features for writer in writers] == best["neurons"]
+
+
+def test_the_search_repeats_itself(home, place, monkeypatch):
+    monkeypatch.setattr("compress.pipeline.verify", lambda *_arguments, **_options: 0.0)
+    options = ["--keep-params", 0.6, "--allocation", "searched", "--samples", 4]
+    for out in ("one", "other"):
+        succeeds(*words(home, "llama", *options, "--out", out))
+    one, other = (json.loads((place / out / "compress.json").read_text()) for out in ("one", "other"))
+    assert one["allocation_trials"] == other["allocation_trials"]
+    assert one["parts"] == other["parts"]
+
+
+def test_the_size_of_blocks_that_differ():
+    config = tiny_config("llama")
+    family = families.find(config)
+    target = SlicedTarget(config, family, shortcuts=False)
+    widths = (24,) * (1 + 2 * NUM_BLOCKS)
+
+    def parameters(neurons):
+        shape = Shape(widths, {**dense_units(config, family), "neurons": neurons})
+        return sum(parameter.numel() for parameter in target.model(shape).parameters())
+
+    assert parameters((10, 20, 30)) == parameters(20)
+    # A neuron of a gated MLP with biases: two rows of the stream's width, their biases, and a column.
+    assert parameters((10, 20, 31)) - parameters(20) == 3 * 24 + 2
+
+
+@pytest.mark.parametrize(
+    ("keep", "fault"),
+    [
+        ((8, 8), "keeps 2 numbers of neurons, the model has 3 blocks"),
+        ((8, 8, 99), "keeps 99 neurons, the model has 48"),
+    ],
+)
+def test_numbers_that_do_not_fit_the_model(keep, fault):
+    points = stream_points(HIDDEN, num_blocks=NUM_BLOCKS, branch_names=["attention", "mlp"], seed=0)
+    (said,) = PruneUnits(units="neurons", keep=keep).faults(points, {"neurons": 48})
+    assert fault in said
+
+
+@pytest.mark.parametrize(
+    "options", [["--ratio", 0.25], ["--keep-params", 0.6, "--mlp-ratio", 0.25]], ids=["no budget", "nothing open"]
+)
+def test_it_needs_a_budget_and_something_to_spend_it_on(home, place, options):
+    ran = invoke(*words(home, "llama", "--allocation", "searched", *options))
+    assert ran.code == 2
+    assert "--allocation searched spends a budget on neurons" in ran.faults[0]
+    assert not list(place.iterdir())
