@@ -4,7 +4,7 @@ import itertools
 import json
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -102,10 +102,16 @@ def planned(config: Any, chosen: Recipe, dtype: torch.dtype = torch.float16) -> 
     return make_plan(chosen, config, family, dtype=dtype, computing=torch.float32, cache_memory=2**30)
 
 
+def whole(counts: Mapping[str, Any]) -> Counts:
+    """Counts that are one number for all blocks."""
+    assert all(isinstance(count, int) for count in counts.values())
+    return dict(counts)
+
+
 def choices(plan: Plan, space: Space) -> list[Counts]:
     """Also the one that the plan has made, where there was no other."""
-    made = {"hidden": plan.widths[0] or 0, **plan.units}
-    return [dict(choice.counts) for choice in plan.choices] or [{kind: made[kind] for kind in ladders(space)}]
+    made = whole({"hidden": plan.widths[0] or 0, **plan.units})
+    return [whole(choice.counts) for choice in plan.choices] or [{kind: made[kind] for kind in ladders(space)}]
 
 
 SLOW = pytest.mark.slow
@@ -387,7 +393,7 @@ class Made:
     @property
     def counts(self) -> Counts:
         """What came out, of each kind."""
-        return {"hidden": self.result.widths[0], **self.result.units}
+        return whole({"hidden": self.result.widths[0], **self.result.units})
 
     def beside(self, name: str) -> Job:
         """The same job once more."""

@@ -26,7 +26,7 @@ from compress.checkpoints.gguf import (
     verify_gguf,
     write_gguf,
 )
-from compress.checkpoints.gguf.verification import SAMPLE
+from compress.checkpoints.verify import SAMPLE
 from compress.errors import (
     CheckpointError,
     NumericalError,
