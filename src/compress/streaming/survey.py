@@ -23,6 +23,7 @@ from compress.models.decoder import Arguments, Decoder
 from compress.streaming.cache import ActivationCache
 from compress.streaming.interning import Interner
 from compress.streaming.loader import PartLoader
+from compress.streaming.memory import return_large_blocks
 from compress.streaming.streams import Batch, CacheFolder
 
 # Tokens of each window whose logits are held at a time: a row of them is as wide as the vocabulary.
@@ -77,6 +78,7 @@ class Surveyor:
 
     def run(self, *, gradient: bool, progress: Callable[[], None] = lambda: None) -> Survey:
         """`progress` hears of every block, once on the way there and once on the way back."""
+        return_large_blocks()
         kept: dict[int, ActivationCache] = {}
         stream = self._embed()
         for block in range(self.num_blocks):
