@@ -499,7 +499,7 @@ def test_a_trial_is_the_whole_walk(made):
     for trial in run.facts["trials"]:
         divergence = trial.pop("divergence")
         (choice,) = [choice for choice in prepared.plan.choices if choice.counts == trial]
-        assert search.try_out(prepared, choice, prepared.windows, survey) == divergence
+        assert search.try_out(prepared, choice, prepared.windows, survey).divergence == divergence
 
 
 # ---- a run that is killed ----
@@ -532,8 +532,8 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 # Where it dies, and what the run that goes on need not do again.
 MOMENTS: dict[str, tuple[Any, str, int, list[tuple[Any, str]]]] = {
     "between trials": (search, "try_out", 2, [(pipeline, "take_survey")]),
-    "before the first part": (pipeline, "new_walk", 1, [(pipeline, "take_survey"), (search, "choose")]),
-    "after two parts": (pipeline, "_write_part", 3, [(pipeline, "take_survey"), (search, "choose")]),
+    "before the first part": (pipeline, "new_walk", 1, [(pipeline, "take_survey"), (search, "compare")]),
+    "after two parts": (pipeline, "_write_part", 3, [(pipeline, "take_survey"), (search, "compare")]),
 }
 
 

@@ -151,7 +151,7 @@ def _chosen(prepared: Prepared, journal: Journal, survey: Survey | None, progres
         return prepared
     if "trials" not in journal.findings:
         heard = (number for number in range(1, len(plan.choices) + 1))
-        _, trials = search.choose(
+        trials = search.compare(
             prepared, survey, lambda trial: progress("trying out shapes", next(heard), len(plan.choices))
         )
         journal.note("trials", search.as_data(trials))
@@ -172,7 +172,7 @@ def _allocated(
     most = budget.allocation_trials
     if "allocation" not in journal.findings:
         heard = iter(range(1, most + 1))
-        _, trials = search.allocate(
+        trials = search.allocate(
             prepared, choice, survey, lambda trial: progress("trying out allocations", next(heard), most)
         )
         journal.note("allocation", search.as_data(trials))

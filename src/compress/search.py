@@ -39,8 +39,8 @@ class Trial:
         return found
 
 
-def choose(prepared: Prepared, survey: Survey | None, heard: Callable[[Trial], None]) -> tuple[Choice, list[Trial]]:
-    """The choice of the plan with the least divergence, and all trials that were made. `heard` hears of each."""
+def compare(prepared: Prepared, survey: Survey | None, heard: Callable[[Trial], None]) -> list[Trial]:
+    """Trials of the plan's choices, that of the least divergence among them. `heard` hears of each."""
     budget = prepared.job.recipe.budget
     assert budget is not None
     windows = spread(prepared.windows, budget.trial_samples)
@@ -48,19 +48,17 @@ def choose(prepared: Prepared, survey: Survey | None, heard: Callable[[Trial], N
 
     def divergence(index: int) -> float:
         if index not in trials:
-            trials[index] = Trial(found[index].counts, try_out(prepared, found[index], windows, survey))
+            trials[index] = try_out(prepared, found[index], windows, survey)
             heard(trials[index])
         return trials[index].divergence
 
     found = prepared.plan.choices
-    best = lowest(divergence, len(found))
-    return found[best], [trials[index] for index in sorted(trials)]
+    lowest(divergence, len(found))
+    return [trials[index] for index in sorted(trials)]
 
 
-def allocate(
-    prepared: Prepared, choice: Choice, survey: Survey | None, heard: Callable[[Trial], None]
-) -> tuple[Choice, list[Trial]]:
-    """The choice with its neurons spread over the blocks as trials say, as many in all; and all trials made.
+def allocate(prepared: Prepared, choice: Choice, survey: Survey | None, heard: Callable[[Trial], None]) -> list[Trial]:
+    """Trials of the choice with its neurons spread over the blocks in other ways, as many in all; the even way first.
 
     Each trial moves some neurons from one block, drawn at random, to another, and stays where the divergence fell.
     Where none of many falls any more, fewer are moved.
@@ -71,21 +69,21 @@ def allocate(
     step = prepared.plan.target.steps()["neurons"]
     uniform, most = choice.counts["neurons"], dense_units(prepared.config, prepared.family)["neurons"]
     assert isinstance(uniform, int)
-    trials = [tried(prepared, reshaped(choice, (uniform,) * blocks), windows, survey)]
+    trials = [try_out(prepared, reshaped(choice, (uniform,) * blocks), windows, survey)]
     best, moved, failed = trials[0], max(step, uniform // 6 // step * step), 0
     while len(trials) <= budget.allocation_trials and moved >= step and blocks > 1:
         given, taken = rng.sample(range(blocks), 2)
         counts = list(best.neurons)
         counts[given], counts[taken] = counts[given] + moved, counts[taken] - moved
         if counts[given] <= most and counts[taken] >= step and tuple(counts) not in [trial.neurons for trial in trials]:
-            trials.append(tried(prepared, reshaped(choice, tuple(counts)), windows, survey))
+            trials.append(try_out(prepared, reshaped(choice, tuple(counts)), windows, survey))
             heard(trials[-1])
             if trials[-1].divergence < best.divergence:
                 best, failed = trials[-1], -1
         failed += 1
         if failed >= 2 * blocks:
             moved, failed = moved // 2 // step * step, 0
-    return reshaped(choice, best.neurons), trials
+    return trials
 
 
 def reshaped(choice: Choice, neurons: tuple[int, ...]) -> Choice:
@@ -94,11 +92,7 @@ def reshaped(choice: Choice, neurons: tuple[int, ...]) -> Choice:
     return Choice({**choice.counts, "neurons": neurons}, Shape(choice.shape.widths, units), choice.size)
 
 
-def tried(prepared: Prepared, choice: Choice, windows: Tensor, survey: Survey | None) -> Trial:
-    return Trial(choice.counts, try_out(prepared, choice, windows, survey))
-
-
-def try_out(prepared: Prepared, choice: Choice, windows: Tensor, survey: Survey | None) -> float:
+def try_out(prepared: Prepared, choice: Choice, windows: Tensor, survey: Survey | None) -> Trial:
     stages = prepared.plan.chosen(choice).stages
     walk = new_walk(prepared, stages, windows, max(1, len(windows) // HELD_OUT), survey)
     divergence: float | None = None
@@ -106,7 +100,7 @@ def try_out(prepared: Prepared, choice: Choice, windows: Tensor, survey: Survey 
         divergence = part.divergence
     if divergence is None:
         raise UsageError("Choices under a budget are compared by the refit's held-out windows. Add a refit stage.")
-    return divergence
+    return Trial(choice.counts, divergence)
 
 
 def spread(windows: Tensor, count: int) -> Tensor:

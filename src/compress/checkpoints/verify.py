@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,19 +71,31 @@ def verify_tokens(source: Path, written: Path) -> None:
 
 
 def run_clean(folder: Path, probe: Path, memory: int, scratch: Path) -> dict[str, Any]:
-    """What reload.py finds. -I keeps the user's paths out; the carried code is cached in a folder of the run's own."""
+    """What reload.py finds. The carried code is cached in a folder of the run's own."""
+    arguments = [str(folder), str(probe), str(memory), str(scratch)]
+    modules = {"HF_MODULES_CACHE": str(scratch / "modules")}
+    return run_script(reload.__file__, arguments, modules, written="checkpoint", kept=f"folder {folder}")
+
+
+def run_script(
+    script: str, arguments: list[str], variables: Mapping[str, str], *, written: str, kept: str
+) -> dict[str, Any]:
+    """The JSON that a script prints in a process without this package; -I keeps the user's paths out.
+
+    variables: of the environment, beside ours. written, kept: say in an error what does not load and where it lies.
+    """
     environment = os.environ | {
-        "HF_MODULES_CACHE": str(scratch / "modules"),
+        **variables,
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_VERBOSITY": "error",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "PYTHONWARNINGS": "ignore",
     }
-    command = [sys.executable, "-I", str(Path(reload.__file__)), str(folder), str(probe), str(memory), str(scratch)]
+    command = [sys.executable, "-I", script, *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         last = done.stderr.strip().splitlines()[-1:] or ["no message"]
-        raise VerificationError(f"The written checkpoint does not load: {last[0]}. The folder {folder} is kept.")
+        raise VerificationError(f"The written {written} does not load: {last[0]}. The {kept} is kept.")
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     if found["imported_compress"]:
         raise VerificationError("The reloading process imported this package; the proof would prove nothing.")

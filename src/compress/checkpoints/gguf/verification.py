@@ -1,9 +1,6 @@
 """The proof that a GGUF file is its folder: read in a clean process, same keys, same logits, same tokens."""
 
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +14,7 @@ from torch import Tensor
 from compress.checkpoints.gguf import reload
 from compress.checkpoints.gguf.llama import Model
 from compress.checkpoints.gguf.readers import dropped_by_transformers
-from compress.checkpoints.verify import SAMPLE, TOLERANCE, TOLERANCE_16_BIT
+from compress.checkpoints.verify import SAMPLE, TOLERANCE, TOLERANCE_16_BIT, run_script
 from compress.errors import VerificationError
 from compress.models.loading import load_tokenizer
 
@@ -83,22 +80,10 @@ def spread_ids(config: Any) -> Int64[Tensor, "1 tokens"]:
 
 
 def read_clean(file: Path, task: Mapping[str, Any], scratch: Path) -> dict[str, Any]:
-    """What reload.py finds. -I keeps the user's paths out."""
+    """What reload.py finds."""
     (scratch / "task.json").write_text(json.dumps(task), encoding="utf-8")
-    environment = os.environ | {
-        "HF_HUB_OFFLINE": "1",
-        "TRANSFORMERS_VERBOSITY": "error",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    }
-    command = [sys.executable, "-I", reload.__file__, str(scratch / "task.json")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        last = done.stderr.strip().splitlines()[-1:] or ["no message"]
-        raise VerificationError(f"The written GGUF file does not load: {last[0]}. The file {file} is kept.")
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    if found["imported_compress"]:
-        raise VerificationError("The reading process imported this package; the proof would prove nothing.")
-    return found
+    arguments = [str(scratch / "task.json")]
+    return run_script(reload.__file__, arguments, {}, written="GGUF file", kept=f"file {file}")
 
 
 def judged(found: Mapping[str, Any], file: Path, tolerance: float) -> float:
