@@ -2,6 +2,7 @@
 
     python scripts/train_demo.py                 # about 40 minutes on two CPU cores, seeded
     python scripts/train_demo.py --steps 20 --out /tmp/demo     # a quick look at the machinery
+    python scripts/train_demo.py --architecture gpt_bigcode --steps 5000 --out bigcode-py  # StarCoder, not shipped
 
 The library's test packages, where the distribution installs them, are trained on too (they triple the text); the
 held-out splits of the dataset `stdlib` never are. The weights are written in float16, which is what is shipped.
@@ -15,7 +16,15 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    GPTBigCodeConfig,
+    OPTConfig,
+    OPTForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from compress.datasets import stdlib
 
@@ -31,6 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=7500)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--architecture", choices=CONFIGS, default="opt")
     parser.add_argument("--out", type=Path, default=ASSETS / "demo")
     options = parser.parse_args()
     torch.manual_seed(options.seed)
@@ -39,11 +49,12 @@ def main() -> None:
     tokenizer = train_tokenizer(text)
     tokens = encode(tokenizer, text)
     held_out = encode(tokenizer, stdlib.load("validation"))
-    model = OPTForCausalLM(demo_config())
+    model = AutoModelForCausalLM.from_config(CONFIGS[options.architecture]())
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokens):,} training tokens", flush=True)
     train(model, tokens, held_out, steps=options.steps)
 
-    forget_untrained_positions(model)
+    if isinstance(model, OPTForCausalLM):
+        forget_untrained_positions(model)
     model.half().save_pretrained(options.out)
     tokenizer.save_pretrained(options.out)
     report = {
@@ -69,7 +80,23 @@ def library_tests() -> list[str]:
     return [path.read_text(encoding="utf-8", errors="replace") for path in paths if "encoded" not in path.name]
 
 
-def demo_config() -> OPTConfig:
+def bigcode_config() -> PretrainedConfig:
+    return GPTBigCodeConfig(
+        vocab_size=VOCAB_SIZE,
+        n_embd=128,
+        n_layer=4,
+        n_head=4,
+        n_positions=SEQ_LEN,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+    )
+
+
+def demo_config() -> PretrainedConfig:
     # Widths that stay multiples of 8 at the usual ratios: 160 -> 144, 128, 120, 112.
     return OPTConfig(
         vocab_size=VOCAB_SIZE,
@@ -85,6 +112,9 @@ def demo_config() -> OPTConfig:
         eos_token_id=1,
         pad_token_id=2,
     )
+
+
+CONFIGS = {"opt": demo_config, "gpt_bigcode": bigcode_config}
 
 
 def train_tokenizer(text: list[str]) -> PreTrainedTokenizerFast:
@@ -104,7 +134,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, text: list[str]) -> torch.Tensor:
     return torch.tensor([token for row in ids for token in row])
 
 
-def train(model: OPTForCausalLM, tokens: torch.Tensor, held_out: torch.Tensor, *, steps: int) -> None:
+def train(model: PreTrainedModel, tokens: torch.Tensor, held_out: torch.Tensor, *, steps: int) -> None:
     # Decay belongs on matrices; vectors (gains, biases) are left alone.
     matrices = [p for p in model.parameters() if p.ndim == 2]
     vectors = [p for p in model.parameters() if p.ndim != 2]
@@ -137,7 +167,7 @@ def learning_rate(step: int, steps: int) -> float:
 
 
 @torch.no_grad()
-def perplexity(model: OPTForCausalLM, tokens: torch.Tensor) -> float:
+def perplexity(model: PreTrainedModel, tokens: torch.Tensor) -> float:
     windows = tokens[: len(tokens) // SEQ_LEN * SEQ_LEN].view(-1, SEQ_LEN)[:400]
     losses = [model(batch, labels=batch).loss.item() * len(batch) for batch in windows.split(16)]
     return math.exp(sum(losses) / len(windows))

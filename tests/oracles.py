@@ -30,6 +30,7 @@ from compress.streaming.weights import LazyWeights
 from tiny import VOCAB_SIZE
 
 UNLIMITED = 2**40
+CodeGenAttention = transformers.models.codegen.modeling_codegen.CodeGenAttention
 RMS_NORMS: tuple[type[nn.Module], ...] = (
     transformers.models.llama.modeling_llama.LlamaRMSNorm,
     transformers.models.mistral.modeling_mistral.MistralRMSNorm,
@@ -48,14 +49,28 @@ def exact_rms_plus_one_norm(norm: Any, x: Tensor) -> Tensor:
     return (1 + norm.weight) * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.eps)
 
 
+def exact_attention(
+    attention: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    scores = query @ key.transpose(-1, -2)
+    weights = torch.softmax((scores if mask is None else scores + mask) / attention.scale_attn, dim=-1)
+    return weights @ value, weights
+
+
+# What of transformers computes in float32 whatever it is given, and the same in the dtype it is given.
+EXACT: dict[tuple[type[nn.Module], str], Callable[..., Any]] = {
+    **{(kind, "forward"): exact_rms_norm for kind in RMS_NORMS},
+    **{(kind, "forward"): exact_rms_plus_one_norm for kind in RMS_PLUS_ONE_NORMS},
+    (CodeGenAttention, "_attn"): exact_attention,
+}
+
+
 @contextmanager
 def exact_norms() -> Iterator[None]:
-    """transformers' RMSNorms in the dtype they are given: as they are, they compute in float32, float64 or not."""
+    """transformers' RMSNorms, and CodeGen's attention, in the dtype they are given."""
     with pytest.MonkeyPatch.context() as patch:
-        for kind in RMS_NORMS:
-            patch.setattr(kind, "forward", exact_rms_norm)
-        for kind in RMS_PLUS_ONE_NORMS:
-            patch.setattr(kind, "forward", exact_rms_plus_one_norm)
+        for (kind, name), exact in EXACT.items():
+            patch.setattr(kind, name, exact)
         yield
 
 

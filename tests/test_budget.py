@@ -157,13 +157,13 @@ def test_choices_say_their_size():
     widths = [choice.counts["hidden"] for choice in plan.choices]
     assert len(widths) > 2
     assert widths == sorted(set(widths))
-    assert (plan.sliced, plan.removed) == (None, None)
+    assert (plan.size, plan.removed) == (None, None)
     for choice in plan.choices:
         assert choice.shape == counted.space.shape(choice.counts)
         assert choice.size.parameters == counted.cost(dict(choice.counts))
         assert choice.size.bytes == 2 * choice.size.parameters
         made = plan.chosen(choice)
-        assert (made.sliced, made.choices) == (choice.size, [])
+        assert (made.size, made.choices) == (choice.size, [])
         assert made.widths == [choice.counts["hidden"]] * (2 * tiny.NUM_BLOCKS + 1)
         assert made.units == {"neurons": choice.counts["neurons"], "kv_groups": 2}
         assert not any(stage.opens for stage in made.stages)
@@ -200,7 +200,7 @@ def test_a_deep_model_is_counted_by_shallow_ones(model_type, blocks):
             widths[-1] = tiny.HIDDEN
         space, shape = Space([], points, units, target, torch.float16), Shape(tuple(widths), units | {"neurons": 40})
         whole = target.model(shape)
-        assert space.size(shape) == space.full_size(shape) == size_of(whole, torch.float16), kind
+        assert space.size(shape) == size_of(whole, torch.float16), kind
         assert space.disk_bytes(shape) == disk_bytes(whole, torch.float16), kind
 
 
@@ -247,8 +247,8 @@ def test_the_least_possible_is_possible():
     fault = refusal(lambda: planned(config, recipe(method, {"target_size": 100})))
     least = int(fault.removesuffix(". Allow more.").split()[-1].replace(",", ""))
     plan = planned(config, recipe(method, {"target_size": least}))
-    assert plan.sliced is not None
-    assert plan.sliced.bytes < least
+    assert plan.size is not None
+    assert plan.size.bytes < least
 
 
 def test_a_width_that_no_budget_makes_legal():
@@ -362,7 +362,7 @@ MANY = [
     *(Order(name, "shared, no refit", {"target_size": 100_000}, "float32") for name in ("opt", "qwen3")),
     *(Order(name, "per layer", {"keep_params": 0.75}, "float32") for name in ("opt", "llama", "starcoder2")),
     *(Order(name, "per layer, falling", {"keep_params": 0.6}) for name in ("mistral", "gemma")),
-    *(Order(name, "slicegpt", {"keep_params": 0.85}, "float32") for name in tiny.FAMILIES),
+    *(Order(name, "slicegpt", {"keep_params": 0.85}, "float32") for name in tiny.FAMILIES if name not in tiny.ONE_END),
     *(Order(name, "slicegpt, head", {"target_size": 50_000}) for name in tiny.FAMILIES),
 ]
 # A run that is quickly done, trials and all.
@@ -466,7 +466,7 @@ def test_what_is_planned_is_what_is_written(order, made):
         if dict(choice.counts) == {kind: run.counts[kind] for kind in choice.counts}:
             plan = run.plan.chosen(choice)
     assert (plan.widths, plan.units) == (result.widths, result.units)
-    assert (plan.sliced, plan.dense) == (result.size, result.dense)
+    assert (plan.size, plan.dense) == (result.size, result.dense)
     assert plan.dense.parameters == sum(tensor.numel() for tensor in tensors_of(run.dense).values())
     model = plan.target.model(Shape(tuple(result.widths), result.units))
     expected = {name: (parameter.shape, dtype) for name, parameter in model.named_parameters()}

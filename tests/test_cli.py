@@ -164,6 +164,12 @@ OPTIONS = {
         *("--slice-head", "--measure-error", "--calib", "--samples", "--seq-len", "--data-dir", "--seed", "--out"),
         *("--dtype", "--resume", "--overwrite", "--dry-run", "--json", "--device", "--batch-size", "--cache-memory"),
     },
+    "lord": {
+        *("--model", "--rank-frac", "--rank", "--keep-params", "--target-size", "--rank-multiple", "--method"),
+        *("--allocation", "--target", "--form", "--refit", "--gradient-weight", "--bias", "--trial-samples"),
+        *("--materialize", "--measure-error", "--calib", "--samples", "--seq-len", "--data-dir", "--seed", "--out"),
+        *("--dtype", "--resume", "--overwrite", "--dry-run", "--json", "--device", "--batch-size", "--cache-memory"),
+    },
     "eval": {
         *("--ppl", "--model", "--seq-len", "--limit", "--batch-size", "--dtype", "--device", "--data-dir"),
         *("--trust-remote-code", "--json"),
@@ -338,7 +344,7 @@ def test_a_plan_is_what_the_run_then_gives(words, place):
     result = succeeds(*words, "--ratio", 0.25, "--json").json
     assert plan["out"] == result["out"]
     assert plan["widths"] == result["widths"]
-    assert plan["sliced"] == {"parameters": result["parameters"], "bytes": result["bytes"]}
+    assert plan["size"] == {"parameters": result["parameters"], "bytes": result["bytes"]}
     assert plan["removed"] == result["removed"]
     written = sum(file.stat().st_size for file in (place / result["out"]).iterdir())
     assert result["bytes"] < written <= plan["disk_bytes"]
@@ -347,7 +353,7 @@ def test_a_plan_is_what_the_run_then_gives(words, place):
 def test_a_plan_whose_widths_the_data_decides(words, place):
     plan = succeeds(*words, "--explained-variance", 0.9, "--dry-run", "--json").json
     assert plan["widths"] == [None] * (POINTS - 1) + [HIDDEN]
-    assert plan["sliced"] is plan["removed"] is None
+    assert plan["size"] is plan["removed"] is None
     assert "decided by the data" in succeeds(*words, "--explained-variance", 0.9, "--dry-run").out
 
 
@@ -557,7 +563,7 @@ def test_json_is_all_that_stdout_has(words, place):
     assert set(result) == {
         *("out", "dense_parameters", "parameters", "removed", "dense_bytes", "bytes", "widths", "seconds"),
         *("reload_difference", "resumed_parts", "architecture", "loads_without_our_code", "units", "notes"),
-        "held_out_divergence",
+        *("held_out_divergence", "ranks"),
     }
     assert result["resumed_parts"] == 0
     progress = ran.err.splitlines()
@@ -570,7 +576,7 @@ def test_a_table_for_people(words, place):
     ran = succeeds(*words, "--ratio", 0.25)
     table = flat(ran.out)
     assert "24 x 6, 32" in table
-    assert "parameters, sliced" in table
+    assert "parameters, compressed" in table
     assert "[1/5]" not in table
 
 

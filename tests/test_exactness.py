@@ -19,6 +19,7 @@ SCALE = "scale"
 RMS = {"rms_norm_eps": 1e-2}
 LAYER = {"layer_norm_eps": 1e-2}
 STARCODER = {"norm_epsilon": 1e-2}
+GPT = {"layer_norm_epsilon": 1e-2}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "opt": ("opt", {SCALE: 0.01}),
     "opt, untied": ("opt", {"tie_word_embeddings": False, SCALE: 0.01}),
@@ -53,11 +54,21 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gemma": ("gemma", RMS),
     "gemma, untied": ("gemma", {"tie_word_embeddings": False, **RMS}),
+    "gpt_bigcode": ("gpt_bigcode", GPT),
+    "gpt_bigcode, untied, no shared heads, the usual MLP": (
+        "gpt_bigcode",
+        {"tie_word_embeddings": False, "multi_query": False, "n_inner": None, **GPT},
+    ),
+    "codegen": ("codegen", GPT),
+    "codegen, tied, the usual MLP": ("codegen", {"tie_word_embeddings": True, "n_inner": None, **GPT}),
+    "gpt_neox": ("gpt_neox", LAYER),
+    "gpt_neox, one after the other": ("gpt_neox", {"use_parallel_residual": False, **LAYER}),
+    "gpt_neox, tied, no biases": ("gpt_neox", {"tie_word_embeddings": True, "attention_bias": False, **LAYER}),
 }
 
 
 # Taken as the module is imported, before they are replaced.
-STOCK_FORWARD: dict[type, Any] = {kind: kind.forward for kind in (*oracles.RMS_NORMS, *oracles.RMS_PLUS_ONE_NORMS)}
+STOCK: dict[tuple[type, str], Any] = {(kind, name): getattr(kind, name) for kind, name in oracles.EXACT}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -97,14 +108,14 @@ def test_exact_norms_are_the_stock_ones(model_type):
     model = tiny.tiny_model(model_type)
     exact = oracles.logits_of(model, IDS)
     with pytest.MonkeyPatch.context() as patch:
-        for kind, forward in STOCK_FORWARD.items():
-            patch.setattr(kind, "forward", forward)
+        for (kind, name), stock_code in STOCK.items():
+            patch.setattr(kind, name, stock_code)
         stock = oracles.logits_of(model, IDS)
     assert oracles.largest_difference(exact, stock) < 1e-5
     assert exact.std() > 0.1
 
 
-@pytest.mark.parametrize("variant", ["opt", "llama, biases", "mistral", "qwen2", "qwen3", "phi", "phi3", "gemma"])
+@pytest.mark.parametrize("variant", ["llama, biases", *(name for name in tiny.FAMILIES if name in VARIANTS)])
 def test_epsilon_counts(variant, dense):
     """A wrong epsilon would show below: with none at all the logits are far off."""
     model = dense_model(variant)
@@ -140,7 +151,9 @@ def test_the_stream_is_the_dense_models(variant, dense):
     blocks: Any = model.get_submodule(family.blocks)
     outputs: list[torch.Tensor] = []
     for block in blocks:
-        block.register_forward_hook(lambda block, inputs, output: outputs.append(output))
+        block.register_forward_hook(
+            lambda block, inputs, output: outputs.append(output[0] if family.returns_tuple else output)
+        )
     oracles.logits_of(model, WINDOWS)
     assert len(outputs) == tiny.NUM_BLOCKS
     walk = oracles.new_walk(folder, oracles.fold_only(), WINDOWS, batch_size=2)
@@ -180,6 +193,48 @@ def test_the_probe_is_what_the_written_model_says(variant, dense):
     result = oracles.walked(folder, oracles.slicegpt({"ratio": 0.3}), WINDOWS)
     written = oracles.logits_of(oracles.sliced_model(result), WINDOWS[:1])
     assert oracles.largest_difference(written, result.probe_logits) < 1e-10
+
+
+def test_a_branch_may_have_a_norm_for_each_path(dense):
+    walk = oracles.new_walk(dense("gpt_neox")[0], oracles.fold_only(), WINDOWS)
+    (branch,) = walk.decoder.block_branches(0)
+    groups = branch.reader_groups()
+    assert [list(group.readers) for group in groups] == [["attention.query_key_value"], ["mlp.dense_h_to_4h"]]
+    assert all(linear is branch.readers[name] for group in groups for name, linear in group.readers.items())
+    block: Any = walk.decoder.blocks[0]
+    assert [group.norm for group in groups] == [block.input_layernorm, block.post_attention_layernorm]
+    assert branch.norm is block.input_layernorm
+    # Looked up each time: stages replace them.
+    groups[1].replace_norm(replaced := torch.nn.Identity())
+    assert block.post_attention_layernorm is groups[1].norm is branch.reader_groups()[1].norm is replaced
+    assert branch.norm is block.input_layernorm
+
+
+@pytest.mark.parametrize("variant", ["gpt_neox, one after the other", "codegen", "llama, biases"])
+def test_a_branch_may_have_one_norm_for_all_that_reads(variant, dense):
+    decoder = oracles.new_walk(dense(variant)[0], oracles.fold_only(), WINDOWS).decoder
+    for branch in (*decoder.block_branches(0), decoder.head_branch()):
+        (group,) = branch.reader_groups()
+        assert group.readers == branch.readers
+        assert group.norm is branch.norm
+    assert decoder.embedding_branch().reader_groups() == []
+    assert decoder.embedding_branch().norm is None
+
+
+@pytest.mark.parametrize("variant", ["gpt_neox", "gpt_neox, one after the other"])
+def test_each_norm_goes_into_its_own_readers(variant, dense):
+    """diag(gain) and the offset of a norm, into the readers on its path and no others, in float64 to the last bits."""
+    model, blocks = dense_model(variant), "gpt_neox.layers"
+    before = model.state_dict()
+    after = oracles.walked(dense(variant)[0], oracles.fold_only(), WINDOWS).tensors
+    behind = {"input_layernorm": "attention.query_key_value", "post_attention_layernorm": "mlp.dense_h_to_4h"}
+    for block in range(tiny.NUM_BLOCKS):
+        for norm, reader in behind.items():
+            gain, offset = (before[f"{blocks}.{block}.{norm}.{key}"] for key in ("weight", "bias"))
+            weight, bias = (before[f"{blocks}.{block}.{reader}.{key}"] for key in ("weight", "bias"))
+            folded = after[f"{blocks}.{block}.{reader}.weight"]
+            assert oracles.largest_difference(folded, weight * gain) < 1e-12
+            assert oracles.largest_difference(after[f"{blocks}.{block}.{reader}.bias"], bias + weight @ offset) < 1e-12
 
 
 def test_rotations_differ_from_one_another(dense):

@@ -19,13 +19,20 @@ EPSILON = 0.0625
 
 def make(model_type: str, **changes: Any) -> tuple[Family, Any]:
     """A family and a tiny stock model of it whose epsilon is not the usual one."""
-    model = tiny.tiny_model(model_type, rms_norm_eps=EPSILON, layer_norm_eps=EPSILON, norm_epsilon=EPSILON, **changes)
+    keys = ("rms_norm_eps", "layer_norm_eps", "norm_epsilon", "layer_norm_epsilon")
+    epsilons: dict[str, Any] = dict.fromkeys(keys, EPSILON)
+    model = tiny.tiny_model(model_type, **epsilons, **changes)
     return families.find(model.config), model
 
 
-@pytest.fixture(scope="module", params=families.names())
+# Families whose blocks are built in one of two ways, by their config.
+OTHERWISE: dict[str, dict[str, Any]] = {"gpt_neox": {"use_parallel_residual": False}}
+
+
+@pytest.fixture(scope="module", params=[*families.names(), *(f"{name}, otherwise" for name in OTHERWISE)])
 def pair(request) -> tuple[Family, Any]:
-    return make(request.param)
+    model_type, _, otherwise = request.param.partition(", ")
+    return make(model_type, **(OTHERWISE[model_type] if otherwise else {}))
 
 
 def blocks_of(family: Family, model: nn.Module) -> list[Any]:
@@ -37,9 +44,14 @@ def test_every_family_has_a_tiny_model():
     assert families.names() == sorted(tiny.FAMILIES)
 
 
-def test_a_family_is_found_by_the_name_of_its_model(pair):
-    family, model = pair
-    assert families.find(AutoConfig.for_model(model.config.model_type)) == family
+@pytest.mark.parametrize("model_type", families.names())
+def test_a_family_is_found_by_the_name_of_its_model(model_type):
+    assert families.find(AutoConfig.for_model(model_type)) == make(model_type)[0]
+
+
+@pytest.mark.parametrize("model_type", OTHERWISE)
+def test_a_family_may_depend_on_the_config(model_type):
+    assert make(model_type)[0] != make(model_type, **OTHERWISE[model_type])[0]
 
 
 def test_blocks_are_all_of_the_stock_models_blocks(pair):
@@ -62,7 +74,9 @@ def test_every_linear_of_a_block_is_a_reader_or_a_writer_exactly_once(pair):
 
 def test_every_norm_of_the_stream_is_a_branchs_or_the_final_one(pair):
     family, model = pair
-    named = {f"{family.blocks}.{i}.{branch.norm}" for i in range(tiny.NUM_BLOCKS) for branch in family.branches}
+    norms = [norm for branch in family.branches for norm in branch.norms]
+    assert len(norms) == len(set(norms))
+    named = {f"{family.blocks}.{i}.{norm}" for i in range(tiny.NUM_BLOCKS) for norm in norms}
     named.add(family.final_norm)
     found = {
         name
@@ -78,7 +92,7 @@ def test_every_parameter_is_accounted_for(pair):
     parts = {*family.embeddings, family.final_norm, family.head}
     for i in range(tiny.NUM_BLOCKS):
         for branch in family.branches:
-            names = (branch.norm, *branch.readers, *branch.writers)
+            names = (*branch.norms, *branch.readers, *branch.writers)
             parts |= {f"{family.blocks}.{i}.{name}" for name in names}
     left = [name for name, _ in model.named_parameters() if name.rpartition(".")[0] not in parts]
     inner = {f"{family.blocks}.{i}.{family.attention}." for i in range(tiny.NUM_BLOCKS)}
@@ -116,6 +130,57 @@ def test_paths_lead_from_readers_to_writers(pair):
     assert len({branch.name for branch in family.branches}) == len(family.branches)
 
 
+def test_every_reader_is_behind_the_norm_that_its_input_came_through(pair):
+    """By what the stock block hands on: each reader's input is the output of its norm."""
+    family, model = pair
+    block = blocks_of(family, model)[0]
+    wanted = {name for branch in family.branches for name in (*branch.norms, *branch.readers)}
+    given, gave = dict[str, torch.Tensor](), dict[str, torch.Tensor]()
+
+    def note(name: str) -> Any:
+        def hook(_module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            given[name], gave[name] = inputs[0], output
+
+        return hook
+
+    handles = [block.get_submodule(name).register_forward_hook(note(name)) for name in wanted]
+    with torch.no_grad():
+        model(input_ids=torch.arange(8)[None])
+    for handle in handles:
+        handle.remove()
+    for branch in family.branches:
+        groups = branch.readers_by_norm()
+        assert tuple(groups) == branch.norms
+        assert sorted(name for names in groups.values() for name in names) == sorted(branch.readers)
+        for norm, readers in groups.items():
+            assert readers
+            assert all(torch.equal(given[reader], gave[norm]) for reader in readers)
+
+
+def test_blocks_return_a_tuple_where_the_table_says_so(pair):
+    family, model = pair
+    outputs: list[Any] = []
+    handle = blocks_of(family, model)[0].register_forward_hook(lambda block, inputs, output: outputs.append(output))
+    with torch.no_grad():
+        model(input_ids=torch.arange(8)[None])
+    handle.remove()
+    assert [isinstance(output, tuple) for output in outputs] == [family.returns_tuple]
+
+
+def test_units_are_as_many_as_the_writers_inputs_hold(pair):
+    family, model = pair
+    for units in family.units("neurons"):
+        assert units.number(model.config) == blocks_of(family, model)[0].get_submodule(units.writer).in_features
+
+
+@pytest.mark.parametrize("model_type", ["gpt_bigcode", "codegen"])
+def test_an_mlp_without_a_width_has_four_times_the_streams(model_type):
+    family, model = make(model_type, n_inner=None)
+    (units,) = family.units("neurons")
+    assert units.number(model.config) == blocks_of(family, model)[0].get_submodule(units.writer).in_features
+    assert units.number(model.config) == 4 * tiny.HIDDEN
+
+
 def test_norms_are_of_the_kind_and_the_epsilon_that_the_table_says(pair):
     """By the formula, from the norm's output: no attribute of the module is looked at."""
     family, model = pair
@@ -124,7 +189,8 @@ def test_norms_are_of_the_kind_and_the_epsilon_that_the_table_says(pair):
     assert epsilon == (1e-5 if model.config.model_type == "opt" else EPSILON)
     x *= (epsilon * 10) ** 0.5
     modules = [model.get_submodule(family.final_norm)]
-    modules += [block.get_submodule(branch.norm) for block in blocks_of(family, model) for branch in family.branches]
+    names = [norm for branch in family.branches for norm in branch.norms]
+    modules += [block.get_submodule(name) for block in blocks_of(family, model) for name in names]
     for norm in modules:
         centered = x - x.mean(-1, keepdim=True) if family.norm == "layer" else x
         normed = centered / torch.sqrt(centered.square().mean(-1, keepdim=True) + epsilon)
@@ -135,7 +201,7 @@ def test_norms_are_of_the_kind_and_the_epsilon_that_the_table_says(pair):
 
 def test_dropout_is_a_key_of_the_config(pair):
     family, model = pair
-    residual = {"opt": "dropout", "phi": "resid_pdrop", "phi3": "resid_pdrop"}
+    residual = {"opt": "dropout", "phi": "resid_pdrop", "phi3": "resid_pdrop", "gpt_neox": "hidden_dropout"}
     assert family.dropout == residual.get(model.config.model_type)
     assert family.dropout is None or getattr(model.config, family.dropout) == 0.0
 
@@ -180,6 +246,13 @@ def test_opt_without_a_final_norm_is_refused():
     assert refusal(opt_config(_remove_final_layer_norm=True)) == (
         "This opt model cannot be sliced exactly: its head reads the stream without a norm "
         "(_remove_final_layer_norm=true)."
+    )
+
+
+def test_blocks_that_read_an_encoder_are_refused():
+    assert refusal(tiny.tiny_config("gpt_bigcode", add_cross_attention=True, multi_query=False)) == (
+        "This gpt_bigcode model cannot be sliced exactly: its blocks read an encoder's output too "
+        "(add_cross_attention=true)."
     )
 
 

@@ -118,8 +118,10 @@ def new_walk(
     batch_size: int = 4,
     cache_memory: int = 2**40,
 ) -> Walk:
-    need = max(stage.survey for stage in stages if isinstance(stage, StageConfig))
-    survey = None if need is SurveyNeed.NONE else survey_of(folder, need is SurveyNeed.GRADIENT, windows)
+    need = SurveyNeed.NONE
+    for stage in stages:
+        need |= stage.survey if isinstance(stage, StageConfig) else SurveyNeed.NONE
+    survey = None if need is SurveyNeed.NONE else survey_of(folder, SurveyNeed.GRADIENT in need, windows)
     return Walk(
         new_decoder(folder),
         LazyWeights(folder),
@@ -360,6 +362,8 @@ class Watch:
     """Between two stages: what a group of linears is at that place. Refers to nothing that is written later."""
 
     site: ClassVar = LinearGroup
+    reshapes: ClassVar = False
+    dense_inputs: ClassVar = False
     needs: tuple[Need, ...] = ()
 
     def __init__(self) -> None:
@@ -591,13 +595,16 @@ def pruned(kinds: Iterable[str]) -> list[StageConfig]:
 def test_what_is_written_computes_what_the_walk_did(model_type, refit, models):
     """Narrower, with fewer neurons and, where a stock class has them, fewer groups of heads."""
     _, folder = models(model_type, **SHALLOW)
-    target = target_of(folder, "one basis" if model_type == "opt" else "stock")
-    kinds = ("neurons",) if model_type in ("opt", "phi3") else ("neurons", "kv_groups")
+    family = families.find(load_config(folder))
+    target = target_of(folder, "one basis" if family.stock is None else "stock")
+    kinds = ("neurons", "kv_groups") if family.units("kv_groups") and family.stock else ("neurons",)
     stages = [FoldNorms(), *shared(), *([Refit()] if refit else []), *pruned(kinds)]
     result = walked(folder, stages, target=target)
     model = written_model(result, target, **{kind: KEPT[kind] for kind in kinds})
     assert oracles.largest_difference(oracles.logits_of(model, WINDOWS[:1]), result.probe_logits) < 1e-9
-    inner = [w.shape for name, w in result.tensors.items() if name.endswith(("down_proj.weight", "fc2.weight"))]
+    (units,) = family.units("neurons")
+    inner = [weight.shape for name, weight in result.tensors.items() if name.endswith(f".{units.writer}.weight")]
+    assert inner
     assert all(shape[1] == KEPT["neurons"] for shape in inner)
 
 

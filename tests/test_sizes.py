@@ -270,8 +270,8 @@ def test_dense_models_have_the_parameters_they_are_known_for(config):
 )
 def test_sliced_models_have_the_parameters_the_papers_code_gives(config, ratio, parameters):
     found = plan(config, {"ratio": ratio})
-    assert found.sliced is not None
-    assert (found.sliced.parameters, found.sliced.bytes) == (parameters, 2 * parameters)
+    assert found.size is not None
+    assert (found.size.parameters, found.size.bytes) == (parameters, 2 * parameters)
 
 
 @pytest.mark.parametrize(
@@ -290,7 +290,7 @@ def test_sliced_models_have_the_parameters_the_papers_code_gives(config, ratio, 
 )
 def test_the_share_that_is_removed(config, percent, removed):
     """Of the dense model as it is stored, a tied head counted once: slicing a little adds parameters."""
-    sliced = plan(config, {"ratio": percent / 100}).sliced
+    sliced = plan(config, {"ratio": percent / 100}).size
     assert sliced is not None
     assert round(100 * (1 - sliced.parameters / DENSE[id(config)]), 1) == removed
 
@@ -304,15 +304,15 @@ def test_parameters_written_out_for_opt_125m():
     total = (V + P) * d + (L - 1) * (attention + mlp) + attention + last_mlp + (D * V + V)
     found = plan(OPT_125M, {"ratio": 0.2})
     assert found.widths == [d] * (2 * L) + [D]
-    assert found.sliced is not None
-    assert found.sliced.parameters == total
+    assert found.size is not None
+    assert found.size.parameters == total
     assert found.removed == pytest.approx(1 - total / 125_239_296, rel=1e-12)
 
 
 def test_a_plan_of_a_70b_model_takes_no_weights():
     found = plan(LLAMA_2_70B, {"ratio": 0.25})
     assert found.dense.parameters == DENSE[id(LLAMA_2_70B)]
-    assert found.sliced is not None
+    assert found.size is not None
     assert found.removed is not None
     assert round(100 * found.removed, 1) == 16.0
     # One block (its largest: three MLP matrices and the attention's) in float32 and float64, four D x D matrices in
@@ -320,13 +320,13 @@ def test_a_plan_of_a_70b_model_takes_no_weights():
     block = 3 * 8192 * 28672 + 2 * 8192 * 8192 + 2 * 8192 * 1024 + 2 * 8192
     assert found.memory_bytes == block * (4 + 8) + 4 * 8192**2 * 8 + 2**30
     activations = 128 * 2048 * 8192 * 4
-    assert found.disk_bytes == found.sliced.bytes + 2 * activations + activations
+    assert found.disk_bytes == found.size.bytes + 2 * activations + activations
 
 
 def test_a_plan_that_the_data_decides_knows_no_size():
     found = plan(OPT_125M, {"explained_variance": 0.99})
     assert found.widths == [None] * 24 + [768]
-    assert found.sliced is None
+    assert found.size is None
     assert found.removed is None
     assert found.to_dict()["dense"] == {"parameters": 125_239_296, "bytes": 250_478_592}
 

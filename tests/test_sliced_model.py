@@ -1,5 +1,6 @@
 """A written checkpoint as its users meet it: loaded, run, generated from, trained, saved again, and tampered with."""
 
+import copy
 import json
 import os
 import shutil
@@ -27,7 +28,7 @@ from compress.datasets.windows import calibration_windows
 from compress.errors import UsageError, VerificationError
 from compress.job import Job
 from compress.models.hub import find_model
-from compress.models.modeling_sliced import SlicedForCausalLM
+from compress.models.modeling_sliced import SlicedForCausalLM, as_residual_block
 from compress.recipe import parse_recipe, slicegpt
 
 RULE = {"ratio": 0.3}
@@ -36,6 +37,8 @@ UNSEEN = oracles.random_ids(2, 24, seed=3)
 SAMPLES, SEQ_LEN, SEED = 5, 32, 42
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 KINDS = [(model_type, dtype) for model_type in ("opt", "llama", "phi") for dtype in DTYPES]
+# Families whose base model has another name in the causal LM than `model`.
+ELSEWHERE = ("gpt_bigcode", "codegen", "gpt_neox")
 COMPANIONS = {
     "generation_config.json": b'{ "eos_token_id": 1,\n\n "top_k": 7, "do_sample": true }',
     "chat_template.jinja": b"{% for message in messages %}{{ message.content }}{% endfor %}\r\n",
@@ -89,7 +92,8 @@ def made(tmp_path_factory, text) -> Iterator[Callable[[str, str], Made]]:
             dense = tiny.write_model(root / "dense", model_type, dtype=DTYPES[dtype])
             for name, content in COMPANIONS.items():
                 (root / "dense" / name).write_bytes(content)
-            result = pipeline.run(job(root / "dense", root / "out", text, slicegpt(RULE, round_to=1)))
+            stages = slicegpt(RULE, round_to=1, slice_head=model_type in tiny.ONE_END)
+            result = pipeline.run(job(root / "dense", root / "out", text, stages))
             tokenizer = AutoTokenizer.from_pretrained(root / "dense")
             windows = calibration_windows(
                 str(text), tokenizer, num_samples=SAMPLES, seq_len=SEQ_LEN, seed=SEED, data_dir=None
@@ -102,6 +106,12 @@ def made(tmp_path_factory, text) -> Iterator[Callable[[str, str], Made]]:
         yield make
 
 
+def varied(model_type: str) -> dict[str, Any]:
+    """Another width in every block, as far as the stock code lets."""
+    same_ends = {"block_ratios": (0.1, 0.5, 0.1), "slice_head": True}
+    return same_ends if model_type in tiny.ONE_END else {"block_ratios": (0.1, 0.5, 0.3)}
+
+
 @pytest.fixture(scope="module")
 def any_model(tmp_path_factory) -> Callable[..., Any]:
     """A sliced model of any family in memory, a new one each time, from the tensors of one walk."""
@@ -112,7 +122,7 @@ def any_model(tmp_path_factory) -> Callable[..., Any]:
         if key not in walked:
             folder = tmp_path_factory.mktemp(model_type)
             tiny.tiny_model(model_type, **changes).save_pretrained(folder)
-            stages = stages or oracles.slicegpt({"block_ratios": (0.1, 0.5, 0.3)})
+            stages = stages or oracles.slicegpt(varied(model_type))
             walked[key] = oracles.walked(folder, stages, oracles.random_ids(3, 16))
         return oracles.sliced_model(walked[key])
 
@@ -291,7 +301,7 @@ def test_padding_on_the_left_changes_nothing(model_type, any_model):
     )
 
 
-@pytest.mark.parametrize("model_type", ["opt", "llama", "phi"])
+@pytest.mark.parametrize("model_type", ["opt", "llama", "phi", *ELSEWHERE])
 def test_saved_again_it_is_the_same(model_type, made, tmp_path):
     model = made(model_type).load()
     model.save_pretrained(tmp_path, max_shard_size="20KB")
@@ -307,7 +317,7 @@ def test_saved_again_it_is_the_same(model_type, made, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("model_type", ["opt", "llama", "phi"])
+@pytest.mark.parametrize("model_type", ["opt", "llama", "phi", *ELSEWHERE])
 def test_it_runs_in_16_bits(model_type, dtype, made):
     checkpoint = made(model_type, "float32")
     precise = oracles.logits_of(checkpoint.load(), UNSEEN)
@@ -376,14 +386,14 @@ def test_hidden_states_have_the_streams_widths(model_type, any_model):
         output = model(input_ids=UNSEEN, output_hidden_states=True)
     states = output.hidden_states
     assert [state.shape[-1] for state in states] == widths[::branches]
-    assert len(set(widths[::branches])) > 2
+    assert len(set(widths[::branches])) > (1 if model_type in tiny.ONE_END else 2)
     embedded = model.get_input_embeddings()(UNSEEN)
-    if model_type != "opt":  # whose positions are added to it
+    if model_type not in ("opt", "gpt_bigcode"):  # whose positions are added to it
         assert torch.equal(states[0], embedded)
     assert torch.equal(model.lm_head(states[-1]), output.logits)
 
 
-@pytest.mark.parametrize("model_type", ["opt", "llama", "phi"])
+@pytest.mark.parametrize("model_type", ["opt", "llama", "phi", "gpt_bigcode", "gpt_neox"])
 def test_attention_may_be_eager_and_is_shown(model_type, made):
     checkpoint = made(model_type, "float32")
     model = checkpoint.load(attn_implementation="eager")
@@ -397,7 +407,7 @@ def test_attention_may_be_eager_and_is_shown(model_type, made):
     assert oracles.largest_difference(output.logits, oracles.logits_of(checkpoint.load(), UNSEEN)) < 1e-4
 
 
-@pytest.mark.parametrize("model_type", ["opt", "llama", "phi"])
+@pytest.mark.parametrize("model_type", ["opt", "llama", "phi", *ELSEWHERE])
 def test_accelerate_may_place_it(model_type, made):
     checkpoint = made(model_type)
     model = checkpoint.load(device_map="auto")
@@ -436,7 +446,29 @@ def test_the_vocabulary_can_grow(any_model):
     assert oracles.largest_difference(after[..., : tiny.VOCAB_SIZE], before) < 1e-12
 
 
-def test_residual_dropout_is_the_dense_models(any_model, tmp_path):
+@pytest.mark.parametrize("changes", [{}, {"use_parallel_residual": False}], ids=["", "otherwise"])
+@pytest.mark.parametrize("model_type", tiny.FAMILIES)
+def test_a_residual_block_is_the_stock_block(model_type, changes):
+    """With the stock weights and norms, and with dropout, which draws the same numbers in the same places."""
+    if changes and model_type != "gpt_neox":
+        return
+    dropout = {"opt": "dropout", "gpt_neox": "hidden_dropout"}.get(model_type, "resid_pdrop")
+    stock = tiny.tiny_model(model_type, **{dropout: 0.3}, **changes)
+    ours = copy.deepcopy(stock)
+    family = families.find(ours.config)
+    blocks: Any = ours.get_submodule(family.blocks)
+    for block in blocks:
+        as_residual_block(block, family.structure(), ours.config)
+    logits = []
+    for model in (stock, ours):
+        torch.manual_seed(5)
+        logits.append(oracles.logits_of(model.train(), UNSEEN))
+    assert oracles.largest_difference(*logits) < 1e-12
+    has_dropout = oracles.largest_difference(logits[0], oracles.logits_of(stock.eval(), UNSEEN)) > 0.1
+    assert has_dropout == (model_type in ("opt", "phi", "phi3", *ELSEWHERE))
+
+
+def test_residual_dropout_is_the_dense_models(any_model):
     """An RMSNorm model that is only folded draws the same numbers in the same places."""
     dense = tiny.tiny_model("phi3", resid_pdrop=0.3)
     folded = any_model("phi3", stages=oracles.fold_only(), resid_pdrop=0.3)
@@ -458,7 +490,7 @@ def test_norms_have_no_parameters_and_blocks_are_still_the_stock_ones(model_type
     for block in model.get_submodule(family.blocks):
         assert isinstance(block, stock)
         for branch in family.branches:
-            assert not list(block.get_submodule(branch.norm).parameters())
+            assert all(not list(block.get_submodule(norm).parameters()) for norm in branch.norms)
             shortcut = getattr(block, f"{branch.name}_shortcut")
             assert isinstance(shortcut, nn.Linear)
             assert shortcut.bias is None
@@ -561,6 +593,33 @@ def test_a_sound_checkpoint_is_proved(proofs):
     """Block by block from disk, as it does not fit into the memory it is given."""
     assert isinstance(proofs["sound"], float)
     assert 0 <= proofs["sound"] < 1e-5
+
+
+@pytest.mark.parametrize("model_type", [pytest.param(name, marks=pytest.mark.slow) for name in ELSEWHERE])
+def test_a_base_model_of_another_name_is_proved(model_type, made):
+    """Whole, and block by block from disk."""
+    checkpoint = made(model_type, "float32")
+    for memory in (ENOUGH, TOO_LITTLE):
+        assert 0 <= verify(checkpoint.out, checkpoint.probe_ids, checkpoint.probe_logits, memory=memory) < 1e-5
+
+
+def test_the_base_model_has_the_stock_models_name(any_model):
+    for model_type, name in {"opt": "model", "gpt_bigcode": "transformer", "gpt_neox": "gpt_neox"}.items():
+        model = any_model(model_type)
+        assert model.base_model_prefix == name
+        assert model.base_model is getattr(model, name)
+        assert type(model.base_model) is type(tiny.tiny_model(model_type).base_model)
+
+
+@pytest.mark.parametrize("model_type", tiny.ONE_END)
+def test_the_ends_of_the_stream_are_alike_where_the_stock_code_has_it_so(model_type, text, tmp_path):
+    tiny.write_model(tmp_path / "dense", model_type)
+    with pytest.raises(UsageError) as error:
+        pipeline.plan_only(job(tmp_path / "dense", tmp_path / "out", text, slicegpt(RULE, round_to=1)))
+    assert str(error.value) == (
+        f"The stock code of {model_type} gives the head a stream as wide as the embeddings', here {DENSE} and "
+        f"{NARROW}. Give one ratio for all blocks, and use --slice-head."
+    )
 
 
 def test_a_missing_key_fails_the_proof(proofs):

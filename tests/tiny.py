@@ -33,7 +33,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "phi3": {**GATED},
     "starcoder2": {**GATED, "use_bias": True, "tie_word_embeddings": True},
     "gemma": {**GATED, "head_dim": 12, "tie_word_embeddings": True},
+    "gpt_bigcode": {"n_inner": 48, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    "codegen": {"n_inner": 48, "rotary_dim": 4},
+    "gpt_neox": {"intermediate_size": 48},
 }
+# Of these the stock code gives the head a stream as wide as the embeddings.
+ONE_END = ("gpt_bigcode", "codegen")
 
 
 def tiny_config(model_type: str, **changes: Any) -> Any:
@@ -46,10 +51,11 @@ def tiny_model(
     """A random model whose every parameter matters: gains, biases and offsets are drawn too."""
     torch.manual_seed(seed)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(tiny_config(model_type, **changes), dtype=dtype)
+    gains = ("norm.weight", "ln_1.weight", "ln_2.weight", "ln_f.weight")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:
-                parameter.copy_(0.3 * torch.randn_like(parameter) + (1.0 if name.endswith("norm.weight") else 0.0))
+                parameter.copy_(0.3 * torch.randn_like(parameter) + (1.0 if name.endswith(gains) else 0.0))
             else:
                 parameter.copy_(torch.randn_like(parameter) / parameter.shape[-1] ** 0.5)
     return model.eval()

@@ -6,6 +6,7 @@ soon as transformers loads one of its registries our class for it is loaded too,
 """
 
 import importlib
+from functools import partial
 from types import ModuleType
 
 import wrapt
@@ -14,31 +15,37 @@ from compress.version import __version__
 
 __all__ = ["__version__"]
 
-CONFIG = "compress.models.configuration_sliced"
-MODEL = "compress.models.modeling_sliced"
+# Of each architecture: the end of its modules' names in `compress.models`, the start of its classes' names, and what
+# has to be imported before it. Importing one of our own modules first imports the registries on its way.
+ARCHITECTURES = {
+    "sliced": ("Sliced", "transformers.models.auto.{kind}_auto"),
+    "lowrank": ("LowRank", "transformers.models.auto.{kind}_auto"),
+    "lowrank_sliced": ("LowRankSliced", "compress.models.{kind}_lowrank"),
+}
 
 
-@wrapt.when_imported("transformers.models.auto.configuration_auto")
-def _load_config(_registry: ModuleType) -> None:
-    importlib.import_module(CONFIG)
-
-
-@wrapt.when_imported("transformers.models.auto.modeling_auto")
-def _load_model(_registry: ModuleType) -> None:
-    importlib.import_module(MODEL)
-
-
-@wrapt.when_imported(CONFIG)
-def _register_config(module: ModuleType) -> None:
+def _register_config(class_name: str, module: ModuleType) -> None:
     from transformers import AutoConfig
 
-    module.SlicedConfig.register_for_auto_class()
-    AutoConfig.register(module.SlicedConfig.model_type, module.SlicedConfig, exist_ok=True)
+    config_class = getattr(module, f"{class_name}Config")
+    config_class.register_for_auto_class()
+    AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
 
 
-@wrapt.when_imported(MODEL)
-def _register_model(module: ModuleType) -> None:
+def _register_model(class_name: str, module: ModuleType) -> None:
     from transformers import AutoModelForCausalLM
 
-    module.SlicedForCausalLM.register_for_auto_class("AutoModelForCausalLM")
-    AutoModelForCausalLM.register(module.SlicedConfig, module.SlicedForCausalLM, exist_ok=True)
+    model_class = getattr(module, f"{class_name}ForCausalLM")
+    model_class.register_for_auto_class("AutoModelForCausalLM")
+    AutoModelForCausalLM.register(model_class.config_class, model_class, exist_ok=True)
+
+
+def _load(name: str, _before: ModuleType) -> None:
+    importlib.import_module(name)
+
+
+for _name, (_class_name, _before) in ARCHITECTURES.items():
+    for _kind, _register in (("configuration", _register_config), ("modeling", _register_model)):
+        _module = f"compress.models.{_kind}_{_name}"
+        wrapt.register_post_import_hook(partial(_register, _class_name), _module)
+        wrapt.register_post_import_hook(partial(_load, _module), _before.format(kind=_kind))

@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor
 
 from compress.models.decoder import Decoder
 from compress.preflight import Prepared, cache_memory
 from compress.stages._stage import StageConfig
 from compress.streaming.loader import PartLoader
+from compress.streaming.spectra import GradientFiles, LinearObserver
 from compress.streaming.streams import CacheFolder, split_windows
 from compress.streaming.survey import Survey, SurveyNeed, Surveyor
 from compress.streaming.walk import Walk, WalkSettings
@@ -31,14 +31,17 @@ def take_survey(prepared: Prepared, progress: Callable[[], None]) -> Survey | No
     if need is SurveyNeed.NONE:
         return None
     decoder = new_decoder(prepared)
+    watch = prepared.plan.watch
+    files = GradientFiles(prepared.job.partial)
     surveyor = Surveyor(
         decoder,
         PartLoader(decoder, prepared.weights),
         split_windows(prepared.windows, batch_size(prepared), held_out=0),
         CacheFolder(decoder, prepared.job.partial.parent),
         memory=cache_memory(prepared.job),
+        observer=None if watch is None else LinearObserver(watch, files, decoder),
     )
-    return surveyor.run(gradient=need is SurveyNeed.GRADIENT, progress=progress)
+    return surveyor.run(gradient=SurveyNeed.GRADIENT in need, progress=progress)
 
 
 def new_walk(
@@ -58,6 +61,7 @@ def new_walk(
     return Walk(new_decoder(prepared), prepared.weights, windows, stages, settings, survey)
 
 
-def restored(tensors: dict[str, Tensor], device: torch.device) -> Survey:
-    on_device = {name: tensor.to(device) for name, tensor in tensors.items()}
-    return Survey(on_device["moment"], on_device.get("gradient"))
+def restored(prepared: Prepared, tensors: dict[str, Tensor]) -> Survey:
+    """The survey that an earlier run took."""
+    on_device = {name: tensor.to(prepared.job.device) for name, tensor in tensors.items()}
+    return Survey.of(on_device, GradientFiles(prepared.job.partial))

@@ -4,6 +4,7 @@ import itertools
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -15,18 +16,23 @@ from compress.recipe import Budget
 from compress.stages._stage import StageConfig
 from compress.streaming.sites import Count, StreamPoint
 
-Counts = Mapping[str, Count]
+Counts = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Choice:
     """
-    counts: the widths that stages left open, by kind. shape: of the whole model with them.
+    counts: what stages left open: widths by kind, or the `allocation` and its `ranks`. shape: of the whole model.
     """
 
     counts: Counts
     shape: Shape
     size: Size
+
+    @property
+    def label(self) -> Counts:
+        """What tells it from the others."""
+        return {kind: count for kind, count in self.counts.items() if kind != "ranks"}
 
 
 def planned_shape(
@@ -72,10 +78,6 @@ class Space:
     def size(self, shape: Shape) -> Size:
         parameters = self._count(shape, lambda model: size_of(model, self.dtype).parameters)
         return Size(parameters, parameters * self.dtype.itemsize)
-
-    def full_size(self, shape: Shape) -> Size:
-        """The same from the whole model, for blocks that are not all alike."""
-        return size_of(self.target.model(shape), self.dtype)
 
     def disk_bytes(self, shape: Shape) -> int:
         return self._count(shape, lambda model: disk_bytes(model, self.dtype))

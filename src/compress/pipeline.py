@@ -33,6 +33,7 @@ from compress.numerics.precision import full_precision
 from compress.plan import Plan
 from compress.preflight import Prepared, aside_of, plan_job, prepare
 from compress.provenance import identity
+from compress.ranks import rank_choices
 from compress.streaming.journal import JOURNAL, Journal, write_tensors
 from compress.streaming.sites import Count
 from compress.streaming.survey import Survey, SurveyNeed
@@ -45,7 +46,8 @@ SMALL = 5 * 10**8  # bytes: a model below this is reloaded whole, whatever the w
 class Result:
     """
     seconds: by kind of work; `total` is the whole run's, imports left out.
-    units: how many of each kind a block keeps. divergence: from the dense model on held-out calibration windows, in
+    units: how many of each kind a block keeps. ranks: of the factorised linears, by path.
+    divergence: from the dense model on held-out calibration windows, in
         nats a token, where it was measured. difference: of the reloaded logits, as a share of the largest.
     """
 
@@ -56,6 +58,7 @@ class Result:
     size: Size
     widths: list[int]
     units: dict[str, Count]
+    ranks: dict[str, int]
     divergence: float | None
     seconds: dict[str, float]
     difference: float | None
@@ -74,6 +77,7 @@ class Result:
             "bytes": self.size.bytes,
             "widths": self.widths,
             "units": self.units,
+            "ranks": self.ranks,
             "held_out_divergence": self.divergence,
             "seconds": {kind: round(value, 3) for kind, value in self.seconds.items()},
             "reload_difference": self.difference,
@@ -134,18 +138,19 @@ def _survey(prepared: Prepared, journal: Journal, progress: Progress) -> Survey 
     if prepared.plan.survey is SurveyNeed.NONE:
         return None
     if "survey" in journal.findings:
-        return restored(journal.found_tensors("survey"), prepared.job.device)
+        return restored(prepared, journal.found_tensors("survey"))
     blocks = prepared.config.num_hidden_layers
     steps = iter(range(1, 2 * blocks + 1))
-    total = blocks * (2 if prepared.plan.survey is SurveyNeed.GRADIENT else 1)
+    total = blocks * (2 if SurveyNeed.GRADIENT in prepared.plan.survey else 1)
     survey = take_survey(prepared, lambda: progress("looking at the dense model", next(steps), total))
     assert survey is not None
-    journal.note("survey", None, survey.tensors())
+    journal.note("survey", None, survey.tensors(), survey.gradients.written if survey.gradients else ())
     return survey
 
 
 def _chosen(prepared: Prepared, journal: Journal, survey: Survey | None, progress: Progress) -> Prepared:
     """With the plan's choice made, by trial where there is more than one; a run that goes on reads it back."""
+    prepared = _with_rank_choices(prepared, survey)
     plan = prepared.plan
     if not plan.choices:
         return prepared
@@ -156,11 +161,21 @@ def _chosen(prepared: Prepared, journal: Journal, survey: Survey | None, progres
         )
         journal.note("trials", search.as_data(trials))
     best = min(journal.findings["trials"]["data"], key=lambda trial: trial["divergence"])
-    choice = next(c for c in plan.choices if all(best[kind] == count for kind, count in c.counts.items()))
+    choice = next(c for c in plan.choices if all(best[kind] == count for kind, count in c.label.items()))
     budget = prepared.job.recipe.budget
     if budget is not None and budget.allocation == "searched":
         choice = _allocated(prepared, choice, journal, survey, progress)
     return replace(prepared, plan=plan.chosen(choice))
+
+
+def _with_rank_choices(prepared: Prepared, survey: Survey | None) -> Prepared:
+    """With the ranks that each allocation comes to, now that the dense model has been looked at."""
+    plan = prepared.plan
+    if plan.ranks is None:
+        return prepared
+    spectra = {} if survey is None else survey.spectra
+    found = rank_choices(plan.ranks, prepared.job.recipe.budget, plan.dense, spectra)
+    return replace(prepared, plan=plan.chosen(found[0]) if len(found) == 1 else replace(plan, choices=found))
 
 
 def _allocated(
@@ -245,6 +260,7 @@ def _result(
         size=Size(**facts["size"]),
         widths=[point["width"] for point in facts["points"]],
         units={kind: tuple(n) if isinstance(n, list) else n for kind, n in facts["units"].items()},
+        ranks={linear["linear"]: linear["rank"] for linear in facts["linears"] if "rank" in linear},
         divergence=facts["held_out_divergence"],
         seconds=seconds,
         difference=difference,
@@ -269,7 +285,7 @@ def _write_part(journal: Journal, part: FinishedPart, walk: Walk) -> None:
             "part": written,
             "tensors": sorted(part.tensors),
             "tensor_bytes": sum(tensor.nbytes for tensor in part.tensors.values()),
-            "parameters": sum(tensor.numel() for tensor in part.tensors.values()),
+            "parameters": sum(tensor.numel() for tensor in part.tensors.values() if tensor.is_floating_point()),
             "points": part.points,
             "groups": part.groups,
             "divergence": part.divergence,
@@ -281,7 +297,7 @@ def _complete(prepared: Prepared, walk: Walk, journal: Journal) -> tuple[dict[st
     """The rest of the checkpoint, the proof that it reloads, and its name. What it says of itself, and the proof."""
     job, partial, target = prepared.job, journal.folder, prepared.plan.target
     facts = _facts(prepared, journal)
-    shape = Shape(tuple(point["width"] for point in facts["points"]), facts["units"])
+    shape = Shape(tuple(point["width"] for point in facts["points"]), facts["units"], prepared.plan.factors)
     config = target.config(shape, prepared.precision.written)
     files.write_json(partial / "config.json", config.to_diff_dict())
     files.carry_modeling(partial, target.carried)
@@ -335,7 +351,8 @@ def _facts(prepared: Prepared, journal: Journal) -> dict[str, Any]:
         "units": dict(prepared.plan.units),
         "held_out_divergence": entries[-1]["divergence"],
         "points": [point for entry in entries for point in entry["points"]],
-        "groups": [group for entry in entries for group in entry["groups"]],
+        "groups": [report for entry in entries for report in entry["groups"] if "group" in report],
+        "linears": [report for entry in entries for report in entry["groups"] if "linear" in report],
         "parts": {entry["part"]["file"]: entry["part"]["sha256"] for entry in entries},
     }
 

@@ -12,6 +12,8 @@ from compress.errors import UsageError, unknown_name
 from compress.numerics import DTYPES
 from compress.stages._stage import StageConfig
 
+TRIAL_SAMPLES = 128
+
 
 class Calibration(BaseModel):
     """
@@ -37,7 +39,7 @@ class Budget(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     keep_params: Annotated[float, Field(gt=0, lt=1)] | None = None
     target_size: Annotated[int, Field(ge=1)] | None = None
-    trial_samples: Annotated[int, Field(ge=8)] = 128
+    trial_samples: Annotated[int, Field(ge=8)] = TRIAL_SAMPLES
     allocation: Literal["uniform", "searched"] = "uniform"
     allocation_trials: Annotated[int, Field(ge=1)] = 48
 
@@ -90,12 +92,30 @@ class Recipe(BaseModel):
             raise ValueError(f"{opened[0]} is not told how much to keep; give it a ratio, or the recipe a budget")
         if self.budget is not None and not opened:
             raise ValueError("the recipe has a budget, but every stage says how much it keeps; leave one open")
+        if "ranks" in [stage.opens for stage in self.stages] and len(opened) > 1:
+            raise ValueError(f"a budget is spent on widths or on ranks; tell {opened[0]} how much to keep")
+        self._check_inputs()
         searched = self.budget is not None and self.budget.allocation == "searched"
         if searched and "neurons" not in [stage.opens for stage in self.stages]:
             raise ValueError("an allocation is searched for neurons; leave prune_units open")
         if self.held_out_windows >= self.calibration.samples:
             raise ValueError("a stage holds calibration windows out of its fit; it needs 2 samples at least")
         return self
+
+    def _check_inputs(self) -> None:
+        """Raises ValueError where a stage goes by the dense model's inputs and another changes what these are."""
+        dense = [stage.stage for stage in self.stages if stage.dense_inputs]
+        others = [stage.stage for stage in self.stages if not stage.dense_inputs]
+        if dense and others:
+            raise ValueError(
+                f"{dense[0]} goes by the dense model's inputs, so {others[0]} cannot be beside it; "
+                f"give {dense[0]} inputs: compressed"
+            )
+
+    @property
+    def trial_samples(self) -> int:
+        """Windows of each trial."""
+        return self.budget.trial_samples if self.budget is not None else TRIAL_SAMPLES
 
     @property
     def held_out_windows(self) -> int:
@@ -205,4 +225,25 @@ def anchored(
         {"stage": "slice", **rule, "round_to": round_to, "slice_head": True},
         *([{"stage": "refit"}] if refit else []),
         *({"stage": "prune_units", "units": kind, **how} for kind, how in (units or {}).items()),
+    ]
+
+
+def lowrank(
+    method: str,
+    rule: dict[str, Any],
+    *,
+    refit: bool = True,
+    measure_error: bool = False,
+    **options: Any,
+) -> list[dict[str, Any]]:
+    """The stages of a low-rank method: `anchored`, or one that reproduces each linear by itself.
+
+    rule: how `factorize` chooses ranks, such as {"rank_frac": 0.6}; {} where a budget decides. options: its others.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    anchored = method == "anchored"
+    return [
+        *([{"stage": "measure_error"}] if measure_error else []),
+        *([{"stage": "refit"}] if anchored and refit else []),
+        {"stage": "factorize", "method": method, **rule, **given},
     ]

@@ -41,9 +41,7 @@ class Trial:
 
 def compare(prepared: Prepared, survey: Survey | None, heard: Callable[[Trial], None]) -> list[Trial]:
     """Trials of the plan's choices, that of the least divergence among them. `heard` hears of each."""
-    budget = prepared.job.recipe.budget
-    assert budget is not None
-    windows = spread(prepared.windows, budget.trial_samples)
+    windows = spread(prepared.windows, prepared.job.recipe.trial_samples)
     trials: dict[int, Trial] = {}
 
     def divergence(index: int) -> float:
@@ -99,8 +97,10 @@ def try_out(prepared: Prepared, choice: Choice, windows: Tensor, survey: Survey 
     for part in walk.parts():
         divergence = part.divergence
     if divergence is None:
-        raise UsageError("Choices under a budget are compared by the refit's held-out windows. Add a refit stage.")
-    return Trial(choice.counts, divergence)
+        raise UsageError(
+            "Choices are compared by how far the anchored walk ends from the dense model. Add a refit stage."
+        )
+    return Trial(choice.label, divergence)
 
 
 def spread(windows: Tensor, count: int) -> Tensor:

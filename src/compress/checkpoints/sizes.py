@@ -17,7 +17,7 @@ HEADER_BYTES_PER_FILE = 128
 
 @dataclass(frozen=True)
 class Size:
-    """Parameters as they are stored (a tied head counts once), and their bytes."""
+    """Parameters as they are stored (a tied head counts once), and the bytes of all that is stored, indices too."""
 
     parameters: int
     bytes: int
@@ -32,7 +32,12 @@ def dense_size(config: Any, dtype: torch.dtype) -> Size:
 
 def size_of(model: PreTrainedModel, dtype: torch.dtype) -> Size:
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Size(parameters, parameters * dtype.itemsize)
+    return Size(parameters, parameters * dtype.itemsize + sum(buffer.nbytes for buffer in saved_buffers(model)))
+
+
+def saved_buffers(model: PreTrainedModel) -> list[torch.Tensor]:
+    saved = model.state_dict(keep_vars=True).keys()
+    return [buffer for name, buffer in model.named_buffers() if name in saved]
 
 
 def disk_bytes(model: PreTrainedModel, dtype: torch.dtype) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from compress.checkpoints.targets import ONE_WIDTH, Shape, dense_units, shortened, usual_step
+from compress.checkpoints.targets import ONE_WIDTH, Shape, dense_units, rank_step, shortened, usual_step
 from compress.families import Family
 from compress.models.branch import Branch
 from compress.models.configuration_sliced import SlicedConfig
@@ -42,6 +42,10 @@ class SlicedTarget:
     def carried(self) -> tuple[str, ...]:
         return ("configuration_sliced", "modeling_sliced")
 
+    @property
+    def zero_biases(self) -> tuple[str, ...]:
+        return ()
+
     def config(self, shape: Shape, dtype: torch.dtype) -> SlicedConfig:
         config, family = self.dense, self.family
         text_config = copy.deepcopy(config)
@@ -67,7 +71,7 @@ class SlicedTarget:
             },
             bos_token_id=config.bos_token_id,
             eos_token_id=config.eos_token_id,
-            pad_token_id=config.pad_token_id,
+            pad_token_id=getattr(config, "pad_token_id", None),  # CodeGen's config has no key for it
         )
         sliced.dtype = dtype
         return sliced
@@ -89,11 +93,17 @@ class SlicedTarget:
         units = dense_units(self.dense, self.family)
         # With shortcuts as the paper's code has it; without, as finely as for a stock shape.
         hidden = 8 if self.shortcuts else usual_step(self.dense.hidden_size, 1, at_least=16)
-        return {"hidden": hidden, "neurons": usual_step(units["neurons"], 1, at_least=64), "kv_groups": 1}
+        neurons = usual_step(units["neurons"], 1, at_least=64)
+        return {"hidden": hidden, "neurons": neurons, "kv_groups": 1, "rank": rank_step(self.dense)}
 
     def faults(self, shape: Shape) -> list[str]:
         if not self.shortcuts and len(set(shape.widths)) > 1:
             return [ONE_WIDTH]
+        if self.family.first_width_last and shape.widths[0] != shape.widths[-1]:
+            return [
+                f"The stock code of {self.dense.model_type} gives the head a stream as wide as the embeddings', here "
+                f"{shape.widths[-1]} and {shape.widths[0]}. Give one ratio for all blocks, and use --slice-head."
+            ]
         if shape.units.get("kv_groups", 0) != dense_units(self.dense, self.family).get("kv_groups", 0):
             return ["KV groups can be deleted only where the model keeps a stock shape."]
         return []
@@ -102,8 +112,15 @@ class SlicedTarget:
 class SlicedLayout:
     """The architecture has the parts as they come out of the walk."""
 
+    @property
+    def ties_head(self) -> bool:
+        return False
+
     def directions(self, width: int) -> int:
         return width
 
     def settle(self, branch: Branch) -> None:
         pass
+
+    def written(self, name: str) -> str:
+        return name

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from compress.checkpoints.targets import ONE_WIDTH, Shape, dense_units, shortened, usual_step
+from compress.checkpoints.targets import ONE_WIDTH, Shape, dense_units, rank_step, shortened, usual_step
 from compress.families import Family, StockShape
-from compress.models.branch import Branch, read_through, set_bias, set_weight, write_through
+from compress.models.branch import Branch, ReaderGroup, read_through, set_bias, set_weight, write_through
+from compress.models.factors import input_side, with_outputs
 from compress.models.loading import empty_model
 from compress.numerics.frames import zero_mean_basis
 from compress.streaming.layout import Layout
@@ -48,6 +49,10 @@ class StockTarget:
     @property
     def carried(self) -> tuple[str, ...]:
         return ()
+
+    @property
+    def zero_biases(self) -> tuple[str, ...]:
+        return self.rules.zero_biases
 
     @property
     def rules(self) -> StockShape:
@@ -95,7 +100,7 @@ class StockTarget:
         heads = self.dense.num_attention_heads if self.rules.heads_divide_width else 1
         units = dense_units(self.dense, self.family)
         finest = {"hidden": usual_step(self.dense.hidden_size, heads, at_least=16), "kv_groups": 1}
-        return finest | {"neurons": usual_step(units["neurons"], 1, at_least=64)}
+        return finest | {"neurons": usual_step(units["neurons"], 1, at_least=64), "rank": rank_step(self.dense)}
 
     def faults(self, shape: Shape) -> list[str]:
         if len(set(shape.widths)) > 1:
@@ -123,6 +128,10 @@ class StockLayout:
     dtype: torch.dtype
 
     @property
+    def ties_head(self) -> bool:
+        return False
+
+    @property
     def is_layer_norm(self) -> bool:
         return self.family.norm == "layer"
 
@@ -141,18 +150,24 @@ class StockLayout:
             read_through(branch, lift)
             write_through(branch, lift.T)
         self._settle_embeddings(branch, (branch.dense_width / width) ** 0.5)
-        if branch.norm is not None:
-            self._settle_norm(branch, width)
+        for group in branch.reader_groups():
+            self._settle_norm(branch, group, width)
+        if branch.readers:
             self._settle_normed_readers(branch, branch.dense_width / width)
         for name in set(self.family.stock.zero_biases) & set(branch.writers):
-            linear = branch.writers[name]
-            assert isinstance(linear, nn.Linear)
-            set_bias(linear, linear.weight.new_zeros(linear.out_features))
+            linear = branch.linear(name)
+            if isinstance(linear, nn.Linear):  # factors say themselves whether they have a bias
+                set_bias(linear, linear.weight.new_zeros(linear.out_features))
+
+    def written(self, name: str) -> str:
+        return name
 
     def stream_width(self, branch: Branch) -> int:
         """The hidden size that is written, from the directions that a branch reads or writes."""
-        writers, readers = list(branch.writers.values()), list(branch.readers.values())
-        directions = readers[0].in_features if readers else writers[0].weight.shape[1]
+        if branch.readers:
+            directions = branch.linear(next(iter(branch.readers))).in_features
+        else:
+            directions = next(iter(branch.writers.values())).weight.shape[1]
         return directions + self.is_layer_norm + self.has_constant
 
     def lift(self, width: int) -> Float64[Tensor, "width directions"]:
@@ -167,12 +182,13 @@ class StockLayout:
                 set_weight(table, table.weight.double() * scale)
                 table.embed_scale = embed_scale / scale
 
-    def _settle_norm(self, branch: Branch, width: int) -> None:
+    def _settle_norm(self, branch: Branch, group: ReaderGroup, width: int) -> None:
         """The stock norm with the gain as the output dtype has it; the readers take up what rounding changed."""
         ratio = branch.dense_width / width
         offset = 1.0 if branch.norm_kind == "rms_plus_one" else 0.0
         weight = torch.full((width,), ratio**0.5 - offset, dtype=torch.float64).to(self.dtype).double()
-        for linear in branch.readers.values():
+        for name in group.readers:
+            linear = input_side(branch.linear(name))
             set_weight(linear, linear.weight.double() * (ratio**0.5 / (float(weight[0]) + offset)))
         norm_class: Any = branch.norm_class
         norm = norm_class(width, eps=branch.norm_eps * ratio)
@@ -183,16 +199,15 @@ class StockLayout:
         norm.weight = branch.parameter(weight)
         if self.is_layer_norm:
             norm.bias = branch.parameter(bias)
-        branch.replace_norm(norm)
+        group.replace_norm(norm)
 
     def _settle_normed_readers(self, branch: Branch, ratio: float) -> None:
         """Where their norms' epsilon has grown with the stream's, what they are given grows by as much."""
         assert self.family.stock is not None
         for name, norm_name in self.family.stock.normed_readers:
-            if linear := branch.readers.get(name):
-                set_weight(linear, linear.weight.double() * ratio**0.5)
-                if linear.bias is not None:
-                    set_bias(linear, linear.bias.double() * ratio**0.5)
+            if name in branch.readers:
+                grown = with_outputs(branch.linear(name), lambda of_outputs: of_outputs * ratio**0.5)
+                branch.replace_linear(name, grown)
                 assert branch.owner is not None
                 norm: Any = branch.owner.get_submodule(norm_name)
                 norm.variance_epsilon = branch.norm_eps * ratio

@@ -7,14 +7,16 @@ of the finished weights, and the steps that widths come in.
 import copy
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from compress.families import Family
 from compress.streaming.layout import Layout
+from compress.streaming.linears import FactorShape, LinearShape, linear_shape
 from compress.streaming.sites import Count
 
 
@@ -22,10 +24,12 @@ from compress.streaming.sites import Count
 class Shape:
     """
     widths: of the stream after the embeddings and after each branch. units: how many of each kind.
+    factors: what linears have become, by their paths.
     """
 
     widths: tuple[int, ...]
     units: Mapping[str, Count]
+    factors: Mapping[str, FactorShape] = field(default_factory=dict)
 
 
 @runtime_checkable
@@ -47,6 +51,10 @@ class Target(Protocol):
     @property
     def carried(self) -> tuple[str, ...]: ...
 
+    @property
+    def zero_biases(self) -> tuple[str, ...]:
+        """Linears of a block that have a bias in the class, of zeros, and none in the dense model."""
+
     def config(self, shape: Shape, dtype: torch.dtype) -> Any: ...
 
     def model(self, shape: Shape, *, num_blocks: int | None = None) -> PreTrainedModel:
@@ -56,7 +64,7 @@ class Target(Protocol):
         """The form of the weights for an output dtype."""
 
     def steps(self) -> Mapping[str, int]:
-        """Widths of each kind are multiples of these."""
+        """Widths of each kind, and ranks, are multiples of these."""
 
     def faults(self, shape: Shape) -> list[str]:
         """Why the architecture has no room for a shape, a sentence each."""
@@ -66,7 +74,23 @@ def dense_units(config: Any, family: Family) -> dict[str, int]:
     """How many units of each kind a block of the dense model has."""
     found: dict[str, int] = {}
     for branch in family.branches:
-        found |= {units.kind: int(getattr(config, units.count)) for units in branch.units}
+        found |= {units.kind: units.number(config) for units in branch.units}
+    return found
+
+
+def block_linears(target: Target, shape: Shape, family: Family) -> list[LinearShape]:
+    """The linears that read and write the stream in the blocks, as the walk has them: a target's form comes later."""
+    layout, found = target.layout(torch.float32), []
+    for index, block in enumerate(target.model(shape).get_submodule(family.blocks).children()):
+        for branch in family.branches:
+            for name in (*branch.readers, *branch.writers):
+                linear = block.get_submodule(name)
+                assert isinstance(linear, nn.Linear)
+                written = linear_shape(f"{family.blocks}.{index}.{name}", name, family.part_of(name), linear)
+                m, n = written.m, written.n
+                m, n = (m, layout.directions(n)) if name in branch.readers else (layout.directions(m), n)
+                has_bias = written.has_bias and name not in target.zero_biases
+                found.append(replace(written, m=m, n=n, has_bias=has_bias))
     return found
 
 
@@ -85,6 +109,11 @@ def usual_step(width: int, divisor: int, *, at_least: int) -> int:
     while step > 1 and math.lcm(step, divisor) * at_least > width:
         step //= 2
     return math.lcm(step, divisor)
+
+
+def rank_step(config: Any) -> int:
+    """128 where the model is wide enough for that to be fine."""
+    return usual_step(config.hidden_size, 1, at_least=32)
 
 
 def shortened(config: Any, num_blocks: int) -> Any:

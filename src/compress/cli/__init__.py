@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from compress.cli.eval import evaluate
+from compress.cli.lord import factorize_model
 from compress.cli.slice import slice_model
 from compress.version import __version__
 
@@ -22,6 +23,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.command("slice")(slice_model)
+app.command("lord")(factorize_model)
 app.command("eval")(evaluate)
 
 

@@ -1,4 +1,4 @@
-"""How much is to be deleted, from what was typed: a rule for `slice`, or a budget for the whole model."""
+"""How much is to be deleted, from what was typed: a rule for the stage that does it, or a budget for the model."""
 
 import hashlib
 from collections.abc import Mapping
@@ -8,18 +8,28 @@ from typing import Any
 from compress.cli.options import parse_size
 from compress.errors import UsageError
 
-WAYS = {
-    "ratio": "--ratio 0.25",
-    "keep_params": "--keep-params 0.75",
-    "target_size": "--target-size 4GB",
-    "explained_variance": "--explained-variance 0.99",
+# The ways to say it, each with an example, for `slice` and for `lord`.
+BUDGETS = {"keep_params": "--keep-params 0.75", "target_size": "--target-size 4GB"}
+SLICING = {"ratio": "--ratio 0.25", **BUDGETS, "explained_variance": "--explained-variance 0.99"}
+RANKS = {"rank_frac": "--rank-frac 0.6", "rank": "--rank 1024", **BUDGETS}
+SHARES = {
+    "explained_variance": "--explained-variance is a share above 0 and up to 1, such as 0.99",
+    "rank_frac": "--rank-frac is a share above 0 and up to 1, such as 0.6, which keeps 60% of each rank",
+}
+IN_NAME = {
+    "ratio": "{}",
+    "keep_params": "kp{}",
+    "target_size": "{}",
+    "explained_variance": "ev{}",
+    "rank_frac": "rf{}",
+    "rank": "r{}",
 }
 
 
 @dataclass(frozen=True)
 class Amount:
     """
-    typed: the option it was given by and its value. rule: how `slice` chooses widths; empty where the budget does.
+    typed: the option it was given by and its value. rule: how the stage chooses; empty where the budget does.
     """
 
     typed: Mapping[str, Any]
@@ -30,28 +40,29 @@ class Amount:
     def in_name(self) -> str:
         """As the default output folder says it."""
         ((option, value),) = self.typed.items()
-        text = {"ratio": "{}", "keep_params": "kp{}", "target_size": "{}", "explained_variance": "ev{}"}[option]
         # A ratio for each of many blocks is longer than a file's name may be.
-        name = text.format(value)
+        name = IN_NAME[option].format(value)
         if len(name) > 40:
             return f"ratios-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
         return name.replace(":", "-").replace(" ", "")
 
 
-def parse_amount(typed: Mapping[str, Any], trial_samples: int) -> Amount:
+def parse_amount(typed: Mapping[str, Any], ways: Mapping[str, str], trial_samples: int) -> Amount:
     """
-    typed: the values of the options in `WAYS`, None where not given. Raises UsageError unless exactly one is.
+    typed: the values of the options in `ways`, None where not given. Raises UsageError unless exactly one is.
     """
     given = {option: value for option, value in typed.items() if value is not None}
     if len(given) != 1:
-        raise UsageError(f"Say how much to delete by one of {', '.join(WAYS.values())}; got {len(given)} of them.")
+        raise UsageError(f"Say how much to delete by one of {', '.join(ways.values())}; got {len(given)} of them.")
     ((option, value),) = given.items()
     if option == "ratio":
         return Amount(given, ratio_rule(value))
-    if option == "explained_variance":
+    if option == "rank":
+        return Amount(given, {"rank": value})
+    if option in SHARES:
         if not 0 < value <= 1:
-            raise UsageError(f"--explained-variance is a share above 0 and up to 1, got {value}. Try 0.99.")
-        return Amount(given, {"explained_variance": value})
+            raise UsageError(f"{SHARES[option]}, got {value}.")
+        return Amount(given, {option: value})
     if option == "keep_params":
         if not 0 < value < 1:
             raise UsageError(f"--keep-params is a share above 0 and below 1, got {value}. 0.75 keeps three quarters.")

@@ -1,12 +1,23 @@
 """`compress slice`: a narrower residual stream."""
 
 from collections.abc import Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
-import typer
-
-from compress.cli.amounts import Amount, parse_amount
+from compress.cli.amounts import SLICING, Amount, parse_amount
+from compress.cli.compressing import (
+    CacheMemory,
+    DryRun,
+    MeasureError,
+    Model,
+    Out,
+    Overwrite,
+    Resume,
+    TrialSamples,
+    command_line,
+    complete_recipe,
+    default_output,
+    run_with_progress,
+)
 from compress.cli.options import (
     Amounts,
     BatchSize,
@@ -15,7 +26,6 @@ from compress.cli.options import (
     Device,
     Dtype,
     Json,
-    Machine,
     Method,
     Output,
     Samples,
@@ -24,19 +34,10 @@ from compress.cli.options import (
     in_panel,
     look_at,
     parse_size,
-    printable,
-    usual_seq_len,
 )
-from compress.cli.reporting import progress_bar, quiet_libraries, reporting_errors
+from compress.cli.reporting import quiet_libraries, reporting_errors
 from compress.cli.tables import show_plan, show_result
 from compress.errors import Faults, UsageError
-
-if TYPE_CHECKING:
-    from compress.job import Job
-    from compress.models.hub import ModelSource
-    from compress.pipeline import Result
-    from compress.recipe import Recipe
-
 
 RATIO = "Share of the hidden size to delete: 0.25; from first to last block, 0.1:0.3; or one a block, 0.1,0.2"
 KEEP = "Share of all parameters to keep, a promise: hidden size and MLP width are chosen by trial."
@@ -49,21 +50,16 @@ GRADIENT = "How much the shared basis goes by the loss's gradient; 0: by varianc
 MLP = "Share of each MLP's neurons to delete; left to the trials under a budget."
 KV = "Share of the KV groups to delete, with their query heads."
 ALLOCATION = "Under a budget: as many neurons in every block, or searched, beyond any stock shape. Default: uniform."
-TRIALS = "Calibration windows of each trial under a budget."
 SIGNAL = "slicegpt: principal components of the stream before or after the norm. Default: stream."
 ORIENTATION = "slicegpt: span the kept space by its components, or rotated at random. Default: pca."
 HEAD = "slicegpt: slice the head's input as well."
 ROUND = "Widths are rounded down to a multiple. Default: what suits the architecture."
-ERROR = "Run the dense model beside and report how far the stream is from its own at each point."
 EXPORT = "gguf: also a GGUF file for llama.cpp, for llama-shaped results."
-CACHE = "Activations beyond this go to disk: 8GB. Default: half of what is free."
 
 
 @reporting_errors
 def slice_model(
-    model: Annotated[
-        str, typer.Option(help="A hub id, an alias such as llama-2-7b or opt-125m, a folder, or demo.")
-    ] = "demo",
+    model: Model = "demo",
     ratio: Annotated[str | None, in_panel(Amounts, RATIO)] = None,
     keep_params: Annotated[float | None, in_panel(Amounts, KEEP)] = None,
     target_size: Annotated[str | None, in_panel(Amounts, SIZE)] = None,
@@ -76,7 +72,7 @@ def slice_model(
     refit: Annotated[bool | None, in_panel(Method, REFIT, flag="--refit/--no-refit")] = None,
     gradient_weight: Annotated[float | None, in_panel(Method, GRADIENT)] = None,
     allocation: Annotated[Literal["uniform", "searched"] | None, in_panel(Method, ALLOCATION)] = None,
-    trial_samples: Annotated[int, in_panel(Method, TRIALS, min=8)] = 128,
+    trial_samples: TrialSamples = 128,
     signal: Annotated[Literal["stream", "normed"] | None, in_panel(Method, SIGNAL)] = None,
     final_orientation: Annotated[Literal["pca", "random"] | None, in_panel(Method, ORIENTATION)] = None,
     slice_head: Annotated[bool | None, in_panel(Method, HEAD, flag="--slice-head")] = None,
@@ -85,19 +81,17 @@ def slice_model(
     seq_len: SeqLen = None,
     data_dir: DataDir = None,
     seed: Seed = 42,
-    out: Annotated[Path | None, in_panel(Output, "Output folder. Default: ./compressed/MODEL-METHOD-RATIO.")] = None,
+    out: Out = None,
     dtype: Dtype = None,
     export: Annotated[Literal["hf", "gguf"], in_panel(Output, EXPORT)] = "hf",
-    resume: Annotated[bool, in_panel(Output, "Go on with an interrupted run.", flag="--resume")] = False,
-    overwrite: Annotated[bool, in_panel(Output, "Replace the output if it exists.", flag="--overwrite")] = False,
-    measure_error: Annotated[bool, in_panel(Output, ERROR, flag="--measure-error")] = False,
-    dry_run: Annotated[
-        bool, in_panel(Output, "Show sizes and needs from config.json alone.", flag="--dry-run")
-    ] = False,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    measure_error: MeasureError = False,
+    dry_run: DryRun = False,
     json: Json = False,
     device: Device = None,
     batch_size: BatchSize = None,
-    cache_memory: Annotated[str | None, in_panel(Machine, CACHE)] = None,
+    cache_memory: CacheMemory = None,
 ) -> None:
     """Make a model narrower: fewer dimensions of the residual stream, fewer neurons (SliceGPT and past it).
 
@@ -117,7 +111,7 @@ def slice_model(
     }
     faults = Faults()
     with faults.noted():
-        amount = parse_amount({**typed, "explained_variance": explained_variance}, trial_samples)
+        amount = parse_amount({**typed, "explained_variance": explained_variance}, SLICING, trial_samples)
     with faults.noted():
         mine = options_of(method, how)
         if allocation == "searched" and (mlp_ratio is not None or (keep_params is None and target_size is None)):
@@ -149,8 +143,8 @@ def slice_model(
     job = Job(
         model=source,
         recipe=recipe,
-        out=out or default_output(source, method, amount),
-        command=command_line(source, recipe, spelled),
+        out=out or default_output(source, method, amount.in_name),
+        command=command_line("slice", method, source, recipe, spelled),
         export=export,
         device=target,
         batch_size=batch_size,
@@ -193,60 +187,3 @@ def stages_of(method: str, amount: Amount, options: Mapping[str, Any]) -> list[d
     if amount.budget:
         units = {"neurons": {}, **units}  # open, unless it is said
     return anchored(amount.rule, units=units, **own)
-
-
-def run_with_progress(job: "Job") -> "Result":
-    from compress.pipeline import run
-
-    try:
-        with progress_bar("preparing") as progress:
-            return run(job, progress)
-    except KeyboardInterrupt as interrupt:
-        if job.partial.exists():
-            raise KeyboardInterrupt("what was finished is kept; the same command with --resume goes on") from interrupt
-        raise
-
-
-def complete_recipe(
-    source: "ModelSource",
-    method: str,
-    stages: list[dict[str, Any]],
-    *,
-    calib: str | None,
-    samples: int,
-    seq_len: int | None,
-    **rest: Any,
-) -> "Recipe":
-    """The recipe with what was left to us: the demo's own text, windows as long as the model takes."""
-    from compress.models.loading import load_config
-    from compress.recipe import parse_recipe
-
-    calibration = {
-        "source": calib or ("stdlib" if source.is_demo else "wikitext2"),
-        "samples": samples,
-        "seq_len": usual_seq_len(load_config(source.config_folder()), seq_len),
-    }
-    return parse_recipe({"method": method, "stages": stages, "calibration": calibration, **rest})
-
-
-def default_output(source: "ModelSource", method: str, amount: Amount) -> Path:
-    return Path("compressed") / f"{source.name.replace('/', '--')}-{method}-{amount.in_name}"
-
-
-def command_line(source: "ModelSource", recipe: "Recipe", options: Mapping[str, Any]) -> str:
-    """The command that makes the same checkpoint, with every default spelled out."""
-    calibration = recipe.calibration
-    options = dict(options)
-    if options.pop("refit", None) is False:
-        options["no_refit"] = True
-    fixed = {
-        "model": source.repository or source.name,
-        **options,
-        "method": recipe.method,
-        "calib": calibration.source,
-        "samples": calibration.samples,
-        "seq_len": calibration.seq_len,
-        "seed": recipe.seed,
-        "dtype": recipe.dtype,
-    }
-    return printable("compress slice", fixed)

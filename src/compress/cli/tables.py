@@ -1,5 +1,6 @@
 """A plan and a result as tables."""
 
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     from compress.plan import Plan
     from compress.streaming.sites import Count
 
+NUMBER = re.compile(r"\.\d+\.")  # of the block, in a path
 KINDS = {"hidden": "hidden size", "neurons": "MLP neurons a block", "kv_groups": "KV groups a block"}
 
 
@@ -22,16 +24,43 @@ def show_plan(job: "Job", plan: "Plan", *, as_json: bool) -> None:
     rows += [["parameters, dense", f"{plan.dense.parameters:,}"]]
     if plan.choices:
         rows += [["shapes that fit", f"{len(plan.choices)}, see below; trials on calibration text choose"]]
-    elif plan.sliced is None:
+    elif plan.ranks is not None:
+        rows += [["ranks", f"found from the dense model, by {' or '.join(plan.ranks.stage.allocations)}"]]
+        rows += limit_rows(job, plan)
+    elif plan.size is None:
         rows += [["widths", "decided by the data"]]
     else:
-        rows += [["widths", spans([width or 0 for width in plan.widths])], *unit_rows(plan.units)]
-        rows += size_rows(vars(plan.dense), vars(plan.sliced))
+        if reshapes(job):
+            rows += [["widths", spans([width or 0 for width in plan.widths])], *unit_rows(plan.units)]
+        rows += size_rows(vars(plan.dense), vars(plan.size))
     rows += [["memory, at most about", gigabytes(plan.memory_bytes)], ["disk, for the run", gigabytes(plan.disk_bytes)]]
     print_table(f"Plan: {job.model.name} to {job.out}", ["", "value"], rows)
     if plan.choices:
         show_choices(plan)
+    show_ranks({path: factors.rank for path, factors in plan.factors.items()})
     print_lines(plan.notes)
+
+
+def reshapes(job: "Job") -> bool:
+    return any(stage.reshapes for stage in job.recipe.stages)
+
+
+def limit_rows(job: "Job", plan: "Plan") -> list[list[str]]:
+    budget = job.recipe.budget
+    if budget is None:
+        return []
+    if budget.target_size is not None:
+        return [["bytes, at most", gigabytes(budget.target_size)]]
+    return [["parameters, at most", f"{int((budget.keep_params or 0) * plan.dense.parameters):,}"]]
+
+
+def show_ranks(ranks: Mapping[str, int]) -> None:
+    """A row for each linear of a block: its ranks from the first block to the last."""
+    by_name: dict[str, list[int]] = {}
+    for path, rank in ranks.items():
+        by_name.setdefault(NUMBER.split(path, maxsplit=1)[-1], []).append(rank)
+    if by_name:
+        print_table("Ranks", ["linear", "by block"], [[name, spans(each)] for name, each in by_name.items()])
 
 
 def show_choices(plan: "Plan") -> None:
@@ -49,7 +78,8 @@ def show_result(job: "Job", result: "Result", *, as_json: bool) -> None:
         print_json(result.to_dict())
         return
     rows = [["written as", loads_as(result.architecture, is_stock=result.is_stock)]]
-    rows += [["widths", spans(result.widths)], *unit_rows(result.units)]
+    if reshapes(job):
+        rows += [["widths", spans(result.widths)], *unit_rows(result.units)]
     rows += [["parameters, dense", f"{result.dense.parameters:,}"]]
     rows += size_rows(vars(result.dense), vars(result.size))
     if result.divergence is not None:
@@ -57,7 +87,8 @@ def show_result(job: "Job", result: "Result", *, as_json: bool) -> None:
     seconds = result.seconds
     shares = ", ".join(f"{kind} {value:.1f}" for kind, value in seconds.items() if kind != "total")
     rows += [["seconds", f"{seconds['total']:.1f} ({shares})"], ["reloads", reloads(result.difference)]]
-    print_table(f"{job.model.name} sliced: {result.out}", ["", "value"], rows)
+    print_table(f"{job.model.name} compressed: {result.out}", ["", "value"], rows)
+    show_ranks(result.ranks)
     print_lines(result.notes)
 
 
@@ -78,13 +109,13 @@ def unit_rows(units: Mapping[str, "Count"]) -> list[list[str]]:
     return [[KINDS["neurons"], spans(list(count)) if isinstance(count, tuple) else f"{count:,}"]]
 
 
-def size_rows(dense: Mapping[str, int], sliced: Mapping[str, int]) -> list[list[str]]:
-    removed = 1 - sliced["parameters"] / dense["parameters"]
+def size_rows(dense: Mapping[str, int], compressed: Mapping[str, int]) -> list[list[str]]:
+    removed = 1 - compressed["parameters"] / dense["parameters"]
     share = f"{removed:.1%} removed" if removed >= 0 else f"{-removed:.1%} added"
     return [
-        ["parameters, sliced", f"{sliced['parameters']:,} ({share})"],
+        ["parameters, compressed", f"{compressed['parameters']:,} ({share})"],
         ["bytes, dense", gigabytes(dense["bytes"])],
-        ["bytes, sliced", gigabytes(sliced["bytes"])],
+        ["bytes, compressed", gigabytes(compressed["bytes"])],
     ]
 
 

@@ -18,7 +18,7 @@ from compress.errors import UnsupportedModel
 class Units:
     """Parts of a branch's inner width that can be deleted whole: MLP neurons, or KV groups with their query heads.
 
-    kind: `neurons` or `kv_groups`. count: the config's key for how many there are.
+    kind: `neurons` or `kv_groups`. count: the config's key for how many there are; None there is four times the width.
     readers: which linears produce them, and in how many stacks: 2 where gate and up are one linear.
     writer: the linear that reads them; each unit is as many neighbouring inputs of it.
     """
@@ -27,6 +27,11 @@ class Units:
     count: str
     readers: tuple[tuple[str, int], ...]
     writer: str
+
+    def number(self, config: Any) -> int:
+        """How many a block of the dense model has."""
+        count = getattr(config, self.count)
+        return 4 * config.hidden_size if count is None else int(count)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,14 +60,24 @@ class BranchTable:
     """One residual branch of a block. Names are below the block.
 
     paths: the chains of modules from norm to stream; more than one where attention and MLP run in parallel.
+    norms: one for all paths, or one for each.
     """
 
     name: str
-    norm: str
+    norms: tuple[str, ...]
     paths: tuple[tuple[str, ...], ...]
     readers: tuple[str, ...]
     writers: tuple[str, ...]
     units: tuple[Units, ...] = ()
+
+    def readers_by_norm(self) -> dict[str, tuple[str, ...]]:
+        """All readers behind the one norm, or behind each those that its path passes."""
+        if len(self.norms) == 1:
+            return {self.norms[0]: self.readers}
+        return {norm: self._readers_on(path) for norm, path in zip(self.norms, self.paths, strict=True)}
+
+    def _readers_on(self, path: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(name for name in self.readers if any(f"{name}.".startswith(f"{step}.") for step in path))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +86,9 @@ class Family:
 
     norm: `layer` (LayerNorm), `rms` (gain w), `rms_plus_one` (gain 1 + w).
     norm_eps: the config's key for the norm's epsilon, or a number where the model fixes it.
-    dropout: the config's key for dropout on what a branch adds, None where the family has none.
+    dropout: the config's key for dropout on what a branch adds, None where the family has none or its modules do it.
+    returns_tuple: the stock blocks return a tuple that starts with the stream.
+    first_width_last: the stock model gives the head the stream in the width that it had before the first block.
     stock: how a sliced model is a stock one; None where the stock class has no room for it.
     not_exact: why a model with this config cannot be rotated exactly, None where it can.
     """
@@ -86,6 +103,8 @@ class Family:
     norm: Literal["layer", "rms", "rms_plus_one"] = "rms"
     norm_eps: str | float = "rms_norm_eps"
     dropout: str | None = None
+    returns_tuple: bool = False
+    first_width_last: bool = False
     stock: StockShape | None = None
     not_exact: Callable[[Any], str | None] = lambda config: None
 
@@ -94,7 +113,7 @@ class Family:
 
     def structure(self) -> dict[str, Any]:
         """The names alone, as plain data: what a sliced checkpoint carries in its config.json."""
-        named = ("embeddings", "blocks", "attention", "final_norm", "head", "head_bias", "dropout")
+        named = ("embeddings", "blocks", "attention", "final_norm", "head", "head_bias", "dropout", "returns_tuple")
         names: dict[str, Any] = {name: getattr(self, name) for name in named}
         branches = [asdict(branch) for branch in self.branches]
         for branch in branches:
@@ -103,6 +122,10 @@ class Family:
                 {"readers": dict(neurons[0]["readers"]), "writer": neurons[0]["writer"]} if neurons else None
             )
         return plain({**names, "branches": branches})
+
+    def part_of(self, name: str) -> str:
+        """The part of a block that a linear belongs to: `attention` or `mlp`."""
+        return "attention" if name.startswith(f"{self.attention}.") else "mlp"
 
     def units(self, kind: str) -> list[Units]:
         return [units for branch in self.branches for units in branch.units if units.kind == kind]
@@ -120,7 +143,7 @@ def names() -> list[str]:
 
 
 def find(config: Any) -> Family:
-    """The family of a model, from its config.
+    """The family of a model, from its config: its module's `family(config)`, or its FAMILY where all are alike.
 
     Raises UnsupportedModel where there is none, or where the model cannot be rotated exactly, with the reason.
     """
@@ -129,7 +152,8 @@ def find(config: Any) -> Family:
         raise UnsupportedModel(f"{model_type} cannot be sliced exactly: {reason} Supported: {', '.join(names())}.")
     if model_type not in names():
         raise UnsupportedModel(f"The model type {model_type!r} is not supported. Supported: {', '.join(names())}.")
-    family: Family = importlib.import_module(f"compress.families.{model_type}").FAMILY
+    module = importlib.import_module(f"compress.families.{model_type}")
+    family: Family = module.family(config) if hasattr(module, "family") else module.FAMILY
     if reason := family.not_exact(config):
         raise UnsupportedModel(f"This {model_type} model cannot be sliced exactly: {reason}")
     return family

@@ -17,7 +17,7 @@ def neurons(*readers: str, writer: str, stacks: int = 1, count: str = "intermedi
 
 ATTENTION = BranchTable(
     name="attention",
-    norm="input_layernorm",
+    norms=("input_layernorm",),
     paths=(("self_attn",),),
     readers=QKV,
     writers=("self_attn.o_proj",),
@@ -25,7 +25,7 @@ ATTENTION = BranchTable(
 )
 GATED_MLP = BranchTable(
     name="mlp",
-    norm="post_attention_layernorm",
+    norms=("post_attention_layernorm",),
     paths=(("mlp",),),
     readers=("mlp.gate_proj", "mlp.up_proj"),
     writers=("mlp.down_proj",),

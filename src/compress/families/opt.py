@@ -7,14 +7,14 @@ from compress.families._sequential import neurons
 
 ATTENTION = BranchTable(
     name="attention",
-    norm="self_attn_layer_norm",
+    norms=("self_attn_layer_norm",),
     paths=(("self_attn",),),
     readers=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     writers=("self_attn.out_proj",),
 )
 MLP = BranchTable(
     name="mlp",
-    norm="final_layer_norm",
+    norms=("final_layer_norm",),
     paths=(("fc1", "activation_fn", "fc2"),),
     readers=("fc1",),
     writers=("fc2",),

@@ -12,7 +12,7 @@ def not_stock(config: Any) -> str | None:
 
 PARALLEL = BranchTable(
     name="parallel",
-    norm="input_layernorm",
+    norms=("input_layernorm",),
     paths=(("self_attn",), ("mlp",)),
     readers=(*QKV, "mlp.fc1"),
     writers=("self_attn.dense", "mlp.fc2"),

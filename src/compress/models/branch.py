@@ -15,16 +15,33 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from compress.families import Units
+from compress.models.factors import AnyLinear, input_side, with_outputs
 from compress.models.modeling_sliced import replace
 
 Writer = nn.Linear | nn.Embedding
+
+
+@dataclass(frozen=True)
+class ReaderGroup:
+    """The readers behind one norm of a branch, which is `norm_name` below `owner`."""
+
+    owner: nn.Module
+    norm_name: str
+    readers: Mapping[str, nn.Linear]
+
+    @property
+    def norm(self) -> nn.Module:
+        return self.owner.get_submodule(self.norm_name)
+
+    def replace_norm(self, norm: nn.Module) -> None:
+        replace(self.owner, self.norm_name, norm)
 
 
 @dataclass
 class Branch:
     """
     name: as a user should read it in an error, "block 3 mlp".
-    owner, norm_name: the module that the branch's parts are named below, and its norm there; no norm, no name.
+    owner, norms: the module that the branch's parts are named below; its norms there, each with the readers behind it.
     shortcut_name: where the owner has the stream's change of basis beside the branch, if it needs one.
     units: kinds of parts that can be deleted whole, and how many the dense branch has of each.
     run: from the stream (batch, tokens, d) and the block's keyword arguments to what the branch adds to it.
@@ -37,7 +54,7 @@ class Branch:
     norm_eps: float
     dense_width: int
     owner: nn.Module | None = None
-    norm_name: str = ""
+    norms: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     shortcut_name: str = ""
     units: Mapping[str, tuple[Units, int]] = field(default_factory=dict)
     run: Callable[..., Tensor] | None = None
@@ -45,14 +62,30 @@ class Branch:
     def __post_init__(self) -> None:
         self.norm_class = type(self.norm)
 
+    def reader_groups(self) -> list[ReaderGroup]:
+        """The readers apart by the norm they read through; none where nothing is read."""
+        owner = self.owner
+        if owner is None:
+            return []
+        return [
+            ReaderGroup(owner, norm, {name: self.readers[name] for name in names}) for norm, names in self.norms.items()
+        ]
+
     @property
     def norm(self) -> nn.Module | None:
-        return self.owner.get_submodule(self.norm_name) if self.owner is not None and self.norm_name else None
+        """The first norm; once norms are folded, all of a branch are alike."""
+        return next((group.norm for group in self.reader_groups()), None)
 
-    def replace_norm(self, norm: nn.Module) -> None:
-        if self.norm is None:
-            raise ValueError(f"{self.name} has no norm to replace.")
-        replace(self.owner, self.norm_name, norm)
+    def linear(self, name: str) -> AnyLinear:
+        """A reader or writer as it is now, factorised or not."""
+        assert self.owner is not None
+        module = self.owner.get_submodule(name)
+        assert isinstance(module, AnyLinear)
+        return module
+
+    def replace_linear(self, name: str, module: AnyLinear) -> None:
+        """Put another module in the place of a reader or writer."""
+        replace(self.owner, name, module)
 
     @property
     def device(self) -> torch.device:
@@ -100,21 +133,25 @@ def captured_inputs(linears: Iterable[nn.Linear]) -> Iterator[dict[int, Tensor]]
 
 def read_through(branch: Branch, decode: Float[Tensor, "d D"]) -> None:
     """Let the readers take the stream in the basis whose rows are `decode`: W <- W decode^T."""
-    for linear in branch.readers.values():
+    for name in branch.readers:
+        linear = input_side(branch.linear(name))
         set_weight(linear, linear.weight.double() @ decode.double().T)
 
 
 def write_through(branch: Branch, encode: Float[Tensor, "D d"]) -> None:
     """Let the writers write in the basis of `encode`'s columns: W <- encode^T W, b <- encode^T b, E <- E encode."""
     encode = encode.double()
-    for writer in branch.writers.values():
-        weight = writer.weight.double()
+    for name, writer in branch.writers.items():
         if isinstance(writer, nn.Embedding):
-            set_weight(writer, weight @ encode)
+            set_weight(writer, writer.weight.double() @ encode)
             continue
-        set_weight(writer, encode.T @ weight)
-        if writer.bias is not None:
-            set_bias(writer, writer.bias.double() @ encode)
+        linear = branch.linear(name)
+        if isinstance(linear, nn.Linear):
+            set_weight(linear, encode.T @ linear.weight.double())
+            if linear.bias is not None:
+                set_bias(linear, linear.bias.double() @ encode)
+        else:
+            branch.replace_linear(name, with_outputs(linear, lambda of_outputs: encode.T @ of_outputs))
 
 
 def set_weight(module: Writer, weight: Float[Tensor, "rows columns"]) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
-from compress.families import Family
+from compress.families import BranchTable, Family
 from compress.models.branch import Branch, Writer
 from compress.models.modeling_sliced import as_residual_block, replace, shortcut_name
 
@@ -26,15 +26,17 @@ Arguments = dict[str, Any]
 class Recorder(nn.Module):
     """Stands in for a decoder block: notes its keyword arguments and hands the hidden states on unchanged."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, returns_tuple: bool) -> None:
         super().__init__()
+        self.returns_tuple = returns_tuple
         self.arguments: Arguments = {}
         self.hidden_states: Tensor | None = None
 
-    def forward(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, *_nothing: None, **arguments: Any) -> Tensor | tuple[Tensor]:
+        # GPTBigCode also hands on, by its place, an encoder's output that it does not have.
         self.hidden_states = hidden_states
         self.arguments = {name: value for name, value in arguments.items() if name != "use_cache"}
-        return hidden_states
+        return (hidden_states,) if self.returns_tuple else hidden_states
 
 
 class Decoder:
@@ -51,8 +53,9 @@ class Decoder:
             self.model = AutoModelForCausalLM.from_config(self.config, dtype=dtype).eval()
         self.blocks = list(self.model.get_submodule(family.blocks))
         for block in self.blocks:
-            as_residual_block(block, self.structure, config)
-        self.recorders = [Recorder() for _ in self.blocks]
+            # No stock loop runs them here; whoever does wants the stream alone.
+            as_residual_block(block, {**self.structure, "returns_tuple": False}, config)
+        self.recorders = [Recorder(returns_tuple=family.returns_tuple) for _ in self.blocks]
         for owner in self.model.modules():
             for name, buffer in owner.named_buffers(recurse=False):
                 setattr(owner, name, buffer.to(device))
@@ -97,7 +100,7 @@ class Decoder:
         return Branch(name="embeddings", readers={}, writers=tables, **self._norm_facts())
 
     def block_branches(self, index: int) -> list[Branch]:
-        return [self._block_branch(index, table) for table in self.structure["branches"]]
+        return [self._block_branch(index, table) for table in self.family.branches]
 
     def head_branch(self) -> Branch:
         return Branch(
@@ -105,7 +108,7 @@ class Decoder:
             readers={self.family.head: linear(self.model, self.family.head)},
             writers={},
             owner=self.model,
-            norm_name=self.family.final_norm,
+            norms={self.family.final_norm: (self.family.head,)},
             **self._norm_facts(),
         )
 
@@ -132,21 +135,21 @@ class Decoder:
         epsilon = self.family.epsilon(self.config)
         return {"norm_kind": self.family.norm, "norm_eps": epsilon, "dense_width": self.dense_width}
 
-    def _block_branch(self, index: int, table: Mapping[str, Any]) -> Branch:
+    def _block_branch(self, index: int, table: BranchTable) -> Branch:
         block = self.blocks[index]
-        kinds = next(branch.units for branch in self.family.branches if branch.name == table["name"])
+        names = next(branch for branch in self.structure["branches"] if branch["name"] == table.name)
 
         def run(hidden_states: Tensor, arguments: Arguments) -> Tensor:
-            return block.run_branch(table, hidden_states, **arguments)
+            return block.run_branch(names, hidden_states, **arguments)
 
         return Branch(
-            name=f"block {index} {table['name']}",
-            readers={reader: linear(block, reader) for reader in table["readers"]},
-            writers={writer: linear(block, writer) for writer in table["writers"]},
+            name=f"block {index} {table.name}",
+            readers={reader: linear(block, reader) for reader in table.readers},
+            writers={writer: linear(block, writer) for writer in table.writers},
             owner=block,
-            norm_name=table["norm"],
-            shortcut_name=shortcut_name(table),
-            units={units.kind: (units, getattr(self.config, units.count)) for units in kinds},
+            norms=table.readers_by_norm(),
+            shortcut_name=shortcut_name(names),
+            units={units.kind: (units, units.number(self.config)) for units in table.units},
             run=run,
             **self._norm_facts(),
         )

@@ -15,6 +15,7 @@ positions are the stock code's own. Where all stretches share one basis (`shortc
 """
 
 import functools
+import itertools
 
 import torch
 from torch import nn
@@ -48,7 +49,8 @@ class ResidualBlock:
         for branch in self.structure["branches"]:
             update = self.run_branch(branch, hidden_states, **kwargs)
             hidden_states = self.run_shortcut(branch, hidden_states) + update
-        return hidden_states
+        # Where stock blocks return a tuple, attention weights come second; None is what fused attention has for them.
+        return (hidden_states, None) if self.structure["returns_tuple"] else hidden_states
 
     def run_shortcut(self, branch, hidden_states):
         shortcut = getattr(self, shortcut_name(branch), None)
@@ -56,8 +58,9 @@ class ResidualBlock:
 
     def run_branch(self, branch, hidden_states, **kwargs):
         """What the branch adds to the stream: the sum of its paths (two where attention and MLP are parallel)."""
-        normed = self.get_submodule(branch["norm"])(hidden_states)
-        outputs = [self.run_path(path, normed, **kwargs) for path in branch["paths"]]
+        normed = [self.get_submodule(norm)(hidden_states) for norm in branch["norms"]]
+        # One norm is for all paths, several are one for each.
+        outputs = [self.run_path(*pair, **kwargs) for pair in zip(branch["paths"], itertools.cycle(normed))]
         return functools.reduce(torch.add, outputs)
 
     def run_path(self, path, x, **kwargs):
@@ -99,19 +102,21 @@ class SlicedForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config):
         super().__init__(config)
-        self.model = AutoModel.from_config(config.text_config)
+        # The stock causal LM's own name for it, which the structure's names begin with.
+        self.base_model_prefix = config.structure["blocks"].split(".")[0]
+        setattr(self, self.base_model_prefix, AutoModel.from_config(config.text_config))
         self.lm_head = nn.Linear(config.stream_widths[-1], config.vocab_size, bias=needs_head_bias(config))
         slice_architecture(self, config)
         self.post_init()
 
     def _init_weights(self, module):
-        self.model._init_weights(module)
+        self.base_model._init_weights(module)
 
     def get_input_embeddings(self):
-        return self.model.get_input_embeddings()
+        return self.base_model.get_input_embeddings()
 
     def set_input_embeddings(self, value):
-        self.model.set_input_embeddings(value)
+        self.base_model.set_input_embeddings(value)
 
     def get_output_embeddings(self):
         return self.lm_head
@@ -119,8 +124,9 @@ class SlicedForCausalLM(PreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, value):
         self.lm_head = value
 
-    def forward(self, input_ids=None, labels=None, logits_to_keep=0, return_dict=None, **kwargs):
-        outputs = self.model(input_ids=input_ids, return_dict=True, **kwargs)
+    def forward(self, input_ids=None, position_ids=None, labels=None, logits_to_keep=0, return_dict=None, **kwargs):
+        # Positions are named, so that generate() makes them where prompts are padded.
+        outputs = self.base_model(input_ids=input_ids, position_ids=position_ids, return_dict=True, **kwargs)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
         loss = None
@@ -161,7 +167,8 @@ def slice_architecture(model, config):
 def slice_branch(block, branch, config, widths, mlp_width):
     width_in, width_out = widths
     neurons = branch["neurons"] if mlp_width else None
-    replace(block, branch["norm"], GainlessRMSNorm(config.norm_width, config.norm_eps))
+    for norm in branch["norms"]:
+        replace(block, norm, GainlessRMSNorm(config.norm_width, config.norm_eps))
     for name in branch["readers"]:
         linear = block.get_submodule(name)
         bias = linear.bias is not None or config.reader_bias

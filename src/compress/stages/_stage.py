@@ -4,7 +4,9 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
+from compress.streaming.linears import FactorShape, LinearShape
 from compress.streaming.sites import Count, Site, StreamPoint
+from compress.streaming.spectra import LinearWatch
 from compress.streaming.statistics import Need
 from compress.streaming.survey import SurveyNeed
 
@@ -13,19 +15,25 @@ class StageConfig(BaseModel):
     """What a stage is: strict fields, and data about itself that the walk and the plan go by.
 
     site: the kind of site it works on. after: the stages that must come before it in a recipe, each entry one stage or
-    several with `or` between them.
+    several with `or` between them. reshapes: whether norms or widths of the model change by it.
     stage: its name there.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     site: ClassVar[type[Site]]
     after: ClassVar[tuple[str, ...]] = ()
+    reshapes: ClassVar[bool] = False
     stage: str
 
     @property
     def needs(self) -> tuple[Need, ...]:
         """The statistics that `apply` finds at a point of the stream."""
         return ()
+
+    @property
+    def dense_inputs(self) -> bool:
+        """Whether it goes by what the dense model gives each linear, not by what the compressed prefix does."""
+        return False
 
     @property
     def survey(self) -> SurveyNeed:
@@ -52,7 +60,7 @@ class StageConfig(BaseModel):
 
     @property
     def opens(self) -> str | None:
-        """The kind of width that it leaves to the recipe's budget: `hidden`, `neurons` or `kv_groups`."""
+        """What it leaves to the recipe's budget: a kind of width, `hidden`, `neurons` or `kv_groups`, or `ranks`."""
         return None
 
     @property
@@ -60,8 +68,8 @@ class StageConfig(BaseModel):
         """Widths that it gives come in multiples of this."""
         return 1
 
-    def fitted(self, counts: Mapping[str, Count]) -> "StageConfig":
-        """With the widths that the budget came to, by kind."""
+    def fitted(self, counts: Mapping[str, Any]) -> "StageConfig":
+        """With the widths that the budget came to, by kind, or the `ranks` by linear."""
         return self
 
     def planned_width(self, point: StreamPoint) -> int | None:
@@ -71,6 +79,59 @@ class StageConfig(BaseModel):
     def planned_units(self, kind: str, count: int) -> Count:
         """How many of `count` units of a kind this stage leaves in the blocks."""
         return count
+
+    @property
+    def open_ranks(self) -> bool:
+        """Whether it factorises linears by ranks that are to be found, from the survey or under a budget."""
+        return False
+
+    @property
+    def factorises(self) -> bool:
+        """Whether it makes linears low-rank. writes_factors: and leaves them in factors."""
+        return False
+
+    @property
+    def writes_factors(self) -> bool:
+        return self.factorises
+
+    @property
+    def uniform(self) -> "StageConfig":
+        """With the ranks that it would give without looking at the model."""
+        return self
+
+    @property
+    def allocations(self) -> tuple[str, ...]:
+        """The ways to spread its ranks over the linears that are to be compared."""
+        return ()
+
+    @property
+    def watch(self) -> LinearWatch | None:
+        """Which linears the survey is to look at for it."""
+        return None
+
+    def targets(self, linear: LinearShape) -> bool:
+        """Whether it means to factorise a linear."""
+        return False
+
+    def planned_factors(self, linears: Sequence[LinearShape]) -> dict[str, FactorShape]:
+        """What becomes of the linears that it factorises, by path."""
+        return {}
+
+    def settled(self, linears: Sequence[LinearShape]) -> "StageConfig":
+        """With what it plans for each linear said, so that it does not depend on how the walk meets it."""
+        return self
+
+    def factor_shape(self, linear: LinearShape, rank: int) -> FactorShape:
+        """What it makes of a linear at a rank."""
+        raise NotImplementedError
+
+    def rank_ladder(self, linear: LinearShape) -> list[int]:
+        """The ranks that it can give a linear to make it smaller, increasing; none where it leaves it alone."""
+        return []
+
+    def linear_faults(self, linears: Sequence[LinearShape]) -> list[str]:
+        """What of this configuration does not fit a model with these linears in its blocks."""
+        return []
 
     def faults(self, points: Sequence[StreamPoint], units: Mapping[str, int]) -> list[str]:
         """What of this configuration does not fit a model with these points of the stream and units of each kind."""

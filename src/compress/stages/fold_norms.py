@@ -16,17 +16,18 @@ from compress.stages._stage import StageConfig
 
 class FoldNorms(StageConfig):
     site: ClassVar = Branch
+    reshapes: ClassVar = True
     stage: Literal["fold_norms"] = "fold_norms"
 
     def apply(self, branch: Branch) -> None:
         if branch.norm_kind == "layer":
             for writer in branch.writers.values():
                 center_writer(writer)
-        if branch.norm is not None:
-            gain, offset = gain_and_offset(branch.norm, branch.norm_kind)
-            for linear in branch.readers.values():
+        for group in branch.reader_groups():
+            gain, offset = gain_and_offset(group.norm, branch.norm_kind)
+            for linear in group.readers.values():
                 fold_into(linear, gain, offset)
-            branch.replace_norm(GainlessRMSNorm(branch.dense_width, branch.norm_eps))
+            group.replace_norm(GainlessRMSNorm(branch.dense_width, branch.norm_eps))
 
 
 def gain_and_offset(norm: nn.Module, kind: str) -> tuple[Tensor | None, Tensor | None]:

@@ -30,6 +30,7 @@ class PruneUnits(StageConfig):
     """
 
     site: ClassVar = Writers
+    reshapes: ClassVar = True
     after: ClassVar = ("fold_norms",)
     stage: Literal["prune_units"] = "prune_units"
     units: Literal["neurons", "kv_groups"]

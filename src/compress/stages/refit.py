@@ -24,7 +24,6 @@ class Refit(StageConfig):
     """
 
     site: ClassVar = LinearGroup
-    after: ClassVar = ("fold_norms",)
     stage: Literal["refit"] = "refit"
     held_out: Annotated[float, Field(gt=0, le=0.5)] = 0.125
 

@@ -20,6 +20,7 @@ from compress.streaming.statistics import Need, SecondMoment
 
 class Rotate(StageConfig):
     site: ClassVar = StreamPoint
+    reshapes: ClassVar = True
     after: ClassVar = ("fold_norms",)
     stage: Literal["rotate"] = "rotate"
     signal: Literal["stream", "normed"] = "stream"

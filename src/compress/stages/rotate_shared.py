@@ -18,13 +18,14 @@ from compress.streaming.survey import SurveyNeed
 
 class RotateShared(StageConfig):
     site: ClassVar = WholeModel
+    reshapes: ClassVar = True
     after: ClassVar = ("fold_norms",)
     stage: Literal["rotate_shared"] = "rotate_shared"
     gradient_weight: Annotated[float, Field(ge=0, lt=1)] = 0.9
 
     @property
     def survey(self) -> SurveyNeed:
-        return SurveyNeed.GRADIENT if self.gradient_weight else SurveyNeed.STREAM
+        return SurveyNeed.STREAM | SurveyNeed.GRADIENT if self.gradient_weight else SurveyNeed.STREAM
 
     def apply(self, model: WholeModel) -> None:
         C, G = model.survey.moment, model.survey.gradient

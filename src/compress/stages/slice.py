@@ -22,6 +22,7 @@ RULES = ("ratio", "block_ratios", "linear_ratios", "explained_variance", "width"
 
 class Slice(StageConfig):
     site: ClassVar = StreamPoint
+    reshapes: ClassVar = True
     after: ClassVar = ("rotate or rotate_shared",)
     stage: Literal["slice"] = "slice"
     ratio: Ratio | None = None

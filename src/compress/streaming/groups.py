@@ -17,8 +17,9 @@ Dimensions: k inputs, D the dense width, d the kept one. Matrices act from the r
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -26,32 +27,71 @@ from jaxtyping import Float, Float64, Int64
 from torch import Tensor, nn
 
 from compress.models.branch import Branch, set_bias, set_weight
+from compress.models.factors import with_outputs
+from compress.numerics.lowrank import InputMoments
 from compress.numerics.ridge import NormalEquations
 
 
+@dataclass(frozen=True)
+class InputSums:
+    """Over all windows: sums of u and of |u|."""
+
+    total: Float64[Tensor, "k"]
+    absolute: Float64[Tensor, "k"]
+
+    def only(self, inputs: Tensor | slice) -> "InputSums":
+        return InputSums(self.total[inputs], self.absolute[inputs])
+
+
 class EquationSums:
-    """Sums of u u^T and u t^T, apart for the windows to fit on and those held out."""
+    """Sums of u u^T and u t^T, apart for the windows to fit on and those held out; those of u and |u| over all."""
 
     def __init__(self, inputs: int, targets: int, device: torch.device) -> None:
-        def zeros() -> NormalEquations:
-            G = torch.zeros(inputs, inputs, dtype=torch.float64, device=device)
-            return NormalEquations(G, G.new_zeros(inputs, targets), 0.0)
+        G = torch.zeros(inputs, inputs, dtype=torch.float64, device=device)
+        self.fit = NormalEquations(G, G.new_zeros(inputs, targets), 0.0)
+        self.inputs = InputSums(G.new_zeros(inputs), G.new_zeros(inputs))
 
-        self.fit, self.held_out = zeros(), zeros()
+    @cached_property
+    def held_out(self) -> NormalEquations:
+        """Made when it is first asked for: it is as large as the other."""
+        return NormalEquations(torch.zeros_like(self.fit.G), torch.zeros_like(self.fit.B), 0.0)
 
     def add(
-        self, u: Float[Tensor, "tokens k"], t: Float[Tensor, "tokens m"], *, weights: Tensor | None, held_out: bool
+        self,
+        u: Float[Tensor, "tokens k"],
+        t: Float[Tensor, "tokens m"] | None,
+        *,
+        weights: Tensor | None = None,
+        held_out: bool = False,
     ) -> None:
-        sums = self.held_out if held_out else self.fit
-        u, t = u.double(), t.double()
+        u = u.double()
         weighted = u if weights is None else u * weights
-        sums.G.addmm_(weighted.T, u)
-        sums.B.addmm_(weighted.T, t)
-        tokens = len(u) if weights is None else float(weights.sum())
+        tokens = float(len(u) if weights is None else weights.sum())
+        self.inputs.total.add_(weighted.sum(0))
+        self.inputs.absolute.add_(weighted.abs().sum(0))
         if held_out:
-            self.held_out = NormalEquations(sums.G, sums.B, sums.tokens + tokens)
+            self.held_out = added(self.held_out, weighted, u, t, tokens)
         else:
-            self.fit = NormalEquations(sums.G, sums.B, sums.tokens + tokens)
+            self.fit = added(self.fit, weighted, u, t, tokens)
+
+    def moments(self) -> InputMoments:
+        """Of the inputs, over the windows to fit on."""
+        second, tokens = self.fit.G / self.fit.tokens, self.fit.tokens
+        return InputMoments(second, self.inputs.total / tokens, self.inputs.absolute / tokens)
+
+
+def added(
+    sums: NormalEquations,
+    weighted: Float64[Tensor, "tokens k"],
+    u: Float64[Tensor, "tokens k"],
+    t: Float[Tensor, "tokens m"] | None,
+    tokens: float,
+) -> NormalEquations:
+    """With a batch taken in; the sums themselves grow."""
+    sums.G.addmm_(weighted.T, u)
+    if t is not None:
+        sums.B.addmm_(weighted.T, t.double())
+    return NormalEquations(sums.G, sums.B, sums.tokens + tokens)
 
 
 def with_constant(u: Float[Tensor, "tokens k"], *, bias: bool) -> Float[Tensor, "tokens _"]:
@@ -74,6 +114,7 @@ class LinearGroup(ABC):
     branch: Branch
     fit: NormalEquations
     held_out: NormalEquations
+    inputs: InputSums
     matrix: Float64[Tensor, "k m"]
     damping: float = 0.01
     notes: dict[str, float] = field(default_factory=dict)
@@ -87,6 +128,10 @@ class LinearGroup(ABC):
     def write(self) -> None:
         """Put the matrix into the linears."""
 
+    def moments(self, place: slice) -> InputMoments:
+        """Of some of the inputs, over all windows."""
+        return input_moments(self.fit, self.held_out, self.inputs, place)
+
     def close(self) -> dict[str, Any]:
         """What the report says of the group. Its matrices are let go: they are the largest there are beside a block."""
         nothing = self.matrix.new_zeros(0, 0)
@@ -95,23 +140,39 @@ class LinearGroup(ABC):
         return {"group": self.name, **self.notes}
 
 
+@dataclass
 class Readers(LinearGroup):
-    """The linears that read the stream; they hold their dense weights until `write`. m = D."""
+    """The linears that read the stream through one norm; they hold their dense weights until `write`. m = D."""
+
+    readers: Mapping[str, nn.Linear] = field(default_factory=dict)
 
     @property
     def metric(self) -> Float64[Tensor, "D D"]:
         """An error of the map counts as it shows in the outputs of all linears together."""
-        weights = [linear.weight.double() for linear in self.branch.readers.values()]
+        weights = [linear.weight.double() for linear in self.readers.values()]
         return torch.stack([W.T @ W for W in weights]).sum(0)
 
+    def places(self) -> dict[str, slice]:
+        """Where the inputs of each linear are among the group's."""
+        width = len(self.matrix) - all_biased(self.readers.values())
+        return dict.fromkeys(self.readers, slice(0, width))
+
     def write(self) -> None:
-        has_bias = all_biased(self.branch.readers.values())
+        has_bias = all_biased(self.readers.values())
         through = self.matrix[:-1] if has_bias else self.matrix
-        for linear in self.branch.readers.values():
+        for linear in self.readers.values():
             weight = linear.weight.double()
             if has_bias:
                 set_bias(linear, linear.bias.double() + weight @ self.matrix[-1])
             set_weight(linear, weight @ through.T)
+
+
+def input_moments(fit: NormalEquations, held_out: NormalEquations, sums: InputSums, place: slice) -> InputMoments:
+    tokens = fit.tokens + held_out.tokens
+    second = fit.G[place, place] / tokens
+    if held_out.tokens:
+        second += held_out.G[place, place] / tokens
+    return InputMoments(second, sums.total[place] / tokens, sums.absolute[place] / tokens)
 
 
 def all_biased(linears: Iterable[nn.Linear]) -> bool:
@@ -119,8 +180,18 @@ def all_biased(linears: Iterable[nn.Linear]) -> bool:
     return all(linear.bias is not None for linear in linears)
 
 
+@dataclass
 class Writers(LinearGroup):
     """The linears that write the stream, encoded already, and the shortcut before them where there is one. m = d."""
+
+    def places(self) -> dict[str, slice]:
+        """Where the inputs of each writer are among the group's."""
+        places, start = {}, 0 if self.branch.shortcut is None else self.branch.shortcut.in_features
+        for name, writer in self.branch.writers.items():
+            assert isinstance(writer, nn.Linear)
+            places[name] = slice(start, start + writer.in_features)
+            start += writer.in_features
+        return places
 
     def write(self) -> None:
         """One bias for all: the stream takes in only their sum."""
@@ -157,15 +228,14 @@ class Writers(LinearGroup):
         rest[inputs[gone].flatten()] = False
         stay = rest.nonzero()[:, 0]
         self.matrix, self.fit, self.held_out = self.matrix[stay], self.fit.only(stay), self.held_out.only(stay)
+        self.inputs = self.inputs.only(stay)
         writer = self.branch.writers[units.writer]
         columns = kept_rows(writer.weight.shape[1], 1, count, kept)
         set_weight(writer, writer.weight[:, columns])
         for name, stacks in units.readers:
-            reader = self.branch.readers[name]
+            reader = self.branch.linear(name)
             rows = kept_rows(reader.out_features, stacks, count, kept)
-            set_weight(reader, reader.weight[rows])
-            if reader.bias is not None:
-                set_bias(reader, reader.bias[rows])
+            self.branch.replace_linear(name, with_outputs(reader, partial(torch.index_select, dim=0, index=rows)))
         self.branch.units = {**self.branch.units, kind: (units, len(kept))}
 
 

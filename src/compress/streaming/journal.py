@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -78,7 +78,7 @@ class Journal:
                 "Give the same options, or start over with --overwrite."
             )
         findings = [line for line in lines[1:] if "finding" in line]
-        whole = [line for line in findings if line.get("file") is None or file_is(folder, line["file"])]
+        whole = [line for line in findings if all(file_is(folder, file) for file in line["files"])]
         # Without a finding the parts that came of it cannot be gone on from.
         entries = [line for line in lines[1:] if "finding" not in line] if whole == findings else []
         kept = [*whole, *whole_entries(folder, entries)]
@@ -88,17 +88,19 @@ class Journal:
                 write_line(file, line)
         return kept
 
-    def note(self, name: str, data: Any, tensors: dict[str, Tensor] | None = None) -> None:
-        """Make a finding count: plain data, and tensors if it has any."""
-        line = {"finding": name, "data": data, "file": None}
+    def note(
+        self, name: str, data: Any, tensors: dict[str, Tensor] | None = None, files: Sequence[dict[str, Any]] = ()
+    ) -> None:
+        """Make a finding count: plain data, tensors if it has any, and files that were written on the way."""
+        line = {"finding": name, "data": data, "files": list(files)}
         if tensors:
-            line["file"] = write_tensors(self.folder / f"finding-{name}.safetensors", tensors)
+            line["files"].insert(0, write_tensors(self.folder / f"finding-{name}.safetensors", tensors))
         with (self.folder / JOURNAL).open("a", encoding="utf-8") as file:
             write_line(file, line)
         self.findings[name] = line
 
     def found_tensors(self, name: str) -> dict[str, Tensor]:
-        tensors: dict[str, Tensor] = load_file(self.folder / self.findings[name]["file"]["file"])
+        tensors: dict[str, Tensor] = load_file(self.folder / self.findings[name]["files"][0]["file"])
         # Copies: tensors of a file lie unaligned, and products of matrices round differently there.
         return {key: tensor.clone() for key, tensor in tensors.items()}
 

@@ -7,8 +7,15 @@ from compress.models.branch import Branch
 
 @runtime_checkable
 class Layout(Protocol):
+    @property
+    def ties_head(self) -> bool:
+        """Whether the head stays the embeddings' table."""
+
     def directions(self, width: int) -> int:
         """How many directions of the stream a hidden size of `width` has room for."""
 
     def settle(self, branch: Branch) -> None:
         """Bring a branch that nothing is done to any more into the written form, in place."""
+
+    def written(self, name: str) -> str:
+        """The name in the checkpoint of what has this name in the walk."""

@@ -1,10 +1,10 @@
 """What a stage works on, and what a stage is.
 
-A walk meets four kinds of sites: the whole model before the first weight is changed, a branch when its weights have
+A walk meets five kinds of sites: the whole model before the first weight is changed, a branch when its weights have
 been read, a group of linears when it is known what the compressed prefix gives them and what the dense model gave
-them, and a point of the residual stream when a branch has written it. A stage names the kind it takes, the statistics
-it needs there and the stages that must come before it; the walk calls it at each site of that kind and knows nothing
-else about it.
+them, a single linear when its group is done with, and a point of the residual stream when a branch has written it. A
+stage names the kind it takes, the statistics it needs there and the stages that must come before it; the walk calls it
+at each site of that kind and knows nothing else about it.
 """
 
 import hashlib
@@ -20,6 +20,7 @@ from compress.models.branch import Branch
 from compress.numerics.frames import Frame
 from compress.numerics.linalg import kept_energy, random_orthogonal
 from compress.streaming.groups import LinearGroup
+from compress.streaming.linears import LinearSite
 from compress.streaming.statistics import Need
 from compress.streaming.survey import Survey
 
@@ -121,7 +122,7 @@ def stream_points(dense_width: int, *, num_blocks: int, branch_names: list[str],
 # How many units of a kind: in every block, or one number a block.
 Count = int | tuple[int, ...]
 
-Site = WholeModel | Branch | LinearGroup | StreamPoint
+Site = WholeModel | Branch | LinearGroup | LinearSite | StreamPoint
 
 
 @runtime_checkable
@@ -129,8 +130,12 @@ class Stage(Protocol):
     """A configuration and what it does at one site: all that the walk knows of a stage."""
 
     site: ClassVar[type[Site]]
+    reshapes: ClassVar[bool]
 
     @property
     def needs(self) -> tuple[Need, ...]: ...
+
+    @property
+    def dense_inputs(self) -> bool: ...
 
     def apply(self, site: Any) -> None: ...

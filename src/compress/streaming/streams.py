@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from jaxtyping import Int64
+from jaxtyping import Float, Int64
 from torch import Tensor
 
+from compress.models.branch import Branch
 from compress.models.decoder import Arguments, Decoder
 from compress.streaming.cache import ActivationCache, cache_bytes
 from compress.streaming.interning import Interner
@@ -85,7 +86,7 @@ class Streams:
         for batch, stream in zip(self.batches, self._record(), strict=True):
             self.compressed.put(batch.index, stream)
             if self.dense is not None:
-                self.dense.put(batch.index, stream)
+                self.dense.put(batch.index, stream.clone())
 
     def record_arguments(self) -> None:
         """Note what the blocks are called with; the embeddings must be in the decoder."""
@@ -105,6 +106,13 @@ class Streams:
         dense = None if self.dense is None else self.dense.get(batch.index, device)
         return self.compressed.get(batch.index, device), dense
 
+    def update(self, branch: Branch, stream: Tensor, batch: Batch, block: int) -> Tensor:
+        """What a branch of a block adds to a batch of a stream."""
+        if branch.run is None:
+            raise ValueError(f"{branch.name} cannot be run.")
+        update: Tensor = branch.run(stream, self.arguments[batch.index][block])
+        return update
+
     def state(self) -> dict[str, Tensor]:
         return {f"{name}.{i}": cache.stored(i).cpu() for name, cache in self._caches() for i in range(len(cache))}
 
@@ -117,3 +125,7 @@ class Streams:
     def _caches(self) -> list[tuple[str, ActivationCache]]:
         named = [("stream", self.compressed), ("dense", self.dense)]
         return [(name, cache) for name, cache in named if cache is not None]
+
+
+def rows(stream: Float[Tensor, "windows tokens d"]) -> Float[Tensor, "_ d"]:
+    return stream.reshape(-1, stream.shape[-1])

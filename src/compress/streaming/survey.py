@@ -7,12 +7,15 @@ inputs of every few blocks are kept, those between are computed again on the way
 The loss is the cross-entropy of the next token of the calibration text. The gradient is that by the normalised stream,
 n = x / rms(x): dL/dn = rms(x) dL/dx, with rms(x) taken as given. A LayerNorm model's stream is taken without its mean,
 which no LayerNorm lets pass.
+
+On the same passes the linears of the blocks can be watched (`spectra.py`).
 """
 
 import enum
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float, Float64, Int64
@@ -24,44 +27,82 @@ from compress.streaming.cache import ActivationCache
 from compress.streaming.interning import Interner
 from compress.streaming.loader import PartLoader
 from compress.streaming.memory import return_large_blocks
+from compress.streaming.spectra import GradientFiles, LinearObserver, Spectrum, Watched
 from compress.streaming.streams import Batch, CacheFolder
 
 # Tokens of each window whose logits are held at a time: a row of them is as wide as the vocabulary.
 TOKENS_AT_ONCE = 64
 
 
-class SurveyNeed(enum.IntEnum):
-    """What a stage needs to know of the whole dense model; each includes what comes before it."""
+class SurveyNeed(enum.Flag):
+    """What stages need to know of the whole dense model.
+
+    STREAM: the moments of its stream. LINEARS: how the outputs of its linears are spread. GRADIENT: of each of these
+    what the loss feels there, by a pass backward.
+    """
 
     NONE = 0
-    STREAM = 1
-    GRADIENT = 2
+    STREAM = enum.auto()
+    LINEARS = enum.auto()
+    GRADIENT = enum.auto()
 
 
 @dataclass(frozen=True)
 class Survey:
-    """Sums over all points of the stream of the mean per token, D the dense width."""
+    """
+    moment, gradient: of the stream, sums over all points of the mean per token, D the dense width.
+    spectra: of the linears, by their names below the causal LM. gradients: by the outputs of linears.
+    """
 
     moment: Float64[Tensor, "D D"]
     gradient: Float64[Tensor, "D D"] | None = None
+    spectra: Mapping[str, Spectrum] = field(default_factory=dict)
+    gradients: GradientFiles | None = None
+
+    def gradient_at(self, path: str, block: int, device: torch.device) -> Tensor | None:
+        """The moment of the gradient by the outputs of a linear; None where nobody looked."""
+        moment = None if self.gradients is None else self.gradients.read(block, path)
+        return None if moment is None else moment.to(device)
 
     def tensors(self) -> dict[str, Tensor]:
+        """All but the gradients by linears, which lie in files."""
         named = {"moment": self.moment, "gradient": self.gradient}
+        for path, spectrum in self.spectra.items():
+            named |= {f"energy {path}": spectrum.energy, f"felt {path}": spectrum.felt}
         return {name: tensor.cpu() for name, tensor in named.items() if tensor is not None}
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], gradients: GradientFiles | None) -> "Survey":
+        """The survey that gave these tensors."""
+        spectra = {
+            name.removeprefix("energy "): Spectrum(energy, tensors.get(name.replace("energy ", "felt ", 1)))
+            for name, energy in tensors.items()
+            if name.startswith("energy ")
+        }
+        return cls(tensors["moment"], tensors.get("gradient"), spectra, gradients)
 
 
 class Surveyor:
     """
     memory: bytes of activations to hold in memory; past it they go to disk.
+    observer: of the blocks' linears, where they are to be watched.
     """
 
     def __init__(
-        self, decoder: Decoder, loader: PartLoader, batches: list[Batch], caches: CacheFolder, *, memory: int
+        self,
+        decoder: Decoder,
+        loader: PartLoader,
+        batches: list[Batch],
+        caches: CacheFolder,
+        *,
+        memory: int,
+        observer: LinearObserver | None = None,
     ) -> None:
         self.decoder = decoder
         self.loader = loader
         self.batches = batches
         self.caches = caches
+        self.observer = observer
         self.tokens = sum(batch.ids.numel() for batch in batches)
         stream_bytes = self.tokens * decoder.dense_width * decoder.dtype.itemsize
         self.segment = segment_length(self.num_blocks, stream_bytes, memory)
@@ -84,17 +125,22 @@ class Surveyor:
         for block in range(self.num_blocks):
             if gradient and block % self.segment == 0:
                 kept[block] = self._copy(stream, f"kept-{block}")
-            self._forward(block, stream, count=True)
+            self._forward(block, stream, count=True, watch=not gradient)
             progress()
         if not gradient:
-            return Survey(self.moment)
+            return self._findings(None)
         self._start_backward(stream)
         for start in sorted(kept, reverse=True):
             inputs = self._segment_inputs(start, kept.pop(start))
             for block in reversed(range(start, start + len(inputs))):
                 self._backward(block, inputs.pop(), stream)
                 progress()
-        return Survey(self.moment, self.gradient)
+        return self._findings(self.gradient)
+
+    def _findings(self, gradient: Tensor | None) -> Survey:
+        if self.observer is None:
+            return Survey(self.moment, gradient)
+        return Survey(self.moment, gradient, self.observer.spectra, self.observer.files)
 
     @torch.no_grad()
     def _embed(self) -> ActivationCache:
@@ -108,17 +154,27 @@ class Surveyor:
         return stream
 
     @torch.no_grad()
-    def _forward(self, block: int, stream: ActivationCache, *, count: bool) -> None:
-        """Advance the stream through a block; `count` its points in the moment."""
-        with self.loader.block(block):
+    def _forward(self, block: int, stream: ActivationCache, *, count: bool, watch: bool = False) -> None:
+        """Advance the stream through a block; `count` its points in the moment, `watch` its linears."""
+        observer = self.observer if watch else None
+        with self.loader.block(block), self._watching(observer, block):
             branches = self.decoder.block_branches(block)
             for i in range(len(self.batches)):
                 x = stream.get(i, self.decoder.device)
-                for branch in branches:
-                    x = x + self._run(branch, x, i, block)
-                    if count:
-                        self._count(x)
+                with self._watched(observer) as watched:
+                    for branch in branches:
+                        x = x + self._run(branch, x, i, block)
+                        if count:
+                            self._count(x)
                 stream.put(i, x)
+                if observer is not None and watched is not None:
+                    observer.add(watched)
+
+    def _watching(self, observer: LinearObserver | None, block: int) -> AbstractContextManager[None]:
+        return nullcontext() if observer is None else observer.block(block)
+
+    def _watched(self, observer: LinearObserver | None) -> AbstractContextManager[Watched | None]:
+        return nullcontext() if observer is None else observer.batch()
 
     def _segment_inputs(self, start: int, first: ActivationCache) -> list[ActivationCache]:
         """The inputs of a segment's blocks, computed again from the first one's."""
@@ -153,16 +209,20 @@ class Surveyor:
 
     def _backward(self, block: int, inputs: ActivationCache, gradients: ActivationCache) -> None:
         """Take the gradients from a block's output to its input, counting them at each point on the way."""
-        with self.loader.block(block), torch.enable_grad():
+        with self.loader.block(block), self._watching(self.observer, block), torch.enable_grad():
             branches = self.decoder.block_branches(block)
             for i in range(len(self.batches)):
                 points = [inputs.get(i, self.decoder.device).detach().requires_grad_()]
-                for branch in branches:
-                    points.append(points[-1] + self._run(branch, points[-1], i, block))
+                with self._watched(self.observer) as watched:
+                    for branch in branches:
+                        points.append(points[-1] + self._run(branch, points[-1], i, block))
+                outputs = {} if watched is None else watched.outputs
                 behind = gradients.get(i, self.decoder.device)
-                before = torch.autograd.grad(points[-1], points[:-1], behind)
-                for point, gradient in zip(points[:-1], before, strict=True):
+                before = torch.autograd.grad(points[-1], [*points[:-1], *outputs.values()], behind)
+                for point, gradient in zip(points[:-1], before, strict=False):
                     self._count(point.detach(), gradient)
+                if self.observer is not None and watched is not None:
+                    self.observer.add(watched, dict(zip(outputs, before[len(points) - 1 :], strict=True)))
                 gradients.put(i, before[0].detach())
 
     def _run(self, branch: Branch, x: Tensor, batch: int, block: int) -> Tensor:

@@ -20,7 +20,8 @@ from compress.numerics.frames import Frame
 from compress.streaming.layout import Layout
 from compress.streaming.loader import PartLoader
 from compress.streaming.memory import return_large_blocks
-from compress.streaming.passage import Passage, Report, num_streams
+from compress.streaming.passage import Passage, num_streams
+from compress.streaming.rewriting import Report
 from compress.streaming.sites import Stage, StreamPoint, WholeModel, stream_points
 from compress.streaming.stopwatch import Stopwatch
 from compress.streaming.streams import CacheFolder, Streams, split_windows
@@ -102,7 +103,7 @@ class Walk:
             dense=num_streams(stages) == 2,
             memory=settings.cache_memory,
         )
-        self.passage = Passage(decoder, self.streams, stages, settings.layout, self.clock, frame)
+        self.passage = Passage(decoder, self.streams, stages, settings.layout, self.clock, survey, frame)
         self.probe_arguments: list[Arguments] = []
         self.probe: Tensor | None = None
         self.next_part = 0
@@ -159,7 +160,7 @@ class Walk:
             points, groups = self.points[first : first + len(branches)], list[Report]()
             for branch, point in zip(branches, points, strict=True):
                 groups += self.passage.through(branch, point, index)
-            tensors = named_parameters(decoder.block_prefix(index), block)
+            tensors = named_tensors(decoder.block_prefix(index), block)
             part = self._finish(index + 1, f"block {index}", tensors, points=points, groups=groups)
             if self.probe is not None:
                 self.probe = block(self.probe, **self.probe_arguments[index])
@@ -171,7 +172,9 @@ class Walk:
             groups, divergence = self.passage.read_out(branch)
             tensors = dict[str, Tensor]()
             for name in (decoder.family.final_norm, decoder.family.head):
-                tensors |= named_parameters(f"{name}.", decoder.model.get_submodule(name))
+                tensors |= named_tensors(f"{name}.", decoder.model.get_submodule(name))
+            if self.settings.layout.ties_head:
+                del tensors[f"{decoder.family.head}.weight"]
             part = self._finish(self.num_parts - 1, "head", tensors, groups=groups)
             part.divergence = divergence
             if self.probe is not None:
@@ -196,7 +199,7 @@ class Walk:
         groups: Sequence[Report] = (),
     ) -> FinishedPart:
         """Round a part's weights to the output dtype, in the module too: the probe sees what will be read back."""
-        rounded = {key: tensor.to(self.settings.output_dtype).cpu().contiguous() for key, tensor in tensors.items()}
+        rounded = {key: self._rounded(tensor).cpu().contiguous() for key, tensor in tensors.items()}
         for key, tensor in rounded.items():
             if not torch.isfinite(tensor).all():
                 raise NumericalError(
@@ -204,14 +207,20 @@ class Walk:
                     "Try --dtype bfloat16 or float32."
                 )
             tensors[key].copy_(tensor)
-        return FinishedPart(index, name, rounded, [point.close() for point in points], list(groups))
+        written = {self.settings.layout.written(key): tensor for key, tensor in rounded.items()}
+        return FinishedPart(index, name, written, [point.close() for point in points], list(groups))
+
+    def _rounded(self, tensor: Tensor) -> Tensor:
+        """In the output dtype; indices stay what they are."""
+        return tensor.to(self.settings.output_dtype) if tensor.is_floating_point() else tensor
 
     def _record_probe(self) -> None:
         _, self.probe_arguments = self.decoder.embed(self.probe_ids)
 
 
-def named_parameters(prefix: str, module: nn.Module) -> dict[str, Tensor]:
-    return {prefix + name: parameter for name, parameter in module.named_parameters()}
+def named_tensors(prefix: str, module: nn.Module) -> dict[str, Tensor]:
+    """The parameters, and the buffers that are saved."""
+    return {prefix + name: tensor for name, tensor in module.state_dict(keep_vars=True).items()}
 
 
 def shared_frame(stages: Sequence[Stage], survey: Survey | None, *, layer_norm: bool) -> Frame | None:

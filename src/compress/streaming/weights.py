@@ -18,6 +18,8 @@ from compress.errors import CheckpointError, NumericalError, UnsupportedModel
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+# GPT-NeoX's head is stored by the name it had before transformers 5, which still saves it so.
+OTHER_NAMES = {"lm_head.weight": "embed_out.weight"}
 READABLE = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 
 
@@ -33,8 +35,9 @@ class LazyWeights:
             self._read_header(file)
 
     def resolve(self, name: str) -> str | None:
-        """The stored name of a parameter: some checkpoints were saved from below `model.`."""
-        return next((form for form in (name, name.removeprefix("model.")) if form in self.files), None)
+        """The stored name of a parameter: some checkpoints were saved from below `model.` or by an older name."""
+        forms = (name, name.removeprefix("model."), OTHER_NAMES.get(name, name))
+        return next((form for form in forms if form in self.files), None)
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The tensors as stored, on the CPU, each checked for NaN and Inf, under the names asked for."""

@@ -1,0 +1,77 @@
+"""The dense model's own architecture: what linears are taken out of and put into, at their old shapes."""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from compress.checkpoints.targets import Shape, rank_step, shortened
+from compress.models.branch import Branch
+from compress.models.loading import empty_model
+from compress.streaming.layout import Layout
+
+
+@dataclass(frozen=True)
+class DenseTarget:
+    """
+    dense: the config of the dense model.
+    """
+
+    dense: Any
+
+    @property
+    def architecture(self) -> str:
+        name: str = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[self.dense.model_type]
+        return name
+
+    @property
+    def is_stock(self) -> bool:
+        return True
+
+    @property
+    def carried(self) -> tuple[str, ...]:
+        return ()
+
+    @property
+    def zero_biases(self) -> tuple[str, ...]:
+        return ()
+
+    def config(self, shape: Shape, dtype: torch.dtype) -> Any:
+        config = copy.deepcopy(self.dense)
+        config.name_or_path = ""  # a path of the machine it was made on
+        config.architectures = [self.architecture]
+        config.dtype = dtype
+        return config
+
+    def model(self, shape: Shape, *, num_blocks: int | None = None) -> PreTrainedModel:
+        config = self.config(shape, torch.float32)
+        model = empty_model(config if num_blocks is None else shortened(config, num_blocks))
+        model.tie_weights()
+        return model
+
+    def layout(self, dtype: torch.dtype) -> Layout:
+        return DenseLayout(self.dense.tie_word_embeddings)
+
+    def steps(self) -> Mapping[str, int]:
+        return {"rank": rank_step(self.dense)}
+
+    def faults(self, shape: Shape) -> list[str]:
+        return []
+
+
+@dataclass(frozen=True)
+class DenseLayout:
+    ties_head: bool
+
+    def directions(self, width: int) -> int:
+        return width
+
+    def settle(self, branch: Branch) -> None:
+        pass
+
+    def written(self, name: str) -> str:
+        return name

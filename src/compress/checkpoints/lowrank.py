@@ -1,0 +1,104 @@
+"""A model with factorised linears: our own architecture around the one that it would have without."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from compress.checkpoints.targets import Shape, Target
+from compress.models.branch import Branch
+from compress.models.configuration_lowrank import LowRankConfig
+from compress.models.configuration_lowrank_sliced import LowRankSlicedConfig
+from compress.models.modeling_lowrank import LowRankForCausalLM
+from compress.models.modeling_lowrank_sliced import LowRankSlicedForCausalLM
+from compress.streaming.layout import Layout
+
+INNER = "model."  # what the factorised model calls the one it is built around
+
+
+@dataclass(frozen=True)
+class LowRankTarget:
+    """
+    base: what the model would be written as without factors.
+    """
+
+    base: Target
+
+    @property
+    def dense(self) -> Any:
+        return self.base.dense
+
+    @property
+    def architecture(self) -> str:
+        return "LowRankForCausalLM" if self.base.is_stock else "LowRankSlicedForCausalLM"
+
+    @property
+    def is_stock(self) -> bool:
+        return False
+
+    @property
+    def carried(self) -> tuple[str, ...]:
+        own = ("configuration_lowrank", "modeling_lowrank")
+        beside = ("configuration_lowrank_sliced", "modeling_lowrank_sliced")
+        return own if self.base.is_stock else (*own, *beside, *self.base.carried)
+
+    @property
+    def zero_biases(self) -> tuple[str, ...]:
+        return self.base.zero_biases
+
+    def config(self, shape: Shape, dtype: torch.dtype) -> Any:
+        base = self.base.config(shape, dtype)
+        config_class: type[LowRankConfig] = LowRankConfig if self.base.is_stock else LowRankSlicedConfig
+        suffix = "lowrank" if self.base.is_stock else "lowrank_sliced"
+        entries = {path: {"rank": f.rank, "form": f.form, "bias": f.has_bias} for path, f in shape.factors.items()}
+        config = config_class(
+            text_config=base,
+            factors=entries,
+            architectures=[self.architecture],
+            auto_map={
+                "AutoConfig": f"configuration_{suffix}.{config_class.__name__}",
+                "AutoModelForCausalLM": f"modeling_{suffix}.{self.architecture}",
+            },
+            bos_token_id=base.bos_token_id,
+            eos_token_id=base.eos_token_id,
+            pad_token_id=base.pad_token_id,
+        )
+        config.dtype = dtype
+        return config
+
+    def model(self, shape: Shape, *, num_blocks: int | None = None) -> PreTrainedModel:
+        config = self.config(shape, torch.float32)
+        model_class = LowRankForCausalLM if self.base.is_stock else LowRankSlicedForCausalLM
+        with torch.device("meta"):
+            model: PreTrainedModel = model_class(config)
+        model.tie_weights()
+        return model
+
+    def layout(self, dtype: torch.dtype) -> Layout:
+        return LowRankLayout(self.base.layout(dtype))
+
+    def steps(self) -> Mapping[str, int]:
+        return self.base.steps()
+
+    def faults(self, shape: Shape) -> list[str]:
+        return self.base.faults(shape)
+
+
+@dataclass(frozen=True)
+class LowRankLayout:
+    base: Layout
+
+    @property
+    def ties_head(self) -> bool:
+        return self.base.ties_head
+
+    def directions(self, width: int) -> int:
+        return self.base.directions(width)
+
+    def settle(self, branch: Branch) -> None:
+        self.base.settle(branch)
+
+    def written(self, name: str) -> str:
+        return INNER + self.base.written(name)

@@ -1,0 +1,92 @@
+"""What the commands that compress a model share: options, the job's recipe, the run and the command that repeats it."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from compress.cli.options import Data, Machine, Output, in_panel, printable, usual_seq_len
+from compress.cli.reporting import progress_bar
+
+if TYPE_CHECKING:
+    from compress.job import Job
+    from compress.models.hub import ModelSource
+    from compress.pipeline import Result
+    from compress.recipe import Recipe
+
+CACHE = "Activations beyond this go to disk: 8GB. Default: half of what is free."
+
+Model = Annotated[str, typer.Option(help="A hub id, an alias such as llama-2-7b or opt-125m, a folder, or demo.")]
+TrialSamples = Annotated[int, in_panel(Data, "Calibration windows of each trial under a budget.", min=8)]
+Out = Annotated[Path | None, in_panel(Output, "Output folder. Default: ./compressed/MODEL-METHOD-AMOUNT.")]
+Resume = Annotated[bool, in_panel(Output, "Go on with an interrupted run.", flag="--resume")]
+Overwrite = Annotated[bool, in_panel(Output, "Replace the output if it exists.", flag="--overwrite")]
+MeasureError = Annotated[
+    bool,
+    in_panel(
+        Output,
+        "Run the dense model beside and report how far the stream is from its own at each point.",
+        flag="--measure-error",
+    ),
+]
+DryRun = Annotated[bool, in_panel(Output, "Show sizes and needs from config.json alone.", flag="--dry-run")]
+CacheMemory = Annotated[str | None, in_panel(Machine, CACHE)]
+
+
+def run_with_progress(job: "Job") -> "Result":
+    from compress.pipeline import run
+
+    try:
+        with progress_bar("preparing") as progress:
+            return run(job, progress)
+    except KeyboardInterrupt as interrupt:
+        if job.partial.exists():
+            raise KeyboardInterrupt("what was finished is kept; the same command with --resume goes on") from interrupt
+        raise
+
+
+def complete_recipe(
+    source: "ModelSource",
+    method: str,
+    stages: list[dict[str, Any]],
+    *,
+    calib: str | None,
+    samples: int,
+    seq_len: int | None,
+    **rest: Any,
+) -> "Recipe":
+    """The recipe with what was left to us: the demo's own text, windows as long as the model takes."""
+    from compress.models.loading import load_config
+    from compress.recipe import parse_recipe
+
+    calibration = {
+        "source": calib or ("stdlib" if source.is_demo else "wikitext2"),
+        "samples": samples,
+        "seq_len": usual_seq_len(load_config(source.config_folder()), seq_len),
+    }
+    return parse_recipe({"method": method, "stages": stages, "calibration": calibration, **rest})
+
+
+def default_output(source: "ModelSource", method: str, amount: str) -> Path:
+    return Path("compressed") / f"{source.name.replace('/', '--')}-{method}-{amount}"
+
+
+def command_line(command: str, method: str, source: "ModelSource", recipe: "Recipe", options: Mapping[str, Any]) -> str:
+    """The command that makes the same checkpoint, with every default spelled out."""
+    calibration = recipe.calibration
+    options = dict(options)
+    for flag in ("refit", "bias"):
+        if options.get(flag) is False:
+            options |= {flag: None, f"no_{flag}": True}
+    fixed = {
+        "model": source.repository or source.name,
+        **options,
+        "method": method,
+        "calib": calibration.source,
+        "samples": calibration.samples,
+        "seq_len": calibration.seq_len,
+        "seed": recipe.seed,
+        "dtype": recipe.dtype,
+    }
+    return printable(f"compress {command}", fixed)

@@ -1,0 +1,190 @@
+"""`compress lord`: linear layers as products of two thin ones."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from compress.cli.amounts import RANKS, Amount, parse_amount
+from compress.cli.compressing import (
+    CacheMemory,
+    DryRun,
+    MeasureError,
+    Model,
+    Out,
+    Overwrite,
+    Resume,
+    TrialSamples,
+    command_line,
+    complete_recipe,
+    default_output,
+    run_with_progress,
+)
+from compress.cli.options import (
+    Amounts,
+    BatchSize,
+    Calibration,
+    DataDir,
+    Device,
+    Dtype,
+    Json,
+    Method,
+    Output,
+    Samples,
+    Seed,
+    SeqLen,
+    in_panel,
+    look_at,
+    parse_size,
+)
+from compress.cli.reporting import quiet_libraries, reporting_errors
+from compress.cli.tables import show_plan, show_result
+from compress.errors import Faults, UsageError
+
+FRAC = "Share of each matrix's full rank to keep. A matrix whose factors would be no smaller stays dense."
+RANK = "Rank of every matrix."
+KEEP = "Share of all parameters to keep, a promise: ranks are spread over the matrices by what they lose."
+SIZE = "Bytes the weights may take on disk, a promise: 4GB. Spread as with --keep-params."
+MULTIPLE = "Ranks are rounded down to a multiple. Default: 128, or less for a narrow model."
+METHOD = "anchored: ours, refitted to the dense model. lord: the paper's. svd-llm, asvd, svd: for comparison."
+ALLOCATION = (
+    "uniform: one share for all. energy: least variance lost. fisher: least loss, by its gradient. auto: by trial. "
+    "Default: uniform with --rank-frac and --rank and for other methods than anchored, else auto."
+)
+TARGET = "all, attention, mlp, or patterns of names such as *.down_proj; several with commas."
+FORM = "pivot: the same function in fewer numbers than factors. auto: pivot."
+MATERIALIZE = "Multiply the factors out again: a stock model of the old size, for engines that know no factors."
+REFIT = "anchored: solve every linear again, towards the dense model, before its rank is cut. Default: --refit."
+GRADIENT = "anchored: how much errors count by the loss's gradient; 0: no backward pass. Default: 0.9."
+BIAS = (
+    "Give linears without a bias one that keeps the mean of their outputs. Default: --bias for lord, as in the paper."
+)
+
+
+@reporting_errors
+def factorize_model(
+    model: Model = "demo",
+    rank_frac: Annotated[float | None, in_panel(Amounts, FRAC)] = None,
+    rank: Annotated[int | None, in_panel(Amounts, RANK, min=1)] = None,
+    keep_params: Annotated[float | None, in_panel(Amounts, KEEP)] = None,
+    target_size: Annotated[str | None, in_panel(Amounts, SIZE)] = None,
+    rank_multiple: Annotated[int | None, in_panel(Amounts, MULTIPLE, min=1)] = None,
+    method: Annotated[Literal["anchored", "lord", "svd-llm", "asvd", "svd"], in_panel(Method, METHOD)] = "anchored",
+    allocation: Annotated[
+        Literal["auto", "uniform", "energy", "mixed", "fisher"] | None, in_panel(Method, ALLOCATION)
+    ] = None,
+    target: Annotated[str, in_panel(Method, TARGET)] = "all",
+    form: Annotated[Literal["auto", "factors", "pivot"], in_panel(Method, FORM)] = "auto",
+    refit: Annotated[bool | None, in_panel(Method, REFIT, flag="--refit/--no-refit")] = None,
+    gradient_weight: Annotated[float | None, in_panel(Method, GRADIENT)] = None,
+    bias: Annotated[bool | None, in_panel(Method, BIAS, flag="--bias/--no-bias")] = None,
+    trial_samples: TrialSamples = 128,
+    calib: Calibration = None,
+    samples: Samples = 128,
+    seq_len: SeqLen = None,
+    data_dir: DataDir = None,
+    seed: Seed = 42,
+    out: Out = None,
+    dtype: Dtype = None,
+    materialize: Annotated[bool, in_panel(Output, MATERIALIZE, flag="--materialize")] = False,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    measure_error: MeasureError = False,
+    dry_run: DryRun = False,
+    json: Json = False,
+    device: Device = None,
+    batch_size: BatchSize = None,
+    cache_memory: CacheMemory = None,
+) -> None:
+    """Factorise linear layers: fewer numbers, less arithmetic (LoRD and past it).
+
+    Example: compress lord --model starcoder --rank-frac 0.6
+    """
+    typed = {"rank_frac": rank_frac, "rank": rank, "keep_params": keep_params, "target_size": target_size}
+    ours = {"refit": refit, "gradient_weight": gradient_weight}
+    faults = Faults()
+    with faults.noted():
+        amount = parse_amount(typed, RANKS, trial_samples)
+    with faults.noted():
+        check_method(method, allocation, ours, bias=bias, form=form, materialize=materialize)
+    with faults.noted():
+        cache_bytes = None if cache_memory is None else parse_size(cache_memory, "--cache-memory")
+    source, data_folder, machine = look_at(faults, model=model, dtype=dtype, data_dir=data_dir, device=device)
+
+    from compress.job import Job
+    from compress.pipeline import plan_only
+    from compress.recipe import lowrank
+
+    quiet_libraries()
+    options: dict[str, Any] = {
+        "allocation": allocation or usual_allocation(method, amount),
+        "target": [word.strip() for word in target.split(",")],
+        "multiple": rank_multiple,
+        "form": "dense" if materialize else form,
+        "bias": bias,
+    }
+    if method == "anchored":
+        options |= {"refit": refit is not False, "gradient_weight": 0.9 if gradient_weight is None else gradient_weight}
+    recipe = complete_recipe(
+        source,
+        f"lord-{method}",
+        lowrank(method, amount.rule, measure_error=measure_error, **options),
+        calib=calib,
+        samples=samples,
+        seq_len=seq_len,
+        budget=amount.budget,
+        seed=seed,
+        dtype=dtype,
+    )
+    spelled = {**amount.typed, "rank_multiple": rank_multiple, "allocation": options["allocation"], "target": target}
+    spelled |= {"form": form, "bias": bias, "materialize": materialize, "measure_error": measure_error, **ours}
+    spelled |= {"trial_samples": trial_samples, "batch_size": batch_size}
+    job = Job(
+        model=source,
+        recipe=recipe,
+        out=out or default_output(source, recipe.method, amount.in_name),
+        command=command_line("lord", method, source, recipe, spelled),
+        device=machine,
+        batch_size=batch_size,
+        cache_memory=cache_bytes,
+        data_dir=data_folder,
+        resume=resume,
+        overwrite=overwrite,
+    )
+    if dry_run:
+        show_plan(job, plan_only(job), as_json=json)
+    else:
+        show_result(job, run_with_progress(job), as_json=json)
+
+
+def usual_allocation(method: str, amount: Amount) -> str:
+    """By trial where there is a budget to spend and a refit to measure it by."""
+    return "auto" if amount.budget and method == "anchored" else "uniform"
+
+
+def check_method(
+    method: str,
+    allocation: str | None,
+    ours: Mapping[str, Any],
+    *,
+    bias: bool | None,
+    form: str,
+    materialize: bool,
+) -> None:
+    """Raises UsageError where options do not go together."""
+    given = [name for name, value in ours.items() if value is not None]
+    if given and method != "anchored":
+        raise UsageError(
+            f"--{given[0].replace('_', '-')} is an option of --method anchored, not of {method}. Leave it out."
+        )
+    weight = ours["gradient_weight"]
+    if weight is not None and not 0 <= weight < 1:
+        raise UsageError(f"--gradient-weight is from 0 up to below 1, got {weight}. Try 0.9.")
+    if allocation == "auto" and method != "anchored":
+        raise UsageError(f"--allocation auto compares by trial, which --method {method} cannot. Name another.")
+    if bias is not None and method not in ("anchored", "lord"):
+        raise UsageError(f"--method {method} adds no bias. Leave --{'' if bias else 'no-'}bias out.")
+    if materialize and form != "auto":
+        raise UsageError(
+            f"--materialize multiplies the factors out, so that --form {form} says nothing. Leave one out."
+        )
+    if materialize and bias:
+        raise UsageError("--materialize writes a stock model, which has no room for added biases. Leave --bias out.")

@@ -1,0 +1,246 @@
+"""Low-rank decomposition: a linear becomes the product of two thin ones.
+
+    anchored   ours: what `refit` made of the linear, which turns the compressed prefix's activations into the dense
+               model's, is cut to its rank so that the outputs lose least, an error measured by the loss's gradient:
+               with `refit` before it this is reduced-rank regression of the dense outputs on the compressed inputs
+    lord       LoRD (arXiv 2309.14021): principal components of the outputs, centred, with a bias
+    svd-llm    SVD-LLM's whitening (arXiv 2403.07378), asvd: ASVD's scaling (2312.05821), svd: the weight alone
+
+All but the first go by what the dense model gives each linear, as their papers do; `inputs` says otherwise.
+
+How many directions each linear keeps: `rank_frac` of its full rank min(m, n), `rank` of them, or what the recipe's
+budget comes to. A linear whose factors would not be smaller stays as it is.
+"""
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Annotated, ClassVar, Literal
+
+from jaxtyping import Float64
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from compress.models.factors import Form, factor_module, multiplied_out
+from compress.numerics.lowrank import Factors, asvd, gradient_metric, lord, svd, svd_llm, weighted
+from compress.stages._stage import StageConfig
+from compress.streaming.linears import FactorShape, LinearShape, LinearSite
+from compress.streaming.sites import StreamPoint
+from compress.streaming.spectra import LinearWatch
+from compress.streaming.survey import SurveyNeed
+
+Method = Literal["anchored", "lord", "svd-llm", "asvd", "svd"]
+CENTRED = ("anchored", "lord")
+ALLOCATIONS = ("energy", "mixed", "fisher")
+
+
+class Factorize(StageConfig):
+    """
+    target: which linears: `all`, `attention`, `mlp`, or patterns of names below a block such as `*.down_proj`.
+    rank_frac, rank: of every linear; with neither, the budget decides. ranks: of each by its name below the causal LM;
+        what has none there stays dense.
+    allocation: `uniform`: one share for all, of the rank, or of the parameters under a budget; `energy`: the lost
+        shares of the outputs' variance add up to the least; `fisher`: the loss suffers least, by the gradient of a
+        backward pass; `mixed`: half-way between; `auto`: the best of these three by trial. With rank_frac or rank, all
+        but `uniform` spread what that would take.
+    multiple: ranks are rounded down to a multiple; by default what suits the width.
+    form: `factors`, `pivot` (the same function in fewer numbers), `auto`: pivot, or `dense`: multiplied out again, for
+        a stock model of the old size.
+    gradient_weight: how much errors count by the loss's gradient; 0: not at all.
+    bias: whether a linear without one gets the bias that keeps the mean of its outputs; by default for `lord` alone.
+    inputs: what `InputMoments` are of; by default the compressed prefix's for `anchored`, the dense model's for others.
+    """
+
+    site: ClassVar = LinearSite
+    stage: Literal["factorize"] = "factorize"
+    method: Method = "anchored"
+    target: tuple[str, ...] = ("all",)
+    rank_frac: Annotated[float, Field(gt=0, le=1)] | None = None
+    rank: Annotated[int, Field(ge=1)] | None = None
+    ranks: Mapping[str, Annotated[int, Field(ge=1)]] | None = None
+    allocation: Literal["auto", "uniform", "energy", "mixed", "fisher"] = "uniform"
+    multiple: Annotated[int, Field(ge=1)] | None = None
+    form: Literal["auto", "factors", "pivot", "dense"] = "auto"
+    gradient_weight: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    bias: bool | None = None
+    inputs: Literal["compressed", "dense"] | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Factorize":
+        given = [rule for rule in ("rank_frac", "rank", "ranks") if getattr(self, rule) is not None]
+        if len(given) > 1:
+            raise ValueError(f"factorize takes one of rank_frac, rank, ranks; got {', '.join(given)}")
+        if self.gradient_weight and self.method != "anchored":
+            raise ValueError(f"gradient_weight is of method anchored, not of {self.method}")
+        if self.bias and self.method not in CENTRED:
+            raise ValueError(f"{self.method} adds no bias")
+        if self.allocation == "auto" and self.dense_inputs:
+            raise ValueError(f"allocation auto compares by trial, which {self.method} cannot: name an allocation")
+        return self
+
+    @property
+    def dense_inputs(self) -> bool:
+        return self.inputs == "dense" if self.inputs else self.method != "anchored"
+
+    @property
+    def open_ranks(self) -> bool:
+        told = self.rank_frac is not None or self.rank is not None
+        return self.ranks is None and not (told and self.allocation == "uniform")
+
+    @property
+    def factorises(self) -> bool:
+        return True
+
+    @property
+    def writes_factors(self) -> bool:
+        return self.form != "dense"
+
+    @property
+    def uniform(self) -> "Factorize":
+        return self.model_copy(update={"allocation": "uniform"})
+
+    @property
+    def opens(self) -> str | None:
+        return "ranks" if self.rank_frac is None and self.rank is None and self.ranks is None else None
+
+    @property
+    def survey(self) -> SurveyNeed:
+        by_loss = bool(self.gradient_weight) or (self.open_ranks and self.allocation in ("auto", "mixed", "fisher"))
+        if by_loss:
+            return SurveyNeed.LINEARS | SurveyNeed.GRADIENT
+        return SurveyNeed.LINEARS if self.open_ranks and self.allocation != "uniform" else SurveyNeed.NONE
+
+    @property
+    def watch(self) -> LinearWatch:
+        return LinearWatch(self.is_target, self.gradient_weight, self.centres)
+
+    @property
+    def allocations(self) -> tuple[str, ...]:
+        return ALLOCATIONS if self.allocation == "auto" else (self.allocation,)
+
+    @property
+    def step(self) -> int:
+        return self.multiple or 1
+
+    @property
+    def rounds(self) -> str | None:
+        return None if self.multiple else "rank"
+
+    def resolved(self, steps: Mapping[str, int]) -> "Factorize":
+        return self.model_copy(update={"multiple": steps["rank"]}) if self.rounds else self
+
+    def fitted(self, counts: Mapping[str, object]) -> "Factorize":
+        if not self.open_ranks:
+            return self
+        return self.model_copy(update={"ranks": counts["ranks"], "rank_frac": None, "rank": None})
+
+    def is_target(self, name: str, part: str) -> bool:
+        """Whether a linear is to be factorised, by its name below a block and the part it is of."""
+        return any(
+            pattern in ("all", part) or fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"*.{pattern}")
+            for pattern in self.target
+        )
+
+    def faults(self, points: Sequence[StreamPoint], units: Mapping[str, int]) -> list[str]:
+        return []
+
+    def linear_faults(self, linears: Sequence[LinearShape]) -> list[str]:
+        """What does not fit a model with these linears in its blocks."""
+        names = sorted({linear.name for linear in linears})
+        unmatched = [
+            pattern
+            for pattern in self.target
+            if not any(Factorize(target=(pattern,)).is_target(each.name, each.part) for each in linears)
+        ]
+        faults = [f"No linear matches the target {pattern!r}. There are {', '.join(names)}." for pattern in unmatched]
+        unknown = sorted(set(self.ranks or {}) - {linear.path for linear in linears})
+        faults += [f"factorize gives a rank to {unknown[0]}, which the model has not."] if unknown else []
+        if not faults and self.ranks is None and not self.open_ranks and not self.planned_factors(linears):
+            faults.append("No linear would be smaller in factors of these ranks. Keep less, or choose --form pivot.")
+        return faults
+
+    def planned_factors(self, linears: Sequence[LinearShape]) -> dict[str, FactorShape]:
+        ranks = ((linear, self.rank_of(linear)) for linear in linears)
+        return {linear.path: self.factor_shape(linear, rank) for linear, rank in ranks if rank is not None}
+
+    def targets(self, linear: LinearShape) -> bool:
+        return self.is_target(linear.name, linear.part)
+
+    def settled(self, linears: Sequence[LinearShape]) -> "Factorize":
+        ranks = {path: factors.rank for path, factors in self.planned_factors(linears).items()}
+        return self.model_copy(update={"ranks": ranks, "rank_frac": None, "rank": None})
+
+    def rank_ladder(self, linear: LinearShape) -> list[int]:
+        if not self.targets(linear):
+            return []
+        ranks = range(self.step, linear.full_rank + 1, self.step)
+        return [rank for rank in ranks if self.is_smaller(linear, rank)]
+
+    def is_smaller(self, linear: LinearShape, rank: int) -> bool:
+        return self.factor_shape(linear, rank).stored(linear) < linear.m * linear.n
+
+    def rank_of(self, linear: LinearShape) -> int | None:
+        """None for a linear that stays dense. The rule is the same before and in the walk."""
+        if not self.targets(linear):
+            return None
+        if self.ranks is not None:
+            return self.ranks.get(linear.path)
+        if self.rank is not None:
+            rank = self.rounded(min(self.rank, linear.full_rank))
+        else:
+            rank = self.rounded(int((self.rank_frac or 0) * linear.full_rank))
+        return rank if rank and self.is_smaller(linear, rank) else None
+
+    def rounded(self, rank: int) -> int:
+        return max(rank - rank % self.step, min(rank, self.step))
+
+    def factor_shape(self, linear: LinearShape, rank: int) -> FactorShape:
+        form: Form = "factors" if self.form == "factors" else "pivot"
+        return FactorShape(rank, form, has_bias=linear.has_bias or self.adds_bias)
+
+    @property
+    def adds_bias(self) -> bool:
+        """A stock model has no room for biases that its linears have not."""
+        wanted = self.method == "lord" if self.bias is None else self.bias
+        return wanted and self.form != "dense"
+
+    def centres(self, *, has_bias: bool) -> bool:
+        """Whether the outputs' mean is kept by a bias, so that only what varies about it counts."""
+        return self.method in CENTRED and (has_bias or self.adds_bias)
+
+    def apply(self, site: LinearSite) -> None:
+        rank = self.rank_of(site.shape)
+        if rank is None:
+            return
+        factors, form = self.factors(site, rank), self.factor_shape(site.shape, rank).form
+        lost = lost_energy(site, factors, centred=self.centres(has_bias=site.shape.has_bias))
+        site.notes |= {"rank": rank, "full_rank": site.shape.full_rank, "form": form, "lost": lost}
+        thin = factor_module(factors, form, site.dtype)
+        site.replace(multiplied_out(thin) if self.form == "dense" else thin)
+
+    def factors(self, site: LinearSite, rank: int) -> Factors:
+        W, bias, inputs = site.weight, site.bias, site.inputs
+        centred = self.centres(has_bias=bias is not None)
+        if self.method == "svd":
+            return with_bias(svd(W, rank), bias)
+        if self.method == "asvd":
+            return with_bias(asvd(W, inputs.mean_abs, rank), bias)
+        if self.method == "svd-llm":
+            return with_bias(svd_llm(W, inputs.second, rank, name=site.name), bias)
+        if self.method == "lord":
+            return lord(W, bias, inputs, rank, name=site.name, centred=centred)
+        metric = None
+        if self.gradient_weight and site.gradient is not None:
+            metric = gradient_metric(site.gradient, self.gradient_weight, name=site.name)
+        return weighted(W, bias, inputs, rank, metric, name=site.name, centred=centred)
+
+
+def lost_energy(site: LinearSite, factors: Factors, *, centred: bool) -> float:
+    """The share of the outputs' variance that the factors do not give."""
+    W, C = site.weight, site.inputs.spread(centred=centred).C
+    missed = W - factors.product
+    return float((missed @ C * missed).sum() / (W @ C * W).sum().clamp_min(1e-300))
+
+
+def with_bias(factors: Factors, bias: Float64[Tensor, "m"] | None) -> Factors:
+    return replace(factors, bias=bias)

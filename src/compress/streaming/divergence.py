@@ -1,0 +1,46 @@
+"""How far the compressed model's next-token distribution is from the dense one's, on windows held out."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from compress.models.branch import Branch
+from compress.streaming.streams import Streams, rows
+
+# Tokens whose logits are held at a time: a row of them is as wide as the vocabulary.
+LOGITS_AT_ONCE = 256
+
+
+def copy_linears(linears: Iterable[nn.Linear]) -> list[nn.Linear]:
+    """The linears as they are now; their weights are replaced, never written into, so nothing is copied."""
+    copies = []
+    for linear in linears:
+        with torch.device("meta"):
+            copy = nn.Linear(linear.in_features, linear.out_features, bias=linear.bias is not None)
+        copy.weight, copy.bias = linear.weight, linear.bias
+        copies.append(copy)
+    return copies
+
+
+def mean_divergence(head: Branch, dense_readers: Sequence[nn.Linear], streams: Streams) -> float | None:
+    """KL(dense || compressed) of the next token, in nats, the mean over held-out tokens; None where there are none."""
+    batches = [batch for batch in streams.batches if batch.held_out]
+    if streams.dense is None or not batches:
+        return None
+    total, tokens = 0.0, 0
+    (linear,), (dense_linear,) = head.readers.values(), dense_readers
+    assert head.norm is not None
+    for batch in batches:
+        compressed, dense = streams.now(batch)
+        assert dense is not None
+        for z, x in zip(*(rows(stream).split(LOGITS_AT_ONCE) for stream in (compressed, dense)), strict=True):
+            total += kl_divergence(dense_linear(head.norm(x)), linear(head.norm(z)))
+            tokens += len(x)
+    return total / tokens
+
+
+def kl_divergence(dense: Float[Tensor, "*tokens vocabulary"], compressed: Float[Tensor, "*tokens vocabulary"]) -> float:
+    p, q = dense.double().log_softmax(-1), compressed.double().log_softmax(-1)
+    return float((p.exp() * (p - q)).sum())

@@ -1,0 +1,129 @@
+"""One linear layer of a block, for stages that work on linears one by one: factorising, quantizing, pruning.
+
+Such a stage finds the linear as the stages before it left it (refitted towards the dense model, where `refit` is among
+them), what the calibration text gives it as inputs and, where a survey was asked for it, how the loss feels an error of
+its outputs. It puts another module, or other weights, in its place. What has been factorised is two linears, which
+later stages find one by one by `linears()`.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float64
+from torch import Tensor, nn
+
+from compress.models.factors import AnyLinear, Form, num_stored
+from compress.models.modeling_lowrank import LowRankLinear, PivotLinear
+from compress.numerics.lowrank import InputMoments
+
+
+@dataclass(frozen=True)
+class LinearShape:
+    """A linear (m, n) of a block, before anything is read.
+
+    path: below the causal LM. name: below the block. part: of the block, `attention` or `mlp`.
+    """
+
+    path: str
+    name: str
+    part: str
+    m: int
+    n: int
+    has_bias: bool
+
+    @property
+    def full_rank(self) -> int:
+        return min(self.m, self.n)
+
+
+@dataclass(frozen=True)
+class FactorShape:
+    """What a linear becomes: two thin ones in a form, and whether they have a bias."""
+
+    rank: int
+    form: Form
+    has_bias: bool
+
+    def stored(self, linear: LinearShape) -> int:
+        """Numbers in place of the weight; a bias counts where the linear had none."""
+        added = linear.m if self.has_bias and not linear.has_bias else 0
+        return num_stored(linear.m, linear.n, self.rank, self.form) + added
+
+
+@dataclass
+class LinearSite:
+    """
+    name: as a user should read it, "block 3 mlp.down_proj". shape: of the linear when the site was met.
+    inputs: E x x^T, E x and E |x| of what it is given, over the calibration tokens.
+    put: what puts a module into its place.
+    gradient: E g g^T, g the loss's gradient by its outputs in the dense model, or the diagonal alone of a wide one;
+        None where no survey looked.
+    notes: what stages have to say in the report.
+    """
+
+    name: str
+    shape: LinearShape
+    module: AnyLinear
+    inputs: InputMoments
+    put: Callable[[AnyLinear], None]
+    gradient: Tensor | None = None
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def weight(self) -> Float64[Tensor, "m n"]:
+        return self._linear.weight.double()
+
+    @property
+    def bias(self) -> Float64[Tensor, "m"] | None:
+        return None if self._linear.bias is None else self._linear.bias.double()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._linear.weight.dtype
+
+    @property
+    def _linear(self) -> nn.Linear:
+        if not isinstance(self.module, nn.Linear):
+            raise TypeError(f"{self.name} is factorised; `linears()` gives its parts.")
+        return self.module
+
+    def replace(self, module: AnyLinear) -> None:
+        self.module = module
+        self.put(module)
+
+    def linears(self) -> Iterator["LinearSite"]:
+        """The plain linears that the site now holds: itself, or the two of its factors, each with its own inputs."""
+        if isinstance(self.module, nn.Linear):
+            yield self
+            return
+        thin = self.module
+        yield self._part(thin, "first", self.inputs)
+        # By the first as it is now: whoever quantized it sees what it gives.
+        between = self.inputs.through(thin.first.weight.double())
+        if thin.first.bias is not None:
+            between = between.shifted(thin.first.bias.double())
+        yield self._part(thin, "second", between)
+
+    def _part(self, thin: LowRankLinear | PivotLinear, name: str, inputs: InputMoments) -> "LinearSite":
+        linear: nn.Linear = getattr(thin, name)
+        gives_outputs = name == "second" and isinstance(thin, LowRankLinear)
+        return LinearSite(
+            name=f"{self.name} {name}",
+            shape=linear_shape(f"{self.shape.path}.{name}", f"{self.shape.name}.{name}", self.shape.part, linear),
+            module=linear,
+            inputs=inputs,
+            put=partial(setattr, thin, name),
+            gradient=self.gradient if gives_outputs else None,
+            notes=self.notes,
+        )
+
+    def report(self) -> dict[str, Any]:
+        return {"linear": self.shape.path, **self.notes}
+
+
+def linear_shape(path: str, name: str, part: str, linear: nn.Linear) -> LinearShape:
+    m, n = linear.weight.shape
+    return LinearShape(path, name, part, m, n, linear.bias is not None)
