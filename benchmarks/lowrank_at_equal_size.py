@@ -28,6 +28,7 @@ from transformers import AutoModelForCausalLM
 from compress import search
 from compress.assembly import new_walk, take_survey
 from compress.datasets.windows import evaluation_windows
+from compress.errors import UsageError
 from compress.evaluation.perplexity import perplexity
 from compress.job import Job
 from compress.models.hub import find_model
@@ -87,7 +88,7 @@ class Bench:
         calibration = {"source": self.options.calib, "samples": self.options.samples, "seq_len": self.options.seq_len}
         recipe = parse_recipe({"method": way, "stages": stages, "budget": budget, "calibration": calibration})
         out = Path(tempfile.mkdtemp(dir=self.scratch)) / "out"
-        job = Job(model=self.source, recipe=recipe, out=out, command="")
+        job = Job(model=self.source, recipe=recipe, out=out, command="", overwrite=True)
         job.partial.mkdir()
         return prepare(job)
 
@@ -132,11 +133,16 @@ class Bench:
         low, high = 0.0, 1.0
         for _ in range(12):
             middle = (low + high) / 2
-            plan = self.prepared("lord", "uniform", {"rank_frac": middle}, None).plan
-            fits = plan.size is not None and plan.size.parameters <= limit * plan.dense.parameters
-            low, high = (middle, high) if fits else (low, middle)
+            low, high = (middle, high) if self.fits(middle, limit) else (low, middle)
         start, prepared = time.perf_counter(), self.prepared("lord", "uniform", {"rank_frac": low}, None)
         return self.walked(prepared, prepared.plan, None, start)
+
+    def fits(self, rank_frac: float, limit: float) -> bool:
+        try:
+            plan = self.prepared("lord", "uniform", {"rank_frac": rank_frac}, None).plan
+        except UsageError:  # so high that no matrix would be smaller
+            return False
+        return plan.size is not None and plan.size.parameters <= limit * plan.dense.parameters
 
     def walked(self, prepared: Prepared, plan: Plan, survey: Survey | None, start: float) -> Found:
         held_out = prepared.job.recipe.held_out_windows

@@ -19,7 +19,7 @@ from compress.checkpoints.targets import KERNEL_STEP, Shape, Target, block_linea
 from compress.errors import UsageError
 from compress.families import Family
 from compress.models.decoder import Decoder
-from compress.ranks import RankSpace
+from compress.ranks import RankSpace, check_budget
 from compress.recipe import Recipe
 from compress.stages._stage import StageConfig
 from compress.streaming.cache import cache_bytes
@@ -169,7 +169,10 @@ def make_plan(
         report(target.faults(base))
         linears = block_linears(target, base, family)
         factors, ranks, target, more = plan_factors(stages, linears, target, base, dtype)
-        stages = stages if ranks else tuple(stage.settled(linears) for stage in stages)
+        if ranks is None:
+            stages = tuple(stage.settled(linears) for stage in stages)
+        elif recipe.budget is not None:
+            check_budget(ranks, recipe.budget, dense)
         notes = notes + more + token_notes(recipe, stages, config, family)
     if opened and recipe.budget is not None:
         found = choices(space, recipe.budget, dense)
@@ -206,6 +209,8 @@ def plan_factors(
 ) -> tuple[dict[str, FactorShape], RankSpace | None, Target, list[str]]:
     """What linears become, or what ranks are to be found for; the target that holds them, and what is to be told."""
     report([fault for stage in stages for fault in stage.linear_faults(linears)])
+    twice = [linear.name for linear in linears if sum(stage.targets(linear) for stage in stages) > 1]
+    report([f"Two stages would factorise {name}. Give each its own target." for name in twice[:1]])
     written = any(stage.writes_factors for stage in stages)
     target: Target = LowRankTarget(base) if written else base
     for stage in stages:

@@ -12,10 +12,11 @@ import torch
 from transformers import PreTrainedModel
 
 from compress.budget import Choice
-from compress.checkpoints.lowrank import LowRankTarget
-from compress.checkpoints.sizes import HEADER_BYTES_PER_TENSOR, Size, disk_bytes, size_of
+from compress.checkpoints.lowrank import INNER, LowRankTarget
+from compress.checkpoints.sizes import Size, disk_bytes, header_bytes, size_of
 from compress.checkpoints.targets import Shape, Target
 from compress.errors import UsageError
+from compress.models.factors import tensor_names
 from compress.numerics.allocation import Ladder, spend
 from compress.recipe import Budget
 from compress.stages._stage import StageConfig
@@ -60,56 +61,63 @@ class RankSpace:
         return Choice({"allocation": allocation, "ranks": ranks}, shape, size_of(model, self.dtype))
 
 
+def check_budget(space: RankSpace, budget: Budget, dense: Size) -> None:
+    """Raises UsageError where not even the lowest ranks fit, or where nothing has to be factorised."""
+    limit = Limit.of(space, budget, dense)
+    lowest = {linear.path: ladder[0] for linear, ladder in space.targets.items()}
+    if limit.measure({}) <= limit.most:
+        raise UsageError("The budget deletes nothing: the whole model fits under it. Allow less.")
+    if (least := limit.measure(lowest)) > limit.most:
+        raise UsageError(
+            f"The budget of {limit.most:,} cannot be kept: the least that low-rank factors can come to is {least:,}. "
+            "Allow more, or target more of the linears."
+        )
+
+
 def rank_choices(space: RankSpace, budget: Budget | None, dense: Size, spectra: Mapping[str, Spectrum]) -> list[Choice]:
-    """What each of the stage's allocations makes of the budget; without one, of what its uniform ranks would take.
-
-    Raises UsageError where not even the lowest ranks fit.
-    """
-    in_bytes = budget is not None and budget.target_size is not None
-
-    def measure(ranks: Mapping[str, int]) -> int:
-        model = space.model(ranks)
-        return disk_bytes(model, space.dtype) if in_bytes else size_of(model, space.dtype).parameters
-
-    if budget is None:
-        limit = measure({path: f.rank for path, f in space.stage.uniform.planned_factors(space.linears).items()})
-    else:
-        limit = budget.target_size or int((budget.keep_params or 0) * dense.parameters)
-    found = []
-    for allocation in space.stage.allocations:
-        ranks = fitted(spread_by(space, allocation, spectra, in_bytes=in_bytes), measure, limit)
-        if not ranks:
-            raise UsageError("The budget deletes nothing: the whole model fits under it. Allow less.")
-        found.append(space.choice(allocation, ranks))
-    return found
+    """What each of the stage's allocations makes of the budget; without one, of what its uniform ranks would take."""
+    limit = Limit.of(space, budget, dense)
+    return [
+        space.choice(allocation, fitted(spread_by(space, allocation, spectra, in_bytes=limit.in_bytes), limit))
+        for allocation in space.stage.allocations
+    ]
 
 
-def fitted(spread: Spread, measure: Callable[[Mapping[str, int]], int], limit: int) -> Ranks:
-    """The ranks of the highest price that the whole model's measure allows.
+@dataclass(frozen=True)
+class Limit:
+    """What the whole model may come to, in parameters or in bytes on disk."""
 
-    Prices count linears alone, and headers of files roughly; the measure of the finished shape decides.
-    """
-    price = limit
-    while (ranks := spread(price)) is not None:
-        if (excess := measure(ranks) - limit) <= 0:
-            return ranks
-        price -= excess
-    raise UsageError(
-        f"The budget of {limit:,} cannot be kept: the least that low-rank factors can come to is "
-        f"{measure(lowest_ranks(spread)):,}. Allow more, or target more of the linears."
-    )
+    space: RankSpace
+    most: int
+    in_bytes: bool
+
+    @classmethod
+    def of(cls, space: RankSpace, budget: Budget | None, dense: Size) -> "Limit":
+        if budget is None:
+            uniform = space.stage.uniform.planned_factors(space.linears)
+            ranks = {path: factors.rank for path, factors in uniform.items()}
+            return cls(space, size_of(space.model(ranks), space.dtype).parameters, in_bytes=False)
+        if budget.target_size is not None:
+            return cls(space, budget.target_size, in_bytes=True)
+        return cls(space, int((budget.keep_params or 0) * dense.parameters), in_bytes=False)
+
+    @property
+    def for_linears(self) -> int:
+        """What of it is left for those that may be factorised: the rest of the model costs what it costs."""
+        linears = sum(dense_price(self.space, linear, self.in_bytes) for linear in self.space.targets)
+        return self.most - (self.measure({}) - linears)
+
+    def measure(self, ranks: Mapping[str, int]) -> int:
+        model = self.space.model(ranks)
+        return disk_bytes(model, self.space.dtype) if self.in_bytes else size_of(model, self.space.dtype).parameters
 
 
-def lowest_ranks(spread: Spread) -> Ranks:
-    """The ranks of the least price."""
-    price = 1
-    while spread(price) is None:
-        price *= 2
-    low = price // 2
-    while price - low > 1:
-        middle = (low + price) // 2
-        low, price = (low, middle) if spread(middle) is not None else (middle, price)
-    return spread(price) or {}
+def fitted(spread: Spread, limit: Limit) -> Ranks:
+    """The ranks of the highest price that the whole model's measure allows."""
+    ranks = spread(limit.for_linears)
+    if ranks is None or limit.measure(ranks) > limit.most:
+        raise UsageError(f"No ranks were found within the budget of {limit.most:,}. Allow more.")
+    return ranks
 
 
 def spread_by(space: RankSpace, allocation: str, spectra: Mapping[str, Spectrum], *, in_bytes: bool) -> Spread:
@@ -139,16 +147,25 @@ def spread_by(space: RankSpace, allocation: str, spectra: Mapping[str, Spectrum]
 
 
 def price(space: RankSpace, linear: LinearShape, rank: int, *, in_bytes: bool) -> int:
+    """Of a linear's factors, in parameters or in bytes on disk."""
     factors = space.stage.factor_shape(linear, rank)
-    numbers = factors.stored(linear)
+    bias = linear.m if linear.has_bias else 0  # what it has is no part of what is stored in place of its weight
+    numbers = factors.stored(linear) + bias
     if not in_bytes:
         return numbers
     indices = 4 * linear.m if factors.form == "pivot" else 0
-    return numbers * space.dtype.itemsize + indices + 4 * HEADER_BYTES_PER_TENSOR
+    names = tensor_names(factors.form, has_bias=factors.has_bias)
+    return numbers * space.dtype.itemsize + indices + headers(linear, names)
 
 
 def dense_price(space: RankSpace, linear: LinearShape, in_bytes: bool) -> int:
-    return linear.m * linear.n * (space.dtype.itemsize if in_bytes else 1)
+    numbers = linear.m * linear.n + (linear.m if linear.has_bias else 0)
+    names = ["weight", "bias"] if linear.has_bias else ["weight"]
+    return numbers * space.dtype.itemsize + headers(linear, names) if in_bytes else numbers
+
+
+def headers(linear: LinearShape, names: Sequence[str]) -> int:
+    return sum(header_bytes(f"{INNER}{linear.path}.{name}") for name in names)
 
 
 def uniform_ranks(

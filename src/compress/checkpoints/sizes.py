@@ -32,17 +32,24 @@ def dense_size(config: Any, dtype: torch.dtype) -> Size:
 
 def size_of(model: PreTrainedModel, dtype: torch.dtype) -> Size:
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Size(parameters, parameters * dtype.itemsize + sum(buffer.nbytes for buffer in saved_buffers(model)))
+    return Size(
+        parameters, parameters * dtype.itemsize + sum(buffer.nbytes for buffer in saved_buffers(model).values())
+    )
 
 
-def saved_buffers(model: PreTrainedModel) -> list[torch.Tensor]:
+def header_bytes(name: str) -> int:
+    return len(name) + HEADER_BYTES_PER_TENSOR
+
+
+def saved_buffers(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     saved = model.state_dict(keep_vars=True).keys()
-    return [buffer for name, buffer in model.named_buffers() if name in saved]
+    return {name: buffer for name, buffer in model.named_buffers() if name in saved}
 
 
 def disk_bytes(model: PreTrainedModel, dtype: torch.dtype) -> int:
     """At most what the safetensors files of the model take, headers included, one file a part."""
-    headers = sum(len(name) + HEADER_BYTES_PER_TENSOR for name, _ in model.named_parameters())
+    names = [name for name, _ in model.named_parameters()] + list(saved_buffers(model))
+    headers = sum(header_bytes(name) for name in names)
     files = model.config.get_text_config().num_hidden_layers + 2
     return size_of(model, dtype).bytes + headers + files * HEADER_BYTES_PER_FILE
 

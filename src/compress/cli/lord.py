@@ -50,7 +50,7 @@ ALLOCATION = (
     "Default: uniform with --rank-frac and --rank and for other methods than anchored, else auto."
 )
 TARGET = "all, attention, mlp, or patterns of names such as *.down_proj; several with commas."
-FORM = "pivot: the same function in fewer numbers than factors. auto: pivot."
+FORM = "pivot: the same function in fewer numbers than factors. auto: pivot where it is no slower."
 MATERIALIZE = "Multiply the factors out again: a stock model of the old size, for engines that know no factors."
 REFIT = "anchored: solve every linear again, towards the dense model, before its rank is cut. Default: --refit."
 GRADIENT = "anchored: how much errors count by the loss's gradient; 0: no backward pass. Default: 0.9."

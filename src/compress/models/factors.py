@@ -77,6 +77,13 @@ def as_double(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.double()
 
 
+def tensor_names(form: Form, *, has_bias: bool) -> list[str]:
+    """What is stored of a factorised linear, below its name."""
+    if form == "pivot":
+        return ["first.weight", "second.weight", "order"] + (["first.bias", "second.bias"] if has_bias else [])
+    return ["first.weight", "second.weight"] + (["second.bias"] if has_bias else [])
+
+
 def num_stored(m: int, n: int, rank: int, form: Form) -> int:
     """Numbers of the two weights, without a bias."""
     return rank * (m + n - rank) if form == "pivot" else rank * (m + n)

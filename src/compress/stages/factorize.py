@@ -31,6 +31,9 @@ from compress.streaming.survey import SurveyNeed
 
 Method = Literal["anchored", "lord", "svd-llm", "asvd", "svd"]
 CENTRED = ("anchored", "lord")
+# Of m + n: below this rank, what pivot form saves is less than what putting its outputs in order takes (measured on a
+# CPU, benchmarks/lowrank_speed.py --forms).
+PIVOT_FROM = 1 / 8
 ALLOCATIONS = ("energy", "mixed", "fisher")
 
 
@@ -44,8 +47,8 @@ class Factorize(StageConfig):
         backward pass; `mixed`: half-way between; `auto`: the best of these three by trial. With rank_frac or rank, all
         but `uniform` spread what that would take.
     multiple: ranks are rounded down to a multiple; by default what suits the width.
-    form: `factors`, `pivot` (the same function in fewer numbers), `auto`: pivot, or `dense`: multiplied out again, for
-        a stock model of the old size.
+    form: `factors`, `pivot` (the same function in fewer numbers), `auto`: pivot where it is no slower, or `dense`:
+        multiplied out again, for a stock model of the old size.
     gradient_weight: how much errors count by the loss's gradient; 0: not at all.
     bias: whether a linear without one gets the bias that keeps the mean of its outputs; by default for `lord` alone.
     inputs: what `InputMoments` are of; by default the compressed prefix's for `anchored`, the dense model's for others.
@@ -153,9 +156,14 @@ class Factorize(StageConfig):
             if not any(Factorize(target=(pattern,)).is_target(each.name, each.part) for each in linears)
         ]
         faults = [f"No linear matches the target {pattern!r}. There are {', '.join(names)}." for pattern in unmatched]
-        unknown = sorted(set(self.ranks or {}) - {linear.path for linear in linears})
+        ranks, full = self.ranks or {}, {linear.path: linear.full_rank for linear in linears}
+        unknown = sorted(set(ranks) - set(full))
         faults += [f"factorize gives a rank to {unknown[0]}, which the model has not."] if unknown else []
-        if not faults and self.ranks is None and not self.open_ranks and not self.planned_factors(linears):
+        above = [path for path, rank in ranks.items() if rank > full.get(path, rank)]
+        faults += [
+            f"factorize gives {path} a rank of {ranks[path]}, its full one is {full[path]}." for path in above[:1]
+        ]
+        if not faults and not self.opens and self.ranks is None and not self.uniform.planned_factors(linears):
             faults.append("No linear would be smaller in factors of these ranks. Keep less, or choose --form pivot.")
         return faults
 
@@ -173,8 +181,12 @@ class Factorize(StageConfig):
     def rank_ladder(self, linear: LinearShape) -> list[int]:
         if not self.targets(linear):
             return []
-        ranks = range(self.step, linear.full_rank + 1, self.step)
-        return [rank for rank in ranks if self.is_smaller(linear, rank)]
+        ladder, least = list[int](), linear.m * linear.n
+        for rank in reversed(range(self.step, linear.full_rank + 1, self.step)):
+            # In factors a rank may take more than a higher one in pivot form.
+            if (stored := self.factor_shape(linear, rank).stored(linear)) < least:
+                ladder, least = [rank, *ladder], stored
+        return ladder
 
     def is_smaller(self, linear: LinearShape, rank: int) -> bool:
         return self.factor_shape(linear, rank).stored(linear) < linear.m * linear.n
@@ -195,7 +207,8 @@ class Factorize(StageConfig):
         return max(rank - rank % self.step, min(rank, self.step))
 
     def factor_shape(self, linear: LinearShape, rank: int) -> FactorShape:
-        form: Form = "factors" if self.form == "factors" else "pivot"
+        wide = rank >= PIVOT_FROM * (linear.m + linear.n)
+        form: Form = "factors" if self.form == "factors" or (self.form == "auto" and not wide) else "pivot"
         return FactorShape(rank, form, has_bias=linear.has_bias or self.adds_bias)
 
     @property
