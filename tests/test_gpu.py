@@ -14,7 +14,7 @@ import tiny
 from compress.job import Job
 from compress.models.hub import find_model
 from compress.pipeline import run
-from compress.recipe import anchored, parse_recipe, slicegpt
+from compress.recipe import anchored, lowrank, parse_recipe, slicegpt
 from compress.stages.measure_error import MeasureError
 
 DEVICE = "cuda"
@@ -79,6 +79,11 @@ HOW: dict[str, dict[str, Any]] = {
         "stages": anchored({"ratio": 0.3}, units={"neurons": {"ratio": 0.25}}),
     },
     "anchored, per layer": {"stages": anchored({"ratio": 0.3}, rotation="per-layer")},
+    "lord": {"stages": lowrank("lord", {"rank_frac": 0.4}, form="factors")},
+    "low rank, budget": {
+        "stages": lowrank("anchored", {}, allocation="auto", gradient_weight=0.9),
+        "budget": {"keep_params": 0.7, "trial_samples": 8},
+    },
     "budget": {
         "stages": anchored({}, units={"neurons": {}}),
         "budget": {"keep_params": 0.7, "trial_samples": 8},

@@ -22,7 +22,8 @@ Counts = Mapping[str, Any]
 @dataclass(frozen=True)
 class Choice:
     """
-    counts: what stages left open: widths by kind, or the `allocation` and its `ranks`. shape: of the whole model.
+    counts: what stages left open: widths by kind, or the `allocation`, its `ranks` and their `forms`.
+    shape: of the whole model.
     """
 
     counts: Counts
@@ -32,7 +33,7 @@ class Choice:
     @property
     def label(self) -> Counts:
         """What tells it from the others."""
-        return {kind: count for kind, count in self.counts.items() if kind != "ranks"}
+        return {kind: count for kind, count in self.counts.items() if kind not in ("ranks", "forms")}
 
 
 def planned_shape(

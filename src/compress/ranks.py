@@ -57,8 +57,10 @@ class RankSpace:
         """As it is written: in factors, or multiplied out."""
         in_factors = self.stage.writes_factors
         model = self.model(ranks) if in_factors else self.base.model(self.shape)
-        shape = self.shaped(ranks) if in_factors else self.shape
-        return Choice({"allocation": allocation, "ranks": ranks}, shape, size_of(model, self.dtype))
+        shape = self.shaped(ranks)
+        forms = {path: factors.form for path, factors in shape.factors.items()}
+        counts = {"allocation": allocation, "ranks": ranks, "forms": forms}
+        return Choice(counts, shape if in_factors else self.shape, size_of(model, self.dtype))
 
 
 def check_budget(space: RankSpace, budget: Budget, dense: Size) -> None:

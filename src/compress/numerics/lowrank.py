@@ -263,7 +263,7 @@ def pivoted(factors: Factors) -> Pivoted:
         # The row takes the chosen one's place: a rank-1 change of C.
         change = C[row].clone()
         change[column] -= 1
-        C = C - torch.outer(C[:, column] / C[row, column], change)
+        C.addr_(C[:, column] / C[row, column], change, alpha=-1)
         chosen[column] = row
     rows = chosen.sort().values
     is_other = torch.ones(m, dtype=torch.bool, device=B.device)

@@ -48,7 +48,7 @@ class Factorize(StageConfig):
         but `uniform` spread what that would take.
     multiple: ranks are rounded down to a multiple; by default what suits the width.
     form: `factors`, `pivot` (the same function in fewer numbers), `auto`: pivot where it is no slower, or `dense`:
-        multiplied out again, for a stock model of the old size.
+        multiplied out again, for a stock model of the old size. forms: of each linear that has a rank in `ranks`.
     gradient_weight: how much errors count by the loss's gradient; 0: not at all.
     bias: whether a linear without one gets the bias that keeps the mean of its outputs; by default for `lord` alone.
     inputs: what `InputMoments` are of; by default the compressed prefix's for `anchored`, the dense model's for others.
@@ -64,6 +64,7 @@ class Factorize(StageConfig):
     allocation: Literal["auto", "uniform", "energy", "mixed", "fisher"] = "uniform"
     multiple: Annotated[int, Field(ge=1)] | None = None
     form: Literal["auto", "factors", "pivot", "dense"] = "auto"
+    forms: Mapping[str, Form] | None = None
     gradient_weight: Annotated[float, Field(ge=0, lt=1)] = 0.0
     bias: bool | None = None
     inputs: Literal["compressed", "dense"] | None = None
@@ -135,7 +136,8 @@ class Factorize(StageConfig):
     def fitted(self, counts: Mapping[str, object]) -> "Factorize":
         if not self.open_ranks:
             return self
-        return self.model_copy(update={"ranks": counts["ranks"], "rank_frac": None, "rank": None})
+        found = {"ranks": counts["ranks"], "forms": counts.get("forms")}
+        return self.model_copy(update={**found, "rank_frac": None, "rank": None})
 
     def is_target(self, name: str, part: str) -> bool:
         """Whether a linear is to be factorised, by its name below a block and the part it is of."""
@@ -175,8 +177,10 @@ class Factorize(StageConfig):
         return self.is_target(linear.name, linear.part)
 
     def settled(self, linears: Sequence[LinearShape]) -> "Factorize":
-        ranks = {path: factors.rank for path, factors in self.planned_factors(linears).items()}
-        return self.model_copy(update={"ranks": ranks, "rank_frac": None, "rank": None})
+        planned = self.planned_factors(linears)
+        ranks = {path: factors.rank for path, factors in planned.items()}
+        forms = {path: factors.form for path, factors in planned.items()}
+        return self.model_copy(update={"ranks": ranks, "forms": forms, "rank_frac": None, "rank": None})
 
     def rank_ladder(self, linear: LinearShape) -> list[int]:
         if not self.targets(linear):
@@ -209,6 +213,7 @@ class Factorize(StageConfig):
     def factor_shape(self, linear: LinearShape, rank: int) -> FactorShape:
         wide = rank >= PIVOT_FROM * (linear.m + linear.n)
         form: Form = "factors" if self.form == "factors" or (self.form == "auto" and not wide) else "pivot"
+        form = (self.forms or {}).get(linear.path, form)
         return FactorShape(rank, form, has_bias=linear.has_bias or self.adds_bias)
 
     @property
