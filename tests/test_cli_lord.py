@@ -30,7 +30,7 @@ def home(tmp_path_factory):
         "vocab_size": 49152,
         "n_inner": 24576,
     }
-    GPTBigCodeConfig(**starcoder, bos_token_id=0, eos_token_id=0, dtype="bfloat16").save_pretrained(home / "starcoder")  # type: ignore[arg-type]
+    GPTBigCodeConfig(**starcoder, bos_token_id=0, eos_token_id=0, dtype="bfloat16").save_pretrained(home / "starcoder")
     return home
 
 

@@ -1,0 +1,161 @@
+"""What others do with a factorised model: train it, adapt it, quantise it, generate, each by its own tools.
+
+The model is the shipped demo, which has been trained: on random weights a loss says little.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+import compress
+from compress import pipeline
+from compress.datasets.windows import calibration_windows
+from compress.job import Job
+from compress.models.hub import find_model
+from compress.models.loading import load_tokenizer
+from compress.models.modeling_lowrank import LowRankForCausalLM, LowRankLinear, PivotLinear
+from compress.recipe import lowrank, parse_recipe
+from oracles import logits_of
+
+DEMO = Path(compress.__file__).parent / "assets/demo"
+FORMS = ["factors", "pivot"]
+
+
+@pytest.fixture(scope="module")
+def factorised(tmp_path_factory) -> dict[str, Path]:
+    """Cut so hard that there is something to win back."""
+    root, made = tmp_path_factory.mktemp("factorised"), {}
+    for form in FORMS:
+        stages = lowrank("lord", {"rank_frac": 0.3}, form=form)
+        calibration = {"source": "stdlib", "samples": 32, "seq_len": 64}
+        recipe = parse_recipe({"method": "lord", "stages": stages, "calibration": calibration, "dtype": "float32"})
+        job = Job(model=find_model("demo"), recipe=recipe, out=root / form, command="compress lord")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pipeline, "verify", lambda *_arguments, **_options: 0.0)  # the tests load it themselves
+            pipeline.run(job)
+        made[form] = root / form
+    return made
+
+
+@pytest.fixture(scope="module")
+def ids() -> Tensor:
+    tokenizer = load_tokenizer(DEMO)
+    return calibration_windows("stdlib", tokenizer, num_samples=16, seq_len=64, seed=3, data_dir=None)
+
+
+def load(folder: Path, **options: Any) -> Any:
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
+    model, info = loaded
+    assert not any(info.values())
+    return model.eval()
+
+
+def trained(model: Any, parameters: list[nn.Parameter], ids: Tensor, *, lr: float) -> list[float]:
+    """The loss on the text before each of a few steps."""
+    optimizer, losses = torch.optim.Adam(parameters, lr=lr), []
+    for _ in range(6):
+        optimizer.zero_grad()
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def thin(model: nn.Module) -> list[LowRankLinear | PivotLinear]:
+    return [module for module in model.modules() if isinstance(module, LowRankLinear | PivotLinear)]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_factors_themselves_can_be_trained(factorised, ids, form):
+    model = load(factorised[form]).train().requires_grad_(False)
+    parameters = [parameter.requires_grad_() for module in thin(model) for parameter in module.parameters()]
+    losses = trained(model, parameters, ids, lr=1e-3)
+    assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks for it
+@pytest.mark.parametrize("form", FORMS)
+def test_adapters_on_the_factors_can_be_trained_and_merged(factorised, ids, form, tmp_path):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["first", "second"], task_type="CAUSAL_LM")
+    model = load(factorised[form])
+    size = sum(parameter.numel() for parameter in model.parameters())
+    adapted: Any = peft.get_peft_model(model, config).train()
+    parameters = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    assert len(parameters) == 2 * 2 * len(thin(model))
+    losses = trained(adapted, parameters, ids, lr=1e-2)
+    assert losses[-1] < 0.9 * losses[0]
+
+    adapted.eval()
+    expected = logits_of(adapted, ids[:2])
+    merged = adapted.merge_and_unload()
+    merged.save_pretrained(tmp_path)
+    again = load(tmp_path)
+    assert type(again) is LowRankForCausalLM
+    assert sum(parameter.numel() for parameter in again.parameters()) == size
+    assert distance(logits_of(again, ids[:2]), expected) < 1e-5
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_it_generates_with_a_cache_what_it_generates_without(factorised, ids, form):
+    model = load(factorised[form], dtype=torch.float64)
+    with_cache, without = (
+        model.generate(ids[:2, :16], max_new_tokens=12, do_sample=False, use_cache=use_cache, pad_token_id=2)
+        for use_cache in (True, False)
+    )
+    assert torch.equal(with_cache, without)
+    assert with_cache.shape == (2, 28)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_factors_are_quantised_by_compressed_tensors(factorised, ids, form, tmp_path):
+    """8-bit integers, packed, reloaded by transformers: the thin linears are linears like any other."""
+    pytest.importorskip("compressed_tensors")
+    from compressed_tensors import ModelCompressor
+    from compressed_tensors.quantization import (
+        QuantizationArgs,
+        QuantizationConfig,
+        QuantizationScheme,
+        QuantizationStatus,
+        apply_quantization_config,
+    )
+    from compressed_tensors.quantization.utils import calculate_qparams, is_module_quantized
+
+    weights = QuantizationArgs(num_bits=8, type="int", symmetric=True, strategy="channel")
+    scheme = QuantizationScheme(targets=["Linear"], weights=weights)
+    model = load(factorised[form])
+    precise = logits_of(model, ids[:2])
+    config = QuantizationConfig(config_groups={"group_0": scheme}, ignore=["re:.*lm_head"])
+    apply_quantization_config(model, config, show_progress=False)
+    quantised = [module for module in model.modules() if is_module_quantized(module)]
+    assert {id(linear) for linear in quantised} == {
+        id(linear) for module in thin(model) for linear in (module.first, module.second)
+    }
+    for linear in quantised:
+        rows = linear.weight.detach()
+        scale, _ = calculate_qparams(rows.amin(-1, keepdim=True), rows.amax(-1, keepdim=True), weights)
+        linear.weight_scale.data.copy_(scale)
+        linear.quantization_status = QuantizationStatus.FROZEN
+    fake = logits_of(model, ids[:2])
+    assert 1e-4 < distance(fake, precise) < 0.05  # 8 bits are felt, a little
+
+    compressor = ModelCompressor.from_pretrained_model(model)
+    compressor.compress_model(model)
+    model.save_pretrained(tmp_path)
+    compressor.update_config(str(tmp_path))
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert sum(name.endswith("weight_packed") for name in tensors) == len(quantised)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert type(again) is LowRankForCausalLM
+    assert distance(logits_of(again, ids[:2]), fake) < 1e-5
+
+
+def distance(logits: Tensor, expected: Tensor) -> float:
+    return float((logits - expected).square().mean().sqrt() / expected.square().mean().sqrt())
