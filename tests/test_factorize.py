@@ -35,7 +35,7 @@ from compress.numerics.ridge import DAMPINGS
 from compress.plan import Plan, make_plan
 from compress.preflight import read_windows
 from compress.recipe import Recipe, anchored, lowrank, parse_recipe
-from compress.stages._stage import StageConfig
+from compress.stages._stage import FactorisingStage, StageConfig
 from compress.stages.factorize import Factorize
 from compress.stages.refit import Refit
 from compress.streaming.linears import LinearSite, linear_shape
@@ -108,7 +108,7 @@ def survey_of(folder: Path, stages: Sequence[StageConfig], windows: Tensor) -> S
     if not wanting:
         return None
     decoder = new_decoder(folder)
-    assert wanting[0].watch is not None
+    assert isinstance(wanting[0], FactorisingStage)
     observer = LinearObserver(wanting[0].watch, GradientFiles(folder), decoder)
     surveyor = Surveyor(
         decoder,

@@ -13,7 +13,7 @@ A message gives the rule, the value, the name and the remedy.
 """
 
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 
@@ -75,3 +75,9 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, names, n=1)
     guess = f" Did you mean {close[0]!r}?" if close else ""
     return f"Unknown {kind} {name!r}.{guess} Available: {', '.join(names)}."
+
+
+def report(faults: Sequence[str]) -> None:
+    """Raises UsageError with all faults, a line each, where there are any."""
+    if faults:
+        raise UsageError("\n".join(dict.fromkeys(faults)))

@@ -1,8 +1,5 @@
 """What a recipe will do to a model, from its config.json alone: architecture, widths, sizes, memory, disk."""
 
-import functools
-import operator
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,23 +8,21 @@ import torch
 
 from compress.budget import Choice, Space, choices, planned_shape
 from compress.checkpoints.dense import DenseTarget
-from compress.checkpoints.lowrank import LowRankTarget
 from compress.checkpoints.sizes import Size, dense_size, size_of
 from compress.checkpoints.sliced import SlicedTarget
 from compress.checkpoints.stock import StockTarget
-from compress.checkpoints.targets import KERNEL_STEP, Shape, Target, block_linears, dense_units
-from compress.errors import UsageError
+from compress.checkpoints.targets import KERNEL_STEP, Shape, Target, dense_units
+from compress.errors import UsageError, report
+from compress.factoring import FactorPlan, factorising, plan_factors
 from compress.families import Family
-from compress.models.decoder import Decoder
-from compress.ranks import RankSpace, check_budget
+from compress.needs import needs, surveyed
+from compress.ranks import RankSpace
 from compress.recipe import Recipe
 from compress.stages._stage import StageConfig
-from compress.streaming.cache import cache_bytes
-from compress.streaming.linears import FactorShape, LinearShape
-from compress.streaming.passage import has_groups, num_streams
+from compress.streaming.linears import FactorShape
 from compress.streaming.sites import Count, StreamPoint, WholeModel, stream_points
-from compress.streaming.spectra import WIDEST, LinearWatch
-from compress.streaming.survey import SurveyNeed, kept_streams
+from compress.streaming.spectra import LinearWatch
+from compress.streaming.survey import SurveyNeed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +65,7 @@ class Plan:
     @property
     def watch(self) -> LinearWatch | None:
         """The linears that the survey is to look at."""
-        return next((stage.watch for stage in self.stages if stage.survey & SurveyNeed.LINEARS), None)
+        return next((stage.watch for stage in factorising(self.stages) if SurveyNeed.LINEARS in stage.survey), None)
 
     def chosen(self, choice: Choice) -> "Plan":
         """The plan with one of its choices made."""
@@ -152,51 +147,42 @@ def make_plan(
 ) -> Plan:
     """Raises UsageError with what of the recipe does not fit the model."""
     points, units = model_points(config, family, recipe.seed), dense_units(config, family)
-    target, notes = choose_target(recipe, config, family)
-    stages = tuple(stage.resolved(target.steps()) for stage in recipe.stages)
+    base, notes = choose_target(recipe, config, family)
+    stages = tuple(stage.resolved(base.steps()) for stage in recipe.stages)
     report([fault for stage in stages for fault in stage.faults(points, units)])
     dense = dense_size(config, dtype)
     widths, kept = planned_shape(stages, points, units)
     known = tuple(width for width in widths if width is not None)
-    space, found = Space(stages, points, units, target, dtype), list[Choice]()
-    size: Size | None = None
-    opened = recipe.budget is not None and any(stage.opens in ("hidden", *units) for stage in stages)
-    factors, ranks = dict[str, FactorShape](), None
-    if any(stage.factorises for stage in stages):
-        if opened or len(known) < len(widths):
-            report(["Ranks go by widths that are known beforehand. Give slice and prune_units a ratio."])
-        base = Shape(known, kept)
-        report(target.faults(base))
-        linears = block_linears(target, base, family)
-        factors, ranks, target, more = plan_factors(stages, linears, target, base, dtype)
-        if ranks is None:
-            stages = tuple(stage.settled(linears) for stage in stages)
-        elif recipe.budget is not None:
-            check_budget(ranks, recipe.budget, dense)
-        notes = notes + more + token_notes(recipe, stages, config, family)
-    if opened and recipe.budget is not None:
-        found = choices(space, recipe.budget, dense)
+    found = list[Choice]()
+    if recipe.budget is not None and any(stage.opens in ("hidden", *units) for stage in stages):
+        found = choices(Space(stages, points, units, base, dtype), recipe.budget, dense)
         if deletes_nothing(found[0].shape, points, units):
             raise UsageError("The budget deletes nothing: the whole model fits under it. Allow less.")
-    elif len(known) == len(widths) and ranks is None:
-        shape = Shape(known, kept, factors)
-        report(target.faults(shape))
-        if deletes_nothing(shape, points, units) and not any(stage.factorises for stage in stages):
+    shape = Shape(known, kept) if len(known) == len(widths) and not found else None
+    factored = FactorPlan(stages, base)
+    if factorising(stages):
+        factored = plan_factors(recipe, stages, base, shape, family, dtype, dense)
+        notes = notes + token_notes(recipe, config, family)
+    elif shape is not None:
+        report(base.faults(shape))
+        if deletes_nothing(shape, points, units):
             raise UsageError("The recipe deletes nothing: every width stays as it is. Add a slice stage.")
-        size = size_of(target.model(shape), dtype)
+    size = None
+    if shape is not None and factored.ranks is None:
+        size = size_of(factored.target.model(replace(shape, factors=factored.factors)), dtype)
     largest = size or max((choice.size for choice in found), key=lambda size: size.bytes, default=dense)
     memory, disk = needs(recipe, stages, config, family, computing=computing, cache_memory=cache_memory)
     plan = Plan(
-        stages=stages,
-        target=target,
+        stages=factored.stages,
+        target=factored.target,
         widths=widths,
         units=kept,
-        factors=factors,
+        factors=factored.factors,
         dense=dense,
         size=size,
-        ranks=ranks,
+        ranks=factored.ranks,
         choices=found,
-        notes=notes + step_notes(target, recipe.stages),
+        notes=notes + factored.notes + step_notes(base, recipe.stages),
         memory_bytes=memory,
         disk_bytes=largest.bytes + disk,
     )
@@ -204,36 +190,7 @@ def make_plan(
     return plan.chosen(found[0]) if decided else plan
 
 
-def plan_factors(
-    stages: Sequence[StageConfig], linears: Sequence[LinearShape], base: Target, shape: Shape, dtype: torch.dtype
-) -> tuple[dict[str, FactorShape], RankSpace | None, Target, list[str]]:
-    """What linears become, or what ranks are to be found for; the target that holds them, and what is to be told."""
-    report([fault for stage in stages for fault in stage.linear_faults(linears)])
-    twice = [linear.name for linear in linears if sum(stage.targets(linear) for stage in stages) > 1]
-    report([f"Two stages would factorise {name}. Give each its own target." for name in twice[:1]])
-    written = any(stage.writes_factors for stage in stages)
-    target: Target = LowRankTarget(base) if written else base
-    for stage in stages:
-        if stage.open_ranks:
-            if not written and stage.opens:
-                report(
-                    ["Multiplied out, the model keeps its size: a budget cannot be kept. Give --rank-frac or --rank."]
-                )
-            return {}, RankSpace(stage, linears, base, shape, dtype), target, []
-    factors = {path: f for stage in stages for path, f in stage.planned_factors(linears).items()}
-    targets = [linear for linear in linears if any(stage.targets(linear) for stage in stages)]
-    dense = [linear.name for linear in targets if linear.path not in factors]
-    kept = [f"Factors of this rank would be no smaller, so these stay dense: {shown(dense)}."] if dense else []
-    return (factors if written else {}), None, target, kept
-
-
-def shown(names: Sequence[str]) -> str:
-    """Each name once, with how often it is there."""
-    counts = Counter(names)
-    return ", ".join(f"{name} ({count} times)" if count > 1 else name for name, count in counts.items())
-
-
-def token_notes(recipe: Recipe, stages: Sequence[StageConfig], config: Any, family: Family) -> list[str]:
+def token_notes(recipe: Recipe, config: Any, family: Family) -> list[str]:
     """That there is less calibration text than the widest linear has inputs."""
     tokens = recipe.calibration.samples * recipe.calibration.seq_len
     widest = max(dense_units(config, family).get("neurons", 0), config.hidden_size)
@@ -246,57 +203,3 @@ def token_notes(recipe: Recipe, stages: Sequence[StageConfig], config: Any, fami
 
 def deletes_nothing(shape: Shape, points: Sequence[StreamPoint], units: Mapping[str, int]) -> bool:
     return all(width == points[0].dense_width for width in shape.widths) and shape.units == units
-
-
-def report(faults: Sequence[str]) -> None:
-    if faults:
-        raise UsageError("\n".join(dict.fromkeys(faults)))
-
-
-def needs(
-    recipe: Recipe,
-    stages: Sequence[StageConfig],
-    config: Any,
-    family: Family,
-    *,
-    computing: torch.dtype,
-    cache_memory: int,
-) -> tuple[int, int]:
-    """Bytes of memory, and of disk beside the output."""
-    calibration, width = recipe.calibration, config.hidden_size
-    one = cache_bytes(calibration.samples, calibration.seq_len, width, computing)
-    caches = one * num_streams(stages)
-    if SurveyNeed.GRADIENT in surveyed(stages):
-        caches = max(caches, one * kept_streams(config.num_hidden_layers, one, cache_memory))
-    # Eigenvectors and their like take four matrices of the stream's width; a group of linears has its equations twice.
-    statistics = 4 * width**2
-    if has_groups(stages):
-        # The stream itself is among the inputs of writers where their basis may change.
-        beside = width if any(stage.reshapes for stage in stages) else 0
-        inputs = beside + max(dense_units(config, family).get("neurons", 0), width)
-        statistics = max(statistics, 4 * inputs * (inputs + width))
-    memory = largest_part(config, family) * (computing.itemsize + 8) + statistics * 8 + min(caches, cache_memory)
-    spilled = caches if caches > cache_memory else 0
-    return memory, 2 * one * num_streams(stages) + spilled + gradient_files(stages, config, family)
-
-
-def surveyed(stages: Sequence[StageConfig]) -> SurveyNeed:
-    return functools.reduce(operator.or_, (stage.survey for stage in stages))
-
-
-def gradient_files(stages: Sequence[StageConfig], config: Any, family: Family) -> int:
-    """Bytes of the moments of gradients by linears' outputs, in float32."""
-    if SurveyNeed.LINEARS | SurveyNeed.GRADIENT not in surveyed(stages):
-        return 0
-    decoder = Decoder(config, family, dtype=torch.float32, device=torch.device("cpu"))
-    widest, shapes = WIDEST * config.hidden_size, decoder.parameter_shapes()
-    outputs = [shapes[name][0] for name in decoder.block_names(0) if len(shapes[name]) > 1]
-    return 4 * config.num_hidden_layers * sum(m * m if m <= widest else m for m in outputs)
-
-
-def largest_part(config: Any, family: Family) -> int:
-    """Parameters of the largest of embeddings, block and head, before compression."""
-    decoder = Decoder(config, family, dtype=torch.float32, device=torch.device("cpu"))
-    shapes = decoder.parameter_shapes()
-    parts = [decoder.embedding_names(), decoder.block_names(0), decoder.head_names()]
-    return max(sum(shapes[name].numel() for name in part) for part in parts)

@@ -19,7 +19,7 @@ from compress.errors import UsageError
 from compress.models.factors import tensor_names
 from compress.numerics.allocation import Ladder, spend
 from compress.recipe import Budget
-from compress.stages._stage import StageConfig
+from compress.stages._stage import FactorisingStage
 from compress.streaming.linears import LinearShape
 from compress.streaming.spectra import Spectrum
 
@@ -33,7 +33,7 @@ class RankSpace:
     stage: the one that leaves ranks open. base, shape: what the model would be without factors. linears: its linears.
     """
 
-    stage: StageConfig
+    stage: FactorisingStage
     linears: Sequence[LinearShape]
     base: Target
     shape: Shape
@@ -46,8 +46,9 @@ class RankSpace:
         return {linear: ladder for linear, ladder in ladders.items() if ladder}
 
     def shaped(self, ranks: Mapping[str, int]) -> Shape:
-        factors = self.stage.fitted({"ranks": ranks}).planned_factors(self.linears)
-        return replace(self.shape, factors=factors)
+        stage = self.stage.fitted({"ranks": ranks})
+        assert isinstance(stage, FactorisingStage)
+        return replace(self.shape, factors=stage.planned_factors(self.linears))
 
     def model(self, ranks: Mapping[str, int]) -> PreTrainedModel:
         """The model in factors, without weights."""

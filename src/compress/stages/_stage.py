@@ -4,7 +4,7 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
-from compress.streaming.linears import FactorShape, LinearShape
+from compress.streaming.linears import FactorShape, LinearShape, LinearSite
 from compress.streaming.sites import Count, Site, StreamPoint
 from compress.streaming.spectra import LinearWatch
 from compress.streaming.statistics import Need
@@ -80,59 +80,61 @@ class StageConfig(BaseModel):
         """How many of `count` units of a kind this stage leaves in the blocks."""
         return count
 
-    @property
-    def open_ranks(self) -> bool:
-        """Whether it factorises linears by ranks that are to be found, from the survey or under a budget."""
-        return False
-
-    @property
-    def factorises(self) -> bool:
-        """Whether it makes linears low-rank. writes_factors: and leaves them in factors."""
-        return False
-
-    @property
-    def writes_factors(self) -> bool:
-        return self.factorises
-
-    @property
-    def uniform(self) -> "StageConfig":
-        """With the ranks that it would give without looking at the model."""
-        return self
-
-    @property
-    def allocations(self) -> tuple[str, ...]:
-        """The ways to spread its ranks over the linears that are to be compared."""
-        return ()
-
-    @property
-    def watch(self) -> LinearWatch | None:
-        """Which linears the survey is to look at for it."""
-        return None
-
-    def targets(self, linear: LinearShape) -> bool:
-        """Whether it means to factorise a linear."""
-        return False
-
-    def planned_factors(self, linears: Sequence[LinearShape]) -> dict[str, FactorShape]:
-        """What becomes of the linears that it factorises, by path."""
-        return {}
-
-    def settled(self, linears: Sequence[LinearShape]) -> "StageConfig":
-        """With what it plans for each linear said, so that it does not depend on how the walk meets it."""
-        return self
-
-    def factor_shape(self, linear: LinearShape, rank: int) -> FactorShape:
-        """What it makes of a linear at a rank."""
-        raise NotImplementedError
-
-    def rank_ladder(self, linear: LinearShape) -> list[int]:
-        """The ranks that it can give a linear to make it smaller, increasing; none where it leaves it alone."""
-        return []
-
-    def linear_faults(self, linears: Sequence[LinearShape]) -> list[str]:
-        """What of this configuration does not fit a model with these linears in its blocks."""
-        return []
-
     def faults(self, points: Sequence[StreamPoint], units: Mapping[str, int]) -> list[str]:
         """What of this configuration does not fit a model with these points of the stream and units of each kind."""
         return []
+
+
+class FactorisingStage(StageConfig):
+    """A stage that makes linears low-rank: what the plan and the budget ask it about ranks."""
+
+    site: ClassVar = LinearSite
+
+    @property
+    @abstractmethod
+    def open_ranks(self) -> bool:
+        """Whether its ranks are to be found, from the survey or under a budget."""
+
+    @property
+    @abstractmethod
+    def writes_factors(self) -> bool:
+        """Whether it leaves linears in factors, and does not multiply them out."""
+
+    @property
+    @abstractmethod
+    def uniform(self) -> "FactorisingStage":
+        """With the ranks that it would give without looking at the model."""
+
+    @property
+    @abstractmethod
+    def allocations(self) -> tuple[str, ...]:
+        """The ways to spread ranks over the linears that are to be compared."""
+
+    @property
+    @abstractmethod
+    def watch(self) -> LinearWatch:
+        """Which linears the survey is to look at for it."""
+
+    @abstractmethod
+    def targets(self, linear: LinearShape) -> bool:
+        """Whether it means to factorise a linear."""
+
+    @abstractmethod
+    def planned_factors(self, linears: Sequence[LinearShape]) -> dict[str, FactorShape]:
+        """What becomes of the linears that it factorises, by path; those that stay dense are left out."""
+
+    @abstractmethod
+    def settled(self, linears: Sequence[LinearShape]) -> "FactorisingStage":
+        """With what it plans for each linear said, so that it does not depend on how the walk meets it."""
+
+    @abstractmethod
+    def factor_shape(self, linear: LinearShape, rank: int) -> FactorShape:
+        """What it makes of a linear at a rank."""
+
+    @abstractmethod
+    def rank_ladder(self, linear: LinearShape) -> list[int]:
+        """The ranks that it can give a linear to make it smaller, increasing; none where it leaves it alone."""
+
+    @abstractmethod
+    def linear_faults(self, linears: Sequence[LinearShape]) -> list[str]:
+        """What of this configuration does not fit a model with these linears in its blocks."""

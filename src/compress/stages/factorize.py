@@ -15,7 +15,7 @@ budget comes to. A linear whose factors would not be smaller stays as it is.
 import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from jaxtyping import Float64
 from pydantic import Field, model_validator
@@ -23,9 +23,8 @@ from torch import Tensor
 
 from compress.models.factors import Form, factor_module, multiplied_out
 from compress.numerics.lowrank import Factors, asvd, gradient_metric, lord, svd, svd_llm, weighted
-from compress.stages._stage import StageConfig
+from compress.stages._stage import FactorisingStage
 from compress.streaming.linears import FactorShape, LinearShape, LinearSite
-from compress.streaming.sites import StreamPoint
 from compress.streaming.spectra import LinearWatch
 from compress.streaming.survey import SurveyNeed
 
@@ -37,7 +36,7 @@ PIVOT_FROM = 1 / 8
 ALLOCATIONS = ("energy", "mixed", "fisher")
 
 
-class Factorize(StageConfig):
+class Factorize(FactorisingStage):
     """
     target: which linears: `all`, `attention`, `mlp`, or patterns of names below a block such as `*.down_proj`.
     rank_frac, rank: of every linear; with neither, the budget decides. ranks: of each by its name below the causal LM;
@@ -54,7 +53,6 @@ class Factorize(StageConfig):
     inputs: what `InputMoments` are of; by default the compressed prefix's for `anchored`, the dense model's for others.
     """
 
-    site: ClassVar = LinearSite
     stage: Literal["factorize"] = "factorize"
     method: Method = "anchored"
     target: tuple[str, ...] = ("all",)
@@ -90,10 +88,6 @@ class Factorize(StageConfig):
     def open_ranks(self) -> bool:
         told = self.rank_frac is not None or self.rank is not None
         return self.ranks is None and not (told and self.allocation == "uniform")
-
-    @property
-    def factorises(self) -> bool:
-        return True
 
     @property
     def writes_factors(self) -> bool:
@@ -133,7 +127,7 @@ class Factorize(StageConfig):
     def resolved(self, steps: Mapping[str, int]) -> "Factorize":
         return self.model_copy(update={"multiple": steps["rank"]}) if self.rounds else self
 
-    def fitted(self, counts: Mapping[str, object]) -> "Factorize":
+    def fitted(self, counts: Mapping[str, Any]) -> "Factorize":
         if not self.open_ranks:
             return self
         found = {"ranks": counts["ranks"], "forms": counts.get("forms")}
@@ -145,9 +139,6 @@ class Factorize(StageConfig):
             pattern in ("all", part) or fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"*.{pattern}")
             for pattern in self.target
         )
-
-    def faults(self, points: Sequence[StreamPoint], units: Mapping[str, int]) -> list[str]:
-        return []
 
     def linear_faults(self, linears: Sequence[LinearShape]) -> list[str]:
         """What does not fit a model with these linears in its blocks."""
