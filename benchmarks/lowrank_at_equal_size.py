@@ -93,8 +93,10 @@ class Bench:
         return prepare(job)
 
     def survey(self, prepared: Prepared, way: str) -> Survey | None:
-        """A way's survey depends on what it measures outputs by, not on its allocation, but for the backward pass."""
-        key = f"{way} {prepared.plan.survey}"
+        """Taken once for all ways that measure outputs by the same and ask for as many passes."""
+        how = WAYS[way]
+        centring = how["method"] if how["method"] in ("lord", "anchored") else ""
+        key = f"{centring} {how.get('gradient_weight')} {how.get('target')} {prepared.plan.survey}"
         if key not in self.surveys:
             self.surveys[key] = take_survey(prepared, lambda: None)
         return self.surveys[key]
