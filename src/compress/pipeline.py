@@ -46,9 +46,9 @@ SMALL = 5 * 10**8  # bytes: a model below this is reloaded whole, whatever the w
 class Result:
     """
     seconds: by kind of work; `total` is the whole run's, imports left out.
-    units: how many of each kind a block keeps. ranks: of the factorised linears, by path.
-    divergence: from the dense model on held-out calibration windows, in
-        nats a token, where it was measured. difference: of the reloaded logits, as a share of the largest.
+    units: how many of each kind a block keeps. ranks: of the factorised linears, by path; of `num_blocks` blocks.
+    divergence: from the dense model on held-out calibration windows, in nats a token, where it was measured.
+    difference: of the reloaded logits, as a share of the largest.
     """
 
     out: Path
@@ -59,6 +59,7 @@ class Result:
     widths: list[int]
     units: dict[str, Count]
     ranks: dict[str, int]
+    num_blocks: int
     divergence: float | None
     seconds: dict[str, float]
     difference: float | None
@@ -260,6 +261,7 @@ def _result(
         size=Size(**facts["size"]),
         widths=[point["width"] for point in facts["points"]],
         units={kind: tuple(n) if isinstance(n, list) else n for kind, n in facts["units"].items()},
+        num_blocks=prepared.plan.num_blocks,
         ranks={linear["linear"]: linear["rank"] for linear in facts["linears"] if "rank" in linear},
         divergence=facts["held_out_divergence"],
         seconds=seconds,

@@ -81,6 +81,10 @@ class Plan:
         )
 
     @property
+    def num_blocks(self) -> int:
+        return int(self.target.dense.num_hidden_layers)
+
+    @property
     def shape(self) -> Shape:
         """The shape of the result, at its dense width where the data decides."""
         widths = tuple(width or self.target.dense.hidden_size for width in self.widths)

@@ -68,5 +68,7 @@ def loading(facts: Mapping[str, Any]) -> str:
         said = f"A plain `{facts['architecture']}`: whatever loads that class loads this, transformers among them."
     else:
         said = "In an architecture of its own, whose code is in this folder."
+        if facts["linears"]:
+            said += " For engines that know no factors, `--materialize` writes the stock model, multiplied out."
         lines[1:1] = ["import compress  # registers it; without the package, pass trust_remote_code=True"]
     return f"{said}\n\n```python\n" + "\n".join(lines) + "\n```"

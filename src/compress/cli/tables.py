@@ -1,7 +1,7 @@
 """A plan and a result as tables."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from compress.cli.reporting import gigabytes, print_json, print_lines, print_table
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from compress.plan import Plan
     from compress.streaming.sites import Count
 
-NUMBER = re.compile(r"\.\d+\.")  # of the block, in a path
+BLOCK = re.compile(r"\.(\d+)\.(.*)")  # its number, and what is below it
 KINDS = {"hidden": "hidden size", "neurons": "MLP neurons a block", "kv_groups": "KV groups a block"}
 
 
@@ -37,7 +37,7 @@ def show_plan(job: "Job", plan: "Plan", *, as_json: bool) -> None:
     print_table(f"Plan: {job.model.name} to {job.out}", ["", "value"], rows)
     if plan.choices:
         show_choices(plan)
-    show_ranks({path: factors.rank for path, factors in plan.factors.items()})
+    show_ranks({path: factors.rank for path, factors in plan.factors.items()}, plan.num_blocks)
     print_lines(plan.notes)
 
 
@@ -54,11 +54,13 @@ def limit_rows(job: "Job", plan: "Plan") -> list[list[str]]:
     return [["parameters, at most", f"{int((budget.keep_params or 0) * plan.dense.parameters):,}"]]
 
 
-def show_ranks(ranks: Mapping[str, int]) -> None:
+def show_ranks(ranks: Mapping[str, int], num_blocks: int) -> None:
     """A row for each linear of a block: its ranks from the first block to the last."""
-    by_name: dict[str, list[int]] = {}
+    by_name: dict[str, list[int | str]] = {}
     for path, rank in ranks.items():
-        by_name.setdefault(NUMBER.split(path, maxsplit=1)[-1], []).append(rank)
+        match = BLOCK.search(path)
+        assert match is not None
+        by_name.setdefault(match[2], ["dense"] * num_blocks)[int(match[1])] = rank
     if by_name:
         print_table("Ranks", ["linear", "by block"], [[name, spans(each)] for name, each in by_name.items()])
 
@@ -88,7 +90,7 @@ def show_result(job: "Job", result: "Result", *, as_json: bool) -> None:
     shares = ", ".join(f"{kind} {value:.1f}" for kind, value in seconds.items() if kind != "total")
     rows += [["seconds", f"{seconds['total']:.1f} ({shares})"], ["reloads", reloads(result.difference)]]
     print_table(f"{job.model.name} compressed: {result.out}", ["", "value"], rows)
-    show_ranks(result.ranks)
+    show_ranks(result.ranks, result.num_blocks)
     print_lines(result.notes)
 
 
@@ -119,7 +121,7 @@ def size_rows(dense: Mapping[str, int], compressed: Mapping[str, int]) -> list[l
     ]
 
 
-def spans(widths: list[int]) -> str:
+def spans(widths: Sequence[int | str]) -> str:
     """Widths with repetitions counted: 96 x 8, 128."""
     parts: list[str] = []
     start = 0
