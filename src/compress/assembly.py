@@ -40,6 +40,7 @@ def take_survey(prepared: Prepared, progress: Callable[[], None]) -> Survey | No
         CacheFolder(decoder, prepared.job.partial.parent),
         memory=cache_memory(prepared.job),
         observer=None if watch is None else LinearObserver(watch, files, decoder),
+        stream=SurveyNeed.STREAM in need,
     )
     return surveyor.run(gradient=SurveyNeed.GRADIENT in need, progress=progress)
 

@@ -50,7 +50,8 @@ class SurveyNeed(enum.Flag):
 @dataclass(frozen=True)
 class Survey:
     """
-    moment, gradient: of the stream, sums over all points of the mean per token, D the dense width.
+    moment, gradient: of the stream, sums over all points of the mean per token, D the dense width; zeros where no stage
+        asked for them.
     spectra: of the linears, by their names below the causal LM. gradients: by the outputs of linears.
     """
 
@@ -85,7 +86,7 @@ class Survey:
 class Surveyor:
     """
     memory: bytes of activations to hold in memory; past it they go to disk.
-    observer: of the blocks' linears, where they are to be watched.
+    observer: of the blocks' linears, where they are to be watched. stream: whether the stream's moments are wanted.
     """
 
     def __init__(
@@ -97,12 +98,14 @@ class Surveyor:
         *,
         memory: int,
         observer: LinearObserver | None = None,
+        stream: bool = True,
     ) -> None:
         self.decoder = decoder
         self.loader = loader
         self.batches = batches
         self.caches = caches
         self.observer = observer
+        self.counts_stream = stream
         self.tokens = sum(batch.ids.numel() for batch in batches)
         stream_bytes = self.tokens * decoder.dense_width * decoder.dtype.itemsize
         self.segment = segment_length(self.num_blocks, stream_bytes, memory)
@@ -233,6 +236,8 @@ class Surveyor:
     @torch.no_grad()
     def _count(self, x: Float[Tensor, "*batch D"], gradient: Float[Tensor, "*batch D"] | None = None) -> None:
         """A point's tokens, or the gradients there, into the sums."""
+        if not self.counts_stream:
+            return
         rows = x.reshape(-1, x.shape[-1]).double()
         if self.decoder.family.norm == "layer":
             rows = rows - rows.mean(-1, keepdim=True)
