@@ -47,6 +47,7 @@ WAYS |= {"lord, pivot": {"method": "lord"}}
 WAYS |= {"anchored": {"method": "anchored", "gradient_weight": 0.9}}
 WAYS |= {"anchored, no gradient": {"method": "anchored"}}
 WAYS |= {"anchored, no refit": {"method": "anchored", "gradient_weight": 0.9, "refit": False}}
+WAYS |= {"anchored, pivot": {"method": "anchored", "gradient_weight": 0.9, "form": "pivot"}}
 WAYS |= {"anchored, factors": {"method": "anchored", "gradient_weight": 0.9, "form": "factors"}}
 REFERENCE = "lord"
 BLOCK = re.compile(r"\.(\d+)\.(.*)")
