@@ -39,6 +39,7 @@ def words(home, kind, *more):
     return ["slice", "--model", home / kind, *text, *more]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_written_has_as_many_neurons_in_each_block_as_the_best_trial(home, place, monkeypatch, kind):
     if kind != "llama":  # one is proved in a clean process
@@ -63,6 +64,7 @@ def test_what_is_written_has_as_many_neurons_in_each_block_as_the_best_trial(hom
     assert [writer.in_features for writer in writers] == best["neurons"]
 
 
+@pytest.mark.slow
 def test_the_search_repeats_itself(home, place, monkeypatch):
     monkeypatch.setattr("compress.pipeline.verify", lambda *_arguments, **_options: 0.0)
     options = ["--keep-params", 0.6, "--allocation", "searched", "--samples", 4]

@@ -81,6 +81,7 @@ def test_a_pattern_names_linears(home, place):
     assert {path.split(".")[-1] for path in said["ranks"]} == {"down_proj", "o_proj"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("allocation", ["auto", "uniform", "energy", "mixed", "fisher"])
 def test_a_budget_is_kept_and_its_trials_are_told(home, place, allocation):
     options = ["--keep-params", 0.7, "--trial-samples", 8, "--allocation", allocation, "--json"]
@@ -90,6 +91,7 @@ def test_a_budget_is_kept_and_its_trials_are_told(home, place, allocation):
     assert [trial["allocation"] for trial in trials] == (["energy", "mixed", "fisher"] if allocation == "auto" else [])
 
 
+@pytest.mark.slow
 def test_a_size_on_disk_is_kept(home, place):
     said = succeeds(*words(home, "opt", "--target-size", "80kB", "--trial-samples", 8, "--json")).json
     written = sum(file.stat().st_size for file in (place / said["out"]).glob("*.safetensors"))

@@ -396,6 +396,7 @@ def test_what_would_not_be_smaller_stays_as_it_was(models):
 # ---- the forms ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["anchored", "lord", "svd"])
 @MOST_LATER
 def test_all_forms_are_one_function(variant, method, models):
@@ -986,6 +987,7 @@ def starcoder_plan(stages: Stages, **more: Any) -> Plan:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rank", "billions"), [(4672, 14.92), (4480, 14.45), (4224, 13.82), (3968, 13.19), (3712, 12.56)]
 )
@@ -1004,6 +1006,7 @@ def test_starcoders_ranks_are_rounded_to_what_kernels_take():
     assert {factors.rank for factors in plan.factors.values()} == {3712}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gradient_weight", [0.0, 0.9])
 def test_starcoder_fits_a_machine(gradient_weight):
     for stages in (

@@ -721,6 +721,7 @@ def outcomes(tmp_path_factory) -> dict[str, Any]:
     return {"models": models} | dict(zip([*ORDERS, "stranger"], forked(programs, root), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ORDERS)
 def test_both_registries_know_every_architecture(order, outcomes):
     expected = []

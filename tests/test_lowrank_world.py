@@ -22,6 +22,7 @@ from compress.models.modeling_lowrank import LowRankForCausalLM, LowRankLinear, 
 from compress.recipe import lowrank, parse_recipe
 from oracles import logits_of
 
+pytestmark = pytest.mark.slow
 DEMO = Path(compress.__file__).parent / "assets/demo"
 FORMS = ["factors", "pivot"]
 

@@ -193,6 +193,7 @@ def steps_up(run: Made) -> dict[str, int]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", SPENT)
 def test_the_promise_is_kept_and_spent(order, made):
     run = made(order)
@@ -260,6 +261,7 @@ def allocated(run: Made) -> list[Any]:
 # ---- spreading what uniform ranks would take ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["factors", "pivot"])
 @pytest.mark.parametrize("allocation", ["energy", "fisher", pytest.param("mixed", marks=SLOW)])
 @pytest.mark.parametrize("rule", [("rank_frac", 0.5), pytest.param(("rank", 9), marks=SLOW)], ids=str)
@@ -348,6 +350,7 @@ def test_a_budget_is_no_promise_of_what_is_multiplied_out():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["factors", "pivot"])
 @pytest.mark.parametrize("rounding", [pytest.param(1, marks=SLOW), 4])
 @pytest.mark.parametrize("share", [0.9, pytest.param(0.95, marks=SLOW)])
@@ -447,6 +450,7 @@ def test_headers_are_as_safetensors_writes_them(tmp_path):
     assert header_bytes(told) == 8 + length
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["factors", "pivot"])
 @pytest.mark.parametrize("blocks", [2, 80])
 def test_bytes_on_disk_are_no_less_than_planned_for_a_large_model(blocks, form):
@@ -495,6 +499,7 @@ AUTO = Order("llama", "anchored", {"keep_params": 0.75}, allocation="auto", bloc
 SPREAD = Order("llama", "lord", allocation="fisher", rule=(("rank_frac", 0.5),), blocks=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", [AUTO, SPREAD], ids=["auto", "spread"])
 def test_ranks_of_a_result_give_the_same_bytes(order, made):
     run = made(order)
@@ -562,6 +567,7 @@ def kill(job: Job, moment: str) -> None:
 AT_ONCE = ("between trials", "after one part")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "moment", [moment if moment in AT_ONCE else pytest.param(moment, marks=SLOW) for moment in MOMENTS]
 )
@@ -584,6 +590,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(order, moment, made, monkeypatch
 FINDINGS = ["finding-survey.safetensors", "finding-gradients-00000.safetensors"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["changed", pytest.param("gone", marks=SLOW)])
 @pytest.mark.parametrize("file", FINDINGS)
 def test_a_finding_that_is_damaged_is_found_again(file, damage, made, monkeypatch):

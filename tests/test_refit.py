@@ -480,7 +480,7 @@ def test_a_layer_norm_models_frame_keeps_the_mean_for_last(gradient_weight):
         X = X - X.mean(1, keepdim=True)
         moments.append(X.T @ X)
     stage, site = RotateShared(gradient_weight=gradient_weight), WholeModel(Survey(*moments), layer_norm=True)
-    assert stage.survey is (SurveyNeed.GRADIENT if gradient_weight else SurveyNeed.STREAM)
+    assert (SurveyNeed.GRADIENT in stage.survey) == bool(gradient_weight)
     stage.apply(site)
     assert site.frame is not None
     assert site.frame.energy[-1] == 0
