@@ -48,7 +48,9 @@ class PivotLinear(nn.Module):
 
     def forward(self, x):
         pivots = self.first(x)
-        return torch.cat([pivots, self.second(pivots)], dim=-1).index_select(-1, self.order)
+        outputs = torch.cat([pivots, self.second(pivots)], dim=-1)
+        # As a matrix: for these alone torch picks columns fast.
+        return outputs.view(-1, self.out_features).index_select(1, self.order).view_as(outputs)
 
 
 FORMS = {"factors": LowRankLinear, "pivot": PivotLinear}
