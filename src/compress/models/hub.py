@@ -26,6 +26,8 @@ ALIASES = {
     "phi-2": "microsoft/phi-2",
     "phi-3-mini": "microsoft/Phi-3-mini-4k-instruct",
     "starcoder": "bigcode/starcoder",
+    **{f"codegen-{size}": f"Salesforce/codegen-{size.upper()}-mono" for size in ("350m", "2b", "6b", "16b")},
+    **{f"pythia-{size}": f"EleutherAI/pythia-{size}" for size in ("160m", "410m", "1b", "1.4b", "2.8b", "6.9b", "12b")},
     "tinyllama": "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
 }
 NEEDED_FILES = (
