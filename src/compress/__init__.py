@@ -7,21 +7,41 @@ soon as transformers loads one of its registries our class for it is loaded too,
 
 import importlib
 from functools import partial
+from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import wrapt
 
 from compress.version import __version__
 
-__all__ = ["__version__"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["__version__", "load"]
 
 # Of each architecture: the end of its modules' names in `compress.models`, the start of its classes' names, and what
 # has to be imported before it. Importing one of our own modules first imports the registries on its way.
 ARCHITECTURES = {
     "sliced": ("Sliced", "transformers.models.auto.{kind}_auto"),
     "lowrank": ("LowRank", "transformers.models.auto.{kind}_auto"),
+    "compact": ("Compact", "transformers.models.auto.{kind}_auto"),
     "lowrank_sliced": ("LowRankSliced", "compress.models.{kind}_lowrank"),
 }
+
+
+def load(model: str | Path, *, dtype: "torch.dtype | None" = None, device: "torch.device | str" = "cpu") -> Any:
+    """A model that this program has written, base and adapter in one, or any other, as transformers' class.
+
+    model: a folder, a hub id or an alias. dtype: by default the checkpoint's own. Packed weights stay packed in memory;
+    where no kernel multiplies from them, a warning of the logger `compress` says so. Raises a CompressError for what
+    a user can mend.
+    """
+    import torch
+
+    from compress.models.opening import load as open_named
+
+    return open_named(str(model), dtype, torch.device(device))
 
 
 def _register_config(class_name: str, module: ModuleType) -> None:

@@ -11,7 +11,7 @@ from compress.checkpoints.targets import dense_units
 from compress.families import Family
 from compress.models.decoder import Decoder
 from compress.recipe import Recipe
-from compress.stages._stage import StageConfig
+from compress.stages._stage import StageConfig, StoringStage
 from compress.streaming.cache import cache_bytes
 from compress.streaming.passage import has_groups, num_streams
 from compress.streaming.spectra import WIDEST
@@ -41,6 +41,8 @@ def needs(
         inputs = beside + max(dense_units(config, family).get("neurons", 0), width)
         statistics = max(statistics, 4 * inputs * (inputs + width))
     memory = largest_part(config, family) * (computing.itemsize + 8) + statistics * 8 + min(caches, cache_memory)
+    if any(isinstance(stage, StoringStage) for stage in stages):
+        memory += largest_linear(config, family) * (6 * 8 + 10 * computing.itemsize)
     spilled = caches if caches > cache_memory else 0
     return memory, 2 * one * num_streams(stages) + spilled + gradient_files(stages, config, family)
 
@@ -57,6 +59,13 @@ def gradient_files(stages: Sequence[StageConfig], config: Any, family: Family) -
     widest, shapes = WIDEST * config.hidden_size, decoder.parameter_shapes()
     outputs = [shapes[name][0] for name in decoder.block_names(0) if len(shapes[name]) > 1]
     return 4 * config.num_hidden_layers * sum(m * m if m <= widest else m for m in outputs)
+
+
+def largest_linear(config: Any, family: Family) -> int:
+    """Weights of the largest linear of a block. Sweeps and ADMM hold it a dozen times."""
+    decoder = Decoder(config, family, dtype=torch.float32, device=torch.device("cpu"))
+    shapes = decoder.parameter_shapes()
+    return max(shapes[name].numel() for name in decoder.block_names(0))
 
 
 def largest_part(config: Any, family: Family) -> int:

@@ -22,10 +22,11 @@ from compress import search
 from compress.assembly import new_walk, restored, take_survey
 from compress.budget import Choice
 from compress.checkpoints import files
+from compress.checkpoints.adapter import adapter_config, write_adapter
 from compress.checkpoints.card import model_card
 from compress.checkpoints.sizes import Size
 from compress.checkpoints.targets import Shape
-from compress.checkpoints.verify import verify, verify_tokens
+from compress.checkpoints.verify import verify, verify_tokens, why_own
 from compress.errors import OutputError
 from compress.job import Job
 from compress.models.loading import load_config
@@ -47,6 +48,8 @@ class Result:
     """
     seconds: by kind of work; `total` is the whole run's, imports left out.
     units: how many of each kind a block keeps. ranks: of the factorised linears, by path; of `num_blocks` blocks.
+    alternatives: ways to store the same linears, this one first. lost: of the linears' outputs on the calibration text,
+        the share of their energy that the stored ones do not give, the mean over linears; None where none is stored.
     divergence: from the dense model on held-out calibration windows, in nats a token, where it was measured.
     difference: of the reloaded logits, as a share of the largest.
     """
@@ -60,6 +63,8 @@ class Result:
     units: dict[str, Count]
     ranks: dict[str, int]
     num_blocks: int
+    alternatives: list[dict[str, Any]]
+    lost: float | None
     divergence: float | None
     seconds: dict[str, float]
     difference: float | None
@@ -79,6 +84,8 @@ class Result:
             "widths": self.widths,
             "units": self.units,
             "ranks": self.ranks,
+            "alternatives": self.alternatives,
+            "lost_energy": self.lost,
             "held_out_divergence": self.divergence,
             "seconds": {kind: round(value, 3) for kind, value in self.seconds.items()},
             "reload_difference": self.difference,
@@ -263,12 +270,24 @@ def _result(
         units={kind: tuple(n) if isinstance(n, list) else n for kind, n in facts["units"].items()},
         num_blocks=prepared.plan.num_blocks,
         ranks={linear["linear"]: linear["rank"] for linear in facts["linears"] if "rank" in linear},
+        alternatives=facts["alternatives"],
+        lost=mean_loss(facts),
         divergence=facts["held_out_divergence"],
         seconds=seconds,
         difference=difference,
         resumed_parts=resumed,
-        notes=prepared.plan.notes + export_notes(prepared.job),
+        notes=prepared.plan.notes + export_notes(prepared.job) + proof_notes(prepared.job.out),
     )
+
+
+def mean_loss(facts: dict[str, Any]) -> float | None:
+    lost = [linear["lost"] for linear in facts["linears"] if "lost" in linear]
+    return sum(lost) / len(lost) if lost and facts["alternatives"] else None
+
+
+def proof_notes(out: Path) -> list[str]:
+    reason = why_own(out)
+    return [] if reason is None else [f"Reloaded by this package's own reader, not by transformers: {reason}."]
 
 
 def export_notes(job: Job) -> list[str]:
@@ -282,12 +301,15 @@ def export_notes(job: Job) -> list[str]:
 def _write_part(journal: Journal, part: FinishedPart, walk: Walk) -> None:
     with walk.clock("write"):
         written = write_tensors(journal.folder / files.part_file(part.index, walk.num_parts), part.tensors)
+        beside = journal.folder / files.adapter_file(part.index)
         entry = {
             "name": part.name,
             "part": written,
+            "adapter": write_tensors(beside, part.adapter) if part.adapter else None,
             "tensors": sorted(part.tensors),
             "tensor_bytes": sum(tensor.nbytes for tensor in part.tensors.values()),
-            "parameters": sum(tensor.numel() for tensor in part.tensors.values() if tensor.is_floating_point()),
+            "adapter_bytes": sum(tensor.nbytes for tensor in part.adapter.values()),
+            "parameters": part.parameters,
             "points": part.points,
             "groups": part.groups,
             "divergence": part.divergence,
@@ -299,12 +321,16 @@ def _complete(prepared: Prepared, walk: Walk, journal: Journal) -> tuple[dict[st
     """The rest of the checkpoint, the proof that it reloads, and its name. What it says of itself, and the proof."""
     job, partial, target = prepared.job, journal.folder, prepared.plan.target
     facts = _facts(prepared, journal)
-    shape = Shape(tuple(point["width"] for point in facts["points"]), facts["units"], prepared.plan.factors)
+    widths = tuple(point["width"] for point in facts["points"])
+    shape = Shape(widths, facts["units"], prepared.plan.factors, prepared.plan.storage)
     config = target.config(shape, prepared.precision.written)
     files.write_json(partial / "config.json", config.to_diff_dict())
     files.carry_modeling(partial, target.carried)
     files.copy_companions(prepared.folder, partial)
     files.write_index(partial, journal.entries)
+    if facts["adapter"]:
+        parts = [partial / entry["adapter"]["file"] for entry in journal.entries if entry["adapter"]]
+        write_adapter(partial, parts, facts["adapter"])
     files.write_json(partial / "compress.json", facts)
     (partial / "README.md").write_text(model_card(facts), encoding="utf-8")
     with walk.clock("verify"):
@@ -348,8 +374,12 @@ def _facts(prepared: Prepared, journal: Journal) -> dict[str, Any]:
         "dense_size": vars(prepared.plan.dense),
         "size": {
             "parameters": sum(entry["parameters"] for entry in entries),
-            "bytes": sum(entry["tensor_bytes"] for entry in entries),
+            "bytes": sum(entry["tensor_bytes"] + entry["adapter_bytes"] for entry in entries),
         },
+        "adapter": adapter_facts(prepared),
+        "quantized": any(each.bits is not None for each in prepared.plan.storage.values()),
+        "storage": next((each.form for each in prepared.plan.storage.values()), None),
+        "alternatives": [vars(alternative) for alternative in prepared.plan.alternatives],
         "units": dict(prepared.plan.units),
         "held_out_divergence": entries[-1]["divergence"],
         "points": [point for entry in entries for point in entry["points"]],
@@ -357,6 +387,13 @@ def _facts(prepared: Prepared, journal: Journal) -> dict[str, Any]:
         "linears": [report for entry in entries for report in entry["groups"] if "linear" in report],
         "parts": {entry["part"]["file"]: entry["part"]["sha256"] for entry in entries},
     }
+
+
+def adapter_facts(prepared: Prepared) -> dict[str, Any] | None:
+    """The config of the adapter beside the checkpoint; None where there is none."""
+    storage = prepared.plan.storage
+    ranks = {path: each.rank for path, each in storage.items() if each.form == "packed" and each.rank}
+    return adapter_config(f"{prepared.job.model.name}-{prepared.job.recipe.method}", ranks) if ranks else None
 
 
 def found_trials(journal: Journal, name: str) -> list[dict[str, Any]]:

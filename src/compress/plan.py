@@ -15,11 +15,13 @@ from compress.checkpoints.targets import KERNEL_STEP, Shape, Target, dense_units
 from compress.errors import UsageError, report
 from compress.factoring import FactorPlan, factorising, plan_factors
 from compress.families import Family
+from compress.models.storage import Storage
 from compress.needs import needs, surveyed
 from compress.ranks import RankSpace
 from compress.recipe import Recipe
 from compress.stages._stage import StageConfig
-from compress.streaming.linears import FactorShape
+from compress.storing import Alternative, StoragePlan, mixture_faults, plan_storage, storing
+from compress.streaming.linears import FactorShape, LinearSite
 from compress.streaming.sites import Count, StreamPoint, WholeModel, stream_points
 from compress.streaming.spectra import LinearWatch
 from compress.streaming.survey import SurveyNeed
@@ -30,7 +32,8 @@ class Plan:
     """
     stages: as they will be run; with a budget, still open. target: what the result is written as.
     widths: of the stream after the embeddings and after each branch; None where the data decides.
-    units: how many of each kind the blocks keep. factors: what linears become, by path.
+    units: how many of each kind the blocks keep. factors, storage: what linears become and are stored as, by path.
+    alternatives: other ways to store them, the plan itself first; none where all is as before.
     dense: the model's size. size: the result's, None where the data or a choice decides.
     ranks: what ranks are to be found for, where a stage leaves them open.
     choices: what fits under the recipe's budget, to be compared by trial; empty without one.
@@ -46,6 +49,8 @@ class Plan:
     widths: list[int | None]
     units: Mapping[str, Count]
     factors: Mapping[str, FactorShape]
+    storage: Mapping[str, Storage]
+    alternatives: Sequence[Alternative]
     dense: Size
     size: Size | None
     ranks: RankSpace | None
@@ -65,7 +70,7 @@ class Plan:
     @property
     def watch(self) -> LinearWatch | None:
         """The linears that the survey is to look at."""
-        return next((stage.watch for stage in factorising(self.stages) if SurveyNeed.LINEARS in stage.survey), None)
+        return next((stage.watch for stage in self.stages if SurveyNeed.LINEARS in stage.survey), None)
 
     def chosen(self, choice: Choice) -> "Plan":
         """The plan with one of its choices made."""
@@ -88,7 +93,7 @@ class Plan:
     def shape(self) -> Shape:
         """The shape of the result, at its dense width where the data decides."""
         widths = tuple(width or self.target.dense.hidden_size for width in self.widths)
-        return Shape(widths, self.units, self.factors)
+        return Shape(widths, self.units, self.factors, self.storage)
 
     def to_dict(self) -> dict[str, Any]:
         open_widths = bool(self.choices)
@@ -98,6 +103,7 @@ class Plan:
             "widths": None if open_widths else self.widths,
             "units": None if open_widths else dict(self.units),
             "ranks": None if self.ranks else {path: factors.rank for path, factors in self.factors.items()},
+            "alternatives": [vars(alternative) for alternative in self.alternatives],
             "choices": [{**choice.label, **vars(choice.size)} for choice in self.choices],
             "dense": vars(self.dense),
             "size": None if self.size is None else vars(self.size),
@@ -163,17 +169,25 @@ def make_plan(
         if deletes_nothing(found[0].shape, points, units):
             raise UsageError("The budget deletes nothing: the whole model fits under it. Allow less.")
     shape = Shape(known, kept) if len(known) == len(widths) and not found else None
-    factored = FactorPlan(stages, base)
-    if factorising(stages):
+    factored, stored = FactorPlan(stages, base), StoragePlan(stages, base)
+    if storing(stages):
+        report(mixture_faults(stages))
+        assert shape is not None
+        stored = plan_storage(stages, base, shape, family, dtype)
+        factored = FactorPlan(stored.stages, stored.target)
+        notes = notes + token_notes(recipe, config, family)
+    elif factorising(stages):
         factored = plan_factors(recipe, stages, base, shape, family, dtype, dense)
         notes = notes + token_notes(recipe, config, family)
     elif shape is not None:
         report(base.faults(shape))
-        if deletes_nothing(shape, points, units):
+        on_linears = any(stage.site is LinearSite for stage in stages)
+        if not on_linears and deletes_nothing(shape, points, units):
             raise UsageError("The recipe deletes nothing: every width stays as it is. Add a slice stage.")
     size = None
     if shape is not None and factored.ranks is None:
-        size = size_of(factored.target.model(replace(shape, factors=factored.factors)), dtype)
+        shape = replace(shape, factors=factored.factors, storage=stored.storage)
+        size = size_of(factored.target.model(shape), dtype)
     largest = size or max((choice.size for choice in found), key=lambda size: size.bytes, default=dense)
     memory, disk = needs(recipe, stages, config, family, computing=computing, cache_memory=cache_memory)
     plan = Plan(
@@ -182,11 +196,13 @@ def make_plan(
         widths=widths,
         units=kept,
         factors=factored.factors,
+        storage=stored.storage,
+        alternatives=stored.alternatives,
         dense=dense,
         size=size,
         ranks=factored.ranks,
         choices=found,
-        notes=notes + factored.notes + step_notes(base, recipe.stages),
+        notes=notes + factored.notes + stored.notes + step_notes(base, recipe.stages),
         memory_bytes=memory,
         disk_bytes=largest.bytes + disk,
     )

@@ -12,9 +12,9 @@ import torch
 from transformers import PreTrainedModel
 
 from compress.budget import Choice
-from compress.checkpoints.lowrank import INNER, LowRankTarget
 from compress.checkpoints.sizes import Size, disk_bytes, header_bytes, size_of
 from compress.checkpoints.targets import Shape, Target
+from compress.checkpoints.wrapped import INNER
 from compress.errors import UsageError
 from compress.models.factors import tensor_names
 from compress.numerics.allocation import Ladder, spend

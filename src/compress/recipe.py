@@ -247,3 +247,22 @@ def lowrank(
         *([{"stage": "refit"}] if anchored and refit else []),
         {"stage": "factorize", "method": method, **rule, **given},
     ]
+
+
+def slim(
+    *,
+    prune: dict[str, Any] | None,
+    quantize: dict[str, Any] | None,
+    adapt: dict[str, Any] | None,
+    refit: bool,
+    measure_error: bool = False,
+    **options: Any,
+) -> list[dict[str, Any]]:
+    """The stages that store linears in fewer bits; what `slim` is not to do is None. options: its others."""
+    given = {name: value for name, value in options.items() if value is not None}
+    parts = {"prune": prune, "quantize": quantize, "adapt": adapt}
+    return [
+        *([{"stage": "measure_error"}] if measure_error else []),
+        *([{"stage": "refit"}] if refit else []),
+        {"stage": "slim", **{name: part for name, part in parts.items() if part is not None}, **given},
+    ]

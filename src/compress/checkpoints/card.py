@@ -4,6 +4,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from compress.checkpoints.adapter import VLLM_RANKS
+
 
 def model_card(facts: Mapping[str, Any]) -> str:
     """
@@ -30,8 +32,9 @@ tags: [compress, {facts["recipe"]["method"]}]
 | dense | {dense["parameters"]:,} | {dense["bytes"]:,} |
 | this model | {size["parameters"]:,} ({share}) | {size["bytes"]:,} |
 
-Everything is counted: shortcut matrices, biases, embeddings, a head that no longer shares the embeddings' weights.
-{quality(facts)}
+Everything is counted: shortcut matrices, biases, scales, adapters, embeddings, a head that no longer shares the
+embeddings' weights.
+{storage(facts)}{quality(facts)}
 ## Load it
 
 {loading(facts)}
@@ -57,7 +60,74 @@ On calibration windows that nothing was fitted on, its next-token distribution d
 """
 
 
+def storage(facts: Mapping[str, Any]) -> str:
+    """What of the stored linears, and what would take as many bytes."""
+    if not facts["alternatives"]:
+        return ""
+    rows = "\n".join(
+        f"| {each['name']} | {each['bits_per_weight']:.2f} | {each['bytes']:,} |" for each in facts["alternatives"]
+    )
+    return f"""
+Of the linear layers that are stored in fewer bits, and what else takes about as many bytes:
+
+| stored as | bits a weight, all counted | bytes of the model |
+|---|---|---|
+{rows}
+"""
+
+
 def loading(facts: Mapping[str, Any]) -> str:
+    return adapted(facts) if facts["adapter"] else plain(facts)
+
+
+def adapted(facts: Mapping[str, Any]) -> str:
+    """For a checkpoint with an adapter beside it."""
+    rank = vllm_rank(facts["adapter"])
+    return f"""A plain `{facts["architecture"]}` and, in `adapter/`, a LoRA that corrects its error. Both in one
+call, from the packed weights, with compress:
+
+```python
+import compress
+from transformers import AutoTokenizer
+
+model = compress.load("PATH")
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+```
+
+With transformers and peft, the weights unpacked:
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM{", CompressedTensorsConfig" if facts["quantized"] else ""}
+
+model = AutoModelForCausalLM.from_pretrained("PATH"{unpacking(facts)})
+model = PeftModel.from_pretrained(model, "PATH/adapter")
+```
+
+{serving(rank)}"""
+
+
+def unpacking(facts: Mapping[str, Any]) -> str:
+    return ", quantization_config=CompressedTensorsConfig(dequantize=True)" if facts["quantized"] else ""
+
+
+def serving(rank: int | None) -> str:
+    if rank is None:
+        return "vLLM takes LoRAs of rank 512 at most, so it cannot serve this one."
+    return f"""With vLLM; requests name the model `corrected`:
+
+```
+vllm serve PATH --enable-lora --lora-modules corrected=PATH/adapter --max-lora-rank {rank}
+```"""
+
+
+def vllm_rank(adapter: Mapping[str, Any]) -> int | None:
+    """What --max-lora-rank has to be; None where vLLM has none so large."""
+    ranks = [adapter["r"], *adapter["rank_pattern"].values()]
+    return next((rank for rank in VLLM_RANKS if rank >= max(ranks)), None)
+
+
+def plain(facts: Mapping[str, Any]) -> str:
     lines = [
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
@@ -66,9 +136,11 @@ def loading(facts: Mapping[str, Any]) -> str:
     ]
     if facts["loads_without_our_code"]:
         said = f"A plain `{facts['architecture']}`: whatever loads that class loads this, transformers among them."
+        if facts["quantized"]:
+            said += " For its packed weights transformers needs compressed-tensors; vLLM has it: `vllm serve PATH`."
     else:
         said = "In an architecture of its own, whose code is in this folder."
-        if facts["linears"]:
+        if facts["architecture"].startswith("LowRank"):
             said += " For engines that know no factors, `--materialize` writes the stock model, multiplied out."
         lines[1:1] = ["import compress  # registers it; without the package, pass trust_remote_code=True"]
     return f"{said}\n\n```python\n" + "\n".join(lines) + "\n```"

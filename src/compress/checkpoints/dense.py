@@ -75,3 +75,6 @@ class DenseLayout:
 
     def written(self, name: str) -> str:
         return name
+
+    def in_adapter(self, name: str) -> str | None:
+        return None

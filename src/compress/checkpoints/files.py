@@ -29,6 +29,11 @@ def part_file(index: int, num_parts: int) -> str:
     return f"model-{index + 1:05d}-of-{num_parts:05d}.safetensors"
 
 
+def adapter_file(index: int) -> str:
+    """A part's share of the adapter, until all are put together."""
+    return f"adapter-{index + 1:05d}.safetensors"
+
+
 def copy_companions(source: Path, target: Path) -> None:
     """Tokenizer, chat template, generation config and licence, byte for byte."""
     for pattern in COPIED:

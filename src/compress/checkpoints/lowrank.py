@@ -1,35 +1,22 @@
 """A model with factorised linears: our own architecture around the one that it would have without."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from compress.checkpoints.targets import Shape, Target
-from compress.models.branch import Branch
+from compress.checkpoints.targets import Shape
+from compress.checkpoints.wrapped import INNER, WrappedLayout, WrappedTarget
 from compress.models.configuration_lowrank import LowRankConfig
 from compress.models.configuration_lowrank_sliced import LowRankSlicedConfig
 from compress.models.modeling_lowrank import LowRankForCausalLM
 from compress.models.modeling_lowrank_sliced import LowRankSlicedForCausalLM
 from compress.streaming.layout import Layout
 
-INNER = "model."  # what the factorised model calls the one it is built around
-
 
 @dataclass(frozen=True)
-class LowRankTarget:
-    """
-    base: what the model would be written as without factors.
-    """
-
-    base: Target
-
-    @property
-    def dense(self) -> Any:
-        return self.base.dense
-
+class LowRankTarget(WrappedTarget):
     @property
     def architecture(self) -> str:
         return "LowRankForCausalLM" if self.base.is_stock else "LowRankSlicedForCausalLM"
@@ -43,10 +30,6 @@ class LowRankTarget:
         own = ("configuration_lowrank", "modeling_lowrank")
         beside = ("configuration_lowrank_sliced", "modeling_lowrank_sliced")
         return own if self.base.is_stock else (*own, *beside, *self.base.carried)
-
-    @property
-    def zero_biases(self) -> tuple[str, ...]:
-        return self.base.zero_biases
 
     def config(self, shape: Shape, dtype: torch.dtype) -> Any:
         base = self.base.config(shape, dtype)
@@ -77,28 +60,4 @@ class LowRankTarget:
         return model
 
     def layout(self, dtype: torch.dtype) -> Layout:
-        return LowRankLayout(self.base.layout(dtype))
-
-    def steps(self) -> Mapping[str, int]:
-        return self.base.steps()
-
-    def faults(self, shape: Shape) -> list[str]:
-        return self.base.faults(shape)
-
-
-@dataclass(frozen=True)
-class LowRankLayout:
-    base: Layout
-
-    @property
-    def ties_head(self) -> bool:
-        return self.base.ties_head
-
-    def directions(self, width: int) -> int:
-        return self.base.directions(width)
-
-    def settle(self, branch: Branch) -> None:
-        self.base.settle(branch)
-
-    def written(self, name: str) -> str:
-        return INNER + self.base.written(name)
+        return WrappedLayout(self.base.layout(dtype), INNER)

@@ -5,7 +5,7 @@
 Prints one JSON object: keys that were missing, unexpected or mismatched, and the largest difference of the logits
 beside the largest logit. A stock model is loaded by stock code alone, any other by the modeling file it carries. Where
 the model in float32 exceeds the memory given, it is loaded in its own dtype and its blocks stay on disk until they are
-needed.
+needed. An adapter beside the model is loaded by PEFT, as a user would.
 """
 
 import json
@@ -15,24 +15,38 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 
 def main(folder: str, probe_file: str, memory: int, scratch: str) -> dict[str, object]:
     probe = load_file(probe_file)
-    stored = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
-    itemsize = json.loads((Path(folder) / "compress.json").read_text(encoding="utf-8"))["itemsize"]
-    carries_code = "auto_map" in json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-    fits = stored * 4 / itemsize * 1.5 < memory
-    options: dict[str, Any]
-    if fits:
-        options = {"dtype": torch.promote_types(torch.float32, probe["logits"].dtype)}
-    else:
+    facts, config = (
+        json.loads((Path(folder) / name).read_text(encoding="utf-8")) for name in ("compress.json", "config.json")
+    )
+    carries_code = "auto_map" in config
+    is_packed = facts["storage"] == "packed"
+    # Stock code unpacks what is packed, to as many weights as the dense model has.
+    fits = facts["dense_size" if is_packed else "size"]["parameters"] * 4 * 1.5 < memory
+    options: dict[str, Any] = {"dtype": torch.promote_types(torch.float32, probe["logits"].dtype)}
+    bits = None
+    if not fits and not is_packed:
         options = {"device_map": "auto", "max_memory": {"cpu": memory // 4}, "offload_folder": scratch}
+    elif not fits:
+        options, bits = {"dtype": "auto"}, 8 * facts["itemsize"]  # packed weights cannot stay on disk
+    if "quantization_config" in config and (not fits or unpacks_while_loading(config)):
+        options["quantization_config"], bits = CompressedTensorsConfig(dequantize=True), 8 * facts["itemsize"]
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder, trust_remote_code=carries_code, output_loading_info=True, local_files_only=True, **options
     )
     model, info = loaded
+    for module in model.modules():
+        if (scheme := getattr(module, "quantization_scheme", None)) is not None:
+            scheme.input_activations = None  # the probe was not rounded either
+    if (Path(folder) / "adapter").is_dir():
+        # What is packed is unpacked when it is first used, here in float32; PEFT looks for the weights.
+        model(input_ids=probe["ids"], use_cache=False)
+        model, unmatched = with_adapter(model, str(Path(folder) / "adapter"))
+        info["unexpected_keys"] = {*info["unexpected_keys"], *unmatched}
     with torch.inference_mode():
         logits = model.eval()(input_ids=probe["ids"], use_cache=False).logits
     difference = (logits.double() - probe["logits"].double()).abs().max()
@@ -42,9 +56,34 @@ def main(folder: str, probe_file: str, memory: int, scratch: str) -> dict[str, o
         "mismatched": sorted(str(key) for key in info["mismatched_keys"]),
         "difference": float(difference),
         "largest_logit": float(probe["logits"].abs().max()),
-        "bits": 8 * model.dtype.itemsize,
+        "bits": bits or 8 * model.dtype.itemsize,
         "imported_compress": "compress" in sys.modules,
     }
+
+
+def unpacks_while_loading(config: dict[str, Any]) -> bool:
+    """Whether transformers can read packed weights only so, which gives them in the dtype that is stored.
+
+    It has no room for packed zero points, and makes GPTBigCode's weights anew before it has them.
+    """
+    quantization = config["quantization_config"]
+    symmetric: bool = quantization["config_groups"]["group_0"]["weights"]["symmetric"]
+    return quantization["format"] == "pack-quantized" and (not symmetric or config["model_type"] == "gpt_bigcode")
+
+
+def with_adapter(model: Any, folder: str) -> tuple[Any, set[str]]:
+    """The model with its adapter, and the adapter's tensors that have not come to lie in it as they are."""
+    from peft import PeftModel, get_peft_model_state_dict
+
+    adapted = PeftModel.from_pretrained(model, folder)
+    found = get_peft_model_state_dict(adapted)
+    written = load_file(f"{folder}/adapter_model.safetensors")
+    same = {
+        name
+        for name in written.keys() & found.keys()
+        if torch.equal(written[name], found[name].to(written[name].dtype))
+    }
+    return adapted, written.keys() - same
 
 
 if __name__ == "__main__":

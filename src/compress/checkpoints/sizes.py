@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
+from compress.models.counting import num_parameters
 from compress.models.loading import empty_model
 
 # A safetensors header says a tensor's name, dtype, shape and place: what that takes beside the name, at most.
@@ -30,18 +32,21 @@ def dense_size(config: Any, dtype: torch.dtype) -> Size:
     return size_of(model, dtype)
 
 
-def size_of(model: PreTrainedModel, dtype: torch.dtype) -> Size:
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Size(
-        parameters, parameters * dtype.itemsize + sum(buffer.nbytes for buffer in saved_buffers(model).values())
-    )
+def size_of(model: nn.Module, dtype: torch.dtype) -> Size:
+    """Numbers with a fraction are written in `dtype`, but for 8-bit floats; integers as they are."""
+    stored = [*model.parameters(), *saved_buffers(model).values()]
+    return Size(num_parameters(model), sum(tensor.numel() * written_dtype(tensor, dtype).itemsize for tensor in stored))
+
+
+def written_dtype(tensor: torch.Tensor, dtype: torch.dtype) -> torch.dtype:
+    return dtype if tensor.is_floating_point() and tensor.dtype.itemsize > 1 else tensor.dtype
 
 
 def header_bytes(name: str) -> int:
     return len(name) + HEADER_BYTES_PER_TENSOR
 
 
-def saved_buffers(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+def saved_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
     saved = model.state_dict(keep_vars=True).keys()
     return {name: buffer for name, buffer in model.named_buffers() if name in saved}
 

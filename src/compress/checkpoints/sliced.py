@@ -124,3 +124,6 @@ class SlicedLayout:
 
     def written(self, name: str) -> str:
         return name
+
+    def in_adapter(self, name: str) -> str | None:
+        return None

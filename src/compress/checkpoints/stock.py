@@ -162,6 +162,9 @@ class StockLayout:
     def written(self, name: str) -> str:
         return name
 
+    def in_adapter(self, name: str) -> str | None:
+        return None
+
     def stream_width(self, branch: Branch) -> int:
         """The hidden size that is written, from the directions that a branch reads or writes."""
         if branch.readers:

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from compress.families import Family
+from compress.models.storage import Storage
 from compress.streaming.layout import Layout
 from compress.streaming.linears import FactorShape, LinearShape, linear_shape
 from compress.streaming.sites import Count
@@ -24,12 +25,13 @@ from compress.streaming.sites import Count
 class Shape:
     """
     widths: of the stream after the embeddings and after each branch. units: how many of each kind.
-    factors: what linears have become, by their paths.
+    factors: what linears have become, by their paths. storage: how linears are stored, by theirs.
     """
 
     widths: tuple[int, ...]
     units: Mapping[str, Count]
     factors: Mapping[str, FactorShape] = field(default_factory=dict)
+    storage: Mapping[str, Storage] = field(default_factory=dict)
 
 
 @runtime_checkable

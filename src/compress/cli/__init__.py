@@ -12,6 +12,7 @@ import typer
 from compress.cli.eval import evaluate
 from compress.cli.lord import factorize_model
 from compress.cli.slice import slice_model
+from compress.cli.slim import slim_model
 from compress.version import __version__
 
 app = typer.Typer(
@@ -24,6 +25,7 @@ app = typer.Typer(
 )
 app.command("slice")(slice_model)
 app.command("lord")(factorize_model)
+app.command("slim")(slim_model)
 app.command("eval")(evaluate)
 
 

@@ -51,7 +51,9 @@ def evaluate(
     named = model or newest_output()
     source, data_folder, target = look_at(faults, model=named, dtype=dtype, data_dir=data_dir, device=device)
 
-    from compress.models.loading import check_positions, check_vocabulary, load_config, load_model, load_tokenizer
+    from compress.models.counting import num_parameters
+    from compress.models.loading import check_positions, check_vocabulary, load_config, load_tokenizer
+    from compress.models.opening import open_model
     from compress.streaming.weights import LazyWeights
 
     quiet_libraries()
@@ -70,9 +72,9 @@ def evaluate(
             check_vocabulary(window, config, folder)
     faults.report()
     precision = computing_dtype(dtype, config, target)
-    loaded = load_model(folder, dtype=precision, device=target, trust_remote_code=trust_remote_code)
+    loaded = open_model(folder, dtype=precision, device=target, trust_remote_code=trust_remote_code)
     results = measure(loaded, windows, batch_size or 8)
-    parameters = sum(parameter.numel() for parameter in loaded.parameters())
+    parameters = num_parameters(loaded)
     show(source.name, parameters, str(precision), results, as_json=json)
 
 

@@ -1,8 +1,8 @@
 """A plan and a result as tables."""
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from compress.cli.reporting import gigabytes, print_json, print_lines, print_table
 
@@ -33,12 +33,26 @@ def show_plan(job: "Job", plan: "Plan", *, as_json: bool) -> None:
         if reshapes(job):
             rows += [["widths", spans([width or 0 for width in plan.widths])], *unit_rows(plan.units)]
         rows += size_rows(vars(plan.dense), vars(plan.size))
+    rows += bits_rows(vars(each) for each in plan.alternatives)
     rows += [["memory, at most about", gigabytes(plan.memory_bytes)], ["disk, for the run", gigabytes(plan.disk_bytes)]]
     print_table(f"Plan: {job.model.name} to {job.out}", ["", "value"], rows)
     if plan.choices:
         show_choices(plan)
     show_ranks({path: factors.rank for path, factors in plan.factors.items()}, plan.num_blocks)
+    show_alternatives([vars(each) for each in plan.alternatives])
     print_lines(plan.notes)
+
+
+def bits_rows(alternatives: Iterable[Mapping[str, Any]]) -> list[list[str]]:
+    """Of the plan, which is the first."""
+    return [["bits a weight, all counted", f"{each['bits_per_weight']:.2f}"] for each in alternatives][:1]
+
+
+def show_alternatives(alternatives: Sequence[Mapping[str, Any]]) -> None:
+    if len(alternatives) < 2:
+        return
+    rows = [[each["name"], f"{each['bits_per_weight']:.2f}", gigabytes(each["bytes"])] for each in alternatives]
+    print_table("At about as many bytes", ["stored as", "bits a weight", "bytes"], rows)
 
 
 def reshapes(job: "Job") -> bool:
@@ -84,13 +98,18 @@ def show_result(job: "Job", result: "Result", *, as_json: bool) -> None:
         rows += [["widths", spans(result.widths)], *unit_rows(result.units)]
     rows += [["parameters, dense", f"{result.dense.parameters:,}"]]
     rows += size_rows(vars(result.dense), vars(result.size))
+    rows += bits_rows(result.alternatives)
+    if result.lost is not None:
+        rows += [["outputs' energy lost, a linear", f"{result.lost:.2%}"]]
     if result.divergence is not None:
         rows += [["divergence from dense, held out", f"{result.divergence:.3f} nats a token"]]
     seconds = result.seconds
     shares = ", ".join(f"{kind} {value:.1f}" for kind, value in seconds.items() if kind != "total")
     rows += [["seconds", f"{seconds['total']:.1f} ({shares})"], ["reloads", reloads(result.difference)]]
     print_table(f"{job.model.name} compressed: {result.out}", ["", "value"], rows)
-    show_ranks(result.ranks, result.num_blocks)
+    if not result.alternatives:
+        show_ranks(result.ranks, result.num_blocks)
+    show_alternatives(result.alternatives)
     print_lines(result.notes)
 
 

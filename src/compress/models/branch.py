@@ -83,7 +83,7 @@ class Branch:
         assert isinstance(module, AnyLinear)
         return module
 
-    def replace_linear(self, name: str, module: AnyLinear) -> None:
+    def replace_linear(self, name: str, module: nn.Module) -> None:
         """Put another module in the place of a reader or writer."""
         replace(self.owner, name, module)
 

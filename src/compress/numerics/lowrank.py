@@ -15,7 +15,7 @@ here as its paper has it, are computed this way.
 Dimensions: W (m, n), n inputs, m outputs, r the rank, k = min(m, n).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -23,6 +23,7 @@ from jaxtyping import Float64, Int64
 from torch import Tensor
 
 from compress.errors import NumericalError
+from compress.numerics.hessian import Hessian
 from compress.numerics.linalg import pca
 from compress.numerics.ridge import cholesky
 
@@ -42,9 +43,14 @@ class Factors:
 
 @dataclass(frozen=True)
 class Spread:
-    """A positive semidefinite C and, when it is asked for, S with S S^T = C."""
+    """A positive semidefinite C and, when they are asked for, S with S S^T = C and the Hessian of an output error."""
 
     C: Float64[Tensor, "n n"]
+    _hessians: dict[float, Hessian] = field(default_factory=dict, compare=False)
+
+    def hessian(self, damping: float, *, name: str) -> Hessian:
+        """The same object for all who ask for this damping; `name` is the first one's."""
+        return self._hessians.setdefault(damping, Hessian(self.C, damping, name))
 
     @cached_property
     def root(self) -> Float64[Tensor, "n n"]:

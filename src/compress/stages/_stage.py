@@ -1,9 +1,11 @@
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict
 
+from compress.models.storage import Storage
 from compress.streaming.linears import FactorShape, LinearShape, LinearSite
 from compress.streaming.sites import Count, Site, StreamPoint
 from compress.streaming.spectra import LinearWatch
@@ -39,6 +41,11 @@ class StageConfig(BaseModel):
     def survey(self) -> SurveyNeed:
         """What it needs to know of the whole dense model before the walk."""
         return SurveyNeed.NONE
+
+    @property
+    def watch(self) -> LinearWatch | None:
+        """Which linears the survey is to look at for it."""
+        return None
 
     @property
     def held_out_share(self) -> float:
@@ -110,11 +117,6 @@ class FactorisingStage(StageConfig):
     def allocations(self) -> tuple[str, ...]:
         """The ways to spread ranks over the linears that are to be compared."""
 
-    @property
-    @abstractmethod
-    def watch(self) -> LinearWatch:
-        """Which linears the survey is to look at for it."""
-
     @abstractmethod
     def targets(self, linear: LinearShape) -> bool:
         """Whether it means to factorise a linear."""
@@ -134,6 +136,28 @@ class FactorisingStage(StageConfig):
     @abstractmethod
     def rank_ladder(self, linear: LinearShape) -> list[int]:
         """The ranks that it can give a linear to make it smaller, increasing; none where it leaves it alone."""
+
+    @abstractmethod
+    def linear_faults(self, linears: Sequence[LinearShape]) -> list[str]:
+        """What of this configuration does not fit a model with these linears in its blocks."""
+
+
+class StoringStage(StageConfig):
+    """A stage that stores linears in fewer bits or numbers: what the plan asks it about them.
+
+    form: what it leaves: linears stored as `Storage` says, or dense ones of the old size.
+    """
+
+    site: ClassVar = LinearSite
+    form: Literal["packed", "compact", "dense"] = "packed"
+
+    @abstractmethod
+    def settled(self, linears: Sequence[LinearShape], dtype: torch.dtype) -> "StoringStage":
+        """With what goes by the model's linears and the dtype that is written said."""
+
+    @abstractmethod
+    def planned_storage(self, linears: Sequence[LinearShape]) -> dict[str, Storage]:
+        """How it stores the linears that it works on, by path."""
 
     @abstractmethod
     def linear_faults(self, linears: Sequence[LinearShape]) -> list[str]:

@@ -12,7 +12,6 @@ How many directions each linear keeps: `rank_frac` of its full rank min(m, n), `
 budget comes to. A linear whose factors would not be smaller stays as it is.
 """
 
-import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal
@@ -24,6 +23,7 @@ from torch import Tensor
 from compress.models.factors import Form, factor_module, multiplied_out
 from compress.numerics.lowrank import Factors, asvd, gradient_metric, lord, svd, svd_llm, weighted
 from compress.stages._stage import FactorisingStage
+from compress.stages._targets import is_target, unmatched
 from compress.streaming.linears import FactorShape, LinearShape, LinearSite
 from compress.streaming.spectra import LinearWatch
 from compress.streaming.survey import SurveyNeed
@@ -135,20 +135,11 @@ class Factorize(FactorisingStage):
 
     def is_target(self, name: str, part: str) -> bool:
         """Whether a linear is to be factorised, by its name below a block and the part it is of."""
-        return any(
-            pattern in ("all", part) or fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"*.{pattern}")
-            for pattern in self.target
-        )
+        return is_target(self.target, name, part)
 
     def linear_faults(self, linears: Sequence[LinearShape]) -> list[str]:
         """What does not fit a model with these linears in its blocks."""
-        names = sorted({linear.name for linear in linears})
-        unmatched = [
-            pattern
-            for pattern in self.target
-            if not any(Factorize(target=(pattern,)).is_target(each.name, each.part) for each in linears)
-        ]
-        faults = [f"No linear matches the target {pattern!r}. There are {', '.join(names)}." for pattern in unmatched]
+        faults = unmatched(self.target, linears)
         ranks, full = self.ranks or {}, {linear.path: linear.full_rank for linear in linears}
         unknown = sorted(set(ranks) - set(full))
         faults += [f"factorize gives a rank to {unknown[0]}, which the model has not."] if unknown else []
@@ -222,7 +213,7 @@ class Factorize(FactorisingStage):
         if rank is None:
             return
         factors, form = self.factors(site, rank), self.factor_shape(site.shape, rank).form
-        lost = lost_energy(site, factors, centred=self.centres(has_bias=site.shape.has_bias))
+        lost = site.lost(factors.product, centred=self.centres(has_bias=site.shape.has_bias))
         site.notes |= {"rank": rank, "full_rank": site.shape.full_rank, "form": form, "lost": lost}
         thin = factor_module(factors, form, site.dtype)
         site.replace(multiplied_out(thin) if self.form == "dense" else thin)
@@ -242,13 +233,6 @@ class Factorize(FactorisingStage):
         if self.gradient_weight and site.gradient is not None:
             metric = gradient_metric(site.gradient, self.gradient_weight, name=site.name)
         return weighted(W, bias, inputs, rank, metric, name=site.name, centred=centred)
-
-
-def lost_energy(site: LinearSite, factors: Factors, *, centred: bool) -> float:
-    """The share of the outputs' variance that the factors do not give."""
-    W, C = site.weight, site.inputs.spread(centred=centred).C
-    missed = W - factors.product
-    return float((missed @ C * missed).sum() / (W @ C * W).sum().clamp_min(1e-300))
 
 
 def with_bias(factors: Factors, bias: Float64[Tensor, "m"] | None) -> Factors:

@@ -123,7 +123,8 @@ class Journal:
 
         The journal goes last: a folder without one, but with all else, is finished and only lacks its name.
         """
-        written = [file for pattern in ("state-*", "finding-*") for file in self.folder.glob(f"{pattern}.safetensors")]
+        passing = ("state-*", "finding-*", "adapter-*")
+        written = [file for pattern in passing for file in self.folder.glob(f"{pattern}.safetensors")]
         for leftover in (*written, self.folder / LOCK, self.folder / JOURNAL):
             leftover.unlink(missing_ok=True)
         self.close()
@@ -136,12 +137,17 @@ def whole_entries(folder: Path, lines: list[dict[str, Any]]) -> list[dict[str, A
     """The finished parts whose files are as they were written, up to the first that is not."""
     entries = []
     for line in lines:
-        if not file_is(folder, line.get("part")):
+        if not all(file_is(folder, written) for written in written_files(line)):
             break
         entries.append(line)
     while entries and not file_is(folder, entries[-1].get("state")):
         entries.pop()
     return entries
+
+
+def written_files(entry: dict[str, Any]) -> list[Any]:
+    """What a finished part has put into the folder: its tensors, and its share of an adapter where there is one."""
+    return [entry.get("part"), *([entry["adapter"]] if entry.get("adapter") else [])]
 
 
 def file_is(folder: Path, written: Any) -> bool:

@@ -19,3 +19,6 @@ class Layout(Protocol):
 
     def written(self, name: str) -> str:
         """The name in the checkpoint of what has this name in the walk."""
+
+    def in_adapter(self, name: str) -> str | None:
+        """The name in the adapter beside the checkpoint; None for what is in the checkpoint itself."""

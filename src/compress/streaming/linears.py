@@ -16,8 +16,12 @@ from jaxtyping import Float64
 from torch import Tensor, nn
 
 from compress.models.factors import AnyLinear, Form, num_stored
+from compress.models.modeling_compact import AdaptedLinear
 from compress.models.modeling_lowrank import LowRankLinear, PivotLinear
 from compress.numerics.lowrank import InputMoments
+
+# What a linear can have become.
+Rewritten = AnyLinear | AdaptedLinear
 
 
 @dataclass(frozen=True)
@@ -66,9 +70,9 @@ class LinearSite:
 
     name: str
     shape: LinearShape
-    module: AnyLinear
+    module: Rewritten
     inputs: InputMoments
-    put: Callable[[AnyLinear], None]
+    put: Callable[[Rewritten], None]
     gradient: Tensor | None = None
     notes: dict[str, Any] = field(default_factory=dict)
 
@@ -87,10 +91,16 @@ class LinearSite:
     @property
     def _linear(self) -> nn.Linear:
         if not isinstance(self.module, nn.Linear):
-            raise TypeError(f"{self.name} is factorised; `linears()` gives its parts.")
+            raise TypeError(f"{self.name} is no plain linear any more; `linears()` gives a factorised one's parts.")
         return self.module
 
-    def replace(self, module: AnyLinear) -> None:
+    def lost(self, product: Float64[Tensor, "m n"], *, centred: bool) -> float:
+        """The share of the outputs' energy, or of their variance, that `product` in its place does not give."""
+        W, C = self.weight, self.inputs.spread(centred=centred).C
+        missed = W - product
+        return float((missed @ C * missed).sum() / (W @ C * W).sum().clamp_min(1e-300))
+
+    def replace(self, module: Rewritten) -> None:
         self.module = module
         self.put(module)
 
@@ -100,6 +110,7 @@ class LinearSite:
             yield self
             return
         thin = self.module
+        assert isinstance(thin, LowRankLinear | PivotLinear)
         yield self._part(thin, "first", self.inputs)
         # By the first as it is now: whoever quantized it sees what it gives.
         between = self.inputs.through(thin.first.weight.double())

@@ -15,7 +15,9 @@ from jaxtyping import Int64
 from torch import Tensor, nn
 
 from compress.errors import NumericalError
+from compress.models.counting import num_parameters
 from compress.models.decoder import Arguments, Decoder
+from compress.models.packed import inputs_as_they_are
 from compress.numerics.frames import Frame
 from compress.streaming.layout import Layout
 from compress.streaming.loader import PartLoader
@@ -52,6 +54,7 @@ class WalkSettings:
 class FinishedPart:
     """Embeddings, a block or the head, compressed: tensors by their names in the checkpoint, in the output dtype.
 
+    adapter: the tensors that belong into an adapter beside it. parameters: how many numbers both store.
     points, groups: reports on the stream and on groups of linears.
     divergence: with the head, how far the compressed model's next-token distribution is from the dense one's: the
         Kullback-Leibler divergence in nats, its mean over held-out tokens; None where nothing is held out.
@@ -60,6 +63,8 @@ class FinishedPart:
     index: int
     name: str
     tensors: dict[str, Tensor]
+    adapter: dict[str, Tensor]
+    parameters: int
     points: list[dict[str, Any]]
     groups: list[dict[str, Any]]
     divergence: float | None = None
@@ -162,8 +167,10 @@ class Walk:
                 groups += self.passage.through(branch, point, index)
             tensors = named_tensors(decoder.block_prefix(index), block)
             part = self._finish(index + 1, f"block {index}", tensors, points=points, groups=groups)
+            part.parameters = num_parameters(block)
             if self.probe is not None:
-                self.probe = block(self.probe, **self.probe_arguments[index])
+                with inputs_as_they_are(block):
+                    self.probe = block(self.probe, **self.probe_arguments[index])
         return part
 
     def _walk_head(self) -> FinishedPart:
@@ -174,7 +181,9 @@ class Walk:
             for name in (decoder.family.final_norm, decoder.family.head):
                 tensors |= named_tensors(f"{name}.", decoder.model.get_submodule(name))
             if self.settings.layout.ties_head:
-                del tensors[f"{decoder.family.head}.weight"]
+                # Written with the embeddings; the probe sees it rounded as they are.
+                tied = tensors.pop(f"{decoder.family.head}.weight")
+                tied.copy_(self._rounded(tied))
             part = self._finish(self.num_parts - 1, "head", tensors, groups=groups)
             part.divergence = divergence
             if self.probe is not None:
@@ -201,21 +210,35 @@ class Walk:
         """Round a part's weights to the output dtype, in the module too: the probe sees what will be read back."""
         rounded = {key: self._rounded(tensor).cpu().contiguous() for key, tensor in tensors.items()}
         for key, tensor in rounded.items():
-            if not torch.isfinite(tensor).all():
+            if is_wide_float(tensor) and not torch.isfinite(tensor).all():
                 raise NumericalError(
                     f"The compressed weight {key!r} has a NaN or Inf in {self.settings.output_dtype}. "
                     "Try --dtype bfloat16 or float32."
                 )
             tensors[key].copy_(tensor)
-        written = {self.settings.layout.written(key): tensor for key, tensor in rounded.items()}
-        return FinishedPart(index, name, written, [point.close() for point in points], list(groups))
+        layout = self.settings.layout
+        adapter = {key: to for key in rounded if (to := layout.in_adapter(key)) is not None}
+        return FinishedPart(
+            index,
+            name,
+            tensors={layout.written(key): tensor for key, tensor in rounded.items() if key not in adapter},
+            adapter={to: rounded[key] for key, to in adapter.items()},
+            parameters=sum(tensor.numel() for tensor in rounded.values()),
+            points=[point.close() for point in points],
+            groups=list(groups),
+        )
 
     def _rounded(self, tensor: Tensor) -> Tensor:
-        """In the output dtype; indices stay what they are."""
-        return tensor.to(self.settings.output_dtype) if tensor.is_floating_point() else tensor
+        """In the output dtype; indices and codes stay what they are."""
+        return tensor.to(self.settings.output_dtype) if is_wide_float(tensor) else tensor
 
     def _record_probe(self) -> None:
         _, self.probe_arguments = self.decoder.embed(self.probe_ids)
+
+
+def is_wide_float(tensor: Tensor) -> bool:
+    """8-bit floats are codes."""
+    return tensor.is_floating_point() and tensor.dtype.itemsize > 1
 
 
 def named_tensors(prefix: str, module: nn.Module) -> dict[str, Tensor]:

@@ -1,0 +1,146 @@
+"""A model whose linears are stored in fewer bits: for the engines people use, or as small as we can.
+
+packed: the dense model's own class, its linears as compressed-tensors reads them and the adapter as a folder that PEFT
+and vLLM read. Compressed-tensors' own sparse formats are left alone: engines have dropped them, and refuse a
+checkpoint that has a `sparsity_config`.
+
+compact: our own architecture around the dense model's, for stock models alone.
+"""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from compress.checkpoints.targets import Shape
+from compress.checkpoints.wrapped import INNER, WrappedLayout, WrappedTarget
+from compress.models.configuration_compact import CompactConfig
+from compress.models.modeling_compact import CompactForCausalLM
+from compress.models.modeling_sliced import replace
+from compress.models.storage import Storage, empty_linear
+from compress.streaming.layout import Layout
+
+ADAPTER_PREFIX = "base_model.model."  # what PEFT calls the model that an adapter is for
+LORA = (".lora_A", ".lora_B")
+
+
+@dataclass(frozen=True)
+class PackedTarget(WrappedTarget):
+    def config(self, shape: Shape, dtype: torch.dtype) -> Any:
+        config = self.base.config(shape, dtype)
+        storage = next(iter(shape.storage.values()))
+        if storage.bits is not None:
+            config.quantization_config = quantization_config(storage, self._untouched(shape))
+        return config
+
+    def _untouched(self, shape: Shape) -> list[str]:
+        """The linears that stay as they are."""
+        modules = self.base.model(shape).named_modules()
+        return [name for name, module in modules if isinstance(module, nn.Linear) and name not in shape.storage]
+
+    def model(self, shape: Shape, *, num_blocks: int | None = None) -> PreTrainedModel:
+        model = self.base.model(shape, num_blocks=num_blocks)
+        for path, storage in shape.storage.items():
+            linear = model.get_submodule(path)
+            assert isinstance(linear, nn.Linear)
+            has_bias, dtype = linear.bias is not None, linear.weight.dtype
+            with torch.device("meta"):
+                stored = empty_linear(storage, linear.in_features, linear.out_features, bias=has_bias, dtype=dtype)
+            replace(model, path, stored)
+        return model
+
+    def layout(self, dtype: torch.dtype) -> Layout:
+        return PackedLayout(self.base.layout(dtype))
+
+
+@dataclass(frozen=True)
+class PackedLayout(WrappedLayout):
+    def in_adapter(self, name: str) -> str | None:
+        return f"{ADAPTER_PREFIX}{name}.weight" if name.endswith(LORA) else None
+
+
+def quantization_config(storage: Storage, untouched: list[str]) -> dict[str, Any]:
+    """What compressed-tensors reads; one group of linears, all alike."""
+    kind = "float" if storage.floating else "int"
+    strategy = storage.group if isinstance(storage.group, str) else "group"
+    weights = {
+        "num_bits": storage.bits,
+        "type": kind,
+        "symmetric": storage.symmetric,
+        "strategy": strategy,
+        "group_size": storage.group if strategy == "group" else None,
+        "dynamic": False,
+    }
+    inputs = {"num_bits": 8, "type": kind, "symmetric": True, "strategy": "token", "group_size": None, "dynamic": True}
+    name = storage_format(storage)
+    group = {
+        "targets": ["Linear"],
+        "weights": weights,
+        "input_activations": inputs if storage.inputs else None,
+        "output_activations": None,
+        "format": name,
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+        "format": name,
+        "config_groups": {"group_0": group},
+        "ignore": untouched,
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+    }
+
+
+def storage_format(storage: Storage) -> str:
+    if storage.floating:
+        return "float-quantized"
+    return "int-quantized" if storage.in_bytes else "pack-quantized"
+
+
+@dataclass(frozen=True)
+class CompactTarget(WrappedTarget):
+    @property
+    def architecture(self) -> str:
+        return "CompactForCausalLM"
+
+    @property
+    def is_stock(self) -> bool:
+        return False
+
+    @property
+    def carried(self) -> tuple[str, ...]:
+        return ("configuration_compact", "modeling_compact")
+
+    def config(self, shape: Shape, dtype: torch.dtype) -> Any:
+        base = self.base.config(shape, dtype)
+        linears = self.base.model(shape)
+        entries = {
+            path: storage.entry(bias=getattr(linears.get_submodule(path), "bias", None) is not None)
+            for path, storage in shape.storage.items()
+        }
+        config = CompactConfig(
+            text_config=copy.deepcopy(base),
+            linears=entries,
+            architectures=[self.architecture],
+            auto_map={
+                "AutoConfig": "configuration_compact.CompactConfig",
+                "AutoModelForCausalLM": f"modeling_compact.{self.architecture}",
+            },
+            bos_token_id=base.bos_token_id,
+            eos_token_id=base.eos_token_id,
+            pad_token_id=base.pad_token_id,
+        )
+        config.dtype = dtype
+        return config
+
+    def model(self, shape: Shape, *, num_blocks: int | None = None) -> PreTrainedModel:
+        with torch.device("meta"):
+            model: PreTrainedModel = CompactForCausalLM(self.config(shape, torch.float32))
+        model.tie_weights()
+        return model
+
+    def layout(self, dtype: torch.dtype) -> Layout:
+        return WrappedLayout(self.base.layout(dtype), INNER)

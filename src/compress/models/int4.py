@@ -1,0 +1,127 @@
+"""4-bit linears by torch's own kernel, on the devices and in the dtype where it is worth it.
+
+That is bfloat16, on CUDA and on CPUs with AVX2 or AVX-512: in other dtypes the CPU's is a plain loop, slower than
+unpacking the weight. The kernel has a layout of its own, which takes the stored one's place.
+
+Dimensions: m outputs, n inputs.
+"""
+
+import logging
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from compress.models.packed import Beside, LoraLinear, PackedLinear, QuantizedLinear
+
+logger = logging.getLogger("compress")
+
+GROUPS = (256, 128, 64, 32)  # of inputs that share a scale, which the kernel knows
+OUTPUTS = {"cpu": 16, "cuda": 8}  # m is a multiple of
+INPUTS = {"cpu": 32, "cuda": 128}  # n is a multiple of
+TILES = 8  # of 16 inputs, which CUDA's layout keeps together
+ROWS = 1024  # brought into the layout at a time; it keeps 64 together at most
+COLUMNS = 256  # of the weight that are made at a time for a gradient
+VECTORS = ("AVX2", "AVX512")
+
+
+class KernelProduct(torch.autograd.Function):
+    """x W^T by the kernel, which has no gradient of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, linear: "Int4Linear") -> Tensor:
+        ctx.linear = linear
+        return linear.multiplied(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        starts = range(0, ctx.linear.in_features, COLUMNS)
+        return torch.cat([gradient @ ctx.linear.columns(start, start + COLUMNS) for start in starts], dim=1), None
+
+
+class Int4Linear(LoraLinear):
+    """
+    layout: codes as the kernel reads them. scales_and_zeros: (groups, m, 2), the zeros 0.
+    """
+
+    def __init__(self, linear: PackedLinear, group: int) -> None:
+        with torch.device("meta"):
+            super().__init__(linear.in_features, linear.out_features, Beside(bias=False, rank=0, inputs=linear.inputs))
+        self.bias, self.lora_A, self.lora_B = linear.bias, linear.lora_A, linear.lora_B
+        self.group = group
+        m, groups = linear.out_features, linear.in_features // group
+        blocks = [linear.codes(start, min(start + ROWS, m)) for start in range(0, m, ROWS)]
+        self.layout = nn.Buffer(torch.cat([as_layout(codes) for codes in blocks]))
+        scale = linear.weight_scale.view(-1, 1) if linear.sharing == "tensor" else linear.weight_scale
+        scale = scale.repeat_interleave(groups // scale.shape[1], 1).expand(m, groups).T
+        self.scales_and_zeros = nn.Buffer(torch.stack([scale, torch.zeros_like(scale)], -1).contiguous())
+
+    def without_adapter(self, x: Tensor) -> Tensor:
+        y: Tensor = KernelProduct.apply(self.rounded(x), self)
+        return y if self.bias is None else y + self.bias
+
+    def multiplied(self, x: Tensor) -> Tensor:
+        multiply = KERNELS[x.device.type]
+        return multiply(x.contiguous(), self.layout, self.group, self.scales_and_zeros)
+
+    def columns(self, start: int, stop: int) -> Tensor:
+        """Of W, (m, stop - start) or fewer at the end: what the kernel makes of unit vectors."""
+        units = torch.eye(self.in_features, dtype=self.scales_and_zeros.dtype, device=self.layout.device)[start:stop]
+        return self.multiplied(units).T
+
+
+KERNELS = {"cpu": torch.ops.aten._weight_int4pack_mm_for_cpu, "cuda": torch.ops.aten._weight_int4pack_mm}
+
+
+def as_layout(codes: Tensor) -> Tensor:
+    """codes: int8 (rows, n), from -8 to 7."""
+    unsigned = codes.to(torch.int32) + 8
+    if codes.device.type == "cpu":
+        return torch.ops.aten._convert_weight_to_int4pack_for_cpu(unsigned, TILES)
+    pairs = (unsigned[:, ::2] << 4 | unsigned[:, 1::2]).to(torch.uint8)
+    return torch.ops.aten._convert_weight_to_int4pack(pairs, TILES)
+
+
+def kernel_group(linear: QuantizedLinear) -> int | None:
+    """The largest group that the kernel knows in which the linear's inputs share a scale."""
+    shared = linear.in_features // linear.groups
+    return next((group for group in GROUPS if shared % group == 0), None)
+
+
+def fault(linear: QuantizedLinear) -> str | None:
+    """Why the kernel does not take a linear; None where it does."""
+    device, dtype = linear.weight_scale.device, linear.weight_scale.dtype
+    if not isinstance(linear, PackedLinear) or linear.bits != 4:
+        return "the kernel is for packed integers of 4 bits"
+    if linear.weight_zero_point is not None:
+        return "the grid has zero points"
+    if dtype != torch.bfloat16:
+        return f"the dtype is {str(dtype).removeprefix('torch.')}, not bfloat16"
+    if device.type not in KERNELS or (device.type == "cpu" and torch.backends.cpu.get_cpu_capability() not in VECTORS):
+        return f"this {device.type} has no kernel"
+    outputs, inputs = OUTPUTS[device.type], INPUTS[device.type]
+    if kernel_group(linear) is None or linear.out_features % outputs or linear.in_features % inputs:
+        return (
+            f"the kernel is for groups of {GROUPS[-1]} to {GROUPS[0]} and for multiples of {outputs} x {inputs} weights"
+        )
+    return None
+
+
+def use_kernels(model: nn.Module) -> None:
+    """Give linears to the kernel that it takes, in place; of the others one warning says why."""
+    slow: Counter[str] = Counter()
+    for path, linear in list(model.named_modules()):
+        if not isinstance(linear, QuantizedLinear):
+            continue
+        why, group = fault(linear), kernel_group(linear)
+        if why is not None or group is None:
+            slow[str(why)] += 1
+            continue
+        assert isinstance(linear, PackedLinear)
+        model.set_submodule(path, Int4Linear(linear, group))
+    if slow:
+        reasons = "; ".join(f"{count} because {why}" for why, count in slow.items())
+        logger.warning("Linears without a kernel, unpacked at every call: %s.", reasons)

@@ -1,0 +1,212 @@
+"""What the files of a checkpoint say of stored linears: compressed-tensors' scheme, PEFT's adapter, the tensors.
+
+Read without compressed-tensors and peft, and no more than what `models/packed.py` can hold; anything else is refused.
+"""
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress.errors import CheckpointError
+from compress.models.storage import Storage
+from compress.models.tensor_files import checkpoint_files, open_safetensors
+from compress.numerics.grids import FLOAT8, Sharing
+
+MAPPED = 2**25  # bytes of a file that are mapped at a time
+METHOD = "compressed-tensors"
+ADAPTER = "adapter"
+LORA_NAME = re.compile(r"base_model\.model\.(.+)\.(lora_[AB])\.weight")
+# Older checkpoints, and what transformers 5 still saves, have a name of their own for GPT-NeoX's head.
+OTHER_NAMES = {"lm_head.weight": "embed_out.weight"}
+BEYOND = ("kv_cache_scheme", "transform_config", "sparsity_config", "output_activations")
+# What makes more of a LoRA than two factors and a factor before them.
+LORA_EXTRAS = (
+    "use_dora",
+    "use_rslora",
+    "use_qalora",
+    "fan_in_fan_out",
+    "layer_replication",
+    "alora_invocation_tokens",
+    "trainable_token_indices",
+)
+
+
+def json_object(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} is missing or no JSON. Get it again.") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{file} is damaged: it is no JSON object. Get it again.")
+    return found
+
+
+def read_scheme(folder: Path) -> Storage | None:
+    """How config.json says that quantized linears are stored; None where it says nothing."""
+    found = json_object(folder / "config.json").get("quantization_config")
+    if found is None:
+        return None
+    try:
+        return scheme(found)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        reason = f"lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise CheckpointError(
+            f"The quantization_config of {folder} cannot be read: {reason}. "
+            "Load it with transformers and compressed-tensors."
+        ) from error
+
+
+def scheme(found: dict[str, Any]) -> Storage:
+    """Raises ValueError for what is not understood, and what a damaged config makes of the look-ups."""
+    if found["quant_method"] != METHOD:
+        raise ValueError(f"quant_method is {found['quant_method']!r}, not {METHOD!r}")
+    if len(found["config_groups"]) != 1:
+        raise ValueError("it has more than one config group, or none")
+    (group,) = found["config_groups"].values()
+    beyond = [key for key in BEYOND if found.get(key) or group.get(key)]
+    if beyond:
+        raise ValueError(f"it has {beyond[0]}")
+    weights = group["weights"]
+    bits, kind = weights["num_bits"], weights["type"]
+    if kind not in ("int", "float") or bits not in range(2, 9) or weights.get("dynamic"):
+        raise ValueError(f"weights are {bits}-bit {kind!r}")
+    return Storage(
+        "packed",
+        bits,
+        floating=kind == "float",
+        group=sharing(weights),
+        symmetric=bool(weights.get("symmetric", True)),
+        inputs=None if group.get("input_activations") is None else inputs(group["input_activations"]),
+    )
+
+
+def sharing(weights: dict[str, Any]) -> Sharing:
+    strategy, size = weights.get("strategy"), weights.get("group_size")
+    if strategy == "tensor" or strategy == "channel":
+        return strategy
+    if strategy == "group" and isinstance(size, int) and size > 0:
+        return size
+    raise ValueError(f"the strategy of weights is {strategy!r}")
+
+
+def inputs(found: dict[str, Any]) -> Any:
+    facts = {key: found.get(key) for key in ("num_bits", "symmetric", "dynamic", "strategy")}
+    if facts != {"num_bits": 8, "symmetric": True, "dynamic": True, "strategy": "token"}:
+        raise ValueError("inputs are rounded in another way than to 8 bits, each token's for itself as it comes")
+    return {"float": "fp8", "int": "int8"}[found["type"]]
+
+
+@dataclass(frozen=True)
+class Lora:
+    """
+    names: by a parameter's name in a model (`path.lora_A`) that in the file. alpha, alphas: a product is multiplied by
+    the one and divided by the rank; paths that end as a pattern says have their own.
+    """
+
+    file: Path
+    names: dict[str, str]
+    alpha: float
+    alphas: dict[str, float]
+
+    def factor(self, path: str, rank: int) -> float:
+        """As PEFT finds it."""
+        own = (alpha for end, alpha in self.alphas.items() if re.match(rf"(.*\.)?({end})$", path))
+        return next(own, self.alpha) / rank
+
+
+def read_lora(folder: Path) -> Lora | None:
+    """The adapter beside a model; None where there is none."""
+    if not (folder / ADAPTER).is_dir():
+        return None
+    config_file, file = folder / ADAPTER / "adapter_config.json", folder / ADAPTER / "adapter_model.safetensors"
+    config = json_object(config_file)
+    extras = [key for key in LORA_EXTRAS if config.get(key)]
+    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or extras:
+        what = extras[0] if extras else "its peft_type or bias"
+        raise CheckpointError(f"{config_file} is no plain LoRA ({what}). Load it with peft.")
+    with open_safetensors(file) as opened:
+        matches = {name: LORA_NAME.fullmatch(name) for name in opened.keys()}  # noqa: SIM118 (no dict)
+    names = {f"{match[1]}.{match[2]}": name for name, match in matches.items() if match is not None}
+    if len(names) < len(matches):
+        other = next(name for name, match in matches.items() if match is None)
+        raise CheckpointError(f"{file} has {other!r}, which is no factor of a LoRA. Load it with peft.")
+    try:
+        alphas = {str(end): float(alpha) for end, alpha in (config.get("alpha_pattern") or {}).items()}
+        lora = Lora(file, names, float(config["lora_alpha"]), alphas)
+        lora.factor("", 1)  # compiles the patterns
+    except (KeyError, TypeError, ValueError, AttributeError, re.error) as error:
+        raise CheckpointError(
+            f"The alphas of {config_file} cannot be read ({error}). Write the adapter again."
+        ) from error
+    return lora
+
+
+class StoredTensors:
+    """The tensors of a model's files and of its adapter's, by the names they have in a model of stored linears."""
+
+    def __init__(self, folder: Path, lora: Lora | None) -> None:
+        self.folder = folder
+        self.places: dict[str, tuple[Path, str]] = {}
+        self.shapes: dict[str, list[int]] = {}
+        for file in checkpoint_files(folder):
+            self._note(file, None)
+        if lora is not None:
+            self._note(lora.file, {stored: name for name, stored in lora.names.items()})
+
+    def _note(self, file: Path, names: dict[str, str] | None) -> None:
+        with open_safetensors(file) as opened:
+            for stored in opened.keys():  # noqa: SIM118 (no dict)
+                name = stored if names is None else names[stored]
+                if name in self.places:
+                    raise CheckpointError(
+                        f"The tensor {name!r} is in both {self.places[name][0].name} and {file.name}."
+                    )
+                self.places[name] = file, stored
+                self.shapes[name] = opened.get_slice(stored).get_shape()
+
+    def resolve(self, name: str) -> str | None:
+        """The stored name of a parameter: some checkpoints were saved from below `model.` or by an older name."""
+        forms = (name, name.removeprefix("model."), OTHER_NAMES.get(name, name))
+        return next((form for form in forms if form in self.places), None)
+
+    def has(self, name: str) -> bool:
+        return self.resolve(name) is not None
+
+    def shape(self, name: str) -> list[int]:
+        return self.shapes[str(self.resolve(name))]
+
+    def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Each as it is stored, on the CPU."""
+        by_file: dict[Path, list[tuple[str, str]]] = defaultdict(list)
+        for name in names:
+            file, stored = self.places[str(self.resolve(name))]
+            by_file[file].append((name, stored))
+        for file, wanted in by_file.items():
+            while wanted:
+                yield from read_some(file, wanted)
+
+
+def read_some(file: Path, wanted: list[tuple[str, str]]) -> Iterator[tuple[str, Tensor]]:
+    """The first of them, which are taken off the list: a mapped file's pages count as memory until it is closed."""
+    mapped = 0
+    with open_safetensors(file) as opened:
+        while wanted and mapped < MAPPED:
+            name, stored = wanted.pop(0)
+            tensor = opened.get_tensor(stored)
+            mapped += tensor.nbytes
+            if not is_finite(tensor):
+                raise CheckpointError(f"The tensor {name!r} of {file} has a NaN or Inf. Get the file again.")
+            yield name, tensor.clone()
+
+
+def is_finite(tensor: Tensor) -> bool:
+    if tensor.dtype == FLOAT8:
+        return not bool((tensor.view(torch.uint8) & 127 == 127).any())  # all other bytes are numbers
+    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())

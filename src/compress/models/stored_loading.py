@@ -1,0 +1,138 @@
+"""A folder with quantized linears, a LoRA beside them or both as a model that keeps them as they are stored.
+
+The folder is what compressed-tensors and PEFT read; neither has to be installed. No weight is ever dense: the model is
+built without its parameters, its linears become those of `models/packed.py`, and these get the tensors of the files.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from compress.errors import CheckpointError
+from compress.models.int4 import use_kernels
+from compress.models.loading import load_config, one_line
+from compress.models.storage import Storage, empty_linear
+from compress.models.stored_files import ADAPTER, METHOD, Lora, StoredTensors, json_object, read_lora, read_scheme
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def is_stored(folder: Path) -> bool:
+    """Whether a checkpoint has linears that compressed-tensors quantized, or an adapter beside it."""
+    config = folder / "config.json"
+    if not config.is_file():
+        return False
+    found = json_object(config).get("quantization_config")
+    by_compressed_tensors = isinstance(found, dict) and found.get("quant_method") == METHOD
+    return by_compressed_tensors or (folder / ADAPTER).is_dir()
+
+
+def load_stored(folder: Path, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """Safetensors only, and every tensor must be there and have its place."""
+    scheme, lora = read_scheme(folder), read_lora(folder)
+    tensors = StoredTensors(folder, lora)
+    model = hollow_model(folder, dtype)
+    put_linears(model, scheme, tensors, dtype)
+    fill(model, tensors, dtype, device)
+    if lora is not None:
+        scale_adapters(model, lora)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    anything: Any = model  # to its decorator `to` is no method
+    anything.to(device).eval()
+    use_kernels(model)
+    return model
+
+
+def hollow_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The dense model, its parameters on the meta device and its buffers real."""
+    config = load_config(folder)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # no library is to act on it
+    try:
+        with no_init_weights(), init_empty_weights(include_buffers=False):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(f"The config.json of {folder} makes no model: {one_line(error)}") from error
+    return model
+
+
+def put_linears(model: nn.Module, scheme: Storage | None, tensors: StoredTensors, dtype: torch.dtype) -> None:
+    """Linears that are stored quantized, or have an adapter, make place for ones that hold what is stored."""
+    linears = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+    for path, linear in linears.items():
+        quantized, adapted = tensors.has(f"{path}.weight_scale"), tensors.has(f"{path}.lora_A")
+        if not quantized and not adapted:
+            continue
+        storage = scheme if quantized else Storage("packed", None)
+        if storage is None:
+            raise CheckpointError(
+                f"{tensors.folder} has quantized weights ({path}), but its config.json no quantization_config. "
+                "Get it again."
+            )
+        if isinstance(storage.group, int) and linear.in_features % storage.group:
+            raise CheckpointError(
+                f"The {linear.in_features} inputs of {path} do not divide into the groups of {storage.group} that "
+                "config.json says. The checkpoint is damaged: get it again."
+            )
+        storage = replace(storage, rank=tensors.shape(f"{path}.lora_A")[0] if adapted else 0)
+        with torch.device("meta"):
+            has_bias = linear.bias is not None
+            put = empty_linear(storage, linear.in_features, linear.out_features, bias=has_bias, dtype=dtype)
+        model.set_submodule(path, put)
+
+
+def fill(model: PreTrainedModel, tensors: StoredTensors, dtype: torch.dtype, device: torch.device) -> None:
+    """Give the model what is stored, integers as they are and floats in the dtype."""
+    tied, expected = set(model.all_tied_weights_keys), model.state_dict()
+    names = [name for name in expected if tensors.has(name)]
+    missing = [name for name in expected if not tensors.has(name) and name not in tied and expected[name].is_meta]
+    if missing:
+        shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise CheckpointError(
+            f"The checkpoint {tensors.folder} lacks {len(missing)} tensors of its model: {shown}. Get it again."
+        )
+    unknown = set(tensors.places) - {tensors.resolve(name) for name in names}
+    if unknown:
+        raise CheckpointError(
+            f"The checkpoint {tensors.folder} has {min(unknown)!r}, which has no place in its model. "
+            "Load it with transformers and compressed-tensors."
+        )
+    for name, tensor in tensors.read(names):
+        check(name, tensor, expected[name])
+        owner, attribute = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+        if attribute == "weight_shape" and tensor.tolist() != [owner.out_features, owner.in_features]:
+            raise CheckpointError(
+                f"{name!r} says {tensor.tolist()}, which config.json does not. Get the checkpoint again."
+            )
+        value = tensor.to(device, dtype) if tensor.dtype in FLOATS else tensor.to(device)
+        is_parameter = attribute in dict(owner.named_parameters(recurse=False))
+        setattr(owner, attribute, nn.Parameter(value, requires_grad=False) if is_parameter else value)
+    model.tie_weights()
+
+
+def check(name: str, tensor: Tensor, expected: Tensor) -> None:
+    kinds = FLOATS if expected.dtype in FLOATS else (expected.dtype,)
+    if tensor.shape != expected.shape or tensor.dtype not in kinds:
+        raise CheckpointError(
+            f"The tensor {name!r} is {described(tensor)}, but config.json says {described(expected)}. "
+            "The checkpoint is damaged: get it again."
+        )
+
+
+def described(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def scale_adapters(model: nn.Module, lora: Lora) -> None:
+    """What PEFT multiplies an adapter's product by goes into its second factor."""
+    for path, module in model.named_modules():
+        factors = getattr(module, "lora_A", None), getattr(module, "lora_B", None)
+        if factors[0] is not None and factors[1] is not None:
+            factors[1].data *= lora.factor(path, len(factors[0]))

@@ -1,0 +1,62 @@
+"""The curvature of a linear's output error by its weights, H = E x x^T: E ||(W - Q) x||^2 = tr (W - Q) H (W - Q)^T.
+
+What is made of it is made once for all linears that share their inputs.
+
+Dimensions: n inputs.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Float64, Int64
+from torch import Tensor
+
+from compress.numerics.ridge import cholesky, damped
+
+
+@dataclass(frozen=True)
+class Hessian:
+    """
+    second: E x x^T, or the covariance of x where a bias keeps the mean. damping: in units of its mean diagonal.
+    name: says in an error whose inputs these are: NumericalError where they are all zero, or not finite.
+    """
+
+    second: Float64[Tensor, "n n"]
+    damping: float
+    name: str
+
+    @cached_property
+    def damped(self) -> Float64[Tensor, "n n"]:
+        return damped(self.second, self.damping)
+
+    @cached_property
+    def order(self) -> Int64[Tensor, "n"]:
+        """Inputs by decreasing activation."""
+        return self.second.diagonal().argsort(descending=True, stable=True)
+
+    @cached_property
+    def inverse_root(self) -> Float64[Tensor, "n n"]:
+        """U upper triangular, U^T U = H^-1."""
+        return self._inverse_root(self.damped)
+
+    @cached_property
+    def ordered_inverse_root(self) -> Float64[Tensor, "n n"]:
+        """The same with the inputs in `order`."""
+        return self._inverse_root(self.damped[self.order][:, self.order])
+
+    def _inverse_root(self, H: Float64[Tensor, "n n"]) -> Float64[Tensor, "n n"]:
+        inverse = torch.cholesky_inverse(cholesky(H, name=self.name))
+        return cholesky(inverse, name=self.name).T.contiguous()
+
+    @cached_property
+    def scale(self) -> Float64[Tensor, "n"]:
+        """What inputs are divided by to have a unit diagonal."""
+        return self.damped.diagonal().sqrt()
+
+    @cached_property
+    def scaled_eigen(self) -> tuple[Float64[Tensor, "n"], Float64[Tensor, "n n"]]:
+        """Eigenvalues and eigenvectors of H with a unit diagonal."""
+        cholesky(self.damped, name=self.name)
+        values, Q = torch.linalg.eigh(self.damped / torch.outer(self.scale, self.scale))
+        return values.clamp_min(0), Q

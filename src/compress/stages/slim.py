@@ -1,0 +1,259 @@
+"""Quantization, sparsity and a low-rank adapter for what they lose: W becomes S + B A (`numerics/decomposition.py`).
+
+Each of the three may be left out. SLiM (arXiv 2410.09615) is `prune: wanda`, `quantize: slim` for a whole matrix and
+`adapt: slim`. Ours is `admm`, `gptq` and `whitened` in some rounds, with `refit` before it: what is decomposed is then
+the weight that turns the compressed prefix's activations into the dense model's, and the adapter is the reduced-rank
+regression of what is still missing.
+"""
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from torch import Tensor, nn
+
+from compress.models.factors import fill
+from compress.models.modeling_compact import AdaptedLinear
+from compress.models.storage import Storage, stored_linear
+from compress.numerics.adapters import AdapterMethod
+from compress.numerics.decomposition import Adapting, Decomposed, Decomposition, Pruner, Pruning, Rounding, decompose
+from compress.numerics.grids import Numbers, Sharing
+from compress.numerics.sparsity import Pattern
+from compress.stages._stage import StoringStage
+from compress.stages._targets import is_target, unmatched
+from compress.streaming.linears import LinearShape, LinearSite
+
+USUAL_GROUP = 128  # what engines' kernels are made for
+
+
+class Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Prune(Part):
+    """
+    method: `magnitude`, `wanda`, `sparsegpt` or `admm`. pattern: 2:4 and its like, or the share deleted, 50%.
+    iterations: of ADMM; 40 are nearly as good and five times as fast.
+    """
+
+    method: Pruner = "admm"
+    pattern: str = "2:4"
+    iterations: Annotated[int, Field(ge=1)] = 200
+
+    @field_validator("pattern")
+    @classmethod
+    def _known_pattern(cls, value: str) -> str:
+        Pattern.parse(value)
+        return value
+
+    @property
+    def parsed(self) -> Pattern:
+        return Pattern.parse(self.pattern)
+
+
+class Quantize(Part):
+    """
+    method: `absmax`, `slim` and `mse` round to nearest, `gptq` sweeps on the grid of `mse`.
+    bits: of integers, or 8 with `floating`. group: what shares a scale: `tensor`, `channel` or so many inputs; by
+        default 128, or a channel where the linears' inputs are no multiples of that.
+    by_activation: gptq takes inputs by decreasing activation. important_inputs: SLiM-Quant^O, which rounds one input in
+        a hundred twice as finely.
+    """
+
+    method: Literal["absmax", "slim", "mse", "gptq"] = "gptq"
+    bits: Annotated[int, Field(ge=2, le=8)] = 4
+    floating: bool = False
+    group: Annotated[int, Field(ge=2)] | Literal["tensor", "channel"] | None = None
+    symmetric: bool = True
+    by_activation: bool = False
+    important_inputs: bool = False
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Quantize":
+        if self.floating and (self.bits != 8 or not self.symmetric or self.method == "slim"):
+            raise ValueError("floating numbers have 8 bits and are symmetric, and their scale is absmax, mse or gptq's")
+        if self.by_activation and self.method != "gptq":
+            raise ValueError(f"by_activation is of method gptq, not of {self.method}")
+        if self.method == "slim" and not self.symmetric:
+            raise ValueError("slim looks for symmetric grids; take absmax, mse or gptq")
+        if self.important_inputs and not self.symmetric:
+            raise ValueError("important_inputs goes with symmetric grids")
+        return self
+
+
+class Adapt(Part):
+    """
+    rank: a share of min(m, n), or a number. rounds: how often adapter and weights are fitted to one another.
+    bits, group: of the adapter's own codes; by default it keeps the model's dtype.
+    """
+
+    method: AdapterMethod = "whitened"
+    rank: Annotated[float, Field(gt=0)] | Annotated[int, Field(ge=1)] = 0.1
+    rounds: Annotated[int, Field(ge=1)] = 1
+    bits: Annotated[int, Field(ge=2, le=8)] | None = None
+    group: Annotated[int, Field(ge=2)] = 128
+
+    @field_validator("rank")
+    @classmethod
+    def _share_or_number(cls, value: float | int) -> float | int:
+        if isinstance(value, float) and value > 1:
+            if not value.is_integer():
+                raise ValueError(f"a rank is a share of the full one below 1, or a whole number; got {value}")
+            return int(value)
+        return value
+
+    def rank_of(self, linear: LinearShape) -> int:
+        wanted = self.rank if isinstance(self.rank, int) else int(self.rank * linear.full_rank)
+        return max(1, min(wanted, linear.full_rank))
+
+
+class Slim(StoringStage):
+    """
+    target: which linears: `all`, `attention`, `mlp`, or patterns of names below a block such as `*.down_proj`.
+    polish: rounds of coordinate descent after a sweep.
+    centre: a linear with a bias keeps the mean of its outputs by it, so that only what varies about it counts.
+    inputs: what each token's inputs are rounded to when the model runs.
+    form: `packed`, for engines, `compact`, in as few bits as we can, or `dense`, merged again at the old size.
+    dtype: of scales; settled when the model is known.
+    """
+
+    stage: Literal["slim"] = "slim"
+    target: tuple[str, ...] = ("all",)
+    prune: Prune | None = None
+    quantize: Quantize | None = None
+    adapt: Adapt | None = None
+    polish: Annotated[int, Field(ge=0)] = 0
+    centre: bool = False
+    inputs: Literal["fp8", "int8"] | None = None
+    dtype: str | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Slim":
+        faults = [rule for rule, broken in self._rules() if broken]
+        if faults:
+            raise ValueError("; ".join(faults))
+        return self
+
+    def _rules(self) -> list[tuple[str, bool]]:
+        """What does not go together, and whether it is asked for."""
+        quantize, adapt = self.quantize, self.adapt
+        rounds_inputs = self.inputs is not None
+        floating = quantize is not None and quantize.floating
+        compact = self.form == "compact"
+        return [
+            ("slim needs prune or quantize", self.prune is None and quantize is None),
+            ("rounded inputs go with quantized weights in packed form", rounds_inputs and self.form != "packed"),
+            ("inputs are int8 beside integers, fp8 beside floating weights", rounds_inputs and not self._inputs_fit),
+            ("compact form holds integers on symmetric grids", compact and quantize is not None and floating),
+            ("compact form holds symmetric grids", compact and quantize is not None and not quantize.symmetric),
+            ("compact form holds patterns such as 2:4, no shares", compact and not self._is_grouped),
+            ("important_inputs is for compact form, or dense", self.form == "packed" and self._is_finer),
+            ("adapters of few bits are for compact form", self.form != "compact" and bool(adapt and adapt.bits)),
+        ]
+
+    @property
+    def _inputs_fit(self) -> bool:
+        return self.quantize is not None and self.quantize.floating == (self.inputs == "fp8")
+
+    @property
+    def _is_grouped(self) -> bool:
+        return self.prune is None or self.prune.parsed.is_grouped
+
+    @property
+    def _is_finer(self) -> bool:
+        return self.quantize is not None and self.quantize.important_inputs
+
+    def targets(self, linear: LinearShape) -> bool:
+        return is_target(self.target, linear.name, linear.part)
+
+    def settled(self, linears: Sequence[LinearShape], dtype: torch.dtype) -> "Slim":
+        changes: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch.")}
+        if self.quantize is not None and self.quantize.group is None:
+            divides = all(linear.n % USUAL_GROUP == 0 for linear in linears if self.targets(linear))
+            group: Sharing = USUAL_GROUP if divides else "channel"
+            changes["quantize"] = self.quantize.model_copy(update={"group": group})
+        return self.model_copy(update=changes)
+
+    def linear_faults(self, linears: Sequence[LinearShape]) -> list[str]:
+        faults, targets = unmatched(self.target, linears), [linear for linear in linears if self.targets(linear)]
+        if self.prune is not None and self.prune.parsed.is_grouped:
+            group = self.prune.parsed.group
+            faults += uneven(targets, group, f"{self.prune.pattern} takes", "Leave it out with --target, or prune 50%")
+        if self.quantize is not None and isinstance(self.quantize.group, int) and self.form == "packed":
+            faults += uneven(targets, self.quantize.group, "A scale takes", "Take another --group, or channel")
+        return faults
+
+    def planned_storage(self, linears: Sequence[LinearShape]) -> dict[str, Storage]:
+        if self.form == "dense":
+            return {}
+        return {linear.path: self.storage(linear) for linear in linears if self.targets(linear)}
+
+    def storage(self, linear: LinearShape) -> Storage:
+        quantize, adapt = self.quantize, self.adapt
+        options: dict[str, Any] = {}
+        if quantize is not None:
+            options |= {"floating": quantize.floating, "group": quantize.group or "channel"}
+            options |= {"symmetric": quantize.symmetric, "finer": quantize.important_inputs}
+        if adapt is not None:
+            options |= {"rank": adapt.rank_of(linear), "adapter_bits": adapt.bits, "adapter_group": adapt.group}
+        return Storage(
+            form="compact" if self.form == "compact" else "packed",
+            bits=None if quantize is None else quantize.bits,
+            pattern=None if self.prune is None else self.prune.parsed,
+            inputs=self.inputs,
+            **options,
+        )
+
+    def decomposition(self, linear: LinearShape) -> Decomposition:
+        prune, quantize, adapt = self.prune, self.quantize, self.adapt
+        pruning = rounding = adapting = None
+        if prune is not None:
+            pruning = Pruning(method=prune.method, pattern=prune.parsed, iterations=prune.iterations)
+        if quantize is not None:
+            rounding = Rounding(
+                numbers=Numbers(quantize.bits, quantize.floating),
+                group=quantize.group or "channel",
+                steps="mse" if quantize.method == "gptq" else quantize.method,
+                sweeps=quantize.method == "gptq",
+                symmetric=quantize.symmetric,
+                by_activation=quantize.by_activation,
+                finer=quantize.important_inputs,
+                stored=None if self.dtype is None else getattr(torch, self.dtype),
+            )
+        if adapt is not None:
+            adapting = Adapting(method=adapt.method, rank=adapt.rank_of(linear), rounds=adapt.rounds)
+        return Decomposition(prune=pruning, quantize=rounding, adapt=adapting, polish=self.polish)
+
+    def apply(self, site: LinearSite) -> None:
+        if not self.targets(site.shape):
+            return
+        W, bias, centred = site.weight, site.bias, self.centre and site.bias is not None
+        how = self.decomposition(site.shape)
+        found = decompose(W, site.inputs, how, centred=centred, dtype=site.dtype, name=site.name)
+        site.notes |= {"rank": how.adapt.rank} if how.adapt else {}
+        site.notes |= {"bits": self.quantize.bits} if self.quantize else {}
+        site.notes |= {"pattern": self.prune.pattern} if self.prune else {}
+        site.notes["lost"] = site.lost(found.product, centred=centred)
+        if bias is not None and found.shift is not None:
+            bias = bias + found.shift
+        site.replace(self.module(site, found, bias))
+
+    def module(self, site: LinearSite, found: Decomposed, bias: Tensor | None) -> nn.Linear | AdaptedLinear:
+        if self.form == "dense":
+            with torch.device("meta"):
+                merged = nn.Linear(site.shape.n, site.shape.m, bias=bias is not None)
+            fill(merged, found.product, bias, site.dtype)
+            return merged
+        A, B = (None, None) if found.adapter is None else (found.adapter.A, found.adapter.B)
+        storage = self.storage(site.shape)
+        return stored_linear(storage, found.S, found.grid, found.mask, A, B, bias, site.dtype)
+
+
+def uneven(linears: Sequence[LinearShape], group: int, what: str, remedy: str) -> list[str]:
+    """That there are linears whose inputs come in no whole groups."""
+    found = {linear.name: linear.n for linear in linears if linear.n % group}
+    if not found:
+        return []
+    names = ", ".join(f"{name} has {n}" for name, n in list(found.items())[:3])
+    return [f"{what} inputs in groups of {group}, but {names}. {remedy}."]
