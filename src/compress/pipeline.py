@@ -25,6 +25,7 @@ from compress.checkpoints import files
 from compress.checkpoints.adapter import adapter_config, write_adapter
 from compress.checkpoints.card import model_card
 from compress.checkpoints.sizes import Size
+from compress.checkpoints.stored import unpacks_while_loading
 from compress.checkpoints.targets import Shape
 from compress.checkpoints.verify import verify, verify_tokens, why_own
 from compress.errors import OutputError
@@ -377,8 +378,7 @@ def _facts(prepared: Prepared, journal: Journal) -> dict[str, Any]:
             "bytes": sum(entry["tensor_bytes"] + entry["adapter_bytes"] for entry in entries),
         },
         "adapter": adapter_facts(prepared),
-        "quantized": any(each.bits is not None for each in prepared.plan.storage.values()),
-        "storage": next((each.form for each in prepared.plan.storage.values()), None),
+        **storage_facts(prepared.plan),
         "alternatives": [vars(alternative) for alternative in prepared.plan.alternatives],
         "units": dict(prepared.plan.units),
         "held_out_divergence": entries[-1]["divergence"],
@@ -387,6 +387,15 @@ def _facts(prepared: Prepared, journal: Journal) -> dict[str, Any]:
         "linears": [report for entry in entries for report in entry["groups"] if "linear" in report],
         "parts": {entry["part"]["file"]: entry["part"]["sha256"] for entry in entries},
     }
+
+
+def storage_facts(plan: Plan) -> dict[str, Any]:
+    """How linears are stored, all alike, and what that asks of those who load them."""
+    storage = next(iter(plan.storage.values()), None)
+    if storage is None:
+        return {"storage": None, "quantized": False, "unpacks_while_loading": False}
+    unpacks = unpacks_while_loading(storage, plan.target.dense.model_type)
+    return {"storage": storage.form, "quantized": storage.bits is not None, "unpacks_while_loading": unpacks}
 
 
 def adapter_facts(prepared: Prepared) -> dict[str, Any] | None:

@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from compress.budget import Choice
+from compress.checkpoints.lowrank import LowRankTarget
 from compress.checkpoints.sizes import Size, disk_bytes, header_bytes, size_of
 from compress.checkpoints.targets import Shape, Target
 from compress.checkpoints.wrapped import INNER

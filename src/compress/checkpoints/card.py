@@ -136,6 +136,9 @@ def plain(facts: Mapping[str, Any]) -> str:
     ]
     if facts["loads_without_our_code"]:
         said = f"A plain `{facts['architecture']}`: whatever loads that class loads this, transformers among them."
+        if facts["unpacks_while_loading"]:
+            lines[0] = "from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig"
+            lines[2] = f'model = AutoModelForCausalLM.from_pretrained("PATH"{unpacking(facts)})'
         if facts["quantized"]:
             said += " For its packed weights transformers needs compressed-tensors; vLLM has it: `vllm serve PATH`."
     else:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.models import configuration_sliced
-from compress.streaming.weights import INDEX
+from compress.models.tensor_files import INDEX
 
 # Copied as files: loading and saving them again would rewrite what other tools read from them.
 COPIED = (

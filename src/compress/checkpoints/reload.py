@@ -33,7 +33,7 @@ def main(folder: str, probe_file: str, memory: int, scratch: str) -> dict[str, o
         options = {"device_map": "auto", "max_memory": {"cpu": memory // 4}, "offload_folder": scratch}
     elif not fits:
         options, bits = {"dtype": "auto"}, 8 * facts["itemsize"]  # packed weights cannot stay on disk
-    if "quantization_config" in config and (not fits or unpacks_while_loading(config)):
+    if "quantization_config" in config and (not fits or facts["unpacks_while_loading"]):
         options["quantization_config"], bits = CompressedTensorsConfig(dequantize=True), 8 * facts["itemsize"]
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder, trust_remote_code=carries_code, output_loading_info=True, local_files_only=True, **options
@@ -59,16 +59,6 @@ def main(folder: str, probe_file: str, memory: int, scratch: str) -> dict[str, o
         "bits": bits or 8 * model.dtype.itemsize,
         "imported_compress": "compress" in sys.modules,
     }
-
-
-def unpacks_while_loading(config: dict[str, Any]) -> bool:
-    """Whether transformers can read packed weights only so, which gives them in the dtype that is stored.
-
-    It has no room for packed zero points, and makes GPTBigCode's weights anew before it has them.
-    """
-    quantization = config["quantization_config"]
-    symmetric: bool = quantization["config_groups"]["group_0"]["weights"]["symmetric"]
-    return quantization["format"] == "pack-quantized" and (not symmetric or config["model_type"] == "gpt_bigcode")
 
 
 def with_adapter(model: Any, folder: str) -> tuple[Any, set[str]]:

@@ -94,6 +94,15 @@ def quantization_config(storage: Storage, untouched: list[str]) -> dict[str, Any
     }
 
 
+def unpacks_while_loading(storage: Storage, model_type: str) -> bool:
+    """Whether transformers can read packed weights only so, which gives them in the dtype that is stored.
+
+    It has no room for packed zero points, and makes GPTBigCode's weights anew before it has them.
+    """
+    awkward = not storage.symmetric or model_type == "gpt_bigcode"
+    return storage.form == "packed" and storage_format(storage) == "pack-quantized" and awkward
+
+
 def storage_format(storage: Storage) -> str:
     if storage.floating:
         return "float-quantized"

@@ -227,7 +227,7 @@ class Asked:
         group = METHODS[self.method]["group"] if self.amounts["group"] is None else self.amounts["group"]
         if group in (None, "tensor", "channel"):
             return None if group is None else str(group)
-        if not re.fullmatch(r"[1-9]\d*", group):
+        if not re.fullmatch(r"[2-9]|[1-9]\d+", group):
             raise UsageError(f"--group is tensor, channel or a number of inputs, got {group!r}. Try 128.")
         return int(group)
 
@@ -260,6 +260,11 @@ class Asked:
         for name, is_off, because in unused:
             if is_off and self.parts[name] is not None:
                 raise UsageError(f"--{name} says nothing with {because}. Leave one out.")
+        if quantize is None:
+            idle = ["group"] if self.amounts["group"] is not None else []
+            idle += [name for name in ("asymmetric", "by_activation", "important_inputs") if self.flags[name]]
+            if idle:
+                raise UsageError(f"--{idle[0].replace('_', '-')} says nothing with --bits none. Leave one out.")
         if adapt is None and self.adapter_bits is not None:
             raise UsageError("--adapter-bits says nothing with --adapter-rank 0. Leave one out.")
         if self.parts["adapter"] == "anchored" and not self.part("refit"):

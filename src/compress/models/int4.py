@@ -22,9 +22,8 @@ GROUPS = (256, 128, 64, 32)  # of inputs that share a scale, which the kernel kn
 OUTPUTS = {"cpu": 16, "cuda": 8}  # m is a multiple of
 INPUTS = {"cpu": 32, "cuda": 128}  # n is a multiple of
 TILES = 8  # of 16 inputs, which CUDA's layout keeps together
-ROWS = 1024  # brought into the layout at a time; it keeps 64 together at most
+ROWS = 256  # brought into the layout at a time; it keeps 64 together at most
 COLUMNS = 256  # of the weight that are made at a time for a gradient
-VECTORS = ("AVX2", "AVX512")
 
 
 class KernelProduct(torch.autograd.Function):
@@ -38,8 +37,9 @@ class KernelProduct(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        starts = range(0, ctx.linear.in_features, COLUMNS)
-        return torch.cat([gradient @ ctx.linear.columns(start, start + COLUMNS) for start in starts], dim=1), None
+        n = ctx.linear.in_features
+        blocks = [(start, min(start + COLUMNS, n)) for start in range(0, n, COLUMNS)]
+        return torch.cat([gradient @ ctx.linear.columns(*block) for block in blocks], dim=1), None
 
 
 class Int4Linear(LoraLinear):
@@ -68,9 +68,10 @@ class Int4Linear(LoraLinear):
         return multiply(x.contiguous(), self.layout, self.group, self.scales_and_zeros)
 
     def columns(self, start: int, stop: int) -> Tensor:
-        """Of W, (m, stop - start) or fewer at the end: what the kernel makes of unit vectors."""
-        units = torch.eye(self.in_features, dtype=self.scales_and_zeros.dtype, device=self.layout.device)[start:stop]
-        return self.multiplied(units).T
+        """Of W, (m, stop - start): what the kernel makes of unit vectors."""
+        inputs = torch.arange(start, stop, device=self.layout.device)
+        units = self.scales_and_zeros.new_zeros(stop - start, self.in_features)
+        return self.multiplied(units.scatter_(1, inputs[:, None], 1)).T
 
 
 KERNELS = {"cpu": torch.ops.aten._weight_int4pack_mm_for_cpu, "cuda": torch.ops.aten._weight_int4pack_mm}
@@ -83,6 +84,12 @@ def as_layout(codes: Tensor) -> Tensor:
         return torch.ops.aten._convert_weight_to_int4pack_for_cpu(unsigned, TILES)
     pairs = (unsigned[:, ::2] << 4 | unsigned[:, 1::2]).to(torch.uint8)
     return torch.ops.aten._convert_weight_to_int4pack(pairs, TILES)
+
+
+def has_kernel(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu" and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
 
 def kernel_group(linear: QuantizedLinear) -> int | None:
@@ -100,8 +107,8 @@ def fault(linear: QuantizedLinear) -> str | None:
         return "the grid has zero points"
     if dtype != torch.bfloat16:
         return f"the dtype is {str(dtype).removeprefix('torch.')}, not bfloat16"
-    if device.type not in KERNELS or (device.type == "cpu" and torch.backends.cpu.get_cpu_capability() not in VECTORS):
-        return f"this {device.type} has no kernel"
+    if not has_kernel(device):
+        return f"torch has no fast kernel for this {device.type}"
     outputs, inputs = OUTPUTS[device.type], INPUTS[device.type]
     if kernel_group(linear) is None or linear.out_features % outputs or linear.in_features % inputs:
         return (
@@ -111,17 +118,17 @@ def fault(linear: QuantizedLinear) -> str | None:
 
 
 def use_kernels(model: nn.Module) -> None:
-    """Give linears to the kernel that it takes, in place; of the others one warning says why."""
+    """Give linears to the kernel that takes them, in place; of the others one warning says why."""
     slow: Counter[str] = Counter()
-    for path, linear in list(model.named_modules()):
-        if not isinstance(linear, QuantizedLinear):
-            continue
+    # By name, so that each is let go of as the next one is begun.
+    for path in [path for path, module in model.named_modules() if isinstance(module, QuantizedLinear)]:
+        linear = model.get_submodule(path)
+        assert isinstance(linear, QuantizedLinear)
         why, group = fault(linear), kernel_group(linear)
-        if why is not None or group is None:
+        if why is None and group is not None and isinstance(linear, PackedLinear):
+            model.set_submodule(path, Int4Linear(linear, group))
+        else:
             slow[str(why)] += 1
-            continue
-        assert isinstance(linear, PackedLinear)
-        model.set_submodule(path, Int4Linear(linear, group))
     if slow:
         reasons = "; ".join(f"{count} because {why}" for why, count in slow.items())
         logger.warning("Linears without a kernel, unpacked at every call: %s.", reasons)

@@ -201,6 +201,8 @@ def unpacked(packed: Tensor, bits: int, count: int) -> Tensor:
     if bits == 4:
         halves = stream.to(torch.int16)
         codes = ((halves | halves << 4) & 0x0F0F).view(torch.uint8)
+    elif bits == 8:
+        codes = stream.clone()
     else:
         # Each `bits` bytes hold eight numbers, one of every stretch.
         padded = nn.functional.pad(stream, (0, -stream.shape[1] % bits)).view(len(stream), -1, bits)

@@ -58,7 +58,7 @@ class Kept:
         Raises ValueError where a group does not keep as many as the pattern.
         """
         keep, group, device = int(self.pattern.keep), self.pattern.group, self.mask.device
-        digits = 2 ** torch.arange(group, device=device)
+        digits = 2 ** torch.arange(group, dtype=torch.int32, device=device)
         table = combinations(keep, group, device)
         numbers = torch.full((2**group,), -1, device=device)
         numbers[digits[table].sum(1)] = torch.arange(len(table), device=device)

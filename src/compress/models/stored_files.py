@@ -56,7 +56,7 @@ def read_scheme(folder: Path) -> Storage | None:
     try:
         return scheme(found)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        reason = f"lacks {error}" if isinstance(error, KeyError) else str(error)
+        reason = f"lacks {error}" if isinstance(error, KeyError) else str(error).rstrip(".")
         raise CheckpointError(
             f"The quantization_config of {folder} cannot be read: {reason}. "
             "Load it with transformers and compressed-tensors."

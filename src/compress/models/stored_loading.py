@@ -42,12 +42,21 @@ def load_stored(folder: Path, *, dtype: torch.dtype, device: torch.device) -> Pr
     fill(model, tensors, dtype, device)
     if lora is not None:
         scale_adapters(model, lora)
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+    give_generation_config(model, folder)
     anything: Any = model  # to its decorator `to` is no method
     anything.to(device).eval()
     use_kernels(model)
     return model
+
+
+def give_generation_config(model: PreTrainedModel, folder: Path) -> None:
+    if (folder / "generation_config.json").is_file():
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        except (OSError, ValueError, TypeError) as error:
+            raise CheckpointError(
+                f"The generation_config.json of {folder} cannot be read: {one_line(error)}. Delete it or get it again."
+            ) from error
 
 
 def hollow_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:

@@ -15,7 +15,8 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from compress.errors import NumericalError
-from compress.numerics.lowrank import Factors, InputMoments, svd, weighted
+from compress.numerics.linalg import pca
+from compress.numerics.lowrank import Factors, InputMoments, weighted
 
 AdapterMethod = Literal["naive", "slim", "whitened"]
 
@@ -31,16 +32,27 @@ def fit_adapter(
 ) -> Factors:
     """centred: for `whitened`, errors about the mean count, and the factors' bias is what keeps the mean."""
     if method == "naive":
-        return svd(E, rank)
+        return cut_off(E, rank, name=name)
     if method == "slim":
         x = saliency(moments.mean_abs, name=name)
-        scaled = svd(E * x, rank)
+        scaled = cut_off(E * x, rank, name=name)
         return Factors(scaled.B, scaled.A / x, None)
     return weighted(E, None, moments, rank, None, name=name, centred=centred)
 
 
+def cut_off(E: Float64[Tensor, "m n"], rank: int, *, name: str) -> Factors:
+    """The truncated SVD, by eigenvectors of the smaller of E E^T and E^T E: many times as fast as a whole one."""
+    m, n = E.shape
+    if m <= n:
+        U = pca(E @ E.T, name=f"what {name} lacks")[0][:, :rank]
+        return Factors(U, U.T @ E, None)
+    V = pca(E.T @ E, name=f"what {name} lacks")[0][:, :rank]
+    return Factors(E @ V, V.T, None)
+
+
 def saliency(mean_abs: Float64[Tensor, "n"], *, name: str) -> Float64[Tensor, "n"]:
-    moving = mean_abs[mean_abs > 0]
-    if not len(moving) or not torch.isfinite(mean_abs).all():
-        raise NumericalError(f"The inputs of {name} are all zero, or one is NaN or Inf. Calibrate on other text.")
-    return mean_abs + moving.min()
+    """What inputs' columns are scaled by; 1 where nothing moves. Dead but for rounding errors counts as dead."""
+    if not torch.isfinite(mean_abs).all():
+        raise NumericalError(f"The inputs of {name} have a NaN or Inf. Check the weights before it and the text.")
+    moving = mean_abs[mean_abs > 1e-7 * mean_abs.max()]
+    return mean_abs + moving.min() if len(moving) else torch.ones_like(mean_abs)

@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Bool, Float64
 from torch import Tensor
 
+from compress.errors import NumericalError
 from compress.numerics.adapters import AdapterMethod, fit_adapter
 from compress.numerics.admm import sparse_plus_lowrank
 from compress.numerics.grids import Grid, Numbers, Sharing
@@ -116,7 +117,7 @@ def decompose(
     """
     centred: a bias keeps the outputs' mean, so that errors count about it. dtype: that sweeps and ADMM compute in.
     """
-    solver = Solver(how, moments, moments.spread(centred=centred).hessian(DAMPING, name=name), dtype)
+    solver = Solver(how, moments, moments.spread(centred=centred).hessian(DAMPING, name=name), dtype, name)
     adapter, rest, mask = None, W, None
     if how.prune is not None and how.prune.method == "admm":
         mask, rest = solver.admm(W)
@@ -140,6 +141,7 @@ class Solver:
     moments: InputMoments
     hessian: Hessian
     dtype: torch.dtype
+    name: str
 
     def scored(self, W: Float64[Tensor, "m n"]) -> Bool[Tensor, "m n"]:
         assert self.how.prune is not None
@@ -191,7 +193,7 @@ class Solver:
         assert self.how.quantize is not None
         how = self.how.quantize
         finer = finer_inputs(W, self.moments.mean_abs) if how.finer else None
-        return make_grid(
+        grid = make_grid(
             W,
             how.numbers,
             group=how.group,
@@ -200,3 +202,9 @@ class Solver:
             stored=how.stored,
             finer=finer,
         )
+        if not torch.isfinite(grid.step).all():
+            raise NumericalError(
+                f"A scale of {self.name} is NaN or does not fit in {how.stored}. "
+                "Check its weights, or try --dtype bfloat16 or float32."
+            )
+        return grid

@@ -19,7 +19,7 @@ from compress.numerics.ridge import cholesky, damped
 class Hessian:
     """
     second: E x x^T, or the covariance of x where a bias keeps the mean. damping: in units of its mean diagonal.
-    name: says in an error whose inputs these are: NumericalError where they are all zero, or not finite.
+    name: says in an error whose inputs these are: NumericalError where they are not finite.
     """
 
     second: Float64[Tensor, "n n"]
@@ -28,6 +28,8 @@ class Hessian:
 
     @cached_property
     def damped(self) -> Float64[Tensor, "n n"]:
+        if not self.second.any():  # inputs that are all zero, or that do not vary: all errors count alike
+            return torch.eye(len(self.second), dtype=self.second.dtype, device=self.second.device)
         return damped(self.second, self.damping)
 
     @cached_property

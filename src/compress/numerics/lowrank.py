@@ -75,7 +75,10 @@ class InputMoments:
 
     @cached_property
     def _centred(self) -> "Spread":
-        return Spread(self.second - torch.outer(self.mean, self.mean))
+        C = self.second - torch.outer(self.mean, self.mean)
+        if C.diagonal().sum() <= 1e-14 * self.second.diagonal().sum():  # what is left of a constant by rounding
+            return Spread(torch.zeros_like(C))
+        return Spread(C)
 
     @cached_property
     def _uncentred(self) -> "Spread":

@@ -72,7 +72,7 @@ class Quantize(Part):
     @model_validator(mode="after")
     def _consistent(self) -> "Quantize":
         if self.floating and (self.bits != 8 or not self.symmetric or self.method == "slim"):
-            raise ValueError("floating numbers have 8 bits and are symmetric, and their scale is absmax, mse or gptq's")
+            raise ValueError("fp8 is symmetric, in 8 bits, by absmax, mse or gptq; leave the others out")
         if self.by_activation and self.method != "gptq":
             raise ValueError(f"by_activation is of method gptq, not of {self.method}")
         if self.method == "slim" and not self.symmetric:
@@ -142,14 +142,32 @@ class Slim(StoringStage):
         floating = quantize is not None and quantize.floating
         compact = self.form == "compact"
         return [
-            ("slim needs prune or quantize", self.prune is None and quantize is None),
-            ("rounded inputs go with quantized weights in packed form", rounds_inputs and self.form != "packed"),
-            ("inputs are int8 beside integers, fp8 beside floating weights", rounds_inputs and not self._inputs_fit),
-            ("compact form holds integers on symmetric grids", compact and quantize is not None and floating),
-            ("compact form holds symmetric grids", compact and quantize is not None and not quantize.symmetric),
-            ("compact form holds patterns such as 2:4, no shares", compact and not self._is_grouped),
-            ("important_inputs is for compact form, or dense", self.form == "packed" and self._is_finer),
-            ("adapters of few bits are for compact form", self.form != "compact" and bool(adapt and adapt.bits)),
+            ("slim needs prune or quantize; give it one", self.prune is None and quantize is None),
+            (
+                f"inputs {self.inputs} goes with packed form, not {self.form}; leave inputs out or take packed",
+                rounds_inputs and self.form != "packed",
+            ),
+            (
+                f"inputs {self.inputs} does not fit the weights; it is int8 beside integers, fp8 beside fp8",
+                rounds_inputs and not self._inputs_fit,
+            ),
+            ("compact form holds integers, not fp8; take bits: 8 or packed form", compact and floating),
+            (
+                "compact form holds symmetric grids; leave asymmetric out or take packed form",
+                compact and quantize is not None and not quantize.symmetric,
+            ),
+            (
+                "compact form holds patterns such as 2:4, no shares; prune 2:4 or take packed form",
+                compact and not self._is_grouped,
+            ),
+            (
+                "important_inputs has no room in packed form; take compact form, or dense",
+                self.form == "packed" and self._is_finer,
+            ),
+            (
+                "adapters in few bits are for compact form; leave their bits out or take compact",
+                self.form != "compact" and adapt is not None and adapt.bits is not None,
+            ),
         ]
 
     @property

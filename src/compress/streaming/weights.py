@@ -4,20 +4,16 @@ Nothing but safetensors is opened, and an index can only name files of its own f
 read: a mapped file counts as memory for as long as it stays open, and would make memory grow with depth.
 """
 
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from compress.errors import CheckpointError, NumericalError, UnsupportedModel
+from compress.models.tensor_files import checkpoint_files, open_safetensors
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 # GPT-NeoX's head is stored by the name it had before transformers 5, which still saves it so.
 OTHER_NAMES = {"lm_head.weight": "embed_out.weight"}
 READABLE = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
@@ -95,49 +91,6 @@ class LazyWeights:
         if missing:
             shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
             raise CheckpointError(f"The checkpoint {self.folder} lacks {len(missing)} tensors of its model: {shown}.")
-
-
-def checkpoint_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, from its index where it has one."""
-    index = folder / INDEX
-    if index.is_file():
-        files = [folder / name for name in indexed_names(index)]
-        absent = [file.name for file in files if not file.is_file()]
-        if absent:
-            raise CheckpointError(f"{index} names {absent[0]}, which is not there. Complete the download.")
-        return files
-    if (folder / SINGLE).is_file():
-        return [folder / SINGLE]
-    pickles = [file.name for pattern in PICKLES for file in sorted(folder.glob(pattern))]
-    if pickles:
-        raise CheckpointError(
-            f"{folder} holds weights only as a pickle ({pickles[0]}), which can run code when it is opened. "
-            "Convert it to safetensors: load it with transformers where you trust it, then save_pretrained()."
-        )
-    raise CheckpointError(f"{folder} has no weights: neither {SINGLE} nor {INDEX}.")
-
-
-def indexed_names(index: Path) -> list[str]:
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(set(weight_map.values()))
-        if not names or not all(isinstance(name, str) for name in names):
-            raise TypeError
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} is no safetensors index (a JSON object with a weight_map).") from error
-    for name in names:
-        if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
-            raise CheckpointError(
-                f"{index} names {name!r}; an index may only name .safetensors files of its own folder."
-            )
-    return names
-
-
-def open_safetensors(file: Path) -> safe_open:
-    try:
-        return safe_open(file, framework="pt", device="cpu")
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file} is damaged ({error}). Download or write it again.") from error
 
 
 def finite(tensor: Tensor, name: str) -> Tensor:
