@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from cli_runner import Ran, environment, finish, flat, invoke, snapshot, start_installed, succeeds
 from tiny import HIDDEN, NUM_BLOCKS, write_model, write_text
 
-COMMANDS = ("slice", "eval")
+COMMANDS = ("slice", "slim", "eval")
 LLAMA_2_7B: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -170,6 +170,13 @@ OPTIONS = {
         *("--materialize", "--measure-error", "--calib", "--samples", "--seq-len", "--data-dir", "--seed", "--out"),
         *("--dtype", "--resume", "--overwrite", "--dry-run", "--json", "--device", "--batch-size", "--cache-memory"),
     },
+    "slim": {
+        *("--model", "--bits", "--sparsity", "--adapter-rank", "--group", "--inputs", "--method", "--pruner"),
+        *("--quantizer", "--adapter", "--refit", "--fast", "--by-activation", "--asymmetric", "--important-inputs"),
+        *("--target", "--compact", "--materialize", "--adapter-bits"),
+        *("--measure-error", "--calib", "--samples", "--seq-len", "--data-dir", "--seed", "--out"),
+        *("--dtype", "--resume", "--overwrite", "--dry-run", "--json", "--device", "--batch-size", "--cache-memory"),
+    },
     "eval": {
         *("--ppl", "--model", "--seq-len", "--limit", "--batch-size", "--dtype", "--device", "--data-dir"),
         *("--trust-remote-code", "--json"),
@@ -221,6 +228,7 @@ def test_help_and_usage_errors_import_nothing_heavy(place):
     """Torch takes seconds; who asks for help, or mistypes a word, must not wait for it."""
     commands = [
         *(["--help"], ["--version"], ["slice", "--help"], ["eval", "--help"], ["slcie"], ["slice", "--ratoi", "1"]),
+        *(["slim", "--help"], ["slim", "--bits", "1"], ["slim", "--bits", "none", "--sparsity", "none"]),
         *(["slice"], ["slice", "--ratio", "2"], ["slice", "--ratio", "0.25", "--model", "opt-126m"], ["eval"]),
     ]
     ran = subprocess.run(
@@ -563,7 +571,7 @@ def test_json_is_all_that_stdout_has(words, place):
     assert set(result) == {
         *("out", "dense_parameters", "parameters", "removed", "dense_bytes", "bytes", "widths", "seconds"),
         *("reload_difference", "resumed_parts", "architecture", "loads_without_our_code", "units", "notes"),
-        *("held_out_divergence", "ranks"),
+        *("held_out_divergence", "ranks", "alternatives", "lost_energy"),
     }
     assert result["resumed_parts"] == 0
     progress = ran.err.splitlines()

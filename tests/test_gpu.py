@@ -14,7 +14,7 @@ import tiny
 from compress.job import Job
 from compress.models.hub import find_model
 from compress.pipeline import run
-from compress.recipe import anchored, lowrank, parse_recipe, slicegpt
+from compress.recipe import anchored, lowrank, parse_recipe, slicegpt, slim
 from compress.stages.measure_error import MeasureError
 
 DEVICE = "cuda"
@@ -80,6 +80,16 @@ HOW: dict[str, dict[str, Any]] = {
     },
     "anchored, per layer": {"stages": anchored({"ratio": 0.3}, rotation="per-layer")},
     "lord": {"stages": lowrank("lord", {"rank_frac": 0.4}, form="factors")},
+    # In 8 bits a weight that is rounded the other way makes little of a difference.
+    "slim": {
+        "stages": slim(
+            prune={"method": "wanda", "pattern": "2:4"},
+            quantize={"method": "mse", "bits": 8, "group": "channel"},
+            adapt={"method": "slim", "rank": 0.2},
+            refit=False,
+            form="compact",
+        )
+    },
     "low rank, budget": {
         "stages": lowrank("anchored", {}, allocation="auto", gradient_weight=0.9),
         "budget": {"keep_params": 0.7, "trial_samples": 8},

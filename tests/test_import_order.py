@@ -22,7 +22,7 @@ LAYERS = [
     ("recipe",),
     ("budget",),
     ("ranks", "needs"),
-    ("factoring",),
+    ("factoring", "storing"),
     ("plan", "job"),
     ("preflight",),
     ("assembly", "provenance"),
@@ -34,7 +34,7 @@ LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 # One file a family, a stage, a text, a command: each can be added and taken away without the others.
 PLUGINS = ("families", "stages", "datasets", "evaluation", "cli")
 SHARED = {"datasets": {"windows"}, "cli": {"amounts", "compressing", "options", "reporting", "tables"}}
-ARCHITECTURES = ("sliced", "lowrank", "lowrank_sliced")
+ARCHITECTURES = ("sliced", "lowrank", "lowrank_sliced", "compact")
 CARRIED = tuple(f"models/{kind}_{name}.py" for name in ARCHITECTURES for kind in ("configuration", "modeling"))
 
 
@@ -93,8 +93,11 @@ def test_imports_point_down():
     assert wrong == []
 
 
-def test_the_package_itself_imports_its_version_alone():
-    assert {imported for importer, imported in OWN if importer == "compress"} <= {"compress.version"}
+def test_the_package_itself_imports_its_version_and_what_load_calls():
+    assert {imported for importer, imported in OWN if importer == "compress"} == {
+        "compress.version",
+        "compress.models.opening",
+    }
 
 
 @pytest.mark.parametrize("part", PLUGINS)

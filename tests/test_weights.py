@@ -15,7 +15,8 @@ import tiny
 from compress import families
 from compress.errors import CheckpointError, NumericalError, UnsupportedModel
 from compress.models.decoder import Decoder
-from compress.streaming.weights import INDEX, SINGLE, LazyWeights
+from compress.models.tensor_files import INDEX, SINGLE
+from compress.streaming.weights import LazyWeights
 
 
 def write(folder: Path, tensors: dict[str, Tensor], name: str = SINGLE) -> Path:

@@ -25,7 +25,7 @@ from compress.checkpoints import files
 from compress.checkpoints.adapter import adapter_config, write_adapter
 from compress.checkpoints.card import model_card
 from compress.checkpoints.sizes import Size
-from compress.checkpoints.stored import unpacks_while_loading
+from compress.checkpoints.stored import not_for_vllm, unpacks_while_loading
 from compress.checkpoints.targets import Shape
 from compress.checkpoints.verify import verify, verify_tokens, why_own
 from compress.errors import OutputError
@@ -393,9 +393,13 @@ def storage_facts(plan: Plan) -> dict[str, Any]:
     """How linears are stored, all alike, and what that asks of those who load them."""
     storage = next(iter(plan.storage.values()), None)
     if storage is None:
-        return {"storage": None, "quantized": False, "unpacks_while_loading": False}
-    unpacks = unpacks_while_loading(storage, plan.target.dense.model_type)
-    return {"storage": storage.form, "quantized": storage.bits is not None, "unpacks_while_loading": unpacks}
+        return {"storage": None, "quantized": False, "unpacks_while_loading": False, "not_for_vllm": None}
+    return {
+        "storage": storage.form,
+        "quantized": storage.bits is not None,
+        "unpacks_while_loading": unpacks_while_loading(storage, plan.target.dense.model_type),
+        "not_for_vllm": not_for_vllm(storage, max(each.rank for each in plan.storage.values())),
+    }
 
 
 def adapter_facts(prepared: Prepared) -> dict[str, Any] | None:

@@ -2,13 +2,12 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
-from compress.checkpoints.adapter import VLLM_RANKS
 from compress.checkpoints.sizes import size_of
-from compress.checkpoints.stored import CompactTarget, PackedTarget
+from compress.checkpoints.stored import CompactTarget, PackedTarget, not_for_vllm
 from compress.checkpoints.targets import Shape, Target, block_linears
 from compress.errors import report
 from compress.families import Family
@@ -108,8 +107,8 @@ def alternatives(
     if next(iter(storage.values())).pattern is None:
         return found
     unpruned = [
-        alternative(name, {path: dense_storage(stored, bits, with_adapter) for path, stored in storage.items()})
-        for with_adapter, name_of in ((True, "{} bits, unpruned, the same adapter"), (False, "{} bits, unpruned"))
+        alternative(name, {path: unpruned_storage(stored, bits, adapted=adapted) for path, stored in storage.items()})
+        for adapted, name_of in ((True, "{} bits, unpruned, the same adapter"), (False, "{} bits, unpruned"))
         for bits in range(2, 9)
         for name in [name_of.format(bits)]
     ]
@@ -119,23 +118,23 @@ def alternatives(
     return [*found, *best, *sorted(larger, key=lambda each: each.bytes)[:1]]
 
 
-def dense_storage(stored: Storage, bits: int, with_adapter: bool) -> Storage:
-    """The same without a pattern, packed for engines."""
-    group = stored.group
-    return Storage(form="packed", bits=bits, group=group, rank=stored.rank if with_adapter else 0)
+def unpruned_storage(stored: Storage, bits: int, *, adapted: bool) -> Storage:
+    """The same in so many bits without a pattern, with its adapter or without one."""
+    plain = Storage(form=stored.form, bits=bits, group=stored.group)
+    if not adapted:
+        return plain
+    return replace(plain, rank=stored.rank, adapter_bits=stored.adapter_bits, adapter_group=stored.adapter_group)
 
 
 def storage_notes(stage: StoringStage, storage: Mapping[str, Storage]) -> list[str]:
-    first, notes, largest = next(iter(storage.values())), list[str](), max(each.rank for each in storage.values())
     if stage.form != "packed":
         return []
-    if largest > VLLM_RANKS[-1]:
-        notes.append("vLLM takes adapters of rank 512 at most: it cannot serve this one. Use a lower --adapter-rank.")
+    first = next(iter(storage.values()))
+    reason = not_for_vllm(first, max(each.rank for each in storage.values()))
+    notes = [] if reason is None else [f"vLLM cannot serve this: {reason}. transformers and compress.load run it."]
     if first.pattern is not None and first.bits is not None:
         notes.append(
             "Packed for engines, pruned weights are stored as zeros: 2:4 takes as many bytes as unpruned and no engine "
             "runs it faster any more. --compact stores them small; unpruned is better at these bytes."
         )
-    if first.group == "tensor" and first.bits is not None:
-        notes.append("One scale for a whole matrix loads in transformers; vLLM takes scales of channels or groups.")
     return notes

@@ -82,7 +82,6 @@ def loading(facts: Mapping[str, Any]) -> str:
 
 def adapted(facts: Mapping[str, Any]) -> str:
     """For a checkpoint with an adapter beside it."""
-    rank = vllm_rank(facts["adapter"])
     return f"""A plain `{facts["architecture"]}` and, in `adapter/`, a LoRA that corrects its error. Both in one
 call, from the packed weights, with compress:
 
@@ -104,27 +103,23 @@ model = AutoModelForCausalLM.from_pretrained("PATH"{unpacking(facts)})
 model = PeftModel.from_pretrained(model, "PATH/adapter")
 ```
 
-{serving(rank)}"""
+{serving(facts)}"""
 
 
 def unpacking(facts: Mapping[str, Any]) -> str:
     return ", quantization_config=CompressedTensorsConfig(dequantize=True)" if facts["quantized"] else ""
 
 
-def serving(rank: int | None) -> str:
-    if rank is None:
-        return "vLLM takes LoRAs of rank 512 at most, so it cannot serve this one."
+def serving(facts: Mapping[str, Any]) -> str:
+    if facts["not_for_vllm"]:
+        return f"vLLM cannot serve it: {facts['not_for_vllm']}."
+    ranks = [facts["adapter"]["r"], *facts["adapter"]["rank_pattern"].values()]
+    rank = next(rank for rank in VLLM_RANKS if rank >= max(ranks))
     return f"""With vLLM; requests name the model `corrected`:
 
 ```
 vllm serve PATH --enable-lora --lora-modules corrected=PATH/adapter --max-lora-rank {rank}
 ```"""
-
-
-def vllm_rank(adapter: Mapping[str, Any]) -> int | None:
-    """What --max-lora-rank has to be; None where vLLM has none so large."""
-    ranks = [adapter["r"], *adapter["rank_pattern"].values()]
-    return next((rank for rank in VLLM_RANKS if rank >= max(ranks)), None)
 
 
 def plain(facts: Mapping[str, Any]) -> str:
@@ -140,7 +135,8 @@ def plain(facts: Mapping[str, Any]) -> str:
             lines[0] = "from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig"
             lines[2] = f'model = AutoModelForCausalLM.from_pretrained("PATH"{unpacking(facts)})'
         if facts["quantized"]:
-            said += " For its packed weights transformers needs compressed-tensors; vLLM has it: `vllm serve PATH`."
+            said += " For its packed weights transformers needs compressed-tensors. "
+            said += f"vLLM cannot serve it: {facts['not_for_vllm']}." if facts["not_for_vllm"] else "vLLM has it."
     else:
         said = "In an architecture of its own, whose code is in this folder."
         if facts["architecture"].startswith("LowRank"):

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from compress.checkpoints.adapter import VLLM_RANKS
 from compress.checkpoints.targets import Shape
 from compress.checkpoints.wrapped import INNER, WrappedLayout, WrappedTarget
 from compress.models.configuration_compact import CompactConfig
@@ -101,6 +102,21 @@ def unpacks_while_loading(storage: Storage, model_type: str) -> bool:
     """
     awkward = not storage.symmetric or model_type == "gpt_bigcode"
     return storage.form == "packed" and storage_format(storage) == "pack-quantized" and awkward
+
+
+def not_for_vllm(storage: Storage, largest_rank: int) -> str | None:
+    """Why vLLM's kernels do not take packed linears of this kind; None where they do."""
+    if largest_rank > VLLM_RANKS[-1]:
+        return f"its adapters have a rank of {VLLM_RANKS[-1]} at most"
+    if storage.bits is None:
+        return None
+    if storage.group == "tensor" and not storage.in_bytes:
+        return "its packed integers have a scale a channel or a group"
+    if storage.floating and isinstance(storage.group, int):
+        return "its fp8 weights have a scale a channel or a tensor"
+    if storage.inputs is not None and not storage.in_bytes:
+        return "it rounds inputs beside 8-bit weights alone"
+    return None
 
 
 def storage_format(storage: Storage) -> str:

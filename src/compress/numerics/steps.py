@@ -66,7 +66,7 @@ def rounded(step: Tensor, stored: torch.dtype | None) -> Tensor:
     """As it comes back from a checkpoint, and never 0 there."""
     if stored is None:
         return step
-    return step.clamp_min(torch.finfo(stored).tiny).to(stored).to(step.dtype)
+    return step.clamp_min(torch.finfo(stored).tiny * torch.finfo(stored).eps).to(stored).to(step.dtype)
 
 
 def absmax_steps(pieces: Float[Tensor, "r g w"], numbers: Numbers) -> Float[Tensor, "r g"]:
@@ -106,42 +106,69 @@ def searched_spreads(pieces: Float[Tensor, "r g w"], numbers: Numbers) -> tuple[
     return best, best_low
 
 
-CANDIDATES = 256  # steps tried for the least error, evenly by ratio
-STARTS = 4  # of them, the best are brought to the minimum beside them
-AT_ONCE = 2**22  # weights: what is made of them beside is a few times as large
-SMALLEST = 1 / 64  # of the largest weight: no step whose grid ends below it is tried
+EXACT = 1024  # weights: for smaller pieces every way that a step can round them is compared
+CANDIDATES = 256  # steps tried for larger ones, evenly by ratio
+STARTS = 8  # of them, beside the best is looked more closely,
+LOOKS = 2  # so many times,
+CLOSER = 16  # so many times as closely,
+LLOYD = 4  # and so often their codes are then given their own best step
+AT_ONCE = 2**22  # weights, each as often as it has codes: what is made of them beside is a few times as large
 
 
 def least_error_steps(pieces: Float[Tensor, "r g w"], numbers: Numbers) -> Float[Tensor, "r g"]:
     """The steps of least squared error, clipping included.
 
-    With the weights sorted and summed up once, the exact error of a step takes one search for each of the grid's
-    2^b - 1 boundaries. Of the best steps tried each is then brought to a minimum: the codes that a step gives have a
-    best step of their own, which gives codes no worse, and so on until nothing changes.
+    In small pieces the error has many minima, of which the least is found by comparing all; in larger ones it is smooth
+    enough to look for it.
     """
     rows, groups, weights = pieces.shape
-    chunks = pieces.reshape(rows * groups, weights).split(max(AT_ONCE // weights, 1))
-    step = torch.cat([least_error_of(chunk.double(), numbers) for chunk in chunks])
+    find, each = (compared_steps, 2 ** (numbers.bits - 1)) if weights <= EXACT else (searched_least, 1)
+    chunks = pieces.reshape(rows * groups, weights).split(max(AT_ONCE // (weights * each), 1))
+    step = torch.cat([find(chunk.double(), numbers) for chunk in chunks])
     return step.view(rows, groups).to(pieces.dtype)
 
 
-def least_error_of(flat: Float64[Tensor, "pieces w"], numbers: Numbers) -> Float64[Tensor, "pieces"]:
-    sums = SortedSums.of(flat)
-    highest = flat.abs().amax(-1) / max(numbers.highest, 1.0)
-    ratios = torch.logspace(math.log2(SMALLEST), math.log2(1.05), CANDIDATES, base=2.0, dtype=torch.float64)
-    tried = torch.stack([sums.error(positive(highest * ratio), numbers) for ratio in ratios.tolist()])
-    best = positive(highest)
+def compared_steps(flat: Float64[Tensor, "pieces w"], numbers: Numbers) -> Float64[Tensor, "pieces"]:
+    """As the step shrinks a weight w gets the code c at |w| / (c - 1/2), and of c |w| and c^2 the sums grow: every way
+    of rounding is met once. The best step for one is sum c |w| / sum c^2, and takes (sum c |w|)^2 / sum c^2 off."""
+    size = flat.abs()[..., None]
+    code = torch.arange(1, 1 - numbers.lowest, dtype=flat.dtype, device=flat.device)
+    reached = (code <= numbers.highest) | (flat[..., None] < 0)
+    order = torch.where(reached, size / (code - 0.5), -1.0).flatten(1).argsort(-1, descending=True)
+    wc = torch.where(reached, size, 0.0).flatten(1).gather(1, order).cumsum(-1)
+    cc = torch.where(reached, 2 * code - 1, 0.0).flatten(1).gather(1, order).cumsum(-1)
+    best = (wc.square() / cc).argmax(-1, keepdim=True)
+    return (wc / cc).gather(1, best)[:, 0]
+
+
+def searched_least(flat: Float64[Tensor, "pieces w"], numbers: Numbers) -> Float64[Tensor, "pieces"]:
+    """With the weights sorted and summed up once, the exact error of a step takes one search for each of the grid's
+    2^b - 1 boundaries. Steps are tried by ratio, then more closely beside the best; last, codes get their best step."""
+    sums, size = SortedSums.of(flat), flat.abs()
+    best = positive(size.amax(-1) / numbers.highest)
     least = sums.error(best, numbers)
-    for place in tried.topk(STARTS, dim=0, largest=False).indices:
-        step = positive(highest * ratios.to(highest.device)[place])
-        for _ in range(64):
-            better = sums.best_step(step, numbers)
-            if torch.equal(better, step):
-                break
-            step = better
+    # No grid that ends below a third of the mean is best: every weight would gain by a larger step.
+    low, high = positive(size.mean(-1) / (-3 * numbers.lowest)), 1.05 * best
+    places = torch.linspace(0, 1, CANDIDATES, dtype=flat.dtype, device=flat.device)
+    tried = torch.stack([sums.error(between(low, high, place), numbers) for place in places])
+    beside = torch.linspace(-1, 1, 2 * CLOSER + 1, dtype=flat.dtype, device=flat.device)
+    for place in places[tried.topk(STARTS, dim=0, largest=False).indices]:
+        apart = 1 / (CANDIDATES - 1)
+        for _ in range(LOOKS):
+            near = place + apart * beside[:, None]
+            errors = torch.stack([sums.error(between(low, high, one), numbers) for one in near])
+            place, apart = near.gather(0, errors.argmin(0)[None])[0], apart / CLOSER
+        step = between(low, high, place)
+        for _ in range(LLOYD):
+            step = sums.best_step(step, numbers)
         error = sums.error(step, numbers)
         best, least = torch.where(error < least, step, best), torch.minimum(error, least)
     return best
+
+
+def between(low: Float64[Tensor, "pieces"], high: Float64[Tensor, "pieces"], place: Tensor) -> Tensor:
+    """By ratio."""
+    return low ** (1 - place) * high**place
 
 
 @dataclass(frozen=True)

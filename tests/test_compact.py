@@ -1,0 +1,175 @@
+"""The compact architecture: what its linears compute, and that models of it load and run like any other."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import compress  # noqa: F401 (registers the architecture)
+from compress.models import modeling_compact
+from compress.models.modeling_compact import CompactForCausalLM, CompactLinear
+from compress.models.storage import Storage, empty_linear
+from compress.numerics.grids import Numbers
+from compress.numerics.sparsity import Pattern
+from compress.numerics.steps import make_grid
+from oracles import random_ids
+from stored import (
+    Parts,
+    compact_model,
+    label,
+    on_linux,
+    peak_of,
+    python,
+    random_parts,
+    save_compact,
+    wide_llama,
+    write_compact,
+)
+
+M, N = 24, 64
+STORAGES = [
+    Storage("compact", 4, group=16, pattern=Pattern(2.0, 4), rank=5, adapter_bits=4, adapter_group=16),
+    Storage("compact", 3, group=40, pattern=Pattern(4.0, 8), rank=5),
+    Storage("compact", 5, group="tensor", finer=True),
+    Storage("compact", 8, floating=True, pattern=Pattern(2.0, 4)),
+    Storage("compact", None, pattern=Pattern(2.0, 4), rank=5, adapter_bits=4),
+]
+STORAGE = STORAGES[0]
+
+
+@pytest.fixture(params=[1, 7, 100], ids=lambda rows: f"blocks of {rows} rows")
+def block(request, monkeypatch) -> None:
+    monkeypatch.setitem(modeling_compact.BLOCK, "cpu", request.param * N)
+
+
+def dense(parts: Parts, storage: Storage, dtype: torch.dtype) -> Tensor:
+    """S + B A, the factors as their grids round them."""
+    if parts.A is None or parts.B is None:
+        return parts.S
+    factors = [parts.A, parts.B.T]
+    if storage.adapter_bits is not None:
+        numbers, group = Numbers(storage.adapter_bits), storage.adapter_group
+        grids = [make_grid(factor, numbers, group=group, method="mse", stored=dtype) for factor in factors]
+        factors = [grid.nearest(factor) for grid, factor in zip(grids, factors, strict=True)]
+    return parts.S + factors[1].T @ factors[0]
+
+
+@pytest.mark.usefixtures("block")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("storage", STORAGES, ids=label)
+def test_a_linear_computes_what_the_dense_one_does(storage, dtype):
+    parts = random_parts(storage, M, N, dtype)
+    linear, W = parts.stored(storage, dtype), dense(parts, storage, dtype)
+    x = torch.randn(2, 3, N, dtype=torch.float64)
+    y = linear(x.to(dtype))
+    assert y.shape == (2, 3, M)
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+    assert torch.allclose(y.double(), x @ W.T + parts.bias, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.usefixtures("block")
+@pytest.mark.parametrize("storage", STORAGES, ids=label)
+def test_gradients_flow_to_the_inputs(storage):
+    parts = random_parts(storage, M, N, torch.float64)
+    linear, W = parts.stored(storage, torch.float64), dense(parts, storage, torch.float64)
+    x = torch.randn(2, 3, N, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(2, 3, M, dtype=torch.float64)
+    (linear(x) * weights).sum().backward()
+    assert x.grad is not None
+    assert torch.allclose(x.grad, weights @ W)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("storage", STORAGES, ids=label)
+def test_a_gpu_reads_the_same_weight(storage):
+    linear = random_parts(storage, M, N, torch.bfloat16).stored(storage, torch.bfloat16)
+    weight = linear.rows(0, M, torch.float64)
+    assert torch.equal(linear.cuda().rows(0, M, torch.float64).cpu(), weight)
+
+
+def test_integers_stay_integers_and_scales_follow_the_dtype():
+    linear = random_parts(STORAGE, M, N, torch.float32).stored(STORAGE, torch.float32).to(torch.bfloat16)
+    kinds = {name: tensor.dtype for name, tensor in linear.state_dict().items()}
+    integers = {"weight.codes", "weight.places", "first.codes", "second.codes"}
+    assert {name for name, dtype in kinds.items() if dtype == torch.uint8} == integers
+    assert {dtype for name, dtype in kinds.items() if name not in integers} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("storage", STORAGES[:3], ids=label)
+def test_a_model_comes_back_from_its_folder(storage, dtype, tmp_path):
+    model = write_compact(tmp_path, storage, dtype=dtype)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    again, info = loaded
+    assert type(again) is CompactForCausalLM
+    assert not any(info.values())
+    ids = random_ids(2, 12)
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
+    written, kept = load_file(tmp_path / "model.safetensors"), again.state_dict()
+    assert all(torch.equal(kept[name], tensor) and kept[name].dtype == tensor.dtype for name, tensor in written.items())
+
+
+def test_it_generates_with_a_cache_what_it_generates_without(tmp_path):
+    model: Any = write_compact(tmp_path, STORAGE)
+    with_cache, without = (
+        model.generate(random_ids(2, 12), max_new_tokens=8, do_sample=False, use_cache=use_cache, pad_token_id=2)
+        for use_cache in (True, False)
+    )
+    assert with_cache.shape == (2, 20)
+    assert torch.equal(with_cache, without)
+
+
+# A stranger: the folder's own code, and nothing of ours.
+STRANGER = """
+import json, sys
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+model, info = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True, output_loading_info=True)
+probe = load_file(sys.argv[2])
+difference = (model(input_ids=probe["ids"]).logits - probe["logits"]).abs().max().item()
+ours = [name for name in sys.modules if name.split(".")[0] == "compress"]
+print(json.dumps([difference, any(info.values()), ours]))
+"""
+
+
+def test_the_carried_code_alone_loads_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    model, ids = write_compact(tmp_path / "model", STORAGE), random_ids(2, 12)
+    with torch.no_grad():
+        save_file({"ids": ids, "logits": model(input_ids=ids).logits}, tmp_path / "probe.safetensors")
+    assert python(STRANGER, str(tmp_path / "model"), str(tmp_path / "probe.safetensors")) == [0.0, False, []]
+
+
+def write_wide(folder: Path, storage: Storage) -> int:
+    """A Llama of random codes; the bytes that its dense linears would take."""
+    dense, paths = wide_llama()
+    model: Any = compact_model(dense, dict.fromkeys(paths, storage.entry(bias=False)), torch.bfloat16)
+    model.to_empty(device="cpu")
+    for name, tensor in model.state_dict().items():
+        tensor.random_(0, 256) if name.endswith("codes") else tensor.zero_()
+    linears = [module for module in model.modules() if isinstance(module, CompactLinear)]
+    save_compact(model, folder)
+    return 2 * sum(linear.in_features * linear.out_features for linear in linears)
+
+
+@on_linux
+@pytest.mark.slow
+def test_the_dense_model_is_never_in_memory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    storage = Storage("compact", 4, group=128, pattern=Pattern(2.0, 4), rank=64, adapter_bits=4)
+    size = write_wide(tmp_path / "model", storage)
+    assert size > 400e6
+    load = "from transformers import AutoModelForCausalLM as Auto; load = Auto.from_pretrained"
+    assert peak_of(load, tmp_path / "model", "trust_remote_code=True") < size / 2
+
+
+def test_an_empty_linear_takes_nothing():
+    with torch.device("meta"):
+        linear = empty_linear(STORAGE, 2**20, 2**20, bias=True, dtype=torch.bfloat16)
+    assert {tensor.device.type for tensor in linear.state_dict().values()} == {"meta"}

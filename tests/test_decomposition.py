@@ -1,0 +1,431 @@
+"""A weight as sparse, on a grid and low rank: the paper's order written out, and what every combination keeps to."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from compress.numerics.adapters import fit_adapter
+from compress.numerics.decomposition import (
+    DAMPING,
+    Adapting,
+    Decomposed,
+    Decomposition,
+    Pruner,
+    Pruning,
+    Rounding,
+    decompose,
+)
+from compress.numerics.grids import Numbers, Sharing
+from compress.numerics.hessian import Hessian
+from compress.numerics.lowrank import InputMoments
+from compress.numerics.sparsity import Pattern
+from compress.numerics.sweep import descend, sweep
+
+M, N, TOKENS = 12, 32, 300
+FEW = 16  # inputs, where every combination is made
+WHERE = "block 3 mlp.down_proj"
+PRUNERS: tuple[Pruner, ...] = ("magnitude", "wanda", "sparsegpt", "admm")
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def rows(n: int = N, *, seed: int = 0, dead: tuple[int, ...] = ()) -> Tensor:
+    """Correlated inputs of unlike sizes, whose means are not zero."""
+    X = random(TOKENS, n, seed=seed) @ random(n, n, seed=seed + 1) @ torch.diag(torch.logspace(0, -1, n).double())
+    X = X + random(n, seed=seed + 2)
+    X[:, list(dead)] = 0
+    return X
+
+
+def measured(X: Tensor) -> InputMoments:
+    return InputMoments(X.T @ X / len(X), X.mean(0), X.abs().mean(0))
+
+
+def pruning(method: Pruner, text: str = "2:4", *, iterations: int = 200) -> Pruning:
+    return Pruning(method=method, pattern=Pattern.parse(text), iterations=iterations)
+
+
+NEAREST = Rounding(numbers=Numbers(4), group="channel", steps="mse", sweeps=False)
+SWEPT = Rounding(numbers=Numbers(4), group="channel", steps="mse", sweeps=True)
+COARSE = dataclasses.replace(SWEPT, steps="absmax")
+ROUNDINGS = (
+    None,
+    dataclasses.replace(NEAREST, group="tensor", steps="absmax"),
+    dataclasses.replace(NEAREST, group=5, steps="slim"),
+    dataclasses.replace(NEAREST, symmetric=False, stored=torch.bfloat16),
+    COARSE,
+    dataclasses.replace(COARSE, numbers=Numbers(2), group=12, symmetric=False),
+    dataclasses.replace(COARSE, by_activation=True, stored=torch.float16, group=5),
+    dataclasses.replace(COARSE, numbers=Numbers(8, floating=True)),
+)
+SLIM = Adapting(method="slim", rank=2)
+ADAPTINGS = (None, Adapting(method="naive", rank=2), SLIM, Adapting(method="whitened", rank=2, rounds=2))
+PAPERS = Decomposition(
+    prune=pruning("wanda"),
+    quantize=Rounding(numbers=Numbers(4), group="tensor", steps="slim", sweeps=False),
+    adapt=SLIM,
+)
+
+
+def made(W: Tensor, X: Tensor, how: Decomposition, *, centred: bool = False, single: bool = False) -> Decomposed:
+    dtype = torch.float32 if single else torch.float64
+    return decompose(W, measured(X), how, centred=centred, dtype=dtype, name=WHERE)
+
+
+def missed(W: Tensor, found: Decomposed, X: Tensor) -> Tensor:
+    """Of the outputs, (tokens, m)."""
+    given = X @ found.product.T
+    return X @ W.T - (given if found.shift is None else given + found.shift)
+
+
+def error(W: Tensor, found: Decomposed, X: Tensor) -> float:
+    """E ||W x - W' x||^2, as a share of the outputs' own."""
+    return float(missed(W, found, X).square().sum() / (X @ W.T).square().sum())
+
+
+def difference(a: Tensor, b: Tensor) -> float:
+    assert a.shape == b.shape
+    return float((a - b).abs().max())
+
+
+def cut(E: Tensor, rank: int) -> Tensor:
+    U, S, Vh = torch.linalg.svd(E, full_matrices=False)
+    return U[:, :rank] @ torch.diag(S[:rank]) @ Vh[:rank]
+
+
+# ---- SLiM's order ----
+
+
+def best_step(W: Tensor, lowest: int, highest: int) -> float:
+    """Of very many, for the whole matrix."""
+    steps = [float(W.abs().max()) / highest * share for share in torch.linspace(0.2, 1.05, 1000).tolist()]
+    return min(steps, key=lambda step: float(((W / step).round().clamp(lowest, highest) * step - W).square().sum()))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_papers_order(seed):
+    """Mask by Wanda, the step of the dense weight, the adapter of what both have taken: algorithms 1 and 2."""
+    W, X = random(M, N, seed=seed), rows(seed=seed)
+    found = made(W, X, PAPERS)
+    assert found.mask is not None
+    assert found.grid is not None
+    assert found.adapter is not None
+    assert found.shift is None
+
+    norms = torch.stack([X[:, j].square().sum().sqrt() for j in range(N)])
+    mask = torch.zeros(M, N, dtype=torch.bool)
+    for i, first in itertools.product(range(M), range(0, N, 4)):
+        scores = {j: float(W[i, j].abs() * norms[j]) for j in range(first, first + 4)}
+        for j in sorted(scores, key=lambda j: -scores[j])[:2]:
+            mask[i, j] = True
+    assert torch.equal(found.mask, mask)
+
+    step = float(found.grid.step)
+    assert step == pytest.approx(best_step(W, -8, 7), rel=1e-3)
+    S = torch.where(mask, (W / step).round().clamp(-8, 7) * step, 0.0)
+    assert difference(found.S, S) < 1e-14
+
+    x = X.abs().mean(0) + X.abs().mean(0).min()
+    assert difference(found.adapter.product, cut((W - S) * x, 2) / x) < 1e-10
+    assert difference(found.product, S + found.adapter.B @ found.adapter.A) == 0
+
+
+def test_rounding_anew_what_the_adapter_leaves_loses_less_and_an_adapter_for_that_less_still():
+    """SLiM's code does the first, its paper neither; a second round is both. On average over the seeds."""
+    papers = anew = rounds = 0.0
+    twice = dataclasses.replace(PAPERS, adapt=Adapting(method="slim", rank=2, rounds=2))
+    for seed in range(8):
+        W, X = random(M, N, seed=seed), rows(seed=seed)
+        found = made(W, X, PAPERS)
+        assert found.adapter is not None
+        assert found.mask is not None
+        T = W - found.adapter.product
+        step = best_step(T, -8, 7)
+        S = torch.where(found.mask, (T / step).round().clamp(-8, 7) * step, 0.0)
+        papers += error(W, found, X)
+        anew += error(W, dataclasses.replace(found, S=S), X)
+        rounds += error(W, made(W, X, twice), X)
+    assert rounds < 0.95 * anew
+    assert anew < 0.95 * papers
+
+
+def test_without_anything_to_do_the_weight_stays():
+    W = random(M, N)
+    found = made(W, rows(), Decomposition())
+    assert torch.equal(found.product, W)
+    assert (found.mask, found.grid, found.adapter, found.shift) == (None, None, None, None)
+
+
+# ---- what holds for every combination ----
+
+
+def combinations() -> Iterator[tuple[Decomposition, str]]:
+    for pruner, text in [(None, ""), *((method, "2:4") for method in PRUNERS), ("sparsegpt", "50%"), ("admm", "50%")]:
+        for quantize, adapt in itertools.product(ROUNDINGS, ADAPTINGS):
+            prune = None if pruner is None else pruning(pruner, text, iterations=6)
+            yield Decomposition(prune=prune, quantize=quantize, adapt=adapt, polish=1), text
+
+
+def keeps_to_mask_and_grid(found: Decomposed, how: Decomposition, text: str) -> None:
+    assert torch.isfinite(found.product).all()
+    assert (found.mask is None) == (how.prune is None)
+    if found.mask is not None:
+        assert (found.S[~found.mask] == 0).all()
+        if text == "2:4":
+            assert (found.mask.unflatten(1, (-1, 4)).sum(-1) == 2).all()
+        else:
+            assert found.mask.sum() == found.mask.numel() / 2
+    assert (found.grid is None) == (how.quantize is None)
+    if found.grid is not None and how.quantize is not None:
+        assert found.grid.numbers == how.quantize.numbers
+        assert (found.grid.zero is None) == how.quantize.symmetric
+        if how.quantize.stored is not None:
+            assert torch.equal(found.grid.step.to(how.quantize.stored).double(), found.grid.step)
+        assert torch.equal(found.grid.nearest(found.S), found.S)
+        assert torch.equal(found.grid.values(found.grid.codes(found.S)), found.S)
+    assert (found.adapter is None) == (how.adapt is None)
+    if found.adapter is not None and how.adapt is not None:
+        assert found.adapter.B.shape == (found.S.shape[0], how.adapt.rank)
+        assert torch.equal(found.product, found.S + found.adapter.B @ found.adapter.A)
+    else:
+        assert torch.equal(found.product, found.S)
+
+
+def test_every_combination_keeps_to_mask_and_grid():
+    W, X = random(4, FEW), rows(FEW)
+    moments, before = measured(X), W.clone()
+    for how, text in combinations():
+        found = decompose(W, moments, how, name=WHERE)
+        keeps_to_mask_and_grid(found, how, text)
+        assert found.shift is None
+    assert torch.equal(W, before)
+
+
+def some() -> Iterator[tuple[Decomposition, str]]:
+    """One of five, so that each two of their parts come together."""
+    return itertools.islice(combinations(), 0, None, 5)
+
+
+def test_in_single_precision_and_with_dead_inputs_they_keep_to_them_as_well():
+    W = random(4, FEW)
+    for X, single in ((rows(FEW), True), (rows(FEW, dead=(0, 4, 5, 6, 7, 15)), False)):
+        for how, text in some():
+            keeps_to_mask_and_grid(made(W, X, how, single=single), how, text)
+
+
+def test_a_bias_keeps_the_mean_of_the_outputs():
+    W, X = random(4, FEW), rows(FEW)
+    for index, (how, text) in enumerate(some()):
+        found = made(W, X, how, centred=True, single=index % 2 == 1)
+        keeps_to_mask_and_grid(found, how, text)
+        assert found.shift is not None
+        assert difference(missed(W, found, X).mean(0), torch.zeros(4).double()) < 1e-11
+        assert difference(found.shift, (W - found.product) @ X.mean(0)) < 1e-11
+
+
+@pytest.mark.parametrize("group", [5, 12, 31, 40])
+@pytest.mark.parametrize("sweeps", [False, True], ids=["nearest", "swept"])
+def test_groups_need_not_divide_the_inputs(group, sweeps):
+    W, X = random(M, N), rows()
+    quantize = dataclasses.replace(SWEPT if sweeps else NEAREST, group=group)
+    found = made(W, X, Decomposition(prune=pruning("wanda"), quantize=quantize, polish=2))
+    keeps_to_mask_and_grid(found, Decomposition(prune=pruning("wanda"), quantize=quantize), "2:4")
+    assert found.grid is not None
+    assert found.grid.step.shape == (M, -(-N // group))
+
+
+@pytest.mark.parametrize("sweeps", [False, True], ids=["nearest", "swept"])
+def test_finer_inputs_are_on_a_grid_twice_as_fine(sweeps):
+    W, X = random(M, 200), rows(200)
+    quantize = dataclasses.replace(SWEPT if sweeps else NEAREST, finer=True, group="tensor")
+    how = Decomposition(prune=pruning("wanda"), quantize=quantize, adapt=SLIM)
+    found = made(W, X, how)
+    keeps_to_mask_and_grid(found, how, "2:4")
+    assert found.grid is not None
+    assert found.grid.finer is not None
+    score = X.abs().mean(0) * W.abs().mean(0)
+    fine = found.grid.finer == 2
+    assert int(fine.sum()) == 2
+    if not sweeps:
+        assert score[fine].min() > score[~fine].max()
+    halves = found.S[:, fine] / found.grid.step * 2
+    assert difference(halves, halves.round()) < 1e-9
+    assert (halves.round() % 2 == 1).any()
+
+
+# ---- how the parts go together ----
+
+
+def test_magnitude_and_wanda_round_with_the_steps_of_the_dense_weight_and_sweeps_with_those_of_what_is_left():
+    W, X = random(M, N), rows()
+    W[:, 3] = 0.01
+    W[0, 0], X[:, 0] = 30.0, 1e-3 * X[:, 0]  # large and pruned: hardly any input reaches it
+    nearest, swept = (
+        made(W, X, Decomposition(prune=pruning("wanda"), quantize=dataclasses.replace(rounding, steps="absmax")))
+        for rounding in (NEAREST, SWEPT)
+    )
+    assert nearest.mask is not None
+    assert swept.mask is not None
+    assert nearest.grid is not None
+    assert swept.grid is not None
+    assert not nearest.mask[0, 0]
+    assert torch.equal(nearest.mask, swept.mask)
+    assert difference(7 * nearest.grid.step[:, 0], W.abs().amax(1)) < 1e-12
+    assert difference(7 * swept.grid.step[:, 0], (W * swept.mask).abs().amax(1)) < 1e-12
+
+
+def test_magnitude_compares_all_weights_of_the_matrix_and_wanda_those_of_a_row():
+    W, X = random(M, N), rows()
+    found = {method: made(W, X, Decomposition(prune=pruning(method, "50%"))) for method in PRUNERS[:2]}
+    largest = W.abs().flatten().argsort(descending=True)[: M * N // 2]
+    expected = torch.zeros(M * N, dtype=torch.bool)
+    expected[largest] = True
+    assert found["magnitude"].mask is not None
+    assert torch.equal(found["magnitude"].mask, expected.view(M, N))
+    assert found["wanda"].mask is not None
+    assert (found["wanda"].mask.sum(1) == N // 2).all()
+
+
+@pytest.mark.parametrize("by_activation", [False, True])
+def test_gptq_is_one_sweep_of_the_weight_in_the_order_asked_for(by_activation):
+    W, X = random(M, N), rows()
+    H = Hessian(X.T @ X / len(X), DAMPING, WHERE)
+    found = made(W, X, Decomposition(quantize=dataclasses.replace(SWEPT, by_activation=by_activation)))
+    expected, other = (sweep(W, H, grid=found.grid, by_activation=order)[0] for order in (by_activation, True))
+    assert difference(found.S, expected) < 1e-12
+    assert by_activation or difference(found.S, other) > 1e-3
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_sparsegpt_with_gptq_is_one_sweep_then_descent_then_the_adapter(adapted):
+    W, X = random(M, N), rows()
+    adapt = SLIM if adapted else None
+    found = made(W, X, Decomposition(prune=pruning("sparsegpt"), quantize=SWEPT, adapt=adapt, polish=3))
+    H = Hessian(X.T @ X / len(X), DAMPING, WHERE)
+    S, mask = sweep(W, H, grid=found.grid, pattern=Pattern.parse("2:4"))
+    S = descend(S, W, H, grid=found.grid, mask=mask, rounds=3)
+    assert found.mask is not None
+    assert mask is not None
+    assert torch.equal(found.mask, mask)
+    assert difference(found.S, S) < 1e-12
+    if adapted:
+        assert found.adapter is not None
+        expected = fit_adapter("slim", W - S, measured(X), 2, centred=False, name=WHERE)
+        assert difference(found.adapter.product, expected.product) < 1e-10
+
+
+def test_each_round_fits_the_weights_to_what_the_adapter_leaves_and_the_adapter_to_what_they_do():
+    W, X = random(M, N), rows()
+    found = made(W, X, Decomposition(quantize=SWEPT, adapt=Adapting(method="whitened", rank=2, rounds=3)))
+    rest, moments = W, measured(X)
+    for _ in range(3):
+        once = made(rest, X, Decomposition(quantize=SWEPT))
+        adapter = fit_adapter("whitened", W - once.S, moments, 2, centred=False, name=WHERE)
+        rest = W - adapter.product
+    assert difference(found.S, once.S) < 1e-12
+    assert difference(found.product, once.S + adapter.product) < 1e-10
+
+
+def test_the_adapter_is_the_best_for_what_is_stored():
+    """Fitted last, so that none of its rank loses less of the outputs."""
+    W, X = random(M, N), rows()
+    for prune, quantize in itertools.product((None, pruning("admm")), (NEAREST, SWEPT)):
+        adapt = Adapting(method="whitened", rank=2, rounds=2)
+        found = made(W, X, Decomposition(prune=prune, quantize=quantize, adapt=adapt))
+        R = torch.linalg.cholesky(X.T @ X / len(X))
+        lost = torch.linalg.svdvals((W - found.S) @ R)[2:].square().sum()
+        own = (X @ W.T).square().sum() / len(X)
+        assert error(W, found, X) == pytest.approx(float(lost / own), rel=1e-9)
+
+
+@pytest.mark.parametrize("text", ["2:4", "50%"])
+@pytest.mark.parametrize("seed", range(3))
+def test_from_the_papers_order_to_sweeps_to_admm_and_rounds_ever_less_is_lost(seed, text):
+    W, X = random(M, N, seed=seed + 9), rows(seed=seed)
+    whitened, settled = Adapting(method="whitened", rank=2), Adapting(method="whitened", rank=2, rounds=5)
+    papers = dataclasses.replace(PAPERS, prune=pruning("wanda", text))
+    swept = Decomposition(prune=pruning("sparsegpt", text), quantize=SWEPT, adapt=whitened)
+    admm = Decomposition(prune=pruning("admm", text, iterations=100), quantize=SWEPT, adapt=whitened)
+    polished = dataclasses.replace(admm, polish=3)
+    rounds = dataclasses.replace(polished, adapt=settled)
+    lost = [error(W, made(W, X, how), X) for how in (papers, swept, admm, polished, rounds)]
+    assert lost[1] < 0.9 * lost[0]
+    assert lost[2] < 0.7 * lost[1]
+    assert lost[3] < 0.9 * lost[2]
+    assert lost[4] < 1.0 * lost[3]
+    assert lost[4] < 0.25 * lost[0]
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "admm"])
+def test_centring_loses_less(method):
+    """Where a bias keeps the mean, only what varies counts, and is kept better."""
+    for seed in range(2):
+        W, X = random(M, N, seed=seed), rows(seed=seed) + 3 * random(N, seed=seed + 5)
+        adapt = Adapting(method="whitened", rank=2, rounds=2)
+        how = Decomposition(prune=pruning(method, iterations=40), quantize=COARSE, adapt=adapt, polish=2)
+        assert error(W, made(W, X, how, centred=True), X) < error(W, made(W, X, how), X)
+
+
+def test_single_precision_is_as_good():
+    W, X = random(M, N), rows()
+    adapt = Adapting(method="whitened", rank=2, rounds=2)
+    how = Decomposition(prune=pruning("admm", iterations=40), quantize=SWEPT, adapt=adapt, polish=2)
+    assert error(W, made(W, X, how, single=True), X) <= 1.1 * error(W, made(W, X, how), X)
+
+
+def test_what_linears_share_is_made_once():
+    """Two linears with the same inputs: the second one's sweep finds the Hessian of the first."""
+    moments = measured(rows())
+    for centred in (False, True):
+        first, second = (moments.spread(centred=centred).hessian(DAMPING, name=name) for name in ("one", "other"))
+        assert first is second
+        assert first.inverse_root is second.inverse_root
+        assert moments.spread(centred=centred).hessian(2 * DAMPING, name="one") is not first
+        assert moments.spread(centred=not centred).hessian(DAMPING, name="one") is not first
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        Decomposition(prune=pruning("sparsegpt")),
+        Decomposition(prune=pruning("admm")),
+        Decomposition(quantize=SWEPT),
+        Decomposition(quantize=dataclasses.replace(SWEPT, by_activation=True)),
+        PAPERS,
+    ],
+    ids=["sparsegpt", "admm", "gptq", "gptq by activation", "slim"],
+)
+def test_beside_inputs_that_are_all_zero_all_errors_count_alike(how):
+    """An earlier linear of zeros is no reason to refuse a model."""
+    W = random(M, N)
+    found = made(W, torch.zeros(TOKENS, N).double(), how)
+    assert torch.isfinite(found.product).all()
+    assert (W - found.product).norm() < 0.8 * W.norm()
+
+
+def test_of_constant_inputs_a_bias_keeps_all():
+    X = random(N).expand(TOKENS, N).clone()
+    W = random(M, N)
+    how = Decomposition(prune=pruning("wanda"), quantize=NEAREST, adapt=SLIM)
+    assert error(W, made(W, X, how, centred=True), X) < 1e-20
+
+
+EVERY_GROUP: tuple[Sharing, ...] = ("tensor", "channel", 8)
+
+
+@pytest.mark.parametrize("group", EVERY_GROUP)
+@pytest.mark.parametrize("polish", [0, 2])
+def test_sweeps_lose_less_than_rounding_to_nearest(polish, group):
+    for seed in range(2):
+        W, X = random(M, N, seed=seed), rows(seed=seed)
+        for prune in (None, pruning("wanda")):
+            quantize = dataclasses.replace(COARSE, group=group)
+            swept = Decomposition(prune=prune, quantize=quantize, polish=polish)
+            nearest = dataclasses.replace(swept, quantize=dataclasses.replace(quantize, sweeps=False))
+            assert error(W, made(W, X, swept), X) < error(W, made(W, X, nearest), X)

@@ -1,0 +1,172 @@
+"""Rounding to a grid against trying every number that it has."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from compress.numerics.grids import FLOAT8, Grid, Numbers
+
+M, N = 4, 22
+FLOATING = Numbers(8, floating=True)
+# How many neighbouring inputs share a step, how many rows have one of their own. The last group of 8 is ragged.
+SHARINGS = {"tensor": (N, 1), "channel": (N, M), "groups of 8": (8, M), "groups of 11": (11, M)}
+EVERY_SHARING = pytest.mark.parametrize("sharing", SHARINGS)
+EVERY_WIDTH = pytest.mark.parametrize("bits", range(2, 9))
+EVERY_KIND = pytest.mark.parametrize("kind", ["symmetric", "zero points", "finer", "float8", "finer float8"])
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def all_numbers(numbers: Numbers) -> list[float]:
+    """As they are written down: two's complement; a sign, 4 bits of exponent, 3 of mantissa."""
+    if not numbers.floating:
+        return [float(code) for code in range(-(2 ** (numbers.bits - 1)), 2 ** (numbers.bits - 1))]
+    positive = [mantissa / 8 * 2.0**-6 for mantissa in range(8)]
+    positive += [(1 + mantissa / 8) * 2.0 ** (exponent - 7) for exponent in range(1, 16) for mantissa in range(8)]
+    positive.pop()  # of exponent 15 and mantissa 7, which is NaN
+    return sorted({-x for x in positive} | set(positive))
+
+
+def grid(kind: str, sharing: str, bits: int = 4, *, seed: int = 0) -> Grid:
+    """With steps such that some weights of a normal distribution are clipped."""
+    group, rows = SHARINGS[sharing]
+    numbers = FLOATING if "float8" in kind else Numbers(bits)
+    groups = -(-N // group)
+    step = (1.5 + random(rows, groups, seed=seed).abs()) / numbers.highest
+    finer = torch.where(random(N, seed=seed + 1) > 0, 2.0, 1.0).double() if "finer" in kind else None
+    zero = None
+    if kind == "zero points":
+        low, high = int(numbers.lowest), int(numbers.highest)
+        zero = torch.randint(low, high + 1, step.shape, generator=torch.Generator().manual_seed(seed)).double()
+    return Grid(numbers, group, step, zero, finer)
+
+
+def choices(made: Grid, row: int, column: int) -> Tensor:
+    """Every value that this weight can take."""
+    place = min(row, len(made.step) - 1), column // made.group
+    zero = 0.0 if made.zero is None else float(made.zero[place])
+    finer = 1.0 if made.finer is None else float(made.finer[column])
+    return (torch.tensor(all_numbers(made.numbers)).double() - zero) * made.step[place] / finer
+
+
+def assert_nearest(found: Tensor, made: Grid, W: Tensor) -> None:
+    for row in range(W.shape[0]):
+        for column in range(W.shape[1]):
+            values, w = choices(made, row, column), W[row, column]
+            assert (values - found[row, column]).abs().min() <= 1e-14 * values.abs().max()
+            best = (values - w).abs().min()
+            # torch rounds to 8-bit floats by way of 32 bits: what lies within those of halfway may go either way.
+            assert (found[row, column] - w).abs() <= best + (1e-6 * w.abs() if made.numbers.floating else 1e-14)
+
+
+def weights(made: Grid, *, seed: int = 5) -> Tensor:
+    """Normal, very small and far outside."""
+    W = random(M, N, seed=seed)
+    W[0, :4] *= 1e-3
+    W[1, 3:6] *= 100
+    W[2, 7] = 0
+    return W
+
+
+def test_the_numbers_are_those_of_torch():
+    table = torch.arange(256).to(torch.uint8).view(FLOAT8).double()
+    assert all_numbers(FLOATING) == sorted(set(table[table.isfinite()].tolist()))
+    assert (FLOATING.lowest, FLOATING.highest) == (-448, 448)
+
+
+@EVERY_WIDTH
+def test_integers_are_as_engines_store_them(bits):
+    numbers = Numbers(bits)
+    assert [numbers.lowest, numbers.highest] == [min(all_numbers(numbers)), max(all_numbers(numbers))]
+
+
+@EVERY_SHARING
+@EVERY_WIDTH
+def test_nearest_is_the_nearest_of_all_values(bits, sharing):
+    for kind in ("symmetric", "zero points"):
+        made = grid(kind, sharing, bits)
+        W = weights(made)
+        assert_nearest(made.nearest(W), made, W)
+
+
+@EVERY_SHARING
+@pytest.mark.parametrize("kind", ["finer", "float8", "finer float8"])
+def test_nearest_with_finer_inputs_and_float8(kind, sharing):
+    made = grid(kind, sharing)
+    W = weights(made)
+    assert_nearest(made.nearest(W), made, W)
+
+
+def test_float8_numbers_come_back_and_what_is_between_goes_to_the_nearer():
+    table = torch.tensor(all_numbers(FLOATING)).double()
+    made = Grid(FLOATING, 1, torch.ones(1, 1).double())
+    assert torch.equal(made.nearest(table[:, None])[:, 0], table)
+    gaps = table.diff()
+    assert torch.equal(made.nearest((table[:-1] + 0.49 * gaps)[:, None])[:, 0], table[:-1])
+    assert torch.equal(made.nearest((table[:-1] + 0.51 * gaps)[:, None])[:, 0], table[1:])
+
+
+@EVERY_SHARING
+@EVERY_KIND
+def test_codes_and_values_go_round(kind, sharing):
+    made = grid(kind, sharing)
+    W = weights(made)
+    codes = made.codes(W)
+    assert codes.dtype == (FLOAT8 if "float8" in kind else torch.int8)
+    assert codes.shape == W.shape
+    assert set(codes.double().flatten().tolist()) <= set(all_numbers(made.numbers))
+    values = made.values(codes)
+    assert torch.equal(values, made.nearest(W))
+    assert torch.equal(made.codes(values).double(), codes.double())
+    assert torch.equal(made.nearest(values), values)
+
+
+@EVERY_WIDTH
+def test_every_code_is_used_and_survives(bits):
+    for zero in (None, torch.full((1, 1), 1.0).double()):
+        made = Grid(Numbers(bits), 2**bits, torch.full((1, 1), 0.37).double(), zero)
+        codes = torch.arange(-(2 ** (bits - 1)), 2 ** (bits - 1)).to(torch.int8)[None]
+        assert torch.equal(made.codes(made.values(codes)), codes)
+
+
+@EVERY_SHARING
+@EVERY_KIND
+def test_zero_stays_zero(kind, sharing):
+    zeros = torch.zeros(M, N).double()
+    assert torch.equal(grid(kind, sharing).nearest(zeros), zeros)
+
+
+@EVERY_SHARING
+@EVERY_KIND
+def test_from_a_start_on_it_is_a_slice_of_the_whole(kind, sharing):
+    made = grid(kind, sharing)
+    W = weights(made)
+    whole = made.nearest(W)
+    for start, stop in [(0, 1), (0, N), (3, 9), (7, 8), (8, 16), (10, N), (N - 1, N)]:
+        assert torch.equal(made.nearest(W[:, start:stop], start), whole[:, start:stop])
+
+
+def test_finer_inputs_have_half_the_step_and_half_the_range():
+    finer = torch.tensor([1.0, 2.0]).double()
+    made = Grid(Numbers(4), 2, torch.ones(1, 1).double(), finer=finer)
+    W = torch.tensor([[2.6, 2.6], [7.4, 7.4], [-9.0, -9.0]]).double()
+    assert made.nearest(W).tolist() == [[3.0, 2.5], [7.0, 3.5], [-8.0, -4.0]]
+    assert made.codes(W).tolist() == [[3, 5], [7, 7], [-8, -8]]
+
+
+@EVERY_SHARING
+@EVERY_KIND
+def test_in_another_dtype_it_is_the_same_grid(kind, sharing):
+    made = grid(kind, sharing)
+    W, single = weights(made), made.to(torch.float32)
+    assert (single.numbers, single.group) == (made.numbers, made.group)
+    assert single.step.dtype == torch.float32
+    assert (single.zero is None) == (made.zero is None)
+    assert (single.finer is None) == (made.finer is None)
+    assert torch.equal(single.codes(W.float()).double(), made.codes(W).double())
+    values = single.nearest(W.float())
+    assert values.dtype == torch.float32
+    assert (values.double() - made.nearest(W)).abs().max() < 1e-6 * made.nearest(W).abs().max()
+    assert torch.equal(single.to(torch.float64).codes(W).double(), made.codes(W).double())

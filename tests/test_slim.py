@@ -1,0 +1,754 @@
+"""`slim` out of the walk and out of the pipeline: what is written, read number by number, against slow plain code."""
+
+import copy
+import json
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig, PreTrainedModel
+
+import compress
+import oracles
+import tiny
+from compress import families, pipeline
+from compress.checkpoints.adapter import adapter_config
+from compress.checkpoints.dense import DenseTarget
+from compress.checkpoints.stored import PackedTarget
+from compress.errors import NumericalError, UsageError
+from compress.job import Job
+from compress.models.decoder import Decoder
+from compress.models.hub import find_model
+from compress.models.loading import load_config
+from compress.plan import Plan
+from compress.recipe import parse_recipe
+from compress.stages._stage import StageConfig
+from compress.stages.refit import Refit
+from compress.stages.slim import Adapt, Prune, Quantize, Slim
+from compress.streaming.walk import Walk, WalkSettings
+from compress.streaming.weights import LazyWeights
+
+WINDOWS = oracles.random_ids(8, 16, seed=2)
+UNSEEN = oracles.random_ids(2, 24, seed=3)
+SLOW = pytest.mark.slow
+SHALLOW = {"num_hidden_layers": 2}
+# What transformers and peft have to say of one another, and of a checkpoint that is unpacked while it is loaded.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:You passed `quantization_config`:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
+]
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: (name, {}) for name in tiny.FAMILIES},
+    "gpt_neox, one after the other": ("gpt_neox", {"use_parallel_residual": False}),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _exact():
+    with oracles.exact_norms():
+        yield
+
+
+Models = Callable[..., tuple[PreTrainedModel, Path]]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Models:
+    """A model in memory and its folder, made once."""
+    made: dict[str, tuple[PreTrainedModel, Path]] = {}
+
+    def make(model_type: str, **changes: Any) -> tuple[PreTrainedModel, Path]:
+        key = f"{model_type} {sorted(changes.items())}"
+        if key not in made:
+            folder = tmp_path_factory.mktemp(model_type)
+            model = tiny.tiny_model(model_type, **SHALLOW | changes)
+            model.save_pretrained(folder)
+            made[key] = model, folder
+        return made[key]
+
+    return make
+
+
+# ---- a walk, and what it wrote ----
+
+
+def walked(
+    folder: Path, stages: Sequence[StageConfig], *, windows: Tensor = WINDOWS, held_out: int = 0
+) -> oracles.Walked:
+    config = load_config(folder)
+    settings = WalkSettings(
+        layout=PackedTarget(DenseTarget(config)).layout(torch.float64),
+        output_dtype=torch.float64,
+        batch_size=3,
+        held_out=held_out,
+        probe_tokens=windows.shape[1],
+        seed=7,
+        cache_memory=2**40,
+        scratch=folder,
+    )
+    decoder = Decoder(config, families.find(config), dtype=torch.float64, device=torch.device("cpu"))
+    return oracles.finished(Walk(decoder, LazyWeights(folder), windows, stages, settings))
+
+
+def block_linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
+    prefix = families.find(model.config).blocks
+    return {
+        f"{prefix}.{name}": module
+        for name, module in model.get_submodule(prefix).named_modules()
+        if isinstance(module, nn.Linear)
+    }
+
+
+def reports(result: oracles.Walked) -> dict[str, dict[str, Any]]:
+    """What is said of the linears, by path."""
+    return {entry["linear"]: entry for part in result.parts for entry in part.groups if "linear" in entry}
+
+
+def numbers_in(words: Tensor, bits: int, count: int) -> Tensor:
+    """Signed codes, a row at a time as one large number: low bits first."""
+    rows = [int.from_bytes(row.numpy().tobytes(), "little") for row in words]
+    codes = [[(row >> bits * j) % 2**bits - 2 ** (bits - 1) for j in range(count)] for row in rows]
+    return torch.tensor(codes, dtype=torch.float64)
+
+
+Tensors = Mapping[str, Tensor]
+
+
+def codes_of(tensors: Tensors, path: str, bits: int) -> Tensor:
+    if f"{path}.weight" in tensors:
+        return tensors[f"{path}.weight"].double()
+    _, n = tensors[f"{path}.weight_shape"].tolist()
+    return numbers_in(tensors[f"{path}.weight_packed"], bits, n)
+
+
+def weight_of(tensors: Tensors, path: str, bits: int | None) -> Tensor:
+    """S: codes less their zero points, times the scales of their groups."""
+    if bits is None:
+        return tensors[f"{path}.weight"].double()
+    codes, scale = codes_of(tensors, path, bits), tensors[f"{path}.weight_scale"].double()
+    m, n = codes.shape
+    zero = tensors.get(f"{path}.weight_zero_point")
+    if zero is None:
+        zero = torch.zeros(1)
+    elif zero.dtype == torch.int32:
+        zero = numbers_in(zero.T.contiguous(), bits, m).T
+    scale, zero = (x.double().expand(m, -1).repeat_interleave(n // x.shape[-1], dim=1) for x in (scale, zero))
+    return (codes - zero) * scale
+
+
+def adapter_of(tensors: Tensors, path: str) -> tuple[Tensor, Tensor]:
+    A, B = (tensors[f"base_model.model.{path}.lora_{kind}.weight"].double() for kind in "AB")
+    return A, B
+
+
+def written_model(model: PreTrainedModel, tensors: Tensors, adapter: Tensors, bits: int | None) -> PreTrainedModel:
+    """The dense model with S + B A in its linears' places and all else as it was written."""
+    made, state, rest = copy.deepcopy(model), {}, dict(tensors)
+    for path in block_linears(model):
+        W = weight_of(tensors, path, bits)
+        if f"base_model.model.{path}.lora_A.weight" in adapter:
+            A, B = adapter_of(adapter, path)
+            W = W + B @ A
+        state[f"{path}.weight"] = W
+        for name in ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight"):
+            rest.pop(f"{path}.{name}", None)
+    missing, unexpected = made.load_state_dict({**state, **rest}, strict=False)
+    assert unexpected == []
+    assert set(missing) <= ({"lm_head.weight"} if made.config.tie_word_embeddings else set())
+    return made
+
+
+def same_function(a: Tensor, b: Tensor, share: float) -> None:
+    assert oracles.largest_difference(a, b) < share * float(b.abs().max())
+
+
+def kept_of_groups(S: Tensor, group: int) -> Tensor:
+    return (S.unflatten(1, (-1, group)) != 0).sum(-1)
+
+
+OURS = Slim(
+    prune=Prune(method="admm", iterations=5),
+    quantize=Quantize(group="channel"),
+    adapt=Adapt(rank=0.1, rounds=2),
+    polish=1,
+    centre=True,
+)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_what_is_written_is_sparse_on_its_grid_and_what_the_walk_computes(variant, models):
+    model_type, changes = VARIANTS[variant]
+    blocks = {"num_hidden_layers": 2 if model_type == "llama" else 1}
+    model, folder = models(model_type, **blocks, **changes)
+    result = walked(folder, [Refit(), OURS], held_out=2)
+    adapter = {name: tensor for part in result.parts for name, tensor in part.adapter.items()}
+    linears = block_linears(model)
+    assert len(adapter) == 2 * len(linears)
+    assert reports(result).keys() == linears.keys()
+    for path, linear in linears.items():
+        (m, n), codes = linear.weight.shape, codes_of(result.tensors, path, 4)
+        assert float(codes.min()) >= -8
+        assert float(codes.max()) <= 7
+        assert len(codes.unique()) > 8  # the grid is made use of
+        S = weight_of(result.tensors, path, 4)
+        assert int(kept_of_groups(S, 4).max()) == 2
+        A, B = adapter_of(adapter, path)
+        rank = max(1, int(0.1 * min(m, n)))
+        assert (A.shape, B.shape) == ((rank, n), (m, rank))
+        assert reports(result)[path]["rank"] == rank
+    made = written_model(model, result.tensors, adapter, 4)
+    same_function(oracles.logits_of(made, WINDOWS[:1]), result.probe_logits, 1e-10)
+    # It is no small change, so that the agreement means something.
+    assert oracles.largest_difference(oracles.logits_of(model, WINDOWS[:1]), result.probe_logits) > 0.05
+
+
+def test_linears_that_are_no_target_stay_as_they_were(models):
+    model, folder = models("llama")
+    result = walked(folder, [Slim(prune=Prune(method="wanda"), target=("*.down_proj", "attention"))])
+    sparse = {
+        path for path in block_linears(model) if int(kept_of_groups(result.tensors[f"{path}.weight"], 4).max()) < 4
+    }
+    assert sparse == {path for path in block_linears(model) if "self_attn" in path or "down_proj" in path}
+    assert sparse == reports(result).keys() - {path for path, entry in reports(result).items() if "lost" not in entry}
+    for path in block_linears(model).keys() - sparse:
+        same_function(result.tensors[f"{path}.weight"], model.state_dict()[f"{path}.weight"], 1e-14)
+
+
+# ---- SLiM, written out on a whole model ----
+
+
+def flat(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+@torch.no_grad()
+def given_to(model: PreTrainedModel, path: str) -> Tensor:
+    """The rows that a linear or a norm is given."""
+    rows: list[Tensor] = []
+    handle = model.get_submodule(path).register_forward_hook(lambda _module, given, _out: rows.append(flat(given[0])))
+    model(input_ids=WINDOWS, use_cache=False)
+    handle.remove()
+    return rows[0]
+
+
+def rounding_error(W: Tensor, step: float) -> float:
+    return float(((W / step).round().clamp(-8, 7) * step - W).square().sum())
+
+
+def is_least(W: Tensor, step: float) -> bool:
+    """Whether no step of 1,000 rounds W to 4 bits with an error that is noticeably smaller."""
+    largest = float(W.abs().max()) / 7
+    tried = min(rounding_error(W, largest * (0.05 + 0.001 * i)) for i in range(1000))
+    return rounding_error(W, step) < 1.001 * tried
+
+
+def slim_by_hand(W: Tensor, step: float, X: Tensor, w: Tensor, rank: int) -> Tensor:
+    """Wanda 2:4, 4 bits times the step, then SLiM's adapter; tokens count by w. S + B A."""
+    w = w / w.sum()
+    norm, size = (w @ X.square()).sqrt(), w @ X.abs()
+    S = torch.zeros_like(W)
+    for i, row in enumerate(W):
+        for start in range(0, len(row), 4):
+            group = range(start, start + 4)
+            for j in sorted(group, key=lambda j: float(row[j].abs() * norm[j]))[2:]:
+                S[i, j] = step * min(max(round(float(row[j]) / step), -8), 7)
+    x = torch.diag(size + size.min())
+    U, sigma, Vh = torch.linalg.svd((W - S) @ x)
+    return S + U[:, :rank] @ torch.diag(sigma[:rank]) @ Vh[:rank] @ torch.linalg.inv(x)
+
+
+@pytest.mark.parametrize("changes", [{}, {"attention_bias": False, "mlp_bias": False}], ids=["biases", "no biases"])
+def test_slim_is_its_paper_written_out_group_by_group(changes, models):
+    """Each linear by what the compressed prefix gives it. Tokens count for writers as the next norm will weigh them."""
+    model, folder = models("llama", **changes)
+    paper = Slim(
+        prune=Prune(method="wanda"),
+        quantize=Quantize(method="slim", group="tensor"),
+        adapt=Adapt(method="slim", rank=0.25),
+    )
+    result = walked(folder, [paper])
+    made, equal = copy.deepcopy(model), torch.ones(WINDOWS.numel()).double()
+    norms = ["model.layers.0.post_attention_layernorm", "model.layers.1.input_layernorm"]
+    norms += ["model.layers.1.post_attention_layernorm", "model.norm"]
+    behind = [1 / (given_to(model, norm).square().mean(1) + model.config.rms_norm_eps) for norm in norms]
+    for block in range(2):
+        groups = [("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",)]
+        groups += [("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",)]
+        for place, names in enumerate(groups):
+            paths = [f"model.layers.{block}.{name}" for name in names]
+            X, w = given_to(made, paths[0]), behind[2 * block + place // 2] if place % 2 else equal
+            for path in paths:
+                linear = made.get_submodule(path)
+                assert isinstance(linear, nn.Linear)
+                W, step = linear.weight.data, float(result.tensors[f"{path}.weight_scale"])
+                assert is_least(W, step)
+                linear.weight.data = slim_by_hand(W, step, X, w, int(0.25 * min(W.shape)))
+    expected = oracles.logits_of(made, WINDOWS[:1])
+    same_function(result.probe_logits, expected, 1e-8)
+    assert oracles.largest_difference(oracles.logits_of(model, WINDOWS[:1]), expected) > 0.05
+
+
+def test_what_is_said_to_be_lost_is_lost(models):
+    """The share of the outputs' energy; of the first block's readers, whose inputs are the dense model's."""
+    model, folder = models("llama")
+    result = walked(folder, [Slim(quantize=Quantize(method="absmax", bits=3, group=8))])
+    path = "model.layers.0.self_attn.k_proj"
+    X, W = given_to(model, path), model.state_dict()[f"{path}.weight"]
+    missed = X @ (W - weight_of(result.tensors, path, 3)).T
+    expected = float(missed.square().sum() / (X @ W.T).square().sum())
+    assert reports(result)[path]["lost"] == pytest.approx(expected, rel=1e-9)
+    assert 0.001 < expected < 0.2
+
+
+def test_a_bias_keeps_the_mean_of_the_outputs(models):
+    model, folder = models("llama")
+    stage = Slim(prune=Prune(method="magnitude"), adapt=Adapt(method="naive", rank=2), centre=True)
+    path = "model.layers.0.mlp.gate_proj"
+    means = []
+    for centre in (True, False):
+        result = walked(folder, [stage.model_copy(update={"centre": centre, "target": ("gate_proj",)})])
+        adapter = {name: tensor for part in result.parts for name, tensor in part.adapter.items()}
+        X, linear = given_to(model, path), model.get_submodule(path)
+        A, B = adapter_of(adapter, path)
+        assert isinstance(linear, nn.Linear)
+        W, b = linear.weight.data, linear.bias.data
+        Y = X @ (result.tensors[f"{path}.weight"] + B @ A).T + result.tensors[f"{path}.bias"]
+        means.append(float((Y - X @ W.T - b).mean(0).abs().max()))
+    assert means[0] < 1e-12 < 0.01 < means[1]
+
+
+# ---- runs of the pipeline ----
+
+
+Stages = Sequence[StageConfig | dict[str, Any]]
+WIDE: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
+
+
+def job_of(folder: Path, model_type: str, stages: Stages, *, changes: Any = None, out: str = "out", **more: Any) -> Job:
+    options = {"dtype": torch.float32, "num_hidden_layers": 1} | (changes or {})
+    if not (folder / "dense").exists():
+        tiny.write_model(folder / "dense", model_type, **options)
+        tiny.write_text(folder / "text.txt", lines=60)
+    calibration = {"source": str(folder / "text.txt"), "samples": 16, "seq_len": 16}
+    recipe = parse_recipe({"method": "test", "stages": list(stages), "calibration": calibration, **more})
+    return Job(model=find_model(str(folder / "dense")), recipe=recipe, out=folder / out, command="compress slim")
+
+
+@contextmanager
+def unproved() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "verify", lambda *_arguments, **_options: 0.0)
+        yield
+
+
+def run_unproved(job: Job) -> tuple[Plan, pipeline.Result]:
+    """What was planned, and what came out."""
+    plan = pipeline.plan_only(job)
+    with unproved():
+        return plan, pipeline.run(job)
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def json_of(file: Path) -> Any:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def stage(form: str = "packed", **parts: Any) -> dict[str, Any]:
+    return {"stage": "slim", "form": form, **parts}
+
+
+WANDA = {"method": "wanda", "pattern": "2:4"}
+FOUR = {"method": "mse", "bits": 4, "group": "channel"}
+TENTH = {"method": "whitened", "rank": 0.1}
+FORMS = ("packed", "compact", "dense")
+
+
+# ---- sizes on disk ----
+
+
+def file_bytes(file: Path) -> int:
+    """What a safetensors file holds besides its header."""
+    with file.open("rb") as opened:
+        (length,) = struct.unpack("<Q", opened.read(8))
+    return file.stat().st_size - 8 - int(length)
+
+
+def is_as_planned(plan: Plan, result: pipeline.Result) -> None:
+    files = [*result.out.glob("*.safetensors"), *result.out.glob("adapter/*.safetensors")]
+    assert plan.size == result.size
+    assert sum(file_bytes(file) for file in files) == result.size.bytes
+    for alternative in plan.alternatives[:1]:
+        assert alternative.bytes == result.size.bytes
+
+
+# ---- faces ----
+
+
+@pytest.fixture(scope="module")
+def faces(tmp_path_factory) -> Path:
+    """The same recipe in every form; refitted, with ranks that differ."""
+    folder = tmp_path_factory.mktemp("faces")
+    parts = {"prune": WANDA, "quantize": FOUR | {"group": 16}, "adapt": {"method": "whitened", "rank": 0.25}}
+    for form in FORMS:
+        stages = [{"stage": "refit"}, stage(form, **parts, centre=True)]
+        job = job_of(folder, "llama", stages, changes={"dtype": torch.float64}, out=f"as-{form}")
+        with unproved():
+            pipeline.run(job)
+    return folder
+
+
+def test_packed_is_the_stock_class_and_says_so(faces):
+    facts, config = json_of(faces / "as-packed/compress.json"), json_of(faces / "as-packed/config.json")
+    assert facts["architecture"] == "LlamaForCausalLM"
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert facts["loads_without_our_code"] is True
+    assert "auto_map" not in config
+    assert not list((faces / "as-packed").glob("*.py"))
+    quantization = config["quantization_config"]
+    group = quantization["config_groups"]["group_0"]
+    assert quantization["quant_method"] == "compressed-tensors"
+    assert quantization["ignore"] == ["lm_head"]
+    assert {key: group["weights"][key] for key in ("num_bits", "type", "symmetric", "strategy", "group_size")} == {
+        **{"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 16}
+    }
+    assert quantization["format"] == group["format"] == "pack-quantized"
+    assert group["input_activations"] is None
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_nothing_speaks_of_a_sparse_format(faces, form):
+    """Engines refuse a checkpoint that has a `sparsity_config`."""
+    for file in (faces / f"as-{form}").rglob("*.json"):
+        assert "sparsity_config" not in file.read_text(encoding="utf-8")
+
+
+def test_the_adapter_is_a_plain_lora_of_scale_one(faces):
+    config = json_of(faces / "as-packed/adapter/adapter_config.json")
+    tensors = load_file(faces / "as-packed/adapter/adapter_model.safetensors")
+    ranks = {name: len(tensor) for name, tensor in tensors.items() if "lora_A" in name}
+    assert (config["peft_type"], config["r"], config["lora_alpha"], config["use_rslora"]) == ("LORA", 8, 8, False)
+    small = {f"model.layers.0.self_attn.{name}_proj": 4 for name in "kv"}  # two of four heads
+    assert config["rank_pattern"] == config["alpha_pattern"] == small
+    assert {
+        name.removeprefix("base_model.model.").removesuffix(".lora_A.weight"): rank for name, rank in ranks.items()
+    } == {
+        **dict.fromkeys(block_linears(tiny.tiny_model("llama", num_hidden_layers=1)), 8),
+        **small,
+    }
+    names = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+    assert config["target_modules"] == names
+    assert len(tensors) == 14
+
+
+def test_compact_carries_its_code_and_keeps_no_pruned_weight(faces):
+    config, tensors = json_of(faces / "as-compact/config.json"), tensors_of(faces / "as-compact")
+    assert config["model_type"] == "compress_compact"
+    assert sorted(config["auto_map"]) == ["AutoConfig", "AutoModelForCausalLM"]
+    assert {file.name for file in (faces / "as-compact").glob("*.py")} == {
+        "configuration_compact.py",
+        "modeling_compact.py",
+    }
+    assert not (faces / "as-compact/adapter").exists()
+    # 48 rows of 32 inputs: two bits a weight for the kept half, three for the places of every four.
+    path = "model.model.layers.0.mlp.up_proj"
+    assert tensors[f"{path}.weight.codes"].shape == (48, 32 * 2 // 8)
+    assert tensors[f"{path}.weight.places"].shape == (48, 32 // 4 * 3 // 8)
+    assert tensors[f"{path}.weight.scale"].shape == (48, 2)
+
+
+def test_materialized_is_the_dense_models_own_shape(faces):
+    tensors, dense = tensors_of(faces / "as-dense"), tiny.tiny_model("llama", num_hidden_layers=1).state_dict()
+    assert {name: tensor.shape for name, tensor in tensors.items()} == {name: t.shape for name, t in dense.items()}
+    assert json_of(faces / "as-dense/compress.json")["alternatives"] == []
+
+
+def loaded(folder: Path, **options: Any) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, **options).eval()
+
+
+@pytest.fixture(scope="module")
+def logits(faces) -> dict[str, Tensor]:
+    """Of every form, by whatever loads it."""
+    unpacked = loaded(faces / "as-packed", quantization_config=CompressedTensorsConfig(dequantize=True))
+    models = {
+        "packed, transformers and peft": PeftModel.from_pretrained(unpacked, faces / "as-packed/adapter").eval(),
+        "packed, compress.load": compress.load(faces / "as-packed", dtype=torch.float64),
+        "compact": loaded(faces / "as-compact"),
+        "compact, compress.load": compress.load(faces / "as-compact", dtype=torch.float64),
+        "dense": loaded(faces / "as-dense"),
+    }
+    return {name: oracles.logits_of(model, UNSEEN) for name, model in models.items()}
+
+
+@pytest.mark.parametrize("name", ["packed, compress.load", "compact", "compact, compress.load", "dense"])
+def test_every_form_is_one_function(logits, name):
+    same_function(logits[name], logits["packed, transformers and peft"], 1e-9)
+
+
+def test_the_adapter_is_felt(faces, logits):
+    without = loaded(faces / "as-packed", quantization_config=CompressedTensorsConfig(dequantize=True))
+    assert oracles.largest_difference(oracles.logits_of(without, UNSEEN), logits["dense"]) > 0.05
+
+
+FINE: dict[str, Any] = {"packed": "pack-quantized", "bytes": "int-quantized", "float": "float-quantized"}
+KINDS: dict[str, tuple[str | None, dict[str, Any]]] = {
+    "sparse and an adapter alone": (None, {"prune": WANDA, "adapt": TENTH}),
+    "an adapter of a number": ("packed", {"quantize": FOUR, "adapt": {"rank": 3}}),
+    "no adapter": ("packed", {"prune": WANDA, "quantize": FOUR}),
+    "half wherever they are": ("packed", {"prune": {"method": "magnitude", "pattern": "50%"}, "quantize": FOUR}),
+    "4 of 8": ("packed", {"prune": {"method": "sparsegpt", "pattern": "4:8"}, "quantize": FOUR}),
+    "fp8": ("float", {"quantize": {"method": "mse", "bits": 8, "floating": True, "group": "channel"}}),
+    "fp8 inputs": ("float", {"quantize": {"method": "absmax", "bits": 8, "floating": True}, "inputs": "fp8"}),
+    "int8 inputs": ("bytes", {"quantize": {"method": "gptq", "bits": 8}, "inputs": "int8", "adapt": TENTH}),
+    "int8 inputs, 4 bits": ("packed", {"quantize": FOUR, "inputs": "int8"}),
+    "zero points": ("packed", {"quantize": FOUR | {"symmetric": False}, "adapt": TENTH}),
+    "zero points of groups": ("packed", {"quantize": FOUR | {"symmetric": False, "group": 16}}),
+    "zero point": ("packed", {"quantize": FOUR | {"symmetric": False, "group": "tensor"}}),
+    "one scale": ("packed", {"prune": WANDA, "quantize": {"method": "slim", "bits": 4, "group": "tensor"}}),
+    "3 bits in groups": ("packed", {"quantize": {"method": "gptq", "bits": 3, "group": 16, "by_activation": True}}),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_what_can_be_packed_is_read_by_transformers_and_by_us(name, tmp_path, models):
+    """S + B A of the files: by plain code, by transformers and PEFT, by `compress.load`; in float64, unrounded."""
+    kind, parts = KINDS[name]
+    job = job_of(tmp_path, "llama", [stage(**parts)], changes={"dtype": torch.float64})
+    is_as_planned(*run_unproved(job))
+    config = json_of(job.out / "config.json")
+    assert config.get("quantization_config", {}).get("format") == (None if kind is None else FINE[kind])
+    bits = parts["quantize"]["bits"] if "quantize" in parts else None
+    dense, _ = models("llama", num_hidden_layers=1)
+    adapter = load_file(job.out / "adapter/adapter_model.safetensors") if "adapt" in parts else {}
+    assert (job.out / "adapter").exists() == ("adapt" in parts)
+    plain = oracles.logits_of(written_model(dense, tensors_of(job.out), adapter, bits), UNSEEN)
+    assert 1e-3 < oracles.largest_difference(oracles.logits_of(dense, UNSEEN), plain) < 10
+
+    options = {} if kind is None else {"quantization_config": CompressedTensorsConfig(dequantize=True)}
+    theirs = loaded(job.out, **options)
+    ours = compress.load(job.out, dtype=torch.float64)
+    for module in ours.modules():
+        if hasattr(module, "inputs"):
+            module.inputs = None  # rounding them is the linears' affair, not the files'
+    if adapter:
+        theirs = PeftModel.from_pretrained(theirs, job.out / "adapter").eval()
+    same_function(oracles.logits_of(theirs, UNSEEN), plain, 1e-9)
+    same_function(oracles.logits_of(ours, UNSEEN), plain, 1e-9)
+
+
+# ---- sizes ----
+
+
+SIZED: dict[str, tuple[str, dict[str, Any]]] = {
+    "packed": ("packed", {"prune": WANDA, "quantize": FOUR, "adapt": TENTH}),
+    "packed, fp8 and its inputs": ("packed", {"quantize": {"bits": 8, "floating": True}, "inputs": "fp8"}),
+    "packed, zero points": ("packed", {"quantize": FOUR | {"symmetric": False, "group": 16}}),
+    "compact": ("compact", {"prune": WANDA, "quantize": FOUR, "adapt": TENTH}),
+    "compact, ragged groups": ("compact", {"prune": WANDA, "quantize": FOUR | {"group": 24, "bits": 3}}),
+    "compact, 4 of 8 of floats": ("compact", {"prune": {"method": "wanda", "pattern": "4:8"}, "adapt": TENTH}),
+    "compact, an adapter of codes": ("compact", {"quantize": FOUR, "adapt": TENTH | {"bits": 4, "group": 16}}),
+    "compact, finer inputs": ("compact", {"prune": WANDA, "quantize": FOUR | {"important_inputs": True}}),
+    "dense": ("dense", {"prune": WANDA, "quantize": FOUR, "adapt": TENTH}),
+}
+
+
+@pytest.mark.parametrize("name", SIZED)
+@pytest.mark.parametrize("model_type", ["llama", pytest.param("opt", marks=SLOW)])
+def test_what_is_planned_is_what_is_written(model_type, name, tmp_path):
+    form, parts = SIZED[name]
+    job = job_of(tmp_path, model_type, [stage(form, **parts)], dtype="bfloat16")
+    plan, result = run_unproved(job)
+    is_as_planned(plan, result)
+    # Numbers: those that are kept, and the adapter's.
+    dense = tiny.tiny_model(model_type, num_hidden_layers=1)
+    numbers = sum(parameter.numel() for parameter in dense.parameters())
+    kept = 0.5 if form == "compact" and "prune" in parts else 1
+    with_adapter = "adapt" in parts and form != "dense"
+    for linear in block_linears(dense).values():
+        m, n = linear.weight.shape
+        rank = max(1, int(0.1 * min(m, n))) if with_adapter else 0
+        numbers += int(kept * m * n) - m * n + rank * (m + n)
+    assert result.size.parameters == numbers
+
+
+SHAPES = {
+    **{"self_attn.q_proj": (64, 64), "self_attn.k_proj": (32, 64), "self_attn.v_proj": (32, 64)},
+    **{"self_attn.o_proj": (64, 64), "mlp.gate_proj": (128, 64), "mlp.up_proj": (128, 64), "mlp.down_proj": (64, 128)},
+}
+WEIGHTS = sum(m * n for m, n in SHAPES.values())
+
+
+def adapter_bits() -> int:
+    return sum(16 * max(1, int(0.1 * min(m, n))) * (m + n) for m, n in SHAPES.values())
+
+
+def packed_bits(bits: int) -> int:
+    """Codes, a scale a row, and a shape of two 64-bit numbers."""
+    return sum(m * n * bits + 16 * m + 128 for m, n in SHAPES.values())
+
+
+@pytest.mark.parametrize("form", ["compact", "packed"])
+def test_bits_a_weight_by_hand(form, tmp_path):
+    """2:4 in 4 bits is 2 bits of codes and 3/4 of places; beside it what stores all weights in as many bytes."""
+    parts = {"prune": WANDA, "quantize": FOUR, "adapt": TENTH}
+    job = job_of(tmp_path, "llama", [stage(form, **parts)], changes=WIDE, dtype="bfloat16")
+    plan = pipeline.plan_only(job)
+    ours = sum(2.75 * m * n + 16 * m for m, n in SHAPES.values()) if form == "compact" else packed_bits(4)
+    rest = plan.dense.bytes - 2 * WEIGHTS
+    bits_and_bytes = {each.name: (each.bits_per_weight, each.bytes) for each in plan.alternatives}
+
+    def priced(total: float) -> tuple[Any, int]:
+        return pytest.approx(total / WEIGHTS, rel=1e-12), rest + round(total / 8)
+
+    expected = {"this plan": priced(ours + adapter_bits())}
+    all_weights = {f"{bits} bits, unpruned": packed_bits(bits) for bits in range(2, 9)}
+    all_weights |= {f"{name}, the same adapter": bits + adapter_bits() for name, bits in all_weights.items()}
+    # The two largest that are no larger than the plan, and the next.
+    fitting = sorted((bits, name) for name, bits in all_weights.items() if bits <= ours + adapter_bits())
+    larger = sorted((bits, name) for name, bits in all_weights.items() if bits > ours + adapter_bits())
+    expected |= {name: priced(bits) for bits, name in [*fitting[-2:], larger[0]]}
+    assert bits_and_bytes == expected
+
+
+def test_what_is_not_pruned_has_no_alternatives(tmp_path):
+    plan = pipeline.plan_only(job_of(tmp_path, "llama", [stage(quantize=FOUR)]))
+    assert [each.name for each in plan.alternatives] == ["this plan"]
+
+
+def test_groups_are_of_128_where_that_divides(tmp_path):
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1}
+    for name, changes, group in (("wide", sizes, 128), ("odd", sizes | {"intermediate_size": 192}, "channel")):
+        (tmp_path / name).mkdir()
+        stages = [stage(quantize={"method": "mse", "bits": 4})]
+        plan = pipeline.plan_only(job_of(tmp_path / name, "llama", stages, changes=changes))
+        assert {each.group for each in plan.storage.values()} == {group}
+
+
+# ---- what vLLM takes ----
+
+
+@pytest.mark.parametrize(
+    ("rank", "served"), [(1, 1), (6, 8), (16, 16), (100, 128), (300, 320), (400, 512), (513, None)]
+)
+def test_the_rank_that_vllm_is_told(rank, served):
+    from compress.checkpoints.card import vllm_rank
+
+    assert vllm_rank(adapter_config("mine", {"a.q_proj": 1, "a.k_proj": rank})) == served
+
+
+# ---- models that are not as they should be ----
+
+
+def change_linears(model: PreTrainedModel, how: str) -> None:
+    for path, linear in block_linears(model).items():
+        first = path.endswith(("fc1", "gate_proj", "up_proj"))
+        if how == "a matrix of zeros" and path.endswith(("down_proj", "fc2", "q_proj", "v_proj")):
+            linear.weight.zero_()
+        if how == "rows of zeros":
+            linear.weight[:3] = 0
+        if how == "dead neurons" and first:
+            linear.weight[:10] = 0
+            linear.bias[:10] = 0
+        if how == "constant neurons" and first:
+            linear.weight[:10] = 0
+            linear.bias[:10] = 1
+        if how == "an outlier":
+            linear.weight[1, 2] = 300
+
+
+STRANGE = ("a matrix of zeros", "rows of zeros", "dead neurons", "constant neurons", "an outlier", "16 tokens")
+RECIPES: dict[str, Stages] = {
+    "ours": [
+        {"stage": "refit"},
+        stage(prune={"iterations": 5}, quantize={}, adapt={"rounds": 2}, polish=1, centre=True),
+    ],
+    "slim": [
+        stage(prune=WANDA, quantize={"method": "slim", "group": "tensor"}, adapt={"method": "slim"}),
+    ],
+    "compact": [
+        stage("compact", prune={"method": "sparsegpt"}, quantize=FOUR | {"important_inputs": True}, adapt=TENTH),
+    ],
+    "zero points": [stage(quantize={"method": "gptq", "symmetric": False, "by_activation": True}, adapt=TENTH)],
+}
+
+
+QUICK = [("ours", "opt"), ("slim", "llama")]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "model_type"),
+    [
+        (recipe, model_type) if (recipe, model_type) in QUICK else pytest.param(recipe, model_type, marks=SLOW)
+        for recipe in RECIPES
+        for model_type in ("llama", "opt")
+    ],
+)
+@pytest.mark.parametrize("how", STRANGE)
+def test_strange_models_and_little_text_work(how, model_type, recipe, tmp_path, monkeypatch):
+    made = tiny.tiny_model
+
+    def strange(*arguments: Any, **options: Any) -> PreTrainedModel:
+        model = made(*arguments, **options)
+        with torch.no_grad():
+            change_linears(model, how)
+        return model
+
+    monkeypatch.setattr(tiny, "tiny_model", strange)
+    job = job_of(tmp_path, model_type, RECIPES[recipe], dtype="float16")
+    if how == "16 tokens":  # for linears of 32 and 48 inputs
+        calibration = job.recipe.calibration.model_copy(update={"samples": 2, "seq_len": 8})
+        job = Job(**{**vars(job), "recipe": job.recipe.model_copy(update={"calibration": calibration})})
+    _, result = run_unproved(job)
+    assert result.lost is not None
+    assert result.lost < 0.6
+    found = oracles.logits_of(compress.load(job.out, dtype=torch.float32), UNSEEN)
+    dense = oracles.logits_of(loaded(tmp_path / "dense").float(), UNSEEN)
+    assert torch.isfinite(found).all()
+    assert oracles.largest_difference(found, dense) < 2 * float(dense.abs().max())
+
+
+@pytest.mark.parametrize(
+    ("stages", "said"),
+    [
+        ([stage(prune=WANDA), stage(quantize=FOUR)], "slim is there twice. Give one stage all of it."),
+        ([{"stage": "factorize", "rank": 4}, stage(prune=WANDA)], "so factorize cannot be in the same recipe"),
+        (
+            [{"stage": "fold_norms"}, {"stage": "rotate"}, {"stage": "slice", "width": 16}, stage(prune=WANDA)],
+            "cannot be in the same recipe. Compress by fold_norms first and give its output to slim.",
+        ),
+        ([stage(quantize=FOUR | {"group": 24})], "A scale takes inputs in groups of 24, but self_attn.q_proj has 32"),
+        ([stage(prune=WANDA | {"pattern": "3:5"})], "3:5 takes inputs in groups of 5, but self_attn.q_proj has 32"),
+        ([stage(prune=WANDA, target=["experts"])], "No linear matches the target 'experts'. There are mlp.down_proj"),
+    ],
+)
+def test_what_does_not_fit_the_model_is_told_before_a_weight_is_read(stages, said, tmp_path):
+    with pytest.raises(UsageError) as error:
+        pipeline.run(job_of(tmp_path, "llama", stages))
+    assert said in str(error.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "text.txt"]
+
+
+@pytest.mark.parametrize("method", ["naive", "slim", "whitened"])
+def test_a_scale_that_the_dtype_has_no_room_for(method, tmp_path, monkeypatch):
+    made = tiny.tiny_model
+
+    def strange(*arguments: Any, **options: Any) -> PreTrainedModel:
+        model = made(*arguments, **options)
+        with torch.no_grad():
+            block_linears(model)["model.layers.0.mlp.up_proj"].weight[0, 0] = 1e6
+        return model
+
+    monkeypatch.setattr(tiny, "tiny_model", strange)
+    job = job_of(tmp_path, "llama", [stage(quantize=FOUR, adapt=TENTH | {"method": method})], dtype="float16")
+    with pytest.raises(NumericalError, match=r"block 0 mlp.up_proj.*float16.*--dtype bfloat16"):
+        pipeline.run(job)

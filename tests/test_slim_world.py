@@ -1,0 +1,250 @@
+"""What others make of a slimmed model: transformers and PEFT in processes without this package, the card's own code."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import tiny
+from cli_runner import environment, succeeds
+from compress import pipeline
+from compress.checkpoints import reload
+from compress.job import Job
+from compress.models.hub import find_model
+from compress.recipe import parse_recipe
+from oracles import random_ids
+
+IDS = random_ids(1, 24, seed=3)
+WANDA = {"method": "wanda", "pattern": "2:4"}
+FOUR = {"method": "mse", "bits": 4, "group": "channel"}
+EIGHT = {"method": "absmax", "bits": 8, "group": "channel"}
+ADAPTER = {"method": "whitened", "rank": 0.25}
+OURS = {"prune": WANDA, "quantize": FOUR, "adapt": ADAPTER, "centre": True}
+# Of each the family, what the stage is told, the dtype that is written, and a head of its own or not.
+Made = tuple[str, dict[str, Any], str, bool]
+CHECKPOINTS: dict[str, Made] = {
+    "packed": ("llama", OURS, "float32", False),
+    "packed, rounded and tied": ("opt", OURS, "bfloat16", True),
+    "packed, rounded and untied": ("opt", OURS, "float16", False),
+    "no adapter": ("llama", {"prune": WANDA, "quantize": FOUR}, "float32", True),
+    "zero points": ("llama", {"quantize": FOUR | {"symmetric": False, "group": 16}}, "float32", False),
+    "zero points and an adapter": ("qwen2", OURS | {"quantize": FOUR | {"symmetric": False}}, "float32", True),
+    "starcoder": ("gpt_bigcode", {"quantize": FOUR}, "float32", False),
+    "gpt_neox": ("gpt_neox", OURS, "float32", False),
+    "sparse": ("llama", {"prune": WANDA, "adapt": ADAPTER}, "float32", False),
+    "int8 inputs": ("opt", {"quantize": EIGHT, "adapt": ADAPTER, "inputs": "int8"}, "float32", True),
+    "fp8 inputs": ("llama", {"quantize": EIGHT | {"floating": True}, "inputs": "fp8"}, "float32", False),
+    "int8 inputs, 4 bits": ("llama", {"quantize": FOUR, "inputs": "int8"}, "float32", False),
+    "compact": ("llama", OURS | {"form": "compact"}, "float32", False),
+    "compact, rounded and tied": ("opt", OURS | {"form": "compact"}, "bfloat16", True),
+    "materialized": ("opt", OURS | {"form": "dense"}, "float16", True),
+}
+ADAPTED = [name for name, (_, told, _, _) in CHECKPOINTS.items() if "adapt" in told and "form" not in told]
+OFFLOADED = ("packed", "packed, rounded and tied", "zero points", "sparse", "starcoder", "compact")
+
+
+def job_of(folder: Path, made: Made) -> Job:
+    model_type, told, dtype, tied = made
+    tiny.write_model(folder / "dense", model_type, dtype=torch.float32, num_hidden_layers=2, tie_word_embeddings=tied)
+    source = tiny.write_text(folder / "text.txt", lines=60)
+    stages = [{"stage": "refit"}, {"stage": "slim", **told}]
+    calibration = {"source": str(source), "samples": 16, "seq_len": 16}
+    recipe = parse_recipe({"method": "test", "stages": stages, "calibration": calibration, "dtype": dtype})
+    return Job(model=find_model(str(folder / "dense")), recipe=recipe, out=folder / "out", command="compress slim")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """Every checkpoint, and beside it the probe that its walk computed."""
+    root = tmp_path_factory.mktemp("made")
+    for number, checkpoint in enumerate(CHECKPOINTS.values()):
+        folder = root / str(number)
+        folder.mkdir()
+
+        def overhear(_out: Path, ids: Tensor, logits: Tensor, folder: Path = folder, **_options: Any) -> float:
+            save_file({"ids": ids.contiguous(), "logits": logits.contiguous()}, folder / "probe.safetensors")
+            return 0.0
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pipeline, "verify", overhear)
+            pipeline.run(job_of(folder, checkpoint))
+    return root
+
+
+def place_of(made: Path, name: str) -> Path:
+    return made / str(list(CHECKPOINTS).index(name))
+
+
+def code_blocks(folder: Path) -> list[str]:
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    return [block.replace("PATH", str(folder)) for block in re.findall(r"```python\n(.*?)```", card, re.DOTALL)]
+
+
+def without_us(block: str) -> str:
+    """As the comment in it says: without the package, pass trust_remote_code=True."""
+    if "registers it" not in block:
+        return block
+    block = re.sub(r"import compress.*\n", "", block)
+    return re.sub(r'(AutoModelForCausalLM.from_pretrained\("[^"]*")', r"\1, trust_remote_code=True", block)
+
+
+# A request is code to run, whose `model` is asked for logits, or arguments of reload.py's main.
+RUNNER = """
+import importlib.util, json, sys, traceback, warnings
+import torch
+from safetensors.torch import save_file
+request = json.load(open(sys.argv[1]))
+spec = importlib.util.spec_from_file_location("reload", request["reload"])
+reload = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(reload)
+ids, logits, found = torch.tensor(request["ids"]), {}, {}
+for name, arguments in request["reloaded"].items():
+    try:
+        found[name] = reload.main(*arguments)
+    except Exception:
+        found[name] = {"failed": traceback.format_exc()}
+for name, code in request["code"].items():
+    names = {}
+    try:
+        exec(code, names)
+        with torch.inference_mode():
+            logits[name] = names["model"].eval()(input_ids=ids, use_cache=False).logits.float().contiguous()
+    except Exception:
+        found[name] = {"failed": traceback.format_exc()}
+save_file(logits, request["logits"])
+ours = sorted(module for module in sys.modules if module.split(".")[0] == "compress")
+with open(request["answers"], "w") as file:
+    json.dump({"found": found, "ours": ours}, file)
+"""
+
+
+def run_clean(folder: Path, reloaded: dict[str, Any], code: dict[str, str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    logits, answers = folder / "logits.safetensors", folder / "answers.json"
+    request = {"reload": reload.__file__, "ids": IDS.tolist(), "reloaded": reloaded, "code": code}
+    request |= {"logits": str(logits), "answers": str(answers)}
+    (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
+    quiet = {"TRANSFORMERS_VERBOSITY": "error", "HF_MODULES_CACHE": str(folder / "modules"), "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, "-I", "-c", RUNNER, str(folder / "request.json")]
+    done = subprocess.run(command, env=environment(**quiet), capture_output=True, text=True, timeout=250, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(answers.read_text(encoding="utf-8")), load_file(logits)
+
+
+@pytest.fixture(scope="module")
+def outside(made, tmp_path_factory) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """In one process without this package: every checkpoint reloaded as its proof does, and its card's code run."""
+    scratch, reloaded, code = tmp_path_factory.mktemp("outside"), {}, {}
+    for name in CHECKPOINTS:
+        out, probe = place_of(made, name) / "out", str(place_of(made, name) / "probe.safetensors")
+        reloaded[name] = [str(out), probe, 2**30, str(scratch)]
+        if name in OFFLOADED:
+            reloaded[f"{name}, from disk"] = [str(out), probe, 10**5, str(scratch)]
+        code[name] = without_us(code_blocks(out)[-1])
+    return run_clean(scratch, reloaded, code)
+
+
+@pytest.fixture(scope="module")
+def inside(made, tmp_path_factory) -> dict[str, Tensor]:
+    """By the code of the cards that imports this package."""
+    code = {}
+    for name in CHECKPOINTS:
+        blocks = [block for block in code_blocks(place_of(made, name) / "out") if "import compress" in block]
+        if blocks:
+            code[name] = blocks[0]
+    found, logits = run_clean(tmp_path_factory.mktemp("inside"), {}, code)
+    assert found["found"] == {}
+    return logits
+
+
+def test_none_of_it_takes_our_package(outside):
+    assert outside[0]["ours"] == []
+
+
+def tolerance(name: str) -> float:
+    return {"float32": 1e-5, "float16": 5e-3, "bfloat16": 3e-2}[CHECKPOINTS[name][2]]
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_it_reloads_with_the_walks_logits(name, outside):
+    """In float32 whatever was written; zero points are unpacked in the dtype that was."""
+    found = outside[0]["found"][name]
+    assert "failed" not in found, found["failed"]
+    assert (found["missing"], found["unexpected"], found["mismatched"]) == ([], [], [])
+    assert found["difference"] < 1e-5 * found["largest_logit"]
+    assert found["bits"] == 32
+
+
+@pytest.mark.parametrize("name", OFFLOADED)
+def test_a_model_larger_than_the_memory_given_reloads(name, outside):
+    found = outside[0]["found"][f"{name}, from disk"]
+    assert "failed" not in found, found["failed"]
+    assert (found["missing"], found["unexpected"], found["mismatched"]) == ([], [], [])
+    assert found["difference"] < tolerance(name) * found["largest_logit"]
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_the_code_of_the_card_runs_without_our_package(name, outside):
+    assert "failed" not in outside[0]["found"].get(f"code of {name}", {})
+    logits = outside[1][name]
+    assert logits.shape == (1, IDS.shape[1], tiny.VOCAB_SIZE)
+    assert torch.isfinite(logits).all()
+
+
+@pytest.mark.parametrize("name", [*ADAPTED, "compact", "compact, rounded and tied"])
+def test_the_code_of_the_card_gives_the_same_with_our_package(name, inside, outside):
+    theirs, ours = outside[1][name], inside[name]
+    share = (
+        0.1 if "inputs" in name else tolerance(name)
+    )  # transformers' unpacked weights get inputs that are not rounded
+    assert float((theirs - ours).abs().max()) < share * float(theirs.abs().max())
+
+
+def test_the_pipeline_proves_it(tmp_path):
+    """In a process of its own: packed, rounded, a tied head, an adapter."""
+    result = pipeline.run(job_of(tmp_path, CHECKPOINTS["packed, rounded and tied"]))
+    assert result.difference is not None
+    assert result.difference < 1e-5
+    assert result.is_stock
+    assert result.out.is_dir()
+
+
+def test_a_wrong_adapter_is_noticed(tmp_path, monkeypatch):
+    """What is proved is base and adapter together."""
+    from compress.checkpoints import adapter
+    from compress.errors import VerificationError
+
+    join = adapter.join
+
+    def without_the_last(parts: list[Path], joined: Path) -> None:
+        join(parts[:-1], joined)
+
+    monkeypatch.setattr(adapter, "join", without_the_last)
+    with pytest.raises(VerificationError, match="other logits"):
+        pipeline.run(job_of(tmp_path, CHECKPOINTS["packed"]))
+    assert not (tmp_path / "out").exists()
+
+
+# ---- quality ----
+
+
+@pytest.mark.slow
+def test_the_default_is_nearer_to_the_dense_model_than_the_papers_method(tmp_path, monkeypatch):
+    """The shipped model at 2:4, 4 bits and a tenth of the rank, on text that nothing was fitted to."""
+    monkeypatch.setattr(pipeline, "verify", lambda *_arguments, **_options: 0.0)
+    perplexities = {}
+    for name, options in {"dense": None, "slim": ["--method", "slim"], "ours": ["--fast"]}.items():
+        model = "demo" if options is None else tmp_path / name
+        if options is not None:
+            succeeds("slim", *options, "--samples", 64, "--seq-len", 64, "--out", model, "--device", "cpu")
+        words = ["--ppl", "stdlib", "--seq-len", 128, "--limit", 24, "--device", "cpu", "--json"]
+        said = succeeds("eval", "--model", model, *words).json
+        (perplexities[name],) = [found["perplexity"] for found in said["perplexity"]]
+    excess = {name: perplexities[name] / perplexities["dense"] - 1 for name in ("slim", "ours")}
+    assert 0 < excess["ours"] < 0.5 * excess["slim"]

@@ -1,0 +1,130 @@
+"""What is stored of a linear, number by number, and that it gives the linear's weight back exactly."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from compress.models.modeling_compact import StoredMatrix, unpack_bits
+from compress.models.packed import unpacked
+from compress.models.packing import Kept, pack_bits, pack_words
+from compress.models.storage import Storage, empty_linear
+from compress.numerics.grids import Sharing
+from compress.numerics.sparsity import Pattern
+from stored import label, random_parts
+
+M, N = 37, 240
+BITS = range(2, 9)
+GROUPS: list[Sharing] = ["tensor", "channel", 16]
+PATTERNS = [None, Pattern(2.0, 4), Pattern(4.0, 8), Pattern(3.0, 5), Pattern(8.0, 16)]
+PACKED = [
+    *(Storage("packed", bits, group=group, rank=3) for bits in BITS for group in GROUPS),
+    *(Storage("packed", bits, group=group, symmetric=False) for bits in BITS for group in GROUPS),
+    *(Storage("packed", 8, floating=True, group=group, inputs="fp8") for group in GROUPS),
+    *(Storage("packed", 8, group=group, symmetric=False, inputs="int8") for group in GROUPS),
+    Storage("packed", None, rank=3),
+    Storage("packed", 4, pattern=Pattern(2.0, 4)),
+    Storage("packed", 4, pattern=Pattern(0.5)),
+]
+COMPACT = [
+    *(Storage("compact", bits, pattern=pattern, rank=3) for bits in (*BITS, None) for pattern in PATTERNS),
+    *(Storage("compact", 4, pattern=Pattern(2.0, 4), group=group) for group in (*GROUPS, 100)),
+    Storage("compact", 8, floating=True, pattern=Pattern(2.0, 4)),
+    Storage("compact", 4, finer=True, group=16),
+    Storage("compact", 4, pattern=Pattern(0.5)),
+    Storage("compact", 4, rank=5, adapter_bits=4),
+]
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 31, 32, 33, 100])
+@pytest.mark.parametrize("bits", BITS)
+def test_words_are_those_of_compressed_tensors(bits, count):
+    helpers = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
+    torch.manual_seed(count)
+    codes = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (5, count), dtype=torch.int8)
+    words = pack_words(codes, bits)
+    assert torch.equal(words, helpers.pack_to_int32(codes, bits))
+    assert torch.equal(unpacked(words, bits, count), codes)
+    assert torch.equal(helpers.unpack_from_int32(words, bits, codes.shape), codes)
+
+
+@pytest.mark.parametrize("count", [1, 8, 13, 64])
+@pytest.mark.parametrize("bits", range(1, 15))
+def test_numbers_come_back_from_their_bits(bits, count):
+    torch.manual_seed(count)
+    numbers = torch.randint(2**bits, (3, count))
+    planes = pack_bits(numbers, bits)
+    assert planes.shape == (3, math.ceil(count / 8) * bits)
+    assert torch.equal(unpack_bits(planes, bits, count).long(), numbers)
+
+
+def test_places_are_numbered_as_combinations_are_listed():
+    mask = torch.tensor([[1, 1, 0, 0, 0, 0, 1, 1, 0, 1, 0, 1]]).bool()
+    kept = Kept(mask, Pattern(2.0, 4))
+    assert unpack_bits(kept.places(), 3, 3).tolist() == [[0, 5, 4]]
+    assert kept.of(torch.arange(12)[None]).tolist() == [[0, 6, 9, 1, 7, 11]]
+
+
+def test_a_mask_of_another_pattern_is_noticed():
+    with pytest.raises(ValueError, match="does not keep 2 of 4"):
+        Kept(torch.tensor([[True, True, True, False]]), Pattern(2.0, 4)).places()
+
+
+@pytest.mark.parametrize("storage", PACKED + COMPACT, ids=label)
+def test_the_weight_comes_back_exactly(storage):
+    dtype = torch.bfloat16
+    parts = random_parts(storage, M, N, dtype)
+    linear = parts.stored(storage, dtype)
+    with torch.device("meta"):
+        empty = empty_linear(storage, N, M, bias=True, dtype=dtype)
+    kinds = ({name: (t.shape, t.dtype) for name, t in each.state_dict().items()} for each in (empty, linear))
+    assert next(kinds) == next(kinds)
+
+    expected = parts.S if parts.grid is not None else parts.S.to(dtype).double()
+    assert torch.equal(linear.rows(0, M, torch.float64), expected)
+    assert torch.equal(linear.rows(11, 35, torch.float64), expected[11:35])
+    kept = N * storage.pattern.density if storage.form == "compact" and storage.left_out else N
+    assert linear.num_parameters == empty.num_parameters == M * kept + storage.rank * (M + N) + M
+
+
+def test_compact_takes_the_bytes_it_says():
+    """2:4 at 4 bits: 2 bits of codes and 3/4 of a bit for the places; a scale for each 128; an adapter at 4 bits."""
+    m, n, r = 256, 512, 16
+    storage = Storage("compact", 4, group=128, pattern=Pattern(2.0, 4), rank=r, adapter_bits=4)
+    with torch.device("meta"):
+        linear = empty_linear(storage, n, m, bias=True, dtype=torch.bfloat16)
+    found = {name: t.nbytes for name, t in linear.state_dict().items()}
+    assert found == {
+        "weight.codes": m * n // 4,
+        "weight.places": m * n * 3 // 32,
+        "weight.scale": 2 * m * n // 128,
+        "first.codes": r * n // 2,
+        "first.scale": 2 * r * n // 128,
+        "second.codes": r * m // 2,
+        "second.scale": 2 * r * m // 128,
+        "bias": 2 * m,
+    }
+
+
+def test_the_last_group_of_a_row_may_be_smaller():
+    storage = Storage("compact", 4, group=100)
+    linear = random_parts(storage, M, N, torch.float32).stored(storage, torch.float32)
+    assert isinstance(linear.weight, StoredMatrix)
+    assert linear.weight.scale.shape == (M, 3)
+
+
+def test_what_no_form_has_room_for_is_refused():
+    compact, packed = Storage("compact", 4), Storage("packed", 4)
+    for storage, changes in (
+        (compact, {"symmetric": False}),
+        (compact, {"inputs": "int8"}),
+        (packed, {"adapter_bits": 4}),
+        (packed, {"finer": True}),
+        (packed, {"floating": True}),
+        (packed, {"inputs": "fp8"}),
+        (packed, {"bits": 8, "floating": True, "inputs": "int8"}),
+        (packed, {"bits": None, "inputs": "int8"}),
+    ):
+        with pytest.raises(ValueError, match=r"\.$"):
+            replace(storage, **changes)

@@ -1,0 +1,416 @@
+"""GPTQ and SparseGPT by their papers' loops, without the Cholesky factor; descent against trying everything."""
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from compress.errors import NumericalError
+from compress.numerics.grids import Grid, Numbers, Sharing
+from compress.numerics.hessian import Hessian
+from compress.numerics.sparsity import Pattern, keep_mask
+from compress.numerics.steps import make_grid
+from compress.numerics.sweep import blocks, descend, sweep
+
+M, N, TOKENS = 5, 24, 80
+WHERE = "block 3 mlp.down_proj"
+DAMPING = 0.01
+PATTERNS = (None, "2:4", "4:8", "50%")
+GRIDS: dict[str, Sharing | None] = {"no grid": None, "a step": "tensor", "by row": "channel", "ragged groups": 7}
+EVERY_PATTERN = pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+EVERY_GRID = pytest.mark.parametrize("group", GRIDS.values(), ids=GRIDS)
+EVERY_BLOCK = pytest.mark.parametrize("block", [1, 3, 10, 128])
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def rows(n: int = N, *, count: int = TOKENS, seed: int = 0, dead: tuple[int, ...] = ()) -> Tensor:
+    """Correlated inputs of unlike sizes, in no order, whose means are not zero."""
+    sizes = torch.logspace(0, -1, n).double()[torch.randperm(n, generator=torch.Generator().manual_seed(seed))]
+    X = (random(count, n, seed=seed) @ random(n, n, seed=seed + 1) + random(n, seed=seed + 2)) * sizes
+    X[:, list(dead)] = 0
+    return X
+
+
+def hessian(X: Tensor, *, damping: float = DAMPING) -> Hessian:
+    return Hessian(X.T @ X / len(X), damping, WHERE)
+
+
+def grid_for(W: Tensor, group: Sharing | None, *, bits: int = 3, symmetric: bool = True) -> Grid | None:
+    return None if group is None else make_grid(W, Numbers(bits), group=group, method="mse", symmetric=symmetric)
+
+
+def parsed(text: str | None) -> Pattern | None:
+    return None if text is None else Pattern.parse(text)
+
+
+def error(W: Tensor, Q: Tensor, H: Tensor) -> float:
+    """Row by row, (w - q) H (w - q)^T."""
+    return sum(float(d @ H @ d) for d in W - Q)
+
+
+def difference(a: Tensor, b: Tensor) -> float:
+    assert a.shape == b.shape
+    return float((a - b).abs().max())
+
+
+def lowest_cost(costs: Tensor, count: int) -> list[tuple[int, int]]:
+    """The places of the `count` least, of costs (rows, columns)."""
+    places = list(itertools.product(range(costs.shape[0]), range(costs.shape[1])))
+    return sorted(places, key=lambda place: float(costs[place]))[:count]
+
+
+def swept_slowly(
+    W: Tensor, H: Tensor, grid: Grid | None, pattern: Pattern | None, given: Tensor | None, block: int
+) -> tuple[Tensor, Tensor]:
+    """Optimal Brain Surgeon's update, each column in turn: of all that are left the inverse is computed anew.
+
+    Where a mask is to be found: with the groups of a pattern for each row and group when its first column is reached,
+    else for all rows when a block's first one is; by w_j^2 / [H_left^-1]_jj with all before j settled.
+    """
+    W, Q, mask = W.clone(), torch.zeros_like(W), torch.ones_like(W, dtype=torch.bool) if given is None else given
+    m, n = W.shape
+    costs_one = torch.stack([torch.linalg.inv(H[j:, j:])[0, 0] for j in range(n)])
+    for j in range(n):
+        if pattern is not None and pattern.is_grouped and j % pattern.group == 0:
+            end = j + pattern.group
+            for row in range(m):
+                costs = W[row : row + 1, j:end].square() / costs_one[j:end]
+                for _, gone in lowest_cost(costs, pattern.group - int(pattern.keep)):
+                    mask[row, j + gone] = False
+        if pattern is not None and not pattern.is_grouped and j % block == 0:
+            costs = W[:, j : j + block].square() / costs_one[j : j + block]
+            for row, gone in lowest_cost(costs, int((1 - pattern.density) * costs.numel())):
+                mask[row, j + gone] = False
+        inverse = torch.linalg.inv(H[j:, j:])
+        q = W[:, j] if grid is None else grid.nearest(W[:, j : j + 1], j)[:, 0]
+        Q[:, j] = torch.where(mask[:, j], q, 0.0)
+        W[:, j:] -= torch.outer((W[:, j] - Q[:, j]) / inverse[0, 0], inverse[0])
+    return Q, mask
+
+
+# ---- the sweep ----
+
+
+@EVERY_BLOCK
+@EVERY_GRID
+@EVERY_PATTERN
+def test_it_is_the_papers_loop_whatever_the_block(pattern, group, block):
+    W, H = random(M, N), hessian(rows())
+    grid = grid_for(W, group)
+    found, mask = sweep(W, H, grid=grid, pattern=parsed(pattern), block=block)
+    expected, expected_mask = swept_slowly(W, H.damped, grid, parsed(pattern), None, block)
+    assert difference(found, expected) < 1e-8
+    if pattern is None:
+        assert mask is None
+    else:
+        assert mask is not None
+        assert torch.equal(mask, expected_mask)
+
+
+@EVERY_BLOCK
+@EVERY_GRID
+def test_it_keeps_to_a_mask_that_it_is_given(group, block):
+    W, H = random(M, N), hessian(rows())
+    grid, mask = grid_for(W, group), keep_mask(random(M, N, seed=3).abs(), Pattern.parse("2:4"))
+    before = mask.clone()
+    found, same = sweep(W, H, grid=grid, mask=mask, block=block)
+    assert same is not None
+    assert torch.equal(same, before)
+    assert torch.equal(mask, before)
+    assert (found[~mask] == 0).all()
+    assert difference(found, swept_slowly(W, H.damped, grid, None, mask, block)[0]) < 1e-8
+
+
+@pytest.mark.parametrize("block", [5, 128])
+@pytest.mark.parametrize("masked", [False, True], ids=["all weights", "given mask"])
+def test_by_activation_is_the_plain_sweep_of_inputs_in_that_order(masked, block):
+    W, X = random(M, N), rows()
+    H, grid = hessian(X), grid_for(W, "channel")
+    mask = keep_mask(random(M, N, seed=3).abs(), Pattern.parse("50%")) if masked else None
+    order = X.square().mean(0).argsort(descending=True)
+    assert order.tolist() != list(range(N))
+    found, _ = sweep(W, H, grid=grid, mask=mask, by_activation=True, block=block)
+    permuted = None if mask is None else mask[:, order]
+    expected, _ = sweep(W[:, order], hessian(X[:, order]), grid=grid, mask=permuted, block=block)
+    assert difference(found[:, order], expected) < 1e-10
+    assert difference(found, sweep(W, H, grid=grid, mask=mask, block=block)[0]) > 1e-3
+
+
+def test_by_activation_each_input_keeps_the_step_of_its_own_group():
+    W = random(M, N) * torch.logspace(0, -2, N).double()
+    grid = grid_for(W, 7)
+    assert grid is not None
+    found, _ = sweep(W, hessian(rows()), grid=grid, by_activation=True)
+    assert torch.equal(grid.nearest(found), found)
+
+
+def test_where_the_mask_is_to_be_found_the_order_is_the_given_one():
+    W, H, pattern = random(M, N), hessian(rows()), Pattern.parse("2:4")
+    plain, ordered = (sweep(W, H, pattern=pattern, by_activation=flag)[0] for flag in (False, True))
+    assert torch.equal(plain, ordered)
+
+
+@EVERY_GRID
+@EVERY_PATTERN
+def test_the_result_is_on_the_grid_and_within_the_pattern(pattern, group):
+    W = random(M, N)
+    for symmetric in (True, False):
+        grid = grid_for(W, group, symmetric=symmetric)
+        found, mask = sweep(W, hessian(rows()), grid=grid, pattern=parsed(pattern))
+        assert grid is None or torch.equal(grid.nearest(found), found)
+        if mask is not None:
+            assert (found[~mask] == 0).all()
+        if pattern in ("2:4", "4:8"):
+            assert mask is not None
+            group_size = int(pattern[-1])
+            assert (mask.unflatten(1, (-1, group_size)).sum(-1) == group_size // 2).all()
+        if pattern == "50%":
+            assert mask is not None
+            assert mask.sum() == M * N / 2
+
+
+def test_without_anything_to_settle_weights_stay():
+    W = random(M, N)
+    found, mask = sweep(W, hessian(rows()))
+    assert mask is None
+    assert torch.equal(found, W)
+
+
+def test_what_it_is_given_stays_as_it_was():
+    W, H = random(M, N), hessian(rows())
+    before, second = W.clone(), H.second.clone()
+    sweep(W, H, grid=grid_for(W, "channel"), pattern=Pattern.parse("2:4"))
+    descend(torch.zeros_like(W), W, H, rounds=2)
+    assert torch.equal(W, before)
+    assert torch.equal(H.second, second)
+
+
+@pytest.mark.parametrize(("block", "text"), [(3, "2:4"), (6, "2:4"), (20, "4:8"), (8, None), (10, "50%")])
+def test_no_block_cuts_a_group(block, text):
+    pattern = parsed(text)
+    found = list(blocks(50, block, pattern))
+    assert [j for start, stop in found for j in range(start, stop)] == list(range(50))
+    step = 1 if pattern is None or not pattern.group else pattern.group
+    assert all(start % step == 0 for start, _ in found)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@EVERY_PATTERN
+def test_it_loses_less_than_rounding_to_nearest_and_cutting(pattern, seed):
+    """Rounding and cutting keep to the very mask that the sweep found."""
+    W, H = random(M, N, seed=seed), hessian(rows(seed=seed))
+    for group in ("channel", 8) if pattern is None else ("channel", 8, None):
+        grid = grid_for(W, group)
+        found, mask = sweep(W, H, grid=grid, pattern=parsed(pattern))
+        cut = W if mask is None else W * mask
+        plain = cut if grid is None else grid.nearest(cut)
+        assert error(W, found, H.damped) < error(W, plain, H.damped)
+
+
+def test_with_inputs_that_are_not_correlated_it_is_rounding_to_nearest():
+    W, H = random(M, N), Hessian(torch.diag(torch.logspace(0, -2, N).double()), DAMPING, WHERE)
+    grid = grid_for(W, "channel")
+    assert grid is not None
+    assert torch.equal(sweep(W, H, grid=grid)[0], grid.nearest(W))
+    mask = sweep(W, H, pattern=Pattern.parse("2:4"))[1]
+    assert mask is not None
+    assert torch.equal(mask, keep_mask(W.abs() * H.damped.diagonal().sqrt(), Pattern.parse("2:4")))
+
+
+# ---- descent ----
+
+
+def descended_slowly(Q: Tensor, W: Tensor, H: Tensor, grid: Grid | None, mask: Tensor | None, rounds: int) -> Tensor:
+    """Each weight in turn at the minimum of a parabola through three values of the error, or at the grid's best."""
+    Q = Q.clone()
+    for _, j, i in itertools.product(range(rounds), range(W.shape[1]), range(W.shape[0])):
+        if mask is not None and not mask[i, j]:
+            Q[i, j] = 0
+            continue
+
+        def error_at(value: float, i: int = i, j: int = j) -> float:
+            row = W[i] - Q[i]
+            row[j] = W[i, j] - value
+            return float(row @ H @ row)
+
+        below, at, above = (error_at(value) for value in (-1.0, 0.0, 1.0))
+        best = (below - above) / (2 * (below - 2 * at + above))
+        values = [best] if grid is None else (every_code(grid) * grid.step[i, j // grid.group]).tolist()
+        Q[i, j] = min(values, key=error_at)
+    return Q
+
+
+def every_code(grid: Grid) -> Tensor:
+    return torch.arange(grid.numbers.lowest, grid.numbers.highest + 1).double()
+
+
+@pytest.mark.parametrize("block", [1, 5, 128])
+@pytest.mark.parametrize("group", [None, 3, "channel"], ids=str)
+@pytest.mark.parametrize("masked", [False, True], ids=["all weights", "masked"])
+def test_descent_is_one_weight_after_another_at_its_best(masked, group, block):
+    W, H = random(2, 8), hessian(rows(8))
+    grid, mask = grid_for(W, group), keep_mask(W.abs(), Pattern.parse("2:4")) if masked else None
+    start = W if grid is None else grid.nearest(W)
+    start = start if mask is None else start * mask
+    for rounds in (1, 3):
+        found = descend(start, W, H, grid=grid, mask=mask, rounds=rounds, block=block)
+        assert difference(found, descended_slowly(start, W, H.damped, grid, mask, rounds)) < 1e-8
+
+
+@pytest.mark.parametrize("seed", range(2))
+@EVERY_GRID
+@EVERY_PATTERN
+def test_descent_never_loses_and_keeps_mask_and_grid(pattern, group, seed):
+    W, H = random(M, N, seed=seed), hessian(rows(seed=seed))
+    grid = grid_for(W, group)
+    now, mask = sweep(W, H, grid=grid, pattern=parsed(pattern))
+    start = now
+    for rounds in range(1, 5):
+        after = descend(start, W, H, grid=grid, mask=mask, rounds=rounds)
+        assert error(W, after, H.damped) <= error(W, now, H.damped) * (1 + 1e-12) + 1e-12
+        assert mask is None or (after[~mask] == 0).all()
+        assert grid is None or torch.equal(grid.nearest(after), after)
+        now = after
+    assert (grid is None and pattern is None) or error(W, now, H.damped) < error(W, start, H.damped)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("masked", [False, True], ids=["all weights", "masked"])
+def test_where_descent_ends_no_weight_alone_can_be_better(masked, seed):
+    W, H = random(2, 6, seed=seed), hessian(rows(6, seed=seed))
+    grid = grid_for(W, "channel", bits=2)
+    assert grid is not None
+    mask = keep_mask(W.abs(), Pattern.parse("50%")) if masked else torch.ones(2, 6, dtype=torch.bool)
+    start = grid.nearest(W) * mask
+    found = descend(start, W, H, grid=grid, mask=mask, rounds=100)
+    assert torch.equal(found, descend(found, W, H, grid=grid, mask=mask, rounds=1))
+    least = error(W, found, H.damped)
+    for i, j in mask.nonzero().tolist():
+        for value in every_code(grid) * grid.step[i, 0]:
+            other = found.clone()
+            other[i, j] = value
+            assert error(W, other, H.damped) >= least * (1 - 1e-12)
+
+
+def test_descent_takes_as_many_rounds_as_it_needs():
+    W, H = random(M, N), hessian(rows())
+    grid = grid_for(W, "channel")
+    assert grid is not None
+    found = descend(grid.nearest(W), W, H, grid=grid, rounds=1_000_000)
+    assert torch.equal(found, descend(found, W, H, grid=grid, rounds=3))
+    assert torch.equal(descend(found, W, H, grid=grid, rounds=0), found)
+
+
+def test_without_a_grid_descent_comes_to_least_squares_on_the_mask():
+    W, H = random(2, 8), hessian(rows(8), damping=0.3)
+    mask = keep_mask(W.abs(), Pattern.parse("2:4"))
+    found = descend(W * mask, W, H, mask=mask, rounds=2000)
+    for i in range(2):
+        kept = mask[i].nonzero()[:, 0]
+        best = torch.linalg.solve(H.damped[kept][:, kept], H.damped[kept] @ W[i])
+        assert difference(found[i, kept], best) < 1e-8
+
+
+# ---- inputs that say little ----
+
+
+def finite_and_no_worse(W: Tensor, X: Tensor) -> None:
+    """The outputs on the text are no worse than with rounding to nearest of what the same mask leaves."""
+    H = hessian(X)
+    grids = [make_grid(W, Numbers(3), group=group, method="absmax") for group in (N, 8)]
+    for text, grid in itertools.product(PATTERNS, grids):
+        found, mask = sweep(W, H, grid=grid, pattern=parsed(text))
+        found = descend(found, W, H, grid=grid, mask=mask, rounds=2)
+        plain = grid.nearest(W if mask is None else W * mask)
+        assert torch.isfinite(found).all()
+        assert torch.equal(grid.nearest(found), found)
+        assert error(W, found, H.damped) <= error(W, plain, H.damped) * (1 + 1e-12)
+
+
+def test_dead_inputs():
+    finite_and_no_worse(random(M, N), rows(dead=(0, 7, 8, 9, 23)))
+
+
+def test_what_dead_inputs_weigh_is_not_made_up_for():
+    """Their columns are rounded as they are, and disturb no other."""
+    W, X = random(M, N), rows(dead=(3,))
+    grid = grid_for(W, "channel")
+    assert grid is not None
+    found, _ = sweep(W, hessian(X), grid=grid)
+    assert torch.equal(found[:, 3:4], grid.nearest(W[:, 3:4], 3))
+    other = W.clone()
+    other[:, 3] = 0
+    again, _ = sweep(other, hessian(X), grid=grid)
+    kept = [j for j in range(N) if j != 3]
+    assert difference(found[:, kept], again[:, kept]) < 1e-12
+
+
+def test_constant_inputs():
+    finite_and_no_worse(random(M, N), random(N).expand(TOKENS, N).clone())
+
+
+def test_fewer_tokens_than_inputs():
+    finite_and_no_worse(random(M, N), rows(count=6))
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "50%"])
+def test_twins_make_up_for_one_another_where_tokens_are_few(pattern):
+    """Inputs that are all the same: half of the weights can go at no cost."""
+    X = random(TOKENS, 1).expand(TOKENS, N).clone()
+    W, H = random(M, N), hessian(X, damping=1e-9)
+    found, _ = sweep(W, H, pattern=Pattern.parse(pattern))
+    assert difference(X @ found.T, X @ W.T) < 1e-6
+
+
+def test_a_weight_of_zeros_stays_zero():
+    W, H = torch.zeros(M, N).double(), hessian(rows())
+    for text, grid in itertools.product(PATTERNS, (None, grid_for(W, "tensor"), grid_for(W, 7))):
+        found, mask = sweep(W, H, grid=grid, pattern=parsed(text))
+        assert torch.equal(found, W)
+        assert torch.equal(descend(found, W, H, grid=grid, mask=mask, rounds=2), W)
+        assert text is None or (mask is not None and mask.sum() == M * N / 2)
+
+
+@pytest.mark.parametrize("by_activation", [False, True])
+@pytest.mark.parametrize("fault", [float("nan"), float("inf")])
+def test_an_error_names_the_linear(fault, by_activation):
+    H = Hessian(hessian(rows()).second * fault, DAMPING, WHERE)
+    with pytest.raises(NumericalError) as raised:
+        sweep(random(M, N), H, by_activation=by_activation)
+    assert str(raised.value).startswith(f"The second moment of the inputs of {WHERE} has no Cholesky factor: ")
+
+
+# ---- what is made of the moments ----
+
+
+def test_the_hessians_parts_are_what_they_say():
+    X = rows()
+    H = hessian(X)
+    damped = X.T @ X / len(X)
+    damped = damped + DAMPING * damped.diagonal().mean() * torch.eye(N).double()
+    assert difference(H.damped, damped) < 1e-12
+    for U, order in ((H.inverse_root, torch.arange(N)), (H.ordered_inverse_root, H.order)):
+        assert torch.equal(U, U.triu())
+        assert difference(U.T @ U @ damped[order][:, order], torch.eye(N).double()) < 1e-9
+    assert (X.square().sum(0)[H.order].diff() <= 0).all()
+    values, Q = H.scaled_eigen
+    G = Q @ torch.diag(values) @ Q.T
+    assert difference(G.diagonal(), torch.ones(N).double()) < 1e-12
+    assert difference(torch.diag(H.scale) @ G @ torch.diag(H.scale), damped) < 1e-12
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["all weights", "masked"])
+def test_in_single_precision_it_is_nearly_as_good(masked):
+    W, H = random(M, N), hessian(rows())
+    grid, mask = grid_for(W, "channel"), keep_mask(W.abs(), Pattern.parse("2:4")) if masked else None
+    assert grid is not None
+    found, _ = sweep(W.float(), H, grid=grid.to(torch.float32), mask=mask)
+    found = descend(found, W.float(), H, grid=grid.to(torch.float32), mask=mask, rounds=2)
+    assert found.dtype == torch.float32
+    exact, _ = sweep(W, H, grid=grid, mask=mask)
+    exact = descend(exact, W, H, grid=grid, mask=mask, rounds=2)
+    assert error(W, found.double(), H.damped) <= 1.2 * error(W, exact, H.damped)
