@@ -196,8 +196,8 @@ def is_compact(how: Way) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", default="demo")
-    parser.add_argument("--calib", required=True)
-    parser.add_argument("--test", required=True)
+    parser.add_argument("--calib", default="stdlib")
+    parser.add_argument("--test", default="stdlib")
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--seq-len", type=int, default=128)
     parser.add_argument("--windows", type=int, default=400)

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from compress.errors import UsageError
-from compress.recipe import Recipe, parse_recipe, read_recipe, slicegpt
+from compress.recipe import Recipe, parse_recipe, read_recipe, slicegpt, slim
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 FOLD, ROTATE, SLICE = {"stage": "fold_norms"}, {"stage": "rotate"}, {"stage": "slice", "ratio": 0.25}
@@ -51,6 +51,63 @@ def test_slicegpt_gives_what_it_was_asked_for():
         "round_to": 4,
         "slice_head": False,
     }
+
+
+SLIM = {
+    "ours": slim(prune={}, quantize={"group": 64}, adapt={"rounds": 3, "rank": 64}, refit=True, polish=3, centre=True),
+    "the paper's": slim(
+        prune={"method": "wanda"},
+        quantize={"method": "slim", "group": "tensor"},
+        adapt={"method": "slim"},
+        refit=False,
+        measure_error=True,
+    ),
+    "compact": slim(prune={"pattern": "4:8"}, quantize=None, adapt={"bits": 4}, refit=False, form="compact"),
+    "fp8": slim(prune=None, quantize={"bits": 8, "floating": True}, adapt=None, refit=False, inputs="fp8"),
+}
+
+
+@pytest.mark.parametrize("name", SLIM)
+def test_a_dumped_slim_recipe_parses_back(name):
+    recipe = parse_recipe(data(stages=SLIM[name]))
+    dumped = recipe.model_dump(mode="json")
+    assert parse_recipe(dumped) == recipe
+    assert parse_recipe(yaml.safe_load(yaml.safe_dump(dumped))) == recipe
+
+
+def test_slim_gives_what_it_was_asked_for():
+    refit, stage = [stage.model_dump() for stage in parse_recipe(data(stages=SLIM["ours"])).stages]
+    assert refit["stage"] == "refit"
+    assert stage["prune"] == {"method": "admm", "pattern": "2:4", "iterations": 200}
+    assert (stage["quantize"]["bits"], stage["quantize"]["group"]) == (4, 64)
+    assert stage["adapt"] == {"method": "whitened", "rank": 64, "rounds": 3, "bits": None, "group": 128}
+    error, stage = [stage.model_dump() for stage in parse_recipe(data(stages=SLIM["the paper's"])).stages]
+    assert error["stage"] == "measure_error"
+    assert (stage["polish"], stage["centre"], stage["form"], stage["inputs"]) == (0, False, "packed", None)
+
+
+@pytest.mark.parametrize(
+    ("stage", "place", "words"),
+    [
+        ({}, "stages.0", "slim needs prune or quantize"),
+        ({"prune": {"pattern": "1:1"}}, "stages.0.prune.pattern", "a pattern is keep:group such as 2:4"),
+        ({"prune": {"method": "random"}}, "stages.0.prune.method", "'magnitude', 'wanda', 'sparsegpt' or 'admm'"),
+        ({"prune": {"iterations": 0}}, "stages.0.prune.iterations", "greater than or equal to 1"),
+        ({"quantize": {"bits": 9}}, "stages.0.quantize.bits", "less than or equal to 8"),
+        ({"quantize": {"group": 1}}, "stages.0.quantize.group", ""),
+        ({"quantize": {"group": "row"}}, "stages.0.quantize.group", ""),
+        ({"quantize": {"bits": 4, "floating": True}}, "stages.0.quantize", "fp8 is symmetric, in 8 bits"),
+        ({"prune": {}, "adapt": {"rank": 0}}, "stages.0.adapt.rank", ""),
+        ({"prune": {}, "adapt": {"rank": 2.5}}, "stages.0.adapt.rank", "a share of the full one below 1, or a whole"),
+        ({"prune": {}, "adapt": {"bits": 4}}, "stages.0", "adapters in few bits are for compact form"),
+        ({"prune": {}, "form": "sparse"}, "stages.0.form", "'packed', 'compact' or 'dense'"),
+    ],
+)
+def test_each_fault_of_slim_is_one_line_that_says_where(stage, place, words):
+    (fault,) = faults(data(stages=[{"stage": "slim", **stage}]))
+    assert fault.startswith(f"{place}: ")
+    assert words in fault
+    assert "constrained" not in fault
 
 
 @pytest.mark.parametrize(

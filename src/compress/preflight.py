@@ -12,10 +12,11 @@ from torch import Tensor
 
 from compress import families
 from compress.datasets.windows import calibration_windows
-from compress.errors import CheckpointError, Faults, OutputError, UsageError
+from compress.errors import CheckpointError, Faults, OutputError, UnsupportedModel, UsageError
 from compress.job import Job
 from compress.models.decoder import Decoder
 from compress.models.loading import check_positions, check_vocabulary, load_config, load_tokenizer
+from compress.models.stored_files import ADAPTER
 from compress.plan import Plan, make_plan
 from compress.streaming.weights import READABLE, LazyWeights
 
@@ -103,6 +104,7 @@ def choose_precision(job: Job, folder: Path, config: Any) -> Precision:
 
 def plan_job(job: Job, folder: Path, config: Any) -> Plan:
     """Raises UnsupportedModel or UsageError where the recipe does not fit the model."""
+    check_dense(folder, config)
     precision = choose_precision(job, folder, config)
     return make_plan(
         job.recipe,
@@ -112,6 +114,14 @@ def plan_job(job: Job, folder: Path, config: Any) -> Plan:
         computing=precision.computing,
         cache_memory=cache_memory(job),
     )
+
+
+def check_dense(folder: Path, config: Any) -> None:
+    """Raises UnsupportedModel for a model whose weights are not what they stand for."""
+    if getattr(config, "quantization_config", None) is not None:
+        raise UnsupportedModel(f"{folder} is quantized already. Compress the dense model instead.")
+    if (folder / ADAPTER).is_dir():
+        raise UnsupportedModel(f"{folder} has an adapter, which would be lost. Compress the dense model instead.")
 
 
 def stored_dtype(folder: Path) -> torch.dtype | None:

@@ -70,7 +70,7 @@ def mixture_faults(stages: Sequence[StageConfig]) -> list[str]:
     if others:
         faults.append(
             f"{own[0].stage} works on a model as it is, so {others[0]} cannot be in the same recipe. "
-            f"Compress by {others[0]} first and give its output to {own[0].stage}."
+            f"Compress by {others[0]} first and give its output to {own[0].stage}, where that is a stock model."
         )
     return faults
 

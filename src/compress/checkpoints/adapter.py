@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from compress.checkpoints.files import write_json
+from compress.models.stored_files import ADAPTER
 from compress.streaming.journal import new_file_mode
 
-FOLDER = "adapter"
 WEIGHTS = "adapter_model.safetensors"
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank may be
 COPY_BYTES = 2**24
@@ -52,7 +52,7 @@ def target_modules(paths: Sequence[str]) -> list[str]:
 
 def write_adapter(target: Path, parts: Sequence[Path], config: Mapping[str, Any]) -> None:
     """The folder, from safetensors files that hold parts of the adapter's tensors. Nothing is held in memory."""
-    folder = target / FOLDER
+    folder = target / ADAPTER
     folder.mkdir(exist_ok=True)
     write_json(folder / "adapter_config.json", config)
     unfinished = folder / "adapter.unfinished"

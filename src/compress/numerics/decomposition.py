@@ -6,8 +6,9 @@
     B A             fitted to W - S; then S to W - B A, and so on for some rounds
 
 With magnitude or Wanda, rounding to nearest and one round this is SLiM's order (arXiv 2410.09615, algorithms 1 and 2);
-its code goes on to subtract the adapter from W and to prune and round that anew, which it does not say and which does
-not help. ADMM, sweeps and rounds are ours to put together: mask, weights and adapter settle for one another.
+its code goes on to subtract the adapter from W and to prune and round that anew, which it does not say: it helps a
+little, a second round, which fits the adapter to that as well, more. ADMM, sweeps and rounds are ours to put together:
+mask, weights and adapter settle for one another.
 
 Dimensions: W (m, n), m outputs, n inputs, r the adapter's rank.
 """

@@ -76,7 +76,7 @@ class InputMoments:
     @cached_property
     def _centred(self) -> "Spread":
         C = self.second - torch.outer(self.mean, self.mean)
-        if C.diagonal().sum() <= 1e-14 * self.second.diagonal().sum():  # what is left of a constant by rounding
+        if C.diagonal().sum() <= 1e-12 * self.second.diagonal().sum():  # what is left of a constant by rounding
             return Spread(torch.zeros_like(C))
         return Spread(C)
 

@@ -117,6 +117,10 @@ class FactorisingStage(StageConfig):
     def allocations(self) -> tuple[str, ...]:
         """The ways to spread ranks over the linears that are to be compared."""
 
+    @property
+    @abstractmethod
+    def watch(self) -> LinearWatch: ...
+
     @abstractmethod
     def targets(self, linear: LinearShape) -> bool:
         """Whether it means to factorise a linear."""

@@ -64,10 +64,22 @@ class Quantize(Part):
     method: Literal["absmax", "slim", "mse", "gptq"] = "gptq"
     bits: Annotated[int, Field(ge=2, le=8)] = 4
     floating: bool = False
-    group: Annotated[int, Field(ge=2)] | Literal["tensor", "channel"] | None = None
+    group: int | str | None = None
     symmetric: bool = True
     by_activation: bool = False
     important_inputs: bool = False
+
+    @field_validator("group")
+    @classmethod
+    def _known_group(cls, value: int | str | None) -> int | str | None:
+        if value in (None, "tensor", "channel") or (isinstance(value, int) and value >= 2):
+            return value
+        raise ValueError(f"group is tensor, channel or 2 inputs at least, got {value!r}")
+
+    @property
+    def sharing(self) -> Sharing:
+        """What shares a step; a channel where that is still open."""
+        return self.group if isinstance(self.group, int) else "tensor" if self.group == "tensor" else "channel"
 
     @model_validator(mode="after")
     def _consistent(self) -> "Quantize":
@@ -89,7 +101,7 @@ class Adapt(Part):
     """
 
     method: AdapterMethod = "whitened"
-    rank: Annotated[float, Field(gt=0)] | Annotated[int, Field(ge=1)] = 0.1
+    rank: float | int = 0.1
     rounds: Annotated[int, Field(ge=1)] = 1
     bits: Annotated[int, Field(ge=2, le=8)] | None = None
     group: Annotated[int, Field(ge=2)] = 128
@@ -97,6 +109,8 @@ class Adapt(Part):
     @field_validator("rank")
     @classmethod
     def _share_or_number(cls, value: float | int) -> float | int:
+        if value <= 0:
+            raise ValueError(f"a rank is a share of the full one above 0, or a whole number; got {value}")
         if isinstance(value, float) and value > 1:
             if not value.is_integer():
                 raise ValueError(f"a rank is a share of the full one below 1, or a whole number; got {value}")
@@ -211,7 +225,7 @@ class Slim(StoringStage):
         quantize, adapt = self.quantize, self.adapt
         options: dict[str, Any] = {}
         if quantize is not None:
-            options |= {"floating": quantize.floating, "group": quantize.group or "channel"}
+            options |= {"floating": quantize.floating, "group": quantize.sharing}
             options |= {"symmetric": quantize.symmetric, "finer": quantize.important_inputs}
         if adapt is not None:
             options |= {"rank": adapt.rank_of(linear), "adapter_bits": adapt.bits, "adapter_group": adapt.group}
@@ -231,7 +245,7 @@ class Slim(StoringStage):
         if quantize is not None:
             rounding = Rounding(
                 numbers=Numbers(quantize.bits, quantize.floating),
-                group=quantize.group or "channel",
+                group=quantize.sharing,
                 steps="mse" if quantize.method == "gptq" else quantize.method,
                 sweeps=quantize.method == "gptq",
                 symmetric=quantize.symmetric,
