@@ -200,10 +200,36 @@ def test_a_plan_for_people(home, place):
     assert "--compact stores them small" not in compact
 
 
-def test_what_vllm_cannot_serve_is_told(home, place):
-    assert any("rank 512" in note for note in plan_of(home, "--adapter-rank", 600)["notes"])
-    assert any("vLLM takes scales of channels" in note for note in plan_of(home, "--method", "slim")["notes"])
-    assert not any("vLLM" in note for note in plan_of(home)["notes"])
+def test_a_result_for_people(home, place):
+    table = flat(succeeds(*words(home, "llama", "--fast")).out)
+    for word in (
+        "LlamaForCausalLM (stock",
+        "bits a weight, all counted",
+        "outputs' energy lost, a linear",
+        "nats a token",
+    ):
+        assert word in table
+    assert "At about as many bytes" in table
+    assert "Ranks" not in table  # an adapter's are no ranks of the model
+    assert "widths" not in table
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--adapter-rank", 600], "its adapters have a rank of 512 at most"),
+        (["--method", "slim"], "its packed integers have a scale a channel or a group"),
+        (["--bits", "fp8", "--group", 128], "its fp8 weights have a scale a channel or a tensor"),
+        (["--inputs", "int8"], "it rounds inputs beside 8-bit weights alone"),
+        ([], None),
+        (["--bits", "none"], None),
+        (["--bits", 8, "--inputs", "int8", "--group", "channel"], None),
+    ],
+)
+def test_what_vllm_cannot_serve_is_told(options, reason, home, place):
+    said = [note for note in plan_of(home, *options)["notes"] if "vLLM" in note]
+    expected = f"vLLM cannot serve this: {reason}. transformers and compress.load run it."
+    assert said == ([] if reason is None else [expected])
 
 
 def test_a_plan_is_what_the_run_then_gives(home, place):
@@ -237,14 +263,20 @@ def test_the_card_of_a_model_without(home, place):
     card = card_of(home, place, "--group", "channel", "--adapter-rank", 0)
     assert "PeftModel" not in card
     assert "--enable-lora" not in card
-    assert "vllm serve PATH" in card
+    assert "compressed-tensors. vLLM has it." in card
+
+
+def test_the_card_of_what_vllm_cannot_serve(home, place):
+    card = card_of(home, place)
+    assert "vLLM cannot serve it: its packed integers have a scale a channel or a group." in card
+    assert "vllm serve" not in card
 
 
 def test_the_card_of_a_compact_model(home, place):
     card = card_of(home, place, "--compact")
     assert "import compress" in card
     assert "trust_remote_code=True" in card
-    assert "vllm" not in card
+    assert "vllm" not in card.lower()
 
 
 # What does not go together.
@@ -344,6 +376,21 @@ def test_a_nan_names_its_weight(home, place):
     assert ran.code == 1
     (fault,) = ran.faults
     assert "'model.layers.0.mlp.up_proj.weight' has a NaN or Inf" in fault
+    assert not (place / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["slim", "lord --rank 4", "slice --ratio 0.25"])
+@pytest.mark.parametrize(("options", "said"), [([], "is quantized already"), (["--bits", "none"], "has an adapter")])
+def test_what_has_been_stored_so_is_not_compressed_again(command, options, said, home, place):
+    """Without its codes a weight cannot be read, and without its adapter it is not what it stands for."""
+    succeeds(*words(home, "llama", "--method", "slim", *options, "--out", "stored"))
+    text = ["--calib", home / "text.txt", "--samples", 8, "--seq-len", 32, "--out", "out"]
+    for more in ([], ["--dry-run"]):
+        ran = invoke(*command.split(), "--model", "stored", *text, *more)
+        assert ran.code == 3
+        (fault,) = ran.faults
+        assert said in fault
+        assert "Compress the dense model instead." in fault
     assert not (place / "out").exists()
 
 

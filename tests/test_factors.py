@@ -289,7 +289,7 @@ def test_each_part_knows_its_own_inputs(form, has_bias):
 @EVERY_FORM
 def test_a_factorised_site_has_no_weight_of_its_own(form):
     site = factorised(holder_of(True), form, rows())
-    with pytest.raises(TypeError, match=r"^block 3 mlp.fc is factorised; `linears\(\)` gives its parts.$"):
+    with pytest.raises(TypeError, match=r"^block 3 mlp.fc is no plain linear any more; `linears\(\)` gives"):
         _ = site.weight
 
 

@@ -42,7 +42,7 @@ def needs(
         statistics = max(statistics, 4 * inputs * (inputs + width))
     memory = largest_part(config, family) * (computing.itemsize + 8) + statistics * 8 + min(caches, cache_memory)
     if any(isinstance(stage, StoringStage) for stage in stages):
-        memory += largest_linear(config, family) * (6 * 8 + 10 * computing.itemsize)
+        memory += largest_linear(config, family) * (8 * 8 + 12 * computing.itemsize)
     spilled = caches if caches > cache_memory else 0
     return memory, 2 * one * num_streams(stages) + spilled + gradient_files(stages, config, family)
 
