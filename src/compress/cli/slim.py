@@ -41,7 +41,7 @@ from compress.errors import Faults, UsageError
 
 BITS = "Of each weight: 2 to 8, fp8, or none to leave them as they are."
 SPARSITY = "What is pruned: 2:4 keeps two of every four weights, 50% deletes half wherever they are; or none."
-RANK = "Rank of the adapters: a share of each matrix's full rank, or a number; 0: none."
+RANK = "Rank of the adapters: a share of each matrix's full rank below 1, or a number; 0: none."
 GROUP = "What shares a scale: tensor, channel, or so many inputs. Default: 128, or channel where that does not divide."
 INPUTS = "Round each token's inputs too, when the model runs: fp8 beside fp8 weights, int8 beside integers."
 METHOD = "anchored: ours, refitted to the dense model. slim: the paper's. The options below change parts of either."
@@ -236,7 +236,7 @@ class Asked:
         if rank == 0:
             return None
         if rank > 1 and not float(rank).is_integer():
-            raise UsageError(f"--adapter-rank is a share up to 1 or a whole number, got {rank:g}. Try 0.1 or 64.")
+            raise UsageError(f"--adapter-rank is a share below 1 or a whole number, got {rank:g}. Try 0.1 or 64.")
         rounds = ROUNDS if adapter == "anchored" and not self.flags["fast"] else 1
         return {
             "method": "whitened" if adapter == "anchored" else adapter,
