@@ -294,7 +294,7 @@ def test_the_card_of_a_compact_model(home, place):
         (["--group", "rows"], "--group is tensor, channel or a number of inputs, got 'rows'. Try 128."),
         (["--group", 1], "--group is tensor, channel or a number of inputs, got '1'. Try 128."),
         (["--group", 24], "A scale takes inputs in groups of 24, but self_attn.q_proj has 32"),
-        (["--adapter-rank", 1.5], "--adapter-rank is a share up to 1 or a whole number, got 1.5. Try 0.1 or 64."),
+        (["--adapter-rank", 1.5], "--adapter-rank is a share below 1 or a whole number, got 1.5. Try 0.1 or 64."),
         (["--bits", "none", "--sparsity", "none"], "nothing gets smaller. Give one of them."),
         (["--compact", "--materialize"], "are two ways to store it. Leave one out."),
         (["--method", "slim", "--fast"], "--fast is an option of --method anchored. Leave it out."),
