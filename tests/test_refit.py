@@ -364,6 +364,7 @@ class Watch:
     site: ClassVar = LinearGroup
     reshapes: ClassVar = False
     dense_inputs: ClassVar = False
+    plain_inputs: ClassVar = False
     needs: tuple[Need, ...] = ()
 
     def __init__(self) -> None:

@@ -1,6 +1,7 @@
 """`slim` out of the walk and out of the pipeline: what is written, read number by number, against slow plain code."""
 
 import copy
+import itertools
 import json
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -250,10 +251,9 @@ def is_least(W: Tensor, step: float) -> bool:
     return rounding_error(W, step) < 1.001 * tried
 
 
-def slim_by_hand(W: Tensor, step: float, X: Tensor, w: Tensor, rank: int) -> Tensor:
-    """Wanda 2:4, 4 bits times the step, then SLiM's adapter; tokens count by w. S + B A."""
-    w = w / w.sum()
-    norm, size = (w @ X.square()).sqrt(), w @ X.abs()
+def slim_by_hand(W: Tensor, step: float, X: Tensor, rank: int) -> Tensor:
+    """Wanda 2:4, 4 bits times the step, then SLiM's adapter. S + B A."""
+    norm, size = X.square().mean(0).sqrt(), X.abs().mean(0)
     S = torch.zeros_like(W)
     for i, row in enumerate(W):
         for start in range(0, len(row), 4):
@@ -266,8 +266,8 @@ def slim_by_hand(W: Tensor, step: float, X: Tensor, w: Tensor, rank: int) -> Ten
 
 
 @pytest.mark.parametrize("changes", [{}, {"attention_bias": False, "mlp_bias": False}], ids=["biases", "no biases"])
-def test_slim_is_its_paper_written_out_group_by_group(changes, models):
-    """Each linear by what the compressed prefix gives it. Tokens count for writers as the next norm will weigh them."""
+def test_slim_is_its_paper_written_out_branch_by_branch(changes, models):
+    """Each linear by what the compressed prefix gives it while its branch is as it was; every token counts alike."""
     model, folder = models("llama", **changes)
     paper = Slim(
         prune=Prune(method="wanda"),
@@ -275,22 +275,17 @@ def test_slim_is_its_paper_written_out_group_by_group(changes, models):
         adapt=Adapt(method="slim", rank=0.25),
     )
     result = walked(folder, [paper])
-    made, equal = copy.deepcopy(model), torch.ones(WINDOWS.numel()).double()
-    norms = ["model.layers.0.post_attention_layernorm", "model.layers.1.input_layernorm"]
-    norms += ["model.layers.1.post_attention_layernorm", "model.norm"]
-    behind = [1 / (given_to(model, norm).square().mean(1) + model.config.rms_norm_eps) for norm in norms]
-    for block in range(2):
-        groups = [("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",)]
-        groups += [("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",)]
-        for place, names in enumerate(groups):
-            paths = [f"model.layers.{block}.{name}" for name in names]
-            X, w = given_to(made, paths[0]), behind[2 * block + place // 2] if place % 2 else equal
-            for path in paths:
-                linear = made.get_submodule(path)
-                assert isinstance(linear, nn.Linear)
-                W, step = linear.weight.data, float(result.tensors[f"{path}.weight_scale"])
-                assert is_least(W, step)
-                linear.weight.data = slim_by_hand(W, step, X, w, int(0.25 * min(W.shape)))
+    made = copy.deepcopy(model)
+    branches = [[f"self_attn.{name}_proj" for name in "qkvo"], [f"mlp.{name}_proj" for name in ("gate", "up", "down")]]
+    for block, names in itertools.product(range(2), branches):
+        paths = [f"model.layers.{block}.{name}" for name in names]
+        inputs = {path: given_to(made, path) for path in paths}
+        for path in paths:
+            linear = made.get_submodule(path)
+            assert isinstance(linear, nn.Linear)
+            W, step = linear.weight.data, float(result.tensors[f"{path}.weight_scale"])
+            assert is_least(W, step)
+            linear.weight.data = slim_by_hand(W, step, inputs[path], int(0.25 * min(W.shape)))
     expected = oracles.logits_of(made, WINDOWS[:1])
     same_function(result.probe_logits, expected, 1e-8)
     assert oracles.largest_difference(oracles.logits_of(model, WINDOWS[:1]), expected) > 0.05

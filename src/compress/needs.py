@@ -13,7 +13,7 @@ from compress.models.decoder import Decoder
 from compress.recipe import Recipe
 from compress.stages._stage import StageConfig, StoringStage
 from compress.streaming.cache import cache_bytes
-from compress.streaming.passage import has_groups, num_streams
+from compress.streaming.passage import has_linears, num_streams
 from compress.streaming.spectra import WIDEST
 from compress.streaming.survey import SurveyNeed, kept_streams
 
@@ -35,7 +35,7 @@ def needs(
         caches = max(caches, one * kept_streams(config.num_hidden_layers, one, cache_memory))
     # Eigenvectors and their like take four matrices of the stream's width; a group of linears has its equations twice.
     statistics = 4 * width**2
-    if has_groups(stages):
+    if has_linears(stages):
         # The stream itself is among the inputs of writers where their basis may change.
         beside = width if any(stage.reshapes for stage in stages) else 0
         inputs = beside + max(dense_units(config, family).get("neurons", 0), width)

@@ -38,6 +38,15 @@ class StageConfig(BaseModel):
         return False
 
     @property
+    def plain_inputs(self) -> bool:
+        """Whether it is content with what the compressed prefix gives each linear while its branch is not yet changed.
+
+        Otherwise a linear's inputs come from those of its branch that are already rewritten, and tokens of writers
+        weigh as the next norm will weigh them.
+        """
+        return False
+
+    @property
     def survey(self) -> SurveyNeed:
         """What it needs to know of the whole dense model before the walk."""
         return SurveyNeed.NONE

@@ -196,6 +196,10 @@ class Slim(StoringStage):
     def _is_finer(self) -> bool:
         return self.quantize is not None and self.quantize.important_inputs
 
+    @property
+    def plain_inputs(self) -> bool:
+        return True
+
     def targets(self, linear: LinearShape) -> bool:
         return is_target(self.target, linear.name, linear.part)
 

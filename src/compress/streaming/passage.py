@@ -11,8 +11,9 @@ compressed before it. At each branch:
 Where stages work on single linears, readers are given to them before the branch runs, writers before it runs again.
 Without groups and linears nothing is run a second time. The reference code of SliceGPT runs each block twice.
 
-Stages on linears that ask for the dense model's own inputs see another passage: the stream stays the dense model's, and
-every linear is rewritten behind it, as if there were no other.
+Two other passages are for stages on linears alone. Those that go by plain inputs find all linears of a branch by what
+the compressed stream gives them in one pass of the branch as it is; no dense stream is needed. Those that ask for the
+dense model's own inputs find them the same way, but the stream goes on behind that pass and stays the dense model's.
 
 Shapes: stream (windows, tokens, d) in the present basis, (windows, tokens, D) in the dense one, decode (d, D),
 encode (D, d).
@@ -99,7 +100,7 @@ class Passage:
         """A branch of a block, from the point before it to `point`; reports on the groups and linears worked on."""
         self._apply(branch)
         if self.follows_dense:
-            reports = self.rewriter.rewrite_behind(branch, block, self.streams)
+            reports = self.rewriter.rewrite_together(branch, block, self.streams, advance=True)
         elif self.is_anchored:
             readers = self._readers(branch, block)
             self._advance_dense(branch, block)
@@ -109,6 +110,8 @@ class Passage:
         else:
             self._advance_dense(branch, block)
             reports = self._enter(branch, [])
+            if self.rewriter.stages:
+                reports += self.rewriter.rewrite_together(branch, block, self.streams, advance=False)
             self._run_wide(branch, point, block)
             self._change_basis(branch, point)
         self.layout.settle(branch)
@@ -308,9 +311,16 @@ def num_streams(stages: Iterable[Stage]) -> int:
     return 2 if compared or (has_groups(stages) and not follows_dense(stages)) else 1
 
 
-def has_groups(stages: Iterable[Stage]) -> bool:
-    """Whether stages see linears: what the compressed prefix gives them, beside what the dense model had."""
+def has_linears(stages: Iterable[Stage]) -> bool:
+    """Whether stages see linears, one by one or in groups."""
     return any(stage.site is LinearSite or issubclass(stage.site, LinearGroup) for stage in stages)
+
+
+def has_groups(stages: Iterable[Stage]) -> bool:
+    """Whether stages see groups of linears, or single ones in their groups' order and weights."""
+    return any(
+        issubclass(stage.site, LinearGroup) or (stage.site is LinearSite and not stage.plain_inputs) for stage in stages
+    )
 
 
 def follows_dense(stages: Iterable[Stage]) -> bool:

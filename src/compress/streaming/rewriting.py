@@ -41,15 +41,20 @@ class LinearRewriter:
             reports.append(self.rewrite(group.branch, group.block, name, shared[where]))
         return reports
 
-    def rewrite_behind(self, branch: Branch, block: int, streams: Streams) -> list[Report]:
-        """Let the stream pass the branch as it is, then rewrite the linears by what it gave them."""
+    def rewrite_together(self, branch: Branch, block: int, streams: Streams, *, advance: bool) -> list[Report]:
+        """Rewrite the linears by what the stream gives them in one pass of the branch as it is.
+
+        advance: the stream goes on behind that pass, and sees nothing of what is rewritten.
+        """
         sharing = [tuple(group.readers) for group in branch.reader_groups()] + [(name,) for name in branch.writers]
         firsts = [plain(branch.linear(names[0])) for names in sharing]
         sums = [EquationSums(linear.in_features, 0, self.decoder.device) for linear in firsts]
         for batch in streams.batches:
             stream, _ = streams.now(batch)
             with self.clock("forward"), captured_inputs(firsts) as given:
-                streams.compressed.put(batch.index, stream + streams.update(branch, stream, batch, block))
+                update = streams.update(branch, stream, batch, block)
+                if advance:
+                    streams.compressed.put(batch.index, stream + update)
             with self.clock("statistics"):
                 for place, its_sums in enumerate(sums):
                     its_sums.add(rows(given[place]), None)
