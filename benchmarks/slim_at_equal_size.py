@@ -72,7 +72,7 @@ def quantizers(bits: int) -> dict[str, Way]:
         ("gptq", GROUP),
     ):
         found[f"{method}, {bits} bits, {shared(group)}"] = way(None, rounded(method, bits, group))
-    for group in ("channel", GROUP):
+    for group in ("channel", GROUP, GROUP // 2):
         found[f"ours, {bits} bits, {shared(group)}"] = way(None, rounded("gptq", bits, group), **OURS)
     return found
 

@@ -365,6 +365,7 @@ class Watch:
     reshapes: ClassVar = False
     dense_inputs: ClassVar = False
     plain_inputs: ClassVar = False
+    in_written_form: ClassVar = False
     needs: tuple[Need, ...] = ()
 
     def __init__(self) -> None:

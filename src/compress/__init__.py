@@ -27,6 +27,9 @@ ARCHITECTURES = {
     "lowrank": ("LowRank", "transformers.models.auto.{kind}_auto"),
     "compact": ("Compact", "transformers.models.auto.{kind}_auto"),
     "lowrank_sliced": ("LowRankSliced", "compress.models.{kind}_lowrank"),
+    "compact_sliced": ("CompactSliced", "compress.models.{kind}_compact"),
+    "compact_lowrank": ("CompactLowRank", "compress.models.{kind}_compact"),
+    "compact_lowrank_sliced": ("CompactLowRankSliced", "compress.models.{kind}_compact"),
 }
 
 

@@ -370,6 +370,9 @@ def _facts(prepared: Prepared, journal: Journal) -> dict[str, Any]:
         "trials": found_trials(journal, "trials"),
         "allocation_trials": found_trials(journal, "allocation"),
         "versions": run["versions"],
+        "export": job.export,
+        "device": job.device.type,
+        "batch_size": job.batch_size,
         "fingerprints": {key: run[key] for key in ("model", "calibration text")},
         "itemsize": prepared.precision.written.itemsize,
         "dense_size": vars(prepared.plan.dense),
@@ -404,8 +407,8 @@ def storage_facts(plan: Plan) -> dict[str, Any]:
 
 def adapter_facts(prepared: Prepared) -> dict[str, Any] | None:
     """The config of the adapter beside the checkpoint; None where there is none."""
-    storage = prepared.plan.storage
-    ranks = {path: each.rank for path, each in storage.items() if each.form == "packed" and each.rank}
+    storage, written = prepared.plan.storage, prepared.plan.target.layout(prepared.precision.written).written
+    ranks = {written(path): each.rank for path, each in storage.items() if each.form == "packed" and each.rank}
     return adapter_config(f"{prepared.job.model.name}-{prepared.job.recipe.method}", ranks) if ranks else None
 
 

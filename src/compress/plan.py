@@ -171,13 +171,13 @@ def make_plan(
     shape = Shape(known, kept) if len(known) == len(widths) and not found else None
     factored, stored = FactorPlan(stages, base), StoragePlan(stages, base)
     if storing(stages):
-        report(mixture_faults(stages))
-        assert shape is not None
-        stored = plan_storage(stages, base, shape, family, dtype)
-        factored = FactorPlan(stored.stages, stored.target)
-        notes = notes + token_notes(recipe, config, family)
-    elif factorising(stages):
+        report(mixture_faults(recipe))
+    if factorising(stages):
         factored = plan_factors(recipe, stages, base, shape, family, dtype, dense)
+    if storing(stages):
+        stored = plan_storage(factored, known_shape(shape, base, factored.factors), family, dtype)
+        factored = replace(factored, stages=stored.stages, target=stored.target)
+    if storing(stages) or factorising(stages):
         notes = notes + token_notes(recipe, config, family)
     elif shape is not None:
         report(base.faults(shape))
@@ -208,6 +208,14 @@ def make_plan(
     )
     decided = len(found) == 1 and recipe.budget is not None and recipe.budget.allocation == "uniform"
     return plan.chosen(found[0]) if decided else plan
+
+
+def known_shape(shape: Shape | None, base: Target, factors: Mapping[str, FactorShape]) -> Shape:
+    """The shape that is to be stored. Raises UsageError where the data decides it."""
+    if shape is None:
+        raise UsageError("Storage goes by widths that are known beforehand. Give slice a ratio.")
+    report(base.faults(shape))
+    return replace(shape, factors=factors)
 
 
 def token_notes(recipe: Recipe, config: Any, family: Family) -> list[str]:

@@ -1,10 +1,10 @@
 """A recipe: which stages, on which calibration text, from which seed. With the model it determines the output."""
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from inspect import isclass
+from typing import Annotated, Any, Literal, get_args
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
 from compress import stages
@@ -131,9 +131,23 @@ def parse_stage(entry: Any) -> StageConfig:
     return stages.stage_class(name).model_validate(entry)
 
 
-def parse_recipe(data: Any) -> Recipe:
-    """A recipe from plain data. Raises UsageError with every fault, a line each."""
-    faults: list[str] = []
+Where = tuple[int | str, ...]  # the way to a value: names of keys, places in lists
+Place = Callable[[Where], str]
+
+
+@dataclass(frozen=True)
+class Fault:
+    where: Where
+    what: str
+
+
+def dotted(where: Where) -> str:
+    return ".".join(str(step) for step in where)
+
+
+def parse_recipe(data: Any, place: Place = dotted) -> Recipe:
+    """A recipe from plain data. `place` says where a fault is. Raises UsageError with every fault, a line each."""
+    faults: list[Fault] = []
     if isinstance(data, dict) and isinstance(data.get("stages"), list | tuple):
         data = data | {"stages": parse_stages(data["stages"], faults)}
     in_stages = bool(faults)
@@ -141,46 +155,43 @@ def parse_recipe(data: Any) -> Recipe:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
         # With a stage missing, nothing can be said about their order.
-        faults += [line for line in described(error) if not in_stages or not line.startswith(WHOLE)]
+        faults += [fault for fault in described(error, Recipe) if not in_stages or fault.where]
     if faults:
-        raise UsageError("\n".join(fault.removeprefix(WHOLE) for fault in faults))
+        lines = [(place(fault.where), fault.what) for fault in faults]
+        raise UsageError("\n".join(f"{where}: {what}" if where else what for where, what in lines))
     return recipe
 
 
-# Marks a fault of the recipe as a whole, of no single field.
-WHOLE = ": "
-
-
-def parse_stages(entries: Sequence[Any], faults: list[str]) -> list[StageConfig]:
+def parse_stages(entries: Sequence[Any], faults: list[Fault]) -> list[StageConfig]:
     """The stages that can be parsed; what is wrong with the others goes to `faults`."""
     parsed = []
     for position, entry in enumerate(entries):
         try:
             parsed.append(entry if isinstance(entry, StageConfig) else parse_stage(entry))
         except ValidationError as error:
-            faults += [f"stages.{position}{'' if line.startswith(WHOLE) else '.'}{line}" for line in described(error)]
+            found = described(error, stages.stage_class(entry["stage"]))
+            faults += [Fault(("stages", position, *fault.where), fault.what) for fault in found]
         except ValueError as error:
-            faults.append(f"stages.{position}: {error}")
+            faults.append(Fault(("stages", position), str(error)))
     return parsed
 
 
-def described(error: ValidationError) -> list[str]:
-    """A line a fault: where it is, and what."""
-    return [
-        f"{'.'.join(str(step) for step in fault['loc'])}: {fault['msg'].removeprefix('Value error, ')}"
-        for fault in error.errors()
-    ]
+def described(error: ValidationError, model: type[BaseModel]) -> list[Fault]:
+    found = []
+    for fault in error.errors():
+        what, where = fault["msg"].removeprefix("Value error, "), fault["loc"]
+        if fault["type"] == "extra_forbidden":
+            what = unknown_name("key", str(where[-1]), fields_at(model, where[:-1]))
+        found.append(Fault(where, what))
+    return found
 
 
-def read_recipe(file: Path) -> dict[str, Any]:
-    """The plain data of a YAML recipe, to be completed by options and given to `parse_recipe`."""
-    try:
-        data = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(f"The recipe {file} cannot be read: {' '.join(str(error).split())}") from error
-    if not isinstance(data, dict):
-        raise UsageError(f"The recipe {file} is no mapping. Start it with 'method:' and 'stages:'.")
-    return data
+def fields_at(model: type[BaseModel], where: Where) -> list[str]:
+    """The keys that a mapping in a recipe can have."""
+    for step in where:
+        inside = model.model_fields[str(step)].annotation
+        model = next(each for each in (inside, *get_args(inside)) if isclass(each) and issubclass(each, BaseModel))
+    return list(model.model_fields)
 
 
 def slicegpt(

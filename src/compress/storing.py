@@ -3,17 +3,21 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 
 import torch
+from torch import nn
 
 from compress.checkpoints.sizes import size_of
 from compress.checkpoints.stored import CompactTarget, PackedTarget, not_for_vllm
-from compress.checkpoints.targets import Shape, Target, block_linears
+from compress.checkpoints.targets import Shape, Target
 from compress.errors import report
+from compress.factoring import FactorPlan
 from compress.families import Family
 from compress.models.storage import Storage, empty_linear
-from compress.stages._stage import StageConfig, StoringStage
-from compress.streaming.linears import LinearShape
+from compress.recipe import Recipe
+from compress.stages._stage import FactorisingStage, StageConfig, StoringStage
+from compress.streaming.linears import LinearShape, LinearSite, linear_shape
 
 
 @dataclass(frozen=True)
@@ -46,12 +50,13 @@ def storing(stages: Sequence[StageConfig]) -> list[StoringStage]:
     return [stage for stage in stages if isinstance(stage, StoringStage)]
 
 
-def plan_storage(
-    stages: tuple[StageConfig, ...], base: Target, shape: Shape, family: Family, dtype: torch.dtype
-) -> StoragePlan:
-    """Raises UsageError with what does not fit."""
+def plan_storage(planned: FactorPlan, shape: Shape, family: Family, dtype: torch.dtype) -> StoragePlan:
+    """
+    planned, shape: what the model would be otherwise. Raises UsageError with what does not fit.
+    """
+    stages, base = planned.stages, planned.target
     (own,) = storing(stages)
-    linears = block_linears(base, shape, family)
+    linears = written_linears(base, shape, family)
     report(own.linear_faults(linears))
     settled = own.settled(linears, dtype)
     stages = tuple(settled if stage is own else stage for stage in stages)
@@ -63,16 +68,45 @@ def plan_storage(
     return StoragePlan(stages, target, storage, found, storage_notes(settled, storage))
 
 
-def mixture_faults(stages: Sequence[StageConfig]) -> list[str]:
-    own = storing(stages)
-    others = [stage.stage for stage in stages if stage.reshapes or stage.stage == "factorize"]
-    faults = [f"{own[0].stage} is there twice. Give one stage all of it."] if len(own) > 1 else []
-    if others:
+def written_linears(base: Target, shape: Shape, family: Family) -> list[LinearShape]:
+    """The linears of the blocks as they would be written, those of factors apart."""
+    model, written, found = base.model(shape), base.layout(torch.float32).written, []
+    for index, branch in product(range(base.dense.num_hidden_layers), family.branches):
+        for name in (*branch.readers, *branch.writers):
+            path = f"{family.blocks}.{index}.{name}"
+            module, part = model.get_submodule(written(path)), family.part_of(name)
+            below = {"": module} if isinstance(module, nn.Linear) else dict(module.named_children())
+            for suffix, linear in below.items():
+                assert isinstance(linear, nn.Linear)
+                ending = f".{suffix}" if suffix else ""
+                found.append(linear_shape(path + ending, name + ending, part, linear))
+    return found
+
+
+def mixture_faults(recipe: Recipe) -> list[str]:
+    """What cannot be in one recipe with what stores linears."""
+    names = [stage.stage for stage in recipe.stages]
+    own = storing(recipe.stages)
+    name, faults = own[0].stage, list[str]()
+    if len(own) > 1:
+        faults.append(f"{name} is there twice. Give one stage all of it.")
+    late = [stage.stage for stage in recipe.stages[recipe.stages.index(own[0]) + 1 :] if stage.site is LinearSite]
+    if late and len(own) == 1:
+        faults.append(f"{name} stores linears for good, so {late[0]} has to come before it.")
+    if "prune_units" in names:
         faults.append(
-            f"{own[0].stage} works on a model as it is, so {others[0]} cannot be in the same recipe. "
-            f"Compress by {others[0]} first and give its output to {own[0].stage}, where that is a stock model."
+            f"prune_units deletes rows of what {name} has stored by then. Run it first, and {name} on its output."
+        )
+    if recipe.budget is not None or any(stage.opens or open_ranks(stage) for stage in recipe.stages):
+        faults.append(
+            f"{name} has to know every width and rank beforehand, so a budget or ranks left open are not for this "
+            "recipe. Say how much each stage keeps, or run two recipes."
         )
     return faults
+
+
+def open_ranks(stage: StageConfig) -> bool:
+    return isinstance(stage, FactorisingStage) and stage.open_ranks
 
 
 def bits_per_weight(linears: Mapping[str, LinearShape], storage: Mapping[str, Storage], dtype: torch.dtype) -> float:

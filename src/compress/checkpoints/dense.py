@@ -12,6 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from compress.checkpoints.targets import Shape, rank_step, shortened
 from compress.models.branch import Branch
 from compress.models.loading import empty_model
+from compress.models.written import WrittenForm
 from compress.streaming.layout import Layout
 
 
@@ -69,6 +70,9 @@ class DenseLayout:
 
     def directions(self, width: int) -> int:
         return width
+
+    def form(self, branch: Branch, name: str) -> WrittenForm:
+        return WrittenForm()
 
     def settle(self, branch: Branch) -> None:
         pass

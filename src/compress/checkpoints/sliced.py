@@ -17,6 +17,7 @@ from compress.families import Family
 from compress.models.branch import Branch
 from compress.models.configuration_sliced import SlicedConfig
 from compress.models.modeling_sliced import SlicedForCausalLM
+from compress.models.written import WrittenForm
 from compress.streaming.layout import Layout
 
 
@@ -118,6 +119,9 @@ class SlicedLayout:
 
     def directions(self, width: int) -> int:
         return width
+
+    def form(self, branch: Branch, name: str) -> WrittenForm:
+        return WrittenForm()
 
     def settle(self, branch: Branch) -> None:
         pass

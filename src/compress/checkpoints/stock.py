@@ -21,10 +21,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from compress.checkpoints.targets import ONE_WIDTH, Shape, dense_units, rank_step, shortened, usual_step
 from compress.families import Family, StockShape
-from compress.models.branch import Branch, ReaderGroup, read_through, set_bias, set_weight, write_through
-from compress.models.factors import input_side, with_outputs
+from compress.models.branch import Branch, ReaderGroup, set_weight
 from compress.models.loading import empty_model
+from compress.models.written import WrittenForm, in_form
 from compress.numerics.frames import zero_mean_basis
+from compress.numerics.lift import Lift
 from compress.streaming.layout import Layout
 
 
@@ -142,22 +143,31 @@ class StockLayout:
     def directions(self, width: int) -> int:
         return width - self.is_layer_norm - self.has_constant
 
-    def settle(self, branch: Branch) -> None:
+    def form(self, branch: Branch, name: str) -> WrittenForm:
         assert self.family.stock is not None
         width = self.stream_width(branch)
-        if self.is_layer_norm:
-            lift = self.lift(width).to(branch.device)
-            read_through(branch, lift)
-            write_through(branch, lift.T)
-        self._settle_embeddings(branch, (branch.dense_width / width) ** 0.5)
+        columns, root = self.lift(width), (branch.dense_width / width) ** 0.5
+        if name in branch.writers:
+            return WrittenForm(outputs=Lift(columns), has_bias=name in self.family.stock.zero_biases)
+        # Where outputs pass a norm, its epsilon grows as the stream's does, and what it is given by as much.
+        is_normed = name in dict(self.family.stock.normed_readers)
+        gain = self._norm_weight(branch, width) + self._norm_offset(branch)
+        return WrittenForm(Lift(columns, gain / root), Lift(scale=root if is_normed else 1.0))
+
+    def settle(self, branch: Branch) -> None:
+        width = self.stream_width(branch)
+        ratio, lift = branch.dense_width / width, Lift(self.lift(width))
+        linears = [name for name, writer in branch.writers.items() if isinstance(writer, nn.Linear)]
+        forms = {name: self.form(branch, name) for name in (*branch.readers, *linears)}
+        for name, form in forms.items():
+            stored = branch.written(name)
+            branch.replace_linear(name, in_form(branch.linear(name), form) if stored is None else stored)
+        for table in branch.writers.values():
+            if isinstance(table, nn.Embedding):
+                self._settle_embeddings(table, lift, ratio**0.5)
         for group in branch.reader_groups():
             self._settle_norm(branch, group, width)
-        if branch.readers:
-            self._settle_normed_readers(branch, branch.dense_width / width)
-        for name in set(self.family.stock.zero_biases) & set(branch.writers):
-            linear = branch.linear(name)
-            if isinstance(linear, nn.Linear):  # factors say themselves whether they have a bias
-                set_bias(linear, linear.weight.new_zeros(linear.out_features))
+        self._settle_readers_norms(branch, ratio)
 
     def written(self, name: str) -> str:
         return name
@@ -168,33 +178,40 @@ class StockLayout:
     def stream_width(self, branch: Branch) -> int:
         """The hidden size that is written, from the directions that a branch reads or writes."""
         if branch.readers:
-            directions = branch.linear(next(iter(branch.readers))).in_features
+            directions = branch.in_features(next(iter(branch.readers)))
         else:
             directions = next(iter(branch.writers.values())).weight.shape[1]
         return directions + self.is_layer_norm + self.has_constant
 
-    def lift(self, width: int) -> Float64[Tensor, "width directions"]:
+    def lift(self, width: int) -> Float64[Tensor, "width directions"] | None:
         """Orthonormal columns that sum to zero, and leave the last channel free where it is the constant one."""
+        if not self.is_layer_norm:
+            return None
         basis = zero_mean_basis(width - self.has_constant)
         return torch.cat([basis, basis.new_zeros(1, basis.shape[1])]) if self.has_constant else basis
 
-    def _settle_embeddings(self, branch: Branch, scale: float) -> None:
-        """Gemma multiplies embeddings by the root of the hidden size, which is another one now."""
-        for table in branch.writers.values():
-            if isinstance(embed_scale := getattr(table, "embed_scale", None), Tensor):
-                set_weight(table, table.weight.double() * scale)
-                table.embed_scale = embed_scale / scale
+    @staticmethod
+    def _settle_embeddings(table: nn.Embedding, lift: Lift, root: float) -> None:
+        weight = lift.up(table.weight.double())
+        # Gemma multiplies embeddings by the root of the hidden size, which is another one now.
+        if isinstance(embed_scale := getattr(table, "embed_scale", None), Tensor):
+            weight = weight * root
+            table.embed_scale = embed_scale / root
+        set_weight(table, weight)
+
+    @staticmethod
+    def _norm_offset(branch: Branch) -> float:
+        return 1.0 if branch.norm_kind == "rms_plus_one" else 0.0
+
+    def _norm_weight(self, branch: Branch, width: int) -> float:
+        """The gain sqrt(D / d) as the output dtype has it; the readers take up what rounding changed."""
+        weight = (branch.dense_width / width) ** 0.5 - self._norm_offset(branch)
+        return float(torch.tensor(weight, dtype=torch.float64).to(self.dtype))
 
     def _settle_norm(self, branch: Branch, group: ReaderGroup, width: int) -> None:
-        """The stock norm with the gain as the output dtype has it; the readers take up what rounding changed."""
-        ratio = branch.dense_width / width
-        offset = 1.0 if branch.norm_kind == "rms_plus_one" else 0.0
-        weight = torch.full((width,), ratio**0.5 - offset, dtype=torch.float64).to(self.dtype).double()
-        for name in group.readers:
-            linear = input_side(branch.linear(name))
-            set_weight(linear, linear.weight.double() * (ratio**0.5 / (float(weight[0]) + offset)))
+        weight = torch.full((width,), self._norm_weight(branch, width), dtype=torch.float64)
         norm_class: Any = branch.norm_class
-        norm = norm_class(width, eps=branch.norm_eps * ratio)
+        norm = norm_class(width, eps=branch.norm_eps * branch.dense_width / width)
         bias = torch.zeros_like(weight)
         if self.has_constant and not branch.writers:
             weight[-1], bias[-1] = 0.0, 1.0
@@ -204,13 +221,10 @@ class StockLayout:
             norm.bias = branch.parameter(bias)
         group.replace_norm(norm)
 
-    def _settle_normed_readers(self, branch: Branch, ratio: float) -> None:
-        """Where their norms' epsilon has grown with the stream's, what they are given grows by as much."""
+    def _settle_readers_norms(self, branch: Branch, ratio: float) -> None:
         assert self.family.stock is not None
         for name, norm_name in self.family.stock.normed_readers:
             if name in branch.readers:
-                grown = with_outputs(branch.linear(name), lambda of_outputs: of_outputs * ratio**0.5)
-                branch.replace_linear(name, grown)
                 assert branch.owner is not None
                 norm: Any = branch.owner.get_submodule(norm_name)
                 norm.variance_epsilon = branch.norm_eps * ratio

@@ -4,11 +4,13 @@ packed: the dense model's own class, its linears as compressed-tensors reads the
 and vLLM read. Compressed-tensors' own sparse formats are left alone: engines have dropped them, and refuse a
 checkpoint that has a `sparsity_config`.
 
-compact: our own architecture around the dense model's, for stock models alone.
+compact: our own architecture around what the model would be written as otherwise.
 """
 
 import copy
+import importlib
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -16,16 +18,22 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from compress.checkpoints.adapter import VLLM_RANKS
-from compress.checkpoints.targets import Shape
+from compress.checkpoints.targets import Shape, Target
 from compress.checkpoints.wrapped import INNER, WrappedLayout, WrappedTarget
 from compress.models.configuration_compact import CompactConfig
-from compress.models.modeling_compact import CompactForCausalLM
 from compress.models.modeling_sliced import replace
 from compress.models.storage import Storage, empty_linear
 from compress.streaming.layout import Layout
 
 ADAPTER_PREFIX = "base_model.model."  # what PEFT calls the model that an adapter is for
 LORA = (".lora_A", ".lora_B")
+# What the modules of the compact architectures are called by, for each start of their classes' names.
+MODULES = {
+    "Compact": "compact",
+    "CompactSliced": "compact_sliced",
+    "CompactLowRank": "compact_lowrank",
+    "CompactLowRankSliced": "compact_lowrank_sliced",
+}
 
 
 @dataclass(frozen=True)
@@ -39,12 +47,12 @@ class PackedTarget(WrappedTarget):
 
     def _untouched(self, shape: Shape) -> list[str]:
         """The linears that stay as they are."""
-        modules = self.base.model(shape).named_modules()
-        return [name for name, module in modules if isinstance(module, nn.Linear) and name not in shape.storage]
+        modules, stored = self.base.model(shape).named_modules(), written_storage(self.base, shape)
+        return [name for name, module in modules if isinstance(module, nn.Linear) and name not in stored]
 
     def model(self, shape: Shape, *, num_blocks: int | None = None) -> PreTrainedModel:
         model = self.base.model(shape, num_blocks=num_blocks)
-        for path, storage in shape.storage.items():
+        for path, storage in written_storage(self.base, shape).items():
             linear = model.get_submodule(path)
             assert isinstance(linear, nn.Linear)
             has_bias, dtype = linear.bias is not None, linear.weight.dtype
@@ -60,7 +68,13 @@ class PackedTarget(WrappedTarget):
 @dataclass(frozen=True)
 class PackedLayout(WrappedLayout):
     def in_adapter(self, name: str) -> str | None:
-        return f"{ADAPTER_PREFIX}{name}.weight" if name.endswith(LORA) else None
+        return f"{ADAPTER_PREFIX}{self.written(name)}.weight" if name.endswith(LORA) else None
+
+
+def written_storage(base: Target, shape: Shape) -> dict[str, Storage]:
+    """By the linears' paths in the class that is written."""
+    written = base.layout(torch.float32).written
+    return {written(path): storage for path, storage in shape.storage.items()}
 
 
 def quantization_config(storage: Storage, untouched: list[str]) -> dict[str, Any]:
@@ -129,7 +143,12 @@ def storage_format(storage: Storage) -> str:
 class CompactTarget(WrappedTarget):
     @property
     def architecture(self) -> str:
-        return "CompactForCausalLM"
+        return f"{self.kind}ForCausalLM"
+
+    @property
+    def kind(self) -> str:
+        """How the names of its classes begin: what it is built around has to be named in them."""
+        return "Compact" if self.base.is_stock else "Compact" + self.base.architecture.removesuffix("ForCausalLM")
 
     @property
     def is_stock(self) -> bool:
@@ -137,22 +156,25 @@ class CompactTarget(WrappedTarget):
 
     @property
     def carried(self) -> tuple[str, ...]:
-        return ("configuration_compact", "modeling_compact")
+        own = ("configuration_compact", "modeling_compact")
+        beside = tuple(f"{part}_{MODULES[self.kind]}" for part in ("configuration", "modeling"))
+        return own if self.base.is_stock else (*own, *beside, *self.base.carried)
 
     def config(self, shape: Shape, dtype: torch.dtype) -> Any:
         base = self.base.config(shape, dtype)
         linears = self.base.model(shape)
         entries = {
             path: storage.entry(bias=getattr(linears.get_submodule(path), "bias", None) is not None)
-            for path, storage in shape.storage.items()
+            for path, storage in written_storage(self.base, shape).items()
         }
-        config = CompactConfig(
+        config_class: type[CompactConfig] = getattr(self.module("configuration"), f"{self.kind}Config")
+        config = config_class(
             text_config=copy.deepcopy(base),
             linears=entries,
             architectures=[self.architecture],
             auto_map={
-                "AutoConfig": "configuration_compact.CompactConfig",
-                "AutoModelForCausalLM": f"modeling_compact.{self.architecture}",
+                "AutoConfig": f"configuration_{MODULES[self.kind]}.{config_class.__name__}",
+                "AutoModelForCausalLM": f"modeling_{MODULES[self.kind]}.{self.architecture}",
             },
             bos_token_id=base.bos_token_id,
             eos_token_id=base.eos_token_id,
@@ -162,10 +184,14 @@ class CompactTarget(WrappedTarget):
         return config
 
     def model(self, shape: Shape, *, num_blocks: int | None = None) -> PreTrainedModel:
+        model_class = getattr(self.module("modeling"), self.architecture)
         with torch.device("meta"):
-            model: PreTrainedModel = CompactForCausalLM(self.config(shape, torch.float32))
+            model: PreTrainedModel = model_class(self.config(shape, torch.float32))
         model.tie_weights()
         return model
+
+    def module(self, part: str) -> ModuleType:
+        return importlib.import_module(f"compress.models.{part}_{MODULES[self.kind]}")
 
     def layout(self, dtype: torch.dtype) -> Layout:
         return WrappedLayout(self.base.layout(dtype), INNER)

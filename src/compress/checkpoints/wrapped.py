@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from compress.checkpoints.targets import Shape, Target
 from compress.models.branch import Branch
+from compress.models.written import WrittenForm
 from compress.streaming.layout import Layout
 
 INNER = "model."  # what our architectures call the model that they are built around
@@ -73,6 +74,9 @@ class WrappedLayout:
 
     def directions(self, width: int) -> int:
         return self.base.directions(width)
+
+    def form(self, branch: Branch, name: str) -> WrittenForm:
+        return self.base.form(branch, name)
 
     def settle(self, branch: Branch) -> None:
         self.base.settle(branch)

@@ -1,13 +1,15 @@
 """What the commands that compress a model share: options, the job's recipe, the run and the command that repeats it."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from compress.cli.options import Data, Machine, Output, in_panel, printable, usual_seq_len
-from compress.cli.reporting import progress_bar
+from compress.cli.options import Data, Machine, Output, in_panel, parse_size, printable, usual_seq_len
+from compress.cli.reporting import print_text, progress_bar
+from compress.cli.tables import show_plan, show_result
 
 if TYPE_CHECKING:
     from compress.job import Job
@@ -31,7 +33,44 @@ MeasureError = Annotated[
     ),
 ]
 DryRun = Annotated[bool, in_panel(Output, "Show sizes and needs from config.json alone.", flag="--dry-run")]
+Export = Annotated[
+    Literal["hf", "gguf"] | None,
+    in_panel(Output, "gguf adds a GGUF file for llama.cpp, where it has the architecture. Default: hf."),
+]
+ShowRecipe = Annotated[
+    bool, in_panel(Output, "Print the recipe that `compress run` takes to do the same, and end.", flag="--show-recipe")
+]
 CacheMemory = Annotated[str | None, in_panel(Machine, CACHE)]
+
+
+def cache_bytes_of(text: str | None) -> int | None:
+    return None if text is None else parse_size(text, "--cache-memory")
+
+
+def deliver(
+    job: "Job",
+    *,
+    dry_run: bool,
+    show_recipe: bool,
+    as_json: bool,
+    like: Mapping[str, Any] | None = None,
+) -> None:
+    """Do what was asked for with a job. like: the compress.json of the checkpoint that is to be made again."""
+    from compress.pipeline import plan_only
+    from compress.recipe_file import as_yaml, comparison, read_recipe
+
+    if show_recipe:
+        print_text(as_yaml(job.recipe))
+        return
+    if dry_run:
+        show_plan(job, plan_only(job), as_json=as_json)
+        return
+    result = run_with_progress(job)
+    if like is not None:
+        made = read_recipe(result.out).facts
+        assert made is not None
+        result = replace(result, notes=[*result.notes, comparison(like, made)])
+    show_result(job, result, as_json=as_json)
 
 
 def run_with_progress(job: "Job") -> "Result":

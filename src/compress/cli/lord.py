@@ -12,11 +12,13 @@ from compress.cli.compressing import (
     Out,
     Overwrite,
     Resume,
+    ShowRecipe,
     TrialSamples,
+    cache_bytes_of,
     command_line,
     complete_recipe,
     default_output,
-    run_with_progress,
+    deliver,
 )
 from compress.cli.options import (
     Amounts,
@@ -33,10 +35,8 @@ from compress.cli.options import (
     SeqLen,
     in_panel,
     look_at,
-    parse_size,
 )
 from compress.cli.reporting import quiet_libraries, reporting_errors
-from compress.cli.tables import show_plan, show_result
 from compress.errors import Faults, UsageError
 
 FRAC = "Share of each matrix's full rank to keep. A matrix whose factors would be no smaller stays dense."
@@ -89,6 +89,7 @@ def factorize_model(
     overwrite: Overwrite = False,
     measure_error: MeasureError = False,
     dry_run: DryRun = False,
+    show_recipe: ShowRecipe = False,
     json: Json = False,
     device: Device = None,
     batch_size: BatchSize = None,
@@ -106,11 +107,10 @@ def factorize_model(
     with faults.noted():
         check_method(method, allocation, ours, bias=bias, form=form, materialize=materialize)
     with faults.noted():
-        cache_bytes = None if cache_memory is None else parse_size(cache_memory, "--cache-memory")
+        cache_bytes = cache_bytes_of(cache_memory)
     source, data_folder, machine = look_at(faults, model=model, dtype=dtype, data_dir=data_dir, device=device)
 
     from compress.job import Job
-    from compress.pipeline import plan_only
     from compress.recipe import lowrank
 
     quiet_libraries()
@@ -149,10 +149,7 @@ def factorize_model(
         resume=resume,
         overwrite=overwrite,
     )
-    if dry_run:
-        show_plan(job, plan_only(job), as_json=json)
-    else:
-        show_result(job, run_with_progress(job), as_json=json)
+    deliver(job, dry_run=dry_run, show_recipe=show_recipe, as_json=json)
 
 
 def usual_allocation(method: str, amount: Amount) -> str:

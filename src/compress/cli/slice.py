@@ -12,11 +12,13 @@ from compress.cli.compressing import (
     Out,
     Overwrite,
     Resume,
+    ShowRecipe,
     TrialSamples,
+    cache_bytes_of,
     command_line,
     complete_recipe,
     default_output,
-    run_with_progress,
+    deliver,
 )
 from compress.cli.options import (
     Amounts,
@@ -33,10 +35,8 @@ from compress.cli.options import (
     SeqLen,
     in_panel,
     look_at,
-    parse_size,
 )
 from compress.cli.reporting import quiet_libraries, reporting_errors
-from compress.cli.tables import show_plan, show_result
 from compress.errors import Faults, UsageError
 
 RATIO = "Share of the hidden size to delete: 0.25; from first to last block, 0.1:0.3; or one a block, 0.1,0.2"
@@ -88,6 +88,7 @@ def slice_model(
     overwrite: Overwrite = False,
     measure_error: MeasureError = False,
     dry_run: DryRun = False,
+    show_recipe: ShowRecipe = False,
     json: Json = False,
     device: Device = None,
     batch_size: BatchSize = None,
@@ -119,11 +120,10 @@ def slice_model(
                 "--allocation searched spends a budget on neurons: give --keep-params or --target-size alone."
             )
     with faults.noted():
-        cache_bytes = None if cache_memory is None else parse_size(cache_memory, "--cache-memory")
+        cache_bytes = cache_bytes_of(cache_memory)
     source, data_folder, target = look_at(faults, model=model, dtype=dtype, data_dir=data_dir, device=device)
 
     from compress.job import Job
-    from compress.pipeline import plan_only
 
     quiet_libraries()
     common = {"round_to": round_to, "measure_error": measure_error}
@@ -153,10 +153,7 @@ def slice_model(
         resume=resume,
         overwrite=overwrite,
     )
-    if dry_run:
-        show_plan(job, plan_only(job), as_json=json)
-    else:
-        show_result(job, run_with_progress(job), as_json=json)
+    deliver(job, dry_run=dry_run, show_recipe=show_recipe, as_json=json)
 
 
 def options_of(method: str, how: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -13,10 +13,12 @@ from compress.cli.compressing import (
     Out,
     Overwrite,
     Resume,
+    ShowRecipe,
+    cache_bytes_of,
     command_line,
     complete_recipe,
     default_output,
-    run_with_progress,
+    deliver,
 )
 from compress.cli.options import (
     Amounts,
@@ -33,10 +35,8 @@ from compress.cli.options import (
     SeqLen,
     in_panel,
     look_at,
-    parse_size,
 )
 from compress.cli.reporting import quiet_libraries, reporting_errors
-from compress.cli.tables import show_plan, show_result
 from compress.errors import Faults, UsageError
 
 BITS = "Of each weight: 2 to 8, fp8, or none to leave them as they are."
@@ -100,6 +100,7 @@ def slim_model(
     overwrite: Overwrite = False,
     measure_error: MeasureError = False,
     dry_run: DryRun = False,
+    show_recipe: ShowRecipe = False,
     json: Json = False,
     device: Device = None,
     batch_size: BatchSize = None,
@@ -118,11 +119,10 @@ def slim_model(
         asked = Asked(method, typed, parts, flags, adapter_bits)
         stages = asked.stages(target)
     with faults.noted():
-        cache_bytes = None if cache_memory is None else parse_size(cache_memory, "--cache-memory")
+        cache_bytes = cache_bytes_of(cache_memory)
     source, data_folder, machine = look_at(faults, model=model, dtype=dtype, data_dir=data_dir, device=device)
 
     from compress.job import Job
-    from compress.pipeline import plan_only
     from compress.recipe import slim
 
     quiet_libraries()
@@ -150,10 +150,7 @@ def slim_model(
         resume=resume,
         overwrite=overwrite,
     )
-    if dry_run:
-        show_plan(job, plan_only(job), as_json=json)
-    else:
-        show_result(job, run_with_progress(job), as_json=json)
+    deliver(job, dry_run=dry_run, show_recipe=show_recipe, as_json=json)
 
 
 @dataclass(frozen=True)

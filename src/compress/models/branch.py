@@ -9,6 +9,7 @@ Weights are (d_out, d_in); embedding tables are (vocabulary, stream). Arithmetic
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from compress.families import Units
 from compress.models.factors import AnyLinear, input_side, with_outputs
 from compress.models.modeling_sliced import replace
+from compress.models.written import Written
 
 Writer = nn.Linear | nn.Embedding
 
@@ -82,6 +84,20 @@ class Branch:
         module = self.owner.get_submodule(name)
         assert isinstance(module, AnyLinear)
         return module
+
+    def in_features(self, name: str) -> int:
+        """How many inputs a reader or writer takes, whatever it has become."""
+        assert self.owner is not None
+        width: Any = self.owner.get_submodule(name).in_features
+        return int(width)
+
+    def written(self, name: str) -> nn.Module | None:
+        """A reader or writer that is in its written form already; None for others."""
+        assert self.owner is not None
+        module = self.owner.get_submodule(name)
+        if isinstance(module, Written):
+            return module.inner
+        return None if isinstance(module, AnyLinear) else module
 
     def replace_linear(self, name: str, module: nn.Module) -> None:
         """Put another module in the place of a reader or writer."""

@@ -16,11 +16,15 @@ class CompactConfig(PretrainedConfig):
 
     def __init__(self, text_config=None, linears=None, **kwargs):
         if isinstance(text_config, dict):
-            text_config = AutoConfig.for_model(**text_config)
+            text_config = self.parse_text_config(**text_config)
         self.text_config = text_config
         self.linears = linears or {}
         kwargs.setdefault("tie_word_embeddings", bool(text_config and text_config.tie_word_embeddings))
         super().__init__(**kwargs)
+
+    @staticmethod
+    def parse_text_config(**data):
+        return AutoConfig.for_model(**data)
 
     def get_text_config(self, *args, **kwargs):
         return self.text_config.get_text_config(*args, **kwargs)

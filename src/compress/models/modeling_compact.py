@@ -255,7 +255,7 @@ class CompactLinear(AdaptedLinear):
 
 
 class CompactForCausalLM(PreTrainedModel, GenerationMixin):
-    config_class = CompactConfig
+    config_class: type[CompactConfig] = CompactConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
@@ -266,10 +266,14 @@ class CompactForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config):
         super().__init__(config)
-        self.model = AutoModelForCausalLM.from_config(config.text_config)
+        self.model = self.build(config.text_config)
         self._no_split_modules = list(self.model._no_split_modules or [])
         compact_architecture(self.model, config.linears)
         self.post_init()
+
+    @staticmethod
+    def build(text_config):
+        return AutoModelForCausalLM.from_config(text_config)
 
     def _init_weights(self, module):
         self.model._init_weights(module)

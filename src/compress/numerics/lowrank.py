@@ -24,6 +24,7 @@ from torch import Tensor
 
 from compress.errors import NumericalError
 from compress.numerics.hessian import Hessian
+from compress.numerics.lift import Lift
 from compress.numerics.linalg import pca
 from compress.numerics.ridge import cholesky
 
@@ -83,6 +84,15 @@ class InputMoments:
     @cached_property
     def _uncentred(self) -> "Spread":
         return Spread(self.second)
+
+    def lifted(self, lift: Lift) -> "InputMoments":
+        """Of lift.up(x)."""
+        if lift.is_identity:
+            return self
+        second = lift.rows(lift.rows(self.second).T)
+        if lift.columns is not None:
+            return normal_moments(second, lift.rows(self.mean))
+        return InputMoments(second, lift.rows(self.mean), lift.rows(self.mean_abs))
 
     def through(self, A: Float64[Tensor, "r n"]) -> "InputMoments":
         """Of A x."""

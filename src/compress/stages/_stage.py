@@ -18,13 +18,14 @@ class StageConfig(BaseModel):
 
     site: the kind of site it works on. after: the stages that must come before it in a recipe, each entry one stage or
     several with `or` between them. reshapes: whether norms or widths of the model change by it.
-    stage: its name there.
+    in_written_form: whether it finds linears as the checkpoint has them, not as the walk does. stage: its name there.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     site: ClassVar[type[Site]]
     after: ClassVar[tuple[str, ...]] = ()
     reshapes: ClassVar[bool] = False
+    in_written_form: ClassVar[bool] = False
     stage: str
 
     @property
@@ -162,6 +163,7 @@ class StoringStage(StageConfig):
     """
 
     site: ClassVar = LinearSite
+    in_written_form: ClassVar = True
     form: Literal["packed", "compact", "dense"] = "packed"
 
     @abstractmethod

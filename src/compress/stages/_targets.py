@@ -10,6 +10,7 @@ def is_target(patterns: Sequence[str], name: str, part: str) -> bool:
     """
     name: of the linear below its block. part: of the block, `attention` or `mlp`.
     """
+    name = name.removesuffix(".first").removesuffix(".second")  # of what is factorised
     return any(
         pattern in ("all", part) or fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"*.{pattern}")
         for pattern in patterns

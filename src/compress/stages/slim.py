@@ -22,7 +22,7 @@ from compress.numerics.grids import Numbers, Sharing
 from compress.numerics.sparsity import Pattern
 from compress.stages._stage import StoringStage
 from compress.stages._targets import is_target, unmatched
-from compress.streaming.linears import LinearShape, LinearSite
+from compress.streaming.linears import LinearShape, LinearSite, lost
 
 USUAL_GROUP = 128  # what engines' kernels are made for
 
@@ -264,13 +264,18 @@ class Slim(StoringStage):
     def apply(self, site: LinearSite) -> None:
         if not self.targets(site.shape):
             return
+        whole = site.product
+        for part in site.linears():
+            self.store(part)
+        site.notes["lost"] = lost(whole, site.product, site.inputs, centred=self.centre and site.shape.has_bias)
+
+    def store(self, site: LinearSite) -> None:
         W, bias, centred = site.weight, site.bias, self.centre and site.bias is not None
         how = self.decomposition(site.shape)
         found = decompose(W, site.inputs, how, centred=centred, dtype=site.dtype, name=site.name)
-        site.notes |= {"rank": how.adapt.rank} if how.adapt else {}
+        site.notes |= {"adapter_rank": how.adapt.rank} if how.adapt else {}
         site.notes |= {"bits": self.quantize.bits} if self.quantize else {}
         site.notes |= {"pattern": self.prune.pattern} if self.prune else {}
-        site.notes["lost"] = site.lost(found.product, centred=centred)
         if bias is not None and found.shift is not None:
             bias = bias + found.shift
         site.replace(self.module(site, found, bias))

@@ -3,6 +3,7 @@
 from typing import Protocol, runtime_checkable
 
 from compress.models.branch import Branch
+from compress.models.written import WrittenForm
 
 
 @runtime_checkable
@@ -13,6 +14,9 @@ class Layout(Protocol):
 
     def directions(self, width: int) -> int:
         """How many directions of the stream a hidden size of `width` has room for."""
+
+    def form(self, branch: Branch, name: str) -> WrittenForm:
+        """What a reader or writer is brought into when its branch settles."""
 
     def settle(self, branch: Branch) -> None:
         """Bring a branch that nothing is done to any more into the written form, in place."""

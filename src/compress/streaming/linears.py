@@ -95,10 +95,17 @@ class LinearSite:
         return self.module
 
     def lost(self, product: Float64[Tensor, "m n"], *, centred: bool) -> float:
-        """The share of the outputs' energy, or of their variance, that `product` in its place does not give."""
-        W, C = self.weight, self.inputs.spread(centred=centred).C
-        missed = W - product
-        return float((missed @ C * missed).sum() / (W @ C * W).sum().clamp_min(1e-300))
+        return lost(self.weight, product, self.inputs, centred=centred)
+
+    @property
+    def product(self) -> Float64[Tensor, "m n"]:
+        """The matrix that it multiplies by, whatever it has become."""
+        if not isinstance(self.module, LowRankLinear | PivotLinear):
+            return weight_of(self.module)
+        first, second = weight_of(self.module.first), weight_of(self.module.second)
+        if isinstance(self.module, LowRankLinear):
+            return second @ first
+        return torch.cat([first, second @ first])[self.module.order.long()]
 
     def replace(self, module: Rewritten) -> None:
         self.module = module
@@ -113,13 +120,15 @@ class LinearSite:
         assert isinstance(thin, LowRankLinear | PivotLinear)
         yield self._part(thin, "first", self.inputs)
         # By the first as it is now: whoever quantized it sees what it gives.
-        between = self.inputs.through(thin.first.weight.double())
-        if thin.first.bias is not None:
-            between = between.shifted(thin.first.bias.double())
+        first: nn.Module = thin.first
+        assert isinstance(first, nn.Linear | AdaptedLinear)
+        between = self.inputs.through(weight_of(first))
+        if first.bias is not None:
+            between = between.shifted(first.bias.double())
         yield self._part(thin, "second", between)
 
     def _part(self, thin: LowRankLinear | PivotLinear, name: str, inputs: InputMoments) -> "LinearSite":
-        linear: nn.Linear = getattr(thin, name)
+        linear: nn.Linear = getattr(thin, name)  # plain until its own turn comes
         gives_outputs = name == "second" and isinstance(thin, LowRankLinear)
         return LinearSite(
             name=f"{self.name} {name}",
@@ -133,6 +142,21 @@ class LinearSite:
 
     def report(self) -> dict[str, Any]:
         return {"linear": self.shape.path, **self.notes}
+
+
+def lost(W: Tensor, product: Tensor, inputs: InputMoments, *, centred: bool) -> float:
+    """The share of the outputs' energy, or of their variance, that `product` (m, n) in place of W does not give."""
+    C, missed = inputs.spread(centred=centred).C, W - product
+    return float((missed @ C * missed).sum() / (W @ C * W).sum().clamp_min(1e-300))
+
+
+def weight_of(module: nn.Linear | AdaptedLinear) -> Float64[Tensor, "m n"]:
+    """The matrix that a linear multiplies by, its adapter included."""
+    if isinstance(module, nn.Linear):
+        return module.weight.double()
+    W = module.rows(0, module.out_features, torch.float64)
+    adapter = module.adapter(torch.float64)
+    return W if adapter is None else W + adapter[1].T @ adapter[0]
 
 
 def linear_shape(path: str, name: str, part: str, linear: nn.Linear) -> LinearShape:

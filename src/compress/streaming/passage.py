@@ -11,9 +11,10 @@ compressed before it. At each branch:
 Where stages work on single linears, readers are given to them before the branch runs, writers before it runs again.
 Without groups and linears nothing is run a second time. The reference code of SliceGPT runs each block twice.
 
-Two other passages are for stages on linears alone. Those that go by plain inputs find all linears of a branch by what
-the compressed stream gives them in one pass of the branch as it is; no dense stream is needed. Those that ask for the
-dense model's own inputs find them the same way, but the stream goes on behind that pass and stays the dense model's.
+Two other passages are for stages on linears alone, where no basis changes. Those that go by plain inputs find all
+linears of a branch by what the compressed stream gives them in one pass of the branch as it is; no dense stream is
+needed. Those that ask for the dense model's own inputs find them the same way, but the stream goes on behind that pass
+and stays the dense model's.
 
 Shapes: stream (windows, tokens, d) in the present basis, (windows, tokens, D) in the dense one, decode (d, D),
 encode (D, d).
@@ -76,7 +77,7 @@ class Passage:
         self.clock = clock
         self.frame = frame
         self.decode: Float64[Tensor, "d D"] | None = None
-        self.rewriter = LinearRewriter(decoder, stages, survey, clock)
+        self.rewriter = LinearRewriter(decoder, stages, layout, survey, clock)
         self.keeps_basis = not any(stage.reshapes for stage in stages)
         self.follows_dense = follows_dense(stages)
         self.is_anchored = not self.follows_dense and has_groups(stages)
@@ -317,9 +318,15 @@ def has_linears(stages: Iterable[Stage]) -> bool:
 
 
 def has_groups(stages: Iterable[Stage]) -> bool:
-    """Whether stages see groups of linears, or single ones in their groups' order and weights."""
+    """Whether stages see groups of linears, or single ones in their groups' order and weights.
+
+    Where the basis changes, single ones are always met so: writers are encoded before they are rewritten.
+    """
+    stages = list(stages)
+    plain = not any(stage.reshapes for stage in stages)
     return any(
-        issubclass(stage.site, LinearGroup) or (stage.site is LinearSite and not stage.plain_inputs) for stage in stages
+        issubclass(stage.site, LinearGroup) or (stage.site is LinearSite and not (plain and stage.plain_inputs))
+        for stage in stages
     )
 
 

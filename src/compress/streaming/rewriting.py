@@ -1,15 +1,20 @@
 """Giving linears one by one to the stages that work on them."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from torch import nn
 
 from compress.models.branch import Branch, captured_inputs
 from compress.models.decoder import Decoder
+from compress.models.factors import AnyLinear
+from compress.models.written import Written, WrittenForm, in_form
 from compress.numerics.lowrank import InputMoments
 from compress.streaming.groups import EquationSums, Readers, Writers
-from compress.streaming.linears import LinearSite, linear_shape
+from compress.streaming.layout import Layout
+from compress.streaming.linears import LinearSite, Rewritten, linear_shape
 from compress.streaming.sites import Stage
 from compress.streaming.stopwatch import Stopwatch
 from compress.streaming.streams import Streams, rows
@@ -18,13 +23,29 @@ from compress.streaming.survey import Survey
 Report = dict[str, Any]
 
 
+@dataclass(frozen=True)
+class SharedInputs:
+    """What several linears are given, and the same as their checkpoint has it, which is made once for all of them."""
+
+    inputs: InputMoments
+    form: WrittenForm
+
+    @cached_property
+    def written(self) -> InputMoments:
+        return self.inputs.lifted(self.form.inputs)
+
+
 class LinearRewriter:
     """
-    stages: those that work on single linears. survey: of the dense model, where a stage asked for one.
+    stages: those that work on single linears. layout: the form that linears are written in.
+    survey: of the dense model, where a stage asked for one.
     """
 
-    def __init__(self, decoder: Decoder, stages: Sequence[Stage], survey: Survey | None, clock: Stopwatch) -> None:
+    def __init__(
+        self, decoder: Decoder, stages: Sequence[Stage], layout: Layout, survey: Survey | None, clock: Stopwatch
+    ) -> None:
         self.decoder = decoder
+        self.layout = layout
         self.stages = [stage for stage in stages if stage.site is LinearSite]
         self.survey = survey
         self.clock = clock
@@ -33,11 +54,11 @@ class LinearRewriter:
         """The linears of a group that has been written, by the inputs that it was fitted to."""
         if not self.stages or group.block == len(self.decoder.blocks):
             return []
-        shared, reports = dict[tuple[int, int], InputMoments](), []
+        shared, reports = dict[tuple[int, int], SharedInputs](), []
         for name, place in group.places().items():
             where = (place.start, place.stop)
             if where not in shared:
-                shared[where] = group.moments(place)
+                shared[where] = SharedInputs(group.moments(place), self.layout.form(group.branch, name))
             reports.append(self.rewrite(group.branch, group.block, name, shared[where]))
         return reports
 
@@ -60,25 +81,48 @@ class LinearRewriter:
                     its_sums.add(rows(given[place]), None)
         reports = []
         for names, its_sums in zip(sharing, sums, strict=True):
-            inputs = its_sums.moments()
+            inputs = SharedInputs(its_sums.moments(), self.layout.form(branch, names[0]))
             reports += [self.rewrite(branch, block, name, inputs) for name in names]
         return reports
 
-    def rewrite(self, branch: Branch, block: int, name: str, inputs: InputMoments) -> Report:
+    def rewrite(self, branch: Branch, block: int, name: str, given: SharedInputs) -> Report:
         decoder, module = self.decoder, plain(branch.linear(name))
         shape = linear_shape(f"{decoder.block_prefix(block)}{name}", name, decoder.family.part_of(name), module)
         site = LinearSite(
             name=f"block {block} {name}",
             shape=shape,
             module=module,
-            inputs=inputs,
+            inputs=given.inputs,
             put=lambda put: branch.replace_linear(name, put),
             gradient=None if self.survey is None else self.survey.gradient_at(shape.path, block, decoder.device),
         )
         with self.clock("solve"):
             for stage in self.stages:
+                if stage.in_written_form:
+                    site = self._in_written_form(branch, name, site, given.written)
                 stage.apply(site)
         return site.report()
+
+    def _in_written_form(self, branch: Branch, name: str, site: LinearSite, inputs: InputMoments) -> LinearSite:
+        """The same linear as the checkpoint will have it; the walk goes on with it through a change of form."""
+        form = self.layout.form(branch, name)
+        if form.is_the_walks:
+            return site
+        width = branch.in_features(name)
+        assert isinstance(site.module, AnyLinear)
+        module = in_form(site.module, form)
+
+        def put(linear: Rewritten) -> None:
+            branch.replace_linear(name, Written(linear, form, width))
+
+        put(module)
+        shape = replace(site.shape, m=module.out_features, n=module.in_features, has_bias=has_bias(module))
+        return replace(site, shape=shape, module=module, inputs=inputs, put=put, gradient=None)
+
+
+def has_bias(module: AnyLinear) -> bool:
+    last: nn.Linear = module if isinstance(module, nn.Linear) else module.second
+    return last.bias is not None
 
 
 def plain(module: nn.Module) -> nn.Linear:

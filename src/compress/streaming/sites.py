@@ -131,6 +131,7 @@ class Stage(Protocol):
 
     site: ClassVar[type[Site]]
     reshapes: ClassVar[bool]
+    in_written_form: ClassVar[bool]
 
     @property
     def needs(self) -> tuple[Need, ...]: ...

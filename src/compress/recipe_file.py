@@ -1,0 +1,109 @@
+"""Recipes in files: YAML that people write, and the compress.json of every checkpoint, which holds the one it is of."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from compress.errors import UsageError
+from compress.recipe import Recipe, Where, dotted
+
+FACTS = "compress.json"
+LARGEST = 10**7  # bytes; a recipe has some hundred, a compress.json of a large model a few million
+MOST_VALUES = 10_000  # a few lines of YAML that refer to one another can stand for billions
+
+
+@dataclass(frozen=True)
+class RecipeFile:
+    """
+    data: to be completed by options and given to `parse_recipe`. lines: of the file, by where a value is.
+    facts: all that a compress.json says; None where the file is a recipe alone.
+    """
+
+    file: Path
+    data: dict[str, Any]
+    lines: Mapping[Where, int] = field(default_factory=dict)
+    facts: Mapping[str, Any] | None = None
+
+    def place(self, where: Where) -> str:
+        """The line of a value, or of the nearest that it is in."""
+        nearest = next((where[:end] for end in range(len(where), 0, -1) if where[:end] in self.lines), ())
+        line = f":{self.lines[nearest]}" if nearest else ""
+        return f"{self.file.name}{line}" + (f": {dotted(where)}" if where else "")
+
+
+def read_recipe(path: Path) -> RecipeFile:
+    """
+    path: a YAML file, a compress.json or a folder that has one. Raises UsageError where it is none of them.
+    """
+    file = path / FACTS if path.is_dir() else path
+    try:
+        if file.stat().st_size > LARGEST:
+            raise UsageError(f"{file} is too large for a recipe ({file.stat().st_size / 1e6:.0f} MB).")
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"The recipe {file} cannot be read: {' '.join(str(error).split())}") from error
+    return from_facts(file, text) if file.suffix == ".json" else from_yaml(file, text)
+
+
+def from_facts(file: Path, text: str) -> RecipeFile:
+    try:
+        facts = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{file} is no JSON ({error}). Name a recipe or the folder of a checkpoint.") from error
+    if not isinstance(facts, dict) or not isinstance(facts.get("recipe"), dict):
+        raise UsageError(f"{file} has no recipe in it. Name a YAML recipe or the compress.json of a checkpoint.")
+    return RecipeFile(file, facts["recipe"], facts=facts)
+
+
+def from_yaml(file: Path, text: str) -> RecipeFile:
+    try:
+        lines: dict[Where, int] = {}
+        if node := yaml.compose(text, Loader=yaml.SafeLoader):
+            note_lines(node, (), lines, file)
+        data = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UsageError(f"The recipe {file} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict):
+        raise UsageError(f"The recipe {file} is no mapping. Start it with 'method:' and 'stages:'.")
+    return RecipeFile(file, data, lines)
+
+
+def note_lines(node: yaml.Node, where: Where, lines: dict[Where, int], file: Path) -> None:
+    """Where each value begins. Raises UsageError for a key that is there twice, of which YAML would take the last."""
+    if len(lines) > MOST_VALUES:
+        raise UsageError(f"{file.name} has more than {MOST_VALUES:,} values, some of them by reference. Write less.")
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            at = (*where, str(key.value))
+            if at in lines:
+                raise UsageError(f"{file.name}:{key.start_mark.line + 1}: {dotted(at)} is there twice. Leave one out.")
+            lines[at] = key.start_mark.line + 1
+            note_lines(value, at, lines, file)
+    elif isinstance(node, yaml.SequenceNode):
+        for position, value in enumerate(node.value):
+            lines[*where, position] = value.start_mark.line + 1
+            note_lines(value, (*where, position), lines, file)
+
+
+def comparison(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
+    """What two runs of one recipe have come to, from their compress.json: the same bytes, or why not."""
+    if first.get("parts") == second.get("parts"):
+        return "The same bytes as those of the checkpoint that the recipe is of."
+    causes = [
+        *(name for name, value in second["fingerprints"].items() if first.get("fingerprints", {}).get(name) != value),
+        *(name for name in ("recipe", "versions", "device") if first.get(name) != second[name]),
+    ]
+    unlike = ", ".join(causes) or "nothing that is known"
+    return f"Other bytes than those of the checkpoint that the recipe is of; the two are unlike in {unlike}."
+
+
+def as_yaml(recipe: Recipe) -> str:
+    """The recipe with everything said, as `read_recipe` reads it."""
+    data = recipe.model_dump(mode="json", exclude_none=True)
+    data["stages"] = [{"stage": entry["stage"], **entry} for entry in data["stages"]]
+    text: str = yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=100)
+    return text

@@ -1,0 +1,155 @@
+"""Storing linears after they were sliced and factorised, in one walk: the form they are written in, and what they lose."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import oracles
+import tiny
+from compress import pipeline
+from compress.datasets.windows import calibration_windows
+from compress.job import Job
+from compress.models.hub import find_model
+from compress.models.loading import load_tokenizer
+from compress.models.opening import load
+from compress.recipe import parse_recipe
+from compress.stages._stage import StageConfig
+from compress.streaming.linears import LinearSite
+
+Stages = Sequence[StageConfig | dict[str, Any]]
+SLICE: Stages = [
+    {"stage": "fold_norms"},
+    {"stage": "rotate_shared", "gradient_weight": 0.0},
+    {"stage": "slice", "ratio": 0.25, "slice_head": True, "round_to": 1},
+    {"stage": "refit"},
+]
+FACTORS: Stages = [{"stage": "refit"}, {"stage": "factorize", "method": "anchored", "rank_frac": 0.5}]
+STOCK = ["llama", "qwen3", "phi", "gemma", "starcoder2", "mistral"]
+
+
+class Look(StageConfig):
+    """Takes linears in their written form, notes what they are given there, and leaves them as they are."""
+
+    site: ClassVar = LinearSite
+    in_written_form: ClassVar = True
+    seen: ClassVar[dict[str, LinearSite]] = {}
+    stage: Literal["look"] = "look"
+
+    def apply(self, site: LinearSite) -> None:
+        self.seen[site.shape.path] = site
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch):
+    monkeypatch.setattr(pipeline, "verify", lambda *_arguments, **_options: 0.0)
+    Look.seen.clear()
+    with oracles.exact_norms():
+        yield
+
+
+def job_of(folder: Path, model_type: str, stages: Stages, out: str) -> Job:
+    if not (folder / "dense").exists():
+        tiny.write_model(folder / "dense", model_type, dtype=torch.float64, num_hidden_layers=2)
+        tiny.write_text(folder / "text.txt", lines=60)
+    calibration = {"source": str(folder / "text.txt"), "samples": 16, "seq_len": 16}
+    recipe = parse_recipe({"method": "test", "stages": list(stages), "calibration": calibration})
+    return Job(model=find_model(str(folder / "dense")), recipe=recipe, out=folder / out, command="")
+
+
+def windows_of(job: Job) -> Tensor:
+    tokenizer = load_tokenizer(job.model.whole_folder())
+    return calibration_windows(
+        job.recipe.calibration.source, tokenizer, num_samples=16, seq_len=16, seed=job.recipe.seed, data_dir=None
+    )
+
+
+def inputs_of(model: torch.nn.Module, paths: Sequence[str], windows: Tensor) -> dict[str, Tensor]:
+    """What linears are given when the model runs, (tokens, n)."""
+    found: dict[str, Tensor] = {}
+    handles = [
+        model.get_submodule(path).register_forward_pre_hook(
+            lambda _module, given, path=path: found.__setitem__(path, given[0].flatten(0, -2))
+        )
+        for path in paths
+    ]
+    with torch.no_grad():
+        model(input_ids=windows)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+@pytest.mark.parametrize("model_type", STOCK)
+def test_the_walk_goes_on_with_what_will_be_written(model_type, tmp_path):
+    """A stage that only looks at the written form changes nothing, and what it sees is what the stock model has."""
+    plain = pipeline.run(job_of(tmp_path, model_type, SLICE, "plain"))
+    job = job_of(tmp_path, model_type, [*SLICE, Look()], "looked")
+    looked = pipeline.run(job)
+    models = [AutoModelForCausalLM.from_pretrained(run.out, dtype=torch.float64) for run in (plain, looked)]
+    assert looked.is_stock
+    first, second = (model.state_dict() for model in models)
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        torch.testing.assert_close(second[name], tensor, rtol=1e-8, atol=1e-8 * float(tensor.abs().max()))
+    readers = [path for path in Look.seen if path.endswith(("q_proj", "up_proj", "c_fc", "query_key_value", "fc1"))]
+    assert readers
+    for path, X in inputs_of(models[1], readers, windows_of(job)).items():
+        site = Look.seen[path]
+        assert (site.shape.m, site.shape.n) == models[1].get_submodule(path).weight.shape
+        # Of a matrix: single numbers of it may be nothing but rounding.
+        torch.testing.assert_close(
+            site.inputs.second, X.T @ X / len(X), rtol=0, atol=1e-8 * float(site.inputs.second.abs().max())
+        )
+
+
+@pytest.mark.parametrize("form", ["factors", "pivot"])
+def test_factors_are_stored_each_by_what_it_is_given(form, tmp_path):
+    """8 bits change little of a factorised model, 2 bits much."""
+    factors = [FACTORS[0], FACTORS[1] | {"form": form}]
+    plain = pipeline.run(job_of(tmp_path, "llama", factors, "plain"))
+    logits, windows = {}, windows_of(job_of(tmp_path, "llama", factors, "plain"))
+    for bits in (8, 2):
+        slim = {"stage": "slim", "quantize": {"bits": bits, "group": "channel"}}
+        found = pipeline.run(job_of(tmp_path, "llama", [*factors, slim], f"{bits}"))
+        assert found.size.parameters == plain.size.parameters
+        assert found.size.bytes < plain.size.bytes
+        logits[bits] = logits_on(found.out, windows)
+    dense = logits_on(plain.out, windows)
+    fine, coarse = (oracles.largest_difference(logits[bits], dense) for bits in (8, 2))
+    assert fine < 0.04 * float(dense.abs().max())
+    assert fine < coarse / 10
+
+
+def logits_on(folder: Path, windows: Tensor) -> Tensor:
+    return oracles.logits_of(load(str(folder), torch.float64, torch.device("cpu")), windows)
+
+
+TOGETHER: dict[str, Stages] = {
+    "slicegpt": [{"stage": "fold_norms"}, {"stage": "rotate"}, {"stage": "slice", "ratio": 0.25}],
+    "sliced": SLICE,
+    "factorised": FACTORS,
+    "both": [*SLICE, FACTORS[1]],
+}
+
+
+@pytest.mark.parametrize("form", ["packed", "compact", "dense"])
+@pytest.mark.parametrize("model_type", ["llama", "opt"])
+@pytest.mark.parametrize("before", TOGETHER)
+def test_8_bits_keep_what_was_there_before(before, model_type, form, tmp_path):
+    """Sliced and factorised models, stock and ours, in every form: loaded again they compute what they did."""
+    job = job_of(tmp_path, model_type, TOGETHER[before], "plain")
+    plain = pipeline.run(job)
+    slim = {"stage": "slim", "quantize": {"bits": 8, "group": "channel"}, "form": form}
+    found = pipeline.run(job_of(tmp_path, model_type, [*TOGETHER[before], slim], "stored"))
+    assert found.is_stock == (plain.is_stock and form != "compact")
+    assert (found.size.bytes == plain.size.bytes) if form == "dense" else (found.size.bytes < plain.size.bytes)
+    # On the calibration text: what was fitted to it was so again behind the rounding, and elsewhere differs by more.
+    windows = windows_of(job)
+    expected = logits_on(plain.out, windows)
+    difference = oracles.largest_difference(logits_on(found.out, windows), expected)
+    assert 1e-9 < difference < 0.03 * float(expected.abs().max())
