@@ -205,3 +205,24 @@ def test_read_recipe_knows_where_everything_is(tmp_path):
     assert file.place(("stages", 0, "ratio")) == "r.yaml:4: stages.0.ratio"
     assert file.place(("stages", 1, "method")) == "r.yaml:5: stages.1.method"
     assert file.place(()) == "r.yaml"
+
+
+def test_a_result_is_pushed_once_it_is_finished(home, place, monkeypatch):
+    pushed: list[tuple[Path, str, bool]] = []
+
+    def push(folder: Path, repository: str) -> str:
+        pushed.append((folder, repository, (folder / "compress.json").is_file()))
+        return "https://hub/me/small"
+
+    monkeypatch.setattr("compress.checkpoints.push.push", push)
+    command = ["slice", "--ratio", "0.25", "--model", home / "llama", "--calib", home / "text.txt", *SHORT]
+    ran = succeeds(*command, "--out", "out", "--push-to-hub", "me/small")
+    assert pushed == [(Path("out"), "me/small", True)]
+    assert "pushed to https://hub/me/small" in flat(ran.out)
+
+
+def test_a_repository_that_cannot_be_is_refused_before_the_run(home, place):
+    refused = invoke(*words(home, CONFIGS[0], "llama", "--push-to-hub", "a/b/c"))
+    assert refused.code == 2
+    assert "'a/b/c'" in refused.err
+    assert not list(place.iterdir())

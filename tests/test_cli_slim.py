@@ -98,7 +98,7 @@ def test_parts_of_a_method_can_be_changed(home, place):
     slim = found["slim"]
     assert [slim[part]["method"] for part in ("prune", "quantize", "adapt")] == ["sparsegpt", "mse", "naive"]
     assert (slim["quantize"]["bits"], slim["quantize"]["group"], slim["adapt"]["rounds"]) == (3, 16, 1)
-    touched = {path.split(".")[-1] for path in said["ranks"]}
+    touched = {linear["linear"].split(".")[-1] for linear in facts(place, said)["linears"] if "lost" in linear}
     assert touched == {"q_proj", "k_proj", "v_proj", "o_proj", "down_proj"}
 
 
@@ -263,7 +263,8 @@ def test_the_card_of_a_model_without(home, place):
     card = card_of(home, place, "--group", "channel", "--adapter-rank", 0)
     assert "PeftModel" not in card
     assert "--enable-lora" not in card
-    assert "compressed-tensors. vLLM has it." in card
+    assert "transformers needs compressed-tensors." in card
+    assert "\nvllm serve PATH\n" in card
 
 
 def test_the_card_of_what_vllm_cannot_serve(home, place):

@@ -20,7 +20,7 @@ import compress
 import oracles
 import tiny
 from compress import families, pipeline
-from compress.checkpoints.adapter import adapter_config
+from compress.checkpoints.adapter import adapter_config, target_modules
 from compress.checkpoints.card import serving
 from compress.checkpoints.dense import DenseTarget
 from compress.checkpoints.stored import PackedTarget
@@ -204,7 +204,7 @@ def test_what_is_written_is_sparse_on_its_grid_and_what_the_walk_computes(varian
         A, B = adapter_of(adapter, path)
         rank = max(1, int(0.1 * min(m, n)))
         assert (A.shape, B.shape) == ((rank, n), (m, rank))
-        assert reports(result)[path]["rank"] == rank
+        assert reports(result)[path]["adapter_rank"] == rank
     made = written_model(model, result.tensors, adapter, 4)
     same_function(oracles.logits_of(made, WINDOWS[:1]), result.probe_logits, 1e-10)
     # It is no small change, so that the agreement means something.
@@ -637,7 +637,17 @@ def test_groups_are_of_128_where_that_divides(tmp_path):
 def test_the_rank_that_vllm_is_told(rank, served):
     """Of those that it knows, the least that the largest adapter fits in."""
     adapter = adapter_config("mine", {"a.q_proj": 1, "a.k_proj": rank})
-    assert f"--max-lora-rank {served}\n" in serving({"adapter": adapter, "not_for_vllm": None})
+    assert f"--max-lora-rank {served}\n" in serving(
+        {"adapter": adapter, "not_for_vllm": None, "architecture": "LlamaForCausalLM"}
+    )
+
+
+def test_linears_are_named_by_what_no_other_module_has():
+    paths = [f"h.{block}.{name}" for block in range(2) for name in ("attn.c_proj", "attn.c_attn", "mlp.c_fc.first")]
+    assert target_modules(paths, []) == ["c_attn", "c_proj", "first"]
+    assert target_modules(paths, ["h.0.mlp.c_fc", "lm_head"]) == ["c_attn", "c_proj", "first"]
+    assert target_modules(paths, ["h.0.mlp.c_proj"]) == ["attn.c_attn", "attn.c_proj", "c_fc.first"]
+    assert target_modules(paths, ["h.2.attn.c_proj"]) == sorted(path.removeprefix("h.") for path in paths)
 
 
 # ---- models that are not as they should be ----
@@ -713,11 +723,7 @@ def test_strange_models_and_little_text_work(how, model_type, recipe, tmp_path, 
     ("stages", "said"),
     [
         ([stage(prune=WANDA), stage(quantize=FOUR)], "slim is there twice. Give one stage all of it."),
-        ([{"stage": "factorize", "rank": 4}, stage(prune=WANDA)], "so factorize cannot be in the same recipe"),
-        (
-            [{"stage": "fold_norms"}, {"stage": "rotate"}, {"stage": "slice", "width": 16}, stage(prune=WANDA)],
-            "so fold_norms cannot be in the same recipe. Compress by fold_norms first",
-        ),
+        ([stage(prune=WANDA), {"stage": "refit"}, {"stage": "factorize", "rank": 4, "method": "anchored"}], "before it"),
         ([stage(quantize=FOUR | {"group": 24})], "A scale takes inputs in groups of 24, but self_attn.q_proj has 32"),
         ([stage(prune=WANDA | {"pattern": "3:5"})], "3:5 takes inputs in groups of 5, but self_attn.q_proj has 32"),
         ([stage(prune=WANDA, target=["experts"])], "No linear matches the target 'experts'. There are mlp.down_proj"),

@@ -409,7 +409,10 @@ def adapter_facts(prepared: Prepared) -> dict[str, Any] | None:
     """The config of the adapter beside the checkpoint; None where there is none."""
     storage, written = prepared.plan.storage, prepared.plan.target.layout(prepared.precision.written).written
     ranks = {written(path): each.rank for path, each in storage.items() if each.form == "packed" and each.rank}
-    return adapter_config(f"{prepared.job.model.name}-{prepared.job.recipe.method}", ranks) if ranks else None
+    if not ranks:
+        return None
+    modules = [name for name, _ in prepared.plan.target.model(prepared.plan.shape).named_modules()]
+    return adapter_config(f"{prepared.job.model.name}-{prepared.job.recipe.method}", ranks, modules)
 
 
 def found_trials(journal: Journal, name: str) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ Its scale is 1 (lora_alpha is the rank), so that what it adds is B A x and nothi
 import json
 import os
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,9 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-ra
 COPY_BYTES = 2**24
 
 
-def adapter_config(base: str, ranks: Mapping[str, int]) -> dict[str, Any]:
+def adapter_config(base: str, ranks: Mapping[str, int], modules: Iterable[str] = ()) -> dict[str, Any]:
     """
-    base: what the adapter is for, as a user would name it. ranks: by the linear's path.
+    base: what the adapter is for, as a user would name it. ranks: by the linear's path. modules: all of the model's.
     """
     usual = max(set(ranks.values()), key=list(ranks.values()).count)
     unlike = {path: rank for path, rank in ranks.items() if rank != usual}
@@ -33,7 +33,7 @@ def adapter_config(base: str, ranks: Mapping[str, int]) -> dict[str, Any]:
         "lora_alpha": usual,
         "rank_pattern": unlike,
         "alpha_pattern": unlike,
-        "target_modules": target_modules(list(ranks)),
+        "target_modules": target_modules(list(ranks), set(modules) - ranks.keys()),
         "lora_dropout": 0.0,
         "bias": "none",
         "use_rslora": False,
@@ -45,9 +45,17 @@ def adapter_config(base: str, ranks: Mapping[str, int]) -> dict[str, Any]:
     }
 
 
-def target_modules(paths: Sequence[str]) -> list[str]:
-    """The linears' last names, by which PEFT and vLLM find them in every block."""
-    return sorted({path.rpartition(".")[2] for path in paths})
+def target_modules(paths: Sequence[str], others: Collection[str]) -> list[str]:
+    """What PEFT and vLLM find the linears by in every block: the shortest ends of their paths that no other module has.
+
+    Those are their last names, but where others are named so that have no adapter, or are no linears.
+    """
+    ends: set[str] = set()
+    for depth in range(1, 1 + max(path.count(".") + 1 for path in paths)):
+        ends = {".".join(path.split(".")[-depth:]) for path in paths}
+        if not any(f".{other}".endswith(f".{end}") for other in others for end in ends):
+            break
+    return sorted(ends)
 
 
 def write_adapter(target: Path, parts: Sequence[Path], config: Mapping[str, Any]) -> None:

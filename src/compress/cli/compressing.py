@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from compress.cli.options import Data, Machine, Output, in_panel, parse_size, printable, usual_seq_len
-from compress.cli.reporting import print_text, progress_bar
+from compress.cli.reporting import print_lines, print_text, progress_bar
 from compress.cli.tables import show_plan, show_result
 
 if TYPE_CHECKING:
@@ -40,6 +40,9 @@ Export = Annotated[
 ShowRecipe = Annotated[
     bool, in_panel(Output, "Print the recipe that `compress run` takes to do the same, and end.", flag="--show-recipe")
 ]
+PushToHub = Annotated[
+    str | None, in_panel(Output, "Push the result to this repository of the hub, OWNER/NAME, which only you then see.")
+]
 CacheMemory = Annotated[str | None, in_panel(Machine, CACHE)]
 
 
@@ -52,12 +55,17 @@ def deliver(
     *,
     dry_run: bool,
     show_recipe: bool,
+    push_to_hub: str | None,
     as_json: bool,
     like: Mapping[str, Any] | None = None,
 ) -> None:
     """Do what was asked for with a job. like: the compress.json of the checkpoint that is to be made again."""
+    from compress.checkpoints.push import check_repository, push
     from compress.pipeline import plan_only
     from compress.recipe_file import as_yaml, comparison, read_recipe
+
+    if push_to_hub is not None:
+        check_repository(push_to_hub)
 
     if show_recipe:
         print_text(as_yaml(job.recipe))
@@ -71,6 +79,9 @@ def deliver(
         assert made is not None
         result = replace(result, notes=[*result.notes, comparison(like, made)])
     show_result(job, result, as_json=as_json)
+    if push_to_hub is not None:
+        address = push(result.out, push_to_hub)
+        print_lines([] if as_json else [f"pushed to {address}"])
 
 
 def run_with_progress(job: "Job") -> "Result":

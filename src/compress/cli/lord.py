@@ -11,6 +11,7 @@ from compress.cli.compressing import (
     Model,
     Out,
     Overwrite,
+    PushToHub,
     Resume,
     ShowRecipe,
     TrialSamples,
@@ -87,6 +88,7 @@ def factorize_model(
     materialize: Annotated[bool, in_panel(Output, MATERIALIZE, flag="--materialize")] = False,
     resume: Resume = False,
     overwrite: Overwrite = False,
+    push_to_hub: PushToHub = None,
     measure_error: MeasureError = False,
     dry_run: DryRun = False,
     show_recipe: ShowRecipe = False,
@@ -149,7 +151,7 @@ def factorize_model(
         resume=resume,
         overwrite=overwrite,
     )
-    deliver(job, dry_run=dry_run, show_recipe=show_recipe, as_json=json)
+    deliver(job, dry_run=dry_run, show_recipe=show_recipe, push_to_hub=push_to_hub, as_json=json)
 
 
 def usual_allocation(method: str, amount: Amount) -> str:

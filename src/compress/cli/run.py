@@ -12,6 +12,7 @@ from compress.cli.compressing import (
     Export,
     Out,
     Overwrite,
+    PushToHub,
     Resume,
     ShowRecipe,
     cache_bytes_of,
@@ -55,6 +56,7 @@ def run_recipe(
     export: Export = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
+    push_to_hub: PushToHub = None,
     dry_run: DryRun = False,
     show_recipe: ShowRecipe = False,
     json: Json = False,
@@ -99,7 +101,7 @@ def run_recipe(
         resume=resume,
         overwrite=overwrite,
     )
-    deliver(job, dry_run=dry_run, show_recipe=show_recipe, as_json=json, like=file.facts)
+    deliver(job, dry_run=dry_run, show_recipe=show_recipe, push_to_hub=push_to_hub, as_json=json, like=file.facts)
 
 
 def named_model(asked: str | None, file: "RecipeFile") -> str:

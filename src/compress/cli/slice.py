@@ -11,6 +11,7 @@ from compress.cli.compressing import (
     Model,
     Out,
     Overwrite,
+    PushToHub,
     Resume,
     ShowRecipe,
     TrialSamples,
@@ -86,6 +87,7 @@ def slice_model(
     export: Annotated[Literal["hf", "gguf"], in_panel(Output, EXPORT)] = "hf",
     resume: Resume = False,
     overwrite: Overwrite = False,
+    push_to_hub: PushToHub = None,
     measure_error: MeasureError = False,
     dry_run: DryRun = False,
     show_recipe: ShowRecipe = False,
@@ -153,7 +155,7 @@ def slice_model(
         resume=resume,
         overwrite=overwrite,
     )
-    deliver(job, dry_run=dry_run, show_recipe=show_recipe, as_json=json)
+    deliver(job, dry_run=dry_run, show_recipe=show_recipe, push_to_hub=push_to_hub, as_json=json)
 
 
 def options_of(method: str, how: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

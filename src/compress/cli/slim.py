@@ -12,6 +12,7 @@ from compress.cli.compressing import (
     Model,
     Out,
     Overwrite,
+    PushToHub,
     Resume,
     ShowRecipe,
     cache_bytes_of,
@@ -98,6 +99,7 @@ def slim_model(
     adapter_bits: Annotated[int | None, in_panel(Output, ADAPTER_BITS, min=2, max=8)] = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
+    push_to_hub: PushToHub = None,
     measure_error: MeasureError = False,
     dry_run: DryRun = False,
     show_recipe: ShowRecipe = False,
@@ -150,7 +152,7 @@ def slim_model(
         resume=resume,
         overwrite=overwrite,
     )
-    deliver(job, dry_run=dry_run, show_recipe=show_recipe, as_json=json)
+    deliver(job, dry_run=dry_run, show_recipe=show_recipe, push_to_hub=push_to_hub, as_json=json)
 
 
 @dataclass(frozen=True)

@@ -107,8 +107,7 @@ def show_result(job: "Job", result: "Result", *, as_json: bool) -> None:
     shares = ", ".join(f"{kind} {value:.1f}" for kind, value in seconds.items() if kind != "total")
     rows += [["seconds", f"{seconds['total']:.1f} ({shares})"], ["reloads", reloads(result.difference)]]
     print_table(f"{job.model.name} compressed: {result.out}", ["", "value"], rows)
-    if not result.alternatives:
-        show_ranks(result.ranks, result.num_blocks)
+    show_ranks(result.ranks, result.num_blocks)
     show_alternatives(result.alternatives)
     print_lines(result.notes)
 

@@ -27,7 +27,8 @@ class CompactConfig(PretrainedConfig):
         return AutoConfig.for_model(**data)
 
     def get_text_config(self, *args, **kwargs):
-        return self.text_config.get_text_config(*args, **kwargs)
+        # transformers also asks a config that was made without arguments.
+        return self if self.text_config is None else self.text_config.get_text_config(*args, **kwargs)
 
     @property
     def vocab_size(self):

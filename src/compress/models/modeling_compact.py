@@ -290,8 +290,10 @@ class CompactForCausalLM(PreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, value):
         self.model.set_output_embeddings(value)
 
-    def forward(self, *args, **kwargs):
-        return self.model(*args, **kwargs)
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, logits_to_keep=0, **kwargs):
+        # Named, so that generate() takes a mask, makes positions where prompts are padded and asks for the last logits.
+        named = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        return self.model(**named, logits_to_keep=logits_to_keep, **kwargs)
 
     def prepare_inputs_for_generation(self, *args, **kwargs):
         return self.model.prepare_inputs_for_generation(*args, **kwargs)
