@@ -22,6 +22,7 @@ from compress.numerics.decomposition import (
 from compress.numerics.grids import Numbers, Sharing
 from compress.numerics.hessian import Hessian
 from compress.numerics.lowrank import InputMoments
+from compress.numerics.rescale import rescaled
 from compress.numerics.sparsity import Pattern
 from compress.numerics.sweep import descend, sweep
 
@@ -308,8 +309,14 @@ def test_sparsegpt_with_gptq_is_one_sweep_then_descent_then_the_adapter(adapted)
     adapt = SLIM if adapted else None
     found = made(W, X, Decomposition(prune=pruning("sparsegpt"), quantize=SWEPT, adapt=adapt, polish=3))
     H = Hessian(X.T @ X / len(X), DAMPING, WHERE)
-    S, mask = sweep(W, H, grid=found.grid, pattern=Pattern.parse("2:4"))
-    S = descend(S, W, H, grid=found.grid, mask=mask, rounds=3)
+    first = made(W, X, Decomposition(prune=pruning("sparsegpt"), quantize=SWEPT)).grid
+    assert first is not None
+    S, mask = sweep(W, H, grid=first, pattern=Pattern.parse("2:4"))
+    for _ in range(3):
+        S, first = rescaled(S, W, H, first)
+        S = descend(S, W, H, grid=first, mask=mask, rounds=1)
+    assert found.grid is not None
+    assert difference(found.grid.step, first.step) < 1e-12
     assert found.mask is not None
     assert mask is not None
     assert torch.equal(found.mask, mask)

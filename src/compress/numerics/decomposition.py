@@ -26,6 +26,7 @@ from compress.numerics.admm import sparse_plus_lowrank
 from compress.numerics.grids import Grid, Numbers, Sharing
 from compress.numerics.hessian import Hessian
 from compress.numerics.lowrank import Factors, InputMoments
+from compress.numerics.rescale import rescaled
 from compress.numerics.sparsity import Pattern, keep_mask, magnitude, wanda
 from compress.numerics.steps import StepMethod, finer_inputs, make_grid
 from compress.numerics.sweep import descend, sweep
@@ -71,7 +72,7 @@ class Adapting:
 
 @dataclass(frozen=True, kw_only=True)
 class Decomposition:
-    """What to make of a weight. polish: rounds of coordinate descent after a sweep."""
+    """What to make of a weight. polish: rounds of steps and codes, each at its best for the others, after a sweep."""
 
     prune: Pruning | None = None
     quantize: Rounding | None = None
@@ -168,7 +169,7 @@ class Solver:
             grid = self.grid(T if mask is None else T * mask)
         S = T if mask is None else T * mask
         if self.how.compensates:
-            S, mask = self.swept(T, mask, grid)
+            S, mask, grid = self.swept(T, mask, grid)
         if quantize is not None and not quantize.sweeps:
             # As SLiM does: the steps of the weights before their mask, which zeros do not change.
             grid = self.grid(S if self.how.compensates else T)
@@ -177,18 +178,21 @@ class Solver:
 
     def swept(
         self, T: Float64[Tensor, "m n"], mask: Bool[Tensor, "m n"] | None, grid: Grid | None
-    ) -> tuple[Float64[Tensor, "m n"], Bool[Tensor, "m n"] | None]:
+    ) -> tuple[Float64[Tensor, "m n"], Bool[Tensor, "m n"] | None, Grid | None]:
         how = self.how
         pattern = how.prune.pattern if how.prune is not None and mask is None else None
         target, coarse = T.to(self.dtype), None if grid is None else grid.to(self.dtype)
         by_activation = how.quantize is not None and how.quantize.by_activation
         S, mask = sweep(target, self.hessian, grid=coarse, pattern=pattern, mask=mask, by_activation=by_activation)
-        if how.polish:
-            S = descend(S, target, self.hessian, grid=coarse, mask=mask, rounds=how.polish)
+        for _ in range(how.polish):
+            if coarse is not None and how.quantize is not None:
+                S, coarse = rescaled(S, target, self.hessian, coarse, stored=how.quantize.stored)
+            S = descend(S, target, self.hessian, grid=coarse, mask=mask, rounds=1)
         S = S.double()
-        if grid is not None:  # to the grid's own values again, whatever precision the sweep was in
+        if coarse is not None:  # to the grid's own values again, whatever precision the sweep was in
+            grid = coarse.to(torch.float64)
             S = grid.nearest(S) if mask is None else grid.nearest(S) * mask
-        return S, mask
+        return S, mask, grid
 
     def grid(self, W: Float64[Tensor, "m n"]) -> Grid:
         assert self.how.quantize is not None

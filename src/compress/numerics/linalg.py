@@ -35,6 +35,16 @@ def random_orthogonal(width: int, generator: torch.Generator) -> Float[Tensor, "
     return Q * R.diagonal().sign()
 
 
+SPECTRUM = 128  # values, at most
+
+
+def spectrum(energy: Float[Tensor, "D"]) -> list[float]:
+    """The share of the energy that a direction has, the mean over each of at most 128 stretches of directions."""
+    total = float(energy.sum()) or 1.0
+    stretches = energy.tensor_split(min(SPECTRUM, len(energy)))
+    return [float(f"{float(stretch.mean()) / total:.4g}") for stretch in stretches]
+
+
 def kept_energy(eigenvalues: Float[Tensor, "D"], width: int) -> float:
     """The share of the signal's energy, sum of squares, in its first `width` principal components."""
     total = eigenvalues.sum()
