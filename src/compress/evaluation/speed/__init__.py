@@ -1,0 +1,1 @@
+"""Speed, memory and size of a model beside those of another, in one run and in turns."""

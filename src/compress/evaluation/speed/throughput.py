@@ -1,0 +1,83 @@
+"""The most tokens a second, by the protocol of SliceGPT (arXiv 2401.15024, table 11).
+
+Sequences of 128 tokens are decoded a token at a time over the cache of keys and values, from the first one on. A step's
+time is the median of all; throughput is the batch by that. The batch is doubled until memory does not hold it or
+throughput drops, and the best is the model's.
+"""
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from transformers import PreTrainedModel
+
+from compress.evaluation.speed.generation import Decoding, Workload, prompts
+from compress.evaluation.speed.memory import attempted, has_room
+from compress.evaluation.speed.timing import seconds
+
+LENGTH = 128  # tokens
+ROUNDS = 3  # of every batch, the models in turns; the paper's own code has one
+
+
+@dataclass
+class Climb:
+    """A model's way up. times: by batch, the median step's seconds in each round. ended: what ended the doubling."""
+
+    model: PreTrainedModel
+    times: dict[int, list[float]] = field(default_factory=dict)
+    ended: Literal["memory", "throughput"] | None = None
+
+    def throughput(self, batch: int) -> float:
+        """Tokens a second."""
+        return batch / statistics.median(self.times[batch])
+
+    @property
+    def best(self) -> int | None:
+        """The batch with the most; None where not one row fits."""
+        return max(self.times, key=self.throughput, default=None)
+
+    def run(self, batch: int, length: int) -> None:
+        if self.ended is not None:
+            return
+        fits = has_room(self.model, batch, length)
+        taken = attempted(lambda: median_step(self.model, batch, length)) if fits else None
+        if taken is None:
+            self.times.pop(batch, None)
+            self.ended = "memory"
+        else:
+            self.times.setdefault(batch, []).append(taken)
+
+    def judge(self, batch: int) -> None:
+        if self.ended is None and self.best != batch:
+            self.ended = "throughput"
+
+
+def most_throughput(
+    models: Sequence[PreTrainedModel], *, length: int = LENGTH, on_batch: Callable[[int], None] = lambda batch: None
+) -> list[Climb]:
+    """Each model's climb, in turns as long as they climb. `on_batch` is told each batch before it is run."""
+    climbs = [Climb(model) for model in models]
+    batch = 1
+    while any(climb.ended is None for climb in climbs):
+        on_batch(batch)
+        for number in range(ROUNDS):
+            for climb in climbs if number % 2 else reversed(climbs):
+                climb.run(batch, length)
+        for climb in climbs:
+            climb.judge(batch)
+        batch *= 2
+    return climbs
+
+
+@torch.inference_mode()
+def median_step(model: PreTrainedModel, batch: int, length: int) -> float:
+    """Seconds."""
+    ids = prompts(model, Workload(batch, length, 0))
+    decoding = Decoding(model, ids[:, :1])
+    times = []
+    for place in range(length):
+        decoding.token.copy_(ids[:, place : place + 1])
+        times.append(seconds(decoding.step, ids.device))
+    return statistics.median(times)

@@ -1,0 +1,406 @@
+"""Speed, memory and size beside the dense model's: what is measured is what is said, and in turns."""
+
+import json
+import signal
+import statistics
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import compress  # noqa: F401 (registers the architecture)
+import tiny
+from compress.errors import CheckpointError, UnsupportedModel, UsageError
+from compress.evaluation.speed import generation, layerwise, memory, report, throughput, timing
+from compress.evaluation.speed.footprint import footprint
+from compress.evaluation.speed.generation import Decoding, GraphDecoding, StaticDecoding, Workload, compare_generation
+from compress.evaluation.speed.layerwise import Form, Inputs, Place, compare_linears, linears_of, matched
+from compress.evaluation.speed.report import Asked, Named, measure
+from compress.evaluation.speed.throughput import Climb, most_throughput
+from compress.evaluation.speed.timing import Comparison, Spread
+from compress.models.modeling_lowrank import LowRankLinear, PivotLinear
+from compress.models.opening import open_model
+from compress.models.storage import Storage, empty_linear
+from compress.numerics.sparsity import Pattern
+from stored import on_linux, write_compact, write_packed
+
+CPU = torch.device("cpu")
+IDS = torch.randint(3, tiny.VOCAB_SIZE, (2, 7), generator=torch.Generator().manual_seed(0))
+NEW = 6
+
+
+# Times.
+
+
+def test_a_spread_is_the_median_and_the_quartiles():
+    assert Spread.of([5.0, 1.0, 3.0, 2.0, 4.0]) == Spread(3.0, 2.0, 4.0)
+    assert Spread.of([2.0]) == Spread(2.0, 2.0, 2.0)
+
+
+def test_a_rate_turns_the_quartiles_round():
+    assert Spread(2.0, 1.0, 4.0).inverse(8) == Spread(4.0, 2.0, 8.0)
+
+
+def test_a_speedup_is_of_pairs_not_of_medians():
+    """A machine that is twice as slow in one round is so for both."""
+    pairs = [(1.0, 0.5), (10.0, 5.0), (100.0, 50.0)]
+    assert Comparison.of(pairs).speedup == Spread(2.0, 2.0, 2.0)
+    assert Comparison.of(pairs).dense.median == 10.0
+
+
+def test_both_run_in_turns_after_one_round_that_is_not_counted():
+    order: list[str] = []
+
+    def run(name: str) -> Any:
+        def once() -> str:
+            order.append(name)
+            return f"{name}{order.count(name)}"
+
+        return once
+
+    pairs = timing.in_turns(run("d"), run("c"), 3)
+    assert order == ["d", "c", "d", "c", "c", "d", "d", "c"]
+    assert pairs == [("d2", "c2"), ("d3", "c3"), ("d4", "c4")]
+
+
+def test_work_is_repeated_until_it_takes_long_enough(monkeypatch):
+    monkeypatch.setattr(timing, "seconds", lambda work, device: 0.003)
+    assert timing.repetitions(lambda: None, CPU, 0.01) == 4
+    assert timing.repetitions(lambda: None, CPU, 0.001) == 1
+
+
+# Generation.
+
+
+def greedy(decoding: Decoding, steps: int) -> torch.Tensor:
+    """What it decodes after the prompt."""
+    with torch.inference_mode():
+        decoding.prefill()
+        tokens = [decoding.token.clone()]
+        for _ in range(steps):
+            decoding.step()
+            tokens.append(decoding.token.clone())
+    return torch.cat(tokens, dim=1)
+
+
+def generated(model: Any, steps: int) -> torch.Tensor:
+    """By transformers, which stops for nothing."""
+    model.generation_config.eos_token_id = None
+    whole = model.generate(IDS, max_new_tokens=steps + 1, do_sample=False, pad_token_id=2)
+    return whole[:, IDS.shape[1] :]
+
+
+@pytest.mark.parametrize("kind", [Decoding, StaticDecoding])
+@pytest.mark.parametrize("model_type", tiny.FAMILIES)
+def test_decoding_is_what_transformers_generates(model_type, kind):
+    """Over either cache, and again from the start."""
+    model = tiny.tiny_model(model_type)
+    expected = generated(model, NEW)
+    decoding = Decoding(model, IDS) if kind is Decoding else StaticDecoding(model, IDS, NEW)
+    assert torch.equal(greedy(decoding, NEW), expected)
+    assert torch.equal(greedy(decoding, NEW), expected)
+
+
+def test_a_recorded_step_is_the_step(monkeypatch):
+    """Its warm-up leaves no trace, however few tokens are decoded."""
+
+    def recorded(work: Any, device: torch.device) -> Any:
+        for _ in range(generation.WARM_UP_STEPS):
+            work()
+        return work
+
+    monkeypatch.setattr(generation, "captured", recorded)
+    model = tiny.tiny_model("llama")
+    for steps in (1, NEW):
+        with torch.inference_mode():
+            decoding = GraphDecoding(model, IDS, steps)
+        assert torch.equal(greedy(decoding, steps), generated(model, steps))
+
+
+def test_a_step_that_cannot_be_recorded_is_told(monkeypatch):
+    def fails(work: Any, device: torch.device) -> Any:
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(generation, "captured", fails)
+    with pytest.raises(UnsupportedModel, match=r"LlamaForCausalLM cannot .* capturing Leave out --cuda-graphs\.$"):
+        GraphDecoding(tiny.tiny_model("llama"), IDS, NEW)
+
+
+def test_prefill_and_decoding_are_timed_each_for_itself(monkeypatch):
+    """The prompt's pass is one call, decoding as many as there are new tokens."""
+    calls: list[int] = []
+    model = tiny.tiny_model("llama")
+    model.register_forward_pre_hook(lambda *_: calls.append(1))
+    taken: list[int] = []
+
+    def counting(work: Any, device: torch.device) -> float:
+        before = len(calls)
+        work()
+        taken.append(len(calls) - before)
+        return float(taken[-1])
+
+    monkeypatch.setattr(generation, "seconds", counting)
+    speeds = compare_generation(model, model, Workload(2, 5, 3), rounds=1)
+    assert taken == [1, 3] * 4
+    assert speeds.prefill == Comparison.of([(1.0, 1.0)])
+    assert speeds.decode == Comparison.of([(3.0, 3.0)])
+
+
+def test_a_workload_without_room_is_none(monkeypatch):
+    model = tiny.tiny_model("llama")
+    load = Workload(2, 5, 3)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 1000)
+    assert compare_generation(model, model, load, rounds=1).decode is None
+    monkeypatch.undo()
+
+    def no_memory(*_: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(generation, "in_turns", no_memory)
+    assert compare_generation(model, model, load, rounds=1).prefill is None
+
+
+# SliceGPT's throughput.
+
+
+def climbs_by(monkeypatch: pytest.MonkeyPatch, speeds: dict[str, dict[int, float | None]]) -> list[Climb]:
+    """Of models that make so many tokens a second at each batch, or have no room for it."""
+    models = [tiny.tiny_model("llama") for _ in speeds]
+    by_model = {id(model): found for model, found in zip(models, speeds.values(), strict=True)}
+
+    def step(model: Any, batch: int, length: int) -> float:
+        found = by_model[id(model)][batch]
+        if found is None:
+            raise torch.OutOfMemoryError
+        return batch / found
+
+    monkeypatch.setattr(throughput, "median_step", step)
+    monkeypatch.setattr(throughput, "has_room", lambda *_: True)
+    return most_throughput(models)
+
+
+def test_the_batch_is_doubled_until_throughput_drops_or_memory_ends(monkeypatch):
+    dropping, full = climbs_by(
+        monkeypatch,
+        {"drops": {1: 10.0, 2: 18.0, 4: 30.0, 8: 29.0}, "full": {1: 10.0, 2: 19.0, 4: 33.0, 8: 50.0, 16: None}},
+    )
+    assert (dropping.best, dropping.ended) == (4, "throughput")
+    assert dropping.throughput(4) == pytest.approx(30.0)
+    assert (full.best, full.ended) == (8, "memory")
+    assert [len(times) for times in full.times.values()] == [throughput.ROUNDS] * 4
+
+
+def test_a_model_without_room_for_one_row_has_no_throughput(monkeypatch):
+    (climb,) = climbs_by(monkeypatch, {"large": {1: None}})
+    assert (climb.best, climb.ended) == (None, "memory")
+    assert report.climb_entry(climb) == {"batch": None, "tokens_per_second": None, "ended_by": "memory", "by_batch": {}}
+
+
+def test_a_step_of_the_protocol_decodes_the_sequence_from_its_first_token(monkeypatch):
+    lengths: list[int] = []
+    model = tiny.tiny_model("llama")
+
+    def counting(work: Any, device: torch.device) -> float:
+        work()
+        return float(len(lengths))
+
+    def length_of(_module: nn.Module, _words: Any, options: dict[str, Any], output: Any) -> None:
+        assert options["input_ids"].shape == (3, 1)
+        lengths.append(output.past_key_values.get_seq_length())
+
+    model.register_forward_hook(length_of, with_kwargs=True)
+    monkeypatch.setattr(throughput, "seconds", counting)
+    assert throughput.median_step(model, 3, 9) == statistics.median(range(1, 10))
+    assert lengths == list(range(1, 10))
+
+
+# Memory.
+
+
+def test_bytes_on_disk_and_in_memory(tmp_path):
+    tiny.write_model(tmp_path / "dense", "llama", dtype=torch.float32)
+    write_packed(tmp_path / "packed", Storage("packed", 4, rank=2))
+    for name in ("dense", "packed"):
+        folder = tmp_path / name
+        files = [file.stat().st_size for file in folder.rglob("*.safetensors")]
+        assert memory.bytes_on_disk(folder) == sum(files)
+        # Headers besides; loaded in half the bits, floats take half the bytes and codes as many.
+        in_memory = memory.bytes_in_memory(folder, torch.float32)
+        assert 0.8 * sum(files) < in_memory < sum(files)
+        assert memory.bytes_in_memory(folder, torch.bfloat16) < in_memory
+    dense = tmp_path / "dense"
+    assert memory.bytes_in_memory(dense, torch.bfloat16) * 2 == memory.bytes_in_memory(dense, torch.float32)
+
+
+def test_a_workload_takes_keys_values_and_logits():
+    config = tiny.tiny_config("llama")
+    cache = 2 * tiny.NUM_BLOCKS * 2 * (tiny.HIDDEN // 4) * 10
+    assert memory.workload_bytes(config, 3, 10, torch.float32) == 3 * 4 * (cache + tiny.VOCAB_SIZE)
+
+
+def test_what_memory_does_not_hold_is_none_and_other_errors_are_not():
+    def fails(error: Exception) -> Any:
+        def work() -> None:
+            raise error
+
+        return work
+
+    assert memory.attempted(lambda: 3) == 3
+    assert memory.attempted(fails(torch.OutOfMemoryError())) is None
+    with pytest.raises(RuntimeError, match="other"):
+        memory.attempted(fails(RuntimeError("other")))
+
+
+@on_linux
+def test_the_footprint_of_a_clean_process(tmp_path):
+    """The peak while loading is at least the weights, mapped as they are, and the libraries are known apart."""
+    tiny.write_model(tmp_path, "llama", dtype=torch.float32, vocab_size=300_000, shard_size="1GB")
+    size = memory.bytes_in_memory(tmp_path, torch.float32)
+    assert size > 70e6
+    took = footprint(tmp_path, Workload(1, 4, 2), dtype=torch.float32, device=CPU)
+    assert took.disk == memory.bytes_on_disk(tmp_path)
+    assert took.before is not None
+    assert took.loading is not None
+    assert took.running is not None
+    assert 0.9 * size < took.loading - took.before < 4 * size
+    assert took.running >= took.loading
+    assert 0 < took.load.low <= took.load.high
+
+
+def ended(code: int, out: str = "", err: str = "") -> Any:
+    return lambda *_, **__: subprocess.CompletedProcess([], code, out, err)
+
+
+@pytest.mark.parametrize(
+    ("process", "error", "said"),
+    [
+        (ended(0, '{"fault": "The config.json is damaged."}\n'), CheckpointError, r"^The config.json is damaged\.$"),
+        (ended(0, '{"fault": null}\n'), UsageError, "does not fit into the memory of cpu. Try --dtype bfloat16"),
+        (ended(-signal.SIGKILL), UsageError, "does not fit into the memory of cpu"),
+        (ended(1, "", "Traceback\nValueError: odd\n"), CheckpointError, "process of its own: ValueError: odd$"),
+    ],
+)
+def test_a_model_that_does_not_load_in_the_clean_process(process, error, said, tmp_path, monkeypatch):
+    tiny.write_model(tmp_path, "llama", dtype=torch.float32)
+    monkeypatch.setattr(subprocess, "run", process)
+    with pytest.raises(error, match=said):
+        footprint(tmp_path, Workload(1, 4, 2), dtype=torch.float32, device=CPU)
+
+
+# Linears by themselves.
+
+
+STORAGES = {
+    "packed": Storage("packed", 4, rank=3),
+    "eight bits": Storage("packed", 8, floating=True, inputs="fp8"),
+    "adapter alone": Storage("packed", None, rank=2),
+    "compact": Storage("compact", 4, pattern=Pattern.parse("2:4"), rank=2),
+}
+FORMS = {
+    "packed": {"kind": "packed", "bits": 4, "rank": 3},
+    "eight bits": {"kind": "packed", "bits": 8},
+    "adapter alone": {"kind": "dense", "rank": 2},
+    "compact": {"kind": "compact", "bits": 4, "pattern": "2:4", "rank": 2},
+}
+
+
+@pytest.mark.parametrize("name", STORAGES)
+def test_every_linear_stands_beside_what_is_in_its_place(name, tmp_path):
+    dense = tiny.tiny_model("llama", dtype=torch.float32)
+    write = write_compact if STORAGES[name].form == "compact" else write_packed
+    write(tmp_path / "stored", STORAGES[name])
+    (tmp_path / "stored" / "compress.json").write_text("{}")
+    stored = open_model(tmp_path / "stored", dtype=torch.float32, device=CPU)
+    found = matched(dense, stored)
+    assert (found.missing, found.added) == ([], [])
+    places = {place.name: place for place in found.places}
+    assert list(places) == [*(f"{part}_proj" for part in ("q", "k", "v", "o", "gate", "up", "down")), "lm_head"]
+    assert places["down_proj"].forms == (
+        Form("dense", tiny.HIDDEN, 48),
+        [Form(m=tiny.HIDDEN, n=48, **FORMS[name])] * tiny.NUM_BLOCKS,
+    )
+    assert places["lm_head"].forms[1] == [Form("dense", tiny.VOCAB_SIZE, tiny.HIDDEN)]
+
+
+def test_factors_are_one_linear_and_what_has_no_counterpart_is_named():
+    dense = nn.ModuleDict({"a": nn.Linear(8, 6), "b": nn.Linear(8, 6), "c": nn.Linear(6, 6)})
+    inner = nn.ModuleDict({"a": LowRankLinear(8, 6, 3, True), "b": PivotLinear(8, 6, 2, True), "d": nn.Linear(6, 6)})
+    inner["b"].first = empty_linear(Storage("packed", 4), 8, 2, bias=True, dtype=torch.float32)
+    found = matched(dense, nn.ModuleDict({"model": nn.ModuleDict({"model": inner})}))
+    assert [place.forms[1] for place in found.places] == [
+        [Form("factors", 6, 8, rank=3)],
+        [Form("pivot, packed", 6, 8, bits=4, rank=2)],
+    ]
+    assert (found.missing, found.added) == (["c"], ["model.model.d"])
+    assert [path for path, _ in linears_of(inner)] == ["a", "b", "d"]
+
+
+def test_linears_of_a_name_are_called_one_after_another(monkeypatch):
+    """What is stated is one's share of the stretch, and each is given inputs of its own width."""
+    linears = [nn.Linear(8, 6), nn.Linear(4, 6), nn.Linear(8, 6)]
+    widths: list[int] = []
+    for linear in linears:
+        linear.register_forward_pre_hook(lambda _, words: widths.append(words[0].shape[1]))
+
+    def one_second(work: Any, device: torch.device) -> float:
+        widths.clear()
+        work()
+        assert widths == [8, 4, 8] * 5
+        return 1.5
+
+    monkeypatch.setattr(layerwise, "seconds", one_second)
+    monkeypatch.setattr(layerwise, "repetitions", lambda *_: 5)
+    speed = compare_linears(Place("x", linears, linears), Inputs(3, torch.float32, CPU), rounds=2)
+    assert speed.times == Comparison.of([(0.1, 0.1), (0.1, 0.1)])
+
+
+# All together.
+
+
+def folders(place: Path, *, storage: Storage) -> tuple[Named, Named]:
+    tiny.write_model(place / "dense", "llama", dtype=torch.float32)
+    write_packed(place / "packed", storage)
+    (place / "packed" / "compress.json").write_text("{}")
+    return Named("dense", place / "dense"), Named("packed", place / "packed")
+
+
+def test_all_of_it_is_in_the_report(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "took", lambda *_: report.Footprint(1, Spread(1.0, 1.0, 1.0), 2, 3, None))
+    heard: list[tuple[str, int, int]] = []
+    asked = Asked(workloads=[Workload(1, 6, 2)], rounds=2, dtype=torch.float32, device=CPU, tokens=[1, 4])
+    found = measure(*folders(tmp_path, storage=Storage("packed", 4)), asked, lambda *step: heard.append(step))
+    entry = json.loads(json.dumps(found.to_dict()))
+    assert entry["compressed"]["parameters"] == entry["dense"]["parameters"]
+    (generated_entry,) = entry["generation"]
+    prefill = generated_entry["prefill"]
+    rate = prefill["tokens_per_second"]["dense"]["median"]
+    assert rate == pytest.approx(6 / prefill["seconds"]["dense"]["median"])
+    assert len(entry["linears"]) == 8 * 2
+    assert entry["memory_at"] == {"batch": 1, "prompt": 6, "new": 2}
+    assert "28" not in entry["notes"][0]
+    assert "unpacked at every call: 21 because the dtype is float32" in entry["notes"][0]
+    done = [number for _, number, _ in heard]
+    assert done == sorted(done)
+    assert heard[-1][1] == heard[-1][2] == 4 + 1 + 16
+
+
+def test_two_models_that_memory_does_not_hold_together(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "took", lambda *_: None)
+    monkeypatch.setattr(report, "free_bytes", lambda device: 200_000)
+    asked = Asked(workloads=[Workload(1, 6, 2)], rounds=2, dtype=torch.float32, device=CPU)
+    with pytest.raises(UsageError, match=r"dense \(.* packed \(.* of which 0.0 GB are free. Try --dtype bfloat16"):
+        measure(*folders(tmp_path, storage=Storage("packed", 4)), asked)
+
+
+def test_our_own_architecture_is_measured_as_any_other(tmp_path):
+    """Logits of the last position alone are asked for, of a model inside of ours too."""
+    write_compact(tmp_path / "compact", STORAGES["compact"])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "compact").eval()
+    seen: list[int] = []
+    model.register_forward_hook(lambda _, __, output: seen.append(output.logits.shape[1]))
+    compare_generation(model, model, Workload(2, 5, 3), rounds=1)
+    assert set(seen) == {1}
