@@ -24,6 +24,7 @@ from compress.budget import Choice
 from compress.checkpoints import files
 from compress.checkpoints.adapter import adapter_config, write_adapter
 from compress.checkpoints.card import model_card
+from compress.checkpoints.front_matter import read_origin
 from compress.checkpoints.sizes import Size
 from compress.checkpoints.stored import not_for_vllm, unpacks_while_loading
 from compress.checkpoints.targets import Shape
@@ -36,7 +37,7 @@ from compress.plan import Plan
 from compress.preflight import Prepared, aside_of, plan_job, prepare
 from compress.provenance import identity
 from compress.ranks import rank_choices
-from compress.streaming.journal import JOURNAL, Journal, write_tensors
+from compress.streaming.journal import JOURNAL, Journal, sha256, write_tensors
 from compress.streaming.sites import Count
 from compress.streaming.survey import Survey, SurveyNeed
 from compress.streaming.walk import FinishedPart, Walk
@@ -255,7 +256,8 @@ def _give_name(prepared: Prepared) -> Result | None:
     if not same or any(facts["fingerprints"][name] != mine[name] for name in facts["fingerprints"]):
         return None
     publish(job.partial, job.out)
-    return _result(prepared, facts, {"total": 0.0}, None, len(facts["parts"]))
+    beside = 1 if facts["adapter"] else 0
+    return _result(prepared, facts, {"total": 0.0}, None, len(facts["parts"]) - beside)
 
 
 def _result(
@@ -331,7 +333,8 @@ def _complete(prepared: Prepared, walk: Walk, journal: Journal) -> tuple[dict[st
     files.write_index(partial, journal.entries)
     if facts["adapter"]:
         parts = [partial / entry["adapter"]["file"] for entry in journal.entries if entry["adapter"]]
-        write_adapter(partial, parts, facts["adapter"])
+        written = write_adapter(partial, parts, facts["adapter"])
+        facts["parts"][str(written.relative_to(partial))] = sha256(written)
     files.write_json(partial / "compress.json", facts)
     (partial / "README.md").write_text(model_card(facts), encoding="utf-8")
     with walk.clock("verify"):
@@ -370,6 +373,7 @@ def _facts(prepared: Prepared, journal: Journal) -> dict[str, Any]:
         "trials": found_trials(journal, "trials"),
         "allocation_trials": found_trials(journal, "allocation"),
         "versions": run["versions"],
+        "origin": read_origin(prepared.folder),
         "export": job.export,
         "device": job.device.type,
         "batch_size": job.batch_size,

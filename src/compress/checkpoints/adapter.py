@@ -58,15 +58,18 @@ def target_modules(paths: Sequence[str], others: Collection[str]) -> list[str]:
     return sorted(ends)
 
 
-def write_adapter(target: Path, parts: Sequence[Path], config: Mapping[str, Any]) -> None:
-    """The folder, from safetensors files that hold parts of the adapter's tensors. Nothing is held in memory."""
+def write_adapter(target: Path, parts: Sequence[Path], config: Mapping[str, Any]) -> Path:
+    """The folder, from safetensors files that hold parts of the adapter's tensors; returns its weights' file.
+
+    Nothing is held in memory.
+    """
     folder = target / ADAPTER
     folder.mkdir(exist_ok=True)
     write_json(folder / "adapter_config.json", config)
     unfinished = folder / "adapter.unfinished"
     join(parts, unfinished)
     unfinished.chmod(new_file_mode())
-    unfinished.replace(folder / WEIGHTS)
+    return unfinished.replace(folder / WEIGHTS)
 
 
 def join(parts: Sequence[Path], joined: Path) -> None:

@@ -38,6 +38,7 @@ NEEDED_FILES = (
     "*.model",
     "merges.txt",
     "LICENSE*",
+    "README.md",  # which says under what licence it is
 )
 
 

@@ -262,7 +262,7 @@ class Passage:
         """Ask the stages for the point's basis."""
         point.statistics = {need: accumulator.value() for need, accumulator in gathered.items()}
         if self.frame is not None:
-            point.basis = Basis(self.frame, width=point.dense_width)
+            point.basis = Basis(self.frame, width=point.dense_width, is_shared=True)
         with self.clock("eigensolve"):
             self._apply(point)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from compress.models.branch import Branch
 from compress.numerics.frames import Frame
-from compress.numerics.linalg import kept_energy, random_orthogonal
+from compress.numerics.linalg import kept_energy, random_orthogonal, spectrum
 from compress.streaming.groups import LinearGroup
 from compress.streaming.linears import LinearSite
 from compress.streaming.statistics import Need
@@ -43,11 +43,19 @@ class Basis:
 
     orientation: how the kept subspace is spanned; `pca` by its principal components, `random` by a rotation of them,
         which spreads outliers over all coordinates and changes no function.
+    is_shared: the frame is that of all points.
     """
 
     frame: Frame
     width: int
     orientation: Literal["pca", "random"] = "pca"
+    is_shared: bool = False
+
+    def report(self, *, first: bool) -> dict[str, Any]:
+        energy = self.frame.energy
+        found: dict[str, Any] = {"kept_energy": kept_energy(energy, self.width)}
+        # What all points share is said once.
+        return found | ({} if self.is_shared and not first else {"spectrum": spectrum(energy)})
 
 
 @dataclass
@@ -97,7 +105,7 @@ class StreamPoint:
         return report
 
     def report(self) -> dict[str, Any]:
-        kept = {"kept_energy": kept_energy(self.basis.frame.energy, self.width)} if self.basis else {}
+        kept = self.basis.report(first=self.index == 0) if self.basis else {}
         return {"point": self.name, "width": self.width, "dense_width": self.dense_width, **kept, **self.notes}
 
 

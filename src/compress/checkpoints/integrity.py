@@ -1,0 +1,200 @@
+"""Whether a folder is the checkpoint that was written: what kind of folder it is, each file against compress.json."""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from compress.checkpoints.adapter import WEIGHTS
+from compress.checkpoints.facts import FACTS, Facts, read_json
+from compress.checkpoints.headers import StoredTensor, read_header
+from compress.errors import CheckpointError, Faults, UsageError
+from compress.models.stored_files import ADAPTER
+from compress.models.tensor_files import INDEX, indexed_names
+from compress.streaming.journal import JOURNAL, read_lines, sha256
+
+ADAPTER_WEIGHTS = f"{ADAPTER}/{WEIGHTS}"
+SHOWN = 8  # faults that are told one by one
+AGAIN = "Get it again."
+Progress = Callable[[str, int, int], None]
+
+
+def check_folder(folder: Path) -> None:
+    """Raises UsageError where a folder holds no model, or one that is not finished, with what would finish it."""
+    partial = folder if folder.suffix == ".partial" else folder.with_name(f"{folder.name}.partial")
+    if partial.is_dir() and (partial == folder or not folder.exists()):
+        raise UsageError(unfinished(partial))
+    if folder.is_file():
+        raise UsageError(f"{folder} is a file. Name the folder of a checkpoint.")
+    if not folder.is_dir():
+        raise UsageError(f"There is no folder {str(folder)!r}. Check the path.")
+    if not (folder / "config.json").exists() and not (folder / FACTS).exists():
+        raise UsageError(f"{folder} is no checkpoint: it has neither config.json nor {FACTS}. Name a model's folder.")
+
+
+def unfinished(partial: Path) -> str:
+    """What a run has left, and how it goes on."""
+    out = partial.with_suffix("")
+    if not (partial / JOURNAL).exists() and (partial / FACTS).is_file():
+        return f"{partial} is finished but for its name: the command that made it, with --resume, calls it {out.name}."
+    parts = [line for line in read_lines(partial / JOURNAL) if "part" in line]
+    files = [str(part["part"].get("file")) for part in parts if isinstance(part["part"], dict)]
+    total = files[-1].rpartition("-of-")[2].removesuffix(".safetensors").lstrip("0") if files else ""
+    done = f"{len(parts)} of {total} parts are written" if total.isdigit() else "no part is written yet"
+    return (
+        f"{partial} is an unfinished run: {done}. The same command with --resume goes on from there and makes {out}; "
+        "with --overwrite it starts over."
+    )
+
+
+def is_ours(folder: Path) -> bool:
+    return (folder / FACTS).exists()
+
+
+def check_integrity(folder: Path, facts: Facts, *, checksums: bool, progress: Progress) -> None:
+    """That every file is there as it was written. Raises CheckpointError with all that is not.
+
+    checksums: whether the weights are read too, to compare their sha256. progress: hears each file.
+    """
+    faults = Faults()
+    with faults.noted():
+        check_config(folder, facts)
+    with faults.noted():
+        check_parts_named(folder, facts)
+    headers = {}
+    names = [name for name in facts.parts if is_plain(name)]
+    for number, name in enumerate(names, 1):
+        progress("verifying", number, len(names))
+        with faults.noted():
+            headers[name] = check_file(folder, name, facts.parts[name] if checksums else None)
+    with faults.noted():
+        check_adapter(folder, facts)
+    if not faults.found:
+        weights = [tensor for name, found in headers.items() if name != ADAPTER_WEIGHTS for tensor in found]
+        with faults.noted():
+            check_mapped(folder, weights)
+        with faults.noted():
+            check_totals(folder, facts, weights)
+        with faults.noted():
+            check_carried(folder, facts)
+    report(folder, faults)
+
+
+def report(folder: Path, faults: Faults) -> None:
+    if not faults.found:
+        return
+    told = list(dict.fromkeys(str(fault) for fault in faults.found))  # an adapter's weights are a part, too
+    more = [f"And {len(told) - SHOWN} more."] if len(told) > SHOWN else []
+    raise CheckpointError("\n".join([f"{folder} is not as it was written:", *told[:SHOWN], *more]))
+
+
+def is_plain(name: str) -> bool:
+    """Whether a name stays in its folder: that of a part, or of the adapter."""
+    return name == ADAPTER_WEIGHTS or (
+        Path(name).name == name and "\\" not in name and "\0" not in name and name.endswith(".safetensors")
+    )
+
+
+def check_config(folder: Path, facts: Facts) -> None:
+    config = read_json(folder / "config.json")
+    named = config.get("architectures")
+    if named != [facts.architecture]:
+        raise CheckpointError(f"{folder / 'config.json'} says {named!r}, {FACTS} {facts.architecture!r}. {AGAIN}")
+    packed = facts.storage == "packed" and facts.quantized
+    if packed != ("quantization_config" in config):
+        has = "has no" if packed else "has a"
+        raise CheckpointError(f"{folder / 'config.json'} {has} quantization_config, unlike {FACTS}. {AGAIN}")
+
+
+def check_parts_named(folder: Path, facts: Facts) -> None:
+    """That index, folder and compress.json speak of the same files, all of the folder's own."""
+    foreign = [name for name in facts.parts if not is_plain(name)]
+    if foreign:
+        raise CheckpointError(f"{folder / FACTS} names {foreign[0]!r}, which is no part in this folder. {AGAIN}")
+    parts = set(facts.parts) - {ADAPTER_WEIGHTS}
+    read_json(folder / INDEX)
+    indexed = set(indexed_names(folder / INDEX))
+    if indexed != parts:
+        other = min(indexed ^ parts)
+        who = (INDEX, FACTS) if other in indexed else (FACTS, INDEX)
+        raise CheckpointError(f"{other} is in {who[0]} and not in {who[1]}. {AGAIN}")
+    left = sorted(file.name for file in folder.glob("*.safetensors") if file.name not in parts)
+    if left:
+        raise CheckpointError(f"{folder / left[0]} is no part of the checkpoint. Move it elsewhere.")
+
+
+def check_file(folder: Path, name: str, checksum: str | None) -> list[StoredTensor]:
+    """The tensors of a file that is as it was written."""
+    file = folder / name
+    if not file.is_file():
+        raise CheckpointError(f"{file} is missing. {AGAIN}")
+    found = read_header(file)
+    with readable(file):
+        if checksum is not None and sha256(file) != checksum:
+            raise CheckpointError(f"{file} has other bytes than were written: its sha256 is not {FACTS}'s. {AGAIN}")
+    return found
+
+
+@contextlib.contextmanager
+def readable(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read ({error}).") from error
+
+
+def check_mapped(folder: Path, tensors: Iterable[StoredTensor]) -> None:
+    """That each tensor is in one file, the one that the index says."""
+    mapped = read_json(folder / INDEX)["weight_map"]
+    stored: dict[str, str] = {}
+    for tensor in tensors:
+        if tensor.name in stored:
+            files = f"{stored[tensor.name]} and {tensor.file.name}"
+            raise CheckpointError(f"{folder} has the tensor {tensor.name!r} in both {files}. {AGAIN}")
+        stored[tensor.name] = tensor.file.name
+    if stored != mapped:
+        name = next(name for name in sorted(stored.keys() | mapped.keys()) if stored.get(name) != mapped.get(name))
+        where = f"is in {stored[name]}" if name in stored else "is in no file"
+        raise CheckpointError(f"The tensor {name!r} {where}; {INDEX} says {mapped.get(name, 'nothing')!r}. {AGAIN}")
+
+
+def check_totals(folder: Path, facts: Facts, tensors: Iterable[StoredTensor]) -> None:
+    totals = read_json(folder / INDEX).get("metadata")
+    totals = totals if isinstance(totals, dict) else {}
+    found = sum(tensor.bytes for tensor in tensors)
+    adapter = sum(tensor.bytes for tensor in adapter_tensors(folder, facts))
+    for what, said, true in (
+        (f"{INDEX} says total_size", totals.get("total_size"), found),
+        (f"{INDEX} says total_parameters", totals.get("total_parameters"), facts.size.parameters),
+        (f"{FACTS} says bytes", facts.size.bytes, found + adapter),
+    ):
+        if said != true:
+            raise CheckpointError(f"{folder / what} {said!r}, but it is {true:,}. {AGAIN}")
+
+
+def check_adapter(folder: Path, facts: Facts) -> None:
+    """That the adapter is the one that compress.json describes; its weights' checksum, if any, is among the parts'."""
+    beside = folder / ADAPTER
+    if facts.adapter is None:
+        if beside.exists():
+            raise CheckpointError(f"{beside} is no part of the checkpoint. Move it elsewhere.")
+        return
+    config = read_json(beside / "adapter_config.json")
+    if config != facts.adapter.model_dump():
+        raise CheckpointError(f"{beside / 'adapter_config.json'} is not the adapter's in {FACTS}. {AGAIN}")
+    adapter_tensors(folder, facts)
+
+
+def adapter_tensors(folder: Path, facts: Facts) -> list[StoredTensor]:
+    return [] if facts.adapter is None else check_file(folder, ADAPTER_WEIGHTS, None)
+
+
+def check_carried(folder: Path, facts: Facts) -> None:
+    """That the code is there which the checkpoint says it brings along."""
+    named = read_json(folder / "config.json").get("auto_map", {})
+    classes = named.values() if isinstance(named, dict) else []
+    modules = {str(name).partition(".")[0] for name in classes}
+    if facts.loads_without_our_code is bool(modules):
+        raise CheckpointError(f"{folder / 'config.json'} and {FACTS} differ on whether it brings code along. {AGAIN}")
+    for module in sorted(modules):
+        if not module.isidentifier() or not (folder / f"{module}.py").is_file():
+            raise CheckpointError(f"{folder / 'config.json'} names the module {module!r}, which is not there. {AGAIN}")

@@ -1,0 +1,120 @@
+"""A checkpoint onto the hub: nothing but its own files, and only after it has been verified."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from compress.checkpoints.facts import FACTS, Facts, read_facts
+from compress.checkpoints.files import COPIED
+from compress.checkpoints.front_matter import CARD
+from compress.checkpoints.integrity import ADAPTER_WEIGHTS, Progress, check_folder, check_integrity, is_ours
+from compress.checkpoints.measures import QUALITY, read_measures
+from compress.errors import Unavailable, UsageError
+from compress.models.stored_files import ADAPTER
+from compress.models.tensor_files import INDEX
+from compress.version import __version__
+
+WRITTEN = ("config.json", FACTS, INDEX, CARD, QUALITY, "configuration_*.py", "modeling_*.py", "*.gguf")
+
+
+def push(
+    folder: Path,
+    repository: str,
+    *,
+    private: bool = True,
+    overwrite: bool = False,
+    progress: Progress = lambda name, done, total: None,
+) -> str:
+    """The address at which the checkpoint is then.
+
+    private: whether only its owner sees a new repository. overwrite: replace what one that exists holds.
+    Raises CheckpointError for a folder that is not as it was written, UsageError for one that is no output of ours and
+    for a repository that cannot be, Unavailable where the hub does not answer or does not allow it.
+    """
+    check_folder(folder)
+    if not is_ours(folder):
+        raise UsageError(f"{folder} has no {FACTS}. Only checkpoints that compress has made are pushed.")
+    facts = read_facts(folder)
+    check_integrity(folder, facts, checksums=True, progress=progress)
+    read_measures(folder)
+    files = own_files(folder, facts)
+    progress("uploading", 0, len(files))
+    with telling(repository):
+        address = upload(folder, repository, files, private=private, overwrite=overwrite)
+    progress("uploaded", len(files), len(files))
+    return address
+
+
+def check_repository(name: str) -> None:
+    """Raises UsageError where no repository can have this name; asks nobody."""
+    from huggingface_hub.utils import validate_repo_id
+
+    with telling(name):
+        validate_repo_id(name)
+
+
+def own_files(folder: Path, facts: Facts) -> list[str]:
+    """What of a folder is the checkpoint's. Raises UsageError for a link, which may lead anywhere."""
+    beside = [f"{ADAPTER}/adapter_config.json", ADAPTER_WEIGHTS] if facts.adapter else []
+    named = {file.name for pattern in (*WRITTEN, *COPIED) for file in folder.glob(pattern) if file.is_file()}
+    found = sorted({*named, *facts.parts, *beside})
+    links = [name for name in found if (folder / name).is_symlink() or (folder / name).parent.is_symlink()]
+    if links:
+        raise UsageError(f"{folder / links[0]} is a link and could lead anywhere. Put the file itself in its place.")
+    return found
+
+
+def upload(folder: Path, repository: str, files: list[str], *, private: bool, overwrite: bool) -> str:
+    from huggingface_hub import HfApi
+
+    api = HfApi(library_name="compress", library_version=__version__)
+    made: Any = api.create_repo(repository, private=private, exist_ok=overwrite)
+    if overwrite and private and not api.model_info(made.repo_id).private:
+        raise UsageError(f"{repository} is there and everybody can see it. Say --public, or name another repository.")
+    api.upload_folder(
+        repo_id=made.repo_id,
+        folder_path=folder,
+        allow_patterns=files,
+        # What was there before and is no part of this checkpoint.
+        delete_patterns=["*"] if overwrite else None,
+        commit_message=f"{folder.resolve().name}, made by compress {__version__}",
+    )
+    return str(made)
+
+
+@contextmanager
+def telling(repository: str) -> Iterator[None]:
+    """What the hub has against it, in a line that says what to do."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+
+    # Its bases are what the HTTP library, whichever it is, raises for a connection that fails.
+    failures: tuple[type[BaseException], ...] = (HfHubHTTPError, *HfHubHTTPError.__bases__)
+    try:
+        yield
+    except HFValidationError as error:
+        raise UsageError(f"The hub has no place for {repository!r}: names are NAME or OWNER/NAME.") from error
+    except LocalTokenNotFoundError as error:
+        raise Unavailable("The hub asks who you are: run `hf auth login`, or set HF_TOKEN.") from error
+    except OfflineModeIsEnabled as error:
+        raise Unavailable("HF_HUB_OFFLINE is set, so nothing can be pushed. Unset it.") from error
+    except failures as error:
+        raise refusal(repository, error) from error
+
+
+def refusal(repository: str, error: BaseException) -> Unavailable | UsageError:
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status == 401:
+        return Unavailable("The hub does not know you: run `hf auth login`, or set HF_TOKEN to a token that may write.")
+    if status == 403:
+        return Unavailable(
+            f"Your token may not write {repository!r}. Give HF_TOKEN one that may, or name another owner."
+        )
+    if status == 404:
+        return Unavailable(f"The hub has no owner of {repository!r}, or your token may not see it. Check the name.")
+    if status == 409:
+        return UsageError(f"The hub has {repository!r} already. Name another repository, or replace it: --overwrite.")
+    said = " ".join(str(error).split()) or type(error).__name__
+    return Unavailable(
+        f"{repository!r} could not be pushed ({said[:200]}). Push again with --overwrite, should it be there in part."
+    )

@@ -1,0 +1,183 @@
+"""An inspected checkpoint as tables."""
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from compress.cli.reporting import gigabytes, print_lines, print_table
+from compress.cli.tables import loads_as, size_rows, spans
+
+if TYPE_CHECKING:
+    from compress.checkpoints.facts import Facts
+    from compress.inspection.linears import StoredLinear
+    from compress.inspection.summary import BlockRow, Inspection
+
+BORDER = 3  # what a table draws around each column
+UNITS = {"neurons": "neurons", "kv_groups": "KV"}
+
+
+def show(seen: "Inspection", *, linears: bool) -> None:
+    from compress.inspection.summary import block_rows
+
+    print_table(visible(seen.folder), ["", "value"], header(seen))
+    show_cells("Blocks", [block_cells(row) for row in block_rows(seen)])
+    if linears:
+        show_cells("Linears", [linear_cells(linear, seen) for linear in seen.linears])
+    print_lines(notes(seen))
+
+
+def show_cells(title: str, rows: Sequence[dict[str, str]]) -> None:
+    """Columns with nothing to say are left out, those that the terminal has no room for go into a table below."""
+    told = [name for name in (rows[0] if rows else {}) if any(row[name] for row in rows)]
+    widths = {name: max(len(name), *(len(row[name]) for row in rows)) + BORDER for name in told}
+    room, tables = Console().width - 1, list[list[str]]()
+    for name in told[1:]:
+        first = told[0]
+        if not tables or sum(widths[each] for each in [*tables[-1], name]) > room:
+            tables.append([first])
+        tables[-1].append(name)
+    for number, names in enumerate(tables):
+        again = title if number == 0 else f"{title}, continued"
+        print_table(again, names, [[row[name] for name in names] for row in rows])
+
+
+def visible(text: object) -> str:
+    """What a file says, without the control characters that it may hold."""
+    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in str(text))
+
+
+def header(seen: "Inspection") -> list[list[str]]:
+    from compress.inspection.report import architecture
+
+    if seen.facts is not None:
+        return our_header(seen, seen.facts)
+    parameters = "packed in a way not read here" if seen.parameters is None else f"{seen.parameters:,}"
+    return [
+        ["what it is", "a checkpoint of another program"],
+        ["architecture", visible(architecture(seen))],
+        *([["quantized by", visible(seen.quantized_by)]] if seen.quantized_by else []),
+        ["parameters", parameters],
+        ["bytes", gigabytes(seen.bytes)],
+        ["types", types(seen)],
+    ]
+
+
+def our_header(seen: "Inspection", facts: "Facts") -> list[list[str]]:
+    rows = [
+        ["base model", visible(facts.base_model)],
+        ["method", visible(facts.recipe.method)],
+        ["written as", visible(loads_as(facts.architecture, is_stock=facts.loads_without_our_code))],
+        ["loads with", loads_with(facts)],
+        ["parameters, dense", f"{facts.dense_size.parameters:,}"],
+        *size_rows(facts.dense_size.model_dump(), facts.size.model_dump()),
+        ["types", types(seen)],
+    ]
+    if seen.bits_per_weight is not None:
+        rows += [["bits a weight in the blocks", f"{seen.bits_per_weight:.2f}, all counted"]]
+    if facts.held_out_divergence is not None:
+        rows += [["divergence from dense, held out", f"{facts.held_out_divergence:.3f} nats a token"]]
+    if seen.quality is not None:
+        rows += [[visible(each.name), visible(each.text)] for each in seen.quality.listed()]
+    versions = ", ".join(f"{name} {version}" for name, version in facts.versions.items())
+    return [*rows, ["versions", visible(versions)], ["files", state(seen, facts)]]
+
+
+def loads_with(facts: "Facts") -> str:
+    packed = facts.quantized and facts.storage == "packed"
+    beside = [name for name, needed in (("peft", facts.adapter), ("compressed-tensors", packed)) if needed]
+    libraries = " and ".join(["transformers", *beside])
+    if not facts.loads_without_our_code:
+        libraries += ", after `import compress` or with trust_remote_code"
+    return f"compress.load; {libraries}" if facts.adapter else libraries
+
+
+def state(seen: "Inspection", facts: "Facts") -> str:
+    parts = f"{sum('/' not in name for name in facts.parts)} parts" + (" and an adapter" if facts.adapter else "")
+    return f"{parts}, as they were written (sha256)" if seen.verified else f"{parts}; --fast verified no checksums"
+
+
+def types(seen: "Inspection") -> str:
+    from compress.inspection.report import dtypes
+
+    found = sorted(dtypes(seen).items(), key=lambda item: -item[1]["bytes"])
+    return ", ".join(f"{name} {gigabytes(entry['bytes'])}" for name, entry in found)
+
+
+def notes(seen: "Inspection") -> Iterable[str]:
+    from compress.checkpoints.integrity import ADAPTER_WEIGHTS
+
+    if seen.facts is not None:
+        yield f"Made by: {visible(seen.facts.command)}"
+    if seen.facts is not None and seen.facts.adapter and ADAPTER_WEIGHTS not in seen.facts.parts:
+        yield "Of the adapter no checksum is recorded: its names, shapes and bytes are as they should be."
+    if seen.quantized_by and seen.facts is None:
+        yield "Weights that another program has packed are counted in bytes and not decoded."
+
+
+def block_cells(row: "BlockRow") -> dict[str, str]:
+    return {
+        "": row.name,
+        "width": spans(list(dict.fromkeys(row.widths))),
+        **{name: f"{row.units[kind]:,}" if kind in row.units else "" for kind, name in UNITS.items()},
+        "rank": between(row.ranks),
+        "bits": between(row.bits),
+        "bits a weight": number(row.bits_per_weight, ".2f"),
+        "zeros": number(row.zeros, ".1%"),
+        "pattern": ", ".join(map(visible, row.patterns)),
+        "stream error": number(row.error, ".2%"),
+        "lost": number(row.lost, ".2%"),
+        "parameters": number(row.parameters, ","),
+        "bytes": gigabytes(row.bytes),
+    }
+
+
+def linear_cells(linear: "StoredLinear", seen: "Inspection") -> dict[str, str]:
+    zeros = seen.zeros.get(linear.path)
+    pattern = "" if zeros is None or zeros.pattern is None else zeros.pattern + ("" if zeros.kept else " broken")
+    return {
+        "": visible(linear.path),
+        "outputs": f"{linear.m:,}",
+        "inputs": f"{linear.n:,}",
+        "form": linear.form,
+        "rank": number(linear.rank, ","),
+        "bits": str(linear.bits),
+        "bits a weight": f"{linear.bits_per_weight:.2f}",
+        "zeros": "" if zeros is None else f"{zeros.share:.1%}",
+        "pattern": visible(pattern),
+        "lost": number(linear.facts.lost if linear.facts else None, ".2%"),
+        "parameters": f"{linear.parameters:,}",
+        "bytes": gigabytes(linear.bytes),
+    }
+
+
+def number(value: int | float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def between(values: Sequence[int]) -> str:
+    """The least and the largest."""
+    if not values:
+        return ""
+    least, largest = min(values), max(values)
+    return f"{least}" if least == largest else f"{least} to {largest}"
+
+
+def show_sizes(seen: "Sequence[Inspection]") -> None:
+    show_cells("Checkpoints", [size_cells(each) for each in seen])
+
+
+def size_cells(seen: "Inspection") -> dict[str, str]:
+    facts = seen.facts
+    size, dense = (facts.size, facts.dense_size) if facts else (None, None)
+    parameters, stored = number(seen.parameters, ","), gigabytes(seen.bytes)
+    if size and dense:
+        parameters += f" ({size.parameters / dense.parameters:.0%})"
+        stored += f" ({size.bytes / dense.bytes:.0%})"
+    return {
+        "": visible(seen.name),
+        "parameters (of dense)": parameters,
+        "bytes (of dense)": stored,
+        "bits a weight": number(seen.bits_per_weight, ".2f"),
+        "divergence": number(facts.held_out_divergence if facts else None, ".3f"),
+    }

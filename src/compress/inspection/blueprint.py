@@ -1,0 +1,81 @@
+"""The model that a checkpoint's config.json describes, without weights, and whether the files hold it."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from compress.checkpoints.facts import FACTS, Facts
+from compress.checkpoints.headers import StoredTensor
+from compress.errors import CheckpointError
+from compress.models.counting import num_parameters
+from compress.models.loading import empty_model, load_config, one_line
+from compress.models.stored_files import Lora, StoredTensors, read_lora, read_scheme
+from compress.models.stored_loading import put_linears
+
+ENDS = 2  # parts that are no block: the embeddings and the head
+# What transformers may raise for a config that nobody wrote.
+UNEXPECTED = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+
+def blueprint(folder: Path, facts: Facts) -> PreTrainedModel:
+    """On the meta device, with its linears as they are stored. Raises CheckpointError where config.json makes none."""
+    try:
+        return built(folder, facts)
+    except UNEXPECTED as error:
+        raise CheckpointError(
+            f"The config.json of {folder} makes no model: {one_line(error)}. Get it again."
+        ) from error
+
+
+def built(folder: Path, facts: Facts) -> PreTrainedModel:
+    config = load_config(folder)
+    num_blocks = innermost(config).num_hidden_layers
+    parts = [name for name in facts.parts if "/" not in name]
+    # Before it is built: a count out of thin air would take forever.
+    if num_blocks != len(parts) - ENDS:
+        raise CheckpointError(f"config.json of {folder} says {num_blocks} blocks, {FACTS} {len(parts) - ENDS}.")
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # no library is to act on it
+    model = empty_model(config)
+    model.tie_weights()
+    lora = read_lora(folder)
+    put_linears(model, read_scheme(folder), StoredTensors(folder, lora), torch.float32)
+    return model
+
+
+def innermost(config: Any) -> Any:
+    """Architectures of ours are built around others, whose configs they hold."""
+    while getattr(config, "text_config", None) is not None:
+        config = config.text_config
+    return config
+
+
+def named(tensors: list[StoredTensor], lora: Lora | None) -> dict[str, StoredTensor]:
+    """By the names that tensors have in the model."""
+    inside = {} if lora is None else {stored: name for name, stored in lora.names.items()}
+    return {inside.get(tensor.name, tensor.name): tensor for tensor in tensors}
+
+
+def check_against(model: PreTrainedModel, tensors: dict[str, StoredTensor], facts: Facts) -> None:
+    """That the files hold the model's tensors in its shapes, and no others. Raises CheckpointError."""
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    tied = set(model.all_tied_weights_keys)
+    missing = sorted(expected.keys() - tensors.keys() - tied)
+    if missing:
+        raise CheckpointError(f"config.json describes a model with {missing[0]!r}, which is in no file. Get it again.")
+    unknown = sorted(tensors.keys() - expected.keys())
+    if unknown:
+        raise CheckpointError(f"The tensor {unknown[0]!r} has no place in the model of config.json. Get it again.")
+    for name, tensor in tensors.items():
+        if tensor.shape != expected[name]:
+            raise CheckpointError(
+                f"The tensor {name!r} has the shape {list(tensor.shape)}, config.json says {list(expected[name])}. "
+                "Get it again."
+            )
+    counted = num_parameters(model)
+    if counted != facts.size.parameters:
+        raise CheckpointError(
+            f"{FACTS} says {facts.size.parameters:,} parameters, the files hold {counted:,}. Get it again."
+        )

@@ -1,0 +1,104 @@
+"""Where the bytes are, and how many bits a weight takes in each kind of linear."""
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from compress.checkpoints.headers import StoredTensor
+from compress.inspection.linears import StoredLinear, linear_names
+from compress.inspection.plots.style import BLUE, GREY, ORANGE, Drawing, axes, byte_text, byte_unit, shortened
+from compress.inspection.summary import Inspection, bits_per_weight, place_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# What a tensor is for, by the end of its name below its linear; the first that fits.
+PURPOSES = (
+    (
+        "adapters",
+        (
+            "lora_A",
+            "lora_B",
+            "first.codes",
+            "first.values",
+            "first.scale",
+            "second.codes",
+            "second.values",
+            "second.scale",
+        ),
+    ),
+    ("scales and zero points", ("scale", "weight_scale", "weight_zero_point", "weight_shape", "shares")),
+    ("places of kept weights", ("places",)),
+    ("order of outputs", ("order",)),
+    ("biases", ("bias",)),
+)
+
+
+def plot_sizes(seen: Inspection) -> list[Drawing]:
+    names = linear_names(seen.linears)
+    bars = len(bytes_by_kind(seen)), len(names) + 1
+    figure, (upper, lower) = axes(8.5, 2.8 + 0.3 * sum(bars), title=shortened(seen.name, 70), rows=bars)
+    draw_bytes(upper, seen)
+    draw_bits(lower, seen, names)
+    return [Drawing("sizes", figure)] if names else []
+
+
+def draw_bytes(plot: "Axes", seen: Inspection) -> None:
+    found = dict(sorted(bytes_by_kind(seen).items(), key=lambda item: item[1]))
+    unit, scale = byte_unit(seen.bytes)
+    bars = plot.barh(list(found), [count / scale for count in found.values()], color=BLUE)
+    labels = [f"{byte_text(count)}, {count / seen.bytes:.1%}" for count in found.values()]
+    plot.bar_label(bars, labels, padding=4, fontsize=10)
+    plot.margins(x=0.25)
+    plot.set_xlabel(f"stored [{unit}]")
+    plot.grid(visible=False)
+    dense = f"; dense it has {byte_text(seen.facts.dense_size.bytes)}" if seen.facts else ""
+    plot.set_title(f"where its {byte_text(seen.bytes)} are{dense}")
+
+
+def draw_bits(plot: "Axes", seen: Inspection, names: list[str]) -> None:
+    kinds = {name: [linear for linear in seen.linears if linear.name == name] for name in reversed(names)}
+    found = {"all": seen.bits_per_weight or 0} | {name: bits_per_weight(each) or 0 for name, each in kinds.items()}
+    colours = [GREY if name == "all" else ORANGE for name in found]
+    bars = plot.barh(list(found), list(found.values()), color=colours)
+    plot.bar_label(bars, [f"{value:.2f}" for value in found.values()], padding=4, fontsize=10)
+    plot.margins(x=0.12)
+    plot.set_xlabel("stored [bits a weight]")
+    plot.grid(visible=False)
+    plot.set_title("linears of the blocks, everything counted but biases")
+
+
+def bytes_by_kind(seen: Inspection) -> Counter[str]:
+    """By what they are for: weights of attention and of MLPs apart, and what is stored beside them."""
+    found: Counter[str] = Counter()
+    in_linears = set()
+    for linear in seen.linears:
+        for name, tensor in linear.tensors.items():
+            in_linears.add((tensor.file, tensor.name))
+            found[kind_of(linear, name)] += tensor.bytes
+    for tensor in seen.tensors:
+        if (tensor.file, tensor.name) not in in_linears:
+            found[kind_outside(tensor)] += tensor.bytes
+    return found
+
+
+def kind_outside(tensor: StoredTensor) -> str:
+    """Of a tensor that is no part of a linear."""
+    place = place_of(tensor)
+    if place == "embeddings":
+        return place
+    if len(tensor.shape) < 2:
+        return "norms"
+    return "head" if place == "head" else "other tensors"
+
+
+def kind_of(linear: StoredLinear, name: str) -> str:
+    if linear.form in ("factors", "pivot"):
+        name = name.removeprefix("first.").removeprefix("second.")
+    for purpose, ends in PURPOSES:
+        if name in ends or name.rpartition(".")[2] in ends:
+            return purpose
+    if linear.block is None:
+        return "head"
+    if "shortcut" in linear.name:
+        return "shortcuts"
+    return "attention weights" if "att" in linear.name else "MLP weights"

@@ -1,0 +1,215 @@
+"""A checkpoint looked at: verified against what it says of itself, its blocks and linears summed up from the files."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from compress.checkpoints.facts import Facts, Point, read_facts, read_json
+from compress.checkpoints.headers import StoredTensor, read_header
+from compress.checkpoints.integrity import (
+    ADAPTER_WEIGHTS,
+    Progress,
+    check_folder,
+    check_integrity,
+    check_mapped,
+    is_ours,
+)
+from compress.checkpoints.measures import Measures, read_measures
+from compress.inspection.blueprint import blueprint, check_against, named
+from compress.inspection.linears import StoredLinear, block_of, foreign_linears, linears_of
+from compress.inspection.zeros import Zeros, zeros_of
+from compress.models.stored_files import read_lora
+from compress.models.tensor_files import INDEX, checkpoint_files
+
+ENDS = ("lm_head.", "embed_out.", ".norm.", "final_layer_norm.", "final_layernorm.", "ln_f.")
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """
+    facts: what it says of itself; None for a checkpoint that is not ours. config: config.json.
+    tensors: of the model and of its adapter. zeros: by the linear's path; empty where none were counted.
+    verified: whether the weights were compared with their checksums.
+    """
+
+    folder: Path
+    facts: Facts | None
+    config: Mapping[str, Any]
+    tensors: Sequence[StoredTensor]
+    linears: Sequence[StoredLinear]
+    zeros: Mapping[str, Zeros | None]
+    quality: Measures | None
+    verified: bool
+
+    @property
+    def name(self) -> str:
+        return self.folder.resolve().name
+
+    @property
+    def bytes(self) -> int:
+        return sum(tensor.bytes for tensor in self.tensors)
+
+    @property
+    def parameters(self) -> int | None:
+        """None where weights are packed in a way that is not read here."""
+        if self.facts is not None:
+            return self.facts.size.parameters
+        return None if self.quantized_by else sum(tensor.numbers for tensor in self.tensors)
+
+    @property
+    def quantized_by(self) -> str | None:
+        found = self.config.get("quantization_config")
+        return str(found.get("quant_method", "unnamed")) if isinstance(found, dict) else None
+
+    @property
+    def bits_per_weight(self) -> float | None:
+        """Of the linears in the blocks."""
+        return bits_per_weight([linear for linear in self.linears if linear.block is not None])
+
+
+@dataclass(frozen=True)
+class BlockRow:
+    """A block, or what comes before the first or after the last of them.
+
+    widths: of the stream behind the embeddings or behind each branch. error: relative, of the stream behind the block.
+    lost: of the linears' outputs, the share of their energy that is gone, the mean over those that were changed.
+    """
+
+    name: str
+    widths: list[int]
+    units: dict[str, int]
+    ranks: list[int]
+    bits: list[int]
+    bits_per_weight: float | None
+    zeros: float | None
+    patterns: list[str]
+    error: float | None
+    lost: float | None
+    parameters: int | None
+    bytes: int
+
+
+def inspect(folder: Path, *, fast: bool, progress: Progress) -> Inspection:
+    """
+    fast: reads headers alone, verifies no checksums and counts no zeros. progress: hears each file and linear.
+
+    Raises UsageError for a folder that is no finished checkpoint, CheckpointError for a damaged one.
+    """
+    check_folder(folder)
+    facts = read_facts(folder) if is_ours(folder) else None
+    if facts is None:
+        tensors, linears = read_foreign(folder)
+    else:
+        check_integrity(folder, facts, checksums=not fast, progress=progress)
+        tensors, linears = read_ours(folder, facts)
+    counted = [] if fast else linears
+    zeros = {}
+    for number, linear in enumerate(counted, 1):
+        progress("counting zeros", number, len(counted))
+        zeros[linear.path] = zeros_of(linear)
+    return Inspection(
+        folder=folder,
+        facts=facts,
+        config=read_json(folder / "config.json"),
+        tensors=tensors,
+        linears=linears,
+        zeros=zeros,
+        quality=read_measures(folder),
+        verified=facts is not None and not fast,
+    )
+
+
+def read_ours(folder: Path, facts: Facts) -> tuple[list[StoredTensor], list[StoredLinear]]:
+    files = [folder / name for name in facts.parts if name != ADAPTER_WEIGHTS]
+    files += [folder / ADAPTER_WEIGHTS] if facts.adapter else []
+    found = [tensor for file in files for tensor in read_header(file)]
+    model = blueprint(folder, facts)
+    tensors = named(found, read_lora(folder) if facts.adapter else None)
+    check_against(model, tensors, facts)
+    return found, linears_of(model, tensors, facts.linears)
+
+
+def read_foreign(folder: Path) -> tuple[list[StoredTensor], list[StoredLinear]]:
+    read_json(folder / "config.json")
+    if (folder / INDEX).is_file():
+        read_json(folder / INDEX)
+    found = [tensor for file in checkpoint_files(folder) for tensor in read_header(file)]
+    if (folder / INDEX).is_file():
+        check_mapped(folder, found)
+    return found, foreign_linears({tensor.name: tensor for tensor in found})
+
+
+def block_rows(seen: Inspection) -> list[BlockRow]:
+    """The embeddings, each block, and what follows the last one."""
+    places: dict[int | str, list[StoredTensor]] = {}
+    for tensor in seen.tensors:
+        places.setdefault(place_of(tensor), []).append(tensor)
+    blocks = sorted(place for place in places if isinstance(place, int))
+    order: list[int | str] = ["embeddings", *blocks, "head"]
+    return [row(seen, place, places[place]) for place in order if place in places]
+
+
+def place_of(tensor: StoredTensor) -> int | str:
+    block = block_of(tensor.name)
+    if block is not None:
+        return block
+    return "head" if any(end in tensor.name for end in ENDS) else "embeddings"
+
+
+def row(seen: Inspection, place: int | str, tensors: Sequence[StoredTensor]) -> BlockRow:
+    linears = [linear for linear in seen.linears if linear.block == place]
+    points = [point for point in (seen.facts.points if seen.facts else []) if point_place(point) == place]
+    errors = [point.relative_error for point in points if point.relative_error is not None]
+    zeros = [found for linear in linears if (found := seen.zeros.get(linear.path)) is not None]
+    return BlockRow(
+        name=f"block {place}" if isinstance(place, int) else place,
+        widths=[point.width for point in points],
+        units=units_of(seen, place),
+        ranks=[linear.rank for linear in linears if linear.rank],
+        bits=sorted({linear.bits for linear in linears}),
+        bits_per_weight=bits_per_weight(linears),
+        zeros=sum(each.count for each in zeros) / sum(each.total for each in zeros) if zeros else None,
+        patterns=sorted({each.pattern if each.kept else f"{each.pattern} broken" for each in zeros if each.pattern}),
+        error=errors[-1] if errors else None,
+        lost=mean([linear.facts.lost for linear in linears if linear.facts and linear.facts.lost is not None]),
+        parameters=parameters_of(seen, linears, tensors),
+        bytes=sum(tensor.bytes for tensor in tensors),
+    )
+
+
+def point_place(point: Point) -> int | str:
+    kind, _, rest = point.point.partition(" ")
+    number = rest.partition(" ")[0]
+    return int(number) if kind == "block" and number.isdecimal() else point.point
+
+
+def units_of(seen: Inspection, place: int | str) -> dict[str, int]:
+    """How many units of each kind a block has."""
+    if seen.facts is None or not isinstance(place, int):
+        return {}
+    counts = seen.facts.units.items()
+    return {kind: count if isinstance(count, int) else count[place] for kind, count in counts if fits(count, place)}
+
+
+def fits(count: int | list[int], place: int) -> bool:
+    return isinstance(count, int) or place < len(count)
+
+
+def parameters_of(seen: Inspection, linears: Sequence[StoredLinear], tensors: Sequence[StoredTensor]) -> int | None:
+    """Of the linears as they count themselves, and of what else there is."""
+    if seen.parameters is None:
+        return None
+    of_linears = {(tensor.file, tensor.name) for linear in linears for tensor in linear.tensors.values()}
+    rest = sum(tensor.numbers for tensor in tensors if (tensor.file, tensor.name) not in of_linears)
+    return sum(linear.parameters for linear in linears) + rest
+
+
+def bits_per_weight(linears: Sequence[StoredLinear]) -> float | None:
+    weights = sum(linear.m * linear.n for linear in linears)
+    return sum(linear.bits_per_weight * linear.m * linear.n for linear in linears) / weights if weights else None
+
+
+def mean(values: Iterable[float]) -> float | None:
+    found = list(values)
+    return sum(found) / len(found) if found else None

@@ -1,0 +1,305 @@
+"""The model card: front matter as the hub reads it, text that nothing breaks out of, measures, ways to load it."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
+
+from cli_runner import invoke, succeeds
+from compress.checkpoints.card import model_card
+from compress.checkpoints.facts import read_facts
+from compress.checkpoints.front_matter import read_origin
+from compress.checkpoints.measures import Measures
+from outputs import write_outputs
+
+NASTY = [
+    "a\n---\nlicense: mit\n---\n# b",
+    "x`y``z```w",
+    "a | b | c",
+    "<script>alert(1)</script><img src=x onerror=y>",
+    "[click](javascript:x) ![i](http://x) **b** _i_ ~~s~~ $x$ &amp;",
+    '\'; "quoted" # not a comment: {x} %y @z',
+    "```\n\n# heading\n\n```python\nx\n```",
+]
+
+
+def facts(**changes: Any) -> dict[str, Any]:
+    """Of a small stock model."""
+    return {
+        "name": "tiny-anchored",
+        "base_model": "owner/tiny",
+        "command": "compress slice --model owner/tiny --ratio 0.25",
+        "recipe": {"method": "anchored", "calibration": {"source": "wikitext2", "samples": 8, "seq_len": 32}},
+        "architecture": "LlamaForCausalLM",
+        "loads_without_our_code": True,
+        "versions": {"compress": "0.1.0"},
+        "dense_size": {"parameters": 2000, "bytes": 4000},
+        "size": {"parameters": 1500, "bytes": 3000},
+        "adapter": None,
+        "storage": None,
+        "quantized": False,
+        "unpacks_while_loading": False,
+        "not_for_vllm": None,
+        "alternatives": [],
+        "held_out_divergence": 0.25,
+        "points": [{"width": 24, "dense_width": 32}],
+        "linears": [],
+        **changes,
+    }
+
+
+def front_matter(card: str) -> Any:
+    assert card.startswith("---\n")
+    return yaml.safe_load(card.split("\n---\n")[0].removeprefix("---\n"))
+
+
+def test_front_matter_is_what_the_hub_expects():
+    origin = {"license": "llama2", "license_link": "https://x/LICENSE", "language": ["en", "de"]}
+    found = front_matter(model_card(facts(origin=origin)))
+    assert found == {
+        "base_model": "owner/tiny",
+        "base_model_relation": "finetune",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["compress", "anchored"],
+        **origin,
+    }
+    assert ModelCard(model_card(facts(origin=origin))).data.to_dict() == found
+
+
+def test_what_is_quantized_is_said_to_be():
+    assert front_matter(model_card(facts(quantized=True)))["base_model_relation"] == "quantized"
+
+
+@pytest.mark.parametrize("base", ["tiny", "./a/b/c", "demo", *NASTY])
+def test_what_is_no_id_of_the_hub_is_not_called_one(base):
+    found = front_matter(model_card(facts(base_model=base)))
+    assert not found.keys() & {"base_model", "base_model_relation"}
+
+
+@pytest.mark.parametrize("nasty", NASTY)
+def test_nothing_breaks_out(nasty):
+    """Rendered as markdown, a nasty name gives the same blocks and tags as a harmless one."""
+    recipe = {"method": nasty, "calibration": {"source": nasty, "samples": 8, "seq_len": 32}}
+    alternatives = [{"name": nasty, "bits_per_weight": 4.0, "bytes": 10}] * 2
+    card = model_card(
+        facts(name=nasty, base_model=nasty, command=nasty, recipe=recipe, alternatives=alternatives),
+        Measures.model_validate({"perplexity": [{"dataset": nasty, "ppl": 2.0, "seq_len": 8}]}),
+    )
+    harmless = {"method": "x", "calibration": {"source": "x", "samples": 8, "seq_len": 32}}
+    alternatives = [{"name": "x", "bits_per_weight": 4.0, "bytes": 10}] * 2
+    tame = model_card(
+        facts(name="x", base_model="x", command="x", recipe=harmless, alternatives=alternatives),
+        Measures.model_validate({"perplexity": [{"dataset": "x", "ppl": 2.0, "seq_len": 8}]}),
+    )
+    assert blocks(card) == blocks(tame)
+    assert inner(card) == inner(tame)
+    assert front_matter(card) == front_matter(tame) | {"tags": ["compress", nasty]}
+
+
+def parsed(card: str) -> list[Any]:
+    body = card.split("\n---\n", 1)[1]
+    return MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"]).parse(body)
+
+
+def blocks(card: str) -> list[str]:
+    return [token.type for token in parsed(card)]
+
+
+def inner(card: str) -> list[list[str]]:
+    """What is in each line of text beside text."""
+    return [
+        [child.type for child in token.children or [] if child.type not in ("text", "text_special", "softbreak")]
+        for token in parsed(card)
+    ]
+
+
+def test_the_command_is_whole_in_its_block():
+    for nasty in NASTY:
+        (fence,) = [
+            token for token in parsed(model_card(facts(command=nasty))) if token.type == "fence" and not token.info
+        ][-1:]
+        assert fence.content == nasty + "\n"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said", "unsaid"),
+    [
+        (
+            {},
+            ["vllm serve PATH\n", 'from_pretrained("PATH")', "24 wide instead of 32"],
+            ["import compress", "llama.cpp"],
+        ),
+        (
+            {"architecture": "CodeGenForCausalLM"},
+            ["vLLM cannot serve it: it has no CodeGenForCausalLM."],
+            ["vllm serve"],
+        ),
+        (
+            {"architecture": "SlicedForCausalLM", "loads_without_our_code": False},
+            ["import compress  # registers it", "trust_remote_code=True"],
+            ["vllm", "llama"],
+        ),
+        ({"export": "gguf"}, ["llama-cli -m PATH/*.gguf"], []),
+        (
+            {"adapter": {"r": 12, "rank_pattern": {}}, "quantized": True, "storage": "packed"},
+            ["--enable-lora --lora-modules corrected=PATH/adapter --max-lora-rank 16\n", "compress.load"],
+            [],
+        ),
+        (
+            {"adapter": {"r": 12, "rank_pattern": {}}, "architecture": "GPTNeoXForCausalLM"},
+            ["vLLM cannot serve it: it has no adapters for GPTNeoXForCausalLM."],
+            ["vllm serve"],
+        ),
+        ({"not_for_vllm": "its reason", "quantized": True}, ["vLLM cannot serve it: its reason."], ["vllm serve"]),
+        (
+            {"linears": [{"rank": 4, "form": "pivot"}, {"rank": 8, "form": "pivot"}]},
+            ["of rank 4 to 8, multiplied out"],
+            [],
+        ),
+        (
+            {"linears": [{"bits": 4, "pattern": "2:4", "adapter_rank": 3}], "storage": "packed"},
+            ["1 of its linear layers have 4-bit weights, are pruned to 2:4, have a low-rank adapter"],
+            ["dense weights"],
+        ),
+        ({"linears": [{"bits": "fp8"}]}, ["have fp8 weights, all written as dense weights"], []),
+        ({"origin": {"license": "mit"}}, ["The licence is the base model's: `mit`."], ["named none"]),
+    ],
+)
+def test_it_says_what_works_for_this_form(changes, said, unsaid):
+    card = model_card(facts(**changes))
+    assert [phrase for phrase in said if phrase not in card] == []
+    assert [phrase for phrase in unsaid if phrase in card] == []
+
+
+# What comes from the card of the input.
+
+
+def write_card(folder: Path, text: str) -> Path:
+    (folder / "README.md").write_text(text, encoding="utf-8")
+    return folder
+
+
+def test_licence_and_language_come_from_the_input(tmp_path):
+    text = "---\nlicense: other\nlicense_name: l\nlicense_link: L.md\nlanguage:\n- en\n- code\ntags: [x]\n---\n# x\n"
+    assert read_origin(write_card(tmp_path, text)) == {
+        "license": "other",
+        "license_name": "l",
+        "license_link": "L.md",
+        "language": ["en", "code"],
+    }
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "# no front matter\n---\nlicense: mit\n---\n",
+        "---\nlicense: [mit]\nlanguage: {en: 1}\n---\n",
+        "---\nlicense: 3\nlanguage: [1, 2]\n---\n",
+        "---\nlicense: 'a\\x07'\nlanguage: no\n---\n".replace("\\x07", "\x07"),
+        '---\nlicense: "a\\nb"\n---\n',
+        "---\n: : :\n- [\n---\n",
+        "---\n- a\n- b\n---\n",
+        "---\nlicense: !!python/object/apply:os.system [id]\n---\n",
+        "---\nlicense: " + "m" * 300 + "\n---\n",
+        "---\nlicense: " + "[" * 5000 + "\n---\n",
+    ],
+)
+def test_a_card_that_says_nothing_of_use(text, tmp_path):
+    assert read_origin(write_card(tmp_path, text)) == {}
+
+
+def test_no_card_at_all(tmp_path):
+    assert read_origin(tmp_path) == {}
+    (tmp_path / "README.md").write_bytes(b"---\nlicense: \xff\n---\n")
+    assert read_origin(tmp_path) == {}
+
+
+# Written again with what was measured.
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("outputs")
+    write_outputs(root, "sliced", "thin", "packed", "compact", "merged")
+    return root
+
+
+@pytest.mark.parametrize("kind", ["sliced", "thin", "packed", "compact", "merged"])
+def test_written_again_it_is_the_same(root, kind):
+    before = (root / kind / "README.md").read_bytes()
+    succeeds("inspect", root / kind, "--card", "--fast")
+    assert (root / kind / "README.md").read_bytes() == before
+    assert model_card(json.loads((root / kind / "compress.json").read_text())).encode() == before
+    assert model_card(read_facts(root / kind).model_dump()).encode() == before
+
+
+MEASURED = {
+    "perplexity": [{"dataset": "wikitext2", "ppl": 12.345, "standard_error": 0.067, "seq_len": 2048, "nll": 2.5}],
+    "divergence": [
+        {"dataset": "c4", "kl": 0.5, "agreement": 0.75, "standard_error": None, "seq_len": 64, "dense": "x"}
+    ],
+    "tasks": {
+        "scores": [
+            {
+                "task": "piqa",
+                "source": "files",
+                "documents": 9,
+                "metrics": {"acc": {"value": 0.7, "standard_error": 0.1}},
+            },
+            {"task": "boolq", "metrics": {"acc": {"value": 0.5, "standard_error": None}}},
+        ],
+        "average": {"acc": 0.6, "acc_norm": None},
+    },
+    "humaneval": {"rates": {"pass@1": {"value": 0.25, "standard_error": 0.05}}, "problems": 164},
+    "settings": {},
+}
+
+
+def test_what_was_measured_is_in_it(root, tmp_path):
+    shutil.copytree(root / "sliced", tmp_path / "sliced")
+    (tmp_path / "sliced" / "quality.json").write_text(json.dumps(MEASURED))
+    succeeds("inspect", tmp_path / "sliced", "--card")
+    card = (tmp_path / "sliced" / "README.md").read_text()
+    for row in (
+        "| perplexity on wikitext2, windows of 2048 | 12.35 ± 0.067 |",
+        "| divergence from dense on c4, windows of 64 | 0.5 nats a token |",
+        "| same likeliest token as dense on c4, windows of 64 | 75 % |",
+        "| piqa, acc | 0.7 ± 0.1 |",
+        "| boolq, acc | 0.5 |",
+        "| average of the tasks, acc | 0.6 |",
+        "| HumanEval, pass@1 | 0.25 ± 0.05 |",
+    ):
+        assert f"\n{row}\n" in card
+    assert "acc\\_norm" not in card
+    # All else is as it was, and the checkpoint as whole as before.
+    before = (root / "sliced" / "README.md").read_text()
+    assert card.replace(card[card.index("\n## Measured") : card.index("\n## Load it")], "") == before
+    assert succeeds("inspect", tmp_path / "sliced", "--json").json["verified"]
+
+
+def test_a_card_is_written_whole_or_not_at_all(root, tmp_path, monkeypatch):
+    shutil.copytree(root / "sliced", tmp_path / "sliced")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "sliced").iterdir()}
+
+    def full(_self, _target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    ran = invoke("inspect", tmp_path / "sliced", "--card", "--fast")
+    assert ran.code == 1
+    assert "README.md cannot be written" in ran.faults[0]
+    assert {file.name: file.read_bytes() for file in (tmp_path / "sliced").iterdir()} == before
+
+
+def test_only_ours_gets_a_card(root):
+    ran = invoke("inspect", root / "llama", "--card")
+    assert (ran.code, len(ran.faults)) == (2, 1)
+    assert not (root / "llama" / "README.md").exists()
+    assert invoke("inspect", root / "sliced", root / "thin", "--card").code == 2
