@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from cli_runner import Ran, environment, finish, flat, invoke, snapshot, start_installed, succeeds
 from tiny import HIDDEN, NUM_BLOCKS, write_model, write_text
 
-COMMANDS = ("slice", "slim", "eval")
+COMMANDS = ("slice", "slim", "eval", "bench")
 LLAMA_2_7B: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -163,12 +163,14 @@ OPTIONS = {
         *("--signal", "--final-orientation", "--round-to"),
         *("--slice-head", "--measure-error", "--calib", "--samples", "--seq-len", "--data-dir", "--seed", "--out"),
         *("--dtype", "--resume", "--overwrite", "--dry-run", "--json", "--device", "--batch-size", "--cache-memory"),
+        *("--push-to-hub", "--show-recipe"),
     },
     "lord": {
         *("--model", "--rank-frac", "--rank", "--keep-params", "--target-size", "--rank-multiple", "--method"),
         *("--allocation", "--target", "--form", "--refit", "--gradient-weight", "--bias", "--trial-samples"),
         *("--materialize", "--measure-error", "--calib", "--samples", "--seq-len", "--data-dir", "--seed", "--out"),
         *("--dtype", "--resume", "--overwrite", "--dry-run", "--json", "--device", "--batch-size", "--cache-memory"),
+        *("--push-to-hub", "--show-recipe"),
     },
     "slim": {
         *("--model", "--bits", "--sparsity", "--adapter-rank", "--group", "--inputs", "--method", "--pruner"),
@@ -176,11 +178,25 @@ OPTIONS = {
         *("--target", "--compact", "--materialize", "--adapter-bits"),
         *("--measure-error", "--calib", "--samples", "--seq-len", "--data-dir", "--seed", "--out"),
         *("--dtype", "--resume", "--overwrite", "--dry-run", "--json", "--device", "--batch-size", "--cache-memory"),
+        *("--push-to-hub", "--show-recipe"),
+    },
+    "run": {
+        *("recipe", "--model", "--calib", "--samples", "--seq-len", "--data-dir", "--seed", "--out", "--dtype"),
+        *("--export", "--resume", "--overwrite", "--push-to-hub", "--dry-run", "--show-recipe", "--json", "--device"),
+        *("--batch-size", "--cache-memory"),
     },
     "eval": {
-        *("--ppl", "--model", "--seq-len", "--limit", "--batch-size", "--dtype", "--device", "--data-dir"),
+        *("--ppl", "--kl", "--tasks", "--humaneval", "--model", "--compare", "others"),
+        *("--allow-code-execution", "--samples-per-problem", "--temperature", "--k", "--seed", "--save"),
+        *("--seq-len", "--limit", "--batch-size", "--dtype", "--device", "--data-dir"),
         *("--trust-remote-code", "--json"),
     },
+    "bench": {
+        *("out", "--against", "--batch-sizes", "--prompt", "--new", "--rounds", "--layerwise", "--tokens"),
+        *("--protocol", "--dtype", "--cuda-graphs", "--device", "--trust-remote-code", "--json"),
+    },
+    "inspect": {"outputs", "--linears", "--fast", "--plot", "--card", "--json"},
+    "push": {"output", "repository", "--public", "--overwrite", "--json"},
 }
 
 

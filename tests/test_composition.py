@@ -1,4 +1,4 @@
-"""Storing linears after they were sliced and factorised, in one walk: the form they are written in, and what they lose."""
+"""Storing linears after they were sliced and factorised, in one walk: the form they are written in, what they lose."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -7,7 +7,7 @@ import yaml
 
 from compress.errors import UsageError
 from compress.recipe import Recipe, parse_recipe, slicegpt, slim
-from compress.recipe_file import as_yaml, comparison, read_recipe
+from compress.recipe_file import read_recipe
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 FOLD, ROTATE, SLICE = {"stage": "fold_norms"}, {"stage": "rotate"}, {"stage": "slice", "ratio": 0.25}

@@ -9,8 +9,12 @@ from typing import Annotated
 
 import typer
 
+from compress.cli.bench import bench
 from compress.cli.eval import evaluate
+from compress.cli.inspect import inspect_outputs
 from compress.cli.lord import factorize_model
+from compress.cli.push import push_output
+from compress.cli.run import run_recipe
 from compress.cli.slice import slice_model
 from compress.cli.slim import slim_model
 from compress.version import __version__
@@ -26,7 +30,11 @@ app = typer.Typer(
 app.command("slice")(slice_model)
 app.command("lord")(factorize_model)
 app.command("slim")(slim_model)
+app.command("run")(run_recipe)
 app.command("eval")(evaluate)
+app.command("bench")(bench)
+app.command("inspect")(inspect_outputs)
+app.command("push")(push_output)
 
 
 def show_version(wanted: bool) -> bool:

@@ -1,145 +1,352 @@
 """`compress eval`: how good a model is, dense or compressed."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from compress.cli.options import BatchSize, DataDir, Device, Json, look_at, usual_seq_len
-from compress.cli.reporting import print_json, print_table, progress_bar, quiet_libraries, reporting_errors
+from compress.cli.options import (
+    BatchSize,
+    Data,
+    DataDir,
+    Device,
+    Json,
+    Machine,
+    Output,
+    Seed,
+    check_dtype,
+    in_panel,
+    pick_device,
+)
+from compress.cli.outputs import computing_dtype, newest_output
+from compress.cli.quality_tables import show_comparison, show_quality
+from compress.cli.reporting import progress_bar, quiet_libraries, reporting_errors
 from compress.errors import Faults, UsageError
 
 if TYPE_CHECKING:
     import torch
 
-    from compress.evaluation.perplexity import Perplexity
+    from compress.models.hub import ModelSource
+    from compress.quality.asked import Asked
+    from compress.quality.measuring import Quality
+    from compress.quality.subject import Subject
+
+Measures = "What to measure"
+Programs = "HumanEval"
+PAPERS_TEMPERATURE = 0.8
 
 
 @reporting_errors
 def evaluate(
+    others: Annotated[list[str] | None, typer.Argument(help="More models to --compare.", metavar="MODELS")] = None,
     ppl: Annotated[
-        str, typer.Option(help="Data sets or text files, with commas between: wikitext2, c4, ptb, stdlib, FILE.txt")
-    ],
+        str | None,
+        in_panel(
+            Measures, "Perplexity on data sets or text files, with commas between: wikitext2, c4, ptb, stdlib, FILE.txt"
+        ),
+    ] = None,
+    kl: Annotated[
+        str | None,
+        in_panel(Measures, "The dense model to measure the divergence from, on the texts of --ppl."),
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        in_panel(Measures, "Tasks of lm-eval, with commas between: piqa,winogrande,arc_easy,arc_challenge,..."),
+    ] = None,
+    humaneval: Annotated[
+        bool, in_panel(Measures, "Programs that are written and run: pass@k of HumanEval.", flag="--humaneval")
+    ] = False,
     model: Annotated[
         str | None,
-        typer.Option(help="A hub id, an alias, a folder or demo. Default: newest under ./compressed, else demo."),
+        typer.Option(
+            help="A hub id, an alias, a folder, a GGUF file or demo. Default: newest under ./compressed, else demo."
+        ),
+    ] = None,
+    compare: Annotated[
+        list[str] | None, typer.Option(help="Several models in one table: --compare A B C.", metavar="MODEL")
     ] = None,
     seq_len: Annotated[
-        int | None, typer.Option(min=2, help="Tokens a window. Default: 2048, or what the model has.")
+        int | None, in_panel(Data, "Tokens a window. Default: 2048, or what the model has.", min=2)
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first windows, for a quick look.")] = None,
+    limit: Annotated[
+        int | None, in_panel(Data, "Only the first windows, documents, problems, for a quick look.", min=1)
+    ] = None,
+    data_dir: DataDir = None,
+    allow_code_execution: Annotated[
+        bool,
+        in_panel(Programs, "Run the programs that the model writes on this machine.", flag="--allow-code-execution"),
+    ] = False,
+    samples_per_problem: Annotated[int, in_panel(Programs, "Programs that are written for each.", min=1)] = 1,
+    temperature: Annotated[
+        float | None, in_panel(Programs, "To draw tokens at. Default: 0, greedy; 0.8 for several samples.", min=0)
+    ] = None,
+    k: Annotated[str, in_panel(Programs, "Of pass@k, with commas between: 1,10.")] = "1",
+    seed: Seed = 0,
     batch_size: BatchSize = 8,
     dtype: Annotated[
-        str | None, typer.Option(help="To compute in. Default: float32 on the CPU, the model's own on a GPU.")
+        str | None, in_panel(Machine, "To compute in. Default: float32 on the CPU, the model's own on a GPU.")
     ] = None,
     device: Device = None,
-    data_dir: DataDir = None,
     trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run modeling code that the checkpoint brings along.")
+        bool, in_panel(Machine, "Run modeling code that the checkpoint brings along.", flag="--trust-remote-code")
+    ] = False,
+    save: Annotated[
+        bool, in_panel(Output, "Keep the result beside the checkpoint, in quality.json.", flag="--save")
     ] = False,
     json: Json = False,
 ) -> None:
-    """Measure perplexity by the papers' convention, with its standard error.
+    """Measure a model: perplexity by the papers' convention, divergence from the dense model, tasks, HumanEval.
 
     Example: compress eval --ppl wikitext2 --model opt-125m
     """
-    sets = [name.strip() for name in ppl.split(",") if name.strip()]
     faults = Faults()
     with faults.noted():
-        if not sets:
-            raise UsageError("--ppl names no data set. Try --ppl wikitext2.")
-    named = model or newest_output()
-    source, data_folder, target = look_at(faults, model=named, dtype=dtype, data_dir=data_dir, device=device)
+        check_measures(ppl, kl, tasks, humaneval=humaneval)
+    ks: tuple[int, ...] = (1,)
+    with faults.noted():
+        ks = check_programs(k, samples_per_problem, temperature, humaneval=humaneval, allowed=allow_code_execution)
+    with faults.noted():
+        check_models(model, compare, others)
+    named = [*(compare or []), *(others or [])] if compare else [model or str(newest_output() or "demo")]
+    found = look_at_models(faults, [*named, *([kl] if kl else [])], dtype=dtype, data_dir=data_dir, device=device)
+    if save:
+        with faults.noted():
+            check_places_to_save(found.places[: len(named)])
+    asked = gather(faults, words(ppl), words(tasks), found.data_dir, humaneval=humaneval, limit=limit)
 
-    from compress.models.counting import num_parameters
-    from compress.models.loading import check_positions, check_vocabulary, load_config, load_tokenizer
-    from compress.models.opening import open_model
-    from compress.streaming.weights import LazyWeights
+    from compress.evaluation.humaneval import Sampling
 
     quiet_libraries()
-    folder = source.whole_folder()
-    config = load_config(folder, trust_remote_code=trust_remote_code)
-    text_config = config.get_text_config()
-    length = usual_seq_len(text_config, seq_len)
+    asked = replace(
+        asked,
+        compared_on=(asked.texts or (usual_text(found.places),)) if kl else (),
+        sampling=Sampling(samples_per_problem, drawn_at(temperature, samples_per_problem), ks, seed),
+        seq_len=seq_len,
+        batch_size=batch_size or 8,
+        trust_remote_code=trust_remote_code,
+    )
+    subjects, dense = prepare_all(found.places, asked, with_dense=kl is not None)
+    assert found.device is not None
+    qualities = measure_all(subjects, dense, asked, dtype, found.device)
+    if save:
+        save_all(subjects, qualities)
+    if compare:
+        show_comparison(qualities, notes_on(subjects), as_json=json)
+    else:
+        show_quality(qualities[0], as_json=json)
+
+
+# What was asked.
+
+
+def words(text: str | None) -> list[str]:
+    """What stands between the commas, once each."""
+    return list(dict.fromkeys(word.strip() for word in (text or "").split(",") if word.strip()))
+
+
+def check_measures(ppl: str | None, kl: str | None, tasks: str | None, *, humaneval: bool) -> None:
+    if ppl is None and kl is None and tasks is None and not humaneval:
+        raise UsageError(
+            "Nothing to measure. Try --ppl wikitext2, --kl DENSE, --tasks piqa,winogrande or --humaneval, or several."
+        )
+    faults = Faults()
     with faults.noted():
-        check_positions(text_config, length)
+        if ppl is not None and not words(ppl):
+            raise UsageError("--ppl names no data set. Try --ppl wikitext2.")
     with faults.noted():
-        LazyWeights(folder)
-    with faults.noted():
-        tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
-        windows = read_windows(sets, tokenizer, length, data_folder, limit)
-        for window in windows.values():
-            check_vocabulary(window, config, folder)
+        if tasks is not None and not words(tasks):
+            raise UsageError("--tasks names no task. Try --tasks piqa,winogrande.")
     faults.report()
-    precision = computing_dtype(dtype, config, target)
-    loaded = open_model(folder, dtype=precision, device=target, trust_remote_code=trust_remote_code)
-    results = measure(loaded, windows, batch_size or 8)
-    parameters = num_parameters(loaded)
-    show(source.name, parameters, str(precision), results, as_json=json)
 
 
-def show(name: str, parameters: int, dtype: str, results: "list[Perplexity]", *, as_json: bool) -> None:
-    if as_json:
-        entries = [result.to_dict() for result in results]
-        print_json({"model": name, "parameters": parameters, "dtype": dtype, "perplexity": entries})
-        return
-    columns = ["text", "perplexity", "± std. error", "tokens", "windows", "of tokens", "seconds"]
-    print_table(f"{name}: {parameters:,} parameters", columns, [row(result) for result in results])
+def check_programs(
+    k: str, samples: int, temperature: float | None, *, humaneval: bool, allowed: bool
+) -> tuple[int, ...]:
+    """The ks of pass@k."""
+    faults = Faults()
+    with faults.noted():
+        if humaneval and not allowed:
+            raise UsageError(
+                "--humaneval runs programs that a model wrote, on this machine, as your user; they are held in as far "
+                "as the system allows (docs/evaluation.md). Say --allow-code-execution if that is what you want."
+            )
+    with faults.noted():
+        if not humaneval and (allowed or samples > 1 or temperature is not None or words(k) != ["1"]):
+            raise UsageError(
+                "--allow-code-execution, --samples-per-problem, --temperature and --k are of --humaneval. Add it."
+            )
+    with faults.noted():
+        if samples > 1 and temperature == 0:
+            raise UsageError("--temperature 0 writes the same program every time. Use --samples-per-problem 1.")
+    ks = words(k)
+    with faults.noted():
+        possible = ks and all(each.isascii() and each.isdigit() and 0 < int(each) <= samples for each in ks)
+        if humaneval and not possible:
+            raise UsageError(
+                f"--k takes numbers from 1 to --samples-per-problem ({samples}), with commas between; got {k!r}."
+            )
+    faults.report()
+    return tuple(sorted({int(each) for each in ks}))
 
 
-def newest_output() -> str:
-    """The checkpoint last written under ./compressed, or the embedded model where there is none."""
-    found = [file.parent for file in Path("compressed").glob("*/compress.json")]
-    outputs = [folder for folder in found if folder.suffix not in (".partial", ".replaced")]
-    return str(max(outputs, key=lambda folder: (folder / "compress.json").stat().st_mtime)) if outputs else "demo"
+def drawn_at(temperature: float | None, samples: int) -> float:
+    return temperature if temperature is not None else PAPERS_TEMPERATURE if samples > 1 else 0.0
 
 
-def computing_dtype(asked: str | None, config: object, device: "torch.device") -> "torch.dtype":
-    import torch
-
-    if asked is not None:
-        named: torch.dtype = getattr(torch, asked)
-        return named
-    own = getattr(config, "dtype", None) or torch.float32
-    return torch.promote_types(own, torch.float32) if device.type == "cpu" else own
+def check_models(model: str | None, compare: list[str] | None, others: list[str] | None) -> None:
+    if others and not compare:
+        raise UsageError(f"{others[0]!r} is no option. Name a model with --model, or several with --compare.")
+    if model and compare:
+        raise UsageError("--model and --compare both name models. Use one of them.")
 
 
-def read_windows(
-    sets: list[str], tokenizer: Any, seq_len: int, data_dir: Path | None, limit: int | None
-) -> "dict[str, torch.Tensor]":
-    from compress.datasets.windows import evaluation_windows
+# Where it is.
 
-    faults, windows = Faults(), {}
-    for name in sets:
+
+@dataclass(frozen=True)
+class Place:
+    """A model that was named: of the hub or a folder, or a GGUF file."""
+
+    name: str
+    source: "ModelSource | None"
+    gguf: Path | None
+
+    def folder(self) -> Path:
+        """Fetched, if it has to be."""
+        if self.gguf is not None:
+            return self.gguf.parent
+        assert self.source is not None
+        return self.source.whole_folder()
+
+
+@dataclass(frozen=True)
+class Found:
+    """device: None where it cannot be used."""
+
+    places: list[Place]
+    data_dir: Path | None
+    device: "torch.device | None"
+
+
+def look_at_models(
+    faults: Faults, names: Sequence[str], *, dtype: str | None, data_dir: Path | None, device: str | None
+) -> Found:
+    """Models, data folder and device; what is wrong is noted. Without torch as far as possible."""
+    from compress.datasets import data_directory
+
+    places: list[Place] = []
+    data_folder, target = None, None
+    for name in names:
         with faults.noted():
-            windows[name] = evaluation_windows(name, tokenizer, seq_len=seq_len, data_dir=data_dir, limit=limit)
+            places.append(find_place(name))
+    with faults.noted():
+        check_dtype(dtype)
+    with faults.noted():
+        data_folder = data_directory(data_dir)
+    if device is not None or not faults.found:
+        with faults.noted():
+            target = pick_device(device)
+    return Found(places, data_folder, target)
+
+
+def gather(
+    faults: Faults, texts: list[str], tasks: list[str], data_dir: Path | None, *, humaneval: bool, limit: int | None
+) -> "Asked":
+    """What is to be measured, with its documents and problems. All faults so far are told here."""
+    if not tasks and not humaneval:
+        faults.report()
+    from compress.datasets import load_rows
+    from compress.quality.asked import Asked, gather_problems, gather_tasks
+
+    asked = Asked(texts=tuple(texts), data_dir=data_dir, limit=limit)
+    with faults.noted():
+        documents, harness_tasks = gather_tasks(tasks, data_dir, limit)
+        asked = replace(asked, documents=documents, harness_tasks=harness_tasks)
+    with faults.noted():
+        asked = replace(asked, problems=gather_problems(data_dir, limit) if humaneval else ())
+    for text in texts if faults.found else []:
+        with faults.noted():
+            load_rows(text, "test", data_dir)
     faults.report()
-    return windows
+    return asked
 
 
-def measure(model: "torch.nn.Module", windows: "dict[str, torch.Tensor]", batch_size: int) -> "list[Perplexity]":
-    from compress.evaluation.perplexity import perplexity
+def find_place(name: str) -> Place:
+    from compress.models.gguf_naming import find_gguf
+    from compress.models.hub import find_model
 
-    total, done, results = sum(map(len, windows.values())), 0, []
+    if (gguf := find_gguf(name)) is not None:
+        return Place(Path(name).expanduser().resolve().name, None, gguf)
+    source = find_model(name)
+    return Place(source.name, source, None)
+
+
+def usual_text(places: Sequence[Place]) -> str:
+    """As for calibration: wikitext2, and stdlib for demo."""
+    return "stdlib" if any(place.source and place.source.is_demo for place in places) else "wikitext2"
+
+
+def check_places_to_save(places: Sequence[Place]) -> None:
+    faults = Faults()
+    for place in places:
+        with faults.noted():
+            if place.source is None or place.source.folder is None or place.source.is_demo:
+                raise UsageError(f"--save keeps quality.json in a checkpoint's folder; {place.name} is none of yours.")
+    faults.report()
+
+
+# Measuring.
+
+
+def prepare_all(places: Sequence[Place], asked: "Asked", *, with_dense: bool) -> "tuple[list[Subject], Subject | None]":
+    """The models to be measured, and the dense one, which was named last. All faults of all of them at once."""
+    from compress.quality.subject import check_same_tokens, prepare
+
+    faults, prepared = Faults(), []
+    for place in places:
+        with faults.noted():
+            prepared.append(prepare(place.name, place.folder(), place.gguf, asked))
+    faults.report()
+    subjects, dense = (prepared[:-1], prepared[-1]) if with_dense else (prepared, None)
+    if dense is not None:
+        check_same_tokens(dense, subjects)
+    return subjects, dense
+
+
+def measure_all(
+    subjects: "Sequence[Subject]", dense: "Subject | None", asked: "Asked", dtype: str | None, device: "torch.device"
+) -> "list[Quality]":
+    from compress.quality.measuring import free_memory, measure, remember_dense
+
+    def load(subject: "Subject") -> Any:
+        return subject.load(
+            computing_dtype(dtype, subject.config, device), device, trust_remote_code=asked.trust_remote_code
+        )
+
+    qualities = []
     with progress_bar("evaluating") as progress:
-        for name, batch in windows.items():
-
-            def advance(count: int, name: str = name) -> None:
-                nonlocal done
-                done += count
-                progress(name, done, total)
-
-            results.append(perplexity(model, batch, dataset=name, batch_size=batch_size, on_batch=advance))
-    return results
+        references = remember_dense(dense, load(dense), asked, progress) if dense is not None else {}
+        for subject in subjects:
+            free_memory()
+            qualities.append(measure(subject, load(subject), asked, references, progress))
+    return qualities
 
 
-def row(result: "Perplexity") -> list[str]:
+def save_all(subjects: "Sequence[Subject]", qualities: "Sequence[Quality]") -> None:
+    from compress.quality.saved import save
+
+    for subject, quality in zip(subjects, qualities, strict=True):
+        save(subject.folder, quality)
+
+
+def notes_on(subjects: "Sequence[Subject]") -> list[str]:
+    from compress.quality.subject import cut_otherwise
+
+    names = cut_otherwise(subjects)
+    if not names:
+        return []
     return [
-        result.dataset,
-        f"{result.ppl:.3f}",
-        f"{result.standard_error:.3f}",
-        f"{result.tokens:,}",
-        f"{result.windows:,}",
-        str(result.seq_len),
-        f"{result.seconds:.1f}",
+        f"Of other windows than {subjects[0].name}'s, so not to be compared with it: perplexity of {', '.join(names)}."
     ]

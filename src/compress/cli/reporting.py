@@ -53,6 +53,11 @@ def print_json(data: Mapping[str, Any]) -> None:
     sys.stdout.write(json.dumps(data, indent=2) + "\n")
 
 
+def print_text(text: str) -> None:
+    """For other programs to read: no colours, no wrapping."""
+    sys.stdout.write(text)
+
+
 def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     table = Table(title=Text(title), title_justify="left")
     for column in columns:

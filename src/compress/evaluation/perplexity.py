@@ -13,8 +13,7 @@ The reference codes take the loss in the model's dtype; ours moves the logits to
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,7 +21,8 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from compress.errors import NumericalError, UsageError
+from compress.errors import UsageError
+from compress.evaluation._inference import evaluating, finite
 
 
 @dataclass(frozen=True)
@@ -88,25 +88,3 @@ def window_losses(model: nn.Module, batch: Int64[Tensor, "batch seq_len"]) -> li
 def mean_nll(logits: Float[Tensor, "seq_len vocab"], tokens: Int64[Tensor, "seq_len"]) -> Float[Tensor, ""]:
     wide = torch.promote_types(logits.dtype, torch.float32)
     return nn.functional.cross_entropy(logits[:-1].to(wide), tokens[1:])
-
-
-def finite(losses: list[float], dataset: str, first: int) -> list[float]:
-    """The losses of windows from number `first` on, if none is NaN or Inf."""
-    for window, loss in enumerate(losses, first):
-        if not math.isfinite(loss):
-            raise NumericalError(
-                f"The loss on {dataset!r}, window {window}, is {loss}. Check the weights, or try --dtype float32."
-            )
-    return losses
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode; its modules are put back as they were."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -1,0 +1,186 @@
+"""HumanEval: how many of 164 functions a model writes that pass their tests (Chen et al., arXiv 2107.03374).
+
+    pass@k = mean over problems of 1 - C(n - c, k) / C(n, k)      (section 2.1)
+
+for n samples of a problem of which c pass: without bias for n >= k. The standard error is that of the mean over
+problems. A completion ends before the first of the stop sequences of the paper, which no function has in it.
+"""
+
+import math
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+
+from compress.errors import UsageError
+from compress.evaluation._inference import evaluating
+from compress.evaluation._programs import Limits, Outcome, run_programs
+from compress.evaluation._scoring import context_length
+
+STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
+# A stop sequence that a step completes begins so many tokens back at most: it has no more bytes.
+STOP_TOKENS = max(map(len, STOPS)) + 1
+TOP_P = 0.95
+Problem = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """temperature 0 is greedy; above it, as in the paper, from the tokens that make up 95% of the probability."""
+
+    samples: int = 1
+    temperature: float = 0.0
+    ks: tuple[int, ...] = (1,)
+    seed: int = 0
+    max_new_tokens: int = 512
+
+
+@dataclass(frozen=True)
+class PassRate:
+    """pass@k; error is None for one problem."""
+
+    k: int
+    value: float
+    error: float | None
+
+
+@dataclass(frozen=True)
+class HumanEval:
+    """failures: how often programs failed in which way. held: what kept the programs in."""
+
+    rates: list[PassRate]
+    problems: int
+    samples: int
+    temperature: float
+    passed: int
+    failures: dict[str, int]
+    held: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        rates = {f"pass@{each.k}": {"value": each.value, "standard_error": each.error} for each in self.rates}
+        return {"rates": rates, **{name: value for name, value in vars(self).items() if name != "rates"}}
+
+
+def pass_at_k(samples: int, correct: int, k: int) -> float:
+    """The probability that k of the samples, drawn without putting back, have a correct one among them."""
+    return 1 - math.comb(samples - correct, k) / math.comb(samples, k)
+
+
+def program_of(problem: Problem, completion: str) -> str:
+    """As the paper's code puts it together: its tests run when `check` is called, on the last line."""
+    return f"{problem['prompt']}{completion}\n{problem['test']}\ncheck({problem['entry_point']})"
+
+
+def measure(
+    problems: Sequence[Problem],
+    model: PreTrainedModel,
+    tokenizer: Any,
+    sampling: Sampling,
+    *,
+    batch_size: int,
+    on_progress: Callable[[str, int], None] | None = None,
+) -> HumanEval:
+    """Writes the programs, then runs them. `on_progress` is told `writing` or `running`, and how many more are done."""
+    told = on_progress or (lambda _what, _count: None)
+    programs = []
+    for problem, completion in completions(problems, model, tokenizer, sampling, batch_size):
+        programs.append(program_of(problem, completion))
+        told("writing", 1)
+    outcomes = run_programs(programs, Limits(), on_done=lambda count: told("running", count))
+    return judged(outcomes, sampling)
+
+
+def judged(outcomes: Sequence[Outcome], sampling: Sampling) -> HumanEval:
+    """outcomes: of all samples of the first problem, then of the second, ..."""
+    n = sampling.samples
+    correct = [sum(each.passed for each in outcomes[i : i + n]) for i in range(0, len(outcomes), n)]
+    rates = [rate_of([pass_at_k(n, each, k) for each in correct], k) for k in sampling.ks]
+    failures: dict[str, int] = {}
+    for outcome in outcomes:
+        if not outcome.passed:
+            kind = outcome.detail.partition(":")[0]
+            failures[kind] = failures.get(kind, 0) + 1
+    return HumanEval(rates, len(correct), n, sampling.temperature, sum(correct), failures, outcomes[0].held)
+
+
+def rate_of(values: Sequence[float], k: int) -> PassRate:
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    return PassRate(k, statistics.fmean(values), error)
+
+
+def completions(
+    problems: Sequence[Problem], model: PreTrainedModel, tokenizer: Any, sampling: Sampling, batch_size: int
+) -> Iterator[tuple[Problem, str]]:
+    """All samples of the first problem, then of the second, ...; the generator of torch is left as it was."""
+    wanted = [problem for problem in problems for _ in range(sampling.samples)]
+    devices = [model.device] if model.device.type == "cuda" else []
+    with evaluating(model), torch.inference_mode(), torch.random.fork_rng(devices):
+        torch.manual_seed(sampling.seed)
+        for start in range(0, len(wanted), batch_size):
+            batch = wanted[start : start + batch_size]
+            texts = complete([problem["prompt"] for problem in batch], model, tokenizer, sampling)
+            yield from zip(batch, texts, strict=True)
+
+
+def complete(prompts: Sequence[str], model: PreTrainedModel, tokenizer: Any, sampling: Sampling) -> list[str]:
+    """The texts that the model goes on with, up to a stop sequence."""
+    encoded = [tokenizer(prompt, verbose=False)["input_ids"] for prompt in prompts]
+    length = max(map(len, encoded))
+    room = context_length(model.config, tokenizer) - length
+    if room < 1:
+        raise UsageError(f"--humaneval: a problem has {length} tokens, which is all that the model can read or more.")
+    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    ids = torch.tensor([[pad] * (length - len(each)) + each for each in encoded], device=model.device)
+    mask = torch.tensor([[0] * (length - len(each)) + [1] * len(each) for each in encoded], device=model.device)
+    anything: Any = model  # to its mixin `generate` is no method
+    written = anything.generate(
+        ids,
+        attention_mask=mask,
+        generation_config=generation(model, tokenizer, sampling, min(sampling.max_new_tokens, room), pad),
+        stopping_criteria=StoppingCriteriaList([AtStop(tokenizer, length)]),
+    )
+    rows = zip(encoded, written[:, length:].tolist(), strict=True)
+    return [cut_at_stop(continued(tokenizer, tokens, new)) for tokens, new in rows]
+
+
+def generation(
+    model: PreTrainedModel, tokenizer: Any, sampling: Sampling, max_new_tokens: int, pad: int
+) -> GenerationConfig:
+    """Nothing of the model's own: its defaults may sample, or punish repetition."""
+    drawn = {"temperature": sampling.temperature, "top_p": TOP_P, "top_k": 0} if sampling.temperature > 0 else {}
+    ends = getattr(model.generation_config, "eos_token_id", None)
+    return GenerationConfig(
+        do_sample=bool(drawn),
+        max_new_tokens=max_new_tokens,
+        pad_token_id=pad,
+        eos_token_id=ends if ends is not None else tokenizer.eos_token_id,
+        **drawn,
+    )
+
+
+def continued(tokenizer: Any, tokens: list[int], new: list[int]) -> str:
+    """What the new tokens add to the text of the others: alone, some tokenizers' lose the space before them."""
+    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    before, whole = tokenizer.decode(tokens, **options), tokenizer.decode([*tokens, *new], **options)
+    return str(whole)[len(before) :]
+
+
+def cut_at_stop(text: str) -> str:
+    return text[: min(place if (place := text.find(stop)) >= 0 else len(text) for stop in STOPS)]
+
+
+class AtStop(StoppingCriteria):  # type: ignore[misc,unused-ignore]
+    """A row is done when its newest tokens hold a stop sequence."""
+
+    def __init__(self, tokenizer: Any, start: int) -> None:
+        self.tokenizer, self.start = tokenizer, start
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        newest = input_ids[:, max(self.start, input_ids.shape[1] - STOP_TOKENS) :]
+        texts = self.tokenizer.batch_decode(newest, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        done = [any(stop in text for stop in STOPS) for text in texts]
+        return torch.tensor(done, device=input_ids.device)

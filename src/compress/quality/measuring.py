@@ -1,0 +1,173 @@
+"""The measures of a loaded model. Models come one after another: only one is in memory at a time."""
+
+import gc
+import importlib.metadata
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from compress.evaluation import harness, humaneval
+from compress.evaluation.divergence import Divergence, Reference, divergence, remember
+from compress.evaluation.humaneval import HumanEval
+from compress.evaluation.perplexity import Perplexity, perplexity
+from compress.evaluation.tasks import TaskScore, averages, requests_of, score_task
+from compress.models.counting import num_parameters
+from compress.quality.asked import Asked
+from compress.quality.subject import Subject
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What was measured of a checkpoint; what was not asked is empty or None."""
+
+    model: str
+    bytes: int
+    parameters: int
+    dtype: str
+    perplexity: list[Perplexity]
+    divergence: list[Divergence]
+    tasks: list[TaskScore]
+    humaneval: HumanEval | None
+    settings: dict[str, Any]
+
+    @property
+    def averages(self) -> dict[str, float | None]:
+        """Over the tasks."""
+        return averages(self.tasks)
+
+    def sections(self) -> dict[str, Any]:
+        """The measures that were asked for, as JSON has them."""
+        found: dict[str, Any] = {}
+        if self.perplexity:
+            found["perplexity"] = [each.to_dict() for each in self.perplexity]
+        if self.divergence:
+            found["divergence"] = [each.to_dict() for each in self.divergence]
+        if self.tasks:
+            found["tasks"] = {"scores": [each.to_dict() for each in self.tasks], "average": self.averages}
+        if self.humaneval:
+            found["humaneval"] = self.humaneval.to_dict()
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"model": self.model, "parameters": self.parameters, "dtype": self.dtype, **self.sections()}
+
+
+def remember_dense(dense: Subject, model: PreTrainedModel, asked: Asked, progress: Progress) -> dict[str, Reference]:
+    """What a divergence needs of the dense model, by text. The model may be freed then."""
+    steps = Steps(progress, sum(len(dense.windows[name]) for name in asked.compared_on))
+    return {
+        name: remember(
+            model,
+            dense.windows[name],
+            name=dense.name,
+            batch_size=asked.batch_size,
+            on_batch=steps.of(f"{dense.name} on {name}"),
+        )
+        for name in asked.compared_on
+    }
+
+
+def measure(
+    subject: Subject, model: PreTrainedModel, asked: Asked, references: Mapping[str, Reference], progress: Progress
+) -> Quality:
+    """All that was asked, of a loaded model."""
+    steps = Steps(progress, amount(subject, asked))
+    common = {"batch_size": asked.batch_size}
+    return Quality(
+        model=subject.name,
+        bytes=subject.bytes,
+        parameters=num_parameters(model),
+        dtype=str(model.dtype),
+        perplexity=[
+            perplexity(model, subject.windows[name], dataset=name, on_batch=steps.of(name), **common)
+            for name in asked.texts
+        ],
+        divergence=[
+            divergence(model, references[name], subject.windows[name], dataset=name, on_batch=steps.of(name), **common)
+            for name in asked.compared_on
+        ],
+        tasks=task_scores(subject, model, asked, steps),
+        humaneval=written_programs(subject, model, asked, steps),
+        settings=settings(asked, model),
+    )
+
+
+def amount(subject: Subject, asked: Asked) -> int:
+    """Steps of the progress: windows, answers to tasks, tasks of lm-eval, programs that are written and run."""
+    windows = sum(len(subject.windows[name]) for name in [*asked.texts, *asked.compared_on])
+    answers = sum(len(requests_of(name, each)) for name, several in asked.documents.items() for each in several)
+    return windows + answers + len(asked.harness_tasks) + 2 * len(asked.problems) * asked.sampling.samples
+
+
+def task_scores(subject: Subject, model: PreTrainedModel, asked: Asked, steps: "Steps") -> list[TaskScore]:
+    options = {"batch_size": asked.batch_size}
+    scores = [
+        score_task(name, documents, model, subject.tokenizer, on_batch=steps.of(name), **options)
+        for name, documents in asked.documents.items()
+    ]
+    if asked.harness_tasks:
+        scores += harness.score_tasks(
+            asked.harness_tasks, model, subject.tokenizer, batch_size=asked.batch_size, limit=asked.limit
+        )
+        steps.of("lm-eval")(len(asked.harness_tasks))
+    return scores
+
+
+def written_programs(subject: Subject, model: PreTrainedModel, asked: Asked, steps: "Steps") -> HumanEval | None:
+    if not asked.problems:
+        return None
+    return humaneval.measure(
+        asked.problems,
+        model,
+        subject.tokenizer,
+        asked.sampling,
+        batch_size=asked.batch_size,
+        on_progress=lambda what, count: steps.of(f"programs, {what}")(count),
+    )
+
+
+class Steps:
+    """Counts what is done, over all measures."""
+
+    def __init__(self, progress: Progress, total: int) -> None:
+        self.progress, self.total, self.done = progress, total, 0
+
+    def of(self, name: str) -> Callable[[int], None]:
+        def advance(count: int) -> None:
+            self.done += count
+            self.progress(name, self.done, self.total)
+
+        return advance
+
+
+def settings(asked: Asked, model: PreTrainedModel) -> dict[str, Any]:
+    """What a measure depends on beside the model and the text; the rest is in the measures themselves."""
+    packages = ("compress-llm", "torch", "transformers", "lm-eval")
+    versions = {name: version for name in packages if (version := installed_version(name))}
+    return {
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": model.device.type,
+        "batch_size": asked.batch_size,
+        "limit": asked.limit,
+        "versions": {"python": platform.python_version()} | versions,
+    }
+
+
+def installed_version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def free_memory() -> None:
+    """Of a model that nobody holds any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

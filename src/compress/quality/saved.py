@@ -1,0 +1,45 @@
+"""quality.json: what was measured of a checkpoint, beside it."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from compress.checkpoints.files import write_json
+from compress.errors import CheckpointError, OutputError
+from compress.quality.measuring import Quality
+
+FILE = "quality.json"
+
+
+def save(folder: Path, quality: Quality) -> Path:
+    """Puts the measures into quality.json beside the checkpoint, whole or not at all.
+
+    A measure that is in there already is replaced, others stay; each has its settings under its own name.
+    """
+    file = folder / FILE
+    kept = read_saved(file)
+    sections = quality.sections()
+    settings = kept.get("settings", {}) | dict.fromkeys(sections, quality.settings)
+    unfinished = file.with_name(f"{FILE}.unfinished")
+    try:
+        write_json(unfinished, kept | sections | {"settings": settings})
+        with unfinished.open("rb") as opened:
+            os.fsync(opened.fileno())
+        unfinished.replace(file)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise OutputError(f"{file} cannot be written: {error.strerror}. Free space or its folder.") from error
+    return file
+
+
+def read_saved(file: Path) -> dict[str, Any]:
+    if not file.exists():
+        return {}
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(found, dict) or not isinstance(found.get("settings", {}), dict):
+            raise TypeError
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{file} is damaged: it is no JSON object of measures. Delete it.") from error
+    return found

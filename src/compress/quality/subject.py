@@ -1,0 +1,103 @@
+"""A checkpoint that is to be measured, looked at before a weight is read. All faults are told at once."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from compress.datasets.windows import evaluation_windows, fingerprint
+from compress.errors import Faults, UsageError
+from compress.models import opening
+from compress.models.gguf_opening import load_gguf, load_gguf_config, load_gguf_tokenizer
+from compress.models.loading import check_positions, check_vocabulary, load_config, load_tokenizer
+from compress.quality.asked import Asked
+from compress.streaming.weights import LazyWeights
+
+USUAL_SEQ_LEN = 2048
+Windows = dict[str, Int64[Tensor, "windows seq_len"]]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A checkpoint that can be measured. Its weights have not been read."""
+
+    name: str
+    folder: Path
+    gguf: Path | None
+    config: Any
+    tokenizer: Any
+    windows: Windows
+
+    def load(self, dtype: torch.dtype, device: torch.device, *, trust_remote_code: bool) -> PreTrainedModel:
+        if self.gguf is not None:
+            return load_gguf(self.gguf, dtype=dtype, device=device)
+        return opening.open_model(self.folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+
+    @property
+    def bytes(self) -> int:
+        """Of the files that hold its weights, adapters included."""
+        if self.gguf is not None:
+            return self.gguf.stat().st_size
+        files = [*self.folder.glob("*.safetensors"), *self.folder.glob("adapter/*.safetensors")]
+        return sum(file.stat().st_size for file in files)
+
+
+def prepare(name: str, folder: Path, gguf: Path | None, asked: Asked) -> Subject:
+    """The checkpoint with its texts cut into windows. Raises all faults of its config, files, tokenizer and texts."""
+    faults = Faults()
+    config = load_gguf_config(gguf) if gguf else load_config(folder, trust_remote_code=asked.trust_remote_code)
+    text_config = config.get_text_config()
+    length = asked.seq_len or min(USUAL_SEQ_LEN, getattr(text_config, "max_position_embeddings", USUAL_SEQ_LEN))
+    if asked.windows_of:
+        with faults.noted():
+            check_positions(text_config, length)
+    if gguf is None:
+        with faults.noted():
+            LazyWeights(folder)
+    windows: Windows = {}
+    with faults.noted():
+        options = {"trust_remote_code": asked.trust_remote_code}
+        tokenizer = load_gguf_tokenizer(gguf) if gguf else load_tokenizer(folder, **options)
+        windows = read_windows(asked, tokenizer, length)
+        for each in windows.values():
+            check_vocabulary(each, config, folder)
+    faults.report()
+    return Subject(name, folder, gguf, config, tokenizer, windows)
+
+
+def read_windows(asked: Asked, tokenizer: Any, seq_len: int) -> Windows:
+    faults, windows = Faults(), {}
+    for name in asked.windows_of:
+        with faults.noted():
+            windows[name] = evaluation_windows(
+                name, tokenizer, seq_len=seq_len, data_dir=asked.data_dir, limit=asked.limit
+            )
+    faults.report()
+    return windows
+
+
+def check_same_tokens(dense: Subject, subjects: Sequence[Subject]) -> None:
+    """That a divergence means something: the same vocabulary, and the texts cut alike."""
+    faults = Faults()
+    for subject in subjects:
+        with faults.noted():
+            sizes = [each.config.get_text_config().vocab_size for each in (dense, subject)]
+            cut_alike = all(torch.equal(subject.windows[name], dense.windows[name]) for name in dense.windows)
+            if sizes[0] != sizes[1] or not cut_alike:
+                what = f"vocabularies of {sizes[0]:,} and {sizes[1]:,}" if sizes[0] != sizes[1] else "other tokens"
+                raise UsageError(
+                    f"--kl: {dense.name} and {subject.name} have {what} for the same text, so their next-token "
+                    "distributions do not compare. Name the dense model that was compressed."
+                )
+    faults.report()
+
+
+def cut_otherwise(subjects: Sequence[Subject]) -> list[str]:
+    """Names of those whose tokens for the same texts are other ones than the first's: perplexities do not compare."""
+    prints = [[fingerprint(each) for each in subject.windows.values()] for subject in subjects]
+    return [subject.name for subject, each in zip(subjects, prints, strict=True) if each != prints[0]]

@@ -1,0 +1,448 @@
+"""`compress eval` beyond one perplexity: divergence, tasks, programs, comparisons, and every kind of checkpoint."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from cli_runner import flat, invoke, snapshot, succeeds, untouched
+from compress.checkpoints.gguf import write_gguf
+from compress.checkpoints.measures import read_measures
+from compress.evaluation import _programs, harness
+from compress.evaluation._programs import Outcome
+from compress.evaluation.humaneval import Sampling, completions
+from compress.models.opening import load
+from compress.models.storage import Storage
+from compress.numerics.sparsity import Pattern
+from compress.quality.saved import FILE
+from stored import write_compact, write_packed
+from test_gguf import write_folder
+from test_humaneval import PROBLEM, write_problems
+from test_tasks import TASKS, write_task
+from tiny import tiny_tokenizer, write_model, write_text
+
+ADAPTED = Storage("packed", 4, group=8, rank=4)
+SMALL = Storage("compact", 4, group=8, pattern=Pattern(2, 4), rank=4)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """A model of every kind, a text, tasks and problems."""
+    home = tmp_path_factory.mktemp("home")
+    write_model(home / "dense", "llama", dtype=torch.float32)
+    write_model(home / "other", "opt", dtype=torch.float32)
+    write_text(home / "text.txt", lines=60)
+    write_text(home / "more.txt", lines=60, seed=1)
+    for name, documents in TASKS.items():
+        write_task(home / "data", name, documents)
+    write_problems(home / "data", json.dumps(PROBLEM).encode() + b"\n")
+    write_packed(home / "packed", ADAPTED)
+    write_compact(home / "compact", SMALL)
+    for stored in ("packed", "compact"):
+        tiny_tokenizer().save_pretrained(home / stored)
+        (home / stored / "compress.json").write_text("{}")
+    write_folder(home / "plain")
+    write_gguf(home / "plain", home / "plain.gguf")
+    compressed(home, "sliced", "slice", "--method", "slicegpt", "--ratio", 0.25)
+    compressed(home, "thin", "lord", "--rank-frac", 0.5)
+    compressed(home, "materialized", "lord", "--rank-frac", 0.5, "--materialize")
+    return home
+
+
+def compressed(home: Path, name: str, command: str, *words: object) -> None:
+    """By this program, in one process; that the output reloads is the business of other tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("compress.pipeline.verify", lambda *_arguments, **_options: 0.0)
+        text = ["--calib", home / "text.txt", "--samples", 4, "--seq-len", 32, "--device", "cpu"]
+        succeeds(command, "--model", home / "dense", *words, *text, "--out", home / name)
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    monkeypatch.delenv("COMPRESS_DATA_DIR", raising=False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(harness, "is_installed", lambda: False)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def texts(home: Path, *more: object) -> list[object]:
+    return ["--ppl", home / "text.txt", "--seq-len", 32, "--limit", 2, *more]
+
+
+def refused(code: int, *words: object) -> list[str]:
+    ran = invoke("eval", *words)
+    assert ran.code == code, ran.err
+    assert ran.out == ""
+    return ran.faults
+
+
+# What to measure.
+
+
+def test_nothing_asked(home, place):
+    (fault,) = refused(2, "--model", home / "dense")
+    for option in ("--ppl wikitext2", "--kl", "--tasks piqa", "--humaneval"):
+        assert option in fault
+    assert "--tasks names no task" in refused(2, "--model", home / "dense", "--tasks", ",")[0]
+
+
+def test_perplexity_alone_prints_what_it_did(home, place):
+    found = succeeds("eval", "--model", home / "dense", *texts(home), "--json").json
+    assert list(found) == ["model", "parameters", "dtype", "perplexity"]
+
+
+def test_all_measures_at_once(home, place):
+    words = ["--kl", home / "dense", "--tasks", "piqa, boolq,piqa", "--data-dir", home / "data"]
+    ran = succeeds("eval", "--model", home / "sliced", *texts(home), *words, "--json")
+    assert list(ran.json) == ["model", "parameters", "dtype", "perplexity", "divergence", "tasks"]
+    (divergence,) = ran.json["divergence"]
+    assert divergence["dense"] == "dense"
+    assert divergence["kl"] > 0
+    assert divergence["dataset"] == ran.json["perplexity"][0]["dataset"]
+    scores = ran.json["tasks"]["scores"]
+    assert [(each["task"], each["documents"], each["source"]) for each in scores] == [
+        ("piqa", 2, "files"),
+        ("boolq", 2, "files"),
+    ]
+    accuracies = [each["metrics"]["acc"]["value"] for each in scores]
+    assert ran.json["tasks"]["average"]["acc"] == sum(accuracies) / 2
+    assert all(line.startswith("[") for line in ran.err.splitlines())
+    done = [line.partition("]")[0].strip("[").split("/") for line in ran.err.splitlines()]
+    assert all(int(first) <= int(total) for first, total in done)
+    table = flat(succeeds("eval", "--model", home / "sliced", *texts(home), *words).out)
+    for shown in ("divergence from dense", f"{divergence['kl']:.4f}", "piqa", "boolq", "Mean of acc:", "acc_norm"):
+        assert shown in table
+
+
+def test_a_model_does_not_diverge_from_itself(home, place):
+    found = succeeds("eval", "--model", home / "dense", "--kl", home / "dense", *texts(home), "--json").json
+    assert found["divergence"][0]["kl"] == pytest.approx(0, abs=1e-9)
+    assert found["divergence"][0]["agreement"] == 1
+
+
+def test_the_text_of_a_divergence_alone(home, place):
+    """stdlib where there is the embedded model, else wikitext2."""
+    words = ["--kl", "demo", "--model", "demo", "--seq-len", 16, "--limit", 1, "--json"]
+    found = succeeds("eval", *words).json
+    assert [each["dataset"] for each in found["divergence"]] == ["stdlib"]
+    assert "perplexity" not in found
+    assert "wikitext" in refused(4, "--kl", home / "dense", "--model", home / "dense")[0]
+
+
+def test_a_limit_is_of_documents_too(home, place):
+    words = ["--tasks", "piqa", "--data-dir", home / "data", "--limit", 3, "--json"]
+    found = succeeds("eval", "--model", home / "dense", *words).json
+    assert found["tasks"]["scores"][0]["documents"] == 3
+
+
+# Several faults.
+
+
+def test_all_faults_of_the_tasks_and_options_at_once(home, place):
+    words = ["--tasks", "piqqa,boolq,arc_easy", "--ppl", "wikitex2", "--data-dir", home / "data"]
+    faults = refused(2, "--model", home / "dense", *words, "--humaneval", "--k", "2", "--dtype", "int3")
+    expected = ("--allow-code-execution", "--k takes numbers", "'int3'", "'piqqa'. Did you mean 'piqa'?")
+    for word in (*expected, "The task 'arc_easy' is not on this machine", "'wikitex2'. Did you mean 'wikitext2'?"):
+        assert len([fault for fault in faults if word in fault]) == 1, word
+    assert len(faults) == 6
+
+
+def test_a_missing_task_says_where_it_would_be(home, place):
+    (fault,) = refused(4, "--model", home / "dense", "--tasks", "hellaswag")
+    assert "tasks/hellaswag.jsonl under --data-dir" in fault
+    assert "pip install compress-llm[tasks]" in fault
+
+
+def test_other_tokens_do_not_compare(home, place, tmp_path):
+    """Another vocabulary, and another tokenizer."""
+    write_model(tmp_path / "large", "llama", dtype=torch.float32, vocab_size=300)
+    (fault,) = refused(2, "--model", home / "dense", "--kl", "large", *texts(home))
+    assert "large and dense have vocabularies of 300 and 259" in fault
+    shutil.copytree(home / "dense", tmp_path / "beginning")
+    settings = json.loads((tmp_path / "beginning" / "tokenizer.json").read_text())
+    vocabulary = settings["model"]["vocab"]
+    vocabulary["a"], vocabulary["e"] = vocabulary["e"], vocabulary["a"]
+    (tmp_path / "beginning" / "tokenizer.json").write_text(json.dumps(settings))
+    (fault,) = refused(2, "--model", home / "dense", "--kl", "beginning", *texts(home))
+    assert "beginning and dense have other tokens for the same text" in fault
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--humaneval"], "--humaneval runs programs that a model wrote, on this machine"),
+        (["--allow-code-execution", "--ppl", "stdlib"], "are of --humaneval"),
+        (["--k", "1,2", "--ppl", "stdlib"], "are of --humaneval"),
+        (["--humaneval", "--allow-code-execution", "--k", "1,x"], "--k takes numbers from 1 to"),
+        (["--humaneval", "--allow-code-execution", "--k", "0"], "--k takes numbers from 1 to"),
+        (["--humaneval", "--allow-code-execution", "--k", "11", "--samples-per-problem", "10"], "(10)"),
+        (
+            ["--humaneval", "--allow-code-execution", "--samples-per-problem", "2", "--temperature", "0"],
+            "the same program every time",
+        ),
+        (["more", "--ppl", "stdlib"], "'more' is no option"),
+        (["--compare", "demo", "--model", "demo", "--ppl", "stdlib"], "both name models"),
+        (["--save", "--model", "demo", "--ppl", "stdlib"], "demo is none of yours"),
+    ],
+)
+def test_wrong_words(place, home, words, message):
+    model = [] if "--model" in words or "--compare" in words else ["--model", home / "dense"]
+    (fault,) = refused(2, *model, *words, "--data-dir", home / "data")
+    assert message in fault
+
+
+def test_nothing_is_run_without_leave(home, place, monkeypatch):
+    monkeypatch.setattr(_programs, "supervised", lambda *_: pytest.fail("a program was run"))
+    refused(2, "--humaneval", "--model", home / "dense", "--data-dir", home / "data")
+
+
+# Programs.
+
+
+def test_programs_of_a_model(home, place, monkeypatch):
+    """The tiny model writes nonsense, of too few tokens: what matters is that it is run and judged."""
+    words = ["--humaneval", "--allow-code-execution", "--samples-per-problem", 2, "--k", "1,2"]
+    ran = succeeds("eval", "--model", home / "dense", *words, "--data-dir", home / "data", "--json")
+    found = ran.json["humaneval"]
+    assert found["rates"] == {f"pass@{k}": {"value": 0.0, "standard_error": None} for k in (1, 2)}
+    assert (found["problems"], found["samples"], found["temperature"], found["passed"]) == (1, 2, 0.8, 0)
+    assert sum(found["failures"].values()) == 2
+    assert set(found["held"]) == {"network", "writes", "processes", "user"}
+    held = {"network": "off"}
+    monkeypatch.setattr(
+        "compress.evaluation.humaneval.run_programs", lambda programs, *_, **__: [Outcome(True, "passed", held)]
+    )
+    table = flat(succeeds("eval", "--model", home / "dense", *words[:2], "--data-dir", home / "data").out)
+    for shown in ("pass@1", "100.00%", "greedy", "network: off"):
+        assert shown in table
+
+
+# Several models.
+
+
+def test_a_comparison(home, place):
+    words = [*texts(home, "--kl", home / "dense", "--tasks", "piqa,boolq"), "--data-dir", home / "data"]
+    models = [home / "dense", home / "sliced", home / "packed"]
+    found = succeeds("eval", "--compare", *models, *words, "--json").json
+    assert [each["model"] for each in found["models"]] == ["dense", "sliced", "packed"]
+    assert found["notes"] == []
+    for model, each in zip(models, found["models"], strict=True):
+        alone = succeeds("eval", "--model", model, *words, "--json").json
+        measured = {key: value for key, value in each.items() if key != "bytes"}
+        assert without_seconds(measured) == without_seconds(alone)
+        files = [*model.glob("*.safetensors"), *model.glob("adapter/*.safetensors")]
+        assert each["bytes"] == sum(file.stat().st_size for file in files) > 0
+    table = flat(succeeds("eval", "--compare", models[0], "--compare", models[1], models[2], *words).out)
+    for shown in ("model", "bytes", "ppl", "KL", "mean", "sliced", "packed"):
+        assert shown in table
+
+
+def without_seconds(found: Any) -> Any:
+    if isinstance(found, dict):
+        return {key: without_seconds(value) for key, value in found.items() if key != "seconds"}
+    return [without_seconds(each) for each in found] if isinstance(found, list) else found
+
+
+def test_a_comparison_of_what_does_not_compare(home, place, tmp_path):
+    write_model(tmp_path / "short", "llama", dtype=torch.float32, max_position_embeddings=16)
+    words = ["--ppl", home / "text.txt", "--limit", 2]
+    (note,) = succeeds("eval", "--compare", home / "dense", "short", *words, "--json").json["notes"]
+    assert note == "Of other windows than dense's, so not to be compared with it: perplexity of short."
+    assert "not to be compared" in flat(succeeds("eval", "--compare", home / "dense", "short", *words).out)
+
+
+def test_all_models_are_looked_at_first(home, place, tmp_path, monkeypatch):
+    monkeypatch.setattr("compress.quality.measuring.measure", lambda *_: pytest.fail("a model was measured"))
+    shutil.copytree(home / "dense", tmp_path / "torn", ignore=shutil.ignore_patterns("tokenizer*"))
+    faults = refused(1, "--compare", home / "dense", "torn", "--ppl", home / "text.txt")
+    assert "torn has no tokenizer" in faults[0]
+    assert "no model folder './nowhere'" in refused(2, "--compare", "./nowhere", home / "dense", *texts(home))[0]
+
+
+def test_one_model_is_in_memory_at_a_time(home, place, monkeypatch):
+    import weakref
+
+    from compress.models import opening
+
+    alive: list[Any] = []
+    opened = opening.open_model
+
+    def open_alone(*arguments: Any, **options: Any) -> Any:
+        assert [each for each in alive if each() is not None] == []
+        model = opened(*arguments, **options)
+        alive.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(opening, "open_model", open_alone)
+    words = texts(home, "--kl", home / "dense")
+    succeeds("eval", "--compare", home / "dense", home / "sliced", home / "thin", *words)
+    assert len(alive) == 4
+
+
+# Kept beside it.
+
+
+def test_the_result_is_kept_if_asked(home, place, tmp_path):
+    shutil.copytree(home / "sliced", tmp_path / "mine")
+    before = snapshot(tmp_path / "mine")
+    words = ["--model", "mine", *texts(home)]
+    shown = succeeds("eval", *words, "--save", "--json").json
+    saved = json.loads((tmp_path / "mine" / FILE).read_text())
+    assert saved["perplexity"] == shown["perplexity"]
+    assert list(saved) == ["perplexity", "settings"]
+    settings = saved["settings"]["perplexity"]
+    assert settings["versions"]["torch"] == torch.__version__
+    assert (settings["limit"], settings["dtype"], settings["device"]) == (2, "float32", "cpu")
+    tasks = ["--tasks", "piqa", "--data-dir", home / "data", "--save"]
+    succeeds("eval", "--model", "mine", *tasks)
+    both = json.loads((tmp_path / "mine" / FILE).read_text())
+    assert list(both) == ["perplexity", "settings", "tasks"]
+    measures = read_measures(tmp_path / "mine")
+    assert measures is not None
+    assert measures.listed()[0].value == shown["perplexity"][0]["ppl"]
+    assert both["perplexity"] == saved["perplexity"]
+    assert both["settings"]["tasks"]["limit"] is None
+    succeeds("eval", *words[:-1], 1, "--save")
+    assert json.loads((tmp_path / "mine" / FILE).read_text())["perplexity"][0]["windows"] == 1
+    after = snapshot(tmp_path / "mine")
+    assert {name: content for name, content in after.items() if name != FILE} == before
+    with untouched(tmp_path / "mine"):
+        succeeds("eval", *words)
+
+
+def test_a_comparison_is_kept_beside_each(home, place, tmp_path):
+    for name in ("a", "b"):
+        shutil.copytree(home / "dense", tmp_path / name)
+    succeeds("eval", "--compare", "a", "b", *texts(home), "--save")
+    assert all(json.loads((tmp_path / name / FILE).read_text())["perplexity"] for name in ("a", "b"))
+
+
+def test_a_damaged_file_of_results_is_not_overwritten(home, place, tmp_path):
+    shutil.copytree(home / "dense", tmp_path / "mine")
+    (tmp_path / "mine" / FILE).write_text("[]")
+    with untouched(tmp_path / "mine"):
+        ran = invoke("eval", "--model", "mine", *texts(home), "--save")
+    assert ran.code == 1
+    assert "quality.json is damaged" in ran.faults[0]
+
+
+def test_a_full_disk_leaves_what_was_there(home, place, tmp_path, monkeypatch):
+    shutil.copytree(home / "dense", tmp_path / "mine")
+    succeeds("eval", "--model", "mine", *texts(home), "--save")
+
+    def full(file: Path, _data: Any) -> None:
+        file.write_text("{")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("compress.quality.saved.write_json", full)
+    with untouched(tmp_path / "mine"):
+        ran = invoke("eval", "--model", "mine", *texts(home), "--save")
+    assert ran.code == 1
+    assert "quality.json cannot be written: No space left" in ran.faults[0]
+
+
+# Every kind of checkpoint.
+
+
+@pytest.mark.parametrize(
+    "kind", ["dense", "other", "sliced", "thin", "materialized", "packed", "compact", "plain.gguf"]
+)
+def test_every_kind_of_checkpoint(home, place, kind):
+    words = [*texts(home, "--tasks", "piqa,winogrande,lambada_openai"), "--data-dir", home / "data"]
+    found = succeeds("eval", "--model", home / kind, *words, "--kl", home / "dense", "--json").json
+    assert found["model"] == kind
+    assert found["parameters"] > 0
+    assert 1 < found["perplexity"][0]["ppl"] < 1e4
+    assert found["divergence"][0]["kl"] >= -1e-9
+    assert len(found["tasks"]["scores"]) == 3
+
+
+@pytest.mark.slow
+def test_programs_by_every_kind_of_checkpoint(home, place):
+    words = ["--humaneval", "--allow-code-execution", "--data-dir", home / "data"]
+    models = [home / kind for kind in ("other", "sliced", "thin", "packed", "compact", "plain.gguf")]
+    found = succeeds("eval", "--compare", *models, *words, "--json").json["models"]
+    assert [each["humaneval"]["problems"] for each in found] == [1] * 6
+
+
+# GGUF.
+
+
+def test_a_gguf_file_is_its_folder(home, place, tmp_path):
+    both = [succeeds("eval", "--model", home / name, *texts(home), "--json").json for name in ("plain", "plain.gguf")]
+    assert both[1]["perplexity"][0]["ppl"] == pytest.approx(both[0]["perplexity"][0]["ppl"], rel=1e-5)
+    assert both[1]["parameters"] == both[0]["parameters"]
+    (tmp_path / "export").mkdir()
+    shutil.copy(home / "plain.gguf", tmp_path / "export" / "model.gguf")
+    alone = succeeds("eval", "--compare", "export", home / "plain.gguf", *texts(home), "--json").json["models"]
+    assert [each["model"] for each in alone] == ["export", "plain.gguf"]
+    assert alone[0]["bytes"] == alone[1]["bytes"] == (home / "plain.gguf").stat().st_size
+    shutil.copy(home / "plain.gguf", tmp_path / "export" / "another.gguf")
+    assert "export has 2 GGUF files. Name one" in refused(2, "--model", "export", *texts(home))[0]
+    assert "plain.gguf is none of yours" in refused(2, "--model", home / "plain.gguf", *texts(home), "--save")[0]
+
+
+def test_a_gguf_file_that_would_be_read_as_another_model_is_refused(home, place, tmp_path):
+    """transformers leaves out biases and scaled rotary embeddings without a word."""
+    write_folder(tmp_path / "biased", attention_bias=True)
+    write_gguf(tmp_path / "biased", tmp_path / "biased.gguf")
+    (fault,) = refused(3, "--model", "biased.gguf", *texts(home))
+    assert "leaves out some of biased.gguf" in fault
+    assert "Name the folder it was written from" in fault
+    for kind in ("linear", "llama3"):
+        scaled = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0}
+        if kind == "llama3":
+            scaled |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+        write_folder(tmp_path / kind, rope_parameters=scaled)
+        write_gguf(tmp_path / kind, tmp_path / f"{kind}.gguf")
+        (fault,) = refused(3, "--model", f"{kind}.gguf", *texts(home))
+        assert f"leaves out the scaled rotary embeddings of {kind}.gguf" in fault
+
+
+def test_gguf_files_that_cannot_be_read(home, place, tmp_path, monkeypatch):
+    (tmp_path / "no.gguf").write_bytes(b"GGUF")
+    assert "no.gguf" in refused(3, "--model", "no.gguf", *texts(home))[0]
+    content = (home / "plain.gguf").read_bytes()
+    (tmp_path / "short.gguf").write_bytes(content[: len(content) // 2])
+    assert "short.gguf" in invoke("eval", "--model", "short.gguf", *texts(home)).faults[0]
+    unknown = content.replace(b"\x05\x00\x00\x00\x00\x00\x00\x00llama", b"\x05\x00\x00\x00\x00\x00\x00\x00llamo", 1)
+    assert unknown != content
+    (tmp_path / "unknown.gguf").write_bytes(unknown)
+    (fault,) = refused(3, "--model", "unknown.gguf", *texts(home))
+    assert "transformers cannot read unknown.gguf" in fault
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    (fault,) = refused(2, "--model", home / "plain.gguf", *texts(home))
+    assert fault == "Reading GGUF needs the package gguf: pip install compress-llm[gguf]"
+
+
+def test_weights_that_are_no_numbers(home, place, tmp_path):
+    shutil.copytree(home / "dense", tmp_path / "broken")
+    shard = sorted((tmp_path / "broken").glob("*.safetensors"))[0]
+    tensors = load_file(shard)
+    for tensor in tensors.values():
+        tensor.fill_(float("nan"))
+    save_file(tensors, shard, metadata={"format": "pt"})
+    for words in (texts(home), ["--tasks", "piqa", "--data-dir", home / "data"]):
+        assert "Check the weights" in refused(1, "--model", "broken", *words)[0]
+    assert "Check the weights" in refused(1, "--model", home / "dense", "--kl", "broken", *texts(home))[0]
+
+
+@pytest.mark.parametrize("kind", ["other", "sliced", "thin", "packed", "compact"])
+def test_programs_are_written_side_by_side_as_alone(home, kind):
+    """Prompts of unequal length, padded on the left."""
+    model = load(str(home / kind), torch.float32, torch.device("cpu"))
+    problems = [{"prompt": prompt} for prompt in ("def f(x):\n", "a", "some longer text")]
+    written = [
+        [text for _, text in completions(problems, model, tiny_tokenizer(), Sampling(max_new_tokens=8), batch_size)]
+        for batch_size in (1, 3)
+    ]
+    assert written[0] == written[1]
+    assert any(written[0])
