@@ -1,7 +1,7 @@
 """Every method, the papers' and ours, as a user runs it: quality, size, time, memory and speed, written into the docs.
 
-    python benchmarks/all_methods.py --write docs/benchmarks.md demo
-    python benchmarks/all_methods.py --write docs/benchmarks.md NAME=MODEL,CALIBRATION.txt,TEST.txt ...
+    python benchmarks/all_methods.py --write docs/benchmarks.md --plots docs/plots demo
+    python benchmarks/all_methods.py --write docs/benchmarks.md --plots docs/plots NAME=MODEL,CALIB.txt,TEST.txt ...
 
 Each row is one `compress` command in a process of its own, then `compress eval` and `compress bench` of what it wrote.
 Ours gets no more parameters than the paper's method of the same kind (no more bits, where weights are stored in few):
@@ -15,6 +15,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -152,14 +153,18 @@ class Bench:
             print(lines[-1], flush=True)
         return "\n".join(lines) + "\n"
 
-    def plot(self, folder: Path) -> str:
-        """Size against perplexity, drawn by `compress inspect`. The Markdown that shows it."""
+    def plot(self, folder: Path, beside: Path) -> str:
+        """Size against perplexity, drawn by `compress inspect`; the Markdown that shows it in a file `beside` it."""
         outputs = [self.scratch / subject_file(self.subject, number) for number in range(len(WAYS))]
+        drawn = self.scratch / "plots"
+        words = [str(COMPRESS), "inspect", *map(str, outputs), "--fast", "--plot", str(drawn)]
+        subprocess.run(words, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         folder.mkdir(parents=True, exist_ok=True)
-        subprocess.run(
-            [str(COMPRESS), "inspect", *map(str, outputs), "--plot", str(folder)], check=True, stdout=subprocess.DEVNULL
-        )
-        return ""
+        file = folder / f"{self.subject.name.replace(' ', '-')}.png"
+        (perplexity,) = drawn.glob("size-perplexity-*.png")
+        shutil.move(perplexity, file)
+        shutil.rmtree(drawn)
+        return f"![Size against perplexity]({file.relative_to(beside.parent)})\n\n"
 
 
 def subject_file(subject: Subject, number: int) -> str:
@@ -175,7 +180,7 @@ def head(options: argparse.Namespace, subjects: Sequence[Subject]) -> str:
         f"its own, with imports;\n{options.samples} calibration windows of {options.seq_len} tokens, quality on the "
         f"first {options.windows} windows of held-out text, speeds against the dense\nmodel in float32 at batch 1, "
         "prompt 128 and 32 new tokens (models this small are bound by overhead, not by arithmetic).\n\n"
-        f"    python benchmarks/all_methods.py --write docs/benchmarks.md {names}\n\n"
+        f"    python benchmarks/all_methods.py --write docs/benchmarks.md --plots docs/plots {names}\n\n"
     )
 
 
@@ -195,7 +200,7 @@ def main() -> None:
             bench = Bench(subject, options, Path(scratch))
             text += bench.table() + "\n"
             if options.plots:
-                text += bench.plot(options.plots / subject.name.replace(" ", "-"))
+                text += bench.plot(options.plots, options.write or Path("all.md"))
     if options.write is None:
         print(text)
         return
