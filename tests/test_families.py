@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -264,11 +265,11 @@ def test_norms_of_what_is_written_are_refused(model_type):
     )
 
 
-def test_a_sliced_model_is_refused():
-    from compress.models.configuration_sliced import SlicedConfig
-
-    assert refusal(SlicedConfig()).startswith(
-        "compress_sliced cannot be sliced exactly: it is sliced already. Slice the dense model instead"
+@pytest.mark.parametrize("kind", ["sliced", "lowrank", "compact", "compact_sliced"])
+def test_a_compressed_model_is_refused(kind):
+    assert refusal(SimpleNamespace(model_type=f"compress_{kind}")) == (
+        f"This is a compressed model already (compress_{kind}). Start from the dense one, with all stages in one recipe: "
+        "compress run."
     )
 
 

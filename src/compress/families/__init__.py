@@ -148,6 +148,11 @@ def find(config: Any) -> Family:
     Raises UnsupportedModel where there is none, or where the model cannot be rotated exactly, with the reason.
     """
     model_type = config.model_type
+    if model_type.startswith("compress_"):
+        raise UnsupportedModel(
+            f"This is a compressed model already ({model_type}). Start from the dense one, with all stages in one recipe: "
+            "compress run."
+        )
     if reason := NEVER_EXACT.get(model_type):
         raise UnsupportedModel(f"{model_type} cannot be sliced exactly: {reason} Supported: {', '.join(names())}.")
     if model_type not in names():
@@ -165,5 +170,4 @@ NEVER_EXACT = {
     "gemma3": _NORMS_THE_WRITE,
     "gemma3_text": _NORMS_THE_WRITE,
     "olmo2": _NORMS_THE_WRITE,
-    "compress_sliced": "it is sliced already. Slice the dense model instead, to the ratio you want.",
 }
