@@ -268,8 +268,8 @@ def test_norms_of_what_is_written_are_refused(model_type):
 @pytest.mark.parametrize("kind", ["sliced", "lowrank", "compact", "compact_sliced"])
 def test_a_compressed_model_is_refused(kind):
     assert refusal(SimpleNamespace(model_type=f"compress_{kind}")) == (
-        f"This is a compressed model already (compress_{kind}). Start from the dense one, with all stages in one recipe: "
-        "compress run."
+        f"This is a compressed model already (compress_{kind}). Start from the dense one, with all "
+        "stages in one recipe: compress run."
     )
 
 

@@ -150,8 +150,8 @@ def find(config: Any) -> Family:
     model_type = config.model_type
     if model_type.startswith("compress_"):
         raise UnsupportedModel(
-            f"This is a compressed model already ({model_type}). Start from the dense one, with all stages in one recipe: "
-            "compress run."
+            f"This is a compressed model already ({model_type}). Start from the dense one, with all "
+            "stages in one recipe: compress run."
         )
     if reason := NEVER_EXACT.get(model_type):
         raise UnsupportedModel(f"{model_type} cannot be sliced exactly: {reason} Supported: {', '.join(names())}.")
