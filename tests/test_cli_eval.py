@@ -12,14 +12,13 @@ from safetensors.torch import load_file, save_file
 
 from cli_runner import flat, invoke, snapshot, succeeds, untouched
 from compress.checkpoints.gguf import write_gguf
-from compress.checkpoints.measures import read_measures
+from compress.checkpoints.measures import QUALITY, read_measures
 from compress.evaluation import _programs, harness
 from compress.evaluation._programs import Outcome
 from compress.evaluation.humaneval import Sampling, completions
 from compress.models.opening import load
 from compress.models.storage import Storage
 from compress.numerics.sparsity import Pattern
-from compress.quality.saved import FILE
 from stored import write_compact, write_packed
 from test_gguf import write_folder
 from test_humaneval import PROBLEM, write_problems
@@ -295,7 +294,7 @@ def test_the_result_is_kept_if_asked(home, place, tmp_path):
     before = snapshot(tmp_path / "mine")
     words = ["--model", "mine", *texts(home)]
     shown = succeeds("eval", *words, "--save", "--json").json
-    saved = json.loads((tmp_path / "mine" / FILE).read_text())
+    saved = json.loads((tmp_path / "mine" / QUALITY).read_text())
     assert saved["perplexity"] == shown["perplexity"]
     assert list(saved) == ["perplexity", "settings"]
     settings = saved["settings"]["perplexity"]
@@ -303,7 +302,7 @@ def test_the_result_is_kept_if_asked(home, place, tmp_path):
     assert (settings["limit"], settings["dtype"], settings["device"]) == (2, "float32", "cpu")
     tasks = ["--tasks", "piqa", "--data-dir", home / "data", "--save"]
     succeeds("eval", "--model", "mine", *tasks)
-    both = json.loads((tmp_path / "mine" / FILE).read_text())
+    both = json.loads((tmp_path / "mine" / QUALITY).read_text())
     assert list(both) == ["perplexity", "settings", "tasks"]
     measures = read_measures(tmp_path / "mine")
     assert measures is not None
@@ -311,9 +310,9 @@ def test_the_result_is_kept_if_asked(home, place, tmp_path):
     assert both["perplexity"] == saved["perplexity"]
     assert both["settings"]["tasks"]["limit"] is None
     succeeds("eval", *words[:-1], 1, "--save")
-    assert json.loads((tmp_path / "mine" / FILE).read_text())["perplexity"][0]["windows"] == 1
+    assert json.loads((tmp_path / "mine" / QUALITY).read_text())["perplexity"][0]["windows"] == 1
     after = snapshot(tmp_path / "mine")
-    assert {name: content for name, content in after.items() if name != FILE} == before
+    assert {name: content for name, content in after.items() if name != QUALITY} == before
     with untouched(tmp_path / "mine"):
         succeeds("eval", *words)
 
@@ -322,12 +321,12 @@ def test_a_comparison_is_kept_beside_each(home, place, tmp_path):
     for name in ("a", "b"):
         shutil.copytree(home / "dense", tmp_path / name)
     succeeds("eval", "--compare", "a", "b", *texts(home), "--save")
-    assert all(json.loads((tmp_path / name / FILE).read_text())["perplexity"] for name in ("a", "b"))
+    assert all(json.loads((tmp_path / name / QUALITY).read_text())["perplexity"] for name in ("a", "b"))
 
 
 def test_a_damaged_file_of_results_is_not_overwritten(home, place, tmp_path):
     shutil.copytree(home / "dense", tmp_path / "mine")
-    (tmp_path / "mine" / FILE).write_text("[]")
+    (tmp_path / "mine" / QUALITY).write_text("[]")
     with untouched(tmp_path / "mine"):
         ran = invoke("eval", "--model", "mine", *texts(home), "--save")
     assert ran.code == 1

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from compress.checkpoints.files import write_json
+from compress.checkpoints.measures import QUALITY
 from compress.errors import CheckpointError, OutputError
 from compress.quality.measuring import Quality
-
-FILE = "quality.json"
 
 
 def save(folder: Path, quality: Quality) -> Path:
@@ -17,11 +16,11 @@ def save(folder: Path, quality: Quality) -> Path:
 
     A measure that is in there already is replaced, others stay; each has its settings under its own name.
     """
-    file = folder / FILE
+    file = folder / QUALITY
     kept = read_saved(file)
     sections = quality.sections()
     settings = kept.get("settings", {}) | dict.fromkeys(sections, quality.settings)
-    unfinished = file.with_name(f"{FILE}.unfinished")
+    unfinished = file.with_name(f"{QUALITY}.unfinished")
     try:
         write_json(unfinished, kept | sections | {"settings": settings})
         with unfinished.open("rb") as opened:
