@@ -55,7 +55,20 @@ def test_a_shipped_recipe_runs_and_its_result_computes(file, kind, home, place):
         assert said["bytes"] < said["dense_bytes"]
     logits = logits_of(compress.load(place / "out"), random_ids(1, 16))
     assert torch.isfinite(logits).all()
+    measured = succeeds("eval", "--ppl", home / "text.txt", "--model", "out", "--seq-len", 32, "--limit", 4, "--json")
+    assert 1 < measured.json["perplexity"][0]["ppl"] < 10**4
     assert json.loads((place / "out" / "compress.json").read_text())["recipe"]["method"] == said_method(file)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["slice-then-slim", "lord-then-slim", "slice-lord-slim"])
+def test_several_stages_at_once_reload_in_a_clean_process(name, home, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    (file,) = (file for file in CONFIGS if file.stem == name)
+    said = succeeds(*words(home, file, "llama", "--json")).json
+    assert said["reload_difference"] < 1e-4
+    assert said["held_out_divergence"] > 0
 
 
 def said_method(file: Path) -> str:
