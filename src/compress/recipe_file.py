@@ -8,10 +8,10 @@ from typing import Any
 
 import yaml
 
+from compress.checkpoints.facts import FACTS
 from compress.errors import UsageError
 from compress.recipe import Recipe, Where, dotted
 
-FACTS = "compress.json"
 LARGEST = 10**7  # bytes; a recipe has some hundred, a compress.json of a large model a few million
 MOST_VALUES = 10_000  # a few lines of YAML that refer to one another can stand for billions
 

@@ -66,7 +66,6 @@ def deliver(
 
     if push_to_hub is not None:
         check_repository(push_to_hub)
-
     if show_recipe:
         print_text(as_yaml(job.recipe))
         return
