@@ -434,7 +434,7 @@ def norm_names(model: PreTrainedModel) -> list[str]:
     family = families.find(model.config)
     norms = [branch.norms[0] for branch in family.branches]
     blocks = range(model.config.num_hidden_layers)
-    return [f"{family.blocks}.{block}.{norm}" for block in blocks for norm in norms] + [family.final_norm]
+    return [f"{family.blocks}.{block}.{norm}" for block in blocks for norm in norms] + [str(family.final_norm)]
 
 
 @dataclass

@@ -36,9 +36,39 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_bigcode": {"n_inner": 48, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
     "codegen": {"n_inner": 48, "rotary_dim": 4},
     "gpt_neox": {"intermediate_size": 48},
+    "falcon": {"ffn_hidden_size": 48, "multi_query": True},
+    "stablelm": {**GATED, "use_qkv_bias": True, "qk_layernorm": True},
+    "granite": {
+        **GATED,
+        "embedding_multiplier": 12.0,
+        "residual_multiplier": 0.22,
+        "attention_multiplier": 0.4,
+        "logits_scaling": 4.0,
+        "rms_norm_eps": 1e-4,
+    },
+    "smollm3": {**GATED, "no_rope_layer_interval": 2, "tie_word_embeddings": True},
+    "ministral": {**GATED, "head_dim": 12, "sliding_window": 16},
+    "glm": {**GATED, "head_dim": 12},
+    "cohere": {**GATED, "logit_scale": 0.25, "layer_norm_eps": 1e-4, "tie_word_embeddings": True},
+    "cohere2": {**GATED, "logit_scale": 0.25, "sliding_window": 16, "tie_word_embeddings": True},
+    "gptj": {"n_inner": 48, "rotary_dim": 4},
+    "olmo": {**GATED, "clip_qkv": 1.0},
+    "olmo2": {**GATED},
+    "olmo3": {**GATED, "sliding_window": 16},
+    "glm4": {**GATED, "head_dim": 12},
+    "gemma2": {
+        **GATED,
+        "head_dim": 12,
+        "query_pre_attn_scalar": 12,
+        "sliding_window": 16,
+        "final_logit_softcapping": 3.0,
+    },
+    "gemma3_text": {**GATED, "head_dim": 12, "query_pre_attn_scalar": 12, "sliding_window": 16},
 }
 # Of these the stock code gives the head a stream as wide as the embeddings.
-ONE_END = ("gpt_bigcode", "codegen")
+ONE_END = ("gpt_bigcode", "codegen", "gptj")
+# A normal run of OPT-350m's kind: norms behind the branches, embeddings narrower than the stream.
+OPT_350M: dict[str, Any] = {"do_layer_norm_before": False, "word_embed_proj_dim": 16}
 
 
 def tiny_config(model_type: str, **changes: Any) -> Any:
@@ -51,7 +81,7 @@ def tiny_model(
     """A random model whose every parameter matters: gains, biases and offsets are drawn too."""
     torch.manual_seed(seed)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(tiny_config(model_type, **changes), dtype=dtype)
-    gains = ("norm.weight", "ln_1.weight", "ln_2.weight", "ln_f.weight")
+    gains = ("norm.weight", "ln_1.weight", "ln_2.weight", "ln_f.weight", "ln_attn.weight", "ln_mlp.weight")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:

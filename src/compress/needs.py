@@ -13,7 +13,7 @@ from compress.models.decoder import Decoder
 from compress.recipe import Recipe
 from compress.stages._stage import StageConfig, StoringStage
 from compress.streaming.cache import cache_bytes
-from compress.streaming.passage import has_linears, num_streams
+from compress.streaming.passage import has_linears, keeps_before_post_norms, num_streams
 from compress.streaming.spectra import WIDEST
 from compress.streaming.survey import SurveyNeed, kept_streams
 
@@ -30,7 +30,7 @@ def needs(
     """Bytes of memory, and of disk beside the output."""
     calibration, width = recipe.calibration, config.hidden_size
     one = cache_bytes(calibration.samples, calibration.seq_len, width, computing)
-    caches = one * num_streams(stages)
+    caches = one * (num_streams(stages) + keeps_before_post_norms(stages, family))
     if SurveyNeed.GRADIENT in surveyed(stages):
         caches = max(caches, one * kept_streams(config.num_hidden_layers, one, cache_memory))
     # Eigenvectors and their like take four matrices of the stream's width; a group of linears has its equations twice.

@@ -14,7 +14,7 @@ from compress.checkpoints.stock import StockTarget
 from compress.checkpoints.targets import KERNEL_STEP, Shape, Target, dense_units
 from compress.errors import UsageError, report
 from compress.factoring import FactorPlan, factorising, plan_factors
-from compress.families import Family
+from compress.families import Family, check_exact
 from compress.models.storage import Storage
 from compress.needs import needs, surveyed
 from compress.ranks import RankSpace
@@ -121,9 +121,13 @@ def model_points(config: Any, family: Family, seed: int) -> list[StreamPoint]:
 
 
 def choose_target(recipe: Recipe, config: Any, family: Family) -> tuple[Target, list[str]]:
-    """What the result is written as, and what of that is to be told."""
+    """What the result is written as, and what of that is to be told.
+
+    Raises UnsupportedModel where the recipe changes the stream of a model that has to keep it.
+    """
     if not any(stage.reshapes for stage in recipe.stages):
         return DenseTarget(config), []
+    check_exact(config, family)
     shared = any(stage.site is WholeModel for stage in recipe.stages)
     if not shared:
         return SlicedTarget(config, family), []

@@ -64,7 +64,7 @@ class SlicedTarget:
             mlp_widths=list(neurons) if isinstance(neurons, tuple) else None,
             norm_width=config.hidden_size,
             norm_eps=family.epsilon(config),
-            reader_bias=family.norm == "layer" and getattr(config, "layer_norm_elementwise_affine", True),
+            reader_bias=family.norm == "layer" and family.norm_offset,
             architectures=[self.architecture],
             auto_map={
                 "AutoConfig": "configuration_sliced.SlicedConfig",

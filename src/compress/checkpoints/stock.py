@@ -7,6 +7,8 @@ d is the stock class's own with norm weights sqrt(D / d) and epsilon eps D / d. 
 LayerNorm stays LayerNorm (Phi, StarCoder2): the kept directions are laid into the vectors of R^d whose coordinates sum
 to zero, where LayerNorm subtracts nothing. That costs one channel; a head that has no bias for what the final norm's
 offset was costs another, whose norm weight is 0 and norm bias 1. Norms of such a model have no offset but that.
+
+Norms without a gain, with an epsilon of their own (OLMo), stay so: the stream is scaled by sqrt(d / D) instead.
 """
 
 from collections.abc import Mapping
@@ -71,11 +73,12 @@ class StockTarget:
             "head_dim": getattr(dense, "head_dim", None) or dense.hidden_size // dense.num_attention_heads,
             "num_attention_heads": self.num_heads(shape),
             "tie_word_embeddings": False,
-            str(self.family.norm_eps): self.family.epsilon(dense) * dense.hidden_size / width,
             "architectures": [self.architecture],
             "dtype": dtype,
             **self.rules.adds,
         }
+        if isinstance(self.family.norm_eps, str):
+            changes[self.family.norm_eps] = self.family.epsilon(dense) * dense.hidden_size / width
         for branch in self.family.branches:
             changes |= {units.count: shape.units[units.kind] for units in branch.units}
         # Built anew, so that the config class sees the final values together; what it has no key for, it does not get.
@@ -148,7 +151,8 @@ class StockLayout:
         width = self.stream_width(branch)
         columns, root = self.lift(width), (branch.dense_width / width) ** 0.5
         if name in branch.writers:
-            return WrittenForm(outputs=Lift(columns), has_bias=name in self.family.stock.zero_biases)
+            has_bias = name in self.family.stock.zero_biases
+            return WrittenForm(outputs=Lift(columns, self._stream_scale(root)), has_bias=has_bias)
         # Where outputs pass a norm, its epsilon grows as the stream's does, and what it is given by as much.
         is_normed = name in dict(self.family.stock.normed_readers)
         gain = self._norm_weight(branch, width) + self._norm_offset(branch)
@@ -156,7 +160,8 @@ class StockLayout:
 
     def settle(self, branch: Branch) -> None:
         width = self.stream_width(branch)
-        ratio, lift = branch.dense_width / width, Lift(self.lift(width))
+        ratio = branch.dense_width / width
+        lift = Lift(self.lift(width), self._stream_scale(ratio**0.5))
         linears = [name for name, writer in branch.writers.items() if isinstance(writer, nn.Linear)]
         forms = {name: self.form(branch, name) for name in (*branch.readers, *linears)}
         for name, form in forms.items():
@@ -199,25 +204,34 @@ class StockLayout:
             table.embed_scale = embed_scale / root
         set_weight(table, weight)
 
+    def _stream_scale(self, root: float) -> float:
+        """What the stream is multiplied by, where norms have no gain that could be."""
+        return 1.0 if self.family.norm_gain else 1 / root
+
     @staticmethod
     def _norm_offset(branch: Branch) -> float:
         return 1.0 if branch.norm_kind == "rms_plus_one" else 0.0
 
     def _norm_weight(self, branch: Branch, width: int) -> float:
         """The gain sqrt(D / d) as the output dtype has it; the readers take up what rounding changed."""
+        if not self.family.norm_gain:
+            return 1.0
         weight = (branch.dense_width / width) ** 0.5 - self._norm_offset(branch)
         return float(torch.tensor(weight, dtype=torch.float64).to(self.dtype))
 
     def _settle_norm(self, branch: Branch, group: ReaderGroup, width: int) -> None:
-        weight = torch.full((width,), self._norm_weight(branch, width), dtype=torch.float64)
         norm_class: Any = branch.norm_class
+        if not self.family.norm_gain:
+            group.replace_norm(norm_class(width))
+            return
+        weight = torch.full((width,), self._norm_weight(branch, width), dtype=torch.float64)
         norm = norm_class(width, eps=branch.norm_eps * branch.dense_width / width)
         bias = torch.zeros_like(weight)
         if self.has_constant and not branch.writers:
             weight[-1], bias[-1] = 0.0, 1.0
             self._bias_as_column(branch)
         norm.weight = branch.parameter(weight)
-        if self.is_layer_norm:
+        if self.family.norm == "layer" and self.family.norm_offset:
             norm.bias = branch.parameter(bias)
         group.replace_norm(norm)
 

@@ -60,7 +60,9 @@ class BranchTable:
     """One residual branch of a block. Names are below the block.
 
     paths: the chains of modules from norm to stream; more than one where attention and MLP run in parallel.
-    norms: one for all paths, or one for each.
+    norms: one for all paths, or one for each; none where the stream is read as it is.
+    post_norm: a norm behind the branch, of what it is about to write, or with `post_norm_of` "stream" of the stream
+        that has taken that in. Such a branch has one writer.
     """
 
     name: str
@@ -69,11 +71,13 @@ class BranchTable:
     readers: tuple[str, ...]
     writers: tuple[str, ...]
     units: tuple[Units, ...] = ()
+    post_norm: str | None = None
+    post_norm_of: Literal["update", "stream"] = "update"
 
-    def readers_by_norm(self) -> dict[str, tuple[str, ...]]:
-        """All readers behind the one norm, or behind each those that its path passes."""
-        if len(self.norms) == 1:
-            return {self.norms[0]: self.readers}
+    def readers_by_norm(self) -> dict[str | None, tuple[str, ...]]:
+        """All readers behind the one norm, or behind each those that its path passes; behind None without a norm."""
+        if len(self.norms) <= 1:
+            return {next(iter(self.norms), None): self.readers}
         return {norm: self._readers_on(path) for norm, path in zip(self.norms, self.paths, strict=True)}
 
     def _readers_on(self, path: tuple[str, ...]) -> tuple[str, ...]:
@@ -84,37 +88,74 @@ class BranchTable:
 class Family:
     """The parts of a family's causal LM. Names are below the causal LM, those in `branches` below a block.
 
+    project_in, project_out: linears that the embeddings and what the head reads pass, where the model has them.
+    final_norm: None where the head reads the stream as it is.
     norm: `layer` (LayerNorm), `rms` (gain w), `rms_plus_one` (gain 1 + w).
+    norm_gain, norm_offset: whether norms have a gain, and LayerNorms an offset.
     norm_eps: the config's key for the norm's epsilon, or a number where the model fixes it.
+    multiplier: the config's key for what everything that a branch writes is multiplied by.
+    logits: what the model does to the head's outputs, in order, each with the key of its number in the config:
+        `multiplier`, `divisor`, `softcap` (c tanh(y / c)).
     dropout: the config's key for dropout on what a branch adds, None where the family has none or its modules do it.
     returns_tuple: the stock blocks return a tuple that starts with the stream.
     first_width_last: the stock model gives the head the stream in the width that it had before the first block.
     stock: how a sliced model is a stock one; None where the stock class has no room for it.
     not_exact: why a model with this config cannot be rotated exactly, None where it can.
+    refused: why nothing can be done to a model with this config, None where something can.
     """
 
     embeddings: tuple[str, ...] = ("model.embed_tokens",)
     blocks: str = "model.layers"
     branches: tuple[BranchTable, ...]
     attention: str = "self_attn"
-    final_norm: str = "model.norm"
+    final_norm: str | None = "model.norm"
     head: str = "lm_head"
+    project_in: str | None = None
+    project_out: str | None = None
     head_bias: bool = False
     norm: Literal["layer", "rms", "rms_plus_one"] = "rms"
+    norm_gain: bool = True
+    norm_offset: bool = True
     norm_eps: str | float = "rms_norm_eps"
+    multiplier: str | None = None
+    logits: Mapping[str, str] = field(default_factory=dict)
     dropout: str | None = None
     returns_tuple: bool = False
     first_width_last: bool = False
     stock: StockShape | None = None
     not_exact: Callable[[Any], str | None] = lambda config: None
+    refused: Callable[[Any], str | None] = lambda config: None
+
+    @property
+    def embedding_parts(self) -> tuple[str, ...]:
+        """What has weights before the first block."""
+        return tuple(part for part in (*self.embeddings, self.project_in) if part)
+
+    @property
+    def head_parts(self) -> tuple[str, ...]:
+        """What has weights behind the last block."""
+        return tuple(part for part in (self.final_norm, self.project_out, self.head) if part)
+
+    @property
+    def last_reader(self) -> str:
+        """The linear behind the last block that reads the stream."""
+        return self.project_out or self.head
+
+    @property
+    def has_post_norms(self) -> bool:
+        return any(branch.post_norm for branch in self.branches)
 
     def epsilon(self, config: Any) -> float:
         return getattr(config, self.norm_eps) if isinstance(self.norm_eps, str) else self.norm_eps
 
+    def scale(self, config: Any) -> float:
+        """What everything that a branch writes is multiplied by."""
+        return float(getattr(config, self.multiplier)) if self.multiplier else 1.0
+
     def structure(self) -> dict[str, Any]:
         """The names alone, as plain data: what a sliced checkpoint carries in its config.json."""
         named = ("embeddings", "blocks", "attention", "final_norm", "head", "head_bias", "dropout", "returns_tuple")
-        names: dict[str, Any] = {name: getattr(self, name) for name in named}
+        names: dict[str, Any] = {name: getattr(self, name) for name in (*named, "multiplier", "logits")}
         branches = [asdict(branch) for branch in self.branches]
         for branch in branches:
             neurons = [units for units in branch.pop("units") if units["kind"] == "neurons"]
@@ -145,7 +186,8 @@ def names() -> list[str]:
 def find(config: Any) -> Family:
     """The family of a model, from its config: its module's `family(config)`, or its FAMILY where all are alike.
 
-    Raises UnsupportedModel where there is none, or where the model cannot be rotated exactly, with the reason.
+    Raises UnsupportedModel where there is none, or where nothing can be done to the model, with the reason. That it
+    cannot be rotated is no such reason: `check_exact` is for recipes that would.
     """
     model_type = config.model_type
     if model_type.startswith("compress_"):
@@ -153,21 +195,29 @@ def find(config: Any) -> Family:
             f"This is a compressed model already ({model_type}). Start from the dense one, with all "
             "stages in one recipe: compress run."
         )
-    if reason := NEVER_EXACT.get(model_type):
-        raise UnsupportedModel(f"{model_type} cannot be sliced exactly: {reason} Supported: {', '.join(names())}.")
+    if reason := REFUSED.get(model_type):
+        raise UnsupportedModel(f"{model_type} is not supported: {reason}")
     if model_type not in names():
         raise UnsupportedModel(f"The model type {model_type!r} is not supported. Supported: {', '.join(names())}.")
     module = importlib.import_module(f"compress.families.{model_type}")
     family: Family = module.family(config) if hasattr(module, "family") else module.FAMILY
-    if reason := family.not_exact(config):
-        raise UnsupportedModel(f"This {model_type} model cannot be sliced exactly: {reason}")
+    if reason := family.refused(config):
+        raise UnsupportedModel(f"This {model_type} model is not supported: {reason}")
     return family
 
 
-_NORMS_THE_WRITE = "it normalises what a branch writes (post-norm), which a rotation of the stream does not pass."
-NEVER_EXACT = {
-    "gemma2": _NORMS_THE_WRITE,
-    "gemma3": _NORMS_THE_WRITE,
-    "gemma3_text": _NORMS_THE_WRITE,
-    "olmo2": _NORMS_THE_WRITE,
+def check_exact(config: Any, family: Family) -> None:
+    """Raises UnsupportedModel where the stream of a model cannot be rotated exactly, with the reason and a remedy."""
+    if reason := family.not_exact(config):
+        raise UnsupportedModel(
+            f"This {config.model_type} model cannot be sliced exactly: {reason} Use compress lord or compress slim, "
+            "which leave its stream as it is."
+        )
+
+
+REFUSED = {
+    "gemma3": "its config is that of text and images together. Compress the language model alone: load it with "
+    "Gemma3ForCausalLM.from_pretrained, write it with save_pretrained (model type gemma3_text), and start from that.",
+    "gpt2": "its linear layers are Conv1D modules, whose weights lie the other way round. gpt_bigcode has the same "
+    "blocks in plain linears.",
 }

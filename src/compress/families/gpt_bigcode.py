@@ -22,7 +22,7 @@ MLP = BranchTable(
 )
 
 
-def not_exact(config: Any) -> str | None:
+def refused(config: Any) -> str | None:
     return "its blocks read an encoder's output too (add_cross_attention=true)." if config.add_cross_attention else None
 
 
@@ -35,5 +35,5 @@ FAMILY = Family(
     norm="layer",
     norm_eps="layer_norm_epsilon",
     first_width_last=True,
-    not_exact=not_exact,
+    refused=refused,
 )

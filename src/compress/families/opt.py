@@ -1,5 +1,6 @@
-"""OPT: LayerNorm, learned positions, an MLP without a module of its own. OPT-350m is post-norm and refused."""
+"""OPT: LayerNorm, learned positions, an MLP without a module of its own; OPT-350m normalises behind each branch."""
 
+from dataclasses import replace
 from typing import Any
 
 from compress.families import BranchTable, Family
@@ -24,21 +25,34 @@ MLP = BranchTable(
 
 def not_exact(config: Any) -> str | None:
     if not config.do_layer_norm_before:
-        return "it normalises after each branch (do_layer_norm_before=false, as OPT-350m). Other OPT sizes work."
+        return "it normalises the stream after each branch (do_layer_norm_before=false, as OPT-350m)."
     if config.word_embed_proj_dim != config.hidden_size:
-        return "its embeddings are projected to the hidden size (word_embed_proj_dim differs). Other OPT sizes work."
+        return "its embeddings are projected to the hidden size (word_embed_proj_dim differs)."
     if config._remove_final_layer_norm:
         return "its head reads the stream without a norm (_remove_final_layer_norm=true)."
     return None
 
 
-FAMILY = Family(
-    embeddings=("model.decoder.embed_tokens", "model.decoder.embed_positions"),
-    blocks="model.decoder.layers",
-    branches=(ATTENTION, MLP),
-    final_norm="model.decoder.final_layer_norm",
-    norm="layer",
-    norm_eps=1e-5,  # torch's default: OPT's config has no key for it.
-    dropout="dropout",
-    not_exact=not_exact,
-)
+def behind(branch: BranchTable) -> BranchTable:
+    """With its norm behind it."""
+    return replace(branch, norms=(), post_norm=branch.norms[0], post_norm_of="stream")
+
+
+def family(config: Any) -> Family:
+    decoder, pre_norm = "model.decoder", config.do_layer_norm_before
+    is_projected = config.word_embed_proj_dim != config.hidden_size
+    has_final_norm = pre_norm and not config._remove_final_layer_norm
+    return Family(
+        embeddings=(f"{decoder}.embed_tokens", f"{decoder}.embed_positions"),
+        blocks=f"{decoder}.layers",
+        branches=(ATTENTION, MLP) if pre_norm else (behind(ATTENTION), behind(MLP)),
+        final_norm=f"{decoder}.final_layer_norm" if has_final_norm else None,
+        project_in=f"{decoder}.project_in" if is_projected else None,
+        project_out=f"{decoder}.project_out" if is_projected else None,
+        norm="layer",
+        norm_gain=config.layer_norm_elementwise_affine,
+        norm_offset=config.layer_norm_elementwise_affine,
+        norm_eps=1e-5,  # torch's default: OPT's config has no key for it.
+        dropout="dropout",
+        not_exact=not_exact,
+    )

@@ -25,15 +25,15 @@ Writer = nn.Linear | nn.Embedding
 
 @dataclass(frozen=True)
 class ReaderGroup:
-    """The readers behind one norm of a branch, which is `norm_name` below `owner`."""
+    """The readers behind one norm of a branch, which is `norm_name` below `owner`; None where there is no norm."""
 
     owner: nn.Module
-    norm_name: str
+    norm_name: str | None
     readers: Mapping[str, nn.Linear]
 
     @property
     def norm(self) -> nn.Module:
-        return self.owner.get_submodule(self.norm_name)
+        return nn.Identity() if self.norm_name is None else self.owner.get_submodule(self.norm_name)
 
     def replace_norm(self, norm: nn.Module) -> None:
         replace(self.owner, self.norm_name, norm)
@@ -46,6 +46,8 @@ class Branch:
     owner, norms: the module that the branch's parts are named below; its norms there, each with the readers behind it.
     shortcut_name: where the owner has the stream's change of basis beside the branch, if it needs one.
     units: kinds of parts that can be deleted whole, and how many the dense branch has of each.
+    scale: what all that it writes is multiplied by on the way to the stream.
+    post_norm: the name of the norm behind it, and whether that is of what it writes (`update`) or of the `stream`.
     run: from the stream (batch, tokens, d) and the block's keyword arguments to what the branch adds to it.
     """
 
@@ -56,9 +58,12 @@ class Branch:
     norm_eps: float
     dense_width: int
     owner: nn.Module | None = None
-    norms: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    norms: Mapping[str | None, tuple[str, ...]] = field(default_factory=dict)
     shortcut_name: str = ""
     units: Mapping[str, tuple[Units, int]] = field(default_factory=dict)
+    scale: float = 1.0
+    post_norm: str | None = None
+    post_norm_of: str = "update"
     run: Callable[..., Tensor] | None = None
 
     def __post_init__(self) -> None:
@@ -72,6 +77,16 @@ class Branch:
         return [
             ReaderGroup(owner, norm, {name: self.readers[name] for name in names}) for norm, names in self.norms.items()
         ]
+
+    @property
+    def writes_through_norm(self) -> bool:
+        """Whether what it writes is normalised on the way to the stream."""
+        return self.post_norm is not None and self.post_norm_of == "update"
+
+    @property
+    def norms_behind(self) -> list[nn.Module]:
+        assert self.post_norm is None or self.owner is not None
+        return [] if self.owner is None or self.post_norm is None else [self.owner.get_submodule(self.post_norm)]
 
     @property
     def norm(self) -> nn.Module | None:
@@ -132,14 +147,14 @@ class Branch:
 
 
 @contextmanager
-def captured_inputs(linears: Iterable[nn.Linear]) -> Iterator[dict[int, Tensor]]:
-    """The latest input of each linear, by its place among them, for as long as the context is open."""
+def captured_inputs(modules: Iterable[nn.Module]) -> Iterator[dict[int, Tensor]]:
+    """The latest input of each module, by its place among them, for as long as the context is open."""
     found: dict[int, Tensor] = {}
 
     def note(place: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         return lambda _module, inputs: found.__setitem__(place, inputs[0])
 
-    handles = [linear.register_forward_pre_hook(note(place)) for place, linear in enumerate(linears)]
+    handles = [module.register_forward_pre_hook(note(place)) for place, module in enumerate(modules)]
     try:
         yield found
     finally:

@@ -10,7 +10,8 @@ class SlicedConfig(PretrainedConfig):
     structure: the names of the stock model's parts: `embeddings`, `blocks`, `final_norm`, `head` below the causal LM,
         `branches` below a block (each: `name`, `norms`, `paths`, `readers`, `writers`), `attention` (the step of a path
         that takes masks, positions and cache), `dropout` (the key of the residual dropout in the stock config),
-        `returns_tuple` (whether stock blocks return a tuple).
+        `multiplier` (the key of what branches' outputs are multiplied by), `logits` (what is done to the head's
+        outputs, with the keys of the numbers), `returns_tuple` (whether stock blocks return a tuple).
     stream_widths: the width of the residual stream after the embeddings and after each branch, in order.
     shortcuts: whether the stream has another basis behind every branch and passes it by a matrix.
     mlp_widths: of the MLPs, one a block, where they are not all as `text_config` says.

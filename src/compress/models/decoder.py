@@ -18,7 +18,7 @@ from transformers.initialization import no_init_weights
 
 from compress.families import BranchTable, Family
 from compress.models.branch import Branch, Writer
-from compress.models.modeling_sliced import as_residual_block, replace, shortcut_name
+from compress.models.modeling_sliced import as_residual_block, finished_logits, replace, shortcut_name
 
 Arguments = dict[str, Any]
 
@@ -70,13 +70,14 @@ class Decoder:
         return dict(sorted(shapes.items()))
 
     def embedding_names(self) -> list[str]:
-        return [f"{table}.weight" for table in self.family.embeddings]
+        """The first is the table that a tied head shares."""
+        return [f"{part}.weight" for part in self.family.embedding_parts]
 
     def block_names(self, index: int) -> list[str]:
         return [f"{self.block_prefix(index)}{name}" for name, _ in self.blocks[index].named_parameters()]
 
     def head_names(self) -> list[str]:
-        parts = (self.family.final_norm, self.family.head)
+        parts = self.family.head_parts
         return [f"{part}.{name}" for part in parts for name, _ in self.model.get_submodule(part).named_parameters()]
 
     def block_prefix(self, index: int) -> str:
@@ -103,12 +104,13 @@ class Decoder:
         return [self._block_branch(index, table) for table in self.family.branches]
 
     def head_branch(self) -> Branch:
+        reader = self.family.last_reader
         return Branch(
             name="head",
-            readers={self.family.head: linear(self.model, self.family.head)},
+            readers={reader: linear(self.model, reader)},
             writers={},
             owner=self.model,
-            norms={self.family.final_norm: (self.family.head,)},
+            norms={self.family.final_norm: (reader,)},
             **self._norm_facts(),
         )
 
@@ -122,8 +124,14 @@ class Decoder:
         return hidden_states, [recorder.arguments for recorder in self.recorders]
 
     def logits(self, hidden_states: Float[Tensor, "batch tokens d"]) -> Float[Tensor, "batch tokens vocabulary"]:
-        normed = self.model.get_submodule(self.family.final_norm)(hidden_states)
-        return self.model.get_submodule(self.family.head)(normed)
+        final_norm = self.family.final_norm
+        normed = self.model.get_submodule(final_norm)(hidden_states) if final_norm else hidden_states
+        return self.logits_of(self.model.get_submodule(self.family.last_reader)(normed))
+
+    def logits_of(self, read: Float[Tensor, "*tokens d"]) -> Float[Tensor, "*tokens vocabulary"]:
+        """The logits, of what the last reader of the stream gives."""
+        outputs = self.model.get_submodule(self.family.head)(read) if self.family.project_out else read
+        return finished_logits(outputs, self.family.logits, self.config)
 
     def empty(self, module: nn.Module) -> None:
         """Let go of a part's weights."""
@@ -149,6 +157,9 @@ class Decoder:
             owner=block,
             norms=table.readers_by_norm(),
             shortcut_name=shortcut_name(names),
+            scale=self.family.scale(self.config),
+            post_norm=table.post_norm,
+            post_norm_of=table.post_norm_of,
             units={units.kind: (units, units.number(self.config)) for units in table.units},
             run=run,
             **self._norm_facts(),
@@ -156,16 +167,17 @@ class Decoder:
 
     @contextmanager
     def _recording(self) -> Iterator[None]:
-        # The blocks and the final norm may be empty; recorders and an identity take their places for the call.
-        final_norm = self.model.get_submodule(self.family.final_norm)
-        blocks = self.model.get_submodule(self.family.blocks)
+        # The blocks and what is behind them may be empty; recorders and identities take their places for the call.
+        behind = [part for part in self.family.head_parts if part != self.family.head]
+        kept = {name: self.model.get_submodule(name) for name in (self.family.blocks, *behind)}
         replace(self.model, self.family.blocks, nn.ModuleList(self.recorders))
-        replace(self.model, self.family.final_norm, nn.Identity())
+        for name in behind:
+            replace(self.model, name, nn.Identity())
         try:
             yield
         finally:
-            replace(self.model, self.family.blocks, blocks)
-            replace(self.model, self.family.final_norm, final_norm)
+            for name, module in kept.items():
+                replace(self.model, name, module)
 
 
 def linear(root: nn.Module, name: str) -> nn.Linear:

@@ -58,10 +58,17 @@ class ResidualBlock:
 
     def run_branch(self, branch, hidden_states, **kwargs):
         """What the branch adds to the stream: the sum of its paths (two where attention and MLP are parallel)."""
-        normed = [self.get_submodule(norm)(hidden_states) for norm in branch["norms"]]
+        normed = [self.get_submodule(norm)(hidden_states) for norm in branch["norms"]] or [hidden_states]
         # One norm is for all paths, several are one for each.
         outputs = [self.run_path(*pair, **kwargs) for pair in zip(branch["paths"], itertools.cycle(normed))]
-        return functools.reduce(torch.add, outputs)
+        update = functools.reduce(torch.add, outputs)
+        update = update if self.multiplier is None else self.multiplier * update
+        if not branch.get("post_norm"):  # checkpoints of earlier versions do not say it
+            return update
+        post_norm = self.get_submodule(branch["post_norm"])
+        if branch["post_norm_of"] == "update":
+            return post_norm(update)
+        return post_norm(hidden_states + update) - hidden_states
 
     def run_path(self, path, x, **kwargs):
         for step in path:
@@ -86,7 +93,23 @@ def as_residual_block(block, structure, stock_config):
     block.__class__ = residual_class(type(block))
     block.structure = structure
     block.residual_dropout = getattr(stock_config, structure["dropout"]) if structure["dropout"] else 0.0
+    block.multiplier = getattr(stock_config, structure["multiplier"]) if structure.get("multiplier") else None
     return block
+
+
+LOGIT_RULES = {
+    "multiplier": torch.mul,
+    "divisor": torch.div,
+    "softcap": lambda logits, cap: cap * torch.tanh(logits / cap),
+}
+
+
+def finished_logits(logits, rules, stock_config):
+    """What the stock model makes of the head's outputs; `rules` names the keys of the numbers in its config."""
+    for rule, key in rules.items():
+        number = getattr(stock_config, key)
+        logits = logits if number is None else LOGIT_RULES[rule](logits, number)
+    return logits
 
 
 class SlicedForCausalLM(PreTrainedModel, GenerationMixin):
@@ -129,6 +152,7 @@ class SlicedForCausalLM(PreTrainedModel, GenerationMixin):
         outputs = self.base_model(input_ids=input_ids, position_ids=position_ids, return_dict=True, **kwargs)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+        logits = finished_logits(logits, self.config.structure.get("logits", {}), self.config.text_config)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)

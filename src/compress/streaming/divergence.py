@@ -32,11 +32,12 @@ def mean_divergence(head: Branch, dense_readers: Sequence[nn.Linear], streams: S
     total, tokens = 0.0, 0
     (linear,), (dense_linear,) = head.readers.values(), dense_readers
     assert head.norm is not None
+    logits_of = streams.decoder.logits_of
     for batch in batches:
         compressed, dense = streams.now(batch)
         assert dense is not None
         for z, x in zip(*(rows(stream).split(LOGITS_AT_ONCE) for stream in (compressed, dense)), strict=True):
-            total += kl_divergence(dense_linear(head.norm(x)), linear(head.norm(z)))
+            total += kl_divergence(logits_of(dense_linear(head.norm(x))), logits_of(linear(head.norm(z))))
             tokens += len(x)
     return total / tokens
 

@@ -20,11 +20,11 @@ class PartLoader:
     def embeddings(self) -> Iterator[None]:
         decoder = self.decoder
         tensors = self.weights.read(decoder.embedding_names())
-        for table in decoder.family.embeddings:
-            decoder.fill_root(tensors, part=table)
+        for part in decoder.family.embedding_parts:
+            decoder.fill_root(tensors, part=part)
         yield
-        for table in decoder.family.embeddings:
-            decoder.empty(decoder.model.get_submodule(table))
+        for part in decoder.family.embedding_parts:
+            decoder.empty(decoder.model.get_submodule(part))
 
     @contextmanager
     def block(self, index: int) -> Iterator[None]:
@@ -38,11 +38,10 @@ class PartLoader:
     def head(self) -> Iterator[None]:
         decoder = self.decoder
         tensors = self._head_tensors()
-        parts = (decoder.family.final_norm, decoder.family.head)
-        for part in parts:
+        for part in decoder.family.head_parts:
             decoder.fill_root(tensors, part=part)
         yield
-        for part in parts:
+        for part in decoder.family.head_parts:
             decoder.empty(decoder.model.get_submodule(part))
 
     def _head_tensors(self) -> dict[str, Tensor]:

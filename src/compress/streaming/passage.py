@@ -26,6 +26,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from compress.families import Family
 from compress.models.branch import Branch, ReaderGroup, captured_inputs, read_through, write_through
 from compress.models.decoder import Decoder
 from compress.numerics.frames import Frame
@@ -47,7 +48,7 @@ from compress.streaming.rewriting import LinearRewriter, Report
 from compress.streaming.sites import Basis, Stage, StreamPoint
 from compress.streaming.statistics import Accumulator, Need
 from compress.streaming.stopwatch import Stopwatch
-from compress.streaming.streams import Streams, rows
+from compress.streaming.streams import Batch, Streams, rows
 from compress.streaming.survey import Survey
 
 Gathered = dict[Need, Accumulator]
@@ -178,7 +179,10 @@ class Passage:
                 _, dense = self.streams.now(batch)
                 assert dense is not None
                 arguments = self.streams.arguments[batch.index][block]
-                self.streams.dense.put(batch.index, dense + branch.run(dense, arguments))
+                with captured_inputs(branch.norms_behind) as given:
+                    self.streams.dense.put(batch.index, dense + branch.run(dense, arguments))
+                if self.streams.before_post_norm is not None and given:
+                    self.streams.before_post_norm.put(batch.index, given[0])
 
     def _run_wide(self, branch: Branch, point: StreamPoint, block: int) -> None:
         """Run the branch, its output in the dense basis, and decide the point's basis by what came out."""
@@ -211,9 +215,10 @@ class Passage:
     def _gather_writers(
         self, branch: Branch, point: StreamPoint, block: int, beside: int
     ) -> tuple[EquationSums, Gathered]:
-        """Second moments of (z, inputs of the writers, 1), and with the dense stream; the point's statistics beside.
+        """Second moments of (z, inputs of the writers, 1), and with what they are to give; the point's statistics.
 
-        beside: the width of z. Where no basis changes it is left out, and the dense stream less z is what is to be met.
+        beside: the width of z, the stream over the branch's scale. Where no basis changes it is left out, and the dense
+        stream less z is what is to be met.
         """
         linears = writer_linears(branch)
         has_bias = any(linear.bias is not None for linear in linears)
@@ -230,12 +235,31 @@ class Passage:
                     for accumulator in gathered.values():
                         accumulator.add(wide, dense)
                 columns = [rows(given[place]) for place in range(len(linears))]
-                u = with_constant(torch.cat([rows(stream), *columns] if beside else columns, dim=1), bias=has_bias)
-                t = rows(dense).double()
-                weights = 1 / (self._mean_square(t) + self.eps)
-                t = t if beside else t - rows(stream).double()
+                z = [rows(stream) / branch.scale] if beside else []
+                u = with_constant(torch.cat([*z, *columns], dim=1), bias=has_bias)
+                t, weights = self._target(branch, batch)
                 sums.add(u, t, weights=weights, held_out=batch.held_out)
         return sums, gathered
+
+    def _target(self, branch: Branch, batch: Batch) -> tuple[Float64[Tensor, "tokens D"], Float64[Tensor, "tokens 1"]]:
+        """What the writers of a branch are to give a batch, and how its tokens weigh.
+
+        That is what takes the compressed stream to the dense one, over what the branch multiplies it by. Where a norm
+        is behind the branch, it is to be given what it is given in the dense model: the writer's own outputs there, or
+        the stream that has taken these in. Tokens weigh as the next norm will weigh them, and as the norm behind the
+        branch does: an error e before a norm of y is of the order of e / rms(y) behind it.
+        """
+        stream, dense = self.streams.now(batch)
+        assert dense is not None
+        t = rows(dense).double()
+        weights = 1 / (self._mean_square(t) + self.eps)
+        if branch.post_norm is not None:
+            assert self.streams.before_post_norm is not None
+            t = rows(self.streams.before_post_norm.get(batch.index, self.decoder.device)).double()
+            weights = weights / (self._mean_square(t) + self.eps)
+        if self.keeps_basis and not branch.writes_through_norm:
+            t = t - rows(stream).double()
+        return t / branch.scale, weights
 
     def _advance(self, branch: Branch, block: int) -> None:
         with self.clock("forward"):
@@ -310,6 +334,12 @@ def num_streams(stages: Iterable[Stage]) -> int:
     stages = list(stages)
     compared = any(need.dense for stage in stages for need in stage.needs)
     return 2 if compared or (has_groups(stages) and not follows_dense(stages)) else 1
+
+
+def keeps_before_post_norms(stages: Iterable[Stage], family: Family) -> bool:
+    """Whether writers are fitted to what the norms behind them are given in the dense model."""
+    stages = list(stages)
+    return family.has_post_norms and has_groups(stages) and not follows_dense(stages)
 
 
 def has_linears(stages: Iterable[Stage]) -> bool:

@@ -161,9 +161,11 @@ class Watched:
         self.inputs: dict[str, Tensor] = {}
         self.outputs: dict[str, Tensor] = {}
 
-    def hook(self, path: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def note(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def hook(self, path: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
+        def note(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
             self.inputs[path], self.outputs[path] = inputs[0], output
+            # A copy goes on where gradients are wanted: OLMo clips it in place, and what is noted would be clipped too.
+            return output.clone() if output.requires_grad else None
 
         return note
 

@@ -70,15 +70,27 @@ def scratch_file(folder: Path, name: str) -> Path:
 class Streams:
     """
     compressed: in the present basis, (windows, tokens, d) a batch. dense: (windows, tokens, D), None where no stage
-    compares with it. arguments: what each block is called with besides the stream, by batch.
+    compares with it. before_post_norm: what the norm behind the present branch is given in the dense model; None where
+    nobody asks. arguments: what each block is called with besides the stream, by batch.
     """
 
-    def __init__(self, decoder: Decoder, batches: list[Batch], caches: CacheFolder, *, dense: bool, memory: int):
+    def __init__(
+        self,
+        decoder: Decoder,
+        batches: list[Batch],
+        caches: CacheFolder,
+        *,
+        dense: bool,
+        before_post_norms: bool = False,
+        memory: int,
+    ) -> None:
         self.decoder = decoder
         self.batches = batches
-        share = memory // (2 if dense else 1)
-        self.compressed = caches.new("stream", batches, share, copies=2)
-        self.dense = caches.new("dense", batches, share, copies=2) if dense else None
+        copies = 1 + dense + before_post_norms
+        options: dict[str, int] = {"memory": memory // copies, "copies": max(copies, 2)}
+        self.compressed = caches.new("stream", batches, **options)
+        self.dense = caches.new("dense", batches, **options) if dense else None
+        self.before_post_norm = caches.new("before", batches, **options) if before_post_norms else None
         self.arguments: list[list[Arguments]] = []
 
     def embed(self) -> None:

@@ -22,7 +22,7 @@ from compress.numerics.frames import Frame
 from compress.streaming.layout import Layout
 from compress.streaming.loader import PartLoader
 from compress.streaming.memory import return_large_blocks
-from compress.streaming.passage import Passage, num_streams
+from compress.streaming.passage import Passage, keeps_before_post_norms, num_streams
 from compress.streaming.rewriting import Report
 from compress.streaming.sites import Stage, StreamPoint, WholeModel, stream_points
 from compress.streaming.stopwatch import Stopwatch
@@ -106,6 +106,7 @@ class Walk:
             split_windows(windows, settings.batch_size, settings.held_out),
             CacheFolder(decoder, settings.scratch),
             dense=num_streams(stages) == 2,
+            before_post_norms=keeps_before_post_norms(stages, decoder.family),
             memory=settings.cache_memory,
         )
         self.passage = Passage(decoder, self.streams, stages, settings.layout, self.clock, survey, frame)
@@ -152,7 +153,9 @@ class Walk:
         with self._loaded(self.loader.embeddings()):
             self._record_probe()
             self.passage.embed(branch, point)
-            tables: dict[str, Tensor] = {f"{name}.weight": table.weight for name, table in branch.writers.items()}
+            tables = dict[str, Tensor]()
+            for name in self.decoder.family.embedding_parts:
+                tables |= named_tensors(f"{name}.", self.decoder.model.get_submodule(name))
             part = self._finish(0, "embeddings", tables, points=[point])
             self.probe, _ = self.decoder.embed(self.probe_ids)
         return part
@@ -178,7 +181,7 @@ class Walk:
         with self._loaded(self.loader.head()):
             groups, divergence = self.passage.read_out(branch)
             tensors = dict[str, Tensor]()
-            for name in (decoder.family.final_norm, decoder.family.head):
+            for name in decoder.family.head_parts:
                 tensors |= named_tensors(f"{name}.", decoder.model.get_submodule(name))
             if self.settings.layout.ties_head:
                 # Written with the embeddings; the probe sees it rounded as they are.
