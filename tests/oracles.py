@@ -31,14 +31,29 @@ from tiny import VOCAB_SIZE
 
 UNLIMITED = 2**40
 CodeGenAttention = transformers.models.codegen.modeling_codegen.CodeGenAttention
+GPTJAttention = transformers.models.gptj.modeling_gptj.GPTJAttention
+OlmoLayerNorm = transformers.models.olmo.modeling_olmo.OlmoLayerNorm
 RMS_NORMS: tuple[type[nn.Module], ...] = (
     transformers.models.llama.modeling_llama.LlamaRMSNorm,
     transformers.models.mistral.modeling_mistral.MistralRMSNorm,
     transformers.models.qwen2.modeling_qwen2.Qwen2RMSNorm,
     transformers.models.qwen3.modeling_qwen3.Qwen3RMSNorm,
     transformers.models.phi3.modeling_phi3.Phi3RMSNorm,
+    transformers.models.granite.modeling_granite.GraniteRMSNorm,
+    transformers.models.smollm3.modeling_smollm3.SmolLM3RMSNorm,
+    transformers.models.ministral.modeling_ministral.MinistralRMSNorm,
+    transformers.models.glm.modeling_glm.GlmRMSNorm,
+    transformers.models.glm4.modeling_glm4.Glm4RMSNorm,
+    transformers.models.olmo2.modeling_olmo2.Olmo2RMSNorm,
+    transformers.models.olmo3.modeling_olmo3.Olmo3RMSNorm,
 )
-RMS_PLUS_ONE_NORMS: tuple[type[nn.Module], ...] = (transformers.models.gemma.modeling_gemma.GemmaRMSNorm,)
+RMS_PLUS_ONE_NORMS: tuple[type[nn.Module], ...] = (
+    transformers.models.gemma.modeling_gemma.GemmaRMSNorm,
+    transformers.models.gemma2.modeling_gemma2.Gemma2RMSNorm,
+    transformers.models.gemma3.modeling_gemma3.Gemma3RMSNorm,
+)
+COHERE = (transformers.models.cohere.modeling_cohere, transformers.models.cohere2.modeling_cohere2)
+COHERE_NORMS: tuple[type[nn.Module], ...] = (COHERE[0].CohereLayerNorm, COHERE[1].Cohere2LayerNorm)
 
 
 def exact_rms_norm(norm: Any, x: Tensor) -> Tensor:
@@ -47,6 +62,26 @@ def exact_rms_norm(norm: Any, x: Tensor) -> Tensor:
 
 def exact_rms_plus_one_norm(norm: Any, x: Tensor) -> Tensor:
     return (1 + norm.weight) * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.eps)
+
+
+def exact_cohere_norm(norm: Any, x: Tensor) -> Tensor:
+    x = x - x.mean(-1, keepdim=True)
+    return norm.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.variance_epsilon)
+
+
+def exact_olmo_norm(norm: Any, x: Tensor) -> Tensor:
+    return nn.functional.layer_norm(x, norm.normalized_shape, eps=1e-5)
+
+
+def exact_cohere_rotation(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
+) -> tuple[Tensor, Tensor]:
+    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+
+    def turned(x: Tensor) -> Tensor:
+        return x * cos + torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2) * sin
+
+    return turned(q), turned(k)
 
 
 def exact_attention(
@@ -58,16 +93,19 @@ def exact_attention(
 
 
 # What of transformers computes in float32 whatever it is given, and the same in the dtype it is given.
-EXACT: dict[tuple[type[nn.Module], str], Callable[..., Any]] = {
+EXACT: dict[tuple[Any, str], Callable[..., Any]] = {
     **{(kind, "forward"): exact_rms_norm for kind in RMS_NORMS},
     **{(kind, "forward"): exact_rms_plus_one_norm for kind in RMS_PLUS_ONE_NORMS},
-    (CodeGenAttention, "_attn"): exact_attention,
+    **{(kind, "forward"): exact_cohere_norm for kind in COHERE_NORMS},
+    (OlmoLayerNorm, "forward"): exact_olmo_norm,
+    **{(module, "apply_rotary_pos_emb"): exact_cohere_rotation for module in COHERE},
+    **{(kind, "_attn"): exact_attention for kind in (CodeGenAttention, GPTJAttention)},
 }
 
 
 @contextmanager
 def exact_norms() -> Iterator[None]:
-    """transformers' RMSNorms, and CodeGen's attention, in the dtype they are given."""
+    """transformers' norms, Cohere's rotary positions, and CodeGen's and GPT-J's attention, in the dtype given."""
     with pytest.MonkeyPatch.context() as patch:
         for (kind, name), exact in EXACT.items():
             patch.setattr(kind, name, exact)

@@ -1,5 +1,6 @@
 """What every family's table has to say truly of the stock model, and which models are refused, in which words."""
 
+import copy
 import dataclasses
 import json
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ import tiny
 from compress import families
 from compress.errors import UnsupportedModel
 from compress.families import Family
+from compress.models.modeling_sliced import as_residual_block, finished_logits
 
 EPSILON = 0.0625
 
@@ -26,14 +28,23 @@ def make(model_type: str, **changes: Any) -> tuple[Family, Any]:
     return families.find(model.config), model
 
 
-# Families whose blocks are built in one of two ways, by their config.
-OTHERWISE: dict[str, dict[str, Any]] = {"gpt_neox": {"use_parallel_residual": False}}
+# Families whose models are built in one of several ways, by their config.
+OTHERWISE: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt_neox, one after the other": ("gpt_neox", {"use_parallel_residual": False}),
+    "stablelm, parallel": ("stablelm", {"use_parallel_residual": True}),
+    "falcon, a norm each": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon, one after the other": ("falcon", {"parallel_attn": False, "alibi": True, "bias": True}),
+    "opt, norms behind": ("opt", {"do_layer_norm_before": False}),
+    "opt, 350m": ("opt", tiny.OPT_350M),
+    "opt, no final norm": ("opt", {"_remove_final_layer_norm": True}),
+    "opt, plain norms": ("opt", {"layer_norm_elementwise_affine": False}),
+}
 
 
-@pytest.fixture(scope="module", params=[*families.names(), *(f"{name}, otherwise" for name in OTHERWISE)])
+@pytest.fixture(scope="module", params=[*families.names(), *OTHERWISE])
 def pair(request) -> tuple[Family, Any]:
-    model_type, _, otherwise = request.param.partition(", ")
-    return make(model_type, **(OTHERWISE[model_type] if otherwise else {}))
+    model_type, changes = OTHERWISE.get(request.param, (request.param, {}))
+    return make(model_type, **changes)
 
 
 def blocks_of(family: Family, model: nn.Module) -> list[Any]:
@@ -42,7 +53,8 @@ def blocks_of(family: Family, model: nn.Module) -> list[Any]:
 
 
 def test_every_family_has_a_tiny_model():
-    assert families.names() == sorted(tiny.FAMILIES)
+    assert families.names() == sorted(tiny.EVERY)
+    assert not tiny.FAMILIES.keys() & tiny.OTHERS.keys()
 
 
 @pytest.mark.parametrize("model_type", families.names())
@@ -50,9 +62,16 @@ def test_a_family_is_found_by_the_name_of_its_model(model_type):
     assert families.find(AutoConfig.for_model(model_type)) == make(model_type)[0]
 
 
-@pytest.mark.parametrize("model_type", OTHERWISE)
-def test_a_family_may_depend_on_the_config(model_type):
-    assert make(model_type)[0] != make(model_type, **OTHERWISE[model_type])[0]
+@pytest.mark.parametrize("variant", OTHERWISE)
+def test_a_family_may_depend_on_the_config(variant):
+    model_type, changes = OTHERWISE[variant]
+    assert make(model_type)[0] != make(model_type, **changes)[0]
+
+
+@pytest.mark.parametrize("one_norm", [True, False])
+def test_a_new_falcon_has_as_many_norms_as_its_config_says(one_norm):
+    family, _ = make("falcon", new_decoder_architecture=True, num_ln_in_parallel_attn=1 if one_norm else 2)
+    assert family.branches[0].norms == (("input_layernorm",) if one_norm else ("ln_attn", "ln_mlp"))
 
 
 def test_blocks_are_all_of_the_stock_models_blocks(pair):
@@ -75,25 +94,26 @@ def test_every_linear_of_a_block_is_a_reader_or_a_writer_exactly_once(pair):
 
 def test_every_norm_of_the_stream_is_a_branchs_or_the_final_one(pair):
     family, model = pair
-    norms = [norm for branch in family.branches for norm in branch.norms]
+    norms = [norm for branch in family.branches for norm in (*branch.norms, branch.post_norm) if norm]
     assert len(norms) == len(set(norms))
     named = {f"{family.blocks}.{i}.{norm}" for i in range(tiny.NUM_BLOCKS) for norm in norms}
-    named.add(family.final_norm)
-    found = {
-        name
-        for name, module in model.named_modules()
-        if type(module).__name__.endswith("Norm") and tuple(module.weight.shape) == (tiny.HIDDEN,)
-    }
-    assert named == found
+    named |= {family.final_norm} - {None}
+
+    def is_of_the_stream(module: nn.Module) -> bool:
+        weight = getattr(module, "weight", None)
+        return weight is None or tuple(weight.shape) == (tiny.HIDDEN,)
+
+    modules = dict(model.named_modules())
+    assert named == {n for n, m in modules.items() if type(m).__name__.endswith("Norm") and is_of_the_stream(m)}
 
 
 def test_every_parameter_is_accounted_for(pair):
     """Nothing that touches the stream is left out; what is left lies between a branch's readers and writers."""
     family, model = pair
-    parts = {*family.embeddings, family.final_norm, family.head}
+    parts = {*family.embedding_parts, *family.head_parts}
     for i in range(tiny.NUM_BLOCKS):
         for branch in family.branches:
-            names = (*branch.norms, *branch.readers, *branch.writers)
+            names = (*branch.norms, *branch.readers, *branch.writers, branch.post_norm)
             parts |= {f"{family.blocks}.{i}.{name}" for name in names}
     left = [name for name, _ in model.named_parameters() if name.rpartition(".")[0] not in parts]
     inner = {f"{family.blocks}.{i}.{family.attention}." for i in range(tiny.NUM_BLOCKS)}
@@ -106,7 +126,9 @@ def test_every_embedding_table_is_listed(pair):
     found = {name for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
     assert set(family.embeddings) == found
     assert model.get_submodule(family.embeddings[0]) is model.get_input_embeddings()
-    assert {model.get_submodule(name).embedding_dim for name in family.embeddings} == {tiny.HIDDEN}
+    widths = [model.get_submodule(name).embedding_dim for name in family.embeddings]
+    assert widths[1:] == [tiny.HIDDEN] * (len(widths) - 1)
+    assert (widths[0] == tiny.HIDDEN) is (family.project_in is None) is (family.project_out is None)
 
 
 def test_the_head_is_the_output_embeddings(pair):
@@ -151,11 +173,42 @@ def test_every_reader_is_behind_the_norm_that_its_input_came_through(pair):
         handle.remove()
     for branch in family.branches:
         groups = branch.readers_by_norm()
-        assert tuple(groups) == branch.norms
+        assert tuple(groups) == (branch.norms or (None,))
         assert sorted(name for names in groups.values() for name in names) == sorted(branch.readers)
         for norm, readers in groups.items():
             assert readers
-            assert all(torch.equal(given[reader], gave[norm]) for reader in readers)
+            source = given[readers[0]] if norm is None else gave[norm]
+            assert all(torch.equal(given[reader], source) for reader in readers)
+
+
+def test_a_block_is_the_chain_of_its_branches(pair):
+    """The stock block's output from the table alone: norms behind, multipliers and parallel paths included."""
+    family, model = pair
+    seen: list[Any] = []
+    handles = [
+        block.register_forward_hook(lambda *call: seen.append(call), with_kwargs=True)
+        for block in blocks_of(family, model)
+    ]
+    with torch.no_grad():
+        model(input_ids=torch.arange(24)[None], use_cache=False)
+        for handle in handles:
+            handle.remove()
+        assert len(seen) == tiny.NUM_BLOCKS
+        for block, inputs, kwargs, output in seen:
+            own = as_residual_block(copy.copy(block), family.structure(), model.config)
+            found = own.forward(*inputs, **kwargs)
+            found, expected = (y[0] if isinstance(y, tuple) else y for y in (found, output))
+            assert (found - expected).abs().max() < 1e-10 * expected.abs().max()
+
+
+def test_logits_are_the_heads_outputs_finished(pair):
+    family, model = pair
+    outputs: list[Any] = []
+    model.get_submodule(family.head).register_forward_hook(lambda head, inputs, output: outputs.append(output))
+    with torch.no_grad():
+        logits = model(input_ids=torch.arange(8)[None]).logits
+    assert torch.equal(finished_logits(outputs[0], family.logits, model.config), logits)
+    assert torch.equal(outputs[0], logits) is (not family.logits or model.config.model_type == "gemma3_text")
 
 
 def test_blocks_return_a_tuple_where_the_table_says_so(pair):
@@ -187,22 +240,26 @@ def test_norms_are_of_the_kind_and_the_epsilon_that_the_table_says(pair):
     family, model = pair
     x = torch.randn(3, tiny.HIDDEN, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     epsilon = family.epsilon(model.config)
-    assert epsilon == (1e-5 if model.config.model_type == "opt" else EPSILON)
+    assert epsilon == (1e-5 if model.config.model_type in ("opt", "olmo") else EPSILON)
     x *= (epsilon * 10) ** 0.5
-    modules = [model.get_submodule(family.final_norm)]
-    names = [norm for branch in family.branches for norm in branch.norms]
+    modules = [model.get_submodule(family.final_norm)] if family.final_norm else []
+    names = [norm for branch in family.branches for norm in (*branch.norms, branch.post_norm) if norm]
     modules += [block.get_submodule(name) for block in blocks_of(family, model) for name in names]
     for norm in modules:
         centered = x - x.mean(-1, keepdim=True) if family.norm == "layer" else x
         normed = centered / torch.sqrt(centered.square().mean(-1, keepdim=True) + epsilon)
-        gain = norm.weight + 1 if family.norm == "rms_plus_one" else norm.weight
-        expected = normed * gain + (norm.bias if family.norm == "layer" else 0)
+        gain, offset = (getattr(norm, name, None) for name in ("weight", "bias"))
+        assert (gain is not None) is family.norm_gain
+        assert (offset is not None) is (family.norm == "layer" and family.norm_offset)
+        gain = 1 if gain is None else gain + 1 if family.norm == "rms_plus_one" else gain
+        expected = normed * gain + (0 if offset is None else offset)
         assert (norm(x) - expected).abs().max() < 1e-5
 
 
 def test_dropout_is_a_key_of_the_config(pair):
     family, model = pair
-    residual = {"opt": "dropout", "phi": "resid_pdrop", "phi3": "resid_pdrop", "gpt_neox": "hidden_dropout"}
+    residual = {"opt": "dropout", "phi": "resid_pdrop", "phi3": "resid_pdrop"}
+    residual |= dict.fromkeys(("gpt_neox", "falcon"), "hidden_dropout")
     assert family.dropout == residual.get(model.config.model_type)
     assert family.dropout is None or getattr(model.config, family.dropout) == 0.0
 
@@ -225,43 +282,64 @@ def refusal(config: Any) -> str:
     return str(error.value)
 
 
-def opt_config(**changes: Any) -> Any:
-    return tiny.tiny_config("opt", **changes)
+def inexact(config: Any) -> str:
+    """Why a model of a family cannot be sliced, as the plan of a recipe that would says it."""
+    with pytest.raises(UnsupportedModel) as error:
+        families.check_exact(config, families.find(config))
+    return str(error.value)
 
 
-def test_opt_350m_is_refused():
-    assert refusal(opt_config(do_layer_norm_before=False)) == (
-        "This opt model cannot be sliced exactly: it normalises after each branch (do_layer_norm_before=false, as "
-        "OPT-350m). Other OPT sizes work."
-    )
+REMEDY = "Use compress lord or compress slim, which leave its stream as it is."
 
 
-def test_opt_with_projected_embeddings_is_refused():
-    assert refusal(opt_config(word_embed_proj_dim=16)) == (
-        "This opt model cannot be sliced exactly: its embeddings are projected to the hidden size "
-        "(word_embed_proj_dim differs). Other OPT sizes work."
-    )
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        (
+            tiny.OPT_350M,
+            "it normalises the stream after each branch (do_layer_norm_before=false, as OPT-350m).",
+        ),
+        (
+            {"word_embed_proj_dim": 16},
+            "its embeddings are projected to the hidden size (word_embed_proj_dim differs).",
+        ),
+        (
+            {"_remove_final_layer_norm": True},
+            "its head reads the stream without a norm (_remove_final_layer_norm=true).",
+        ),
+    ],
+    ids=["norms behind", "projected", "no final norm"],
+)
+def test_some_kinds_of_opt_cannot_be_sliced(changes, reason):
+    assert inexact(tiny.tiny_config("opt", **changes)) == f"This opt model cannot be sliced exactly: {reason} {REMEDY}"
 
 
-def test_opt_without_a_final_norm_is_refused():
-    assert refusal(opt_config(_remove_final_layer_norm=True)) == (
-        "This opt model cannot be sliced exactly: its head reads the stream without a norm "
-        "(_remove_final_layer_norm=true)."
+@pytest.mark.parametrize("model_type", ["gemma2", "gemma3_text", "olmo2", "olmo3", "glm4"])
+def test_norms_of_what_is_written_cannot_be_rotated(model_type):
+    assert inexact(AutoConfig.for_model(model_type)) == (
+        f"This {model_type} model cannot be sliced exactly: it normalises what a branch writes (post-norm), which a "
+        f"rotation of the stream does not pass. {REMEDY}"
     )
 
 
 def test_blocks_that_read_an_encoder_are_refused():
     assert refusal(tiny.tiny_config("gpt_bigcode", add_cross_attention=True, multi_query=False)) == (
-        "This gpt_bigcode model cannot be sliced exactly: its blocks read an encoder's output too "
-        "(add_cross_attention=true)."
+        "This gpt_bigcode model is not supported: its blocks read an encoder's output too (add_cross_attention=true)."
     )
 
 
-@pytest.mark.parametrize("model_type", ["gemma2", "gemma3", "gemma3_text", "olmo2"])
-def test_norms_of_what_is_written_are_refused(model_type):
-    assert refusal(AutoConfig.for_model(model_type)) == (
-        f"{model_type} cannot be sliced exactly: it normalises what a branch writes (post-norm), which a rotation of "
-        f"the stream does not pass. Supported: {', '.join(families.names())}."
+def test_a_model_of_images_and_text_is_refused_with_the_remedy():
+    assert refusal(AutoConfig.for_model("gemma3")) == (
+        "gemma3 is not supported: its config is that of text and images together. Compress the language model alone: "
+        "load it with Gemma3ForCausalLM.from_pretrained, write it with save_pretrained (model type gemma3_text), and "
+        "start from that."
+    )
+
+
+def test_conv1d_is_refused():
+    assert refusal(AutoConfig.for_model("gpt2")) == (
+        "gpt2 is not supported: its linear layers are Conv1D modules, whose weights lie the other way round. "
+        "gpt_bigcode has the same blocks in plain linears."
     )
 
 
@@ -274,6 +352,6 @@ def test_a_compressed_model_is_refused(kind):
 
 
 def test_an_unknown_model_type_names_those_there_are():
-    assert refusal(AutoConfig.for_model("gpt2")) == (
-        f"The model type 'gpt2' is not supported. Supported: {', '.join(families.names())}."
+    assert refusal(AutoConfig.for_model("bloom")) == (
+        f"The model type 'bloom' is not supported. Supported: {', '.join(families.names())}."
     )
