@@ -212,8 +212,8 @@ def without_tensor(folder, name: str) -> None:
 
 
 def test_a_family_that_is_not_known(place):
-    edit_config(place / "tiny", model_type="gpt2")
-    refused(place, UNSUPPORTED, "'gpt2'", "opt", "llama")
+    edit_config(place / "tiny", model_type="bloom")
+    refused(place, UNSUPPORTED, "'bloom'", "opt", "llama")
 
 
 def test_a_family_that_no_rotation_passes(place):
