@@ -95,7 +95,11 @@ class InMemory:
         seen: dict[str, Tensor] = {}
 
         def note(path: str) -> Callable[..., None]:
-            return lambda _module, _inputs, output: seen.__setitem__(path, output)
+            def keep(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+                seen[path] = output
+                return output.clone()  # OLMo clips it in place
+
+            return keep
 
         handles = [linear.register_forward_hook(note(path)) for path, linear in self.linears.items()]
         logits = model(input_ids=WINDOWS, use_cache=False).logits
@@ -187,6 +191,33 @@ def test_gradients_are_autograds(model_type, models, tmp_path):
     assert told == plain.linears.keys()
     assert found.gradient_at("no such linear", 0, torch.device("cpu")) is None
     assert found.gradient_at(next(iter(told)), 2, torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [
+        ("olmo", {"clip_qkv": 0.5}),
+        ("granite", {}),
+        ("cohere", {}),
+        ("gemma2", {}),
+        ("olmo2", {}),
+        ("opt", tiny.OPT_350M),
+        ("opt", {"_remove_final_layer_norm": True}),
+    ],
+    ids=["clipped", "multipliers", "scaled logits", "capped logits", "norms behind", "opt 350m", "no final norm"],
+)
+def test_outputs_and_gradients_where_the_stock_model_does_more(model_type, changes, models, tmp_path):
+    """Gemma 2's attention weights are float32 whatever it is given."""
+    model, folder = models(model_type, **changes)
+    plain = InMemory(model)
+    found = surveyed(folder, Factorize(gradient_weight=0.9, allocation="fisher").watch, tmp_path, gradient=True)
+    assert found.spectra.keys() == plain.linears.keys()
+    for block in range(2):
+        for path, moment in load_file(tmp_path / f"finding-gradients-{block:05d}.safetensors").items():
+            expected = plain.moment(path)
+            assert_close(moment, expected.diagonal() if len(expected) > 2 * D else expected, 1e-5)
+            expected = eigenvalues(plain.spread(path, centred=plain.linears[path].bias is not None))
+            assert_close(found.spectra[path].energy, expected[: rank_of(plain.linears[path])], 1e-5)
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.9])
