@@ -114,8 +114,8 @@ class Disturbance:
     """What happens to a run, at the `call`-th call of `target`, a `module:attribute` as the calling module names it.
 
     kind: `signal` sends `number` to the process before the call, or after it, or `delay` seconds after its start;
-        `tear` writes the first half of what is to be written and kills; `full` raises the error of a full disk, `broken`
-        that of one that cannot be read.
+        `tear` writes the first half of what is to be written and kills; `full` raises the error of a full disk,
+        `broken` that of one that cannot be read.
     """
 
     target: str
@@ -395,7 +395,7 @@ def watch_writes(folder: Path, fatal: int, number: int) -> list[str]:
         happens("os.fsync")
         flush(descriptor)
 
-    os.fsync = flushed
+    vars(os)["fsync"] = flushed
     sys.addaudithook(hook)
     return events
 

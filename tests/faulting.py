@@ -1,17 +1,17 @@
 """Commands that are killed at any moment, and what has to be true afterwards.
 
 After a kill: what a command writes is absent, or as it was before, or new and whole; nothing lies anywhere else; no
-process lives on. And the run can be gone on with: to the bytes of a run that nobody killed, or it says why not and what to
-do, and that works. `benchmarks/faults.py` does this by the hundred, `test_faults.py` a few times.
+process lives on. And the run can be gone on with: to the bytes of a run that nobody killed, or it says why not and what
+to do, and that works. `benchmarks/faults.py` does this by the hundred, `test_faults.py` a few times.
 """
 
-import json
 import random
+import re
 import shlex
 import shutil
 import signal
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -24,6 +24,7 @@ OUT, PARTIAL, ASIDE, SCRATCH = "out", "out.partial", "out.replaced", "tmp"
 TEXT = shlex.split("--calib ../text.txt --samples 8 --seq-len 32")
 SLIM = shlex.split("slim --fast --bits 4 --sparsity 2:4 --group 16 --adapter-rank 4")
 BUDGET = shlex.split("--keep-params 0.8 --trial-samples 8")
+SECONDS = re.compile(rb'"seconds": [0-9.e-]+,')
 RECIPE = """
 method: three-stages
 stages:
@@ -160,8 +161,12 @@ def lay_out(folder: Path, files: Files) -> None:
 
 
 def contents(folder: Path) -> dict[str, bytes | None]:
-    """Every file of a run's folder; the folder for temporary files itself left out, what lies in it not."""
-    return {name: content for name, content in snapshot(folder).items() if name != SCRATCH}
+    """Every file of a run's folder; the folder for temporary files itself left out, what lies in it not.
+
+    How long a measurement took is no part of it.
+    """
+    found = {name: content for name, content in snapshot(folder).items() if name != SCRATCH}
+    return {name: SECONDS.sub(b"", content) if content else content for name, content in found.items()}
 
 
 def below(files: Files, name: str) -> dict[str, bytes | None]:
@@ -403,10 +408,3 @@ def as_lines(trials: Iterable[Trial]) -> list[str]:
 def with_events(whole: Undisturbed, events: Sequence[int], place: Place) -> list[Trial]:
     """A trial for each of these changes."""
     return [Trial(whole, at_change(event), place.folder(whole.before)) for event in events]
-
-
-def told(text: str) -> str:
-    return json.dumps(text)
-
-
-__all__ = ["COMMANDS", "Command", "Place", "Trial", "as_lines", "draw_trials", "replace", "try_all", "write_inputs"]
