@@ -5,6 +5,7 @@ chosen moment and the run after it cost a fraction of a second and not the secon
 """
 
 import atexit
+import errno
 import functools
 import importlib
 import json
@@ -15,8 +16,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -27,11 +30,16 @@ INSTALLED = Path(sys.executable).with_name("compress")
 
 @dataclass(frozen=True)
 class Ran:
-    """How a command ended: its exit code (minus the signal that killed it), what it printed where."""
+    """How a command ended: its exit code (minus the signal that killed it), what it printed where.
+
+    left: how many processes it had started that lived on. seconds: how long it ran.
+    """
 
     code: int
     out: str
     err: str
+    left: int = 0
+    seconds: float = 0.0
 
     @property
     def faults(self) -> list[str]:
@@ -105,8 +113,9 @@ def finish(process: "subprocess.Popen[str]", timeout: float = 200) -> Ran:
 class Disturbance:
     """What happens to a run, at the `call`-th call of `target`, a `module:attribute` as the calling module names it.
 
-    kind: `signal` sends `number` to the process before the call, or after it; `tear` writes the first half of what is
-        to be written and kills; `full` raises the error of a full disk.
+    kind: `signal` sends `number` to the process before the call, or after it, or `delay` seconds after its start;
+        `tear` writes the first half of what is to be written and kills; `full` raises the error of a full disk,
+        `broken` that of one that cannot be read.
     """
 
     target: str
@@ -114,6 +123,7 @@ class Disturbance:
     kind: str = "signal"
     number: int = int(signal.SIGKILL)
     after: bool = False
+    delay: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -121,8 +131,10 @@ class Request:
     """A command of the warm process.
 
     verify: whether the written checkpoint is really reloaded; otherwise that is taken for granted.
-    write_event: the process is killed at this one of the events by which Python announces that it is about to change
-        files below `cwd`, counted from 1. At 0 it is not, and their number is the last line of stderr.
+    write_event: the process is sent `number` at this one of the events by which Python announces that it is about to
+        change files below `cwd`, to flush one or to start a process, counted from 1. At 0 it is not, and their number
+        is the last line of stderr.
+    signal_after: seconds after which it is sent `number`, wherever it is.
     max_file_bytes: no file may grow larger, as on a disk that is full.
     """
 
@@ -131,16 +143,19 @@ class Request:
     disturbance: Disturbance | None = None
     verify: bool = False
     write_event: int | None = None
+    signal_after: float | None = None
+    number: int = int(signal.SIGKILL)
     max_file_bytes: int | None = None
     env: dict[str, str] = field(default_factory=dict)
 
 
-def run_warm(requests: Sequence[Request]) -> list[Ran]:
-    """Commands side by side, each in a fork of the warm process."""
+def run_warm(requests: Sequence[Request], processes: int | None = None) -> list[Ran]:
+    """Commands side by side, each in a fork of the warm process; as many at a time as there are cores."""
     process = warm_process()
     assert process.stdin is not None
     assert process.stdout is not None
-    process.stdin.write(json.dumps([asdict(request) for request in requests]) + "\n")
+    asked = {"requests": [asdict(request) for request in requests], "processes": processes or os.cpu_count() or 1}
+    process.stdin.write(json.dumps(asked) + "\n")
     process.stdin.flush()
     return [Ran(**answer) for answer in json.loads(process.stdout.readline())]
 
@@ -166,21 +181,74 @@ def warm_process() -> "subprocess.Popen[str]":
 def serve() -> None:
     import_all()
     for line in sys.stdin:
-        requests = json.loads(line)
-        answers: list[Any] = [None] * len(requests)
-        waiting = list(range(len(requests)))
-        running: dict[int, tuple[int, tuple[Any, Any]]] = {}
-        while waiting or running:
-            while waiting and len(running) < (os.cpu_count() or 1):
-                number = waiting.pop(0)
-                files = (tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+"))  # noqa: SIM115 (closed below)
-                running[fork(requests[number], files)] = (number, files)
-            pid, status = os.wait()
-            number, files = running.pop(pid)
-            out, err = map(read_back, files)
-            answers[number] = {"code": os.waitstatus_to_exitcode(status), "out": out, "err": err}
-        sys.stdout.write(json.dumps(answers) + "\n")
+        asked = json.loads(line)
+        sys.stdout.write(json.dumps(answers(asked["requests"], asked["processes"])) + "\n")
         sys.stdout.flush()
+
+
+@dataclass
+class Running:
+    """A fork at work. until: when it is to be sent its signal, by the clock of time.monotonic."""
+
+    place: int
+    request: dict[str, Any]
+    files: tuple[IO[Any], IO[Any]]
+    started: float
+    until: float
+
+    def signal_when_due(self, pid: int) -> None:
+        if time.monotonic() >= self.until:
+            self.until = float("inf")
+            os.kill(pid, self.request["number"])
+
+    def ended(self, pid: int, status: int) -> dict[str, Any]:
+        seconds = time.monotonic() - self.started
+        out, err = map(read_back, self.files)
+        code, left = os.waitstatus_to_exitcode(status), len(end_session(pid))
+        return {"code": code, "out": out, "err": err, "left": left, "seconds": seconds}
+
+
+def answers(requests: list[dict[str, Any]], processes: int) -> list[Any]:
+    found: list[Any] = [None] * len(requests)
+    waiting, running = list(enumerate(requests)), dict[int, Running]()
+    while waiting or running:
+        while waiting and len(running) < processes:
+            place, request = waiting.pop(0)
+            files = (tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+"))  # noqa: SIM115 (closed when read back)
+            pid, now = fork(request, files), time.monotonic()
+            after = request["signal_after"]
+            running[pid] = Running(place, request, files, now, float("inf") if after is None else now + after)
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid:
+            ended = running.pop(pid)
+            found[ended.place] = ended.ended(pid, status)
+            continue
+        for pid, each in running.items():
+            each.signal_when_due(pid)
+        time.sleep(0.002)
+    return found
+
+
+def end_session(leader: int, patience: float = 5.0) -> list[int]:
+    """The processes of a session that do not end by themselves soon after its leader; they are killed."""
+    deadline = time.monotonic() + patience
+    while (left := living(leader)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    for pid in left:
+        with suppress(OSError):
+            os.kill(pid, signal.SIGKILL)
+    return left
+
+
+def living(session: int) -> list[int]:
+    """The processes of a session, those that have ended and were not yet waited for left out."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, _, _, its_session = stat.read_text().rpartition(")")[2].split()[:4]
+            if int(its_session) == session and state not in "ZX":
+                found.append(int(stat.parent.name))
+    return found
 
 
 def import_all() -> None:
@@ -188,7 +256,8 @@ def import_all() -> None:
 
     for module in pkgutil.walk_packages(compress.__path__, "compress."):
         importlib.import_module(module.name)
-    importlib.import_module("transformers.models.opt.modeling_opt")
+    for name in ("opt.modeling_opt", "llama.modeling_llama"):
+        importlib.import_module(f"transformers.models.{name}")
 
 
 def read_back(file: IO[Any]) -> str:
@@ -203,6 +272,7 @@ def fork(request: dict[str, Any], files: tuple[IO[Any], IO[Any]]) -> int:
     if pid == 0:
         code = 70
         try:
+            os.setsid()
             for number, file in enumerate(files, 1):
                 os.dup2(file.fileno(), number)
             code = run_forked(request)
@@ -216,6 +286,7 @@ def fork(request: dict[str, Any], files: tuple[IO[Any], IO[Any]]) -> int:
 
 
 def run_forked(request: dict[str, Any]) -> int:
+    import compress.checkpoints.gguf
     import compress.cli
     import compress.pipeline
 
@@ -223,21 +294,25 @@ def run_forked(request: dict[str, Any]) -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(request["cwd"])
     os.environ.update(request["env"])
+    tempfile.tempdir = None  # it is remembered from before
     if not request["verify"]:
         vars(compress.pipeline)["verify"] = lambda *_arguments, **_options: 0.0
+        vars(compress.checkpoints.gguf)["verify_gguf"] = lambda *_arguments, **_options: 0.0
     if request["disturbance"]:
         disturb(Disturbance(**request["disturbance"]))
     if request["max_file_bytes"] is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["max_file_bytes"],) * 2)
-    events = watch_writes(Path.cwd(), request["write_event"]) if request["write_event"] is not None else None
+    events = None
+    if request["write_event"] is not None:
+        events = watch_writes(Path.cwd(), request["write_event"], request["number"])
     sys.argv = ["compress", *request["words"]]
     try:
         compress.cli.main()
         code = 0
     except SystemExit as end:
         code = int(end.code or 0)
-    if events is not None:
-        sys.stderr.write(f"{len(events)}\n")
+    if request["write_event"] == 0:
+        sys.stderr.write(f"{len(events or [])}\n")
     return code
 
 
@@ -260,9 +335,14 @@ def disturbed(original: Callable[..., Any], disturbance: Disturbance) -> Callabl
         if calls != disturbance.call:
             return original(*arguments, **options)
         if disturbance.kind == "full":
-            raise OSError(28, os.strerror(28))
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if disturbance.kind == "broken":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
         if disturbance.kind == "tear":
             tear(arguments)
+        if disturbance.delay:
+            threading.Timer(disturbance.delay, os.kill, (os.getpid(), disturbance.number)).start()
+            return original(*arguments, **options)
         if not disturbance.after:
             os.kill(os.getpid(), disturbance.number)
         result = original(*arguments, **options)
@@ -287,21 +367,35 @@ def tear(arguments: tuple[Any, ...]) -> None:
         first.flush()
 
 
-def watch_writes(folder: Path, fatal: int) -> list[str]:
+WRITING = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.copyfile", "os.truncate", "os.symlink"}
+
+
+def watch_writes(folder: Path, fatal: int, number: int) -> list[str]:
+    """The events so far, in a list that grows; at the fatal one the process is sent the signal `number`."""
     events: list[str] = []
-    root = str(folder)
+    root, flush = str(folder), os.fsync
+
+    def happens(event: str) -> None:
+        events.append(event)
+        if len(events) == fatal:
+            os.kill(os.getpid(), number)
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "subprocess.Popen":
+            happens(event)
         if event == "open":
             writes = isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
         else:
-            writes = event in {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.copyfile", "os.truncate"}
+            writes = event in WRITING
         paths = [str(Path(path).absolute()) for path in arguments[:2] if isinstance(path, str | os.PathLike)]
         if writes and any(path.startswith(root) for path in paths):
-            events.append(event)
-            if len(events) == fatal:
-                os.kill(os.getpid(), signal.SIGKILL)
+            happens(event)
 
+    def flushed(descriptor: int) -> None:
+        happens("os.fsync")
+        flush(descriptor)
+
+    vars(os)["fsync"] = flushed
     sys.addaudithook(hook)
     return events
 

@@ -13,7 +13,7 @@ ROOT = Path(compress.__file__).parent
 # A module imports from layers below its own, and its own part of its own layer; parts of one layer, side by side,
 # do not know each other.
 LAYERS = [
-    ("errors", "version"),
+    ("errors", "version", "apart", "durable"),
     ("numerics",),
     ("families",),
     ("models",),
@@ -26,6 +26,7 @@ LAYERS = [
     ("factoring",),
     ("storing",),
     ("plan", "job"),
+    ("publishing",),
     ("preflight",),
     ("assembly", "provenance"),
     ("search",),

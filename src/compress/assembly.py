@@ -37,7 +37,7 @@ def take_survey(prepared: Prepared, progress: Callable[[], None]) -> Survey | No
         decoder,
         PartLoader(decoder, prepared.weights),
         split_windows(prepared.windows, batch_size(prepared), held_out=0),
-        CacheFolder(decoder, prepared.job.partial.parent),
+        CacheFolder(decoder, prepared.job.partial),
         memory=cache_memory(prepared.job),
         observer=None if watch is None else LinearObserver(watch, files, decoder),
         stream=SurveyNeed.STREAM in need,
@@ -57,7 +57,7 @@ def new_walk(
         probe_tokens=PROBE_TOKENS,
         seed=job.recipe.seed,
         cache_memory=cache_memory(job),
-        scratch=job.partial.parent,
+        scratch=job.partial,
     )
     return Walk(new_decoder(prepared), prepared.weights, windows, stages, settings, survey)
 

@@ -6,16 +6,15 @@ The output is built in `<out>.partial` and gets its name by a rename, after it h
 Nothing volatile (times, paths of this machine) goes into it: the same inputs give the same bytes.
 """
 
-import json
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psutil
+from safetensors import SafetensorError
 from torch import Tensor
 
 from compress import search
@@ -24,20 +23,24 @@ from compress.budget import Choice
 from compress.checkpoints import files
 from compress.checkpoints.adapter import adapter_config, write_adapter
 from compress.checkpoints.card import model_card
+from compress.checkpoints.facts import FACTS, read_facts, read_json
 from compress.checkpoints.front_matter import read_origin
+from compress.checkpoints.integrity import check_integrity
 from compress.checkpoints.sizes import Size
 from compress.checkpoints.stored import not_for_vllm, unpacks_while_loading
 from compress.checkpoints.targets import Shape
 from compress.checkpoints.verify import verify, verify_tokens, why_own
-from compress.errors import OutputError
+from compress.durable import flush_below, in_turn
+from compress.errors import CheckpointError, OutputError
 from compress.job import Job
 from compress.models.loading import load_config
 from compress.numerics.precision import full_precision
 from compress.plan import Plan
-from compress.preflight import Prepared, aside_of, plan_job, prepare
+from compress.preflight import Prepared, check_output, plan_job, prepare
 from compress.provenance import identity
+from compress.publishing import aside_of, discard, give_back, is_finished, none_left_empty, publish
 from compress.ranks import rank_choices
-from compress.streaming.journal import JOURNAL, Journal, sha256, write_tensors
+from compress.streaming.journal import LOCK, Journal, clear, sha256, take_lock, write_tensors
 from compress.streaming.sites import Count
 from compress.streaming.survey import Survey, SurveyNeed
 from compress.streaming.walk import FinishedPart, Walk
@@ -113,26 +116,32 @@ def run(job: Job, progress: Progress = lambda name, done, total: None) -> Result
     with full_precision():
         start = time.perf_counter()
         prepared = prepare(job)
-        if job.resume and (finished := _give_name(prepared)):
-            return finished
-        with _parent_folder(job), _journal(prepared) as journal:
-            seconds: dict[str, float] = {}
-            with timed(seconds, "survey"):
-                survey = _survey(prepared, journal, progress)
-            with timed(seconds, "trials"):
-                prepared = _chosen(prepared, journal, survey, progress)
-            stages, held_out = prepared.plan.stages, job.recipe.held_out_windows
-            walk = new_walk(prepared, stages, prepared.windows, held_out, survey)
-            resumed = len(journal.entries)
-            if resumed:
-                walk.restore(journal.state(), resumed)
-            for part in walk.parts():
-                _write_part(journal, part, walk)
-                progress(part.name, part.index + 1, walk.num_parts)
-            progress("reloading", walk.num_parts, walk.num_parts)
-            facts, difference = _complete(prepared, walk, journal)
-            seconds |= dict(walk.clock.seconds) | {"total": time.perf_counter() - start}
-            return _result(prepared, facts, seconds, difference, resumed)
+        with _parent_folder(job), _claimed(job) as lock:
+            if job.resume and (finished := _give_name(prepared)):
+                return finished
+            return _run(prepared, lock, progress, start)
+
+
+def _run(prepared: Prepared, lock: IO[str], progress: Progress, start: float) -> Result:
+    job = prepared.job
+    with _journal(prepared, lock) as journal:
+        seconds: dict[str, float] = {}
+        with timed(seconds, "survey"):
+            survey = _survey(prepared, journal, progress)
+        with timed(seconds, "trials"):
+            prepared = _chosen(prepared, journal, survey, progress)
+        stages, held_out = prepared.plan.stages, job.recipe.held_out_windows
+        walk = new_walk(prepared, stages, prepared.windows, held_out, survey)
+        resumed = len(journal.entries)
+        if resumed:
+            walk.restore(journal.state(), resumed)
+        for part in walk.parts():
+            _write_part(journal, part, walk)
+            progress(part.name, part.index + 1, walk.num_parts)
+        progress("reloading", walk.num_parts, walk.num_parts)
+        facts, difference = _complete(prepared, walk, journal)
+        seconds |= dict(walk.clock.seconds) | {"total": time.perf_counter() - start}
+        return _result(prepared, facts, seconds, difference, resumed)
 
 
 @contextmanager
@@ -222,38 +231,53 @@ def _parent_folder(job: Job) -> Iterator[None]:
 
 
 @contextmanager
-def _journal(prepared: Prepared) -> Iterator[Journal]:
-    """The journal of this run; a run that ends before its first part leaves no folder behind."""
-    job = prepared.job
-    journal = None
+def _claimed(job: Job) -> Iterator[IO[str]]:
+    """The lock of the partial folder. What another run has left or made since we looked at the output is seen to."""
+    aside = aside_of(job.out)
     try:
-        if job.resume:
-            journal = Journal.resume(job.partial, identity(prepared))
-        else:
-            journal = Journal.start(job.partial, identity(prepared))
-        yield journal
-    except OSError as error:
+        with in_turn(job.partial.parent):
+            give_back(job)
+            check_output(job)
+            job.partial.mkdir(exist_ok=True)
+            lock = take_lock(job.partial)
+        with lock, none_left_empty(job.partial, lock):
+            if aside.exists():
+                # The old output of a replacement that was killed after its end. It goes where only we look.
+                aside.rename(job.partial / aside.name)
+            discard(job.partial / aside.name)
+            yield lock
+    except (OSError, SafetensorError) as error:
         raise OutputError(
             f"{job.partial} cannot be written ({error}). Free space or choose another --out; "
             "what was finished is kept for --resume."
         ) from error
+
+
+@contextmanager
+def _journal(prepared: Prepared, lock: IO[str]) -> Iterator[Journal]:
+    """The journal of this run; a run that ends before its first part leaves no folder behind."""
+    job = prepared.job
+    journal = (Journal.resume if job.resume else Journal.start)(job.partial, identity(prepared), lock)
+    try:
+        yield journal
     finally:
-        if journal is not None:
-            journal.close()
-            if journal.is_empty and job.partial.exists():
-                shutil.rmtree(job.partial)
+        if journal.is_empty and job.partial.exists():
+            clear(job.partial, kept={LOCK})
 
 
 def _give_name(prepared: Prepared) -> Result | None:
     """The end of a run that was killed when it was finished and verified, and only lacked its name."""
     job = prepared.job
-    facts_file = job.partial / "compress.json"
-    if (job.partial / JOURNAL).exists() or not facts_file.is_file():
+    if not is_finished(job.partial):
         return None
-    facts = json.loads(facts_file.read_text(encoding="utf-8"))
+    try:
+        facts = read_json(job.partial / FACTS)
+        check_integrity(job.partial, read_facts(job.partial), checksums=True, progress=lambda *_: None)
+    except CheckpointError:
+        return None
     mine = identity(prepared)
-    same = facts["recipe"] == mine["recipe"] and facts["versions"] == mine["versions"]
-    if not same or any(facts["fingerprints"][name] != mine[name] for name in facts["fingerprints"]):
+    same = all(facts.get(name) == mine[name] for name in ("recipe", "versions"))
+    if not same or any(mine.get(name) != value for name, value in facts["fingerprints"].items()):
         return None
     publish(job.partial, job.out)
     beside = 1 if facts["adapter"] else 0
@@ -335,7 +359,7 @@ def _complete(prepared: Prepared, walk: Walk, journal: Journal) -> tuple[dict[st
         parts = [partial / entry["adapter"]["file"] for entry in journal.entries if entry["adapter"]]
         written = write_adapter(partial, parts, facts["adapter"])
         facts["parts"][str(written.relative_to(partial))] = sha256(written)
-    files.write_json(partial / "compress.json", facts)
+    files.write_json(partial / FACTS, facts)
     (partial / "README.md").write_text(model_card(facts), encoding="utf-8")
     with walk.clock("verify"):
         ids, logits = walk.probe_ids, walk.probe
@@ -344,6 +368,7 @@ def _complete(prepared: Prepared, walk: Walk, journal: Journal) -> tuple[dict[st
         difference = verify(partial, ids, logits, memory=max(prepared.plan.memory_bytes, SMALL))
         if job.export == "gguf":
             export_gguf(partial, job.out.name, ids, logits, memory=prepared.plan.memory_bytes)
+    flush_below(partial)
     journal.forget()
     publish(partial, job.out)
     return facts, difference
@@ -422,17 +447,3 @@ def adapter_facts(prepared: Prepared) -> dict[str, Any] | None:
 def found_trials(journal: Journal, name: str) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = journal.findings[name]["data"] if name in journal.findings else []
     return found
-
-
-def publish(partial: Path, out: Path) -> None:
-    """Give the finished folder its name. An output to be replaced is moved aside first and deleted last."""
-    aside = aside_of(out)
-    if out.exists():
-        if aside.exists():
-            shutil.rmtree(aside)
-        out.rename(aside)
-    partial.rename(out)
-    if aside.is_symlink():
-        aside.unlink()
-    elif aside.exists():
-        shutil.rmtree(aside)

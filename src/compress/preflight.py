@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from compress import families
+from compress.checkpoints.facts import FACTS
 from compress.datasets.windows import calibration_windows
 from compress.errors import CheckpointError, Faults, OutputError, UnsupportedModel, UsageError
 from compress.job import Job
@@ -18,6 +19,7 @@ from compress.models.decoder import Decoder
 from compress.models.loading import check_positions, check_vocabulary, load_config, load_tokenizer
 from compress.models.stored_files import ADAPTER
 from compress.plan import Plan, make_plan
+from compress.publishing import aside_of
 from compress.streaming.weights import READABLE, LazyWeights
 
 
@@ -160,13 +162,8 @@ def check_output(job: Job) -> None:
         raise UsageError(f"--resume: there is no unfinished run in {job.partial}. Run it without --resume.")
 
 
-def aside_of(out: Path) -> Path:
-    """Where an output that is replaced waits until the new one has its name."""
-    return out.with_name(f"{out.name}.replaced")
-
-
 def is_replaceable(folder: Path) -> bool:
-    return folder.is_dir() and ((folder / "compress.json").is_file() or not any(folder.iterdir()))
+    return folder.is_dir() and ((folder / FACTS).is_file() or not any(folder.iterdir()))
 
 
 def check_disk(out: Path, needed: int) -> None:

@@ -4,13 +4,13 @@ Its scale is 1 (lora_alpha is the rank), so that what it adds is B A x and nothi
 """
 
 import json
-import os
 import struct
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from compress.checkpoints.files import write_json
+from compress.durable import whole
 from compress.models.stored_files import ADAPTER
 from compress.streaming.journal import new_file_mode
 
@@ -66,10 +66,10 @@ def write_adapter(target: Path, parts: Sequence[Path], config: Mapping[str, Any]
     folder = target / ADAPTER
     folder.mkdir(exist_ok=True)
     write_json(folder / "adapter_config.json", config)
-    unfinished = folder / "adapter.unfinished"
-    join(parts, unfinished)
-    unfinished.chmod(new_file_mode())
-    return unfinished.replace(folder / WEIGHTS)
+    with whole(folder / WEIGHTS) as unfinished:
+        join(parts, unfinished)
+        unfinished.chmod(new_file_mode())
+    return folder / WEIGHTS
 
 
 def join(parts: Sequence[Path], joined: Path) -> None:
@@ -95,5 +95,3 @@ def join(parts: Sequence[Path], joined: Path) -> None:
                 source.seek(offset)
                 while block := source.read(COPY_BYTES):
                     file.write(block)
-        file.flush()
-        os.fsync(file.fileno())

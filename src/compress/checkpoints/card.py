@@ -13,6 +13,7 @@ from compress.checkpoints.adapter import VLLM_RANKS
 from compress.checkpoints.facts import Facts
 from compress.checkpoints.front_matter import CARD, front_matter
 from compress.checkpoints.measures import Measures
+from compress.durable import whole
 from compress.errors import OutputError
 
 REGISTERS = "import compress  # registers it; without the package, pass trust_remote_code=True"
@@ -72,12 +73,10 @@ compress.json holds the recipe, versions, fingerprints and a report on every poi
 
 def rewrite_card(folder: Path, facts: Facts, quality: Measures | None) -> None:
     """The card anew, whole or not at all. Raises OutputError where it cannot be written."""
-    unfinished = folder / f"{CARD}.unfinished"
     try:
-        unfinished.write_text(model_card(facts.model_dump(), quality), encoding="utf-8")
-        unfinished.replace(folder / CARD)
+        with whole(folder / CARD) as unfinished:
+            unfinished.write_text(model_card(facts.model_dump(), quality), encoding="utf-8")
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
         raise OutputError(f"{folder / CARD} cannot be written ({error}). Free space, or mend its rights.") from error
 
 

@@ -2,9 +2,6 @@
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +13,7 @@ from jaxtyping import Float, Int64
 from safetensors.torch import save_file
 from torch import Tensor
 
+from compress.apart import run_apart
 from compress.checkpoints import reload
 from compress.errors import VerificationError
 from compress.models.loading import load_tokenizer
@@ -41,7 +39,8 @@ def verify(
         machine (`why_own`) this package's own reader does.
     Raises VerificationError on any other key or too large a difference.
     """
-    with tempfile.TemporaryDirectory() as scratch:
+    # Beside the checkpoint: whatever ends this process, nothing is left elsewhere.
+    with tempfile.TemporaryDirectory(prefix="scratch-", dir=folder) as scratch:
         probe = Path(scratch) / "probe.safetensors"
         save_file({"ids": ids.cpu().contiguous(), "logits": logits.cpu().contiguous()}, probe)
         own = why_own(folder) is not None
@@ -116,15 +115,13 @@ def run_script(
 
     variables: of the environment, beside ours. written, kept: say in an error what does not load and where it lies.
     """
-    environment = os.environ | {
-        **variables,
+    quiet = {
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_VERBOSITY": "error",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "PYTHONWARNINGS": "ignore",
     }
-    command = [sys.executable, "-I", script, *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = run_apart("-I", script, arguments, {**variables, **quiet})
     if done.returncode != 0:
         last = done.stderr.strip().splitlines()[-1:] or ["no message"]
         raise VerificationError(f"The written {written} does not load: {last[0]}. The {kept} is kept.")

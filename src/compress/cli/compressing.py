@@ -84,13 +84,15 @@ def deliver(
 
 
 def run_with_progress(job: "Job") -> "Result":
+    from compress.checkpoints.facts import FACTS
     from compress.pipeline import run
+    from compress.streaming.journal import JOURNAL
 
     try:
         with progress_bar("preparing") as progress:
             return run(job, progress)
     except KeyboardInterrupt as interrupt:
-        if job.partial.exists():
+        if any((job.partial / name).exists() for name in (JOURNAL, FACTS)):
             raise KeyboardInterrupt("what was finished is kept; the same command with --resume goes on") from interrupt
         raise
 

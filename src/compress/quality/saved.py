@@ -1,12 +1,12 @@
 """quality.json: what was measured of a checkpoint, beside it."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from compress.checkpoints.files import write_json
 from compress.checkpoints.measures import QUALITY
+from compress.durable import in_turn, whole
 from compress.errors import CheckpointError, OutputError
 from compress.quality.measuring import Quality
 
@@ -17,17 +17,15 @@ def save(folder: Path, quality: Quality) -> Path:
     A measure that is in there already is replaced, others stay; each has its settings under its own name.
     """
     file = folder / QUALITY
-    kept = read_saved(file)
     sections = quality.sections()
-    settings = kept.get("settings", {}) | dict.fromkeys(sections, quality.settings)
-    unfinished = file.with_name(f"{QUALITY}.unfinished")
     try:
-        write_json(unfinished, kept | sections | {"settings": settings})
-        with unfinished.open("rb") as opened:
-            os.fsync(opened.fileno())
-        unfinished.replace(file)
+        # Another process may be adding its own measures.
+        with in_turn(folder):
+            kept = read_saved(file)
+            settings = kept.get("settings", {}) | dict.fromkeys(sections, quality.settings)
+            with whole(file) as unfinished:
+                write_json(unfinished, kept | sections | {"settings": settings})
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
         raise OutputError(f"{file} cannot be written: {error.strerror}. Free space or its folder.") from error
     return file
 

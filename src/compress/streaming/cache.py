@@ -5,6 +5,7 @@ memory (the device's or the host's); past it they lie in a memory-mapped file, o
 """
 
 import math
+import os
 from pathlib import Path
 
 import torch
@@ -33,7 +34,7 @@ class ActivationCache:
         self.slots: list[Tensor] | None = None
         if file is not None:
             sizes = [windows * tokens * max_width for windows, tokens in batch_shapes]
-            file.unlink(missing_ok=True)
+            reserve(file, sum(sizes) * dtype.itemsize)
             storage = torch.from_file(str(file), shared=True, size=sum(sizes), dtype=dtype)
             # Unlinked while open: the space goes back when the process ends, however it ends.
             file.unlink()
@@ -58,6 +59,18 @@ class ActivationCache:
         else:
             slot = self.slots[index][: activations.numel()].view(activations.shape)
             self.batches[index] = slot.copy_(activations)
+
+
+def reserve(file: Path, size: int) -> None:
+    """A file with so many bytes of the disk. Without them, a mapped file on a full disk would end the process.
+
+    Raises OSError.
+    """
+    with file.open("wb") as opened:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(opened.fileno(), 0, size)
+        else:
+            opened.truncate(size)
 
 
 def cache_bytes(num_windows: int, seq_len: int, width: int, dtype: torch.dtype) -> int:

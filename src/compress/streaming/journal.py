@@ -3,7 +3,8 @@
 The folder `<output>.partial` holds the finished parts, the state after the last of them, what was found before the
 first part, and journal.jsonl: one line that says what the run is (recipe, input, calibration, versions), then one line
 a finding or a finished part. A line is written after the files it speaks of have reached the disk; what has no line did
-not happen. Opening the folder takes a lock, so two runs cannot share it.
+not happen. Each line bears a hash over itself and all lines before, so a line that was damaged, moved or taken out ends
+the journal there. Opening the folder takes a lock, so two runs cannot share it.
 """
 
 import fcntl
@@ -11,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -20,23 +21,26 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from compress.durable import flush, whole
 from compress.errors import OutputError, UsageError
 
 JOURNAL = "journal.jsonl"
 LOCK = "lock"
+SEAL = "seal"
 
 
 class Journal:
     """An open partial folder. `identity` is what must be equal for a run to continue another.
 
-    findings: what was found before the first part, by name. entries: the finished parts.
+    lines: of the journal. findings: what was found before the first part, by name. entries: the finished parts.
     """
 
     def __init__(self, folder: Path, identity: dict[str, Any], lock: IO[str], lines: list[dict[str, Any]]) -> None:
         self.folder = folder
         self.identity = identity
+        self.seal = lines[-1][SEAL]
         self.findings = {line["finding"]: line for line in lines if "finding" in line}
-        self.entries = [line for line in lines if "finding" not in line]
+        self.entries = [line for line in lines[1:] if "finding" not in line]
         self._lock = lock
 
     @property
@@ -44,31 +48,34 @@ class Journal:
         return not self.entries and not self.findings
 
     @classmethod
-    def start(cls, folder: Path, identity: dict[str, Any]) -> "Journal":
+    def start(cls, folder: Path, identity: dict[str, Any], lock: IO[str] | None = None) -> "Journal":
         """A new run in the folder. What another left there goes, once nobody is writing it."""
         folder.mkdir(parents=True, exist_ok=True)
-        lock = take_lock(folder)
+        lock = lock or take_lock(folder)
         with closed_on_error(lock):
-            clear(folder)
             try:
-                with (folder / JOURNAL).open("w", encoding="utf-8") as file:
-                    write_line(file, {"run": identity})
+                # As long as there is a journal, nobody takes what is left of another run for a finished one.
+                (folder / JOURNAL).touch()
+                clear(folder, kept={LOCK, JOURNAL})
+                lines = rewritten(folder / JOURNAL, [{"run": identity}])
             except OSError:
                 shutil.rmtree(folder)
                 raise
-        return cls(folder, identity, lock, [])
+        return cls(folder, identity, lock, lines)
 
     @classmethod
-    def resume(cls, folder: Path, identity: dict[str, Any]) -> "Journal":
+    def resume(cls, folder: Path, identity: dict[str, Any], lock: IO[str] | None = None) -> "Journal":
         """Open a partial folder of the same run, or say in what the runs differ."""
-        lock = take_lock(folder)
+        lock = lock or take_lock(folder)
         with closed_on_error(lock):
-            return cls(folder, identity, lock, cls._readable_lines(folder, identity))
+            lines = rewritten(folder / JOURNAL, cls._readable_lines(folder, identity))
+            clear(folder, kept={LOCK, JOURNAL, *named_files(lines)})
+            return cls(folder, identity, lock, lines)
 
     @staticmethod
     def _readable_lines(folder: Path, identity: dict[str, Any]) -> list[dict[str, Any]]:
         lines = read_lines(folder / JOURNAL)
-        if not lines or "run" not in lines[0]:
+        if not lines or not isinstance(lines[0].get("run"), dict):
             raise UsageError(f"{folder} has no readable journal. Start over with --overwrite.")
         started = lines[0]["run"]
         differing = sorted(key for key in identity.keys() | started.keys() if identity.get(key) != started.get(key))
@@ -78,15 +85,16 @@ class Journal:
                 "Give the same options, or start over with --overwrite."
             )
         findings = [line for line in lines[1:] if "finding" in line]
-        whole = [line for line in findings if all(file_is(folder, file) for file in line["files"])]
+        sound = [line for line in findings if all(file_is(folder, file) for file in line["files"])]
         # Without a finding the parts that came of it cannot be gone on from.
-        entries = [line for line in lines[1:] if "finding" not in line] if whole == findings else []
-        kept = [*whole, *whole_entries(folder, entries)]
-        # A line cut off by the kill is not there; rewriting the rest keeps the file readable.
-        with (folder / JOURNAL).open("w", encoding="utf-8") as file:
-            for line in [lines[0], *kept]:
-                write_line(file, line)
-        return kept
+        entries = [line for line in lines[1:] if "finding" not in line] if sound == findings else []
+        return [lines[0], *sound, *whole_entries(folder, entries)]
+
+    def _write(self, line: dict[str, Any]) -> None:
+        line |= {SEAL: seal_of(line, self.seal)}
+        with (self.folder / JOURNAL).open("a", encoding="utf-8") as file:
+            write_line(file, line)
+        self.seal = line[SEAL]
 
     def note(
         self, name: str, data: Any, tensors: dict[str, Tensor] | None = None, files: Sequence[dict[str, Any]] = ()
@@ -95,8 +103,7 @@ class Journal:
         line = {"finding": name, "data": data, "files": list(files)}
         if tensors:
             line["files"].insert(0, write_tensors(self.folder / f"finding-{name}.safetensors", tensors))
-        with (self.folder / JOURNAL).open("a", encoding="utf-8") as file:
-            write_line(file, line)
+        self._write(line)
         self.findings[name] = line
 
     def found_tensors(self, name: str) -> dict[str, Tensor]:
@@ -108,8 +115,7 @@ class Journal:
         """Make a finished part count: its state, then its line. The state before it is no longer needed."""
         number = len(self.entries)
         entry["state"] = write_tensors(self.folder / f"state-{number:05d}.safetensors", state)
-        with (self.folder / JOURNAL).open("a", encoding="utf-8") as file:
-            write_line(file, entry)
+        self._write(entry)
         if self.entries:
             (self.folder / self.entries[-1]["state"]["file"]).unlink(missing_ok=True)
         self.entries.append(entry)
@@ -119,15 +125,15 @@ class Journal:
         return tensors
 
     def forget(self) -> None:
-        """Leave only the parts: the run is finished and its folder is about to become the output.
+        """Leave only the parts, and the lock: the run is finished and its folder is about to become the output.
 
         The journal goes last: a folder without one, but with all else, is finished and only lacks its name.
         """
         passing = ("state-*", "finding-*", "adapter-*")
         written = [file for pattern in passing for file in self.folder.glob(f"{pattern}.safetensors")]
-        for leftover in (*written, self.folder / LOCK, self.folder / JOURNAL):
+        for leftover in (*written, self.folder / JOURNAL):
             leftover.unlink(missing_ok=True)
-        self.close()
+        flush(self.folder)
 
     def close(self) -> None:
         self._lock.close()
@@ -162,15 +168,12 @@ def write_tensors(file: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
 
     Raises OutputError when the disk is full or may not be written.
     """
-    unfinished = file.with_suffix(".unfinished")
+    tensors = {name: tensor.detach() for name, tensor in tensors.items()}
     try:
-        save_file({name: tensor.detach() for name, tensor in tensors.items()}, unfinished, metadata={"format": "pt"})
-        unfinished.chmod(new_file_mode())  # safetensors makes files that only their owner may read
-        with unfinished.open("rb") as opened:
-            os.fsync(opened.fileno())
-        unfinished.replace(file)
+        with whole(file) as unfinished:
+            save_file(tensors, unfinished, metadata={"format": "pt"})
+            unfinished.chmod(new_file_mode())  # safetensors makes files that only their owner may read
     except (OSError, SafetensorError) as error:
-        unfinished.unlink(missing_ok=True)
         raise OutputError(
             f"{file} cannot be written ({error}). Free space or choose another --out; --resume goes on from here."
         ) from error
@@ -195,25 +198,55 @@ def write_line(file: IO[str], entry: dict[str, Any]) -> None:
     os.fsync(file.fileno())
 
 
+def rewritten(file: Path, lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A journal of these lines alone, whole or as it was; the lines with their seals."""
+    seal, sealed = "", []
+    with whole(file) as unfinished, unfinished.open("w", encoding="utf-8") as opened:
+        for line in lines:
+            seal = seal_of(line, seal)
+            sealed.append(line | {SEAL: seal})
+            write_line(opened, sealed[-1])
+    return sealed
+
+
+def seal_of(line: dict[str, Any], before: str) -> str:
+    """A hash over a line and, by the seal of the line before it, all that came before."""
+    bare = json.loads(json.dumps({key: value for key, value in line.items() if key != SEAL}))  # as it will be read
+    return hashlib.sha256((before + json.dumps(bare, sort_keys=True)).encode()).hexdigest()
+
+
+def named_files(told: Any) -> set[str]:
+    """The names of all files that a line, or anything in it, speaks of with their hash."""
+    if isinstance(told, dict):
+        mine = {told["file"]} if isinstance(told.get("file"), str) and "sha256" in told else set()
+        return mine.union(*map(named_files, told.values()))
+    return set().union(*map(named_files, told)) if isinstance(told, list) else set()
+
+
 def read_lines(file: Path) -> list[dict[str, Any]]:
-    """The journal's lines up to the first that is not whole."""
-    lines = []
+    """The journal's lines up to the first that is not whole, or not as or where it was written."""
+    lines: list[dict[str, Any]] = []
+    seal = ""
     for text in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []:
         try:
             line = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             break
-        if not isinstance(line, dict):
+        if not isinstance(line, dict) or line.get(SEAL) != seal_of(line, seal):
             break
+        seal = line[SEAL]
         lines.append(line)
     return lines
 
 
-def clear(folder: Path) -> None:
+def clear(folder: Path, kept: Collection[str]) -> None:
+    """Delete what lies in a folder, but what bears one of these names."""
     for left in folder.iterdir():
+        if left.name in kept:
+            continue
         if left.is_dir() and not left.is_symlink():
             shutil.rmtree(left)
-        elif left.name != LOCK:
+        else:
             left.unlink()
 
 

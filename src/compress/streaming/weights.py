@@ -1,14 +1,18 @@
 """Weights read lazily from safetensors, sharded or not.
 
 Nothing but safetensors is opened, and an index can only name files of its own folder. A file is open only while it is
-read: a mapped file counts as memory for as long as it stays open, and would make memory grow with depth.
+read: a mapped file counts as memory for as long as it stays open, and would make memory grow with depth. Each time it
+has to be the one whose header was read first.
 """
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from compress.errors import CheckpointError, NumericalError, UnsupportedModel
@@ -25,6 +29,7 @@ class LazyWeights:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.files: dict[str, Path] = {}
+        self.versions: dict[Path, tuple[int, ...]] = {}
         self.shapes: dict[str, torch.Size] = {}
         self.dtypes: dict[str, str] = {}
         for file in checkpoint_files(folder):
@@ -45,11 +50,24 @@ class LazyWeights:
             by_file[self.files[stored]].append(name)
         tensors: dict[str, Tensor] = {}
         for file, wanted in by_file.items():
-            with open_safetensors(file) as opened:
+            with self._opened(file) as opened:
                 for name in wanted:
                     # A copy: what safetensors returns is a view of the mapped file.
                     tensors[name] = finite(opened.get_tensor(self.resolve(name)).clone(), name)
         return tensors
+
+    @contextmanager
+    def _opened(self, file: Path) -> Iterator[Any]:
+        """Raises CheckpointError for a file that is gone, cannot be read or is not the one it was."""
+        try:
+            with open_safetensors(file) as opened:
+                yield opened
+            if version_of(file) != self.versions[file]:
+                raise CheckpointError(f"{file} has changed during the run. Start over with --overwrite.")
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{file} cannot be read ({error}). Get it again, then go on with --resume."
+            ) from error
 
     def samples(self) -> Iterator[tuple[str, bytes]]:
         """A row from the midst of every tensor, by name: enough to tell two models of one shape apart."""
@@ -57,13 +75,15 @@ class LazyWeights:
         for name in sorted(self.files):
             by_file[self.files[name]].append(name)
         for file in sorted(by_file):
-            with open_safetensors(file) as opened:
+            with self._opened(file) as opened:
                 for name in by_file[file]:
                     middle = self.shapes[name][0] // 2 if self.shapes[name] else 0
                     row = opened.get_slice(name)[middle : middle + 1] if self.shapes[name] else opened.get_tensor(name)
                     yield name, row.contiguous().view(torch.uint8).numpy().tobytes()
 
     def _read_header(self, file: Path) -> None:
+        if file.is_file():
+            self.versions[file] = version_of(file)
         with open_safetensors(file) as opened:
             for name in opened.keys():  # noqa: SIM118 (no dict)
                 view = opened.get_slice(name)
@@ -91,6 +111,12 @@ class LazyWeights:
         if missing:
             shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
             raise CheckpointError(f"The checkpoint {self.folder} lacks {len(missing)} tensors of its model: {shown}.")
+
+
+def version_of(file: Path) -> tuple[int, ...]:
+    """What is another one when the file is written anew or replaced."""
+    stat = file.stat()
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def finite(tensor: Tensor, name: str) -> Tensor:

@@ -42,7 +42,7 @@ def verify_gguf(
     probe = {"ids": ids if ids is not None else spread_ids(model.config)}
     probe |= {"logits": logits} if logits is not None else {}
     tokenizer = load_tokenizer(folder)
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory(prefix="scratch-", dir=folder) as scratch:
         alone, saved = Path(scratch) / "alone" / "model.gguf", Path(scratch) / "probe.safetensors"
         alone.parent.mkdir()
         alone.symlink_to(file.resolve())

@@ -1,15 +1,14 @@
 """A folder as a GGUF file, there whole or not at all; and whether a folder to come can be one."""
 
 import importlib
-import os
 import tempfile
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from compress.checkpoints.files import copy_companions, write_json
 from compress.checkpoints.gguf.llama import Model, check_llama
 from compress.checkpoints.gguf.vocabulary import read_vocabulary
+from compress.durable import whole
 from compress.errors import CompressError, OutputError, UsageError
 
 
@@ -27,17 +26,11 @@ def write_gguf(folder: Path, file: Path, *, name: str | None = None) -> None:
 
     model = Model(folder)
     vocabulary = read_vocabulary(folder, model.config)
-    unfinished = file.with_name(f"{file.name}.unfinished")
     try:
-        write_container(unfinished, model, vocabulary, name or folder.resolve().name)
-        with unfinished.open("rb") as opened:
-            os.fsync(opened.fileno())
-        unfinished.replace(file)
+        with whole(file) as unfinished:
+            write_container(unfinished, model, vocabulary, name or folder.resolve().name)
     except OSError as error:
         raise OutputError(f"{file} cannot be written ({error}). Free space or choose another folder.") from error
-    finally:
-        with suppress(OSError):
-            unfinished.unlink(missing_ok=True)
 
 
 def check_exportable(config: Any, folder: Path) -> None:

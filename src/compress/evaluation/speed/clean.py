@@ -1,6 +1,6 @@
-"""Load a model and run it once, in a process that does nothing else. Run as a module:
+"""Load a model and run it once, in a process that does nothing else. Run as a script:
 
-    python -P -m compress.evaluation.speed.clean '{"folder": ..., "dtype": ..., "device": ..., ...}'
+    python -P clean.py '{"folder": ..., "dtype": ..., "device": ..., ...}'
 
 Prints one JSON object: what `footprint.Footprint` is made of, or the fault of a model that does not load.
 """

@@ -1,16 +1,15 @@
 """What a model takes: bytes on disk, seconds to load, memory while it is loaded and while it runs."""
 
 import json
-import os
 import signal
 import subprocess
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from compress.apart import run_apart
 from compress.errors import CheckpointError, UsageError
 from compress.evaluation.speed import clean
 from compress.evaluation.speed.generation import Workload
@@ -49,9 +48,8 @@ def footprint(
         "workload": asdict(workload),
         "trust_remote_code": trust_remote_code,
     }
-    command = [sys.executable, "-P", "-m", clean.__name__, json.dumps(asked)]
     quiet = {"PYTHONWARNINGS": "ignore", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    done = subprocess.run(command, env=os.environ | quiet, capture_output=True, text=True, check=False)
+    done = run_apart("-P", clean.__file__, [json.dumps(asked)], quiet)
     found = answered(done, folder)
     if found.get("fault", "") is None:
         raise UsageError(

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from compress.durable import whole
 from compress.errors import OutputError, UsageError
 from compress.inspection.plots.depth import plot_energy, plot_errors
 from compress.inspection.plots.frontier import plot_frontiers
@@ -40,7 +41,8 @@ def save(drawings: Sequence[Drawing], folder: Path) -> list[Path]:
         for drawing in drawings:
             file = folder / f"{drawing.name}.png"
             # Without the version in it, the same figure is the same bytes.
-            drawing.figure.savefig(file, metadata={"Software": None})
+            with whole(file) as unfinished:
+                drawing.figure.savefig(unfinished, format="png", metadata={"Software": None})
             files.append(file)
     except OSError as error:
         raise OutputError(f"{folder} cannot be written ({error}). Choose another --plot.") from error

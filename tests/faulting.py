@@ -1,0 +1,410 @@
+"""Commands that are killed at any moment, and what has to be true afterwards.
+
+After a kill: what a command writes is absent, or as it was before, or new and whole; nothing lies anywhere else; no
+process lives on. And the run can be gone on with: to the bytes of a run that nobody killed, or it says why not and what
+to do, and that works. `benchmarks/faults.py` does this by the hundred, `test_faults.py` a few times.
+"""
+
+import random
+import re
+import shlex
+import shutil
+import signal
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from cli_runner import Disturbance, Ran, Request, run_warm, snapshot
+from tiny import write_model, write_text
+
+Files = Mapping[str, bytes | None]
+OUT, PARTIAL, ASIDE, SCRATCH = "out", "out.partial", "out.replaced", "tmp"
+TEXT = shlex.split("--calib ../text.txt --samples 8 --seq-len 32")
+SLIM = shlex.split("slim --fast --bits 4 --sparsity 2:4 --group 16 --adapter-rank 4")
+BUDGET = shlex.split("--keep-params 0.8 --trial-samples 8")
+SECONDS = re.compile(rb'"seconds": [0-9.e-]+,')
+RECIPE = """
+method: three-stages
+stages:
+  - {stage: fold_norms}
+  - {stage: rotate_shared, gradient_weight: 0.9}
+  - {stage: slice, ratio: 0.25, slice_head: true}
+  - {stage: refit}
+  - {stage: factorize, rank_frac: 0.6, form: factors}
+  - {stage: slim, quantize: {method: gptq, bits: 4, group: channel}, polish: 1, form: compact}
+"""
+
+
+@dataclass(frozen=True)
+class Command:
+    """
+    builds: whether it makes the folder OUT, by way of OUT.partial; else it adds files to what is there.
+    start: what made the OUT that is there before, if any: another command's words.
+    """
+
+    name: str
+    words: Sequence[str]
+    builds: bool = True
+    start: Sequence[str] = ()
+
+
+def building(name: str, words: Sequence[str], model: str = "llama", start: Sequence[str] = ()) -> Command:
+    placed = ["--model", f"../{model}", *TEXT, "--device", "cpu", "--out", OUT, "--json"]
+    over = ["--overwrite"] if start else []
+    return Command(name, [*words, *placed, *over], start=[*start, *placed] if start else ())
+
+
+SLICE, SLICE_LESS = (shlex.split(f"slice --ratio {ratio} --measure-error") for ratio in (0.25, 0.5))
+MADE = building("", SLICE_LESS).words
+COMMANDS = [
+    building("slice", SLICE),
+    building("slice, method slicegpt", shlex.split("slice --method slicegpt --ratio 0.25"), "opt"),
+    building("slice, under a budget", ["slice", *BUDGET]),
+    building("slice, shapes searched", ["slice", *BUDGET, "--allocation", "searched"]),
+    building("slice, activations on disk", [*SLICE, "--cache-memory", "1"]),
+    building("slice, with a GGUF file", ["slice", "--ratio", "0.25", "--export", "gguf"], "plain"),
+    building("slice, over another output", SLICE, start=SLICE_LESS),
+    building("lord", shlex.split("lord --rank-frac 0.5")),
+    building("lord, under a budget", ["lord", *BUDGET]),
+    building("lord, multiplied out", shlex.split("lord --rank-frac 0.5 --materialize")),
+    building("slim, packed with an adapter", SLIM),
+    building("slim, compact", [*SLIM, "--compact"]),
+    building("slim, over another output", SLIM, start=SLICE_LESS),
+    building("run, three stages", ["run", "../three-stages.yaml"]),
+    Command("eval --save", shlex.split(f"eval --model {OUT} --ppl ../text.txt --seq-len 32 --save"), False, MADE),
+    Command("inspect --plot", shlex.split(f"inspect {OUT} --plot plots"), False, MADE),
+    Command("inspect --card", shlex.split(f"inspect {OUT} --card"), False, MADE),
+    Command(
+        "bench",
+        shlex.split(f"bench {OUT} --against ../llama --rounds 1 --batch-sizes 1 --prompt 4 --new 2 --device cpu"),
+        False,
+        MADE,
+    ),
+]
+
+
+def write_inputs(root: Path) -> None:
+    """The models and the text that the commands name."""
+    write_text(root / "text.txt", lines=60)
+    write_model(root / "llama", "llama", dtype=torch.float32)
+    write_model(root / "plain", "llama", dtype=torch.float32, attention_bias=False, mlp_bias=False)
+    write_model(root / "opt", "opt", dtype=torch.float32)
+    (root / "three-stages.yaml").write_text(RECIPE, encoding="utf-8")
+
+
+# A run that nothing disturbs.
+
+
+@dataclass(frozen=True)
+class Undisturbed:
+    """What a command finds, leaves and takes. events: the moments at which it changes files or starts a process."""
+
+    command: Command
+    before: Files
+    after: Files
+    events: int
+    seconds: float
+
+
+@dataclass
+class Place:
+    """Where runs happen: the inputs, and beside them a folder for each run, with a folder for its temporary files."""
+
+    root: Path
+    processes: int | None = None
+    made: int = 0
+
+    def folder(self, files: Files | None = None) -> Path:
+        self.made += 1
+        folder = self.root / f"run-{self.made:05d}"
+        (folder / SCRATCH).mkdir(parents=True)
+        lay_out(folder, files or {})
+        return folder
+
+    def request(self, folder: Path, words: Sequence[str], **options: object) -> Request:
+        scratch = str(folder / SCRATCH)
+        return Request(tuple(words), str(folder), env={"TMPDIR": scratch}, **options)  # type: ignore[arg-type]
+
+    def run(self, requests: Sequence[Request]) -> list[Ran]:
+        return run_warm(requests, self.processes)
+
+    def undisturbed(self, commands: Sequence[Command]) -> list[Undisturbed]:
+        starts = {tuple(command.start): self.folder() for command in commands if command.start}
+        self._succeed([self.request(folder, words) for words, folder in starts.items()])
+        before = {words: contents(folder) for words, folder in starts.items()} | {(): {}}
+        folders = [self.folder(before[tuple(command.start)]) for command in commands]
+        pairs = list(zip(commands, folders, strict=True))
+        ran = self._succeed([self.request(folder, command.words, write_event=0) for command, folder in pairs])
+        return [
+            Undisturbed(
+                command, before[tuple(command.start)], contents(folder), int(one.err.splitlines()[-1]), one.seconds
+            )
+            for (command, folder), one in zip(pairs, ran, strict=True)
+        ]
+
+    def _succeed(self, requests: Sequence[Request]) -> list[Ran]:
+        ran = self.run(requests)
+        for request, one in zip(requests, ran, strict=True):
+            assert one.code == 0, (request.words, one.err)
+        return ran
+
+
+def lay_out(folder: Path, files: Files) -> None:
+    for name, content in files.items():
+        if content is None:
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        else:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(content)
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    """Every file of a run's folder; the folder for temporary files itself left out, what lies in it not.
+
+    How long a measurement took is no part of it.
+    """
+    found = {name: content for name, content in snapshot(folder).items() if name != SCRATCH}
+    return {name: SECONDS.sub(b"", content) if content else content for name, content in found.items()}
+
+
+def below(files: Files, name: str) -> dict[str, bytes | None]:
+    return {path: content for path, content in files.items() if path.partition("/")[0] == name}
+
+
+# What is true after a kill.
+
+
+@dataclass(frozen=True)
+class Found:
+    """state: of what the command writes: absent, old, new or half. litter: what lies where nothing should."""
+
+    state: str
+    lost: bool
+    litter: list[str]
+    beside: list[str]
+
+    @property
+    def is_clean(self) -> bool:
+        return self.state != "half" and not self.lost and not self.litter
+
+
+def look_at(folder: Path, whole: Undisturbed) -> Found:
+    files = contents(folder)
+    return find_built(files, whole) if whole.command.builds else find_added(files, whole)
+
+
+def find_built(files: Files, whole: Undisturbed) -> Found:
+    old, new, found = (below(each, OUT) for each in (whole.before, whole.after, files))
+    state = "absent" if not found else "new" if found == new else "old" if found == old else "half"
+    aside = {name.replace(ASIDE, OUT, 1): content for name, content in below(files, ASIDE).items()}
+    names = sorted({name.partition("/")[0] for name in files})
+    return Found(
+        state,
+        lost=bool(old) and state == "absent" and aside != old,
+        litter=[name for name in names if name not in (OUT, PARTIAL, ASIDE)],
+        beside=[name for name in names if name in (PARTIAL, ASIDE)],
+    )
+
+
+def find_added(files: Files, whole: Undisturbed) -> Found:
+    """Of files each is as before or new; one may lie there as unfinished, and is no litter: the next run takes it."""
+    half, litter = list[str](), list[str]()
+    for name, content in files.items():
+        if name not in whole.before and name not in whole.after:
+            litter += [] if name.endswith(".unfinished") else [name]
+        elif content not in (whole.before.get(name), whole.after.get(name)):
+            half.append(name)
+    unfinished = [name for name in files if name.endswith(".unfinished")]
+    state = "half" if half else "new" if files == whole.after else "old"
+    return Found(state, not whole.before.keys() <= files.keys(), litter, unfinished)
+
+
+# Kills.
+
+
+@dataclass(frozen=True)
+class Kill:
+    """moment: in words. request: the fields of a Request that bring it about."""
+
+    moment: str
+    number: int
+    request: Mapping[str, object]
+
+
+SIGNALS = [signal.SIGKILL, signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
+VERIFYING = "subprocess:Popen.communicate"
+SAVING = "compress.streaming.journal:save_file"
+
+
+def draw_kill(whole: Undisturbed, rng: random.Random) -> Kill:
+    """At a change of a file, at any time, in the midst of a file, or while a clean process reloads what was written."""
+    number = int(rng.choice(SIGNALS))
+    kind = rng.choices(["change", "time", "verifying", "torn"], [40, 35, 15, 10])[0]
+    if kind == "verifying" and whole.command.builds:
+        delay = rng.uniform(0.01, 4.0)
+        hit = Disturbance(VERIFYING, number=number, delay=delay)
+        return Kill(f"{delay:.2f} s into the proof", number, {"disturbance": hit, "verify": True})
+    if kind == "torn" and whole.command.builds:
+        call = rng.randint(1, 10)
+        return Kill(f"within file {call}", int(signal.SIGKILL), {"disturbance": Disturbance(SAVING, call, "tear")})
+    if kind == "time":
+        seconds = rng.uniform(0, whole.seconds)
+        return Kill(f"after {seconds:.2f} s", number, {"signal_after": seconds, "number": number})
+    return at_change(rng.randint(1, whole.events), number)
+
+
+def at_change(event: int, number: int = signal.SIGKILL) -> Kill:
+    return Kill(f"at change {event}", int(number), {"write_event": event, "number": int(number)})
+
+
+@dataclass
+class Trial:
+    """A command, what befalls it, and what became of it. faults: what should not be, in words."""
+
+    whole: Undisturbed
+    kill: Kill
+    folder: Path
+    again: list[Kill] = field(default_factory=list)
+    really_reloaded: bool = False
+    was_killed: bool = False
+    kills: int = 0
+    found: Found | None = None
+    left: int = 0
+    refusals: list[str] = field(default_factory=list)
+    ending: str = ""
+    faults: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        again = "".join(f", then {kill.moment} ({signal.Signals(kill.number).name})" for kill in self.again)
+        name = self.whole.command.name
+        return f"{name}: {signal.Signals(self.kill.number).name} {self.kill.moment}{again} in {self.folder.name}"
+
+
+def try_all(place: Place, trials: Sequence[Trial]) -> None:
+    """Kill all, go on with all, some killed again; what is found stands in the trials afterwards."""
+    killed = place.run([place.request(each.folder, each.whole.command.words, **each.kill.request) for each in trials])
+    for trial, ran in zip(trials, killed, strict=True):
+        judge_killed(trial, trial.kill, ran)
+    for number in range(max((len(trial.again) for trial in trials), default=0)):
+        those = [trial for trial in trials if len(trial.again) > number and can_go_on(trial)]
+        killed = place.run([place.request(t.folder, next_words(t), **t.again[number].request) for t in those])
+        for trial, ran in zip(those, killed, strict=True):
+            judge_killed(trial, trial.again[number], ran)
+    go_on(place, trials)
+
+
+def judge_killed(trial: Trial, kill: Kill, ran: Ran) -> None:
+    """Into the trial goes what is not as it should be right after a kill."""
+    trial.left += ran.left
+    trial.found = found = look_at(trial.folder, trial.whole)
+    if not found.is_clean:
+        trial.faults.append(f"{kill.moment}: {found}")
+    if ran.left:
+        trial.faults.append(f"{kill.moment}: {ran.left} processes live on")
+    if ran.code == 0:
+        if found.state != "new" and trial.whole.command.name != "bench":
+            trial.faults.append(f"{kill.moment}: exit code 0 and not there")
+        return
+    trial.was_killed = True
+    trial.kills += 1
+    if kill.number == signal.SIGKILL:
+        if ran.code != -signal.SIGKILL:
+            trial.faults.append(f"{kill.moment}: exit code {ran.code}: {ran.err[-500:]}")
+    elif ran.code != 130 or "Traceback" in ran.err or "interrupted" not in ran.err.splitlines()[-1]:
+        trial.faults.append(f"{kill.moment}: exit code {ran.code}, no clean end: {ran.err[-1500:]}")
+
+
+def can_go_on(trial: Trial) -> bool:
+    return trial.found is not None and trial.found.state != "new"
+
+
+def next_words(trial: Trial) -> list[str]:
+    """What a user types after a kill."""
+    words, found = list(trial.whole.command.words), trial.found
+    assert found is not None
+    if not trial.whole.command.builds:
+        return words
+    if found.state == "new":
+        return words if "--overwrite" in words else [*words, "--overwrite"]
+    return [*words, "--resume"] if PARTIAL in found.beside else words
+
+
+def go_on(place: Place, trials: Sequence[Trial]) -> None:
+    """Until all is as after a run that nobody killed; what a refusal says is done, once or twice."""
+    waiting = [(trial, next_words(trial)) for trial in trials if needs_more(trial)]
+    for _ in range(3):
+        requests = [place.request(trial.folder, words, verify=trial.really_reloaded) for trial, words in waiting]
+        ran = place.run(requests)
+        following = []
+        for (trial, words), one in zip(waiting, ran, strict=True):
+            if one.code != 0:
+                trial.refusals.append(one.err.strip()[-500:])
+                if (remedy := remedied(words, one)) is not None:
+                    following.append((trial, remedy))
+        waiting = following
+    for trial in trials:
+        conclude(trial)
+
+
+def needs_more(trial: Trial) -> bool:
+    found = trial.found
+    return found is not None and (found.state != "new" or bool(found.beside))
+
+
+def remedied(words: Sequence[str], ran: Ran) -> list[str] | None:
+    """The command with what its refusal says, a line beginning with `error:`; None where that is nothing."""
+    said = " ".join(ran.faults)
+    kept = [word for word in words if word != "--resume"]
+    if "without --resume" in said:
+        return kept
+    if "start over with --overwrite" in said.lower():
+        return [*(word for word in kept if word != "--overwrite"), "--overwrite"]
+    if "with --resume" in said and "--resume" not in words:
+        return [*words, "--resume"]
+    return None
+
+
+def conclude(trial: Trial) -> None:
+    files = contents(trial.folder)
+    wrong = sorted(name for name in files.keys() | trial.whole.after.keys() if differs(name, files, trial.whole.after))
+    if wrong:
+        trial.ending = "wrong"
+        trial.faults.append(f"in the end: {', '.join(wrong[:4])} differ; {trial.refusals}")
+    elif not needs_more(trial):
+        trial.ending = "was whole"
+    else:
+        trial.ending = "refused, then identical" if trial.refusals else "identical"
+    if not trial.faults:
+        shutil.rmtree(trial.folder)
+
+
+def differs(name: str, files: Files, expected: Files) -> bool:
+    return (name in files) != (name in expected) or files[name] != expected[name]
+
+
+def draw_trials(place: Place, wholes: Sequence[Undisturbed], count: int, rng: random.Random) -> list[Trial]:
+    """As many for each command, within one; a third of them killed again, a tenth really reloaded in the end."""
+    trials = []
+    for number in range(count):
+        whole = wholes[number % len(wholes)]
+        again = [draw_again(whole, rng) for _ in range(rng.choice([0, 0, 0, 0, 1, 2]))]
+        kill, folder = draw_kill(whole, rng), place.folder(whole.before)
+        trials.append(Trial(whole, kill, folder, again, really_reloaded=rng.random() < 0.1))
+    return trials
+
+
+def draw_again(whole: Undisturbed, rng: random.Random) -> Kill:
+    """A resumed run is shorter and its first changes are the ones that matter."""
+    return at_change(min(rng.randint(1, whole.events), rng.randint(1, whole.events)), rng.choice(SIGNALS))
+
+
+def as_lines(trials: Iterable[Trial]) -> list[str]:
+    """What is wrong, a line each."""
+    return [f"{trial}: {fault}" for trial in trials for fault in trial.faults]
+
+
+def with_events(whole: Undisturbed, events: Sequence[int], place: Place) -> list[Trial]:
+    """A trial for each of these changes."""
+    return [Trial(whole, at_change(event), place.folder(whole.before)) for event in events]
