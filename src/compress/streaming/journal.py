@@ -201,12 +201,20 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
     for text in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []:
         try:
             line = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             break
-        if not isinstance(line, dict):
+        if not is_line(line):
             break
         lines.append(line)
     return lines
+
+
+def is_line(line: Any) -> bool:
+    """Whether it says what a run is, a finding or a finished part."""
+    if not isinstance(line, dict):
+        return False
+    is_finding = isinstance(line.get("finding"), str) and isinstance(line.get("files"), list)
+    return is_finding or isinstance(line.get("run"), dict) or isinstance(line.get("part"), dict)
 
 
 def clear(folder: Path) -> None:
