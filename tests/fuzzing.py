@@ -397,7 +397,9 @@ class Watch:
             self.seen.append(f"{event} {arguments[:2]}")
         elif event in WRITES or (event == "open" and is_writing(arguments[2])):
             paths = [
-                os.path.abspath(os.fsdecode(path)) for path in arguments[:2] if isinstance(path, str | bytes | Path)
+                str(Path(os.fsdecode(path)).absolute())
+                for path in arguments[:2]
+                if isinstance(path, str | bytes | Path)
             ]
             foreign = [path for path in paths if not path.startswith(self.allowed)]
             if foreign and not (event == "open" and foreign == [os.devnull]):
@@ -509,9 +511,9 @@ def complaint(code: int | None, said: str, growth: int) -> str | None:
         return f"exit code {code}"
     if not faults or "Traceback" in said:
         return f"no message: {said[:200]!r}"
-    if not all(character.isprintable() or character == "\n" for character in said):
+    if not all(fault.isprintable() for fault in faults):
         return f"a message that cannot be printed: {said[:200]!r}"
-    if len(said) > LONGEST:
+    if sum(map(len, faults)) > LONGEST:
         return f"a message of {len(said)} characters: {said[:200]!r}"
     return too_large(growth)
 
@@ -537,12 +539,11 @@ def blame(error: BaseException) -> str:
 def listing(folder: Path) -> dict[str, tuple[int, int]]:
     """Every file below a folder, its size and when it was written."""
     found = {}
-    for root, folders, files in os.walk(folder):
-        for name in [*folders, *files]:
-            path = os.path.join(root, name)
-            about = os.lstat(path)
-            relative = os.path.relpath(path, folder)
-            found[relative] = (0, 0) if name in folders else (about.st_size, about.st_mtime_ns)
+    for entry in os.scandir(folder):
+        about = entry.stat(follow_symlinks=False)
+        if entry.is_dir(follow_symlinks=False):
+            found |= {f"{entry.name}/{name}": told for name, told in listing(Path(entry)).items()}
+        found[entry.name] = (about.st_size, 0 if entry.is_dir() else about.st_mtime_ns)
     return found
 
 
@@ -588,8 +589,8 @@ def limited_memory() -> Iterator[None]:
 
 def status(name: str) -> int:
     """Bytes, as Linux counts them for this process."""
-    with open("/proc/self/status") as file:
-        return next(1024 * int(line.split()[1]) for line in file if line.startswith(f"{name}:"))
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
 def peak() -> int:
@@ -599,6 +600,6 @@ def peak() -> int:
 def reset_peak() -> int:
     """Memory in use, from which the peak counts anew."""
     gc.collect(0)
-    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
-        file.write("5")
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
     return status("VmRSS")

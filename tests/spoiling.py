@@ -24,6 +24,14 @@ TEXTS = [
     *("", " ", "x", "nan", "1e999", "0", "None", "true", "\x00", "a\nb", "\x1b[31mred\x1b[0m", "[red]x[/]", "[/]"),
     *("../../etc/passwd", "/etc/passwd", "..", "C:\\x", "a/b", "\ud800", "🙂", "\u202egnp", "{0}", "%s", "$(id)"),
     *("'; rm -rf ~", "--help", "-x", "---", "| a | b |", "```", "<script>", "![x](http://x)", "__class__", "*", "."),
+    *(
+        "a" * 300 + ".safetensors",
+        "../x.safetensors",
+        "x\0.safetensors",
+        "./x.safetensors",
+        "x.safetensors/",
+        "~nobody/x.txt",
+    ),
 ]
 DTYPES = [
     "F64",
@@ -156,8 +164,8 @@ def spoiled_json(data: bytes, choose: Random) -> bytes:
 
 
 def dumped(data: Any, choose: Random) -> str:
-    # 10**400 is longer than Python writes of an integer where told so; JSON has no such limit.
-    return json.dumps(data, ensure_ascii=choose.random() < 0.5)
+    # A text that is a number longer than Python reads, without its quotes.
+    return json.dumps(data, ensure_ascii=choose.random() < 0.5).replace('"1e999"', "9" * 5000)
 
 
 def encoded(text: str) -> bytes:

@@ -1,6 +1,5 @@
 """Recipes in files: YAML that people write, and the compress.json of every checkpoint, which holds the one it is of."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +9,7 @@ import yaml
 
 from compress.checkpoints.facts import FACTS
 from compress.errors import UsageError
+from compress.models.json_text import parse_json
 from compress.models.libraries import reading
 from compress.recipe import Recipe, Where, dotted
 
@@ -52,8 +52,8 @@ def read_recipe(path: Path) -> RecipeFile:
 
 def from_facts(file: Path, text: str) -> RecipeFile:
     try:
-        facts = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        facts = parse_json(text)
+    except ValueError as error:
         raise UsageError(f"{file} is no JSON ({error}). Name a recipe or the folder of a checkpoint.") from error
     if not isinstance(facts, dict) or not isinstance(facts.get("recipe"), dict):
         raise UsageError(f"{file} has no recipe in it. Name a YAML recipe or the compress.json of a checkpoint.")

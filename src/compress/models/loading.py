@@ -1,16 +1,15 @@
 """Configs, tokenizers and whole models from a folder, with errors a user can act on."""
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from compress.errors import CheckpointError, UnsupportedModel, UsageError
+from compress.models.json_text import parse_json
 from compress.models.libraries import one_line, reading
 
 
@@ -34,8 +33,8 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """Raises UnsupportedModel for what transformers does not know, CheckpointError for what makes no model."""
     file = folder / "config.json"
     try:
-        is_object = isinstance(json.loads(file.read_text(encoding="utf-8")), dict)
-    except (OSError, ValueError, RecursionError):
+        is_object = isinstance(parse_json(file.read_text(encoding="utf-8")), dict)
+    except (OSError, ValueError):
         is_object = False
     if not is_object:
         raise CheckpointError(f"{file} is damaged: it is no JSON object. Get it again.")

@@ -21,6 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from compress.errors import OutputError, UsageError
+from compress.models.json_text import parse_json
+from compress.models.tensor_files import is_own_name
 
 JOURNAL = "journal.jsonl"
 LOCK = "lock"
@@ -151,7 +153,7 @@ def written_files(entry: dict[str, Any]) -> list[Any]:
 
 
 def file_is(folder: Path, written: Any) -> bool:
-    if not isinstance(written, dict) or Path(str(written.get("file"))).name != written.get("file"):
+    if not isinstance(written, dict) or not is_own_name(written.get("file")):
         return False
     file = folder / written["file"]
     return file.is_file() and sha256(file) == written.get("sha256")
@@ -200,8 +202,8 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
     lines = []
     for text in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []:
         try:
-            line = json.loads(text)
-        except (ValueError, RecursionError):
+            line = parse_json(text)
+        except ValueError:
             break
         if not is_line(line):
             break
