@@ -1,6 +1,5 @@
 """Recipes in files: YAML that people write, and the compress.json of every checkpoint, which holds the one it is of."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +9,8 @@ import yaml
 
 from compress.checkpoints.facts import FACTS
 from compress.errors import UsageError
+from compress.models.json_text import parse_json
+from compress.models.libraries import reading
 from compress.recipe import Recipe, Where, dotted
 
 LARGEST = 10**7  # bytes; a recipe has some hundred, a compress.json of a large model a few million
@@ -51,8 +52,8 @@ def read_recipe(path: Path) -> RecipeFile:
 
 def from_facts(file: Path, text: str) -> RecipeFile:
     try:
-        facts = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        facts = parse_json(text)
+    except ValueError as error:
         raise UsageError(f"{file} is no JSON ({error}). Name a recipe or the folder of a checkpoint.") from error
     if not isinstance(facts, dict) or not isinstance(facts.get("recipe"), dict):
         raise UsageError(f"{file} has no recipe in it. Name a YAML recipe or the compress.json of a checkpoint.")
@@ -60,13 +61,12 @@ def from_facts(file: Path, text: str) -> RecipeFile:
 
 
 def from_yaml(file: Path, text: str) -> RecipeFile:
-    try:
-        lines: dict[Where, int] = {}
+    lines: dict[Where, int] = {}
+    # A value that is not what its tag calls it comes out of yaml as any error.
+    with reading(f"The recipe {file} cannot be read", kind=UsageError):
         if node := yaml.compose(text, Loader=yaml.SafeLoader):
             note_lines(node, (), lines, file)
         data = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UsageError(f"The recipe {file} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict):
         raise UsageError(f"The recipe {file} is no mapping. Start it with 'method:' and 'stages:'.")
     return RecipeFile(file, data, lines)

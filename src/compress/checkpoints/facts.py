@@ -1,12 +1,12 @@
 """compress.json, read back: what a checkpoint says of itself, trusted in nothing but its types."""
 
-import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from compress.errors import CheckpointError
+from compress.models.json_text import parse_json
 
 FACTS = "compress.json"
 LARGEST = 2**26  # bytes of a JSON file; a report on 10 000 linears takes a twentieth
@@ -134,8 +134,8 @@ def read_json(file: Path) -> dict[str, Any]:
             raise CheckpointError(f"{file} is missing. Get it again.")
         if file.stat().st_size > LARGEST:
             raise CheckpointError(f"{file} is larger than any that is written ({LARGEST:,} bytes). Get it again.")
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        found = parse_json(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{file} is damaged: it cannot be read as JSON. Get it again.") from error
     if not isinstance(found, dict):
         raise CheckpointError(f"{file} is damaged: it is no JSON object. Get it again.")

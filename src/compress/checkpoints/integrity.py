@@ -9,7 +9,7 @@ from compress.checkpoints.facts import FACTS, Facts, read_json
 from compress.checkpoints.headers import StoredTensor, read_header
 from compress.errors import CheckpointError, Faults, UsageError
 from compress.models.stored_files import ADAPTER
-from compress.models.tensor_files import INDEX, indexed_names
+from compress.models.tensor_files import INDEX, indexed_names, is_own_name
 from compress.streaming.journal import JOURNAL, read_lines, sha256
 
 ADAPTER_WEIGHTS = f"{ADAPTER}/{WEIGHTS}"
@@ -89,9 +89,7 @@ def report(folder: Path, faults: Faults) -> None:
 
 def is_plain(name: str) -> bool:
     """Whether a name stays in its folder: that of a part, or of the adapter."""
-    return name == ADAPTER_WEIGHTS or (
-        Path(name).name == name and "\\" not in name and "\0" not in name and name.endswith(".safetensors")
-    )
+    return name == ADAPTER_WEIGHTS or (is_own_name(name) and name.endswith(".safetensors"))
 
 
 def check_config(folder: Path, facts: Facts) -> None:

@@ -1,6 +1,5 @@
 """`compress bench`: speed, memory and size of a compressed model beside the dense one's, in one run."""
 
-import json as json_format
 import re
 from contextlib import suppress
 from itertools import product
@@ -158,8 +157,10 @@ def base_of(source: "ModelSource") -> "ModelSource":
 
 def facts_of(folder: Path) -> dict[str, Any]:
     """What compress.json says; nothing where there is none, or where it is damaged."""
+    from compress.models.json_text import parse_json
+
     with suppress(OSError, ValueError):
-        facts = json_format.loads((folder / "compress.json").read_text(encoding="utf-8"))
+        facts = parse_json((folder / "compress.json").read_text(encoding="utf-8"))
         return facts if isinstance(facts, dict) else {}
     return {}
 

@@ -20,7 +20,7 @@ UNITS = {"neurons": "neurons", "kv_groups": "KV"}
 def show(seen: "Inspection", *, linears: bool) -> None:
     from compress.inspection.summary import block_rows
 
-    print_table(visible(seen.folder), ["", "value"], header(seen))
+    print_table(str(seen.folder), ["", "value"], header(seen))
     show_cells("Blocks", [block_cells(row) for row in block_rows(seen)])
     if linears:
         show_cells("Linears", [linear_cells(linear, seen) for linear in seen.linears])
@@ -42,11 +42,6 @@ def show_cells(title: str, rows: Sequence[dict[str, str]]) -> None:
         print_table(again, names, [[row[name] for name in names] for row in rows])
 
 
-def visible(text: object) -> str:
-    """What a file says, without the control characters that it may hold."""
-    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in str(text))
-
-
 def header(seen: "Inspection") -> list[list[str]]:
     from compress.inspection.report import architecture
 
@@ -55,8 +50,8 @@ def header(seen: "Inspection") -> list[list[str]]:
     parameters = "packed in a way not read here" if seen.parameters is None else f"{seen.parameters:,}"
     return [
         ["what it is", "a checkpoint of another program"],
-        ["architecture", visible(architecture(seen))],
-        *([["quantized by", visible(seen.quantized_by)]] if seen.quantized_by else []),
+        ["architecture", architecture(seen)],
+        *([["quantized by", seen.quantized_by]] if seen.quantized_by else []),
         ["parameters", parameters],
         ["bytes", gigabytes(seen.bytes)],
         ["types", types(seen)],
@@ -65,9 +60,9 @@ def header(seen: "Inspection") -> list[list[str]]:
 
 def our_header(seen: "Inspection", facts: "Facts") -> list[list[str]]:
     rows = [
-        ["base model", visible(facts.base_model)],
-        ["method", visible(facts.recipe.method)],
-        ["written as", visible(loads_as(facts.architecture, is_stock=facts.loads_without_our_code))],
+        ["base model", facts.base_model],
+        ["method", facts.recipe.method],
+        ["written as", loads_as(facts.architecture, is_stock=facts.loads_without_our_code)],
         ["loads with", loads_with(facts)],
         ["parameters, dense", f"{facts.dense_size.parameters:,}"],
         *size_rows(facts.dense_size.model_dump(), facts.size.model_dump()),
@@ -78,9 +73,9 @@ def our_header(seen: "Inspection", facts: "Facts") -> list[list[str]]:
     if facts.held_out_divergence is not None:
         rows += [["divergence from dense, held out", f"{facts.held_out_divergence:.3f} nats a token"]]
     if seen.quality is not None:
-        rows += [[visible(each.name), visible(each.text)] for each in seen.quality.listed()]
+        rows += [[each.name, each.text] for each in seen.quality.listed()]
     versions = ", ".join(f"{name} {version}" for name, version in facts.versions.items())
-    return [*rows, ["versions", visible(versions)], ["files", state(seen, facts)]]
+    return [*rows, ["versions", versions], ["files", state(seen, facts)]]
 
 
 def loads_with(facts: "Facts") -> str:
@@ -108,7 +103,7 @@ def notes(seen: "Inspection") -> Iterable[str]:
     from compress.checkpoints.integrity import ADAPTER_WEIGHTS
 
     if seen.facts is not None:
-        yield f"Made by: {visible(seen.facts.command)}"
+        yield f"Made by: {seen.facts.command}"
     if seen.facts is not None and seen.facts.adapter and ADAPTER_WEIGHTS not in seen.facts.parts:
         yield "Of the adapter no checksum is recorded: its names, shapes and bytes are as they should be."
     if seen.quantized_by and seen.facts is None:
@@ -124,7 +119,7 @@ def block_cells(row: "BlockRow") -> dict[str, str]:
         "bits": between(row.bits),
         "bits a weight": number(row.bits_per_weight, ".2f"),
         "zeros": number(row.zeros, ".1%"),
-        "pattern": ", ".join(map(visible, row.patterns)),
+        "pattern": ", ".join(row.patterns),
         "stream error": number(row.error, ".2%"),
         "lost": number(row.lost, ".2%"),
         "parameters": number(row.parameters, ","),
@@ -136,7 +131,7 @@ def linear_cells(linear: "StoredLinear", seen: "Inspection") -> dict[str, str]:
     zeros = seen.zeros.get(linear.path)
     pattern = "" if zeros is None or zeros.pattern is None else zeros.pattern + ("" if zeros.kept else " broken")
     return {
-        "": visible(linear.path),
+        "": linear.path,
         "outputs": f"{linear.m:,}",
         "inputs": f"{linear.n:,}",
         "form": linear.form,
@@ -144,7 +139,7 @@ def linear_cells(linear: "StoredLinear", seen: "Inspection") -> dict[str, str]:
         "bits": str(linear.bits),
         "bits a weight": f"{linear.bits_per_weight:.2f}",
         "zeros": "" if zeros is None else f"{zeros.share:.1%}",
-        "pattern": visible(pattern),
+        "pattern": pattern,
         "lost": number(linear.facts.lost if linear.facts else None, ".2%"),
         "parameters": f"{linear.parameters:,}",
         "bytes": gigabytes(linear.bytes),
@@ -175,7 +170,7 @@ def size_cells(seen: "Inspection") -> dict[str, str]:
         parameters += f" ({size.parameters / dense.parameters:.0%})"
         stored += f" ({size.bytes / dense.bytes:.0%})"
     return {
-        "": visible(seen.name),
+        "": seen.name,
         "parameters (of dense)": parameters,
         "bytes (of dense)": stored,
         "bits a weight": number(seen.bits_per_weight, ".2f"),

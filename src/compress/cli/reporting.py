@@ -10,6 +10,7 @@ from typing import Any, ParamSpec
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -17,6 +18,8 @@ from rich.text import Text
 from compress.errors import CompressError
 
 INTERRUPTED = 130
+MOST_FAULTS = 20  # that are told, a line each
+LONGEST = 1000  # characters of a line
 P = ParamSpec("P")
 
 
@@ -28,7 +31,7 @@ def reporting_errors(command: Callable[P, None]) -> Callable[P, None]:
         try:
             command(*args, **kwargs)
         except CompressError as error:
-            for line in str(error).splitlines():
+            for line in told(error):
                 sys.stderr.write(f"error: {line}\n")
             raise typer.Exit(error.exit_code) from error
         except KeyboardInterrupt as interrupt:
@@ -37,6 +40,19 @@ def reporting_errors(command: Callable[P, None]) -> Callable[P, None]:
             raise typer.Exit(INTERRUPTED) from interrupt
 
     return run
+
+
+def told(error: CompressError) -> list[str]:
+    """The lines of a message. Files and users may have put anything into it."""
+    faults = str(error).split("\n")
+    more = [f"And {len(faults) - MOST_FAULTS} more."] if len(faults) > MOST_FAULTS else []
+    lines = [visible(fault) for fault in faults[:MOST_FAULTS]]
+    return [line if len(line) <= LONGEST else f"{line[:LONGEST]}..." for line in lines] + more
+
+
+def visible(text: object) -> str:
+    """Without the control characters, half characters and turns of direction that a file's text may hold."""
+    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in str(text))
 
 
 def quiet_libraries() -> None:
@@ -59,17 +75,18 @@ def print_text(text: str) -> None:
 
 
 def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    table = Table(title=Text(title), title_justify="left")
-    for column in columns:
-        table.add_column(column, justify="left" if column == columns[0] else "right")
+    """Text, not rich's markup: what is in a name is shown as it is."""
+    table = Table(title=Text(visible(title)), title_justify="left")
+    for place, column in enumerate(columns):
+        table.add_column(Text(visible(column)), justify="left" if place == 0 else "right")
     for row in rows:
-        table.add_row(*map(Text, row))
+        table.add_row(*(Text(visible(cell)) for cell in row))
     Console().print(table)
 
 
 def print_lines(lines: Iterable[str]) -> None:
     for line in lines:
-        Console().print(Text(line))
+        Console().print(Text(visible(line)))
 
 
 @contextmanager
@@ -83,7 +100,7 @@ def progress_bar(start: str) -> Iterator[Callable[[str, int, int], None]]:
     with Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[memory]}"), console=console) as bar:
         task = bar.add_task(start, total=None, memory=memory_in_use())
         yield lambda name, done, total: bar.update(
-            task, description=name, completed=done, total=total, memory=memory_in_use()
+            task, description=escape(visible(name)), completed=done, total=total, memory=memory_in_use()
         )
 
 
@@ -95,7 +112,7 @@ class PlainProgress:
 
     def __call__(self, name: str, done: int, total: int) -> None:
         if name != self.last or done == total:
-            sys.stderr.write(f"[{done}/{total}] {name}  {memory_in_use()}\n")
+            sys.stderr.write(f"[{done}/{total}] {visible(name)}  {memory_in_use()}\n")
         self.last = name
 
 

@@ -13,6 +13,7 @@ from types import ModuleType
 
 from compress.datasets._files import is_file, read_rows
 from compress.errors import UsageError, unknown_name
+from compress.models.typed_path import typed_path
 
 SEPARATOR = "\n\n"
 DATA_DIR_VARIABLE = "COMPRESS_DATA_DIR"
@@ -44,7 +45,7 @@ def data_directory(option: Path | None) -> Path | None:
     asked = option or os.environ.get(DATA_DIR_VARIABLE)
     if not asked:
         return None
-    folder = Path(asked).expanduser()
+    folder = typed_path(str(asked))
     if not folder.is_dir():
         asked_by = "--data-dir" if option else DATA_DIR_VARIABLE
         raise UsageError(f"{asked_by} must be a folder, {str(asked)!r} is none. Create it or correct the path.")

@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from compress.errors import UsageError
+from compress.models.json_text import parse_json
+from compress.models.typed_path import typed_path
 
 SUFFIXES = (".txt", ".jsonl")
 FIELD = "text"
@@ -22,7 +24,7 @@ def is_file(source: str) -> bool:
 
 def read_rows(source: str, *, data_sets: Iterable[str]) -> list[str]:
     """The rows of a text file. `data_sets` are what a user who misspelt one may have meant."""
-    path = Path(source).expanduser()
+    path = typed_path(source)
     if not path.is_file():
         raise UsageError(f"There is no text file {source!r}. Correct the path or name one of: {', '.join(data_sets)}.")
     text = decode(path)
@@ -50,7 +52,7 @@ def json_rows(text: str, path: Path) -> list[str]:
 
 def json_row(line: str, where: str) -> str:
     try:
-        row = json.loads(line)
+        row = parse_json(line)
     except json.JSONDecodeError as error:
         raise UsageError(f"{where} is not JSON: {error.msg}. Each line must be an object with a {FIELD!r}.") from error
     if not isinstance(row, dict) or not isinstance(row.get(FIELD), str):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import Unavailable
+from compress.models.json_text import parse_json
 
 FOLDER = "tasks"
 LAYOUTS: tuple[dict[str, type], ...] = (
@@ -42,7 +43,7 @@ def load_documents(name: str, data_dir: Path, limit: int | None = None) -> list[
 
 def document(line: str, where: str) -> dict[str, Any]:
     try:
-        found = json.loads(line)
+        found = parse_json(line)
     except json.JSONDecodeError as error:
         raise Unavailable(f"{where} is not JSON: {error.msg}. Replace the file.") from error
     if not isinstance(found, dict) or not any(fits(found, layout) for layout in LAYOUTS):

@@ -10,23 +10,18 @@ from compress.checkpoints.facts import FACTS, Facts
 from compress.checkpoints.headers import StoredTensor
 from compress.errors import CheckpointError
 from compress.models.counting import num_parameters
-from compress.models.loading import empty_model, load_config, one_line
+from compress.models.libraries import reading
+from compress.models.loading import empty_model, load_config
 from compress.models.stored_files import Lora, StoredTensors, read_lora, read_scheme
 from compress.models.stored_loading import put_linears
 
 ENDS = 2  # parts that are no block: the embeddings and the head
-# What transformers may raise for a config that nobody wrote.
-UNEXPECTED = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 def blueprint(folder: Path, facts: Facts) -> PreTrainedModel:
     """On the meta device, with its linears as they are stored. Raises CheckpointError where config.json makes none."""
-    try:
+    with reading(f"The config.json of {folder} makes no model", "Get it again."):
         return built(folder, facts)
-    except UNEXPECTED as error:
-        raise CheckpointError(
-            f"The config.json of {folder} makes no model: {one_line(error)}. Get it again."
-        ) from error
 
 
 def built(folder: Path, facts: Facts) -> PreTrainedModel:

@@ -6,7 +6,6 @@ that name) reads the file's header.
 """
 
 import importlib
-import struct
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,10 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from compress.errors import CheckpointError, UnsupportedModel, UsageError
 from compress.models.counting import num_parameters
-from compress.models.loading import one_line
+from compress.models.libraries import reading
 
 ROPE_FACTORS = "rope_freqs.weight"
-ERRORS = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, struct.error)
 FOLDER_INSTEAD = "Name the folder it was written from: the weights are the same."
 
 
@@ -31,32 +29,24 @@ def load_gguf_config(file: Path) -> Any:
         importlib.import_module("gguf")
     except ImportError as error:
         raise UsageError("Reading GGUF needs the package gguf: pip install compress-llm[gguf]") from error
-    with alone(file) as folder:
-        try:
-            config = AutoConfig.from_pretrained(folder, gguf_file=file.name, local_files_only=True)
-        except ERRORS as error:
-            raise UnsupportedModel(f"transformers cannot read {file}: {one_line(error)}") from error
+    with alone(file) as folder, reading(f"transformers cannot read {file}", kind=UnsupportedModel):
+        config = AutoConfig.from_pretrained(folder, gguf_file=file.name, local_files_only=True)
     check_rotary(file, config)
     return config
 
 
 def load_gguf_tokenizer(file: Path) -> Any:
-    with alone(file) as folder:
-        try:
-            return AutoTokenizer.from_pretrained(folder, gguf_file=file.name, local_files_only=True)
-        except ERRORS as error:
-            raise UnsupportedModel(f"transformers cannot read the tokenizer of {file}: {one_line(error)}") from error
+    said = f"transformers cannot read the tokenizer of {file}"
+    with alone(file) as folder, reading(said, kind=UnsupportedModel):
+        return AutoTokenizer.from_pretrained(folder, gguf_file=file.name, local_files_only=True)
 
 
 def load_gguf(file: Path, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """The whole model. Raises UnsupportedModel where some of the file has no place in it."""
-    with alone(file) as folder:
-        try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder, gguf_file=file.name, dtype=dtype, local_files_only=True, output_loading_info=True
-            )
-        except ERRORS as error:
-            raise UnsupportedModel(f"transformers cannot read {file}: {one_line(error)}") from error
+    with alone(file) as folder, reading(f"transformers cannot read {file}", kind=UnsupportedModel):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=file.name, dtype=dtype, local_files_only=True, output_loading_info=True
+        )
     model, info = loaded
     for kind in ("missing_keys", "mismatched_keys"):
         if info[kind]:
@@ -89,10 +79,8 @@ def read(file: Path) -> Any:
     """The header; tensors stay on disk."""
     import gguf
 
-    try:
+    with reading(f"{file} is no GGUF file or damaged", "Get it again."):
         return gguf.GGUFReader(file)
-    except ERRORS as error:
-        raise CheckpointError(f"{file} is no GGUF file or damaged: {one_line(error)}. Get it again.") from error
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from compress.errors import Unavailable, UsageError, unknown_name
+from compress.models.typed_path import typed_path
 
 DEMO = "demo"
 ALIASES = {
@@ -70,7 +71,7 @@ def find_model(name: str) -> ModelSource:
     """What `name` stands for; nothing is downloaded yet."""
     if name == DEMO:
         return ModelSource(DEMO, Path(str(files("compress") / "assets" / "demo")))
-    path = Path(name).expanduser()
+    path = typed_path(name)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UsageError(f"The folder {path} has no config.json. Name the folder of a Hugging Face model.")

@@ -1,47 +1,70 @@
 """Configs, tokenizers and whole models from a folder, with errors a user can act on."""
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from compress.errors import CheckpointError, UnsupportedModel, UsageError
+from compress.models.json_text import parse_json
+from compress.models.libraries import one_line, reading
+
+
+class Sizes(BaseModel):
+    """What a model may come to: one that a damaged file made up would take all memory, or years to be built.
+
+    Each limit is some ten times what the largest models have.
+    """
+
+    model_config = ConfigDict(strict=True, from_attributes=True)
+    num_hidden_layers: Annotated[int, Field(ge=1, le=1000)] | None = None
+    hidden_size: Annotated[int, Field(ge=1, le=2**18)] | None = None
+    intermediate_size: Annotated[int, Field(ge=1, le=2**20)] | None = None
+    num_attention_heads: Annotated[int, Field(ge=1, le=2**12)] | None = None
+    head_dim: Annotated[int, Field(ge=1, le=2**14)] | None = None
+    vocab_size: Annotated[int, Field(ge=1, le=2**23)] | None = None
+    max_position_embeddings: Annotated[int, Field(ge=1, le=2**27)] | None = None
 
 
 def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """Raises UnsupportedModel for what transformers does not know, CheckpointError for what makes no model."""
     file = folder / "config.json"
     try:
-        is_object = isinstance(json.loads(file.read_text(encoding="utf-8")), dict)
+        is_object = isinstance(parse_json(file.read_text(encoding="utf-8")), dict)
     except (OSError, ValueError):
         is_object = False
     if not is_object:
         raise CheckpointError(f"{file} is damaged: it is no JSON object. Get it again.")
-    try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
-    except StrictDataclassError as error:
-        raise CheckpointError(f"{file} makes no model: {one_line(error)}") from error
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        # transformers raises ValueError for a model_type it does not know and for code it was not allowed to run.
-        raise UnsupportedModel(f"The config.json of {folder} cannot be used: {one_line(error)}") from error
+    with reading(f"{file} makes no model"):
+        try:
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            # transformers raises ValueError for a model_type it does not know and for code it was not allowed to run.
+            raise UnsupportedModel(f"The config.json of {folder} cannot be used: {one_line(error)}") from error
+    check_sizes(file, config)
+    return config
+
+
+def check_sizes(file: Path, config: Any) -> None:
+    for each in {id(config): config, id(config.get_text_config()): config.get_text_config()}.values():
+        try:
+            Sizes.model_validate(each)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            raise CheckpointError(
+                f"{file} makes no model: {first['loc'][0]} is {str(first['input'])[:40]}. {first['msg']}."
+            ) from error
 
 
 def empty_model(config: Any) -> PreTrainedModel:
     """The model of a config without weights, on the meta device."""
-    try:
-        # Under torch's own context transformers leaves out the initialisation, most of the time it takes.
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
-        raise CheckpointError(f"The model's config.json makes no model: {one_line(error)}") from error
+    # Under torch's own context transformers leaves out the initialisation, most of the time it takes.
+    with reading("The model's config.json makes no model"), torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     return model
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def check_vocabulary(windows: torch.Tensor, config: Any, folder: Path) -> None:
@@ -63,21 +86,22 @@ def check_positions(config: Any, seq_len: int) -> None:
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """One that has cut a text already: some read anything, and fail when they are used."""
     if not any(any(folder.glob(pattern)) for pattern in ("tokenizer*", "*.model", "vocab*")):
         raise CheckpointError(
             f"{folder} has no tokenizer (tokenizer.json or its like). Copy the model's tokenizer there."
         )
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"The tokenizer of {folder} cannot be read: {one_line(error)}") from error
+    with reading(f"The tokenizer of {folder} cannot be read"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+        torch.tensor(tokenizer("A text.", verbose=False)["input_ids"], dtype=torch.int64)
+    return tokenizer
 
 
 def load_model(
     folder: Path, *, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
 ) -> PreTrainedModel:
     """The whole model, for what needs it whole. Safetensors only, and every parameter must be there."""
-    try:
+    with reading(f"{folder} with its config.json makes no model"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
@@ -87,8 +111,6 @@ def load_model(
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
-        raise CheckpointError(f"{folder} with its config.json makes no model: {one_line(error)}") from error
     model, info = loaded
     if info["missing_keys"]:
         raise CheckpointError(f"The checkpoint {folder} lacks tensors of its model: {shown(info['missing_keys'])}.")

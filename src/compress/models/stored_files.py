@@ -3,7 +3,6 @@
 Read without compressed-tensors and peft, and no more than what `models/packed.py` can hold; anything else is refused.
 """
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import CheckpointError
+from compress.models.json_text import parse_json
 from compress.models.storage import Storage
 from compress.models.tensor_files import checkpoint_files, open_safetensors
 from compress.numerics.grids import FLOAT8, Sharing
@@ -40,7 +40,7 @@ LORA_EXTRAS = (
 
 def json_object(file: Path) -> dict[str, Any]:
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = parse_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{file} is missing or no JSON. Get it again.") from error
     if not isinstance(found, dict):

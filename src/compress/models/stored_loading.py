@@ -16,7 +16,8 @@ from transformers.initialization import no_init_weights
 
 from compress.errors import CheckpointError
 from compress.models.int4 import use_kernels
-from compress.models.loading import load_config, one_line
+from compress.models.libraries import reading
+from compress.models.loading import load_config
 from compress.models.storage import Storage, empty_linear
 from compress.models.stored_files import ADAPTER, METHOD, Lora, StoredTensors, json_object, read_lora, read_scheme
 
@@ -51,12 +52,8 @@ def load_stored(folder: Path, *, dtype: torch.dtype, device: torch.device) -> Pr
 
 def give_generation_config(model: PreTrainedModel, folder: Path) -> None:
     if (folder / "generation_config.json").is_file():
-        try:
+        with reading(f"The generation_config.json of {folder} cannot be read", "Delete it or get it again."):
             model.generation_config = GenerationConfig.from_pretrained(folder)
-        except (OSError, ValueError, TypeError) as error:
-            raise CheckpointError(
-                f"The generation_config.json of {folder} cannot be read: {one_line(error)}. Delete it or get it again."
-            ) from error
 
 
 def hollow_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
@@ -64,11 +61,9 @@ def hollow_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     config = load_config(folder)
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # no library is to act on it
-    try:
-        with no_init_weights(), init_empty_weights(include_buffers=False):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
-        raise CheckpointError(f"The config.json of {folder} makes no model: {one_line(error)}") from error
+    said = f"The config.json of {folder} makes no model"
+    with reading(said), no_init_weights(), init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
     return model
 
 

@@ -1,14 +1,16 @@
 """The safetensors files of a checkpoint folder, and nothing else: an index can only name files of its own folder."""
 
-import json
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from compress.errors import CheckpointError
+from compress.models.json_text import parse_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+LONGEST_NAME = 255  # bytes that file systems allow
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -34,18 +36,24 @@ def checkpoint_files(folder: Path) -> list[Path]:
 
 def indexed_names(index: Path) -> list[str]:
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = parse_json(index.read_text(encoding="utf-8"))["weight_map"]
         names = sorted(set(weight_map.values()))
         if not names or not all(isinstance(name, str) for name in names):
             raise TypeError
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index} is no safetensors index (a JSON object with a weight_map).") from error
     for name in names:
-        if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
+        if not is_own_name(name) or not name.endswith(".safetensors"):
             raise CheckpointError(
                 f"{index} names {name!r}; an index may only name .safetensors files of its own folder."
             )
     return names
+
+
+def is_own_name(name: Any) -> bool:
+    """Whether what a file says is the name of another in the same folder, and nothing else."""
+    is_name = isinstance(name, str) and name.isprintable() and len(name.encode()) <= LONGEST_NAME
+    return is_name and Path(name).name == name and "\\" not in name
 
 
 def open_safetensors(file: Path) -> safe_open:

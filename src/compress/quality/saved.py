@@ -1,6 +1,5 @@
 """quality.json: what was measured of a checkpoint, beside it."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,7 @@ from compress.checkpoints.files import write_json
 from compress.checkpoints.measures import QUALITY
 from compress.durable import in_turn, whole
 from compress.errors import CheckpointError, OutputError
+from compress.models.json_text import parse_json
 from compress.quality.measuring import Quality
 
 
@@ -34,7 +34,7 @@ def read_saved(file: Path) -> dict[str, Any]:
     if not file.exists():
         return {}
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = parse_json(file.read_text(encoding="utf-8"))
         if not isinstance(found, dict) or not isinstance(found.get("settings", {}), dict):
             raise TypeError
     except (OSError, ValueError, TypeError) as error:

@@ -23,6 +23,8 @@ from torch import Tensor
 
 from compress.durable import flush, whole
 from compress.errors import OutputError, UsageError
+from compress.models.json_text import parse_json
+from compress.models.tensor_files import is_own_name
 
 JOURNAL = "journal.jsonl"
 LOCK = "lock"
@@ -157,7 +159,7 @@ def written_files(entry: dict[str, Any]) -> list[Any]:
 
 
 def file_is(folder: Path, written: Any) -> bool:
-    if not isinstance(written, dict) or Path(str(written.get("file"))).name != written.get("file"):
+    if not isinstance(written, dict) or not is_own_name(written.get("file")):
         return False
     file = folder / written["file"]
     return file.is_file() and sha256(file) == written.get("sha256")
@@ -229,14 +231,22 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
     seal = ""
     for text in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []:
         try:
-            line = json.loads(text)
-        except (ValueError, RecursionError):
+            line = parse_json(text)
+        except ValueError:
             break
-        if not isinstance(line, dict) or line.get(SEAL) != seal_of(line, seal):
+        if not is_line(line) or line.get(SEAL) != seal_of(line, seal):
             break
         seal = line[SEAL]
         lines.append(line)
     return lines
+
+
+def is_line(line: Any) -> bool:
+    """Whether it says what a run is, a finding or a finished part."""
+    if not isinstance(line, dict):
+        return False
+    is_finding = isinstance(line.get("finding"), str) and isinstance(line.get("files"), list)
+    return is_finding or isinstance(line.get("run"), dict) or isinstance(line.get("part"), dict)
 
 
 def clear(folder: Path, kept: Collection[str]) -> None:
