@@ -38,6 +38,8 @@ from compress.preflight import Prepared, aside_of, plan_job, prepare
 from compress.provenance import identity
 from compress.ranks import rank_choices
 from compress.streaming.journal import JOURNAL, Journal, sha256, write_tensors
+from compress.streaming.processes import ALONE, Processes
+from compress.streaming.shared_journal import SharedJournal
 from compress.streaming.sites import Count
 from compress.streaming.survey import Survey, SurveyNeed
 from compress.streaming.walk import FinishedPart, Walk
@@ -110,11 +112,19 @@ def run(job: Job, progress: Progress = lambda name, done, total: None) -> Result
 
     Raises a CompressError for what a user can mend; until the first part is written, nothing is left behind.
     """
+    result = run_together(job, ALONE, progress)
+    assert result is not None
+    return result
+
+
+def run_together(job: Job, processes: Processes, progress: Progress = lambda name, done, total: None) -> Result | None:
+    """`run` in one of several processes. The first writes, proves and has the result; the others have None."""
     with full_precision():
         start = time.perf_counter()
-        prepared = prepare(job)
-        if job.resume and (finished := _give_name(prepared)):
-            return finished
+        prepared = prepare(job, processes)
+        processes.gathered(None)  # the others look at the output's place before the first makes anything there
+        if job.resume and processes.from_first(is_finished(prepared)):
+            return _give_name(prepared) if processes.is_first else None
         with _parent_folder(job), _journal(prepared) as journal:
             seconds: dict[str, float] = {}
             with timed(seconds, "survey"):
@@ -129,6 +139,8 @@ def run(job: Job, progress: Progress = lambda name, done, total: None) -> Result
             for part in walk.parts():
                 _write_part(journal, part, walk)
                 progress(part.name, part.index + 1, walk.num_parts)
+            if not processes.is_first:
+                return None
             progress("reloading", walk.num_parts, walk.num_parts)
             facts, difference = _complete(prepared, walk, journal)
             seconds |= dict(walk.clock.seconds) | {"total": time.perf_counter() - start}
@@ -224,14 +236,16 @@ def _parent_folder(job: Job) -> Iterator[None]:
 @contextmanager
 def _journal(prepared: Prepared) -> Iterator[Journal]:
     """The journal of this run; a run that ends before its first part leaves no folder behind."""
-    job = prepared.job
+    job, processes = prepared.job, prepared.processes
     journal = None
     try:
-        if job.resume:
-            journal = Journal.resume(job.partial, identity(prepared))
+        if processes.is_first:
+            begin = Journal.resume if job.resume else Journal.start
+            journal = begin(job.partial, identity(prepared))
+        if journal is not None and processes.count == 1:
+            yield journal
         else:
-            journal = Journal.start(job.partial, identity(prepared))
-        yield journal
+            yield SharedJournal(job.partial, identity(prepared), journal, processes)
     except OSError as error:
         raise OutputError(
             f"{job.partial} cannot be written ({error}). Free space or choose another --out; "
@@ -244,17 +258,19 @@ def _journal(prepared: Prepared) -> Iterator[Journal]:
                 shutil.rmtree(job.partial)
 
 
-def _give_name(prepared: Prepared) -> Result | None:
-    """The end of a run that was killed when it was finished and verified, and only lacked its name."""
-    job = prepared.job
-    facts_file = job.partial / "compress.json"
-    if (job.partial / JOURNAL).exists() or not facts_file.is_file():
-        return None
-    facts = json.loads(facts_file.read_text(encoding="utf-8"))
-    mine = identity(prepared)
+def is_finished(prepared: Prepared) -> bool:
+    """Whether a run was killed when it was finished and verified, and only lacked its name."""
+    facts_file = prepared.job.partial / "compress.json"
+    if (prepared.job.partial / JOURNAL).exists() or not facts_file.is_file():
+        return False
+    facts, mine = json.loads(facts_file.read_text(encoding="utf-8")), identity(prepared)
     same = facts["recipe"] == mine["recipe"] and facts["versions"] == mine["versions"]
-    if not same or any(facts["fingerprints"][name] != mine[name] for name in facts["fingerprints"]):
-        return None
+    return same and all(facts["fingerprints"][name] == mine[name] for name in facts["fingerprints"])
+
+
+def _give_name(prepared: Prepared) -> Result:
+    job = prepared.job
+    facts = json.loads((job.partial / "compress.json").read_text(encoding="utf-8"))
     publish(job.partial, job.out)
     beside = 1 if facts["adapter"] else 0
     return _result(prepared, facts, {"total": 0.0}, None, len(facts["parts"]) - beside)
@@ -303,6 +319,9 @@ def export_notes(job: Job) -> list[str]:
 
 def _write_part(journal: Journal, part: FinishedPart, walk: Walk) -> None:
     with walk.clock("write"):
+        if not walk.processes.is_first:
+            journal.record({}, walk.state())
+            return
         written = write_tensors(journal.folder / files.part_file(part.index, walk.num_parts), part.tensors)
         beside = journal.folder / files.adapter_file(part.index)
         entry = {

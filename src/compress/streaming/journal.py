@@ -32,7 +32,9 @@ class Journal:
     findings: what was found before the first part, by name. entries: the finished parts.
     """
 
-    def __init__(self, folder: Path, identity: dict[str, Any], lock: IO[str], lines: list[dict[str, Any]]) -> None:
+    def __init__(
+        self, folder: Path, identity: dict[str, Any], lock: IO[str] | None, lines: list[dict[str, Any]]
+    ) -> None:
         self.folder = folder
         self.identity = identity
         self.findings = {line["finding"]: line for line in lines if "finding" in line}
@@ -74,7 +76,7 @@ class Journal:
         differing = sorted(key for key in identity.keys() | started.keys() if identity.get(key) != started.get(key))
         if differing:
             raise UsageError(
-                f"--resume: the run in {folder} had another {', '.join(differing)}. "
+                f"--resume: the run in {folder} had another {', '.join(said(key, started) for key in differing)}. "
                 "Give the same options, or start over with --overwrite."
             )
         findings = [line for line in lines[1:] if "finding" in line]
@@ -110,13 +112,18 @@ class Journal:
         entry["state"] = write_tensors(self.folder / f"state-{number:05d}.safetensors", state)
         with (self.folder / JOURNAL).open("a", encoding="utf-8") as file:
             write_line(file, entry)
-        if self.entries:
-            (self.folder / self.entries[-1]["state"]["file"]).unlink(missing_ok=True)
+        for passed in state_files(self.entries[-1]) if self.entries else []:
+            (self.folder / passed["file"]).unlink(missing_ok=True)
         self.entries.append(entry)
 
     def state(self) -> dict[str, Tensor]:
-        tensors: dict[str, Tensor] = load_file(self.folder / self.entries[-1]["state"]["file"])
+        tensors: dict[str, Tensor] = load_file(self.folder / self.state_file())
         return tensors
+
+    def state_file(self) -> str:
+        """The name of the file that this process goes on from."""
+        name: str = self.entries[-1]["state"]["file"]
+        return name
 
     def forget(self) -> None:
         """Leave only the parts: the run is finished and its folder is about to become the output.
@@ -130,7 +137,8 @@ class Journal:
         self.close()
 
     def close(self) -> None:
-        self._lock.close()
+        if self._lock is not None:
+            self._lock.close()
 
 
 def whole_entries(folder: Path, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -140,9 +148,19 @@ def whole_entries(folder: Path, lines: list[dict[str, Any]]) -> list[dict[str, A
         if not all(file_is(folder, written) for written in written_files(line)):
             break
         entries.append(line)
-    while entries and not file_is(folder, entries[-1].get("state")):
+    while entries and not all(file_is(folder, state) for state in state_files(entries[-1])):
         entries.pop()
     return entries
+
+
+def said(key: str, started: dict[str, Any]) -> str:
+    """A key of an identity, with its value where that is a number."""
+    return f"{key} ({started[key]})" if isinstance(started.get(key), int) else key
+
+
+def state_files(entry: dict[str, Any]) -> list[Any]:
+    """The states behind a finished part: one for each process."""
+    return [entry.get("state"), *entry.get("other_states", [])]
 
 
 def written_files(entry: dict[str, Any]) -> list[Any]:
