@@ -149,7 +149,12 @@ def run_warm(requests: Sequence[Request]) -> list[Ran]:
 def warm_process() -> "subprocess.Popen[str]":
     pipe = subprocess.PIPE
     process = subprocess.Popen(
-        [sys.executable, str(Path(__file__))], env=environment(), stdin=pipe, stdout=pipe, text=True
+        # Of processes of one launch, those that outlive the first lose its store, of which torch would warn them.
+        [sys.executable, str(Path(__file__))],
+        env=environment(TORCH_CPP_LOG_LEVEL="ERROR"),
+        stdin=pipe,
+        stdout=pipe,
+        text=True,
     )
 
     def end() -> None:
@@ -171,7 +176,8 @@ def serve() -> None:
         waiting = list(range(len(requests)))
         running: dict[int, tuple[int, tuple[Any, Any]]] = {}
         while waiting or running:
-            while waiting and len(running) < (os.cpu_count() or 1):
+            # Processes of one launch wait for one another, so all must run.
+            while waiting and (len(running) < (os.cpu_count() or 1) or "RANK" in requests[waiting[0]]["env"]):
                 number = waiting.pop(0)
                 files = (tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+"))  # noqa: SIM115 (closed below)
                 running[fork(requests[number], files)] = (number, files)

@@ -139,6 +139,7 @@ def run_together(job: Job, processes: Processes, progress: Progress = lambda nam
             for part in walk.parts():
                 _write_part(journal, part, walk)
                 progress(part.name, part.index + 1, walk.num_parts)
+            processes.from_first(None)  # all is written
             if not processes.is_first:
                 return None
             progress("reloading", walk.num_parts, walk.num_parts)

@@ -9,12 +9,15 @@ A process that fails says so in the store. The others look there while they wait
 """
 
 import json
+import os
+import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import psutil
 import torch
 from torch import Tensor, distributed
 
@@ -25,10 +28,11 @@ T = TypeVar("T")
 
 AT_ONCE = 2**22  # numbers of a sum on the way: what each process's share takes beside the sum itself in the first one
 LOOK_EVERY = 0.25  # seconds between looks at whether another process has failed
+FIRST_WORD = 5.0  # seconds that the others leave to the first process, to print the message of a failure
 FAILURE, TOLD = "failure", "told"  # in the store: what happened, and who says it
 # Of one wait. A process that is gone is noticed at once; this ends only what is neither gone nor getting anywhere.
 PATIENCE = timedelta(hours=6)
-KEPT = "What was finished is kept: the same command with --resume goes on."
+KEPT = "What was finished is kept for --resume."
 
 
 class Processes:
@@ -59,7 +63,7 @@ class Processes:
         """Plain data of the first process; what the others give does not count."""
         return data
 
-    def gathered(self, data: T) -> list[T]:
+    def gathered(self, data: Any) -> list[Any]:
         """Plain data of all processes, in the order of their ranks. No one goes on before all are here."""
         return [data]
 
@@ -82,6 +86,8 @@ class FailedElsewhere(CompressError):
 
 class Group(Processes):
     """The processes of one launch, by torch.distributed. store: the launcher's, which all reach."""
+
+    neighbours: Mapping[int, int] = {}  # process ids by ranks, of those on this machine
 
     def __init__(self, rank: int, count: int, local_count: int, store: Any) -> None:
         self.rank = rank
@@ -121,18 +127,20 @@ class Group(Processes):
 
     def from_first(self, data: Any) -> Any:
         key = self._new_key()
-        if self.is_first:
-            self.store.set(key, json.dumps(data))
-            return data
-        self._until(lambda: self.store.check([key]))
-        return json.loads(self.store.get(key))
+        with self._noticing_deaths():
+            if self.is_first:
+                self.store.set(key, json.dumps(data))
+                return data
+            self._until(lambda: self.store.check([key]))
+            return json.loads(self.store.get(key))
 
-    def gathered(self, data: T) -> list[T]:
+    def gathered(self, data: Any) -> list[Any]:
         start = self._new_key()
         keys = [f"{start}/{rank}" for rank in range(self.count)]
-        self.store.set(keys[self.rank], json.dumps(data))
-        self._until(lambda: self.store.check(keys))
-        return [json.loads(self.store.get(key)) for key in keys]
+        with self._noticing_deaths():
+            self.store.set(keys[self.rank], json.dumps(data))
+            self._until(lambda: self.store.check(keys))
+            return [json.loads(self.store.get(key)) for key in keys]
 
     def _new_key(self) -> str:
         """All processes call in the same order, so they count alike."""
@@ -143,13 +151,20 @@ class Group(Processes):
     def _together(self) -> Iterator[None]:
         """Transfers, begun when all are here: who waits, waits in Python, and hears signals and of others' failures."""
         key = self._new_key()
-        self.store.add(key, 1)
-        self._until(lambda: self.store.add(key, 0) == self.count)
+        with self._noticing_deaths():
+            self.store.add(key, 1)
+            self._until(lambda: self.store.add(key, 0) == self.count)
+            yield
+
+    @contextmanager
+    def _noticing_deaths(self) -> Iterator[None]:
+        """A broken connection, to the store or between processes, is told as what it means."""
         try:
             yield
         except RuntimeError as error:
             time.sleep(2 * LOOK_EVERY)  # whoever ended may say why
-            self._check()
+            with suppress(RuntimeError):
+                self._check()
             raise CompressError(f"Another of the {self.count} processes has died. {KEPT}") from error
 
     def _until(self, done: Callable[[], bool]) -> None:
@@ -164,8 +179,18 @@ class Group(Processes):
                 raise CompressError(f"Another of the {self.count} processes does not answer. {KEPT}")
 
     def _check(self) -> None:
+        """Raises what another process has failed by, or that one is gone without a word."""
+        gone = [rank for rank, pid in self.neighbours.items() if not is_running(pid)]
         if self.store.check([FAILURE]):
             raise FailedElsewhere(*json.loads(self.store.get(FAILURE)))
+        if gone:
+            raise CompressError(f"Process {gone[0]} of {self.count} has died. {KEPT}")
+
+    def meet(self) -> None:
+        """Learn who else is on this machine."""
+        here = platform.node()
+        met = self.gathered([here, os.getpid()])
+        self.neighbours = {rank: pid for rank, (node, pid) in enumerate(met) if node == here and rank != self.rank}
 
     @contextmanager
     def shared_fate(self) -> Iterator[None]:
@@ -176,7 +201,8 @@ class Group(Processes):
                 raise SystemExit(130) from None
             raise
         except Exception as error:
-            self._tell(error)
+            with suppress(RuntimeError):  # of a store that is gone
+                self._tell(error)
             if isinstance(error, CompressError) and not self._speaks():
                 raise SystemExit(error.exit_code) from error
             raise
@@ -190,11 +216,20 @@ class Group(Processes):
 
     def _speaks(self) -> bool:
         """Whether this process is the one to print the message: the first, unless it does not get to it."""
-        deadline = time.monotonic() + (0 if self.is_first else 5)
-        while time.monotonic() < deadline and not self.store.check([TOLD]):
-            time.sleep(LOOK_EVERY / 5)
-        mine = str(self.rank).encode()
-        return bool(self.store.compare_set(TOLD, "", mine.decode()) == mine)
+        deadline, mine = time.monotonic() + (0 if self.is_first else FIRST_WORD), str(self.rank)
+        try:
+            while time.monotonic() < deadline and not self.store.check([TOLD]):
+                time.sleep(LOOK_EVERY / 5)
+            return bool(self.store.compare_set(TOLD, "", mine) == mine.encode())
+        except RuntimeError:  # with the store went the first process, or the launcher, and they have spoken
+            return self.is_first
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 @contextmanager
@@ -216,5 +251,6 @@ def joined(device: torch.device) -> Iterator[Processes]:
     )
     group = Group(rank, count, here.local_count, distributed.PrefixStore("plain", store))
     with group.shared_fate():
+        group.meet()
         yield group
     distributed.destroy_process_group()

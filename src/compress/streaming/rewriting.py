@@ -112,7 +112,7 @@ class LinearRewriter:
                 if stage.in_written_form:
                     site = self._in_written_form(branch, name, site, given.written)
                 stage.apply(site)
-            self.processes.follow(*branch.linear(name).state_dict().values())
+            self.processes.follow(*site.module.state_dict().values())
         return site.report()
 
     def _in_written_form(self, branch: Branch, name: str, site: LinearSite, inputs: InputMoments) -> LinearSite:
