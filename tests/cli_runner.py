@@ -164,7 +164,12 @@ def run_warm(requests: Sequence[Request], processes: int | None = None) -> list[
 def warm_process() -> "subprocess.Popen[str]":
     pipe = subprocess.PIPE
     process = subprocess.Popen(
-        [sys.executable, str(Path(__file__))], env=environment(), stdin=pipe, stdout=pipe, text=True
+        # Of processes of one launch, those that outlive the first lose its store, of which torch would warn them.
+        [sys.executable, str(Path(__file__))],
+        env=environment(TORCH_CPP_LOG_LEVEL="ERROR"),
+        stdin=pipe,
+        stdout=pipe,
+        text=True,
     )
 
     def end() -> None:
@@ -212,7 +217,8 @@ def answers(requests: list[dict[str, Any]], processes: int) -> list[Any]:
     found: list[Any] = [None] * len(requests)
     waiting, running = list(enumerate(requests)), dict[int, Running]()
     while waiting or running:
-        while waiting and len(running) < processes:
+        # Processes of one launch wait for one another, so all must run.
+        while waiting and (len(running) < processes or "RANK" in waiting[0][1]["env"]):
             place, request = waiting.pop(0)
             files = (tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+"))  # noqa: SIM115 (closed when read back)
             pid, now = fork(request, files), time.monotonic()

@@ -13,7 +13,7 @@ ROOT = Path(compress.__file__).parent
 # A module imports from layers below its own, and its own part of its own layer; parts of one layer, side by side,
 # do not know each other.
 LAYERS = [
-    ("errors", "version", "apart", "durable"),
+    ("errors", "version", "apart", "durable", "launch"),
     ("numerics",),
     ("families",),
     ("models",),
@@ -32,6 +32,7 @@ LAYERS = [
     ("search",),
     ("pipeline", "quality"),
     ("cli",),
+    ("__main__",),
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 # One file a family, a stage, a text, a command: each can be added and taken away without the others.

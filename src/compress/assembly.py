@@ -9,7 +9,7 @@ from compress.preflight import Prepared, cache_memory
 from compress.stages._stage import StageConfig
 from compress.streaming.loader import PartLoader
 from compress.streaming.spectra import GradientFiles, LinearObserver
-from compress.streaming.streams import CacheFolder, split_windows
+from compress.streaming.streams import CacheFolder, own_batches, split_windows
 from compress.streaming.survey import Survey, SurveyNeed, Surveyor
 from compress.streaming.walk import Walk, WalkSettings
 
@@ -21,8 +21,10 @@ def new_decoder(prepared: Prepared) -> Decoder:
     return Decoder(prepared.config, prepared.family, dtype=prepared.precision.computing, device=prepared.job.device)
 
 
-def batch_size(prepared: Prepared) -> int:
-    return prepared.job.batch_size or max(1, TOKENS_PER_BATCH // prepared.windows.shape[1])
+def batch_size(prepared: Prepared, windows: Tensor) -> int:
+    """Windows at a time; no more than leave something for every process."""
+    share = len(windows) // prepared.processes.count
+    return prepared.job.batch_size or max(1, min(TOKENS_PER_BATCH // windows.shape[1], share))
 
 
 def take_survey(prepared: Prepared, progress: Callable[[], None]) -> Survey | None:
@@ -30,19 +32,19 @@ def take_survey(prepared: Prepared, progress: Callable[[], None]) -> Survey | No
     need = prepared.plan.survey
     if need is SurveyNeed.NONE:
         return None
-    decoder = new_decoder(prepared)
+    decoder, processes = new_decoder(prepared), prepared.processes
     watch = prepared.plan.watch
     files = GradientFiles(prepared.job.partial)
     surveyor = Surveyor(
         decoder,
         PartLoader(decoder, prepared.weights),
-        split_windows(prepared.windows, batch_size(prepared), held_out=0),
+        own_batches(split_windows(prepared.windows, batch_size(prepared, prepared.windows), held_out=0), processes),
         CacheFolder(decoder, prepared.job.partial),
         memory=cache_memory(prepared.job),
-        observer=None if watch is None else LinearObserver(watch, files, decoder),
+        observer=None if watch is None else LinearObserver(watch, files, decoder, processes),
         stream=SurveyNeed.STREAM in need,
     )
-    return surveyor.run(gradient=SurveyNeed.GRADIENT in need, progress=progress)
+    return surveyor.run(gradient=SurveyNeed.GRADIENT in need, progress=progress, processes=processes)
 
 
 def new_walk(
@@ -52,14 +54,14 @@ def new_walk(
     settings = WalkSettings(
         layout=prepared.plan.target.layout(precision.written),
         output_dtype=precision.written,
-        batch_size=batch_size(prepared),
+        batch_size=batch_size(prepared, windows),
         held_out=held_out,
         probe_tokens=PROBE_TOKENS,
         seed=job.recipe.seed,
         cache_memory=cache_memory(job),
         scratch=job.partial,
     )
-    return Walk(new_decoder(prepared), prepared.weights, windows, stages, settings, survey)
+    return Walk(new_decoder(prepared), prepared.weights, windows, stages, settings, survey, prepared.processes)
 
 
 def restored(prepared: Prepared, tensors: dict[str, Tensor]) -> Survey:

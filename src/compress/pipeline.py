@@ -41,6 +41,8 @@ from compress.provenance import identity
 from compress.publishing import aside_of, discard, give_back, is_finished, none_left_empty, publish
 from compress.ranks import rank_choices
 from compress.streaming.journal import LOCK, Journal, clear, sha256, take_lock, write_tensors
+from compress.streaming.processes import ALONE, Processes
+from compress.streaming.shared_journal import SharedJournal
 from compress.streaming.sites import Count
 from compress.streaming.survey import Survey, SurveyNeed
 from compress.streaming.walk import FinishedPart, Walk
@@ -113,17 +115,25 @@ def run(job: Job, progress: Progress = lambda name, done, total: None) -> Result
 
     Raises a CompressError for what a user can mend; until the first part is written, nothing is left behind.
     """
+    result = run_together(job, ALONE, progress)
+    assert result is not None
+    return result
+
+
+def run_together(job: Job, processes: Processes, progress: Progress = lambda name, done, total: None) -> Result | None:
+    """`run` in one of several processes. The first writes, proves and has the result; the others have None."""
     with full_precision():
         start = time.perf_counter()
-        prepared = prepare(job)
-        with _parent_folder(job), _claimed(job) as lock:
-            if job.resume and (finished := _give_name(prepared)):
-                return finished
+        prepared = prepare(job, processes)
+        processes.gathered(None)  # the others look at the output's place before the first makes anything there
+        with _parent_folder(job), _claimed(prepared) as lock:
+            if job.resume and processes.from_first(processes.is_first and _only_lacks_name(prepared)):
+                return _give_name(prepared) if processes.is_first else None
             return _run(prepared, lock, progress, start)
 
 
-def _run(prepared: Prepared, lock: IO[str], progress: Progress, start: float) -> Result:
-    job = prepared.job
+def _run(prepared: Prepared, lock: IO[str] | None, progress: Progress, start: float) -> Result | None:
+    job, processes = prepared.job, prepared.processes
     with _journal(prepared, lock) as journal:
         seconds: dict[str, float] = {}
         with timed(seconds, "survey"):
@@ -138,6 +148,9 @@ def _run(prepared: Prepared, lock: IO[str], progress: Progress, start: float) ->
         for part in walk.parts():
             _write_part(journal, part, walk)
             progress(part.name, part.index + 1, walk.num_parts)
+        processes.from_first(None)  # all is written
+        if not processes.is_first:
+            return None
         progress("reloading", walk.num_parts, walk.num_parts)
         facts, difference = _complete(prepared, walk, journal)
         seconds |= dict(walk.clock.seconds) | {"total": time.perf_counter() - start}
@@ -231,9 +244,15 @@ def _parent_folder(job: Job) -> Iterator[None]:
 
 
 @contextmanager
-def _claimed(job: Job) -> Iterator[IO[str]]:
-    """The lock of the partial folder. What another run has left or made since we looked at the output is seen to."""
-    aside = aside_of(job.out)
+def _claimed(prepared: Prepared) -> Iterator[IO[str] | None]:
+    """The lock of the partial folder, which the first process takes for all; None in the others.
+
+    What another run has left or made since we looked at the output is seen to.
+    """
+    if not prepared.processes.is_first:
+        yield None
+        return
+    job, aside = prepared.job, aside_of(prepared.job.out)
     try:
         with in_turn(job.partial.parent):
             give_back(job)
@@ -254,31 +273,39 @@ def _claimed(job: Job) -> Iterator[IO[str]]:
 
 
 @contextmanager
-def _journal(prepared: Prepared, lock: IO[str]) -> Iterator[Journal]:
+def _journal(prepared: Prepared, lock: IO[str] | None) -> Iterator[Journal]:
     """The journal of this run; a run that ends before its first part leaves no folder behind."""
-    job = prepared.job
-    journal = (Journal.resume if job.resume else Journal.start)(job.partial, identity(prepared), lock)
+    job, processes, own = prepared.job, prepared.processes, None
+    if lock is not None:
+        own = (Journal.resume if job.resume else Journal.start)(job.partial, identity(prepared), lock)
     try:
-        yield journal
+        if own is not None and processes.count == 1:
+            yield own
+        else:
+            yield SharedJournal(job.partial, identity(prepared), own, processes)
     finally:
-        if journal.is_empty and job.partial.exists():
+        if own is not None and own.is_empty and job.partial.exists():
             clear(job.partial, kept={LOCK})
 
 
-def _give_name(prepared: Prepared) -> Result | None:
-    """The end of a run that was killed when it was finished and verified, and only lacked its name."""
-    job = prepared.job
-    if not is_finished(job.partial):
-        return None
+def _only_lacks_name(prepared: Prepared) -> bool:
+    """Whether this very run was killed when it was finished and verified, before its output got its name."""
+    partial = prepared.job.partial
+    if not is_finished(partial):
+        return False
     try:
-        facts = read_json(job.partial / FACTS)
-        check_integrity(job.partial, read_facts(job.partial), checksums=True, progress=lambda *_: None)
+        facts = read_json(partial / FACTS)
+        check_integrity(partial, read_facts(partial), checksums=True, progress=lambda *_: None)
     except CheckpointError:
-        return None
+        return False
     mine = identity(prepared)
     same = all(facts.get(name) == mine[name] for name in ("recipe", "versions"))
-    if not same or any(mine.get(name) != value for name, value in facts["fingerprints"].items()):
-        return None
+    return same and all(mine.get(name) == value for name, value in facts["fingerprints"].items())
+
+
+def _give_name(prepared: Prepared) -> Result:
+    job = prepared.job
+    facts = read_json(job.partial / FACTS)
     publish(job.partial, job.out)
     beside = 1 if facts["adapter"] else 0
     return _result(prepared, facts, {"total": 0.0}, None, len(facts["parts"]) - beside)
@@ -327,6 +354,9 @@ def export_notes(job: Job) -> list[str]:
 
 def _write_part(journal: Journal, part: FinishedPart, walk: Walk) -> None:
     with walk.clock("write"):
+        if not walk.processes.is_first:
+            journal.record({}, walk.state())
+            return
         written = write_tensors(journal.folder / files.part_file(part.index, walk.num_parts), part.tensors)
         beside = journal.folder / files.adapter_file(part.index)
         entry = {

@@ -20,6 +20,7 @@ from compress.models.loading import check_positions, check_vocabulary, load_conf
 from compress.models.stored_files import ADAPTER
 from compress.plan import Plan, make_plan
 from compress.publishing import aside_of
+from compress.streaming.processes import ALONE, Processes
 from compress.streaming.weights import READABLE, LazyWeights
 
 
@@ -33,7 +34,7 @@ class Precision:
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """A job whose every input has been looked at."""
+    """A job whose every input has been looked at. processes: those that do it together."""
 
     job: Job
     folder: Path
@@ -43,9 +44,10 @@ class Prepared:
     plan: Plan
     weights: LazyWeights
     windows: Tensor
+    processes: Processes = ALONE
 
 
-def prepare(job: Job) -> Prepared:
+def prepare(job: Job, processes: Processes = ALONE) -> Prepared:
     """Raises a CompressError with a line for every fault, and the exit code of the first."""
     folder = job.model.whole_folder()
     config = load_config(folder)
@@ -55,6 +57,8 @@ def prepare(job: Job) -> Prepared:
     planned = not faults.found
     with faults.noted():
         check_output(job)
+    with faults.noted():
+        check_batches(job, processes.count)
     with faults.noted():
         check_positions(config, calibration.seq_len)
     if planned:
@@ -80,6 +84,7 @@ def prepare(job: Job) -> Prepared:
         plan=plan,
         weights=weights,
         windows=windows,
+        processes=processes,
     )
 
 
@@ -137,6 +142,21 @@ def stored_dtype(folder: Path) -> torch.dtype | None:
 
 def cache_memory(job: Job) -> int:
     return psutil.virtual_memory().available // 2 if job.cache_memory is None else job.cache_memory
+
+
+def check_batches(job: Job, processes: int) -> None:
+    """Raises UsageError where a process would have nothing to calibrate on."""
+    recipe = job.recipe
+    windows = min(recipe.calibration.samples, recipe.trial_samples)
+    if windows < processes:
+        raise UsageError(
+            f"{processes} processes share {windows} calibration windows. Use more --samples, or fewer processes."
+        )
+    if job.batch_size is not None and windows < processes * job.batch_size:
+        raise UsageError(
+            f"--batch-size {job.batch_size} leaves some of {processes} processes without any of {windows} windows. "
+            f"Use {windows // processes} or less."
+        )
 
 
 def check_output(job: Job) -> None:

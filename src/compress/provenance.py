@@ -25,6 +25,7 @@ def identity(prepared: Prepared) -> dict[str, Any]:
         "export": job.export,
         "device": job.device.type,
         "batch size": job.batch_size,
+        "number of processes": prepared.processes.count,
         "dtype": str(prepared.precision.written).removeprefix("torch."),
     }
 

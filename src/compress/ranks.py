@@ -24,6 +24,7 @@ from compress.stages._stage import FactorisingStage
 from compress.streaming.linears import LinearShape
 from compress.streaming.spectra import Spectrum
 
+NOTHING = 1e-12  # of all energy: less is rounding, and no linear is kept dense for it
 Ranks = dict[str, int]
 Spread = Callable[[int], Ranks | None]  # ranks for so much of the price, None where it is too little
 
@@ -202,4 +203,5 @@ def errors(spectrum: Spectrum, allocation: str, ranks: Sequence[int]) -> list[fl
     total = float(values.sum())
     kept = torch.cat([values.new_zeros(1), values.cumsum(0)]).tolist()
     scale = {"energy": 1 / max(total, 1e-300), "mixed": max(total, 1e-300) ** -0.5, "fisher": 1.0}[allocation]
-    return [max(0.0, total - kept[min(rank, len(values))]) * scale for rank in ranks]
+    lost = (total - kept[min(rank, len(values))] for rank in ranks)
+    return [energy * scale if energy > NOTHING * total else 0.0 for energy in lost]

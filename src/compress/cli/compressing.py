@@ -61,11 +61,14 @@ def deliver(
 ) -> None:
     """Do what was asked for with a job. like: the compress.json of the checkpoint that is to be made again."""
     from compress.checkpoints.push import check_repository, push
+    from compress.launch import launch
     from compress.pipeline import plan_only
     from compress.recipe_file import as_yaml, comparison, read_recipe
 
     if push_to_hub is not None:
         check_repository(push_to_hub)
+    if (show_recipe or dry_run) and not launch().is_first:
+        return
     if show_recipe:
         print_text(as_yaml(job.recipe))
         return
@@ -73,6 +76,8 @@ def deliver(
         show_plan(job, plan_only(job), as_json=as_json)
         return
     result = run_with_progress(job)
+    if result is None:
+        return
     if like is not None:
         made = read_recipe(result.out).facts
         assert made is not None
@@ -83,14 +88,19 @@ def deliver(
         print_lines([] if as_json else [f"pushed to {address}"])
 
 
-def run_with_progress(job: "Job") -> "Result":
+def run_with_progress(job: "Job") -> "Result | None":
+    """The result; None in all but the first of several processes, which keep silent."""
     from compress.checkpoints.facts import FACTS
-    from compress.pipeline import run
+    from compress.pipeline import run_together
     from compress.streaming.journal import JOURNAL
+    from compress.streaming.processes import joined
 
     try:
-        with progress_bar("preparing") as progress:
-            return run(job, progress)
+        with joined(job.device) as processes:
+            if not processes.is_first:
+                return run_together(job, processes)
+            with progress_bar("preparing") as progress:
+                return run_together(job, processes, progress)
     except KeyboardInterrupt as interrupt:
         if any((job.partial / name).exists() for name in (JOURNAL, FACTS)):
             raise KeyboardInterrupt("what was finished is kept; the same command with --resume goes on") from interrupt

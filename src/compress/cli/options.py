@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from compress.errors import Faults, UsageError, unknown_name
+from compress.launch import launch
 from compress.numerics import DTYPES
 
 if TYPE_CHECKING:
@@ -90,7 +91,9 @@ def pick_device(name: str | None) -> "torch.device":
     import torch
 
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and launch().count > 1:
+        name = own_gpu(name, torch.cuda.device_count())
     try:
         device = torch.device(name)
         if device.type == "meta":
@@ -99,6 +102,19 @@ def pick_device(name: str | None) -> "torch.device":
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"--device {name} cannot be used here. Try --device cpu.") from error
     return device
+
+
+def own_gpu(name: str, gpus: int) -> str:
+    """The GPU of this one of several processes. Raises UsageError where it has none to itself."""
+    here = launch()
+    if name != "cuda":
+        raise UsageError(f"--device {name} is one GPU for {here.count} processes. Leave its number out.")
+    if here.local_rank >= gpus:
+        raise UsageError(
+            f"{here.local_count} processes are started on this machine, which has {gpus} GPUs. "
+            "Start one for each GPU, or add --device cpu."
+        )
+    return f"cuda:{here.local_rank}"
 
 
 def usual_seq_len(config: object, asked: int | None, usual: int = 2048) -> int:

@@ -3,6 +3,7 @@
 import functools
 import json
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,10 +17,12 @@ from rich.table import Table
 from rich.text import Text
 
 from compress.errors import CompressError
+from compress.launch import launch
 
 INTERRUPTED = 130
 MOST_FAULTS = 20  # that are told, a line each
 LONGEST = 1000  # characters of a line
+FIRST_WORD = 5.0  # seconds
 P = ParamSpec("P")
 
 
@@ -31,12 +34,16 @@ def reporting_errors(command: Callable[P, None]) -> Callable[P, None]:
         try:
             command(*args, **kwargs)
         except CompressError as error:
+            if not launch().is_first:
+                # What is wrong is mostly wrong in all processes: the first says so, and the launcher ends the rest.
+                time.sleep(FIRST_WORD)
             for line in told(error):
                 sys.stderr.write(f"error: {line}\n")
             raise typer.Exit(error.exit_code) from error
         except KeyboardInterrupt as interrupt:
             # Commands that keep something say what in the exception.
-            sys.stderr.write(": ".join(["interrupted", *map(str, interrupt.args)]) + "\n")
+            if launch().is_first:
+                sys.stderr.write(": ".join(["interrupted", *map(str, interrupt.args)]) + "\n")
             raise typer.Exit(INTERRUPTED) from interrupt
 
     return run

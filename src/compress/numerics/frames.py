@@ -28,11 +28,19 @@ class Frame(Protocol):
 
     def decode(self, width: int) -> Float64[Tensor, "d D"]: ...
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that it consists of."""
+
 
 @dataclass(frozen=True)
 class OrthogonalFrame:
     Q: Float64[Tensor, "D D"]
     energy: Float64[Tensor, "D"]
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.Q, self.energy
 
     def encode(self, width: int) -> Float64[Tensor, "D d"]:
         return self.Q[:, :width].contiguous()
@@ -53,6 +61,10 @@ class ObliqueFrame:
     Enc: Float64[Tensor, "D D"]
     energy: Float64[Tensor, "D"]
     importance: Float64[Tensor, "D"]
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.Q, self.R, self.Enc, self.energy, self.importance
 
     def encode(self, width: int) -> Float64[Tensor, "D d"]:
         if width == len(self.Q):

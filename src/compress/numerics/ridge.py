@@ -21,6 +21,9 @@ from compress.errors import NumericalError
 # From almost plain least squares to almost W0.
 DAMPINGS = (1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 10.0)
 
+# Of the targets' mean square: a gain below that is rounding. Where the prefix is still the dense one, all gains are.
+NOTHING = 1e-10
+
 
 @dataclass(frozen=True)
 class NormalEquations:
@@ -76,7 +79,7 @@ def choose_damping(
     metric: Float64[Tensor, "m m"] | None = None,
     dampings: Sequence[float] = DAMPINGS,
 ) -> float | None:
-    """The damping whose solution on `fit` is best on `held_out`; None if W0 itself is no worse there."""
+    """The damping whose solution on `fit` is best on `held_out`; None if W0 itself is no worse there, to rounding."""
     errors = {damping: excess(held_out, ridge(fit, W0, damping, name=name), metric) for damping in dampings}
     unfitted = excess(held_out, W0, metric)
     if not all(map(math.isfinite, (unfitted, *errors.values()))):
@@ -84,4 +87,4 @@ def choose_damping(
             f"What {name} are given or are to give has a NaN or Inf. Check the weights before it and the text."
         )
     best = min(errors, key=errors.__getitem__)
-    return best if errors[best] < unfitted else None
+    return best if errors[best] < unfitted - NOTHING * abs(unfitted) else None

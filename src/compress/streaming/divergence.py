@@ -26,20 +26,20 @@ def copy_linears(linears: Iterable[nn.Linear]) -> list[nn.Linear]:
 
 def mean_divergence(head: Branch, dense_readers: Sequence[nn.Linear], streams: Streams) -> float | None:
     """KL(dense || compressed) of the next token, in nats, the mean over held-out tokens; None where there are none."""
-    batches = [batch for batch in streams.batches if batch.held_out]
-    if streams.dense is None or not batches:
+    if streams.dense is None:
         return None
-    total, tokens = 0.0, 0
+    total, tokens = 0.0, 0.0
     (linear,), (dense_linear,) = head.readers.values(), dense_readers
     assert head.norm is not None
     logits_of = streams.decoder.logits_of
-    for batch in batches:
+    for batch in (batch for batch in streams.batches if batch.held_out):
         compressed, dense = streams.now(batch)
         assert dense is not None
         for z, x in zip(*(rows(stream).split(LOGITS_AT_ONCE) for stream in (compressed, dense)), strict=True):
             total += kl_divergence(logits_of(dense_linear(head.norm(x))), logits_of(linear(head.norm(z))))
             tokens += len(x)
-    return total / tokens
+    total, tokens = streams.processes.total(total), streams.processes.total(tokens)
+    return total / tokens if tokens else None
 
 
 def kl_divergence(dense: Float[Tensor, "*tokens vocabulary"], compressed: Float[Tensor, "*tokens vocabulary"]) -> float:

@@ -18,7 +18,7 @@ Dimensions: k inputs, D the dense width, d the kept one. Matrices act from the r
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -30,6 +30,7 @@ from compress.models.branch import Branch, set_bias, set_weight
 from compress.models.factors import with_outputs
 from compress.numerics.lowrank import InputMoments
 from compress.numerics.ridge import NormalEquations
+from compress.streaming.processes import ALONE, Processes
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,13 @@ class EquationSums:
         else:
             self.fit = added(self.fit, weighted, u, t, tokens)
 
+    def add_up(self, processes: Processes, *, held_out: bool = False) -> None:
+        """Over the processes, those of held-out windows too where there may be any."""
+        self.fit = added_up(self.fit, processes)
+        if held_out:
+            self.held_out = added_up(self.held_out, processes)
+        processes.add_up(self.inputs.total, self.inputs.absolute)
+
     def moments(self) -> InputMoments:
         """Of the inputs, over the windows to fit on."""
         second, tokens = self.fit.G / self.fit.tokens, self.fit.tokens
@@ -94,6 +102,11 @@ def added(
     return NormalEquations(sums.G, sums.B, sums.tokens + tokens)
 
 
+def added_up(sums: NormalEquations, processes: Processes) -> NormalEquations:
+    processes.add_up(sums.G, sums.B)
+    return replace(sums, tokens=processes.total(sums.tokens))
+
+
 def with_constant(u: Float[Tensor, "tokens k"], *, bias: bool) -> Float[Tensor, "tokens _"]:
     return torch.cat([u, u.new_ones(len(u), 1)], dim=1) if bias else u
 
@@ -106,6 +119,7 @@ class LinearGroup(ABC):
     matrix: (k, targets); what the group now makes of u. A stage replaces it, `write` puts it into the linears.
     damping: how strongly the matrix was drawn towards what it was, in units of the mean of fit.G's diagonal; later
         stages judge changes by the same measure.
+    processes: those that the equations come from; the first one decides.
     notes: what stages have to say about the group in the report.
     """
 
@@ -117,6 +131,7 @@ class LinearGroup(ABC):
     inputs: InputSums
     matrix: Float64[Tensor, "k m"]
     damping: float = 0.01
+    processes: Processes = ALONE
     notes: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -219,6 +234,7 @@ class Writers(LinearGroup):
 
     def keep(self, kind: str, kept: Int64[Tensor, "kept"]) -> None:
         """Delete all other units: from what produces them, from their writer and from the equations."""
+        self.processes.follow(kept)
         units, count = self.branch.units[kind]
         inputs = self.unit_inputs(kind)
         assert inputs is not None

@@ -37,7 +37,9 @@ class Journal:
     lines: of the journal. findings: what was found before the first part, by name. entries: the finished parts.
     """
 
-    def __init__(self, folder: Path, identity: dict[str, Any], lock: IO[str], lines: list[dict[str, Any]]) -> None:
+    def __init__(
+        self, folder: Path, identity: dict[str, Any], lock: IO[str] | None, lines: list[dict[str, Any]]
+    ) -> None:
         self.folder = folder
         self.identity = identity
         self.seal = lines[-1][SEAL]
@@ -83,7 +85,7 @@ class Journal:
         differing = sorted(key for key in identity.keys() | started.keys() if identity.get(key) != started.get(key))
         if differing:
             raise UsageError(
-                f"--resume: the run in {folder} had another {', '.join(differing)}. "
+                f"--resume: the run in {folder} had another {', '.join(said(key, started) for key in differing)}. "
                 "Give the same options, or start over with --overwrite."
             )
         findings = [line for line in lines[1:] if "finding" in line]
@@ -118,13 +120,18 @@ class Journal:
         number = len(self.entries)
         entry["state"] = write_tensors(self.folder / f"state-{number:05d}.safetensors", state)
         self._write(entry)
-        if self.entries:
-            (self.folder / self.entries[-1]["state"]["file"]).unlink(missing_ok=True)
+        for passed in state_files(self.entries[-1]) if self.entries else []:
+            (self.folder / passed["file"]).unlink(missing_ok=True)
         self.entries.append(entry)
 
     def state(self) -> dict[str, Tensor]:
-        tensors: dict[str, Tensor] = load_file(self.folder / self.entries[-1]["state"]["file"])
+        tensors: dict[str, Tensor] = load_file(self.folder / self.state_file())
         return tensors
+
+    def state_file(self) -> str:
+        """The name of the file that this process goes on from."""
+        name: str = self.entries[-1]["state"]["file"]
+        return name
 
     def forget(self) -> None:
         """Leave only the parts, and the lock: the run is finished and its folder is about to become the output.
@@ -138,7 +145,8 @@ class Journal:
         flush(self.folder)
 
     def close(self) -> None:
-        self._lock.close()
+        if self._lock is not None:
+            self._lock.close()
 
 
 def whole_entries(folder: Path, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -148,9 +156,19 @@ def whole_entries(folder: Path, lines: list[dict[str, Any]]) -> list[dict[str, A
         if not all(file_is(folder, written) for written in written_files(line)):
             break
         entries.append(line)
-    while entries and not file_is(folder, entries[-1].get("state")):
+    while entries and not all(file_is(folder, state) for state in state_files(entries[-1])):
         entries.pop()
     return entries
+
+
+def said(key: str, started: dict[str, Any]) -> str:
+    """A key of an identity, with its value where that is a number."""
+    return f"{key} ({started[key]})" if isinstance(started.get(key), int) else key
+
+
+def state_files(entry: dict[str, Any]) -> list[Any]:
+    """The states behind a finished part: one for each process."""
+    return [entry.get("state"), *entry.get("other_states", [])]
 
 
 def written_files(entry: dict[str, Any]) -> list[Any]:

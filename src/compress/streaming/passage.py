@@ -78,7 +78,8 @@ class Passage:
         self.clock = clock
         self.frame = frame
         self.decode: Float64[Tensor, "d D"] | None = None
-        self.rewriter = LinearRewriter(decoder, stages, layout, survey, clock)
+        self.processes = streams.processes
+        self.rewriter = LinearRewriter(decoder, stages, layout, survey, clock, streams.processes)
         self.keeps_basis = not any(stage.reshapes for stage in stages)
         self.follows_dense = follows_dense(stages)
         self.is_anchored = not self.follows_dense and has_groups(stages)
@@ -135,6 +136,8 @@ class Passage:
         for stage in self.stages:
             if isinstance(site, stage.site):
                 stage.apply(site)
+        if isinstance(site, LinearGroup):
+            self.processes.follow(site.matrix)
 
     def _readers(self, branch: Branch, block: int) -> list[Readers]:
         """The readers as groups, fitted by the stages but not written: the dense stream is yet to pass them."""
@@ -150,12 +153,12 @@ class Passage:
                 assert dense is not None
                 u = with_constant(rows(behind.norm(stream)).double(), bias=has_bias)
                 sums.add(u, rows(behind.norm(dense)), held_out=batch.held_out)
+            sums.add_up(self.processes, held_out=True)
         start = decode.to(sums.fit.G.device)
         if has_bias:
             start = torch.cat([start, start.new_zeros(1, width)])
-        group = Readers(
-            f"{branch.name} readers", block, branch, sums.fit, sums.held_out, sums.inputs, start, readers=behind.readers
-        )
+        name = f"{branch.name} readers"
+        group = Readers(name, block, branch, sums.fit, sums.held_out, sums.inputs, start, readers=behind.readers)
         with self.clock("solve"):
             self._apply(group)
         return group
@@ -206,7 +209,8 @@ class Passage:
         carried = beside if branch.shortcut is None else 0
         fit, held_out = (encoded(equations, encode, carried=carried) for equations in (sums.fit, sums.held_out))
         inputs = sums.inputs.only(slice(carried, None))
-        group = Writers(f"{branch.name} writers", block, branch, fit, held_out, inputs, writer_matrix(branch))
+        name, matrix = f"{branch.name} writers", writer_matrix(branch)
+        group = Writers(name, block, branch, fit, held_out, inputs, matrix, processes=self.processes)
         with self.clock("solve"):
             self._apply(group)
         group.write()
@@ -239,6 +243,8 @@ class Passage:
                 u = with_constant(torch.cat([*z, *columns], dim=1), bias=has_bias)
                 t, weights = self._target(branch, batch)
                 sums.add(u, t, weights=weights, held_out=batch.held_out)
+        with self.clock("statistics"):
+            sums.add_up(self.processes, held_out=True)
         return sums, gathered
 
     def _target(self, branch: Branch, batch: Batch) -> tuple[Float64[Tensor, "tokens D"], Float64[Tensor, "tokens 1"]]:
@@ -284,11 +290,16 @@ class Passage:
 
     def _decide(self, point: StreamPoint, gathered: Mapping[Need, Accumulator]) -> None:
         """Ask the stages for the point's basis."""
+        for accumulator in gathered.values():
+            self.processes.add_up(*accumulator.sums)
         point.statistics = {need: accumulator.value() for need, accumulator in gathered.items()}
         if self.frame is not None:
             point.basis = Basis(self.frame, width=point.dense_width, is_shared=True)
         with self.clock("eigensolve"):
             self._apply(point)
+        if point.basis is not None and not point.basis.is_shared:
+            self.processes.follow(*point.basis.frame.tensors)
+            point.basis.width = self.processes.from_first(point.basis.width)
 
     def _write_in_basis(self, branch: Branch, point: StreamPoint) -> Float64[Tensor, "D d"] | None:
         """Let the branch write in the point's basis, and the stream pass it by a shortcut where bases differ.

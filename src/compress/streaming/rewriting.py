@@ -15,6 +15,7 @@ from compress.numerics.lowrank import InputMoments
 from compress.streaming.groups import EquationSums, Readers, Writers
 from compress.streaming.layout import Layout
 from compress.streaming.linears import LinearSite, Rewritten, linear_shape
+from compress.streaming.processes import ALONE, Processes
 from compress.streaming.sites import Stage
 from compress.streaming.stopwatch import Stopwatch
 from compress.streaming.streams import Streams, rows
@@ -38,17 +39,24 @@ class SharedInputs:
 class LinearRewriter:
     """
     stages: those that work on single linears. layout: the form that linears are written in.
-    survey: of the dense model, where a stage asked for one.
+    survey: of the dense model, where a stage asked for one. processes: those that the inputs come from.
     """
 
     def __init__(
-        self, decoder: Decoder, stages: Sequence[Stage], layout: Layout, survey: Survey | None, clock: Stopwatch
+        self,
+        decoder: Decoder,
+        stages: Sequence[Stage],
+        layout: Layout,
+        survey: Survey | None,
+        clock: Stopwatch,
+        processes: Processes = ALONE,
     ) -> None:
         self.decoder = decoder
         self.layout = layout
         self.stages = [stage for stage in stages if stage.site is LinearSite]
         self.survey = survey
         self.clock = clock
+        self.processes = processes
 
     def rewrite_group(self, group: Readers | Writers) -> list[Report]:
         """The linears of a group that has been written, by the inputs that it was fitted to."""
@@ -79,6 +87,9 @@ class LinearRewriter:
             with self.clock("statistics"):
                 for place, its_sums in enumerate(sums):
                     its_sums.add(rows(given[place]), None)
+        with self.clock("statistics"):
+            for its_sums in sums:
+                its_sums.add_up(self.processes)
         reports = []
         for names, its_sums in zip(sharing, sums, strict=True):
             inputs = SharedInputs(its_sums.moments(), self.layout.form(branch, names[0]))
@@ -101,6 +112,7 @@ class LinearRewriter:
                 if stage.in_written_form:
                     site = self._in_written_form(branch, name, site, given.written)
                 stage.apply(site)
+            self.processes.follow(*site.module.state_dict().values())
         return site.report()
 
     def _in_written_form(self, branch: Branch, name: str, site: LinearSite, inputs: InputMoments) -> LinearSite:

@@ -21,6 +21,7 @@ from compress.models.decoder import Decoder
 from compress.numerics.lowrank import Spread, gradient_metric, output_energies
 from compress.streaming.groups import EquationSums
 from compress.streaming.journal import write_tensors
+from compress.streaming.processes import ALONE, Processes
 
 WIDEST = 2  # times the stream: up to that the gradient's moment is a whole matrix
 
@@ -31,6 +32,10 @@ class Spectrum:
 
     energy: Float64[Tensor, "k"]
     felt: Float64[Tensor, "k"] | None = None
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.energy,) if self.felt is None else (self.energy, self.felt)
 
 
 @dataclass(frozen=True)
@@ -70,9 +75,12 @@ class GradientFiles:
 
 
 class LinearObserver:
-    """Gathers one block's moments after the other."""
+    """Gathers one block's moments after the other, each of the processes from its own batches."""
 
-    def __init__(self, watch: LinearWatch, files: GradientFiles, decoder: Decoder) -> None:
+    def __init__(
+        self, watch: LinearWatch, files: GradientFiles, decoder: Decoder, processes: Processes = ALONE
+    ) -> None:
+        self.processes = processes
         self.watch = watch
         self.files = files
         self.decoder = decoder
@@ -86,7 +94,7 @@ class LinearObserver:
         self.sums: list[EquationSums] = []
         self.shared: dict[str, int] = {}
         self.gradients: dict[str, Tensor] = {}
-        self.tokens = 0
+        self.tokens = 0.0
 
     @contextmanager
     def block(self, index: int) -> Iterator[None]:
@@ -98,13 +106,21 @@ class LinearObserver:
             if isinstance(module, nn.Linear) and self.watch.wanted(name, part_of(name))
         }
         yield
+        self._add_up()
         moments = [its_sums.moments() for its_sums in self.sums]
         for path, linear in self.linears.items():
             spread = moments[self.shared[path]].spread(centred=self.watch.centres(has_bias=linear.bias is not None))
             self.spectra[path] = self._spectrum(path, linear.weight.double(), spread)
-        if self.gradients:
+            self.processes.follow(*self.spectra[path].tensors)
+        if self.gradients and self.processes.is_first:
             self.files.write(index, {path: moment / self.tokens for path, moment in self.gradients.items()})
         self._forget()
+
+    def _add_up(self) -> None:
+        for its_sums in self.sums:
+            its_sums.add_up(self.processes)
+        self.processes.add_up(*self.gradients.values())
+        self.tokens = self.processes.total(self.tokens)
 
     @contextmanager
     def batch(self) -> Iterator["Watched"]:

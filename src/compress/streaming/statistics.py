@@ -1,7 +1,8 @@
 """Statistics of calibration activations at points of the stream, as needs that a stage declares.
 
 A need is a small frozen value: equal needs of two stages are gathered once, and the walk keeps the dense model's
-activations beside the compressed ones only if some need asks for them. Everything is accumulated in float64.
+activations beside the compressed ones only if some need asks for them. Everything is accumulated in float64, so that
+what several processes have gathered can be added up.
 """
 
 from dataclasses import dataclass
@@ -18,6 +19,10 @@ from compress.numerics.norms import rms_normed
 class Accumulator(Protocol):
     def add(self, stream: Tensor, dense: Tensor | None) -> None:
         """Take in a batch: the stream of the compressed prefix in the dense basis, and the dense model's."""
+
+    @property
+    def sums(self) -> tuple[Tensor, ...]:
+        """What adds up over tokens, in float64, for others to be added to in place; `value` is made of it."""
 
     def value(self) -> Tensor: ...
 
@@ -56,7 +61,11 @@ class MomentAccumulator:
         self.need = need
         self.eps = eps
         self.sum = torch.zeros(width, width, dtype=torch.float64, device=device)
-        self.tokens = 0
+        self.tokens = torch.zeros((), dtype=torch.float64, device=device)
+
+    @property
+    def sums(self) -> tuple[Tensor, ...]:
+        return self.sum, self.tokens
 
     def add(self, stream: Float[Tensor, "*batch D"], dense: Float[Tensor, "*batch D"] | None = None) -> None:
         signal = dense if self.need.dense else stream
@@ -88,6 +97,10 @@ class ErrorAccumulator:
     def __init__(self, device: torch.device) -> None:
         self.error = torch.zeros((), dtype=torch.float64, device=device)
         self.energy = torch.zeros((), dtype=torch.float64, device=device)
+
+    @property
+    def sums(self) -> tuple[Tensor, ...]:
+        return self.error, self.energy
 
     def add(self, stream: Float[Tensor, "*batch D"], dense: Float[Tensor, "*batch D"] | None) -> None:
         if dense is None:

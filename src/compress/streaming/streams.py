@@ -6,7 +6,7 @@ Some windows, evenly spread, are held out: they walk along and count in the base
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from compress.models.branch import Branch
 from compress.models.decoder import Arguments, Decoder
 from compress.streaming.cache import ActivationCache, cache_bytes
 from compress.streaming.interning import Interner
+from compress.streaming.processes import ALONE, Processes
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,11 @@ def split_windows(windows: Int64[Tensor, "windows tokens"], batch_size: int, hel
     tagged = [(ids, False) for ids in windows[~apart].split(batch_size)]
     tagged += [(ids, True) for ids in windows[apart].split(batch_size) if held_out]
     return [Batch(index, ids, is_held_out) for index, (ids, is_held_out) in enumerate(tagged)]
+
+
+def own_batches(batches: list[Batch], processes: Processes) -> list[Batch]:
+    """This process's share, numbered anew."""
+    return [replace(batch, index=index) for index, batch in enumerate(processes.share(batches))]
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,7 @@ class Streams:
     compressed: in the present basis, (windows, tokens, d) a batch. dense: (windows, tokens, D), None where no stage
     compares with it. before_post_norm: what the norm behind the present branch is given in the dense model; None where
     nobody asks. arguments: what each block is called with besides the stream, by batch.
+    batches: this process's share of those that all `processes` know.
     """
 
     def __init__(
@@ -83,9 +90,11 @@ class Streams:
         dense: bool,
         before_post_norms: bool = False,
         memory: int,
+        processes: Processes = ALONE,
     ) -> None:
         self.decoder = decoder
-        self.batches = batches
+        self.processes = processes
+        self.batches = batches = own_batches(batches, processes)
         copies = 1 + dense + before_post_norms
         options: dict[str, int] = {"memory": memory // copies, "copies": max(copies, 2)}
         self.compressed = caches.new("stream", batches, **options)

@@ -27,6 +27,7 @@ from compress.streaming.cache import ActivationCache
 from compress.streaming.interning import Interner
 from compress.streaming.loader import PartLoader
 from compress.streaming.memory import return_large_blocks
+from compress.streaming.processes import ALONE, Processes
 from compress.streaming.spectra import GradientFiles, LinearObserver, Spectrum, Watched
 from compress.streaming.streams import Batch, CacheFolder
 
@@ -106,8 +107,8 @@ class Surveyor:
         self.caches = caches
         self.observer = observer
         self.counts_stream = stream
-        self.tokens = sum(batch.ids.numel() for batch in batches)
-        stream_bytes = self.tokens * decoder.dense_width * decoder.dtype.itemsize
+        self.tokens: float = sum(batch.ids.numel() for batch in batches)
+        stream_bytes = int(self.tokens) * decoder.dense_width * decoder.dtype.itemsize
         self.segment = segment_length(self.num_blocks, stream_bytes, memory)
         self.copies = num_kept(self.num_blocks, self.segment)
         self.share = memory // self.copies
@@ -120,9 +121,15 @@ class Surveyor:
     def num_blocks(self) -> int:
         return len(self.decoder.blocks)
 
-    def run(self, *, gradient: bool, progress: Callable[[], None] = lambda: None) -> Survey:
-        """`progress` hears of every block, once on the way there and once on the way back."""
+    def run(
+        self, *, gradient: bool, progress: Callable[[], None] = lambda: None, processes: Processes = ALONE
+    ) -> Survey:
+        """`progress` hears of every block, once on the way there and once on the way back.
+
+        processes: all survey in step, each its own batches; what they find is equal.
+        """
         return_large_blocks()
+        self.tokens = processes.total(self.tokens)
         kept: dict[int, ActivationCache] = {}
         stream = self._embed()
         for block in range(self.num_blocks):
@@ -131,16 +138,17 @@ class Surveyor:
             self._forward(block, stream, count=True, watch=not gradient)
             progress()
         if not gradient:
-            return self._findings(None)
+            return self._findings(None, processes)
         self._start_backward(stream)
         for start in sorted(kept, reverse=True):
             inputs = self._segment_inputs(start, kept.pop(start))
             for block in reversed(range(start, start + len(inputs))):
                 self._backward(block, inputs.pop(), stream)
                 progress()
-        return self._findings(self.gradient)
+        return self._findings(self.gradient, processes)
 
-    def _findings(self, gradient: Tensor | None) -> Survey:
+    def _findings(self, gradient: Tensor | None, processes: Processes) -> Survey:
+        processes.add_up(self.moment, self.gradient)
         if self.observer is None:
             return Survey(self.moment, gradient)
         return Survey(self.moment, gradient, self.observer.spectra, self.observer.files)

@@ -23,6 +23,7 @@ from compress.streaming.layout import Layout
 from compress.streaming.loader import PartLoader
 from compress.streaming.memory import return_large_blocks
 from compress.streaming.passage import Passage, keeps_before_post_norms, num_streams
+from compress.streaming.processes import ALONE, Processes
 from compress.streaming.rewriting import Report
 from compress.streaming.sites import Stage, StreamPoint, WholeModel, stream_points
 from compress.streaming.stopwatch import Stopwatch
@@ -77,6 +78,7 @@ class Walk:
     `restore(state, next_part)` on a fresh walk continues as if there had been no break, to the bit.
 
     survey: of the dense model, where a stage works on the whole model.
+    processes: all walk in step, each with its share of the windows; their parts are equal, their states are their own.
     """
 
     def __init__(
@@ -87,7 +89,9 @@ class Walk:
         stages: Sequence[Stage],
         settings: WalkSettings,
         survey: Survey | None = None,
+        processes: Processes = ALONE,
     ) -> None:
+        self.processes = processes
         self.decoder = decoder
         self.loader = PartLoader(decoder, weights)
         self.probe_ids = windows[:1, : settings.probe_tokens]
@@ -101,6 +105,7 @@ class Walk:
         self.clock = Stopwatch(decoder.device)
         with self.clock("solve"):
             frame = shared_frame(stages, survey, layer_norm=decoder.family.norm == "layer")
+            processes.follow(*(frame.tensors if frame is not None else ()))
         self.streams = Streams(
             decoder,
             split_windows(windows, settings.batch_size, settings.held_out),
@@ -108,6 +113,7 @@ class Walk:
             dense=num_streams(stages) == 2,
             before_post_norms=keeps_before_post_norms(stages, decoder.family),
             memory=settings.cache_memory,
+            processes=processes,
         )
         self.passage = Passage(decoder, self.streams, stages, settings.layout, self.clock, survey, frame)
         self.probe_arguments: list[Arguments] = []

@@ -1,0 +1,256 @@
+"""Several processes that calibrate one model together: each takes its share of the batches (data parallel).
+
+What adds up over tokens is added up over processes, in float64 and in the order of their ranks, so that every run gives
+the same bytes. What a stage makes of the sums is made by each process, and the first one's result then stands for all:
+where two machines round differently, they still go on with one model. Processes talk over nccl about what is on GPUs,
+over gloo about the rest, and in JSON over the launcher's store about plain data.
+
+A process that fails says so in the store. The others look there while they wait, so that all end with one message.
+"""
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import psutil
+import torch
+from torch import Tensor, distributed
+
+from compress.errors import CompressError
+from compress.launch import launch
+
+T = TypeVar("T")
+
+AT_ONCE = 2**22  # numbers of a sum on the way: what each process's share takes beside the sum itself in the first one
+LOOK_EVERY = 0.25  # seconds between looks at whether another process has failed
+FIRST_WORD = 5.0  # seconds that the others leave to the first process, to print the message of a failure
+FAILURE, TOLD = "failure", "told"  # in the store: what happened, and who says it
+# Of one wait. A process that is gone is noticed at once; this ends only what is neither gone nor getting anywhere.
+PATIENCE = timedelta(hours=6)
+KEPT = "What was finished is kept for --resume."
+
+
+class Processes:
+    """One process alone: all it is asked for is the identity."""
+
+    rank = 0
+    count = 1
+    local_count = 1
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def share(self, items: Sequence[T]) -> list[T]:
+        """Of items that all processes know in the same order, those that are this one's: each n-th."""
+        return list(items[self.rank :: self.count])
+
+    def add_up(self, *sums: Tensor) -> None:
+        """Replace float64 tensors by their sums over the processes, the same to the bit in each."""
+
+    def total(self, number: float) -> float:
+        return number
+
+    def follow(self, *tensors: Tensor) -> None:
+        """Replace tensors, of one shape in all processes, by the first one's."""
+
+    def from_first(self, data: Any) -> Any:
+        """Plain data of the first process; what the others give does not count."""
+        return data
+
+    def gathered(self, data: Any) -> list[Any]:
+        """Plain data of all processes, in the order of their ranks. No one goes on before all are here."""
+        return [data]
+
+    @contextmanager
+    def shared_fate(self) -> Iterator[None]:
+        """What ends one process in here ends all, with one message."""
+        yield
+
+
+ALONE = Processes()
+
+
+class FailedElsewhere(CompressError):
+    """Another process has failed; its message and exit code."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class Group(Processes):
+    """The processes of one launch, by torch.distributed. store: the launcher's, which all reach."""
+
+    neighbours: Mapping[int, int] = {}  # process ids by ranks, of those on this machine
+
+    def __init__(self, rank: int, count: int, local_count: int, store: Any) -> None:
+        self.rank = rank
+        self.count = count
+        self.local_count = local_count
+        self.store = store
+        self.said = 0
+
+    def add_up(self, *sums: Tensor) -> None:
+        with self._together():
+            for one in sums:
+                assert one.dtype == torch.float64
+                whole = one.contiguous()
+                for piece in whole.view(-1).split(AT_ONCE):
+                    self._add_up_piece(piece)
+                if whole is not one:
+                    one.copy_(whole)
+
+    def _add_up_piece(self, piece: Tensor) -> None:
+        """By way of the first process: an all-reduce adds in an order that the library and the wires choose."""
+        shares = [torch.empty_like(piece) for _ in range(self.count)] if self.is_first else None
+        distributed.gather(piece, shares, dst=0)
+        for share in (shares or [])[1:]:
+            piece += share
+        distributed.broadcast(piece, src=0)
+
+    def total(self, number: float) -> float:
+        return sum(self.gathered(number))
+
+    def follow(self, *tensors: Tensor) -> None:
+        with self._together():
+            for tensor in tensors:
+                whole = tensor.detach().contiguous()
+                distributed.broadcast(whole.reshape(-1).view(torch.uint8), src=0)
+                if not tensor.is_contiguous():
+                    tensor.copy_(whole)
+
+    def from_first(self, data: Any) -> Any:
+        key = self._new_key()
+        with self._noticing_deaths():
+            if self.is_first:
+                self.store.set(key, json.dumps(data))
+                return data
+            self._until(lambda: self.store.check([key]))
+            return json.loads(self.store.get(key))
+
+    def gathered(self, data: Any) -> list[Any]:
+        start = self._new_key()
+        keys = [f"{start}/{rank}" for rank in range(self.count)]
+        with self._noticing_deaths():
+            self.store.set(keys[self.rank], json.dumps(data))
+            self._until(lambda: self.store.check(keys))
+            return [json.loads(self.store.get(key)) for key in keys]
+
+    def _new_key(self) -> str:
+        """All processes call in the same order, so they count alike."""
+        self.said += 1
+        return f"said/{self.said}"
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """Transfers, begun when all are here: who waits, waits in Python, and hears signals and of others' failures."""
+        key = self._new_key()
+        with self._noticing_deaths():
+            self.store.add(key, 1)
+            self._until(lambda: self.store.add(key, 0) == self.count)
+            yield
+
+    @contextmanager
+    def _noticing_deaths(self) -> Iterator[None]:
+        """A broken connection, to the store or between processes, is told as what it means."""
+        try:
+            yield
+        except RuntimeError as error:
+            time.sleep(2 * LOOK_EVERY)  # whoever ended may say why
+            with suppress(RuntimeError):
+                self._check()
+            raise CompressError(f"Another of the {self.count} processes has died. {KEPT}") from error
+
+    def _until(self, done: Callable[[], bool]) -> None:
+        pause, began, looked = 1e-5, time.monotonic(), time.monotonic()
+        while not done():
+            time.sleep(pause)
+            pause = min(2 * pause, 5e-3)
+            if time.monotonic() - looked > LOOK_EVERY:
+                self._check()
+                looked = time.monotonic()
+            if looked - began > PATIENCE.total_seconds():
+                raise CompressError(f"Another of the {self.count} processes does not answer. {KEPT}")
+
+    def _check(self) -> None:
+        """Raises what another process has failed by, or that one is gone without a word."""
+        gone = [rank for rank, pid in self.neighbours.items() if not is_running(pid)]
+        if self.store.check([FAILURE]):
+            raise FailedElsewhere(*json.loads(self.store.get(FAILURE)))
+        if gone:
+            raise CompressError(f"Process {gone[0]} of {self.count} has died. {KEPT}")
+
+    def meet(self) -> None:
+        """Learn who else is on this machine."""
+        here = platform.node()
+        met = self.gathered([here, os.getpid()])
+        self.neighbours = {rank: pid for rank, (node, pid) in enumerate(met) if node == here and rank != self.rank}
+
+    @contextmanager
+    def shared_fate(self) -> Iterator[None]:
+        try:
+            yield
+        except KeyboardInterrupt:
+            if not self.is_first:
+                raise SystemExit(130) from None
+            raise
+        except Exception as error:
+            with suppress(RuntimeError):  # of a store that is gone
+                self._tell(error)
+            if isinstance(error, CompressError) and not self._speaks():
+                raise SystemExit(error.exit_code) from error
+            raise
+
+    def _tell(self, error: Exception) -> None:
+        """The first failure is the one that all end with."""
+        known = isinstance(error, CompressError)
+        message = str(error) if known else f"Process {self.rank} ended by {type(error).__name__}: {error}"
+        code = error.exit_code if isinstance(error, CompressError) else 1
+        self.store.compare_set(FAILURE, "", json.dumps([message, code]))
+
+    def _speaks(self) -> bool:
+        """Whether this process is the one to print the message: the first, unless it does not get to it."""
+        deadline, mine = time.monotonic() + (0 if self.is_first else FIRST_WORD), str(self.rank)
+        try:
+            while time.monotonic() < deadline and not self.store.check([TOLD]):
+                time.sleep(LOOK_EVERY / 5)
+            return bool(self.store.compare_set(TOLD, "", mine) == mine.encode())
+        except RuntimeError:  # with the store went the first process, or the launcher, and they have spoken
+            return self.is_first
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[Processes]:
+    """The processes of this launch, which compute on `device` each; with no launcher, this one alone."""
+    here = launch()
+    if here.count == 1:
+        yield ALONE
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    store, rank, count = next(distributed.rendezvous("env://", timeout=timedelta(minutes=5)))
+    distributed.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        store=distributed.PrefixStore("collectives", store),
+        rank=rank,
+        world_size=count,
+        timeout=PATIENCE,
+    )
+    group = Group(rank, count, here.local_count, distributed.PrefixStore("plain", store))
+    with group.shared_fate():
+        group.meet()
+        yield group
+    distributed.destroy_process_group()

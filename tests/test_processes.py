@@ -1,0 +1,291 @@
+"""Several processes that calibrate together come to what one process comes to; and they end together.
+
+The processes are forks of a warm one with a launcher's environment, as `torchrun` gives it: what it adds, it adds by
+starting and killing them. A float64 model keeps rounding apart from faults: sums that are added up in another order
+differ in their last bits.
+"""
+
+import json
+import shlex
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, distributed
+
+from cli_runner import Disturbance, Ran, Request, run_warm, snapshot
+from compress.cli.options import own_gpu
+from compress.errors import CompressError, NumericalError, UsageError
+from compress.launch import Launch
+from compress.streaming.groups import EquationSums
+from compress.streaming.processes import ALONE, FailedElsewhere, Group, Processes, is_running
+from compress.streaming.streams import own_batches, split_windows
+from tiny import write_model, write_text
+
+COMMANDS = {
+    "slicegpt": "slice --model ../llama --method slicegpt --ratio 0.25 --slice-head --measure-error",
+    "by energy": "slice --model ../opt --method slicegpt --explained-variance 0.9",
+    "anchored": "slice --model ../llama --keep-params 0.8 --trial-samples 8",
+    "lord": "lord --model ../opt --keep-params 0.85",
+    "slim": "slim --model ../llama",
+}
+CALIBRATION = "--calib ../text.txt --samples 12 --seq-len 32 --batch-size 2 --device cpu --out out --json"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processes")
+    write_model(folder / "llama", "llama")
+    write_model(folder / "opt", "opt")
+    write_text(folder / "text.txt", lines=200)
+    return folder
+
+
+def launched(
+    folder: Path, command: str, count: int, *more: str, hit: Mapping[int, Disturbance] | None = None
+) -> list[Ran]:
+    """A command in so many processes; `hit` disturbs some, by their ranks."""
+    folder.mkdir(exist_ok=True)
+    words = (*shlex.split(COMMANDS[command]), *shlex.split(CALIBRATION), *more)
+    places = environments(count) if count > 1 else [{}]
+    hit = hit or {}
+    return run_warm([Request(words, str(folder), hit.get(rank), env=env) for rank, env in enumerate(places)])
+
+
+def environments(count: int) -> list[dict[str, str]]:
+    """What torchrun gives each process on one machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [{name: str(value) for name, value in (shared | {"RANK": r, "LOCAL_RANK": r}).items()} for r in range(count)]
+
+
+@pytest.fixture(scope="module")
+def made(root):
+    """What a command wrote, in so many processes, each run once."""
+    known: dict[tuple[str, int], Path] = {}
+
+    def make(command: str, count: int) -> Path:
+        if (command, count) not in known:
+            folder = root / f"{command}-{count}"
+            for rank, ran in enumerate(launched(folder, command, count)):
+                assert ran.code == 0, ran.err
+                assert bool(ran.out) == (rank == 0)
+                assert rank == 0 or not ran.err
+            known[command, count] = folder
+        return known[command, count]
+
+    return make
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
+    return {
+        f"{file.parent.name} {name}": tensor
+        for file in sorted((folder / "out").rglob("*.safetensors"))
+        for name, tensor in load_file(file).items()
+    }
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_two_processes_come_to_what_one_comes_to(made, command):
+    one, two = tensors(made(command, 1)), tensors(made(command, 2))
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        if tensor.is_floating_point():
+            assert (tensor - two[name]).norm() <= 1e-6 * tensor.norm(), name
+        else:
+            # Codes, masks and orders: without ties they are the same.
+            assert torch.equal(tensor, two[name]), name
+
+
+def test_four_processes_come_to_what_one_comes_to(made):
+    one, four = tensors(made("slicegpt", 1)), tensors(made("slicegpt", 4))
+    assert all((tensor - four[name]).norm() <= 1e-6 * tensor.norm() for name, tensor in one.items())
+
+
+@pytest.mark.parametrize("command", ["anchored", "lord"])
+def test_the_same_number_of_processes_writes_the_same_bytes(root, made, command):
+    again = root / f"{command}-again"
+    assert [ran.code for ran in launched(again, command, 2)] == [0, 0]
+    assert snapshot(again) == snapshot(made(command, 2))
+
+
+def test_what_the_facts_say_does_not_depend_on_the_number(made):
+    one, two = (json.loads((made("slicegpt", n) / "out" / "compress.json").read_text()) for n in (1, 2))
+    assert [point["relative_error"] for point in two["points"]] == pytest.approx(
+        [point["relative_error"] for point in one["points"]], rel=1e-6, abs=1e-12
+    )
+    assert [point["width"] for point in two["points"]] == [point["width"] for point in one["points"]]
+
+
+# ---- deaths
+
+
+KILLS = {
+    "writing a state": (1, "compress.streaming.shared_journal:write_tensors", 2),
+    "between states and their line": (0, "compress.streaming.journal:write_line", 5),
+    "in the survey": (1, "compress.streaming.spectra:LinearObserver._add_up", 2),
+    "adding up": (0, "compress.streaming.processes:Group._add_up_piece", 40),
+}
+
+
+@pytest.mark.parametrize("moment", KILLS)
+def test_a_killed_process_ends_the_others_and_the_run_goes_on(root, made, moment):
+    rank, target, call = KILLS[moment]
+    folder, began = root / f"killed {moment}", time.monotonic()
+    ran = launched(folder, "lord", 2, hit={rank: Disturbance(target, call=call)})
+    assert ran[rank].code == -signal.SIGKILL
+    assert ran[1 - rank].code == 1
+    assert time.monotonic() - began < 60
+    assert sum(len(each.faults) for each in ran) <= 1
+    if rank == 1:
+        (fault,) = ran[0].faults
+        assert fault.endswith("has died. What was finished is kept for --resume.")
+    more = ["--resume"] if (folder / "out.partial").exists() else []
+    assert bool(more) == (moment != "in the survey")  # where nothing was finished, nothing is kept
+    assert [each.code for each in launched(folder, "lord", 2, *more)] == [0, 0]
+    assert snapshot(folder) == snapshot(made("lord", 2))
+
+
+def test_another_number_of_processes_cannot_resume(root):
+    folder = root / "another number"
+    launched(folder, "slicegpt", 2, hit={1: Disturbance("compress.streaming.shared_journal:write_tensors", call=3)})
+    for count, resumes in ((1, False), (2, True)):
+        ran = launched(folder, "slicegpt", count, "--resume")
+        assert [each.code for each in ran] == [0 if resumes else 2] * count
+        if not resumes:
+            assert "had another number of processes (2)." in ran[0].err
+
+
+def test_one_process_that_fails_ends_all_with_its_message_once(root):
+    hit = {1: Disturbance("compress.streaming.journal:save_file", call=2, kind="full")}
+    ran = launched(root / "full", "slicegpt", 2, hit=hit)
+    assert [each.code for each in ran] == [1, 1]
+    assert [len(each.faults) for each in ran] == [1, 0]
+    assert "state-00001-1.safetensors cannot be written" in ran[0].faults[0]
+    assert (root / "full" / "out.partial").is_dir()
+
+
+def test_more_processes_than_batches(root):
+    ran = launched(root / "few", "slicegpt", 2, "--batch-size", "12")
+    assert ran[0].faults == ["--batch-size 12 leaves some of 2 processes without any of 12 windows. Use 6 or less."]
+    assert [each.code for each in ran] == [2, 2]
+    assert not ran[1].err
+    assert not (root / "few" / "out.partial").exists()
+
+
+# ---- units
+
+
+class OneOf(Processes):
+    def __init__(self, rank: int, count: int) -> None:
+        self.rank, self.count = rank, count
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_batches_are_shared_out_whole_and_in_turns(count):
+    windows = torch.arange(11)[:, None].expand(11, 5)
+    batches = split_windows(windows, 2, held_out=3)
+    shares = [own_batches(batches, OneOf(rank, count)) for rank in range(count)]
+    for number, batch in enumerate(batches):
+        given = shares[number % count][number // count]
+        assert torch.equal(given.ids, batch.ids)
+        assert given.held_out == batch.held_out
+    assert sum(map(len, shares)) == len(batches)
+    assert all([batch.index for batch in share] == list(range(len(share))) for share in shares)
+
+
+def in_threads(count: int, act: Callable[[Group], Any]) -> list[Any]:
+    """What each of so many groups around one store returns or raises."""
+    store, found = distributed.HashStore(), list[Any]([None] * count)
+
+    def run(rank: int) -> None:
+        try:
+            found[rank] = act(Group(rank, count, count, store))
+        except (Exception, SystemExit) as error:
+            found[rank] = error
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+def test_plain_data_is_passed_on():
+    assert in_threads(3, lambda group: group.gathered({"rank": group.rank})) == [[{"rank": r} for r in range(3)]] * 3
+    assert in_threads(3, lambda group: group.from_first([group.rank])) == [[0]] * 3
+    assert in_threads(3, lambda group: group.total(0.1 * group.rank)) == [0.0 + 0.1 + 0.2] * 3
+
+
+def test_a_failure_is_told_once_and_ends_all():
+    def fails_in_the_second(group: Group) -> None:
+        with group.shared_fate():
+            if group.rank == 1:
+                raise NumericalError("a NaN")
+            group.gathered(None)
+
+    first, second, third = in_threads(3, fails_in_the_second)
+    assert (str(first), first.exit_code) == ("a NaN", 1)
+    assert isinstance(first, FailedElsewhere)
+    assert [type(second), type(third)] == [SystemExit, SystemExit]
+
+
+def test_the_process_that_fails_speaks_where_the_first_does_not_get_to_it():
+    def fails_while_the_first_is_busy(group: Group) -> None:
+        with group.shared_fate():
+            if group.rank == 1:
+                raise NumericalError("a NaN")
+
+    _, second = in_threads(2, fails_while_the_first_is_busy)
+    assert isinstance(second, NumericalError)
+
+
+def test_a_process_that_is_gone_is_noticed():
+    def waits(group: Group) -> None:
+        group.neighbours = {1: 2**22 + 1}  # above all process ids
+        if group.rank == 0:
+            group.gathered(None)
+
+    first, _ = in_threads(2, waits)
+    assert isinstance(first, CompressError)
+    assert str(first).startswith("Process 1 of 2 has died.")
+    assert not is_running(2**22 + 1)
+
+
+def test_one_process_alone_changes_nothing():
+    sums = EquationSums(3, 2, torch.device("cpu"))
+    u, t = torch.randn(7, 3), torch.randn(7, 2)
+    sums.add(u, t)
+    before = sums.fit.G.clone()
+    sums.add_up(ALONE, held_out=True)
+    assert torch.equal(sums.fit.G, before)
+    assert sums.fit.tokens == 7
+    assert ALONE.share([1, 2]) == [1, 2]
+
+
+def test_what_a_launcher_says():
+    assert Launch.of({}) == Launch()
+    assert Launch.of({"RANK": "3"}).count == 1
+    environment = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+    assert Launch.of(environment) == Launch(5, 8, 1, 4)
+    assert not Launch.of(environment).is_first
+
+
+def test_each_process_has_a_gpu_of_its_own(monkeypatch):
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert own_gpu("cuda", 2) == "cuda:1"
+    with pytest.raises(UsageError, match="2 processes are started on this machine, which has 1 GPUs"):
+        own_gpu("cuda", 1)
+    with pytest.raises(UsageError, match=r"--device cuda:0 is one GPU for 2 processes"):
+        own_gpu("cuda:0", 2)
