@@ -4,15 +4,23 @@ A row is a family, or a kind of its models that is built otherwise; its model is
 command line would put it together. What cannot be done is refused by the plan, before a weight is read.
 """
 
-from collections.abc import Sequence
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
+import oracles
 import tiny
-from compress import families
+from compress import families, pipeline
 from compress.checkpoints.gguf.llama import check_llama
 from compress.errors import UnsupportedModel
 from compress.job import Job
@@ -21,7 +29,7 @@ from compress.plan import Plan, make_plan
 from compress.recipe import Recipe, anchored, lowrank, parse_recipe, slicegpt, slim
 
 NUM_BLOCKS = 2
-CALIBRATION = {"samples": 8, "seq_len": 16}
+CALIBRATION = {"samples": 6, "seq_len": 12}
 QUARTER = {"ratio": 0.25}
 
 
@@ -140,15 +148,80 @@ def cell(row: Row, method: Method) -> Cell:
 
 
 def gguf_cell(row: Row) -> Cell:
-    """Of the narrower model, or of the one with factors multiplied out: whatever is stock."""
+    """Of the narrower model, or where it cannot be narrower, of the one with factors multiplied out."""
     config = row.config
-    names = ["materialized"] if families.find(config).not_exact(config) else ["one basis"]
-    plan = planned(config, METHODS[names[0]].recipe())
+    method = "materialized" if family_of(row).not_exact(config) else "one basis"
+    plan = planned(config, METHODS[method].recipe())
     try:
         check_llama(plan.target.config(plan.shape, torch.float32))
     except UnsupportedModel as error:
         return Cell("refused", str(error))
     return Cell("written")
+
+
+# ---- the table of docs/families.md ----
+
+COLUMNS = {
+    "per layer": "slice --rotation per-layer",
+    "one basis": "slice",
+    "lord": "lord",
+    "materialized": "lord --materialize",
+    "slim, packed": "slim",
+    "slim, compact": "slim --compact",
+}
+
+
+def cells(row: Row) -> list[Cell]:
+    """The row of the table: rotation, the columns, GGUF."""
+    reason = family_of(row).not_exact(row.config)
+    rotation = Cell("refused", f"Not exact: {reason}") if reason else Cell("exact")
+    return [rotation, *(cell(row, METHODS[name]) for name in COLUMNS), gguf_cell(row)]
+
+
+def reason(found: Cell, row: Row) -> str:
+    """Why, in words that are not of this row alone."""
+    if "GGUF" in found.why:
+        return "GGUF " + found.why.partition(". GGUF ")[2].partition(" Leave GGUF out")[0]
+    words = found.why.removeprefix("The result is written in our architecture: ").removeprefix("Not exact: ")
+    words = words.partition("exactly: ")[2] or words
+    words = words.partition(" Use compress lord")[0].replace(f"{row.model_type} ties", "it ties")
+    return words[0].upper() + words[1:]
+
+
+def cell_text(found: Cell, row: Row, notes: list[str]) -> str:
+    """`notes` grows by what is said for the first time."""
+    words = "no" if found.kind == "refused" else found.kind
+    if words.startswith("compress_"):
+        words = f"`{words}`"
+    elif words not in ("no", "exact", "stock", "written"):
+        words = f"stock `{words}`"
+    if not found.why:
+        return words
+    if reason(found, row) not in notes:
+        notes.append(reason(found, row))
+    return f"{words} ({notes.index(reason(found, row)) + 1})"
+
+
+def table(rows: Sequence[Row], differences: Mapping[str, float]) -> str:
+    """The section's table and its reasons; differences: of the rows that have been run, by name."""
+    notes: list[str] = []
+    heads = ["model", "rotation", *COLUMNS.values(), "--export gguf", "reloads to"]
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    for row in rows:
+        texts = [cell_text(found, row, notes) for found in cells(row)]
+        measured = f"{differences[row.name]:.0e}" if row.name in differences else "not run"
+        lines.append(f"| {' | '.join([f'`{row.model_type}`' + row.name[len(row.model_type) :], *texts, measured])} |")
+    reasons = [f"{number}. {words}" for number, words in enumerate(notes, start=1)]
+    return "\n".join([*lines, "", *reasons]) + "\n"
+
+
+# ---- runs ----
+
+
+def written_kind(out: Path, model_type: str) -> str:
+    """`stock`, or the model_type that a checkpoint has instead of the dense model's."""
+    written: str = json.loads((out / "config.json").read_text(encoding="utf-8"))["model_type"]
+    return "stock" if written == model_type else written
 
 
 def job_of(row: Row, method: Method, folder: Path, out: Path, *, resume: bool = False) -> Job:
@@ -164,3 +237,77 @@ def write_inputs(folder: Path, rows: Sequence[Row], dtype: torch.dtype = torch.f
         options: dict[str, Any] = {"num_hidden_layers": NUM_BLOCKS, **row.changes}
         name = row.name.replace(":", "")
         tiny.write_model(folder / name, row.model_type, dtype=dtype, shard_size="1GB", **options)
+
+
+class Noted:
+    """In the place of the proof: notes what is to be proved, the probe's tokens and the walk's logits for them."""
+
+    probe: tuple[Tensor, Tensor]
+
+    def __call__(self, folder: Path, ids: Tensor, logits: Tensor, *, memory: int) -> float:
+        self.probe = ids, logits
+        return 0.0
+
+
+@dataclass(frozen=True)
+class Written:
+    out: Path
+    result: pipeline.Result
+    probe: tuple[Tensor, Tensor]
+
+    def read(self, name: str) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((self.out / name).read_text(encoding="utf-8"))
+        return found
+
+
+def write(row: Row, method: Method, inputs: Path, out: Path) -> Written:
+    """A whole run, unproved."""
+    noted = Noted()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "verify", noted)
+        result = pipeline.run(job_of(row, method, inputs, out))
+    return Written(out, result, noted.probe)
+
+
+PROBE = Path(__file__).with_name("stock_probe.py")
+PROMPT = oracles.random_ids(2, 6, seed=4).clamp_min(3)
+# Stock norms compute in float32; scales and adapters of what is packed are of the model's dtype.
+CLOSE = 1e-5
+
+
+@dataclass(frozen=True)
+class Looked:
+    """What a process without our code computes from checkpoints, and what it says of them."""
+
+    logits: Mapping[str, Tensor]
+    models: Mapping[str, Any]
+
+    def agrees(self, name: str, made: Written) -> None:
+        """Whole, the walk's logits, and the same text with a cache as without."""
+        found, expected = self.models[name], made.probe[1]
+        assert not found["info"].keys() & {"missing_keys", "unexpected_keys", "mismatched_keys"}
+        difference = oracles.largest_difference(self.logits[f"{name}/probe"], expected)
+        assert difference < CLOSE * float(expected.abs().max())
+        assert found["cached"] == found["greedy"]
+
+
+def look_at(written: Mapping[str, Written], root: Path) -> Looked:
+    """One clean process for all of them."""
+    request = {
+        name: {
+            "folder": str(made.out),
+            "trust": "auto_map" in made.read("config.json"),
+            "unpack": made.read("compress.json")["unpacks_while_loading"],
+            "ids": {"probe": made.probe[0].tolist()},
+            "prompt": PROMPT.tolist(),
+        }
+        for name, made in written.items()
+    }
+    (root / "request.json").write_text(json.dumps(request), encoding="utf-8")
+    command = [sys.executable, "-I", str(PROBE), str(root / "request.json"), str(root / "answers")]
+    environment = os.environ | {"HF_MODULES_CACHE": str(root / "modules"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((root / "answers" / "found.json").read_text(encoding="utf-8"))
+    assert found["ours"] == []
+    return Looked(load_file(root / "answers" / "logits.safetensors"), found["models"])
