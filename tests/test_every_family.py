@@ -21,7 +21,8 @@ from contract import METHODS, ROWS, Looked, Row, Written
 # what the walk does is the same or tested on its own.
 SOME = {
     "one basis": contract.OTHERWISE,
-    "lord": contract.OTHERWISE,
+    "slim, packed": [Row("opt", "350M: norms behind", tiny.OPT_350M)],
+    "lord": [Row("opt", "350M: norms behind", tiny.OPT_350M)],
     "lord, the paper's": [Row("gemma2"), Row("granite"), Row("olmo")],
     "slim, the paper's": [Row("olmo2"), Row("falcon")],
 }
