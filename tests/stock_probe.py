@@ -2,9 +2,9 @@
 
     python -I stock_probe.py REQUEST.json ANSWERS
 
-REQUEST: by name of a model its `folder`, whether to `trust` the code in it, rows of tokens by name in `ids` and, to
-generate from, in `prompt`. ANSWERS becomes a folder: logits.safetensors has each model's logits as MODEL/NAME-OF-IDS,
-found.json all else.
+REQUEST: by name of a model its `folder`, whether to `trust` the code in it, whether to `unpack` its weights, rows of
+tokens by name in `ids` and, to generate from, in `prompt`. ANSWERS becomes a folder: logits.safetensors has each
+model's logits as MODEL/NAME-OF-IDS, found.json all else.
 
 transformers' RMSNorms compute in float32 whatever they are given; here those of a float64 model compute in float64, so
 that what is asked about is the checkpoint and not the norm's rounding.
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 from transformers.utils import logging as transformers_logging
 
 NEW_TOKENS = 8
@@ -72,8 +72,9 @@ def generated(model: Any, prompt: Tensor) -> dict[str, Any]:
 
 
 def look_at(entry: dict[str, Any], exact_kinds: set[type]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    options = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if entry.get("unpack") else {}
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        entry["folder"], trust_remote_code=entry["trust"], output_loading_info=True, local_files_only=True
+        entry["folder"], trust_remote_code=entry["trust"], output_loading_info=True, local_files_only=True, **options
     )
     model, info = loaded
     make_norms_exact(model, exact_kinds)

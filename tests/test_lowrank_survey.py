@@ -94,7 +94,7 @@ class InMemory:
         }
         seen: dict[str, Tensor] = {}
 
-        def note(path: str) -> Callable[..., None]:
+        def note(path: str) -> Callable[..., Tensor]:
             def keep(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
                 seen[path] = output
                 return output.clone()  # OLMo clips it in place

@@ -178,7 +178,7 @@ ROTATIONS = {"shared": shared, "per layer": per_layer}
 
 
 @pytest.mark.parametrize("rotation", ["none", *ROTATIONS])
-@pytest.mark.parametrize("model_type", tiny.FAMILIES)
+@pytest.mark.parametrize("model_type", [*tiny.FAMILIES, "granite", "olmo"])
 def test_at_the_full_width_a_refit_changes_nothing(model_type, rotation, models):
     model, folder = models(model_type, **SHALLOW)
     stages = [FoldNorms(), *(ROTATIONS[rotation](D) if rotation in ROTATIONS else []), Refit()]
@@ -591,8 +591,13 @@ def pruned(kinds: Iterable[str]) -> list[StageConfig]:
     return [PruneUnits.model_validate({"units": kind, "keep": KEPT[kind]}) for kind in kinds]
 
 
+# Others whose narrower models are stock.
+NARROW_STOCK = ("granite", "smollm3", "glm", "cohere", "olmo", "ministral")
+
+
 @pytest.mark.parametrize(
-    ("model_type", "refit"), [*((name, True) for name in tiny.FAMILIES), ("llama", False), ("phi", False)]
+    ("model_type", "refit"),
+    [*((name, True) for name in (*tiny.FAMILIES, *NARROW_STOCK)), ("llama", False), ("phi", False)],
 )
 def test_what_is_written_computes_what_the_walk_did(model_type, refit, models):
     """Narrower, with fewer neurons and, where a stock class has them, fewer groups of heads."""

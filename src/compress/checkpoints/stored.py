@@ -25,6 +25,7 @@ from compress.models.modeling_sliced import replace
 from compress.models.storage import Storage, empty_linear
 from compress.streaming.layout import Layout
 
+MADE_ANEW = ("falcon", "gpt_bigcode")  # whose classes initialise linears by hand, which packed ones do not survive
 ADAPTER_PREFIX = "base_model.model."  # what PEFT calls the model that an adapter is for
 LORA = (".lora_A", ".lora_B")
 # What the modules of the compact architectures are called by, for each start of their classes' names.
@@ -112,9 +113,9 @@ def quantization_config(storage: Storage, untouched: list[str]) -> dict[str, Any
 def unpacks_while_loading(storage: Storage, model_type: str) -> bool:
     """Whether transformers can read packed weights only so, which gives them in the dtype that is stored.
 
-    It has no room for packed zero points, and makes GPTBigCode's weights anew before it has them.
+    It has no room for packed zero points, and makes the weights of some classes anew before it has them.
     """
-    awkward = not storage.symmetric or model_type == "gpt_bigcode"
+    awkward = not storage.symmetric or model_type in MADE_ANEW
     return storage.form == "packed" and storage_format(storage) == "pack-quantized" and awkward
 
 

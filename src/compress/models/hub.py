@@ -21,6 +21,9 @@ ALIASES = {
     **{f"qwen2.5-{size}": f"Qwen/Qwen2.5-{size.upper()}" for size in ("0.5b", "1.5b", "3b", "7b", "14b", "32b", "72b")},
     **{f"qwen3-{size}": f"Qwen/Qwen3-{size.upper()}" for size in ("0.6b", "1.7b", "4b", "8b", "14b", "32b")},
     **{f"gemma-{size}": f"google/gemma-{size}" for size in ("2b", "7b")},
+    **{f"gemma-2-{size}": f"google/gemma-2-{size}" for size in ("2b", "9b", "27b")},
+    **{f"falcon-{size}": f"tiiuae/falcon-{size}" for size in ("7b", "40b")},
+    **{f"olmo-2-{size}": f"allenai/OLMo-2-1124-{size.upper()}" for size in ("7b", "13b")},
     "mistral-7b": "mistralai/Mistral-7B-v0.1",
     "phi-1": "microsoft/phi-1",
     "phi-1.5": "microsoft/phi-1_5",
@@ -29,6 +32,7 @@ ALIASES = {
     "starcoder": "bigcode/starcoder",
     **{f"codegen-{size}": f"Salesforce/codegen-{size.upper()}-mono" for size in ("350m", "2b", "6b", "16b")},
     **{f"pythia-{size}": f"EleutherAI/pythia-{size}" for size in ("160m", "410m", "1b", "1.4b", "2.8b", "6.9b", "12b")},
+    "smollm3-3b": "HuggingFaceTB/SmolLM3-3B",
     "tinyllama": "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
 }
 NEEDED_FILES = (

@@ -1,0 +1,78 @@
+"""Every family by every method, on tiny random models: what comes out, written into the docs.
+
+    python benchmarks/family_table.py --write docs/families.md
+    python benchmarks/family_table.py --plan --write docs/families.md      nothing is run, nothing measured
+
+Each cell is a whole run of the pipeline, its checkpoint reloaded in a clean process; the program ends with an error
+where a run gives anything but what the code plans. Rows and methods are those of tests/contract.py.
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import contract
+from compress import pipeline
+
+BEGIN, END = "<!-- families: begin -->\n", "<!-- families: end -->\n"
+
+
+def measure(row: contract.Row, folder: Path) -> float:
+    """The largest difference on reload of all the row's runs. Raises SystemExit where a run is not as planned."""
+    contract.write_inputs(folder, [row])
+    differences = []
+    for number, (name, method) in enumerate(contract.METHODS.items()):
+        expected, out = contract.cell(row, method), folder / f"out-{number}"
+        if expected.kind == "refused":
+            continue
+        result = pipeline.run(contract.job_of(row, method, folder, out))
+        found = contract.written_kind(out, row.model_type)
+        if found != expected.kind or result.difference is None:
+            raise SystemExit(f"{row.name}, {name}: {found} was written, {expected.kind} was planned.")
+        differences.append(result.difference)
+    return max(differences)
+
+
+def head(measured: bool) -> str:
+    if not measured:
+        return "As planned; nothing of it has been run (`python benchmarks/family_table.py --plan`).\n\n"
+    versions = f"torch {version('torch')}, transformers {version('transformers')}"
+    command = "python benchmarks/family_table.py --write docs/families.md"
+    return f"Date: {date.today().isoformat()}. {versions}, float32, no GPU.\n\n    {command}\n\n"
+
+
+def section(rows: Sequence[contract.Row], *, plan: bool) -> str:
+    differences: dict[str, float] = {}
+    for row in [] if plan else rows:
+        with tempfile.TemporaryDirectory() as scratch:
+            differences[row.name] = measure(row, Path(scratch))
+        print(f"{row.name}: {differences[row.name]:.0e}", flush=True)
+    return head(not plan) + contract.table(rows, differences)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", type=Path)
+    parser.add_argument("--plan", action="store_true")
+    options = parser.parse_args()
+    text = section(contract.ROWS, plan=options.plan)
+    if options.write is None:
+        print(text)
+        return
+    before, _, rest = options.write.read_text(encoding="utf-8").partition(BEGIN)
+    _, found, after = rest.partition(END)
+    if not found:
+        raise SystemExit(f"{options.write} has no place for it: put the two lines {BEGIN.strip()} and {END.strip()}.")
+    options.write.write_text(before + BEGIN + text + END + after, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""The contract of every family: whatever the table of docs/families.md has is compressed, reloads and generates.
+
+The models are tiny and every method runs once on each family. What the selected tests ask for is written first, then
+one clean process, which has no code of ours, loads all of it (stock_probe.py). That folding, rotating and slicing at
+the full width are exact is in test_exactness.py, that a refit is, in test_refit.py and test_writers.py.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import contract
+import tiny
+from cli_runner import snapshot
+from compress import pipeline
+from compress.errors import UnsupportedModel
+from contract import METHODS, ROWS, Looked, Row, Written
+
+# Every family by every method that writes another form. Where models are built otherwise, and by the papers' methods,
+# what the walk does is the same or tested on its own.
+SOME = {
+    "one basis": contract.OTHERWISE,
+    "slim, packed": [Row("opt", "350M: norms behind", tiny.OPT_350M)],
+    "lord": [Row("opt", "350M: norms behind", tiny.OPT_350M)],
+    "lord, the paper's": [Row("gemma2"), Row("granite"), Row("olmo")],
+    "slim, the paper's": [Row("olmo2"), Row("falcon")],
+}
+CELLS = {(row.name, name): row for row in ROWS if not row.what for name in contract.COLUMNS}
+CELLS |= {(row.name, name): row for name, rows in SOME.items() for row in rows}
+SLICES = ("per layer", "one basis")
+REFUSED = [key for key, row in CELLS.items() if key[1] in SLICES and contract.family_of(row).not_exact(row.config)]
+WRITTEN = [key for key in CELLS if key not in REFUSED]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    folder: Path = tmp_path_factory.mktemp("dense")
+    contract.write_inputs(folder, ROWS, torch.float64)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def written(request, inputs, tmp_path_factory) -> dict[tuple[str, str], Written]:
+    """What the selected tests ask for."""
+    items = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
+    asked = dict.fromkeys(item.callspec.params["key"] for item in items if "written" in item.fixturenames)
+    root = tmp_path_factory.mktemp("written")
+    return {
+        key: contract.write(CELLS[key], METHODS[key[1]], inputs, root / f"{number}") for number, key in enumerate(asked)
+    }
+
+
+@pytest.fixture(scope="module")
+def looked(written, tmp_path_factory) -> Looked:
+    return contract.look_at({": ".join(key): made for key, made in written.items()}, tmp_path_factory.mktemp("looked"))
+
+
+def test_every_family_is_there():
+    assert {row.model_type for row in CELLS.values()} == set(tiny.EVERY)
+    assert {name for _, name in CELLS} == METHODS.keys() - {"slicegpt"}
+
+
+@pytest.mark.parametrize("key", WRITTEN, ids=": ".join)
+def test_what_is_written_is_what_the_plan_says(key, written):
+    row, made = CELLS[key], written[key]
+    kind = contract.written_kind(made.out, row.model_type)
+    assert kind == contract.cell(row, METHODS[key[1]]).kind
+    assert made.result.is_stock is (not kind.startswith("compress_"))
+
+
+@pytest.mark.parametrize("key", WRITTEN, ids=": ".join)
+def test_a_clean_process_computes_what_the_walk_did(key, written, looked):
+    looked.agrees(": ".join(key), written[key])
+
+
+@pytest.mark.parametrize("key", REFUSED, ids=": ".join)
+def test_what_cannot_be_done_is_refused_before_it_begins(key, inputs, tmp_path):
+    row, method = CELLS[key], METHODS[key[1]]
+    expected = contract.cell(row, method)
+    assert expected.kind == "refused"
+    with pytest.raises(UnsupportedModel) as error:
+        pipeline.run(contract.job_of(row, method, inputs, tmp_path / "out"))
+    assert str(error.value) == expected.why
+    assert not (tmp_path / "out.partial").exists()
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("key", [key for key in WRITTEN if key[1] == "materialized"], ids=": ".join)
+def test_a_run_that_was_killed_goes_on_and_writes_the_same_bytes(key, written, inputs, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "verify", contract.Noted())
+
+    def kill(name: str, done: int, total: int) -> None:
+        if name == "block 0":
+            raise Killed
+
+    row, method, out = CELLS[key], METHODS[key[1]], tmp_path / "out"
+    with pytest.raises(Killed):
+        pipeline.run(contract.job_of(row, method, inputs, out), kill)
+    resumed = pipeline.run(contract.job_of(row, method, inputs, out, resume=True))
+    assert resumed.resumed_parts == 2
+    assert snapshot(out) == snapshot(written[key].out)
