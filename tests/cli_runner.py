@@ -327,12 +327,16 @@ ERRORS = {"full": errno.ENOSPC, "broken": errno.EIO, "sealed": errno.EROFS}
 
 
 def act(verb: str, name: str) -> None:
-    """To a file or folder: remove it, truncate it to half, or change its last number and nothing else."""
+    """To a file or folder: remove it, truncate it to half, fill the disk with it, or change a byte near its end."""
     path = Path(name)
     if verb == "remove":
         (shutil.rmtree if path.is_dir() else os.remove)(path)
     elif verb == "truncate":
         os.truncate(path, path.stat().st_size // 2)
+    elif verb == "fill":
+        with suppress(OSError), path.open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
     else:
         content = path.read_bytes()
         fresh = path.with_name(f"{path.name}.fresh")

@@ -18,6 +18,7 @@ from faulting import PARTIAL, SLICE, TEXT, Command, Fault, Place, Trial, Undistu
 
 SIGNALS = [signal.SIGKILL, signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
 LONGEST = 12.0  # seconds into a command: what comes later is the same again
+TOLD = 1000  # bytes of messages
 PROOF = 4.0  # seconds that a clean process is given before it is killed
 STARTED = "subprocess:Popen.communicate"
 SAVING = "compress.streaming.journal:save_file"
@@ -77,8 +78,9 @@ def at_change(event: int, number: int = signal.SIGKILL) -> Fault:
 
 def small_disks(place: Place, whole: Undisturbed, count: int) -> list[Trial]:
     """No file may grow beyond a limit; the limits are spread evenly over the files' sizes."""
-    sizes = sorted(len(content) for content in whole.after.values() if content)
-    limits = [1 + sizes[-1] * number // count for number in range(count)]
+    largest = max(len(content) for content in whole.after.values() if content)
+    # What is said of it must go into a file too.
+    limits = [TOLD + (largest - TOLD) * number // count for number in range(count)]
     return [
         Trial(whole, Fault("disk full", f"beyond {limit} bytes", None, {"max_file_bytes": limit}), place.folder())
         for limit in limits
@@ -105,6 +107,37 @@ def failing_disks(place: Place, wholes: Sequence[Undisturbed], count: int, rng: 
         fault = Fault(kind, f"at call {hit.call} of {hit.target}", None, {"disturbance": hit})
         trials.append(Trial(whole, fault, place.folder(whole.before)))
     return trials
+
+
+def full_disks(place: Place, whole: Undisturbed) -> list[Trial]:
+    """A small disk is filled by somebody else when a part is finished, and freed again. Raises OSError without root."""
+    trials = []
+    for part in range(1, 6):
+        hit = Disturbance(RECORD, part, "act", action=("fill", "../filler"))
+        fault = Fault("disk filled", f"with part {part}", None, {"disturbance": hit}, free_disk)
+        trials.append(Trial(whole, fault, place.disk("32m")))
+    return trials
+
+
+def free_disk(folder: Path) -> None:
+    (folder.parent / "filler").unlink()
+
+
+# Several runs on one output.
+
+
+def pairs(place: Place, wholes: Sequence[Undisturbed], count: int, rng: random.Random) -> tuple[list[Trial], list[Any]]:
+    """Two runs that start at most a run's length apart, the second with any options; and these options."""
+    trials, options = [], []
+    for number in range(count):
+        whole = wholes[number % len(wholes)]
+        options.append(rng.choice([[], ["--overwrite"], ["--resume"], ["--resume", "--overwrite"]]))
+        later = rng.choice([0.0, rng.uniform(0, whole.seconds), rng.uniform(0.8, 1.2) * whole.seconds])
+        moment = f"{later:.2f} s apart, {' '.join(options[-1]) or 'no option'}"
+        trials.append(
+            Trial(whole, Fault("two runs", moment, None, {"starts_after": later}), place.folder(whole.before))
+        )
+    return trials, options
 
 
 # Files that change under the run.

@@ -6,10 +6,13 @@ works. `benchmarks/faults.py` does this by the hundred, `test_faults.py` a few t
 `fault_kinds.py`.
 """
 
+import errno
+import os
 import re
 import shlex
 import shutil
 import signal
+import subprocess
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -122,6 +125,7 @@ class Place:
     root: Path
     processes: int | None = None
     made: int = 0
+    disks: list[Path] = field(default_factory=list)
 
     def folder(self, files: Files | None = None) -> Path:
         self.made += 1
@@ -129,6 +133,24 @@ class Place:
         (folder / SCRATCH).mkdir(parents=True)
         lay_out(folder, files or {})
         return folder
+
+    def disk(self, size: str) -> Path:
+        """A run's folder on a disk of its own, which is held in memory. Raises OSError where that is not allowed."""
+        mounted = self.folder()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(mounted)]
+        if os.geteuid() != 0 or subprocess.run(command, capture_output=True, check=False).returncode:
+            raise PermissionError(errno.EPERM, "only root may mount")
+        self.disks.append(mounted)
+        for path in self.root.iterdir():
+            if not path.name.startswith("run-"):
+                (mounted / path.name).symlink_to(path)
+        folder = mounted / "run"
+        (folder / SCRATCH).mkdir(parents=True)
+        return folder
+
+    def unmount(self) -> None:
+        while self.disks:
+            subprocess.run(["umount", str(self.disks.pop())], check=True)
 
     def request(self, folder: Path, words: Sequence[str], **options: object) -> Request:
         scratch = str(folder / SCRATCH)
@@ -275,6 +297,20 @@ class Trial:
     def __str__(self) -> str:
         befell = ", then ".join(map(str, [self.fault, *self.again]))
         return f"{self.whole.command.name}: {befell} in {self.folder.name}"
+
+
+def try_pairs(place: Place, trials: Sequence[Trial], seconds: Sequence[Sequence[str]]) -> None:
+    """Each run beside a second one on the same output, whose options are in `seconds`; then they are gone on with."""
+    requests = []
+    for trial, more in zip(trials, seconds, strict=True):
+        words = trial.whole.command.words
+        requests += [place.request(trial.folder, words)]
+        requests += [place.request(trial.folder, [*words, *more], **trial.fault.request)]
+    ran = place.run(requests)
+    for number, trial in enumerate(trials):
+        for one in ran[2 * number : 2 * number + 2]:
+            judge(trial, trial.fault, one)
+    go_on(place, trials)
 
 
 def try_all(place: Place, trials: Sequence[Trial]) -> None:
