@@ -5,7 +5,7 @@
 Every command runs in a fork of a process that has torch imported, on models of a few thousand weights. A kill (SIGKILL,
 SIGTERM or SIGINT) comes at a change of a file, at any moment, in the midst of a file, or while a clean process reloads
 what was written; a third of the runs are killed again while they go on. `--write` replaces the text between the marks.
-Exits with 1 if anything was lost or half written, if anything was left elsewhere, or if a run could not be gone on with.
+Exits with 1 if anything was lost, half written or left elsewhere, or if a run could not be gone on with.
 """
 
 import argparse

@@ -24,7 +24,7 @@ from tiny import write_model, write_text
 
 Files = Mapping[str, bytes | None]
 OUT, PARTIAL, ASIDE, SCRATCH = "out", "out.partial", "out.replaced", "tmp"
-INTERRUPTED = 130
+USAGE, INTERRUPTED = 2, 130
 TEXT = shlex.split("--calib ../text.txt --samples 8 --seq-len 32")
 SLIM = shlex.split("slim --fast --bits 4 --sparsity 2:4 --group 16 --adapter-rank 4")
 BUDGET = shlex.split("--keep-params 0.8 --trial-samples 8")
@@ -341,6 +341,8 @@ def judge(trial: Trial, fault: Fault, ran: Ran) -> None:
         if found.state != "new":
             trial.faults.append(f"{fault}: exit code 0 and not there")
         return
+    if fault.number is not None and ran.code == USAGE and ran.faults:
+        return  # refused before the signal came
     trial.struck += 1
     trial.states.append(found.state)
     if not ended_well(fault, ran):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from compress.cli.options import Data, Machine, Output, in_panel, parse_size, printable, usual_seq_len
-from compress.cli.reporting import print_lines, print_text, progress_bar
+from compress.cli.reporting import print_lines, print_text, progress_bar, seeing_interrupts
 from compress.cli.tables import show_plan, show_result
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def run_with_progress(job: "Job") -> "Result":
     from compress.streaming.journal import JOURNAL
 
     try:
-        with progress_bar("preparing") as progress:
+        with progress_bar("preparing") as progress, seeing_interrupts():
             return run(job, progress)
     except KeyboardInterrupt as interrupt:
         if any((job.partial / name).exists() for name in (JOURNAL, FACTS)):
