@@ -327,9 +327,11 @@ ERRORS = {"full": errno.ENOSPC, "broken": errno.EIO, "sealed": errno.EROFS}
 
 
 def act(verb: str, name: str) -> None:
-    """To a file or folder: remove it, truncate it to half, fill the disk with it, or change a byte near its end."""
+    """To a file or folder: create it, remove it, cut it in half, fill the disk with it, change a byte near its end."""
     path = Path(name)
-    if verb == "remove":
+    if verb == "create":
+        path.mkdir()
+    elif verb == "remove":
         (shutil.rmtree if path.is_dir() else os.remove)(path)
     elif verb == "truncate":
         os.truncate(path, path.stat().st_size // 2)

@@ -32,19 +32,27 @@ def test_a_file_is_replaced_at_the_end_of_the_block(file):
 
 @pytest.mark.parametrize("error", [OSError(28, "full"), ValueError("x"), KeyboardInterrupt()])
 def test_nothing_has_changed_when_the_block_fails(file, error):
-    with pytest.raises(type(error)), whole(file) as unfinished:
-        unfinished.write_text("half")
-        raise error
+    with pytest.raises(type(error)):
+        write_half(file, error)
     assert file.read_text() == "old"
     assert list(file.parent.iterdir()) == [file]
+
+
+def write_half(file: Path, error: BaseException) -> None:
+    with whole(file) as unfinished:
+        unfinished.write_text("half")
+        raise error
 
 
 def test_the_file_is_on_the_disk_before_it_has_its_name_and_the_name_after(file, monkeypatch):
     told = []
     fsync, replace = os.fsync, Path.replace
-    monkeypatch.setattr(
-        os, "fsync", lambda number: (told.append(os.readlink(f"/proc/self/fd/{number}")), fsync(number))
-    )
+
+    def flushes(number: int) -> None:
+        told.append(str(Path(f"/proc/self/fd/{number}").readlink()))
+        fsync(number)
+
+    monkeypatch.setattr(os, "fsync", flushes)
     monkeypatch.setattr(Path, "replace", lambda self, target: (told.append("rename"), replace(self, target)))
     with whole(file) as unfinished:
         unfinished.write_text("new")

@@ -37,7 +37,7 @@ INTERRUPTS = Interrupts()
 
 @contextmanager
 def seeing_interrupts() -> Iterator[None]:
-    """A KeyboardInterrupt again, whatever error a library has made of it: some call Python from C and look no further."""
+    """A KeyboardInterrupt again, whatever a library has made of it: some call Python from C and take it for an error."""
     try:
         yield
     except Exception as error:
