@@ -12,6 +12,7 @@ import json
 import os
 import pkgutil
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -115,7 +116,8 @@ class Disturbance:
 
     kind: `signal` sends `number` to the process before the call, or after it, or `delay` seconds after its start;
         `tear` writes the first half of what is to be written and kills; `full` raises the error of a full disk,
-        `broken` that of one that cannot be read.
+        `broken` that of one that cannot be read, `sealed` that of one that cannot be written; `act` does `action` to
+        the files.
     """
 
     target: str
@@ -124,6 +126,7 @@ class Disturbance:
     number: int = int(signal.SIGKILL)
     after: bool = False
     delay: float = 0.0
+    action: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -136,6 +139,7 @@ class Request:
         is the last line of stderr.
     signal_after: seconds after which it is sent `number`, wherever it is.
     max_file_bytes: no file may grow larger, as on a disk that is full.
+    starts_after: seconds to wait first.
     """
 
     words: Sequence[str]
@@ -146,6 +150,7 @@ class Request:
     signal_after: float | None = None
     number: int = int(signal.SIGKILL)
     max_file_bytes: int | None = None
+    starts_after: float = 0.0
     env: dict[str, str] = field(default_factory=dict)
 
 
@@ -262,8 +267,9 @@ def import_all() -> None:
 
     for module in pkgutil.walk_packages(compress.__path__, "compress."):
         importlib.import_module(module.name)
-    for name in ("opt.modeling_opt", "llama.modeling_llama"):
-        importlib.import_module(f"transformers.models.{name}")
+    for name in ("transformers.models.opt.modeling_opt", "transformers.models.llama.modeling_llama"):
+        importlib.import_module(name)
+    importlib.import_module("matplotlib.backends.backend_agg")
 
 
 def read_back(file: IO[Any]) -> str:
@@ -298,6 +304,7 @@ def run_forked(request: dict[str, Any]) -> int:
 
     # Tests that run in the background of a shell inherit that Ctrl-C is ignored; a user at a terminal does not.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    time.sleep(request["starts_after"])
     os.chdir(request["cwd"])
     os.environ.update(request["env"])
     tempfile.tempdir = None  # it is remembered from before
@@ -322,6 +329,29 @@ def run_forked(request: dict[str, Any]) -> int:
     return code
 
 
+ERRORS = {"full": errno.ENOSPC, "broken": errno.EIO, "sealed": errno.EROFS}
+
+
+def act(verb: str, name: str) -> None:
+    """To a file or folder: create it, remove it, cut it in half, fill the disk with it, change a byte near its end."""
+    path = Path(name)
+    if verb == "create":
+        path.mkdir()
+    elif verb == "remove":
+        (shutil.rmtree if path.is_dir() else os.remove)(path)
+    elif verb == "truncate":
+        os.truncate(path, path.stat().st_size // 2)
+    elif verb == "fill":
+        with suppress(OSError), path.open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+    else:
+        content = path.read_bytes()
+        fresh = path.with_name(f"{path.name}.fresh")
+        fresh.write_bytes(content[:-2] + bytes([content[-2] ^ 1]) + content[-1:])
+        fresh.replace(path)
+
+
 def disturb(disturbance: Disturbance) -> None:
     module_name, _, path = disturbance.target.partition(":")
     owner = importlib.import_module(module_name)
@@ -340,10 +370,12 @@ def disturbed(original: Callable[..., Any], disturbance: Disturbance) -> Callabl
         calls += 1
         if calls != disturbance.call:
             return original(*arguments, **options)
-        if disturbance.kind == "full":
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        if disturbance.kind == "broken":
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        if disturbance.kind in ERRORS:
+            number = ERRORS[disturbance.kind]
+            raise OSError(number, os.strerror(number))
+        if disturbance.kind == "act":
+            act(*disturbance.action)
+            return original(*arguments, **options)
         if disturbance.kind == "tear":
             tear(arguments)
         if disturbance.delay:

@@ -1,26 +1,30 @@
-"""Commands that are killed at any moment, and what has to be true afterwards.
+"""Commands that something befalls at any moment, and what has to be true afterwards.
 
-After a kill: what a command writes is absent, or as it was before, or new and whole; nothing lies anywhere else; no
-process lives on. And the run can be gone on with: to the bytes of a run that nobody killed, or it says why not and what
-to do, and that works. `benchmarks/faults.py` does this by the hundred, `test_faults.py` a few times.
+What a command writes is absent, or as it was before, or new and whole; nothing lies anywhere else; no process lives on.
+And the run can be gone on with: to the bytes of a run that nothing befell, or it says why not and what to do, and that
+works. `benchmarks/faults.py` does this by the hundred, `test_faults.py` a few times; what befalls them is drawn in
+`fault_kinds.py`.
 """
 
-import random
+import errno
+import os
 import re
 import shlex
 import shutil
 import signal
-from collections.abc import Iterable, Mapping, Sequence
+import subprocess
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from cli_runner import Disturbance, Ran, Request, run_warm, snapshot
+from cli_runner import Ran, Request, run_warm, snapshot
 from tiny import write_model, write_text
 
 Files = Mapping[str, bytes | None]
 OUT, PARTIAL, ASIDE, SCRATCH = "out", "out.partial", "out.replaced", "tmp"
+USAGE, INTERRUPTED = 2, 130
 TEXT = shlex.split("--calib ../text.txt --samples 8 --seq-len 32")
 SLIM = shlex.split("slim --fast --bits 4 --sparsity 2:4 --group 16 --adapter-rank 4")
 BUDGET = shlex.split("--keep-params 0.8 --trial-samples 8")
@@ -41,13 +45,19 @@ stages:
 class Command:
     """
     builds: whether it makes the folder OUT, by way of OUT.partial; else it adds files to what is there.
-    start: what made the OUT that is there before, if any: another command's words.
+    start: what made the OUT that is there before, if any: another command's words. inputs: of the folder of all inputs,
+        what the command has for itself, in its own folder.
     """
 
     name: str
     words: Sequence[str]
     builds: bool = True
     start: Sequence[str] = ()
+    inputs: Sequence[str] = ()
+
+    @property
+    def key(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        return tuple(self.start), tuple(self.inputs)
 
 
 def building(name: str, words: Sequence[str], model: str = "llama", start: Sequence[str] = ()) -> Command:
@@ -115,6 +125,7 @@ class Place:
     root: Path
     processes: int | None = None
     made: int = 0
+    disks: list[Path] = field(default_factory=list)
 
     def folder(self, files: Files | None = None) -> Path:
         self.made += 1
@@ -122,6 +133,24 @@ class Place:
         (folder / SCRATCH).mkdir(parents=True)
         lay_out(folder, files or {})
         return folder
+
+    def disk(self, size: str) -> Path:
+        """A run's folder on a disk of its own, which is held in memory. Raises OSError where that is not allowed."""
+        mounted = self.folder()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(mounted)]
+        if os.geteuid() != 0 or subprocess.run(command, capture_output=True, check=False).returncode:
+            raise PermissionError(errno.EPERM, "only root may mount")
+        self.disks.append(mounted)
+        for path in self.root.iterdir():
+            if not path.name.startswith("run-"):
+                (mounted / path.name).symlink_to(path)
+        folder = mounted / "run"
+        (folder / SCRATCH).mkdir(parents=True)
+        return folder
+
+    def unmount(self) -> None:
+        while self.disks:
+            subprocess.run(["umount", str(self.disks.pop())], check=True)
 
     def request(self, folder: Path, words: Sequence[str], **options: object) -> Request:
         scratch = str(folder / SCRATCH)
@@ -131,18 +160,24 @@ class Place:
         return run_warm(requests, self.processes)
 
     def undisturbed(self, commands: Sequence[Command]) -> list[Undisturbed]:
-        starts = {tuple(command.start): self.folder() for command in commands if command.start}
-        self._succeed([self.request(folder, words) for words, folder in starts.items()])
-        before = {words: contents(folder) for words, folder in starts.items()} | {(): {}}
-        folders = [self.folder(before[tuple(command.start)]) for command in commands]
+        starts = {command.key: self.folder(self._inputs(command)) for command in commands}
+        self._succeed([self.request(folder, start) for (start, _), folder in starts.items() if start])
+        before = {key: contents(folder) for key, folder in starts.items()}
+        folders = [self.folder(before[command.key]) for command in commands]
         pairs = list(zip(commands, folders, strict=True))
         ran = self._succeed([self.request(folder, command.words, write_event=0) for command, folder in pairs])
         return [
-            Undisturbed(
-                command, before[tuple(command.start)], contents(folder), int(one.err.splitlines()[-1]), one.seconds
-            )
+            Undisturbed(command, before[command.key], contents(folder), int(one.err.splitlines()[-1]), one.seconds)
             for (command, folder), one in zip(pairs, ran, strict=True)
         ]
+
+    def _inputs(self, command: Command) -> Files:
+        found: dict[str, bytes | None] = {}
+        for name in command.inputs:
+            path = self.root / name
+            found |= {name: path.read_bytes()} if path.is_file() else {}
+            found |= {f"{name}/{file}": content for file, content in snapshot(path).items()}
+        return found
 
     def _succeed(self, requests: Sequence[Request]) -> list[Ran]:
         ran = self.run(requests)
@@ -203,7 +238,7 @@ def find_built(files: Files, whole: Undisturbed) -> Found:
     return Found(
         state,
         lost=bool(old) and state == "absent" and aside != old,
-        litter=[name for name in names if name not in (OUT, PARTIAL, ASIDE)],
+        litter=[name for name in names if name not in (OUT, PARTIAL, ASIDE) and not below(whole.before, name)],
         beside=[name for name in names if name in (PARTIAL, ASIDE)],
     )
 
@@ -221,42 +256,25 @@ def find_added(files: Files, whole: Undisturbed) -> Found:
     return Found(state, not whole.before.keys() <= files.keys(), litter, unfinished)
 
 
-# Kills.
+# What befalls it.
 
 
 @dataclass(frozen=True)
-class Kill:
-    """moment: in words. request: the fields of a Request that bring it about."""
+class Fault:
+    """
+    kind: in a word or two, for a table. moment: in words. number: of the signal that is sent, None for none. request:
+        the fields of a Request that bring it about. damage: what is done to the files between it and the next run.
+    """
 
+    kind: str
     moment: str
-    number: int
-    request: Mapping[str, object]
+    number: int | None
+    request: Mapping[str, object] = field(default_factory=dict)
+    damage: Callable[[Path], None] | None = None
 
-
-SIGNALS = [signal.SIGKILL, signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
-VERIFYING = "subprocess:Popen.communicate"
-SAVING = "compress.streaming.journal:save_file"
-
-
-def draw_kill(whole: Undisturbed, rng: random.Random) -> Kill:
-    """At a change of a file, at any time, in the midst of a file, or while a clean process reloads what was written."""
-    number = int(rng.choice(SIGNALS))
-    kind = rng.choices(["change", "time", "verifying", "torn"], [40, 35, 15, 10])[0]
-    if kind == "verifying" and whole.command.builds:
-        delay = rng.uniform(0.01, 4.0)
-        hit = Disturbance(VERIFYING, number=number, delay=delay)
-        return Kill(f"{delay:.2f} s into the proof", number, {"disturbance": hit, "verify": True})
-    if kind == "torn" and whole.command.builds:
-        call = rng.randint(1, 10)
-        return Kill(f"within file {call}", int(signal.SIGKILL), {"disturbance": Disturbance(SAVING, call, "tear")})
-    if kind == "time":
-        seconds = rng.uniform(0, whole.seconds)
-        return Kill(f"after {seconds:.2f} s", number, {"signal_after": seconds, "number": number})
-    return at_change(rng.randint(1, whole.events), number)
-
-
-def at_change(event: int, number: int = signal.SIGKILL) -> Kill:
-    return Kill(f"at change {event}", int(number), {"write_event": event, "number": int(number)})
+    def __str__(self) -> str:
+        name = self.kind if self.number is None else signal.Signals(self.number).name
+        return f"{name} {self.moment}"
 
 
 @dataclass
@@ -264,56 +282,82 @@ class Trial:
     """A command, what befalls it, and what became of it. faults: what should not be, in words."""
 
     whole: Undisturbed
-    kill: Kill
+    fault: Fault
     folder: Path
-    again: list[Kill] = field(default_factory=list)
+    again: list[Fault] = field(default_factory=list)
     really_reloaded: bool = False
-    was_killed: bool = False
-    kills: int = 0
+    struck: int = 0
     found: Found | None = None
+    states: list[str] = field(default_factory=list)
     left: int = 0
     refusals: list[str] = field(default_factory=list)
     ending: str = ""
     faults: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        again = "".join(f", then {kill.moment} ({signal.Signals(kill.number).name})" for kill in self.again)
-        name = self.whole.command.name
-        return f"{name}: {signal.Signals(self.kill.number).name} {self.kill.moment}{again} in {self.folder.name}"
+        befell = ", then ".join(map(str, [self.fault, *self.again]))
+        return f"{self.whole.command.name}: {befell} in {self.folder.name}"
 
 
-def try_all(place: Place, trials: Sequence[Trial]) -> None:
-    """Kill all, go on with all, some killed again; what is found stands in the trials afterwards."""
-    killed = place.run([place.request(each.folder, each.whole.command.words, **each.kill.request) for each in trials])
-    for trial, ran in zip(trials, killed, strict=True):
-        judge_killed(trial, trial.kill, ran)
-    for number in range(max((len(trial.again) for trial in trials), default=0)):
-        those = [trial for trial in trials if len(trial.again) > number and can_go_on(trial)]
-        killed = place.run([place.request(t.folder, next_words(t), **t.again[number].request) for t in those])
-        for trial, ran in zip(those, killed, strict=True):
-            judge_killed(trial, trial.again[number], ran)
+def try_pairs(place: Place, trials: Sequence[Trial], seconds: Sequence[Sequence[str]]) -> None:
+    """Each run beside a second one on the same output, whose options are in `seconds`; then they are gone on with."""
+    requests = []
+    for trial, more in zip(trials, seconds, strict=True):
+        words = trial.whole.command.words
+        requests += [place.request(trial.folder, words)]
+        requests += [place.request(trial.folder, [*words, *more], **trial.fault.request)]
+    ran = place.run(requests)
+    for number, trial in enumerate(trials):
+        for one in ran[2 * number : 2 * number + 2]:
+            judge(trial, trial.fault, one)
     go_on(place, trials)
 
 
-def judge_killed(trial: Trial, kill: Kill, ran: Ran) -> None:
-    """Into the trial goes what is not as it should be right after a kill."""
+def try_all(place: Place, trials: Sequence[Trial]) -> None:
+    """All that befalls them, then all are gone on with; what is found stands in the trials afterwards."""
+    ran = place.run([place.request(each.folder, each.whole.command.words, **each.fault.request) for each in trials])
+    for trial, one in zip(trials, ran, strict=True):
+        judge(trial, trial.fault, one)
+    for number in range(max((len(trial.again) for trial in trials), default=0)):
+        those = [trial for trial in trials if len(trial.again) > number and can_go_on(trial)]
+        ran = place.run([place.request(t.folder, next_words(t), **t.again[number].request) for t in those])
+        for trial, one in zip(those, ran, strict=True):
+            judge(trial, trial.again[number], one)
+    for trial in trials:
+        if trial.fault.damage is not None and can_go_on(trial):
+            trial.fault.damage(trial.folder)
+    go_on(place, trials)
+
+
+def judge(trial: Trial, fault: Fault, ran: Ran) -> None:
+    """Into the trial goes what is not as it should be right afterwards."""
     trial.left += ran.left
     trial.found = found = look_at(trial.folder, trial.whole)
     if not found.is_clean:
-        trial.faults.append(f"{kill.moment}: {found}")
+        trial.faults.append(f"{fault}: {found}")
     if ran.left:
-        trial.faults.append(f"{kill.moment}: {ran.left} processes live on")
+        trial.faults.append(f"{fault}: {ran.left} processes live on")
     if ran.code == 0:
-        if found.state != "new" and trial.whole.command.name != "bench":
-            trial.faults.append(f"{kill.moment}: exit code 0 and not there")
+        if found.state != "new":
+            trial.faults.append(f"{fault}: exit code 0 and not there")
         return
-    trial.was_killed = True
-    trial.kills += 1
-    if kill.number == signal.SIGKILL:
-        if ran.code != -signal.SIGKILL:
-            trial.faults.append(f"{kill.moment}: exit code {ran.code}: {ran.err[-500:]}")
-    elif ran.code != 130 or "Traceback" in ran.err or "interrupted" not in ran.err.splitlines()[-1]:
-        trial.faults.append(f"{kill.moment}: exit code {ran.code}, no clean end: {ran.err[-1500:]}")
+    if fault.number is not None and ran.code == USAGE and ran.faults:
+        return  # refused before the signal came
+    trial.struck += 1
+    trial.states.append(found.state)
+    if not ended_well(fault, ran):
+        trial.faults.append(f"{fault}: exit code {ran.code}: {ran.err[-1500:]}")
+
+
+def ended_well(fault: Fault, ran: Ran) -> bool:
+    """A kill ends at once, a signal with a word, everything else with an error that a user can mend."""
+    if fault.number == signal.SIGKILL:
+        return ran.code == -signal.SIGKILL
+    if "Traceback" in ran.err:
+        return False
+    if fault.number is None:
+        return ran.code in (1, 2, 3, 4) and bool(ran.faults)
+    return ran.code == INTERRUPTED and ran.err.splitlines()[-1].startswith("interrupted")
 
 
 def can_go_on(trial: Trial) -> bool:
@@ -332,15 +376,16 @@ def next_words(trial: Trial) -> list[str]:
 
 
 def go_on(place: Place, trials: Sequence[Trial]) -> None:
-    """Until all is as after a run that nobody killed; what a refusal says is done, once or twice."""
+    """Until all is as after a run that nothing befell; what a refusal says is done, once or twice."""
+    for trial in trials:
+        lay_out(trial.folder, {name: each for name, each in trial.whole.before.items() if not name.startswith(OUT)})
     waiting = [(trial, next_words(trial)) for trial in trials if needs_more(trial)]
     for _ in range(3):
-        requests = [place.request(trial.folder, words, verify=trial.really_reloaded) for trial, words in waiting]
-        ran = place.run(requests)
+        ran = place.run([place.request(each.folder, words, verify=each.really_reloaded) for each, words in waiting])
         following = []
         for (trial, words), one in zip(waiting, ran, strict=True):
             if one.code != 0:
-                trial.refusals.append(one.err.strip()[-500:])
+                trial.refusals.append(one.err.strip()[-800:])
                 if (remedy := remedied(words, one)) is not None:
                     following.append((trial, remedy))
         waiting = following
@@ -384,27 +429,6 @@ def differs(name: str, files: Files, expected: Files) -> bool:
     return (name in files) != (name in expected) or files[name] != expected[name]
 
 
-def draw_trials(place: Place, wholes: Sequence[Undisturbed], count: int, rng: random.Random) -> list[Trial]:
-    """As many for each command, within one; a third of them killed again, a tenth really reloaded in the end."""
-    trials = []
-    for number in range(count):
-        whole = wholes[number % len(wholes)]
-        again = [draw_again(whole, rng) for _ in range(rng.choice([0, 0, 0, 0, 1, 2]))]
-        kill, folder = draw_kill(whole, rng), place.folder(whole.before)
-        trials.append(Trial(whole, kill, folder, again, really_reloaded=rng.random() < 0.1))
-    return trials
-
-
-def draw_again(whole: Undisturbed, rng: random.Random) -> Kill:
-    """A resumed run is shorter and its first changes are the ones that matter."""
-    return at_change(min(rng.randint(1, whole.events), rng.randint(1, whole.events)), rng.choice(SIGNALS))
-
-
 def as_lines(trials: Iterable[Trial]) -> list[str]:
     """What is wrong, a line each."""
     return [f"{trial}: {fault}" for trial in trials for fault in trial.faults]
-
-
-def with_events(whole: Undisturbed, events: Sequence[int], place: Place) -> list[Trial]:
-    """A trial for each of these changes."""
-    return [Trial(whole, at_change(event), place.folder(whole.before)) for event in events]

@@ -33,6 +33,25 @@ def tensors() -> dict[str, Tensor]:
     return {name: torch.randn(3, 4, generator=generator) for name in ("a", "b", "c")}
 
 
+def test_a_file_that_is_another_one_by_now_is_told(tmp_path):
+    """Whatever changed it, and even where every number is what it was."""
+    file = write(tmp_path, tensors())
+    weights = LazyWeights(tmp_path)
+    weights.read(["a"])
+    fresh = write(tmp_path, tensors(), "fresh.safetensors")
+    fresh.replace(file)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors has changed during the run\. .*--overwrite"):
+        weights.read(["a"])
+
+
+def test_a_file_that_is_gone_is_told(tmp_path):
+    file = write(tmp_path, tensors())
+    weights = LazyWeights(tmp_path)
+    file.unlink()
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged"):
+        weights.read(["a"])
+
+
 def expected_shapes(model: Any) -> dict[str, torch.Size]:
     return Decoder(
         model.config, families.find(model.config), dtype=torch.float32, device=torch.device("cpu")

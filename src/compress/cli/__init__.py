@@ -4,7 +4,6 @@ Commands import torch and transformers when they run, so that help and usage err
 """
 
 import signal
-from types import FrameType
 from typing import Annotated
 
 import typer
@@ -14,6 +13,7 @@ from compress.cli.eval import evaluate
 from compress.cli.inspect import inspect_outputs
 from compress.cli.lord import factorize_model
 from compress.cli.push import push_output
+from compress.cli.reporting import INTERRUPTS
 from compress.cli.run import run_recipe
 from compress.cli.slice import slice_model
 from compress.cli.slim import slim_model
@@ -56,11 +56,9 @@ def common(
     """
 
 
-def interrupt(_signal: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
-
-
 def main() -> None:
-    # A polite kill ends like Ctrl-C: files closed, the unfinished run kept for --resume.
-    signal.signal(signal.SIGTERM, interrupt)
+    # A polite kill, or a terminal that is closed, ends like Ctrl-C: files closed, the unfinished run kept for --resume.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # by nohup, or by a shell for what runs in its background
+            signal.signal(number, INTERRUPTS)
     app()

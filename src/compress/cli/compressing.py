@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from compress.cli.options import Data, Machine, Output, in_panel, parse_size, printable, usual_seq_len
-from compress.cli.reporting import print_lines, print_text, progress_bar
+from compress.cli.reporting import print_lines, print_text, progress_bar, seeing_interrupts
 from compress.cli.tables import show_plan, show_result
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def run_with_progress(job: "Job") -> "Result | None":
     from compress.streaming.processes import joined
 
     try:
-        with joined(job.device) as processes:
+        with joined(job.device) as processes, seeing_interrupts():
             if not processes.is_first:
                 return run_together(job, processes)
             with progress_bar("preparing") as progress:

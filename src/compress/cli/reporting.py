@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any, ParamSpec
 
 import typer
@@ -26,13 +27,39 @@ FIRST_WORD = 5.0  # seconds
 P = ParamSpec("P")
 
 
+class Interrupts:
+    """The handler of signals that ask the process to end. came: whether one has."""
+
+    def __init__(self) -> None:
+        self.came = False
+
+    def __call__(self, _signal: int, _frame: FrameType | None) -> None:
+        self.came = True
+        raise KeyboardInterrupt
+
+
+INTERRUPTS = Interrupts()
+
+
+@contextmanager
+def seeing_interrupts() -> Iterator[None]:
+    """A KeyboardInterrupt again, whatever a library has made of it: some call Python from C and take it for an error."""
+    try:
+        yield
+    except Exception as error:
+        if INTERRUPTS.came:
+            raise KeyboardInterrupt from error
+        raise
+
+
 def reporting_errors(command: Callable[P, None]) -> Callable[P, None]:
     """Print a CompressError as `error: ...` on stderr, a line a fault, and leave with its exit code."""
 
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
-            command(*args, **kwargs)
+            with seeing_interrupts():
+                command(*args, **kwargs)
         except CompressError as error:
             if not launch().is_first:
                 # What is wrong is mostly wrong in all processes: the first says so, and the launcher ends the rest.

@@ -55,8 +55,7 @@ class Journal:
     def start(cls, folder: Path, identity: dict[str, Any], lock: IO[str] | None = None) -> "Journal":
         """A new run in the folder. What another left there goes, once nobody is writing it."""
         folder.mkdir(parents=True, exist_ok=True)
-        lock = lock or take_lock(folder)
-        with closed_on_error(lock):
+        with holding(folder, lock) as held:
             try:
                 # As long as there is a journal, nobody takes what is left of another run for a finished one.
                 (folder / JOURNAL).touch()
@@ -65,16 +64,15 @@ class Journal:
             except OSError:
                 shutil.rmtree(folder)
                 raise
-        return cls(folder, identity, lock, lines)
+        return cls(folder, identity, held, lines)
 
     @classmethod
     def resume(cls, folder: Path, identity: dict[str, Any], lock: IO[str] | None = None) -> "Journal":
         """Open a partial folder of the same run, or say in what the runs differ."""
-        lock = lock or take_lock(folder)
-        with closed_on_error(lock):
+        with holding(folder, lock) as held:
             lines = rewritten(folder / JOURNAL, cls._readable_lines(folder, identity))
             clear(folder, kept={LOCK, JOURNAL, *named_files(lines)})
-            return cls(folder, identity, lock, lines)
+            return cls(folder, identity, held, lines)
 
     @staticmethod
     def _readable_lines(folder: Path, identity: dict[str, Any]) -> list[dict[str, Any]]:
@@ -279,11 +277,14 @@ def clear(folder: Path, kept: Collection[str]) -> None:
 
 
 @contextmanager
-def closed_on_error(lock: IO[str]) -> Iterator[None]:
+def holding(folder: Path, given: IO[str] | None) -> Iterator[IO[str]]:
+    """The lock that was given, or else one that is taken, and let go of if the block fails."""
+    lock = given or take_lock(folder)
     try:
-        yield
+        yield lock
     except BaseException:
-        lock.close()
+        if lock is not given:
+            lock.close()
         raise
 
 

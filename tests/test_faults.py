@@ -1,0 +1,137 @@
+"""Kills and other faults, in short; `benchmarks/faults.py` has them by the hundred, over all commands."""
+
+import random
+import signal
+
+import pytest
+
+import fault_kinds
+from cli_runner import Disturbance
+from faulting import (
+    ASIDE,
+    COMMANDS,
+    OUT,
+    Fault,
+    Place,
+    Trial,
+    Undisturbed,
+    as_lines,
+    contents,
+    lay_out,
+    try_all,
+    try_pairs,
+    write_inputs,
+)
+
+OVER = "slice, over another output"
+NAMES = (OVER, "slim, packed with an adapter", "eval --save")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    root = tmp_path_factory.mktemp("faults")
+    write_inputs(root)
+    return Place(root)
+
+
+@pytest.fixture(scope="module")
+def wholes(place):
+    found = place.undisturbed([command for command in COMMANDS if command.name in NAMES])
+    return {whole.command.name: whole for whole in found}
+
+
+def struck(place: Place, trials: list[Trial]) -> list[Trial]:
+    """After a look that nothing is wrong: those that did not end before it came."""
+    try_all(place, trials)
+    assert as_lines(trials) == []
+    return [trial for trial in trials if trial.struck]
+
+
+def at(place: Place, whole: Undisturbed, events: list[int], number: int = signal.SIGKILL) -> list[Trial]:
+    return [Trial(whole, fault_kinds.at_change(event, number), place.folder(whole.before)) for event in events]
+
+
+def test_killed_while_an_output_is_replaced(place, wholes):
+    """At changes from the last part on: the name is the old output's, or the new one's, or waits for a resume."""
+    whole = wholes[OVER]
+    events = list(range(whole.events - 36, whole.events + 1, 4))
+    trials = struck(place, at(place, whole, events))
+    assert len(trials) == len(events)
+    assert {"old", "new"} <= {state for trial in trials for state in trial.states}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_anywhere(place, wholes, number):
+    rng = random.Random(int(number))
+    trials = at(place, wholes["slim, packed with an adapter"], rng.sample(range(10, 100), 2), number)
+    assert len(struck(place, trials)) == len(trials)
+
+
+def test_killed_while_measures_are_saved(place, wholes):
+    whole = wholes["eval --save"]
+    trials = struck(place, at(place, whole, list(range(1, whole.events + 1))))
+    assert len(trials) == whole.events
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_the_process_that_reloads_ends_too(place, wholes, number):
+    """Nothing is left of it, neither itself nor its files."""
+    whole = wholes[OVER]
+    hit = Disturbance(fault_kinds.STARTED, number=int(number), delay=0.5)
+    fault = Fault("proof", "0.5 s into the proof", int(number), {"disturbance": hit, "verify": True})
+    assert struck(place, [Trial(whole, fault, place.folder(whole.before))])
+
+
+def test_inputs_that_change(place):
+    (whole,) = place.undisturbed([fault_kinds.OWN])
+    trials = struck(place, fault_kinds.changed_inputs(place, whole, 4, random.Random(1)))
+    assert trials
+
+
+def test_a_shard_that_is_another_one_is_told(place):
+    (whole,) = place.undisturbed([fault_kinds.OWN])
+    shard = max(name for name in whole.before if name.endswith(".safetensors"))
+    folder = place.folder(whole.before)
+    hit = Disturbance(fault_kinds.RECORD, 1, "act", action=("change", shard))
+    (ran,) = place.run([place.request(folder, whole.command.words, disturbance=hit)])
+    assert ran.code == 1
+    assert ran.faults == [f"{shard} has changed during the run. Start over with --overwrite."]
+
+
+def test_damaged_runs(place, wholes):
+    trials = fault_kinds.damaged(place, wholes["slim, packed with an adapter"], 4, random.Random(2))
+    assert len(struck(place, trials)) == 4
+
+
+def test_two_runs_at_once(place, wholes):
+    trials, options = fault_kinds.pairs(place, [wholes["slim, packed with an adapter"]], 4, random.Random(3))
+    try_pairs(place, trials, options)
+    assert as_lines(trials) == []
+
+
+def test_an_output_that_was_made_meanwhile_is_not_replaced(place, wholes):
+    """It was not there when the run looked first."""
+    whole = wholes["slim, packed with an adapter"]
+    folder = place.folder()
+    hit = Disturbance("compress.pipeline:_claimed", kind="act", action=("create", OUT))
+    (ran,) = place.run([place.request(folder, whole.command.words, disturbance=hit)])
+    assert ran.code == 2
+    assert "--overwrite" in ran.faults[0]
+    assert list((folder / OUT).iterdir()) == []
+
+
+@pytest.mark.parametrize("option", [None, "--overwrite"])
+def test_an_output_that_had_made_way_comes_back(place, wholes, option):
+    """Killed between two renames, and the new one was then deleted by hand."""
+    whole = wholes[OVER]
+    folder = place.folder()
+    lay_out(folder, {name.replace(OUT, ASIDE, 1): content for name, content in whole.before.items()})
+    words = [word for word in whole.command.words if word != "--overwrite"]
+    (ran,) = place.run([place.request(folder, [*words, *([option] if option else [])])])
+    if option:
+        assert ran.code == 0, ran.err
+        assert contents(folder) == whole.after
+    else:
+        assert ran.code == 2
+        assert "exists" in ran.faults[0]
+        assert contents(folder) == whole.before
