@@ -16,6 +16,8 @@ from compress.recipe import Recipe, Where, dotted
 
 LARGEST = 10**7  # bytes of a compress.json; a large model's has a few million
 LARGEST_YAML = 10**5  # bytes of a recipe, which has some hundred: yaml takes seconds for more
+INTEGER = "tag:yaml.org,2002:int"
+MOST_DIGITS = 20
 MOST_VALUES = 10_000  # a few lines of YAML that refer to one another can stand for billions
 
 
@@ -78,6 +80,8 @@ def note_lines(node: yaml.Node, where: Where, lines: dict[Where, int], file: Pat
     """Where each value begins. Raises UsageError for a key that is there twice, of which YAML would take the last."""
     if len(lines) > MOST_VALUES:
         raise UsageError(f"{file.name} has more than {MOST_VALUES:,} values, some of them by reference. Write less.")
+    if isinstance(node, yaml.ScalarNode) and node.tag == INTEGER and len(node.value) > MOST_DIGITS:
+        raise UsageError(f"{file.name}:{node.start_mark.line + 1}: {dotted(where)} has too many digits. Write fewer.")
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             at = (*where, str(key.value))
