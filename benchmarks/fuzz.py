@@ -225,8 +225,8 @@ def table(tallies: dict[str, Tally], options: argparse.Namespace, seconds: float
         total(list(tallies.values())).row("all"),
         "",
         f"A hang is an input that takes more than {SECONDS:.0f} seconds of computing. Other faults are memory that",
-        f"grows by more than {GROWTH / 1e6:.0f} MB, files that are touched outside the output, processes or connections",
-        "that are started, a message that cannot be printed, a process that dies.",
+        f"grows by more than {GROWTH / 1e6:.0f} MB, files that are touched outside the output, processes or",
+        "connections that are started, a message that cannot be printed, a process that dies.",
     ]
     return "\n".join(lines) + "\n"
 

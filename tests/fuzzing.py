@@ -102,7 +102,7 @@ def plan(home: Path, choose: Random) -> None:
         lambda: slice_model(**options, ratio="0.25", method="slicegpt"),
         lambda: slice_model(**options, keep_params=0.7, json=True),
         lambda: factorize_model(**options, rank_frac=0.5),
-        lambda: slim_model(**options, sparsity="none", adapter_rank=0),
+        lambda: slim_model(**options, sparsity="none", adapter_rank=0.0),
     ]
     choose.choice(commands)()
 
@@ -444,7 +444,7 @@ class Fuzzer:
 
     def spoil_and_judge(self, target: Target, choose: Random) -> Verdict:
         content = target.spoil(choose.choice(self.seeds[target.name]), choose)
-        return self.judge(target, content, choose)
+        return self.judge(target, content, Random(choose.randrange(2**32)))
 
     def judge(self, target: Target, content: bytes, choose: Random) -> Verdict:
         """What becomes of a file's content, whatever it is. The home is as before afterwards."""
