@@ -34,6 +34,7 @@ from compress.cli.reporting import quiet_libraries, reporting_errors
 from outputs import write_outputs
 from spoiling import (
     Spoil,
+    spoiled_card,
     spoiled_gguf,
     spoiled_json,
     spoiled_lines,
@@ -45,7 +46,7 @@ from spoiling import (
 from tiny import FAMILIES, tiny_config, write_model
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-SECONDS = 10.0  # that an input may take
+SECONDS = 10.0  # of computing that an input may take
 GROWTH = 2**28  # bytes by which the process may grow meanwhile
 ALLOWANCE = 2**30  # bytes of address space for data beyond what is there, before an allocation fails
 LONGEST = 4000  # characters of a message
@@ -75,6 +76,7 @@ class Target:
 class Verdict:
     """
     code: the exit code; None where the command did not end by itself. fault: what should not have happened, or None.
+    seconds: of computing.
     growth: bytes by which the most memory in use was above what was in use before.
     """
 
@@ -100,7 +102,7 @@ def plan(home: Path, choose: Random) -> None:
         lambda: slice_model(**options, ratio="0.25", method="slicegpt"),
         lambda: slice_model(**options, keep_params=0.7, json=True),
         lambda: factorize_model(**options, rank_frac=0.5),
-        lambda: slim_model(**options, sparsity="none", adapter_rank=0),
+        lambda: slim_model(**options, sparsity="none", adapter_rank=0.0),
     ]
     choose.choice(commands)()
 
@@ -328,7 +330,7 @@ TARGETS = [
         read_journal,
         writes=("run.partial/journal.jsonl", "run.partial/lock"),
     ),
-    Target("model card", "llama/README.md", spoiled_prose, read_card),
+    Target("model card", "llama/README.md", spoiled_card, read_card),
     Target("GGUF", "model.gguf", spoiled_gguf, read_gguf),
 ]
 
@@ -442,7 +444,7 @@ class Fuzzer:
 
     def spoil_and_judge(self, target: Target, choose: Random) -> Verdict:
         content = target.spoil(choose.choice(self.seeds[target.name]), choose)
-        return self.judge(target, content, choose)
+        return self.judge(target, content, Random(choose.randrange(2**32)))
 
     def judge(self, target: Target, content: bytes, choose: Random) -> Verdict:
         """What becomes of a file's content, whatever it is. The home is as before afterwards."""
@@ -471,7 +473,7 @@ class Fuzzer:
         hook.seen.clear()
         hook.allowed = (str(self.home), str(self.scratch), "/dev/shm", "/proc/self")
         out, err = io.StringIO(), io.StringIO()
-        in_use, start = reset_peak(), time.perf_counter()
+        in_use, start = reset_peak(), time.process_time()
         code, fault = None, None
         with in_folder(self.scratch), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
@@ -484,7 +486,7 @@ class Fuzzer:
                 fault = f"traceback: {blame(error)}"
             finally:
                 hook.is_on = False
-        seconds, growth = time.perf_counter() - start, peak() - in_use
+        seconds, growth = time.process_time() - start, peak() - in_use
         said = err.getvalue()
         if fault is None:
             fault = complaint(code, said, growth)
@@ -538,7 +540,7 @@ def blame(error: BaseException) -> str:
 
 def listing(folder: Path) -> dict[str, tuple[int, int]]:
     """Every file below a folder, its size and when it was written."""
-    found = {}
+    found: dict[str, tuple[int, int]] = {}
     for entry in os.scandir(folder):
         about = entry.stat(follow_symlinks=False)
         if entry.is_dir(follow_symlinks=False):
@@ -564,16 +566,18 @@ def in_folder(scratch: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def limited_time(seconds: float) -> Iterator[None]:
+    """Of computing: other processes' share of the machine is not blamed on the input."""
+
     def stop(_signal: int, _frame: FrameType | None) -> None:
         raise TimeUp
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)  # again, should something swallow the first
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds, 1.0)  # again, should something swallow the first
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 @contextlib.contextmanager

@@ -104,7 +104,7 @@ def edit(inside: Any, key: Any, places: list[Step], choose: Random) -> None:
     elif how == 4:
         inside[key] = copy.deepcopy(other[other_key])
     elif how == 5 and isinstance(value, int | float):
-        inside[key] = choose.choice([-value, value + 1, value * 2, float(value), str(value), value * 10**9])
+        inside[key] = choose.choice([-value, value + 1, value * 2, value // 3, str(value), value * 10**9])
     elif how == 6 and isinstance(inside, dict):
         inside[choose.choice(TEXTS)] = inside.pop(key)
     else:
@@ -305,6 +305,14 @@ def spoiled_gguf(data: bytes, choose: Random) -> bytes:
 
 def spoiled_prose(data: bytes, choose: Random) -> bytes:
     return spoiled_bytes(data, choose) if choose.randrange(2) else encoded(spoiled_text(data.decode(), choose))
+
+
+def spoiled_card(data: bytes, choose: Random) -> bytes:
+    """Front matter in YAML, and prose behind it."""
+    _, matter, prose = data.split(b"---\n", 2)
+    if choose.randrange(4) == 0:
+        return spoiled_prose(data, choose)
+    return b"---\n" + spoiled_yaml(matter, choose) + b"\n---\n" + prose
 
 
 def zipped(spoil: Spoil) -> Spoil:

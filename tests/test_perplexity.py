@@ -163,7 +163,8 @@ def test_a_loss_that_is_no_number_names_the_window(value, loss):
     with pytest.raises(NumericalError) as error:
         perplexity(model, windows, dataset="wikitext2", batch_size=2, on_batch=done.append)
     assert str(error.value) == (
-        f"The loss on 'wikitext2', window 3, is {loss}. Check the weights, or try --dtype float32."
+        f"The loss on 'wikitext2', window 3, is {loss}: a NaN or Inf comes up first in the weights of "
+        "model.embed_tokens. Check the weights, or try --dtype float32."
     )
     assert done == [2]
 

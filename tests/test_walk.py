@@ -276,7 +276,8 @@ def test_an_overflow_names_the_place(tmp_path):
     with pytest.raises(NumericalError) as error:
         oracles.walked(tmp_path, oracles.slicegpt(SLICED), WINDOWS, dtype=torch.float32)
     assert str(error.value) == (
-        "The second moment of the stream after block 1 mlp has a NaN or Inf. Check the weights before it and the text."
+        "There is a NaN or Inf in the stream after block 1 mlp, first in what mlp.down_proj is given. "
+        "Check the weights before it and the text."
     )
 
 

@@ -11,9 +11,13 @@ from compress.checkpoints.facts import FACTS
 from compress.errors import UsageError
 from compress.models.json_text import parse_json
 from compress.models.libraries import reading
+from compress.models.yaml_text import parse_yaml
 from compress.recipe import Recipe, Where, dotted
 
-LARGEST = 10**7  # bytes; a recipe has some hundred, a compress.json of a large model a few million
+LARGEST = 10**7  # bytes of a compress.json; a large model's has a few million
+LARGEST_YAML = 10**5  # bytes of a recipe, which has some hundred: yaml takes seconds for more
+INTEGER = "tag:yaml.org,2002:int"
+MOST_DIGITS = 20
 MOST_VALUES = 10_000  # a few lines of YAML that refer to one another can stand for billions
 
 
@@ -41,13 +45,14 @@ def read_recipe(path: Path) -> RecipeFile:
     path: a YAML file, a compress.json or a folder that has one. Raises UsageError where it is none of them.
     """
     file = path / FACTS if path.is_dir() else path
+    is_json = file.suffix == ".json"
     try:
-        if file.stat().st_size > LARGEST:
-            raise UsageError(f"{file} is too large for a recipe ({file.stat().st_size / 1e6:.0f} MB).")
+        if file.stat().st_size > (LARGEST if is_json else LARGEST_YAML):
+            raise UsageError(f"{file} is too large for a recipe ({file.stat().st_size / 1e6:.1f} MB).")
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"The recipe {file} cannot be read: {' '.join(str(error).split())}") from error
-    return from_facts(file, text) if file.suffix == ".json" else from_yaml(file, text)
+    return from_facts(file, text) if is_json else from_yaml(file, text)
 
 
 def from_facts(file: Path, text: str) -> RecipeFile:
@@ -62,11 +67,10 @@ def from_facts(file: Path, text: str) -> RecipeFile:
 
 def from_yaml(file: Path, text: str) -> RecipeFile:
     lines: dict[Where, int] = {}
-    # A value that is not what its tag calls it comes out of yaml as any error.
     with reading(f"The recipe {file} cannot be read", kind=UsageError):
-        if node := yaml.compose(text, Loader=yaml.SafeLoader):
+        data, node = parse_yaml(text)
+        if node is not None:
             note_lines(node, (), lines, file)
-        data = yaml.safe_load(text)
     if not isinstance(data, dict):
         raise UsageError(f"The recipe {file} is no mapping. Start it with 'method:' and 'stages:'.")
     return RecipeFile(file, data, lines)
@@ -76,6 +80,8 @@ def note_lines(node: yaml.Node, where: Where, lines: dict[Where, int], file: Pat
     """Where each value begins. Raises UsageError for a key that is there twice, of which YAML would take the last."""
     if len(lines) > MOST_VALUES:
         raise UsageError(f"{file.name} has more than {MOST_VALUES:,} values, some of them by reference. Write less.")
+    if isinstance(node, yaml.ScalarNode) and node.tag == INTEGER and len(node.value) > MOST_DIGITS:
+        raise UsageError(f"{file.name}:{node.start_mark.line + 1}: {dotted(where)} has too many digits. Write fewer.")
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             at = (*where, str(key.value))

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
+from compress.models.yaml_text import parse_yaml
 
 CARD = "README.md"
 BLOCK = re.compile(r"\A---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
@@ -41,8 +41,8 @@ def read_origin(folder: Path) -> dict[str, Any]:
     try:
         with (folder / CARD).open(encoding="utf-8") as file:
             found = BLOCK.match(file.read(LOOKED_AT))
-        data = yaml.safe_load(found[1]) if found else None
-    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        data = parse_yaml(found[1])[0] if found else None
+    except (OSError, ValueError):
         return {}
     if not isinstance(data, dict):
         return {}

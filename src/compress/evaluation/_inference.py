@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,12 +25,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def finite(losses: list[float], dataset: str, first: int) -> list[float]:
-    """The losses of windows from number `first` on, if none is NaN or Inf."""
+def finite(
+    losses: list[float], dataset: str, first: int, where: Callable[[], str | None] = lambda: None
+) -> list[float]:
+    """The losses of windows from number `first` on, if none is NaN or Inf. where: the first such place in the model."""
     for window, loss in enumerate(losses, first):
         if not math.isfinite(loss):
+            place = "" if (found := where()) is None else f": a NaN or Inf comes up first in {found}"
             raise NumericalError(
-                f"The loss on {dataset!r}, window {window}, is {loss}. Check the weights, or try --dtype float32."
+                f"The loss on {dataset!r}, window {window}, is {loss}{place}. "
+                "Check the weights, or try --dtype float32."
             )
     return losses
 

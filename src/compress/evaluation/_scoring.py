@@ -11,6 +11,7 @@ tokens, such as one-token answers to one question, share one row.
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from compress.errors import NumericalError, UsageError
 from compress.evaluation._inference import evaluating, logits_at
+from compress.models.soundness import first_unsound
 
 USUAL_CONTEXT = 2048
 NO_LIMIT = 10**9  # transformers says more than that where a tokenizer has none
@@ -67,16 +69,25 @@ def log_likelihoods(
         for start in range(0, len(ordered), batch_size):
             rows = [by_inputs[inputs] for inputs in ordered[start : start + batch_size]]
             scored = score_rows(model, rows)
+            for index, likelihood in scored.items():
+                check_likelihood(model, rows, requests[index], likelihood)
             found |= scored
             if on_batch:
                 on_batch(len(scored))
-    for index, request in enumerate(requests):
-        if found[index].value != found[index].value:
-            raise NumericalError(
-                f"The likelihood of {request.continuation[:40]!r} is no number. Check the weights, or try "
-                "--dtype float32."
-            )
     return [found[index] for index in range(len(requests))]
+
+
+def check_likelihood(
+    model: nn.Module, rows: Sequence[Sequence[tuple[int, Encoded]]], request: Request, found: Likelihood
+) -> None:
+    if found.value == found.value:
+        return
+    place = first_unsound(model, partial(score_rows, model, rows))
+    raise NumericalError(
+        f"The likelihood of {request.continuation[:40]!r} is no number"
+        f"{'' if place is None else f': a NaN or Inf comes up first in {place}'}. "
+        "Check the weights, or try --dtype float32."
+    )
 
 
 def score_rows(model: nn.Module, rows: Sequence[Sequence[tuple[int, Encoded]]]) -> dict[int, Likelihood]:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from transformers import PreTrainedModel
 
 from compress.errors import UnsupportedModel, UsageError
 from compress.evaluation._inference import evaluating, finite
+from compress.models.soundness import first_unsound
 
 # Numbers of a softmax that are held at a time: a row is as wide as the vocabulary.
 LOGITS_AT_ONCE = 2**24
@@ -98,7 +100,8 @@ def divergence(
         for batch, dense_states in zip(windows.split(batch_size), reference.states.split(batch_size), strict=True):
             for z, x in zip(read_by_head(model, head, batch), dense_states, strict=True):
                 kl, same = compare(reference.head, head, x[:-1], z[:-1])
-                sums += finite([float(kl.sum())], dataset, len(sums))
+                run = partial(model, input_ids=batch.to(device_of(model)), use_cache=False)
+                sums += finite([float(kl.sum())], dataset, len(sums), partial(first_unsound, model, run))
                 agreed += int(same.sum())
             if on_batch:
                 on_batch(len(batch))
@@ -135,8 +138,9 @@ def checked_head(model: PreTrainedModel, window: Int64[Tensor, "1 seq_len"], nam
     head = model.get_output_embeddings()
     if head is None:
         raise UnsupportedModel(f"The divergence of {name} cannot be measured: the model has no head.")
-    logits = model(input_ids=window.to(device_of(model)), use_cache=False).logits[0, -1]
-    finite([float(logits.double().sum())], name, 0)
+    run = partial(model, input_ids=window.to(device_of(model)), use_cache=False)
+    logits = run().logits[0, -1]
+    finite([float(logits.double().sum())], name, 0, partial(first_unsound, model, run))
     ours = head(read_by_head(model, head, window)[0, -1])
     if not torch.allclose(logits.double(), ours.double(), rtol=0, atol=HEAD_TOLERANCE * float(logits.abs().max())):
         raise UnsupportedModel(

@@ -10,16 +10,25 @@ import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from compress.errors import UsageError
 from compress.evaluation._inference import evaluating
 from compress.evaluation._programs import Limits, Outcome, run_programs
 from compress.evaluation._scoring import context_length
+from compress.models.soundness import check_sound, first_unsound
 
 STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 # A stop sequence that a step completes begins so many tokens back at most: it has no more bytes.
@@ -142,6 +151,7 @@ def complete(prompts: Sequence[str], model: PreTrainedModel, tokenizer: Any, sam
         attention_mask=mask,
         generation_config=generation(model, tokenizer, sampling, min(sampling.max_new_tokens, room), pad),
         stopping_criteria=StoppingCriteriaList([AtStop(tokenizer, length)]),
+        logits_processor=LogitsProcessorList([Sound(model)]),
     )
     rows = zip(encoded, written[:, length:].tolist(), strict=True)
     return [cut_at_stop(continued(tokenizer, tokens, new)) for tokens, new in rows]
@@ -171,6 +181,21 @@ def continued(tokenizer: Any, tokens: list[int], new: list[int]) -> str:
 
 def cut_at_stop(text: str) -> str:
     return text[: min(place if (place := text.find(stop)) >= 0 else len(text) for stop in STOPS)]
+
+
+class Sound(LogitsProcessor):  # type: ignore[misc,unused-ignore]
+    """Raises NumericalError before a token is chosen by what is no number."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        again = partial(self.model, input_ids=input_ids, use_cache=False)
+        # What may not be drawn has a score of -inf.
+        check_sound(
+            scores.clamp_min(0), "the logits of a program's next token", partial(first_unsound, self.model, again)
+        )
+        return scores
 
 
 class AtStop(StoppingCriteria):  # type: ignore[misc,unused-ignore]

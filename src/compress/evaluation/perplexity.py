@@ -15,6 +15,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from compress.errors import UsageError
 from compress.evaluation._inference import evaluating, finite
+from compress.models.soundness import first_unsound
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,9 @@ def perplexity(
     device = next(model.parameters()).device
     with evaluating(model), torch.inference_mode():
         for batch in windows.split(batch_size):
-            losses += finite(window_losses(model, batch.to(device)), dataset, first=len(losses))
+            ids = batch.to(device)
+            where = partial(first_unsound, model, partial(model, input_ids=ids, use_cache=False))
+            losses += finite(window_losses(model, ids), dataset, len(losses), where)
             if on_batch:
                 on_batch(len(batch))
     loss = torch.tensor(losses, dtype=torch.float64)

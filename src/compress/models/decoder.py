@@ -7,6 +7,7 @@ the head) are filled, used and emptied in turn. Stock code does all the computin
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from transformers.initialization import no_init_weights
 from compress.families import BranchTable, Family
 from compress.models.branch import Branch, Writer
 from compress.models.modeling_sliced import as_residual_block, finished_logits, replace, shortcut_name
+from compress.models.soundness import check_sound, first_unsound
 
 Arguments = dict[str, Any]
 
@@ -121,12 +123,15 @@ class Decoder:
         hidden_states = self.recorders[0].hidden_states
         if hidden_states is None:
             raise RuntimeError("The stock model did not call its first block.")
+        check_sound(hidden_states, "the embeddings")
         return hidden_states, [recorder.arguments for recorder in self.recorders]
 
     def logits(self, hidden_states: Float[Tensor, "batch tokens d"]) -> Float[Tensor, "batch tokens vocabulary"]:
         final_norm = self.family.final_norm
         normed = self.model.get_submodule(final_norm)(hidden_states) if final_norm else hidden_states
-        return self.logits_of(self.model.get_submodule(self.family.last_reader)(normed))
+        found = self.logits_of(self.model.get_submodule(self.family.last_reader)(normed))
+        check_sound(found, "the logits")
+        return found
 
     def logits_of(self, read: Float[Tensor, "*tokens d"]) -> Float[Tensor, "*tokens vocabulary"]:
         """The logits, of what the last reader of the stream gives."""
@@ -147,11 +152,19 @@ class Decoder:
         block = self.blocks[index]
         names = next(branch for branch in self.structure["branches"] if branch["name"] == table.name)
 
-        def run(hidden_states: Tensor, arguments: Arguments) -> Tensor:
+        name = f"block {index} {table.name}"
+
+        def update(hidden_states: Tensor, arguments: Arguments) -> Tensor:
             return block.run_branch(names, hidden_states, **arguments)
 
+        def run(hidden_states: Tensor, arguments: Arguments) -> Tensor:
+            found = update(hidden_states, arguments)
+            where = partial(first_unsound, block, partial(update, hidden_states, arguments))
+            check_sound(found, f"the stream after {name}", where)
+            return found
+
         return Branch(
-            name=f"block {index} {table.name}",
+            name=name,
             readers={reader: linear(block, reader) for reader in table.readers},
             writers={writer: linear(block, writer) for writer in table.writers},
             owner=block,

@@ -5,10 +5,14 @@ from typing import Any
 
 
 def parse_json(text: str) -> Any:
-    """Raises JSONDecodeError for whatever cannot be read: numbers too long and objects too deep for Python are, too."""
+    """Raises JSONDecodeError for whatever cannot be used: numbers too long, objects too deep, halves of characters."""
     try:
-        return json.loads(text)
+        found = json.loads(text)
+        if "\\u" in text:
+            # Half of a pair can be said, but neither written nor shown nor cut into tokens.
+            json.dumps(found, ensure_ascii=False).encode()
+        return found
     except json.JSONDecodeError:
         raise
     except (ValueError, RecursionError) as error:
-        raise json.JSONDecodeError(f"beyond what can be read ({type(error).__name__})", text, 0) from error
+        raise json.JSONDecodeError(f"what cannot be used ({type(error).__name__})", text, 0) from error

@@ -1,11 +1,13 @@
 """How far the compressed model's next-token distribution is from the dense one's, on windows held out."""
 
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from compress.errors import NumericalError
 from compress.models.branch import Branch
 from compress.streaming.streams import Streams, rows
 
@@ -39,6 +41,8 @@ def mean_divergence(head: Branch, dense_readers: Sequence[nn.Linear], streams: S
             total += kl_divergence(logits_of(dense_linear(head.norm(x))), logits_of(linear(head.norm(z))))
             tokens += len(x)
     total, tokens = streams.processes.total(total), streams.processes.total(tokens)
+    if not math.isfinite(total):
+        raise NumericalError("There is a NaN or Inf in the logits on held-out windows. Check the weights of the head.")
     return total / tokens if tokens else None
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from compress.models.branch import Branch
 from compress.models.decoder import Arguments, Decoder
+from compress.models.soundness import check_sound
 from compress.streaming.cache import ActivationCache
 from compress.streaming.interning import Interner
 from compress.streaming.loader import PartLoader
@@ -234,6 +235,7 @@ class Surveyor:
                     self._count(point.detach(), gradient)
                 if self.observer is not None and watched is not None:
                     self.observer.add(watched, dict(zip(outputs, before[len(points) - 1 :], strict=True)))
+                check_sound(before[0], f"the loss's gradient before block {block}")
                 gradients.put(i, before[0].detach())
 
     def _run(self, branch: Branch, x: Tensor, batch: int, block: int) -> Tensor:

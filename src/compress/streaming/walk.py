@@ -18,6 +18,7 @@ from compress.errors import NumericalError
 from compress.models.counting import num_parameters
 from compress.models.decoder import Arguments, Decoder
 from compress.models.packed import inputs_as_they_are
+from compress.models.soundness import check_sound
 from compress.numerics.frames import Frame
 from compress.streaming.layout import Layout
 from compress.streaming.loader import PartLoader
@@ -180,6 +181,7 @@ class Walk:
             if self.probe is not None:
                 with inputs_as_they_are(block):
                     self.probe = block(self.probe, **self.probe_arguments[index])
+                check_sound(self.probe, f"the stream after block {index}, its weights in {self.settings.output_dtype}")
         return part
 
     def _walk_head(self) -> FinishedPart:

@@ -21,6 +21,7 @@ from compress.evaluation.speed.throughput import LENGTH, Climb, most_throughput
 from compress.evaluation.speed.timing import Comparison
 from compress.models.counting import num_parameters
 from compress.models.opening import open_model
+from compress.models.soundness import check_sound, first_unsound
 
 Progress = Callable[[str, int, int], None]
 
@@ -210,8 +211,13 @@ def open_both(named: tuple[Named, Named], asked: Asked, steps: Steps) -> tuple[P
 
 
 def opened_as(model: Named, asked: Asked) -> PreTrainedModel:
+    """Raises NumericalError for one that gives no numbers, whose speed says nothing."""
     trusted = asked.trust_remote_code
-    return open_model(model.folder, dtype=asked.dtype, device=asked.device, trust_remote_code=trusted)
+    opened = open_model(model.folder, dtype=asked.dtype, device=asked.device, trust_remote_code=trusted)
+    run: Any = partial(opened, input_ids=torch.arange(2, device=asked.device)[None], use_cache=False)
+    with torch.inference_mode():
+        check_sound(run().logits, f"the logits of {model.name}", partial(first_unsound, opened, run))
+    return opened
 
 
 def check_memory(named: tuple[Named, Named], asked: Asked) -> None:

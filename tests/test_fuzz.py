@@ -1,0 +1,189 @@
+"""Bad input, some of it at every change: no traceback, no hang, no memory, nothing touched (`fuzzing.py`).
+
+`benchmarks/fuzz.py` does the same by the tens of thousands.
+"""
+
+from pathlib import Path
+from random import Random
+
+import pytest
+import typer
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from cli_runner import snapshot
+from compress.cli.reporting import LONGEST, MOST_FAULTS, told, visible
+from compress.errors import CheckpointError, UsageError
+from compress.models.json_text import parse_json
+from compress.models.typed_path import typed_path
+from compress.models.yaml_text import DEEPEST, parse_yaml
+from fuzzing import TARGETS, Fuzzer, Target, write_home
+from spoiling import BOMB, DEEP, spoiled_json, spoiled_yaml
+
+# Targets whose readers take a while; the others get more.
+SLOW = {"config.json", "compress.json", "generation_config.json", "GGUF", "recipe"}
+FEW, MANY = 30, 80
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    home = Path(tmp_path_factory.mktemp("fuzz")) / "home"
+    home.mkdir()
+    write_home(home)
+    return home
+
+
+@pytest.fixture(scope="module")
+def fuzzer(home) -> Fuzzer:
+    return Fuzzer(home, seconds=60)
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
+def test_no_input_is_a_traceback(target, fuzzer):
+    fuzzer.warm_up(target)
+
+    @settings(
+        max_examples=FEW if target.name in SLOW else MANY,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(choose=st.randoms(use_true_random=False))
+    def never_a_fault(choose):
+        verdict = fuzzer.spoil_and_judge(target, choose)
+        assert verdict.fault is None, (target.name, verdict)
+
+    never_a_fault()
+
+
+# That the harness sees what it is there to see.
+
+
+def doing(what) -> Target:
+    return Target("spy", "text.txt", lambda data, choose: b"spoiled", what)
+
+
+def run_away(_home, _choose):
+    while True:
+        pass
+
+
+def swallow(_home, _choose):
+    try:
+        run_away(_home, _choose)
+    except Exception:
+        return
+
+
+def open_a_pickle(home, _choose):
+    import pickle
+
+    pickle.loads(pickle.dumps(Path("x")))  # noqa: S301 (the audit is what is tested)
+
+
+def grow(_home, _choose):
+    [bytes([1]) * 2**20 for _ in range(400)]
+
+
+@pytest.mark.parametrize(
+    ("what", "fault"),
+    [
+        (lambda home, _choose: 1 / 0, "traceback: ZeroDivisionError: division by zero"),
+        (run_away, "hang: "),
+        (swallow, "hang: "),
+        (grow, "memory: "),
+        (lambda home, _choose: bytearray(2**33), "traceback: MemoryError"),
+        (lambda home, _choose: (home / "prose.txt").write_text("x"), "touched ['prose.txt']"),
+        (lambda home, _choose: (home / "new").mkdir(), "touched ['new']"),
+        (lambda home, _choose: (home.parent / "beside").write_text("x"), "did "),
+        (open_a_pickle, 'did ["pickle.find_class'),
+    ],
+)
+def test_the_harness_finds(what, fault, fuzzer, home):
+    before = snapshot(home)
+    found = Fuzzer(home, seconds=0.3) if fault == "hang: " else fuzzer
+    verdict = found.judge(doing(what), b"spoiled", Random(0))
+    (home / "prose.txt").write_bytes(before["prose.txt"] or b"")
+    assert verdict.fault is not None
+    assert verdict.fault.startswith(fault)
+    assert snapshot(home) == before
+
+
+@pytest.mark.parametrize(
+    ("message", "fault"),
+    [("x", None), ("\x1b[31m", None), ("", "no message"), ("y" * 10**6, None)],
+)
+def test_a_refusal_is_no_fault(message, fault, fuzzer):
+    def refuse(_home, _choose):
+        if message:
+            raise CheckpointError(message)
+        raise typer.Exit(1)
+
+    verdict = fuzzer.judge(doing(refuse), b"spoiled", Random(0))
+    assert verdict.code == 1
+    assert (verdict.fault or "").startswith(fault or "")
+    assert (verdict.fault is None) is (fault is None)
+
+
+@pytest.mark.parametrize("spoil", [spoiled_json, spoiled_yaml])
+def test_spoiling_comes_from_the_choices_alone(spoil):
+    data = b'{"a": [1, 2.5, "x"], "b": {"c": null}}'
+    some = [spoil(data, Random(seed)) for seed in range(300)]
+    assert some == [spoil(data, Random(seed)) for seed in range(300)]
+    assert len(set(some)) > 150
+
+
+# What reads the words of strangers.
+
+
+@pytest.mark.parametrize("text", ["", "{", "[" * 10**5, "9" * 5000, '"\\ud800"', '{"a": "\\udc00x"}', "\ufeff{}"])
+def test_json_that_cannot_be_used_is_one_kind_of_error(text):
+    with pytest.raises(ValueError, match=r"."):
+        parse_json(text)
+
+
+def test_json_is_read_as_it_is():
+    assert parse_json('{"a": [1, 1e400, "\\ud83d\\ude42", "é"]}') == {"a": [1, float("inf"), "🙂", "é"]}
+
+
+@pytest.mark.parametrize("text", ["[" * DEEP, "- " * DEEP, "!!python/object:os.system x", "a: *b", "!!bool 3"])
+def test_yaml_that_cannot_be_used_is_one_kind_of_error(text):
+    with pytest.raises(ValueError, match=r"."):
+        parse_yaml(text)
+
+
+def test_yaml_is_as_deep_as_is_said():
+    assert parse_yaml("[" * DEEPEST + "]" * DEEPEST)[0]
+    with pytest.raises(ValueError, match=f"nested more than {DEEPEST} levels"):
+        parse_yaml("[" * (DEEPEST + 1) + "]" * (DEEPEST + 1))
+
+
+def test_references_without_end_are_not_followed(fuzzer):
+    recipe = next(target for target in TARGETS if target.name == "recipe")
+    for seed in range(3):
+        verdict = fuzzer.judge(recipe, BOMB.encode(), Random(seed))
+        assert verdict.code == 2
+        assert "some of them by reference" in verdict.said
+
+
+@pytest.mark.parametrize("name", ["a" * 5000, "~nobody-of-that-name/x"])
+def test_what_no_path_can_be(name):
+    with pytest.raises(UsageError, match="cannot be used as a path"):
+        typed_path(name)
+
+
+# What is shown.
+
+
+def test_a_message_is_some_lines_that_can_be_printed():
+    error = UsageError("\n".join(["red \x1b[31m, \u202e, \ud800, é", "x" * 5000, *["more"] * 100]))
+    lines = told(error)
+    assert lines[0] == "red \ufffd[31m, \ufffd, \ufffd, é"
+    assert lines[1] == "x" * LONGEST + "..."
+    assert len(lines) == MOST_FAULTS + 1
+    assert lines[-1] == f"And {102 - MOST_FAULTS} more."
+
+
+def test_what_can_be_printed_is_left_alone():
+    assert visible("Привет, 🙂 [red]x[/] {0}") == "Привет, 🙂 [red]x[/] {0}"
