@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from compress.models.branch import Branch
+from compress.numerics.sums import ReproducibleSum
 from compress.streaming.streams import Streams, rows
 
 # Tokens whose logits are held at a time: a row of them is as wide as the vocabulary.
@@ -28,17 +29,18 @@ def mean_divergence(head: Branch, dense_readers: Sequence[nn.Linear], streams: S
     """KL(dense || compressed) of the next token, in nats, the mean over held-out tokens; None where there are none."""
     if streams.dense is None:
         return None
-    total, tokens = 0.0, 0.0
+    total, tokens = ReproducibleSum(device=torch.device("cpu")), 0
     (linear,), (dense_linear,) = head.readers.values(), dense_readers
     assert head.norm is not None
     for batch in (batch for batch in streams.batches if batch.held_out):
         compressed, dense = streams.now(batch)
         assert dense is not None
         for z, x in zip(*(rows(stream).split(LOGITS_AT_ONCE) for stream in (compressed, dense)), strict=True):
-            total += kl_divergence(dense_linear(head.norm(x)), linear(head.norm(z)))
+            total.add(torch.tensor(kl_divergence(dense_linear(head.norm(x)), linear(head.norm(z)))))
             tokens += len(x)
-    total, tokens = streams.processes.total(total), streams.processes.total(tokens)
-    return total / tokens if tokens else None
+    streams.processes.add_up(total)
+    tokens = streams.processes.total(tokens)
+    return float(total.close()) / tokens if tokens else None
 
 
 def kl_divergence(dense: Float[Tensor, "*tokens vocabulary"], compressed: Float[Tensor, "*tokens vocabulary"]) -> float:
