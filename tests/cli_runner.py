@@ -124,6 +124,7 @@ class Request:
     write_event: the process is killed at this one of the events by which Python announces that it is about to change
         files below `cwd`, counted from 1. At 0 it is not, and their number is the last line of stderr.
     max_file_bytes: no file may grow larger, as on a disk that is full.
+    max_data_growth: bytes of private memory that the process may take beside what the warm one has.
     """
 
     words: Sequence[str]
@@ -132,6 +133,7 @@ class Request:
     verify: bool = False
     write_event: int | None = None
     max_file_bytes: int | None = None
+    max_data_growth: int | None = None
     env: dict[str, str] = field(default_factory=dict)
 
 
@@ -235,6 +237,9 @@ def run_forked(request: dict[str, Any]) -> int:
         disturb(Disturbance(**request["disturbance"]))
     if request["max_file_bytes"] is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["max_file_bytes"],) * 2)
+    if request["max_data_growth"] is not None:
+        data = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmData:"))
+        resource.setrlimit(resource.RLIMIT_DATA, (int(data.split()[1]) * 1024 + request["max_data_growth"],) * 2)
     events = watch_writes(Path.cwd(), request["write_event"]) if request["write_event"] is not None else None
     sys.argv = ["compress", *request["words"]]
     try:

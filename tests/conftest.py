@@ -12,6 +12,7 @@ WHOLE_RUNS = {
     *("test_allocation", "test_bad_input", "test_bench_cli", "test_checkpoint_files", "test_cli", "test_cli_anchored"),
     *("test_cli_eval", "test_cli_lord", "test_cli_run", "test_cli_slim", "test_composition", "test_gguf"),
     *("test_humaneval", "test_inspect", "test_inspect_damage", "test_inspect_plots", "test_lowrank_world"),
+    "test_max_memory",
     "test_processes",
     *("test_ranks", "test_registration", "test_resume", "test_sliced_model", "test_slim_world", "test_stock"),
     "test_world",
