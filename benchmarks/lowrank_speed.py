@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from compress import families
 from compress.models.modeling_lowrank import LowRankLinear, PivotLinear
+from compress.needs import Room
 from compress.plan import make_plan
 from compress.recipe import lowrank, parse_recipe
 
@@ -87,7 +88,7 @@ def factorised(config: LlamaConfig, share: float, form: str) -> Any:
     stages = lowrank("lord", {"rank_frac": share}, form=form, bias=False)
     recipe = parse_recipe({"method": "lord", "stages": stages, "calibration": CALIBRATION})
     family = families.find(config)
-    plan = make_plan(recipe, config, family, dtype=torch.float32, computing=torch.float32, cache_memory=2**30)
+    plan = make_plan(recipe, config, family, dtype=torch.float32, computing=torch.float32, room=Room(1, 2**30))
     return AutoModelForCausalLM.from_config(plan.target.config(plan.shape, torch.float32))
 
 

@@ -17,6 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from compress import families
+from compress.needs import Room
 from compress.plan import make_plan
 from compress.recipe import anchored, parse_recipe
 
@@ -63,7 +64,7 @@ def sliced_config(config: LlamaConfig, how: dict[str, Any]) -> Any:
     """What would be written; of the shapes that a budget allows, the one in the middle."""
     recipe = parse_recipe({"method": "anchored", "calibration": CALIBRATION, **how})
     family = families.find(config)
-    plan = make_plan(recipe, config, family, dtype=torch.float32, computing=torch.float32, cache_memory=2**30)
+    plan = make_plan(recipe, config, family, dtype=torch.float32, computing=torch.float32, room=Room(1, 2**30))
     shape = plan.choices[len(plan.choices) // 2].shape if plan.choices else plan.shape
     return plan.target.config(shape, torch.float32)
 

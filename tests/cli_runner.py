@@ -140,6 +140,7 @@ class Request:
     signal_after: seconds after which it is sent `number`, wherever it is.
     max_file_bytes: no file may grow larger, as on a disk that is full.
     starts_after: seconds to wait first.
+    max_data_growth: bytes of private memory that the process may take beside what the warm one has.
     """
 
     words: Sequence[str]
@@ -151,6 +152,7 @@ class Request:
     number: int = int(signal.SIGKILL)
     max_file_bytes: int | None = None
     starts_after: float = 0.0
+    max_data_growth: int | None = None
     env: dict[str, str] = field(default_factory=dict)
 
 
@@ -318,6 +320,9 @@ def run_forked(request: dict[str, Any]) -> int:
     events = None
     if request["write_event"] is not None:
         events = watch_writes(Path.cwd(), request["write_event"], request["number"])
+    if request["max_data_growth"] is not None:
+        data = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmData:"))
+        resource.setrlimit(resource.RLIMIT_DATA, (int(data.split()[1]) * 1024 + request["max_data_growth"],) * 2)
     sys.argv = ["compress", *request["words"]]
     try:
         compress.cli.main()

@@ -8,17 +8,41 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 # Files whose tests run whole commands or the whole pipeline; the others are the units.
-<<<<<<< HEAD
-<<<<<<< HEAD
-WHOLE_RUNS = frozenset(
-    """
-    test_adding_a_family test_allocation test_bad_input test_bench_cli test_checkpoint_files test_cli
-    test_cli_anchored test_cli_eval test_cli_lord test_cli_run test_cli_slim test_composition test_every_family
-    test_family_table test_faults test_fuzz test_gguf test_humaneval test_inspect test_inspect_damage
-    test_inspect_plots test_lowrank_world test_processes test_ranks test_registration test_resume test_security
-    test_sliced_model test_slim_world test_soundness test_stock test_world
-    """.split()
-)
+WHOLE_RUNS = {
+    "test_adding_a_family",
+    "test_allocation",
+    "test_bad_input",
+    "test_bench_cli",
+    "test_checkpoint_files",
+    "test_cli",
+    "test_cli_anchored",
+    "test_cli_eval",
+    "test_cli_lord",
+    "test_cli_run",
+    "test_cli_slim",
+    "test_composition",
+    "test_every_family",
+    "test_family_table",
+    "test_faults",
+    "test_fuzz",
+    "test_gguf",
+    "test_humaneval",
+    "test_inspect",
+    "test_inspect_damage",
+    "test_inspect_plots",
+    "test_lowrank_world",
+    "test_max_memory",
+    "test_processes",
+    "test_ranks",
+    "test_registration",
+    "test_resume",
+    "test_security",
+    "test_sliced_model",
+    "test_slim_world",
+    "test_soundness",
+    "test_stock",
+    "test_world",
+}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -25,6 +25,7 @@ from compress.checkpoints.targets import Shape, Target, dense_units
 from compress.errors import UsageError
 from compress.job import Job
 from compress.models.hub import find_model
+from compress.needs import Room
 from compress.plan import Plan, choose_target, make_plan, model_points
 from compress.preflight import prepare
 from compress.recipe import Recipe, anchored, parse_recipe, slicegpt
@@ -99,7 +100,7 @@ def bill(config: Any, chosen: Recipe, dtype: torch.dtype = torch.float16) -> Bil
 
 def planned(config: Any, chosen: Recipe, dtype: torch.dtype = torch.float16) -> Plan:
     family = families.find(config)
-    return make_plan(chosen, config, family, dtype=dtype, computing=torch.float32, cache_memory=2**30)
+    return make_plan(chosen, config, family, dtype=dtype, computing=torch.float32, room=Room(1, 2**30))
 
 
 def whole(counts: Mapping[str, Any]) -> Counts:

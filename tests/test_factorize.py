@@ -30,6 +30,7 @@ from compress.models.factors import factor_module
 from compress.models.hub import find_model
 from compress.models.loading import load_config
 from compress.models.modeling_lowrank import LowRankLinear, PivotLinear, factorize_architecture
+from compress.needs import Room
 from compress.numerics.lowrank import InputMoments
 from compress.numerics.ridge import DAMPINGS
 from compress.plan import Plan, make_plan
@@ -995,7 +996,7 @@ def starcoder_plan(stages: Stages, **more: Any) -> Plan:
         families.find(config),
         dtype=torch.bfloat16,
         computing=torch.float32,
-        cache_memory=8 * 10**9,
+        room=Room(1, 8 * 10**9),
     )
 
 
@@ -1040,7 +1041,7 @@ def planned(model_type: str, stages: Stages, *, samples: int = 128, **more: Any)
     calibration = {"source": "stdlib", "samples": samples, "seq_len": 16}
     chosen = parse_recipe({"method": "test", "stages": list(stages), "calibration": calibration, **more})
     family = families.find(config)
-    return make_plan(chosen, config, family, dtype=torch.float16, computing=torch.float32, cache_memory=2**30)
+    return make_plan(chosen, config, family, dtype=torch.float16, computing=torch.float32, room=Room(1, 2**30))
 
 
 def refusal(call: Callable[[], Any]) -> str:

@@ -23,6 +23,7 @@ LAYERS = [
     ("recipe_file",),
     ("budget",),
     ("ranks", "needs"),
+    ("room",),
     ("factoring",),
     ("storing",),
     ("plan", "job"),

@@ -23,6 +23,7 @@ from compress.checkpoints.targets import Shape
 from compress.errors import UsageError
 from compress.job import Job
 from compress.models.hub import find_model
+from compress.needs import Room
 from compress.plan import Plan, make_plan
 from compress.preflight import prepare
 from compress.ranks import RankSpace, rank_choices, uniform_ranks
@@ -283,7 +284,7 @@ def planned(order: Order, **changes: Any) -> Plan:
     config = tiny.tiny_config(order.model_type, num_hidden_layers=order.blocks, **changes)
     family, dtype = families.find(config), getattr(torch, order.dtype)
     recipe = order.recipe("stdlib")
-    return make_plan(recipe, config, family, dtype=dtype, computing=torch.float32, cache_memory=2**30)
+    return make_plan(recipe, config, family, dtype=dtype, computing=torch.float32, room=Room(1, 2**30))
 
 
 def some_spectra(space: RankSpace) -> dict[str, Spectrum]:
@@ -471,7 +472,7 @@ def test_bytes_on_disk_are_no_less_than_planned_for_a_large_model(blocks, form):
         }
     )
     family = families.find(config)
-    plan = make_plan(recipe, config, family, dtype=torch.float16, computing=torch.float32, cache_memory=2**30)
+    plan = make_plan(recipe, config, family, dtype=torch.float16, computing=torch.float32, room=Room(1, 2**30))
     model = plan.target.model(Shape(plan.shape.widths, plan.units, plan.factors))
     parts: dict[str, dict[str, tuple[str, Sequence[int], int]]] = {}
     total = 0

@@ -397,9 +397,9 @@ def test_two_runs_that_start_at_once(place, monkeypatch):
     first = None
     prepare = pipeline.prepare
 
-    def prepare_slowly(job):
+    def prepare_slowly(job, processes):
         nonlocal first
-        prepared = prepare(job)
+        prepared = prepare(job, processes)
         first = Journal.start(job.partial, {"recipe": "of the first"})
         return prepared
 

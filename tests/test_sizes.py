@@ -11,6 +11,7 @@ from compress import families
 from compress.budget import planned_shape
 from compress.checkpoints.sizes import dense_size
 from compress.errors import UsageError
+from compress.needs import Room
 from compress.numerics.frames import OrthogonalFrame
 from compress.plan import Plan, make_plan, model_points
 from compress.recipe import Recipe, parse_recipe, slicegpt
@@ -255,7 +256,7 @@ def plan(config: Any, rule: dict[str, Any], **options: Any) -> Plan:
         families.find(config),
         dtype=torch.float16,
         computing=torch.float32,
-        cache_memory=2**30,
+        room=Room(1, 2**30),
     )
 
 

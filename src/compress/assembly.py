@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from compress.models.decoder import Decoder
-from compress.preflight import Prepared, cache_memory
+from compress.preflight import Prepared
 from compress.stages._stage import StageConfig
 from compress.streaming.loader import PartLoader
 from compress.streaming.spectra import GradientFiles, LinearObserver
@@ -14,7 +14,6 @@ from compress.streaming.survey import Survey, SurveyNeed, Surveyor
 from compress.streaming.walk import Walk, WalkSettings
 
 PROBE_TOKENS = 64
-TOKENS_PER_BATCH = 8192
 
 
 def new_decoder(prepared: Prepared) -> Decoder:
@@ -24,7 +23,7 @@ def new_decoder(prepared: Prepared) -> Decoder:
 def batch_size(prepared: Prepared, windows: Tensor) -> int:
     """Windows at a time; no more than leave something for every process."""
     share = len(windows) // prepared.processes.count
-    return prepared.job.batch_size or max(1, min(TOKENS_PER_BATCH // windows.shape[1], share))
+    return max(1, min(prepared.plan.room.batch_size, share))
 
 
 def take_survey(prepared: Prepared, progress: Callable[[], None]) -> Survey | None:
@@ -40,7 +39,7 @@ def take_survey(prepared: Prepared, progress: Callable[[], None]) -> Survey | No
         PartLoader(decoder, prepared.weights),
         own_batches(split_windows(prepared.windows, batch_size(prepared, prepared.windows), held_out=0), processes),
         CacheFolder(decoder, prepared.job.partial),
-        memory=cache_memory(prepared.job),
+        memory=prepared.plan.room.cache_memory,
         observer=None if watch is None else LinearObserver(watch, files, decoder, processes),
         stream=SurveyNeed.STREAM in need,
     )
@@ -58,7 +57,7 @@ def new_walk(
         held_out=held_out,
         probe_tokens=PROBE_TOKENS,
         seed=job.recipe.seed,
-        cache_memory=cache_memory(job),
+        cache_memory=prepared.plan.room.cache_memory,
         scratch=job.partial,
     )
     return Walk(new_decoder(prepared), prepared.weights, windows, stages, settings, survey, prepared.processes)

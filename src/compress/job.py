@@ -17,6 +17,7 @@ class Job:
     export: `hf` for the checkpoint folder alone, `gguf` for a GGUF file in it as well.
     batch_size: windows at a time; None for about 8192 tokens.
     cache_memory: bytes of activations to hold in memory; None for half of what is free.
+    max_memory: bytes that the run may hold at once, the process that reloads the result included; None for no limit.
     """
 
     model: ModelSource
@@ -27,6 +28,7 @@ class Job:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     batch_size: int | None = None
     cache_memory: int | None = None
+    max_memory: int | None = None
     data_dir: Path | None = None
     resume: bool = False
     overwrite: bool = False

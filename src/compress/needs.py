@@ -1,8 +1,15 @@
-"""Memory and disk that a run takes, from config.json alone."""
+"""Memory and disk that a run takes, from config.json alone.
+
+Memory is what a process holds and the system cannot take back: pages of files do not count. What is held at once are a
+part's weights twice (as they are read or written and as they are computed with), the matrices of the widest thing that
+is solved, what passes a block with a batch, and the activations between blocks as far as they may stay in memory. The
+parts of a run come one after another, so what counts is the one that takes most.
+"""
 
 import functools
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,64 +20,154 @@ from compress.models.decoder import Decoder
 from compress.recipe import Recipe
 from compress.stages._stage import StageConfig, StoringStage
 from compress.streaming.cache import cache_bytes
-from compress.streaming.passage import has_linears, keeps_before_post_norms, num_streams
+from compress.streaming.divergence import LOGITS_AT_ONCE
+from compress.streaming.passage import has_groups, has_linears, keeps_before_post_norms, num_streams
 from compress.streaming.spectra import WIDEST
-from compress.streaming.survey import SurveyNeed, kept_streams
+from compress.streaming.survey import TOKENS_AT_ONCE, SurveyNeed, kept_streams
+
+TOKENS_PER_BATCH = 8192
+DOUBLE = 8  # bytes of a float64
+
+
+@dataclass(frozen=True)
+class Room:
+    """What is held of the calibration text: windows at a time, and bytes of activations that stay in memory."""
+
+    batch_size: int
+    cache_memory: int
+
+
+def usual_batch_size(recipe: Recipe) -> int:
+    calibration = recipe.calibration
+    return max(1, min(TOKENS_PER_BATCH // calibration.seq_len, calibration.samples))
 
 
 def needs(
-    recipe: Recipe,
-    stages: Sequence[StageConfig],
-    config: Any,
-    family: Family,
-    *,
-    computing: torch.dtype,
-    cache_memory: int,
+    recipe: Recipe, stages: Sequence[StageConfig], config: Any, family: Family, *, computing: torch.dtype, room: Room
 ) -> tuple[int, int]:
-    """Bytes of memory, and of disk beside the output."""
-    calibration, width = recipe.calibration, config.hidden_size
-    one = cache_bytes(calibration.samples, calibration.seq_len, width, computing)
+    """Bytes of memory, beside the interpreter and its libraries, and of disk beside the output."""
+    calibration, sizes = recipe.calibration, Sizes.of(config, family, computing)
+    one = cache_bytes(calibration.samples, calibration.seq_len, config.hidden_size, computing)
     caches = one * (num_streams(stages) + keeps_before_post_norms(stages, family))
     if SurveyNeed.GRADIENT in surveyed(stages):
-        caches = max(caches, one * kept_streams(config.num_hidden_layers, one, cache_memory))
-    # Eigenvectors and their like take four matrices of the stream's width; a group of linears has its equations twice.
-    statistics = 4 * width**2
-    if has_linears(stages):
-        # The stream itself is among the inputs of writers where their basis may change.
-        beside = width if any(stage.reshapes for stage in stages) else 0
-        inputs = beside + max(dense_units(config, family).get("neurons", 0), width)
-        statistics = max(statistics, 4 * inputs * (inputs + width))
-    memory = largest_part(config, family) * (computing.itemsize + 8) + statistics * 8 + min(caches, cache_memory)
+        caches = max(caches, one * kept_streams(config.num_hidden_layers, one, room.cache_memory))
+    tokens = min(room.batch_size, calibration.samples) * calibration.seq_len
+    weights = 2 * sizes.part * sizes.itemsize
+    memory = weights + max(
+        passing(stages, sizes, tokens) + gathering(stages, sizes),
+        solving(stages, sizes),
+        heading(stages, sizes, room.batch_size),
+    )
+    spilled = caches if caches > room.cache_memory else 0
+    disk = 2 * one * num_streams(stages) + spilled + gradient_files(stages, sizes)
+    return memory + min(caches, room.cache_memory), disk
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of a dense model, in numbers: its largest part, matrix and linear of a block, and its widths.
+
+    linears: outputs and inputs of those of a block. itemsize: bytes of a number that is computed with.
+    """
+
+    itemsize: int
+    part: int
+    matrix: int
+    linears: Mapping[str, tuple[int, int]]
+    width: int
+    neurons: int
+    vocabulary: int
+    blocks: int
+
+    @classmethod
+    def of(cls, config: Any, family: Family, computing: torch.dtype) -> "Sizes":
+        decoder = Decoder(config, family, dtype=torch.float32, device=torch.device("cpu"))
+        shapes, block = decoder.parameter_shapes(), decoder.block_names(0)
+        parts = [decoder.embedding_names(), block, decoder.head_names()]
+        return cls(
+            itemsize=computing.itemsize,
+            part=max(sum(shapes[name].numel() for name in part) for part in parts),
+            matrix=max(shapes[name].numel() for part in parts for name in part),
+            linears={name: (shapes[name][0], shapes[name][1]) for name in block if len(shapes[name]) == 2},
+            width=config.hidden_size,
+            neurons=max(dense_units(config, family).get("neurons", 0), config.hidden_size),
+            vocabulary=config.vocab_size,
+            blocks=config.num_hidden_layers,
+        )
+
+    @property
+    def linear(self) -> int:
+        return max(m * n for m, n in self.linears.values())
+
+
+def inputs_at_once(stages: Sequence[StageConfig], sizes: Sizes) -> int:
+    """Inputs of the widest group of linears: the stream is among those of writers where their basis may change."""
+    return sizes.neurons + (sizes.width if any(stage.reshapes for stage in stages) else 0)
+
+
+def passing(stages: Sequence[StageConfig], sizes: Sizes, tokens: int) -> int:
+    """What a batch takes in a block: activations, and in float64 what is taken into sums of them."""
+    activations = 8 * sizes.width + 4 * sizes.neurons
+    if SurveyNeed.GRADIENT in surveyed(stages):
+        activations *= 2  # what the pass backward needs of the pass forward
+    summed = 3 * sizes.width + (3 * inputs_at_once(stages, sizes) if has_linears(stages) else 0)
+    return tokens * (activations * sizes.itemsize + summed * DOUBLE)
+
+
+def gathering(stages: Sequence[StageConfig], sizes: Sizes) -> int:
+    """Sums that grow, each in two numbers: at a point of the stream, of a group of linears, or of a block's linears."""
+    k, D = inputs_at_once(stages, sizes), sizes.width
+    found = [2 * D**2]
+    if has_groups(stages):
+        found.append(4 * k * (k + D))  # to fit on and held out
+    elif has_linears(stages):
+        found.append(2 * (k**2 + D**2))
+    if SurveyNeed.STREAM in surveyed(stages):
+        found.append(4 * D**2)
+    if SurveyNeed.LINEARS in surveyed(stages):
+        gradients = gradient_moments(sizes) if SurveyNeed.GRADIENT in surveyed(stages) else 0
+        found.append(2 * (k**2 + 2 * D**2 + gradients))
+    return max(found) * DOUBLE
+
+
+def solving(stages: Sequence[StageConfig], sizes: Sizes) -> int:
+    """Eigenvectors and regressions: their equations and as many matrices beside; weights in float64 while they turn."""
+    k, D = inputs_at_once(stages, sizes), sizes.width
+    statistics = 6 * D**2
+    if has_groups(stages):
+        statistics = max(statistics, 6 * k * (k + D))
+    elif has_linears(stages):
+        statistics = max(statistics, 6 * k**2)
+    turned = sizes.matrix * (2 * DOUBLE + sizes.itemsize)
     if any(isinstance(stage, StoringStage) for stage in stages):
-        memory += largest_linear(config, family) * (8 * 8 + 12 * computing.itemsize)
-    spilled = caches if caches > cache_memory else 0
-    return memory, 2 * one * num_streams(stages) + spilled + gradient_files(stages, config, family)
+        # Sweeps and ADMM hold a linear a dozen times.
+        turned = max(turned, sizes.linear * (8 * DOUBLE + 12 * sizes.itemsize))
+    return statistics * DOUBLE + turned
+
+
+def heading(stages: Sequence[StageConfig], sizes: Sizes, batch_size: int) -> int:
+    """Logits, and what is made of them in float64."""
+    held_out = LOGITS_AT_ONCE if any(stage.held_out_share for stage in stages) else 0
+    backward = TOKENS_AT_ONCE * batch_size if SurveyNeed.GRADIENT in surveyed(stages) else 0
+    return sizes.vocabulary * max(held_out * (2 * sizes.itemsize + 6 * DOUBLE), backward * 4 * sizes.itemsize)
 
 
 def surveyed(stages: Sequence[StageConfig]) -> SurveyNeed:
     return functools.reduce(operator.or_, (stage.survey for stage in stages))
 
 
-def gradient_files(stages: Sequence[StageConfig], config: Any, family: Family) -> int:
-    """Bytes of the moments of gradients by linears' outputs, in float32."""
+def gradient_moments(sizes: Sizes) -> int:
+    """Numbers of the second moments of gradients by the outputs of a block's linears."""
+    return sum(m * m if m <= WIDEST * sizes.width else m for m, _ in sizes.linears.values())
+
+
+def gradient_files(stages: Sequence[StageConfig], sizes: Sizes) -> int:
+    """Bytes of these of all blocks, in float32."""
     if SurveyNeed.LINEARS | SurveyNeed.GRADIENT not in surveyed(stages):
         return 0
-    decoder = Decoder(config, family, dtype=torch.float32, device=torch.device("cpu"))
-    widest, shapes = WIDEST * config.hidden_size, decoder.parameter_shapes()
-    outputs = [shapes[name][0] for name in decoder.block_names(0) if len(shapes[name]) > 1]
-    return 4 * config.num_hidden_layers * sum(m * m if m <= widest else m for m in outputs)
+    return 4 * sizes.blocks * gradient_moments(sizes)
 
 
-def largest_linear(config: Any, family: Family) -> int:
-    """Weights of the largest linear of a block. Sweeps and ADMM hold it a dozen times."""
-    decoder = Decoder(config, family, dtype=torch.float32, device=torch.device("cpu"))
-    shapes = decoder.parameter_shapes()
-    return max(shapes[name].numel() for name in decoder.block_names(0))
-
-
-def largest_part(config: Any, family: Family) -> int:
-    """Parameters of the largest of embeddings, block and head, before compression."""
-    decoder = Decoder(config, family, dtype=torch.float32, device=torch.device("cpu"))
-    shapes = decoder.parameter_shapes()
-    parts = [decoder.embedding_names(), decoder.block_names(0), decoder.head_names()]
-    return max(sum(shapes[name].numel() for name in part) for part in parts)
+def largest_part_bytes(config: Any, family: Family, computing: torch.dtype) -> int:
+    sizes = Sizes.of(config, family, computing)
+    return sizes.part * sizes.itemsize

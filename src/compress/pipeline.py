@@ -40,6 +40,7 @@ from compress.preflight import Prepared, check_output, plan_job, prepare
 from compress.provenance import identity
 from compress.publishing import aside_of, discard, give_back, is_finished, none_left_empty, publish
 from compress.ranks import rank_choices
+from compress.room import held
 from compress.streaming.journal import LOCK, Journal, clear, sha256, take_lock, write_tensors
 from compress.streaming.processes import ALONE, Processes
 from compress.streaming.shared_journal import SharedJournal
@@ -148,6 +149,8 @@ def _run(prepared: Prepared, lock: IO[str] | None, progress: Progress, start: fl
         for part in walk.parts():
             _write_part(journal, part, walk)
             progress(part.name, part.index + 1, walk.num_parts)
+            del part  # it is on disk, and the next is as large
+        walk.streams.release()
         processes.from_first(None)  # all is written
         if not processes.is_first:
             return None
@@ -395,9 +398,12 @@ def _complete(prepared: Prepared, walk: Walk, journal: Journal) -> tuple[dict[st
         ids, logits = walk.probe_ids, walk.probe
         assert logits is not None
         verify_tokens(prepared.folder, partial)
-        difference = verify(partial, ids, logits, memory=max(prepared.plan.memory_bytes, SMALL))
+        memory = proof_memory(prepared)
+        difference = verify(partial, ids, logits, memory=memory)
         if job.export == "gguf":
-            export_gguf(partial, job.out.name, ids, logits, memory=prepared.plan.memory_bytes)
+            if job.max_memory is None:
+                memory = max(memory, psutil.virtual_memory().available // 2)
+            export_gguf(partial, job.out.name, ids, logits, memory=memory)
     flush_below(partial)
     journal.forget()
     publish(partial, job.out)
@@ -410,7 +416,13 @@ def export_gguf(folder: Path, name: str, ids: Tensor, logits: Tensor, *, memory:
 
     file = folder / f"{name}.gguf"
     write_gguf(folder, file, name=name)
-    verify_gguf(folder, file, ids, logits, memory=max(memory, psutil.virtual_memory().available // 2))
+    verify_gguf(folder, file, ids, logits, memory=memory)
+
+
+def proof_memory(prepared: Prepared) -> int:
+    """Bytes that the process which reloads the result may take beside its interpreter, which is as large as ours."""
+    limit = prepared.job.max_memory
+    return max(prepared.plan.memory_bytes, SMALL) if limit is None else max(0, limit - held() - prepared.held)
 
 
 def _facts(prepared: Prepared, journal: Journal) -> dict[str, Any]:
@@ -431,7 +443,7 @@ def _facts(prepared: Prepared, journal: Journal) -> dict[str, Any]:
         "origin": read_origin(prepared.folder),
         "export": job.export,
         "device": job.device.type,
-        "batch_size": job.batch_size,
+        "batch_size": run["batch size"],
         "fingerprints": {key: run[key] for key in ("model", "calibration text")},
         "itemsize": prepared.precision.written.itemsize,
         "dense_size": vars(prepared.plan.dense),

@@ -16,7 +16,7 @@ from compress.errors import UsageError, report
 from compress.factoring import FactorPlan, factorising, plan_factors
 from compress.families import Family, check_exact
 from compress.models.storage import Storage
-from compress.needs import needs, surveyed
+from compress.needs import Room, needs, surveyed
 from compress.ranks import RankSpace
 from compress.recipe import Recipe
 from compress.stages._stage import StageConfig
@@ -38,8 +38,8 @@ class Plan:
     ranks: what ranks are to be found for, where a stage leaves them open.
     choices: what fits under the recipe's budget, to be compared by trial; empty without one.
     notes: what the user should know of it.
-    memory_bytes: the most that is held at once beside the interpreter: the largest part at its dense width with its
-        float64 copy, its statistics, a batch in flight, and the activation cache as far as it may stay in memory.
+    room: what is held of the calibration text. memory_bytes: the most that is held at once beside the interpreter, as
+        `needs.py` has it.
     disk_bytes: the output, the state a killed run resumes from, twice while it is replaced, and activations that
         memory does not hold.
     """
@@ -56,6 +56,7 @@ class Plan:
     ranks: RankSpace | None
     choices: list[Choice]
     notes: list[str]
+    room: Room
     memory_bytes: int
     disk_bytes: int
 
@@ -157,7 +158,7 @@ def step_notes(target: Target, stages: Sequence[StageConfig]) -> list[str]:
 
 
 def make_plan(
-    recipe: Recipe, config: Any, family: Family, *, dtype: torch.dtype, computing: torch.dtype, cache_memory: int
+    recipe: Recipe, config: Any, family: Family, *, dtype: torch.dtype, computing: torch.dtype, room: Room
 ) -> Plan:
     """Raises UsageError with what of the recipe does not fit the model."""
     points, units = model_points(config, family, recipe.seed), dense_units(config, family)
@@ -193,7 +194,7 @@ def make_plan(
         shape = replace(shape, factors=factored.factors, storage=stored.storage)
         size = size_of(factored.target.model(shape), dtype)
     largest = size or max((choice.size for choice in found), key=lambda size: size.bytes, default=dense)
-    memory, disk = needs(recipe, stages, config, family, computing=computing, cache_memory=cache_memory)
+    memory, disk = needs(recipe, stages, config, family, computing=computing, room=room)
     plan = Plan(
         stages=factored.stages,
         target=factored.target,
@@ -207,6 +208,7 @@ def make_plan(
         ranks=factored.ranks,
         choices=found,
         notes=notes + factored.notes + stored.notes + step_notes(base, recipe.stages),
+        room=room,
         memory_bytes=memory,
         disk_bytes=largest.bytes + disk,
     )

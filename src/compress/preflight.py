@@ -2,7 +2,8 @@
 
 import shutil
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from compress.job import Job
 from compress.models.decoder import Decoder
 from compress.models.loading import check_positions, check_vocabulary, load_config, load_tokenizer
 from compress.models.stored_files import ADAPTER
+from compress.needs import Room, largest_part_bytes, needs, usual_batch_size
 from compress.plan import Plan, make_plan
 from compress.publishing import aside_of
+from compress.room import held, settle
 from compress.streaming.processes import ALONE, Processes
 from compress.streaming.weights import READABLE, LazyWeights
 
@@ -34,7 +37,10 @@ class Precision:
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """A job whose every input has been looked at. processes: those that do it together."""
+    """A job whose every input has been looked at.
+
+    processes: those that do it together. held: bytes that this one held before.
+    """
 
     job: Job
     folder: Path
@@ -44,6 +50,7 @@ class Prepared:
     plan: Plan
     weights: LazyWeights
     windows: Tensor
+    held: int
     processes: Processes = ALONE
 
 
@@ -51,9 +58,9 @@ def prepare(job: Job, processes: Processes = ALONE) -> Prepared:
     """Raises a CompressError with a line for every fault, and the exit code of the first."""
     folder = job.model.whole_folder()
     config = load_config(folder)
-    calibration, faults = job.recipe.calibration, Faults()
+    calibration, faults, before = job.recipe.calibration, Faults(), held()
     with faults.noted():
-        family, plan = families.find(config), plan_job(job, folder, config)
+        family, plan = families.find(config), plan_job(job, folder, config, processes)
     planned = not faults.found
     with faults.noted():
         check_output(job)
@@ -65,7 +72,7 @@ def prepare(job: Job, processes: Processes = ALONE) -> Prepared:
         with faults.noted():
             check_disk(job.out, plan.disk_bytes)
         with faults.noted():
-            check_memory(plan.memory_bytes)
+            check_memory(plan.memory_bytes * processes.local_count)
         with faults.noted():
             weights = open_weights(folder, config, family)
         if job.export == "gguf":
@@ -84,6 +91,7 @@ def prepare(job: Job, processes: Processes = ALONE) -> Prepared:
         plan=plan,
         weights=weights,
         windows=windows,
+        held=before,
         processes=processes,
     )
 
@@ -109,17 +117,33 @@ def choose_precision(job: Job, folder: Path, config: Any) -> Precision:
     return Precision(written, torch.float64 if written == torch.float64 else torch.float32)
 
 
-def plan_job(job: Job, folder: Path, config: Any) -> Plan:
-    """Raises UnsupportedModel or UsageError where the recipe does not fit the model."""
+def plan_job(job: Job, folder: Path, config: Any, processes: Processes = ALONE) -> Plan:
+    """Raises UnsupportedModel or UsageError where the recipe does not fit the model, or the run not the memory."""
     check_dense(folder, config)
-    precision = choose_precision(job, folder, config)
-    return make_plan(
-        job.recipe,
-        config,
-        families.find(config),
-        dtype=precision.written,
-        computing=precision.computing,
-        cache_memory=cache_memory(job),
+    precision, family = choose_precision(job, folder, config), families.find(config)
+    room = Room(job.batch_size or usual_batch_size(job.recipe), cache_memory(job, processes))
+    make = partial(make_plan, job.recipe, config, family, dtype=precision.written, computing=precision.computing)
+    plan = make(room=room)
+    if job.max_memory is None:
+        return plan
+    before, part = held(), largest_part_bytes(config, family, precision.computing)
+    # The process that reloads the result takes it part by part, unless its form cannot stay on disk.
+    whole = (plan.storage and any(each.form == "packed" for each in plan.storage.values())) or job.export == "gguf"
+    proof = 2 * plan.dense.bytes if whole else 2 * part
+
+    def need(room: Room) -> int:
+        run, _ = needs(job.recipe, plan.stages, config, family, computing=precision.computing, room=room)
+        return max(run, before + proof)
+
+    room = settle(room, job.max_memory, before, need, fixed_batch=job.batch_size is not None)
+    plan = make(room=room)
+    return replace(plan, notes=[*plan.notes, room_note(room, job.max_memory)])
+
+
+def room_note(room: Room, limit: int) -> str:
+    return (
+        f"Within {limit / 1e9:.1f} GB: {room.batch_size} windows at a time, activations beyond "
+        f"{room.cache_memory / 1e9:.1f} GB on disk."
     )
 
 
@@ -140,8 +164,10 @@ def stored_dtype(folder: Path) -> torch.dtype | None:
     return READABLE.get(stored.most_common(1)[0][0])
 
 
-def cache_memory(job: Job) -> int:
-    return psutil.virtual_memory().available // 2 if job.cache_memory is None else job.cache_memory
+def cache_memory(job: Job, processes: Processes) -> int:
+    if job.cache_memory is not None:
+        return job.cache_memory
+    return psutil.virtual_memory().available // 2 // processes.local_count
 
 
 def check_batches(job: Job, processes: int) -> None:

@@ -9,6 +9,7 @@ import torch
 import transformers
 
 from compress.datasets.windows import fingerprint
+from compress.needs import usual_batch_size
 from compress.preflight import Prepared
 from compress.streaming.weights import LazyWeights
 from compress.version import __version__
@@ -24,10 +25,16 @@ def identity(prepared: Prepared) -> dict[str, Any]:
         "versions": versions(),
         "export": job.export,
         "device": job.device.type,
-        "batch size": job.batch_size,
+        "batch size": batch_size(prepared),
         "number of processes": prepared.processes.count,
         "dtype": str(prepared.precision.written).removeprefix("torch."),
     }
+
+
+def batch_size(prepared: Prepared) -> int | None:
+    """Windows at a time, where it is not the usual number: as the user said it, or as memory allows."""
+    chosen, job = prepared.plan.room.batch_size, prepared.job
+    return job.batch_size if chosen == usual_batch_size(job.recipe) else chosen
 
 
 def versions() -> dict[str, str]:

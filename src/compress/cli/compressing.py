@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from compress.pipeline import Result
     from compress.recipe import Recipe
 
+MOST = "What the run may hold in memory, a promise: 8GB. Batches and activation caches are chosen under it."
 CACHE = "Activations beyond this go to disk: 8GB. Default: half of what is free."
 
 Model = Annotated[str, typer.Option(help="A hub id, an alias such as llama-2-7b or opt-125m, a folder, or demo.")]
@@ -44,10 +45,11 @@ PushToHub = Annotated[
     str | None, in_panel(Output, "Push the result to this repository of the hub, OWNER/NAME, which only you then see.")
 ]
 CacheMemory = Annotated[str | None, in_panel(Machine, CACHE)]
+MaxMemory = Annotated[str | None, in_panel(Machine, MOST)]
 
 
-def cache_bytes_of(text: str | None) -> int | None:
-    return None if text is None else parse_size(text, "--cache-memory")
+def bytes_of(text: str | None, option: str) -> int | None:
+    return None if text is None else parse_size(text, option)
 
 
 def deliver(

@@ -7,6 +7,7 @@ from compress.cli.amounts import RANKS, Amount, parse_amount
 from compress.cli.compressing import (
     CacheMemory,
     DryRun,
+    MaxMemory,
     MeasureError,
     Model,
     Out,
@@ -15,7 +16,7 @@ from compress.cli.compressing import (
     Resume,
     ShowRecipe,
     TrialSamples,
-    cache_bytes_of,
+    bytes_of,
     command_line,
     complete_recipe,
     default_output,
@@ -95,6 +96,7 @@ def factorize_model(
     json: Json = False,
     device: Device = None,
     batch_size: BatchSize = None,
+    max_memory: MaxMemory = None,
     cache_memory: CacheMemory = None,
 ) -> None:
     """Factorise linear layers: fewer numbers, less arithmetic (LoRD and past it).
@@ -109,7 +111,7 @@ def factorize_model(
     with faults.noted():
         check_method(method, allocation, ours, bias=bias, form=form, materialize=materialize)
     with faults.noted():
-        cache_bytes = cache_bytes_of(cache_memory)
+        cache_bytes, most_bytes = bytes_of(cache_memory, "--cache-memory"), bytes_of(max_memory, "--max-memory")
     source, data_folder, machine = look_at(faults, model=model, dtype=dtype, data_dir=data_dir, device=device)
 
     from compress.job import Job
@@ -147,6 +149,7 @@ def factorize_model(
         device=machine,
         batch_size=batch_size,
         cache_memory=cache_bytes,
+        max_memory=most_bytes,
         data_dir=data_folder,
         resume=resume,
         overwrite=overwrite,

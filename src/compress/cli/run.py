@@ -10,12 +10,13 @@ from compress.cli.compressing import (
     CacheMemory,
     DryRun,
     Export,
+    MaxMemory,
     Out,
     Overwrite,
     PushToHub,
     Resume,
     ShowRecipe,
-    cache_bytes_of,
+    bytes_of,
     default_output,
     deliver,
 )
@@ -62,6 +63,7 @@ def run_recipe(
     json: Json = False,
     device: Device = None,
     batch_size: BatchSize = None,
+    max_memory: MaxMemory = None,
     cache_memory: CacheMemory = None,
 ) -> None:
     """Run a recipe: any stages that make sense together, in one walk.
@@ -76,7 +78,7 @@ def run_recipe(
     from compress.recipe_file import read_recipe
 
     with faults.noted():
-        cache_bytes = cache_bytes_of(cache_memory)
+        cache_bytes, most_bytes = bytes_of(cache_memory, "--cache-memory"), bytes_of(max_memory, "--max-memory")
     with faults.noted():
         file = read_recipe(recipe)
     named = "demo"
@@ -97,6 +99,7 @@ def run_recipe(
         device=machine,
         batch_size=windows,
         cache_memory=cache_bytes,
+        max_memory=most_bytes,
         data_dir=data_folder,
         resume=resume,
         overwrite=overwrite,

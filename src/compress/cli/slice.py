@@ -7,6 +7,7 @@ from compress.cli.amounts import SLICING, Amount, parse_amount
 from compress.cli.compressing import (
     CacheMemory,
     DryRun,
+    MaxMemory,
     MeasureError,
     Model,
     Out,
@@ -15,7 +16,7 @@ from compress.cli.compressing import (
     Resume,
     ShowRecipe,
     TrialSamples,
-    cache_bytes_of,
+    bytes_of,
     command_line,
     complete_recipe,
     default_output,
@@ -94,6 +95,7 @@ def slice_model(
     json: Json = False,
     device: Device = None,
     batch_size: BatchSize = None,
+    max_memory: MaxMemory = None,
     cache_memory: CacheMemory = None,
 ) -> None:
     """Make a model narrower: fewer dimensions of the residual stream, fewer neurons (SliceGPT and past it).
@@ -122,7 +124,7 @@ def slice_model(
                 "--allocation searched spends a budget on neurons: give --keep-params or --target-size alone."
             )
     with faults.noted():
-        cache_bytes = cache_bytes_of(cache_memory)
+        cache_bytes, most_bytes = bytes_of(cache_memory, "--cache-memory"), bytes_of(max_memory, "--max-memory")
     source, data_folder, target = look_at(faults, model=model, dtype=dtype, data_dir=data_dir, device=device)
 
     from compress.job import Job
@@ -151,6 +153,7 @@ def slice_model(
         device=target,
         batch_size=batch_size,
         cache_memory=cache_bytes,
+        max_memory=most_bytes,
         data_dir=data_folder,
         resume=resume,
         overwrite=overwrite,

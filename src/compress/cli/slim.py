@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from compress.cli.compressing import (
     CacheMemory,
     DryRun,
+    MaxMemory,
     MeasureError,
     Model,
     Out,
@@ -15,7 +16,7 @@ from compress.cli.compressing import (
     PushToHub,
     Resume,
     ShowRecipe,
-    cache_bytes_of,
+    bytes_of,
     command_line,
     complete_recipe,
     default_output,
@@ -106,6 +107,7 @@ def slim_model(
     json: Json = False,
     device: Device = None,
     batch_size: BatchSize = None,
+    max_memory: MaxMemory = None,
     cache_memory: CacheMemory = None,
 ) -> None:
     """Store linear layers in fewer bits, sparse, with adapters that correct the error (SLiM and past it).
@@ -121,7 +123,7 @@ def slim_model(
         asked = Asked(method, typed, parts, flags, adapter_bits)
         stages = asked.stages(target)
     with faults.noted():
-        cache_bytes = cache_bytes_of(cache_memory)
+        cache_bytes, most_bytes = bytes_of(cache_memory, "--cache-memory"), bytes_of(max_memory, "--max-memory")
     source, data_folder, machine = look_at(faults, model=model, dtype=dtype, data_dir=data_dir, device=device)
 
     from compress.job import Job
@@ -148,6 +150,7 @@ def slim_model(
         device=machine,
         batch_size=batch_size,
         cache_memory=cache_bytes,
+        max_memory=most_bytes,
         data_dir=data_folder,
         resume=resume,
         overwrite=overwrite,

@@ -53,6 +53,9 @@ class ActivationCache:
     def get(self, index: int, device: torch.device) -> Float[Tensor, "windows tokens width"]:
         return self.stored(index).to(device)
 
+    def release(self) -> None:
+        self.batches, self.slots = [None] * len(self.batches), None
+
     def put(self, index: int, activations: Float[Tensor, "windows tokens width"]) -> None:
         if self.slots is None:
             self.batches[index] = activations.to(self.device)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from compress.errors import NumericalError
 from compress.models.branch import Branch
+from compress.numerics.sums import ReproducibleSum
 from compress.streaming.streams import Streams, rows
 
 # Tokens whose logits are held at a time: a row of them is as wide as the vocabulary.
@@ -30,7 +31,7 @@ def mean_divergence(head: Branch, dense_readers: Sequence[nn.Linear], streams: S
     """KL(dense || compressed) of the next token, in nats, the mean over held-out tokens; None where there are none."""
     if streams.dense is None:
         return None
-    total, tokens = 0.0, 0.0
+    total, tokens = ReproducibleSum(device=torch.device("cpu")), 0
     (linear,), (dense_linear,) = head.readers.values(), dense_readers
     assert head.norm is not None
     logits_of = streams.decoder.logits_of
@@ -38,12 +39,14 @@ def mean_divergence(head: Branch, dense_readers: Sequence[nn.Linear], streams: S
         compressed, dense = streams.now(batch)
         assert dense is not None
         for z, x in zip(*(rows(stream).split(LOGITS_AT_ONCE) for stream in (compressed, dense)), strict=True):
-            total += kl_divergence(logits_of(dense_linear(head.norm(x))), logits_of(linear(head.norm(z))))
+            kl = kl_divergence(logits_of(dense_linear(head.norm(x))), logits_of(linear(head.norm(z))))
+            total.add(torch.tensor(kl))
             tokens += len(x)
-    total, tokens = streams.processes.total(total), streams.processes.total(tokens)
-    if not math.isfinite(total):
+    streams.processes.add_up(total)
+    tokens, divergence = streams.processes.total(tokens), float(total.close())
+    if not math.isfinite(divergence):
         raise NumericalError("There is a NaN or Inf in the logits on held-out windows. Check the weights of the head.")
-    return total / tokens if tokens else None
+    return divergence / tokens if tokens else None
 
 
 def kl_divergence(dense: Float[Tensor, "*tokens vocabulary"], compressed: Float[Tensor, "*tokens vocabulary"]) -> float:

@@ -18,7 +18,7 @@ Dimensions: k inputs, D the dense width, d the kept one. Matrices act from the r
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
@@ -30,6 +30,7 @@ from compress.models.branch import Branch, set_bias, set_weight
 from compress.models.factors import with_outputs
 from compress.numerics.lowrank import InputMoments
 from compress.numerics.ridge import NormalEquations
+from compress.numerics.sums import ReproducibleSum
 from compress.streaming.processes import ALONE, Processes
 
 
@@ -44,18 +45,47 @@ class InputSums:
         return InputSums(self.total[inputs], self.absolute[inputs])
 
 
-class EquationSums:
-    """Sums of u u^T and u t^T, apart for the windows to fit on and those held out; those of u and |u| over all."""
+class RunningEquations:
+    """Sums of u u^T and u t^T as they grow."""
 
     def __init__(self, inputs: int, targets: int, device: torch.device) -> None:
-        G = torch.zeros(inputs, inputs, dtype=torch.float64, device=device)
-        self.fit = NormalEquations(G, G.new_zeros(inputs, targets), 0.0)
-        self.inputs = InputSums(G.new_zeros(inputs), G.new_zeros(inputs))
+        self.G = ReproducibleSum(inputs, inputs, device=device)
+        self.B = ReproducibleSum(inputs, targets, device=device)
+        self.tokens = ReproducibleSum(device=device)
+
+    def add(
+        self,
+        weighted: Float64[Tensor, "tokens k"],
+        u: Float64[Tensor, "tokens k"],
+        t: Float[Tensor, "tokens m"] | None,
+        tokens: Float64[Tensor, ""],
+    ) -> None:
+        self.G.add_product(weighted, u)
+        if t is not None:
+            self.B.add_product(weighted, t.double())
+        self.tokens.add(tokens)
+
+    def close(self, processes: Processes) -> NormalEquations:
+        processes.add_up(self.G, self.B, self.tokens)
+        return NormalEquations(self.G.close(), self.B.close(), float(self.tokens.close()))
+
+
+class EquationSums:
+    """Sums of u u^T and u t^T, apart for the windows to fit on and those held out; those of u and |u| over all.
+
+    Each of them is asked for once, in all processes, when everything is added.
+    """
+
+    def __init__(self, inputs: int, targets: int, device: torch.device) -> None:
+        self._new = partial(RunningEquations, inputs, targets, device)
+        self._fit = self._new()
+        self._total = ReproducibleSum(inputs, device=device)
+        self._absolute = ReproducibleSum(inputs, device=device)
 
     @cached_property
-    def held_out(self) -> NormalEquations:
+    def _held_out(self) -> RunningEquations:
         """Made when it is first asked for: it is as large as the other."""
-        return NormalEquations(torch.zeros_like(self.fit.G), torch.zeros_like(self.fit.B), 0.0)
+        return self._new()
 
     def add(
         self,
@@ -67,44 +97,25 @@ class EquationSums:
     ) -> None:
         u = u.double()
         weighted = u if weights is None else u * weights
-        tokens = float(len(u) if weights is None else weights.sum())
-        self.inputs.total.add_(weighted.sum(0))
-        self.inputs.absolute.add_(weighted.abs().sum(0))
-        if held_out:
-            self.held_out = added(self.held_out, weighted, u, t, tokens)
-        else:
-            self.fit = added(self.fit, weighted, u, t, tokens)
+        tokens = u.new_tensor(len(u)) if weights is None else weights.sum()
+        self._total.add(weighted.sum(0))
+        self._absolute.add(weighted.abs().sum(0))
+        (self._held_out if held_out else self._fit).add(weighted, u, t, tokens)
 
-    def add_up(self, processes: Processes, *, held_out: bool = False) -> None:
-        """Over the processes, those of held-out windows too where there may be any."""
-        self.fit = added_up(self.fit, processes)
-        if held_out:
-            self.held_out = added_up(self.held_out, processes)
-        processes.add_up(self.inputs.total, self.inputs.absolute)
+    def fit(self, processes: Processes) -> NormalEquations:
+        return self._fit.close(processes)
 
-    def moments(self) -> InputMoments:
+    def held_out(self, processes: Processes) -> NormalEquations:
+        return self._held_out.close(processes)
+
+    def inputs(self, processes: Processes) -> InputSums:
+        processes.add_up(self._total, self._absolute)
+        return InputSums(self._total.close(), self._absolute.close())
+
+    def moments(self, processes: Processes) -> InputMoments:
         """Of the inputs, over the windows to fit on."""
-        second, tokens = self.fit.G / self.fit.tokens, self.fit.tokens
-        return InputMoments(second, self.inputs.total / tokens, self.inputs.absolute / tokens)
-
-
-def added(
-    sums: NormalEquations,
-    weighted: Float64[Tensor, "tokens k"],
-    u: Float64[Tensor, "tokens k"],
-    t: Float[Tensor, "tokens m"] | None,
-    tokens: float,
-) -> NormalEquations:
-    """With a batch taken in; the sums themselves grow."""
-    sums.G.addmm_(weighted.T, u)
-    if t is not None:
-        sums.B.addmm_(weighted.T, t.double())
-    return NormalEquations(sums.G, sums.B, sums.tokens + tokens)
-
-
-def added_up(sums: NormalEquations, processes: Processes) -> NormalEquations:
-    processes.add_up(sums.G, sums.B)
-    return replace(sums, tokens=processes.total(sums.tokens))
+        fit, inputs = self.fit(processes), self.inputs(processes)
+        return InputMoments(fit.G.div_(fit.tokens), inputs.total / fit.tokens, inputs.absolute / fit.tokens)
 
 
 def with_constant(u: Float[Tensor, "tokens k"], *, bias: bool) -> Float[Tensor, "tokens _"]:

@@ -19,9 +19,8 @@ class PartLoader:
     @contextmanager
     def embeddings(self) -> Iterator[None]:
         decoder = self.decoder
-        tensors = self.weights.read(decoder.embedding_names())
         for part in decoder.family.embedding_parts:
-            decoder.fill_root(tensors, part=part)
+            decoder.fill_root(self.weights.read([f"{part}.weight"]), part=part)
         yield
         for part in decoder.family.embedding_parts:
             decoder.empty(decoder.model.get_submodule(part))
@@ -29,8 +28,10 @@ class PartLoader:
     @contextmanager
     def block(self, index: int) -> Iterator[None]:
         decoder, prefix = self.decoder, self.decoder.block_prefix(index)
-        tensors = self.weights.read(decoder.block_names(index))
-        decoder.fill(decoder.blocks[index], {name.removeprefix(prefix): tensor for name, tensor in tensors.items()})
+        for name in decoder.block_names(index):  # one at a time: they are held as stored and as computed with
+            tensor = self.weights.read([name])[name]
+            decoder.fill(decoder.blocks[index], {name.removeprefix(prefix): tensor})
+            del tensor
         yield
         decoder.empty(decoder.blocks[index])
 
@@ -40,6 +41,7 @@ class PartLoader:
         tensors = self._head_tensors()
         for part in decoder.family.head_parts:
             decoder.fill_root(tensors, part=part)
+        del tensors
         yield
         for part in decoder.family.head_parts:
             decoder.empty(decoder.model.get_submodule(part))

@@ -153,12 +153,13 @@ class Passage:
                 assert dense is not None
                 u = with_constant(rows(behind.norm(stream)).double(), bias=has_bias)
                 sums.add(u, rows(behind.norm(dense)), held_out=batch.held_out)
-            sums.add_up(self.processes, held_out=True)
-        start = decode.to(sums.fit.G.device)
+            fit, held_out = sums.fit(self.processes), sums.held_out(self.processes)
+            inputs = sums.inputs(self.processes)
+        start = decode.to(fit.G.device)
         if has_bias:
             start = torch.cat([start, start.new_zeros(1, width)])
         name = f"{branch.name} readers"
-        group = Readers(name, block, branch, sums.fit, sums.held_out, sums.inputs, start, readers=behind.readers)
+        group = Readers(name, block, branch, fit, held_out, inputs, start, readers=behind.readers)
         with self.clock("solve"):
             self._apply(group)
         return group
@@ -207,8 +208,9 @@ class Passage:
         self._decide(point, gathered)
         encode = self._write_in_basis(branch, point)
         carried = beside if branch.shortcut is None else 0
-        fit, held_out = (encoded(equations, encode, carried=carried) for equations in (sums.fit, sums.held_out))
-        inputs = sums.inputs.only(slice(carried, None))
+        fit = encoded(sums.fit(self.processes), encode, carried=carried)
+        held_out = encoded(sums.held_out(self.processes), encode, carried=carried)
+        inputs = sums.inputs(self.processes).only(slice(carried, None))
         name, matrix = f"{branch.name} writers", writer_matrix(branch)
         group = Writers(name, block, branch, fit, held_out, inputs, matrix, processes=self.processes)
         with self.clock("solve"):
@@ -243,8 +245,6 @@ class Passage:
                 u = with_constant(torch.cat([*z, *columns], dim=1), bias=has_bias)
                 t, weights = self._target(branch, batch)
                 sums.add(u, t, weights=weights, held_out=batch.held_out)
-        with self.clock("statistics"):
-            sums.add_up(self.processes, held_out=True)
         return sums, gathered
 
     def _target(self, branch: Branch, batch: Batch) -> tuple[Float64[Tensor, "tokens D"], Float64[Tensor, "tokens 1"]]:

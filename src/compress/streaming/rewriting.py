@@ -87,12 +87,11 @@ class LinearRewriter:
             with self.clock("statistics"):
                 for place, its_sums in enumerate(sums):
                     its_sums.add(rows(given[place]), None)
-        with self.clock("statistics"):
-            for its_sums in sums:
-                its_sums.add_up(self.processes)
         reports = []
         for names, its_sums in zip(sharing, sums, strict=True):
-            inputs = SharedInputs(its_sums.moments(), self.layout.form(branch, names[0]))
+            with self.clock("statistics"):
+                moments = its_sums.moments(self.processes)
+            inputs = SharedInputs(moments, self.layout.form(branch, names[0]))
             reports += [self.rewrite(branch, block, name, inputs) for name in names]
         return reports
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from compress.models.decoder import Decoder
 from compress.numerics.lowrank import Spread, gradient_metric, output_energies
+from compress.numerics.sums import ReproducibleSum
 from compress.streaming.groups import EquationSums
 from compress.streaming.journal import write_tensors
 from compress.streaming.processes import ALONE, Processes
@@ -93,8 +94,8 @@ class LinearObserver:
     def _forget(self) -> None:
         self.sums: list[EquationSums] = []
         self.shared: dict[str, int] = {}
-        self.gradients: dict[str, Tensor] = {}
-        self.tokens = 0.0
+        self.gradients: dict[str, ReproducibleSum] = {}
+        self.tokens = 0
 
     @contextmanager
     def block(self, index: int) -> Iterator[None]:
@@ -106,21 +107,20 @@ class LinearObserver:
             if isinstance(module, nn.Linear) and self.watch.wanted(name, part_of(name))
         }
         yield
-        self._add_up()
-        moments = [its_sums.moments() for its_sums in self.sums]
+        moments = [its_sums.moments(self.processes) for its_sums in self.sums]
+        gradients = self._mean_gradients()
         for path, linear in self.linears.items():
             spread = moments[self.shared[path]].spread(centred=self.watch.centres(has_bias=linear.bias is not None))
-            self.spectra[path] = self._spectrum(path, linear.weight.double(), spread)
+            self.spectra[path] = self._spectrum(path, linear.weight.double(), spread, gradients.get(path))
             self.processes.follow(*self.spectra[path].tensors)
-        if self.gradients and self.processes.is_first:
-            self.files.write(index, {path: moment / self.tokens for path, moment in self.gradients.items()})
+        if gradients and self.processes.is_first:
+            self.files.write(index, gradients)
         self._forget()
 
-    def _add_up(self) -> None:
-        for its_sums in self.sums:
-            its_sums.add_up(self.processes)
+    def _mean_gradients(self) -> dict[str, Tensor]:
+        tokens = self.processes.total(self.tokens)
         self.processes.add_up(*self.gradients.values())
-        self.tokens = self.processes.total(self.tokens)
+        return {path: total.close() / tokens for path, total in self.gradients.items()}
 
     @contextmanager
     def batch(self) -> Iterator["Watched"]:
@@ -154,17 +154,17 @@ class LinearObserver:
         m = g.shape[-1]
         if path not in self.gradients:
             shape = (m, m) if m <= self.widest else (m,)
-            self.gradients[path] = torch.zeros(shape, dtype=torch.float64, device=self.device)
+            self.gradients[path] = ReproducibleSum(*shape, device=self.device)
         if m <= self.widest:
-            self.gradients[path].addmm_(g.T, g)
+            self.gradients[path].add_product(g, g)
         else:
-            self.gradients[path] += g.square().sum(0)
+            self.gradients[path].add(g.square().sum(0))
 
-    def _spectrum(self, path: str, W: Float64[Tensor, "m n"], spread: Spread) -> Spectrum:
+    def _spectrum(self, path: str, W: Float64[Tensor, "m n"], spread: Spread, G: Tensor | None) -> Spectrum:
+        """G: the second moment of the gradient by its outputs, or its diagonal, where it was taken."""
         energy = output_energies(W, spread)
-        if path not in self.gradients:
+        if G is None:
             return Spectrum(energy)
-        G = self.gradients[path] / self.tokens
         scale = (G if G.ndim == 1 else G.diagonal()).mean()
         metric = gradient_metric(G, self.watch.gradient_weight, name=path)
         return Spectrum(energy, scale * (energy if metric is None else output_energies(metric.apply(W), spread)))

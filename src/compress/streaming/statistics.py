@@ -13,6 +13,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from compress.numerics.norms import rms_normed
+from compress.numerics.sums import ReproducibleSum
 
 
 @runtime_checkable
@@ -21,8 +22,8 @@ class Accumulator(Protocol):
         """Take in a batch: the stream of the compressed prefix in the dense basis, and the dense model's."""
 
     @property
-    def sums(self) -> tuple[Tensor, ...]:
-        """What adds up over tokens, in float64, for others to be added to in place; `value` is made of it."""
+    def sums(self) -> tuple[ReproducibleSum, ...]:
+        """What adds up over tokens, and over processes; `value` closes it."""
 
     def value(self) -> Tensor: ...
 
@@ -60,11 +61,11 @@ class MomentAccumulator:
     def __init__(self, need: SecondMoment, width: int, eps: float, device: torch.device) -> None:
         self.need = need
         self.eps = eps
-        self.sum = torch.zeros(width, width, dtype=torch.float64, device=device)
-        self.tokens = torch.zeros((), dtype=torch.float64, device=device)
+        self.sum = ReproducibleSum(width, width, device=device)
+        self.tokens = ReproducibleSum(device=device)
 
     @property
-    def sums(self) -> tuple[Tensor, ...]:
+    def sums(self) -> tuple[ReproducibleSum, ...]:
         return self.sum, self.tokens
 
     def add(self, stream: Float[Tensor, "*batch D"], dense: Float[Tensor, "*batch D"] | None = None) -> None:
@@ -74,11 +75,11 @@ class MomentAccumulator:
         rows = signal.reshape(-1, signal.shape[-1]).double()
         if self.need.signal == "normed":
             rows = rms_normed(rows, rows.shape[-1], self.eps)
-        self.sum.addmm_(rows.T, rows)
-        self.tokens += len(rows)
+        self.sum.add_product(rows, rows)
+        self.tokens.add(rows.new_tensor(len(rows)))
 
     def value(self) -> Float64[Tensor, "D D"]:
-        return self.sum / self.tokens
+        return self.sum.close() / self.tokens.close()
 
 
 @dataclass(frozen=True)
@@ -95,18 +96,17 @@ class RelativeError:
 
 class ErrorAccumulator:
     def __init__(self, device: torch.device) -> None:
-        self.error = torch.zeros((), dtype=torch.float64, device=device)
-        self.energy = torch.zeros((), dtype=torch.float64, device=device)
+        self.error, self.energy = ReproducibleSum(device=device), ReproducibleSum(device=device)
 
     @property
-    def sums(self) -> tuple[Tensor, ...]:
+    def sums(self) -> tuple[ReproducibleSum, ...]:
         return self.error, self.energy
 
     def add(self, stream: Float[Tensor, "*batch D"], dense: Float[Tensor, "*batch D"] | None) -> None:
         if dense is None:
             raise ValueError("RelativeError needs the dense stream.")
-        self.error += (stream - dense).double().square().sum()
-        self.energy += dense.double().square().sum()
+        self.error.add((stream - dense).double().square().sum())
+        self.energy.add(dense.double().square().sum())
 
     def value(self) -> Float64[Tensor, ""]:
-        return self.error / self.energy
+        return self.error.close() / self.energy.close()

@@ -143,6 +143,12 @@ class Streams:
                 # A copy: tensors of a file lie unaligned, and products of matrices round differently there.
                 cache.put(i, state[f"{name}.{i}"].clone())
 
+    def release(self) -> None:
+        """Let the activations go: nothing passes any more."""
+        for cache in (self.compressed, self.dense, self.before_post_norm):
+            if cache is not None:
+                cache.release()
+
     def _caches(self) -> list[tuple[str, ActivationCache]]:
         named = [("stream", self.compressed), ("dense", self.dense)]
         return [(name, cache) for name, cache in named if cache is not None]

@@ -24,6 +24,7 @@ from torch import Tensor
 from compress.models.branch import Branch
 from compress.models.decoder import Arguments, Decoder
 from compress.models.soundness import check_sound
+from compress.numerics.sums import ReproducibleSum
 from compress.streaming.cache import ActivationCache
 from compress.streaming.interning import Interner
 from compress.streaming.loader import PartLoader
@@ -108,15 +109,15 @@ class Surveyor:
         self.caches = caches
         self.observer = observer
         self.counts_stream = stream
-        self.tokens: float = sum(batch.ids.numel() for batch in batches)
-        stream_bytes = int(self.tokens) * decoder.dense_width * decoder.dtype.itemsize
+        self.tokens = sum(batch.ids.numel() for batch in batches)
+        stream_bytes = self.tokens * decoder.dense_width * decoder.dtype.itemsize
         self.segment = segment_length(self.num_blocks, stream_bytes, memory)
         self.copies = num_kept(self.num_blocks, self.segment)
         self.share = memory // self.copies
         self.arguments: list[list[Arguments]] = []
         width = decoder.dense_width
-        self.moment = torch.zeros(width, width, dtype=torch.float64, device=decoder.device)
-        self.gradient = torch.zeros_like(self.moment)
+        self.moment = ReproducibleSum(width, width, device=decoder.device)
+        self.gradient = ReproducibleSum(width, width, device=decoder.device)
 
     @property
     def num_blocks(self) -> int:
@@ -130,7 +131,6 @@ class Surveyor:
         processes: all survey in step, each its own batches; what they find is equal.
         """
         return_large_blocks()
-        self.tokens = processes.total(self.tokens)
         kept: dict[int, ActivationCache] = {}
         stream = self._embed()
         for block in range(self.num_blocks):
@@ -139,20 +139,22 @@ class Surveyor:
             self._forward(block, stream, count=True, watch=not gradient)
             progress()
         if not gradient:
-            return self._findings(None, processes)
+            return self._findings(processes, gradient=False)
         self._start_backward(stream)
         for start in sorted(kept, reverse=True):
             inputs = self._segment_inputs(start, kept.pop(start))
             for block in reversed(range(start, start + len(inputs))):
                 self._backward(block, inputs.pop(), stream)
                 progress()
-        return self._findings(self.gradient, processes)
+        return self._findings(processes, gradient=True)
 
-    def _findings(self, gradient: Tensor | None, processes: Processes) -> Survey:
+    def _findings(self, processes: Processes, *, gradient: bool) -> Survey:
+        tokens = processes.total(self.tokens)
         processes.add_up(self.moment, self.gradient)
+        moment, felt = self.moment.close() / tokens, self.gradient.close() / tokens if gradient else None
         if self.observer is None:
-            return Survey(self.moment, gradient)
-        return Survey(self.moment, gradient, self.observer.spectra, self.observer.files)
+            return Survey(moment, felt)
+        return Survey(moment, felt, self.observer.spectra, self.observer.files)
 
     @torch.no_grad()
     def _embed(self) -> ActivationCache:
@@ -256,7 +258,7 @@ class Surveyor:
             rows, sums = rows / rms, self.moment
         else:
             rows, sums = gradient.reshape(rows.shape).double() * rms, self.gradient
-        sums.addmm_(rows.T, rows, alpha=1 / self.tokens)
+        sums.add_product(rows, rows)
 
     def _copy(self, stream: ActivationCache, name: str) -> ActivationCache:
         copy = self._new_cache(name)
