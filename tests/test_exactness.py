@@ -63,6 +63,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "codegen, tied, the usual MLP": ("codegen", {"tie_word_embeddings": True, "n_inner": None, **GPT}),
     "gpt_neox": ("gpt_neox", LAYER),
     "gpt_neox, one after the other": ("gpt_neox", {"use_parallel_residual": False, **LAYER}),
+    "mixtral": ("mixtral", RMS),
+    "mixtral, window, one expert a token": ("mixtral", {"sliding_window": 16, "num_experts_per_tok": 1, **RMS}),
+    "qwen2_moe": ("qwen2_moe", RMS),
+    "qwen3_moe": ("qwen3_moe", RMS),
+    "qwen3_moe, shares as they are": ("qwen3_moe", {"norm_topk_prob": False, **RMS}),
     "gpt_neox, tied, no biases": ("gpt_neox", {"tie_word_embeddings": True, "attention_bias": False, **LAYER}),
 }
 

@@ -41,7 +41,7 @@ class SlicedTarget:
 
     @property
     def carried(self) -> tuple[str, ...]:
-        return ("configuration_sliced", "modeling_sliced")
+        return ("configuration_sliced", "modeling_sliced", "modeling_experts")
 
     @property
     def zero_biases(self) -> tuple[str, ...]:
@@ -127,6 +127,9 @@ class SlicedLayout:
         pass
 
     def written(self, name: str) -> str:
+        return name
+
+    def file_name(self, name: str) -> str:
         return name
 
     def in_adapter(self, name: str) -> str | None:

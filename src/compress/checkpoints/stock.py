@@ -22,7 +22,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from compress.checkpoints.targets import ONE_WIDTH, Shape, dense_units, rank_step, shortened, usual_step
 from compress.families import Family, StockShape
 from compress.models.branch import Branch, ReaderGroup, set_weight
+from compress.models.expert_names import file_name
 from compress.models.loading import empty_model
+from compress.models.modeling_experts import unfuse_experts
 from compress.models.written import WrittenForm, in_form
 from compress.numerics.frames import zero_mean_basis
 from compress.numerics.lift import Lift
@@ -92,10 +94,10 @@ class StockTarget:
 
     def model(self, shape: Shape, *, num_blocks: int | None = None) -> PreTrainedModel:
         config = self.config(shape, torch.float32)
-        return empty_model(config if num_blocks is None else shortened(config, num_blocks))
+        return unfuse_experts(empty_model(config if num_blocks is None else shortened(config, num_blocks)))
 
     def layout(self, dtype: torch.dtype) -> Layout:
-        return StockLayout(self.family, dtype)
+        return StockLayout(self.family, dtype, self.model_type)
 
     def steps(self) -> Mapping[str, int]:
         heads = self.dense.num_attention_heads if self.rules.heads_divide_width else 1
@@ -122,11 +124,12 @@ class StockTarget:
 @dataclass(frozen=True)
 class StockLayout:
     """
-    dtype: of the written weights.
+    dtype: of the written weights. model_type: that they are written as.
     """
 
     family: Family
     dtype: torch.dtype
+    model_type: str = ""
 
     @property
     def ties_head(self) -> bool:
@@ -171,6 +174,9 @@ class StockLayout:
 
     def written(self, name: str) -> str:
         return name
+
+    def file_name(self, name: str) -> str:
+        return file_name(name, self.model_type)
 
     def in_adapter(self, name: str) -> str | None:
         return None

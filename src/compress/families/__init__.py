@@ -61,6 +61,8 @@ class BranchTable:
 
     paths: the chains of modules from norm to stream; more than one where attention and MLP run in parallel.
     norms: one for all paths, or one for each.
+    experts: the parts of it that have only some of the tokens each, as branches of their own without a norm; what they
+        read and write is the branch's too.
     """
 
     name: str
@@ -69,6 +71,7 @@ class BranchTable:
     readers: tuple[str, ...]
     writers: tuple[str, ...]
     units: tuple[Units, ...] = ()
+    experts: tuple["BranchTable", ...] = ()
 
     def readers_by_norm(self) -> dict[str, tuple[str, ...]]:
         """All readers behind the one norm, or behind each those that its path passes."""
@@ -86,6 +89,7 @@ class Family:
 
     norm: `layer` (LayerNorm), `rms` (gain w), `rms_plus_one` (gain 1 + w).
     norm_eps: the config's key for the norm's epsilon, or a number where the model fixes it.
+    routers: readers that decide where tokens go; stages on linears leave them alone if not told otherwise.
     dropout: the config's key for dropout on what a branch adds, None where the family has none or its modules do it.
     returns_tuple: the stock blocks return a tuple that starts with the stream.
     first_width_last: the stock model gives the head the stream in the width that it had before the first block.
@@ -102,6 +106,7 @@ class Family:
     head_bias: bool = False
     norm: Literal["layer", "rms", "rms_plus_one"] = "rms"
     norm_eps: str | float = "rms_norm_eps"
+    routers: tuple[str, ...] = ()
     dropout: str | None = None
     returns_tuple: bool = False
     first_width_last: bool = False
@@ -117,6 +122,7 @@ class Family:
         names: dict[str, Any] = {name: getattr(self, name) for name in named}
         branches = [asdict(branch) for branch in self.branches]
         for branch in branches:
+            branch.pop("experts")
             neurons = [units for units in branch.pop("units") if units["kind"] == "neurons"]
             branch["neurons"] = (
                 {"readers": dict(neurons[0]["readers"]), "writer": neurons[0]["writer"]} if neurons else None
@@ -124,7 +130,9 @@ class Family:
         return plain({**names, "branches": branches})
 
     def part_of(self, name: str) -> str:
-        """The part of a block that a linear belongs to: `attention` or `mlp`."""
+        """The part of a block that a linear belongs to: `attention`, `mlp` or `router`."""
+        if name in self.routers:
+            return "router"
         return "attention" if name.startswith(f"{self.attention}.") else "mlp"
 
     def units(self, kind: str) -> list[Units]:

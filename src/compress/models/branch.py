@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from compress.families import Units
 from compress.models.factors import AnyLinear, input_side, with_outputs
+from compress.models.modeling_experts import SparseMLP
 from compress.models.modeling_sliced import replace
 from compress.models.written import Written
 
@@ -46,6 +47,7 @@ class Branch:
     owner, norms: the module that the branch's parts are named below; its norms there, each with the readers behind it.
     shortcut_name: where the owner has the stream's change of basis beside the branch, if it needs one.
     units: kinds of parts that can be deleted whole, and how many the dense branch has of each.
+    experts: its parts that have only some of the tokens each. sparse: the module that they are of.
     run: from the stream (batch, tokens, d) and the block's keyword arguments to what the branch adds to it.
     """
 
@@ -59,6 +61,8 @@ class Branch:
     norms: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     shortcut_name: str = ""
     units: Mapping[str, tuple[Units, int]] = field(default_factory=dict)
+    experts: tuple["Branch", ...] = ()
+    sparse: SparseMLP | None = None
     run: Callable[..., Tensor] | None = None
 
     def __post_init__(self) -> None:
@@ -72,6 +76,17 @@ class Branch:
         return [
             ReaderGroup(owner, norm, {name: self.readers[name] for name in names}) for norm, names in self.norms.items()
         ]
+
+    def sharing(self) -> list[tuple[str, ...]]:
+        """Readers, then writers, together with those that are given the same inputs; experts' come last of each."""
+        apart = {name for expert in self.experts for name in expert.readers}
+        readers = [tuple(name for name in group.readers if name not in apart) for group in self.reader_groups()]
+        readers += [tuple(expert.readers) for expert in self.experts]
+        return readers + [(name,) for name in self.writers]
+
+    @property
+    def expert_linears(self) -> set[str]:
+        return {name for expert in self.experts for name in (*expert.readers, *expert.writers)}
 
     @property
     def norm(self) -> nn.Module | None:

@@ -44,12 +44,16 @@ class InputSums:
 
 
 class EquationSums:
-    """Sums of u u^T and u t^T, apart for the windows to fit on and those held out; those of u and |u| over all."""
+    """Sums of u u^T and u t^T, apart for the windows to fit on and those held out; those of u and |u| over all.
+
+    fitted, seen: how many tokens there were, of the windows to fit on and of all.
+    """
 
     def __init__(self, inputs: int, targets: int, device: torch.device) -> None:
         G = torch.zeros(inputs, inputs, dtype=torch.float64, device=device)
         self.fit = NormalEquations(G, G.new_zeros(inputs, targets), 0.0)
         self.inputs = InputSums(G.new_zeros(inputs), G.new_zeros(inputs))
+        self.fitted = self.seen = 0
 
     @cached_property
     def held_out(self) -> NormalEquations:
@@ -67,6 +71,8 @@ class EquationSums:
         u = u.double()
         weighted = u if weights is None else u * weights
         tokens = float(len(u) if weights is None else weights.sum())
+        self.seen += len(u)
+        self.fitted += 0 if held_out else len(u)
         self.inputs.total.add_(weighted.sum(0))
         self.inputs.absolute.add_(weighted.abs().sum(0))
         if held_out:
@@ -104,6 +110,7 @@ class LinearGroup(ABC):
     name: as a user should read it, "block 3 mlp writers".
     block: the block it is in; past the last one for the head.
     matrix: (k, targets); what the group now makes of u. A stage replaces it, `write` puts it into the linears.
+    tokens: how many an expert was given; None for a group that all tokens pass.
     damping: how strongly the matrix was drawn towards what it was, in units of the mean of fit.G's diagonal; later
         stages judge changes by the same measure.
     notes: what stages have to say about the group in the report.
@@ -116,6 +123,7 @@ class LinearGroup(ABC):
     held_out: NormalEquations
     inputs: InputSums
     matrix: Float64[Tensor, "k m"]
+    tokens: int | None = None
     damping: float = 0.01
     notes: dict[str, float] = field(default_factory=dict)
 
@@ -134,10 +142,11 @@ class LinearGroup(ABC):
 
     def close(self) -> dict[str, Any]:
         """What the report says of the group. Its matrices are let go: they are the largest there are beside a block."""
-        nothing = self.matrix.new_zeros(0, 0)
+        wanted, nothing = len(self.fit.G), self.matrix.new_zeros(0, 0)
         self.fit = self.held_out = NormalEquations(nothing, nothing, 0.0)
         self.matrix = nothing
-        return {"group": self.name, **self.notes}
+        tokens = {} if self.tokens is None else {"tokens": self.tokens, "wanted": wanted}
+        return {"group": self.name, **tokens, **self.notes}
 
 
 @dataclass

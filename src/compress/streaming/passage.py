@@ -31,6 +31,7 @@ from compress.models.decoder import Decoder
 from compress.numerics.frames import Frame
 from compress.numerics.ridge import NormalEquations
 from compress.streaming.divergence import copy_linears, mean_divergence
+from compress.streaming.experts import gather_experts, lots
 from compress.streaming.groups import (
     EquationSums,
     LinearGroup,
@@ -106,7 +107,8 @@ class Passage:
             readers = self._readers(branch, block)
             self._advance_dense(branch, block)
             reports = self._enter(branch, readers)
-            reports += self._fit_writers(branch, point, block)
+            fit_writers = self._fit_experts if branch.experts else self._fit_writers
+            reports += fit_writers(branch, point, block)
             self._advance(branch, block)
         else:
             self._advance_dense(branch, block)
@@ -208,6 +210,29 @@ class Passage:
         group.write()
         return [*self.rewriter.rewrite_group(group), group.close()]
 
+    def _fit_experts(self, branch: Branch, point: StreamPoint, block: int) -> list[Report]:
+        """Encode the experts of a branch and fit them, each by its own tokens."""
+        reports, gathered = self.rewriter.rewrite_readers(branch, block, self.streams), self._accumulators(point)
+        for batch in self.streams.batches if gathered else ():
+            stream, dense = self.streams.now(batch)
+            wide = self._wide(stream) + self.streams.update(branch, stream, batch, block)
+            for accumulator in gathered.values():
+                accumulator.add(wide, dense)
+        self._decide(point, gathered)
+        encode = self._write_in_basis(branch, point)
+        for numbers in lots(branch.experts, self.decoder.dense_width):
+            with self.clock("statistics"):
+                equations = gather_experts(branch, numbers, block, self.streams, self._weigh, encode)
+            for number, sums in zip(numbers, equations, strict=True):
+                expert = branch.experts[number]
+                matrix, name = writer_matrix(expert), f"{expert.name} writers"
+                group = Writers(name, block, expert, sums.fit, sums.held_out, sums.inputs, matrix, sums.seen)
+                with self.clock("solve"):
+                    self._apply(group)
+                group.write()
+                reports += [*self.rewriter.rewrite_group(group), group.close()]
+        return reports
+
     def _gather_writers(
         self, branch: Branch, point: StreamPoint, block: int, beside: int
     ) -> tuple[EquationSums, Gathered]:
@@ -232,7 +257,7 @@ class Passage:
                 columns = [rows(given[place]) for place in range(len(linears))]
                 u = with_constant(torch.cat([rows(stream), *columns] if beside else columns, dim=1), bias=has_bias)
                 t = rows(dense).double()
-                weights = 1 / (self._mean_square(t) + self.eps)
+                weights = self._weigh(t)
                 t = t if beside else t - rows(stream).double()
                 sums.add(u, t, weights=weights, held_out=batch.held_out)
         return sums, gathered
@@ -248,10 +273,10 @@ class Passage:
         """The compressed stream in the dense basis."""
         return stream if self.decode is None else stream @ self.decode.to(self.decoder.dtype)
 
-    def _mean_square(self, t: Float64[Tensor, "tokens D"]) -> Float64[Tensor, "tokens 1"]:
-        """What the next norm will divide by."""
+    def _weigh(self, t: Float64[Tensor, "tokens D"]) -> Float64[Tensor, "tokens 1"]:
+        """By the square of what the next norm will divide by."""
         mean: Tensor | float = t.mean(-1, keepdim=True) if self.decoder.family.norm == "layer" else 0.0
-        return (t - mean).square().mean(-1, keepdim=True)
+        return 1 / ((t - mean).square().mean(-1, keepdim=True) + self.eps)
 
     def _accumulators(self, point: StreamPoint) -> Gathered:
         stages = [stage for stage in self.stages if stage.site is StreamPoint]

@@ -18,7 +18,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from compress.models.decoder import Decoder
-from compress.numerics.lowrank import Spread, gradient_metric, output_energies
+from compress.numerics.lowrank import InputMoments, Spread, gradient_metric, output_energies
+from compress.streaming.experts import fill_up
 from compress.streaming.groups import EquationSums
 from compress.streaming.journal import write_tensors
 
@@ -82,6 +83,11 @@ class LinearObserver:
         self.linears: dict[str, nn.Linear] = {}
         self._forget()
 
+    def _moments(self, sums: EquationSums) -> InputMoments:
+        if sums.seen < self.tokens:  # an expert's
+            fill_up(sums)
+        return sums.moments()
+
     def _forget(self) -> None:
         self.sums: list[EquationSums] = []
         self.shared: dict[str, int] = {}
@@ -98,8 +104,11 @@ class LinearObserver:
             if isinstance(module, nn.Linear) and self.watch.wanted(name, part_of(name))
         }
         yield
-        moments = [its_sums.moments() for its_sums in self.sums]
+        moments = [self._moments(its_sums) for its_sums in self.sums]
         for path, linear in self.linears.items():
+            if path not in self.shared:  # an expert that no token reached
+                self.shared[path] = len(moments)
+                moments.append(self._moments(EquationSums(linear.in_features, 0, self.device)))
             spread = moments[self.shared[path]].spread(centred=self.watch.centres(has_bias=linear.bias is not None))
             self.spectra[path] = self._spectrum(path, linear.weight.double(), spread)
         if self.gradients:
@@ -118,8 +127,9 @@ class LinearObserver:
                 handle.remove()
 
     @torch.no_grad()
-    def add(self, watched: "Watched", gradients: Mapping[str, Tensor] | None = None) -> None:
-        """A batch: linears that are given the same tensor share its moments."""
+    def add(self, watched: "Watched", tokens: int, gradients: Mapping[str, Tensor] | None = None) -> None:
+        """A batch of so many tokens, of which experts see some: linears that are given the same tensor share its
+        moments."""
         seen: dict[int, int] = {}
         for path, given in watched.inputs.items():
             if path not in self.shared:
@@ -131,8 +141,7 @@ class LinearObserver:
                 self.sums[self.shared[path]].add(rows(given.detach()), None)
         for path, gradient in (gradients or {}).items():
             self._add_gradient(path, rows(gradient).double())
-        if gradients:
-            self.tokens += len(rows(next(iter(gradients.values()))))
+        self.tokens += tokens
 
     def _add_gradient(self, path: str, g: Float64[Tensor, "tokens m"]) -> None:
         m = g.shape[-1]

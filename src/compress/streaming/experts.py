@@ -1,0 +1,130 @@
+"""Experts, the parts of a branch that see some of the tokens each: what is known of them, and what few tokens do.
+
+**Statistics** of an expert's linears are of the tokens that reach it alone, each once for what reads the stream. What
+writes it is given its inputs times the token's share, so that an error counts as it does in the stream.
+
+**Few tokens.** A linear with k inputs that was given n < k of them counts as if it had been given k - n more, which
+its weights map as they do now: for readers such as all tokens of the branch are, for writers white ones as strong as
+those that came (or of variance 1 where none came). Nothing is changed at n = k; at n = 0 readers go by all tokens, and
+writers by their weights alone.
+
+**The anchored fit.** All experts' writers together are one least-squares problem of experts x inner unknown rows, too
+wide to solve. A token whose experts have the shares p_e (1 in sum) lacks r towards the dense stream; with changes D_e,
+
+    ||r - sum_e u_e D_e||^2  <=  sum_e ||p_e r - u_e D_e||^2 / p_e        (convexity; equal at D = 0)
+
+and the right side is a ridge problem for each expert alone: it is to make up for its share of what its tokens lack.
+Where each is no worse than its weights were, neither is their sum. Experts that do not fit into memory together are
+fitted one lot after the other, each to what is then still missing, which keeps that promise.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from jaxtyping import Float, Float64, Int64
+from torch import Tensor, nn
+
+from compress.models.branch import Branch, captured_inputs
+from compress.numerics.lowrank import InputMoments, normal_moments
+from compress.numerics.ridge import NormalEquations
+from compress.streaming.groups import EquationSums, writer_matrix
+from compress.streaming.streams import Streams, rows
+
+LOT_BYTES = 2**32  # of the equations of experts that are fitted together
+SMALLEST_PART = 1e-12
+
+Weigh = Callable[[Tensor], Tensor]  # the dense stream's tokens (n, D) to how much each counts (n, 1)
+
+
+def fill_up(sums: EquationSums, like: InputMoments | None = None, matrix: Float64[Tensor, "k m"] | None = None) -> None:
+    """Add the tokens that a linear with k inputs was not given, so that there are k.
+
+    like: what their inputs are; by default white. matrix: what is made of them, where there are targets.
+    """
+    width, given = len(sums.fit.G), sums.fitted
+    if given >= width:
+        return
+    weight = (width - given) * (sums.fit.tokens / given if given else 1.0)
+    like = white(sums) if like is None else like
+    G = weight * like.second
+    B = sums.fit.B if matrix is None else sums.fit.B + G @ matrix
+    sums.fit = NormalEquations(sums.fit.G + G, B, sums.fit.tokens + weight)
+    sums.inputs.total.add_(weight * like.mean)
+    sums.inputs.absolute.add_(weight * like.mean_abs)
+
+
+def white(sums: EquationSums) -> InputMoments:
+    """Inputs without direction, as strong as those that were given."""
+    G = sums.fit.G
+    variance = float(G.diagonal().mean() / sums.fit.tokens) if sums.fitted else 1.0
+    second = torch.eye(len(G), dtype=G.dtype, device=G.device) * (variance or 1.0)
+    return normal_moments(second, second.new_zeros(len(second)))
+
+
+def lots(experts: Sequence[Branch], targets: int) -> Iterator[range]:
+    """Numbers of experts whose equations, those held out too, fit into memory together."""
+    widest = max(writer_of(expert).in_features for expert in experts)
+    size = max(1, LOT_BYTES // (2 * 8 * widest * (widest + targets)))
+    for start in range(0, len(experts), size):
+        yield range(start, min(start + size, len(experts)))
+
+
+def gather_experts(
+    branch: Branch,
+    numbers: range,
+    block: int,
+    streams: Streams,
+    weigh: Weigh,
+    encode: Float64[Tensor, "D d"] | None,
+) -> list[EquationSums]:
+    """The equations of some of a branch's experts, encoded and filled up: what each is to make of its inputs.
+
+    encode: of the basis that the branch writes in, None for the dense one.
+    """
+    writers = [writer_of(branch.experts[number]) for number in numbers]
+    matrices = [writer_matrix(branch.experts[number]) for number in numbers]
+    sums = [EquationSums(len(matrix), matrix.shape[1], matrix.device) for matrix in matrices]
+    for batch in streams.batches:
+        stream, dense = streams.now(batch)
+        assert dense is not None
+        with captured_inputs(writers) as given:
+            update = streams.update(branch, stream, batch, block)
+        t = rows(dense).double()
+        target, weights = t if encode is None else t @ encode, weigh(t)
+        lacking = target - rows(branch.carried(stream) + update).double()
+        for number, tokens, part in parts(branch, stream):
+            if number not in numbers:
+                continue
+            place = number - numbers.start
+            u = rows(given[place]).double()
+            meant = u @ matrices[place] + part * lacking[tokens]
+            sums[place].add(u, meant, weights=weights[tokens] / part, held_out=batch.held_out)
+    for its_sums, matrix in zip(sums, matrices, strict=True):
+        fill_up(its_sums, matrix=matrix)
+    return sums
+
+
+def parts(
+    branch: Branch, stream: Float[Tensor, "*batch d"]
+) -> list[tuple[int, Int64[Tensor, "n"], Float64[Tensor, "n 1"]]]:
+    """Each expert that has some of the stream's tokens: its number, their indices, its part of each one's shares."""
+    assert branch.sparse is not None
+    assert branch.norm is not None
+    x = rows(branch.norm(stream))
+    assigned = [(number, tokens, shares.double()) for number, tokens, shares in branch.sparse.assignments(x)]
+    total = torch.zeros(len(x), 1, dtype=torch.float64, device=x.device)
+    for _, tokens, shares in assigned:
+        total.index_add_(0, tokens, shares)
+    return [(number, tokens, (shares / total[tokens]).clamp_min(SMALLEST_PART)) for number, tokens, shares in assigned]
+
+
+def writer_of(expert: Branch) -> nn.Linear:
+    (writer,) = expert.writers.values()
+    assert isinstance(writer, nn.Linear)
+    return writer
+
+
+def lot_bytes(experts: int, inner: int, targets: int) -> int:
+    """What the equations of a lot take at most."""
+    one = 2 * 8 * inner * (inner + targets)
+    return min(experts * one, max(one, LOT_BYTES))
