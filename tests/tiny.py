@@ -24,7 +24,8 @@ SHARED: dict[str, Any] = {
 }
 GATED = {"intermediate_size": 48, "num_key_value_heads": 2}
 EXPERTS = {
-    **{"num_key_value_heads": 2, "moe_intermediate_size": 48, "num_experts": 4, "num_experts_per_tok": 2},
+    # Three of four: each is to see more tokens than its linears have inputs.
+    **{"num_key_value_heads": 2, "moe_intermediate_size": 48, "num_experts": 4, "num_experts_per_tok": 3},
     "norm_topk_prob": True,
 }
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -40,12 +41,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_bigcode": {"n_inner": 48, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
     "codegen": {"n_inner": 48, "rotary_dim": 4},
     "gpt_neox": {"intermediate_size": 48},
-    "mixtral": {**GATED, "num_local_experts": 4, "head_dim": 12},
+    "mixtral": {**GATED, "num_local_experts": 4, "num_experts_per_tok": 3, "head_dim": 12},
     "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 40, "decoder_sparse_step": 1},
     "qwen3_moe": {**EXPERTS, "head_dim": 16},
 }
 # Of these each MLP is several.
 SPARSE = ("mixtral", "qwen2_moe", "qwen3_moe")
+# Linears of theirs that stages on single linears leave alone.
+ROUTERS = (".mlp.gate", ".mlp.shared_expert_gate")
 # Of these the stock code gives the head a stream as wide as the embeddings.
 ONE_END = ("gpt_bigcode", "codegen")
 
