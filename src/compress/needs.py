@@ -13,6 +13,7 @@ from compress.models.decoder import Decoder
 from compress.recipe import Recipe
 from compress.stages._stage import StageConfig, StoringStage
 from compress.streaming.cache import cache_bytes
+from compress.streaming.experts import lot_bytes
 from compress.streaming.passage import has_linears, num_streams
 from compress.streaming.spectra import WIDEST
 from compress.streaming.survey import SurveyNeed, kept_streams
@@ -39,12 +40,19 @@ def needs(
         # The stream itself is among the inputs of writers where their basis may change.
         beside = width if any(stage.reshapes for stage in stages) else 0
         inputs = beside + max(dense_units(config, family).get("neurons", 0), width)
-        statistics = max(statistics, 4 * inputs * (inputs + width))
+        statistics = max(statistics, 4 * inputs * (inputs + width)) + expert_statistics(config, family)
     memory = largest_part(config, family) * (computing.itemsize + 8) + statistics * 8 + min(caches, cache_memory)
     if any(isinstance(stage, StoringStage) for stage in stages):
         memory += largest_linear(config, family) * (8 * 8 + 12 * computing.itemsize)
     spilled = caches if caches > cache_memory else 0
     return memory, 2 * one * num_streams(stages) + spilled + gradient_files(stages, config, family)
+
+
+def expert_statistics(config: Any, family: Family) -> int:
+    """Numbers in the second moments of all experts' inputs, and in the equations of those that are fitted together."""
+    width, inner = config.hidden_size, dense_units(config, family).get("neurons", 0)
+    experts = max(len(branch.experts) for branch in family.branches)
+    return experts * (width**2 + inner**2) + lot_bytes(experts, inner, width) // 8 if experts else 0
 
 
 def surveyed(stages: Sequence[StageConfig]) -> SurveyNeed:

@@ -37,6 +37,7 @@ from compress.plan import Plan
 from compress.preflight import Prepared, aside_of, plan_job, prepare
 from compress.provenance import identity
 from compress.ranks import rank_choices
+from compress.streaming.experts import short_of_tokens
 from compress.streaming.journal import JOURNAL, Journal, sha256, write_tensors
 from compress.streaming.sites import Count
 from compress.streaming.survey import Survey, SurveyNeed
@@ -279,13 +280,17 @@ def _result(
         seconds=seconds,
         difference=difference,
         resumed_parts=resumed,
-        notes=prepared.plan.notes + export_notes(prepared.job) + proof_notes(prepared.job.out),
+        notes=[*prepared.plan.notes, *expert_notes(facts), *export_notes(prepared.job), *proof_notes(prepared.job.out)],
     )
 
 
 def mean_loss(facts: dict[str, Any]) -> float | None:
     lost = [linear["lost"] for linear in facts["linears"] if "lost" in linear]
     return sum(lost) / len(lost) if lost and facts["alternatives"] else None
+
+
+def expert_notes(facts: dict[str, Any]) -> list[str]:
+    return short_of_tokens(facts["linears"] or facts["groups"])
 
 
 def proof_notes(out: Path) -> list[str]:

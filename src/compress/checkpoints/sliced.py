@@ -105,6 +105,8 @@ class SlicedTarget:
                 f"The stock code of {self.dense.model_type} gives the head a stream as wide as the embeddings', here "
                 f"{shape.widths[-1]} and {shape.widths[0]}. Give one ratio for all blocks, and use --slice-head."
             ]
+        if isinstance(shape.units.get("neurons"), tuple) and any(branch.experts for branch in self.family.branches):
+            return ["Experts have as many neurons in every block. Give one number for all blocks."]
         if shape.units.get("kv_groups", 0) != dense_units(self.dense, self.family).get("kv_groups", 0):
             return ["KV groups can be deleted only where the model keeps a stock shape."]
         return []

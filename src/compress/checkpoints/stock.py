@@ -9,6 +9,7 @@ to zero, where LayerNorm subtracts nothing. That costs one channel; a head that 
 offset was costs another, whose norm weight is 0 and norm bias 1. Norms of such a model have no offset but that.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,8 @@ from compress.models.written import WrittenForm, in_form
 from compress.numerics.frames import zero_mean_basis
 from compress.numerics.lift import Lift
 from compress.streaming.layout import Layout
+
+GROUPED = 8  # numbers in 16 bytes, to which torch's grouped products want rows of experts' weights aligned
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,10 @@ class StockTarget:
     @property
     def carried(self) -> tuple[str, ...]:
         return ()
+
+    @property
+    def has_experts(self) -> bool:
+        return any(branch.experts for branch in self.family.branches)
 
     @property
     def zero_biases(self) -> tuple[str, ...]:
@@ -101,9 +108,10 @@ class StockTarget:
 
     def steps(self) -> Mapping[str, int]:
         heads = self.dense.num_attention_heads if self.rules.heads_divide_width else 1
-        units = dense_units(self.dense, self.family)
-        finest = {"hidden": usual_step(self.dense.hidden_size, heads, at_least=16), "kv_groups": 1}
-        return finest | {"neurons": usual_step(units["neurons"], 1, at_least=64), "rank": rank_step(self.dense)}
+        units, grouped = dense_units(self.dense, self.family), GROUPED if self.has_experts else 1
+        hidden = usual_step(self.dense.hidden_size, math.lcm(heads, grouped), at_least=16)
+        neurons = usual_step(units["neurons"], grouped, at_least=64)
+        return {"hidden": hidden, "kv_groups": 1, "neurons": neurons, "rank": rank_step(self.dense)}
 
     def faults(self, shape: Shape) -> list[str]:
         if len(set(shape.widths)) > 1:
@@ -111,6 +119,12 @@ class StockTarget:
         if any(isinstance(count, tuple) for count in shape.units.values()):
             return [f"{self.architecture} has as many of each unit in every block. Give one number for all blocks."]
         width, heads = shape.widths[0], self.num_heads(shape)
+        neurons = shape.units.get("neurons")
+        if self.has_experts and isinstance(neurons, int) and (width % GROUPED or neurons % GROUPED):
+            return [
+                f"transformers multiplies experts in groups, which takes multiples of {GROUPED}: not a hidden size of "
+                f"{width} with {neurons} neurons. Use --round-to {GROUPED}."
+            ]
         if self.rules.heads_divide_width and width % heads:
             return [
                 f"A hidden size of {width} is no multiple of the {heads} attention heads, as {self.architecture} "

@@ -18,7 +18,8 @@ Where each is no worse than its weights were, neither is their sum. Experts that
 fitted one lot after the other, each to what is then still missing, which keeps that promise.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float, Float64, Int64
@@ -122,6 +123,24 @@ def writer_of(expert: Branch) -> nn.Linear:
     (writer,) = expert.writers.values()
     assert isinstance(writer, nn.Linear)
     return writer
+
+
+def short_of_tokens(reports: Iterable[Mapping[str, Any]]) -> list[str]:
+    """A sentence on the experts that were given fewer tokens than their linears have inputs, from all reports."""
+    told: dict[str, tuple[int, int]] = {}
+    for entry in reports:
+        if "tokens" in entry:
+            name = entry["group"].removesuffix(" writers") if "group" in entry else entry["linear"].rpartition(".")[0]
+            told[name] = max((entry["tokens"], entry["wanted"]), told.get(name, (0, 0)), key=lambda pair: pair[1])
+    short = {name: pair for name, pair in told.items() if pair[0] < pair[1]}
+    if not short:
+        return []
+    least = min(short, key=lambda name: short[name][0])
+    tokens, wanted = short[least]
+    return [
+        f"{len(short)} of {len(told)} experts saw fewer calibration tokens than they have inputs (the least, {least}: "
+        f"{tokens:,} of {wanted:,}), and go the more by their weights alone. Use more --samples."
+    ]
 
 
 def lot_bytes(experts: int, inner: int, targets: int) -> int:

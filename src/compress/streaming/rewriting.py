@@ -123,7 +123,7 @@ class LinearRewriter:
             module=module,
             inputs=given.inputs,
             put=lambda put: branch.replace_linear(name, put),
-            notes={} if given.tokens is None else {"tokens": given.tokens},
+            notes={} if given.tokens is None else {"tokens": given.tokens, "wanted": module.in_features},
             gradient=None if self.survey is None else self.survey.gradient_at(shape.path, block, decoder.device),
         )
         with self.clock("solve"):
