@@ -70,13 +70,12 @@ def plan_storage(planned: FactorPlan, shape: Shape, family: Family, dtype: torch
 
 
 def packing_faults(stage: StoringStage, linears: Sequence[LinearShape]) -> list[str]:
-    """That a stage would pack what stock code has no linear for."""
-    fused = [linear for linear in linears if fused_piece(linear.path) is not None]
-    if stage.form != "packed" or not any(stage.targets(linear) for linear in fused):
+    """That stock code would not read back what is packed."""
+    if stage.form != "packed" or not any(fused_piece(linear.path) for linear in linears):
         return []
     return [
-        "Experts cannot be packed: transformers fuses them while it loads, and then neither scales nor an adapter have "
-        "a place. Store them with --compact, merge them with --materialize, or pack the rest: --target attention."
+        "A model with experts cannot be packed: transformers fuses them while it loads, looks for the packed parts of "
+        "all, and has no linears for an adapter. Store it with --compact, or merge it with --materialize."
     ]
 
 

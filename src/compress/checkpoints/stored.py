@@ -48,8 +48,7 @@ class PackedTarget(WrappedTarget):
     def _untouched(self, shape: Shape) -> list[str]:
         """The linears that stay as they are."""
         modules, stored = self.base.model(shape).named_modules(), written_storage(self.base, shape)
-        file_name = self.base.layout(torch.float32).file_name
-        return [file_name(name) for name, module in modules if isinstance(module, nn.Linear) and name not in stored]
+        return [name for name, module in modules if isinstance(module, nn.Linear) and name not in stored]
 
     def model(self, shape: Shape, *, num_blocks: int | None = None) -> PreTrainedModel:
         model = self.base.model(shape, num_blocks=num_blocks)

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from compress.errors import CheckpointError
-from compress.models.expert_names import stored_forms
 from compress.models.storage import Storage
 from compress.models.tensor_files import checkpoint_files, open_safetensors
 from compress.numerics.grids import FLOAT8, Sharing
@@ -174,8 +173,7 @@ class StoredTensors:
 
     def resolve(self, name: str) -> str | None:
         """The stored name of a parameter: some checkpoints were saved from below `model.` or by an older name."""
-        names = stored_forms(name)
-        forms = [form for each in names for form in (each, each.removeprefix("model."), OTHER_NAMES.get(each, each))]
+        forms = (name, name.removeprefix("model."), OTHER_NAMES.get(name, name))
         return next((form for form in forms if form in self.places), None)
 
     def has(self, name: str) -> bool:

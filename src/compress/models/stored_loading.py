@@ -17,7 +17,6 @@ from transformers.initialization import no_init_weights
 from compress.errors import CheckpointError
 from compress.models.int4 import use_kernels
 from compress.models.loading import load_config, one_line
-from compress.models.modeling_experts import unfuse_experts
 from compress.models.storage import Storage, empty_linear
 from compress.models.stored_files import ADAPTER, METHOD, Lora, StoredTensors, json_object, read_lora, read_scheme
 
@@ -67,7 +66,7 @@ def hollow_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
         del config.quantization_config  # no library is to act on it
     try:
         with no_init_weights(), init_empty_weights(include_buffers=False):
-            model: PreTrainedModel = unfuse_experts(AutoModelForCausalLM.from_config(config, dtype=dtype))
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
         raise CheckpointError(f"The config.json of {folder} makes no model: {one_line(error)}") from error
     return model

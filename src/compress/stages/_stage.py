@@ -171,10 +171,6 @@ class StoringStage(StageConfig):
         """With what goes by the model's linears and the dtype that is written said."""
 
     @abstractmethod
-    def targets(self, linear: LinearShape) -> bool:
-        """Whether it means to store a linear."""
-
-    @abstractmethod
     def planned_storage(self, linears: Sequence[LinearShape]) -> dict[str, Storage]:
         """How it stores the linears that it works on, by path."""
 
