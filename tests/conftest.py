@@ -22,6 +22,7 @@ WHOLE_RUNS = {
     "test_cli_slim",
     "test_composition",
     "test_every_family",
+    "test_experts_world",
     "test_family_table",
     "test_faults",
     "test_fuzz",

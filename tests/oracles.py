@@ -46,6 +46,14 @@ RMS_NORMS: tuple[type[nn.Module], ...] = (
     transformers.models.glm4.modeling_glm4.Glm4RMSNorm,
     transformers.models.olmo2.modeling_olmo2.Olmo2RMSNorm,
     transformers.models.olmo3.modeling_olmo3.Olmo3RMSNorm,
+    transformers.models.mixtral.modeling_mixtral.MixtralRMSNorm,
+    transformers.models.qwen2_moe.modeling_qwen2_moe.Qwen2MoeRMSNorm,
+    transformers.models.qwen3_moe.modeling_qwen3_moe.Qwen3MoeRMSNorm,
+)
+ROUTERS: tuple[type[nn.Module], ...] = (
+    transformers.models.mixtral.modeling_mixtral.MixtralTopKRouter,
+    transformers.models.qwen2_moe.modeling_qwen2_moe.Qwen2MoeTopKRouter,
+    transformers.models.qwen3_moe.modeling_qwen3_moe.Qwen3MoeTopKRouter,
 )
 RMS_PLUS_ONE_NORMS: tuple[type[nn.Module], ...] = (
     transformers.models.gemma.modeling_gemma.GemmaRMSNorm,
@@ -92,6 +100,14 @@ def exact_attention(
     return weights @ value, weights
 
 
+def exact_router(router: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    logits = x.reshape(-1, router.hidden_dim) @ router.weight.T
+    shares, chosen = torch.softmax(logits, dim=-1).topk(router.top_k, dim=-1)
+    if getattr(router, "norm_topk_prob", True):
+        shares = shares / shares.sum(-1, keepdim=True)
+    return logits, shares, chosen
+
+
 # What of transformers computes in float32 whatever it is given, and the same in the dtype it is given.
 EXACT: dict[tuple[Any, str], Callable[..., Any]] = {
     **{(kind, "forward"): exact_rms_norm for kind in RMS_NORMS},
@@ -100,6 +116,7 @@ EXACT: dict[tuple[Any, str], Callable[..., Any]] = {
     (OlmoLayerNorm, "forward"): exact_olmo_norm,
     **{(module, "apply_rotary_pos_emb"): exact_cohere_rotation for module in COHERE},
     **{(kind, "_attn"): exact_attention for kind in (CodeGenAttention, GPTJAttention)},
+    **{(kind, "forward"): exact_router for kind in ROUTERS},
 }
 
 
@@ -398,6 +415,8 @@ class PaperSliceGPT:
 
 def scaled(model: PreTrainedModel, factor: float) -> PreTrainedModel:
     """A model whose whole stream is smaller by `factor`, so that the norms' epsilon counts."""
+    if factor == 1:
+        return model
     model = copy.deepcopy(model)
     config: Any = model.config
     family = families.find(config)

@@ -704,8 +704,8 @@ def carried(model_type: str, folder: Path) -> Any:
     model.save_pretrained(folder)
     for file in folder.glob("*.py"):
         file.unlink()
-    target = sliced_dense()
-    names = target.carried if model_type == "sliced" else target.carried[:2]
+    own = ("configuration_lowrank", "modeling_lowrank", "modeling_experts")
+    names = sliced_dense().carried if model_type == "sliced" else own
     carry_modeling(folder, names)
     shutil.rmtree(folder / "__pycache__", ignore_errors=True)
     return model

@@ -54,7 +54,10 @@ SHARED = {
 }
 OWN_BASES = ("sliced", "lowrank", "lowrank_sliced")
 ARCHITECTURES = (*OWN_BASES, "compact", *(f"compact_{base}" for base in OWN_BASES))
-CARRIED = tuple(f"models/{kind}_{name}.py" for name in ARCHITECTURES for kind in ("configuration", "modeling"))
+CARRIED = (
+    "models/modeling_experts.py",
+    *(f"models/{kind}_{name}.py" for name in ARCHITECTURES for kind in ("configuration", "modeling")),
+)
 
 
 def module_name(file: Path) -> str:

@@ -23,7 +23,9 @@ from compress.checkpoints.stock import StockTarget
 from compress.checkpoints.targets import Shape, Target, dense_units
 from compress.datasets.windows import cut, encode
 from compress.models.decoder import Decoder
+from compress.models.expert_names import own_name
 from compress.models.loading import load_config, load_tokenizer
+from compress.models.modeling_experts import unfuse_experts
 from compress.models.modeling_sliced import SlicedForCausalLM
 from compress.numerics.frames import Frame
 from compress.numerics.linalg import pca
@@ -159,7 +161,7 @@ def written_model(result: oracles.Walked, target: Target, **kept: int) -> Any:
         model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float64)
     else:
         model = SlicedForCausalLM(config).double()
-    model.load_state_dict(result.tensors)
+    unfuse_experts(model).load_state_dict({own_name(name): tensor for name, tensor in result.tensors.items()})
     return model.eval()
 
 
@@ -609,9 +611,10 @@ def test_what_is_written_computes_what_the_walk_did(model_type, refit, models):
     result = walked(folder, stages, target=target)
     model = written_model(result, target, **{kind: KEPT[kind] for kind in kinds})
     assert oracles.largest_difference(oracles.logits_of(model, WINDOWS[:1]), result.probe_logits) < 1e-9
-    (units,) = family.units("neurons")
-    inner = [weight.shape for name, weight in result.tensors.items() if name.endswith(f".{units.writer}.weight")]
-    assert inner
+    file_name = target.layout(torch.float64).file_name
+    writers = tuple(file_name(f".{units.writer}.weight") for units in family.units("neurons"))
+    inner = [weight.shape for name, weight in result.tensors.items() if name.endswith(writers)]
+    assert len(inner) == 2 * len(writers)
     assert all(shape[1] == KEPT["neurons"] for shape in inner)
 
 

@@ -23,6 +23,11 @@ SHARED: dict[str, Any] = {
     "pad_token_id": 2,
 }
 GATED = {"intermediate_size": 48, "num_key_value_heads": 2}
+EXPERTS = {
+    # Three of four: each is to see more tokens than its linears have inputs.
+    **{"num_key_value_heads": 2, "moe_intermediate_size": 48, "num_experts": 4, "num_experts_per_tok": 3},
+    "norm_topk_prob": True,
+}
 FAMILIES: dict[str, dict[str, Any]] = {
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": HIDDEN, "tie_word_embeddings": True, "dropout": 0.0},
     "llama": {**GATED, "rms_norm_eps": 1e-4, "attention_bias": True, "mlp_bias": True},
@@ -36,6 +41,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_bigcode": {"n_inner": 48, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
     "codegen": {"n_inner": 48, "rotary_dim": 4},
     "gpt_neox": {"intermediate_size": 48},
+    "mixtral": {**GATED, "num_local_experts": 4, "num_experts_per_tok": 3, "head_dim": 12},
+    "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 40, "decoder_sparse_step": 1},
+    "qwen3_moe": {**EXPERTS, "head_dim": 16},
 }
 # Families that differ from those above in what their table says and in nothing else: they run the contract alone.
 OTHERS: dict[str, dict[str, Any]] = {
@@ -69,6 +77,10 @@ OTHERS: dict[str, dict[str, Any]] = {
     "gemma3_text": {**GATED, "head_dim": 12, "query_pre_attn_scalar": 12, "sliding_window": 16},
 }
 EVERY = FAMILIES | OTHERS
+# Of these each MLP is several.
+SPARSE = ("mixtral", "qwen2_moe", "qwen3_moe")
+# Linears of theirs that stages on single linears leave alone.
+ROUTERS = (".mlp.gate", ".mlp.shared_expert_gate")
 # Of these the stock code gives the head a stream as wide as the embeddings.
 ONE_END = ("gpt_bigcode", "codegen", "gptj")
 # OPT-350m's kind: norms of the stream behind the branches, embeddings narrower than the stream.
@@ -84,7 +96,9 @@ def tiny_model(
 ) -> PreTrainedModel:
     """A random model whose every parameter matters: gains, biases and offsets are drawn too."""
     torch.manual_seed(seed)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(tiny_config(model_type, **changes), dtype=dtype)
+    # Torch's grouped products, the usual way to run experts, are not for float64.
+    apart = {"experts_implementation": "eager"} if model_type in SPARSE else {}
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(tiny_config(model_type, **changes), dtype=dtype, **apart)
     gains = ("norm.weight", "ln_1.weight", "ln_2.weight", "ln_f.weight", "ln_attn.weight", "ln_mlp.weight")
     with torch.no_grad():
         for name, parameter in model.named_parameters():

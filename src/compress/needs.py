@@ -21,6 +21,7 @@ from compress.recipe import Recipe
 from compress.stages._stage import StageConfig, StoringStage
 from compress.streaming.cache import cache_bytes
 from compress.streaming.divergence import LOGITS_AT_ONCE
+from compress.streaming.experts import lot_bytes
 from compress.streaming.passage import has_groups, has_linears, keeps_before_post_norms, num_streams
 from compress.streaming.spectra import WIDEST
 from compress.streaming.survey import TOKENS_AT_ONCE, SurveyNeed, kept_streams
@@ -53,6 +54,8 @@ def needs(
         caches = max(caches, one * kept_streams(config.num_hidden_layers, one, room.cache_memory))
     tokens = min(room.batch_size, calibration.samples) * calibration.seq_len
     weights = 2 * sizes.part * sizes.itemsize
+    if has_linears(stages):
+        weights += expert_statistics(config, family)
     memory = weights + max(
         passing(stages, sizes, tokens) + gathering(stages, sizes),
         solving(stages, sizes),
@@ -150,6 +153,13 @@ def heading(stages: Sequence[StageConfig], sizes: Sizes, batch_size: int) -> int
     held_out = LOGITS_AT_ONCE if any(stage.held_out_share for stage in stages) else 0
     backward = TOKENS_AT_ONCE * batch_size if SurveyNeed.GRADIENT in surveyed(stages) else 0
     return sizes.vocabulary * max(held_out * (2 * sizes.itemsize + 6 * DOUBLE), backward * 4 * sizes.itemsize)
+
+
+def expert_statistics(config: Any, family: Family) -> int:
+    """Bytes of the second moments of all experts' inputs, and of the equations of those that are fitted together."""
+    width, inner = config.hidden_size, dense_units(config, family).get("neurons", 0)
+    experts = max(len(branch.experts) for branch in family.branches)
+    return 2 * DOUBLE * experts * (width**2 + inner**2) + lot_bytes(experts, inner, width) if experts else 0
 
 
 def surveyed(stages: Sequence[StageConfig]) -> SurveyNeed:

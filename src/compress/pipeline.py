@@ -41,6 +41,7 @@ from compress.provenance import identity
 from compress.publishing import aside_of, discard, give_back, is_finished, none_left_empty, publish
 from compress.ranks import rank_choices
 from compress.room import held
+from compress.streaming.experts import short_of_tokens
 from compress.streaming.journal import LOCK, Journal, clear, sha256, take_lock, write_tensors
 from compress.streaming.processes import ALONE, Processes
 from compress.streaming.shared_journal import SharedJournal
@@ -333,13 +334,17 @@ def _result(
         seconds=seconds,
         difference=difference,
         resumed_parts=resumed,
-        notes=prepared.plan.notes + export_notes(prepared.job) + proof_notes(prepared.job.out),
+        notes=[*prepared.plan.notes, *expert_notes(facts), *export_notes(prepared.job), *proof_notes(prepared.job.out)],
     )
 
 
 def mean_loss(facts: dict[str, Any]) -> float | None:
     lost = [linear["lost"] for linear in facts["linears"] if "lost" in linear]
     return sum(lost) / len(lost) if lost and facts["alternatives"] else None
+
+
+def expert_notes(facts: dict[str, Any]) -> list[str]:
+    return short_of_tokens(facts["linears"] or facts["groups"])
 
 
 def proof_notes(out: Path) -> list[str]:

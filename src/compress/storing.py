@@ -14,6 +14,7 @@ from compress.checkpoints.targets import Shape, Target
 from compress.errors import report
 from compress.factoring import FactorPlan
 from compress.families import Family
+from compress.models.expert_names import fused_piece
 from compress.models.storage import Storage, empty_linear
 from compress.recipe import Recipe
 from compress.stages._stage import FactorisingStage, StageConfig, StoringStage
@@ -57,7 +58,7 @@ def plan_storage(planned: FactorPlan, shape: Shape, family: Family, dtype: torch
     stages, base = planned.stages, planned.target
     (own,) = storing(stages)
     linears = written_linears(base, shape, family)
-    report(own.linear_faults(linears))
+    report(own.linear_faults(linears) + packing_faults(own, linears))
     settled = own.settled(linears, dtype)
     stages = tuple(settled if stage is own else stage for stage in stages)
     storage = settled.planned_storage(linears)
@@ -66,6 +67,16 @@ def plan_storage(planned: FactorPlan, shape: Shape, family: Family, dtype: torch
     target: Target = CompactTarget(base) if settled.form == "compact" else PackedTarget(base)
     found = alternatives(base, shape, {linear.path: linear for linear in linears}, storage, dtype)
     return StoragePlan(stages, target, storage, found, storage_notes(settled, storage))
+
+
+def packing_faults(stage: StoringStage, linears: Sequence[LinearShape]) -> list[str]:
+    """That stock code would not read back what is packed."""
+    if stage.form != "packed" or not any(fused_piece(linear.path) for linear in linears):
+        return []
+    return [
+        "A model with experts cannot be packed: transformers fuses them while it loads, looks for the packed parts of "
+        "all, and has no linears for an adapter. Store it with --compact, or merge it with --materialize."
+    ]
 
 
 def written_linears(base: Target, shape: Shape, family: Family) -> list[LinearShape]:

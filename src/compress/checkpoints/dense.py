@@ -11,7 +11,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from compress.checkpoints.targets import Shape, rank_step, shortened
 from compress.models.branch import Branch
+from compress.models.expert_names import file_name
 from compress.models.loading import empty_model
+from compress.models.modeling_experts import unfuse_experts
 from compress.models.written import WrittenForm
 from compress.streaming.layout import Layout
 
@@ -50,12 +52,12 @@ class DenseTarget:
 
     def model(self, shape: Shape, *, num_blocks: int | None = None) -> PreTrainedModel:
         config = self.config(shape, torch.float32)
-        model = empty_model(config if num_blocks is None else shortened(config, num_blocks))
+        model = unfuse_experts(empty_model(config if num_blocks is None else shortened(config, num_blocks)))
         model.tie_weights()
         return model
 
     def layout(self, dtype: torch.dtype) -> Layout:
-        return DenseLayout(self.dense.tie_word_embeddings)
+        return DenseLayout(self.dense.tie_word_embeddings, self.dense.model_type)
 
     def steps(self) -> Mapping[str, int]:
         return {"rank": rank_step(self.dense)}
@@ -67,6 +69,7 @@ class DenseTarget:
 @dataclass(frozen=True)
 class DenseLayout:
     ties_head: bool
+    model_type: str
 
     def directions(self, width: int) -> int:
         return width
@@ -79,6 +82,9 @@ class DenseLayout:
 
     def written(self, name: str) -> str:
         return name
+
+    def file_name(self, name: str) -> str:
+        return file_name(name, self.model_type)
 
     def in_adapter(self, name: str) -> str | None:
         return None

@@ -28,8 +28,9 @@ class LowRankTarget(WrappedTarget):
     @property
     def carried(self) -> tuple[str, ...]:
         own = ("configuration_lowrank", "modeling_lowrank")
+        experts = ("modeling_experts",)
         beside = ("configuration_lowrank_sliced", "modeling_lowrank_sliced")
-        return own if self.base.is_stock else (*own, *beside, *self.base.carried)
+        return (*own, *experts) if self.base.is_stock else (*own, *beside, *self.base.carried)
 
     def config(self, shape: Shape, dtype: torch.dtype) -> Any:
         base = self.base.config(shape, dtype)

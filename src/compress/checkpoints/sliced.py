@@ -41,7 +41,7 @@ class SlicedTarget:
 
     @property
     def carried(self) -> tuple[str, ...]:
-        return ("configuration_sliced", "modeling_sliced")
+        return ("configuration_sliced", "modeling_sliced", "modeling_experts")
 
     @property
     def zero_biases(self) -> tuple[str, ...]:
@@ -105,6 +105,8 @@ class SlicedTarget:
                 f"The stock code of {self.dense.model_type} gives the head a stream as wide as the embeddings', here "
                 f"{shape.widths[-1]} and {shape.widths[0]}. Give one ratio for all blocks, and use --slice-head."
             ]
+        if isinstance(shape.units.get("neurons"), tuple) and any(branch.experts for branch in self.family.branches):
+            return ["Experts have as many neurons in every block. Give one number for all blocks."]
         if shape.units.get("kv_groups", 0) != dense_units(self.dense, self.family).get("kv_groups", 0):
             return ["KV groups can be deleted only where the model keeps a stock shape."]
         return []
@@ -127,6 +129,9 @@ class SlicedLayout:
         pass
 
     def written(self, name: str) -> str:
+        return name
+
+    def file_name(self, name: str) -> str:
         return name
 
     def in_adapter(self, name: str) -> str | None:

@@ -11,6 +11,7 @@ offset was costs another, whose norm weight is 0 and norm bias 1. Norms of such 
 Norms without a gain, with an epsilon of their own (OLMo), stay so: the stream is scaled by sqrt(d / D) instead.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,11 +25,15 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from compress.checkpoints.targets import ONE_WIDTH, Shape, dense_units, rank_step, shortened, usual_step
 from compress.families import Family, StockShape
 from compress.models.branch import Branch, ReaderGroup, set_weight
+from compress.models.expert_names import file_name
 from compress.models.loading import empty_model
+from compress.models.modeling_experts import unfuse_experts
 from compress.models.written import WrittenForm, in_form
 from compress.numerics.frames import zero_mean_basis
 from compress.numerics.lift import Lift
 from compress.streaming.layout import Layout
+
+GROUPED = 8  # numbers in 16 bytes, to which torch's grouped products want rows of experts' weights aligned
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,10 @@ class StockTarget:
     @property
     def carried(self) -> tuple[str, ...]:
         return ()
+
+    @property
+    def has_experts(self) -> bool:
+        return any(branch.experts for branch in self.family.branches)
 
     @property
     def zero_biases(self) -> tuple[str, ...]:
@@ -95,16 +104,17 @@ class StockTarget:
 
     def model(self, shape: Shape, *, num_blocks: int | None = None) -> PreTrainedModel:
         config = self.config(shape, torch.float32)
-        return empty_model(config if num_blocks is None else shortened(config, num_blocks))
+        return unfuse_experts(empty_model(config if num_blocks is None else shortened(config, num_blocks)))
 
     def layout(self, dtype: torch.dtype) -> Layout:
-        return StockLayout(self.family, dtype)
+        return StockLayout(self.family, dtype, self.model_type)
 
     def steps(self) -> Mapping[str, int]:
         heads = self.dense.num_attention_heads if self.rules.heads_divide_width else 1
-        units = dense_units(self.dense, self.family)
-        finest = {"hidden": usual_step(self.dense.hidden_size, heads, at_least=16), "kv_groups": 1}
-        return finest | {"neurons": usual_step(units["neurons"], 1, at_least=64), "rank": rank_step(self.dense)}
+        units, grouped = dense_units(self.dense, self.family), GROUPED if self.has_experts else 1
+        hidden = usual_step(self.dense.hidden_size, math.lcm(heads, grouped), at_least=16)
+        neurons = usual_step(units["neurons"], grouped, at_least=64)
+        return {"hidden": hidden, "kv_groups": 1, "neurons": neurons, "rank": rank_step(self.dense)}
 
     def faults(self, shape: Shape) -> list[str]:
         if len(set(shape.widths)) > 1:
@@ -112,6 +122,12 @@ class StockTarget:
         if any(isinstance(count, tuple) for count in shape.units.values()):
             return [f"{self.architecture} has as many of each unit in every block. Give one number for all blocks."]
         width, heads = shape.widths[0], self.num_heads(shape)
+        neurons = shape.units.get("neurons")
+        if self.has_experts and isinstance(neurons, int) and (width % GROUPED or neurons % GROUPED):
+            return [
+                f"transformers multiplies experts in groups, which takes multiples of {GROUPED}: not a hidden size of "
+                f"{width} with {neurons} neurons. Use --round-to {GROUPED}."
+            ]
         if self.rules.heads_divide_width and width % heads:
             return [
                 f"A hidden size of {width} is no multiple of the {heads} attention heads, as {self.architecture} "
@@ -125,11 +141,12 @@ class StockTarget:
 @dataclass(frozen=True)
 class StockLayout:
     """
-    dtype: of the written weights.
+    dtype: of the written weights. model_type: that they are written as.
     """
 
     family: Family
     dtype: torch.dtype
+    model_type: str = ""
 
     @property
     def ties_head(self) -> bool:
@@ -176,6 +193,9 @@ class StockLayout:
 
     def written(self, name: str) -> str:
         return name
+
+    def file_name(self, name: str) -> str:
+        return file_name(name, self.model_type)
 
     def in_adapter(self, name: str) -> str | None:
         return None

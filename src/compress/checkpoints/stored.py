@@ -159,7 +159,8 @@ class CompactTarget(WrappedTarget):
     def carried(self) -> tuple[str, ...]:
         own = ("configuration_compact", "modeling_compact")
         beside = tuple(f"{part}_{MODULES[self.kind]}" for part in ("configuration", "modeling"))
-        return own if self.base.is_stock else (*own, *beside, *self.base.carried)
+        experts = ("modeling_experts",)
+        return (*own, *experts) if self.base.is_stock else (*own, *beside, *self.base.carried)
 
     def config(self, shape: Shape, dtype: torch.dtype) -> Any:
         base = self.base.config(shape, dtype)

@@ -84,5 +84,8 @@ class WrappedLayout:
     def written(self, name: str) -> str:
         return self.prefix + self.base.written(name)
 
+    def file_name(self, name: str) -> str:
+        return name if self.prefix else self.base.file_name(name)
+
     def in_adapter(self, name: str) -> str | None:
         return self.base.in_adapter(name)

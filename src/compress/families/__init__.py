@@ -63,6 +63,8 @@ class BranchTable:
     norms: one for all paths, or one for each; none where the stream is read as it is.
     post_norm: a norm behind the branch, of what it is about to write, or with `post_norm_of` "stream" of the stream
         that has taken that in. Such a branch has one writer.
+    experts: the parts of it that have only some of the tokens each, as branches of their own without a norm; what they
+        read and write is the branch's too.
     """
 
     name: str
@@ -73,6 +75,7 @@ class BranchTable:
     units: tuple[Units, ...] = ()
     post_norm: str | None = None
     post_norm_of: Literal["update", "stream"] = "update"
+    experts: tuple["BranchTable", ...] = ()
 
     def readers_by_norm(self) -> dict[str | None, tuple[str, ...]]:
         """All readers behind the one norm, or behind each those that its path passes; behind None without a norm."""
@@ -96,6 +99,7 @@ class Family:
     multiplier: the config's key for what everything that a branch writes is multiplied by.
     logits: what the model does to the head's outputs, in order, each with the key of its number in the config:
         `multiplier`, `divisor`, `softcap` (c tanh(y / c)).
+    routers: readers that decide where tokens go; stages on linears leave them alone if not told otherwise.
     dropout: the config's key for dropout on what a branch adds, None where the family has none or its modules do it.
     returns_tuple: the stock blocks return a tuple that starts with the stream.
     first_width_last: the stock model gives the head the stream in the width that it had before the first block.
@@ -119,6 +123,7 @@ class Family:
     norm_eps: str | float = "rms_norm_eps"
     multiplier: str | None = None
     logits: Mapping[str, str] = field(default_factory=dict)
+    routers: tuple[str, ...] = ()
     dropout: str | None = None
     returns_tuple: bool = False
     first_width_last: bool = False
@@ -158,6 +163,7 @@ class Family:
         names: dict[str, Any] = {name: getattr(self, name) for name in (*named, "multiplier", "logits")}
         branches = [asdict(branch) for branch in self.branches]
         for branch in branches:
+            branch.pop("experts")
             neurons = [units for units in branch.pop("units") if units["kind"] == "neurons"]
             branch["neurons"] = (
                 {"readers": dict(neurons[0]["readers"]), "writer": neurons[0]["writer"]} if neurons else None
@@ -165,7 +171,9 @@ class Family:
         return plain({**names, "branches": branches})
 
     def part_of(self, name: str) -> str:
-        """The part of a block that a linear belongs to: `attention` or `mlp`."""
+        """The part of a block that a linear belongs to: `attention`, `mlp` or `router`."""
+        if name in self.routers:
+            return "router"
         return "attention" if name.startswith(f"{self.attention}.") else "mlp"
 
     def units(self, kind: str) -> list[Units]:

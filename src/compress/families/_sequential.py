@@ -2,6 +2,8 @@
 
 from compress.families import BranchTable, Units
 
+# Readers whose outputs have a norm of their own, a head at a time, and those norms.
+NORMED_HEADS = (("self_attn.q_proj", "self_attn.q_norm"), ("self_attn.k_proj", "self_attn.k_norm"))
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
 

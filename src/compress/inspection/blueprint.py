@@ -10,8 +10,10 @@ from compress.checkpoints.facts import FACTS, Facts
 from compress.checkpoints.headers import StoredTensor
 from compress.errors import CheckpointError
 from compress.models.counting import num_parameters
+from compress.models.expert_names import own_name
 from compress.models.libraries import reading
 from compress.models.loading import empty_model, load_config
+from compress.models.modeling_experts import unfuse_experts
 from compress.models.stored_files import Lora, StoredTensors, read_lora, read_scheme
 from compress.models.stored_loading import put_linears
 
@@ -33,7 +35,7 @@ def built(folder: Path, facts: Facts) -> PreTrainedModel:
         raise CheckpointError(f"config.json of {folder} says {num_blocks} blocks, {FACTS} {len(parts) - ENDS}.")
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # no library is to act on it
-    model = empty_model(config)
+    model = unfuse_experts(empty_model(config))
     model.tie_weights()
     lora = read_lora(folder)
     put_linears(model, read_scheme(folder), StoredTensors(folder, lora), torch.float32)
@@ -50,7 +52,7 @@ def innermost(config: Any) -> Any:
 def named(tensors: list[StoredTensor], lora: Lora | None) -> dict[str, StoredTensor]:
     """By the names that tensors have in the model."""
     inside = {} if lora is None else {stored: name for name, stored in lora.names.items()}
-    return {inside.get(tensor.name, tensor.name): tensor for tensor in tensors}
+    return {own_name(inside.get(tensor.name, tensor.name)): tensor for tensor in tensors}
 
 
 def check_against(model: PreTrainedModel, tensors: dict[str, StoredTensor], facts: Facts) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from compress.families import Units
 from compress.models.factors import AnyLinear, input_side, with_outputs
+from compress.models.modeling_experts import SparseMLP
 from compress.models.modeling_sliced import replace
 from compress.models.written import Written
 
@@ -48,6 +49,7 @@ class Branch:
     units: kinds of parts that can be deleted whole, and how many the dense branch has of each.
     scale: what all that it writes is multiplied by on the way to the stream.
     post_norm: the name of the norm behind it, and whether that is of what it writes (`update`) or of the `stream`.
+    experts: its parts that have only some of the tokens each. sparse: the module that they are of.
     run: from the stream (batch, tokens, d) and the block's keyword arguments to what the branch adds to it.
     """
 
@@ -64,6 +66,8 @@ class Branch:
     scale: float = 1.0
     post_norm: str | None = None
     post_norm_of: str = "update"
+    experts: tuple["Branch", ...] = ()
+    sparse: SparseMLP | None = None
     run: Callable[..., Tensor] | None = None
 
     def __post_init__(self) -> None:
@@ -77,6 +81,17 @@ class Branch:
         return [
             ReaderGroup(owner, norm, {name: self.readers[name] for name in names}) for norm, names in self.norms.items()
         ]
+
+    def sharing(self) -> list[tuple[str, ...]]:
+        """Readers, then writers, together with those that are given the same inputs; experts' come last of each."""
+        apart = {name for expert in self.experts for name in expert.readers}
+        readers = [tuple(name for name in group.readers if name not in apart) for group in self.reader_groups()]
+        readers += [tuple(expert.readers) for expert in self.experts]
+        return readers + [(name,) for name in self.writers]
+
+    @property
+    def expert_linears(self) -> set[str]:
+        return {name for expert in self.experts for name in (*expert.readers, *expert.writers)}
 
     @property
     def writes_through_norm(self) -> bool:

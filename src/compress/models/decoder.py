@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
-from compress.families import BranchTable, Family
+from compress.families import BranchTable, Family, Units
 from compress.models.branch import Branch, Writer
+from compress.models.modeling_experts import SparseMLP, unfuse_experts
 from compress.models.modeling_sliced import as_residual_block, finished_logits, replace, shortcut_name
 from compress.models.soundness import check_sound, first_unsound
 
@@ -52,7 +53,7 @@ class Decoder:
         self.device = device
         self.structure = family.structure()
         with no_init_weights(), init_empty_weights(include_buffers=False):
-            self.model = AutoModelForCausalLM.from_config(self.config, dtype=dtype).eval()
+            self.model = unfuse_experts(AutoModelForCausalLM.from_config(self.config, dtype=dtype)).eval()
         self.blocks = list(self.model.get_submodule(family.blocks))
         for block in self.blocks:
             # No stock loop runs them here; whoever does wants the stream alone.
@@ -173,10 +174,26 @@ class Decoder:
             scale=self.family.scale(self.config),
             post_norm=table.post_norm,
             post_norm_of=table.post_norm_of,
-            units={units.kind: (units, units.number(self.config)) for units in table.units},
+            units=self._units(table),
+            experts=tuple(self._expert(index, expert) for expert in table.experts),
+            sparse=sparse_mlp(block, table),
             run=run,
             **self._norm_facts(),
         )
+
+    def _expert(self, index: int, table: BranchTable) -> Branch:
+        block = self.blocks[index]
+        return Branch(
+            name=f"block {index} {table.name}",
+            readers={reader: linear(block, reader) for reader in table.readers},
+            writers={writer: linear(block, writer) for writer in table.writers},
+            owner=block,
+            units=self._units(table),
+            **self._norm_facts(),
+        )
+
+    def _units(self, table: BranchTable) -> dict[str, tuple[Units, int]]:
+        return {units.kind: (units, units.number(self.config)) for units in table.units}
 
     @contextmanager
     def _recording(self) -> Iterator[None]:
@@ -191,6 +208,11 @@ class Decoder:
         finally:
             for name, module in kept.items():
                 replace(self.model, name, module)
+
+
+def sparse_mlp(block: nn.Module, table: BranchTable) -> SparseMLP | None:
+    modules = (block.get_submodule(step) for path in table.paths for step in path)
+    return next((module for module in modules if isinstance(module, SparseMLP)), None)
 
 
 def linear(root: nn.Module, name: str) -> nn.Linear:

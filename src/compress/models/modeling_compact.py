@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 
 from .configuration_compact import CompactConfig
+from .modeling_experts import unfuse_experts
 
 FLOAT8 = torch.float8_e4m3fn
 # How many of a weight's numbers are made at a time: on a CPU what its caches hold, elsewhere so many that starting the
@@ -273,7 +274,7 @@ class CompactForCausalLM(PreTrainedModel, GenerationMixin):
 
     @staticmethod
     def build(text_config):
-        return AutoModelForCausalLM.from_config(text_config)
+        return unfuse_experts(AutoModelForCausalLM.from_config(text_config))
 
     def _init_weights(self, module):
         self.model._init_weights(module)

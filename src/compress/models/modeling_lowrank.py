@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 
 from .configuration_lowrank import LowRankConfig
+from .modeling_experts import unfuse_experts
 
 
 class LowRankLinear(nn.Module):
@@ -75,7 +76,7 @@ class LowRankForCausalLM(PreTrainedModel, GenerationMixin):
 
     @staticmethod
     def build(text_config):
-        return AutoModelForCausalLM.from_config(text_config)
+        return unfuse_experts(AutoModelForCausalLM.from_config(text_config))
 
     def _init_weights(self, module):
         if isinstance(module, PivotLinear):

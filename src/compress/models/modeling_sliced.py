@@ -23,6 +23,7 @@ from transformers import AutoModel, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .configuration_sliced import SlicedConfig
+from .modeling_experts import unfuse_experts
 
 
 class GainlessRMSNorm(nn.Module):
@@ -127,7 +128,7 @@ class SlicedForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         # The stock causal LM's own name for it, which the structure's names begin with.
         self.base_model_prefix = config.structure["blocks"].split(".")[0]
-        setattr(self, self.base_model_prefix, AutoModel.from_config(config.text_config))
+        setattr(self, self.base_model_prefix, unfuse_experts(AutoModel.from_config(config.text_config)))
         self.lm_head = nn.Linear(config.stream_widths[-1], config.vocab_size, bias=needs_head_bias(config))
         slice_architecture(self, config)
         self.post_init()

@@ -8,11 +8,14 @@ from compress.streaming.linears import LinearShape
 
 def is_target(patterns: Sequence[str], name: str, part: str) -> bool:
     """
-    name: of the linear below its block. part: of the block, `attention` or `mlp`.
+    name: of the linear below its block. part: of the block, `attention`, `mlp` or `router`, which `all` leaves out.
     """
     name = name.removesuffix(".first").removesuffix(".second")  # of what is factorised
     return any(
-        pattern in ("all", part) or fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"*.{pattern}")
+        pattern == part
+        or (pattern == "all" and part != "router")
+        or fnmatch.fnmatchcase(name, pattern)
+        or fnmatch.fnmatchcase(name, f"*.{pattern}")
         for pattern in patterns
     )
 

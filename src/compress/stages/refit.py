@@ -6,7 +6,7 @@ by ridge regression towards the weights it has (`streaming/groups.py` says what 
 lets each layer reproduce itself cannot do. Nothing changes where the compressed prefix is the dense one.
 
 How strongly a group is drawn towards its weights is chosen on windows that it is not fitted on; where no fit is better
-there than the weights as they are, they stay.
+there than the weights as they are, they stay. So do those of an expert that none of these windows' tokens reach.
 """
 
 from typing import Annotated, ClassVar, Literal
@@ -32,6 +32,8 @@ class Refit(StageConfig):
         return self.held_out
 
     def apply(self, group: LinearGroup) -> None:
+        if not group.held_out.tokens:
+            return
         damping = choose_damping(group.fit, group.held_out, group.matrix, name=group.name, metric=group.metric)
         if damping is None:
             return

@@ -74,6 +74,8 @@ class EquationSums:
     """Sums of u u^T and u t^T, apart for the windows to fit on and those held out; those of u and |u| over all.
 
     Each of them is asked for once, in all processes, when everything is added.
+
+    fitted, seen: how many tokens there were in this process, of the windows to fit on and of all.
     """
 
     def __init__(self, inputs: int, targets: int, device: torch.device) -> None:
@@ -81,6 +83,7 @@ class EquationSums:
         self._fit = self._new()
         self._total = ReproducibleSum(inputs, device=device)
         self._absolute = ReproducibleSum(inputs, device=device)
+        self.fitted = self.seen = 0
 
     @cached_property
     def _held_out(self) -> RunningEquations:
@@ -98,6 +101,8 @@ class EquationSums:
         u = u.double()
         weighted = u if weights is None else u * weights
         tokens = u.new_tensor(len(u)) if weights is None else weights.sum()
+        self.seen += len(u)
+        self.fitted += 0 if held_out else len(u)
         self._total.add(weighted.sum(0))
         self._absolute.add(weighted.abs().sum(0))
         (self._held_out if held_out else self._fit).add(weighted, u, t, tokens)
@@ -114,8 +119,12 @@ class EquationSums:
 
     def moments(self, processes: Processes) -> InputMoments:
         """Of the inputs, over the windows to fit on."""
-        fit, inputs = self.fit(processes), self.inputs(processes)
-        return InputMoments(fit.G.div_(fit.tokens), inputs.total / fit.tokens, inputs.absolute / fit.tokens)
+        return mean_moments(self.fit(processes), self.inputs(processes))
+
+
+def mean_moments(fit: NormalEquations, inputs: InputSums) -> InputMoments:
+    """Means over tokens, from sums; the second moment takes the place of fit.G."""
+    return InputMoments(fit.G.div_(fit.tokens), inputs.total / fit.tokens, inputs.absolute / fit.tokens)
 
 
 def with_constant(u: Float[Tensor, "tokens k"], *, bias: bool) -> Float[Tensor, "tokens _"]:
@@ -128,6 +137,7 @@ class LinearGroup(ABC):
     name: as a user should read it, "block 3 mlp writers".
     block: the block it is in; past the last one for the head.
     matrix: (k, targets); what the group now makes of u. A stage replaces it, `write` puts it into the linears.
+    tokens: how many an expert was given; None for a group that all tokens pass.
     damping: how strongly the matrix was drawn towards what it was, in units of the mean of fit.G's diagonal; later
         stages judge changes by the same measure.
     processes: those that the equations come from; the first one decides.
@@ -141,6 +151,7 @@ class LinearGroup(ABC):
     held_out: NormalEquations
     inputs: InputSums
     matrix: Float64[Tensor, "k m"]
+    tokens: int | None = None
     damping: float = 0.01
     processes: Processes = ALONE
     notes: dict[str, float] = field(default_factory=dict)
@@ -160,10 +171,11 @@ class LinearGroup(ABC):
 
     def close(self) -> dict[str, Any]:
         """What the report says of the group. Its matrices are let go: they are the largest there are beside a block."""
-        nothing = self.matrix.new_zeros(0, 0)
+        wanted, nothing = len(self.fit.G), self.matrix.new_zeros(0, 0)
         self.fit = self.held_out = NormalEquations(nothing, nothing, 0.0)
         self.matrix = nothing
-        return {"group": self.name, **self.notes}
+        tokens = {} if self.tokens is None else {"tokens": self.tokens, "wanted": wanted}
+        return {"group": self.name, **tokens, **self.notes}
 
 
 @dataclass

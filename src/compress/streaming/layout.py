@@ -24,5 +24,8 @@ class Layout(Protocol):
     def written(self, name: str) -> str:
         """The name in the checkpoint of what has this name in the walk."""
 
+    def file_name(self, name: str) -> str:
+        """What the checkpoint's files call the tensor that has this name in the model it describes."""
+
     def in_adapter(self, name: str) -> str | None:
         """The name in the adapter beside the checkpoint; None for what is in the checkpoint itself."""

@@ -32,6 +32,7 @@ from compress.models.decoder import Decoder
 from compress.numerics.frames import Frame
 from compress.numerics.ridge import NormalEquations
 from compress.streaming.divergence import copy_linears, mean_divergence
+from compress.streaming.experts import gather_experts, lots
 from compress.streaming.groups import (
     EquationSums,
     LinearGroup,
@@ -108,7 +109,8 @@ class Passage:
             readers = self._readers(branch, block)
             self._advance_dense(branch, block)
             reports = self._enter(branch, readers)
-            reports += self._fit_writers(branch, point, block)
+            fit_writers = self._fit_experts if branch.experts else self._fit_writers
+            reports += fit_writers(branch, point, block)
             self._advance(branch, block)
         else:
             self._advance_dense(branch, block)
@@ -218,6 +220,30 @@ class Passage:
         group.write()
         return [*self.rewriter.rewrite_group(group), group.close()]
 
+    def _fit_experts(self, branch: Branch, point: StreamPoint, block: int) -> list[Report]:
+        """Encode the experts of a branch and fit them, each by its own tokens."""
+        reports, gathered = self.rewriter.rewrite_readers(branch, block, self.streams), self._accumulators(point)
+        for batch in self.streams.batches if gathered else ():
+            stream, dense = self.streams.now(batch)
+            wide = self._wide(stream) + self.streams.update(branch, stream, batch, block)
+            for accumulator in gathered.values():
+                accumulator.add(wide, dense)
+        self._decide(point, gathered)
+        encode = self._write_in_basis(branch, point)
+        for numbers in lots(branch.experts, self.decoder.dense_width):
+            with self.clock("statistics"):
+                equations = gather_experts(branch, numbers, block, self.streams, self._weigh, encode)
+            for number, (given, held_out) in zip(numbers, equations, strict=True):
+                expert = branch.experts[number]
+                matrix, name = writer_matrix(expert), f"{expert.name} writers"
+                equations, count = (given.fit, held_out, given.inputs), given.tokens
+                group = Writers(name, block, expert, *equations, matrix, count, processes=self.processes)
+                with self.clock("solve"):
+                    self._apply(group)
+                group.write()
+                reports += [*self.rewriter.rewrite_group(group), group.close()]
+        return reports
+
     def _gather_writers(
         self, branch: Branch, point: StreamPoint, block: int, beside: int
     ) -> tuple[EquationSums, Gathered]:
@@ -258,11 +284,11 @@ class Passage:
         stream, dense = self.streams.now(batch)
         assert dense is not None
         t = rows(dense).double()
-        weights = 1 / (self._mean_square(t) + self.eps)
+        weights = self._weigh(t)
         if branch.post_norm is not None:
             assert self.streams.before_post_norm is not None
             t = rows(self.streams.before_post_norm.get(batch.index, self.decoder.device)).double()
-            weights = weights / (self._mean_square(t) + self.eps)
+            weights = weights * self._weigh(t)
         if self.keeps_basis and not branch.writes_through_norm:
             t = t - rows(stream).double()
         return t / branch.scale, weights
@@ -278,10 +304,10 @@ class Passage:
         """The compressed stream in the dense basis."""
         return stream if self.decode is None else stream @ self.decode.to(self.decoder.dtype)
 
-    def _mean_square(self, t: Float64[Tensor, "tokens D"]) -> Float64[Tensor, "tokens 1"]:
-        """What the next norm will divide by."""
+    def _weigh(self, t: Float64[Tensor, "tokens D"]) -> Float64[Tensor, "tokens 1"]:
+        """By the square of what the next norm will divide by."""
         mean: Tensor | float = t.mean(-1, keepdim=True) if self.decoder.family.norm == "layer" else 0.0
-        return (t - mean).square().mean(-1, keepdim=True)
+        return 1 / ((t - mean).square().mean(-1, keepdim=True) + self.eps)
 
     def _accumulators(self, point: StreamPoint) -> Gathered:
         stages = [stage for stage in self.stages if stage.site is StreamPoint]

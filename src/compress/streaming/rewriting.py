@@ -12,6 +12,7 @@ from compress.models.decoder import Decoder
 from compress.models.factors import AnyLinear
 from compress.models.written import Written, WrittenForm, in_form
 from compress.numerics.lowrank import InputMoments
+from compress.streaming.experts import filled_up
 from compress.streaming.groups import EquationSums, Readers, Writers
 from compress.streaming.layout import Layout
 from compress.streaming.linears import LinearSite, Rewritten, linear_shape
@@ -26,10 +27,14 @@ Report = dict[str, Any]
 
 @dataclass(frozen=True)
 class SharedInputs:
-    """What several linears are given, and the same as their checkpoint has it, which is made once for all of them."""
+    """What several linears are given, and the same as their checkpoint has it, which is made once for all of them.
+
+    tokens: how many an expert was given; None for linears that all tokens pass.
+    """
 
     inputs: InputMoments
     form: WrittenForm
+    tokens: int | None = None
 
     @cached_property
     def written(self) -> InputMoments:
@@ -59,14 +64,19 @@ class LinearRewriter:
         self.processes = processes
 
     def rewrite_group(self, group: Readers | Writers) -> list[Report]:
-        """The linears of a group that has been written, by the inputs that it was fitted to."""
-        if not self.stages or group.block == len(self.decoder.blocks):
+        """The linears of a group that has been written, by the inputs that it was fitted to.
+
+        Readers beside experts are left to `rewrite_readers`: the group's inputs are all tokens'.
+        """
+        apart = isinstance(group, Readers) and group.branch.experts
+        if not self.stages or group.block == len(self.decoder.blocks) or apart:
             return []
         shared, reports = dict[tuple[int, int], SharedInputs](), []
         for name, place in group.places().items():
             where = (place.start, place.stop)
             if where not in shared:
-                shared[where] = SharedInputs(group.moments(place), self.layout.form(group.branch, name))
+                form, tokens = self.layout.form(group.branch, name), group.tokens
+                shared[where] = SharedInputs(group.moments(place), form, tokens)
             reports.append(self.rewrite(group.branch, group.block, name, shared[where]))
         return reports
 
@@ -75,7 +85,16 @@ class LinearRewriter:
 
         advance: the stream goes on behind that pass, and sees nothing of what is rewritten.
         """
-        sharing = [tuple(group.readers) for group in branch.reader_groups()] + [(name,) for name in branch.writers]
+        return self._rewrite(branch, block, streams, branch.sharing(), advance=advance)
+
+    def rewrite_readers(self, branch: Branch, block: int, streams: Streams) -> list[Report]:
+        """The same for what reads the stream alone."""
+        sharing = [names for names in branch.sharing() if names[0] in branch.readers]
+        return self._rewrite(branch, block, streams, sharing, advance=False) if self.stages else []
+
+    def _rewrite(
+        self, branch: Branch, block: int, streams: Streams, sharing: list[tuple[str, ...]], *, advance: bool
+    ) -> list[Report]:
         firsts = [plain(branch.linear(names[0])) for names in sharing]
         sums = [EquationSums(linear.in_features, 0, self.decoder.device) for linear in firsts]
         for batch in streams.batches:
@@ -85,15 +104,27 @@ class LinearRewriter:
                 if advance:
                     streams.compressed.put(batch.index, stream + update)
             with self.clock("statistics"):
-                for place, its_sums in enumerate(sums):
-                    its_sums.add(rows(given[place]), None)
-        reports = []
+                for place, inputs in given.items():
+                    sums[place].add(rows(inputs), None)
+        reports, every = [], None
         for names, its_sums in zip(sharing, sums, strict=True):
-            with self.clock("statistics"):
-                moments = its_sums.moments(self.processes)
-            inputs = SharedInputs(moments, self.layout.form(branch, names[0]))
-            reports += [self.rewrite(branch, block, name, inputs) for name in names]
+            shared = self._shared_inputs(branch, names[0], its_sums, every)
+            every = every or shared.inputs
+            reports += [self.rewrite(branch, block, name, shared) for name in names]
         return reports
+
+    def _shared_inputs(self, branch: Branch, name: str, sums: EquationSums, every: InputMoments | None) -> SharedInputs:
+        """
+        every: what all tokens give to what reads the stream. The first linears of a branch are no expert's.
+        """
+        form, tokens = self.layout.form(branch, name), None
+        with self.clock("statistics"):
+            if name in branch.expert_linears:
+                given = filled_up(sums, self.processes, every if name in branch.readers else None)
+                moments, tokens = given.moments(), given.tokens
+            else:
+                moments = sums.moments(self.processes)
+        return SharedInputs(moments, form, tokens)
 
     def rewrite(self, branch: Branch, block: int, name: str, given: SharedInputs) -> Report:
         decoder, module = self.decoder, plain(branch.linear(name))
@@ -104,6 +135,7 @@ class LinearRewriter:
             module=module,
             inputs=given.inputs,
             put=lambda put: branch.replace_linear(name, put),
+            notes={} if given.tokens is None else {"tokens": given.tokens, "wanted": module.in_features},
             gradient=None if self.survey is None else self.survey.gradient_at(shape.path, block, decoder.device),
         )
         with self.clock("solve"):

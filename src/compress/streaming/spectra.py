@@ -18,8 +18,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from compress.models.decoder import Decoder
-from compress.numerics.lowrank import Spread, gradient_metric, output_energies
+from compress.numerics.lowrank import InputMoments, Spread, gradient_metric, output_energies
 from compress.numerics.sums import ReproducibleSum
+from compress.streaming.experts import filled_up
 from compress.streaming.groups import EquationSums
 from compress.streaming.journal import write_tensors
 from compress.streaming.processes import ALONE, Processes
@@ -107,20 +108,47 @@ class LinearObserver:
             if isinstance(module, nn.Linear) and self.watch.wanted(name, part_of(name))
         }
         yield
-        moments = [its_sums.moments(self.processes) for its_sums in self.sums]
+        sharing = self._sharing()
+        moments = {path: self._moments(path) for path in self.linears if sharing[path] == path}
         gradients = self._mean_gradients()
         for path, linear in self.linears.items():
-            spread = moments[self.shared[path]].spread(centred=self.watch.centres(has_bias=linear.bias is not None))
+            spread = moments[sharing[path]].spread(centred=self.watch.centres(has_bias=linear.bias is not None))
             self.spectra[path] = self._spectrum(path, linear.weight.double(), spread, gradients.get(path))
             self.processes.follow(*self.spectra[path].tensors)
         if gradients and self.processes.is_first:
             self.files.write(index, gradients)
         self._forget()
 
+    def _sharing(self) -> dict[str, str]:
+        """For each linear the first of those that are given the same inputs, as any of the processes has seen it."""
+        first = {self.shared[path]: path for path in reversed(self.linears) if path in self.shared}
+        mine = {path: first[place] for path, place in self.shared.items()}
+        found = {path: shared for theirs in self.processes.gathered(mine) for path, shared in theirs.items()}
+        return {path: found.get(path, path) for path in self.linears}
+
+    def _moments(self, path: str) -> InputMoments:
+        width, place = self.linears[path].in_features, self.shared.get(path)
+        sums = EquationSums(width, 0, self.device) if place is None else self.sums[place]  # no token reached an expert
+        if self.processes.total(sums.seen) < self.processes.total(self.tokens):
+            return filled_up(sums, self.processes).moments()
+        return sums.moments(self.processes)
+
     def _mean_gradients(self) -> dict[str, Tensor]:
         tokens = self.processes.total(self.tokens)
-        self.processes.add_up(*self.gradients.values())
-        return {path: total.close() / tokens for path, total in self.gradients.items()}
+        reached = {path for theirs in self.processes.gathered(sorted(self.gradients)) for path in theirs}
+        sums = {
+            path: self._gradient_sum(path, linear.out_features)
+            for path, linear in self.linears.items()
+            if path in reached
+        }
+        self.processes.add_up(*sums.values())
+        return {path: total.close() / tokens for path, total in sums.items()}
+
+    def _gradient_sum(self, path: str, m: int) -> ReproducibleSum:
+        if path not in self.gradients:
+            shape = (m, m) if m <= self.widest else (m,)
+            self.gradients[path] = ReproducibleSum(*shape, device=self.device)
+        return self.gradients[path]
 
     @contextmanager
     def batch(self) -> Iterator["Watched"]:
@@ -134,8 +162,9 @@ class LinearObserver:
                 handle.remove()
 
     @torch.no_grad()
-    def add(self, watched: "Watched", gradients: Mapping[str, Tensor] | None = None) -> None:
-        """A batch: linears that are given the same tensor share its moments."""
+    def add(self, watched: "Watched", tokens: int, gradients: Mapping[str, Tensor] | None = None) -> None:
+        """A batch of so many tokens, of which experts see some: linears that are given the same tensor share its
+        moments."""
         seen: dict[int, int] = {}
         for path, given in watched.inputs.items():
             if path not in self.shared:
@@ -147,18 +176,15 @@ class LinearObserver:
                 self.sums[self.shared[path]].add(rows(given.detach()), None)
         for path, gradient in (gradients or {}).items():
             self._add_gradient(path, rows(gradient).double())
-        if gradients:
-            self.tokens += len(rows(next(iter(gradients.values()))))
+        self.tokens += tokens
 
     def _add_gradient(self, path: str, g: Float64[Tensor, "tokens m"]) -> None:
         m = g.shape[-1]
-        if path not in self.gradients:
-            shape = (m, m) if m <= self.widest else (m,)
-            self.gradients[path] = ReproducibleSum(*shape, device=self.device)
+        total = self._gradient_sum(path, m)
         if m <= self.widest:
-            self.gradients[path].add_product(g, g)
+            total.add_product(g, g)
         else:
-            self.gradients[path].add(g.square().sum(0))
+            total.add(g.square().sum(0))
 
     def _spectrum(self, path: str, W: Float64[Tensor, "m n"], spread: Spread, G: Tensor | None) -> Spectrum:
         """G: the second moment of the gradient by its outputs, or its diagonal, where it was taken."""

@@ -154,5 +154,5 @@ class Streams:
         return [(name, cache) for name, cache in named if cache is not None]
 
 
-def rows(stream: Float[Tensor, "windows tokens d"]) -> Float[Tensor, "_ d"]:
+def rows(stream: Float[Tensor, "*tokens d"]) -> Float[Tensor, "_ d"]:
     return stream.reshape(-1, stream.shape[-1])

@@ -182,7 +182,7 @@ class Surveyor:
                             self._count(x)
                 stream.put(i, x)
                 if observer is not None and watched is not None:
-                    observer.add(watched)
+                    observer.add(watched, self.batches[i].ids.numel())
 
     def _watching(self, observer: LinearObserver | None, block: int) -> AbstractContextManager[None]:
         return nullcontext() if observer is None else observer.block(block)
@@ -236,7 +236,8 @@ class Surveyor:
                 for point, gradient in zip(points[:-1], before, strict=False):
                     self._count(point.detach(), gradient)
                 if self.observer is not None and watched is not None:
-                    self.observer.add(watched, dict(zip(outputs, before[len(points) - 1 :], strict=True)))
+                    by_outputs = dict(zip(outputs, before[len(points) - 1 :], strict=True))
+                    self.observer.add(watched, self.batches[i].ids.numel(), by_outputs)
                 check_sound(before[0], f"the loss's gradient before block {block}")
                 gradients.put(i, before[0].detach())
 

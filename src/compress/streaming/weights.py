@@ -16,10 +16,12 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from compress.errors import CheckpointError, NumericalError, UnsupportedModel
+from compress.models.expert_names import Piece, fused_piece, stored_forms
 from compress.models.tensor_files import checkpoint_files, open_safetensors
 
 # GPT-NeoX's head is stored by the name it had before transformers 5, which still saves it so.
 OTHER_NAMES = {"lm_head.weight": "embed_out.weight"}
+FUSED_DIMENSIONS = 3
 READABLE = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 
 
@@ -36,9 +38,28 @@ class LazyWeights:
             self._read_header(file)
 
     def resolve(self, name: str) -> str | None:
-        """The stored name of a parameter: some checkpoints were saved from below `model.` or by an older name."""
-        forms = (name, name.removeprefix("model."), OTHER_NAMES.get(name, name))
+        """The name of the stored tensor that has a parameter, alone or among other experts'.
+
+        Some checkpoints were saved from below `model.` or by an older name.
+        """
+        piece = fused_piece(name)
+        names = [*stored_forms(name), *([piece.stored] if piece else [])]
+        forms = [form for each in names for form in (each, each.removeprefix("model."), OTHER_NAMES.get(each, each))]
         return next((form for form in forms if form in self.files), None)
+
+    def piece(self, name: str) -> Piece | None:
+        """Where in its stored tensor a parameter is; None where it is all of it."""
+        piece = fused_piece(name)
+        is_fused = piece is not None and str(self.resolve(name)).endswith(piece.stored.removeprefix("model."))
+        return piece if is_fused else None
+
+    def shape(self, name: str) -> torch.Size:
+        """Of a parameter that is stored."""
+        stored, piece = self.shapes[str(self.resolve(name))], self.piece(name)
+        if piece is None or len(stored) != FUSED_DIMENSIONS:
+            return stored
+        rows = piece.rows(stored[1])
+        return torch.Size([len(range(stored[1])[rows]), stored[2]])
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The tensors as stored, on the CPU, each checked for NaN and Inf, under the names asked for."""
@@ -53,8 +74,18 @@ class LazyWeights:
             with self._opened(file) as opened:
                 for name in wanted:
                     # A copy: what safetensors returns is a view of the mapped file.
-                    tensors[name] = finite(opened.get_tensor(self.resolve(name)).clone(), name)
+                    tensors[name] = finite(self._get(opened, name).clone(), name)
         return tensors
+
+    def _get(self, opened: Any, name: str) -> Tensor:
+        stored, piece = str(self.resolve(name)), self.piece(name)
+        if piece is None:
+            return opened.get_tensor(stored)
+        return opened.get_slice(stored)[piece.expert, piece.rows(self.shapes[stored][1])]
+
+    def _has_expert(self, name: str) -> bool:
+        piece = self.piece(name)
+        return piece is None or piece.expert < self.shapes[str(self.resolve(name))][0]
 
     @contextmanager
     def _opened(self, file: Path) -> Iterator[Any]:
@@ -100,7 +131,7 @@ class LazyWeights:
             stored = self.resolve(name)
             if stored is None:
                 missing += [name] if name not in optional else []
-            elif self.shapes[stored] != shape:
+            elif self.shape(name) != shape or not self._has_expert(name):
                 found = list(self.shapes[stored])
                 raise CheckpointError(f"The tensor {name!r} has shape {found}, but config.json says {list(shape)}.")
             elif self.dtypes[stored] not in READABLE:

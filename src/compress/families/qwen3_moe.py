@@ -1,0 +1,13 @@
+"""Qwen3-MoE: Qwen3's attention, and many small experts."""
+
+from typing import Any
+
+from compress.families import Family, StockShape
+from compress.families._experts import ROUTER, check_all_sparse, sparse_mlp
+from compress.families._sequential import ATTENTION, NORMED_HEADS
+
+
+def family(config: Any) -> Family:
+    check_all_sparse(config)
+    experts = sparse_mlp(config.num_experts, count="moe_intermediate_size")
+    return Family(branches=(ATTENTION, experts), routers=(ROUTER,), stock=StockShape(normed_readers=NORMED_HEADS))

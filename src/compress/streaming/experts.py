@@ -1,0 +1,175 @@
+"""Experts, the parts of a branch that see some of the tokens each: what is known of them, and what few tokens do.
+
+**Statistics** of an expert's linears are of the tokens that reach it alone, each once for what reads the stream. What
+writes it is given its inputs times the token's share, so that an error counts as it does in the stream.
+
+**Few tokens.** A linear with k inputs that was given n < k of them counts as if it had been given k - n more, which
+its weights map as they do now: for readers such as all tokens of the branch are, for writers white ones as strong as
+those that came (or of variance 1 where none came). Nothing is changed at n = k; at n = 0 readers go by all tokens, and
+writers by their weights alone.
+
+**The anchored fit.** All experts' writers together are one least-squares problem of experts x inner unknown rows, too
+wide to solve. A token whose experts have the shares p_e (1 in sum) lacks r towards the dense stream; with changes D_e,
+
+    ||r - sum_e u_e D_e||^2  <=  sum_e ||p_e r - u_e D_e||^2 / p_e        (convexity; equal at D = 0)
+
+and the right side is a ridge problem for each expert alone: it is to make up for its share of what its tokens lack.
+Where each is no worse than its weights were, neither is their sum. Experts that do not fit into memory together are
+fitted one lot after the other, each to what is then still missing, which keeps that promise.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Float64, Int64
+from torch import Tensor, nn
+
+from compress.models.branch import Branch, captured_inputs
+from compress.numerics.lowrank import InputMoments, normal_moments
+from compress.numerics.ridge import NormalEquations
+from compress.streaming.groups import EquationSums, InputSums, mean_moments, writer_matrix
+from compress.streaming.processes import Processes
+from compress.streaming.streams import Streams, rows
+
+LOT_BYTES = 2**32  # of the equations of experts that are fitted together
+SMALLEST_PART = 1e-12
+
+Weigh = Callable[[Tensor], Tensor]  # the dense stream's tokens (n, D) to how much each counts (n, 1)
+
+
+@dataclass(frozen=True)
+class Filled:
+    """What a linear was given, in all processes, and what fills it up. tokens: how many were given."""
+
+    fit: NormalEquations
+    inputs: InputSums
+    tokens: int
+
+    def moments(self) -> InputMoments:
+        return mean_moments(self.fit, self.inputs)
+
+
+def filled_up(
+    sums: EquationSums,
+    processes: Processes,
+    like: InputMoments | None = None,
+    matrix: Float64[Tensor, "k m"] | None = None,
+) -> Filled:
+    """The sums with the tokens that a linear with k inputs was not given, so that there are k.
+
+    like: what their inputs are; by default white. matrix: what is made of them, where there are targets.
+    """
+    fit, inputs = sums.fit(processes), sums.inputs(processes)
+    given, seen = int(processes.total(sums.fitted)), int(processes.total(sums.seen))
+    width = len(fit.G)
+    if given >= width:
+        return Filled(fit, inputs, seen)
+    weight = (width - given) * (fit.tokens / given if given else 1.0)
+    like = white(fit) if like is None else like
+    G = weight * like.second
+    B = fit.B if matrix is None else fit.B + G @ matrix
+    beside = InputSums(inputs.total + weight * like.mean, inputs.absolute + weight * like.mean_abs)
+    return Filled(NormalEquations(fit.G + G, B, fit.tokens + weight), beside, seen)
+
+
+def white(fit: NormalEquations) -> InputMoments:
+    """Inputs without direction, as strong as those that were given."""
+    variance = float(fit.G.diagonal().mean() / fit.tokens) if fit.tokens else 1.0
+    second = torch.eye(len(fit.G), dtype=fit.G.dtype, device=fit.G.device) * (variance or 1.0)
+    return normal_moments(second, second.new_zeros(len(second)))
+
+
+def lots(experts: Sequence[Branch], targets: int) -> Iterator[range]:
+    """Numbers of experts whose equations, those held out too, fit into memory together."""
+    widest = max(writer_of(expert).in_features for expert in experts)
+    size = max(1, LOT_BYTES // equation_bytes(widest, targets))
+    for start in range(0, len(experts), size):
+        yield range(start, min(start + size, len(experts)))
+
+
+def gather_experts(
+    branch: Branch,
+    numbers: range,
+    block: int,
+    streams: Streams,
+    weigh: Weigh,
+    encode: Float64[Tensor, "D d"] | None,
+) -> list[tuple[Filled, NormalEquations]]:
+    """The equations of some of a branch's experts, filled up, and those held out: what each is to make of its inputs.
+
+    encode: of the basis that the branch writes in, None for the dense one.
+    """
+    writers = [writer_of(branch.experts[number]) for number in numbers]
+    matrices = [writer_matrix(branch.experts[number]) for number in numbers]
+    sums = [EquationSums(len(matrix), matrix.shape[1], matrix.device) for matrix in matrices]
+    for batch in streams.batches:
+        stream, dense = streams.now(batch)
+        assert dense is not None
+        with captured_inputs(writers) as given:
+            update = streams.update(branch, stream, batch, block)
+        t = rows(dense).double()
+        target, weights = t if encode is None else t @ encode, weigh(t)
+        lacking = target - rows(branch.carried(stream) + update).double()
+        for number, tokens, part in parts(branch, stream):
+            if number not in numbers:
+                continue
+            place = number - numbers.start
+            u = rows(given[place]).double()
+            meant = u @ matrices[place] + part * lacking[tokens]
+            sums[place].add(u, meant, weights=weights[tokens] / part, held_out=batch.held_out)
+    processes = streams.processes
+    return [
+        (filled_up(its_sums, processes, matrix=matrix), its_sums.held_out(processes))
+        for its_sums, matrix in zip(sums, matrices, strict=True)
+    ]
+
+
+def parts(
+    branch: Branch, stream: Float[Tensor, "*batch d"]
+) -> list[tuple[int, Int64[Tensor, "n"], Float64[Tensor, "n 1"]]]:
+    """Each expert that has some of the stream's tokens: its number, their indices, its part of each one's shares."""
+    assert branch.sparse is not None
+    assert branch.norm is not None
+    x = rows(branch.norm(stream))
+    assigned = [(number, tokens, shares.double()) for number, tokens, shares in branch.sparse.assignments(x)]
+    total = torch.zeros(len(x), 1, dtype=torch.float64, device=x.device)
+    for _, tokens, shares in assigned:
+        total.index_add_(0, tokens, shares)
+    return [(number, tokens, (shares / total[tokens]).clamp_min(SMALLEST_PART)) for number, tokens, shares in assigned]
+
+
+def writer_of(expert: Branch) -> nn.Linear:
+    (writer,) = expert.writers.values()
+    assert isinstance(writer, nn.Linear)
+    return writer
+
+
+def short_of_tokens(reports: Iterable[Mapping[str, Any]]) -> list[str]:
+    """A sentence on the experts that were given fewer tokens than their linears have inputs, from all reports."""
+    told: dict[str, tuple[int, int]] = {}
+    for entry in reports:
+        if "tokens" in entry:
+            name = entry["group"].removesuffix(" writers") if "group" in entry else entry["linear"].rpartition(".")[0]
+            told[name] = max((entry["tokens"], entry["wanted"]), told.get(name, (0, 0)), key=lambda pair: pair[1])
+    short = {name: pair for name, pair in told.items() if pair[0] < pair[1]}
+    if not short:
+        return []
+    least = min(short, key=lambda name: short[name][0])
+    tokens, wanted = short[least]
+    return [
+        f"{len(short)} of {len(told)} experts saw fewer calibration tokens than they have inputs (the least, {least}: "
+        f"{tokens:,} of {wanted:,}), and go the more by their weights alone. Use more --samples."
+    ]
+
+
+def lot_bytes(experts: int, inner: int, targets: int) -> int:
+    """What the equations of a lot take at most."""
+    one = equation_bytes(inner, targets)
+    return min(experts * one, max(one, LOT_BYTES))
+
+
+def equation_bytes(inner: int, targets: int) -> int:
+    """Of an expert: to fit on and held out, each sum in two float64 numbers."""
+    return 2 * 2 * 8 * inner * (inner + targets)

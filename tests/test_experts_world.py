@@ -1,0 +1,249 @@
+"""Whole runs on models with experts: written, read back by others, run, gone on with, compressed again."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import tiny
+from cli_runner import environment, invoke, snapshot
+from compress import pipeline
+from compress.checkpoints import reload
+from compress.errors import CompressError
+from compress.job import Job
+from compress.models.hub import find_model
+from compress.models.modeling_experts import SparseMLP
+from compress.recipe import anchored, lowrank, parse_recipe
+from oracles import largest_difference, logits_of, random_ids
+
+pytestmark = pytest.mark.slow
+IDS = random_ids(2, 20, seed=3)
+Stages = list[dict[str, Any]]
+ADAPTED: Stages = [{"stage": "slim", "quantize": {"group": "channel"}, "adapt": {"rank": 0.1}, "form": "compact"}]
+MERGED: Stages = [{"stage": "slim", "prune": {"method": "wanda"}, "form": "dense"}]
+LORD: Stages = lowrank("lord", {"rank_frac": 0.4})
+ANCHORED: Stages = lowrank("anchored", {"rank_frac": 0.5}, gradient_weight=0.9)
+PER_LAYER: Stages = anchored({"ratio": 0.25}, rotation="per-layer", round_to=8)
+NARROW: Stages = anchored({"width": 24}, rotation="shared", round_to=8)
+FEWER: Stages = anchored({"width": 24}, rotation="shared", round_to=8, units={"neurons": {"keep": 40}})
+# Of each the stages, and whether transformers loads what is written without our code.
+RUNS: dict[str, tuple[Stages, bool]] = {
+    "narrower": (NARROW, True),
+    "fewer neurons": (FEWER, True),
+    "a basis a layer": (PER_LAYER, False),
+    "lord": (LORD, False),
+    "anchored factors": (ANCHORED, False),
+    "multiplied out": (lowrank("lord", {"rank_frac": 0.4}, form="dense"), True),
+    "compact": (ADAPTED, False),
+    "merged": (MERGED, True),
+    "all of them": ([*NARROW, *lowrank("anchored", {"rank_frac": 0.5}, refit=False), *ADAPTED], False),
+}
+FEW = {
+    "mixtral": {"num_local_experts": 5, "num_experts_per_tok": 2},
+    "qwen2_moe": {"num_experts": 5, "num_experts_per_tok": 2},
+    "qwen3_moe": {"num_experts": 5, "num_experts_per_tok": 2, "norm_topk_prob": False},
+}
+MADE = [(model_type, name) for model_type in ("mixtral", "qwen3_moe") for name in RUNS]
+MADE += [("qwen2_moe", "narrower"), ("qwen2_moe", "all of them"), ("qwen2_moe", "multiplied out")]
+
+
+def job_of(folder: Path, model_type: str, stages: Stages, *, samples: int = 24, model: Path | None = None) -> Job:
+    folder.mkdir(exist_ok=True)
+    if model is None:
+        model = folder / "dense"
+        options: dict[str, Any] = {"num_hidden_layers": 2, **FEW[model_type]}
+        tiny.write_model(model, model_type, dtype=torch.float32, **options)
+    source = tiny.write_text(folder / "text.txt", lines=100)
+    calibration = {"source": str(source), "samples": samples, "seq_len": 16}
+    recipe = parse_recipe({"method": "test", "stages": stages, "calibration": calibration, "dtype": "float32"})
+    return Job(model=find_model(str(model)), recipe=recipe, out=folder / "out", command="compress run")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """Every checkpoint, and beside it the probe that its walk computed."""
+    root = tmp_path_factory.mktemp("made")
+    for number, (model_type, name) in enumerate(MADE):
+        folder = root / str(number)
+
+        def overhear(_out: Path, ids: Tensor, logits: Tensor, folder: Path = folder, **_options: Any) -> float:
+            save_file({"ids": ids.contiguous(), "logits": logits.contiguous()}, folder / "probe.safetensors")
+            return 0.0
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pipeline, "verify", overhear)
+            result = pipeline.run(job_of(folder, model_type, RUNS[name][0]))
+        assert result.is_stock == (RUNS[name][1] and not (model_type == "qwen2_moe" and name == "narrower"))
+    return root
+
+
+def folder_of(made: Path, model_type: str, name: str) -> Path:
+    return made / str(MADE.index((model_type, name)))
+
+
+STRANGER = """
+import importlib.util, json, sys
+spec = importlib.util.spec_from_file_location("reload", sys.argv[1])
+reload = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(reload)
+print(json.dumps([reload.main(*arguments) for arguments in json.loads(sys.argv[2])]))
+"""
+
+
+@pytest.fixture(scope="module")
+def reloaded(made) -> dict[tuple[str, str], dict[str, Any]]:
+    """What a process without this package makes of each."""
+    asked = []
+    for number in range(len(MADE)):
+        folder = made / str(number)
+        asked.append([str(folder / "out"), str(folder / "probe.safetensors"), 2**33, str(folder)])
+    quiet = {"TRANSFORMERS_VERBOSITY": "error", "HF_MODULES_CACHE": str(made / "modules"), "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, "-I", "-c", STRANGER, reload.__file__, json.dumps(asked)]
+    done = subprocess.run(command, env=environment(**quiet), capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return dict(zip(MADE, json.loads(done.stdout.splitlines()[-1]), strict=True))
+
+
+@pytest.mark.parametrize(("model_type", "name"), MADE)
+def test_others_read_what_the_walk_computed(model_type, name, reloaded):
+    found = reloaded[model_type, name]
+    assert not found["missing"] + found["unexpected"] + found["mismatched"]
+    assert found["difference"] < 1e-5 * found["largest_logit"]
+    assert not found["imported_compress"]
+
+
+@pytest.mark.parametrize(("model_type", "name"), MADE)
+def test_it_generates_with_a_cache_what_it_generates_without(model_type, name, made):
+    out = folder_of(made, model_type, name) / "out"
+    model = AutoModelForCausalLM.from_pretrained(out).eval()
+    with_cache, without = (
+        model.generate(IDS, max_new_tokens=6, do_sample=False, use_cache=use_cache, pad_token_id=2)
+        for use_cache in (True, False)
+    )
+    assert torch.equal(with_cache, without)
+    assert with_cache.shape == (2, 26)
+    has_own = any(isinstance(module, SparseMLP) for module in model.modules())
+    assert has_own is (not json.loads((out / "compress.json").read_text())["loads_without_our_code"])
+
+
+def names_in(folder: Path) -> set[str]:
+    return {name for file in folder.glob("*.safetensors") for name in load_file(file)}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "marker"),
+    [("mixtral", "block_sparse_moe.experts.3.w1"), ("qwen3_moe", "mlp.experts.3.gate_proj")],
+)
+def test_a_stock_result_has_the_names_of_the_familys_files(model_type, marker, made):
+    folder = folder_of(made, model_type, "multiplied out")
+    tensors = names_in(folder / "out")
+    dense = names_in(folder / "dense")
+    assert tensors == dense
+    assert f"model.layers.1.{marker}.weight" in tensors
+
+
+@pytest.mark.parametrize("name", ["lord", "compact", "fewer neurons"])
+def test_saved_again_by_transformers_it_is_the_same(name, made, tmp_path):
+    model: Any = AutoModelForCausalLM.from_pretrained(folder_of(made, "qwen3_moe", name) / "out").eval()
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(logits_of(again, IDS), logits_of(model, IDS))
+
+
+def test_what_is_inspected_are_the_experts(made):
+    for name in ("fewer neurons", "lord", "compact"):
+        ran = invoke("inspect", folder_of(made, "mixtral", name) / "out", "--json")
+        assert ran.code == 0, ran.err
+        assert "mlp.expert.3.down_proj" in ran.out
+
+
+@pytest.mark.parametrize("name", ["fewer neurons", "anchored factors"])
+def test_an_interrupted_run_goes_on_to_the_same_bytes(name, made, tmp_path):
+    whole = folder_of(made, "mixtral", name)
+    job = job_of(tmp_path / "again", "mixtral", RUNS[name][0])
+
+    def interrupt(part: str, _done: int, _total: int) -> None:
+        if part == "block 0":
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "verify", lambda *_arguments, **_options: 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.run(job, interrupt)
+        result = pipeline.run(replace(job, resume=True))
+    assert result.resumed_parts == 2
+    expected, found = (
+        {file: data for file, data in snapshot(folder).items() if file.endswith(".safetensors")}
+        for folder in (whole / "out", job.out)
+    )
+    assert found == expected
+
+
+def test_a_stock_result_can_be_compressed_again(made, tmp_path):
+    """Narrower first, then in factors: as far as from the dense model, and not more."""
+    sliced = folder_of(made, "mixtral", "narrower") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "verify", lambda *_arguments, **_options: 0.0)
+        result = pipeline.run(job_of(tmp_path / "twice", "mixtral", LORD, model=sliced))
+    assert result.architecture == "LowRankForCausalLM"
+    model = AutoModelForCausalLM.from_pretrained(result.out).eval()
+    assert largest_difference(logits_of(model, IDS), logits_of(AutoModelForCausalLM.from_pretrained(sliced), IDS)) > 0
+
+
+def test_experts_that_few_tokens_reach_are_told_of_and_harm_nothing(tmp_path):
+    """With a single window most experts see less than a handful."""
+    for number, stages in enumerate((FEWER, LORD, ADAPTED, ANCHORED)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pipeline, "verify", lambda *_arguments, **_options: 0.0)
+            result = pipeline.run(job_of(tmp_path / str(number), "qwen3_moe", stages, samples=2))
+        (note,) = (note for note in result.notes if "experts saw fewer" in note)
+        assert note.startswith("10 of 10 experts saw fewer calibration tokens than they have inputs (the least, ")
+        for file in result.out.glob("*.safetensors"):
+            assert all(torch.isfinite(tensor).all() for tensor in load_file(file).values())
+
+
+def test_every_expert_says_how_many_tokens_it_saw(made):
+    """Two of five for each token of 24 windows of 16, however many stages there were."""
+    facts = json.loads((folder_of(made, "mixtral", "lord") / "out" / "compress.json").read_text())
+    for block in range(2):
+        tokens = [
+            entry["tokens"]
+            for entry in facts["linears"]
+            if entry["linear"].startswith(f"model.layers.{block}.mlp.expert.") and entry["linear"].endswith("up_proj")
+        ]
+        assert len(tokens) == 5
+        assert sum(tokens) == 2 * 24 * 16
+
+
+REFUSED: dict[str, tuple[Stages, str]] = {
+    "packed": (
+        [{"stage": "slim", "quantize": {"group": "channel"}}],
+        "A model with experts cannot be packed: transformers fuses them while it loads, looks for the packed parts of "
+        "all, and has no linears for an adapter. Store it with --compact, or merge it with --materialize.",
+    ),
+    "a width that grouped products do not take": (
+        anchored({"width": 20}, rotation="shared", round_to=4),
+        "transformers multiplies experts in groups, which takes multiples of 8: not a hidden size of 20 with 48 "
+        "neurons. Use --round-to 8.",
+    ),
+    "widths block by block": (
+        anchored({"width": 24}, rotation="per-layer", round_to=8, units={"neurons": {"keep": [40, 48]}}),
+        "Experts have as many neurons in every block. Give one number for all blocks.",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_has_no_place_is_refused_beforehand(name, tmp_path):
+    stages, reason = REFUSED[name]
+    with pytest.raises(CompressError) as error:
+        pipeline.plan_only(job_of(tmp_path, "mixtral", stages))
+    assert str(error.value) == reason
