@@ -236,8 +236,8 @@ class Passage:
             for number, (given, held_out) in zip(numbers, equations, strict=True):
                 expert = branch.experts[number]
                 matrix, name = writer_matrix(expert), f"{expert.name} writers"
-                equations, count = (given.fit, held_out, given.inputs), given.tokens
-                group = Writers(name, block, expert, *equations, matrix, count, processes=self.processes)
+                group = Writers(name, block, expert, given.fit, held_out, given.inputs, matrix, given.tokens)
+                group.processes = self.processes
                 with self.clock("solve"):
                     self._apply(group)
                 group.write()
