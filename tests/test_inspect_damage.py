@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from cli_runner import Ran, invoke, snapshot, succeeds, untouched
+from compress.streaming.journal import rewritten
 from outputs import write_outputs
 from test_inspect import change
 from tiny import NUM_BLOCKS
@@ -276,7 +277,7 @@ def test_an_unfinished_run_says_how_it_goes_on(copy):
     shutil.copytree(copy, partial)
     (partial / "compress.json").unlink()
     lines = [{"run": {}}, *({"part": {"file": name, "sha256": "0"}} for name in (FIRST, SECOND))]
-    (partial / "journal.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    rewritten(partial / "journal.jsonl", lines)
     shutil.rmtree(copy)
     for named in (partial, copy):
         ran = inspected(named)
@@ -292,10 +293,14 @@ def test_a_run_that_lacks_its_name_says_so(copy):
     assert "is finished but for its name" in ran.faults[0]
 
 
-@pytest.mark.parametrize("journal", ["", "no json", "[]", '{"run": {}}', '{"part": 3}', '{"part": {"file": 3}}'])
+@pytest.mark.parametrize("journal", ["", "no json", "[]", {"run": {}}, {"part": 3}, {"part": {"file": 3}}])
 def test_any_journal_is_a_sentence(journal, tmp_path):
     (tmp_path / "it.partial").mkdir()
-    (tmp_path / "it.partial" / "journal.jsonl").write_text(journal)
+    file = tmp_path / "it.partial" / "journal.jsonl"
+    if isinstance(journal, str):
+        file.write_text(journal)
+    else:
+        rewritten(file, [journal])
     ran = inspected(tmp_path / "it")
     assert ran.code == 2
     assert "is an unfinished run" in ran.faults[0]

@@ -43,7 +43,7 @@ INTERRUPTS = Interrupts()
 
 @contextmanager
 def seeing_interrupts() -> Iterator[None]:
-    """A KeyboardInterrupt again, whatever a library has made of it: some call Python from C and see an error."""
+    """A KeyboardInterrupt again, whatever a library that calls Python from C has made of it."""
     try:
         yield
     except Exception as error:
