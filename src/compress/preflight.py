@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from compress import families
+from compress.checkpoints.files import companions
 from compress.datasets.windows import calibration_windows
 from compress.errors import CheckpointError, Faults, OutputError, UnsupportedModel, UsageError
 from compress.job import Job
@@ -62,6 +63,8 @@ def prepare(job: Job) -> Prepared:
             check_memory(plan.memory_bytes)
         with faults.noted():
             weights = open_weights(folder, config, family)
+        with faults.noted():
+            companions(folder)
         if job.export == "gguf":
             with faults.noted():
                 check_gguf(plan, folder)
