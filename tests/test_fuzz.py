@@ -22,7 +22,7 @@ from spoiling import BOMB, DEEP, spoiled_json, spoiled_yaml
 
 # Targets whose readers take a while; the others get more.
 SLOW = {"config.json", "compress.json", "generation_config.json", "GGUF", "recipe"}
-FEW, MANY = 30, 80
+FEW, MANY = 20, 60
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from compress import families
 from compress.checkpoints.facts import FACTS
+from compress.checkpoints.files import companions
 from compress.datasets.windows import calibration_windows
 from compress.errors import CheckpointError, Faults, OutputError, UnsupportedModel, UsageError
 from compress.job import Job
@@ -75,6 +76,8 @@ def prepare(job: Job, processes: Processes = ALONE) -> Prepared:
             check_memory(plan.memory_bytes * processes.local_count)
         with faults.noted():
             weights = open_weights(folder, config, family)
+        with faults.noted():
+            companions(folder)
         if job.export == "gguf":
             with faults.noted():
                 check_gguf(plan, folder)

@@ -46,7 +46,7 @@ def model_card(facts: Mapping[str, Any], quality: Measures | None = None) -> str
     share = f"{removed:.1%} removed" if removed >= 0 else f"{-removed:.1%} added"
     return f"""{front_matter(facts)}# {plain_text(facts["name"])}
 
-{plain_text(facts["base_model"])}, made smaller by compress {facts["versions"]["compress"]} with the method
+{plain_text(facts["base_model"])}, made smaller by compress {version_of(facts)} with the method
 {code(facts["recipe"]["method"])}: one pass over {calibration["samples"]} windows of {calibration["seq_len"]} tokens of
 {code(calibration["source"])}, no training.{changes(facts)}
 
@@ -69,6 +69,10 @@ embeddings' weights.
 compress.json holds the recipe, versions, fingerprints and a report on every point of the residual stream.
 {licence(facts)}
 """
+
+
+def version_of(facts: Mapping[str, Any]) -> str:
+    return plain_text(str(facts["versions"].get("compress", "")))
 
 
 def rewrite_card(folder: Path, facts: Facts, quality: Measures | None) -> None:
@@ -129,8 +133,8 @@ def coded(facts: Mapping[str, Any]) -> list[str]:
     if not linears:
         return []
     bits, pattern, rank = (linears[0].get(key) for key in ("bits", "pattern", "adapter_rank"))
-    said = [f"have {bits if isinstance(bits, str) else f'{bits}-bit'} weights"] if bits else []
-    said += [f"are pruned to {pattern}"] if pattern else []
+    said = [f"have {plain_text(bits) if isinstance(bits, str) else f'{bits}-bit'} weights"] if bits else []
+    said += [f"are pruned to {plain_text(pattern)}"] if pattern else []
     said += ["have a low-rank adapter that corrects the error"] if rank else []
     written = "" if facts["storage"] else ", all written as dense weights"
     return [f"{len(linears)} of its linear layers {', '.join(said)}{written}"]
@@ -204,7 +208,7 @@ def serving_gguf(facts: Mapping[str, Any]) -> str:
 def why_not_vllm(facts: Mapping[str, Any]) -> str | None:
     """Why vLLM does not serve it; None where it does."""
     if facts["not_for_vllm"]:
-        return str(facts["not_for_vllm"])
+        return plain_text(facts["not_for_vllm"])
     if facts["architecture"] not in IN_VLLM:
         return f"it has no {facts['architecture']}"
     if facts["adapter"] and facts["architecture"] in WITHOUT_ADAPTERS:

@@ -90,7 +90,7 @@ class Facts(Told):
     base_model: str
     command: str
     recipe: RecipeFacts
-    architecture: str
+    architecture: Annotated[str, Field(pattern=r"\A\w{1,200}\z")]
     loads_without_our_code: bool
     versions: dict[str, str]
     fingerprints: dict[str, str]

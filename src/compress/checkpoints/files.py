@@ -6,8 +6,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from compress.errors import CheckpointError, VerificationError
 from compress.models import configuration_sliced
-from compress.models.tensor_files import INDEX
+from compress.models.tensor_files import INDEX, is_own_name
+
+MODELS = Path(configuration_sliced.__file__).parent
 
 # Copied as files: loading and saving them again would rewrite what other tools read from them.
 COPIED = (
@@ -34,19 +37,53 @@ def adapter_file(index: int) -> str:
     return f"adapter-{index + 1:05d}.safetensors"
 
 
+def companions(source: Path) -> list[Path]:
+    """Tokenizer, chat template, generation config and licence.
+
+    Raises CheckpointError for a link that leads elsewhere: what is copied from there would be published with the rest.
+    """
+    found = [file for pattern in COPIED for file in sorted(source.glob(pattern)) if file.is_file()]
+    stray = next((file for file in found if not stays_in(source, file)), None)
+    if stray is not None:
+        raise CheckpointError(
+            f"{stray} is a link to {stray.resolve()}, outside of the model. Put the file itself in its place."
+        )
+    return found
+
+
+def stays_in(folder: Path, file: Path) -> bool:
+    """Whether a file lies in its folder. That of a snapshot in the hub's cache is a link to the blobs beside it."""
+    root, place = folder.resolve(), file.resolve()
+    blobs = root.parents[1] / "blobs" if root.parent.name == "snapshots" else root
+    return place.is_relative_to(root) or place.is_relative_to(blobs)
+
+
 def copy_companions(source: Path, target: Path) -> None:
-    """Tokenizer, chat template, generation config and licence, byte for byte."""
-    for pattern in COPIED:
-        for file in sorted(source.glob(pattern)):
-            if file.is_file():
-                shutil.copyfile(file, target / file.name)
+    """Byte for byte."""
+    for file in companions(source):
+        shutil.copyfile(file, target / file.name)
 
 
 def carry_modeling(target: Path, modules: Iterable[str]) -> None:
     """The modeling files, so that the checkpoint loads with trust_remote_code and without this package."""
-    models = Path(configuration_sliced.__file__).parent
     for module in modules:
-        shutil.copyfile(models / f"{module}.py", target / f"{module}.py")
+        shutil.copyfile(MODELS / f"{module}.py", target / f"{module}.py")
+
+
+def check_code(folder: Path, auto_map: Any) -> None:
+    """That the code of a checkpoint, and what its config names of it, is this package's own, byte for byte.
+
+    Raises VerificationError: nothing else is run to prove what was written.
+    """
+    named = auto_map.values() if isinstance(auto_map, dict) else []
+    wanted = {f"{str(name).partition('.')[0]}.py" for name in named}
+    for name in sorted(wanted | {file.name for file in folder.glob("*.py")}):
+        file, own = folder / name, MODELS / name
+        if not (is_own_name(name) and own.is_file() and file.is_file() and file.read_bytes() == own.read_bytes()):
+            raise VerificationError(
+                f"{file} is not the code that was carried into the checkpoint, so it is not run. "
+                "Take it away, and write the checkpoint again with --resume."
+            )
 
 
 def write_index(target: Path, parts: Iterable[Mapping[str, Any]]) -> None:

@@ -1,5 +1,6 @@
 """A checkpoint onto the hub: nothing but its own files, and only after it has been verified."""
 
+import glob
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -75,7 +76,7 @@ def upload(folder: Path, repository: str, files: list[str], *, private: bool, ov
     api.upload_folder(
         repo_id=made.repo_id,
         folder_path=folder,
-        allow_patterns=files,
+        allow_patterns=[glob.escape(file) for file in files],
         # What was there before and is no part of this checkpoint.
         delete_patterns=["*"] if overwrite else None,
         commit_message=f"{folder.resolve().name}, made by compress {__version__}",

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from compress.apart import run_apart
 from compress.checkpoints import reload
+from compress.checkpoints.facts import read_json
+from compress.checkpoints.files import check_code
 from compress.errors import VerificationError
 from compress.models.loading import load_tokenizer
 from compress.models.packed import inputs_as_they_are
@@ -102,7 +104,8 @@ def verify_tokens(source: Path, written: Path) -> None:
 
 
 def run_clean(folder: Path, probe: Path, memory: int, scratch: Path) -> dict[str, Any]:
-    """What reload.py finds. The carried code is cached in a folder of the run's own."""
+    """What reload.py finds. Code is run that we carried, no other, and cached in a folder of the run's own."""
+    check_code(folder, read_json(folder / "config.json").get("auto_map"))
     arguments = [str(folder), str(probe), str(memory), str(scratch)]
     modules = {"HF_MODULES_CACHE": str(scratch / "modules")}
     return run_script(reload.__file__, arguments, modules, written="checkpoint", kept=f"folder {folder}")

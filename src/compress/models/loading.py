@@ -45,7 +45,15 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
             # transformers raises ValueError for a model_type it does not know and for code it was not allowed to run.
             raise UnsupportedModel(f"The config.json of {folder} cannot be used: {one_line(error)}") from error
     check_sizes(file, config)
+    if not trust_remote_code:
+        forget_code(config)
     return config
+
+
+def forget_code(config: Any) -> None:
+    """Code that is not run here is not named in what is written from it either."""
+    if hasattr(config, "auto_map"):
+        del config.auto_map
 
 
 def check_sizes(file: Path, config: Any) -> None:

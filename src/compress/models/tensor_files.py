@@ -10,6 +10,7 @@ from compress.models.json_text import parse_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+LARGEST_HEADER = 2**25  # bytes; a hundred thousand tensors take half of it
 LONGEST_NAME = 255  # bytes that file systems allow
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -57,7 +58,12 @@ def is_own_name(name: Any) -> bool:
 
 
 def open_safetensors(file: Path) -> safe_open:
+    """That the header fits the file, safetensors itself checks."""
     try:
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+        if length > LARGEST_HEADER:
+            raise CheckpointError(f"{file} is damaged: its header claims {length:,} bytes. Download or write it again.")
         return safe_open(file, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file} is damaged ({error}). Download or write it again.") from error
