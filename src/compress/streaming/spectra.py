@@ -83,11 +83,6 @@ class LinearObserver:
         self.linears: dict[str, nn.Linear] = {}
         self._forget()
 
-    def _moments(self, sums: EquationSums) -> InputMoments:
-        if sums.seen < self.tokens:  # an expert's
-            fill_up(sums)
-        return sums.moments()
-
     def _forget(self) -> None:
         self.sums: list[EquationSums] = []
         self.shared: dict[str, int] = {}
@@ -153,10 +148,16 @@ class LinearObserver:
         else:
             self.gradients[path] += g.square().sum(0)
 
+    def _moments(self, sums: EquationSums) -> InputMoments:
+        if sums.seen < self.tokens:  # an expert's
+            fill_up(sums)
+        return sums.moments()
+
     def _spectrum(self, path: str, W: Float64[Tensor, "m n"], spread: Spread) -> Spectrum:
         energy = output_energies(W, spread)
         if path not in self.gradients:
-            return Spectrum(energy)
+            # Where others have a gradient, what no token reached has none to feel.
+            return Spectrum(energy, torch.zeros_like(energy) if self.gradients else None)
         G = self.gradients[path] / self.tokens
         scale = (G if G.ndim == 1 else G.diagonal()).mean()
         metric = gradient_metric(G, self.watch.gradient_weight, name=path)
