@@ -31,7 +31,9 @@ from compress.streaming.groups import EquationSums, Writers, writer_matrix
 from compress.streaming.loader import PartLoader
 from compress.streaming.processes import ALONE
 from compress.streaming.rewriting import LinearRewriter
-from compress.streaming.streams import Batch, Streams, rows
+from compress.streaming.spectra import GradientFiles, LinearObserver
+from compress.streaming.streams import Batch, CacheFolder, Streams, rows, split_windows
+from compress.streaming.survey import Surveyor
 from compress.streaming.weights import LazyWeights
 
 FEW: dict[str, dict[str, Any]] = {
@@ -290,6 +292,28 @@ def test_experts_linears_are_measured_by_the_tokens_that_reach_them(model_type, 
     assert few > 0
     assert torch.allclose(given["mlp.gate"].second, every)
     assert notes["mlp.gate"] is None
+
+
+@EVERY_FAMILY
+def test_an_expert_that_no_token_reaches_has_a_spectrum_of_its_weights(model_type, folders, tmp_path):
+    """Of white inputs; the loss feels nothing of it."""
+    config = load_config(folders[model_type])
+    decoder = Decoder(config, families.find(config), dtype=torch.float64, device=torch.device("cpu"))
+    observer = LinearObserver(Factorize(gradient_weight=0.5).watch, GradientFiles(tmp_path), decoder)
+    loader, batches = PartLoader(decoder, LazyWeights(folders[model_type])), split_windows(WINDOWS[:1, :2], 1, 0)
+    surveyor = Surveyor(decoder, loader, batches, CacheFolder(decoder, tmp_path), memory=2**30, observer=observer)
+    found = surveyor.run(gradient=True).spectra
+    model, reached = unfuse_experts(stock_model(folders[model_type])), set[str]()
+    for path in found:
+        model.get_submodule(path).register_forward_hook(lambda *_, path=path: reached.add(path))
+    oracles.logits_of(model, WINDOWS[:1, :2])
+    unreached = found.keys() - reached
+    assert len(unreached) >= 3 * 2 * (6 - 4)  # linears, blocks, and two tokens reach four experts of six at most
+    for path in unreached:
+        assert ".expert." in path
+        energies = torch.linalg.svdvals(model.get_submodule(path).weight).square()
+        assert torch.allclose(found[path].energy, energies)
+        assert torch.equal(found[path].felt, torch.zeros_like(energies))
 
 
 # ---- the anchored fit ----

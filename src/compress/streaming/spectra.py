@@ -113,7 +113,7 @@ class LinearObserver:
         gradients = self._mean_gradients()
         for path, linear in self.linears.items():
             spread = moments[sharing[path]].spread(centred=self.watch.centres(has_bias=linear.bias is not None))
-            self.spectra[path] = self._spectrum(path, linear.weight.double(), spread, gradients.get(path))
+            self.spectra[path] = self._spectrum(path, linear.weight.double(), spread, gradients)
             self.processes.follow(*self.spectra[path].tensors)
         if gradients and self.processes.is_first:
             self.files.write(index, gradients)
@@ -186,11 +186,15 @@ class LinearObserver:
         else:
             total.add(g.square().sum(0))
 
-    def _spectrum(self, path: str, W: Float64[Tensor, "m n"], spread: Spread, G: Tensor | None) -> Spectrum:
-        """G: the second moment of the gradient by its outputs, or its diagonal, where it was taken."""
+    def _spectrum(
+        self, path: str, W: Float64[Tensor, "m n"], spread: Spread, gradients: Mapping[str, Tensor]
+    ) -> Spectrum:
+        """gradients: their second moments by linears' outputs, or the diagonals of these, where they were taken."""
         energy = output_energies(W, spread)
-        if G is None:
-            return Spectrum(energy)
+        if path not in gradients:
+            # Where others have a gradient, what no token reached has none to feel.
+            return Spectrum(energy, torch.zeros_like(energy) if gradients else None)
+        G = gradients[path]
         scale = (G if G.ndim == 1 else G.diagonal()).mean()
         metric = gradient_metric(G, self.watch.gradient_weight, name=path)
         return Spectrum(energy, scale * (energy if metric is None else output_energies(metric.apply(W), spread)))
