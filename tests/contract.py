@@ -22,9 +22,10 @@ import oracles
 import tiny
 from compress import families, pipeline
 from compress.checkpoints.gguf.llama import check_llama
-from compress.errors import UnsupportedModel
+from compress.errors import UnsupportedModel, UsageError
 from compress.job import Job
 from compress.models.hub import find_model
+from compress.needs import Room
 from compress.plan import Plan, make_plan
 from compress.recipe import Recipe, anchored, lowrank, parse_recipe, slicegpt, slim
 
@@ -121,8 +122,8 @@ def family_of(row: Row) -> families.Family:
 
 def planned(config: Any, recipe: Recipe) -> Plan:
     """Raises UnsupportedModel or UsageError where the model cannot be treated so."""
-    options: dict[str, Any] = {"dtype": torch.float32, "computing": torch.float32, "cache_memory": 2**30}
-    return make_plan(recipe, config, families.find(config), **options)
+    number = torch.float32
+    return make_plan(recipe, config, families.find(config), dtype=number, computing=number, room=Room(1, 2**30))
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ def cell(row: Row, method: Method) -> Cell:
     config = row.config
     try:
         plan = planned(config, method.recipe())
-    except UnsupportedModel as error:
+    except (UnsupportedModel, UsageError) as error:
         return Cell("refused", str(error))
     written = plan.target.config(plan.shape, torch.float32).model_type
     why = " ".join(note for note in plan.notes if "our architecture" in note)
@@ -284,11 +285,15 @@ class Looked:
 
     def agrees(self, name: str, made: Written) -> None:
         """Whole, the walk's logits, and the same text with a cache as without."""
-        found, expected = self.models[name], made.probe[1]
+        found = self.models[name]
         assert not found["info"].keys() & {"missing_keys", "unexpected_keys", "mismatched_keys"}
-        difference = oracles.largest_difference(self.logits[f"{name}/probe"], expected)
-        assert difference < CLOSE * float(expected.abs().max())
+        assert self.difference(name, made) < CLOSE
         assert found["cached"] == found["greedy"]
+
+    def difference(self, name: str, made: Written) -> float:
+        """Of the walk's logits and those there, the largest, of the largest logit."""
+        expected = made.probe[1]
+        return oracles.largest_difference(self.logits[f"{name}/probe"], expected) / float(expected.abs().max())
 
 
 def look_at(written: Mapping[str, Written], root: Path) -> Looked:
