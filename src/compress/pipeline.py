@@ -123,6 +123,7 @@ def run(job: Job, progress: Progress = lambda name, done, total: None) -> Result
 
 
 def _run(prepared: Prepared, lock: IO[str], progress: Progress, start: float) -> Result:
+    """The run itself, or what is left of it, in the folder that is ours by `lock`; begun at `start`."""
     job = prepared.job
     with _journal(prepared, lock) as journal:
         seconds: dict[str, float] = {}
