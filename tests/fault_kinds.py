@@ -6,10 +6,8 @@ Each function draws trials for `faulting.try_all`.
 import json
 import os
 import random
-import shlex
 import signal
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +29,6 @@ OWN = Command(
     [*SLICE, "--model", "llama", "--calib", "text.txt", *TEXT[2:], "--device", "cpu", "--out", "out", "--json"],
     inputs=OWN_INPUTS,
 )
-ON_DISK = shlex.split("--cache-memory 1")
 
 
 # Kills.
@@ -248,7 +245,3 @@ def with_other_value(line: Any, rng: random.Random) -> Any:
         place = rng.randrange(len(line))
         return [*line[:place], with_other_value(line[place], rng), *line[place + 1 :]]
     return rng.choice(STRANGE)
-
-
-def with_activations_on_disk(command: Command) -> Command:
-    return replace(command, name=f"{command.name}, activations on disk", words=[*command.words, *ON_DISK])

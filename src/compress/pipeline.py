@@ -135,6 +135,7 @@ def run_together(job: Job, processes: Processes, progress: Progress = lambda nam
 
 
 def _run(prepared: Prepared, lock: IO[str] | None, progress: Progress, start: float) -> Result | None:
+    """The run itself, or what is left of it, in the folder that is ours by `lock`; begun at `start`."""
     job, processes = prepared.job, prepared.processes
     with _journal(prepared, lock) as journal:
         seconds: dict[str, float] = {}
