@@ -29,7 +29,7 @@ LAYERS = [
     ("preflight",),
     ("assembly", "provenance"),
     ("search",),
-    ("pipeline", "quality"),
+    ("pipeline", "quality", "tuning"),
     ("cli",),
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}

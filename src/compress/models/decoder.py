@@ -5,7 +5,7 @@ the head) are filled, used and emptied in turn. Stock code does all the computin
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from accelerate import init_empty_weights
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from compress.families import BranchTable, Family
@@ -114,12 +114,7 @@ class Decoder:
 
     def embed(self, ids: Int64[Tensor, "batch tokens"]) -> tuple[Float[Tensor, "batch tokens d"], list[Arguments]]:
         """The stream before the first block, and what each block is called with besides it."""
-        with self._recording():
-            self.model.base_model(input_ids=ids.to(self.device), use_cache=False)
-        hidden_states = self.recorders[0].hidden_states
-        if hidden_states is None:
-            raise RuntimeError("The stock model did not call its first block.")
-        return hidden_states, [recorder.arguments for recorder in self.recorders]
+        return embedded(self.model, self.family, self.recorders, ids.to(self.device))
 
     def logits(self, hidden_states: Float[Tensor, "batch tokens d"]) -> Float[Tensor, "batch tokens vocabulary"]:
         normed = self.model.get_submodule(self.family.final_norm)(hidden_states)
@@ -154,18 +149,30 @@ class Decoder:
             **self._norm_facts(),
         )
 
-    @contextmanager
-    def _recording(self) -> Iterator[None]:
-        # The blocks and the final norm may be empty; recorders and an identity take their places for the call.
-        final_norm = self.model.get_submodule(self.family.final_norm)
-        blocks = self.model.get_submodule(self.family.blocks)
-        replace(self.model, self.family.blocks, nn.ModuleList(self.recorders))
-        replace(self.model, self.family.final_norm, nn.Identity())
-        try:
-            yield
-        finally:
-            replace(self.model, self.family.blocks, blocks)
-            replace(self.model, self.family.final_norm, final_norm)
+
+def embedded(
+    model: PreTrainedModel, family: Family, recorders: Sequence[Recorder], ids: Int64[Tensor, "batch tokens"]
+) -> tuple[Float[Tensor, "batch tokens d"], list[Arguments]]:
+    """The stream before a model's first block, and what each block is called with besides it, one recorder a block."""
+    with recording(model, family, recorders):
+        model.base_model(input_ids=ids, use_cache=False)
+    hidden_states = recorders[0].hidden_states
+    if hidden_states is None:
+        raise RuntimeError("The stock model did not call its first block.")
+    return hidden_states, [recorder.arguments for recorder in recorders]
+
+
+@contextmanager
+def recording(model: nn.Module, family: Family, recorders: Sequence[Recorder]) -> Iterator[None]:
+    """Recorders in the places of a stock model's blocks and an identity in its final norm's: both may be empty."""
+    final_norm, blocks = model.get_submodule(family.final_norm), model.get_submodule(family.blocks)
+    replace(model, family.blocks, nn.ModuleList(recorders))
+    replace(model, family.final_norm, nn.Identity())
+    try:
+        yield
+    finally:
+        replace(model, family.blocks, blocks)
+        replace(model, family.final_norm, final_norm)
 
 
 def linear(root: nn.Module, name: str) -> nn.Linear:

@@ -1,0 +1,124 @@
+"""Both models' streams between two blocks, and what a block of the compressed one is to come to.
+
+The compressed model's stream is that of its tuned prefix; the dense model's is the target. What reads through a
+LayerNorm does not see the stream's mean, so it is not compared. A sliced model's stream lies in coordinates of its own,
+of which its checkpoint says nothing: these are found by regression (`Coordinates`).
+
+Shapes: stream (windows, tokens, d), dense stream (windows, tokens, D).
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from jaxtyping import Float, Float64, Int64
+from torch import Tensor, nn
+
+from compress.models.decoder import Arguments
+from compress.numerics.ridge import NormalEquations, ridge
+from compress.streaming.cache import ActivationCache
+from compress.streaming.interning import Interner
+from compress.streaming.streams import Batch, rows
+
+# So little that only directions are held back in which the dense stream has no energy to speak of.
+DAMPING = 1e-6
+# The embeddings' relative error up to which two streams have the same coordinates: that of rounding to 8 bits.
+SAME = 1e-2
+
+
+class Embedder(Protocol):
+    """What has its embeddings filled: `Decoder` or `Student`."""
+
+    device: torch.device
+
+    def embed(self, ids: Int64[Tensor, "batch tokens"]) -> tuple[Tensor, list[Arguments]]: ...
+
+
+@dataclass
+class Stream:
+    """Windows on their way through a model. arguments: what each block is called with besides, by batch and block."""
+
+    batches: Sequence[Batch]
+    cache: ActivationCache
+    device: torch.device
+    arguments: list[list[Arguments]] = field(default_factory=list)
+
+    @torch.no_grad()
+    def embed(self, model: Embedder) -> None:
+        intern = Interner()
+        for batch in self.batches:
+            stream, arguments = model.embed(batch.ids)
+            self.cache.put(batch.index, stream)
+            self.arguments.append(intern(arguments))
+
+    @torch.no_grad()
+    def advance(self, block: nn.Module, index: int) -> None:
+        for batch in self.batches:
+            self.cache.put(batch.index, self.through(block, index, batch))
+
+    def through(self, block: nn.Module, index: int, batch: Batch) -> Float[Tensor, "windows tokens d"]:
+        """A batch behind a block, the cache as it was."""
+        found = block(self.now(batch), **self.arguments[batch.index][index])
+        stream: Tensor = found[0] if isinstance(found, tuple) else found
+        return stream
+
+    def now(self, batch: Batch) -> Float[Tensor, "windows tokens d"]:
+        return self.cache.get(batch.index, self.device)
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    """Of the compressed stream, seen from the dense one.
+
+    encode: x E is the dense stream x in them; None where they are the dense model's own.
+    """
+
+    is_layer_norm: bool
+    eps: float
+    encode: Float64[Tensor, "D d"] | None = None
+
+    def target(self, dense: Float[Tensor, "*tokens D"]) -> Float[Tensor, "*tokens d"]:
+        seen = self._seen(dense)
+        return seen if self.encode is None else seen @ self.encode.to(seen.dtype)
+
+    def weights(self, dense: Float[Tensor, "*tokens D"]) -> Float[Tensor, "*tokens 1"]:
+        """One over what the next norm divides by."""
+        return 1 / (self._seen(dense).square().mean(-1, keepdim=True) + self.eps)
+
+    def error(self, stream: Float[Tensor, "*tokens d"], dense: Float[Tensor, "*tokens D"]) -> Float[Tensor, "*tokens"]:
+        """The squared distance of each token's stream from the dense one's, over the latter's square."""
+        seen = self._seen(stream) if self.encode is None else stream
+        squares = (seen - self.target(dense)).square().sum(-1)
+        return squares * self.weights(dense)[..., 0] / dense.shape[-1]
+
+    def _seen(self, x: Float[Tensor, "*tokens width"]) -> Float[Tensor, "*tokens width"]:
+        """What readers see of a stream of the dense model's coordinates."""
+        return x - x.mean(-1, keepdim=True) if self.is_layer_norm else x
+
+
+def are_shared(own: Coordinates, stream: Tensor, dense: Tensor) -> bool:
+    """Whether two streams behind the embeddings, which a method changes by rounding at most, have the same ones."""
+    return stream.shape == dense.shape and float(own.error(stream, dense).mean()) < SAME**2
+
+
+def fitted(own: Coordinates, pairs: Iterable[tuple[Tensor, Tensor]], *, name: str) -> Coordinates:
+    """The coordinates in which a compressed stream is nearest to the dense one, each token by its weight.
+
+        E = argmin sum of ||s - x E||^2 / mean(x^2)
+
+    It is s that has errors, those of compression, and x that has none; so it is s that is regressed on x. The other way
+    round would shrink what the compressed stream knows little of. pairs: of (stream, dense stream), batch by batch.
+    """
+    G: Tensor | float = 0.0
+    B: Tensor | float = 0.0
+    tokens = 0.0
+    for stream, dense in pairs:
+        x = own.target(rows(dense).double())
+        weighted = x * own.weights(x)
+        G, B = G + weighted.T @ x, B + weighted.T @ rows(stream).double()
+        tokens += len(x)
+    assert isinstance(G, Tensor)
+    assert isinstance(B, Tensor)
+    encode = ridge(NormalEquations(G, B, tokens), torch.zeros_like(B), DAMPING, name=name)
+    return Coordinates(own.is_layer_norm, own.eps, encode)
