@@ -38,7 +38,7 @@ class Student:
         self.model = self._hollow(folder)
         self.stock, self.prefix = innermost(self.model)
         self.family = families.find(text_config(self.model.config))
-        self.blocks = list(self.stock.get_submodule(self.family.blocks))
+        self.blocks: list[nn.Module] = list(self.stock.get_submodule(self.family.blocks))
         self.recorders = [Recorder(returns_tuple=self.family.returns_tuple) for _ in self.blocks]
 
     def _hollow(self, folder: Path) -> PreTrainedModel:
@@ -103,7 +103,7 @@ def empty(module: nn.Module) -> None:
         put(module, name, tensor.to("meta"))
 
 
-def innermost(model: PreTrainedModel) -> tuple[PreTrainedModel, str]:
+def innermost(model: PreTrainedModel) -> tuple[Any, str]:
     """The model that architectures of ours are built around, and what its names begin with in theirs."""
     prefix = ""
     while isinstance(model, CompactForCausalLM | LowRankForCausalLM):

@@ -9,30 +9,22 @@ Shapes: stream (windows, tokens, d), dense stream (windows, tokens, D).
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
-from jaxtyping import Float, Float64, Int64
+from jaxtyping import Float, Float64
 from torch import Tensor, nn
 
-from compress.models.decoder import Arguments
+from compress.models.decoder import Arguments, Decoder
 from compress.numerics.ridge import NormalEquations, ridge
 from compress.streaming.cache import ActivationCache
 from compress.streaming.interning import Interner
 from compress.streaming.streams import Batch, rows
+from compress.tuning.blocks import Student
 
 # So little that only directions are held back in which the dense stream has no energy to speak of.
 DAMPING = 1e-6
 # The embeddings' relative error up to which two streams have the same coordinates: that of rounding to 8 bits.
 SAME = 1e-2
-
-
-class Embedder(Protocol):
-    """What has its embeddings filled: `Decoder` or `Student`."""
-
-    device: torch.device
-
-    def embed(self, ids: Int64[Tensor, "batch tokens"]) -> tuple[Tensor, list[Arguments]]: ...
 
 
 @dataclass
@@ -45,7 +37,8 @@ class Stream:
     arguments: list[list[Arguments]] = field(default_factory=list)
 
     @torch.no_grad()
-    def embed(self, model: Embedder) -> None:
+    def embed(self, model: Decoder | Student) -> None:
+        """The model's embeddings must be filled."""
         intern = Interner()
         for batch in self.batches:
             stream, arguments = model.embed(batch.ids)

@@ -2,14 +2,15 @@
 
 Trained is what is stored as a float: gains, biases, dense or thin linears, adapters, the scales of codes. What is
 stored as an integer stays: codes of weights, and which weights a pattern keeps. A weight that is stored as an exact
-zero stays zero. Adapters that are stored as codes are trained through the rounding, whose gradient is taken for that of the
-identity (straight-through), their scales by the gradient of LSQ (arXiv 1902.08153), and encoded again.
+zero stays zero. Adapters that are stored as codes are trained through the rounding, whose gradient is taken for that
+of the identity (straight-through), their scales by the gradient of LSQ (arXiv 1902.08153), and encoded again.
 
 Dimensions: W (m, n), A (r, n), B (m, r); m outputs, n inputs.
 """
 
 import copy
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -24,7 +25,18 @@ from compress.numerics.sparsity import Pattern
 Tensors = dict[str, Tensor]
 
 
-class FloatMatrix(nn.Module):
+class Matrix(nn.Module):
+    """A weight or a factor, some of it parameters."""
+
+    def forward(self) -> Float[Tensor, "rows columns"]:
+        raise NotImplementedError
+
+    def stored(self, dtype: torch.dtype) -> Tensors:
+        """What of it may have changed, as it is stored. dtype: of stored floats, where codes depend on it."""
+        raise NotImplementedError
+
+
+class FloatMatrix(Matrix):
     """Numbers stored as they are; those outside the mask are zero and stay so.
 
     pattern: where only those inside it are stored, and in which order.
@@ -46,14 +58,14 @@ class FloatMatrix(nn.Module):
     def forward(self) -> Float[Tensor, "rows columns"]:
         return self.values if self.mask is None else self.values * self.mask
 
-    def stored(self, _dtype: torch.dtype) -> Tensors:
+    def stored(self, dtype: torch.dtype) -> Tensors:
         values = self.values.detach()
         if self.mask is not None and self.pattern is not None:
             values = Kept(self.mask, self.pattern).of(values)
         return {"values": values}
 
 
-class ScaledMatrix(nn.Module):
+class ScaledMatrix(Matrix):
     """Frozen codes times a scale for each `group` neighbouring columns.
 
     codes: as floats, zero points subtracted. scale: in its stored shape, (rows or 1, groups) or (1,).
@@ -70,11 +82,11 @@ class ScaledMatrix(nn.Module):
     def forward(self) -> Float[Tensor, "rows columns"]:
         return self.codes * spread(self.scale, self.group, self.codes.shape[1])
 
-    def stored(self, _dtype: torch.dtype) -> Tensors:
+    def stored(self, dtype: torch.dtype) -> Tensors:
         return {"scale": self.scale.detach()}
 
 
-class RoundedMatrix(nn.Module):
+class RoundedMatrix(Matrix):
     """Numbers stored as integer codes of `bits` bits, which are found again when they have been trained."""
 
     def __init__(
@@ -103,8 +115,7 @@ class RoundedMatrix(nn.Module):
         return {"codes": pack_bits(unsigned(codes, self.bits), self.bits), "scale": scale}
 
 
-Matrix = FloatMatrix | ScaledMatrix | RoundedMatrix
-# What packed and plain linears call what the compact ones call `matrix.part`.
+# Of packed and plain linears.
 FLAT_NAMES = {
     "weight.values": "weight",
     "weight.scale": "weight_scale",
@@ -122,14 +133,15 @@ def spread(scale: Float[Tensor, "*shape"], group: int, columns: int) -> Float[Te
 class TrainableLinear(nn.Module):
     """y = W x + b + B (A x).
 
-    matrices: W, and where there is an adapter A and B, by their names in the stored linear. transposed: it is B^T that
-    is stored. rounded: what the inputs of W pass; A's do not.
+    matrices: W, and where there is an adapter A and B, by their names in the stored linear. names: what it calls parts of
+    them, if not `matrix.part`. transposed: it is B^T that is stored. rounded: what W's inputs pass; A's do not.
     """
 
     def __init__(
         self,
         matrices: Mapping[str, Matrix],
         bias: Tensor | None,
+        names: Mapping[str, str] = FLAT_NAMES,
         *,
         transposed: bool = False,
         rounded: Callable[[Tensor], Tensor] | None = None,
@@ -137,6 +149,7 @@ class TrainableLinear(nn.Module):
         super().__init__()
         self.matrices = nn.ModuleDict(matrices)
         self.bias = None if bias is None else nn.Parameter(bias.clone())
+        self.names = names
         self.transposed = transposed
         self.rounded = rounded
 
@@ -152,9 +165,9 @@ class TrainableLinear(nn.Module):
         """What is stored of it and may have changed, by names below the linear."""
         tensors = {} if self.bias is None else {"bias": self.bias.detach()}
         for name, matrix in self.matrices.items():
+            assert isinstance(matrix, Matrix)
             for part, tensor in matrix.stored(dtype).items():
-                path = f"{name}.{part}"
-                tensors[FLAT_NAMES.get(path, path) if not self.transposed else path] = tensor
+                tensors[self.names.get(f"{name}.{part}", f"{name}.{part}")] = tensor
         return tensors
 
 
@@ -189,7 +202,7 @@ def trainable_linear(linear: nn.Module) -> TrainableLinear | None:
     if isinstance(linear, CompactLinear):
         parts = {"weight": linear.weight, "first": linear.first, "second": linear.second}
         matrices = {name: compact_matrix(part, linear) for name, part in parts.items() if part is not None}
-        return TrainableLinear(matrices, linear.bias, transposed=True)
+        return TrainableLinear(matrices, linear.bias, {}, transposed=True)
     if isinstance(linear, LoraLinear):
         factors = {"lora_A": linear.lora_A, "lora_B": linear.lora_B}
         adapter = {name: FloatMatrix(factor.detach()) for name, factor in factors.items() if factor is not None}
@@ -210,22 +223,23 @@ def packed_weight(linear: LoraLinear) -> Matrix:
     assert isinstance(linear, QuantizedLinear)
     scale = linear.weight_scale
     unscaled = copy.deepcopy(linear)
-    unscaled.weight_scale = torch.ones_like(scale)
+    unscaled.weight_scale = nn.Buffer(torch.ones_like(scale))
     codes = unscaled.rows(0, linear.out_features, scale.dtype)
     return ScaledMatrix(codes, scale, linear.in_features // linear.groups)
 
 
 def compact_matrix(matrix: StoredMatrix, linear: CompactLinear) -> Matrix:
+    scale: Any = matrix.scale
+    values: Any = matrix.values
     rows = matrix.num_rows
     if matrix.bits is None:
-        values = matrix.rows(0, rows, matrix.values.dtype)
+        spread_out = matrix.rows(0, rows, values.dtype)
         if matrix.places is None:
-            return FloatMatrix(values)
-        kept = matrix.spread(torch.ones_like(matrix.values), 0, rows) != 0
-        return FloatMatrix(values, kept, Pattern(matrix.keep, matrix.group))
-    dtype = matrix.scale.dtype
+            return FloatMatrix(spread_out)
+        mask = matrix.spread(torch.ones_like(values), 0, rows) != 0
+        return FloatMatrix(spread_out, mask, Pattern(matrix.keep, matrix.group))
     if matrix is not linear.weight:
-        return RoundedMatrix(matrix.rows(0, rows, dtype), matrix.scale, matrix.scale_group, matrix.bits)
+        return RoundedMatrix(matrix.rows(0, rows, scale.dtype), scale, matrix.scale_group, matrix.bits)
     unscaled = copy.deepcopy(matrix)
-    unscaled.scale = torch.ones_like(matrix.scale)
-    return ScaledMatrix(unscaled.rows(0, rows, dtype), matrix.scale, matrix.scale_group)
+    unscaled.scale = torch.ones_like(scale)
+    return ScaledMatrix(unscaled.rows(0, rows, scale.dtype), scale, matrix.scale_group)

@@ -231,15 +231,19 @@ class Pupil:
         """One pass over the windows."""
         batches = lesson.learned()
         for place in torch.randperm(len(batches), generator=self.order).tolist():
-            self.adam.zero_grad()
-            lesson.error(self.block, batches[place]).backward()
-            self.adam.step()
-            self.schedule.step()
+            self.step(lesson, batches[place])
+
+    def step(self, lesson: "Lesson", batch: Batch) -> None:
+        self.adam.zero_grad()
+        lesson.error(self.block, batch).backward()
+        self.adam.step()
+        self.schedule.step()
 
     def stored(self) -> Tensors:
         """What the checkpoint would store of the block as it is now."""
         dtype = next(tensor.dtype for tensor in self.untuned.values() if tensor.dtype in FLOATS)
-        return {name: tensor.to(self.untuned[name].dtype) for name, tensor in stored(self.block, dtype).items()}
+        found = stored(self.block, dtype).items()
+        return {name: tensor.to("cpu", self.untuned[name].dtype) for name, tensor in found}
 
 
 def scale_of(parameter: Tensor) -> float:
