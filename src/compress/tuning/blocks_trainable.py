@@ -133,8 +133,8 @@ def spread(scale: Float[Tensor, "*shape"], group: int, columns: int) -> Float[Te
 class TrainableLinear(nn.Module):
     """y = W x + b + B (A x).
 
-    matrices: W, and where there is an adapter A and B, by their names in the stored linear. names: what it calls parts of
-    them, if not `matrix.part`. transposed: it is B^T that is stored. rounded: what W's inputs pass; A's do not.
+    matrices: W, and where there is an adapter A and B, by their names in the stored linear. names: what it calls parts
+    of them, if not `matrix.part`. transposed: it is B^T that is stored. rounded: what W's inputs pass; A's do not.
     """
 
     def __init__(
