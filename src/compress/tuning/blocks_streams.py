@@ -8,20 +8,21 @@ Shapes: stream (windows, tokens, d), dense stream (windows, tokens, D).
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor, nn
 
 from compress.models.decoder import Arguments, Decoder
-from compress.numerics.ridge import NormalEquations, ridge
+from compress.numerics.ridge import ridge
 from compress.streaming.cache import ActivationCache
+from compress.streaming.groups import EquationSums
 from compress.streaming.interning import Interner
 from compress.streaming.streams import Batch, rows
 from compress.tuning.blocks import Student
 
-# So little that only directions are held back in which the dense stream has no energy to speak of.
+# So little that only directions are held back in which the compressed stream has no energy to speak of.
 DAMPING = 1e-6
 # The embeddings' relative error up to which two streams have the same coordinates: that of rounding to 8 bits.
 SAME = 1e-2
@@ -64,28 +65,24 @@ class Stream:
 class Coordinates:
     """Of the compressed stream, seen from the dense one.
 
-    encode: x E is the dense stream x in them; None where they are the dense model's own.
+    decode: s D is the compressed stream s in the dense model's; None where s is in them already.
     """
 
     is_layer_norm: bool
     eps: float
-    encode: Float64[Tensor, "D d"] | None = None
+    decode: Float64[Tensor, "d D"] | None = None
 
-    def target(self, dense: Float[Tensor, "*tokens D"]) -> Float[Tensor, "*tokens d"]:
-        seen = self._seen(dense)
-        return seen if self.encode is None else seen @ self.encode.to(seen.dtype)
+    def error(self, stream: Float[Tensor, "*tokens d"], dense: Float[Tensor, "*tokens D"]) -> Float[Tensor, "*tokens"]:
+        """The squared distance of each token's stream from the dense one, over the latter's square."""
+        wide = stream if self.decode is None else stream @ self.decode.to(stream.dtype)
+        squares = (self.seen(wide) - self.seen(dense)).square().mean(-1)
+        return squares * self.weights(dense)[..., 0]
 
     def weights(self, dense: Float[Tensor, "*tokens D"]) -> Float[Tensor, "*tokens 1"]:
         """One over what the next norm divides by."""
-        return 1 / (self._seen(dense).square().mean(-1, keepdim=True) + self.eps)
+        return 1 / (self.seen(dense).square().mean(-1, keepdim=True) + self.eps)
 
-    def error(self, stream: Float[Tensor, "*tokens d"], dense: Float[Tensor, "*tokens D"]) -> Float[Tensor, "*tokens"]:
-        """The squared distance of each token's stream from the dense one's, over the latter's square."""
-        seen = self._seen(stream) if self.encode is None else stream
-        squares = (seen - self.target(dense)).square().sum(-1)
-        return squares * self.weights(dense)[..., 0] / dense.shape[-1]
-
-    def _seen(self, x: Float[Tensor, "*tokens width"]) -> Float[Tensor, "*tokens width"]:
+    def seen(self, x: Float[Tensor, "*tokens D"]) -> Float[Tensor, "*tokens D"]:
         """What readers see of a stream of the dense model's coordinates."""
         return x - x.mean(-1, keepdim=True) if self.is_layer_norm else x
 
@@ -96,22 +93,17 @@ def are_shared(own: Coordinates, stream: Tensor, dense: Tensor) -> bool:
 
 
 def fitted(own: Coordinates, pairs: Iterable[tuple[Tensor, Tensor]], *, name: str) -> Coordinates:
-    """The coordinates in which a compressed stream is nearest to the dense one, each token by its weight.
+    """The coordinates in which a compressed stream is nearest to the dense one.
 
-        E = argmin sum of ||s - x E||^2 / mean(x^2)
+        D = argmin sum of ||s D - x||^2 / mean(x^2)
 
-    It is s that has errors, those of compression, and x that has none; so it is s that is regressed on x. The other way
-    round would shrink what the compressed stream knows little of. pairs: of (stream, dense stream), batch by batch.
+    pairs: of (s, x), batch by batch. name: in an error, of what gives s.
     """
-    G: Tensor | float = 0.0
-    B: Tensor | float = 0.0
-    tokens = 0.0
+    sums: EquationSums | None = None
     for stream, dense in pairs:
-        x = own.target(rows(dense).double())
-        weighted = x * own.weights(x)
-        G, B = G + weighted.T @ x, B + weighted.T @ rows(stream).double()
-        tokens += len(x)
-    assert isinstance(G, Tensor)
-    assert isinstance(B, Tensor)
-    encode = ridge(NormalEquations(G, B, tokens), torch.zeros_like(B), DAMPING, name=name)
-    return Coordinates(own.is_layer_norm, own.eps, encode)
+        x = own.seen(rows(dense).double())
+        sums = sums or EquationSums(stream.shape[-1], dense.shape[-1], stream.device)
+        sums.add(rows(stream), x, weights=own.weights(x))
+    assert sums is not None
+    decode = ridge(sums.fit, torch.zeros_like(sums.fit.B), DAMPING, name=name)
+    return replace(own, decode=decode)

@@ -6,9 +6,9 @@ s is what the compressed model's tuned prefix gives the block, x the dense model
 that the block stores as floats (`blocks_trainable.py`). Adam with a cosine, early stopping on windows held out. Of each
 model one block at a time has weights, so a 7B model takes the memory of a few of its blocks.
 
-After the Transformer Matching of 3BASiL (arXiv 2603.01376) and after BEAM. Ours knows every form that is written, weighs
-tokens as the next norm will, finds a sliced stream's coordinates, and judges every epoch by the weights as they are
-rounded and stored: the untuned block is a candidate, so no block comes out worse on the windows held out.
+After the Transformer Matching of 3BASiL (arXiv 2603.01376) and after BEAM. Ours knows every form that is written,
+weighs tokens as the next norm will, finds a sliced stream's coordinates, and judges every epoch by the weights as they
+are rounded and stored: the untuned block is a candidate, so no block comes out worse on the windows held out.
 """
 
 from collections.abc import Callable, Iterator, Mapping
