@@ -73,6 +73,27 @@ class Student:
         yield {name.removeprefix(prefix): tensor for name, tensor in stored.items()}
         empty(block)
 
+    @contextmanager
+    def head(self) -> Iterator[None]:
+        """The final norm and the head filled for as long as the context is open; tied, it is the embeddings' table."""
+        parts = [f"{self.prefix}{name}" for name in (self.family.final_norm, self.family.head)]
+        names = {
+            f"{part}.{name}": f"{part}.{name}" for part in parts for name in self.model.get_submodule(part).state_dict()
+        }
+        if not self.tensors.has(f"{parts[1]}.weight"):
+            names[f"{parts[1]}.weight"] = f"{self.prefix}{self.family.embeddings[0]}.weight"
+        stored = dict(self.tensors.read(names.values()))
+        self.fill(self.model, {name: stored[stored_as] for name, stored_as in names.items()})
+        yield
+        for part in parts:
+            empty(self.model.get_submodule(part))
+
+    def logits(self, stream: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch vocabulary"]:
+        """The head must be filled."""
+        normed = self.stock.get_submodule(self.family.final_norm)(stream)
+        logits: Tensor = self.stock.get_submodule(self.family.head)(normed)
+        return logits
+
     def embed(self, ids: Int64[Tensor, "batch tokens"]) -> tuple[Float[Tensor, "batch tokens d"], list[Arguments]]:
         """The stream before the first block, and what each block is called with besides it."""
         return embedded(self.stock, self.family, self.recorders, ids.to(self.device))

@@ -3,8 +3,10 @@
     min over theta of  mean over tokens of  ||f(s; theta) - x||^2 / mean(x^2)
 
 s is what the compressed model's tuned prefix gives the block, x the dense model's stream behind its block, theta all
-that the block stores as floats (`blocks_trainable.py`). Adam with a cosine, early stopping on windows held out. Of each
-model one block at a time has weights, so a 7B model takes the memory of a few of its blocks.
+that the block stores as floats (`blocks_trainable.py`). The last block is judged by what the heads make of the two
+streams, the divergence of the next token: nothing behind it can make up for its errors. Adam with a cosine, early
+stopping on windows held out. Of each model one block at a time has weights, and beside the last one the head, so a 7B
+model takes the memory of a few of its blocks.
 
 After the Transformer Matching of 3BASiL (arXiv 2603.01376) and after BEAM. Ours knows every form that is written,
 weighs tokens as the next norm will, finds a sliced stream's coordinates, and judges every epoch by the weights as they
@@ -12,6 +14,7 @@ are rounded and stored: the untuned block is a candidate, so no block comes out 
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +39,7 @@ from compress.tuning.blocks_trainable import stored, trainable
 
 Tensors = dict[str, Tensor]
 BETAS = (0.9, 0.95)
+TOKENS_PER_STEP = 1024
 LEAST = 1e-3  # of a tensor's root mean square, for its learning rate: biases may start as zeros
 
 
@@ -44,13 +48,14 @@ class BlockSettings:
     """
     epochs: passes over the windows, at most. patience: epochs without a better block on the held-out windows until it
     is left. rate: Adam's, as a share of each tensor's root mean square; it goes to zero by a cosine.
-    batch_size: windows a step. cache_memory: bytes of activations to hold in memory; past it they lie in files.
+    batch_size: windows a step; by default about 1024 tokens.
+    cache_memory: bytes of activations to hold in memory; past it they lie in files.
     """
 
-    epochs: int = 15
-    patience: int = 4
+    epochs: int = 10
+    patience: int = 3
     rate: float = 1e-2
-    batch_size: int = 16
+    batch_size: int | None = None
     cache_memory: int = 2**31
     seed: int = 42
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -58,7 +63,10 @@ class BlockSettings:
 
 @dataclass(frozen=True)
 class BlockTuned:
-    """Relative squared error of a block's stream on the held-out windows, and the epoch that was kept: 0 for none."""
+    """Of a block behind the tuned prefix, on the held-out windows, and which epoch was kept: 0 for none.
+
+    before, after: the relative squared error of its stream; of the last block the divergence of the next token in nats.
+    """
 
     before: float
     after: float
@@ -120,7 +128,8 @@ class Distillation:
         self.loader = PartLoader(self.dense, weights)
         self.student = Student(folder, dtype=dtype, device=settings.device)
         check_one_model(self.student, self.dense, folder, teacher)
-        self.batches = split(windows, held_out, settings.batch_size)
+        batch_size = settings.batch_size or max(1, TOKENS_PER_STEP // windows.shape[1])
+        self.batches = split(windows, held_out, batch_size)
         caches = CacheFolder(self.dense, out)
         memory = settings.cache_memory // 2
         self.given = self._stream(caches, "stream", memory)
@@ -162,8 +171,11 @@ class Distillation:
 
     def _tune(self, index: int, untuned: Mapping[str, Tensor]) -> tuple[Tensors, Tensor]:
         """The best block found, as it will be stored, and (before, after, epoch)."""
-        lesson = Lesson(index, self.given, self.wanted, self._coordinates(index))
-        block, settings = self.student.blocks[index], self.settings
+        with self._lesson(index) as lesson:
+            return self._taught(lesson, untuned)
+
+    def _taught(self, lesson: "Lesson", untuned: Mapping[str, Tensor]) -> tuple[Tensors, Tensor]:
+        block, settings = self.student.blocks[lesson.index], self.settings
         pupil = Pupil(block, untuned, settings, steps=settings.epochs * len(lesson.learned()))
         best, kept = 0, {name: untuned[name] for name in pupil.stored()}
         before = after = lesson.held_out_error(block)
@@ -178,6 +190,24 @@ class Distillation:
                 break
         return kept, torch.tensor([before, after, best], dtype=torch.float64)
 
+    @contextmanager
+    def _lesson(self, index: int) -> Iterator["Lesson"]:
+        """For the last block with both models' heads at hand."""
+        if index < self.num_blocks - 1:
+            yield Lesson(index, self.given, self.wanted, self._coordinates(index).error)
+        else:
+            with self.loader.head(), self.student.head():
+                yield Lesson(index, self.given, self.wanted, self._divergence)
+
+    def _divergence(
+        self, stream: Float[Tensor, "*tokens d"], dense: Float[Tensor, "*tokens D"]
+    ) -> Float[Tensor, "*tokens"]:
+        """KL(dense || compressed) of each token's next one, in nats."""
+        with torch.no_grad():
+            wanted = self.dense.logits(dense).log_softmax(-1)
+        found = self.student.logits(stream).log_softmax(-1)
+        return nn.functional.kl_div(found, wanted, reduction="none", log_target=True).sum(-1)
+
     def _coordinates(self, index: int) -> Coordinates:
         """Of the stream behind a block, from the untuned block."""
         if self.shared:
@@ -191,17 +221,20 @@ class Distillation:
 
 @dataclass(frozen=True)
 class Lesson:
-    """What a block is given, and what it is to come to."""
+    """What a block is given, and what it is to come to.
+
+    judge: finds each token's error from the stream behind the block and the dense model's.
+    """
 
     index: int
     given: Stream
     wanted: Stream
-    coordinates: Coordinates
+    judge: Callable[[Tensor, Tensor], Tensor]
 
     def error(self, block: nn.Module, batch: Batch) -> Float[Tensor, ""]:
         """Mean over a batch's tokens."""
         stream = self.given.through(block, self.index, batch)
-        return self.coordinates.error(stream, self.wanted.now(batch)).mean()
+        return self.judge(stream, self.wanted.now(batch)).mean()
 
     def learned(self) -> list[Batch]:
         return [batch for batch in self.given.batches if not batch.held_out]
