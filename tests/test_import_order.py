@@ -31,7 +31,7 @@ LAYERS = [
     ("preflight",),
     ("assembly", "provenance"),
     ("search",),
-    ("pipeline", "quality"),
+    ("pipeline", "quality", "tuning"),
     ("cli",),
     ("__main__",),
 ]

@@ -5,7 +5,7 @@ the head) are filled, used and emptied in turn. Stock code does all the computin
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from accelerate import init_empty_weights
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from compress.families import BranchTable, Family, Units
@@ -119,13 +119,9 @@ class Decoder:
 
     def embed(self, ids: Int64[Tensor, "batch tokens"]) -> tuple[Float[Tensor, "batch tokens d"], list[Arguments]]:
         """The stream before the first block, and what each block is called with besides it."""
-        with self._recording():
-            self.model.base_model(input_ids=ids.to(self.device), use_cache=False)
-        hidden_states = self.recorders[0].hidden_states
-        if hidden_states is None:
-            raise RuntimeError("The stock model did not call its first block.")
+        hidden_states, arguments = embedded(self.model, self.family, self.recorders, ids.to(self.device))
         check_sound(hidden_states, "the embeddings")
-        return hidden_states, [recorder.arguments for recorder in self.recorders]
+        return hidden_states, arguments
 
     def logits(self, hidden_states: Float[Tensor, "batch tokens d"]) -> Float[Tensor, "batch tokens vocabulary"]:
         final_norm = self.family.final_norm
@@ -195,19 +191,32 @@ class Decoder:
     def _units(self, table: BranchTable) -> dict[str, tuple[Units, int]]:
         return {units.kind: (units, units.number(self.config)) for units in table.units}
 
-    @contextmanager
-    def _recording(self) -> Iterator[None]:
-        # The blocks and what is behind them may be empty; recorders and identities take their places for the call.
-        behind = [part for part in self.family.head_parts if part != self.family.head]
-        kept = {name: self.model.get_submodule(name) for name in (self.family.blocks, *behind)}
-        replace(self.model, self.family.blocks, nn.ModuleList(self.recorders))
-        for name in behind:
-            replace(self.model, name, nn.Identity())
-        try:
-            yield
-        finally:
-            for name, module in kept.items():
-                replace(self.model, name, module)
+
+def embedded(
+    model: PreTrainedModel, family: Family, recorders: Sequence[Recorder], ids: Int64[Tensor, "batch tokens"]
+) -> tuple[Float[Tensor, "batch tokens d"], list[Arguments]]:
+    """The stream before a model's first block, and what each block is called with besides it, one recorder a block."""
+    with recording(model, family, recorders):
+        model.base_model(input_ids=ids, use_cache=False)
+    hidden_states = recorders[0].hidden_states
+    if hidden_states is None:
+        raise RuntimeError("The stock model did not call its first block.")
+    return hidden_states, [recorder.arguments for recorder in recorders]
+
+
+@contextmanager
+def recording(model: nn.Module, family: Family, recorders: Sequence[Recorder]) -> Iterator[None]:
+    """Recorders in the places of a stock model's blocks, identities behind them: all of these may be empty."""
+    behind = [part for part in family.head_parts if part != family.head]
+    kept = {name: model.get_submodule(name) for name in (family.blocks, *behind)}
+    replace(model, family.blocks, nn.ModuleList(recorders))
+    for name in behind:
+        replace(model, name, nn.Identity())
+    try:
+        yield
+    finally:
+        for name, module in kept.items():
+            replace(model, name, module)
 
 
 def sparse_mlp(block: nn.Module, table: BranchTable) -> SparseMLP | None:
