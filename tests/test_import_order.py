@@ -30,6 +30,7 @@ LAYERS = [
     ("assembly", "provenance"),
     ("search",),
     ("pipeline", "quality"),
+    ("tuning",),
     ("cli",),
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
@@ -42,6 +43,7 @@ SHARED = {
         "bench_tables",
         "inspect_tables",
         "compressing",
+        "finetune_tables",
         "options",
         "outputs",
         "quality_tables",

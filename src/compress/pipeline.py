@@ -115,7 +115,7 @@ def run(job: Job, progress: Progress = lambda name, done, total: None) -> Result
         prepared = prepare(job)
         if job.resume and (finished := _give_name(prepared)):
             return finished
-        with _parent_folder(job), _journal(prepared) as journal:
+        with parent_folder(job.partial), open_journal(job.partial, identity(prepared), job.resume) as journal:
             seconds: dict[str, float] = {}
             with timed(seconds, "survey"):
                 survey = _survey(prepared, journal, progress)
@@ -206,13 +206,13 @@ def _allocated(
 
 
 @contextmanager
-def _parent_folder(job: Job) -> Iterator[None]:
+def parent_folder(partial: Path) -> Iterator[None]:
     """The folder that the output lies in. What had to be made for it goes again if nothing is kept there."""
-    made = [folder for folder in job.partial.absolute().parents if not folder.exists()]
+    made = [folder for folder in partial.absolute().parents if not folder.exists()]
     try:
-        job.partial.parent.mkdir(parents=True, exist_ok=True)
+        partial.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(f"{job.partial.parent} cannot be made ({error}). Choose another --out.") from error
+        raise OutputError(f"{partial.parent} cannot be made ({error}). Choose another --out.") from error
     try:
         yield
     finally:
@@ -222,26 +222,22 @@ def _parent_folder(job: Job) -> Iterator[None]:
 
 
 @contextmanager
-def _journal(prepared: Prepared) -> Iterator[Journal]:
-    """The journal of this run; a run that ends before its first part leaves no folder behind."""
-    job = prepared.job
+def open_journal(partial: Path, run: dict[str, Any], resume: bool) -> Iterator[Journal]:
+    """The journal of a run; one that ends before its first part leaves no folder behind."""
     journal = None
     try:
-        if job.resume:
-            journal = Journal.resume(job.partial, identity(prepared))
-        else:
-            journal = Journal.start(job.partial, identity(prepared))
+        journal = Journal.resume(partial, run) if resume else Journal.start(partial, run)
         yield journal
     except OSError as error:
         raise OutputError(
-            f"{job.partial} cannot be written ({error}). Free space or choose another --out; "
+            f"{partial} cannot be written ({error}). Free space or choose another --out; "
             "what was finished is kept for --resume."
         ) from error
     finally:
         if journal is not None:
             journal.close()
-            if journal.is_empty and job.partial.exists():
-                shutil.rmtree(job.partial)
+            if journal.is_empty and partial.exists():
+                shutil.rmtree(partial)
 
 
 def _give_name(prepared: Prepared) -> Result | None:

@@ -4,7 +4,7 @@ import shutil
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import psutil
 import torch
@@ -15,6 +15,7 @@ from compress.datasets.windows import calibration_windows
 from compress.errors import CheckpointError, Faults, OutputError, UnsupportedModel, UsageError
 from compress.job import Job
 from compress.models.decoder import Decoder
+from compress.models.hub import ModelSource
 from compress.models.loading import check_positions, check_vocabulary, load_config, load_tokenizer
 from compress.models.stored_files import ADAPTER
 from compress.plan import Plan, make_plan
@@ -137,7 +138,26 @@ def cache_memory(job: Job) -> int:
     return psutil.virtual_memory().available // 2 if job.cache_memory is None else job.cache_memory
 
 
-def check_output(job: Job) -> None:
+class Output(Protocol):
+    """What a job says of the folder that it writes, and of the model that it is made from."""
+
+    @property
+    def model(self) -> ModelSource: ...
+
+    @property
+    def out(self) -> Path: ...
+
+    @property
+    def partial(self) -> Path: ...
+
+    @property
+    def resume(self) -> bool: ...
+
+    @property
+    def overwrite(self) -> bool: ...
+
+
+def check_output(job: Output) -> None:
     if job.out.name in ("", ".."):
         raise UsageError(f"--out {job.out} has no name of its own. Name a new folder, such as --out compressed/mine.")
     if job.model.folder is not None:
