@@ -10,7 +10,15 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 # Files whose tests run whole commands or the whole pipeline; the others are the units.
 WHOLE_RUNS = {
     *("test_allocation", "test_bad_input", "test_bench_cli", "test_checkpoint_files", "test_cli", "test_cli_anchored"),
-    *("test_cli_eval", "test_cli_lord", "test_cli_run", "test_cli_slim", "test_composition", "test_gguf"),
+    *(
+        "test_cli_eval",
+        "test_cli_finetune",
+        "test_cli_lord",
+        "test_cli_run",
+        "test_cli_slim",
+        "test_composition",
+        "test_gguf",
+    ),
     *("test_humaneval", "test_inspect", "test_inspect_damage", "test_inspect_plots", "test_lowrank_world"),
     *("test_ranks", "test_registration", "test_resume", "test_sliced_model", "test_slim_world", "test_stock"),
     "test_world",

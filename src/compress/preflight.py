@@ -4,7 +4,7 @@ import shutil
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import psutil
 import torch
@@ -138,6 +138,7 @@ def cache_memory(job: Job) -> int:
     return psutil.virtual_memory().available // 2 if job.cache_memory is None else job.cache_memory
 
 
+@runtime_checkable
 class Output(Protocol):
     """What a job says of the folder that it writes, and of the model that it is made from."""
 

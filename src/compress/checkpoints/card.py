@@ -99,8 +99,8 @@ def tuned(facts: Mapping[str, Any]) -> str:
     said = [
         f"Then {TRAINED[tuning['trained']]} were trained towards {towards}, on {data['windows']:,} windows of "
         f"{data['seq_len']:,} tokens of {code(data['source'])}:",
-        f"{tuning['steps']:,} steps, the best of them number {tuning['best_step']:,}. On windows of that text held out, "
-        f"perplexity went from {before} to {after}.",
+        f"{tuning['steps']:,} steps, the best of them number {tuning['best_step']:,}. On windows of that text held "
+        f"out, perplexity went from {before} to {after}.",
     ]
     if elsewhere is not None:
         rise = math.expm1(elsewhere["after"] - elsewhere["before"])

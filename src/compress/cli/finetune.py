@@ -185,9 +185,9 @@ def find_teacher(asked: str | None, facts: "Facts") -> "ModelSource":
 
 def command_of(name: str, settings: Any, teacher: str | None, dtype: str | None) -> str:
     """What a user would type for it again, with every default spelled out."""
-    told = dict(vars(settings))
+    told: dict[str, Any] = dict(vars(settings))
     merge = told.pop("merge")
-    renamed = {"rank": "lora_rank", "alpha": "lora_alpha", "learning_rate": "lr"}
+    renamed: dict[str, str] = {"rank": "lora_rank", "alpha": "lora_alpha", "learning_rate": "lr"}
     options: dict[str, Any] = {
         **{renamed.get(key, key): value for key, value in told.items()},
         "merge": merge,

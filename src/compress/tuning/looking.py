@@ -128,7 +128,7 @@ def merged_at_the_end(asked: bool | None, what: What, facts: Facts) -> bool:
 def read_texts(job: TuningJob, facts: Facts) -> Texts:
     settings = job.settings
     reader = Reader(load_tokenizer(job.folder), settings.seq_len, settings.seed, job.data_dir)
-    return reader.texts(settings.data, settings.num_windows, (facts.recipe.calibration.source, *ELSEWHERE))
+    return reader.texts(settings.data, settings.num_windows, (*ELSEWHERE, facts.recipe.calibration.source))
 
 
 def check_teacher(folder: Path, config: Any, teacher: Path) -> None:

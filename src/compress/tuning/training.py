@@ -8,7 +8,7 @@ share a step's windows; each has the mean gradient of all of them, and so the sa
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from accelerate import Accelerator
@@ -26,6 +26,7 @@ LARGEST_GRADIENT = 1.0  # a step's gradient is made no longer than this
 BETAS = (0.9, 0.95)  # as SliceGPT's recovery fine-tuning has them
 
 
+@runtime_checkable
 class Trained(Protocol):
     """
     model: to be asked for logits. parameters: what a step changes, by name.
