@@ -4,8 +4,8 @@
 
 A Llama of random weights as `compress` writes it: its linears in 4 bits (groups of 32, bfloat16), once whole and once
 as factors of `--rank-frac` of every rank. On each a fresh LoRA is trained for a few steps by the code of `compress
-finetune`, in a process of its own. Memory is the most that the process held (VmHWM) beyond what its imports take. Random
-weights take as much memory as trained ones.
+finetune`, in a process of its own. Memory is the most that the process held (VmHWM) beyond what its imports take.
+Random weights take as much memory as trained ones.
 """
 
 import argparse

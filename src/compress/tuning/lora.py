@@ -41,11 +41,11 @@ class Lora:
         """
         linears: plain ones, by their paths in the model.
         """
-        from peft import LoraConfig, get_peft_model
+        from peft import LoraConfig, inject_adapter_in_model
 
         model.requires_grad_(False)
-        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(linears), task_type="CAUSAL_LM")
-        self.model: Any = get_peft_model(model, config)
+        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(linears))
+        self.model: Any = inject_adapter_in_model(config, model, ADAPTER_NAME)
         self.merge = merge
         self.layers = {path: model.get_submodule(path) for path in linears}
         self.parameters = {

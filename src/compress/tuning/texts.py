@@ -20,7 +20,7 @@ from compress.errors import CompressError
 from compress.tuning.settings import NUM_HELD_OUT
 
 FILE_SHARE = 10  # of a file's windows one in so many is held out, at most
-Windows = Int64[Tensor, "windows seq_len"]
+Windows = Int64[Tensor, "_ seq_len"]
 
 
 @dataclass(frozen=True)
