@@ -367,7 +367,7 @@ def test_a_course_has_stalled_when_the_last_looks_are_no_better():
 def test_a_loss_that_is_no_number_ends_the_run():
     steps = training(lora())
     next(iter(steps.trained.parameters.values())).data[:] = math.nan
-    with pytest.raises(NumericalError, match="of step 1 is .* gradient nan. Use a smaller --lr"):
+    with pytest.raises(NumericalError, match=r"of step 1 is .* gradient nan\. Use a smaller --lr"):
         steps.step()
 
 

@@ -77,6 +77,7 @@ class Training:
     ) -> None:
         self.trained, self.teacher, self.windows, self.held_out = trained, teacher, windows, held_out
         self.settings, self.rate, self.accelerator = settings, rate, accelerator
+        self.device = next(iter(trained.parameters.values())).device
         self.num_steps = settings.num_steps(len(windows))
         self.course = Course()
         self.best: dict[str, Tensor] = {}
@@ -145,7 +146,7 @@ class Training:
         """The mean cross-entropy of the held-out windows, which the processes share."""
         model = self.trained.model
         model.eval()
-        total = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
         with self.accelerator.autocast():
             for ids in self._share(self.held_out).split(self.settings.batch_size):
                 logits = model(input_ids=ids, use_cache=False).logits
@@ -160,7 +161,7 @@ class Training:
 
     def _share(self, ids: Int64[Tensor, "windows seq_len"]) -> Int64[Tensor, "share seq_len"]:
         """This process's windows, on its device."""
-        return ids[self.accelerator.process_index :: self.accelerator.num_processes].to(self.accelerator.device)
+        return ids[self.accelerator.process_index :: self.accelerator.num_processes].to(self.device)
 
 
 def average_gradients(parameters: list[nn.Parameter], accelerator: Accelerator) -> None:

@@ -27,7 +27,7 @@ from compress.errors import UsageError
 from compress.evaluation.perplexity import perplexity
 from compress.models.packed import inputs_as_they_are
 from compress.numerics.precision import full_precision
-from compress.pipeline import SMALL, open_journal, parent_folder, publish
+from compress.pipeline import SMALL, open_journal, parent_folder, proof_notes, publish
 from compress.streaming.journal import JOURNAL, Journal
 from compress.tuning.looking import Prepared, digest, identity, look, open_folder, open_trained
 from compress.tuning.lora import Settled
@@ -76,31 +76,48 @@ def tune(job: TuningJob, progress: Progress = lambda name, done, total: None) ->
     """
     with full_precision():
         start = time.perf_counter()
-        prepared = look(job, progress)
         accelerator = new_accelerator(job)
         check_processes(job, accelerator)
-        run = identity(prepared, accelerator.num_processes, accelerator.device)
         if not accelerator.is_main_process:
-            train(prepared, accelerator, None, lambda *_: None)
-            accelerator.wait_for_everyone()
+            help_to_train(job, accelerator)
             return None
-        if job.resume and (facts := finished(job, run)):
+        prepared = look(job, progress)
+        run = identity(prepared, accelerator.num_processes, device_of(job, accelerator))
+        facts = finished(job, run) if job.resume else None
+        accelerator.wait_for_everyone()  # all have looked at the output's place before anything is there
+        if facts is not None:
             publish(job.partial, job.out)
-            return result(prepared, facts, None, prepared.steps, time.perf_counter() - start)
+            return result(prepared, facts, None, facts["tuning"]["steps"], time.perf_counter() - start)
         with parent_folder(job.partial), open_journal(job.partial, run, job.resume) as journal:
             settled, course, resumed = train(prepared, accelerator, journal, progress)
             progress("measuring and reloading", course.step, course.step)
-            facts, difference = complete(prepared, settled, course, accelerator.device, digest(run))
+            facts, difference = complete(prepared, settled, course, device_of(job, accelerator), digest(run))
             journal.forget()
             publish(job.partial, job.out)
         accelerator.wait_for_everyone()
         return result(prepared, facts, difference, resumed, time.perf_counter() - start)
 
 
+def help_to_train(job: TuningJob, accelerator: Accelerator) -> None:
+    """What every process but the first one does."""
+    prepared = look(job)
+    run = identity(prepared, accelerator.num_processes, device_of(job, accelerator))
+    facts = finished(job, run) if job.resume else None
+    accelerator.wait_for_everyone()
+    if facts is None:
+        train(prepared, accelerator, None, lambda *_: None)
+        accelerator.wait_for_everyone()
+
+
 def new_accelerator(job: TuningJob) -> Accelerator:
     """bfloat16 where a GPU multiplies; the parameters that are trained stay in float32."""
-    on_cpu = job.device.type == "cpu"
-    return Accelerator(cpu=on_cpu, mixed_precision="no" if on_cpu else "bf16")
+    in_16_bits = job.device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return Accelerator(cpu=job.device.type == "cpu", mixed_precision="bf16" if in_16_bits else "no")
+
+
+def device_of(job: TuningJob, accelerator: Accelerator) -> torch.device:
+    """This process's: the one that was asked for, or its own among several."""
+    return job.device if accelerator.num_processes == 1 else accelerator.device
 
 
 def check_processes(job: TuningJob, accelerator: Accelerator) -> None:
@@ -122,7 +139,7 @@ def train(
     prepared: Prepared, accelerator: Accelerator, journal: Journal | None, progress: Progress
 ) -> tuple[Settled, Course, int]:
     """What training has come to at its best look, its course, and from which step it went on."""
-    device = accelerator.device
+    device = device_of(prepared.job, accelerator)
     trained = open_trained(prepared, device)
     settings, texts = prepared.job.settings, prepared.texts
     training = Training(
@@ -299,4 +316,4 @@ def notes(prepared: Prepared, facts: dict[str, Any]) -> list[str]:
         found.append(f"The licence of {tuning['data']['source']} is {tuning['data']['licence']}.")
     if prepared.facts.export == "gguf":
         found.append("The GGUF file is of the weights before: it was left behind.")
-    return found
+    return [*found, *proof_notes(prepared.job.out)]

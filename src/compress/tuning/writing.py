@@ -28,7 +28,7 @@ from compress.checkpoints.push import own_files
 from compress.checkpoints.stored import ADAPTER_PREFIX
 from compress.inspection.blueprint import blueprint
 from compress.models.loading import load_config
-from compress.models.stored_files import StoredTensors, read_lora
+from compress.models.stored_files import ADAPTER, StoredTensors, read_lora
 from compress.models.tensor_files import INDEX
 from compress.streaming.journal import new_file_mode, sha256, write_tensors
 from compress.tuning.lora import Settled
@@ -52,6 +52,7 @@ def write_tuned(source: Path, target: Path, facts: Facts, settled: Settled) -> W
     """Everything but compress.json and the card."""
     changed = by_file(source, settled.tensors)
     parts = dict(facts.parts)
+    shutil.rmtree(target / ADAPTER, ignore_errors=True)  # of an attempt that rounding has made worse
     for file in own_files(source, facts):
         if file in LEFT_BEHIND or file.endswith(".gguf"):
             continue
