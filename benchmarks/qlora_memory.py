@@ -1,6 +1,6 @@
 """What QLoRA over low-rank factors holds in memory, beside QLoRA over the dense model (LoRD, arXiv 2309.14021).
 
-    python benchmarks/qlora_memory.py --hidden 1024 --blocks 8 --write docs/finetuning.md
+    python benchmarks/qlora_memory.py --write docs/finetuning.md
 
 A Llama of random weights as `compress` writes it: its linears in 4 bits (groups of 32, bfloat16), once whole and once
 as factors of `--rank-frac` of every rank. On each a fresh LoRA is trained for a few steps by the code of `compress
@@ -120,9 +120,9 @@ def measured(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--blocks", type=int, default=8)
-    parser.add_argument("--rank-frac", type=float, default=0.5)
+    parser.add_argument("--rank-frac", type=float, default=0.4)
     parser.add_argument("--lora-rank", type=int, default=8)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--seq-len", type=int, default=128)

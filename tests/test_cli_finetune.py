@@ -23,7 +23,7 @@ from test_resume import same_files
 from tiny import write_model, write_text
 
 pytestmark = pytest.mark.slow
-KINDS = ("sliced", "turned", "thin", "multiplied", "packed", "compact", "odd")
+KINDS = ("sliced", "turned", "thin", "packed", "odd")
 SHORT = ["--data", "text.txt", "--seq-len", 32, "--batch-size", 4, "--steps", 6, "--eval-every", 3, "--lora-rank", 2]
 DATA = ["--data-dir", "data"]
 ALONE = ["--distill", "none", "--lr", 0.003]
@@ -51,6 +51,20 @@ def place(home, tmp_path, monkeypatch):
 
 def tuned(kind: str, out: Path, *more: object) -> Any:
     return succeeds("finetune", kind, *SHORT, *DATA, *ALONE, "--out", out, "--json", *more).json
+
+
+@pytest.fixture(scope="module")
+def made(home, tmp_path_factory):
+    """Each kind tuned once, by its name: what was said, and the folder."""
+    found: dict[str, tuple[Any, Path]] = {}
+
+    def of(kind: str) -> tuple[Any, Path]:
+        if kind not in found:
+            out = tmp_path_factory.mktemp("made") / "out"
+            found[kind] = tuned(kind, out), out
+        return found[kind]
+
+    return of
 
 
 def facts_of(folder: Path) -> Any:
@@ -88,14 +102,12 @@ TRAINED = {
     ),
     "thin": ("factors", {"first.weight", "second.weight", "first.bias", "second.bias"}),
     "packed": ("adapters", {"lora_A.weight", "lora_B.weight"}),
-    "compact": ("adapters", {"first.values", "second.values"}),
 }
 
 
 @pytest.mark.parametrize("kind", TRAINED)
-def test_only_what_is_trained_changes_and_no_file_its_size(home, place, kind):
-    out = place / "out"
-    said = tuned(kind, out)
+def test_only_what_is_trained_changes_and_no_file_its_size(home, place, made, kind):
+    said, out = made(kind)
     what, names = TRAINED[kind]
     assert said["trained"] == what
     assert said["steps"] == said["best_step"] == 6
@@ -119,12 +131,12 @@ def test_only_what_is_trained_changes_and_no_file_its_size(home, place, kind):
     assert (logits_of(compress.load(out), IDS) - logits_of(compress.load(home / kind), IDS)).abs().max() > 1e-3
 
 
-def test_packed_weights_are_the_same_files(home, place):
-    tuned("packed", place / "out")
+def test_packed_weights_are_the_same_files(home, place, made):
+    _, out = made("packed")
     weights = [file.name for file in (home / "packed").glob("*.safetensors")]
     assert len(weights) > 2
-    assert all((place / "out" / name).samefile(home / "packed" / name) for name in weights)
-    zeros = succeeds("inspect", place / "out", "--json").json["linears"]
+    assert all((out / name).samefile(home / "packed" / name) for name in weights)
+    zeros = succeeds("inspect", out, "--json").json["linears"]
     assert all(linear["pattern_kept"] for linear in zeros if linear["pattern"])
     assert any(linear["pattern"] == "2:4" for linear in zeros)
 
@@ -140,16 +152,15 @@ def test_compact_adapters_in_codes_stay_in_codes(home, place):
     assert endings(changed(place / "codes", place / "out")) == {"first.codes", "second.codes"}
 
 
-@pytest.mark.parametrize("kind", ["odd", "multiplied"])
-def test_where_nothing_can_be_merged_an_adapter_is_put_beside_and_its_size_told(home, place, kind):
-    said = tuned(kind, place / "out")
+def test_where_nothing_can_be_merged_an_adapter_is_put_beside_and_its_size_told(home, place):
+    said = tuned("odd", place / "out")
     added = (place / "out/adapter/adapter_model.safetensors").stat().st_size
     assert said["trained"] == "lora"
     assert said["lora"]["merged"] is False
     assert 0 < said["bytes"] - said["compressed_bytes"] < added
     assert any(f"adds {said['bytes'] - said['compressed_bytes']:,} bytes" in note for note in said["notes"])
     base = {name for name in tensors_of(place / "out") if not name.startswith("base_model.")}
-    first, second = tensors_of(home / kind), tensors_of(place / "out")
+    first, second = tensors_of(home / "odd"), tensors_of(place / "out")
     assert base == first.keys()
     assert all(torch.equal(first[name], second[name]) for name in base)
     assert succeeds("inspect", place / "out", "--json").json["verified"] is True
@@ -159,10 +170,9 @@ def test_where_nothing_can_be_merged_an_adapter_is_put_beside_and_its_size_told(
     assert again["bytes"] == again["compressed_bytes"] == said["bytes"]
 
 
-def test_an_adapter_beside_does_what_the_merged_weights_do(home, place):
-    tuned("sliced", place / "merged", "--merge")
+def test_an_adapter_beside_does_what_the_merged_weights_do(home, place, made):
     tuned("sliced", place / "beside", "--no-merge")
-    both = [logits_of(compress.load(place / name), IDS) for name in ("merged", "beside")]
+    both = [logits_of(compress.load(folder), IDS) for folder in (made("sliced")[1], place / "beside")]
     torch.testing.assert_close(*both, rtol=1e-4, atol=1e-4)
 
 
@@ -176,13 +186,15 @@ def test_all_weights_can_be_trained_and_a_lora_on_factors(home, place):
 
 def test_it_says_of_itself_what_it_was_trained_on(home, place):
     out, other = place / "out", write_text(place / "other.txt", lines=200, seed=8)
-    tuned("thin", out, "--data", other)
+    tuned("thin", out, "--data", other, "--distill", "logits")
     tuning = facts_of(out)["tuning"]
+    assert tuning["teacher"] == "llama"
+    assert tuning["held_out"]["dense"] is not None
     assert tuning["data"]["source"] == str(other)
     assert tuning["compressed_parts"] == facts_of(home / "thin")["parts"]
     assert tuning["unlike"]["source"] == "wikitext2"
     card = (out / "README.md").read_text(encoding="utf-8")
-    assert "Then the factors were trained towards its next tokens" in card
+    assert "Then the factors were trained towards the distribution of `llama` on it" in card
     assert "compress finetune thin --data" in card
     assert "no training up to here" in card
     header = yaml.safe_load(card.split("---")[1])
@@ -193,10 +205,9 @@ def test_it_says_of_itself_what_it_was_trained_on(home, place):
     assert f"{math.exp(held['before']):.2f} to {math.exp(held['after']):.2f}" in shown
 
 
-def test_run_makes_the_checkpoint_before_and_says_so(home, place, monkeypatch):
+def test_run_makes_the_checkpoint_before_and_says_so(home, place, made, monkeypatch):
     monkeypatch.setattr("compress.pipeline.verify", lambda *_arguments, **_options: 0.0)
-    tuned("thin", place / "out")
-    ran = succeeds("run", place / "out", "--model", "llama", "--out", place / "again", "--json")
+    ran = succeeds("run", made("thin")[1], "--model", "llama", "--out", place / "again", "--json")
     (note,) = [note for note in ran.json["notes"] if "tuned afterwards" in note]
     assert facts_of(place / "again").get("tuning") is None
     assert "Other bytes" in note or "The same bytes" in note
@@ -212,11 +223,11 @@ def test_nothing_better_leaves_the_weights_as_they_were(home, place, monkeypatch
     assert any("its weights are unchanged" in note for note in said["notes"])
 
 
-def test_a_dry_run_says_what_would_be_trained(home, place):
+def test_a_dry_run_says_what_would_be_trained(home, place, made):
     before = snapshot(home)
     said = tuned("thin", place / "out", "--dry-run")
     assert said["trained"] == "factors"
-    assert said["trained_parameters"] == tuned("thin", place / "real")["trained_parameters"]
+    assert said["trained_parameters"] == made("thin")[0]["trained_parameters"]
     assert not (place / "out").exists()
     assert snapshot(home).keys() == before.keys()
     assert "the factors" in flat(succeeds("finetune", "thin", *SHORT, *ALONE, "--dry-run").out)
@@ -270,25 +281,11 @@ def test_a_dense_model_that_is_not_found_is_asked_for(home, place, monkeypatch):
 # Killed runs.
 
 NOTE = "compress.streaming.journal:Journal.note"
-WORDS = [
-    "finetune",
-    "../thin",
-    *SHORT[2:],
-    "--data",
-    "../text.txt",
-    "--data-dir",
-    "../data",
-    "--distill",
-    "logits",
-    "--teacher",
-    "../llama",
-]
+WORDS = ["finetune", "../thin", *SHORT[2:], *ALONE, "--data", "../text.txt", "--data-dir", "../data"]
 MOMENTS = {
     "before the first look": Disturbance(NOTE),
-    "after the first look": Disturbance(NOTE, after=True),
     "after three steps": Disturbance(NOTE, call=2, after=True),
     "half a state": Disturbance("compress.streaming.journal:save_file", call=2, kind="tear"),
-    "half a line": Disturbance("compress.streaming.journal:write_line", call=3, kind="tear"),
     "writing": Disturbance("compress.tuning.writing:put_tensors", call=2),
     "not yet named": Disturbance("compress.tuning.tuner:publish"),
 }
@@ -297,7 +294,7 @@ MOMENTS = {
 def request(home: Path, name: str, *more: str, hit: Disturbance | None = None) -> Request:
     folder = home / name.replace(" ", "-")
     folder.mkdir(exist_ok=True)
-    words = [*map(str, WORDS), "--lr", "0.003", "--out", "out", "--json", "--device", "cpu", *more]
+    words = [*map(str, WORDS), "--out", "out", "--json", "--device", "cpu", *more]
     return Request(words, str(folder), hit)
 
 
@@ -316,10 +313,8 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(home, killed, moment):
     assert before.code == -signal.SIGKILL
     assert after.code == 0, after.err
     expected = {
-        "after the first look": 0,
         "after three steps": 3,
         "half a state": 0,
-        "half a line": 0,
     }.get(moment, 6)
     assert after.json["resumed_steps"] == expected
     same_files(home / moment.replace(" ", "-"), snapshot(home / "whole"))
@@ -331,14 +326,14 @@ def test_another_run_is_not_gone_on_with(home, killed):
     assert (folder / "out.partial").is_dir()
     (ran,) = run_warm([request(home, "another", "--resume", "--seed", "7")])
     assert ran.code == 2
-    assert "had another settings, text" in ran.faults[0] or "had another settings" in ran.faults[0]
+    assert "had another settings" in ran.faults[0]
 
 
 # Two processes, and the proof in a clean one.
 
 
-def test_two_processes_come_to_what_one_does(home, place):
-    one = tuned("turned", place / "one")
+def test_two_processes_come_to_what_one_does(home, place, made):
+    one, alone = made("turned")
     launcher = [
         sys.executable,
         "-m",
@@ -359,7 +354,7 @@ def test_two_processes_come_to_what_one_does(home, place):
     two = json.loads(done.stdout)
     assert two["held_out"]["after"] == pytest.approx(one["held_out"]["after"], abs=1e-4)
     assert two["reload_difference"] < 1e-4
-    first, second = (tensors_of(place / name) for name in ("one", "two"))
+    first, second = tensors_of(alone), tensors_of(place / "two")
     for name, tensor in first.items():
         torch.testing.assert_close(second[name], tensor, rtol=0.02, atol=2e-3)
 

@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
+from compress.checkpoints.facts import AdapterFacts, Facts, LinearFacts
 from compress.errors import NumericalError, UsageError
 from compress.models.configuration_lowrank import LowRankConfig
 from compress.models.modeling_compact import StoredMatrix
@@ -25,7 +26,7 @@ from compress.tuning.lora import Lora, StoredLora
 from compress.tuning.losses import cross_entropy, divergence
 from compress.tuning.settings import Settings, learning_rate
 from compress.tuning.state import restore, snapshot
-from compress.tuning.structure import block_linears, blocks_of
+from compress.tuning.structure import block_linears, blocks_of, chosen, trainable, why_not_merged
 from compress.tuning.texts import Reader, batch
 from compress.tuning.training import Course, Training
 from compress.tuning.weights import all_weights, factors
@@ -125,14 +126,21 @@ def test_the_last_windows_of_a_file_are_held_out(tmp_path):
         reader().texts(str(short), None, ())
 
 
-def test_a_data_set_is_held_out_by_its_validation_split_and_another_text_is_found():
-    texts = reader().texts("stdlib", 24, ("nowhere.txt", "stdlib"))
+def test_a_data_set_is_held_out_by_its_validation_split(monkeypatch):
+    def rows(source: str, split: str, data_dir: Path | None) -> list[str]:
+        return [f"{split[0]} {source}\n" * 40] * (60 if split == "train" else 30)
+
+    monkeypatch.setattr("compress.tuning.texts.load_rows", rows)
+    texts = reader().texts("wood", 24, ("nowhere.txt", "wood", "field"))
     assert texts.train.shape == (24, 16)
     assert texts.held_out.shape == (64, 16)
-    assert texts.unlike is None  # the one is not on this machine, and the other is the text itself
-    again = reader().texts("stdlib", 24, ())
-    assert torch.equal(again.train, texts.train)
-    assert not {tuple(window) for window in texts.train.tolist()} & {tuple(each) for each in texts.held_out.tolist()}
+    assert texts.unlike is not None
+    assert texts.unlike[0] == "field"  # the one is not on this machine, the other is the text itself
+    read = [reader().tokenizer.decode(each.flatten()) for each in (texts.train, texts.held_out, texts.unlike[1])]
+    assert ["t wood" in read[0], "v wood" in read[1], "v field" in read[2]] == [True] * 3
+    assert ["v " in read[0], "t " in read[1], "t " in read[2]] == [False] * 3
+    assert torch.equal(reader().texts("wood", 24, ()).train, texts.train)
+    assert len(reader().texts("wood", None, ()).train) > 500
 
 
 def test_another_text_may_be_a_file(tmp_path):
@@ -253,6 +261,43 @@ def test_a_new_adapter_on_packed_weights_begins_as_nothing(tmp_path):
     assert sum(p.numel() for p in trained.parameters.values()) == 2 * sum(
         each.in_features + each.out_features for each in linears.values()
     )
+
+
+def facts(**told: Any) -> Facts:
+    usual: dict[str, Any] = {"storage": None, "adapter": None, "linears": [], "loads_without_our_code": True}
+    return Facts.model_construct(**(usual | told))
+
+
+@pytest.mark.parametrize(
+    ("told", "linear", "reason"),
+    [
+        ({}, {}, None),
+        ({"loads_without_our_code": False}, {"form": "pivot", "rank": 4}, None),
+        ({"storage": "packed"}, {"bits": 4}, "stored in few bits"),
+        ({}, {"bits": 4, "pattern": "2:4"}, "would fill the zeros"),
+        ({}, {"bits": 4}, "grid of few bits"),
+        ({}, {"form": "factors", "rank": 4}, "multiplied out from low ranks"),
+    ],
+)
+def test_a_lora_is_merged_where_weights_stay_what_they_are(told, linear, reason):
+    found = why_not_merged(facts(linears=[LinearFacts(linear="a", **linear)], **told))
+    assert found is None if reason is None else reason in str(found)
+
+
+def test_what_can_be_trained_follows_from_how_it_is_stored(tmp_path):
+    plain, thin = tiny_model("llama", dtype=F32, num_hidden_layers=1), thin_model()
+    assert trainable(facts(), plain) == ("lora", "all")
+    assert trainable(facts(), thin) == ("factors", "lora", "all")
+    assert trainable(facts(storage="packed"), plain) == ("lora",)
+    assert trainable(facts(storage="packed", adapter=AdapterFacts(r=3)), plain) == ("adapters",)
+    assert trainable(facts(adapter=AdapterFacts(r=3)), plain) == ("adapters",)
+    compact = write_compact(tmp_path / "compact", Storage("compact", 4))
+    with pytest.raises(UsageError, match="has no adapters, .* Make one with adapters: compress slim --adapter-rank"):
+        trainable(facts(storage="compact"), compact)
+    assert chosen(None, ("factors", "lora")) == "factors"
+    assert chosen("lora", ("factors", "lora")) == "lora"
+    with pytest.raises(UsageError, match="--train all is not for this checkpoint. It has: lora."):
+        chosen("all", ("lora",))
 
 
 # Rounding.
