@@ -292,11 +292,11 @@ def test_what_can_be_trained_follows_from_how_it_is_stored(tmp_path):
     assert trainable(facts(storage="packed", adapter=AdapterFacts(r=3)), plain) == ("adapters",)
     assert trainable(facts(adapter=AdapterFacts(r=3)), plain) == ("adapters",)
     compact = write_compact(tmp_path / "compact", Storage("compact", 4))
-    with pytest.raises(UsageError, match="has no adapters, .* Make one with adapters: compress slim --adapter-rank"):
+    with pytest.raises(UsageError, match=r"has no adapters, .* Make one with adapters: compress slim"):
         trainable(facts(storage="compact"), compact)
     assert chosen(None, ("factors", "lora")) == "factors"
     assert chosen("lora", ("factors", "lora")) == "lora"
-    with pytest.raises(UsageError, match="--train all is not for this checkpoint. It has: lora."):
+    with pytest.raises(UsageError, match=r"--train all is not for this checkpoint\. It has: lora\."):
         chosen("all", ("lora",))
 
 
