@@ -21,12 +21,11 @@ from compress.models.storage import Storage
 from compress.models.stored_loading import load_stored
 from compress.numerics.sparsity import Pattern
 from compress.tuning.adapters import CompactAdapters, PackedAdapters, TrainedMatrix
-from compress.tuning.looking import num_trained
 from compress.tuning.lora import Lora, StoredLora
 from compress.tuning.losses import cross_entropy, divergence
 from compress.tuning.settings import Settings, learning_rate
 from compress.tuning.state import restore, snapshot
-from compress.tuning.structure import block_linears, blocks_of, chosen, trainable, why_not_merged
+from compress.tuning.structure import block_linears, blocks_of, chosen, num_trained, trainable, why_not_merged
 from compress.tuning.texts import Reader, batch
 from compress.tuning.training import Course, Training
 from compress.tuning.weights import all_weights, factors
@@ -128,6 +127,8 @@ def test_the_last_windows_of_a_file_are_held_out(tmp_path):
 
 def test_a_data_set_is_held_out_by_its_validation_split(monkeypatch):
     def rows(source: str, split: str, data_dir: Path | None) -> list[str]:
+        if source == "nowhere.txt":
+            raise UsageError("There is no such file.")
         return [f"{split[0]} {source}\n" * 40] * (60 if split == "train" else 30)
 
     monkeypatch.setattr("compress.tuning.texts.load_rows", rows)

@@ -2,6 +2,8 @@
 
 settings.py    what is asked for: which text, how long, how fast, towards what
 structure.py   what of a checkpoint can be trained, and which linears those are
+looking.py     everything looked at before the first weight is read
+opening.py     the checkpoint in memory, with what is trained in it
 texts.py       windows to train on, windows held out, windows of another text
 lora.py        LoRA on linears (PEFT), merged at the end or kept beside
 weights.py     the factors, or all weights

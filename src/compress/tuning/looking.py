@@ -7,37 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import PreTrainedModel
 
 from compress.checkpoints.facts import Facts, read_facts
 from compress.checkpoints.integrity import Progress, check_folder, check_integrity, is_ours
 from compress.datasets.windows import fingerprint
 from compress.errors import Faults, UsageError
 from compress.inspection.blueprint import blueprint
-from compress.models.loading import check_positions, check_vocabulary, load_config, load_model, load_tokenizer
-from compress.models.packed import LoraLinear
-from compress.models.stored_loading import is_stored, load_stored
+from compress.models.loading import check_positions, check_vocabulary, load_config, load_tokenizer
 from compress.preflight import check_output
 from compress.provenance import input_fingerprint, versions
 from compress.streaming.weights import LazyWeights
-from compress.tuning.adapters import CompactAdapters, PackedAdapters
-from compress.tuning.lora import Lora, StoredLora
 from compress.tuning.settings import TuningJob, What
-from compress.tuning.structure import (
-    adapted_linears,
-    block_linears,
-    chosen,
-    compact_linears,
-    thin_linears,
-    trainable,
-    why_not_merged,
-)
+from compress.tuning.structure import chosen, num_trained, trainable, why_not_merged
 from compress.tuning.texts import Reader, Texts
-from compress.tuning.training import Trained
-from compress.tuning.weights import all_weights, factors
 
-# Of the rates 1e-4, 3e-4, 1e-3, 3e-3 the best one on the models of docs/finetuning.md.
+# For models of some million parameters. Papers take 2e-4 (SliceGPT) and 5e-5 (SLiM) for billions.
 RATES: dict[What, float] = {"lora": 1e-3, "factors": 1e-3, "adapters": 1e-3, "all": 1e-3}
 ELSEWHERE = ("wikitext2", "stdlib")  # texts that may be unlike the one that is trained on
 
@@ -139,51 +123,6 @@ def check_teacher(folder: Path, config: Any, teacher: Path) -> None:
             f"--teacher {teacher} has a vocabulary of {sizes[0]:,}, {folder} of {sizes[1]:,}. "
             "Name the dense model that was compressed."
         )
-
-
-def num_trained(what: What, model: PreTrainedModel, config: Any, rank: int) -> int:
-    """
-    model: on the meta device.
-    """
-    if what == "lora":
-        linears = block_linears(model, config).values()
-        return sum(rank * (linear.in_features + linear.out_features) for linear in linears)
-    if what == "adapters":
-        packed = [part for each in adapted_linears(model).values() for part in (each.lora_A, each.lora_B)]
-        compact = [part for each in compact_linears(model).values() for part in (each.first, each.second)]
-        return sum(p.numel() for p in packed if p is not None) + sum(p.num_parameters for p in compact if p is not None)
-    parameters = model.parameters() if what == "all" else thin_parameters(model)
-    return sum(each.numel() for each in parameters)
-
-
-def thin_parameters(model: nn.Module) -> list[nn.Parameter]:
-    return [each for _, thin in thin_linears(model) for each in thin.parameters()]
-
-
-def open_trained(prepared: Prepared, device: torch.device) -> Trained:
-    """The checkpoint in memory, with what is trained in it."""
-    settings, what = prepared.job.settings, prepared.what
-    model = open_folder(prepared.job.folder, prepared.computing(device), device)
-    if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    torch.manual_seed(settings.seed)
-    if what == "factors":
-        return factors(model)
-    if what == "all":
-        return all_weights(model)
-    if what == "adapters":
-        return CompactAdapters(model) if compact_linears(model) else PackedAdapters(model)
-    linears = block_linears(model, prepared.config)
-    if prepared.facts.storage == "packed":
-        stored = {path: linear for path, linear in linears.items() if isinstance(linear, LoraLinear)}
-        return StoredLora(model, stored, rank=settings.rank, alpha=settings.alpha)
-    return Lora(model, linears, rank=settings.rank, alpha=settings.alpha, merge=prepared.merge)
-
-
-def open_folder(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """A checkpoint that is finished, or finished but for its compress.json: what was packed stays packed in memory."""
-    load = load_stored if is_stored(folder) else load_model
-    return load(folder, dtype=dtype, device=device)
 
 
 def identity(prepared: Prepared, processes: int, device: torch.device) -> dict[str, Any]:

@@ -87,3 +87,22 @@ def chosen(asked: What | None, possible: tuple[What, ...]) -> What:
     if asked not in possible:
         raise UsageError(f"--train {asked} is not for this checkpoint. It has: {', '.join(possible)}.")
     return asked
+
+
+def num_trained(what: What, model: nn.Module, config: Any, rank: int) -> int:
+    """
+    model: on the meta device.
+    """
+    if what == "lora":
+        linears = block_linears(model, config).values()
+        return sum(rank * (linear.in_features + linear.out_features) for linear in linears)
+    if what == "adapters":
+        packed = [part for each in adapted_linears(model).values() for part in (each.lora_A, each.lora_B)]
+        compact = [part for each in compact_linears(model).values() for part in (each.first, each.second)]
+        return sum(p.numel() for p in packed if p is not None) + sum(p.num_parameters for p in compact if p is not None)
+    parameters = model.parameters() if what == "all" else thin_parameters(model)
+    return sum(each.numel() for each in parameters)
+
+
+def thin_parameters(model: nn.Module) -> list[nn.Parameter]:
+    return [each for _, thin in thin_linears(model) for each in thin.parameters()]

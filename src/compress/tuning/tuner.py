@@ -29,8 +29,9 @@ from compress.models.packed import inputs_as_they_are
 from compress.numerics.precision import full_precision
 from compress.pipeline import SMALL, open_journal, parent_folder, proof_notes, publish
 from compress.streaming.journal import JOURNAL, Journal
-from compress.tuning.looking import Prepared, digest, identity, look, open_folder, open_trained
+from compress.tuning.looking import Prepared, digest, identity, look
 from compress.tuning.lora import Settled
+from compress.tuning.opening import open_folder, open_trained
 from compress.tuning.settings import TuningJob
 from compress.tuning.state import restore, snapshot
 from compress.tuning.training import Course, Training
