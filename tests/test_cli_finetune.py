@@ -199,7 +199,8 @@ def test_it_says_of_itself_what_it_was_trained_on(home, place):
     assert "no training up to here" in card
     header = yaml.safe_load(card.split("---")[1])
     assert "datasets" not in header
-    shown = flat(succeeds("inspect", out).out)
+    shown = flat(succeeds("inspect", out, "--card").out)
+    assert (out / "README.md").read_text(encoding="utf-8") == card  # written again from what compress.json says
     assert "tuned on" in shown
     held = tuning["held_out"]
     assert f"{math.exp(held['before']):.2f} to {math.exp(held['after']):.2f}" in shown
