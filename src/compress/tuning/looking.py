@@ -22,7 +22,7 @@ from compress.tuning.structure import chosen, num_trained, trainable, why_not_me
 from compress.tuning.texts import Reader, Texts
 
 # For models of some million parameters. Papers take 2e-4 (SliceGPT) and 5e-5 (SLiM) for billions.
-RATES: dict[What, float] = {"lora": 1e-3, "factors": 1e-3, "adapters": 1e-3, "all": 1e-3}
+RATES: dict[What, float] = {"lora": 3e-3, "factors": 1e-3, "adapters": 1e-3, "all": 1e-3}
 ELSEWHERE = ("wikitext2", "stdlib")  # texts that may be unlike the one that is trained on
 
 
