@@ -303,6 +303,7 @@ def run_forked(request: dict[str, Any]) -> int:
     import compress.checkpoints.gguf
     import compress.cli
     import compress.pipeline
+    import compress.tuning.tuner
 
     # Tests that run in the background of a shell inherit that Ctrl-C is ignored; a user at a terminal does not.
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -311,7 +312,8 @@ def run_forked(request: dict[str, Any]) -> int:
     os.environ.update(request["env"])
     tempfile.tempdir = None  # it is remembered from before
     if not request["verify"]:
-        vars(compress.pipeline)["verify"] = lambda *_arguments, **_options: 0.0
+        for writer in (compress.pipeline, compress.tuning.tuner):
+            vars(writer)["verify"] = lambda *_arguments, **_options: 0.0
         vars(compress.checkpoints.gguf)["verify_gguf"] = lambda *_arguments, **_options: 0.0
     if request["disturbance"]:
         disturb(Disturbance(**request["disturbance"]))

@@ -17,6 +17,7 @@ WHOLE_RUNS = {
     "test_cli",
     "test_cli_anchored",
     "test_cli_eval",
+    "test_cli_finetune",
     "test_cli_lord",
     "test_cli_run",
     "test_cli_slim",

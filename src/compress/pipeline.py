@@ -8,13 +8,12 @@ Nothing volatile (times, paths of this machine) goes into it: the same inputs gi
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
 import psutil
-from safetensors import SafetensorError
 from torch import Tensor
 
 from compress import search
@@ -30,19 +29,20 @@ from compress.checkpoints.sizes import Size
 from compress.checkpoints.stored import not_for_vllm, unpacks_while_loading
 from compress.checkpoints.targets import Shape
 from compress.checkpoints.verify import verify, verify_tokens, why_own
-from compress.durable import flush_below, in_turn
-from compress.errors import CheckpointError, OutputError
+from compress.claiming import claimed, kept_journal, parent_folder
+from compress.durable import flush_below
+from compress.errors import CheckpointError
 from compress.job import Job
 from compress.models.loading import load_config
 from compress.numerics.precision import full_precision
 from compress.plan import Plan
-from compress.preflight import Prepared, check_output, plan_job, prepare
+from compress.preflight import Prepared, plan_job, prepare
 from compress.provenance import identity
-from compress.publishing import aside_of, discard, give_back, is_finished, none_left_empty, publish
+from compress.publishing import is_finished, publish
 from compress.ranks import rank_choices
 from compress.room import held
 from compress.streaming.experts import short_of_tokens
-from compress.streaming.journal import LOCK, Journal, clear, sha256, take_lock, write_tensors
+from compress.streaming.journal import Journal, sha256, write_tensors
 from compress.streaming.processes import ALONE, Processes
 from compress.streaming.shared_journal import SharedJournal
 from compress.streaming.sites import Count
@@ -128,7 +128,7 @@ def run_together(job: Job, processes: Processes, progress: Progress = lambda nam
         start = time.perf_counter()
         prepared = prepare(job, processes)
         processes.gathered(None)  # the others look at the output's place before the first makes anything there
-        with _parent_folder(job), _claimed(prepared) as lock:
+        with parent_folder(job.partial), claimed(job) if processes.is_first else nullcontext() as lock:
             if job.resume and processes.from_first(processes.is_first and _only_lacks_name(prepared)):
                 return _give_name(prepared) if processes.is_first else None
             return _run(prepared, lock, progress, start)
@@ -233,64 +233,14 @@ def _allocated(
 
 
 @contextmanager
-def _parent_folder(job: Job) -> Iterator[None]:
-    """The folder that the output lies in. What had to be made for it goes again if nothing is kept there."""
-    made = [folder for folder in job.partial.absolute().parents if not folder.exists()]
-    try:
-        job.partial.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{job.partial.parent} cannot be made ({error}). Choose another --out.") from error
-    try:
-        yield
-    finally:
-        with suppress(OSError):
-            for folder in made:
-                folder.rmdir()
-
-
-@contextmanager
-def _claimed(prepared: Prepared) -> Iterator[IO[str] | None]:
-    """The lock of the partial folder, which the first process takes for all; None in the others.
-
-    What another run has left or made since we looked at the output is seen to.
-    """
-    if not prepared.processes.is_first:
-        yield None
-        return
-    job, aside = prepared.job, aside_of(prepared.job.out)
-    try:
-        with in_turn(job.partial.parent):
-            give_back(job)
-            check_output(job)
-            job.partial.mkdir(exist_ok=True)
-            lock = take_lock(job.partial)
-        with lock, none_left_empty(job.partial, lock):
-            if aside.exists():
-                # The old output of a replacement that was killed after its end. It goes where only we look.
-                aside.rename(job.partial / aside.name)
-            discard(job.partial / aside.name)
-            yield lock
-    except (OSError, SafetensorError) as error:
-        raise OutputError(
-            f"{job.partial} cannot be written ({error}). Free space or choose another --out; "
-            "what was finished is kept for --resume."
-        ) from error
-
-
-@contextmanager
 def _journal(prepared: Prepared, lock: IO[str] | None) -> Iterator[Journal]:
-    """The journal of this run; a run that ends before its first part leaves no folder behind."""
-    job, processes, own = prepared.job, prepared.processes, None
-    if lock is not None:
-        own = (Journal.resume if job.resume else Journal.start)(job.partial, identity(prepared), lock)
-    try:
-        if own is not None and processes.count == 1:
-            yield own
-        else:
-            yield SharedJournal(job.partial, identity(prepared), own, processes)
-    finally:
-        if own is not None and own.is_empty and job.partial.exists():
-            clear(job.partial, kept={LOCK})
+    """The journal of this run, which the first process writes."""
+    partial, run, processes = prepared.job.partial, identity(prepared), prepared.processes
+    if lock is None:
+        yield SharedJournal(partial, run, None, processes)
+        return
+    with kept_journal(partial, run, lock, resume=prepared.job.resume) as own:
+        yield own if processes.count == 1 else SharedJournal(partial, run, own, processes)
 
 
 def _only_lacks_name(prepared: Prepared) -> bool:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from compress import families
-from compress.checkpoints.facts import FACTS
 from compress.checkpoints.files import companions
+from compress.claiming import check_output
 from compress.datasets.windows import calibration_windows
 from compress.errors import CheckpointError, Faults, OutputError, UnsupportedModel, UsageError
 from compress.job import Job
@@ -22,7 +22,6 @@ from compress.models.loading import check_positions, check_vocabulary, load_conf
 from compress.models.stored_files import ADAPTER
 from compress.needs import Room, largest_part_bytes, needs, usual_batch_size
 from compress.plan import Plan, make_plan
-from compress.publishing import aside_of
 from compress.room import held, settle
 from compress.streaming.processes import ALONE, Processes
 from compress.streaming.weights import READABLE, LazyWeights
@@ -186,33 +185,6 @@ def check_batches(job: Job, processes: int) -> None:
             f"--batch-size {job.batch_size} leaves some of {processes} processes without any of {windows} windows. "
             f"Use {windows // processes} or less."
         )
-
-
-def check_output(job: Job) -> None:
-    if job.out.name in ("", ".."):
-        raise UsageError(f"--out {job.out} has no name of its own. Name a new folder, such as --out compressed/mine.")
-    if job.model.folder is not None:
-        model, out = job.model.folder.resolve(), job.out.resolve()
-        if out == model or out in model.parents:
-            raise UsageError(f"The output {job.out} would replace the model it is made from. Choose another --out.")
-    if job.out.is_symlink() and not job.out.exists():
-        raise UsageError(f"The output {job.out} is a link to nowhere. Choose another --out.")
-    for folder in (job.out, aside_of(job.out)):
-        if job.overwrite and folder.exists() and not is_replaceable(folder):
-            raise UsageError(
-                f"{folder} is not of this program (it has no compress.json), so --overwrite leaves it alone. "
-                "Choose another --out."
-            )
-    if job.out.exists() and not job.overwrite:
-        raise UsageError(f"The output {job.out} exists. Choose another --out, or replace it with --overwrite.")
-    if job.partial.exists() and not (job.resume or job.overwrite):
-        raise UsageError(f"An unfinished run is in {job.partial}. Go on with --resume, or start over with --overwrite.")
-    if job.resume and not job.partial.exists():
-        raise UsageError(f"--resume: there is no unfinished run in {job.partial}. Run it without --resume.")
-
-
-def is_replaceable(folder: Path) -> bool:
-    return folder.is_dir() and ((folder / FACTS).is_file() or not any(folder.iterdir()))
 
 
 def check_disk(out: Path, needed: int) -> None:

@@ -13,12 +13,32 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Protocol, runtime_checkable
 
 from compress.checkpoints.facts import FACTS
 from compress.durable import flush, in_turn
-from compress.job import Job
+from compress.models.hub import ModelSource
 from compress.streaming.journal import JOURNAL, LOCK
+
+
+@runtime_checkable
+class Output(Protocol):
+    """What a job says of the folder that it writes, and of the model that it is made from."""
+
+    @property
+    def model(self) -> ModelSource: ...
+
+    @property
+    def out(self) -> Path: ...
+
+    @property
+    def partial(self) -> Path: ...
+
+    @property
+    def resume(self) -> bool: ...
+
+    @property
+    def overwrite(self) -> bool: ...
 
 
 def aside_of(out: Path) -> Path:
@@ -68,7 +88,7 @@ def discard(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
-def give_back(job: Job) -> None:
+def give_back(job: Output) -> None:
     """An output that had made way for one that never got its name has its own again; unless that one is about to."""
     aside = aside_of(job.out)
     is_ours = aside.is_dir() and (aside / FACTS).is_file()

@@ -4,6 +4,7 @@ Names and commands come from users. Wherever they stand in the text, they can ne
 anything else.
 """
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -19,6 +20,12 @@ from compress.errors import OutputError
 REGISTERS = "import compress  # registers it; without the package, pass trust_remote_code=True"
 SPECIAL = re.compile(r"([\\`*_\[\]<>#|~&$!])")
 TICKS = re.compile("`+")
+TRAINED = {
+    "lora": "the weights of a LoRA",
+    "factors": "the factors",
+    "adapters": "the adapters, beside weights that stayed as they were,",
+    "all": "all weights",
+}
 # Of the classes that a result is written in: those that vLLM has, and those for which it has no adapters.
 IN_VLLM = (
     "GemmaForCausalLM",
@@ -48,8 +55,8 @@ def model_card(facts: Mapping[str, Any], quality: Measures | None = None) -> str
 
 {plain_text(facts["base_model"])}, made smaller by compress {version_of(facts)} with the method
 {code(facts["recipe"]["method"])}: one pass over {calibration["samples"]} windows of {calibration["seq_len"]} tokens of
-{code(calibration["source"])}, no training.{changes(facts)}
-
+{code(calibration["source"])}, no training{"" if facts.get("tuning") is None else " up to here"}.{changes(facts)}
+{tuned(facts)}
 | | parameters | bytes |
 |---|---|---|
 | dense | {dense["parameters"]:,} | {dense["bytes"]:,} |
@@ -64,7 +71,7 @@ embeddings' weights.
 
 ## Make it again
 
-{code_block(facts["command"])}
+{code_block(commands(facts))}
 
 compress.json holds the recipe, versions, fingerprints and a report on every point of the residual stream.
 {licence(facts)}
@@ -82,6 +89,34 @@ def rewrite_card(folder: Path, facts: Facts, quality: Measures | None) -> None:
             unfinished.write_text(model_card(facts.model_dump(), quality), encoding="utf-8")
     except OSError as error:
         raise OutputError(f"{folder / CARD} cannot be written ({error}). Free space, or mend its rights.") from error
+
+
+def tuned(facts: Mapping[str, Any]) -> str:
+    """What was trained, on what and towards what, and what became of it."""
+    tuning = facts.get("tuning")
+    if tuning is None:
+        return ""
+    data, losses, elsewhere = tuning["data"], tuning["held_out"], tuning["unlike"]
+    towards = "its next tokens" if tuning["teacher"] is None else f"the distribution of {code(tuning['teacher'])} on it"
+    before, after = (f"{math.exp(losses[when]):.2f}" for when in ("before", "after"))
+    said = [
+        f"Then {TRAINED[tuning['trained']]} were trained towards {towards}, on {data['windows']:,} windows of "
+        f"{data['seq_len']:,} tokens of {code(data['source'])}:",
+        f"{tuning['steps']:,} steps, the best of them number {tuning['best_step']:,}. On windows of that text held "
+        f"out, perplexity went from {before} to {after}.",
+    ]
+    if elsewhere is not None:
+        rise = math.expm1(elsewhere["after"] - elsewhere["before"])
+        said += [f"On {code(elsewhere['source'])}, which it was not trained on, it changed by {rise:+.1%}."]
+        said += ["**That is worse: keep to texts of the kind that it was trained on.**"] if elsewhere["worse"] else []
+    if data["licence"]:
+        said += [f"The licence of {code(data['source'])} is {data['licence']}: it may bind what was trained on it."]
+    return "\n" + "\n".join(said) + "\n"
+
+
+def commands(facts: Mapping[str, Any]) -> str:
+    tuning = facts.get("tuning")
+    return str(facts["command"]) if tuning is None else f"{facts['command']}\n{tuning['command']}"
 
 
 def plain_text(value: str) -> str:

@@ -85,6 +85,47 @@ class Origin(Told):
     language: str | list[str] | None = None
 
 
+class TunedOn(Told):
+    source: str
+    repository: str | None = None
+    licence: str | None = None
+    windows: Positive
+    seq_len: Positive
+
+
+class HeldOut(Told):
+    """Cross-entropies of the next token in nats, before and after; of the dense model where it was asked."""
+
+    before: float
+    after: float
+    dense: float | None = None
+
+
+class Elsewhere(Told):
+    """The same on another text. worse: by more than was to be borne."""
+
+    source: str
+    before: float
+    after: float
+    worse: bool
+
+
+class TuningFacts(Told):
+    """compressed_parts: the sha256 of the files before they were tuned."""
+
+    command: str
+    data: TunedOn
+    trained: str
+    distill: str
+    teacher: str | None = None
+    steps: Count
+    best_step: Count
+    learning_rate: float
+    held_out: HeldOut
+    unlike: Elsewhere | None = None
+    compressed_parts: dict[str, str]
+
+
 class Facts(Told):
     name: str
     base_model: str
@@ -106,6 +147,7 @@ class Facts(Told):
     held_out_divergence: float | None = None
     export: str = "hf"
     origin: Origin = Origin()
+    tuning: TuningFacts | None = None
     points: list[Point]
     linears: list[LinearFacts] = []
     parts: dict[str, str]

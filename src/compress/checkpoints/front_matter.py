@@ -31,9 +31,16 @@ def front_matter(facts: Mapping[str, Any]) -> str:
         pipeline_tag="text-generation",
         tags=["compress", facts["recipe"]["method"]],
         base_model_relation=relation,
+        datasets=trained_on(facts),
         **facts.get("origin", {}),
     )
     return f"---\n{data.to_yaml(line_break=chr(10))}\n---\n"
+
+
+def trained_on(facts: Mapping[str, Any]) -> list[str] | None:
+    """The data set of the hub that the checkpoint was tuned on."""
+    repository = (facts.get("tuning") or {}).get("data", {}).get("repository")
+    return [repository] if repository and REPOSITORY.fullmatch(repository) else None
 
 
 def read_origin(folder: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import typer
 
 from compress.cli.bench import bench
 from compress.cli.eval import evaluate
+from compress.cli.finetune import finetune
 from compress.cli.inspect import inspect_outputs
 from compress.cli.lord import factorize_model
 from compress.cli.push import push_output
@@ -31,6 +32,7 @@ app.command("slice")(slice_model)
 app.command("lord")(factorize_model)
 app.command("slim")(slim_model)
 app.command("run")(run_recipe)
+app.command("finetune")(finetune)
 app.command("eval")(evaluate)
 app.command("bench")(bench)
 app.command("inspect")(inspect_outputs)

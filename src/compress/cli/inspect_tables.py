@@ -1,5 +1,6 @@
 """An inspected checkpoint as tables."""
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -70,6 +71,10 @@ def our_header(seen: "Inspection", facts: "Facts") -> list[list[str]]:
     ]
     if seen.bits_per_weight is not None:
         rows += [["bits a weight in the blocks", f"{seen.bits_per_weight:.2f}, all counted"]]
+    if facts.tuning is not None:
+        losses = facts.tuning.held_out
+        change = f"{math.exp(losses.before):.2f} to {math.exp(losses.after):.2f}"
+        rows += [["tuned on", f"{visible(facts.tuning.data.source)}, perplexity held out {change}"]]
     if facts.held_out_divergence is not None:
         rows += [["divergence from dense, held out", f"{facts.held_out_divergence:.3f} nats a token"]]
     if seen.quality is not None:

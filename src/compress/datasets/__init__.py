@@ -40,6 +40,12 @@ def load_rows(source: str, split: str, data_dir: Path | None) -> list[str]:
     return rows
 
 
+def about(source: str) -> dict[str, str | None]:
+    """Of a data set its repository on the hub and, where it is one to be told of, its licence; None of a file."""
+    module = None if is_file(source) else _module(source)
+    return {"repository": getattr(module, "REPOSITORY", None), "licence": getattr(module, "LICENCE", None)}
+
+
 def data_directory(option: Path | None) -> Path | None:
     """The folder of local data sets: --data-dir, else COMPRESS_DATA_DIR, else none."""
     asked = option or os.environ.get(DATA_DIR_VARIABLE)

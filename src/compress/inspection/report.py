@@ -33,7 +33,15 @@ def architecture(seen: Inspection) -> str:
 
 def origin(seen: Inspection) -> dict[str, Any]:
     assert seen.facts is not None
-    said = ("base_model", "command", "loads_without_our_code", "storage", "not_for_vllm", "held_out_divergence")
+    said = (
+        "base_model",
+        "command",
+        "loads_without_our_code",
+        "storage",
+        "not_for_vllm",
+        "held_out_divergence",
+        "tuning",
+    )
     facts = seen.facts.model_dump()
     return {
         **{key: facts[key] for key in said},

@@ -1,0 +1,166 @@
+"""What QLoRA over low-rank factors holds in memory, beside QLoRA over the dense model (LoRD, arXiv 2309.14021).
+
+    python benchmarks/qlora_memory.py --write docs/finetuning.md
+
+A Llama of random weights as `compress` writes it: its linears in 4 bits (groups of 32, bfloat16), once whole and once
+as factors of `--rank-frac` of every rank. On each a fresh LoRA is trained for a few steps by the code of `compress
+finetune`, in a process of its own. Memory is the most that the process held (VmHWM) beyond what its imports take.
+Random weights take as much memory as trained ones.
+"""
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+BEGIN, END = "<!-- qlora: begin -->\n", "<!-- qlora: end -->\n"
+GROUP = 32
+CHILD = """
+import json, re, sys
+from pathlib import Path
+import torch
+from accelerate import Accelerator
+import peft
+from compress.models import modeling_lowrank
+from compress.models.stored_loading import load_stored
+from compress.tuning.lora import StoredLora
+from compress.tuning.settings import Settings
+from compress.tuning.structure import block_linears
+from compress.tuning.training import Training
+from transformers.models.llama import modeling_llama
+def memory(kind):
+    return 1024 * int(re.search(rf"{kind}:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+folder, rank, batch, seq_len, steps, checkpointing = sys.argv[1], *map(int, sys.argv[2:])
+before = memory("VmRSS")
+model = load_stored(Path(folder), dtype=torch.bfloat16, device=torch.device("cpu"))
+loaded = memory("VmRSS") - before
+if checkpointing:
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+trained = StoredLora(model, block_linears(model, model.config), rank=rank, alpha=rank)
+windows = torch.randint(model.config.get_text_config().vocab_size, (4 * batch, seq_len))
+settings = Settings(data="random", steps=steps, seq_len=seq_len, batch_size=batch, eval_every=steps)
+training = Training(trained, None, windows, windows[:batch], settings, 1e-4, Accelerator(cpu=True))
+for _ in range(steps):
+    loss = training.step()
+numbers = sum(p.numel() for p in trained.parameters.values())
+print(json.dumps({"loaded": loaded, "peak": memory("VmHWM") - before, "trained": numbers, "loss": loss}))
+"""
+
+
+def write_models(root: Path, options: argparse.Namespace) -> None:
+    """`root/dense` and `root/factors`, both in 4 bits, packed; their linears never all in memory in another form."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import LlamaConfig
+
+    from compress.checkpoints.stored import quantization_config
+    from compress.models.configuration_lowrank import LowRankConfig
+    from compress.models.loading import empty_model
+    from compress.models.modeling_lowrank import LowRankForCausalLM
+    from compress.models.storage import Storage, empty_linear
+
+    storage = Storage("packed", 4, group=GROUP)
+    llama = LlamaConfig(
+        vocab_size=4096,
+        hidden_size=options.hidden,
+        intermediate_size=11 * options.hidden // 4,
+        num_hidden_layers=options.blocks,
+        num_attention_heads=options.hidden // 64,
+        num_key_value_heads=options.hidden // 64,
+        max_position_embeddings=options.seq_len,
+        dtype="bfloat16",
+    )
+    with torch.device("meta"):
+        dense = empty_model(llama)
+    blocks = [name for name, each in dense.named_modules() if isinstance(each, torch.nn.Linear) and name != "lm_head"]
+    rank = int(options.rank_frac * options.hidden) // GROUP * GROUP
+    entry = {"rank": rank, "form": "factors", "bias": False}
+    thin = LowRankConfig(text_config=llama, factors=dict.fromkeys(blocks, entry), dtype="bfloat16")
+    with torch.device("meta"):
+        factored = LowRankForCausalLM(thin)
+    for name, model, config in (("dense", dense, llama), ("factors", factored, thin)):
+        folder = root / name
+        folder.mkdir()
+        linears = [(path, each) for path, each in model.named_modules() if isinstance(each, torch.nn.Linear)]
+        for path, linear in linears:
+            if not path.endswith("lm_head"):
+                n, m = linear.in_features, linear.out_features
+                model.set_submodule(path, empty_linear(storage, n, m, bias=False, dtype=torch.bfloat16))
+        tensors = {key: drawn(each) for key, each in model.state_dict().items()}
+        save_file(tensors, folder / "model.safetensors")
+        described = config.to_dict() | {"architectures": [type(model).__name__], "dtype": "bfloat16"}
+        described["quantization_config"] = quantization_config(storage, ["lm_head"])
+        (folder / "config.json").write_text(json.dumps(described), encoding="utf-8")
+
+
+def drawn(tensor: Any) -> Any:
+    import torch
+
+    if tensor.dtype == torch.int32:
+        return torch.randint(-(2**31), 2**31, tensor.shape, dtype=torch.int32)
+    if tensor.dtype == torch.int64:
+        return tensor.clone() if not tensor.is_meta else torch.zeros(tensor.shape, dtype=torch.int64)
+    scale = 1e-3 if tensor.ndim == 2 else 1.0
+    return torch.full(tensor.shape, scale, dtype=torch.bfloat16)
+
+
+def measured(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    numbers = (options.lora_rank, options.batch, options.seq_len, options.steps, int(options.checkpointing))
+    command = [sys.executable, "-c", CHILD, str(folder), *map(str, numbers)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hidden", type=int, default=2048)
+    parser.add_argument("--blocks", type=int, default=8)
+    parser.add_argument("--rank-frac", type=float, default=0.4)
+    parser.add_argument("--lora-rank", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--seq-len", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--write", type=Path)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        write_models(Path(scratch), options)
+        found = {name: measured(Path(scratch) / name, options) for name in ("dense", "factors")}
+    text = table(found, options)
+    print(text)
+    if options.write is not None:
+        before, _, rest = options.write.read_text(encoding="utf-8").partition(BEGIN)
+        _, marked, after = rest.partition(END)
+        if not marked:
+            raise SystemExit(f"{options.write} has no place for it: put the lines {BEGIN.strip()} and {END.strip()}.")
+        options.write.write_text(before + BEGIN + text + END + after, encoding="utf-8")
+
+
+def table(found: dict[str, dict[str, Any]], options: argparse.Namespace) -> str:
+    said = " ".join(
+        f"--{name.replace('_', '-')} {value}"
+        for name, value in vars(options).items()
+        if name not in ("write", "checkpointing")
+    )
+    rows = [
+        f"| {name} | {each['trained']:,} | {each['loaded'] / 1e6:.0f} MB | {each['peak'] / 1e6:.0f} MB |"
+        for name, each in (("dense in 4 bits", found["dense"]), ("factors in 4 bits", found["factors"]))
+    ]
+    saved = 1 - found["factors"]["peak"] / found["dense"]["peak"]
+    return (
+        f"Date: {date.today().isoformat()}. Python {platform.python_version()}, torch {version('torch')}, no GPU.\n\n"
+        f"    python benchmarks/qlora_memory.py {said}{' --checkpointing' if options.checkpointing else ''}\n\n"
+        "| LoRA over | trained | loaded | at most |\n|---|---|---|---|\n" + "\n".join(rows) + "\n\n"
+        f"Over the factors it takes {saved:.1%} less.\n"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""Everything about a tuning is looked at before its first weight is read, and all faults are told at once."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compress.checkpoints.facts import Facts, read_facts
+from compress.checkpoints.integrity import Progress, check_folder, check_integrity, is_ours
+from compress.claiming import check_output
+from compress.datasets.windows import fingerprint
+from compress.errors import Faults, UsageError
+from compress.inspection.blueprint import blueprint
+from compress.models.loading import check_positions, check_vocabulary, load_config, load_tokenizer
+from compress.provenance import input_fingerprint, versions
+from compress.streaming.weights import LazyWeights
+from compress.tuning.settings import TuningJob, What
+from compress.tuning.structure import chosen, num_trained, trainable, why_not_merged
+from compress.tuning.texts import Reader, Texts
+
+# For models of some million parameters. Papers take 2e-4 (SliceGPT) and 5e-5 (SLiM) for billions.
+RATES: dict[What, float] = {"lora": 3e-3, "factors": 1e-3, "adapters": 1e-3, "all": 1e-3}
+ELSEWHERE = ("wikitext2", "stdlib")  # texts that may be unlike the one that is trained on
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """
+    num_trained: numbers that change. merge: whether what is trained ends in tensors that are there already.
+    teacher: the dense model's folder. rate: the highest learning rate.
+    """
+
+    job: TuningJob
+    facts: Facts
+    config: Any
+    texts: Texts
+    what: What
+    merge: bool
+    num_trained: int
+    rate: float
+    teacher: Path | None
+
+    @property
+    def steps(self) -> int:
+        return self.job.settings.num_steps(len(self.texts.train))
+
+    @property
+    def own_dtype(self) -> torch.dtype:
+        return self.config.dtype or torch.float32
+
+    def computing(self, device: torch.device) -> torch.dtype:
+        """What frozen weights are held in; weights that are trained themselves are never held in 16 bits."""
+        if self.job.dtype is not None:
+            return self.job.dtype
+        wide = device.type == "cpu" or self.what in ("factors", "all")
+        return torch.promote_types(self.own_dtype, torch.float32) if wide else self.own_dtype
+
+
+def look(job: TuningJob, progress: Progress = lambda name, done, total: None) -> Prepared:
+    """Raises a CompressError with a line for every fault, and the exit code of the first."""
+    folder, settings = job.folder, job.settings
+    check_folder(folder)
+    if not is_ours(folder):
+        raise UsageError(f"{folder} has no compress.json. Only checkpoints that compress has made are tuned.")
+    facts = read_facts(folder)
+    check_integrity(folder, facts, checksums=True, progress=progress)
+    config, model = load_config(folder), blueprint(folder, facts)
+    teacher = None if job.teacher is None else job.teacher.whole_folder()
+    faults = Faults()
+    with faults.noted():
+        what = chosen(settings.train, trainable(facts, model))
+        merge = merged_at_the_end(settings.merge, what, facts)
+    with faults.noted():
+        check_output(job)
+    with faults.noted():
+        check_positions(config.get_text_config(), settings.seq_len)
+    with faults.noted():
+        texts = read_texts(job, facts)
+        check_vocabulary(texts.train, config, folder)
+    if teacher is not None:
+        with faults.noted():
+            check_teacher(folder, config, teacher)
+    faults.report()
+    return Prepared(
+        job=job,
+        facts=facts,
+        config=config,
+        texts=texts,
+        what=what,
+        merge=merge,
+        num_trained=num_trained(what, model, config, settings.rank),
+        rate=settings.learning_rate or RATES[what],
+        teacher=teacher,
+    )
+
+
+def merged_at_the_end(asked: bool | None, what: What, facts: Facts) -> bool:
+    """Raises UsageError where there is nothing to merge, or where the sum would be of another kind."""
+    if what != "lora":
+        if asked is not None:
+            raise UsageError(f"--merge and --no-merge are of --train lora; what is trained here is: {what}.")
+        return True
+    reason = why_not_merged(facts)
+    if asked and reason is not None:
+        raise UsageError(f"--merge: this LoRA cannot go into the weights: {reason}. Use --no-merge.")
+    return reason is None if asked is None else asked
+
+
+def read_texts(job: TuningJob, facts: Facts) -> Texts:
+    settings = job.settings
+    reader = Reader(load_tokenizer(job.folder), settings.seq_len, settings.seed, job.data_dir)
+    return reader.texts(settings.data, settings.num_windows, (*ELSEWHERE, facts.recipe.calibration.source))
+
+
+def check_teacher(folder: Path, config: Any, teacher: Path) -> None:
+    """That its distribution is over the same tokens."""
+    sizes = [each.get_text_config().vocab_size for each in (load_config(teacher), config)]
+    if sizes[0] != sizes[1]:
+        raise UsageError(
+            f"--teacher {teacher} has a vocabulary of {sizes[0]:,}, {folder} of {sizes[1]:,}. "
+            "Name the dense model that was compressed."
+        )
+
+
+def identity(prepared: Prepared, processes: int, device: torch.device) -> dict[str, Any]:
+    """What determines the output's bytes."""
+    teacher = prepared.teacher
+    return {
+        "settings": prepared.job.plain_settings() | {"learning_rate": prepared.rate},
+        "model": prepared.facts.parts,
+        "teacher": None if teacher is None else input_fingerprint(teacher, LazyWeights(teacher)),
+        "text": fingerprint(prepared.texts.train),
+        "versions": versions(),
+        "processes": processes,
+        "device": device.type,
+        "dtype": str(prepared.computing(device)).removeprefix("torch."),
+    }
+
+
+def digest(identity: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()

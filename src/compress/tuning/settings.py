@@ -1,0 +1,99 @@
+"""What is asked for: which text, how long, how fast, towards what."""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from compress.models.hub import ModelSource
+
+What = Literal["lora", "factors", "adapters", "all"]
+Distill = Literal["none", "logits"]
+NUM_HELD_OUT = 64  # windows of the training text, and as many of another
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """
+    data: the text's name, or a file. steps, tokens, epochs: how long, one of the three. seq_len: tokens a window.
+    batch_size: windows a step, of all processes together. train: None for what suits the checkpoint (`structure.py`).
+    rank, alpha: of LoRA, whose product is multiplied by alpha / rank. learning_rate: at its highest.
+    warmup: the share of the steps in which it gets there. merge: None for yes, where the result keeps its form.
+    eval_every: steps from one look at the held-out windows to the next. patience: looks without a better one.
+    """
+
+    data: str
+    steps: int | None = None
+    tokens: int | None = None
+    epochs: float | None = None
+    seq_len: int
+    batch_size: int = 16
+    train: What | None = None
+    rank: int = 32
+    alpha: int = 32
+    learning_rate: float | None = None
+    warmup: float = 0.05
+    distill: Distill = "logits"
+    merge: bool | None = None
+    eval_every: int = 50
+    patience: int = 5
+    gradient_checkpointing: bool = False
+    seed: int = 42
+
+    def num_steps(self, available: int) -> int:
+        """
+        available: windows of the text.
+        """
+        if self.steps is not None:
+            return self.steps
+        if self.tokens is not None:
+            return max(1, round(self.tokens / (self.batch_size * self.seq_len)))
+        assert self.epochs is not None
+        return max(1, round(self.epochs * available / self.batch_size))
+
+    @property
+    def num_windows(self) -> int | None:
+        """As many as are read once; None for all that the text has."""
+        return None if self.epochs is not None else self.num_steps(0) * self.batch_size
+
+
+def learning_rate(step: int, steps: int, warmup: float) -> float:
+    """The share of the highest rate at a step counted from 0: a straight rise, then a half cosine down to nearly 0."""
+    rising = max(1, round(warmup * steps))
+    if step < rising:
+        return (step + 1) / rising
+    return 0.5 * (1 + math.cos(math.pi * (step - rising + 1) / (steps - rising + 1)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuningJob:
+    """
+    model: the compressed checkpoint. teacher: the dense model, None where nothing is distilled from it.
+    command: how a user would ask for it again; it goes into the model card. dtype: what is frozen is held in it; None
+        for float32 on the CPU, elsewhere the checkpoint's own.
+    """
+
+    model: ModelSource
+    settings: Settings
+    teacher: ModelSource | None
+    out: Path
+    command: str
+    dtype: torch.dtype | None = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    data_dir: Path | None = None
+    resume: bool = False
+    overwrite: bool = False
+
+    @property
+    def partial(self) -> Path:
+        return self.out.with_name(f"{self.out.name}.partial")
+
+    @property
+    def folder(self) -> Path:
+        assert self.model.folder is not None
+        return self.model.folder
+
+    def plain_settings(self) -> dict[str, Any]:
+        return dict(vars(self.settings))

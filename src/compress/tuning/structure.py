@@ -1,0 +1,108 @@
+"""What of a checkpoint can be trained, and which linears those are: by how it is stored and by its family's table."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from compress import families
+from compress.checkpoints.facts import Facts
+from compress.checkpoints.wrapped import INNER
+from compress.errors import UsageError
+from compress.models.modeling_compact import CompactLinear
+from compress.models.modeling_lowrank import LowRankLinear, PivotLinear
+from compress.models.packed import LoraLinear
+from compress.tuning.settings import What
+
+HOW = "compress slim --adapter-rank 0.1"
+
+
+def trainable(facts: Facts, model: nn.Module) -> tuple[What, ...]:
+    """What can be trained without another form or another size, but for a LoRA's; the usual one first.
+
+    model: it may be on the meta device. Raises UsageError where nothing can.
+    """
+    if facts.storage == "compact":
+        if not any(linear.first is not None for linear in compact_linears(model).values()):
+            raise UsageError(
+                "This compact checkpoint has no adapters, and its weights are kept as they are stored: nothing in it "
+                f"can be trained. Make one with adapters: {HOW} --compact."
+            )
+        return ("adapters",)
+    if facts.adapter is not None:
+        return ("adapters",)
+    if facts.storage == "packed":
+        return ("lora",)
+    return ("factors", "lora", "all") if any(thin_linears(model)) else ("lora", "all")
+
+
+def why_not_merged(facts: Facts) -> str | None:
+    """Why what a LoRA adds cannot go into the weights; None where it can."""
+    if facts.storage is not None:
+        return "its weights are stored in few bits"
+    if any(linear.pattern for linear in facts.linears):
+        return "its weights are pruned, and the sum would fill the zeros"
+    if any(linear.bits for linear in facts.linears):
+        return "its weights lie on a grid of few bits, and the sum would not"
+    if facts.loads_without_our_code and any(linear.form for linear in facts.linears):
+        return "its weights are multiplied out from low ranks, and the sum would have others"
+    return None
+
+
+def blocks_of(config: Any) -> str:
+    """The path of a checkpoint's blocks: by its family, or by the table that it carries."""
+    if config.model_type == "compress_sliced":
+        return str(config.structure["blocks"])
+    if config.model_type.startswith("compress_"):
+        return INNER + blocks_of(config.text_config)
+    return families.find(config).blocks
+
+
+def block_linears(model: nn.Module, config: Any) -> dict[str, nn.Linear | LoraLinear]:
+    """Every linear of the blocks by its path, shortcuts and the two of a product included."""
+    start = f"{blocks_of(config)}."
+    kinds = (nn.Linear, LoraLinear)
+    return {
+        path: module for path, module in model.named_modules() if path.startswith(start) and isinstance(module, kinds)
+    }
+
+
+def thin_linears(model: nn.Module) -> Iterator[tuple[str, LowRankLinear | PivotLinear]]:
+    return ((path, module) for path, module in model.named_modules() if isinstance(module, LowRankLinear | PivotLinear))
+
+
+def compact_linears(model: nn.Module) -> dict[str, CompactLinear]:
+    return {path: module for path, module in model.named_modules() if isinstance(module, CompactLinear)}
+
+
+def adapted_linears(model: nn.Module) -> dict[str, LoraLinear]:
+    found = {path: module for path, module in model.named_modules() if isinstance(module, LoraLinear)}
+    return {path: module for path, module in found.items() if module.lora_A is not None}
+
+
+def chosen(asked: What | None, possible: tuple[What, ...]) -> What:
+    """Raises UsageError for what this checkpoint has not."""
+    if asked is None:
+        return possible[0]
+    if asked not in possible:
+        raise UsageError(f"--train {asked} is not for this checkpoint. It has: {', '.join(possible)}.")
+    return asked
+
+
+def num_trained(what: What, model: nn.Module, config: Any, rank: int) -> int:
+    """
+    model: on the meta device.
+    """
+    if what == "lora":
+        linears = block_linears(model, config).values()
+        return sum(rank * (linear.in_features + linear.out_features) for linear in linears)
+    if what == "adapters":
+        packed = [part for each in adapted_linears(model).values() for part in (each.lora_A, each.lora_B)]
+        compact = [part for each in compact_linears(model).values() for part in (each.first, each.second)]
+        return sum(p.numel() for p in packed if p is not None) + sum(p.num_parameters for p in compact if p is not None)
+    parameters = model.parameters() if what == "all" else thin_parameters(model)
+    return sum(each.numel() for each in parameters)
+
+
+def thin_parameters(model: nn.Module) -> list[nn.Parameter]:
+    return [each for _, thin in thin_linears(model) for each in thin.parameters()]

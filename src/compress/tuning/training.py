@@ -1,0 +1,184 @@
+"""The loop: a step of AdamW on every batch, a look at the held-out windows now and then, the best state kept.
+
+Nothing of it is drawn at random but the first A of a LoRA: a step's windows follow from its number and the seed, and
+dropout is off, so that a run that goes on gives the same bits as one that was never interrupted. Several processes
+share a step's windows; each has the mean gradient of all of them, and so the same state.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from accelerate import Accelerator
+from jaxtyping import Int64
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from compress.errors import NumericalError
+from compress.tuning.lora import Settled
+from compress.tuning.losses import cross_entropy, divergence
+from compress.tuning.settings import Settings, learning_rate
+from compress.tuning.texts import batch
+
+LARGEST_GRADIENT = 1.0  # a step's gradient is made no longer than this
+BETAS = (0.9, 0.95)  # as SliceGPT's recovery fine-tuning has them
+
+
+@runtime_checkable
+class Trained(Protocol):
+    """
+    model: to be asked for logits. parameters: what a step changes, by name.
+    """
+
+    model: Any
+    parameters: dict[str, nn.Parameter]
+
+    def settled(self) -> Settled: ...
+
+
+@dataclass
+class Course:
+    """How far it has come. losses: of each look its step, the mean loss of the steps before it, the held-out loss.
+
+    The held-out loss is the cross-entropy of the next token in nats, whatever is descended; step 0 is before training.
+    """
+
+    step: int = 0
+    losses: list[tuple[int, float | None, float]] = field(default_factory=list)
+
+    @property
+    def best(self) -> tuple[int, float]:
+        """The step and the held-out loss of the best look, the first of equal ones."""
+        step, _, loss = min(self.losses, key=lambda look: (look[2], look[0]))
+        return step, loss
+
+    def has_stalled(self, patience: int) -> bool:
+        """Whether the last `patience` looks were none of them better than the best before."""
+        since = [look for look in self.losses if look[0] > self.best[0]]
+        return len(since) >= patience
+
+
+class Training:
+    """
+    best: the parameters at the best look. moments: AdamW's, by the parameter's name.
+    """
+
+    def __init__(
+        self,
+        trained: Trained,
+        teacher: PreTrainedModel | None,
+        windows: Int64[Tensor, "windows seq_len"],
+        held_out: Int64[Tensor, "held_out seq_len"],
+        settings: Settings,
+        rate: float,
+        accelerator: Accelerator,
+    ) -> None:
+        self.trained, self.teacher, self.windows, self.held_out = trained, teacher, windows, held_out
+        self.settings, self.rate, self.accelerator = settings, rate, accelerator
+        self.device = next(iter(trained.parameters.values())).device
+        self.num_steps = settings.num_steps(len(windows))
+        self.course = Course()
+        self.best: dict[str, Tensor] = {}
+        self.optimizer = torch.optim.AdamW(trained.parameters.values(), lr=rate, betas=BETAS, weight_decay=0.0)
+        self._since_look: list[float] = []
+        without_dropout(trained.model)
+        trained.model.train()
+
+    def run(self, on_look: Callable[["Training"], None], progress: Callable[[str, int, int], None]) -> None:
+        """To the end, or until looks stop getting better. on_look: hears of every look, the one before training too."""
+        if not self.course.losses:
+            self.look()
+            on_look(self)
+        while not self.is_over:
+            self._since_look.append(self.step())
+            progress(f"training, held-out loss {self.course.losses[-1][2]:.3f}", self.course.step, self.num_steps)
+            if self.course.step % self.settings.eval_every == 0 or self.course.step == self.num_steps:
+                self.look()
+                on_look(self)
+
+    @property
+    def is_over(self) -> bool:
+        return self.course.step >= self.num_steps or self.course.has_stalled(self.settings.patience)
+
+    def step(self) -> float:
+        """One step; the loss before it, of all processes."""
+        settings, accelerator = self.settings, self.accelerator
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate * learning_rate(self.course.step, self.num_steps, settings.warmup)
+        ids = batch(self.windows, self.course.step, settings.batch_size, settings.seed)
+        loss = self.loss(self._share(ids))
+        self.optimizer.zero_grad()
+        accelerator.backward(loss)
+        average_gradients(list(self.trained.parameters.values()), accelerator)
+        norm = nn.utils.clip_grad_norm_(self.trained.parameters.values(), LARGEST_GRADIENT)
+        self.course.step += 1
+        mean = float(accelerator.reduce(loss.detach(), "mean"))
+        if not math.isfinite(mean) or not math.isfinite(float(norm)):
+            raise NumericalError(
+                f"The loss of step {self.course.step} is {mean}, its gradient {float(norm)}. Use a smaller --lr "
+                "or --dtype float32."
+            )
+        self.optimizer.step()
+        return mean
+
+    def loss(self, ids: Int64[Tensor, "batch seq_len"]) -> Tensor:
+        """Of a batch: what is descended."""
+        with self.accelerator.autocast():
+            logits = self.trained.model(input_ids=ids, use_cache=False).logits
+            if self.teacher is None:
+                return cross_entropy(logits, ids)
+            with torch.no_grad():
+                dense = self.teacher(input_ids=ids, use_cache=False).logits
+            return divergence(logits, dense)
+
+    def look(self) -> None:
+        """The held-out loss, and the state kept if it is the best one."""
+        trained = sum(self._since_look) / len(self._since_look) if self._since_look else None
+        self._since_look = []
+        self.course.losses.append((self.course.step, trained, self.held_out_loss()))
+        if self.course.best[0] == self.course.step:
+            self.best = {name: each.detach().clone() for name, each in self.trained.parameters.items()}
+
+    @torch.no_grad()
+    def held_out_loss(self) -> float:
+        """The mean cross-entropy of the held-out windows, which the processes share."""
+        model = self.trained.model
+        model.eval()
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        with self.accelerator.autocast():
+            for ids in self._share(self.held_out).split(self.settings.batch_size):
+                logits = model(input_ids=ids, use_cache=False).logits
+                total += len(ids) * cross_entropy(logits, ids).double()
+        model.train()
+        return float(self.accelerator.reduce(total, "sum")) / len(self.held_out)
+
+    def take_best(self) -> None:
+        """The parameters as they were at the best look."""
+        for name, parameter in self.trained.parameters.items():
+            parameter.data.copy_(self.best[name])
+
+    def _share(self, ids: Int64[Tensor, "windows seq_len"]) -> Int64[Tensor, "share seq_len"]:
+        """This process's windows, on its device."""
+        return ids[self.accelerator.process_index :: self.accelerator.num_processes].to(self.device)
+
+
+def average_gradients(parameters: list[nn.Parameter], accelerator: Accelerator) -> None:
+    """In one message: what is trained is small beside what is frozen."""
+    if accelerator.num_processes == 1:
+        return
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    mean = accelerator.reduce(torch.cat([each.flatten() for each in gradients]), "mean")
+    for gradient, part in zip(gradients, mean.split([each.numel() for each in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
+
+
+def without_dropout(model: nn.Module) -> None:
+    """A few steps on little text need none, and what is distilled from has none."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if isinstance(value, float) and ("dropout" in name or name == "layerdrop"):
+                setattr(module, name, 0.0)

@@ -1,0 +1,171 @@
+"""The tuned folder: the compressed one, of which nothing but what was trained has other bytes.
+
+A file in which nothing was trained is linked or copied; in the others the new numbers take the place of the old ones,
+byte for byte where these were, so that every file keeps its size and every other tensor its bytes.
+"""
+
+import json
+import os
+import shutil
+import struct
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress.checkpoints.adapter import adapter_config, write_adapter
+from compress.checkpoints.card import model_card
+from compress.checkpoints.facts import FACTS, Facts, read_json
+from compress.checkpoints.files import adapter_file, write_json
+from compress.checkpoints.front_matter import CARD
+from compress.checkpoints.integrity import ADAPTER_WEIGHTS
+from compress.checkpoints.measures import QUALITY
+from compress.checkpoints.push import own_files
+from compress.checkpoints.stored import ADAPTER_PREFIX
+from compress.inspection.blueprint import blueprint
+from compress.models.loading import load_config
+from compress.models.stored_files import ADAPTER, StoredTensors, read_lora
+from compress.models.tensor_files import INDEX
+from compress.streaming.journal import new_file_mode, sha256, write_tensors
+from compress.tuning.lora import Settled
+
+# Of the checkpoint as it was: facts and card are written anew, and what was measured is true no more.
+LEFT_BEHIND = (FACTS, CARD, QUALITY)
+STALE = ("lost", "relative_error")  # measured of weights that are others now
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written besides the facts. parts: sha256 by file. adapter: of a new one its config, and what it adds."""
+
+    parts: dict[str, str]
+    adapter: dict[str, Any] | None = None
+    parameters: int = 0
+    bytes: int = 0
+
+
+def write_tuned(source: Path, target: Path, facts: Facts, settled: Settled) -> Written:
+    """Everything but compress.json and the card."""
+    changed = by_file(source, settled.tensors)
+    parts = dict(facts.parts)
+    shutil.rmtree(target / ADAPTER, ignore_errors=True)  # of an attempt that rounding has made worse
+    for file in own_files(source, facts):
+        if file in LEFT_BEHIND or file.endswith(".gguf"):
+            continue
+        (target / file).parent.mkdir(exist_ok=True)
+        if file in changed:
+            put_tensors(source / file, target / file, changed[file])
+            parts[file] = sha256(target / file)
+        else:
+            link_or_copy(source / file, target / file)
+    if not settled.adapter:
+        return Written(parts)
+    modules = [path for path, _ in blueprint(source, facts).named_modules()]
+    config = adapter_config(facts.name, ranks_of(settled.adapter), modules)
+    return add_adapter(target, parts, settled.adapter, config)
+
+
+def by_file(source: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The tensors by the file that has them, under the names that they have there."""
+    stored = StoredTensors(source, read_lora(source))
+    found: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for name, tensor in tensors.items():
+        file, inside = stored.places[str(stored.resolve(name))]
+        found[str(file.relative_to(source))][inside] = tensor
+    return found
+
+
+def put_tensors(source: Path, target: Path, tensors: Mapping[str, Tensor]) -> None:
+    """A copy of a safetensors file with other numbers in some of its tensors, in the dtypes that it has."""
+    unfinished = target.with_suffix(".unfinished")
+    shutil.copyfile(source, unfinished)
+    with unfinished.open("r+b") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+        for name, tensor in tensors.items():
+            entry = header[name]
+            start, stop = entry["data_offsets"]
+            data = raw(tensor, DTYPES[entry["dtype"]])
+            assert list(tensor.shape) == entry["shape"]
+            assert len(data) == stop - start
+            file.seek(8 + length + start)
+            file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.chmod(new_file_mode())
+    unfinished.replace(target)
+
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8}
+
+
+def raw(tensor: Tensor, dtype: torch.dtype) -> bytes:
+    data: bytes = tensor.detach().cpu().to(dtype).contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    return data
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """One file under two names where the disk allows it: files of weights are replaced, never changed."""
+    target.unlink(missing_ok=True)
+    if source.suffix == ".safetensors":
+        try:
+            target.hardlink_to(source)
+        except OSError:
+            pass
+        else:
+            return
+    shutil.copyfile(source, target)
+
+
+def ranks_of(adapter: Mapping[str, Tensor]) -> dict[str, int]:
+    """By the linear's path."""
+    return {name.removesuffix(".lora_A"): len(A) for name, A in adapter.items() if name.endswith(".lora_A")}
+
+
+def add_adapter(target: Path, parts: dict[str, str], adapter: Mapping[str, Tensor], config: dict[str, Any]) -> Written:
+    """A PEFT folder beside the checkpoint, in the dtype of its other floats; the index counts it in."""
+    dtype = load_config(target).dtype or torch.float32
+    tensors = {
+        f"{ADAPTER_PREFIX}{name}.weight": tensor.to("cpu", dtype).contiguous() for name, tensor in adapter.items()
+    }
+    passing = target / adapter_file(0)
+    write_tensors(passing, tensors)
+    written = write_adapter(target, [passing], config)
+    passing.unlink()
+    numbers = sum(tensor.numel() for tensor in tensors.values())
+    index = read_json(target / INDEX)
+    index["metadata"]["total_parameters"] += numbers
+    write_json(target / INDEX, index)
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    return Written(parts | {ADAPTER_WEIGHTS: sha256(written)}, config, numbers, size)
+
+
+def tuned_facts(source: Path, written: Written, tuning: Mapping[str, Any]) -> dict[str, Any]:
+    """compress.json of the tuned checkpoint: the compressed one's, without what is true no more, and the tuning."""
+    facts = read_json(source / FACTS)
+    size = facts["size"]
+    return {
+        **facts,
+        "name": f"{facts['name']}-tuned",
+        "parts": written.parts,
+        "size": {"parameters": size["parameters"] + written.parameters, "bytes": size["bytes"] + written.bytes},
+        "adapter": written.adapter or facts["adapter"],
+        "export": "hf",
+        "held_out_divergence": None,
+        "points": [without(point, STALE) for point in facts["points"]],
+        "linears": [without(linear, STALE) for linear in facts["linears"]],
+        "tuning": {**tuning, "compressed_parts": facts["parts"]},
+    }
+
+
+def without(report: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
+    return {key: value for key, value in report.items() if key not in keys}
+
+
+def write_facts(target: Path, facts: Mapping[str, Any]) -> None:
+    write_json(target / FACTS, facts)
+    (target / CARD).write_text(model_card(facts), encoding="utf-8")

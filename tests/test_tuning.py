@@ -1,0 +1,470 @@
+"""The parts of a tuning: windows, losses, schedule, what is trained, rounding, early stopping, states."""
+
+import itertools
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+
+from compress.checkpoints.facts import AdapterFacts, Facts, LinearFacts
+from compress.errors import NumericalError, UsageError
+from compress.models.configuration_lowrank import LowRankConfig
+from compress.models.modeling_compact import StoredMatrix
+from compress.models.modeling_lowrank import LowRankForCausalLM
+from compress.models.packing import pack_bits, unsigned
+from compress.models.storage import Storage
+from compress.models.stored_loading import load_stored
+from compress.numerics.sparsity import Pattern
+from compress.tuning.adapters import CompactAdapters, PackedAdapters, TrainedMatrix
+from compress.tuning.lora import Lora, StoredLora
+from compress.tuning.losses import cross_entropy, divergence
+from compress.tuning.settings import Settings, learning_rate
+from compress.tuning.state import restore, snapshot
+from compress.tuning.structure import block_linears, blocks_of, chosen, num_trained, trainable, why_not_merged
+from compress.tuning.texts import Reader, batch
+from compress.tuning.training import Course, Training
+from compress.tuning.weights import all_weights, factors
+from compress.tuning.writing import put_tensors
+from oracles import logits_of, random_ids
+from stored import write_compact, write_packed
+from tiny import tiny_config, tiny_model, tiny_tokenizer, write_text
+
+IDS = random_ids(6, 12, seed=1)
+F32, CPU = torch.float32, torch.device("cpu")
+FOUR = Storage("packed", 4, rank=3)
+
+
+def settings(**changes: Any) -> Settings:
+    usual: dict[str, Any] = {"data": "text.txt", "steps": 6, "seq_len": 12, "batch_size": 2, "eval_every": 2}
+    return Settings(**(usual | changes))
+
+
+def training(model: Any, *, rate: float = 1e-2, teacher: Any = None, **changes: Any) -> Training:
+    return Training(model, teacher, IDS, IDS[:3], settings(**changes), rate, Accelerator(cpu=True))
+
+
+def lora(*, seed: int = 0, **options: Any) -> Lora:
+    model = tiny_model("llama", dtype=F32, num_hidden_layers=1)
+    torch.manual_seed(seed)
+    return Lora(model, block_linears(model, model.config), rank=2, alpha=4, **({"merge": True} | options))
+
+
+def drift(trained: Any) -> None:
+    """Other parameters than those it began with."""
+    torch.manual_seed(5)
+    for parameter in trained.parameters.values():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+
+
+# Losses and schedule.
+
+
+def test_losses_are_those_of_a_loop_over_tokens():
+    logits, dense = torch.randn(2, 2, 5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(7, (2, 5), generator=torch.Generator().manual_seed(1))
+    told, away = [], []
+    for window in range(2):
+        for place in range(4):
+            q = logits[window, place].exp() / logits[window, place].exp().sum()
+            p = dense[window, place].exp() / dense[window, place].exp().sum()
+            told.append(-q[ids[window, place + 1]].log())
+            away.append(sum(p[token] * (p[token] / q[token]).log() for token in range(7)))
+    torch.testing.assert_close(cross_entropy(logits, ids), torch.stack(told).mean())
+    torch.testing.assert_close(divergence(logits, dense), torch.stack(away).mean())
+
+
+def test_losses_of_16_bit_logits_are_taken_in_float32():
+    logits = torch.randn(1, 4, 9, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    ids = torch.tensor([[1, 2, 3, 4]])
+    assert cross_entropy(logits, ids).dtype == F32
+    torch.testing.assert_close(cross_entropy(logits, ids), cross_entropy(logits.float(), ids))
+    assert float(divergence(logits, logits)) == 0
+
+
+def test_the_rate_rises_straight_and_falls_as_a_half_cosine():
+    rates = [learning_rate(step, 100, 0.1) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.1 * each for each in range(1, 11)])
+    assert rates[54] == pytest.approx(0.5 * (1 + math.cos(math.pi * 45 / 91)))
+    assert all(now > later > 0 for now, later in itertools.pairwise(rates[9:]))
+    assert learning_rate(0, 1, 0.05) == 1
+    assert learning_rate(0, 3, 0.0) == 1
+
+
+def test_how_long_is_said_in_steps_tokens_or_epochs():
+    assert settings().num_steps(1000) == 6
+    assert settings(steps=None, tokens=2400).num_steps(1000) == 100
+    assert settings(steps=None, epochs=0.5).num_steps(1000) == 250
+    assert settings(steps=None, tokens=1).num_steps(1000) == 1
+    assert settings().num_windows == 12
+    assert settings(steps=None, epochs=2.0).num_windows is None
+
+
+# Texts.
+
+
+def reader() -> Reader:
+    return Reader(tiny_tokenizer(), 16, 0, None)
+
+
+def test_the_last_windows_of_a_file_are_held_out(tmp_path):
+    file = write_text(tmp_path / "text.txt", lines=40)
+    texts = reader().texts(str(file), None, ())
+    assert texts.unlike is None
+    whole = reader().all_of([file.read_text()])
+    assert len(texts.held_out) == len(whole) // 10
+    assert torch.equal(torch.cat([texts.train, texts.held_out]), whole)
+    assert len(reader().texts(str(file), 5, ()).train) == 5
+    short = tmp_path / "short.txt"
+    short.write_text("a few bytes only")
+    with pytest.raises(UsageError, match="holds 1 windows of 16 tokens, needed: 2"):
+        reader().texts(str(short), None, ())
+
+
+def test_a_data_set_is_held_out_by_its_validation_split(monkeypatch):
+    def rows(source: str, split: str, data_dir: Path | None) -> list[str]:
+        if source == "nowhere.txt":
+            raise UsageError("There is no such file.")
+        return [f"{split[0]} {source}\n" * 40] * (60 if split == "train" else 30)
+
+    monkeypatch.setattr("compress.tuning.texts.load_rows", rows)
+    texts = reader().texts("wood", 24, ("nowhere.txt", "wood", "field"))
+    assert texts.train.shape == (24, 16)
+    assert texts.held_out.shape == (64, 16)
+    assert texts.unlike is not None
+    assert texts.unlike[0] == "field"  # the one is not on this machine, the other is the text itself
+    read = [reader().tokenizer.decode(each.flatten()) for each in (texts.train, texts.held_out, texts.unlike[1])]
+    assert ["t wood" in read[0], "v wood" in read[1], "v field" in read[2]] == [True] * 3
+    assert ["v " in read[0], "t " in read[1], "t " in read[2]] == [False] * 3
+    assert torch.equal(reader().texts("wood", 24, ()).train, texts.train)
+    assert len(reader().texts("wood", None, ()).train) > 500
+
+
+def test_another_text_may_be_a_file(tmp_path):
+    other = write_text(tmp_path / "other.txt", lines=40, seed=1)
+    file = write_text(tmp_path / "text.txt", lines=40)
+    found = reader().texts(str(file), 4, (str(file), "missing.txt", str(other))).unlike
+    assert found is not None
+    assert found[0] == str(other)
+
+
+def test_batches_go_through_the_text_over_and_over():
+    windows = torch.arange(5)[:, None].expand(5, 3)
+    seen = torch.cat([batch(windows, step, 2, seed=7)[:, 0] for step in range(5)]).tolist()
+    assert sorted(seen[:5]) == sorted(seen[5:]) == list(range(5))
+    assert seen[:5] != seen[5:]
+    assert seen == torch.cat([batch(windows, step, 2, seed=7)[:, 0] for step in range(5)]).tolist()
+    assert batch(windows, 0, 12, seed=7).shape == (12, 3)
+
+
+# What is trained.
+
+
+def thin_model() -> LowRankForCausalLM:
+    entries = {
+        "model.layers.0.mlp.down_proj": {"rank": 5, "form": "factors", "bias": True},
+        "model.layers.0.mlp.up_proj": {"rank": 6, "form": "pivot", "bias": True},
+    }
+    config = LowRankConfig(text_config=tiny_config("llama", num_hidden_layers=1), factors=entries)
+    torch.manual_seed(0)
+    return LowRankForCausalLM(config).eval()
+
+
+def test_a_lora_is_on_every_linear_of_the_blocks_and_merges_exactly():
+    trained = lora()
+    assert len(trained.layers) == 7
+    assert "lm_head" not in trained.layers
+    drift(trained)
+    expected = logits_of(trained.model.eval(), IDS)
+    settled = trained.settled()
+    assert not settled.adapter
+    plain = tiny_model("llama", dtype=F32, num_hidden_layers=1)
+    before = logits_of(plain, IDS)
+    missing = plain.load_state_dict(dict(settled.tensors), strict=False)
+    assert not missing.unexpected_keys
+    torch.testing.assert_close(logits_of(plain, IDS), expected, rtol=1e-4, atol=1e-4)
+    assert (before - expected).abs().max() > 0.05
+
+
+def test_an_adapter_kept_beside_needs_no_scale():
+    trained = lora(merge=False)
+    drift(trained)
+    settled, merged = trained.settled(), None
+    assert not settled.tensors
+    trained.merge = True
+    merged = trained.settled().tensors
+    plain = tiny_model("llama", dtype=F32, num_hidden_layers=1).state_dict()
+    for path in trained.layers:
+        product = settled.adapter[f"{path}.lora_B"] @ settled.adapter[f"{path}.lora_A"]
+        torch.testing.assert_close(plain[f"{path}.weight"] + product, merged[f"{path}.weight"])
+
+
+def test_factors_are_trained_whole_and_nothing_else():
+    model = thin_model()
+    trained = factors(model)
+    start = "model.model.layers.0.mlp"
+    assert sorted(trained.parameters) == sorted(
+        f"{start}.{each}.{part}"
+        for each in ("down_proj", "up_proj")
+        for part in ("first.weight", "second.weight", "second.bias", *(["first.bias"] if each == "up_proj" else []))
+    )
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == num_trained("factors", model, None, 0)
+    assert all_weights(thin_model()).parameters.keys() == dict(thin_model().named_parameters()).keys()
+
+
+def test_a_lora_reaches_both_factors():
+    model = thin_model()
+    linears = block_linears(model, model.config)
+    assert "model.model.layers.0.mlp.down_proj.first" in linears
+    assert "model.model.layers.0.mlp.up_proj.second" in linears
+    trained = Lora(model, linears, rank=2, alpha=2, merge=True)
+    assert sum(p.numel() for p in trained.parameters.values()) == num_trained("lora", thin_model(), model.config, 2)
+
+
+@pytest.mark.parametrize("model_type", ["opt", "llama", "phi", "gpt_neox", "gpt_bigcode"])
+def test_the_blocks_are_found_by_the_family(model_type):
+    model = tiny_model(model_type, num_hidden_layers=2, dtype=F32)
+    start = blocks_of(model.config)
+    blocks: Any = model.get_submodule(start)
+    assert len(blocks) == 2
+    assert all(path.startswith(f"{start}.") for path in block_linears(model, model.config))
+
+
+def test_packed_adapters_are_trained_beside_weights_that_are_not(tmp_path):
+    write_packed(tmp_path / "packed", FOUR, num_hidden_layers=1)
+    model = load_stored(tmp_path / "packed", dtype=F32, device=CPU)
+    trained = PackedAdapters(model)
+    assert len(trained.parameters) == 2 * 7
+    assert sum(p.numel() for p in trained.parameters.values()) == num_trained("adapters", model, None, 0)
+    frozen = {name: tensor.clone() for name, tensor in model.state_dict().items() if ".lora_" not in name}
+    before = logits_of(model, IDS)
+    steps = training(trained, rate=0.1)
+    steps.run(lambda _now: None, lambda *_: None)
+    assert (logits_of(model.eval(), IDS) - before).abs().max() > 0.01
+    after = model.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in frozen.items())
+
+
+def test_a_new_adapter_on_packed_weights_begins_as_nothing(tmp_path):
+    write_packed(tmp_path / "packed", replace(FOUR, rank=0), num_hidden_layers=1)
+    model = load_stored(tmp_path / "packed", dtype=F32, device=CPU)
+    before = logits_of(model, IDS)
+    linears: Any = block_linears(model, model.config)
+    trained = StoredLora(model, linears, rank=2, alpha=4)
+    assert torch.equal(logits_of(model, IDS), before)
+    drift(trained)
+    assert (logits_of(model, IDS) - before).abs().max() > 0.01
+    assert trained.settled().adapter.keys() == trained.parameters.keys()
+    assert sum(p.numel() for p in trained.parameters.values()) == 2 * sum(
+        each.in_features + each.out_features for each in linears.values()
+    )
+
+
+def facts(**told: Any) -> Facts:
+    usual: dict[str, Any] = {"storage": None, "adapter": None, "linears": [], "loads_without_our_code": True}
+    return Facts.model_construct(**(usual | told))
+
+
+@pytest.mark.parametrize(
+    ("told", "linear", "reason"),
+    [
+        ({}, {}, None),
+        ({"loads_without_our_code": False}, {"form": "pivot", "rank": 4}, None),
+        ({"storage": "packed"}, {"bits": 4}, "stored in few bits"),
+        ({}, {"bits": 4, "pattern": "2:4"}, "would fill the zeros"),
+        ({}, {"bits": 4}, "grid of few bits"),
+        ({}, {"form": "factors", "rank": 4}, "multiplied out from low ranks"),
+    ],
+)
+def test_a_lora_is_merged_where_weights_stay_what_they_are(told, linear, reason):
+    found = why_not_merged(facts(linears=[LinearFacts(linear="a", **linear)], **told))
+    assert found is None if reason is None else reason in str(found)
+
+
+def test_what_can_be_trained_follows_from_how_it_is_stored(tmp_path):
+    plain, thin = tiny_model("llama", dtype=F32, num_hidden_layers=1), thin_model()
+    assert trainable(facts(), plain) == ("lora", "all")
+    assert trainable(facts(), thin) == ("factors", "lora", "all")
+    assert trainable(facts(storage="packed"), plain) == ("lora",)
+    assert trainable(facts(storage="packed", adapter=AdapterFacts(r=3)), plain) == ("adapters",)
+    assert trainable(facts(adapter=AdapterFacts(r=3)), plain) == ("adapters",)
+    compact = write_compact(tmp_path / "compact", Storage("compact", 4))
+    with pytest.raises(UsageError, match=r"has no adapters, .* Make one with adapters: compress slim"):
+        trainable(facts(storage="compact"), compact)
+    assert chosen(None, ("factors", "lora")) == "factors"
+    assert chosen("lora", ("factors", "lora")) == "lora"
+    with pytest.raises(UsageError, match=r"--train all is not for this checkpoint\. It has: lora\."):
+        chosen("all", ("lora",))
+
+
+# Rounding.
+
+
+def stored_matrix(bits: int | None) -> StoredMatrix:
+    entry = {"bits": bits, "scale_group": 8, "floating": False, "pattern": None, "finer": False}
+    matrix, draw = StoredMatrix(3, 20, entry), torch.Generator().manual_seed(0)
+    if bits is None:
+        matrix.values = torch.randn(3, 20, generator=draw)
+    else:
+        codes = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (3, 20), generator=draw)
+        matrix.codes = pack_bits(unsigned(codes, bits), bits)
+        matrix.scale = torch.rand(3, 3, generator=draw) + 0.1
+    return matrix
+
+
+@pytest.mark.parametrize("bits", [None, 3, 4, 8])
+def test_a_trained_matrix_begins_as_what_is_stored_and_is_stored_as_what_it_gives(bits):
+    stored = stored_matrix(bits)
+    expected = stored.rows(0, 3, F32).clone()
+    trained = TrainedMatrix(stored)
+    assert torch.equal(trained.rows(0, 3, F32), expected)
+    assert trained.tensors().keys() == {"values" if bits is None else "codes"}
+    assert torch.equal(
+        trained.tensors()["values" if bits is None else "codes"], stored.values if bits is None else stored.codes
+    )
+    trained.weight.data += 0.5 * torch.randn(3, 20, generator=torch.Generator().manual_seed(1))
+    given = trained.rows(0, 3, F32).detach().clone()
+    assert not torch.equal(given, expected)
+    for name, tensor in trained.tensors().items():
+        assert tensor.shape == getattr(stored, name).shape
+        setattr(stored, name, tensor)
+    assert torch.equal(stored.rows(0, 3, F32), given)
+
+
+def test_the_gradient_passes_straight_through_the_rounding_and_stops_where_codes_end():
+    trained = TrainedMatrix(stored_matrix(4))
+    scale = trained.stored.scales(0, 3, F32)
+    trained.weight.data[0, 0] = 20 * scale[0, 0]
+    trained.weight.data[0, 1] = 0.4 * scale[0, 1]
+    trained.rows(0, 3, F32).sum().backward()
+    gradient = trained.weight.grad
+    assert gradient is not None
+    assert gradient[0, 0] == 0
+    assert gradient[0, 1] == 1
+    assert torch.equal(gradient[1:], torch.ones(2, 20))
+
+
+@pytest.mark.parametrize("adapter_bits", [None, 4])
+def test_compact_adapters_are_trained_and_nothing_else_is_written(tmp_path, adapter_bits):
+    storage = Storage("compact", 4, pattern=Pattern(2, 4), rank=3, adapter_bits=adapter_bits, adapter_group=16)
+    model: Any = write_compact(tmp_path / "compact", storage)
+    before = logits_of(model, IDS)
+    trained = CompactAdapters(model)
+    assert torch.equal(logits_of(model, IDS), before)
+    drift(trained)
+    settled = trained.settled()
+    assert {name.rpartition(".")[2] for name in settled.tensors} == {"codes" if adapter_bits else "values"}
+    expected = model.state_dict()
+    again: Any = write_compact(tmp_path / "again", storage)
+    state = again.state_dict()
+    assert all(state[name].shape == tensor.shape for name, tensor in settled.tensors.items())
+    again.load_state_dict(dict(settled.tensors), strict=False)
+    torch.testing.assert_close(logits_of(again, IDS), logits_of(model, IDS))
+    assert expected is not None
+
+
+# The loop.
+
+
+def test_training_lowers_the_loss_and_keeps_the_best_state():
+    steps = training(lora(), steps=20, eval_every=4)
+    looks: list[int] = []
+    steps.run(lambda now: looks.append(now.course.step), lambda *_: None)
+    assert looks == [0, 4, 8, 12, 16, 20]
+    step, loss = steps.course.best
+    assert step > 0
+    assert loss < steps.course.losses[0][2]
+    steps.take_best()
+    assert steps.held_out_loss() == pytest.approx(loss, abs=1e-6)
+
+
+def test_towards_a_teacher_it_comes_nearer_to_it():
+    teacher = tiny_model("llama", dtype=F32, num_hidden_layers=1, seed=3)
+    steps = training(lora(), teacher=teacher, steps=20)
+    before = float(steps.loss(IDS).detach())
+    steps.run(lambda _now: None, lambda *_: None)
+    assert float(steps.loss(IDS).detach()) < 0.9 * before
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_it_ends_after_looks_that_are_no_better_and_keeps_what_it_began_with(monkeypatch):
+    losses = iter([2.0, 3.0, 2.5, 2.0])
+    monkeypatch.setattr(Training, "held_out_loss", lambda _self: next(losses))
+    steps = training(lora(), steps=40, eval_every=1, patience=3)
+    beginning = {name: each.detach().clone() for name, each in steps.trained.parameters.items()}
+    steps.run(lambda _now: None, lambda *_: None)
+    assert steps.course.best[0] == 0
+    assert steps.course.step == 3
+    steps.take_best()
+    assert all(torch.equal(steps.trained.parameters[name], each) for name, each in beginning.items())
+
+
+def test_a_course_has_stalled_when_the_last_looks_are_no_better():
+    course = Course(4, [(0, None, 3.0), (2, 2.9, 2.0), (4, 2.8, 2.0)])
+    assert course.best == (2, 2.0)
+    assert course.has_stalled(1)
+    assert not course.has_stalled(2)
+
+
+def test_a_loss_that_is_no_number_ends_the_run():
+    steps = training(lora())
+    next(iter(steps.trained.parameters.values())).data[:] = math.nan
+    with pytest.raises(NumericalError, match=r"of step 1 is .* gradient nan\. Use a smaller --lr"):
+        steps.step()
+
+
+@pytest.mark.parametrize("at", [0, 2, 4])
+def test_a_run_that_goes_on_gives_the_same_bits(tmp_path, at):
+    whole, kept = training(lora(), steps=6), {}
+
+    def keep(now: Training) -> None:
+        if now.course.step == at:
+            data, tensors = snapshot(now)
+            save_file({name: tensor.clone() for name, tensor in tensors.items()}, tmp_path / "state.safetensors")
+            kept["data"] = json.loads(json.dumps(data))
+
+    whole.run(keep, lambda *_: None)
+    again = training(lora(seed=9), steps=6)  # begun otherwise: everything comes from the state
+    restore(
+        again, kept["data"], {name: each.clone() for name, each in load_file(tmp_path / "state.safetensors").items()}
+    )
+    assert again.course.step == at
+    again.run(lambda _now: None, lambda *_: None)
+    assert again.course == whole.course
+    for name, parameter in whole.trained.parameters.items():
+        assert torch.equal(again.trained.parameters[name], parameter)
+        assert torch.equal(again.best[name], whole.best[name])
+
+
+def test_dropout_is_off():
+    model = tiny_model("opt", dtype=F32, num_hidden_layers=1, dropout=0.5, attention_dropout=0.5, layerdrop=0.9)
+    trained = Lora(model, block_linears(model, model.config), rank=2, alpha=2, merge=True)
+    steps = training(trained)
+    assert trained.model.training
+    assert float(steps.loss(IDS).detach()) == float(steps.loss(IDS).detach())
+    torch.testing.assert_close(steps.loss(IDS[:3]).detach().double(), torch.tensor(steps.held_out_loss()).double())
+
+
+# Files.
+
+
+def test_new_numbers_take_the_place_of_the_old_ones_and_nothing_else_changes(tmp_path):
+    source, target = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    tensors = {"x": torch.randn(3, 5).to(torch.bfloat16), "y": torch.arange(7), "z": torch.randn(4)}
+    save_file(tensors, source, metadata={"format": "pt"})
+    new = torch.randn(3, 5)
+    put_tensors(source, target, {"x": new})
+    found = load_file(target)
+    assert torch.equal(found["x"], new.to(torch.bfloat16))
+    assert torch.equal(found["y"], tensors["y"])
+    assert torch.equal(found["z"], tensors["z"])
+    assert target.stat().st_size == source.stat().st_size
+    changed = [
+        n for n, pair in enumerate(zip(source.read_bytes(), target.read_bytes(), strict=True)) if pair[0] != pair[1]
+    ]
+    assert max(changed) - min(changed) < 30
