@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from torch import Tensor, nn
 
 from compress.models.branch import Branch
@@ -29,20 +29,22 @@ def mean_divergence(head: Branch, dense_readers: Sequence[nn.Linear], streams: S
     """KL(dense || compressed) of the next token, in nats, the mean over held-out tokens; None where there are none."""
     if streams.dense is None:
         return None
-    total, tokens = ReproducibleSum(device=torch.device("cpu")), 0
+    total, tokens = ReproducibleSum(device=streams.decoder.device), 0
     (linear,), (dense_linear,) = head.readers.values(), dense_readers
     assert head.norm is not None
     for batch in (batch for batch in streams.batches if batch.held_out):
         compressed, dense = streams.now(batch)
         assert dense is not None
         for z, x in zip(*(rows(stream).split(LOGITS_AT_ONCE) for stream in (compressed, dense)), strict=True):
-            total.add(torch.tensor(kl_divergence(dense_linear(head.norm(x)), linear(head.norm(z)))))
+            total.add(kl_divergence(dense_linear(head.norm(x)), linear(head.norm(z))))
             tokens += len(x)
     streams.processes.add_up(total)
     tokens = streams.processes.total(tokens)
     return float(total.close()) / tokens if tokens else None
 
 
-def kl_divergence(dense: Float[Tensor, "*tokens vocabulary"], compressed: Float[Tensor, "*tokens vocabulary"]) -> float:
+def kl_divergence(
+    dense: Float[Tensor, "*tokens vocabulary"], compressed: Float[Tensor, "*tokens vocabulary"]
+) -> Float64[Tensor, ""]:
     p, q = dense.double().log_softmax(-1), compressed.double().log_softmax(-1)
-    return float((p.exp() * (p - q)).sum())
+    return (p.exp() * (p - q)).sum()
