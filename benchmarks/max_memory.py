@@ -3,7 +3,7 @@
     python benchmarks/max_memory.py --write docs/reliability.md
 
 Measured is what the run and the process that reloads its result hold together and the system cannot take back
-(RssAnon of /proc, summed over the processes, looked at every 5 ms); pages of mapped files, which the system drops or
+(RssAnon of /proc, summed over the processes, looked at every 10 ms); pages of mapped files, which the system drops or
 writes out when memory is short, are not promised. The last row is a model larger than its limit, which the kernel
 enforces: a memory cgroup where one can be made, else RLIMIT_DATA for each process.
 """
@@ -22,7 +22,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import psutil
 from memory_by_depth import write_llama
 
 COMPRESS = Path(sys.executable).with_name("compress")
@@ -41,17 +40,25 @@ class Watch(threading.Thread):
 
     def __init__(self, pid: int) -> None:
         super().__init__(daemon=True)
-        self.process = psutil.Process(pid)
+        self.pid = pid
         self.peak = 0
 
     def run(self) -> None:
-        while self.process.is_running() and self.process.status() != psutil.STATUS_ZOMBIE:
-            try:
-                family = [self.process, *self.process.children(recursive=True)]
-            except psutil.NoSuchProcess:
-                return
-            self.peak = max(self.peak, sum(anonymous(each.pid) for each in family))
-            time.sleep(0.005)
+        while held := sum(anonymous(pid) for pid in family(self.pid)):
+            self.peak = max(self.peak, held)
+            time.sleep(0.01)
+
+
+def family(pid: int) -> Iterator[int]:
+    """A process and those that it has started."""
+    yield pid
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        try:
+            children = task.read_text().split()
+        except OSError:
+            continue
+        for child in children:
+            yield from family(int(child))
 
 
 def anonymous(pid: int) -> int:

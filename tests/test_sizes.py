@@ -316,10 +316,10 @@ def test_a_plan_of_a_70b_model_takes_no_weights():
     assert found.size is not None
     assert found.removed is not None
     assert round(100 * found.removed, 1) == 16.0
-    # One block (its largest: three MLP matrices and the attention's) in float32 and float64, four D x D matrices in
-    # float64, and 1 GiB of activations.
+    # One block (three MLP matrices and the attention's) in float32 twice, six D x D matrices in float64, the largest
+    # matrix of all, the head, turned in float64, and 1 GiB of activations.
     block = 3 * 8192 * 28672 + 2 * 8192 * 8192 + 2 * 8192 * 1024 + 2 * 8192
-    assert found.memory_bytes == block * (4 + 8) + 4 * 8192**2 * 8 + 2**30
+    assert found.memory_bytes == 2 * block * 4 + 6 * 8192**2 * 8 + 32000 * 8192 * (8 + 8 + 4) + 2**30
     activations = 128 * 2048 * 8192 * 4
     assert found.disk_bytes == found.size.bytes + 2 * activations + activations
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from torch import Tensor, nn
 
 from compress.errors import NumericalError
@@ -31,7 +31,7 @@ def mean_divergence(head: Branch, dense_readers: Sequence[nn.Linear], streams: S
     """KL(dense || compressed) of the next token, in nats, the mean over held-out tokens; None where there are none."""
     if streams.dense is None:
         return None
-    total, tokens = ReproducibleSum(device=torch.device("cpu")), 0
+    total, tokens = ReproducibleSum(device=streams.decoder.device), 0
     (linear,), (dense_linear,) = head.readers.values(), dense_readers
     assert head.norm is not None
     logits_of = streams.decoder.logits_of
@@ -39,8 +39,7 @@ def mean_divergence(head: Branch, dense_readers: Sequence[nn.Linear], streams: S
         compressed, dense = streams.now(batch)
         assert dense is not None
         for z, x in zip(*(rows(stream).split(LOGITS_AT_ONCE) for stream in (compressed, dense)), strict=True):
-            kl = kl_divergence(logits_of(dense_linear(head.norm(x))), logits_of(linear(head.norm(z))))
-            total.add(torch.tensor(kl))
+            total.add(kl_divergence(logits_of(dense_linear(head.norm(x))), logits_of(linear(head.norm(z)))))
             tokens += len(x)
     streams.processes.add_up(total)
     tokens, divergence = streams.processes.total(tokens), float(total.close())
@@ -49,6 +48,8 @@ def mean_divergence(head: Branch, dense_readers: Sequence[nn.Linear], streams: S
     return divergence / tokens if tokens else None
 
 
-def kl_divergence(dense: Float[Tensor, "*tokens vocabulary"], compressed: Float[Tensor, "*tokens vocabulary"]) -> float:
+def kl_divergence(
+    dense: Float[Tensor, "*tokens vocabulary"], compressed: Float[Tensor, "*tokens vocabulary"]
+) -> Float64[Tensor, ""]:
     p, q = dense.double().log_softmax(-1), compressed.double().log_softmax(-1)
-    return float((p.exp() * (p - q)).sum())
+    return (p.exp() * (p - q)).sum()
