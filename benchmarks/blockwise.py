@@ -27,7 +27,9 @@ from all_methods import Subject, compress
 from compress.datasets.windows import calibration_windows
 from compress.models.hub import find_model
 from compress.models.loading import load_tokenizer
+from compress.tuning.blocks_files import KeptTensors
 from compress.tuning.blockwise import BlockSettings, tune_blocks
+from compress.tuning.writing import write_weights
 
 BEGIN, END = "<!-- blockwise: begin -->\n", "<!-- blockwise: end -->\n"
 COLUMNS = ["compressed by", "perplexity", "tuned", "excess", "tuned", "divergence, nats", "tuned", "seconds"]
@@ -79,9 +81,11 @@ class Bench:
 
     def tuned(self, folder: Path) -> tuple[Path, float]:
         """The tuned checkpoint, and how many seconds it took."""
-        out = folder.with_name(f"{folder.name}-tuned")
-        shutil.rmtree(out, ignore_errors=True)
-        shutil.copytree(folder, out, ignore=shutil.ignore_patterns("*.safetensors"))
+        out, blocks = folder.with_name(f"{folder.name}-tuned"), folder.with_name(f"{folder.name}-blocks")
+        for leftover in (out, blocks):
+            shutil.rmtree(leftover, ignore_errors=True)
+        shutil.copytree(folder, out)
+        blocks.mkdir()
         options = self.options
         windows = calibration_windows(
             self.subject.calibration,
@@ -93,7 +97,8 @@ class Bench:
         )
         learned, held_out = windows[: options.samples], windows[options.samples :]
         start = time.perf_counter()
-        tune_blocks(folder, self.teacher, learned, held_out, out, BlockSettings(), lambda *_heard: None)
+        tune_blocks(folder, self.teacher, learned, held_out, blocks, BlockSettings(), lambda *_heard: None)
+        write_weights(folder, out, KeptTensors(blocks))
         return out, time.perf_counter() - start
 
     def row(self, number: int, way: Way) -> list[str]:

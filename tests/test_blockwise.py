@@ -25,8 +25,10 @@ from compress.models.storage import Storage
 from compress.models.stored_loading import is_stored, load_stored
 from compress.numerics.sparsity import Pattern, keep_mask
 from compress.tuning import blockwise
+from compress.tuning.blocks_files import FILES, KeptTensors
 from compress.tuning.blocks_trainable import TrainableLinear, stored, trainable, trainable_linear
 from compress.tuning.blockwise import BlockSettings, Distillation, Lesson, Pupil, tune_blocks
+from compress.tuning.writing import write_weights
 from stored import label, random_parts, store_linears, write_compact, write_packed
 
 HALF = Pattern(2, 4)
@@ -132,7 +134,17 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tune(root: Path, kind: str, out: Path, **settings: Any) -> blockwise.BlocksTuned:
     out.mkdir(exist_ok=True)
     asked = BlockSettings(**(SETTINGS | settings))
-    return tune_blocks(root / kind, root / "dense", WINDOWS, HELD_OUT, out, asked, lambda *_heard: None)
+    tuned = tune_blocks(root / kind, root / "dense", WINDOWS, HELD_OUT, out, asked, lambda *_heard: None)
+    settle(root / kind, out)
+    return tuned
+
+
+def settle(folder: Path, out: Path) -> None:
+    """The whole tuned checkpoint in the place of its blocks."""
+    shutil.copytree(folder, out, dirs_exist_ok=True)
+    write_weights(folder, out, KeptTensors(out))
+    for file in out.glob(FILES):
+        file.unlink()
 
 
 @pytest.fixture(scope="module")
@@ -408,7 +420,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(kind, root, tuned, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         tune_blocks(root / kind, root / "dense", WINDOWS, HELD_OUT, again, asked, killed)
-    assert len(list(again.glob("tuned-*.safetensors"))) == 2
+    assert len(list(again.glob(FILES))) == 2
     with pytest.MonkeyPatch.context() as patch:
         tuned_now = []
         learn = Pupil.learn
@@ -417,21 +429,6 @@ def test_a_killed_run_goes_on_to_the_same_bytes(kind, root, tuned, tmp_path):
     assert set(tuned_now) == {2}
     for file in out.rglob("*.safetensors"):
         assert (again / file.relative_to(out)).read_bytes() == file.read_bytes()
-
-
-def test_a_full_disk_is_told_and_what_is_done_is_kept(root, tmp_path, monkeypatch):
-    from compress.errors import OutputError
-    from compress.tuning import blocks_files
-
-    def full(*_arguments: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    out = tmp_path / "out"
-    monkeypatch.setattr(blocks_files.shutil, "copyfile", full)
-    with pytest.raises(OutputError, match=r"cannot be written .*No space left.*--resume goes on from here"):
-        tune(root, "packed", out)
-    left = sorted(str(file.relative_to(out)) for file in out.rglob("*.*"))
-    assert left == [f"tuned-{index:05d}.safetensors" for index in range(tiny.NUM_BLOCKS)]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,13 @@ if TYPE_CHECKING:
     from compress.tuning.looking import Prepared
     from compress.tuning.tuner import Result
 
-WHAT = {"lora": "a LoRA", "factors": "the factors", "adapters": "the adapters", "all": "all weights"}
+WHAT = {
+    "lora": "a LoRA",
+    "factors": "the factors",
+    "adapters": "the adapters",
+    "all": "all weights",
+    "blocks": "all floats of the blocks",
+}
 
 
 def show_plan(prepared: "Prepared", *, as_json: bool) -> None:
@@ -22,11 +28,18 @@ def show_plan(prepared: "Prepared", *, as_json: bool) -> None:
         ["trained", f"{WHAT[prepared.what]}, {prepared.num_trained:,} numbers"],
         ["steps", f"{prepared.steps:,} of {settings.batch_size} windows of {settings.seq_len} tokens"],
         ["text", f"{settings.data}, {len(prepared.texts.train):,} windows"],
-        ["held out", f"{len(prepared.texts.held_out)} windows, looked at every {settings.eval_every} steps"],
-        ["towards", "the text's next tokens" if job.teacher is None else f"the distribution of {job.teacher.name}"],
+        ["held out", f"{len(prepared.texts.held_out)} windows"],
+        ["towards", towards(prepared)],
         ["learning rate, at most", f"{prepared.rate:g}"],
     ]
     print_table(f"Plan: {job.model.name} to {job.out}", ["", "value"], rows)
+
+
+def towards(prepared: "Prepared") -> str:
+    teacher = prepared.job.teacher
+    if teacher is None:
+        return "the text's next tokens"
+    return f"the {'stream' if prepared.what == 'blocks' else 'distribution'} of {teacher.name}"
 
 
 def plan_data(prepared: "Prepared") -> dict[str, Any]:
@@ -52,7 +65,7 @@ def show_tuning(result: "Result", *, as_json: bool) -> None:
     tuning = result.tuning
     rows = [
         ["trained", f"{WHAT[tuning['trained']]}, {tuning['trained_parameters']:,} numbers"],
-        ["steps", f"{tuning['steps']:,} of {tuning['planned_steps']:,}, the best after {tuning['best_step']:,}"],
+        course(tuning),
         ["perplexity, held out", change(tuning["held_out"])],
     ]
     if tuning["unlike"] is not None:
@@ -64,6 +77,12 @@ def show_tuning(result: "Result", *, as_json: bool) -> None:
     ]
     print_table(f"Tuned: {result.out}", ["", "value"], rows)
     print_lines(result.notes)
+
+
+def course(tuning: dict[str, Any]) -> list[str]:
+    if tuning["blocks"] is None:
+        return ["steps", f"{tuning['steps']:,} of {tuning['planned_steps']:,}, the best after {tuning['best_step']:,}"]
+    return ["blocks", f"{sum(block['epoch'] > 0 for block in tuning['blocks'])} of {len(tuning['blocks'])} are better"]
 
 
 def change(found: dict[str, Any]) -> str:

@@ -1,29 +1,20 @@
-"""A tuned checkpoint's files: those of the untuned one, byte for byte, but for the numbers that were tuned.
+"""The finished blocks of a tuning, a file each, there whole or not at all; a run that goes on takes them for done."""
 
-A finished block is a file `tuned-*.safetensors`, there whole or not at all; a run that goes on takes it for done. When
-all blocks are, the checkpoint's files are copied, the tuned tensors are written over the old ones in their places, the
-copies get their names and the blocks' files go.
-"""
-
-import json
-import os
-import shutil
-import struct
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from compress.errors import OutputError
-from compress.models.stored_files import StoredTensors
-from compress.streaming.journal import new_file_mode, write_tensors
+from compress.models.tensor_files import open_safetensors
+from compress.streaming.journal import write_tensors
 
+FILES = "finding-block-*.safetensors"
 REPORT = "report"  # beside the tensors in a block's file
 
 
 def block_file(out: Path, index: int) -> Path:
-    return out / f"tuned-{index:05d}.safetensors"
+    return out / FILES.replace("*", f"{index:05d}")
 
 
 def keep_block(out: Path, index: int, tensors: dict[str, Tensor], report: Tensor) -> None:
@@ -38,40 +29,22 @@ def kept_block(out: Path, index: int) -> tuple[dict[str, Tensor], Tensor]:
     return tensors, tensors.pop(REPORT)
 
 
-def write_files(folder: Path, out: Path, tensors: StoredTensors, num_blocks: int) -> None:
-    """The checkpoint `folder` with the tensors of the blocks' files, in the folder `out`. Raises OutputError."""
-    targets = {file: out / file.relative_to(folder) for file, _ in tensors.places.values()}
-    copies = {file: target.with_suffix(".unfinished") for file, target in targets.items()}
-    try:
-        for file, copy in copies.items():
-            copy.parent.mkdir(exist_ok=True)
-            shutil.copyfile(file, copy)
-            copy.chmod(new_file_mode())
-        for index in range(num_blocks):
-            for name, tensor in kept_block(out, index)[0].items():
-                file, key = tensors.places[str(tensors.resolve(name))]
-                overwrite(copies[file], key, tensor)
-        for file, copy in copies.items():
-            with copy.open("rb") as opened:
-                os.fsync(opened.fileno())
-            copy.replace(targets[file])
-    except OSError as error:
-        for copy in copies.values():
-            copy.unlink(missing_ok=True)
-        raise OutputError(
-            f"{out} cannot be written ({error}). Free space or choose another --out; --resume goes on from here."
-        ) from error
-    for index in reversed(range(num_blocks)):
-        block_file(out, index).unlink()
+class KeptTensors(Mapping[str, Tensor]):
+    """The tensors of all finished blocks by their names in the model, each read when it is asked for."""
 
+    def __init__(self, out: Path) -> None:
+        self.files: dict[str, Path] = {}
+        for file in sorted(out.glob(FILES)):
+            with open_safetensors(file) as opened:
+                self.files |= {name: file for name in opened.keys() if name != REPORT}  # noqa: SIM118 (no dict)
 
-def overwrite(file: Path, key: str, tensor: Tensor) -> None:
-    """Put a tensor of the same dtype and shape in the place of the one in a safetensors file."""
-    with file.open("r+b") as opened:
-        (length,) = struct.unpack("<Q", opened.read(8))
-        begin, end = json.loads(opened.read(length))[key]["data_offsets"]
-        data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-        if len(data) != end - begin:
-            raise ValueError(f"{key} has {len(data)} bytes, its place in {file} {end - begin}.")
-        opened.seek(8 + length + begin)
-        opened.write(data)
+    def __getitem__(self, name: str) -> Tensor:
+        with open_safetensors(self.files[name]) as opened:
+            tensor: Tensor = opened.get_tensor(name).clone()
+            return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.files)
+
+    def __len__(self) -> int:
+        return len(self.files)

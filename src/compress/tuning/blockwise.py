@@ -33,7 +33,7 @@ from compress.streaming.memory import return_large_blocks
 from compress.streaming.streams import Batch, CacheFolder
 from compress.streaming.weights import READABLE, LazyWeights
 from compress.tuning.blocks import Student, text_config
-from compress.tuning.blocks_files import block_file, keep_block, kept_block, write_files
+from compress.tuning.blocks_files import block_file, keep_block, kept_block
 from compress.tuning.blocks_streams import Coordinates, Stream, are_shared, fitted
 from compress.tuning.blocks_trainable import stored, trainable
 
@@ -90,11 +90,10 @@ def tune_blocks(
     settings: BlockSettings,
     progress: Callable[[str, int, int], None],
 ) -> BlocksTuned:
-    """Tune the checkpoint `folder` towards the dense model `teacher`; writes the tensors' files of the tuned one.
+    """Tune the checkpoint `folder` towards the dense model `teacher`.
 
-    out: a folder that is this run's alone. It gets files of the same names, sizes and headers as `folder` has (with
-    those of the adapter), and holds finished blocks meanwhile: called again, the same run goes on behind them and comes
-    to the same bits. progress: hears each block that is done.
+    out: a folder that is this run's alone. It gets the finished blocks (`blocks_files.py`); called again, the same run
+    goes on behind them and comes to the same bits. progress: hears each block that is done.
 
     Raises UsageError where the two are not of one model, CheckpointError for what is damaged, OutputError for `out`.
     """
@@ -104,7 +103,6 @@ def tune_blocks(
     for block in distillation.blocks():
         tuned.append(block)
         progress("tuning blocks", len(tuned), distillation.num_blocks)
-    write_files(folder, out, distillation.student.tensors, distillation.num_blocks)
     return BlocksTuned(tuple(tuned))
 
 

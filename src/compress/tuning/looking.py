@@ -17,12 +17,12 @@ from compress.inspection.blueprint import blueprint
 from compress.models.loading import check_positions, check_vocabulary, load_config, load_tokenizer
 from compress.provenance import input_fingerprint, versions
 from compress.streaming.weights import LazyWeights
-from compress.tuning.settings import TuningJob, What
+from compress.tuning.settings import Settings, TuningJob, What
 from compress.tuning.structure import chosen, num_trained, trainable, why_not_merged
 from compress.tuning.texts import Reader, Texts
 
 # For models of some million parameters. Papers take 2e-4 (SliceGPT) and 5e-5 (SLiM) for billions.
-RATES: dict[What, float] = {"lora": 3e-3, "factors": 1e-3, "adapters": 1e-3, "all": 1e-3}
+RATES: dict[What, float] = {"lora": 3e-3, "factors": 1e-3, "adapters": 1e-3, "all": 1e-3, "blocks": 1e-2}
 ELSEWHERE = ("wikitext2", "stdlib")  # texts that may be unlike the one that is trained on
 
 
@@ -71,7 +71,7 @@ def look(job: TuningJob, progress: Progress = lambda name, done, total: None) ->
     teacher = None if job.teacher is None else job.teacher.whole_folder()
     faults = Faults()
     with faults.noted():
-        what = chosen(settings.train, trainable(facts, model))
+        what = chosen_way(settings, facts, model)
         merge = merged_at_the_end(settings.merge, what, facts)
     with faults.noted():
         check_output(job)
@@ -97,6 +97,23 @@ def look(job: TuningJob, progress: Progress = lambda name, done, total: None) ->
     )
 
 
+def chosen_way(settings: Settings, facts: Facts, model: Any) -> What:
+    """Raises UsageError for what this checkpoint has not, and for what is not said of blocks."""
+    if settings.distill != "blocks":
+        return chosen(settings.train, trainable(facts, model))
+    given = {
+        "train": settings.train,
+        "steps": settings.steps,
+        "gradient-checkpointing": settings.gradient_checkpointing,
+    }
+    if wrong := [f"--{name}" for name, value in given.items() if value]:
+        raise UsageError(
+            f"{' and '.join(wrong)}: not with --distill blocks, which trains all that a block stores as floats, block "
+            "after block. Say how much text by --tokens, how often it is read by --epochs."
+        )
+    return "blocks"
+
+
 def merged_at_the_end(asked: bool | None, what: What, facts: Facts) -> bool:
     """Raises UsageError where there is nothing to merge, or where the sum would be of another kind."""
     if what != "lora":
@@ -111,7 +128,9 @@ def merged_at_the_end(asked: bool | None, what: What, facts: Facts) -> bool:
 
 def read_texts(job: TuningJob, facts: Facts) -> Texts:
     settings = job.settings
-    reader = Reader(load_tokenizer(job.folder), settings.seq_len, settings.seed, job.data_dir)
+    # On the windows that a block was fitted to it looks better than it is, and nothing is found to be better.
+    seed = settings.seed + (settings.distill == "blocks")
+    reader = Reader(load_tokenizer(job.folder), settings.seq_len, seed, job.data_dir)
     return reader.texts(settings.data, settings.num_windows, (*ELSEWHERE, facts.recipe.calibration.source))
 
 

@@ -50,18 +50,13 @@ class Written:
 
 def write_tuned(source: Path, target: Path, facts: Facts, settled: Settled) -> Written:
     """Everything but compress.json and the card."""
-    changed = by_file(source, settled.tensors)
-    parts = dict(facts.parts)
+    parts = facts.parts | write_weights(source, target, settled.tensors)
     shutil.rmtree(target / ADAPTER, ignore_errors=True)  # of an attempt that rounding has made worse
     for file in own_files(source, facts):
-        if file in LEFT_BEHIND or file.endswith(".gguf"):
+        if file in LEFT_BEHIND or file.endswith(".gguf") or parts.get(file) != facts.parts.get(file):
             continue
         (target / file).parent.mkdir(exist_ok=True)
-        if file in changed:
-            put_tensors(source / file, target / file, changed[file])
-            parts[file] = sha256(target / file)
-        else:
-            link_or_copy(source / file, target / file)
+        link_or_copy(source / file, target / file)
     if not settled.adapter:
         return Written(parts)
     modules = [path for path, _ in blueprint(source, facts).named_modules()]
@@ -69,27 +64,33 @@ def write_tuned(source: Path, target: Path, facts: Facts, settled: Settled) -> W
     return add_adapter(target, parts, settled.adapter, config)
 
 
-def by_file(source: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """The tensors by the file that has them, under the names that they have there."""
+def write_weights(source: Path, target: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """The files of weights in which tensors are others now, each read when its turn comes; their sha256."""
     stored = StoredTensors(source, read_lora(source))
-    found: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    for name, tensor in tensors.items():
+    places: dict[Path, dict[str, str]] = defaultdict(dict)
+    for name in tensors:
         file, inside = stored.places[str(stored.resolve(name))]
-        found[str(file.relative_to(source))][inside] = tensor
-    return found
+        places[file.relative_to(source)][inside] = name
+    for file, names in places.items():
+        (target / file).parent.mkdir(exist_ok=True)
+        put_tensors(source / file, target / file, names, tensors)
+    return {str(file): sha256(target / file) for file in places}
 
 
-def put_tensors(source: Path, target: Path, tensors: Mapping[str, Tensor]) -> None:
-    """A copy of a safetensors file with other numbers in some of its tensors, in the dtypes that it has."""
+def put_tensors(source: Path, target: Path, names: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
+    """A copy of a safetensors file with other numbers in some of its tensors, in the dtypes that it has.
+
+    names: of those by the names that they have there.
+    """
     unfinished = target.with_suffix(".unfinished")
     shutil.copyfile(source, unfinished)
     with unfinished.open("r+b") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(length))
-        for name, tensor in tensors.items():
-            entry = header[name]
+        for inside, name in names.items():
+            entry, tensor = header[inside], tensors[name]
             start, stop = entry["data_offsets"]
-            data = raw(tensor, DTYPES[entry["dtype"]])
+            data = raw(tensor, DTYPES.get(entry["dtype"], tensor.dtype))
             assert list(tensor.shape) == entry["shape"]
             assert len(data) == stop - start
             file.seek(8 + length + start)
