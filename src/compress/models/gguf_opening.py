@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from compress.errors import CheckpointError, UnsupportedModel, UsageError
 from compress.models.counting import num_parameters
 from compress.models.libraries import reading
+from compress.models.loading import check_sizes
 
 ROPE_FACTORS = "rope_freqs.weight"
 FOLDER_INSTEAD = "Name the folder it was written from: the weights are the same."
@@ -31,6 +32,7 @@ def load_gguf_config(file: Path) -> Any:
         raise UsageError("Reading GGUF needs the package gguf: pip install compress-llm[gguf]") from error
     with alone(file) as folder, reading(f"transformers cannot read {file}", kind=UnsupportedModel):
         config = AutoConfig.from_pretrained(folder, gguf_file=file.name, local_files_only=True)
+    check_sizes(file, config)
     check_rotary(file, config)
     return config
 
@@ -43,6 +45,7 @@ def load_gguf_tokenizer(file: Path) -> Any:
 
 def load_gguf(file: Path, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """The whole model. Raises UnsupportedModel where some of the file has no place in it."""
+    load_gguf_config(file)  # whose sizes are looked at there
     with alone(file) as folder, reading(f"transformers cannot read {file}", kind=UnsupportedModel):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, gguf_file=file.name, dtype=dtype, local_files_only=True, output_loading_info=True

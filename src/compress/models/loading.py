@@ -109,6 +109,7 @@ def load_model(
     folder: Path, *, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
 ) -> PreTrainedModel:
     """The whole model, for what needs it whole. Safetensors only, and every parameter must be there."""
+    load_config(folder, trust_remote_code=trust_remote_code)  # whose sizes are looked at there
     with reading(f"{folder} with its config.json makes no model"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
