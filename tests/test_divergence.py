@@ -167,7 +167,7 @@ def test_a_divergence_that_is_no_number_is_an_error(broken):
     batch = windows().clamp_max(VOCAB_SIZE - 2)
     batch[2, 0] = VOCAB_SIZE - 1
     (dense if broken == "dense" else model).model.embed_tokens.weight.data[VOCAB_SIZE - 1] = math.nan
-    with pytest.raises(NumericalError, match=r"^The loss on 'random', window 2, is nan\."):
+    with pytest.raises(NumericalError, match=r"^The loss on 'random', window 2, is nan"):
         measured(dense, model, batch)
     model.lm_head.weight.data[0, 0] = math.nan
     with pytest.raises(NumericalError):

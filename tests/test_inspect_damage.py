@@ -169,7 +169,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "blocks without end": (
         lambda out: change(out / "config.json", lambda config: config.update(num_hidden_layers=10**9)),
-        f"says 1000000000 blocks, compress.json {NUM_BLOCKS}",
+        "makes no model: num_hidden_layers is 1000000000",
+    ),
+    "more blocks than there are": (
+        lambda out: change(out / "config.json", lambda config: config.update(num_hidden_layers=500)),
+        f"says 500 blocks, compress.json {NUM_BLOCKS}",
     ),
     "no adapter": (lambda out: shutil.rmtree(out / "adapter"), "adapter_config.json is missing"),
     "no weights of the adapter": (lambda out: (out / ADAPTER).unlink(), "adapter_model.safetensors is missing"),

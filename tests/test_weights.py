@@ -195,7 +195,7 @@ def test_a_file_damaged_after_it_was_opened(tmp_path):
     file = write(tmp_path, tensors())
     weights = LazyWeights(tmp_path)
     file.write_bytes(b"no safetensors")
-    assert complaint(lambda: weights.read(["a"])).startswith(f"{file} is damaged (")
+    assert complaint(lambda: weights.read(["a"])).startswith(f"{file} is damaged")
 
 
 @pytest.mark.parametrize(
