@@ -127,7 +127,7 @@ def test_the_papers_ladder_of_starcoder_comes_from_its_config(home, place, rank,
     options = ["--method", "lord", "--target", "mlp", "--form", "factors", "--rank", rank, "--rank-multiple", 1]
     plan = succeeds("lord", "--model", home / "starcoder", *options, "--dry-run", "--json").json
     assert round(plan["size"]["parameters"] / 1e9, 2) == billions
-    assert plan["memory_bytes"] < 40e9
+    assert plan["memory_bytes"] < 80e9  # an A100, which the paper used, has as much
     assert not list(place.iterdir())
 
 

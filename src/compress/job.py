@@ -35,4 +35,4 @@ class Job:
 
     @property
     def partial(self) -> Path:
-        return self.out.with_name(f"{self.out.name}.partial")
+        return self.out.parent / f"{self.out.name}.partial"

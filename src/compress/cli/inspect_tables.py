@@ -74,7 +74,7 @@ def our_header(seen: "Inspection", facts: "Facts") -> list[list[str]]:
     if facts.tuning is not None:
         losses = facts.tuning.held_out
         change = f"{math.exp(losses.before):.2f} to {math.exp(losses.after):.2f}"
-        rows += [["tuned on", f"{visible(facts.tuning.data.source)}, perplexity held out {change}"]]
+        rows += [["tuned on", f"{facts.tuning.data.source}, perplexity held out {change}"]]
     if facts.held_out_divergence is not None:
         rows += [["divergence from dense, held out", f"{facts.held_out_divergence:.3f} nats a token"]]
     if seen.quality is not None:

@@ -102,7 +102,7 @@ class TuningJob:
 
     @property
     def partial(self) -> Path:
-        return self.out.with_name(f"{self.out.name}.partial")
+        return self.out.parent / f"{self.out.name}.partial"
 
     @property
     def folder(self) -> Path:

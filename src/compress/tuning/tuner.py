@@ -6,7 +6,7 @@ has been opened again, measured and reloaded in a clean process. Of several proc
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -196,7 +196,11 @@ def train_blocks(
     )
     tuned = tune_blocks(job.folder, prepared.teacher, texts.train, texts.held_out, job.partial, asked, heard)
     before, after = (sum(getattr(block, when) for block in tuned.blocks) for when in ("before", "after"))
-    course = Course(len(tuned.blocks), [(0, None, before), (len(tuned.blocks), None, after)], tuned.to_dict()["blocks"])
+    course = Course(
+        len(tuned.blocks),
+        [(0, None, before), (len(tuned.blocks), None, after)],
+        [asdict(block) for block in tuned.blocks],
+    )
     return Settled(KeptTensors(job.partial) if course.best[0] else {}, {}), course, resumed
 
 
@@ -240,7 +244,7 @@ def complete(
     before = measures(prepared, job.folder, device)
     written, after = write_and_measure(prepared, settled, device)
     if after["held_out"] > before["held_out"]:  # rounded to what is stored, it is no better than it was
-        settled, course = Settled({}, {}), Course(course.step, course.losses[:1])
+        settled, course = Settled({}, {}), replace(course, losses=course.losses[:1])
         written, after = write_and_measure(prepared, settled, device)
     # Who tunes block by block may have no room for the whole dense model.
     whole = None if prepared.what == "blocks" else prepared.teacher

@@ -50,8 +50,8 @@ class Written:
 
 def write_tuned(source: Path, target: Path, facts: Facts, settled: Settled) -> Written:
     """Everything but compress.json and the card."""
-    parts = facts.parts | write_weights(source, target, settled.tensors)
     shutil.rmtree(target / ADAPTER, ignore_errors=True)  # of an attempt that rounding has made worse
+    parts = facts.parts | write_weights(source, target, settled.tensors)
     for file in own_files(source, facts):
         if file in LEFT_BEHIND or file.endswith(".gguf") or parts.get(file) != facts.parts.get(file):
             continue
