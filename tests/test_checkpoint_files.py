@@ -85,7 +85,8 @@ def tensors_of(folder: Path) -> dict[str, tuple[str, int, int]]:
 
 def test_the_files(written):
     parts = {f"model-{part:05d}-of-{NUM_BLOCKS + 2:05d}.safetensors" for part in range(1, NUM_BLOCKS + 3)}
-    own = {INDEX, "config.json", "compress.json", "README.md", "configuration_sliced.py", "modeling_sliced.py"}
+    carried = {"configuration_sliced.py", "modeling_sliced.py", "modeling_experts.py"}
+    own = {INDEX, "config.json", "compress.json", "README.md", *carried}
     assert {path.name for path in written.iterdir()} == parts | own | set(COPIED)
     assert [path.name for path in written.parent.iterdir()] == [written.name]
 
@@ -97,13 +98,15 @@ def test_companions_are_copied_byte_for_byte(home, written):
 
 
 def test_a_companion_that_is_a_link_is_copied_as_a_file(home, patched, tmp_path):
-    """As in the hub's cache, whose snapshots are links."""
-    linked = tmp_path / "linked"
-    linked.mkdir()
-    for file in (home / "tiny").iterdir():
-        (linked / file.name).symlink_to(file)
+    """As in the hub's cache, whose snapshots are links to the blobs beside them."""
+    repository = tmp_path / "models--a--tiny"
+    linked = repository / "snapshots" / "main"
+    linked.mkdir(parents=True)
+    shutil.copytree(home / "tiny", repository / "blobs")
+    for file in (repository / "blobs").iterdir():
+        (linked / file.name).symlink_to(Path("../../blobs") / file.name)
     patched.chdir(tmp_path)
-    succeeds("slice", "--model", "linked", "--calib", home / "text.txt", *OPTIONS, "--out", "out")
+    succeeds("slice", "--model", linked, "--calib", home / "text.txt", *OPTIONS, "--out", "out")
     assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (home / "tiny" / "tokenizer.json").read_bytes()
 

@@ -163,14 +163,14 @@ OPTIONS = {
         *("--signal", "--final-orientation", "--round-to"),
         *("--slice-head", "--measure-error", "--calib", "--samples", "--seq-len", "--data-dir", "--seed", "--out"),
         *("--dtype", "--resume", "--overwrite", "--dry-run", "--json", "--device", "--batch-size", "--cache-memory"),
-        *("--push-to-hub", "--show-recipe"),
+        *("--max-memory", "--push-to-hub", "--show-recipe"),
     },
     "lord": {
         *("--model", "--rank-frac", "--rank", "--keep-params", "--target-size", "--rank-multiple", "--method"),
         *("--allocation", "--target", "--form", "--refit", "--gradient-weight", "--bias", "--trial-samples"),
         *("--materialize", "--measure-error", "--calib", "--samples", "--seq-len", "--data-dir", "--seed", "--out"),
         *("--dtype", "--resume", "--overwrite", "--dry-run", "--json", "--device", "--batch-size", "--cache-memory"),
-        *("--push-to-hub", "--show-recipe"),
+        *("--max-memory", "--push-to-hub", "--show-recipe"),
     },
     "slim": {
         *("--model", "--bits", "--sparsity", "--adapter-rank", "--group", "--inputs", "--method", "--pruner"),
@@ -178,12 +178,12 @@ OPTIONS = {
         *("--target", "--compact", "--materialize", "--adapter-bits"),
         *("--measure-error", "--calib", "--samples", "--seq-len", "--data-dir", "--seed", "--out"),
         *("--dtype", "--resume", "--overwrite", "--dry-run", "--json", "--device", "--batch-size", "--cache-memory"),
-        *("--push-to-hub", "--show-recipe"),
+        *("--max-memory", "--push-to-hub", "--show-recipe"),
     },
     "run": {
         *("recipe", "--model", "--calib", "--samples", "--seq-len", "--data-dir", "--seed", "--out", "--dtype"),
         *("--export", "--resume", "--overwrite", "--push-to-hub", "--dry-run", "--show-recipe", "--json", "--device"),
-        *("--batch-size", "--cache-memory"),
+        *("--batch-size", "--cache-memory", "--max-memory"),
     },
     "eval": {
         *("--ppl", "--kl", "--tasks", "--humaneval", "--model", "--compare", "others"),
@@ -194,6 +194,12 @@ OPTIONS = {
     "bench": {
         *("out", "--against", "--batch-sizes", "--prompt", "--new", "--rounds", "--layerwise", "--tokens"),
         *("--protocol", "--dtype", "--cuda-graphs", "--device", "--trust-remote-code", "--json"),
+    },
+    "finetune": {
+        *("folder", "--data", "--seq-len", "--data-dir", "--seed", "--steps", "--tokens", "--epochs", "--eval-every"),
+        *("--patience", "--train", "--distill", "--teacher", "--lora-rank", "--lora-alpha", "--lr", "--warmup"),
+        *("--merge", "--out", "--resume", "--overwrite", "--dry-run", "--json", "--batch-size"),
+        *("--gradient-checkpointing", "--dtype", "--device"),
     },
     "inspect": {"outputs", "--linears", "--fast", "--plot", "--card", "--json"},
     "push": {"output", "repository", "--public", "--overwrite", "--json"},
