@@ -98,12 +98,13 @@ def test_companions_are_copied_byte_for_byte(home, written):
 
 def test_a_companion_that_is_a_link_is_copied_as_a_file(home, patched, tmp_path):
     """As in the hub's cache, whose snapshots are links."""
-    linked = tmp_path / "linked"
-    linked.mkdir()
-    for file in (home / "tiny").iterdir():
+    linked, blobs = tmp_path / "models--a--b/snapshots/linked", tmp_path / "models--a--b/blobs"
+    linked.mkdir(parents=True)
+    shutil.copytree(home / "tiny", blobs)
+    for file in blobs.iterdir():
         (linked / file.name).symlink_to(file)
     patched.chdir(tmp_path)
-    succeeds("slice", "--model", "linked", "--calib", home / "text.txt", *OPTIONS, "--out", "out")
+    succeeds("slice", "--model", linked, "--calib", home / "text.txt", *OPTIONS, "--out", "out")
     assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (home / "tiny" / "tokenizer.json").read_bytes()
 
