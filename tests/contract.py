@@ -303,6 +303,7 @@ def look_at(written: Mapping[str, Written], root: Path) -> Looked:
             "folder": str(made.out),
             "trust": "auto_map" in made.read("config.json"),
             "unpack": made.read("compress.json")["unpacks_while_loading"],
+            "float64_experts": made.read("config.json")["model_type"] in tiny.SPARSE,
             "ids": {"probe": made.probe[0].tolist()},
             "prompt": PROMPT.tolist(),
         }

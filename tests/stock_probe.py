@@ -73,6 +73,8 @@ def generated(model: Any, prompt: Tensor) -> dict[str, Any]:
 
 def look_at(entry: dict[str, Any], exact_kinds: set[type]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     options = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if entry.get("unpack") else {}
+    if entry.get("float64_experts"):
+        options["experts_implementation"] = "eager"  # torch's grouped products are not for float64
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         entry["folder"], trust_remote_code=entry["trust"], output_loading_info=True, local_files_only=True, **options
     )

@@ -98,13 +98,12 @@ def test_companions_are_copied_byte_for_byte(home, written):
 
 
 def test_a_companion_that_is_a_link_is_copied_as_a_file(home, patched, tmp_path):
-    """As in the hub's cache, whose snapshots are links to the blobs beside them."""
-    repository = tmp_path / "models--a--tiny"
-    linked = repository / "snapshots" / "main"
+    """As in the hub's cache, whose snapshots are links."""
+    linked, blobs = tmp_path / "models--a--b/snapshots/linked", tmp_path / "models--a--b/blobs"
     linked.mkdir(parents=True)
-    shutil.copytree(home / "tiny", repository / "blobs")
-    for file in (repository / "blobs").iterdir():
-        (linked / file.name).symlink_to(Path("../../blobs") / file.name)
+    shutil.copytree(home / "tiny", blobs)
+    for file in blobs.iterdir():
+        (linked / file.name).symlink_to(file)
     patched.chdir(tmp_path)
     succeeds("slice", "--model", linked, "--calib", home / "text.txt", *OPTIONS, "--out", "out")
     assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())

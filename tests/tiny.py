@@ -42,8 +42,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "codegen": {"n_inner": 48, "rotary_dim": 4},
     "gpt_neox": {"intermediate_size": 48},
     "mixtral": {**GATED, "num_local_experts": 4, "num_experts_per_tok": 3, "head_dim": 12},
-    "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 40, "decoder_sparse_step": 1},
-    "qwen3_moe": {**EXPERTS, "head_dim": 16},
 }
 # Families that differ from those above in what their table says and in nothing else: they run the contract alone.
 OTHERS: dict[str, dict[str, Any]] = {
@@ -75,6 +73,8 @@ OTHERS: dict[str, dict[str, Any]] = {
         "final_logit_softcapping": 3.0,
     },
     "gemma3_text": {**GATED, "head_dim": 12, "query_pre_attn_scalar": 12, "sliding_window": 16},
+    "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 40, "decoder_sparse_step": 1},
+    "qwen3_moe": {**EXPERTS, "head_dim": 16},
 }
 EVERY = FAMILIES | OTHERS
 # Of these each MLP is several.
