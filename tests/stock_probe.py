@@ -72,7 +72,9 @@ def generated(model: Any, prompt: Tensor) -> dict[str, Any]:
 
 
 def look_at(entry: dict[str, Any], exact_kinds: set[type]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    options = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if entry.get("unpack") else {}
+    options: dict[str, Any] = {}
+    if entry.get("unpack"):
+        options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
     if entry.get("float64_experts"):
         options["experts_implementation"] = "eager"  # torch's grouped products are not for float64
     loaded: Any = AutoModelForCausalLM.from_pretrained(

@@ -17,8 +17,8 @@ from compress import pipeline
 from compress.errors import CompressError
 from contract import METHODS, ROWS, Looked, Row, Written
 
-# Every family by methods that write another form. Where models are built otherwise, and by the papers' methods, what the
-# walk does is the same or tested on its own. All there is to run is run by benchmarks/family_table.py.
+# Every family by methods that write another form. Where models are built otherwise, and by the papers' methods, what
+# the walk does is the same or tested on its own. All there is to run is run by benchmarks/family_table.py.
 SOME = {
     "one basis": contract.OTHERWISE,
     "slim, packed": [Row("opt", "350M: norms behind", tiny.OPT_350M)],

@@ -144,7 +144,8 @@ def test_exact_norms_are_the_stock_ones(model_type):
         for (kind, name), stock_code in STOCK.items():
             patch.setattr(kind, name, stock_code)
         stock = oracles.logits_of(model, IDS)
-    assert oracles.largest_difference(exact, stock) < 1e-5
+    # Float32 has 24 bits of the largest number on the way, which the logits' largest stands for.
+    assert oracles.largest_difference(exact, stock) < 1e-5 * max(1.0, float(exact.abs().max()))
     assert exact.std() > 0.1
 
 

@@ -1030,8 +1030,9 @@ def test_starcoder_fits_a_machine(gradient_weight):
         lowrank("lord", {"rank_frac": 0.6}),
     ):
         plan = starcoder_plan(stages)
-        # The least that is there: the equations of the widest linear, and what of the activations may stay.
-        assert 8 * 24576**2 < plan.memory_bytes < 40e9
+        # The least that is there: the equations of the widest linear. The most: windows of 8192 tokens take 17 GB of
+        # it on their way through a block, sums in two numbers 24, activations that stay 8.
+        assert 8 * 24576**2 < plan.memory_bytes < 64e9
         assert plan.size is not None
         assert plan.disk_bytes > plan.size.bytes
 

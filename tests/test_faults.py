@@ -113,7 +113,7 @@ def test_an_output_that_was_made_meanwhile_is_not_replaced(place, wholes):
     """It was not there when the run looked first."""
     whole = wholes["slim, packed with an adapter"]
     folder = place.folder()
-    hit = Disturbance("compress.pipeline:_claimed", kind="act", action=("create", OUT))
+    hit = Disturbance("compress.pipeline:claimed", kind="act", action=("create", OUT))
     (ran,) = place.run([place.request(folder, whole.command.words, disturbance=hit)])
     assert ran.code == 2
     assert "--overwrite" in ran.faults[0]

@@ -132,7 +132,8 @@ def test_text_that_no_parser_likes_is_no_line(three_parts, lines, tmp_path, text
 
 def test_lines_that_are_written_again_are_read_as_they_were(lines, tmp_path):
     """Whatever JSON makes of keys and tuples on the way."""
-    odd: list[dict[str, Any]] = [{"run": {}}, {"numbers": {10: (1, 2), 9: 0.1}}, {"name": "é\u2028", "x": float("inf")}]
+    finding = {"finding": "é\u2028", "files": [], "numbers": {10: (1, 2), 9: 0.1}}
+    odd: list[dict[str, Any]] = [{"run": {}}, finding, {"part": {}, "x": float("inf")}]
     for some in (lines, odd):
         sealed = rewritten(tmp_path / JOURNAL, some)
         assert json.dumps(read_lines(tmp_path / JOURNAL), sort_keys=True) == json.dumps(

@@ -19,6 +19,7 @@ from transformers.initialization import no_init_weights
 
 from compress.families import BranchTable, Family, Units
 from compress.models.branch import Branch, Writer
+from compress.models.libraries import reading
 from compress.models.modeling_experts import SparseMLP, unfuse_experts
 from compress.models.modeling_sliced import as_residual_block, finished_logits, replace, shortcut_name
 from compress.models.soundness import check_sound, first_unsound
@@ -52,7 +53,8 @@ class Decoder:
         self.dtype = dtype
         self.device = device
         self.structure = family.structure()
-        with no_init_weights(), init_empty_weights(include_buffers=False):
+        said = "The model's config.json makes no model"
+        with reading(said), no_init_weights(), init_empty_weights(include_buffers=False):
             self.model = unfuse_experts(AutoModelForCausalLM.from_config(self.config, dtype=dtype)).eval()
         self.blocks = list(self.model.get_submodule(family.blocks))
         for block in self.blocks:

@@ -23,6 +23,8 @@ class Sizes(BaseModel):
     num_hidden_layers: Annotated[int, Field(ge=1, le=1000)] | None = None
     hidden_size: Annotated[int, Field(ge=1, le=2**18)] | None = None
     intermediate_size: Annotated[int, Field(ge=1, le=2**20)] | None = None
+    ffn_dim: Annotated[int, Field(ge=1, le=2**20)] | None = None
+    n_inner: Annotated[int, Field(ge=1, le=2**20)] | None = None
     num_attention_heads: Annotated[int, Field(ge=1, le=2**12)] | None = None
     head_dim: Annotated[int, Field(ge=1, le=2**14)] | None = None
     vocab_size: Annotated[int, Field(ge=1, le=2**23)] | None = None
