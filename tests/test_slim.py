@@ -458,6 +458,7 @@ def test_compact_carries_its_code_and_keeps_no_pruned_weight(faces):
     assert {file.name for file in (faces / "as-compact").glob("*.py")} == {
         "configuration_compact.py",
         "modeling_compact.py",
+        "modeling_experts.py",
     }
     assert not (faces / "as-compact/adapter").exists()
     # 48 rows of 32 inputs: two bits a weight for the kept half, three for the places of every four.
