@@ -458,7 +458,7 @@ def test_new_numbers_take_the_place_of_the_old_ones_and_nothing_else_changes(tmp
     tensors = {"x": torch.randn(3, 5).to(torch.bfloat16), "y": torch.arange(7), "z": torch.randn(4)}
     save_file(tensors, source, metadata={"format": "pt"})
     new = torch.randn(3, 5)
-    put_tensors(source, target, {"x": new})
+    put_tensors(source, target, {"x": "model.x"}, {"model.x": new})
     found = load_file(target)
     assert torch.equal(found["x"], new.to(torch.bfloat16))
     assert torch.equal(found["y"], tensors["y"])
