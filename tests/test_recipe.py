@@ -243,3 +243,10 @@ def test_the_shipped_slicegpt_is_what_the_command_runs():
     shipped = parse_recipe(read_recipe(CONFIGS / "slicegpt.yaml").data)
     assert list(shipped.stages) == list(parse_recipe(data(stages=slicegpt({"ratio": 0.25}))).stages)
     assert shipped.calibration.source == "wikitext2"
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_a_number_that_is_none_is_a_fault(number):
+    stages = [{"stage": "slim", "adapt": {"rank": number}}]
+    with pytest.raises(UsageError, match="finite"):
+        parse_recipe({"method": "x", "stages": stages, "calibration": {"source": "stdlib"}})

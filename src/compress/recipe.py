@@ -20,7 +20,7 @@ class Calibration(BaseModel):
     source: the name of a data set or a text file. samples: windows. seq_len: tokens a window.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     source: str
     samples: Annotated[int, Field(ge=1)] = 128
     seq_len: Annotated[int, Field(ge=2)] = 2048
@@ -36,7 +36,7 @@ class Budget(BaseModel):
         from one block to another. The result then has no stock shape.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     keep_params: Annotated[float, Field(gt=0, lt=1)] | None = None
     target_size: Annotated[int, Field(ge=1)] | None = None
     trial_samples: Annotated[int, Field(ge=8)] = TRIAL_SAMPLES
@@ -56,7 +56,7 @@ class Recipe(BaseModel):
     dtype: of the written weights, None for the input's own.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     method: str
     stages: tuple[SerializeAsAny[StageConfig], ...]
     budget: Budget | None = None

@@ -21,7 +21,7 @@ class StageConfig(BaseModel):
     in_written_form: whether it finds linears as the checkpoint has them, not as the walk does. stage: its name there.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     site: ClassVar[type[Site]]
     after: ClassVar[tuple[str, ...]] = ()
     reshapes: ClassVar[bool] = False

@@ -28,7 +28,7 @@ USUAL_GROUP = 128  # what engines' kernels are made for
 
 
 class Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Prune(Part):
