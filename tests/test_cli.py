@@ -746,3 +746,17 @@ def test_installed_plan(installed):
     assert "3072 x 64, 4096" in flat(ran["plan"].out)
     assert "15.3% removed" in flat(ran["plan"].out)
     assert ran["plan"].err == ""
+
+
+def test_an_interruption_before_any_command_is_told_in_a_word(monkeypatch, capsys):
+    from compress import cli
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "app", interrupted)
+    monkeypatch.setattr(cli.signal, "signal", lambda *_arguments: None)
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 130
+    assert capsys.readouterr().err == "interrupted\n"

@@ -4,6 +4,7 @@ Commands import torch and transformers when they run, so that help and usage err
 """
 
 import signal
+import sys
 from typing import Annotated
 
 import typer
@@ -14,7 +15,7 @@ from compress.cli.finetune import finetune
 from compress.cli.inspect import inspect_outputs
 from compress.cli.lord import factorize_model
 from compress.cli.push import push_output
-from compress.cli.reporting import INTERRUPTS
+from compress.cli.reporting import INTERRUPTED, INTERRUPTS
 from compress.cli.run import run_recipe
 from compress.cli.slice import slice_model
 from compress.cli.slim import slim_model
@@ -63,4 +64,8 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # by nohup, or by a shell for what runs in its background
             signal.signal(number, INTERRUPTS)
-    app()
+    try:
+        app()
+    except KeyboardInterrupt:  # before any command has begun
+        sys.stderr.write("interrupted\n")
+        sys.exit(INTERRUPTED)
