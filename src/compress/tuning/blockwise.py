@@ -15,9 +15,8 @@ are rounded and stored: the untuned block is a candidate, so no block comes out 
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
@@ -76,9 +75,6 @@ class BlockTuned:
 @dataclass(frozen=True)
 class BlocksTuned:
     blocks: tuple[BlockTuned, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def tune_blocks(

@@ -353,7 +353,7 @@ def result(prepared: Prepared, facts: dict[str, Any], difference: float | None, 
 def notes(prepared: Prepared, facts: dict[str, Any]) -> list[str]:
     tuning, found = facts["tuning"], []
     if tuning["best_step"] == 0:
-        found.append("No step was better on the held-out windows than the checkpoint was: its weights are unchanged.")
+        found.append("Nothing was better on the held-out windows than the checkpoint was: its weights are unchanged.")
     added = facts["size"]["bytes"] - prepared.facts.size.bytes
     if added:
         found.append(f"The new adapter is kept beside the weights and adds {added:,} bytes.")
