@@ -27,9 +27,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import marked
+
 COMPRESS = Path(sys.executable).with_name("compress")
 CONFIGS = Path(__file__).parents[1] / "configs"
-BEGIN, END = "<!-- all methods: begin -->\n", "<!-- all methods: end -->\n"
 COLUMNS = [
     "way",
     "parameters",
@@ -204,11 +205,7 @@ def main() -> None:
     if options.write is None:
         print(text)
         return
-    before, _, rest = options.write.read_text(encoding="utf-8").partition(BEGIN)
-    _, found, after = rest.partition(END)
-    if not found:
-        raise SystemExit(f"{options.write} has no place for it: put the two lines {BEGIN.strip()} and {END.strip()}.")
-    options.write.write_text(before + BEGIN + text + END + after, encoding="utf-8")
+    marked.write(text, options.write, "all methods")
 
 
 if __name__ == "__main__":

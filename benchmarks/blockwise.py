@@ -22,6 +22,7 @@ from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
+import marked
 from all_methods import Subject, compress
 
 from compress.datasets.windows import calibration_windows
@@ -31,7 +32,6 @@ from compress.tuning.blocks_files import KeptTensors
 from compress.tuning.blockwise import BlockSettings, tune_blocks
 from compress.tuning.writing import write_weights
 
-BEGIN, END = "<!-- blockwise: begin -->\n", "<!-- blockwise: end -->\n"
 COLUMNS = ["compressed by", "perplexity", "tuned", "excess", "tuned", "divergence, nats", "tuned", "seconds"]
 SEED = 7  # of the windows: compressing takes another
 
@@ -155,11 +155,7 @@ def main() -> None:
     if options.write is None:
         print(text)
         return
-    before, _, rest = options.write.read_text(encoding="utf-8").partition(BEGIN)
-    _, found, after = rest.partition(END)
-    if not found:
-        raise SystemExit(f"{options.write} has no place for it: put the two lines {BEGIN.strip()} and {END.strip()}.")
-    options.write.write_text(before + BEGIN + text + END + after, encoding="utf-8")
+    marked.write(text, options.write, "blockwise")
 
 
 if __name__ == "__main__":

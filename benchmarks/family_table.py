@@ -17,14 +17,14 @@ from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
+import marked
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 
 import contract
-
-BEGIN, END = "<!-- families: begin -->\n", "<!-- families: end -->\n"
 
 
 def measure(row: contract.Row, folder: Path) -> float:
@@ -71,11 +71,7 @@ def main() -> None:
     if options.write is None:
         print(text)
         return
-    before, _, rest = options.write.read_text(encoding="utf-8").partition(BEGIN)
-    _, found, after = rest.partition(END)
-    if not found:
-        raise SystemExit(f"{options.write} has no place for it: put the two lines {BEGIN.strip()} and {END.strip()}.")
-    options.write.write_text(before + BEGIN + text + END + after, encoding="utf-8")
+    marked.write(text, options.write, "families")
 
 
 if __name__ == "__main__":

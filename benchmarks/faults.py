@@ -22,12 +22,13 @@ from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
+import marked
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import fault_kinds
 from faulting import COMMANDS, Place, Trial, Undisturbed, as_lines, try_all, try_pairs, write_inputs
 
-BEGIN, END = "<!-- kills and faults: begin -->\n", "<!-- kills and faults: end -->\n"
 AT_ONCE = 40  # trials: their folders lie on the disk together
 COLUMNS = ["", "struck", "output absent", "old", "new", "half", "lost", "left elsewhere", "processes left"]
 COLUMNS += ["then identical", "after a refusal", "wrong"]
@@ -139,14 +140,6 @@ def report(bench: Bench, killed: Sequence[Trial], others: Sequence[Trial], comma
     )
 
 
-def write(file: Path, text: str) -> None:
-    before, _, rest = file.read_text(encoding="utf-8").partition(BEGIN)
-    _, found, after = rest.partition(END)
-    if not found:
-        raise SystemExit(f"{file} has no place for it: put the two lines {BEGIN.strip()} and {END.strip()}.")
-    file.write_text(before + BEGIN + text + END + after, encoding="utf-8")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200, help="how many have to strike")
@@ -166,7 +159,7 @@ def main() -> None:
     print(text)
     print(f"{time.monotonic() - start:.0f} seconds")
     if options.write is not None:
-        write(options.write, text)
+        marked.write(text, options.write, "kills and faults")
     wrong = as_lines(bench.trials)
     print("\n".join(wrong))
     raise SystemExit(1 if wrong else 0)

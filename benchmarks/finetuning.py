@@ -26,10 +26,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import marked
+
 from compress.datasets.stdlib import LEFT_OUT
 
 COMPRESS = Path(sys.executable).with_name("compress")
-BEGIN, END = "<!-- finetuning: begin -->\n", "<!-- finetuning: end -->\n"
 COLUMNS = [
     "compressed by",
     "trained",
@@ -182,11 +183,7 @@ def main() -> None:
     if options.write is None:
         print(text)
         return
-    before, _, rest = options.write.read_text(encoding="utf-8").partition(BEGIN)
-    _, found, after = rest.partition(END)
-    if not found:
-        raise SystemExit(f"{options.write} has no place for it: put the two lines {BEGIN.strip()} and {END.strip()}.")
-    options.write.write_text(before + BEGIN + text + END + after, encoding="utf-8")
+    marked.write(text, options.write, "finetuning")
 
 
 if __name__ == "__main__":

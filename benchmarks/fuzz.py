@@ -29,9 +29,10 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import marked
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-BEGIN, END = "<!-- bad input: begin -->\n", "<!-- bad input: end -->\n"
 COLUMNS = ["what was spoiled", "inputs", "refused", "tracebacks", "hangs", "other faults", "longest, s", "memory, MB"]
 SILENCE = 120.0  # seconds after which a process is taken to hang
 AT_A_TIME = 250  # inputs that one process takes
@@ -231,14 +232,6 @@ def table(tallies: dict[str, Tally], options: argparse.Namespace, seconds: float
     return "\n".join(lines) + "\n"
 
 
-def write(text: str, file: Path) -> None:
-    before, _, rest = file.read_text(encoding="utf-8").partition(BEGIN)
-    _, found, after = rest.partition(END)
-    if not found:
-        raise SystemExit(f"{file} has no place for it: put the two lines {BEGIN.strip()} and {END.strip()}.")
-    file.write_text(before + BEGIN + text + END + after, encoding="utf-8")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--inputs", type=int, default=20_000)
@@ -258,7 +251,7 @@ def main() -> None:
     for fault, count in faults.most_common():
         print(f"{count} x {fault}")
     if options.write is not None:
-        write(text, options.write)
+        marked.write(text, options.write, "bad input")
     raise SystemExit(1 if faults else 0)
 
 

@@ -22,11 +22,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import marked
 from memory_by_depth import write_llama
 
 COMPRESS = Path(sys.executable).with_name("compress")
 CGROUPS = Path("/sys/fs/cgroup/memory")
-BEGIN, END = "<!-- memory: begin -->\n", "<!-- memory: end -->\n"
 METHODS = {
     "slicegpt": ["slice", "--method", "slicegpt", "--ratio", "0.25"],
     "anchored": ["slice", "--ratio", "0.25"],
@@ -144,11 +144,26 @@ def written(folder: Path, depth: int) -> Path:
     return folder
 
 
+def cells(options: argparse.Namespace, depth: int) -> Iterator[tuple[str, int]]:
+    """Methods and calibrations that are measured at a depth."""
+    extremes = [(options.depths[end], options.calibrations[end]) for end in (0, -1)]
+    for method in options.methods:
+        for samples in options.calibrations:
+            if method == options.methods[0] or (depth, samples) in extremes:
+                yield method, samples
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--depths", type=int, nargs="+", default=[2, 4, 8])
-    parser.add_argument("--calibrations", type=int, nargs="+", default=[16, 32, 64], help="windows of 512 tokens")
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--calibrations", type=int, nargs="+", default=[8, 16, 32], help="windows of 512 tokens")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=list(METHODS),
+        default=list(METHODS),
+        help="the first at every depth and calibration, the others at the least of both and the most",
+    )
     parser.add_argument("--large-depth", type=int, default=48)
     parser.add_argument("--limit", type=int, default=15 * 10**8)
     parser.add_argument("--write", type=Path)
@@ -164,19 +179,14 @@ def main() -> None:
         folder = Path(scratch)
         for depth in options.depths:
             model = written(folder / f"model-{depth}", depth)
-            for method in options.methods:
-                for samples in options.calibrations:
-                    lines.append(row(model, depth, method, samples, 512, folder / "out"))
-                    print(lines[-1], flush=True)
+            for method, samples in cells(options, depth):
+                lines.append(row(model, depth, method, samples, 512, folder / "out"))
+                print(lines[-1], flush=True)
         lines += ["", larger_than_memory(folder, options.large_depth, options.limit)]
         print(lines[-1], flush=True)
     if options.write is None:
         return
-    before, _, rest = options.write.read_text(encoding="utf-8").partition(BEGIN)
-    _, found, behind = rest.partition(END)
-    if not found:
-        raise SystemExit(f"{options.write} has no place for it: put the two lines {BEGIN.strip()} and {END.strip()}.")
-    options.write.write_text(before + BEGIN + "\n".join(lines) + END + behind, encoding="utf-8")
+    marked.write("\n".join(lines), options.write, "memory")
 
 
 if __name__ == "__main__":

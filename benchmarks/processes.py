@@ -24,12 +24,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import marked
 import psutil
 import torch
 from safetensors.torch import load_file
 
 BIN = Path(sys.executable).parent
-BEGIN, END = "<!-- processes: begin -->\n", "<!-- processes: end -->\n"
 COMMANDS = {
     "slice, slicegpt 25%": ["slice", "--method", "slicegpt", "--ratio", "0.25"],
     "slice, keep 75%": ["slice", "--keep-params", "0.75", "--trial-samples", "32"],
@@ -167,11 +167,7 @@ def main() -> None:
     text = "\n".join([*lines, "", *after])
     if options.write is None:
         return
-    before, _, rest = options.write.read_text(encoding="utf-8").partition(BEGIN)
-    _, found, behind = rest.partition(END)
-    if not found:
-        raise SystemExit(f"{options.write} has no place for it: put the two lines {BEGIN.strip()} and {END.strip()}.")
-    options.write.write_text(before + BEGIN + text + END + behind, encoding="utf-8")
+    marked.write(text, options.write, "processes")
 
 
 if __name__ == "__main__":

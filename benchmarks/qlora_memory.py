@@ -19,7 +19,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-BEGIN, END = "<!-- qlora: begin -->\n", "<!-- qlora: end -->\n"
+import marked
+
 GROUP = 32
 CHILD = """
 import json, re, sys
@@ -136,11 +137,7 @@ def main() -> None:
     text = table(found, options)
     print(text)
     if options.write is not None:
-        before, _, rest = options.write.read_text(encoding="utf-8").partition(BEGIN)
-        _, marked, after = rest.partition(END)
-        if not marked:
-            raise SystemExit(f"{options.write} has no place for it: put the lines {BEGIN.strip()} and {END.strip()}.")
-        options.write.write_text(before + BEGIN + text + END + after, encoding="utf-8")
+        marked.write(text, options.write, "qlora")
 
 
 def table(found: dict[str, dict[str, Any]], options: argparse.Namespace) -> str:

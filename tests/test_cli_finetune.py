@@ -24,7 +24,7 @@ from tiny import write_model, write_text
 
 pytestmark = pytest.mark.slow
 KINDS = ("sliced", "turned", "thin", "packed", "odd")
-SHORT = ["--data", "text.txt", "--seq-len", 32, "--batch-size", 4, "--steps", 6, "--eval-every", 3, "--lora-rank", 2]
+SHORT = ["--data", "text.txt", "--seq-len", 32, "--batch-size", 4, "--steps", 6, "--eval-every", 3]
 DATA = ["--data-dir", "data"]
 ALONE = ["--distill", "none", "--lr", 0.003]
 IDS = random_ids(2, 16)
@@ -266,6 +266,14 @@ WRONG: dict[str, tuple[list[object], str]] = {
         "--merge: this LoRA cannot go into the weights: its weights are stored in few bits",
     ),
     "nothing to merge": (["thin", "--no-merge"], "--merge and --no-merge are of --train lora"),
+    "a LoRA that is none": (
+        ["thin", "--lora-rank", 4],
+        "--lora-rank: of --train lora; what is trained here is: factors",
+    ),
+    "a rate block by block": (
+        ["thin", "--distill", "blocks", "--warmup", 0.1],
+        "--steps and --warmup and --eval-every: not with --distill blocks",
+    ),
     "a teacher for nothing": (["thin", "--teacher", "llama"], "--teacher is what --distill distills from."),
     "a strange teacher": (
         ["thin", "--distill", "logits", "--teacher", "other"],

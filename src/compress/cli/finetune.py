@@ -190,11 +190,13 @@ def find_teacher(asked: str | None, facts: "Facts") -> "ModelSource":
 
 def command_of(name: str, settings: Any, teacher: str | None, dtype: str | None) -> str:
     """What a user would type for it again, with every default spelled out."""
+    from compress.tuning.settings import OPTIONS
+
     told: dict[str, Any] = dict(vars(settings))
     merge = told.pop("merge")
-    renamed: dict[str, str] = {"rank": "lora_rank", "alpha": "lora_alpha", "learning_rate": "lr"}
+    told = {OPTIONS.get(key, key): value for key, value in told.items()}
     options: dict[str, Any] = {
-        **{renamed.get(key, key): value for key, value in told.items()},
+        **told,
         "merge": merge,
         "no_merge": merge is False,
         "teacher": teacher,

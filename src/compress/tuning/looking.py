@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from compress.inspection.blueprint import blueprint
 from compress.models.loading import check_positions, check_vocabulary, load_config, load_tokenizer
 from compress.provenance import input_fingerprint, versions
 from compress.streaming.weights import LazyWeights
-from compress.tuning.settings import Settings, TuningJob, What
+from compress.tuning.settings import OPTIONS, Settings, TuningJob, What
 from compress.tuning.structure import chosen, num_trained, trainable, why_not_merged
 from compress.tuning.texts import Reader, Texts
 
@@ -72,6 +72,7 @@ def look(job: TuningJob, progress: Progress = lambda name, done, total: None) ->
     faults = Faults()
     with faults.noted():
         what = chosen_way(settings, facts, model)
+        check_lora(settings, what)
         merge = merged_at_the_end(settings.merge, what, facts)
     with faults.noted():
         check_output(job)
@@ -101,17 +102,34 @@ def chosen_way(settings: Settings, facts: Facts, model: Any) -> What:
     """Raises UsageError for what this checkpoint has not, and for what is not said of blocks."""
     if settings.distill != "blocks":
         return chosen(settings.train, trainable(facts, model))
-    given = {
-        "train": settings.train,
-        "steps": settings.steps,
-        "gradient-checkpointing": settings.gradient_checkpointing,
-    }
-    if wrong := [f"--{name}" for name, value in given.items() if value]:
+    wrong = given(settings, "train", "steps", "warmup", "eval_every", "gradient_checkpointing")
+    if wrong:
         raise UsageError(
             f"{' and '.join(wrong)}: not with --distill blocks, which trains all that a block stores as floats, block "
             "after block. Say how much text by --tokens, how often it is read by --epochs."
         )
     return "blocks"
+
+
+def check_lora(settings: Settings, what: What) -> None:
+    """Raises UsageError where a LoRA is described that is not trained."""
+    asked = given(settings, "rank", "alpha")
+    if what != "lora" and asked:
+        raise UsageError(
+            f"{' and '.join(asked)}: of --train lora; what is trained here is: {what}. "
+            "Leave it out, or say --train lora where that can be."
+        )
+
+
+def given(settings: Settings, *names: str) -> list[str]:
+    """The options among these that say something else than where nothing is said."""
+    usual = {each.name: each.default for each in fields(Settings)} | {"alpha": settings.rank}
+    return [option(name) for name in names if getattr(settings, name) != usual[name]]
+
+
+def option(name: str) -> str:
+    """What a setting is called on the command line."""
+    return f"--{OPTIONS.get(name, name).replace('_', '-')}"
 
 
 def merged_at_the_end(asked: bool | None, what: What, facts: Facts) -> bool:

@@ -14,6 +14,8 @@ Distill = Literal["none", "logits", "blocks"]
 # Of a tuning block by block, where nothing else is said.
 BLOCK_WINDOWS = 512
 BLOCK_PASSES = 10
+# Of settings whose options are called otherwise.
+OPTIONS = {"rank": "lora_rank", "alpha": "lora_alpha", "learning_rate": "lr"}
 NUM_HELD_OUT = 64  # windows of the training text, and as many of another
 
 
