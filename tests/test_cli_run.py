@@ -12,7 +12,7 @@ import yaml
 import compress
 from cli_runner import flat, invoke, snapshot, succeeds
 from compress.recipe import parse_recipe
-from compress.recipe_file import as_yaml, read_recipe
+from compress.recipe_file import as_yaml, comparison, read_recipe
 from oracles import logits_of, random_ids
 from tiny import write_model, write_text
 
@@ -106,6 +106,33 @@ def test_a_checkpoints_own_recipe_gives_the_same_bytes(name, home, place):
     assert snapshot(place / "first") == snapshot(place / "second")
     other = succeeds("run", "first", "--model", home / "llama", "--out", "third", "--seed", 1, "--samples", 10)
     assert "unlike in calibration text, recipe" in flat(other.out)
+
+
+@pytest.mark.parametrize("spoiled", ["4", 0, True, 1.5, [8]])
+def test_windows_at_a_time_that_are_no_number_are_refused(spoiled, home, place):
+    text = {"source": str(home / "text.txt"), "samples": 8, "seq_len": 32}
+    stages = [{"stage": "slim", "quantize": {"bits": 4, "group": "channel"}}]
+    recipe = {"method": "slim", "stages": stages, "calibration": text}
+    facts = {"recipe": recipe, "base_model": str(home / "llama"), "batch_size": spoiled}
+    (place / "compress.json").write_text(json.dumps(facts))
+    refused = invoke("run", "compress.json", "--dry-run")
+    assert refused.code == 2
+    assert refused.faults == [
+        f"compress.json has the batch_size {spoiled!r}, which is no number of windows. Say --batch-size."
+    ]
+    assert succeeds("run", "compress.json", "--batch-size", 4, "--dry-run", "--json").json["dense"]
+
+
+def test_other_facts_that_are_no_mappings_make_the_runs_unlike():
+    spoiled = {"parts": {}, "tuning": 3, "fingerprints": [1]}
+    second = {
+        "parts": {"a": "b"},
+        "fingerprints": {"calibration text": "1"},
+        "recipe": {},
+        "versions": {},
+        "device": "cpu",
+    }
+    assert "unlike in calibration text, recipe" in comparison(spoiled, second)
 
 
 def test_a_checkpoint_of_a_local_model_does_not_know_where_that_lies(home, place):

@@ -98,13 +98,15 @@ def note_lines(node: yaml.Node, where: Where, lines: dict[Where, int], file: Pat
 def comparison(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
     """What two runs of one recipe have come to, from their compress.json: the same bytes, or why not."""
     tuning = first.get("tuning")
-    if tuning is not None:
+    if isinstance(tuning, dict):
         untuned = comparison({**first, "tuning": None, "parts": tuning.get("compressed_parts")}, second)
         return f"The checkpoint was tuned afterwards, by compress finetune; this is the one before that. {untuned}"
     if first.get("parts") == second.get("parts"):
         return "The same bytes as those of the checkpoint that the recipe is of."
+    known = first.get("fingerprints")
+    before = known if isinstance(known, dict) else {}
     causes = [
-        *(name for name, value in second["fingerprints"].items() if first.get("fingerprints", {}).get(name) != value),
+        *(name for name, value in second["fingerprints"].items() if before.get(name) != value),
         *(name for name in ("recipe", "versions", "device") if first.get(name) != second[name]),
     ]
     unlike = ", ".join(causes) or "nothing that is known"

@@ -89,7 +89,7 @@ def run_recipe(
 
     quiet_libraries()
     parsed = parse_recipe(completed(file, source, given), file.place)
-    written, windows = export or kept_export(file), batch_size or (file.facts or {}).get("batch_size")
+    written, windows = export or kept_export(file), batch_size or kept_batch_size(file)
     job = Job(
         model=source,
         recipe=parsed,
@@ -120,6 +120,14 @@ def named_model(asked: str | None, file: "RecipeFile") -> str:
 
 def kept_export(file: "RecipeFile") -> Literal["hf", "gguf"]:
     return "gguf" if (file.facts or {}).get("export") == "gguf" else "hf"
+
+
+def kept_batch_size(file: "RecipeFile") -> int | None:
+    """Windows at a time that the checkpoint was made with, because they have a say in its last bits."""
+    found = (file.facts or {}).get("batch_size")
+    if found is None or (type(found) is int and found > 0):
+        return found
+    raise UsageError(f"{file.file} has the batch_size {found!r}, which is no number of windows. Say --batch-size.")
 
 
 def completed(file: "RecipeFile", source: "ModelSource", given: Mapping[str, Any]) -> dict[str, Any]:
