@@ -83,12 +83,15 @@ SPARSE = ("mixtral", "qwen2_moe", "qwen3_moe")
 ROUTERS = (".mlp.gate", ".mlp.shared_expert_gate")
 # Of these the stock code gives the head a stream as wide as the embeddings.
 ONE_END = ("gpt_bigcode", "codegen", "gptj")
+# What configs of a family do not have, not even as None.
+UNKNOWN = {"codegen": ("pad_token_id",)}
 # OPT-350m's kind: norms of the stream behind the branches, embeddings narrower than the stream.
 OPT_350M: dict[str, Any] = {"do_layer_norm_before": False, "word_embed_proj_dim": 16}
 
 
 def tiny_config(model_type: str, **changes: Any) -> Any:
-    return AutoConfig.for_model(model_type, **(SHARED | EVERY[model_type] | changes))
+    shared = {name: value for name, value in SHARED.items() if name not in UNKNOWN.get(model_type, ())}
+    return AutoConfig.for_model(model_type, **(shared | EVERY[model_type] | changes))
 
 
 def tiny_model(

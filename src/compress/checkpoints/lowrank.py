@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from compress.checkpoints.targets import Shape
+from compress.checkpoints.targets import Shape, special_tokens
 from compress.checkpoints.wrapped import INNER, WrappedLayout, WrappedTarget
 from compress.models.configuration_lowrank import LowRankConfig
 from compress.models.configuration_lowrank_sliced import LowRankSlicedConfig
@@ -45,9 +45,7 @@ class LowRankTarget(WrappedTarget):
                 "AutoConfig": f"configuration_{suffix}.{config_class.__name__}",
                 "AutoModelForCausalLM": f"modeling_{suffix}.{self.architecture}",
             },
-            bos_token_id=base.bos_token_id,
-            eos_token_id=base.eos_token_id,
-            pad_token_id=base.pad_token_id,
+            **special_tokens(base),
         )
         config.dtype = dtype
         return config

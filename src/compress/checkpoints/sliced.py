@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from compress.checkpoints.targets import ONE_WIDTH, Shape, dense_units, rank_step, shortened, usual_step
+from compress.checkpoints.targets import ONE_WIDTH, Shape, dense_units, rank_step, shortened, special_tokens, usual_step
 from compress.families import Family
 from compress.models.branch import Branch
 from compress.models.configuration_sliced import SlicedConfig
@@ -70,9 +70,7 @@ class SlicedTarget:
                 "AutoConfig": "configuration_sliced.SlicedConfig",
                 "AutoModelForCausalLM": "modeling_sliced.SlicedForCausalLM",
             },
-            bos_token_id=config.bos_token_id,
-            eos_token_id=config.eos_token_id,
-            pad_token_id=getattr(config, "pad_token_id", None),  # CodeGen's config has no key for it
+            **special_tokens(config),
         )
         sliced.dtype = dtype
         return sliced

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from compress.checkpoints.adapter import VLLM_RANKS
-from compress.checkpoints.targets import Shape, Target
+from compress.checkpoints.targets import Shape, Target, special_tokens
 from compress.checkpoints.wrapped import INNER, WrappedLayout, WrappedTarget
 from compress.models.configuration_compact import CompactConfig
 from compress.models.modeling_sliced import replace
@@ -178,9 +178,7 @@ class CompactTarget(WrappedTarget):
                 "AutoConfig": f"configuration_{MODULES[self.kind]}.{config_class.__name__}",
                 "AutoModelForCausalLM": f"modeling_{MODULES[self.kind]}.{self.architecture}",
             },
-            bos_token_id=base.bos_token_id,
-            eos_token_id=base.eos_token_id,
-            pad_token_id=base.pad_token_id,
+            **special_tokens(base),
         )
         config.dtype = dtype
         return config

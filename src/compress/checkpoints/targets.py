@@ -20,6 +20,13 @@ from compress.streaming.layout import Layout
 from compress.streaming.linears import FactorShape, LinearShape, linear_shape
 from compress.streaming.sites import Count
 
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def special_tokens(config: Any) -> dict[str, Any]:
+    """What a config that is put around another says of them again; CodeGen's has no pad_token_id."""
+    return {name: getattr(config, name, None) for name in TOKENS}
+
 
 @dataclass(frozen=True)
 class Shape:
