@@ -49,9 +49,6 @@ WAYS = {
     "lord, 60% of the parameters": ["lord", "--keep-params", 0.6],
     "slim, 2:4 in 3 bits, adapters 0.1": ["slim", "--bits", 3],
     "slim, the same, compact, adapters in 4 bits": ["slim", "--bits", 3, "--compact", "--adapter-bits", 4],
-    "SliceGPT, 25%": ["slice", "--method", "slicegpt", "--ratio", 0.25],
-    "LoRD, 60% of the rank": ["lord", "--method", "lord", "--form", "factors", "--rank-frac", 0.6],
-    "SLiM, 2:4 in 4 bits, adapters 0.1": ["slim", "--method", "slim"],
 }
 PROBE, STRIDE = 120, 4000  # characters by which a file is found in a text, and from one to the next
 
