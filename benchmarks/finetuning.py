@@ -2,9 +2,9 @@
 
     python benchmarks/finetuning.py --data-dir DATA --write docs/finetuning.md demo NAME=MODEL,CALIB.txt,TEST.txt ...
 
-Each row is a `compress` command, then `compress finetune` of what it wrote, of which only text and windows are said,
-and `compress eval` of both on the test text, each in a process of its own. Won back is (lost before - lost after) /
-lost before, lost being ln(perplexity / dense). `demo` is trained on the `stdlib` data set and tested on its test split;
+Each row is a `compress` command, then `compress finetune` of what it wrote, of which only text, windows and steps are
+said, and `compress eval` of both on the test text, each in a process of its own. Won back is (lost before - lost after)
+/ lost before, lost being ln(perplexity / dense). `demo` is trained on the `stdlib` data set and tested on its test split;
 other models on the standard library's source without the files that their calibration or test text has. Seconds are
 those of the whole command, imports and proof included; the other text is the validation split of `wikitext2` in DATA.
 """
@@ -48,7 +48,6 @@ WAYS = {
     "slice, 60% of the parameters": ["slice", "--keep-params", 0.6],
     "lord, 60% of the parameters": ["lord", "--keep-params", 0.6],
     "slim, 2:4 in 3 bits, adapters 0.1": ["slim", "--bits", 3],
-    "slim, the same, compact, adapters in 4 bits": ["slim", "--bits", 3, "--compact", "--adapter-bits", 4],
 }
 PROBE, STRIDE = 120, 4000  # characters by which a file is found in a text, and from one to the next
 
@@ -122,7 +121,7 @@ class Bench:
         tuned = out.with_name(f"{out.name}-tuned")
         words = ["--data", self.text, "--seq-len", seq_len, "--teacher", subject.model, "--out", tuned]
         said, seconds = compress(
-            "finetune", out, *words, "--data-dir", self.options.data_dir, *self.options.more.split()
+            "finetune", out, *words, "--steps", self.options.steps, "--data-dir", self.options.data_dir
         )
         before, after, unlike = self.loss(out), self.loss(tuned), said["unlike"]
         return [
@@ -169,9 +168,9 @@ def main() -> None:
     parser.add_argument("--write", type=Path)
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--seq-len", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--windows", type=int, default=400)
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
-    parser.add_argument("--more", default="", help="more words for compress finetune, to try others than the defaults")
     options = parser.parse_args()
     text = head(options, options.subjects)
     with tempfile.TemporaryDirectory() as scratch:

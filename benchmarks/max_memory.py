@@ -91,7 +91,7 @@ def row(model: Path, depth: int, method: str, samples: int, seq_len: int, out: P
     words = words_of(model, method, samples, seq_len, out)
     planned = json.loads(run([*words, "--dry-run"])[1])["memory_bytes"]
     _, _, refused, _ = run([*words, "--max-memory", "1MB", "--dry-run"])
-    least = float(refused.split("the run takes ")[1].split(" GB")[0]) + 0.02
+    least = float(refused.split("the run takes ")[1].split(" GB")[0])
     code, _, err, free = run(words)
     limited, _, limited_err, held = run([*words, "--max-memory", f"{least:.2f}GB"])
     if code or limited:

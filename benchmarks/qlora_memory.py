@@ -31,6 +31,7 @@ import peft
 from compress.models import modeling_lowrank
 from compress.models.stored_loading import load_stored
 from compress.tuning.lora import StoredLora
+from compress.tuning.rates import Rate
 from compress.tuning.settings import Settings
 from compress.tuning.structure import block_linears
 from compress.tuning.training import Training
@@ -46,7 +47,8 @@ if checkpointing:
 trained = StoredLora(model, block_linears(model, model.config), rank=rank, alpha=rank)
 windows = torch.randint(model.config.get_text_config().vocab_size, (4 * batch, seq_len))
 settings = Settings(data="random", steps=steps, seq_len=seq_len, batch_size=batch, eval_every=steps)
-training = Training(trained, None, windows, windows[:batch], settings, 1e-4, Accelerator(cpu=True))
+rate = Rate(1e-4, relative=False)
+training = Training(trained, None, windows, windows[:batch], settings, rate, Accelerator(cpu=True))
 for _ in range(steps):
     loss = training.step()
 numbers = sum(p.numel() for p in trained.parameters.values())

@@ -5,12 +5,14 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from compress.checkpoints.facts import AdapterFacts, Facts, LinearFacts
 from compress.errors import NumericalError, UsageError
@@ -22,9 +24,10 @@ from compress.models.storage import Storage
 from compress.models.stored_loading import load_stored
 from compress.numerics.sparsity import Pattern
 from compress.tuning.adapters import CompactAdapters, PackedAdapters, TrainedMatrix
-from compress.tuning.lora import Lora, StoredLora
+from compress.tuning.lora import Lora, Settled, StoredLora
 from compress.tuning.losses import cross_entropy, divergence
-from compress.tuning.settings import Settings, learning_rate
+from compress.tuning.rates import RATES, Rate, chosen_rate, share_of_rate
+from compress.tuning.settings import Settings
 from compress.tuning.state import restore, snapshot
 from compress.tuning.structure import block_linears, blocks_of, chosen, num_trained, trainable, why_not_merged
 from compress.tuning.texts import Reader, batch
@@ -46,7 +49,9 @@ def settings(**changes: Any) -> Settings:
 
 
 def training(model: Any, *, rate: float = 1e-2, teacher: Any = None, **changes: Any) -> Training:
-    return Training(model, teacher, IDS, IDS[:3], settings(**changes), rate, Accelerator(cpu=True))
+    return Training(
+        model, teacher, IDS, IDS[:3], settings(**changes), Rate(rate, relative=False), Accelerator(cpu=True)
+    )
 
 
 def lora(*, seed: int = 0, **options: Any) -> Lora:
@@ -87,13 +92,29 @@ def test_losses_of_16_bit_logits_are_taken_in_float32():
     assert float(divergence(logits, logits)) == 0
 
 
+def test_a_relative_rate_is_a_share_of_each_tensors_size_before_training():
+    weights = {"thin": torch.full((4, 3), 0.02), "wide": torch.tensor([3.0, -4.0]), "zeros": torch.zeros(5)}
+    model = nn.Linear(1, 1)
+    parameters = {name: nn.Parameter(weight) for name, weight in weights.items()}
+    trained: Any = SimpleNamespace(model=model, parameters=parameters, settled=lambda: Settled({}, {}))
+    steps = Training(trained, None, IDS, IDS[:3], settings(), Rate(0.1, relative=True), Accelerator(cpu=True))
+    highest = [group["highest"] for group in steps.optimizer.param_groups]
+    assert highest == pytest.approx([0.002, 0.1 * 12.5**0.5, 0.1 * 1e-3])
+
+
+def test_what_a_user_says_is_for_all_alike_but_block_by_block():
+    assert chosen_rate(5e-5, "adapters") == Rate(5e-5, relative=False)
+    assert chosen_rate(5e-3, "blocks") == Rate(5e-3, relative=True)
+    assert chosen_rate(None, "factors") is RATES["factors"]
+
+
 def test_the_rate_rises_straight_and_falls_as_a_half_cosine():
-    rates = [learning_rate(step, 100, 0.1) for step in range(100)]
+    rates = [share_of_rate(step, 100, 0.1) for step in range(100)]
     assert rates[:10] == pytest.approx([0.1 * each for each in range(1, 11)])
     assert rates[54] == pytest.approx(0.5 * (1 + math.cos(math.pi * 45 / 91)))
     assert all(now > later > 0 for now, later in itertools.pairwise(rates[9:]))
-    assert learning_rate(0, 1, 0.05) == 1
-    assert learning_rate(0, 3, 0.0) == 1
+    assert share_of_rate(0, 1, 0.05) == 1
+    assert share_of_rate(0, 3, 0.0) == 1
 
 
 def test_how_long_is_said_in_steps_tokens_or_epochs():

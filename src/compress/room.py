@@ -1,5 +1,6 @@
 """How much of the calibration text a run holds at once, under a promise of what it may take."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,10 +26,15 @@ def settle(asked: Room, limit: int, base: int, need: Callable[[Room], int], *, f
         if batch_size == 1 or fixed_batch:
             smaller = "a smaller --batch-size or a shorter --seq-len" if batch_size > 1 else "a shorter --seq-len"
             raise UsageError(
-                f"--max-memory {limit / 1e9:.2f} GB cannot be kept: with all activations on disk and {batch_size} "
-                f"windows at a time the run takes {(limit - left) / 1e9:.2f} GB. Allow that, or use {smaller}."
+                f"--max-memory {limit / 1e9:g} GB cannot be kept: with all activations on disk and {batch_size} "
+                f"windows at a time the run takes {least(limit - left):.2f} GB. Allow that, or use {smaller}."
             )
         batch_size //= 2
+
+
+def least(needed: int) -> float:
+    """In GB, what is promised to do: upwards, and 10 MB more, because no two starts of Python hold the same."""
+    return (math.ceil(needed / 1e7) + 1) / 100
 
 
 def held() -> int:

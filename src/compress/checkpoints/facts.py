@@ -130,6 +130,7 @@ class TuningFacts(Told):
     best_step: Count
     blocks: list[BlockFacts] | None = None
     learning_rate: float
+    relative_rate: bool = False
     held_out: HeldOut
     unlike: Elsewhere | None = None
     compressed_parts: dict[str, str]

@@ -72,7 +72,10 @@ def finetune(
     lora_alpha: Annotated[
         int | None, in_panel(Method, "Its product is multiplied by alpha / rank. Default: the rank.", min=1)
     ] = None,
-    lr: Annotated[float | None, in_panel(Method, "The highest learning rate. Default: by what is trained.")] = None,
+    lr: Annotated[
+        float | None,
+        in_panel(Method, "The highest learning rate, for all alike. Default: by what is trained, and of which size."),
+    ] = None,
     warmup: Annotated[float, in_panel(Method, "Share of the steps in which it gets there.", min=0, max=1)] = 0.05,
     merge: Annotated[
         bool | None,

@@ -30,7 +30,7 @@ def show_plan(prepared: "Prepared", *, as_json: bool) -> None:
         ["text", f"{settings.data}, {len(prepared.texts.train):,} windows"],
         ["held out", f"{len(prepared.texts.held_out)} windows"],
         ["towards", towards(prepared)],
-        ["learning rate, at most", f"{prepared.rate:g}"],
+        ["learning rate, at most", str(prepared.rate)],
     ]
     print_table(f"Plan: {job.model.name} to {job.out}", ["", "value"], rows)
 
@@ -53,7 +53,8 @@ def plan_data(prepared: "Prepared") -> dict[str, Any]:
         "windows": len(prepared.texts.train),
         "seq_len": settings.seq_len,
         "batch_size": settings.batch_size,
-        "learning_rate": prepared.rate,
+        "learning_rate": prepared.rate.highest,
+        "relative_rate": prepared.rate.relative,
         "teacher": None if job.teacher is None else job.teacher.name,
     }
 

@@ -35,11 +35,11 @@ from compress.tuning.blocks import Student, text_config
 from compress.tuning.blocks_files import block_file, keep_block, kept_block
 from compress.tuning.blocks_streams import Coordinates, Stream, are_shared, fitted
 from compress.tuning.blocks_trainable import stored, trainable
+from compress.tuning.rates import Rate
 
 Tensors = dict[str, Tensor]
 BETAS = (0.9, 0.95)
 TOKENS_PER_STEP = 1024
-LEAST = 1e-3  # of a tensor's root mean square, for its learning rate: biases may start as zeros
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,7 +250,8 @@ class Pupil:
         self.block = trainable(block)
         self.untuned = untuned
         self.order = torch.Generator().manual_seed(settings.seed)
-        groups = [{"params": [p], "lr": settings.rate * scale_of(p)} for p in self.block.parameters()]
+        rate = Rate(settings.rate, relative=True)
+        groups = [{"params": [p], "lr": rate.of(p)} for p in self.block.parameters()]
         self.adam = torch.optim.Adam(groups, betas=BETAS)
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.adam, steps)
 
@@ -271,10 +272,6 @@ class Pupil:
         dtype = next(tensor.dtype for tensor in self.untuned.values() if tensor.dtype in FLOATS)
         found = stored(self.block, dtype).items()
         return {name: tensor.to("cpu", self.untuned[name].dtype) for name, tensor in found}
-
-
-def scale_of(parameter: Tensor) -> float:
-    return max(LEAST, float(parameter.detach().square().mean().sqrt()))
 
 
 def split(windows: Tensor, held_out: Tensor, batch_size: int) -> list[Batch]:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,11 @@ from compress.inspection.blueprint import blueprint
 from compress.models.loading import check_positions, check_vocabulary, load_config, load_tokenizer
 from compress.provenance import input_fingerprint, versions
 from compress.streaming.weights import LazyWeights
+from compress.tuning.rates import Rate, chosen_rate
 from compress.tuning.settings import OPTIONS, Settings, TuningJob, What
 from compress.tuning.structure import chosen, num_trained, trainable, why_not_merged
 from compress.tuning.texts import Reader, Texts
 
-# For models of some million parameters. Papers take 2e-4 (SliceGPT) and 5e-5 (SLiM) for billions.
-RATES: dict[What, float] = {"lora": 3e-3, "factors": 1e-3, "adapters": 1e-3, "all": 1e-3, "blocks": 1e-2}
 ELSEWHERE = ("wikitext2", "stdlib")  # texts that may be unlike the one that is trained on
 
 
@@ -30,7 +29,7 @@ ELSEWHERE = ("wikitext2", "stdlib")  # texts that may be unlike the one that is 
 class Prepared:
     """
     num_trained: numbers that change. merge: whether what is trained ends in tensors that are there already.
-    teacher: the dense model's folder. rate: the highest learning rate.
+    teacher: the dense model's folder. rate: Adam's.
     """
 
     job: TuningJob
@@ -40,7 +39,7 @@ class Prepared:
     what: What
     merge: bool
     num_trained: int
-    rate: float
+    rate: Rate
     teacher: Path | None
 
     @property
@@ -93,7 +92,7 @@ def look(job: TuningJob, progress: Progress = lambda name, done, total: None) ->
         what=what,
         merge=merge,
         num_trained=num_trained(what, model, config, settings.rank),
-        rate=settings.learning_rate or RATES[what],
+        rate=chosen_rate(settings.learning_rate, what),
         teacher=teacher,
     )
 
@@ -166,7 +165,7 @@ def identity(prepared: Prepared, processes: int, device: torch.device) -> dict[s
     """What determines the output's bytes."""
     teacher = prepared.teacher
     return {
-        "settings": prepared.job.plain_settings() | {"learning_rate": prepared.rate},
+        "settings": prepared.job.plain_settings() | asdict(prepared.rate),
         "model": prepared.facts.parts,
         "teacher": None if teacher is None else input_fingerprint(teacher, LazyWeights(teacher)),
         "text": fingerprint(prepared.texts.train),

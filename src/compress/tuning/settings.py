@@ -26,7 +26,8 @@ class Settings:
         Block by block, tokens are those of the text and epochs how often it is read at most.
     data: the text's name, or a file. steps, tokens, epochs: how long, one of the three. seq_len: tokens a window.
     batch_size: windows a step, of all processes together. train: None for what suits the checkpoint (`structure.py`).
-    rank, alpha: of LoRA, whose product is multiplied by alpha / rank. learning_rate: at its highest.
+    rank, alpha: of LoRA, whose product is multiplied by alpha / rank. learning_rate: at its highest,
+        for everything alike; None for what suits it (`rates.py`).
     warmup: the share of the steps in which it gets there. merge: None for yes, where the result keeps its form.
     eval_every: steps from one look at the held-out windows to the next. patience: looks without a better one.
     """
@@ -73,14 +74,6 @@ class Settings:
         if self.distill == "blocks":
             return BLOCK_WINDOWS if self.tokens is None else max(1, round(self.tokens / self.seq_len))
         return None if self.epochs is not None else self.num_steps(0) * self.batch_size
-
-
-def learning_rate(step: int, steps: int, warmup: float) -> float:
-    """The share of the highest rate at a step counted from 0: a straight rise, then a half cosine down to nearly 0."""
-    rising = max(1, round(warmup * steps))
-    if step < rising:
-        return (step + 1) / rising
-    return 0.5 * (1 + math.cos(math.pi * (step - rising + 1) / (steps - rising + 1)))
 
 
 @dataclass(frozen=True, kw_only=True)

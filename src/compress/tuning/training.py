@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 from compress.errors import NumericalError
 from compress.tuning.lora import Settled
 from compress.tuning.losses import cross_entropy, divergence
-from compress.tuning.settings import Settings, learning_rate
+from compress.tuning.rates import Rate, share_of_rate
+from compress.tuning.settings import Settings
 from compress.tuning.texts import batch
 
 LARGEST_GRADIENT = 1.0  # a step's gradient is made no longer than this
@@ -74,16 +75,17 @@ class Training:
         windows: Int64[Tensor, "windows seq_len"],
         held_out: Int64[Tensor, "held_out seq_len"],
         settings: Settings,
-        rate: float,
+        rate: Rate,
         accelerator: Accelerator,
     ) -> None:
         self.trained, self.teacher, self.windows, self.held_out = trained, teacher, windows, held_out
-        self.settings, self.rate, self.accelerator = settings, rate, accelerator
+        self.settings, self.accelerator = settings, accelerator
         self.device = next(iter(trained.parameters.values())).device
         self.num_steps = settings.num_steps(len(windows))
         self.course = Course()
         self.best: dict[str, Tensor] = {}
-        self.optimizer = torch.optim.AdamW(trained.parameters.values(), lr=rate, betas=BETAS, weight_decay=0.0)
+        groups = [{"params": [each], "highest": rate.of(each)} for each in trained.parameters.values()]
+        self.optimizer = torch.optim.AdamW(groups, betas=BETAS, weight_decay=0.0)
         self._since_look: list[float] = []
         without_dropout(trained.model)
         trained.model.train()
@@ -108,7 +110,8 @@ class Training:
         """One step; the loss before it, of all processes."""
         settings, accelerator = self.settings, self.accelerator
         for group in self.optimizer.param_groups:
-            group["lr"] = self.rate * learning_rate(self.course.step, self.num_steps, settings.warmup)
+            share = share_of_rate(self.course.step, self.num_steps, settings.warmup)
+            group["lr"] = share * group["highest"]
         ids = batch(self.windows, self.course.step, settings.batch_size, settings.seed)
         loss = self.loss(self._share(ids))
         self.optimizer.zero_grad()

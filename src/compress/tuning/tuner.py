@@ -189,7 +189,7 @@ def train_blocks(
     asked = BlockSettings(
         epochs=settings.passes,
         patience=settings.patience,
-        rate=prepared.rate,
+        rate=prepared.rate.highest,
         batch_size=settings.batch_size,
         seed=settings.seed,
         device=device,
@@ -296,7 +296,8 @@ def record(
         else None,
         "distill": settings.distill,
         "teacher": None if job.teacher is None else job.teacher.repository or job.teacher.name,
-        "learning_rate": prepared.rate,
+        "learning_rate": prepared.rate.highest,
+        "relative_rate": prepared.rate.relative,
         "batch_size": settings.batch_size,
         "planned_steps": prepared.steps,
         "steps": course.step,
