@@ -6,7 +6,8 @@ Each row is a `compress` command, then `compress finetune` of what it wrote, of 
 said, and `compress eval` of both on the test text, each in a process of its own. Won back is (lost before - lost after)
 / lost before, lost being ln(perplexity / dense). `demo` is trained on the `stdlib` data set and tested on its test
 split; other models on the standard library's source without the files that their calibration or test text has. Seconds
-are those of the whole command, imports and proof included; the other text is the validation split of `wikitext2` in DATA.
+are those of the whole command, imports and proof included; the other text is the validation split of `wikitext2` in
+DATA.
 """
 
 import argparse
