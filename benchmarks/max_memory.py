@@ -156,7 +156,7 @@ def cells(options: argparse.Namespace, depth: int) -> Iterator[tuple[str, int]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--depths", type=int, nargs="+", default=[2, 4, 8])
-    parser.add_argument("--calibrations", type=int, nargs="+", default=[8, 16, 32], help="windows of 512 tokens")
+    parser.add_argument("--calibrations", type=int, nargs="+", default=[4, 8, 16], help="windows of 512 tokens")
     parser.add_argument(
         "--methods",
         nargs="+",

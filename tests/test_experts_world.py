@@ -51,8 +51,10 @@ FEW = {
     "qwen2_moe": {"num_experts": 5, "num_experts_per_tok": 2},
     "qwen3_moe": {"num_experts": 5, "num_experts_per_tok": 2, "norm_topk_prob": False},
 }
-MADE = [(model_type, name) for model_type in ("mixtral", "qwen3_moe") for name in RUNS]
-MADE += [("qwen2_moe", "narrower"), ("qwen2_moe", "all of them"), ("qwen2_moe", "multiplied out")]
+MADE = [("mixtral", name) for name in RUNS]
+# Of the others what their own names, norms and shared experts have a part in.
+MADE += [("qwen3_moe", name) for name in ("fewer neurons", "lord", "multiplied out", "compact", "all of them")]
+MADE += [("qwen2_moe", name) for name in ("narrower", "multiplied out", "all of them")]
 
 
 def job_of(folder: Path, model_type: str, stages: Stages, *, samples: int = 24, model: Path | None = None) -> Job:

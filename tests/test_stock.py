@@ -231,19 +231,21 @@ def cases() -> dict[str, Case]:
         neurons = {"neurons": {"keep": NEURONS - IDLE}}
         units = neurons | ({"kv_groups": {"keep": variant.groups - 1}} if variant.groups else {})
         fewer_heads = NARROW if width % HEADS == 0 else width  # no multiple of the dense model's heads
+        full_slow = slow or name not in QUICK_FULL_WIDTH
         found |= {
             f"{name}: sliced": Case(variant, width, slow=slow),
-            f"{name}: refitted": Case(variant, width, refit=True, slow=True),
             f"{name}: refitted, fewer units": Case(variant, fewer_heads, refit=True, units=units, slow=slow),
             f"{name}: idle units": Case(variant, fewer_heads, units=units, idle=True, slow=slow),
-            f"{name}: full width": Case(
-                variant, D, units=neurons, idle=True, slow=slow or name not in QUICK_FULL_WIDTH
-            ),
-            f"{name}: rounded gain": Case(
-                variant, width, gain_dtype=torch.bfloat16, slow=slow or name not in QUICK_ROUNDED_GAIN
-            ),
-            f"{name}: float32": Case(variant, width, "float32", slow=slow),
-            f"{name}: bfloat16": Case(variant, width, "bfloat16", slow=slow),
+            f"{name}: full width": Case(variant, D, units=neurons, idle=True, slow=full_slow),
+        }
+        if slow:  # a family's further variants are rounded as its first is
+            continue
+        gain_slow = name not in QUICK_ROUNDED_GAIN
+        found |= {
+            f"{name}: refitted": Case(variant, width, refit=True, slow=True),
+            f"{name}: rounded gain": Case(variant, width, gain_dtype=torch.bfloat16, slow=gain_slow),
+            f"{name}: float32": Case(variant, width, "float32"),
+            f"{name}: bfloat16": Case(variant, width, "bfloat16"),
             f"{name}: float16": Case(variant, width, "float16", slow=True),
         }
     return found | {f"{name}: fallback": Case(variant, NARROW) for name, (variant, _) in FALLBACKS.items()}
