@@ -161,7 +161,7 @@ def main() -> None:
         "--methods",
         nargs="+",
         choices=list(METHODS),
-        default=list(METHODS),
+        default=["slicegpt", "slim"],
         help="the first at every depth and calibration, the others at the least of both and the most",
     )
     parser.add_argument("--large-depth", type=int, default=48)
