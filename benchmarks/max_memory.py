@@ -31,7 +31,7 @@ METHODS = {
     "slicegpt": ["slice", "--method", "slicegpt", "--ratio", "0.25"],
     "anchored": ["slice", "--ratio", "0.25"],
     "lord": ["lord", "--keep-params", "0.8"],
-    "slim": ["slim", "--form", "compact"],
+    "slim": ["slim", "--compact"],
 }
 
 
@@ -89,7 +89,10 @@ def words_of(model: Path, method: str, samples: int, seq_len: int, out: Path) ->
 def row(model: Path, depth: int, method: str, samples: int, seq_len: int, out: Path) -> str:
     """Without a limit: planned and measured. With the least limit that the plan allows: measured."""
     words = words_of(model, method, samples, seq_len, out)
-    planned = json.loads(run([*words, "--dry-run"])[1])["memory_bytes"]
+    code, out, err, _ = run([*words, "--dry-run"])
+    if code:
+        raise SystemExit(err)
+    planned = json.loads(out)["memory_bytes"]
     _, _, refused, _ = run([*words, "--max-memory", "1MB", "--dry-run"])
     least = float(refused.split("the run takes ")[1].split(" GB")[0])
     code, _, err, free = run(words)
