@@ -158,8 +158,8 @@ def cells(options: argparse.Namespace, depth: int) -> Iterator[tuple[str, int]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--depths", type=int, nargs="+", default=[2, 4, 8])
-    parser.add_argument("--calibrations", type=int, nargs="+", default=[4, 8, 16], help="windows of 512 tokens")
+    parser.add_argument("--depths", type=int, nargs="+", default=[2, 4, 6])
+    parser.add_argument("--calibrations", type=int, nargs="+", default=[2, 4, 8], help="windows of 512 tokens")
     parser.add_argument(
         "--methods",
         nargs="+",
@@ -167,8 +167,8 @@ def main() -> None:
         default=["slicegpt", "slim"],
         help="the first at every depth and calibration, the others at the least of both and the most",
     )
-    parser.add_argument("--large-depth", type=int, default=48)
-    parser.add_argument("--limit", type=int, default=15 * 10**8)
+    parser.add_argument("--large-depth", type=int, default=24)
+    parser.add_argument("--limit", type=int, default=10**9)
     parser.add_argument("--write", type=Path)
     options = parser.parse_args()
     lines = [
