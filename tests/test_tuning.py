@@ -414,13 +414,13 @@ def test_towards_a_teacher_it_comes_nearer_to_it():
 
 
 def test_it_ends_after_looks_that_are_no_better_and_keeps_what_it_began_with(monkeypatch):
-    losses = iter([2.0, 3.0, 2.5, 2.0])
+    losses = iter([2.0, 3.0, 3.5, 3.0, 3.2])
     monkeypatch.setattr(Training, "held_out_loss", lambda _self: next(losses))
     steps = training(lora(), steps=40, eval_every=1, patience=3)
     beginning = {name: each.detach().clone() for name, each in steps.trained.parameters.items()}
     steps.run(lambda _now: None, lambda *_: None)
     assert steps.course.best[0] == 0
-    assert steps.course.step == 3
+    assert steps.course.step == 4
     steps.take_best()
     assert all(torch.equal(steps.trained.parameters[name], each) for name, each in beginning.items())
 
@@ -430,6 +430,13 @@ def test_a_course_has_stalled_when_the_last_looks_are_no_better():
     assert course.best == (2, 2.0)
     assert course.has_stalled(1)
     assert not course.has_stalled(2)
+
+
+def test_a_course_that_comes_back_from_a_high_rate_has_not_stalled():
+    course = Course(4, [(0, None, 2.0), (1, 2.9, 3.0), (2, 2.8, 2.9), (3, 2.7, 2.8), (4, 2.6, 2.5)])
+    assert course.best[0] == 0
+    assert not course.has_stalled(1)
+    assert not Course(0, [(0, None, 2.0)]).has_stalled(1)
 
 
 def test_a_loss_that_is_no_number_ends_the_run():

@@ -32,7 +32,7 @@ class Rate:
 RATES: dict[What, Rate] = {
     "lora": Rate(3e-3, relative=False),
     "factors": Rate(3e-3, relative=True),
-    "adapters": Rate(1e-2, relative=True),
+    "adapters": Rate(3e-2, relative=True),
     "all": Rate(3e-3, relative=True),
     "blocks": Rate(1e-2, relative=True),
 }

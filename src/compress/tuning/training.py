@@ -58,9 +58,12 @@ class Course:
         return step, loss
 
     def has_stalled(self, patience: int) -> bool:
-        """Whether the last `patience` looks were none of them better than the best before."""
-        since = [look for look in self.losses if look[0] > self.best[0]]
-        return len(since) >= patience
+        """Whether the last `patience` looks were none of them better than the best before, the untrained one aside.
+
+        At its highest the rate may take a model away from where it began; while it comes back, it gets better.
+        """
+        losses = [loss for step, _, loss in self.losses if step > 0]
+        return bool(losses) and len(losses) - 1 - losses.index(min(losses)) >= patience
 
 
 class Training:
