@@ -172,7 +172,7 @@ def main() -> None:
     parser.add_argument("--write", type=Path)
     options = parser.parse_args()
     lines = [
-        "    python benchmarks/max_memory.py --write docs/reliability.md\n",
+        f"    python benchmarks/max_memory.py --methods {' '.join(options.methods)} --write docs/reliability.md\n",
         "Megabytes; width 1024, 2816 neurons, a layer has 51 MB. Planned: beside the interpreter. Least: the smallest "
         "limit that the plan allows.\n",
         "| run | windows | planned | held | least limit | held under it | kept |",
