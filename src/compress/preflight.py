@@ -26,6 +26,10 @@ from compress.room import held, settle
 from compress.streaming.processes import ALONE, Processes
 from compress.streaming.weights import READABLE, LazyWeights
 
+# Bytes that the interpreter holds more in the midst of a run than before it: libraries that are imported on the way,
+# and freed memory that is not given back. Up to 50 MB have been seen.
+GROWTH = 64 * 10**6
+
 
 @dataclass(frozen=True)
 class Precision:
@@ -128,7 +132,7 @@ def plan_job(job: Job, folder: Path, config: Any, processes: Processes = ALONE) 
     plan = make(room=room)
     if job.max_memory is None:
         return plan
-    before, part = held(), largest_part_bytes(config, family, precision.computing)
+    before, part = held() + GROWTH, largest_part_bytes(config, family, precision.computing)
     # The process that reloads the result takes it part by part, unless its form cannot stay on disk.
     whole = (plan.storage and any(each.form == "packed" for each in plan.storage.values())) or job.export == "gguf"
     proof = 2 * plan.dense.bytes if whole else 2 * part
