@@ -132,7 +132,7 @@ def plan_job(job: Job, folder: Path, config: Any, processes: Processes = ALONE) 
     plan = make(room=room)
     if job.max_memory is None:
         return plan
-    before, part = held() + GROWTH, largest_part_bytes(config, family, precision.computing)
+    before, part = held(), largest_part_bytes(config, family, precision.computing)
     # The process that reloads the result takes it part by part, unless its form cannot stay on disk.
     whole = (plan.storage and any(each.form == "packed" for each in plan.storage.values())) or job.export == "gguf"
     proof = 2 * plan.dense.bytes if whole else 2 * part
@@ -141,7 +141,7 @@ def plan_job(job: Job, folder: Path, config: Any, processes: Processes = ALONE) 
         run, _ = needs(job.recipe, plan.stages, config, family, computing=precision.computing, room=room)
         return max(run, before + proof)
 
-    room = settle(room, job.max_memory, before, need, fixed_batch=job.batch_size is not None)
+    room = settle(room, job.max_memory, before + GROWTH, need, fixed_batch=job.batch_size is not None)
     plan = make(room=room)
     return replace(plan, notes=[*plan.notes, room_note(room, job.max_memory)])
 
