@@ -74,7 +74,7 @@ def finetune(
     ] = None,
     lr: Annotated[
         float | None,
-        in_panel(Method, "The highest learning rate, for all alike. Default: by what is trained, and of which size."),
+        in_panel(Method, "The highest learning rate, for all that is trained. Default: by what that is and its size."),
     ] = None,
     warmup: Annotated[float, in_panel(Method, "Share of the steps in which it gets there.", min=0, max=1)] = 0.05,
     merge: Annotated[
