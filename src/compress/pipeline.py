@@ -17,6 +17,7 @@ import psutil
 from torch import Tensor
 
 from compress import search
+from compress.allocator import return_freed_memory
 from compress.assembly import new_walk, restored, take_survey
 from compress.budget import Choice
 from compress.checkpoints import files
@@ -124,6 +125,8 @@ def run(job: Job, progress: Progress = lambda name, done, total: None) -> Result
 
 def run_together(job: Job, processes: Processes, progress: Progress = lambda name, done, total: None) -> Result | None:
     """`run` in one of several processes. The first writes, proves and has the result; the others have None."""
+    if job.max_memory is not None:
+        return_freed_memory()
     with full_precision():
         start = time.perf_counter()
         prepared = prepare(job, processes)
