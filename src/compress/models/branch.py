@@ -9,6 +9,7 @@ Weights are (d_out, d_in); embedding tables are (vocabulary, stream). Arithmetic
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -166,15 +167,18 @@ def captured_inputs(modules: Iterable[nn.Module]) -> Iterator[dict[int, Tensor]]
     """The latest input of each module, by its place among them, for as long as the context is open."""
     found: dict[int, Tensor] = {}
 
-    def note(place: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda _module, inputs: found.__setitem__(place, inputs[0])
-
-    handles = [module.register_forward_pre_hook(note(place)) for place, module in enumerate(modules)]
+    handles = [
+        module.register_forward_pre_hook(partial(note_input, found, place)) for place, module in enumerate(modules)
+    ]
     try:
         yield found
     finally:
         for handle in handles:
             handle.remove()
+
+
+def note_input(found: dict[int, Tensor], place: int, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    found[place] = inputs[0]
 
 
 def read_through(branch: Branch, decode: Float[Tensor, "d D"]) -> None:

@@ -150,18 +150,7 @@ class Decoder:
     def _block_branch(self, index: int, table: BranchTable) -> Branch:
         block = self.blocks[index]
         names = next(branch for branch in self.structure["branches"] if branch["name"] == table.name)
-
         name = f"block {index} {table.name}"
-
-        def update(hidden_states: Tensor, arguments: Arguments) -> Tensor:
-            return block.run_branch(names, hidden_states, **arguments)
-
-        def run(hidden_states: Tensor, arguments: Arguments) -> Tensor:
-            found = update(hidden_states, arguments)
-            where = partial(first_unsound, block, partial(update, hidden_states, arguments))
-            check_sound(found, f"the stream after {name}", where)
-            return found
-
         return Branch(
             name=name,
             readers={reader: linear(block, reader) for reader in table.readers},
@@ -175,7 +164,7 @@ class Decoder:
             units=self._units(table),
             experts=tuple(self._expert(index, expert) for expert in table.experts),
             sparse=sparse_mlp(block, table),
-            run=run,
+            run=partial(run_branch, block, names, name),
             **self._norm_facts(),
         )
 
@@ -219,6 +208,16 @@ def recording(model: nn.Module, family: Family, recorders: Sequence[Recorder]) -
     finally:
         for name, module in kept.items():
             replace(model, name, module)
+
+
+def run_branch(
+    block: Any, structure: Mapping[str, Any], name: str, hidden_states: Tensor, arguments: Arguments
+) -> Tensor:
+    """What a branch adds to the stream; structure: its names of the block's parts."""
+    found: Tensor = block.run_branch(structure, hidden_states, **arguments)
+    where = partial(first_unsound, block, partial(block.run_branch, structure, hidden_states, **arguments))
+    check_sound(found, f"the stream after {name}", where)
+    return found
 
 
 def sparse_mlp(block: nn.Module, table: BranchTable) -> SparseMLP | None:

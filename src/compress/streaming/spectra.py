@@ -9,6 +9,7 @@ than twice the stream only the diagonal is kept.
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +155,7 @@ class LinearObserver:
     def batch(self) -> Iterator["Watched"]:
         """The inputs and outputs of the linears during one pass through the block."""
         watched = Watched()
-        handles = [linear.register_forward_hook(watched.hook(path)) for path, linear in self.linears.items()]
+        handles = [linear.register_forward_hook(partial(watched.note, path)) for path, linear in self.linears.items()]
         try:
             yield watched
         finally:
@@ -207,13 +208,11 @@ class Watched:
         self.inputs: dict[str, Tensor] = {}
         self.outputs: dict[str, Tensor] = {}
 
-    def hook(self, path: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
-        def note(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            self.inputs[path], self.outputs[path] = inputs[0], output
-            # A copy goes on where gradients are wanted: OLMo clips it in place, and what is noted would be clipped too.
-            return output.clone() if output.requires_grad else None
-
-        return note
+    def note(self, path: str, _module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        """A forward hook, for the linear at `path`."""
+        self.inputs[path], self.outputs[path] = inputs[0], output
+        # A copy goes on where gradients are wanted: OLMo clips it in place, and what is noted would be clipped too.
+        return output.clone() if output.requires_grad else None
 
 
 def rows(stream: Float[Tensor, "*tokens d"]) -> Float[Tensor, "_ d"]:
