@@ -145,6 +145,7 @@ def main() -> None:
     parser.add_argument("--commands", nargs="+", choices=list(COMMANDS), default=list(COMMANDS))
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--kills", type=int, default=8)
+    parser.add_argument("--killed", choices=list(COMMANDS), default="slim")
     parser.add_argument("--write", type=Path)
     options = parser.parse_args()
     names = " ".join("demo" if each.model == "demo" else f"{each.name}=MODEL,CALIB.txt" for each in options.subjects)
@@ -162,7 +163,7 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as scratch:
                 lines.append(row(subject, label, options.samples, Path(scratch)))
                 print(lines[-1], flush=True)
-                if label == options.commands[0] and options.kills:
+                if label == options.killed and options.kills:
                     after.append(kills(subject, label, options.samples, Path(scratch), options.kills))
                     print(after[-1], flush=True)
     text = "\n".join([*lines, "", *after])

@@ -262,12 +262,16 @@ class Written:
 
 
 def write(row: Row, method: Method, inputs: Path, out: Path) -> Written:
+    return run_noted(job_of(row, method, inputs, out))
+
+
+def run_noted(job: Job) -> Written:
     """A whole run, unproved."""
     noted = Noted()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "verify", noted)
-        result = pipeline.run(job_of(row, method, inputs, out))
-    return Written(out, result, noted.probe)
+        result = pipeline.run(job)
+    return Written(job.out, result, noted.probe)
 
 
 PROBE = Path(__file__).with_name("stock_probe.py")

@@ -1,42 +1,28 @@
-"""Factorised models, out of the walk and out of the pipeline, against the methods written out on whole models."""
+"""Factorised models out of the walk, against the methods written out on whole models."""
 
 import copy
-import json
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GPTBigCodeConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-import compress
 import oracles
 import tiny
-from compress import families, pipeline
+from compress import families
 from compress.checkpoints.dense import DenseTarget
 from compress.checkpoints.lowrank import LowRankTarget
-from compress.errors import UsageError
-from compress.job import Job
 from compress.models.decoder import Decoder
 from compress.models.factors import factor_module
-from compress.models.hub import find_model
 from compress.models.loading import load_config
 from compress.models.modeling_experts import unfuse_experts
 from compress.models.modeling_lowrank import LowRankLinear, PivotLinear, factorize_architecture
-from compress.needs import Room
 from compress.numerics.lowrank import InputMoments
 from compress.numerics.ridge import DAMPINGS
-from compress.plan import Plan, make_plan
-from compress.preflight import read_windows
-from compress.recipe import Recipe, anchored, lowrank, parse_recipe
 from compress.stages._stage import FactorisingStage, StageConfig
 from compress.stages.factorize import Factorize
 from compress.stages.refit import Refit
@@ -47,17 +33,16 @@ from compress.streaming.streams import CacheFolder, split_windows
 from compress.streaming.survey import Survey, SurveyNeed, Surveyor
 from compress.streaming.walk import Walk, WalkSettings
 from compress.streaming.weights import LazyWeights
+from factorising import FORMS, RANK, Whole, block_linears, same_function
 
-D, NEURONS, RANK = tiny.HIDDEN, 48, 9
+D, NEURONS = tiny.HIDDEN, 48
 WINDOWS = oracles.random_ids(8, 16, seed=2)
 UNSEEN = oracles.random_ids(2, 24, seed=3)
 SHALLOW = {"num_hidden_layers": 2}
 # Two of eight, evenly spread.
 HELD_OUT = [2, 6]
 SLOW = pytest.mark.slow
-PROBE = Path(__file__).with_name("stock_probe.py")
 METHODS = ("anchored", "lord", "svd-llm", "asvd", "svd")
-FORMS = ("factors", "pivot", "dense")
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in tiny.FAMILIES},
     "gpt_neox, one after the other": ("gpt_neox", {"use_parallel_residual": False}),
@@ -175,10 +160,6 @@ def written_model(model: PreTrainedModel, result: oracles.Walked) -> Any:
     return made
 
 
-def same_function(a: Tensor, b: Tensor, share: float) -> None:
-    assert oracles.largest_difference(a, b) < share * float(b.abs().max())
-
-
 # ---- the methods, written out on a whole model ----
 
 
@@ -188,15 +169,6 @@ class Seen:
 
     X: Tensor
     Y: Tensor
-
-
-def block_linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
-    prefix = families.find(model.config).blocks
-    return {
-        f"{prefix}.{name}": module
-        for name, module in model.get_submodule(prefix).named_modules()
-        if isinstance(module, nn.Linear) and not name.endswith(tiny.ROUTERS)
-    }
 
 
 @torch.no_grad()
@@ -331,13 +303,6 @@ def test_what_is_said_to_be_lost_is_lost(models):
 
 
 # ---- at full rank ----
-
-
-class Whole(Factorize):
-    """Makes factors that are no smaller, too."""
-
-    def is_smaller(self, linear: Any, rank: int) -> bool:
-        return True
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -642,207 +607,7 @@ def test_anchored_cuts_by_what_the_loss_feels(model_type, models):
     assert oracles.largest_difference(result.probe_logits, without.probe_logits) > 1e-2
 
 
-# ---- runs of the pipeline ----
-
-Stages = Sequence[StageConfig | dict[str, Any]]
-
-
-def recipe_of(stages: Stages, source: str, **more: Any) -> Recipe:
-    calibration = {"source": source, "samples": 16, "seq_len": 16}
-    return parse_recipe({"method": "test", "stages": list(stages), "calibration": calibration, **more})
-
-
-def job_of(folder: Path, model_type: str, stages: Stages, *, changes: Any = None, **more: Any) -> Job:
-    options = {"dtype": torch.float32, "num_hidden_layers": 1} | (changes or {})
-    tiny.write_model(folder / "dense", model_type, **options)
-    text = tiny.write_text(folder / "text.txt", lines=60)
-    chosen = recipe_of(stages, str(text), **more)
-    return Job(model=find_model(str(folder / "dense")), recipe=chosen, out=folder / "out", command="compress lord")
-
-
-def tensors_of(folder: Path) -> dict[str, Tensor]:
-    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
-
-
-@contextmanager
-def unproved() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "verify", lambda *_arguments, **_options: 0.0)
-        yield
-
-
-def run_unproved(job: Job) -> tuple[Plan, pipeline.Result]:
-    """What was planned and what came out, and that the tensors are those of the planned architecture."""
-    plan = pipeline.plan_only(job)
-    with unproved():
-        result = pipeline.run(job)
-    file_name = plan.target.layout(torch.float32).file_name
-    expected = {file_name(name): tensor.shape for name, tensor in plan.target.model(plan.shape).state_dict().items()}
-    tensors = tensors_of(job.out)
-    if plan.target.dense.tie_word_embeddings and "lm_head.weight" not in " ".join(tensors):
-        expected = {name: shape for name, shape in expected.items() if not name.endswith("lm_head.weight")}
-    assert {name: tensor.shape for name, tensor in tensors.items()} == expected
-    return plan, result
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize(
-    "model_type",
-    [name if name in ("llama", "qwen2", "gpt_bigcode") else pytest.param(name, marks=SLOW) for name in tiny.FAMILIES],
-)
-def test_what_is_planned_is_what_is_written_and_loaded(model_type, form, tmp_path):
-    job = job_of(tmp_path, model_type, lowrank("lord", {"rank_frac": 0.4}, form=form), dtype="bfloat16")
-    plan, result = run_unproved(job)
-    tensors = tensors_of(job.out)
-    assert plan.size == result.size
-    assert result.size.bytes == sum(tensor.nbytes for tensor in tensors.values())
-    assert {path: factors.rank for path, factors in plan.factors.items()} == (result.ranks if form != "dense" else {})
-    loaded: Any = AutoModelForCausalLM.from_pretrained(job.out)
-    parameters = sum(parameter.numel() for parameter in loaded.parameters())
-    assert result.size.parameters == parameters
-    indices = {name: tensor for name, tensor in tensors.items() if not tensor.is_floating_point()}
-    assert bool(indices) == (form == "pivot")
-    # Indices are bytes, no parameters.
-    assert result.size.bytes == 2 * parameters + 4 * sum(tensor.numel() for tensor in indices.values())
-    for name, tensor in indices.items():
-        assert name.endswith(".order")
-        assert tensor.dtype == torch.int32
-        assert sorted(tensor.tolist()) == list(range(len(tensor)))
-    factored = {path for path in result.ranks if f"model.{path}.second.weight" in tensors}
-    assert factored == (set() if form == "dense" else set(result.ranks))
-    assert result.is_stock == (form == "dense")
-    assert plan.removed == 1 - result.size.parameters / result.dense.parameters
-
-
-@pytest.mark.parametrize("model_type", ["llama", "opt", "gpt_bigcode", "codegen"])
-@pytest.mark.slow
-def test_the_pipeline_proves_it(model_type, tmp_path):
-    """In a clean process of its own: with a head of its own, a tied one, blocks that return tuples."""
-    job = job_of(tmp_path, model_type, lowrank("anchored", {"rank_frac": 0.5}, gradient_weight=0.9))
-    result = pipeline.run(job)
-    assert result.difference is not None
-    assert result.difference < 1e-5
-    assert result.divergence is not None
-    assert result.divergence > 0
-
-
-# ---- together with slicing, pruning and quantising ----
-
-
-def slicing(model_type: str, rotation: str, *, width: int, keep: int | None = None, refit: bool = True) -> Stages:
-    units = {"neurons": {"keep": keep}} if keep else None
-    round_to = 1 if model_type in ("phi", "gpt_neox", "opt") else 4
-    return anchored({"width": width}, rotation=rotation, units=units, round_to=round_to, refit=refit)
-
-
-CUT: list[dict[str, Any]] = lowrank("anchored", {"rank_frac": 0.5}, refit=False)
-COMPOSED: dict[str, tuple[str, str, int, int | None]] = {
-    "llama": ("llama", "shared", 20, None),
-    "llama, fewer neurons": ("llama", "shared", 20, 12),
-    "llama, per layer": ("llama", "per-layer", 20, None),
-    "llama, per layer, fewer neurons": ("llama", "per-layer", 20, 12),
-    "opt": ("opt", "shared", 21, None),
-    "opt, per layer, fewer neurons": ("opt", "per-layer", 21, 12),
-    "qwen2, which becomes a llama": ("qwen2", "shared", 20, None),
-    "phi": ("phi", "shared", 20, None),
-    "phi, fewer neurons": ("phi", "shared", 21, 12),
-    "starcoder2": ("starcoder2", "shared", 20, None),
-    "starcoder2, a high rank": ("starcoder2", "shared", 20, None),
-    "starcoder2, fewer neurons": ("starcoder2", "shared", 24, 12),
-    "gemma": ("gemma", "shared", 20, None),
-    "qwen3": ("qwen3", "shared", 20, None),
-    "gpt_neox": ("gpt_neox", "shared", 21, 12),
-    "phi3": ("phi3", "shared", 20, 12),
-}
-
-
-QUICK_COMPOSED = (
-    "llama, fewer neurons",
-    "opt, per layer, fewer neurons",
-    "qwen2, which becomes a llama",
-    "phi",
-    "starcoder2, a high rank",
-)
-
-
-@pytest.mark.parametrize(
-    "name", [name if name in QUICK_COMPOSED else pytest.param(name, marks=SLOW) for name in COMPOSED]
-)
-def test_a_sliced_model_is_factorised_as_it_was_planned(name, tmp_path):
-    model_type, rotation, width, keep = COMPOSED[name]
-    # A stream of 20 channels has 18 directions in starcoder2.
-    rule = {"rank": 17} if "high" in name else {"rank_frac": 0.5}
-    cut_stages = lowrank("anchored", rule, refit=False)
-    job = job_of(tmp_path, model_type, [*slicing(model_type, rotation, width=width, keep=keep), *cut_stages])
-    plan, result = run_unproved(job)
-    assert plan.size == result.size
-    assert result.widths[0] == width
-    assert result.ranks == {path: factors.rank for path, factors in plan.factors.items()}
-    assert result.ranks
-
-
-# One for each way of being written; what is planned is compared with what is written for all.
-RELOADED = (
-    "llama, fewer neurons",
-    "llama, per layer",
-    "opt",
-    "qwen2, which becomes a llama",
-    "phi, fewer neurons",
-    "starcoder2, a high rank",
-    "gpt_neox",
-)
-
-
-@pytest.mark.parametrize("name", RELOADED)
-@pytest.mark.slow
-def test_a_sliced_and_factorised_model_reloads(name, tmp_path):
-    model_type, rotation, width, keep = COMPOSED[name]
-    stages = [*slicing(model_type, rotation, width=width, keep=keep), *CUT]
-    result = pipeline.run(job_of(tmp_path, model_type, stages))
-    assert result.difference is not None
-    assert result.difference < 1e-5
-
-
-@pytest.mark.parametrize("model_type", ["llama", "opt"])
-@pytest.mark.parametrize("rotation", ["shared", "per-layer"])
-def test_a_sliced_and_factorised_config_comes_back_from_json(model_type, rotation, tmp_path):
-    job = job_of(tmp_path, model_type, [*slicing(model_type, rotation, width=20), *CUT])
-    plan = pipeline.plan_only(job)
-    config = plan.target.config(plan.shape, torch.float32)
-    (tmp_path / "saved").mkdir()
-    (tmp_path / "saved" / "config.json").write_text(json.dumps(config.to_diff_dict(), default=str), encoding="utf-8")
-    again: Any = type(config).from_pretrained(tmp_path / "saved")
-    assert again.to_dict() == config.to_dict()
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(again)
-    numbers = sum(parameter.numel() for parameter in model.parameters())
-    assert plan.size is not None
-    assert numbers == plan.size.parameters
-
-
-FULL_WIDTH = ["llama", "opt", "phi", "gemma", "qwen3", "qwen2", "phi3", "gpt_neox"]
-
-
-@pytest.mark.parametrize("rotation", ["shared", "per-layer"])
-@pytest.mark.parametrize(
-    "model_type", [name if name in ("llama", "opt", "phi") else pytest.param(name, marks=SLOW) for name in FULL_WIDTH]
-)
-def test_full_width_and_full_rank_keep_the_logits(model_type, rotation, tmp_path, monkeypatch):
-    """Through the pipeline, whose own walk says what the written model gives; proved elsewhere."""
-    stages = [*slicing(model_type, rotation, width=D), Whole(rank_frac=1.0, form="factors")]
-    job = job_of(tmp_path, model_type, stages, changes={"dtype": torch.float64})
-    overheard: list[tuple[Tensor, Tensor]] = []
-
-    def overhear(_folder: Path, ids: Tensor, logits: Tensor, **_options: Any) -> float:
-        overheard.append((ids, logits))
-        return 0.0
-
-    monkeypatch.setattr(pipeline, "verify", overhear)
-    result = pipeline.run(job)
-    assert len(result.ranks) == len(block_linears(tiny.tiny_model(model_type, num_hidden_layers=1)))
-    ((ids, logits),) = overheard
-    dense = tiny.tiny_model(model_type, num_hidden_layers=1)
-    same_function(logits, oracles.logits_of(dense, ids), 1e-8)
+# ---- with quantising behind ----
 
 
 class RoundToNearest(StageConfig):
@@ -898,291 +663,3 @@ def test_what_is_behind_a_quantised_linear_sees_its_error(models):
     name = "model.model.layers.0.self_attn.o_proj.first.weight"
     assert not torch.equal(result.tensors[name], to_nearest(before.tensors[name]))
     assert torch.equal(result.tensors[name], to_nearest(result.tensors[name]))
-
-
-# ---- multiplied out ----
-
-
-@pytest.mark.slow
-def test_materialized_it_is_a_stock_model(tmp_path):
-    """Loaded by stock code in a process without ours; at one function with the factors."""
-    request, factors = {}, {}
-    for model_type in ("llama", "gpt_bigcode", "qwen2", "phi"):
-        changes = {"dtype": torch.float64}
-        for form in ("dense", "pivot"):
-            stages = lowrank("lord", {"rank": RANK}, form=form, bias=False)
-            job = job_of(tmp_path / model_type / form, model_type, stages, changes=changes)
-            run_unproved(job)
-            if form == "dense":
-                ids = {"ids": UNSEEN.tolist()}
-                request[model_type] = {
-                    "folder": str(job.out),
-                    "trust": False,
-                    "ids": ids,
-                    "prompt": UNSEEN[:, :12].tolist(),
-                }
-            else:
-                factors[model_type] = AutoModelForCausalLM.from_pretrained(job.out).eval()
-    (tmp_path / "request.json").write_text(json.dumps(request), encoding="utf-8")
-    command = [sys.executable, "-I", str(PROBE), str(tmp_path / "request.json"), str(tmp_path / "answers")]
-    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "answers" / "found.json").read_text(encoding="utf-8"))
-    logits = load_file(tmp_path / "answers" / "logits.safetensors")
-    assert found["ours"] == []
-    for model_type, model in factors.items():
-        looked = found["models"][model_type]
-        assert looked["module"].startswith("transformers.models.")
-        assert (looked["info"], looked["said"]) == ({}, [])
-        assert looked["cached"] == looked["greedy"]
-        assert list((tmp_path / model_type / "dense" / "out").glob("*.py")) == []
-        same_function(logits[f"{model_type}/ids"], oracles.logits_of(model, UNSEEN), 1e-8)
-
-
-# ---- on a model that was trained ----
-
-DEMO = Path(compress.__file__).parent / "assets/demo"
-
-
-@pytest.mark.slow
-def test_anchored_ends_nearer_to_the_dense_model_than_lord(tmp_path):
-    """The stream before the final norm, on the calibration text; at the same ranks."""
-    errors = {}
-    dense: Any = AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32).eval()
-    for method in ("anchored", "lord"):
-        calibration = {"source": "stdlib", "samples": 24, "seq_len": 128}
-        stages = lowrank(method, {"rank_frac": 0.4}, bias=False if method == "lord" else None)
-        chosen = parse_recipe({"method": method, "stages": stages, "calibration": calibration})
-        job = Job(model=find_model(str(DEMO)), recipe=chosen, out=tmp_path / method, command="compress lord")
-        _, result = run_unproved(job)
-        assert result.ranks
-        windows = read_windows(job, DEMO)
-        made: Any = AutoModelForCausalLM.from_pretrained(tmp_path / method, dtype=torch.float32).eval()
-        there = last_stream(dense, dense.config, windows)
-        here = last_stream(made.model, dense.config, windows)
-        errors[method] = float((here - there).square().sum() / there.square().sum())
-    assert 0 < errors["anchored"] < 0.9 * errors["lord"]
-
-
-@torch.no_grad()
-def last_stream(model: Any, config: Any, windows: Tensor) -> Tensor:
-    found: list[Tensor] = []
-    norm = model.get_submodule(families.find(config).final_norm)
-    handle = norm.register_forward_pre_hook(lambda _module, inputs: found.append(inputs[0].double()))
-    for ids in windows.split(8):
-        model(input_ids=ids, use_cache=False)
-    handle.remove()
-    return torch.cat(found)
-
-
-# ---- plans of the published ladder ----
-
-STARCODER: dict[str, Any] = {
-    "n_embd": 6144,
-    "n_layer": 40,
-    "n_head": 48,
-    "n_positions": 8192,
-    "vocab_size": 49152,
-    "multi_query": True,
-    "n_inner": 24576,
-}
-
-
-def starcoder_plan(stages: Stages, **more: Any) -> Plan:
-    config = GPTBigCodeConfig(**STARCODER)
-    calibration = {"source": "stdlib", "samples": 128, "seq_len": 2048}
-    chosen = parse_recipe({"method": "lord", "stages": list(stages), "calibration": calibration, **more})
-    return make_plan(
-        chosen,
-        config,
-        families.find(config),
-        dtype=torch.bfloat16,
-        computing=torch.float32,
-        room=Room(1, 8 * 10**9),
-    )
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("rank", "billions"), [(4672, 14.92), (4480, 14.45), (4224, 13.82), (3968, 13.19), (3712, 12.56)]
-)
-def test_starcoders_published_sizes(rank, billions):
-    """LoRD, arXiv 2309.14021, table 1: the MLPs of StarCoder 16B, two factors each."""
-    rule = {"rank": rank}
-    plan = starcoder_plan(lowrank("lord", rule, target=["mlp"], form="factors", multiple=1))
-    assert plan.size is not None
-    assert round(plan.size.parameters / 1e9, 2) == billions
-    assert {factors.rank for factors in plan.factors.values()} == {rank}
-    assert len(plan.factors) == 80
-
-
-def test_starcoders_ranks_are_rounded_to_what_kernels_take():
-    plan = starcoder_plan(lowrank("lord", {"rank_frac": 0.6042}, target=["mlp"], form="factors"))
-    assert {factors.rank for factors in plan.factors.values()} == {3712}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("gradient_weight", [0.0, 0.9])
-def test_starcoder_fits_a_machine(gradient_weight):
-    for stages in (
-        lowrank("anchored", {"rank_frac": 0.6}, gradient_weight=gradient_weight),
-        lowrank("lord", {"rank_frac": 0.6}),
-    ):
-        plan = starcoder_plan(stages)
-        # The least that is there: the equations of the widest linear. The most: windows of 8192 tokens take 17 GB of
-        # it on their way through a block, sums in two numbers 24, activations that stay 8.
-        assert 8 * 24576**2 < plan.memory_bytes < 64e9
-        assert plan.size is not None
-        assert plan.disk_bytes > plan.size.bytes
-
-
-# ---- what is refused, and what is told ----
-
-
-def planned(model_type: str, stages: Stages, *, samples: int = 128, **more: Any) -> Plan:
-    config = tiny.tiny_config(model_type)
-    calibration = {"source": "stdlib", "samples": samples, "seq_len": 16}
-    chosen = parse_recipe({"method": "test", "stages": list(stages), "calibration": calibration, **more})
-    family = families.find(config)
-    return make_plan(chosen, config, family, dtype=torch.float16, computing=torch.float32, room=Room(1, 2**30))
-
-
-def refusal(call: Callable[[], Any]) -> str:
-    with pytest.raises(UsageError) as error:
-        call()
-    return str(error.value)
-
-
-HALF = {"rank_frac": 0.5}
-BUDGET = {"budget": {"keep_params": 0.7, "trial_samples": 8}}
-FAULTS: dict[str, tuple[Stages, dict[str, Any], str]] = {
-    "a pattern of no linear": (
-        lowrank("lord", HALF, target=["*.down_proj", "experts.*"]),
-        {},
-        "No linear matches the target 'experts.*'. There are mlp.down_proj, mlp.gate_proj, mlp.up_proj, "
-        "self_attn.k_proj, self_attn.o_proj, self_attn.q_proj, self_attn.v_proj.",
-    ),
-    "a rank for no linear": (
-        lowrank("lord", {"ranks": {"model.layers.0.mlp.down_proj": 8, "model.layers.7.mlp.down_proj": 8}}),
-        {},
-        "factorize gives a rank to model.layers.7.mlp.down_proj, which the model has not.",
-    ),
-    "two rules": (
-        lowrank("lord", {"rank": 8, "rank_frac": 0.5}),
-        {},
-        "stages.0: factorize takes one of rank_frac, rank, ranks; got rank_frac, rank",
-    ),
-    "a refit beside the dense model's inputs": (
-        [{"stage": "refit"}, *lowrank("lord", HALF)],
-        {},
-        "factorize goes by the dense model's inputs, so refit cannot be beside it; give factorize inputs: compressed",
-    ),
-    "a slice beside the dense model's inputs": (
-        [*slicing("llama", "shared", width=20, refit=False), *lowrank("svd", HALF)],
-        {},
-        "factorize goes by the dense model's inputs, so fold_norms cannot be beside it; "
-        "give factorize inputs: compressed",
-    ),
-    "widths and ranks open": (
-        [*anchored({}), *lowrank("anchored", {}, refit=False)],
-        BUDGET,
-        "a budget is spent on widths or on ranks; tell slice how much to keep",
-    ),
-    "trials of lord": (
-        lowrank("lord", {}, allocation="auto"),
-        BUDGET,
-        "stages.0: allocation auto compares by trial, which lord cannot: name an allocation",
-    ),
-    "no rule and no budget": (
-        lowrank("lord", {}),
-        {},
-        "factorize is not told how much to keep; give it a ratio, or the recipe a budget",
-    ),
-    "a rule and a budget": (
-        lowrank("lord", HALF),
-        BUDGET,
-        "the recipe has a budget, but every stage says how much it keeps; leave one open",
-    ),
-    "gradients for lord": (
-        lowrank("lord", HALF, gradient_weight=0.5),
-        {},
-        "stages.0: gradient_weight is of method anchored, not of lord",
-    ),
-    "a bias for svd": (lowrank("svd", HALF, bias=True), {}, "stages.0: svd adds no bias"),
-    "nothing smaller": (
-        lowrank("lord", {"rank_frac": 0.9}, form="factors"),
-        {},
-        "No linear would be smaller in factors of these ranks. Keep less, or choose --form pivot.",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", FAULTS)
-def test_what_does_not_fit_is_one_short_message(name):
-    stages, more, fault = FAULTS[name]
-    assert refusal(lambda: planned("llama", stages, **more)) == fault
-
-
-def test_two_stages_at_one_linear_are_refused_before_the_walk():
-    """The second would find factors where it looks for a linear."""
-    twice = lowrank("lord", HALF) + lowrank("lord", {"rank_frac": 0.25})
-    fault = "Two stages would factorise self_attn.q_proj. Give each its own target."
-    assert refusal(lambda: planned("llama", twice)) == fault
-
-
-def test_two_stages_at_different_linears(tmp_path):
-    stages = lowrank("lord", HALF, target=["attention"]) + lowrank("svd", {"rank": 7}, target=["mlp"])
-    job = job_of(tmp_path, "llama", stages)
-    plan, result = run_unproved(job)
-    assert plan.size == result.size
-    assert {rank for path, rank in result.ranks.items() if ".mlp." in path} == {7}
-    assert {rank for path, rank in result.ranks.items() if ".self_attn." in path} == {8, 16}
-
-
-def test_ranks_that_no_data_is_needed_for_are_refused_when_they_save_nothing():
-    """Spread over the linears, too."""
-    fault = refusal(lambda: planned("llama", lowrank("anchored", {"rank_frac": 1.0}, allocation="energy")))
-    assert fault == "No linear would be smaller in factors of these ranks. Keep less, or choose --form pivot."
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_a_rank_that_a_linear_has_not_is_refused(form):
-    """Of a recipe's own ranks."""
-    stages = lowrank("lord", {"ranks": {"model.layers.0.mlp.down_proj": 33}}, form=form)
-    assert refusal(lambda: planned("llama", stages)) == (
-        "factorize gives model.layers.0.mlp.down_proj a rank of 33, its full one is 32."
-    )
-
-
-def test_what_stays_dense_is_told():
-    plan = planned("llama", lowrank("lord", {"rank_frac": 0.5}, form="factors"))
-    assert plan.notes == [
-        "Factors of this rank would be no smaller, so these stay dense: self_attn.q_proj (3 times), "
-        "self_attn.o_proj (3 times)."
-    ]
-
-
-def test_too_little_text_is_told():
-    few, enough = (planned("llama", lowrank("lord", HALF), samples=samples) for samples in (11, 12))
-    (note,) = few.notes
-    assert note == ("Calibration has 176 tokens for linears of 48 inputs: expect a poor fit. Use more --samples.")
-    assert enough.notes == []
-
-
-TARGETS: dict[str, tuple[Sequence[str], set[str]]] = {
-    "attention": (["attention"], {"attn.c_attn", "attn.c_proj"}),
-    "mlp": (["mlp"], {"mlp.c_fc", "mlp.c_proj"}),
-    "a pattern": (["*.c_proj"], {"attn.c_proj", "mlp.c_proj"}),
-    "a name": (["c_fc"], {"mlp.c_fc"}),
-    "two": (["attention", "*.c_fc"], {"attn.c_attn", "attn.c_proj", "mlp.c_fc"}),
-    "all": (["all"], {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}),
-}
-
-
-@pytest.mark.parametrize("name", TARGETS)
-def test_targets(name):
-    target, expected = TARGETS[name]
-    plan = planned("gpt_bigcode", lowrank("lord", {"rank": 8}, target=target))
-    assert {path.split(".", 3)[-1] for path in plan.factors} == expected
-    assert len(plan.factors) == tiny.NUM_BLOCKS * len(expected)

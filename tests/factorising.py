@@ -1,0 +1,91 @@
+"""Runs that factorise, of tiny models; what the tests of the stage, of its runs and of its plans share."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+import oracles
+import tiny
+from compress import families, pipeline
+from compress.job import Job
+from compress.models.hub import find_model
+from compress.plan import Plan
+from compress.recipe import Recipe, anchored, parse_recipe
+from compress.stages._stage import StageConfig
+from compress.stages.factorize import Factorize
+
+RANK = 9
+FORMS = ("factors", "pivot", "dense")
+HALF = {"rank_frac": 0.5}
+Stages = Sequence[StageConfig | dict[str, Any]]
+
+
+def recipe_of(stages: Stages, source: str, **more: Any) -> Recipe:
+    calibration = {"source": source, "samples": 16, "seq_len": 16}
+    return parse_recipe({"method": "test", "stages": list(stages), "calibration": calibration, **more})
+
+
+def job_of(folder: Path, model_type: str, stages: Stages, *, changes: Any = None, **more: Any) -> Job:
+    options = {"dtype": torch.float32, "num_hidden_layers": 1} | (changes or {})
+    tiny.write_model(folder / "dense", model_type, **options)
+    text = tiny.write_text(folder / "text.txt", lines=60)
+    chosen = recipe_of(stages, str(text), **more)
+    return Job(model=find_model(str(folder / "dense")), recipe=chosen, out=folder / "out", command="compress lord")
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+@contextmanager
+def unproved() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "verify", lambda *_arguments, **_options: 0.0)
+        yield
+
+
+def run_unproved(job: Job) -> tuple[Plan, pipeline.Result]:
+    """What was planned and what came out, and that the tensors are those of the planned architecture."""
+    plan = pipeline.plan_only(job)
+    with unproved():
+        result = pipeline.run(job)
+    file_name = plan.target.layout(torch.float32).file_name
+    expected = {file_name(name): tensor.shape for name, tensor in plan.target.model(plan.shape).state_dict().items()}
+    tensors = tensors_of(job.out)
+    if plan.target.dense.tie_word_embeddings and "lm_head.weight" not in " ".join(tensors):
+        expected = {name: shape for name, shape in expected.items() if not name.endswith("lm_head.weight")}
+    assert {name: tensor.shape for name, tensor in tensors.items()} == expected
+    return plan, result
+
+
+def slicing(model_type: str, rotation: str, *, width: int, keep: int | None = None, refit: bool = True) -> Stages:
+    units = {"neurons": {"keep": keep}} if keep else None
+    round_to = 1 if model_type in ("phi", "gpt_neox", "opt") else 4
+    return anchored({"width": width}, rotation=rotation, units=units, round_to=round_to, refit=refit)
+
+
+class Whole(Factorize):
+    """Makes factors that are no smaller, too."""
+
+    def is_smaller(self, linear: Any, rank: int) -> bool:
+        return True
+
+
+def block_linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
+    prefix = families.find(model.config).blocks
+    return {
+        f"{prefix}.{name}": module
+        for name, module in model.get_submodule(prefix).named_modules()
+        if isinstance(module, nn.Linear) and not name.endswith(tiny.ROUTERS)
+    }
+
+
+def same_function(a: Tensor, b: Tensor, share: float) -> None:
+    assert oracles.largest_difference(a, b) < share * float(b.abs().max())

@@ -1,0 +1,217 @@
+"""Plans of factors, from config.json alone: published sizes, what is refused, and what is told."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from transformers import GPTBigCodeConfig
+
+import tiny
+from compress import families
+from compress.errors import UsageError
+from compress.needs import Room
+from compress.plan import Plan, make_plan
+from compress.recipe import anchored, lowrank, parse_recipe
+from factorising import FORMS, HALF, Stages, slicing
+
+# ---- plans of the published ladder ----
+
+STARCODER: dict[str, Any] = {
+    "n_embd": 6144,
+    "n_layer": 40,
+    "n_head": 48,
+    "n_positions": 8192,
+    "vocab_size": 49152,
+    "multi_query": True,
+    "n_inner": 24576,
+}
+
+
+def starcoder_plan(stages: Stages, **more: Any) -> Plan:
+    config = GPTBigCodeConfig(**STARCODER)
+    calibration = {"source": "stdlib", "samples": 128, "seq_len": 2048}
+    chosen = parse_recipe({"method": "lord", "stages": list(stages), "calibration": calibration, **more})
+    return make_plan(
+        chosen,
+        config,
+        families.find(config),
+        dtype=torch.bfloat16,
+        computing=torch.float32,
+        room=Room(1, 8 * 10**9),
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("rank", "billions"), [(4672, 14.92), (4480, 14.45), (4224, 13.82), (3968, 13.19), (3712, 12.56)]
+)
+def test_starcoders_published_sizes(rank, billions):
+    """LoRD, arXiv 2309.14021, table 1: the MLPs of StarCoder 16B, two factors each."""
+    rule = {"rank": rank}
+    plan = starcoder_plan(lowrank("lord", rule, target=["mlp"], form="factors", multiple=1))
+    assert plan.size is not None
+    assert round(plan.size.parameters / 1e9, 2) == billions
+    assert {factors.rank for factors in plan.factors.values()} == {rank}
+    assert len(plan.factors) == 80
+
+
+def test_starcoders_ranks_are_rounded_to_what_kernels_take():
+    plan = starcoder_plan(lowrank("lord", {"rank_frac": 0.6042}, target=["mlp"], form="factors"))
+    assert {factors.rank for factors in plan.factors.values()} == {3712}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gradient_weight", [0.0, 0.9])
+def test_starcoder_fits_a_machine(gradient_weight):
+    for stages in (
+        lowrank("anchored", {"rank_frac": 0.6}, gradient_weight=gradient_weight),
+        lowrank("lord", {"rank_frac": 0.6}),
+    ):
+        plan = starcoder_plan(stages)
+        # The least that is there: the equations of the widest linear. The most: windows of 8192 tokens take 17 GB of
+        # it on their way through a block, sums in two numbers 24, activations that stay 8.
+        assert 8 * 24576**2 < plan.memory_bytes < 64e9
+        assert plan.size is not None
+        assert plan.disk_bytes > plan.size.bytes
+
+
+# ---- what is refused, and what is told ----
+
+
+def planned(model_type: str, stages: Stages, *, samples: int = 128, **more: Any) -> Plan:
+    config = tiny.tiny_config(model_type)
+    calibration = {"source": "stdlib", "samples": samples, "seq_len": 16}
+    chosen = parse_recipe({"method": "test", "stages": list(stages), "calibration": calibration, **more})
+    family = families.find(config)
+    return make_plan(chosen, config, family, dtype=torch.float16, computing=torch.float32, room=Room(1, 2**30))
+
+
+def refusal(call: Callable[[], Any]) -> str:
+    with pytest.raises(UsageError) as error:
+        call()
+    return str(error.value)
+
+
+BUDGET = {"budget": {"keep_params": 0.7, "trial_samples": 8}}
+FAULTS: dict[str, tuple[Stages, dict[str, Any], str]] = {
+    "a pattern of no linear": (
+        lowrank("lord", HALF, target=["*.down_proj", "experts.*"]),
+        {},
+        "No linear matches the target 'experts.*'. There are mlp.down_proj, mlp.gate_proj, mlp.up_proj, "
+        "self_attn.k_proj, self_attn.o_proj, self_attn.q_proj, self_attn.v_proj.",
+    ),
+    "a rank for no linear": (
+        lowrank("lord", {"ranks": {"model.layers.0.mlp.down_proj": 8, "model.layers.7.mlp.down_proj": 8}}),
+        {},
+        "factorize gives a rank to model.layers.7.mlp.down_proj, which the model has not.",
+    ),
+    "two rules": (
+        lowrank("lord", {"rank": 8, "rank_frac": 0.5}),
+        {},
+        "stages.0: factorize takes one of rank_frac, rank, ranks; got rank_frac, rank",
+    ),
+    "a refit beside the dense model's inputs": (
+        [{"stage": "refit"}, *lowrank("lord", HALF)],
+        {},
+        "factorize goes by the dense model's inputs, so refit cannot be beside it; give factorize inputs: compressed",
+    ),
+    "a slice beside the dense model's inputs": (
+        [*slicing("llama", "shared", width=20, refit=False), *lowrank("svd", HALF)],
+        {},
+        "factorize goes by the dense model's inputs, so fold_norms cannot be beside it; "
+        "give factorize inputs: compressed",
+    ),
+    "widths and ranks open": (
+        [*anchored({}), *lowrank("anchored", {}, refit=False)],
+        BUDGET,
+        "a budget is spent on widths or on ranks; tell slice how much to keep",
+    ),
+    "trials of lord": (
+        lowrank("lord", {}, allocation="auto"),
+        BUDGET,
+        "stages.0: allocation auto compares by trial, which lord cannot: name an allocation",
+    ),
+    "no rule and no budget": (
+        lowrank("lord", {}),
+        {},
+        "factorize is not told how much to keep; give it a ratio, or the recipe a budget",
+    ),
+    "a rule and a budget": (
+        lowrank("lord", HALF),
+        BUDGET,
+        "the recipe has a budget, but every stage says how much it keeps; leave one open",
+    ),
+    "gradients for lord": (
+        lowrank("lord", HALF, gradient_weight=0.5),
+        {},
+        "stages.0: gradient_weight is of method anchored, not of lord",
+    ),
+    "a bias for svd": (lowrank("svd", HALF, bias=True), {}, "stages.0: svd adds no bias"),
+    "nothing smaller": (
+        lowrank("lord", {"rank_frac": 0.9}, form="factors"),
+        {},
+        "No linear would be smaller in factors of these ranks. Keep less, or choose --form pivot.",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_what_does_not_fit_is_one_short_message(name):
+    stages, more, fault = FAULTS[name]
+    assert refusal(lambda: planned("llama", stages, **more)) == fault
+
+
+def test_two_stages_at_one_linear_are_refused_before_the_walk():
+    """The second would find factors where it looks for a linear."""
+    twice = lowrank("lord", HALF) + lowrank("lord", {"rank_frac": 0.25})
+    fault = "Two stages would factorise self_attn.q_proj. Give each its own target."
+    assert refusal(lambda: planned("llama", twice)) == fault
+
+
+def test_ranks_that_no_data_is_needed_for_are_refused_when_they_save_nothing():
+    """Spread over the linears, too."""
+    fault = refusal(lambda: planned("llama", lowrank("anchored", {"rank_frac": 1.0}, allocation="energy")))
+    assert fault == "No linear would be smaller in factors of these ranks. Keep less, or choose --form pivot."
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_rank_that_a_linear_has_not_is_refused(form):
+    """Of a recipe's own ranks."""
+    stages = lowrank("lord", {"ranks": {"model.layers.0.mlp.down_proj": 33}}, form=form)
+    assert refusal(lambda: planned("llama", stages)) == (
+        "factorize gives model.layers.0.mlp.down_proj a rank of 33, its full one is 32."
+    )
+
+
+def test_what_stays_dense_is_told():
+    plan = planned("llama", lowrank("lord", {"rank_frac": 0.5}, form="factors"))
+    assert plan.notes == [
+        "Factors of this rank would be no smaller, so these stay dense: self_attn.q_proj (3 times), "
+        "self_attn.o_proj (3 times)."
+    ]
+
+
+def test_too_little_text_is_told():
+    few, enough = (planned("llama", lowrank("lord", HALF), samples=samples) for samples in (11, 12))
+    (note,) = few.notes
+    assert note == ("Calibration has 176 tokens for linears of 48 inputs: expect a poor fit. Use more --samples.")
+    assert enough.notes == []
+
+
+TARGETS: dict[str, tuple[Sequence[str], set[str]]] = {
+    "attention": (["attention"], {"attn.c_attn", "attn.c_proj"}),
+    "mlp": (["mlp"], {"mlp.c_fc", "mlp.c_proj"}),
+    "a pattern": (["*.c_proj"], {"attn.c_proj", "mlp.c_proj"}),
+    "a name": (["c_fc"], {"mlp.c_fc"}),
+    "two": (["attention", "*.c_fc"], {"attn.c_attn", "attn.c_proj", "mlp.c_fc"}),
+    "all": (["all"], {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}),
+}
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_targets(name):
+    target, expected = TARGETS[name]
+    plan = planned("gpt_bigcode", lowrank("lord", {"rank": 8}, target=target))
+    assert {path.split(".", 3)[-1] for path in plan.factors} == expected
+    assert len(plan.factors) == tiny.NUM_BLOCKS * len(expected)
