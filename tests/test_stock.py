@@ -648,8 +648,9 @@ def test_groups_are_deleted_in_stock_shapes_alone(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("model_type", ["llama", "starcoder2", "gemma"])
+@pytest.mark.parametrize(
+    ("model_type", "dtype"), [("llama", "float32"), ("starcoder2", "bfloat16"), ("gemma", "bfloat16")]
+)
 def test_the_pipeline_proves_it(model_type, dtype, tmp_path):
     """In a clean process of its own, which computes in float32 from the rounded weights."""
     tiny.write_model(tmp_path / "dense", model_type, dtype=torch.float32)
