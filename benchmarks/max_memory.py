@@ -164,7 +164,7 @@ def main() -> None:
         "--methods",
         nargs="+",
         choices=list(METHODS),
-        default=["slicegpt", "lord"],
+        default=["slicegpt", "anchored"],
         help="the first at every depth and calibration, the others at the least of both and the most",
     )
     parser.add_argument("--large-depth", type=int, default=24)
