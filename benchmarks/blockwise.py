@@ -5,14 +5,15 @@
 
 Each row is one `compress` command in a process of its own, then `tune_blocks` with other windows of the calibration
 text, and `compress eval` before and after. Excess is ln(perplexity / dense). `--write` replaces the text between the
-marks. `--only TEXT` runs the rows whose label has the text; `--keep FOLDER` keeps the checkpoints and goes on with
-those that are there.
+marks. `--only TEXT ...` runs the rows whose label has one of the texts; `--keep FOLDER` keeps the checkpoints and goes
+on with those that are there.
 """
 
 import argparse
 import math
 import os
 import platform
+import shlex
 import shutil
 import tempfile
 import time
@@ -117,7 +118,7 @@ class Bench:
         lines = [f"### {self.subject.name}: dense perplexity {self.dense:.2f}", ""]
         lines += [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
         for number, way in enumerate(WAYS):
-            if self.options.only in way.label:
+            if not self.options.only or any(text in way.label for text in self.options.only):
                 lines.append(f"| {' | '.join(self.row(number, way))} |")
                 print(lines[-1], flush=True)
         return "\n".join(lines) + "\n"
@@ -126,12 +127,13 @@ class Bench:
 def head(options: argparse.Namespace, subjects: Sequence[Subject]) -> str:
     versions = f"Python {platform.python_version()}, torch {version('torch')}, transformers {version('transformers')}"
     names = " ".join("demo" if each.model == "demo" else f"'{each.name}=MODEL,CALIB.txt,TEST.txt'" for each in subjects)
+    only = f"--only {shlex.join(options.only)} " if options.only else ""
     return (
         f"Date: {date.today().isoformat()}. {versions}, {os.cpu_count()} cores, no GPU. Compressed with 256 windows of "
         f"{options.seq_len} tokens,\ntuned with {options.samples} others of the same text and judged on "
         f"{options.held_out} more; perplexity on the first {options.windows} windows of held-out text.\nExcess is "
         "ln(perplexity / dense); seconds are those of the tuning.\n\n"
-        f"    python benchmarks/blockwise.py --write docs/finetuning_blocks.md {names}\n\n"
+        f"    python benchmarks/blockwise.py {only}--write docs/finetuning_blocks.md {names}\n\n"
     )
 
 
@@ -140,7 +142,7 @@ def main() -> None:
     parser.add_argument("subjects", nargs="+", type=Subject.parse)
     parser.add_argument("--write", type=Path)
     parser.add_argument("--keep", type=Path)
-    parser.add_argument("--only", default="")
+    parser.add_argument("--only", nargs="+", default=[], metavar="TEXT")
     parser.add_argument("--samples", type=int, default=512)
     parser.add_argument("--held-out", type=int, default=64)
     parser.add_argument("--seq-len", type=int, default=128)
