@@ -27,7 +27,7 @@ from compress.streaming.processes import ALONE, Processes
 from compress.streaming.weights import READABLE, LazyWeights
 
 # Bytes that the interpreter holds more in the midst of a run than before it: libraries that are imported on the way,
-# and freed memory that is not given back. benchmarks/max_memory.py saw a run 26 MB over its limit without.
+# and small pieces of freed memory, which are not given back.
 GROWTH = 64 * 10**6
 
 
