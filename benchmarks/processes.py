@@ -153,7 +153,7 @@ def main() -> None:
         f"torch {torch.__version__}, {os.cpu_count()} cores, one thread a process, {options.samples} windows of 128 "
         "tokens; seconds without verification.\n",
         f"    python benchmarks/processes.py --samples {options.samples} --kills {options.kills} "
-        f"--write docs/reliability.md {names}\n",
+        f"--killed {options.killed} --write docs/reliability.md {names}\n",
         "| command | 2 from 1 | 4 from 1 | two runs of 2: same bytes | 1, s | 2, s | 4, s |",
         "|---|---|---|---|---|---|---|",
     ]
