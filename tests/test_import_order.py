@@ -13,7 +13,7 @@ ROOT = Path(compress.__file__).parent
 # A module imports from layers below its own, and its own part of its own layer; parts of one layer, side by side,
 # do not know each other.
 LAYERS = [
-    ("errors", "version", "allocator", "apart", "durable", "launch"),
+    ("errors", "version", "apart", "durable", "launch"),
     ("numerics",),
     ("families",),
     ("models",),

@@ -17,7 +17,6 @@ import psutil
 from torch import Tensor
 
 from compress import search
-from compress.allocator import return_freed_memory
 from compress.assembly import new_walk, restored, take_survey
 from compress.budget import Choice
 from compress.checkpoints import files
@@ -44,6 +43,7 @@ from compress.ranks import rank_choices
 from compress.room import held
 from compress.streaming.experts import short_of_tokens
 from compress.streaming.journal import Journal, sha256, write_tensors
+from compress.streaming.memory import return_large_blocks
 from compress.streaming.processes import ALONE, Processes
 from compress.streaming.shared_journal import SharedJournal
 from compress.streaming.sites import Count
@@ -125,8 +125,7 @@ def run(job: Job, progress: Progress = lambda name, done, total: None) -> Result
 
 def run_together(job: Job, processes: Processes, progress: Progress = lambda name, done, total: None) -> Result | None:
     """`run` in one of several processes. The first writes, proves and has the result; the others have None."""
-    if job.max_memory is not None:
-        return_freed_memory()
+    return_large_blocks()
     with full_precision():
         start = time.perf_counter()
         prepared = prepare(job, processes)

@@ -28,7 +28,6 @@ from compress.numerics.sums import ReproducibleSum
 from compress.streaming.cache import ActivationCache
 from compress.streaming.interning import Interner
 from compress.streaming.loader import PartLoader
-from compress.streaming.memory import return_large_blocks
 from compress.streaming.processes import ALONE, Processes
 from compress.streaming.spectra import GradientFiles, LinearObserver, Spectrum, Watched
 from compress.streaming.streams import Batch, CacheFolder
@@ -130,7 +129,6 @@ class Surveyor:
 
         processes: all survey in step, each its own batches; what they find is equal.
         """
-        return_large_blocks()
         kept: dict[int, ActivationCache] = {}
         stream = self._embed()
         for block in range(self.num_blocks):

@@ -22,7 +22,6 @@ from compress.models.soundness import check_sound
 from compress.numerics.frames import Frame
 from compress.streaming.layout import Layout
 from compress.streaming.loader import PartLoader
-from compress.streaming.memory import return_large_blocks
 from compress.streaming.passage import Passage, keeps_before_post_norms, num_streams
 from compress.streaming.processes import ALONE, Processes
 from compress.streaming.rewriting import Report
@@ -127,7 +126,6 @@ class Walk:
 
     @torch.no_grad()
     def parts(self) -> Iterator[FinishedPart]:
-        return_large_blocks()
         while self.next_part < self.num_parts:
             part = self._walk_part(self.next_part)
             self.next_part += 1

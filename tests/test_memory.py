@@ -8,7 +8,7 @@ import pytest
 # Blocks below the largest of glibc's thresholds, with something kept behind each: freed, they leave gaps in the heap.
 SCRIPT = """
 import ctypes, sys
-from compress.allocator import return_freed_memory
+from compress.streaming.memory import return_large_blocks
 
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
@@ -23,7 +23,7 @@ def written(size):
     return block
 
 if "told" in sys.argv:
-    return_freed_memory()
+    return_large_blocks()
 libc.free(written(30 * 2**20))  # glibc takes this for the size of what comes and goes
 before = held()
 blocks = [(written(8 * 2**20), written(2**18)) for _ in range(10)]
