@@ -1,13 +1,10 @@
 """Runs that factorise, of tiny models; what the tests of the stage, of its runs and of its plans share."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -20,6 +17,7 @@ from compress.plan import Plan
 from compress.recipe import Recipe, anchored, parse_recipe
 from compress.stages._stage import StageConfig
 from compress.stages.factorize import Factorize
+from runs import tensors_of, unproved
 
 RANK = 9
 FORMS = ("factors", "pivot", "dense")
@@ -38,17 +36,6 @@ def job_of(folder: Path, model_type: str, stages: Stages, *, changes: Any = None
     text = tiny.write_text(folder / "text.txt", lines=60)
     chosen = recipe_of(stages, str(text), **more)
     return Job(model=find_model(str(folder / "dense")), recipe=chosen, out=folder / "out", command="compress lord")
-
-
-def tensors_of(folder: Path) -> dict[str, Tensor]:
-    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
-
-
-@contextmanager
-def unproved() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "verify", lambda *_arguments, **_options: 0.0)
-        yield
 
 
 def run_unproved(job: Job) -> tuple[Plan, pipeline.Result]:

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 import tiny
@@ -30,6 +29,7 @@ from compress.plan import Plan, choose_target, make_plan, model_points
 from compress.preflight import prepare
 from compress.recipe import Recipe, anchored, parse_recipe, slicegpt
 from compress.search import Trial
+from runs import tensors_of
 
 Counts = dict[str, int]
 METHODS: dict[str, list[dict[str, Any]]] = {
@@ -402,10 +402,6 @@ class Made:
     def beside(self, name: str) -> Job:
         """The same job once more."""
         return replace(self.job, out=self.job.out.with_name(name))
-
-
-def tensors_of(folder: Path) -> dict[str, Tensor]:
-    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 
 def job_of(order: Order, folder: Path) -> Job:

@@ -30,8 +30,8 @@ from factorising import (
     run_unproved,
     same_function,
     slicing,
-    tensors_of,
 )
+from runs import tensors_of
 
 D = tiny.HIDDEN
 SLOW = pytest.mark.slow

@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from compress import pipeline
+
 # Blocks below the largest of glibc's thresholds, with something kept behind each: freed, they leave gaps in the heap.
 SCRIPT = """
 import ctypes, sys
@@ -40,3 +42,20 @@ def test_gaps_between_blocks_are_not_kept(words, kept):
         [sys.executable, "-c", SCRIPT, *words], capture_output=True, text=True, check=True, env={"PATH": ""}
     )
     assert (int(done.stdout) > 60 * 2**20) is kept
+
+
+def test_a_run_asks_for_it_before_anything_else(monkeypatch):
+    said: list[str] = []
+
+    class Prepared(Exception):
+        pass
+
+    def prepare(*_arguments: object) -> None:
+        said.append("prepare")
+        raise Prepared
+
+    monkeypatch.setattr(pipeline, "return_large_blocks", lambda: said.append("return large blocks"))
+    monkeypatch.setattr(pipeline, "prepare", prepare)
+    with pytest.raises(Prepared):
+        pipeline.run(None)
+    assert said == ["return large blocks", "prepare"]

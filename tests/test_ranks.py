@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig
 
@@ -30,6 +30,7 @@ from compress.ranks import RankSpace, rank_choices, uniform_ranks
 from compress.recipe import Recipe, lowrank, parse_recipe
 from compress.streaming.spectra import Spectrum
 from compress.streaming.streams import split_windows
+from runs import tensors_of
 
 SLOW = pytest.mark.slow
 BLOCKS = 2
@@ -84,10 +85,6 @@ class Made:
 
     def beside(self, name: str) -> Job:
         return replace(self.job, out=self.job.out.with_name(name))
-
-
-def tensors_of(folder: Path) -> dict[str, Tensor]:
-    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 
 def numbers(tensors: Mapping[str, Tensor]) -> int:

@@ -4,8 +4,7 @@ import copy
 import itertools
 import json
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +37,7 @@ from compress.stages.refit import Refit
 from compress.stages.slim import Adapt, Prune, Quantize, Slim
 from compress.streaming.walk import Walk, WalkSettings
 from compress.streaming.weights import LazyWeights
+from runs import tensors_of, unproved
 
 WINDOWS = oracles.random_ids(8, 16, seed=2)
 UNSEEN = oracles.random_ids(2, 24, seed=3)
@@ -342,22 +342,11 @@ def job_of(folder: Path, model_type: str, stages: Stages, *, changes: Any = None
     return Job(model=find_model(str(folder / "dense")), recipe=recipe, out=folder / out, command="compress slim")
 
 
-@contextmanager
-def unproved() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "verify", lambda *_arguments, **_options: 0.0)
-        yield
-
-
 def run_unproved(job: Job) -> tuple[Plan, pipeline.Result]:
     """What was planned, and what came out."""
     plan = pipeline.plan_only(job)
     with unproved():
         return plan, pipeline.run(job)
-
-
-def tensors_of(folder: Path) -> dict[str, Tensor]:
-    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 
 def json_of(file: Path) -> Any:
