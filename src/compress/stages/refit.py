@@ -13,7 +13,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from compress.numerics.ridge import choose_damping, ridge
+from compress.numerics.ridge import choose_damping
 from compress.stages._stage import StageConfig
 from compress.streaming.groups import LinearGroup
 
@@ -34,8 +34,8 @@ class Refit(StageConfig):
     def apply(self, group: LinearGroup) -> None:
         if not group.held_out.tokens:
             return
-        damping = choose_damping(group.fit, group.held_out, group.matrix, name=group.name, metric=group.metric)
-        if damping is None:
+        chosen = choose_damping(group.fit, group.held_out, group.matrix, name=group.name, metric=group.metric)
+        if chosen is None:
             return
-        group.matrix = ridge(group.fit, group.matrix, damping, name=group.name)
-        group.damping = group.notes["damping"] = damping
+        group.matrix = chosen.W
+        group.damping = group.notes["damping"] = chosen.damping
