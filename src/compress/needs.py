@@ -22,9 +22,10 @@ from compress.stages._stage import StageConfig, StoringStage
 from compress.streaming.cache import cache_bytes
 from compress.streaming.divergence import LOGITS_AT_ONCE
 from compress.streaming.experts import lot_bytes
-from compress.streaming.passage import has_groups, has_linears, keeps_before_post_norms, num_streams
+from compress.streaming.passage import has_groups, has_linears, keeps_before_post_norms, num_streams, rotates_points
+from compress.streaming.sites import WholeModel
 from compress.streaming.spectra import WIDEST
-from compress.streaming.survey import TOKENS_AT_ONCE, SurveyNeed, kept_streams
+from compress.streaming.survey import TOKENS_AT_ONCE, SurveyNeed, survey_samples
 
 TOKENS_PER_BATCH = 8192
 DOUBLE = 8  # bytes of a float64
@@ -51,7 +52,8 @@ def needs(
     one = cache_bytes(calibration.samples, calibration.seq_len, config.hidden_size, computing)
     caches = one * (num_streams(stages) + keeps_before_post_norms(stages, family))
     if SurveyNeed.GRADIENT in surveyed(stages):
-        caches = max(caches, one * kept_streams(config.num_hidden_layers, one, room.cache_memory))
+        windows = survey_samples(calibration.samples, calibration.seq_len, config.hidden_size)
+        caches = max(caches, one * windows // calibration.samples * (config.num_hidden_layers + 1))
     tokens = min(room.batch_size, calibration.samples) * calibration.seq_len
     weights = 2 * sizes.part * sizes.itemsize
     if has_linears(stages):
@@ -104,8 +106,9 @@ class Sizes:
 
 
 def inputs_at_once(stages: Sequence[StageConfig], sizes: Sizes) -> int:
-    """Inputs of the widest group of linears: the stream is among those of writers where their basis may change."""
-    return sizes.neurons + (sizes.width if any(stage.reshapes for stage in stages) else 0)
+    """Inputs of the widest group of linears: the stream is among those of writers where each point is rotated."""
+    shares_frame = any(stage.site is WholeModel for stage in stages)
+    return sizes.neurons + (sizes.width if rotates_points(stages) and not shares_frame else 0)
 
 
 def passing(stages: Sequence[StageConfig], sizes: Sizes, tokens: int) -> int:

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from compress import search
 from compress.assembly import new_walk, restored, take_survey
-from compress.budget import Choice
 from compress.checkpoints import files
 from compress.checkpoints.adapter import adapter_config, write_adapter
 from compress.checkpoints.card import model_card
@@ -50,6 +49,7 @@ from compress.streaming.sites import Count
 from compress.streaming.survey import Survey, SurveyNeed
 from compress.streaming.walk import FinishedPart, Walk
 
+TRIAL = "trial "  # before the place of a choice: a trial's name among the findings
 SMALL = 5 * 10**8  # bytes: a model below this is reloaded whole, whatever the walk needed
 
 
@@ -188,23 +188,24 @@ def _survey(prepared: Prepared, journal: Journal, progress: Progress) -> Survey 
 
 
 def _chosen(prepared: Prepared, journal: Journal, survey: Survey | None, progress: Progress) -> Prepared:
-    """With the plan's choice made, by trial where there is more than one; a run that goes on reads it back."""
+    """With the plan's choice made, by trial where there is more than one; a run that goes on reads trials back."""
     prepared = _with_rank_choices(prepared, survey)
-    plan = prepared.plan
-    if not plan.choices:
+    if not prepared.plan.choices:
         return prepared
-    if "trials" not in journal.findings:
-        heard = (number for number in range(1, len(plan.choices) + 1))
-        trials = search.compare(
-            prepared, survey, lambda trial: progress("trying out shapes", next(heard), len(plan.choices))
-        )
-        journal.note("trials", search.as_data(trials))
-    best = min(journal.findings["trials"]["data"], key=lambda trial: trial["divergence"])
-    choice = next(c for c in plan.choices if all(best[kind] == count for kind, count in c.label.items()))
-    budget = prepared.job.recipe.budget
-    if budget is not None and budget.allocation == "searched":
-        choice = _allocated(prepared, choice, journal, survey, progress)
-    return replace(prepared, plan=plan.chosen(choice))
+    choices, costs = search.with_costs(prepared, survey)
+
+    def measured(place: int) -> float:
+        name = f"{TRIAL}{place}"
+        if name not in journal.findings:
+            count = sum(finding.startswith(TRIAL) for finding in journal.findings)
+            progress("trying out shapes", count + 1, search.MOST_TRIALS)
+            trial, cost = search.try_out(prepared, choices[place], survey), costs[place]
+            predicted = None if cost is None else cost.total(search.LEFT)
+            journal.note(name, {**trial.counts, "predicted": predicted, "divergence": trial.divergence})
+        return float(journal.findings[name]["data"]["divergence"])
+
+    place = search.choose(costs, measured) if len(choices) > 1 else 0
+    return replace(prepared, plan=prepared.plan.chosen(choices[place]))
 
 
 def _with_rank_choices(prepared: Prepared, survey: Survey | None) -> Prepared:
@@ -215,23 +216,6 @@ def _with_rank_choices(prepared: Prepared, survey: Survey | None) -> Prepared:
     spectra = {} if survey is None else survey.spectra
     found = rank_choices(plan.ranks, prepared.job.recipe.budget, plan.dense, spectra)
     return replace(prepared, plan=plan.chosen(found[0]) if len(found) == 1 else replace(plan, choices=found))
-
-
-def _allocated(
-    prepared: Prepared, choice: Choice, journal: Journal, survey: Survey | None, progress: Progress
-) -> Choice:
-    """The choice with its neurons allocated over the blocks; a run that goes on reads the trials back."""
-    budget = prepared.job.recipe.budget
-    assert budget is not None
-    most = budget.allocation_trials
-    if "allocation" not in journal.findings:
-        heard = iter(range(1, most + 1))
-        trials = search.allocate(
-            prepared, choice, survey, lambda trial: progress("trying out allocations", next(heard), most)
-        )
-        journal.note("allocation", search.as_data(trials))
-    best = min(journal.findings["allocation"]["data"], key=lambda trial: trial["divergence"])
-    return search.reshaped(choice, tuple(best["neurons"]))
 
 
 @contextmanager
@@ -395,8 +379,7 @@ def _facts(prepared: Prepared, journal: Journal) -> dict[str, Any]:
         "architecture": prepared.plan.target.architecture,
         "loads_without_our_code": prepared.plan.target.is_stock,
         "stages": [stage.model_dump(mode="json") for stage in prepared.plan.stages],
-        "trials": found_trials(journal, "trials"),
-        "allocation_trials": found_trials(journal, "allocation"),
+        "trials": found_trials(journal),
         "versions": run["versions"],
         "origin": read_origin(prepared.folder),
         "export": job.export,
@@ -444,6 +427,6 @@ def adapter_facts(prepared: Prepared) -> dict[str, Any] | None:
     return adapter_config(f"{prepared.job.model.name}-{prepared.job.recipe.method}", ranks, modules)
 
 
-def found_trials(journal: Journal, name: str) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = journal.findings[name]["data"] if name in journal.findings else []
-    return found
+def found_trials(journal: Journal) -> list[dict[str, Any]]:
+    """What was tried, in its order."""
+    return [finding["data"] for name, finding in journal.findings.items() if name.startswith(TRIAL)]

@@ -21,7 +21,9 @@ MOST = "What the run may hold in memory, a promise: 8GB. Batches and activation 
 CACHE = "Activations beyond this go to disk: 8GB. Default: half of what is free."
 
 Model = Annotated[str, typer.Option(help="A hub id, an alias such as llama-2-7b or opt-125m, a folder, or demo.")]
-TrialSamples = Annotated[int, in_panel(Data, "Calibration windows of each trial under a budget.", min=8)]
+TrialSamples = Annotated[
+    int | None, in_panel(Data, "Calibration windows of each trial under a budget. Default: a quarter.", min=8)
+]
 Out = Annotated[Path | None, in_panel(Output, "Output folder. Default: ./compressed/MODEL-METHOD-AMOUNT.")]
 Resume = Annotated[bool, in_panel(Output, "Go on with an interrupted run.", flag="--resume")]
 Overwrite = Annotated[bool, in_panel(Output, "Replace the output if it exists.", flag="--overwrite")]

@@ -49,7 +49,7 @@ MULTIPLE = "Ranks are rounded down to a multiple. Default: 128, or less for a na
 METHOD = "anchored: ours, refitted to the dense model. lord: the paper's. svd-llm, asvd, svd: for comparison."
 ALLOCATION = (
     "uniform: one share for all. energy: least variance lost. fisher: least loss, by its gradient. auto: by trial. "
-    "Default: uniform with --rank-frac and --rank and for other methods than anchored, else auto."
+    "Default: uniform with --rank-frac and --rank and for other methods than anchored, else fisher."
 )
 TARGET = "all, attention, mlp, or patterns of names such as *.down_proj; several with commas."
 FORM = "pivot: the same function in fewer numbers than factors. auto: pivot where it is no slower."
@@ -78,7 +78,7 @@ def factorize_model(
     refit: Annotated[bool | None, in_panel(Method, REFIT, flag="--refit/--no-refit")] = None,
     gradient_weight: Annotated[float | None, in_panel(Method, GRADIENT)] = None,
     bias: Annotated[bool | None, in_panel(Method, BIAS, flag="--bias/--no-bias")] = None,
-    trial_samples: TrialSamples = 128,
+    trial_samples: TrialSamples = None,
     calib: Calibration = None,
     samples: Samples = 128,
     seq_len: SeqLen = None,
@@ -140,7 +140,7 @@ def factorize_model(
     )
     spelled = {**amount.typed, "rank_multiple": rank_multiple, "allocation": options["allocation"], "target": target}
     spelled |= {"form": form, "bias": bias, "materialize": materialize, "measure_error": measure_error, **ours}
-    spelled |= {"trial_samples": trial_samples, "batch_size": batch_size}
+    spelled |= {"trial_samples": recipe.trial_samples if amount.budget else None, "batch_size": batch_size}
     job = Job(
         model=source,
         recipe=recipe,
@@ -158,8 +158,8 @@ def factorize_model(
 
 
 def usual_allocation(method: str, amount: Amount) -> str:
-    """By trial where there is a budget to spend and a refit to measure it by."""
-    return "auto" if amount.budget and method == "anchored" else "uniform"
+    """By what the loss feels where there is a budget to spend."""
+    return "fisher" if amount.budget and method == "anchored" else "uniform"
 
 
 def check_method(
