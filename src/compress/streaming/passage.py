@@ -153,7 +153,7 @@ class Passage:
             for batch in self.streams.batches:
                 stream, dense = self.streams.now(batch)
                 assert dense is not None
-                u = with_constant(rows(behind.norm(stream)).double(), bias=has_bias)
+                u = with_constant([rows(behind.norm(stream))], bias=has_bias)
                 sums.add(u, rows(behind.norm(dense)), held_out=batch.held_out)
             fit, held_out = sums.fit(self.processes), sums.held_out(self.processes)
             inputs = sums.inputs(self.processes)
@@ -268,12 +268,12 @@ class Passage:
                         accumulator.add(wide, dense)
                 columns = [rows(given[place]) for place in range(len(linears))]
                 z = [rows(stream) / branch.scale] if beside else []
-                u = with_constant(torch.cat([*z, *columns], dim=1), bias=has_bias)
+                u = with_constant([*z, *columns], bias=has_bias)
                 t, weights = self._target(branch, batch)
                 sums.add(u, t, weights=weights, held_out=batch.held_out)
         return sums, gathered
 
-    def _target(self, branch: Branch, batch: Batch) -> tuple[Float64[Tensor, "tokens D"], Float64[Tensor, "tokens 1"]]:
+    def _target(self, branch: Branch, batch: Batch) -> tuple[Float[Tensor, "tokens D"], Float[Tensor, "tokens 1"]]:
         """What the writers of a branch are to give a batch, and how its tokens weigh.
 
         That is what takes the compressed stream to the dense one, over what the branch multiplies it by. Where a norm
@@ -283,14 +283,14 @@ class Passage:
         """
         stream, dense = self.streams.now(batch)
         assert dense is not None
-        t = rows(dense).double()
+        t = rows(dense)
         weights = self._weigh(t)
         if branch.post_norm is not None:
             assert self.streams.before_post_norm is not None
-            t = rows(self.streams.before_post_norm.get(batch.index, self.decoder.device)).double()
+            t = rows(self.streams.before_post_norm.get(batch.index, self.decoder.device))
             weights = weights * self._weigh(t)
         if self.keeps_basis and not branch.writes_through_norm:
-            t = t - rows(stream).double()
+            t = t - rows(stream)
         return t / branch.scale, weights
 
     def _advance(self, branch: Branch, block: int) -> None:
@@ -304,7 +304,7 @@ class Passage:
         """The compressed stream in the dense basis."""
         return stream if self.decode is None else stream @ self.decode.to(self.decoder.dtype)
 
-    def _weigh(self, t: Float64[Tensor, "tokens D"]) -> Float64[Tensor, "tokens 1"]:
+    def _weigh(self, t: Float[Tensor, "tokens D"]) -> Float[Tensor, "tokens 1"]:
         """By the square of what the next norm will divide by."""
         mean: Tensor | float = t.mean(-1, keepdim=True) if self.decoder.family.norm == "layer" else 0.0
         return 1 / ((t - mean).square().mean(-1, keepdim=True) + self.eps)

@@ -24,10 +24,11 @@ from torch import Tensor
 from compress.models.branch import Branch
 from compress.models.decoder import Arguments, Decoder
 from compress.models.soundness import check_sound
-from compress.numerics.sums import ReproducibleSum
+from compress.numerics.sums import GramSum, at_least_float32
 from compress.streaming.cache import ActivationCache
 from compress.streaming.interning import Interner
 from compress.streaming.loader import PartLoader
+from compress.streaming.memory import return_free_memory
 from compress.streaming.processes import ALONE, Processes
 from compress.streaming.spectra import GradientFiles, LinearObserver, Spectrum, Watched
 from compress.streaming.streams import Batch, CacheFolder
@@ -114,9 +115,8 @@ class Surveyor:
         self.copies = num_kept(self.num_blocks, self.segment)
         self.share = memory // self.copies
         self.arguments: list[list[Arguments]] = []
-        width = decoder.dense_width
-        self.moment = ReproducibleSum(width, width, device=decoder.device)
-        self.gradient = ReproducibleSum(width, width, device=decoder.device)
+        self.moment = GramSum(decoder.dense_width, decoder.device)
+        self.gradient = GramSum(decoder.dense_width, decoder.device)
 
     @property
     def num_blocks(self) -> int:
@@ -135,6 +135,7 @@ class Surveyor:
             if gradient and block % self.segment == 0:
                 kept[block] = self._copy(stream, f"kept-{block}")
             self._forward(block, stream, count=True, watch=not gradient)
+            return_free_memory()
             progress()
         if not gradient:
             return self._findings(processes, gradient=False)
@@ -143,12 +144,13 @@ class Surveyor:
             inputs = self._segment_inputs(start, kept.pop(start))
             for block in reversed(range(start, start + len(inputs))):
                 self._backward(block, inputs.pop(), stream)
+                return_free_memory()
                 progress()
         return self._findings(processes, gradient=True)
 
     def _findings(self, processes: Processes, *, gradient: bool) -> Survey:
         tokens = processes.total(self.tokens)
-        processes.add_up(self.moment, self.gradient)
+        processes.add_up(self.moment.total, self.gradient.total)
         moment, felt = self.moment.close() / tokens, self.gradient.close() / tokens if gradient else None
         if self.observer is None:
             return Survey(moment, felt)
@@ -249,15 +251,15 @@ class Surveyor:
         """A point's tokens, or the gradients there, into the sums."""
         if not self.counts_stream:
             return
-        rows = x.reshape(-1, x.shape[-1]).double()
+        rows = at_least_float32(x.reshape(-1, x.shape[-1]))
         if self.decoder.family.norm == "layer":
             rows = rows - rows.mean(-1, keepdim=True)
         rms = torch.sqrt(rows.square().mean(-1, keepdim=True) + self.decoder.family.epsilon(self.decoder.config))
         if gradient is None:
             rows, sums = rows / rms, self.moment
         else:
-            rows, sums = gradient.reshape(rows.shape).double() * rms, self.gradient
-        sums.add_product(rows, rows)
+            rows, sums = gradient.reshape(rows.shape) * rms, self.gradient
+        sums.add(rows)
 
     def _copy(self, stream: ActivationCache, name: str) -> ActivationCache:
         copy = self._new_cache(name)
