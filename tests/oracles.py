@@ -182,11 +182,12 @@ def new_walk(
     cache_memory: int = UNLIMITED,
     seed: int = 7,
     device: str = "cpu",
+    held_out: int = 0,
 ) -> Walk:
     config = load_config(folder)
     settings = WalkSettings(
         layout=SlicedLayout(),
-        held_out=0,
+        held_out=held_out,
         probe_tokens=windows.shape[1],
         output_dtype=output_dtype or dtype,
         batch_size=batch_size,

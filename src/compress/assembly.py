@@ -36,7 +36,8 @@ def take_survey(prepared: Prepared, progress: Callable[[], None]) -> Survey | No
     decoder, processes = new_decoder(prepared), prepared.processes
     watch, budget = prepared.plan.watch, prepared.job.recipe.budget
     files = GradientFiles(prepared.job.partial)
-    samples = survey_samples(*prepared.windows.shape, decoder.dense_width)
+    count, seq_len = prepared.windows.shape
+    samples = survey_samples(count, seq_len, decoder.dense_width)
     fewest, share = prepared.plan.fewest_units, FREE_SHARE if budget and budget.allocation == "free" else 1
     windows = spread(prepared.windows, max(samples, processes.count))
     surveyor = Surveyor(

@@ -42,7 +42,6 @@ from compress.ranks import rank_choices
 from compress.room import held
 from compress.streaming.experts import short_of_tokens
 from compress.streaming.journal import Journal, sha256, write_tensors
-from compress.streaming.memory import return_large_blocks
 from compress.streaming.processes import ALONE, Processes
 from compress.streaming.shared_journal import SharedJournal
 from compress.streaming.sites import Count
@@ -125,7 +124,6 @@ def run(job: Job, progress: Progress = lambda name, done, total: None) -> Result
 
 def run_together(job: Job, processes: Processes, progress: Progress = lambda name, done, total: None) -> Result | None:
     """`run` in one of several processes. The first writes, proves and has the result; the others have None."""
-    return_large_blocks()
     with full_precision():
         start = time.perf_counter()
         prepared = prepare(job, processes)

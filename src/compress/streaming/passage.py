@@ -153,7 +153,7 @@ class Passage:
             for batch in self.streams.batches:
                 stream, dense = self.streams.now(batch)
                 assert dense is not None
-                u = with_constant(rows(behind.norm(stream)).double(), bias=has_bias)
+                u = with_constant([rows(behind.norm(stream))], bias=has_bias)
                 sums.add(u, rows(behind.norm(dense)), held_out=batch.held_out)
             fit, held_out = sums.fit(self.processes), sums.held_out(self.processes)
             inputs = sums.inputs(self.processes)
@@ -268,7 +268,7 @@ class Passage:
                         accumulator.add(wide, dense)
                 columns = [rows(given[place]) for place in range(len(linears))]
                 z = [rows(stream) / branch.scale] if self.rotates_points else []
-                u = with_constant(torch.cat([*z, *columns], dim=1), bias=has_bias)
+                u = with_constant([*z, *columns], bias=has_bias)
                 t, weights = self._target(branch, batch, encode)
                 sums.add(u, t, weights=weights, held_out=batch.held_out)
         return sums, gathered

@@ -24,10 +24,11 @@ from torch import Tensor
 from compress.models.branch import Branch, captured_inputs
 from compress.models.decoder import Arguments, Decoder
 from compress.models.soundness import check_sound
-from compress.numerics.sums import ReproducibleSum
+from compress.numerics.sums import GramSum, at_least_float32
 from compress.streaming.cache import ActivationCache
 from compress.streaming.interning import Interner
 from compress.streaming.loader import PartLoader
+from compress.streaming.memory import return_free_memory
 from compress.streaming.processes import ALONE, Processes
 from compress.streaming.spectra import GradientFiles, LinearObserver, Spectrum, Watched
 from compress.streaming.streams import Batch, CacheFolder
@@ -120,9 +121,8 @@ class Surveyor:
         self.copies = self.num_blocks + 1
         self.share = memory // self.copies
         self.arguments: list[list[Arguments]] = []
-        width = decoder.dense_width
-        self.moment = ReproducibleSum(width, width, device=decoder.device)
-        self.gradient = ReproducibleSum(width, width, device=decoder.device)
+        self.moment = GramSum(decoder.dense_width, decoder.device)
+        self.gradient = GramSum(decoder.dense_width, decoder.device)
 
     @property
     def num_blocks(self) -> int:
@@ -147,18 +147,20 @@ class Surveyor:
             if gradient:
                 inputs.append(self._copy(walking, f"kept-{block}"))
             self._forward(block, walking, watch=not gradient)
+            return_free_memory()
             progress()
         if not gradient:
             return self._findings(processes, gradient=False)
         self._start_backward(walking)
         for block in reversed(range(self.num_blocks)):
             self._backward(block, inputs.pop(), walking)
+            return_free_memory()
             progress()
         return self._findings(processes, gradient=True)
 
     def _findings(self, processes: Processes, *, gradient: bool) -> Survey:
         tokens = processes.total(self.tokens)
-        processes.add_up(self.moment, self.gradient)
+        processes.add_up(self.moment.total, self.gradient.total)
         moment, felt = self.moment.close() / tokens, self.gradient.close() / tokens if gradient else None
         found = Survey(moment, felt, unit_costs={} if self.units is None else self.units.costs)
         if self.observer is None:
@@ -224,7 +226,8 @@ class Surveyor:
         """Take the gradients from a block's output to its input, counting them at each point on the way."""
         with self.loader.block(block), self._watching(self.observer, block), torch.enable_grad():
             branches = self.decoder.block_branches(block)
-            with nullcontext([]) if self.units is None else self.units.block(block, branches) as units:
+            watching: AbstractContextManager[list[WatchedUnits]] = nullcontext([])
+            with watching if self.units is None else self.units.block(block, branches) as units:
                 for i in range(len(self.batches)):
                     self._backward_batch(i, block, branches, inputs, gradients, units)
 
@@ -264,15 +267,15 @@ class Surveyor:
         """A point's tokens, or the gradients there, into the sums."""
         if not self.counts_stream:
             return
-        rows = x.reshape(-1, x.shape[-1]).double()
+        rows = at_least_float32(x.reshape(-1, x.shape[-1]))
         if self.decoder.family.norm == "layer":
             rows = rows - rows.mean(-1, keepdim=True)
         rms = torch.sqrt(rows.square().mean(-1, keepdim=True) + self.decoder.family.epsilon(self.decoder.config))
         if gradient is None:
             rows, sums = rows / rms, self.moment
         else:
-            rows, sums = gradient.reshape(rows.shape).double() * rms, self.gradient
-        sums.add_product(rows, rows)
+            rows, sums = gradient.reshape(rows.shape) * rms, self.gradient
+        sums.add(rows)
 
     def _copy(self, stream: ActivationCache, name: str) -> ActivationCache:
         copy = self._new_cache(name)

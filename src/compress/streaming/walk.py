@@ -22,6 +22,7 @@ from compress.models.soundness import check_sound
 from compress.numerics.frames import Frame
 from compress.streaming.layout import Layout
 from compress.streaming.loader import PartLoader
+from compress.streaming.memory import return_free_memory
 from compress.streaming.passage import Passage, keeps_before_post_norms, num_streams
 from compress.streaming.processes import ALONE, Processes
 from compress.streaming.rewriting import Report
@@ -130,6 +131,8 @@ class Walk:
             part = self._walk_part(self.next_part)
             self.next_part += 1
             yield part
+            del part
+            return_free_memory()
 
     def state(self) -> dict[str, Tensor]:
         optional = {"decode": self.passage.decode, "probe": self.probe}

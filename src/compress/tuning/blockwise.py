@@ -28,7 +28,7 @@ from compress.models.decoder import Decoder
 from compress.models.loading import load_config
 from compress.models.stored_loading import FLOATS
 from compress.streaming.loader import PartLoader
-from compress.streaming.memory import return_large_blocks
+from compress.streaming.memory import return_free_memory
 from compress.streaming.streams import Batch, CacheFolder
 from compress.streaming.weights import READABLE, LazyWeights
 from compress.tuning.blocks import Student, text_config
@@ -93,7 +93,6 @@ def tune_blocks(
 
     Raises UsageError where the two are not of one model, CheckpointError for what is damaged, OutputError for `out`.
     """
-    return_large_blocks()
     distillation = Distillation(folder, teacher, windows, held_out, out, settings)
     tuned = []
     for block in distillation.blocks():
@@ -151,6 +150,7 @@ class Distillation:
             with self.student.block(index) as untuned:
                 yield self._block(index, untuned)
                 self.given.advance(self.student.blocks[index], index)
+            return_free_memory()
 
     def _block(self, index: int, untuned: Mapping[str, Tensor]) -> BlockTuned:
         """Tune a block in place, or take it as an earlier run has left it."""
