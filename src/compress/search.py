@@ -42,7 +42,7 @@ class Trial:
 
 def try_out(prepared: Prepared, choice: Choice, survey: Survey | None) -> Trial:
     windows = spread(prepared.windows, prepared.job.recipe.trial_samples)
-    stages = prepared.plan.chosen(choice).stages
+    stages = [stage.in_trials for stage in prepared.plan.chosen(choice).stages]
     walk = new_walk(prepared, stages, windows, max(1, len(windows) // HELD_OUT), survey)
     divergence: float | None = None
     for part in walk.parts():
