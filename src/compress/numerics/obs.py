@@ -12,7 +12,8 @@ The costs need no more of W than M = W W^T. With P = G^-1, removing row r change
 and the next row needs one column of each. So the updates are collected and applied 64 at a time, as in LAPACK's blocked
 pivoted Cholesky (pstrf): the removals and their order are those of the plain loop, at the speed of matrix products.
 
-Dimensions: k inputs in units of s rows each, m outputs. G is the damped second moment of the inputs.
+Dimensions: k inputs in units of s rows each, m outputs. In all formulas G is the damped second moment of the inputs;
+functions take it undamped.
 """
 
 import math
@@ -31,10 +32,9 @@ PENDING = 64  # updates that are collected before they are applied
 @dataclass(frozen=True)
 class Elimination:
     """
-    order: the units in the order in which they are removed. The order is nested: the first n are what is removed where
-        n units are to go.
-    costs: the loss tr (W - W')^T G (W - W') once each of them is removed, in the units of G, never decreasing.
-    count: how many units there were.
+    order: the units in the order in which they are removed; the first n of it are removed where n units are to go.
+    costs: the loss tr (W - W')^T G (W - W') after each removal, in the units of G, which is the damped one.
+    count: the number of units before.
     """
 
     order: Int64[Tensor, "removed"]
@@ -42,7 +42,7 @@ class Elimination:
     count: int
 
     def kept(self, keep: int) -> Int64[Tensor, "keep"]:
-        """The units that stay where `keep` of them are to stay, increasing."""
+        """The `keep` units that stay, by their indices, increasing."""
         stay = torch.ones(self.count, dtype=torch.bool, device=self.order.device)
         stay[self.order[: self.count - keep]] = False
         return stay.nonzero()[:, 0]
@@ -60,8 +60,8 @@ def elimination(
     """Remove the cheapest unit, again and again, until `down_to` of them are left.
 
     units: the rows of each unit; rows in no unit (another branch's inputs, a shortcut's, a bias) always stay.
-    damping: added to the diagonal of G, in units of its mean.
-    name: of whose inputs these are, for errors. Raises NumericalError where G or W are not finite or G is zero.
+    damping: added to the diagonal of G, as a share of its mean.
+    name: whose inputs these are, for errors. Raises NumericalError where G or W is not finite, or G is zero.
     """
     inverse = torch.cholesky_inverse(cholesky(damped(G, damping), name=name))
     remainder = _Remainder(inverse, W @ W.T)
@@ -89,7 +89,7 @@ def compensated(
     damping: float,
     name: str,
 ) -> Float64[Tensor, "k m"]:
-    """The W' of least loss whose rows of all units but the kept ones are zero.
+    """Return the W' of least loss in which the rows of all units but the kept ones are zero.
 
     W'_K = W_K + (G_KK)^-1 G_KR W_R         K: the rows that stay, R: those removed
     """
@@ -113,16 +113,16 @@ def prune_units(
     damping: float,
     name: str,
 ) -> tuple[Int64[Tensor, "keep"], Float64[Tensor, "k m"]]:
-    """Choose `keep` of the units by elimination; return them, increasing, and W without the rest, compensated."""
+    """Choose `keep` units by elimination; return them, increasing, and the compensated W, zero in all other units."""
     kept = elimination(W, G, units, keep, damping=damping, name=name).kept(keep)
     return kept, compensated(W, G, units, kept, damping=damping, name=name)
 
 
 class _Remainder:
-    """P = G^-1 and M = W W^T of the rows that are left; both are overwritten.
+    """P = G^-1 and M = W W^T while rows are removed; both are overwritten.
 
-    P - L^T L and M - L^T Z - Z^T L are up to date, with one row of L and Z for each pending update. p and m, the
-    diagonals, always are. What is left in the rows that were removed is rounding, and nobody reads it.
+    L and Z hold l and z of each pending update as rows: P - L^T L and M - L^T Z - Z^T L are up to date. So are p and m,
+    the diagonals, always. Removed rows are rounding noise that is never read.
     """
 
     def __init__(self, P: Float64[Tensor, "k k"], M: Float64[Tensor, "k k"]) -> None:
@@ -145,10 +145,10 @@ class _Remainder:
         P_r = torch.addmv(self.P[row], L.T, L[:, row], alpha=-1)
         M_r = torch.addmv(self.M[row], L.T, Z[:, row], alpha=-1).addmv_(Z.T, L[:, row], alpha=-1)
         root = P_r[row].sqrt()
-        l = torch.div(P_r, root, out=self.L[self.pending])  # noqa: E741
-        z = torch.sub(M_r / root, l * (M_r[row] / (2 * P_r[row])), out=self.Z[self.pending])
-        self.p.addcmul_(l, l, value=-1)
-        self.m.addcmul_(l, z, value=-2)
+        l_r = torch.div(P_r, root, out=self.L[self.pending])
+        z_r = torch.sub(M_r / root, l_r * (M_r[row] / (2 * P_r[row])), out=self.Z[self.pending])
+        self.p.addcmul_(l_r, l_r, value=-1)
+        self.m.addcmul_(l_r, z_r, value=-2)
         self.pending += 1
         if self.pending == PENDING:
             self._apply()
