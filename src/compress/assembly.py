@@ -26,7 +26,7 @@ def batch_size(prepared: Prepared, windows: Tensor) -> int:
     return max(1, min(prepared.plan.room.batch_size, share))
 
 
-def take_survey(prepared: Prepared, progress: Callable[[], None]) -> Survey | None:
+def take_survey(prepared: Prepared, begin: Callable[[str], None]) -> Survey | None:
     """What the plan's stages need to know of the whole dense model; None if nothing."""
     need = prepared.plan.survey
     if need is SurveyNeed.NONE:
@@ -43,7 +43,7 @@ def take_survey(prepared: Prepared, progress: Callable[[], None]) -> Survey | No
         observer=None if watch is None else LinearObserver(watch, files, decoder, processes),
         stream=SurveyNeed.STREAM in need,
     )
-    return surveyor.run(gradient=SurveyNeed.GRADIENT in need, progress=progress, processes=processes)
+    return surveyor.run(gradient=SurveyNeed.GRADIENT in need, begin=begin, processes=processes)
 
 
 def new_walk(

@@ -17,6 +17,7 @@ from compress.budget import Choice, Counts
 from compress.checkpoints.targets import Shape, dense_units
 from compress.errors import UsageError
 from compress.preflight import Prepared
+from compress.progress import Steps
 from compress.streaming.survey import Survey
 
 HELD_OUT = 4  # one window in so many
@@ -39,15 +40,14 @@ class Trial:
         return found
 
 
-def compare(prepared: Prepared, survey: Survey | None, heard: Callable[[Trial], None]) -> list[Trial]:
-    """Trials of the plan's choices, that of the least divergence among them. `heard` hears of each."""
+def compare(prepared: Prepared, survey: Survey | None, steps: Steps) -> list[Trial]:
+    """Trials of the plan's choices, that of the least divergence among them."""
     windows = spread(prepared.windows, prepared.job.recipe.trial_samples)
     trials: dict[int, Trial] = {}
 
     def divergence(index: int) -> float:
         if index not in trials:
-            trials[index] = try_out(prepared, found[index], windows, survey)
-            heard(trials[index])
+            trials[index] = try_out(prepared, found[index], windows, survey, steps)
         return trials[index].divergence
 
     found = prepared.plan.choices
@@ -55,7 +55,7 @@ def compare(prepared: Prepared, survey: Survey | None, heard: Callable[[Trial], 
     return [trials[index] for index in sorted(trials)]
 
 
-def allocate(prepared: Prepared, choice: Choice, survey: Survey | None, heard: Callable[[Trial], None]) -> list[Trial]:
+def allocate(prepared: Prepared, choice: Choice, survey: Survey | None, steps: Steps) -> list[Trial]:
     """Trials of the choice with its neurons spread over the blocks in other ways, as many in all; the even way first.
 
     Each trial moves some neurons from one block, drawn at random, to another, and stays where the divergence fell.
@@ -67,15 +67,14 @@ def allocate(prepared: Prepared, choice: Choice, survey: Survey | None, heard: C
     step = prepared.plan.target.steps()["neurons"]
     uniform, most = choice.counts["neurons"], dense_units(prepared.config, prepared.family)["neurons"]
     assert isinstance(uniform, int)
-    trials = [try_out(prepared, reshaped(choice, (uniform,) * blocks), windows, survey)]
+    trials = [try_out(prepared, reshaped(choice, (uniform,) * blocks), windows, survey, steps)]
     best, moved, failed = trials[0], max(step, uniform // 6 // step * step), 0
     while len(trials) <= budget.allocation_trials and moved >= step and blocks > 1:
         given, taken = rng.sample(range(blocks), 2)
         counts = list(best.neurons)
         counts[given], counts[taken] = counts[given] + moved, counts[taken] - moved
         if counts[given] <= most and counts[taken] >= step and tuple(counts) not in [trial.neurons for trial in trials]:
-            trials.append(try_out(prepared, reshaped(choice, tuple(counts)), windows, survey))
-            heard(trials[-1])
+            trials.append(try_out(prepared, reshaped(choice, tuple(counts)), windows, survey, steps))
             if trials[-1].divergence < best.divergence:
                 best, failed = trials[-1], -1
         failed += 1
@@ -90,12 +89,13 @@ def reshaped(choice: Choice, neurons: tuple[int, ...]) -> Choice:
     return Choice({**choice.counts, "neurons": neurons}, Shape(choice.shape.widths, units), choice.size)
 
 
-def try_out(prepared: Prepared, choice: Choice, windows: Tensor, survey: Survey | None) -> Trial:
+def try_out(prepared: Prepared, choice: Choice, windows: Tensor, survey: Survey | None, steps: Steps) -> Trial:
     stages = prepared.plan.chosen(choice).stages
     walk = new_walk(prepared, stages, windows, max(1, len(windows) // HELD_OUT), survey)
     divergence: float | None = None
-    for part in walk.parts():
+    for part in walk.parts(lambda name: steps.begin(name, share=walk.next_part / walk.num_parts)):
         divergence = part.divergence
+    steps.advance()
     if divergence is None:
         raise UsageError(
             "Choices are compared by how far the anchored walk ends from the dense model. Add a refit stage."

@@ -123,27 +123,29 @@ class Surveyor:
         return len(self.decoder.blocks)
 
     def run(
-        self, *, gradient: bool, progress: Callable[[], None] = lambda: None, processes: Processes = ALONE
+        self, *, gradient: bool, begin: Callable[[str], None] = lambda name: None, processes: Processes = ALONE
     ) -> Survey:
-        """`progress` hears of every block, once on the way there and once on the way back.
-
+        """
+        begin: called with the name of each step that is begun (`num_steps`).
         processes: all survey in step, each its own batches; what they find is equal.
         """
         kept: dict[int, ActivationCache] = {}
+        begin("embeddings")
         stream = self._embed()
         for block in range(self.num_blocks):
+            begin(f"block {block}")
             if gradient and block % self.segment == 0:
                 kept[block] = self._copy(stream, f"kept-{block}")
             self._forward(block, stream, count=True, watch=not gradient)
-            progress()
         if not gradient:
             return self._findings(processes, gradient=False)
+        begin("head")
         self._start_backward(stream)
         for start in sorted(kept, reverse=True):
             inputs = self._segment_inputs(start, kept.pop(start))
             for block in reversed(range(start, start + len(inputs))):
+                begin(f"block {block}, backward")
                 self._backward(block, inputs.pop(), stream)
-                progress()
         return self._findings(processes, gradient=True)
 
     def _findings(self, processes: Processes, *, gradient: bool) -> Survey:
@@ -267,6 +269,11 @@ class Surveyor:
 
     def _new_cache(self, name: str) -> ActivationCache:
         return self.caches.new(name, self.batches, self.share, copies=self.copies)
+
+
+def num_steps(num_blocks: int, *, gradient: bool) -> int:
+    """Of a survey: the embeddings, every block, and with a gradient the head and every block again."""
+    return (1 + num_blocks) * (2 if gradient else 1)
 
 
 def num_kept(num_blocks: int, segment: int) -> int:
