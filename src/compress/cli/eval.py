@@ -25,6 +25,7 @@ from compress.cli.progress import progress_bar
 from compress.cli.quality_tables import show_comparison, show_quality
 from compress.cli.reporting import quiet_libraries, reporting_errors
 from compress.errors import Faults, UsageError
+from compress.numerics import DTYPES
 
 if TYPE_CHECKING:
     import torch
@@ -249,7 +250,17 @@ def look_at_models(
     if device is not None or not faults.found:
         with faults.noted():
             target = pick_device(device)
+            check_computing_dtype(dtype, target)
     return Found(places, data_folder, target)
+
+
+def check_computing_dtype(dtype: str | None, device: "torch.device") -> None:
+    import torch
+
+    from compress.numerics.precision import check_computing
+
+    if dtype in DTYPES:
+        check_computing(getattr(torch, dtype), device)
 
 
 def gather(

@@ -15,6 +15,7 @@ from compress.datasets.windows import fingerprint
 from compress.errors import Faults, UsageError
 from compress.inspection.blueprint import blueprint
 from compress.models.loading import check_positions, check_vocabulary, load_config, load_tokenizer
+from compress.numerics.precision import check_computing
 from compress.progress import Progress, silent
 from compress.provenance import input_fingerprint, versions
 from compress.streaming.weights import LazyWeights
@@ -76,6 +77,9 @@ def look(job: TuningJob, progress: Progress = silent) -> Prepared:
         merge = merged_at_the_end(settings.merge, what, facts)
     with faults.noted():
         check_output(job)
+    if job.dtype is not None:
+        with faults.noted():
+            check_computing(job.dtype, job.device)
     with faults.noted():
         check_positions(config.get_text_config(), settings.seq_len)
     with faults.noted():

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from compress.checkpoints.facts import FACTS, read_facts, read_json
 from compress.checkpoints.integrity import check_integrity
+from compress.checkpoints.reload import compute_in
 from compress.checkpoints.verify import verify, verify_tokens
 from compress.claiming import claimed, kept_journal, parent_folder
 from compress.datasets import about
@@ -331,11 +332,14 @@ def prove(prepared: Prepared, facts: dict[str, Any]) -> float:
     """By how much the logits of a clean process differ from those of this one, as a share of the largest."""
     partial, cpu = prepared.job.partial, torch.device("cpu")
     memory = max(psutil.virtual_memory().available // 2, SMALL)
-    size = facts["dense_size" if facts["storage"] == "packed" else "size"]
-    # As `reload.py` decides: a model that is too large in float32 is reloaded in its own dtype.
-    fits = size["parameters"] * 4 * 1.5 < memory
-    dtype = torch.promote_types(prepared.own_dtype, torch.float32) if fits else prepared.own_dtype
-    model, ids = open_folder(partial, dtype, cpu), prepared.texts.held_out[:1, :PROBE]
+    computing = torch.promote_types(prepared.own_dtype, torch.float32)
+    # What is packed stays so in memory. Another model that is too large in float32 is held in its own dtype.
+    fits = facts["storage"] == "packed" or facts["size"]["parameters"] * 4 * 1.5 < memory
+    model, ids = (
+        open_folder(partial, computing if fits else prepared.own_dtype, cpu),
+        prepared.texts.held_out[:1, :PROBE],
+    )
+    compute_in(model, computing)
     with torch.inference_mode(), inputs_as_they_are(model):
         logits: Tensor = model(input_ids=ids, use_cache=False).logits
     return verify(partial, ids, logits, memory=memory)
