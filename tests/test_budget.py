@@ -26,6 +26,7 @@ from compress.models.hub import find_model
 from compress.needs import Room
 from compress.plan import Plan, choose_target, make_plan, model_points
 from compress.preflight import prepare
+from compress.progress import Steps, silent
 from compress.recipe import Recipe, anchored, parse_recipe, slicegpt
 from compress.search import Cost
 from compress.streaming.streams import spread
@@ -526,11 +527,11 @@ def test_a_trial_is_the_whole_walk(made):
     """Its divergence, found again by hand."""
     run = made(QUICK[0])
     prepared = prepare(run.beside("another"))
-    survey = take_survey(prepared, lambda: None)
+    survey = take_survey(prepared, lambda _step: None)
     for trial in run.facts["trials"]:
         divergence, _ = trial.pop("divergence"), trial.pop("predicted")
         (choice,) = [choice for choice in prepared.plan.choices if choice.counts == trial]
-        assert search.try_out(prepared, choice, survey).divergence == divergence
+        assert search.try_out(prepared, choice, survey, Steps(silent, "", 1)).divergence == divergence
 
 
 # ---- a run that is killed ----
@@ -608,9 +609,9 @@ def test_killed_before_its_survey_nothing_is_left(made, monkeypatch):
 def test_trials_are_told_of_as_they_come(made):
     run = made(BRIEF)
     job = run.beside("told")
-    told: list[tuple[str, int, int]] = []
+    told: list[tuple[str, str, float, int]] = []
     pipeline.run(job, lambda *progress: told.append(progress))
-    trials = [(number, total) for name, number, total in told if name == "trying out shapes"]
-    assert [number for number, _ in trials] == list(range(1, len(run.facts["trials"]) + 1))
-    assert all(number <= total for number, total in trials)
+    trials = [(done, total) for phase, _, done, total in told if phase == "trying shapes"]
+    assert sorted({int(done) for done, _ in trials}) == list(range(len(run.facts["trials"]) + 1))
+    assert all(done <= total for done, total in trials)
     assert snapshot(job.out) == snapshot(run.job.out)

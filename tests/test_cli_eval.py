@@ -113,9 +113,11 @@ def test_all_measures_at_once(home, place):
     ]
     accuracies = [each["metrics"]["acc"]["value"] for each in scores]
     assert ran.json["tasks"]["average"]["acc"] == sum(accuracies) / 2
-    assert all(line.startswith("[") for line in ran.err.splitlines())
-    done = [line.partition("]")[0].strip("[").split("/") for line in ran.err.splitlines()]
-    assert all(int(first) <= int(total) for first, total in done)
+    assert list(dict.fromkeys(phase for phase, _ in ran.progress)) == [
+        *("preparing", "loading dense", "running dense", "loading sliced", "measuring sliced")
+    ]
+    done, total = ran.progress[-1][1].partition(", took ")[0].split("/")
+    assert done == total
     table = flat(succeeds("eval", "--model", home / "sliced", *texts(home), *words).out)
     for shown in ("divergence from dense", f"{divergence['kl']:.4f}", "piqa", "boolq", "Mean of acc:", "acc_norm"):
         assert shown in table

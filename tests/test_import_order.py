@@ -13,7 +13,7 @@ ROOT = Path(compress.__file__).parent
 # A module imports from layers below its own, and its own part of its own layer; parts of one layer, side by side,
 # do not know each other.
 LAYERS = [
-    ("errors", "version", "apart", "durable", "launch"),
+    ("errors", "version", "apart", "durable", "launch", "progress"),
     ("numerics",),
     ("families",),
     ("models",),
@@ -50,6 +50,8 @@ SHARED = {
         "finetune_tables",
         "options",
         "outputs",
+        "profiling",
+        "progress",
         "quality_tables",
         "reporting",
         "tables",

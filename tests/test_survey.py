@@ -15,7 +15,7 @@ from compress.models.decoder import Decoder
 from compress.models.loading import load_config
 from compress.streaming.loader import PartLoader
 from compress.streaming.streams import CacheFolder, split_windows
-from compress.streaming.survey import Survey, Surveyor, survey_samples
+from compress.streaming.survey import Survey, Surveyor, num_steps, survey_samples
 from compress.streaming.weights import LazyWeights
 
 D = tiny.HIDDEN
@@ -130,11 +130,11 @@ def test_it_is_autograd_through_the_whole_model(model_type, models):
 @pytest.mark.parametrize("model_type", MODELS)
 def test_without_the_gradient_it_stops_at_the_head(model_type, models):
     _, folder = models(model_type)
-    steps: list[None] = []
-    found = surveyor(folder).run(gradient=False, progress=lambda: steps.append(None))
+    steps: list[str] = []
+    found = surveyor(folder).run(gradient=False, begin=steps.append)
     assert found.gradient is None
     assert found.tensors().keys() == {"moment"}
-    assert len(steps) == tiny.NUM_BLOCKS
+    assert len(steps) == num_steps(tiny.NUM_BLOCKS, gradient=False)
     assert torch.equal(found.moment, surveyor(folder).run(gradient=True).moment)
 
 
@@ -165,9 +165,9 @@ def test_inputs_of_blocks_on_disk_change_nothing(models, monkeypatch):
     found = {}
     for streams in (DEEP + 1, 1):
         survey = surveyor(folder, memory=streams * stream_bytes(windows), windows=windows)
-        steps: list[None] = []
-        found[streams] = survey.run(gradient=True, progress=lambda steps=steps: steps.append(None))
-        assert len(steps) == 2 * DEEP
+        steps: list[str] = []
+        found[streams] = survey.run(gradient=True, begin=steps.append)
+        assert len(steps) == len(set(steps)) == num_steps(DEEP, gradient=True)
         assert bool(mapped) == (streams == 1)
     assert_close(found[1].moment, found[DEEP + 1].moment, 1e-12)
     assert_close(found[1].gradient, found[DEEP + 1].gradient, OF_THE_LOSS)
@@ -188,12 +188,12 @@ def test_it_reads_each_part_alone_and_leaves_none(models):
     survey = surveyor(folder)
     filled = []
 
-    def count() -> None:
+    def count(_step: str) -> None:
         filled.append({name for name, p in survey.decoder.model.named_parameters() if p.device.type != "meta"})
 
-    survey.run(gradient=True, progress=count)
-    assert filled == [set()] * (2 * tiny.NUM_BLOCKS)
-    count()
+    survey.run(gradient=True, begin=count)
+    assert filled == [set()] * (2 * tiny.NUM_BLOCKS + 2)
+    count("")
     assert filled[-1] == set()
 
 

@@ -28,7 +28,7 @@ def batch_size(prepared: Prepared, windows: Tensor) -> int:
     return max(1, min(prepared.plan.room.batch_size, share))
 
 
-def take_survey(prepared: Prepared, progress: Callable[[], None]) -> Survey | None:
+def take_survey(prepared: Prepared, begin: Callable[[str], None]) -> Survey | None:
     """What the plan's stages need to know of the whole dense model; None if nothing."""
     need = prepared.plan.survey
     if need is SurveyNeed.NONE:
@@ -54,7 +54,7 @@ def take_survey(prepared: Prepared, progress: Callable[[], None]) -> Survey | No
         else None,
     )
     return surveyor.run(
-        gradient=SurveyNeed.GRADIENT in need, stream=SurveyNeed.STREAM in need, progress=progress, processes=processes
+        gradient=SurveyNeed.GRADIENT in need, stream=SurveyNeed.STREAM in need, begin=begin, processes=processes
     )
 
 

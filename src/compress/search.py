@@ -19,6 +19,7 @@ from compress.errors import UsageError
 from compress.numerics.allocation import Ladder, spend
 from compress.numerics.frames import Frame
 from compress.preflight import Prepared
+from compress.progress import Steps
 from compress.streaming.streams import spread
 from compress.streaming.survey import Survey
 from compress.streaming.unit_costs import cost_name
@@ -40,13 +41,14 @@ class Trial:
     divergence: float
 
 
-def try_out(prepared: Prepared, choice: Choice, survey: Survey | None) -> Trial:
+def try_out(prepared: Prepared, choice: Choice, survey: Survey | None, steps: Steps) -> Trial:
     windows = spread(prepared.windows, prepared.job.recipe.trial_samples)
     stages = [stage.in_trials for stage in prepared.plan.chosen(choice).stages]
     walk = new_walk(prepared, stages, windows, max(1, len(windows) // HELD_OUT), survey)
     divergence: float | None = None
-    for part in walk.parts():
+    for part in walk.parts(lambda name: steps.begin(name, share=walk.next_part / walk.num_parts)):
         divergence = part.divergence
+    steps.advance()
     if divergence is None:
         raise UsageError(
             "Choices are compared by how far the anchored walk ends from the dense model. Add a refit stage."

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from compress.cli.options import Data, Machine, Output, in_panel, parse_size, printable, usual_seq_len
-from compress.cli.reporting import print_lines, print_text, progress_bar, seeing_interrupts
+from compress.cli.profiling import profiled, show_seconds
+from compress.cli.progress import progress_bar
+from compress.cli.reporting import print_lines, print_text, seeing_interrupts
 from compress.cli.tables import show_plan, show_result
 
 if TYPE_CHECKING:
@@ -61,6 +63,7 @@ def deliver(
     show_recipe: bool,
     push_to_hub: str | None,
     as_json: bool,
+    profile: bool,
     like: Mapping[str, Any] | None = None,
 ) -> None:
     """Do what was asked for with a job. like: the compress.json of the checkpoint that is to be made again."""
@@ -79,9 +82,12 @@ def deliver(
     if dry_run:
         show_plan(job, plan_only(job), as_json=as_json)
         return
-    result = run_with_progress(job)
+    with profiled(profile):
+        result = run_with_progress(job)
     if result is None:
         return
+    if profile:
+        show_seconds(result.seconds)
     if like is not None:
         made = read_recipe(result.out).facts
         assert made is not None
@@ -100,11 +106,8 @@ def run_with_progress(job: "Job") -> "Result | None":
     from compress.streaming.processes import joined
 
     try:
-        with joined(job.device) as processes, seeing_interrupts():
-            if not processes.is_first:
-                return run_together(job, processes)
-            with progress_bar("preparing") as progress:
-                return run_together(job, processes, progress)
+        with joined(job.device) as processes, seeing_interrupts(), progress_bar("preparing") as progress:
+            return run_together(job, processes, progress)
     except KeyboardInterrupt as interrupt:
         if any((job.partial / name).exists() for name in (JOURNAL, FACTS)):
             raise KeyboardInterrupt("what was finished is kept; the same command with --resume goes on") from interrupt

@@ -21,9 +21,11 @@ from compress.cli.options import (
     pick_device,
 )
 from compress.cli.outputs import computing_dtype, newest_output
+from compress.cli.progress import progress_bar
 from compress.cli.quality_tables import show_comparison, show_quality
-from compress.cli.reporting import progress_bar, quiet_libraries, reporting_errors
+from compress.cli.reporting import quiet_libraries, reporting_errors
 from compress.errors import Faults, UsageError
+from compress.numerics import DTYPES
 
 if TYPE_CHECKING:
     import torch
@@ -248,7 +250,17 @@ def look_at_models(
     if device is not None or not faults.found:
         with faults.noted():
             target = pick_device(device)
+            check_computing_dtype(dtype, target)
     return Found(places, data_folder, target)
+
+
+def check_computing_dtype(dtype: str | None, device: "torch.device") -> None:
+    import torch
+
+    from compress.numerics.precision import check_computing
+
+    if dtype in DTYPES:
+        check_computing(getattr(torch, dtype), device)
 
 
 def gather(
@@ -320,13 +332,14 @@ def measure_all(
 ) -> "list[Quality]":
     from compress.quality.measuring import free_memory, measure, remember_dense
 
-    def load(subject: "Subject") -> Any:
-        return subject.load(
-            computing_dtype(dtype, subject.config, device), device, trust_remote_code=asked.trust_remote_code
-        )
-
     qualities = []
-    with progress_bar("evaluating") as progress:
+    with progress_bar("preparing") as progress:
+
+        def load(subject: "Subject") -> Any:
+            progress(f"loading {subject.name}", "", 0, 0)
+            computing = computing_dtype(dtype, subject.config, device)
+            return subject.load(computing, device, trust_remote_code=asked.trust_remote_code)
+
         references = remember_dense(dense, load(dense), asked, progress) if dense is not None else {}
         for subject in subjects:
             free_memory()

@@ -32,6 +32,7 @@ from compress.cli.options import (
     Json,
     Method,
     Output,
+    Profile,
     Samples,
     Seed,
     SeqLen,
@@ -98,6 +99,7 @@ def factorize_model(
     batch_size: BatchSize = None,
     max_memory: MaxMemory = None,
     cache_memory: CacheMemory = None,
+    profile: Profile = False,
 ) -> None:
     """Factorise linear layers: fewer numbers, less arithmetic (LoRD and past it).
 
@@ -154,7 +156,7 @@ def factorize_model(
         resume=resume,
         overwrite=overwrite,
     )
-    deliver(job, dry_run=dry_run, show_recipe=show_recipe, push_to_hub=push_to_hub, as_json=json)
+    deliver(job, dry_run=dry_run, show_recipe=show_recipe, push_to_hub=push_to_hub, as_json=json, profile=profile)
 
 
 def usual_allocation(method: str, amount: Amount) -> str:

@@ -32,6 +32,7 @@ from compress.cli.options import (
     Json,
     Method,
     Output,
+    Profile,
     Samples,
     Seed,
     SeqLen,
@@ -97,6 +98,7 @@ def slice_model(
     batch_size: BatchSize = None,
     max_memory: MaxMemory = None,
     cache_memory: CacheMemory = None,
+    profile: Profile = False,
 ) -> None:
     """Make a model narrower: fewer dimensions of the residual stream, fewer neurons (SliceGPT and past it).
 
@@ -156,7 +158,7 @@ def slice_model(
         resume=resume,
         overwrite=overwrite,
     )
-    deliver(job, dry_run=dry_run, show_recipe=show_recipe, push_to_hub=push_to_hub, as_json=json)
+    deliver(job, dry_run=dry_run, show_recipe=show_recipe, push_to_hub=push_to_hub, as_json=json, profile=profile)
 
 
 def options_of(method: str, how: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

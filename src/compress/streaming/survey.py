@@ -133,29 +133,31 @@ class Surveyor:
         *,
         gradient: bool,
         stream: bool = True,
-        progress: Callable[[], None] = lambda: None,
+        begin: Callable[[str], None] = lambda _step: None,
         processes: Processes = ALONE,
     ) -> Survey:
         """
-        stream: whether the stream's moments are wanted. progress: called for every block, once on the way there and
-        once on the way back. processes: all survey in step, each its own batches; what they find is equal.
+        stream: whether the stream's moments are wanted. begin: called with the name of each step that is begun
+            (`num_steps`). processes: all survey in step, each its own batches; what they find is equal.
         """
         self.counts_stream = stream
         inputs: list[ActivationCache] = []
+        begin("embeddings")
         walking = self._embed()
         for block in range(self.num_blocks):
+            begin(f"block {block}")
             if gradient:
                 inputs.append(self._copy(walking, f"kept-{block}"))
             self._forward(block, walking, watch=not gradient)
             return_free_memory()
-            progress()
         if not gradient:
             return self._findings(processes, gradient=False)
+        begin("head")
         self._start_backward(walking)
         for block in reversed(range(self.num_blocks)):
+            begin(f"block {block}, backward")
             self._backward(block, inputs.pop(), walking)
             return_free_memory()
-            progress()
         return self._findings(processes, gradient=True)
 
     def _findings(self, processes: Processes, *, gradient: bool) -> Survey:
@@ -285,6 +287,11 @@ class Surveyor:
 
     def _new_cache(self, name: str) -> ActivationCache:
         return self.caches.new(name, self.batches, self.share, copies=self.copies)
+
+
+def num_steps(num_blocks: int, *, gradient: bool) -> int:
+    """Of a survey: the embeddings, every block, and with a gradient the head and every block again."""
+    return (1 + num_blocks) * (2 if gradient else 1)
 
 
 def survey_samples(samples: int, seq_len: int, width: int) -> int:

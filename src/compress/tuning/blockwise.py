@@ -84,20 +84,21 @@ def tune_blocks(
     held_out: Int64[Tensor, "held_out tokens"],
     out: Path,
     settings: BlockSettings,
-    progress: Callable[[str, int, int], None],
+    on_block: Callable[[int, int], None],
 ) -> BlocksTuned:
     """Tune the checkpoint `folder` towards the dense model `teacher`.
 
     out: a folder that is this run's alone. It gets the finished blocks (`blocks_files.py`); called again, the same run
-    goes on behind them and comes to the same bits. progress: hears each block that is done.
+    goes on behind them and comes to the same bits. on_block: is told how many of how many blocks are done.
 
     Raises UsageError where the two are not of one model, CheckpointError for what is damaged, OutputError for `out`.
     """
     distillation = Distillation(folder, teacher, windows, held_out, out, settings)
-    tuned = []
+    tuned: list[BlockTuned] = []
+    on_block(0, distillation.num_blocks)
     for block in distillation.blocks():
         tuned.append(block)
-        progress("tuning blocks", len(tuned), distillation.num_blocks)
+        on_block(len(tuned), distillation.num_blocks)
     return BlocksTuned(tuple(tuned))
 
 

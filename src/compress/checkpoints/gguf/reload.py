@@ -3,12 +3,13 @@
     python -I reload.py TASK.json
 
 The task names the folder, the file, alone in a folder of its own so that nothing beside it is read, a probe of tokens
-with or without logits, texts, the dtype, and whether the file needs the folder's config. Prints one JSON object: keys
-that were missing, unexpected or mismatched, the largest difference of the logits beside the largest logit, and the
-texts that the file's tokenizer cuts otherwise.
+with or without logits, texts, the dtype to hold weights in, and whether the file needs the folder's config. Logits are
+computed in float32. Prints one JSON object: keys that were missing, unexpected or mismatched, the largest difference of
+the logits beside the largest logit, and the texts that the file's tokenizer cuts otherwise.
 """
 
 import json
+import runpy
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+
+compute_in = runpy.run_path(str(Path(__file__).parents[1] / "reload.py"))["compute_in"]
 
 
 def main(task: dict[str, Any]) -> dict[str, object]:
@@ -47,6 +50,7 @@ def main(task: dict[str, Any]) -> dict[str, object]:
 
 
 def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    compute_in(model, torch.float32)
     with torch.inference_mode():
         found: torch.Tensor = model.eval()(input_ids=ids, use_cache=False).logits.double()
     return found

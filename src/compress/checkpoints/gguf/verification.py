@@ -33,7 +33,7 @@ def verify_gguf(
     """The largest difference of the logits of `file`, read by transformers, as a share of the largest logit.
 
     ids, logits: a probe; without logits the folder's are computed. Both in a clean process.
-    memory: bytes the reading may take; a model that does not fit in float32 is read in its own dtype.
+    memory: bytes the reading may take; a model that does not fit in float32 is held in its own dtype.
     text: is cut by the tokenizers of both, as is every special token after a letter.
     Raises VerificationError on other keys, too large a difference or other tokens.
     """
