@@ -174,7 +174,7 @@ def test_what_each_part_may_use():
 
 
 @pytest.mark.parametrize(
-    "file", [*CARRIED, "checkpoints/reload.py", "checkpoints/gguf/reload.py", "evaluation/_sandbox.py"]
+    "file", [*CARRIED, "checkpoints/reload.py", "checkpoints/gguf/reload.py", "evaluation/_programs.py"]
 )
 def test_what_runs_without_the_package_does_not_import_it(file):
     """The carried files, and the one that proves that they are enough."""

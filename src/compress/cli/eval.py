@@ -55,10 +55,11 @@ def evaluate(
     ] = None,
     tasks: Annotated[
         str | None,
-        in_panel(Measures, "Tasks of lm-eval, with commas between: piqa,winogrande,arc_easy,arc_challenge,..."),
+        in_panel(Measures, "Tasks of lm-eval, with commas between: piqa,winogrande,arc_easy,arc_challenge,mmlu,..."),
     ] = None,
     humaneval: Annotated[
-        bool, in_panel(Measures, "Programs that are written and run: pass@k of HumanEval.", flag="--humaneval")
+        bool,
+        in_panel(Measures, "Run HumanEval, which executes generated code, and report pass@k.", flag="--humaneval"),
     ] = False,
     model: Annotated[
         str | None,
@@ -120,7 +121,6 @@ def evaluate(
 
     from compress.evaluation.humaneval import Sampling
 
-    quiet_libraries()
     asked = replace(
         asked,
         compared_on=(asked.texts or (usual_text(found.places),)) if kl else (),
@@ -171,8 +171,8 @@ def check_programs(
     with faults.noted():
         if humaneval and not allowed:
             raise UsageError(
-                "--humaneval runs programs that a model wrote, on this machine, as your user; they are held in as far "
-                "as the system allows (docs/evaluation.md). Say --allow-code-execution if that is what you want."
+                "--humaneval runs programs that a model wrote, on this machine and as your user. Limits on their time "
+                "and memory are no sandbox (docs/security.md): use a container, and say --allow-code-execution."
             )
     with faults.noted():
         if not humaneval and (allowed or samples > 1 or temperature is not None or words(k) != ["1"]):
@@ -269,15 +269,19 @@ def gather(
     """What is to be measured, with its documents and problems. All faults so far are told here."""
     if not tasks and not humaneval:
         faults.report()
+    quiet_libraries()
     from compress.datasets import load_rows
-    from compress.quality.asked import Asked, gather_problems, gather_tasks
+    from compress.datasets.humaneval import load_problems
+    from compress.evaluation.humaneval import check_can_run
+    from compress.quality.asked import Asked, load_tasks
 
     asked = Asked(texts=tuple(texts), data_dir=data_dir, limit=limit)
     with faults.noted():
-        documents, harness_tasks = gather_tasks(tasks, data_dir, limit)
-        asked = replace(asked, documents=documents, harness_tasks=harness_tasks)
+        asked = replace(asked, tasks=load_tasks(tasks, data_dir))
     with faults.noted():
-        asked = replace(asked, problems=gather_problems(data_dir, limit) if humaneval else ())
+        if humaneval:
+            check_can_run()
+            asked = replace(asked, problems=load_problems(data_dir, limit))
     for text in texts if faults.found else []:
         with faults.noted():
             load_rows(text, "test", data_dir)

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from compress.evaluation import harness, humaneval
+from compress.evaluation import humaneval
 from compress.evaluation.divergence import Divergence, Reference, divergence, remember
 from compress.evaluation.humaneval import HumanEval
 from compress.evaluation.perplexity import Perplexity, perplexity
-from compress.evaluation.tasks import TaskScore, averages, requests_of, score_task
+from compress.evaluation.tasks import TaskScore, averages, score_tasks
 from compress.models.counting import num_parameters
 from compress.progress import Progress, Steps
 from compress.quality.asked import Asked
@@ -98,32 +98,19 @@ def measure(
             )
             for name in asked.compared_on
         ],
-        tasks=task_scores(subject, model, asked, steps),
+        tasks=score_tasks(
+            asked.tasks, model, subject.tokenizer, limit=asked.limit, on_answer=counting(steps, "tasks"), **common
+        ),
         humaneval=written_programs(subject, model, asked, steps),
         settings=settings(asked, model),
     )
 
 
 def amount(subject: Subject, asked: Asked) -> int:
-    """Steps of the progress: windows, answers to tasks, tasks of lm-eval, programs that are written and run."""
+    """Steps of the progress: windows, requests of tasks, programs that are written and run."""
     windows = sum(len(subject.windows[name]) for name in [*asked.texts, *asked.compared_on])
-    answers = sum(len(requests_of(name, each)) for name, several in asked.documents.items() for each in several)
-    return windows + answers + len(asked.harness_tasks) + 2 * len(asked.problems) * asked.sampling.samples
-
-
-def task_scores(subject: Subject, model: PreTrainedModel, asked: Asked, steps: Steps) -> list[TaskScore]:
-    options = {"batch_size": asked.batch_size}
-    scores = [
-        score_task(name, documents, model, subject.tokenizer, on_batch=counting(steps, name), **options)
-        for name, documents in asked.documents.items()
-    ]
-    if asked.harness_tasks:
-        steps.begin("lm-eval")
-        scores += harness.score_tasks(
-            asked.harness_tasks, model, subject.tokenizer, batch_size=asked.batch_size, limit=asked.limit
-        )
-        steps.advance(len(asked.harness_tasks))
-    return scores
+    requests = sum(task.num_requests(asked.limit) for task in asked.tasks)
+    return windows + requests + 2 * len(asked.problems) * asked.sampling.samples
 
 
 def written_programs(subject: Subject, model: PreTrainedModel, asked: Asked, steps: Steps) -> HumanEval | None:
@@ -140,9 +127,12 @@ def written_programs(subject: Subject, model: PreTrainedModel, asked: Asked, ste
 
 
 def counting(steps: Steps, name: str) -> Callable[[int], None]:
-    """What a measure, which begins, tells how many more windows or answers are done."""
+    """What a measure, which begins, tells how many more windows or answers are done.
+
+    A task of lm-eval's may make more requests than it has documents and choices; the total stays.
+    """
     steps.begin(name)
-    return steps.advance
+    return lambda count: steps.advance(min(count, int(steps.total - steps.done)))
 
 
 def settings(asked: Asked, model: PreTrainedModel) -> dict[str, Any]:
