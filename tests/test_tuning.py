@@ -102,9 +102,8 @@ def test_a_relative_rate_is_a_share_of_each_tensors_size_before_training():
     assert highest == pytest.approx([0.002, 0.1 * 12.5**0.5, 0.1 * 1e-3])
 
 
-def test_what_a_user_says_is_for_all_alike_but_block_by_block():
+def test_what_a_user_says_is_for_all_alike():
     assert chosen_rate(5e-5, "adapters") == Rate(5e-5, relative=False)
-    assert chosen_rate(5e-3, "blocks") == Rate(5e-3, relative=True)
     assert chosen_rate(None, "factors") is RATES["factors"]
 
 

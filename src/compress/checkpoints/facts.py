@@ -110,14 +110,6 @@ class Elsewhere(Told):
     worse: bool
 
 
-class BlockFacts(Told):
-    """Errors on the held-out windows; epoch: the pass that was kept, 0 for none."""
-
-    before: float
-    after: float
-    epoch: Count
-
-
 class TuningFacts(Told):
     """compressed_parts: the sha256 of the files before they were tuned."""
 
@@ -128,7 +120,6 @@ class TuningFacts(Told):
     teacher: str | None = None
     steps: Count
     best_step: Count
-    blocks: list[BlockFacts] | None = None
     learning_rate: float
     relative_rate: bool = False
     held_out: HeldOut

@@ -12,7 +12,6 @@ from compress.errors import UsageError
 from compress.models.modeling_compact import CompactLinear
 from compress.models.modeling_lowrank import LowRankLinear, PivotLinear
 from compress.models.packed import LoraLinear
-from compress.models.stored_loading import FLOATS
 from compress.tuning.settings import What
 
 HOW = "compress slim --adapter-rank 0.1"
@@ -101,10 +100,6 @@ def num_trained(what: What, model: nn.Module, config: Any, rank: int) -> int:
         packed = [part for each in adapted_linears(model).values() for part in (each.lora_A, each.lora_B)]
         compact = [part for each in compact_linears(model).values() for part in (each.first, each.second)]
         return sum(p.numel() for p in packed if p is not None) + sum(p.num_parameters for p in compact if p is not None)
-    if what == "blocks":
-        start = f"{blocks_of(config)}."
-        stored = [tensor for name, tensor in model.state_dict().items() if name.startswith(start)]
-        return sum(tensor.numel() for tensor in stored if tensor.dtype in FLOATS)
     parameters = model.parameters() if what == "all" else thin_parameters(model)
     return sum(each.numel() for each in parameters)
 
