@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM
 import compress  # noqa: F401 (registers the architecture)
 from cli_runner import invoke, succeeds
 from compress import families
-from compress.checkpoints.sliced import SlicedTarget
-from compress.checkpoints.targets import Shape, dense_units
+from compress.architectures.architecture import Shape, dense_units
+from compress.architectures.own import Own
 from compress.stages.prune_units import PruneUnits
 from compress.streaming.sites import stream_points
 from tiny import HIDDEN, NUM_BLOCKS, tiny_config, write_model, write_text
@@ -45,7 +45,7 @@ def test_what_is_written_has_as_many_neurons_in_each_block_as_the_best_trial(hom
     if kind != "llama":  # one is proved in a clean process
         monkeypatch.setattr("compress.pipeline.verify", lambda *_arguments, **_options: 0.0)
     said = succeeds(*words(home, kind, "--keep-params", 0.6, "--allocation", "searched", "--out", "out", "--json")).json
-    assert said["architecture"] == "SlicedForCausalLM"
+    assert said["architecture"] == "CompressForCausalLM"
     assert said["parameters"] <= 0.6 * said["dense_parameters"]
     facts = json.loads((place / "out" / "compress.json").read_text())
     uniform, *moved = facts["allocation_trials"]
@@ -78,7 +78,7 @@ def test_the_search_repeats_itself(home, place, monkeypatch):
 def test_the_size_of_blocks_that_differ():
     config = tiny_config("llama")
     family = families.find(config)
-    target = SlicedTarget(config, family, shortcuts=False)
+    target = Own(config, family, shortcuts=False)
     widths = (24,) * (1 + 2 * NUM_BLOCKS)
 
     def parameters(neurons):

@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
+from compress.architectures.architecture import Shape, dense_units
 from compress.assembly import new_walk
 from compress.budget import Choice, Counts
-from compress.checkpoints.targets import Shape, dense_units
 from compress.errors import UsageError
 from compress.preflight import Prepared
 from compress.streaming.survey import Survey

@@ -302,7 +302,7 @@ def plain(facts: Mapping[str, Any]) -> str:
     said = [f"A plain `{facts['architecture']}`: whatever loads that class loads this, transformers among them."]
     if not stock:
         said = ["In an architecture of its own, whose code is in this folder."]
-        if facts["architecture"].startswith("LowRank"):
+        if any(linear.get("form") for linear in facts["linears"]):
             said += ["For engines that know no factors, `--materialize` writes the stock model, multiplied out."]
     if facts["quantized"] and facts["storage"] == "packed":
         said += ["For its packed weights transformers needs compressed-tensors."]

@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from compress.errors import CheckpointError
 from compress.models.json_text import parse_json
+from compress.models.loading import check_format
 
 FACTS = "compress.json"
 LARGEST = 2**26  # bytes of a JSON file; a report on 10 000 linears takes a twentieth
@@ -128,6 +129,9 @@ class TuningFacts(Told):
 
 
 class Facts(Told):
+    """format: see `compress.version`."""
+
+    format: int
     name: str
     base_model: str
     command: str
@@ -157,6 +161,9 @@ class Facts(Told):
 def read_facts(folder: Path) -> Facts:
     """Raises CheckpointError with the first thing that is not as it is written."""
     found = read_json(folder / FACTS)
+    number = found.get("format", 1)  # format 1 did not say it
+    if isinstance(number, int):
+        check_format(folder, number)
     try:
         return Facts.model_validate(found)
     except ValidationError as error:
