@@ -18,7 +18,7 @@ import compress
 import oracles
 import tiny
 from compress import families
-from compress.architectures.architecture import Shape, dense_units
+from compress.architectures.architecture import Architecture, Shape, dense_units
 from compress.architectures.own import Own
 from compress.architectures.stock import Stock
 from compress.datasets.windows import cut, encode
@@ -103,7 +103,7 @@ def survey_of(folder: Path, gradient: bool, windows: Tensor = WINDOWS) -> Survey
     return SURVEYS[folder, gradient]
 
 
-def target_of(folder: Path, kind: str = "ours") -> Target:
+def target_of(folder: Path, kind: str = "ours") -> Architecture:
     config = load_config(folder)
     family = families.find(config)
     if kind == "stock":
@@ -117,7 +117,7 @@ def new_walk(
     *,
     windows: Tensor = WINDOWS,
     held_out: int = len(HELD_OUT),
-    target: Target | None = None,
+    target: Architecture | None = None,
     batch_size: int = 4,
     cache_memory: int = 2**40,
 ) -> Walk:
@@ -154,7 +154,7 @@ def dampings(parts: Iterable[FinishedPart]) -> dict[str, float]:
     return {group["group"]: group["damping"] for group in groups if "damping" in group}
 
 
-def written_model(result: oracles.Walked, target: Target, **kept: int) -> Any:
+def written_model(result: oracles.Walked, target: Architecture, **kept: int) -> Any:
     """The tensors of a walk in the class they are written for."""
     shape = Shape(tuple(result.widths), dense_units(result.config, result.family) | kept)
     config = target.config(shape, torch.float64)
