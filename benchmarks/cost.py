@@ -21,6 +21,7 @@ import time
 from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,10 @@ class Bench:
         self.rate = matrix_rate(self.config.hidden_size)
 
     def heading(self) -> str:
-        options, text = self.options, " ".join(sys.argv[1:])
+        options, words = self.options, sys.argv[1:]
+        text = " ".join(
+            f"docs/{Path(word).name}" if before == "--write" else word for before, word in pairwise(["", *words])
+        )
         return (
             f"Date: {date.today()}. Python {platform.python_version()}, torch {version('torch')}, transformers "
             f"{version('transformers')}, {torch.get_num_threads()} cores. {self.name}, {options.samples} windows of "
