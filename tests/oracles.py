@@ -16,17 +16,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compress import families
-from compress.architectures.architecture import Shape, dense_units
-from compress.architectures.own import Own
+from compress.checkpoints.sliced import SlicedLayout, SlicedTarget
+from compress.checkpoints.targets import Shape, dense_units
 from compress.families import Family
 from compress.models.decoder import Decoder
 from compress.models.loading import load_config
-from compress.own_model.modeling_compress import CompressForCausalLM
+from compress.models.modeling_sliced import SlicedForCausalLM
 from compress.stages._stage import StageConfig
 from compress.stages.fold_norms import FoldNorms
 from compress.stages.rotate import Rotate
 from compress.stages.slice import Slice
-from compress.streaming.layout import Layout
 from compress.streaming.walk import FinishedPart, Walk, WalkSettings
 from compress.streaming.weights import LazyWeights
 from tiny import VOCAB_SIZE
@@ -187,7 +186,7 @@ def new_walk(
 ) -> Walk:
     config = load_config(folder)
     settings = WalkSettings(
-        layout=Layout(),
+        layout=SlicedLayout(),
         held_out=held_out,
         probe_tokens=windows.shape[1],
         output_dtype=output_dtype or dtype,
@@ -222,7 +221,7 @@ def slicegpt(rule: dict[str, Any], **rotation: Any) -> list[StageConfig]:
     return [FoldNorms(), Rotate(**rotation), Slice(**{"round_to": 1, **rule})]
 
 
-def sliced_model(result: Walked, dtype: torch.dtype = torch.float64) -> CompressForCausalLM:
+def sliced_model(result: Walked, dtype: torch.dtype = torch.float64) -> SlicedForCausalLM:
     """The tensors of a walk in the architecture that is written; a stretch left in its basis has the identity."""
     model = empty_sliced_model(result.config, result.family, result.widths, dtype)
     tensors = dict(result.tensors)
@@ -236,12 +235,12 @@ def sliced_model(result: Walked, dtype: torch.dtype = torch.float64) -> Compress
 
 def empty_sliced_model(
     config: Any, family: Family, widths: Sequence[int], dtype: torch.dtype = torch.float64
-) -> CompressForCausalLM:
+) -> SlicedForCausalLM:
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         shape = Shape(tuple(widths), dense_units(config, family))
-        model = CompressForCausalLM(Own(config, family).config(shape, dtype))
+        model: SlicedForCausalLM = SlicedForCausalLM(SlicedTarget(config, family).config(shape, dtype))
     finally:
         torch.set_default_dtype(before)
     return model.eval()

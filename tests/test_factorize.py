@@ -14,12 +14,14 @@ from transformers import PreTrainedModel
 import oracles
 import tiny
 from compress import families
-from compress.architectures.stock import Stock
+from compress.checkpoints.dense import DenseTarget
+from compress.checkpoints.lowrank import LowRankTarget
 from compress.models.decoder import Decoder
 from compress.models.factors import factor_module
 from compress.models.loading import load_config
+from compress.models.modeling_experts import unfuse_experts
+from compress.models.modeling_lowrank import LowRankLinear, PivotLinear, factorize_architecture
 from compress.numerics.lowrank import InputMoments
-from compress.own_model.modeling_compress import LowRankLinear, PivotLinear, factorize_linears, unfuse_experts
 from compress.stages._stage import FactorisingStage, StageConfig
 from compress.stages.factorize import Factorize
 from compress.stages.refit import Refit
@@ -113,9 +115,9 @@ def new_decoder(folder: Path) -> Decoder:
 def walked(
     folder: Path, stages: Sequence[StageConfig], *, windows: Tensor = WINDOWS, held_out: int = 0
 ) -> oracles.Walked:
-    config = load_config(folder)
+    target = LowRankTarget(DenseTarget(load_config(folder)))
     settings = WalkSettings(
-        layout=Stock(config, families.find(config)).layout(torch.float64),
+        layout=target.layout(torch.float64),
         output_dtype=torch.float64,
         batch_size=3,
         held_out=held_out,
@@ -147,7 +149,7 @@ def written_model(model: PreTrainedModel, result: oracles.Walked) -> Any:
         if "rank" in entry and f"{path}.second.weight" in tensors
     }
     made: Any = copy.deepcopy(model)
-    factorize_linears(made, entries)
+    factorize_architecture(made, entries)
     for path, entry in reports(result).items():
         if path not in entries and "rank" in entry:
             assert f"{path}.weight" in tensors, "neither factors nor a dense linear"
@@ -659,6 +661,6 @@ def test_what_is_behind_a_quantised_linear_sees_its_error(models):
     made = written_model(model, result)
     same_function(result.probe_logits, oracles.logits_of(made, WINDOWS[:1]), 1e-9)
     before = walked(folder, stages[:2], held_out=2)
-    name = "model.layers.0.self_attn.o_proj.first.weight"
+    name = "model.model.layers.0.self_attn.o_proj.first.weight"
     assert not torch.equal(result.tensors[name], to_nearest(before.tensors[name]))
     assert torch.equal(result.tensors[name], to_nearest(result.tensors[name]))

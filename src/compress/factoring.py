@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from compress.architectures.architecture import Architecture, Shape, block_linears
-from compress.architectures.own import as_own
+from compress.checkpoints.lowrank import LowRankTarget
 from compress.checkpoints.sizes import Size
+from compress.checkpoints.targets import Shape, Target, block_linears
 from compress.errors import report
+from compress.families import Family
 from compress.ranks import RankSpace, check_budget
 from compress.recipe import Recipe
 from compress.stages._stage import FactorisingStage, StageConfig
@@ -24,7 +25,7 @@ class FactorPlan:
     """
 
     stages: tuple[StageConfig, ...]
-    target: Architecture
+    target: Target
     factors: Mapping[str, FactorShape] = field(default_factory=dict)
     ranks: RankSpace | None = None
     notes: list[str] = field(default_factory=list)
@@ -37,8 +38,9 @@ def factorising(stages: Sequence[StageConfig]) -> list[FactorisingStage]:
 def plan_factors(
     recipe: Recipe,
     stages: tuple[StageConfig, ...],
-    base: Architecture,
+    base: Target,
     shape: Shape | None,
+    family: Family,
     dtype: torch.dtype,
     dense: Size,
 ) -> FactorPlan:
@@ -50,10 +52,9 @@ def plan_factors(
         report(["Ranks go by widths that are known beforehand. Give slice and prune_units a ratio."])
         raise AssertionError
     report(base.faults(shape))
-    own, linears = factorising(stages), block_linears(base, shape)
+    own, linears = factorising(stages), block_linears(base, shape, family)
     report(linear_faults(own, linears))
-    writes_factors = any(stage.writes_factors for stage in own)
-    target = as_own(base) if writes_factors else base
+    target: Target = LowRankTarget(base) if any(stage.writes_factors for stage in own) else base
     opened = next((stage for stage in own if stage.open_ranks), None)
     if opened is not None:
         space = RankSpace(opened, linears, base, shape, dtype)
@@ -63,7 +64,7 @@ def plan_factors(
     settled = tuple(stage.settled(linears) if isinstance(stage, FactorisingStage) else stage for stage in stages)
     factors = {path: f for stage in own for path, f in stage.planned_factors(linears).items()}
     notes = dense_notes(own, linears, factors)
-    return FactorPlan(settled, target, factors if writes_factors else {}, notes=notes)
+    return FactorPlan(settled, target, factors if target is not base else {}, notes=notes)
 
 
 def linear_faults(stages: Sequence[FactorisingStage], linears: Sequence[LinearShape]) -> list[str]:

@@ -61,10 +61,11 @@ def finetune(
         in_panel(Method, "What is trained. Default: the adapters or the factors where there are any, else a LoRA."),
     ] = None,
     distill: Annotated[
-        Literal["none", "logits"],
+        Literal["none", "logits", "blocks"],
         in_panel(
             Method,
-            "Towards the text's next tokens alone, or the dense model's distribution over them.",
+            "Towards the text's next tokens alone, the dense model's distribution over them, or its stream behind each "
+            "block, with one block of each model in memory.",
         ),
     ] = "logits",
     teacher: Annotated[
@@ -111,7 +112,8 @@ def finetune(
     faults = Faults()
     given: dict[str, Any] = {"steps": steps, "tokens": tokens, "epochs": epochs}
     with faults.noted():
-        check_length({name: value for name, value in given.items() if value is not None})
+        if distill != "blocks":  # there tokens say how much text, epochs how often
+            check_length({name: value for name, value in given.items() if value is not None})
     with faults.noted():
         if lr is not None and not 0 < lr < 1:
             raise UsageError(f"--lr must be between 0 and 1, got {lr:g}.")
@@ -132,7 +134,7 @@ def finetune(
     if not is_ours(folder):
         raise UsageError(f"{folder} has no compress.json. Only checkpoints that compress has made are tuned.")
     facts = read_facts(folder)
-    if all(value is None for value in given.values()):
+    if distill != "blocks" and all(value is None for value in given.values()):
         given["steps"] = USUAL_STEPS
     settings = Settings(
         data=data or facts.recipe.calibration.source,
