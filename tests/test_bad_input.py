@@ -75,7 +75,9 @@ def refused(place, code: int, *words: str, command: tuple[str, ...] = SLICE, cha
     assert ran.code == code, ran.err
     assert ran.out == ""
     assert len(ran.faults) == 1, ran.err
-    assert ran.err == f"error: {ran.faults[0]}\n"
+    *progress, last = ran.err.splitlines()
+    assert last == f"error: {ran.faults[0]}"
+    assert all(line.startswith(("preparing", "compressing", "loading", "measuring")) for line in progress), ran.err
     for word in words:
         assert word in ran.faults[0]
     return ran

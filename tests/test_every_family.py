@@ -99,8 +99,8 @@ class Killed(BaseException):
 def test_a_run_that_was_killed_goes_on_and_writes_the_same_bytes(key, written, inputs, tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "verify", contract.Noted())
 
-    def kill(name: str, done: int, total: int) -> None:
-        if name == "block 0":
+    def kill(phase: str, _step: str, done: float, _total: int) -> None:
+        if (phase, done) == ("compressing", 2):
             raise Killed
 
     row, method, out = CELLS[key], METHODS[key[1]], tmp_path / "out"

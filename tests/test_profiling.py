@@ -63,3 +63,5 @@ def test_kinds_of_work_add_up(capsys):
         ["the rest", "3.00", "30%"],
         ["total", "10.00", ""],
     ]
+    show_seconds({"total": 0.0})
+    assert rows(capsys.readouterr().err) == [["the rest", "0.00", "0%"], ["total", "0.00", ""]]

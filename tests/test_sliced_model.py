@@ -145,7 +145,8 @@ def test_it_loads_and_says_what_the_paper_says(model_type, dtype, made):
     paper.slice(checkpoint.windows, lambda point, eigenvalues: DENSE if point == last else NARROW)
     expected = paper.logits(UNSEEN)
     difference = oracles.largest_difference(oracles.logits_of(model.eval(), UNSEEN), expected)
-    assert difference < {"float64": 1e-8, "float32": 1e-4}[dtype]
+    # Statistics are float32 products there: directions of almost equal variance turn a little.
+    assert difference < {"float64": 1e-8, "float32": 2e-4}[dtype]
     # Slicing is no small change, so that the agreement means something.
     with oracles.exact_norms():
         assert oracles.largest_difference(oracles.logits_of(checkpoint.dense, UNSEEN), expected) > 0.1

@@ -51,8 +51,9 @@ def name_of(code: CodeType | str, modules: Mapping[str | None, str]) -> str:
 
 def show_seconds(seconds: Mapping[str, float]) -> None:
     """By kind of work, as in the result: each kind without those inside it."""
-    total = seconds["total"]
-    rows = [[kind, f"{value:.2f}", f"{value / total:.0%}"] for kind, value in seconds.items() if kind != "total"]
-    rest = total - sum(value for kind, value in seconds.items() if kind != "total")
-    rows += [["the rest", f"{rest:.2f}", f"{rest / total:.0%}"], ["total", f"{total:.2f}", ""]]
+    kinds = {kind: value for kind, value in seconds.items() if kind != "total"}
+    kinds["the rest"] = seconds["total"] - sum(kinds.values())
+    whole = seconds["total"] or 1.0  # 0 for a run that had nothing left to do
+    rows = [[kind, f"{value:.2f}", f"{value / whole:.0%}"] for kind, value in kinds.items()]
+    rows += [["total", f"{seconds['total']:.2f}", ""]]
     print_table("Seconds by kind of work", ["kind", "seconds", "share"], rows, stderr=True)
