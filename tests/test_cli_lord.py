@@ -144,7 +144,7 @@ def test_a_plan_for_people(home, place):
     assert "2048 x 32" in table
     assert "widths" not in table
     open_ranks = flat(succeeds("lord", "--model", home / "7b", "--keep-params", 0.8, "--dry-run").out)
-    assert "found from the dense model, by energy or mixed or fisher" in open_ranks
+    assert "found from the dense model, by fisher" in open_ranks
     assert "parameters, at most" in open_ranks
 
 

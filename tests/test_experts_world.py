@@ -172,8 +172,8 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(name, made, tmp_path):
     whole = folder_of(made, "mixtral", name)
     job = job_of(tmp_path / "again", "mixtral", RUNS[name][0])
 
-    def interrupt(part: str, _done: int, _total: int) -> None:
-        if part == "block 0":
+    def interrupt(phase: str, _step: str, done: float, _total: int) -> None:
+        if (phase, done) == ("compressing", 2):
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:

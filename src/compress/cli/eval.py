@@ -117,7 +117,8 @@ def evaluate(
     if save:
         with faults.noted():
             check_places_to_save(found.places[: len(named)])
-    asked = gather(faults, words(ppl), words(tasks), found.data_dir, humaneval=humaneval, limit=limit)
+    programs = humaneval and allow_code_execution
+    asked = gather(faults, words(ppl), words(tasks), found.data_dir, humaneval=programs, limit=limit)
 
     from compress.evaluation.humaneval import Sampling
 

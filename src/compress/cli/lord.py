@@ -142,7 +142,7 @@ def factorize_model(
     )
     spelled = {**amount.typed, "rank_multiple": rank_multiple, "allocation": options["allocation"], "target": target}
     spelled |= {"form": form, "bias": bias, "materialize": materialize, "measure_error": measure_error, **ours}
-    spelled |= {"trial_samples": recipe.trial_samples if amount.budget else None, "batch_size": batch_size}
+    spelled |= {"trial_samples": trial_samples if amount.budget else None, "batch_size": batch_size}
     job = Job(
         model=source,
         recipe=recipe,

@@ -142,7 +142,7 @@ def slice_model(
         seed=seed,
         dtype=dtype,
     )
-    trials = {"trial_samples": recipe.trial_samples} if amount.budget else {}
+    trials = {"trial_samples": trial_samples} if amount.budget else {}
     spelled = {**amount.typed, **mine, **common, **trials, "export": export, "batch_size": batch_size}
     job = Job(
         model=source,
