@@ -13,11 +13,13 @@ mask, weights and adapter settle for one another.
 Dimensions: W (m, n), m outputs, n inputs, r the adapter's rank.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float64
+from jaxtyping import Bool, Float, Float64, Shaped
 from torch import Tensor
 
 from compress.errors import NumericalError
@@ -85,6 +87,13 @@ class Decomposition:
         return self.finds_mask or (self.quantize is not None and self.quantize.sweeps)
 
     @property
+    def takes_rows_apart(self) -> bool:
+        """Whether each row of a weight is settled as if it were alone."""
+        prune, quantize = self.prune, self.quantize
+        shares_steps = quantize is not None and (quantize.group == "tensor" or quantize.finer)
+        return not shares_steps and (prune is None or prune.method != "sparsegpt" or prune.pattern.is_grouped)
+
+    @property
     def finds_mask(self) -> bool:
         return self.prune is not None and self.prune.method in ("sparsegpt", "admm")
 
@@ -117,87 +126,131 @@ def decompose(
     name: str,
 ) -> Decomposed:
     """
-    centred: a bias keeps the outputs' mean, so that errors count about it. dtype: that sweeps and ADMM compute in.
+    centred: a bias keeps the outputs' mean, so that errors count about it. dtype: that all but the adapter computes in.
     """
-    solver = Solver(how, moments, moments.spread(centred=centred).hessian(DAMPING, name=name), dtype, name)
-    adapter, rest, mask = None, W, None
+    (found,) = decompose_together([W], moments, [how], centred=centred, dtype=dtype, names=[name])
+    return found
+
+
+def decompose_together(
+    weights: Sequence[Float64[Tensor, "_ n"]],
+    moments: InputMoments,
+    hows: Sequence[Decomposition],
+    *,
+    centred: bool = False,
+    dtype: torch.dtype = torch.float64,
+    names: Sequence[str],
+) -> list[Decomposed]:
+    """Several weights with the same inputs, which differ in the adapter's rank at most: each as `decompose` has it.
+
+    Where no row depends on another they are swept as one matrix: a step takes hardly longer for more rows.
+    """
+    hessian = moments.spread(centred=centred).hessian(DAMPING, name=names[0])
+    solvers = [
+        Solver(W, how, moments, hessian, centred=centred, dtype=dtype, name=name)
+        for W, how, name in zip(weights, hows, names, strict=True)
+    ]
+    how = hows[0]
     if how.prune is not None and how.prune.method == "admm":
-        mask, rest = solver.admm(W)
-    elif how.prune is not None and how.prune.method != "sparsegpt":
-        mask = solver.scored(W)
-    rounds = how.adapt.rounds if how.adapt else 1
-    for _ in range(rounds):
-        S, found, grid = solver.settle(rest, mask)
-        if how.adapt is not None:
-            adapter = fit_adapter(how.adapt.method, W - S, moments, how.adapt.rank, centred=centred, name=name)
-            rest = W - adapter.product
-    shift = None
-    if centred:
-        shift = (rest - S) @ moments.mean
-    return Decomposed(S, found, grid, adapter, shift)
+        split(solvers, how.prune)
+    lots = [solvers] if how.takes_rows_apart else [[solver] for solver in solvers]
+    for number in range(how.adapt.rounds if how.adapt else 1):
+        for lot in lots:
+            settle(lot, anew=number == 0 or not how.polish)
+        for solver in solvers:
+            solver.adapt()
+    return [solver.found() for solver in solvers]
 
 
 @dataclass(frozen=True)
+class Settled:
+    """Of one weight, or of several one below the other: S, zero outside of its mask and on its grid."""
+
+    S: Float[Tensor, "m n"]
+    mask: Bool[Tensor, "m n"] | None
+    grid: Grid | None
+
+    @classmethod
+    def joined(cls, parts: Sequence["Settled"]) -> "Settled":
+        if len(parts) == 1:
+            return parts[0]
+        masks = [part.mask for part in parts if part.mask is not None]
+        grids = [part.grid for part in parts if part.grid is not None]
+        S, mask = below([part.S for part in parts]), below(masks) if masks else None
+        return cls(S, mask, Grid.joined(grids) if grids else None)
+
+    def split(self, rows: Sequence[int]) -> list["Settled"]:
+        if len(rows) == 1:
+            return [self]
+        S, stops = self.S.split(list(rows)), list(accumulate(rows))
+        mask = [None] * len(rows) if self.mask is None else self.mask.split(list(rows))
+        grid = [None if self.grid is None else self.grid.rows(stop - m, stop) for m, stop in zip(rows, stops, strict=True)]
+        return [Settled(*part) for part in zip(S, mask, grid, strict=True)]
+
+
 class Solver:
-    how: Decomposition
-    moments: InputMoments
-    hessian: Hessian
-    dtype: torch.dtype
-    name: str
+    """One weight on its way.
 
-    def scored(self, W: Float64[Tensor, "m n"]) -> Bool[Tensor, "m n"]:
-        assert self.how.prune is not None
-        prune = self.how.prune
+    rest: what S is to be, and `settled`, what it is, in the dtype that is computed in.
+    """
+
+    def __init__(
+        self,
+        W: Float64[Tensor, "m n"],
+        how: Decomposition,
+        moments: InputMoments,
+        hessian: Hessian,
+        *,
+        centred: bool,
+        dtype: torch.dtype,
+        name: str,
+    ) -> None:
+        self.W, self.how, self.moments, self.hessian = W, how, moments, hessian
+        self.centred, self.name = centred, name
+        self.adapter: Factors | None = None
+        self.rest = below([W.to(dtype)])
+        scored = how.prune is not None and how.prune.method in ("magnitude", "wanda")
+        self.settled = Settled(self.rest, self.scored(how.prune) if scored and how.prune else None, None)
+
+    def scored(self, prune: Pruning) -> Bool[Tensor, "m n"]:
         if prune.method == "magnitude":
-            return keep_mask(magnitude(W), prune.pattern, by_row=False)
-        return keep_mask(wanda(W, self.moments.second), prune.pattern)
+            return keep_mask(magnitude(self.W), prune.pattern, by_row=False)
+        return keep_mask(wanda(self.W, self.moments.second), prune.pattern)
 
-    def admm(self, W: Float64[Tensor, "m n"]) -> tuple[Bool[Tensor, "m n"], Float64[Tensor, "m n"]]:
-        """The mask, and what is left of W beside the low rank that settled with it."""
-        assert self.how.prune is not None
-        prune, rank = self.how.prune, self.how.adapt.rank if self.how.adapt else 0
-        split = sparse_plus_lowrank(W.to(self.dtype), self.hessian, prune.pattern, rank, iterations=prune.iterations)
-        return split.mask, W - split.L.double()
+    def start(self) -> Settled:
+        """What a sweep starts with: what the mask leaves, where it is known already, and the grid for that."""
+        mask, quantize = self.settled.mask, self.how.quantize
+        S = self.rest if mask is None else self.rest * mask
+        return Settled(S, mask, self.grid(S) if quantize is not None and quantize.sweeps else None)
 
-    def settle(
-        self, T: Float64[Tensor, "m n"], mask: Bool[Tensor, "m n"] | None
-    ) -> tuple[Float64[Tensor, "m n"], Bool[Tensor, "m n"] | None, Grid | None]:
-        """S near T, its mask and its grid."""
-        quantize = self.how.quantize
-        grid = None
-        if quantize is not None and quantize.sweeps:
-            grid = self.grid(T if mask is None else T * mask)
-        S = T if mask is None else T * mask
-        if self.how.compensates:
-            S, mask, grid = self.swept(T, mask, grid)
-        if quantize is not None and not quantize.sweeps:
+    def take(self, settled: Settled) -> None:
+        """The end of a sweep, or what has not been swept; rounded to nearest, if it is not yet rounded."""
+        if self.how.quantize is not None and settled.grid is None:
             # As SLiM does: the steps of the weights before their mask, which zeros do not change.
-            grid = self.grid(S if self.how.compensates else T)
-            S = grid.nearest(S) if mask is None else grid.nearest(S) * mask
-        return S, mask, grid
+            grid = self.grid(settled.S if self.how.compensates else self.rest)
+            settled = replace(settled, S=grid.nearest(settled.S), grid=grid)
+        self.settled = settled
 
-    def swept(
-        self, T: Float64[Tensor, "m n"], mask: Bool[Tensor, "m n"] | None, grid: Grid | None
-    ) -> tuple[Float64[Tensor, "m n"], Bool[Tensor, "m n"] | None, Grid | None]:
-        how = self.how
-        pattern = how.prune.pattern if how.prune is not None and mask is None else None
-        target, coarse = T.to(self.dtype), None if grid is None else grid.to(self.dtype)
-        by_activation = how.quantize is not None and how.quantize.by_activation
-        S, mask = sweep(target, self.hessian, grid=coarse, pattern=pattern, mask=mask, by_activation=by_activation)
-        for _ in range(how.polish):
-            if coarse is not None and how.quantize is not None:
-                S, coarse = rescaled(S, target, self.hessian, coarse, stored=how.quantize.stored)
-            S = descend(S, target, self.hessian, grid=coarse, mask=mask, rounds=1)
-        S = S.double()
-        if coarse is not None:  # to the grid's own values again, whatever precision the sweep was in
-            grid = coarse.to(torch.float64)
-            S = grid.nearest(S) if mask is None else grid.nearest(S) * mask
-        return S, mask, grid
+    def adapt(self) -> None:
+        """The adapter for what S lacks; S is to be what it leaves."""
+        adapt, missed = self.how.adapt, self.W - self.found().S
+        if adapt is not None:
+            options = {"centred": self.centred, "name": self.name}
+            self.adapter = fit_adapter(adapt.method, missed, self.moments, adapt.rank, **options)
+            self.rest = below([(self.W - self.adapter.product).to(self.rest.dtype)])
 
-    def grid(self, W: Float64[Tensor, "m n"]) -> Grid:
+    def found(self) -> Decomposed:
+        S, grid = self.settled.S.double(), self.settled.grid
+        if grid is not None:  # its own values again, whatever precision the sweep was in
+            grid = grid.to(torch.float64)
+            S = grid.nearest(S)
+        found = Decomposed(S, self.settled.mask, grid, self.adapter, None)
+        return replace(found, shift=(self.W - found.product) @ self.moments.mean) if self.centred else found
+
+    def grid(self, W: Float[Tensor, "m n"]) -> Grid:
         assert self.how.quantize is not None
         how = self.how.quantize
-        finer = finer_inputs(W, self.moments.mean_abs) if how.finer else None
+        finer = finer_inputs(W, self.moments.mean_abs.to(W.dtype)) if how.finer else None
         grid = make_grid(
             W,
             how.numbers,
@@ -213,3 +266,41 @@ class Solver:
                 "Check its weights, or try --dtype bfloat16 or float32."
             )
         return grid
+
+
+def split(solvers: Sequence[Solver], prune: Pruning) -> None:
+    """The masks by ADMM; what is left of the weights beside the low ranks that have settled with these is S to be."""
+    weights = [solver.rest for solver in solvers]
+    ranks = [solver.how.adapt.rank if solver.how.adapt else 0 for solver in solvers]
+    parts = sparse_plus_lowrank(weights, solvers[0].hessian, prune.pattern, ranks, iterations=prune.iterations)
+    for solver, part in zip(solvers, parts, strict=True):
+        solver.rest = solver.rest - part.L
+        solver.settled = Settled(solver.rest, part.mask, None)
+
+
+def settle(solvers: Sequence[Solver], *, anew: bool) -> None:
+    """S of each near its rest, from the start or on from where it is."""
+    how, rest = solvers[0].how, below([solver.rest for solver in solvers])
+    settled = Settled.joined([solver.start() if anew else solver.settled for solver in solvers])
+    if how.compensates:
+        settled = swept(rest, settled, how, solvers[0].hessian, anew=anew)
+    for solver, part in zip(solvers, settled.split([len(solver.W) for solver in solvers]), strict=True):
+        solver.take(part)
+
+
+def swept(rest: Float[Tensor, "m n"], start: Settled, how: Decomposition, hessian: Hessian, *, anew: bool) -> Settled:
+    S, mask, grid = start.S, start.mask, start.grid
+    if anew:
+        pattern = how.prune.pattern if how.prune is not None and mask is None else None
+        by_activation = how.quantize is not None and how.quantize.by_activation
+        S, mask = sweep(rest, hessian, grid=grid, pattern=pattern, mask=mask, by_activation=by_activation)
+    for _ in range(how.polish):
+        if grid is not None and how.quantize is not None:
+            S, grid = rescaled(S, rest, hessian, grid, stored=how.quantize.stored)
+        S = descend(S, rest, hessian, grid=grid, mask=mask, rounds=1)
+    return Settled(S, mask, grid)
+
+
+def below(matrices: Sequence[Shaped[Tensor, "_ n"]]) -> Shaped[Tensor, "m n"]:
+    """One below the other; an input's numbers are neighbors in memory, as sweeps read them."""
+    return torch.cat([matrix.T for matrix in matrices], dim=1).T
