@@ -285,9 +285,8 @@ def read_journal(home: Path, choose: Random) -> None:
 
 
 def read_card(home: Path, choose: Random) -> None:
-    from compress.checkpoints.card import model_card
+    from compress.checkpoints.card import model_card, read_origin
     from compress.checkpoints.facts import read_facts
-    from compress.checkpoints.front_matter import read_origin
 
     facts = read_facts(home / "packed").model_dump()
     model_card(facts | {"origin": read_origin(home / "llama")})

@@ -275,7 +275,7 @@ def test_the_card_has_the_numbers(written, facts):
     for part in ("size", "dense_size"):
         assert f"{facts[part]['parameters']:,}" in card
         assert f"{facts[part]['bytes']:,}" in card
-    assert "4 windows of 32 tokens of\n`text.txt`" in card
+    assert "4 sequences of 32 tokens of\n`text.txt`" in card
 
 
 def test_the_card_does_not_call_growth_removal(home, written, facts, patched):

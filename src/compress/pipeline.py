@@ -21,9 +21,8 @@ from compress.assembly import new_walk, restored, take_survey
 from compress.budget import Choice
 from compress.checkpoints import files
 from compress.checkpoints.adapter import adapter_config, write_adapter
-from compress.checkpoints.card import model_card
+from compress.checkpoints.card import model_card, read_origin
 from compress.checkpoints.facts import FACTS, read_facts, read_json
-from compress.checkpoints.front_matter import read_origin
 from compress.checkpoints.integrity import check_integrity
 from compress.checkpoints.sizes import Size
 from compress.checkpoints.stored import not_for_vllm, unpacks_while_loading

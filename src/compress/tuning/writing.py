@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 
 from compress.checkpoints.adapter import adapter_config, write_adapter
-from compress.checkpoints.card import model_card
+from compress.checkpoints.card import CARD, model_card
 from compress.checkpoints.facts import FACTS, Facts, read_json
 from compress.checkpoints.files import adapter_file, write_json
-from compress.checkpoints.front_matter import CARD
 from compress.checkpoints.integrity import ADAPTER_WEIGHTS
 from compress.checkpoints.measures import QUALITY
 from compress.checkpoints.push import own_files
