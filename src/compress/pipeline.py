@@ -309,7 +309,7 @@ def export_notes(job: Job) -> list[str]:
         return []
     from compress.checkpoints.gguf import reader_notes
 
-    return reader_notes(job.out)
+    return reader_notes(job.out / f"{job.out.name}.gguf")
 
 
 def _write_part(journal: Journal, part: FinishedPart, walk: Walk) -> None:

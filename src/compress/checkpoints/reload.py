@@ -1,11 +1,11 @@
 """Load a checkpoint as a stranger would and compare its logits. Run as a script, in a process without our package.
 
-    python -I reload.py FOLDER PROBE.safetensors MEMORY_BYTES SCRATCH
+    python -I reload.py FOLDER PROBE.safetensors MEMORY_BYTES SCRATCH [GGUF_FILE]
 
 Prints one JSON object: keys that were missing, unexpected or mismatched, and the largest difference of the logits
 beside the largest logit. A stock model is loaded by stock code alone, any other by the modeling file it carries. Where
 the model in float32 exceeds the memory given, it is loaded in its own dtype and its blocks stay on disk until they are
-needed. An adapter beside the model is loaded by PEFT, as a user would.
+needed. An adapter beside the model is loaded by PEFT, as a user would. A GGUF file is read in the folder's place.
 """
 
 import json
@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig, LlamaConfig
 
 
-def main(folder: str, probe_file: str, memory: int, scratch: str) -> dict[str, object]:
+def main(folder: str, probe_file: str, memory: int, scratch: str, gguf_file: str = "") -> dict[str, object]:
     probe = load_file(probe_file)
     facts, config = (
         json.loads((Path(folder) / name).read_text(encoding="utf-8")) for name in ("compress.json", "config.json")
@@ -29,14 +29,18 @@ def main(folder: str, probe_file: str, memory: int, scratch: str) -> dict[str, o
     fits = facts["dense_size" if is_packed else "size"]["parameters"] * 4 * 1.5 < memory
     options: dict[str, Any] = {"dtype": torch.promote_types(torch.float32, probe["logits"].dtype)}
     bits = None
-    if not fits and not is_packed:
+    source = folder
+    if gguf_file:
+        source, of_file = as_stranger(Path(gguf_file), Path(scratch), config)
+        options = of_file | (options if fits else {"dtype": getattr(torch, config["dtype"])})
+    elif not fits and not is_packed:
         options = {"device_map": "auto", "max_memory": {"cpu": memory // 4}, "offload_folder": scratch}
     elif not fits:
         options, bits = {"dtype": "auto"}, 8 * facts["itemsize"]  # packed weights cannot stay on disk
     if "quantization_config" in config and (not fits or facts["unpacks_while_loading"]):
         options["quantization_config"], bits = CompressedTensorsConfig(dequantize=True), 8 * facts["itemsize"]
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder, trust_remote_code=carries_code, output_loading_info=True, local_files_only=True, **options
+        source, trust_remote_code=carries_code, output_loading_info=True, local_files_only=True, **options
     )
     model, info = loaded
     for module in model.modules():
@@ -61,6 +65,25 @@ def main(folder: str, probe_file: str, memory: int, scratch: str) -> dict[str, o
     }
 
 
+def as_stranger(file: Path, scratch: Path, config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """A folder with a GGUF file alone, because transformers also reads what lies beside it, and how to read it there.
+
+    transformers' reader leaves out biases and rotary scaling, unless it gets a config that has them; and that of
+    Mistral's class, whose weights a file of the architecture `llama` holds too, it does not know.
+    """
+    import gguf
+
+    alone = scratch / "alone"
+    alone.mkdir()
+    (alone / "model.gguf").symlink_to(file.resolve())
+    header = gguf.GGUFReader(file)
+    names = [*(tensor.name for tensor in header.tensors), *header.fields]
+    options: dict[str, Any] = {"gguf_file": "model.gguf"}
+    if any(name.endswith((".bias", "rope_freqs.weight", "rope.scaling.type")) for name in names):
+        options["config"] = LlamaConfig(**{key: value for key, value in config.items() if key != "model_type"})
+    return str(alone), options
+
+
 def with_adapter(model: Any, folder: str) -> tuple[Any, set[str]]:
     """The model with its adapter, and the adapter's tensors that have not come to lie in it as they are."""
     from peft import PeftModel, get_peft_model_state_dict
@@ -77,4 +100,4 @@ def with_adapter(model: Any, folder: str) -> tuple[Any, set[str]]:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps(main(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4])) + "\n")
+    sys.stdout.write(json.dumps(main(sys.argv[1], sys.argv[2], int(sys.argv[3]), *sys.argv[4:])) + "\n")
