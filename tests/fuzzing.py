@@ -138,7 +138,7 @@ def read_weights(home: Path, choose: Random) -> None:
     folder = home / "llama"
     commands = [
         lambda: list(LazyWeights(folder).samples()),
-        lambda: LazyWeights(folder).read(list(LazyWeights(folder).files)),
+        lambda: LazyWeights(folder).read(list(LazyWeights(folder).stored.tensors)),
         lambda: inspect_outputs([folder], linears=True),
         lambda: load_model(folder, dtype=torch.float32, device=torch.device("cpu")),
     ]

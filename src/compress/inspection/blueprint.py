@@ -7,7 +7,6 @@ import torch
 from transformers import PreTrainedModel
 
 from compress.checkpoints.facts import FACTS, Facts
-from compress.checkpoints.headers import StoredTensor
 from compress.errors import CheckpointError
 from compress.models.counting import num_parameters
 from compress.models.expert_names import own_name
@@ -16,6 +15,7 @@ from compress.models.loading import empty_model, load_config
 from compress.models.modeling_experts import unfuse_experts
 from compress.models.stored_files import Lora, StoredTensors, read_lora, read_scheme
 from compress.models.stored_loading import put_linears
+from compress.models.tensor_files import StoredTensor
 
 ENDS = 2  # parts that are no block: the embeddings and the head
 

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from compress.checkpoints.facts import LinearFacts
-from compress.checkpoints.headers import BITS, StoredTensor
 from compress.models.counting import num_parameters
 from compress.models.modeling_compact import AdaptedLinear, CompactLinear
 from compress.models.modeling_lowrank import LowRankLinear, PivotLinear
 from compress.models.packed import ByteLinear, FloatLinear, LoraLinear, PackedLinear
+from compress.models.tensor_files import BITS, StoredTensor
 
 BLOCK = re.compile(r"\.(\d+)\.(.*)")  # its number, and what is below it
 Kind = nn.Linear | LowRankLinear | PivotLinear | AdaptedLinear

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from compress.checkpoints.facts import Facts, Point, read_facts, read_json
-from compress.checkpoints.headers import StoredTensor, read_header
 from compress.checkpoints.integrity import (
     ADAPTER_WEIGHTS,
     Progress,
@@ -20,7 +19,7 @@ from compress.inspection.blueprint import blueprint, check_against, named
 from compress.inspection.linears import StoredLinear, block_of, foreign_linears, linears_of
 from compress.inspection.zeros import Zeros, zeros_of
 from compress.models.stored_files import read_lora
-from compress.models.tensor_files import INDEX, checkpoint_files
+from compress.models.tensor_files import INDEX, StoredTensor, checkpoint_files, read_header
 
 ENDS = ("lm_head.", "embed_out.", ".norm.", "final_layer_norm.", "final_layernorm.", "ln_f.")
 

@@ -81,9 +81,9 @@ class Student:
         names = {
             f"{part}.{name}": f"{part}.{name}" for part in parts for name in self.model.get_submodule(part).state_dict()
         }
-        if not self.tensors.has(f"{parts[-1]}.weight"):
+        if self.tensors.find(f"{parts[-1]}.weight") is None:
             names[f"{parts[-1]}.weight"] = f"{self.prefix}{self.family.embeddings[0]}.weight"
-        stored = dict(self.tensors.read(names.values()))
+        stored = self._read(names.values())
         self.fill(self.model, {name: stored[stored_as] for name, stored_as in names.items()})
         yield
         for part in parts:
@@ -106,9 +106,12 @@ class Student:
             put(module, name, tensor.to(self.device, self.dtype) if is_float else tensor.to(self.device))
 
     def _fill(self, module: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
-        stored = dict(self.tensors.read(names))
+        stored = self._read(names)
         self.fill(module, stored)
         return stored
+
+    def _read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        return dict(self.tensors.read({name: str(self.tensors.find(name)) for name in names}))
 
 
 def put(module: nn.Module, name: str, tensor: Tensor) -> None:

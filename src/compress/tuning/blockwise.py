@@ -282,7 +282,7 @@ def split(windows: Tensor, held_out: Tensor, batch_size: int) -> list[Batch]:
 def computing_dtype(weights: LazyWeights) -> torch.dtype:
     """The weights' own, but not below float32."""
     dtype = torch.float32
-    for stored_as in set(weights.dtypes.values()):
+    for stored_as in {tensor.dtype for tensor in weights.stored.tensors.values()}:
         dtype = torch.promote_types(dtype, READABLE.get(stored_as, dtype))
     return dtype
 

@@ -68,8 +68,8 @@ def write_weights(source: Path, target: Path, tensors: Mapping[str, Tensor]) -> 
     stored = StoredTensors(source, read_lora(source))
     places: dict[Path, dict[str, str]] = defaultdict(dict)
     for name in tensors:
-        file, inside = stored.places[str(stored.resolve(name))]
-        places[file.relative_to(source)][inside] = name
+        place = stored.tensors[str(stored.find(name))]
+        places[place.file.relative_to(source)][place.name] = name
     for file, names in places.items():
         (target / file).parent.mkdir(exist_ok=True)
         put_tensors(source / file, target / file, names, tensors)

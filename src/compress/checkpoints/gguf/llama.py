@@ -62,7 +62,7 @@ def read_model(folder: Path) -> Model:
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     entries = []
     for name, shape in shapes.items():
-        dtype = READABLE[weights.dtypes[str(weights.resolve(name))]]
+        dtype = READABLE[weights.stored.tensors[str(weights.resolve(name))].dtype]
         # llama.cpp computes with norms and biases in float32; GGUF has float64 for none.
         dtype = torch.float32 if len(shape) == 1 or dtype == torch.float64 else dtype
         theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
