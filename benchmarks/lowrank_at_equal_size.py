@@ -36,6 +36,7 @@ from compress.models.loading import load_model, load_tokenizer
 from compress.numerics.precision import full_precision
 from compress.plan import Plan
 from compress.preflight import Prepared, prepare
+from compress.progress import Steps, silent
 from compress.ranks import rank_choices
 from compress.recipe import lowrank, parse_recipe
 from compress.streaming.survey import Survey
@@ -99,7 +100,7 @@ class Bench:
         centring = how["method"] if how["method"] in ("lord", "anchored") else ""
         key = f"{centring} {how.get('gradient_weight')} {how.get('target')} {prepared.plan.survey}"
         if key not in self.surveys:
-            self.surveys[key] = take_survey(prepared, lambda: None)
+            self.surveys[key] = take_survey(prepared, lambda name: None)
         return self.surveys[key]
 
     def kept(self, share: float) -> dict[str, float]:
@@ -121,7 +122,7 @@ class Bench:
             yield allocation, self.walked(prepared, plan.chosen(choices[0]), survey, start)
             return
         compared = replace(prepared, plan=replace(plan, choices=choices))
-        trials = search.compare(compared, survey, lambda trial: None)
+        trials = search.compare(compared, survey, Steps(silent, "trials", 1))
         best = str(min(trials, key=lambda trial: trial.divergence).counts["allocation"])
         found = {}
         for choice in choices:

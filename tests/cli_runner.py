@@ -11,6 +11,7 @@ import importlib
 import json
 import os
 import pkgutil
+import re
 import resource
 import shutil
 import signal
@@ -27,6 +28,7 @@ from typing import IO, Any
 
 TESTS = Path(__file__).parent
 INSTALLED = Path(sys.executable).with_name("compress")
+PROGRESS = re.compile(r"(.+?): (.* memory|.*took [\d:]+)")
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,13 @@ class Ran:
     @property
     def faults(self) -> list[str]:
         return [line.removeprefix("error: ") for line in self.err.splitlines() if line.startswith("error: ")]
+
+    @property
+    def progress(self) -> list[tuple[str, str]]:
+        """What all lines of stderr say of the run: the phase, and how it is."""
+        lines = [PROGRESS.fullmatch(line) for line in self.err.splitlines()]
+        assert None not in lines, self.err
+        return [(line[1], line[2]) for line in lines if line]
 
     @property
     def json(self) -> Any:

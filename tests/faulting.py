@@ -72,7 +72,7 @@ COMMANDS = [
     building("slice", SLICE),
     building("slice, method slicegpt", shlex.split("slice --method slicegpt --ratio 0.25"), "opt"),
     building("slice, under a budget", ["slice", *BUDGET]),
-    building("slice, shapes searched", ["slice", *BUDGET, "--allocation", "searched"]),
+    building("slice, neurons free", ["slice", *BUDGET, "--allocation", "free"]),
     building("slice, activations on disk", [*SLICE, "--cache-memory", "1"]),
     building("slice, with a GGUF file", ["slice", "--ratio", "0.25", "--export", "gguf"], "plain"),
     building("slice, over another output", SLICE, start=SLICE_LESS),

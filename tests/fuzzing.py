@@ -239,21 +239,18 @@ def read_text(home: Path, choose: Random) -> None:
 
 
 def read_task(home: Path, choose: Random) -> None:
-    from compress.evaluation._scoring import encode_pair
-    from compress.evaluation.tasks import requests_of
-    from compress.quality.asked import gather_tasks
+    from compress.datasets.tasks import read_documents
+    from compress.evaluation._local_tasks import fitted, piqa
 
-    documents, _ = gather_tasks(("piqa",), home / "data", limit=None)
-    requests = [request for each in documents["piqa"] for request in requests_of("piqa", each)]
-    for request in requests[:4]:
-        encode_pair(byte_tokenizer(home / "llama"), request, 64)
+    for number, document in enumerate(read_documents(home / "data" / "tasks" / "piqa.jsonl"), 1):
+        fitted(piqa, number, document)
 
 
 def read_problems(home: Path, choose: Random) -> None:
+    from compress.datasets.humaneval import load_problems
     from compress.evaluation.humaneval import program_of
-    from compress.quality.asked import gather_problems
 
-    for problem in gather_problems(home / "data", None):
+    for problem in load_problems(home / "data"):
         program_of(problem, "    pass\n")
 
 

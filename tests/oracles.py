@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 import transformers
@@ -181,11 +182,12 @@ def new_walk(
     cache_memory: int = UNLIMITED,
     seed: int = 7,
     device: str = "cpu",
+    held_out: int = 0,
 ) -> Walk:
     config = load_config(folder)
     settings = WalkSettings(
         layout=SlicedLayout(),
-        held_out=0,
+        held_out=held_out,
         probe_tokens=windows.shape[1],
         output_dtype=output_dtype or dtype,
         batch_size=batch_size,
@@ -429,3 +431,16 @@ def scaled(model: PreTrainedModel, factor: float) -> PreTrainedModel:
             for parameter in module.parameters():
                 parameter.mul_(factor)
     return model
+
+
+# ---- the damping of a ridge regression ----
+
+
+def best_damping(error: Callable[[float | None], float]) -> float | None:
+    """Of 0.01, 0.1, 1 and the lowest point of a parabola through these the one of least error; None: unfitted."""
+    found = {damping: error(damping) for damping in (None, 0.01, 0.1, 1.0)}
+    a, b, _ = numpy.polyfit([-2, -1, 0], [found[damping] for damping in (0.01, 0.1, 1.0)], 2)
+    end = 1 if found[1.0] < found[0.01] else -3
+    fourth = float(f"{10 ** max(-4, min(-b / (2 * a) if a > 0 else end, 1)):.2g}")
+    found[fourth] = error(fourth)
+    return min(found, key=lambda damping: found[damping])

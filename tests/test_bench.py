@@ -370,7 +370,7 @@ def folders(place: Path, *, storage: Storage) -> tuple[Named, Named]:
 
 def test_all_of_it_is_in_the_report(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "took", lambda *_: report.Footprint(1, Spread(1.0, 1.0, 1.0), 2, 3, None))
-    heard: list[tuple[str, int, int]] = []
+    heard: list[tuple[str, str, float, int]] = []
     asked = Asked(workloads=[Workload(1, 6, 2)], rounds=2, dtype=torch.float32, device=CPU, tokens=[1, 4])
     found = measure(*folders(tmp_path, storage=Storage("packed", 4)), asked, lambda *step: heard.append(step))
     entry = json.loads(json.dumps(found.to_dict()))
@@ -383,9 +383,9 @@ def test_all_of_it_is_in_the_report(tmp_path, monkeypatch):
     assert entry["memory_at"] == {"batch": 1, "prompt": 6, "new": 2}
     assert "28" not in entry["notes"][0]
     assert "unpacked at every call: 21 because the dtype is float32" in entry["notes"][0]
-    done = [number for _, number, _ in heard]
+    done = [number for _, _, number, _ in heard]
     assert done == sorted(done)
-    assert heard[-1][1] == heard[-1][2] == 4 + 1 + 16
+    assert heard[-1][2] == heard[-1][3] == 4 + 1 + 16
 
 
 def test_two_models_that_memory_does_not_hold_together(tmp_path, monkeypatch):

@@ -414,7 +414,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(kind, root, tuned, tmp_path):
     again.mkdir()
     asked = BlockSettings(**SETTINGS)
 
-    def killed(_what: str, done: int, _total: int) -> None:
+    def killed(done: int, _total: int) -> None:
         if done == 2:
             raise KeyboardInterrupt
 

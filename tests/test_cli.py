@@ -163,14 +163,14 @@ OPTIONS = {
         *("--signal", "--final-orientation", "--round-to"),
         *("--slice-head", "--measure-error", "--calib", "--samples", "--seq-len", "--data-dir", "--seed", "--out"),
         *("--dtype", "--resume", "--overwrite", "--dry-run", "--json", "--device", "--batch-size", "--cache-memory"),
-        *("--max-memory", "--push-to-hub", "--show-recipe"),
+        *("--max-memory", "--push-to-hub", "--show-recipe", "--profile"),
     },
     "lord": {
         *("--model", "--rank-frac", "--rank", "--keep-params", "--target-size", "--rank-multiple", "--method"),
         *("--allocation", "--target", "--form", "--refit", "--gradient-weight", "--bias", "--trial-samples"),
         *("--materialize", "--measure-error", "--calib", "--samples", "--seq-len", "--data-dir", "--seed", "--out"),
         *("--dtype", "--resume", "--overwrite", "--dry-run", "--json", "--device", "--batch-size", "--cache-memory"),
-        *("--max-memory", "--push-to-hub", "--show-recipe"),
+        *("--max-memory", "--push-to-hub", "--show-recipe", "--profile"),
     },
     "slim": {
         *("--model", "--bits", "--sparsity", "--adapter-rank", "--group", "--inputs", "--method", "--pruner"),
@@ -178,12 +178,12 @@ OPTIONS = {
         *("--target", "--compact", "--materialize", "--adapter-bits"),
         *("--measure-error", "--calib", "--samples", "--seq-len", "--data-dir", "--seed", "--out"),
         *("--dtype", "--resume", "--overwrite", "--dry-run", "--json", "--device", "--batch-size", "--cache-memory"),
-        *("--max-memory", "--push-to-hub", "--show-recipe"),
+        *("--max-memory", "--push-to-hub", "--show-recipe", "--profile"),
     },
     "run": {
         *("recipe", "--model", "--calib", "--samples", "--seq-len", "--data-dir", "--seed", "--out", "--dtype"),
         *("--export", "--resume", "--overwrite", "--push-to-hub", "--dry-run", "--show-recipe", "--json", "--device"),
-        *("--batch-size", "--cache-memory", "--max-memory"),
+        *("--batch-size", "--cache-memory", "--max-memory", "--profile"),
     },
     "eval": {
         *("--ppl", "--kl", "--tasks", "--humaneval", "--model", "--compare", "others"),
@@ -199,7 +199,7 @@ OPTIONS = {
         *("folder", "--data", "--seq-len", "--data-dir", "--seed", "--steps", "--tokens", "--epochs", "--eval-every"),
         *("--patience", "--train", "--distill", "--teacher", "--lora-rank", "--lora-alpha", "--lr", "--warmup"),
         *("--merge", "--out", "--resume", "--overwrite", "--dry-run", "--json", "--batch-size"),
-        *("--gradient-checkpointing", "--dtype", "--device"),
+        *("--gradient-checkpointing", "--dtype", "--device", "--profile"),
     },
     "inspect": {"outputs", "--linears", "--fast", "--plot", "--card", "--json"},
     "push": {"output", "repository", "--public", "--overwrite", "--json"},
@@ -596,10 +596,19 @@ def test_json_is_all_that_stdout_has(words, place):
         *("held_out_divergence", "ranks", "alternatives", "lost_energy"),
     }
     assert result["resumed_parts"] == 0
-    progress = ran.err.splitlines()
-    assert [line.split("]")[0] for line in progress[: NUM_BLOCKS + 2]] == [f"[{part}/5" for part in range(1, 6)]
-    assert "block 1" in progress[2]
-    assert all(line.startswith("[") for line in progress)
+    phases = [phase for phase, _ in ran.progress]
+    assert phases == ["preparing", "compressing", "compressing", "verifying", "verifying"]
+    assert ran.progress[1][1].startswith("0/5, embeddings, ")
+    assert ran.progress[2][1].startswith("5/5, took ")
+
+
+def test_the_profile_is_beside_the_result_and_changes_nothing(words, place):
+    succeeds(*words, "--ratio", 0.25, "--out", "a/out")
+    ran = succeeds(*words, "--ratio", 0.25, "--out", "b/out", "--json", "--profile")
+    assert snapshot(place / "a") == snapshot(place / "b")
+    functions, _, kinds = flat(ran.err).partition("Where the time went")[2].partition("Seconds by kind of work")
+    assert functions.count(":") == 10
+    assert set(ran.json["seconds"]) <= set(kinds.split())
 
 
 def test_a_table_for_people(words, place):
@@ -607,7 +616,7 @@ def test_a_table_for_people(words, place):
     table = flat(ran.out)
     assert "24 x 6, 32" in table
     assert "parameters, compressed" in table
-    assert "[1/5]" not in table
+    assert "compressing: " not in table
 
 
 def test_a_fault_leaves_stdout_empty(words, place):
@@ -644,7 +653,7 @@ def test_eval_of_a_dense_model(home, place):
     assert entry["ppl"] == pytest.approx(torch.stack(losses).mean().exp().item(), rel=1e-6)
     assert (entry["windows"], entry["tokens"], entry["seq_len"]) == (3, 3 * 31, 32)
     assert ran.json["parameters"] == model.num_parameters()
-    assert all(line.startswith("[") for line in ran.err.splitlines())
+    assert [phase for phase, _ in ran.progress][-2:] == ["measuring tiny", "measuring tiny"]
 
 
 def test_eval_of_several_texts(home, place):
@@ -727,7 +736,7 @@ def test_installed_slice(installed):
     result = ran["slice"].json
     assert result["reload_difference"] < 1e-6
     assert (folder / result["out"] / "model.safetensors.index.json").is_file()
-    assert "[5/5] reloading" in ran["slice"].err
+    assert "verifying: 0/1, reloading in a clean process, " in ran["slice"].err
     assert "Warning" not in ran["slice"].err
 
 
@@ -737,7 +746,7 @@ def test_installed_eval(installed):
     assert ran["eval"].json["model"] == "tiny-slicegpt-0.25"
     assert ran["eval"].json["parameters"] == ran["slice"].json["parameters"]
     assert ran["eval"].json["perplexity"][0]["ppl"] > 1
-    assert all(line.startswith("[") for line in ran["eval"].err.splitlines())
+    assert ran["eval"].progress[-1][1].startswith("4/4, took ")
 
 
 def test_installed_plan(installed):

@@ -450,7 +450,7 @@ def test_lots_are_as_large_as_memory_allows(folders, monkeypatch):
     with problem(folders["mixtral"]) as given:
         experts = given.branch.experts
         assert list(lots(experts, 32)) == [range(6)]
-        monkeypatch.setattr("compress.streaming.experts.LOT_BYTES", 4 * 4 * 8 * 48 * (48 + 32))
+        monkeypatch.setattr("compress.streaming.experts.LOT_BYTES", 4 * 2 * 8 * 48 * (48 + 32))
         assert list(lots(experts, 32)) == [range(4), range(4, 6)]
         monkeypatch.setattr("compress.streaming.experts.LOT_BYTES", 1)
         assert list(lots(experts, 32)) == [range(n, n + 1) for n in range(6)]

@@ -204,7 +204,7 @@ def reloaded_jobs(root: Path) -> dict[str, Job]:
     jobs = {}
     for number, name in enumerate(RELOADED):
         model_type, rotation, width, keep = COMPOSED[name]
-        stages: Stages = [*slicing(model_type, rotation, width=width, keep=keep), *CUT]
+        stages = [*slicing(model_type, rotation, width=width, keep=keep), *CUT]
         jobs[f"sliced: {name}"] = job_of(root / f"sliced-{number}", model_type, stages)
     for name in UNSLICED:
         stages = lowrank("anchored", HALF, gradient_weight=0.9)

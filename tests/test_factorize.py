@@ -22,7 +22,6 @@ from compress.models.loading import load_config
 from compress.models.modeling_experts import unfuse_experts
 from compress.models.modeling_lowrank import LowRankLinear, PivotLinear, factorize_architecture
 from compress.numerics.lowrank import InputMoments
-from compress.numerics.ridge import DAMPINGS
 from compress.stages._stage import FactorisingStage, StageConfig
 from compress.stages.factorize import Factorize
 from compress.stages.refit import Refit
@@ -448,11 +447,13 @@ def solution(U: Tensor, T: Tensor, W0: Tensor, w: Tensor, damping: float | None)
 def refitted(U: Tensor, T: Tensor, W0: Tensor, w: Tensor, S: Tensor, apart: Tensor) -> Tensor:
     """With the damping that is best on the windows held out, or as it was."""
 
-    def error(W: Tensor) -> float:
-        return float((w[apart] * ((U[apart] @ W - T[apart]) @ S).square().sum(1)).sum())
+    def solved(damping: float | None) -> Tensor:
+        return solution(U[~apart], T[~apart], W0, w[~apart], damping)
 
-    solutions = [W0] + [solution(U[~apart], T[~apart], W0, w[~apart], damping) for damping in DAMPINGS]
-    return min(solutions, key=error)
+    def error(damping: float | None) -> float:
+        return float((w[apart] * ((U[apart] @ solved(damping) - T[apart]) @ S).square().sum(1)).sum())
+
+    return solved(oracles.best_damping(error))
 
 
 def ones(U: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from compress.errors import (
     VerificationError,
 )
 from compress.streaming.weights import LazyWeights
+from half_products import Products
 from tiny import HIDDEN, NUM_BLOCKS, POSITIONS, VOCAB_SIZE, tiny_config, tiny_model, tiny_tokenizer
 
 gguf = pytest.importorskip("gguf")
@@ -874,11 +875,14 @@ def test_the_proof_sees_missing_keys(tmp_path, in_this_process):
 
 
 def test_the_proof_in_little_memory(tmp_path, in_this_process):
-    """In the dtype of the weights; and where not even that fits, said beforehand."""
+    """Held in the dtype of the weights, computed in float32; and where not even that fits, said beforehand."""
     model = write_folder(tmp_path / "m", dtype=torch.bfloat16, num_hidden_layers=1)
     file = written(tmp_path / "m")
     size = file.stat().st_size
-    assert 0 < proved(tmp_path / "m", model, file, memory=2 * size) < 0.05
+    with Products() as products:
+        assert proved(tmp_path / "m", model, file, memory=2 * size) == 0
+    assert products.count > 0
+    assert +products.half == {}
     with pytest.raises(
         VerificationError, match=r"back takes 0\.0 GiB of memory, 0\.0 are free\. Verify it on a larger"
     ):

@@ -13,7 +13,7 @@ ROOT = Path(compress.__file__).parent
 # A module imports from layers below its own, and its own part of its own layer; parts of one layer, side by side,
 # do not know each other.
 LAYERS = [
-    ("errors", "version", "apart", "durable", "launch"),
+    ("errors", "version", "apart", "durable", "launch", "progress"),
     ("numerics",),
     ("families",),
     ("models",),
@@ -50,6 +50,8 @@ SHARED = {
         "finetune_tables",
         "options",
         "outputs",
+        "profiling",
+        "progress",
         "quality_tables",
         "reporting",
         "tables",
@@ -171,7 +173,7 @@ def test_what_each_part_may_use():
             assert not external(part) & {"rich", "typer"}, part
 
 
-@pytest.mark.parametrize("file", [*CARRIED, "checkpoints/reload.py", "evaluation/_sandbox.py"])
+@pytest.mark.parametrize("file", [*CARRIED, "checkpoints/reload.py", "evaluation/_programs.py"])
 def test_what_runs_without_the_package_does_not_import_it(file):
     """The carried files, and the one that proves that they are enough."""
     names = {name for name in imports(ROOT / file) if name.split(".")[0] == "compress"}

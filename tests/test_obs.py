@@ -1,13 +1,22 @@
 """Optimal Brain Surgeon on units against trying every unit and solving what is left exactly."""
 
+import argparse
+import inspect
 import itertools
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
+import compress
+from compress.datasets.windows import cut, encode
 from compress.errors import NumericalError
-from compress.numerics.obs import prune_units, unit_costs
+from compress.models.loading import load_tokenizer
+from compress.numerics import obs
+from compress.numerics.obs import compensated, elimination, prune_units
 
 M, ROWS = 4, 60
 WHERE = "block 3 mlp writers"
@@ -57,6 +66,13 @@ def greedy(W: Tensor, G: Tensor, units: Tensor, keep: int) -> tuple[list[int], T
     return left, now
 
 
+@pytest.fixture
+def _few_pending(monkeypatch):
+    """Small problems too have their updates applied in the middle, and in the middle of a unit."""
+    monkeypatch.setattr(obs, "PENDING", 4)
+
+
+@pytest.mark.usefixtures("_few_pending")
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(("size", "count"), [(1, 9), (3, 6), (2, 5)])
 def test_every_step_is_the_best_one(size, count, seed):
@@ -68,12 +84,73 @@ def test_every_step_is_the_best_one(size, count, seed):
         assert (found - expected).abs().max() < 1e-9
 
 
-@pytest.mark.parametrize("size", [1, 3])
-def test_a_units_cost_is_what_its_removal_comes_to(size):
+@pytest.mark.usefixtures("_few_pending")
+@pytest.mark.parametrize(("size", "count"), [(1, 9), (3, 6), (2, 5)])
+def test_one_elimination_gives_every_count_and_its_cost(size, count):
+    W, G, units = problem(size, count)
+    found = elimination(W, G, units, 0, damping=DAMPING, name=WHERE)
+    assert sorted(found.order.tolist()) == list(range(count))
+    for keep in range(count):
+        removed = count - keep
+        partly = elimination(W, G, units, keep, damping=DAMPING, name=WHERE)
+        assert torch.equal(partly.order, found.order[:removed])
+        assert torch.equal(partly.costs, found.costs[:removed])
+        assert found.kept(keep).tolist() == sorted(found.order[removed:].tolist())
+        best = without(W, damped(G), units[found.order[:removed]].flatten())
+        assert float(found.costs[removed - 1]) == pytest.approx(error(W, best, damped(G)), rel=1e-9)
+
+
+@pytest.mark.parametrize(("size", "kept"), [(1, [0, 2, 5]), (3, [4]), (3, [])])
+def test_any_units_can_be_compensated(size, kept):
     W, G, units = problem(size, 6)
-    costs = unit_costs(W, torch.linalg.inv(G), units)
-    for cost, unit in zip(costs.tolist(), units, strict=True):
-        assert cost == pytest.approx(error(W, without(W, G, unit), G), rel=1e-9)
+    found = compensated(W, G, units, torch.tensor(kept, dtype=torch.int64), damping=DAMPING, name=WHERE)
+    gone = units[[unit for unit in range(6) if unit not in kept]].flatten()
+    assert (found - without(W, damped(G), gone)).abs().max() < 1e-10
+
+
+def one_by_one(W: Tensor, G: Tensor, down_to: int) -> tuple[list[int], list[float]]:
+    """Rows in the order in which they go, and what the loss has risen by: the formula, all of G^-1 and W every time."""
+    W, inverse, left = W.clone(), torch.linalg.inv(G), torch.ones(len(W), dtype=torch.bool)
+    order, costs = [], []
+    while int(left.sum()) > down_to:
+        rises = (W.square().sum(1) / inverse.diagonal()).masked_fill(~left, torch.inf)
+        row = int(rises.argmin())
+        column = inverse[:, row] / inverse[row, row]
+        W, inverse = W - torch.outer(column, W[row]), inverse - torch.outer(column, inverse[row])
+        left[row] = False
+        inverse[row, row] = 1
+        order.append(row)
+        costs.append(float(rises[row]))
+    return order, torch.tensor(costs).double().cumsum(0).tolist()
+
+
+@pytest.fixture(scope="module")
+def demo() -> tuple[Tensor, Tensor]:
+    """W and G of the down projection in the middle of the demo model, on Python source text."""
+    folder = Path(compress.__file__).parent / "assets/demo"
+    windows = cut(encode(load_tokenizer(folder), inspect.getsource(argparse)), 128)[:24]
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    linear, inputs = model.model.decoder.layers[2].fc2, []
+    linear.register_forward_pre_hook(lambda _module, given: inputs.append(given[0].flatten(0, -2).double()))
+    with torch.no_grad():
+        model(windows)
+    return linear.weight.detach().double().T, inputs[0].T @ inputs[0]
+
+
+def test_a_trained_models_neurons_go_as_one_by_one(demo):
+    """Over many applied updates, in the same order and at the same cost: half of what the smallest rows cost."""
+    W, G = demo
+    exact, units = damped(G), torch.arange(len(W))[:, None]
+    keep = len(W) // 2
+    found = elimination(W, G, units, keep, damping=DAMPING, name=WHERE)
+    order, costs = one_by_one(W, exact, keep)
+    assert len(order) > 4 * obs.PENDING
+    assert found.order.tolist() == order
+    assert found.costs.tolist() == pytest.approx(costs, rel=1e-7)
+    left = compensated(W, G, units, found.kept(keep), damping=DAMPING, name=WHERE)
+    assert error(W, left, exact) == pytest.approx(costs[-1], rel=1e-7)
+    small = W.square().sum(1).argsort()[:keep]
+    assert costs[-1] < error(W, without(W, exact, small), exact) / 2
 
 
 @pytest.mark.parametrize("size", [1, 3])
@@ -146,6 +223,15 @@ def test_it_loses_less_than_simpler_ways(size, count):
     ours, cut, made_up = totals.tolist()
     assert ours < 0.5 * cut
     assert ours < made_up
+
+
+@pytest.mark.parametrize("fault", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_an_error(fault):
+    W, G, units = problem(3, 6)
+    W[4, 1] = fault
+    with pytest.raises(NumericalError) as raised:
+        prune_units(W, G, units, 2, damping=DAMPING, name=WHERE)
+    assert str(raised.value).startswith(f"What pruning {WHERE} costs is a NaN or Inf. ")
 
 
 @pytest.mark.parametrize("fault", [0.0, float("nan"), float("inf")])

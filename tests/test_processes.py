@@ -1,15 +1,18 @@
-"""Several processes that calibrate together write the bytes that one writes; and they end together.
+"""Several processes that calibrate together write what one writes, to rounding; and they end together.
 
 The processes are forks of a warm one with a launcher's environment, as `torchrun` gives it: what it adds, it adds by
 starting and killing them.
 """
 
+import multiprocessing
+import os
 import shlex
 import signal
 import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,7 @@ from compress.cli.options import own_gpu
 from compress.errors import CompressError, NumericalError, UsageError
 from compress.launch import Launch
 from compress.streaming.groups import EquationSums
-from compress.streaming.processes import ALONE, FailedElsewhere, Group, Processes, is_running
+from compress.streaming.processes import ALONE, FailedElsewhere, Group, Processes, is_running, joined
 from compress.streaming.streams import own_batches, split_windows
 from tiny import write_model, write_text
 
@@ -95,20 +98,34 @@ def tensors(folder: Path) -> dict[str, Tensor]:
     }
 
 
+def apart(one: Path, other: Path) -> float:
+    """The largest relative difference of a tensor of floats; codes, masks and orders must be equal."""
+    expected, found = tensors(one), tensors(other)
+    assert expected.keys() == found.keys()
+    floats = {name for name, tensor in expected.items() if tensor.is_floating_point() and tensor.dtype.itemsize > 1}
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items() if name not in floats)
+    return max(float((found[name] - expected[name]).norm() / expected[name].norm()) for name in floats)
+
+
 @pytest.mark.parametrize("command", COMMANDS)
-def test_two_processes_write_the_bytes_of_one(made, command):
-    """Codes, masks, ranks and trials are the same, ties and all: what they are decided by is the same to the bit."""
-    assert snapshot(made(command, 2)) == snapshot(made(command, 1))
+def test_two_processes_write_what_one_does_to_rounding(made, command):
+    """The same shapes, ranks, codes and masks: float64 sums in another order decide them alike, but at a tie."""
+    assert apart(made(command, 1), made(command, 2)) < 1e-6
 
 
-def test_four_processes_write_the_bytes_of_one(made):
-    assert snapshot(made("slicegpt", 4)) == snapshot(made("slicegpt", 1))
+def test_four_processes_write_what_one_does_to_rounding(made):
+    assert apart(made("slicegpt", 1), made("slicegpt", 4)) < 1e-6
 
 
 def test_smaller_batches_that_more_processes_take_change_rounding_alone(made):
     """Without --batch-size, four processes take three windows of twelve at a time; one takes all."""
-    one, four = (tensors(made(ANY_BATCHES, count)) for count in (1, 4))
-    assert all((tensor - four[name]).norm() <= 1e-6 * tensor.norm() for name, tensor in one.items())
+    assert apart(made(ANY_BATCHES, 1), made(ANY_BATCHES, 4)) < 1e-5
+
+
+def test_as_many_processes_write_the_same_bytes_again(root, made):
+    folder = root / "again"
+    assert [ran.code for ran in launched(folder, "slicegpt", 2)] == [0, 0]
+    assert snapshot(folder) == snapshot(made("slicegpt", 2))
 
 
 # ---- deaths
@@ -118,7 +135,7 @@ KILLS = {
     "writing a state": (1, "compress.streaming.shared_journal:write_tensors", 2),
     "between states and their line": (0, "compress.streaming.journal:write_line", 5),
     "in the survey": (1, "compress.streaming.spectra:LinearObserver._mean_gradients", 2),
-    "adding up": (0, "compress.streaming.processes:Group._add_up_piece", 40),
+    "adding up": (0, "compress.streaming.processes:Group.add_up", 40),
 }
 
 
@@ -212,6 +229,27 @@ def test_plain_data_is_passed_on():
     assert in_threads(3, lambda group: group.total(10 * group.rank)) == [30] * 3
 
 
+def terms(rank: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(rank)
+    return [torch.randn(shape, dtype=torch.float64, generator=generator) for shape in ((70, 50), (3,), ())]
+
+
+def added_up(environment: dict[str, str]) -> list[Tensor]:
+    os.environ.update(environment)
+    with joined(torch.device("cpu")) as processes:
+        sums = terms(processes.rank)
+        processes.add_up(*sums)
+        return sums
+
+
+def test_sums_are_those_over_all_processes_and_the_same_in_each():
+    with ProcessPoolExecutor(3, multiprocessing.get_context("fork")) as pool:
+        first, *others = pool.map(added_up, environments(3))
+    for place, parts in enumerate(zip(*map(terms, range(3)), strict=True)):
+        assert torch.allclose(first[place], torch.stack(parts).sum(0), rtol=1e-13, atol=1e-13)
+        assert all(torch.equal(other[place], first[place]) for other in others)
+
+
 def test_a_failure_is_told_once_and_ends_all():
     def fails_in_the_second(group: Group) -> None:
         with group.shared_fate():
@@ -252,8 +290,8 @@ def test_one_process_alone_changes_nothing():
     u, t = torch.randn(7, 3), torch.randn(7, 2)
     sums.add(u, t)
     fit = sums.fit(ALONE)
-    assert torch.equal(fit.G, u.double().T @ u.double())
-    assert torch.equal(fit.B, u.double().T @ t.double())
+    assert torch.equal(fit.G, (u.T @ u).double())
+    assert torch.equal(fit.B, (u.T @ t).double())
     assert fit.tokens == 7
     assert ALONE.share([1, 2]) == [1, 2]
 

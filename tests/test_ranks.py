@@ -250,7 +250,7 @@ def allocated(run: Made) -> list[Any]:
     job = run.beside("allocated")
     job.partial.mkdir(exist_ok=True)
     prepared = prepare(replace(job, resume=True))
-    survey = take_survey(prepared, lambda: None)
+    survey = take_survey(prepared, lambda _step: None)
     assert survey is not None
     assert prepared.plan.ranks is not None
     return rank_choices(prepared.plan.ranks, job.recipe.budget, prepared.plan.dense, survey.spectra)
@@ -614,11 +614,15 @@ def test_a_finding_that_is_damaged_is_found_again(file, damage, made, monkeypatc
 
 def test_trials_and_parts_are_told_as_they_come(made):
     run = made(AUTO)
-    told: list[tuple[str, int, int]] = []
+    told: list[tuple[str, str, float, int]] = []
     pipeline.run(run.beside("told"), lambda *progress: told.append(progress))
-    assert [entry for entry in told if entry[0] == "looking at the dense model"] == [
-        ("looking at the dense model", 1, 2),
-        ("looking at the dense model", 2, 2),
-    ]
-    trials = [(done, total) for name, done, total in told if name.startswith("trying out")]
-    assert trials == [(1, 3), (2, 3), (3, 3)]
+    phases = dict.fromkeys(phase for phase, _, _, _ in told)
+    assert list(phases) == ["surveying the dense model", "trying shapes", "compressing", "verifying"]
+    survey = [entry[1:] for entry in told if entry[0] == "surveying the dense model"]
+    assert survey == [("embeddings", 0, 3), ("block 0", 1, 3), ("block 1", 2, 3), ("", 3, 3)]
+    trials = [(step, done, total) for phase, step, done, total in told if phase == "trying shapes"]
+    assert trials[:3] == [("embeddings", 0, 3), ("block 0", 0.25, 3), ("block 1", 0.5, 3)]
+    assert [done for _, done, _ in trials] == sorted(done for _, done, _ in trials)
+    assert trials[-1][1:] == (3, 3)
+    parts = [entry[1:] for entry in told if entry[0] == "compressing"]
+    assert parts == [("embeddings", 0, 4), ("block 0", 1, 4), ("block 1", 2, 4), ("head", 3, 4), ("", 4, 4)]

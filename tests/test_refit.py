@@ -30,7 +30,7 @@ from compress.models.modeling_sliced import SlicedForCausalLM
 from compress.numerics.frames import Frame
 from compress.numerics.linalg import pca
 from compress.numerics.obs import prune_units
-from compress.numerics.ridge import DAMPINGS, excess
+from compress.numerics.ridge import excess
 from compress.stages._stage import StageConfig
 from compress.stages.fold_norms import FoldNorms
 from compress.stages.measure_error import MeasureError
@@ -223,8 +223,7 @@ class Problem:
 
     def best_damping(self) -> float | None:
         """None where nothing is better than what there was."""
-        errors = {damping: self.held_out_error(self.solution(damping)) for damping in (None, *DAMPINGS)}
-        return min(errors, key=lambda damping: errors[damping])
+        return oracles.best_damping(lambda damping: self.held_out_error(self.solution(damping)))
 
 
 def identity(width: int) -> Tensor:

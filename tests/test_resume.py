@@ -93,8 +93,8 @@ def test_killed_after_a_part(place, undisturbed, killed_after_parts, part):
 
 def test_a_resumed_run_repeats_no_finished_part(killed_after_parts):
     _, resumed = killed_after_parts["part-2"]
-    finished = [line.split("]")[0] for line in resumed.err.splitlines() if line.startswith("[")]
-    assert finished[0] == f"[3/{NUM_PARTS}"
+    first = next(said for phase, said in resumed.progress if phase == "compressing")
+    assert first.startswith(f"2/{NUM_PARTS}, block 1, ")
 
 
 WITHIN = {

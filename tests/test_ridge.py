@@ -2,14 +2,17 @@
 
 import itertools
 import re
+from collections.abc import Iterable, Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
+import oracles
 from compress.errors import NumericalError
-from compress.numerics.ridge import DAMPINGS, NormalEquations, choose_damping, excess, ridge
+from compress.numerics.ridge import DAMPINGS, RANGE, NormalEquations, choose_damping, excess, next_damping, ridge
 
+EVERY = (RANGE[0], *DAMPINGS, RANGE[1])
 K, M, ROWS = 7, 5, 40
 WHERE = "block 3 mlp writers"
 
@@ -47,7 +50,7 @@ def problem(seed: int = 0, noise: float = 0.5, truth: Tensor | None = None) -> t
 
 
 @pytest.mark.parametrize("rows", [ROWS, K - 3], ids=["enough rows", "fewer rows than inputs"])
-@pytest.mark.parametrize("damping", DAMPINGS)
+@pytest.mark.parametrize("damping", EVERY)
 def test_it_is_the_stacked_least_squares_problem(damping, rows):
     U, T, W0 = problem()
     U, T = U[:rows], T[:rows]
@@ -65,7 +68,7 @@ def test_tokens_count_by_their_weights():
 
 
 @pytest.mark.parametrize("rows", [ROWS, K - 3], ids=["enough rows", "fewer rows than inputs"])
-@pytest.mark.parametrize("damping", DAMPINGS)
+@pytest.mark.parametrize("damping", EVERY)
 def test_what_explains_everything_stays_for_every_damping(damping, rows):
     U, _, W0 = problem()
     U = U[:rows]
@@ -77,7 +80,7 @@ def test_the_damping_leads_from_least_squares_to_what_is_known():
     sums = equations(U, T)
     assert (ridge(sums, W0, 1e-12, name=WHERE) - least_squares(U, T)).abs().max() < 1e-8
     assert (ridge(sums, W0, 1e12, name=WHERE) - W0).abs().max() < 1e-8
-    steps = [float((ridge(sums, W0, damping, name=WHERE) - W0).norm()) for damping in DAMPINGS]
+    steps = [float((ridge(sums, W0, damping, name=WHERE) - W0).norm()) for damping in EVERY]
     assert steps == sorted(steps, reverse=True)
 
 
@@ -112,22 +115,86 @@ def test_excess_is_a_mean_over_weighted_tokens():
     assert excess(equations(U, T, twice), W0) == pytest.approx(excess(repeated, W0), rel=1e-12)
 
 
+def problems(noises: Iterable[float], count: int = 4) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+    """Rows to fit on, rows held out and W0: the more noise, the larger the best damping."""
+    for seed, noise in itertools.product(range(count), noises):
+        U, T, W0 = problem(seed=seed, noise=noise)
+        yield U, T, *problem(seed=seed + 10, noise=noise)[:2], W0
+
+
 @pytest.mark.parametrize("metric", [False, True], ids=["plain", "in a metric"])
 def test_the_damping_is_the_one_that_is_best_on_what_was_held_out(metric):
     """By brute force from the rows, for noises whose best damping is now small, now large."""
     S = random(M, 3, seed=5) if metric else torch.eye(M).double()
     chosen = []
-    for seed, noise in itertools.product(range(4), (0.01, 3.0, 20.0, 500.0)):
-        U, T, W0 = problem(seed=seed, noise=noise)
-        V, R, _ = problem(seed=seed + 10, noise=noise)
-        errors = {damping: mean_error(V, R, stacked(U, T, W0, damping), S) for damping in DAMPINGS}
-        best = min(errors, key=lambda damping: errors[damping])
-        expected = best if errors[best] < mean_error(V, R, W0, S) else None
-        sums = equations(U, T), equations(V, R)
-        assert choose_damping(*sums, W0, name=WHERE, metric=S @ S.T if metric else None) == expected
+    for U, T, V, R, W0 in problems((0.01, 3.0, 20.0, 500.0)):
+
+        def solved(damping: float | None, U: Tensor = U, T: Tensor = T, W0: Tensor = W0) -> Tensor:
+            return W0 if damping is None else stacked(U, T, W0, damping)
+
+        expected = oracles.best_damping(lambda damping, V=V, R=R, solved=solved: mean_error(V, R, solved(damping), S))
+        given = S @ S.T if metric else None
+        found = choose_damping(equations(U, T), equations(V, R), W0, name=WHERE, metric=given)
+        assert (found and found.damping) == expected
+        assert found is None or (found.W - solved(found.damping)).abs().max() < 1e-9
         chosen.append(expected)
     assert None in chosen
     assert len(set(chosen)) >= 4, chosen
+
+
+def test_four_dampings_do_as_well_as_many():
+    """Of what the best of twenty takes off the held-out error, over problems whose best dampings lie far apart."""
+    gained, most, best = 0.0, 0.0, set()
+    for U, T, V, R, W0 in problems((0.1, 1.0, 3.0, 6.0, 12.0)):
+        fit, held_out = equations(U, T), equations(V, R)
+        unfitted = excess(held_out, W0)
+        gains = {
+            damping: unfitted - excess(held_out, ridge(fit, W0, damping, name=WHERE))
+            for damping in torch.logspace(-4, 1, 20).tolist()
+        }
+        found = choose_damping(fit, held_out, W0, name=WHERE)
+        best.add(max(gains, key=gains.__getitem__))
+        most += max(0.0, *gains.values()) / abs(unfitted)
+        gained += 0.0 if found is None else (unfitted - excess(held_out, found.W)) / abs(unfitted)
+    assert len(best) > 6
+    assert gained > 0.99 * most
+
+
+def after(*errors: float) -> float | None:
+    return next_damping(dict(zip(DAMPINGS, errors, strict=False)))
+
+
+@pytest.mark.parametrize("lowest", [-4.0, -3.5, -2.2, -1.0 + 0.2, -0.3, 0.7, 1.0])
+def test_the_fourth_damping_is_the_lowest_point_of_a_parabola(lowest):
+    found = after(*(3 * (exponent - lowest) ** 2 - 7 for exponent in (-2, -1, 0)))
+    assert found == pytest.approx(10**lowest, rel=0.05)
+    assert found == float(f"{found:.2g}")
+
+
+@pytest.mark.parametrize(
+    ("errors", "expected"),
+    [
+        ((1.0, 0.5, 0.01), RANGE[1]),
+        ((0.01, 0.5, 1.0), RANGE[0]),
+        ((0.0, 1.0, 1.5), 1e-3),
+        ((1.5, 1.0, 0.0), 10.0),
+        ((1.0, 0.0, 1.0), None),
+    ],
+    ids=[
+        "past the largest",
+        "past the smallest",
+        "no lowest point, falling",
+        "no lowest point, rising",
+        "tried already",
+    ],
+)
+def test_the_fourth_damping_where_the_parabola_has_no_new_lowest_point(errors, expected):
+    assert after(*errors) == expected
+
+
+def test_dampings_are_tried_in_turn():
+    assert [after(*errors) for errors in ((), (1.0,), (1.0, 2.0))] == list(DAMPINGS)
+    assert next_damping(dict.fromkeys((*DAMPINGS, 0.3), 1.0)) is None
 
 
 def test_the_metric_decides():
@@ -138,7 +205,9 @@ def test_the_metric_decides():
     truth = W0 + random(K, M, seed=3) * learnt
     fit = equations(U, U @ (truth + random(K, M, seed=4) * spoilt))
     held_out = equations(U, U @ truth)
-    assert choose_damping(fit, held_out, W0, name=WHERE, metric=torch.diag(learnt)) == DAMPINGS[0]
+    found = choose_damping(fit, held_out, W0, name=WHERE, metric=torch.diag(learnt))
+    assert found is not None
+    assert found.damping == DAMPINGS[0]
     assert choose_damping(fit, held_out, W0, name=WHERE, metric=torch.diag(spoilt)) is None
 
 
@@ -151,8 +220,8 @@ def test_nothing_is_chosen_where_no_fit_is_better():
 def test_where_all_is_explained_the_choice_changes_nothing():
     U, _, W0 = problem()
     sums = equations(U, U @ W0)
-    damping = choose_damping(sums, sums, W0, name=WHERE)
-    assert damping is None or (ridge(sums, W0, damping, name=WHERE) - W0).abs().max() < 1e-10
+    found = choose_damping(sums, sums, W0, name=WHERE)
+    assert found is None or (found.W - W0).abs().max() < 1e-10
 
 
 @pytest.mark.parametrize("fault", ["nan", "inf", "zero"])

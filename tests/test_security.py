@@ -58,7 +58,7 @@ def edit(file: Path, **changes) -> None:
 
 
 def sources() -> list[Path]:
-    return [file for file in SOURCE.rglob("*.py") if file.name != "_sandbox.py"]
+    return list(SOURCE.rglob("*.py"))
 
 
 def called(tree: ast.AST) -> list[tuple[str, ast.Call]]:
@@ -77,13 +77,17 @@ FORBIDDEN_CALLS = {
 }
 
 
+# Whose task it is to run a program, in a process of its own.
+RUNNER = SOURCE / "evaluation" / "_programs.py"
+
+
 @pytest.mark.parametrize("file", sources(), ids=lambda file: str(file.relative_to(SOURCE)))
 def test_the_source_opens_no_pickle_and_runs_no_text(file):
-    """_sandbox.py, whose task it is to run a program in its own process, is left out."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
     assert not {name.partition(".")[0] for name in imported(tree)} & FORBIDDEN_IMPORTS
     for name, call in called(tree):
-        assert name not in FORBIDDEN_CALLS, f"{file}:{call.lineno}: {name}"
+        allowed = {"exec", "compile"} if file == RUNNER else set()
+        assert name not in FORBIDDEN_CALLS - allowed, f"{file}:{call.lineno}: {name}"
         shell = next((keyword.value for keyword in call.keywords if keyword.arg == "shell"), None)
         assert shell is None, f"{file}:{call.lineno}: shell="
 

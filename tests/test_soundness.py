@@ -26,9 +26,6 @@ def home(tmp_path_factory):
         shutil.copytree(home / "sound", home / name)
         for linear in ("gate_proj", "up_proj"):
             scale(home / name, f"model.layers.1.mlp.{linear}.weight", factor)
-    (home / "tasks").mkdir()
-    document = {"context": "alpha", "continuation": "beta"}
-    (home / "tasks" / "lambada_openai.jsonl").write_text(json.dumps(document) + "\n")
     (home / "humaneval").mkdir()
     fields = {"task_id": "a/0", "prompt": "def f():\n", "entry_point": "f", "canonical_solution": "", "test": ""}
     (home / "humaneval" / "HumanEval.jsonl").write_text(json.dumps(fields) + "\n")
@@ -95,15 +92,11 @@ def test_a_recipe_says_so_too(home, monkeypatch, tmp_path):
         (["--ppl", "text.txt"], "The loss on 'text.txt', window 0, is nan: a NaN or Inf comes up"),
         (["--ppl", "text.txt", "--kl", "sound"], "The loss on 'text.txt', window 0, is nan: a NaN or Inf comes up"),
         (
-            ["--tasks", "lambada_openai", "--data-dir", "."],
-            "The likelihood of ' beta' is no number: a NaN or Inf comes up",
-        ),
-        (
             ["--humaneval", "--allow-code-execution", "--data-dir", "."],
             "There is a NaN or Inf in the logits of a program's",
         ),
     ],
-    ids=["ppl", "kl", "tasks", "humaneval"],
+    ids=["ppl", "kl", "humaneval"],
 )
 def test_a_measure_names_the_linear(words, what, model, dtype, home, monkeypatch):
     fault = fault_of(home, monkeypatch, *EVAL, "--model", model, "--dtype", dtype, *words)

@@ -318,8 +318,8 @@ class Overheard:
     stages: Any = None
     probe: Any = None
 
-    def take_survey(self, prepared: Prepared, progress: Callable[[], None]) -> Survey | None:
-        self.survey = take_survey(prepared, progress)
+    def take_survey(self, prepared: Prepared, begin: Callable[[str], None]) -> Survey | None:
+        self.survey = take_survey(prepared, begin)
         self.family, self.stages = prepared.family, prepared.plan.stages
         return self.survey
 

@@ -1,69 +1,186 @@
-"""Sums that do not depend on the order of their terms, against exact ones of fractions."""
+"""Float64 sums of float32 products against products in float64; and what of a walk is in float64 at all."""
 
-from fractions import Fraction
+import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+import oracles
+import tiny
+from compress import families
+from compress.models.decoder import Decoder
+from compress.models.loading import load_config
 from compress.numerics import sums
-from compress.numerics.sums import ReproducibleSum, take
+from compress.numerics.sums import DiagonalSum, GramSum, add_product
+from compress.stages.measure_error import MeasureError
+from compress.stages.refit import Refit
+from compress.streaming.groups import EquationSums, with_constant
+from compress.streaming.loader import PartLoader
+from compress.streaming.processes import ALONE
+from compress.streaming.spectra import GradientFiles, LinearObserver, LinearWatch
+from compress.streaming.streams import CacheFolder, split_windows
+from compress.streaming.survey import Surveyor
+from compress.streaming.weights import LazyWeights
 
 CPU = torch.device("cpu")
+WIDTH = 300  # more than one block of rows
+TOKENS = 5000  # more than one product
 
 
-def terms(count: int, *shape: int) -> list[torch.Tensor]:
-    """Of very different sizes and both signs, so that most additions round."""
-    generator = torch.Generator().manual_seed(0)
-    scales = torch.randn(count, *shape, generator=generator, dtype=torch.float64) * 12
-    return list(torch.randn(count, *shape, generator=generator, dtype=torch.float64) * scales.exp())
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def summed(given: list[torch.Tensor]) -> torch.Tensor:
-    total = ReproducibleSum(*given[0].shape, device=CPU)
-    for term in given:
-        total.add(term)
+def ill_conditioned() -> Tensor:
+    """Of condition 1e6, in no channel's direction."""
+    turn, _ = torch.linalg.qr(random(WIDTH, WIDTH, seed=1))
+    return random(TOKENS, WIDTH) @ (torch.logspace(0, -6, WIDTH)[:, None] * turn)
+
+
+def with_massive_activations() -> Tensor:
+    """As large models have them: at one token, in few channels."""
+    X = random(TOKENS, WIDTH)
+    X[17, 3:5] *= 1000
+    return X
+
+
+def with_a_massive_token() -> Tensor:
+    X = random(TOKENS, WIDTH)
+    X[17] *= 1000
+    return X
+
+
+INPUTS: list[Callable[[], Tensor]] = [
+    lambda: random(TOKENS, WIDTH),
+    ill_conditioned,
+    with_massive_activations,
+    with_a_massive_token,
+]
+
+
+def gram(X: Tensor) -> Tensor:
+    total = GramSum(X.shape[1], CPU)
+    for batch in X.split(1700):
+        total.add(batch)
     return total.close()
 
 
-def test_a_sum_is_the_exact_one_rounded():
-    given = terms(200, 40)
-    exact = [float(sum(Fraction(float(term[place])) for term in given)) for place in range(40)]
-    assert summed(given).tolist() == exact
+@pytest.mark.parametrize("inputs", INPUTS, ids=["random", "ill-conditioned", "massive activations", "massive token"])
+def test_a_gram_matrix_is_as_good_in_each_entry_as_float32_products_are(inputs):
+    X = inputs()
+    found, exact = gram(X), X.double().T @ X.double()
+    assert (found - exact).norm() < 1e-6 * exact.norm()
+    size = exact.diagonal().sqrt()
+    assert ((found - exact).abs() / torch.outer(size, size)).max() < 3e-6
 
 
-def test_the_order_does_not_matter_where_float64_alone_rounds_differently():
-    given = terms(300, 50)
-    order = torch.randperm(300, generator=torch.Generator().manual_seed(1)).tolist()
-    shuffled = [given[place] for place in order]
-    assert not torch.equal(torch.stack(given).cumsum(0)[-1], torch.stack(shuffled).cumsum(0)[-1])
-    assert torch.equal(summed(given), summed(shuffled))
+def test_products_in_float64_lose_nothing():
+    X = random(TOKENS, WIDTH).double()
+    assert torch.allclose(gram(X), X.T @ X, rtol=1e-12, atol=1e-10)
 
 
-def test_sums_of_sums_are_the_sum_of_all():
-    given = terms(90, 30)
-    parts = []
-    for start in range(3):
-        parts.append(ReproducibleSum(30, device=CPU))
-        for term in given[start::3]:
-            parts[-1].add(term)
-    first, *others = parts
-    for other in others:
-        first.low += other.low
-        take(first.high, first.low, other.high)
-    assert torch.equal(first.close(), summed(given))
+def test_half_precision_is_multiplied_in_float32():
+    X = random(500, 20).bfloat16()
+    exact = X.double().T @ X.double()
+    assert (gram(X) - exact).norm() < 1e-6 * exact.norm()
+
+
+def test_a_diagonal_is_that_of_the_whole_matrix():
+    X, total = random(TOKENS, WIDTH), DiagonalSum(WIDTH, CPU)
+    total.add(X)
+    assert torch.allclose(total.close(), gram(X).diagonal(), rtol=1e-6)
 
 
 @pytest.mark.parametrize("at_once", [1, 7, 10**6])
-def test_products_are_added_some_rows_at_a_time(monkeypatch, at_once):
-    monkeypatch.setattr(sums, "AT_ONCE", at_once)
-    A, B = torch.randn(20, 5, dtype=torch.float64), torch.randn(20, 3, dtype=torch.float64)
-    total = ReproducibleSum(5, 3, device=CPU)
-    total.add_product(A, B)
-    total.add_product(2 * A, B)
-    assert (total.close() - 3 * A.T @ B).abs().max() < 1e-13
+def test_pieces_of_any_size_make_one_sum(monkeypatch, at_once):
+    monkeypatch.setattr(sums, "TOKENS_AT_ONCE", at_once)
+    monkeypatch.setattr(sums, "ROWS_AT_ONCE", at_once)
+    A, B = random(20, 15).double(), random(20, 3, seed=1).double()
+    total = torch.zeros(15, 3, dtype=torch.float64)
+    add_product(total, A, B)
+    add_product(total, 2 * A, B)
+    assert (total - 3 * A.T @ B).abs().max() < 1e-13
+    assert (gram(A) - A.T @ A).abs().max() < 1e-13
 
 
-def test_a_sum_without_numbers_takes_any_product():
-    total = ReproducibleSum(4, 0, device=CPU)
-    total.add_product(torch.ones(2, 4, dtype=torch.float64), torch.ones(2, 0, dtype=torch.float64))
-    assert total.close().shape == (4, 0)
+def test_equations_count_tokens_by_their_weights():
+    U, T, weights = random(TOKENS, 40), random(TOKENS, 9, seed=1), random(TOKENS, 1, seed=2).exp()
+    found, place = EquationSums(40, 9, CPU), slice(3000, None)
+    found.add(U[:3000], T[:3000], weights=weights[:3000])
+    found.add(U[place], T[place].double(), weights=weights[place], held_out=True)
+    u, t, w = U.double(), T.double(), weights.double()
+    for equations, rows in ((found.fit(ALONE), slice(3000)), (found.held_out(ALONE), place)):
+        exact = (w[rows] * u[rows]).T
+        assert (equations.G - exact @ u[rows]).norm() < 1e-6 * (exact @ u[rows]).norm()
+        assert (equations.B - exact @ t[rows]).norm() < 1e-6 * exact.norm() * t[rows].norm()
+        assert equations.tokens == pytest.approx(float(w[rows].sum()), rel=1e-6)
+    inputs = found.inputs(ALONE)
+    assert torch.allclose(inputs.total, (w * u).sum(0), rtol=1e-6, atol=1e-6 * float((w * u.abs()).sum(0).max()))
+    assert torch.allclose(inputs.absolute, (w * u.abs()).sum(0), rtol=1e-6)
+    assert (found.fitted, found.seen) == (3000, TOKENS)
+
+
+def test_equations_without_targets_or_weights():
+    U, found = random(TOKENS, 40), EquationSums(40, 0, CPU)
+    found.add(U, None)
+    moments = found.moments(ALONE)
+    assert torch.allclose(moments.mean, U.double().mean(0), atol=1e-7)
+    assert torch.allclose(moments.second, U.double().T @ U.double() / TOKENS, atol=1e-6)
+
+
+def test_a_constant_comes_last_and_one_input_alone_is_not_copied():
+    one, other = random(5, 3), random(5, 2, seed=1)
+    assert with_constant([one], bias=False) is one
+    assert torch.equal(with_constant([one, other], bias=True), torch.cat([one, other, torch.ones(5, 1)], dim=1))
+
+
+# ---- what grows with the tokens ----
+
+
+WINDOWS = oracles.random_ids(14, 13, seed=2)
+BATCH = 7
+
+
+class NoDoubleByToken(TorchDispatchMode):
+    """Fails at a float64 tensor that has a row for each token of a batch."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(found):
+            if isinstance(tensor, Tensor) and tensor.dtype == torch.float64:
+                shape, by_window = tuple(tensor.shape), (BATCH, WINDOWS.shape[1])
+                assert math.prod(by_window) not in shape, f"{func}: {shape}"
+                assert by_window != shape[:2], f"{func}: {shape}"
+        return found
+
+
+@pytest.mark.parametrize("model_type", ["llama", "opt", "mixtral"])
+def test_nothing_that_grows_with_the_tokens_is_in_float64_in_a_walk(model_type, tmp_path):
+    tiny.tiny_model(model_type).save_pretrained(tmp_path)
+    stages = [*oracles.slicegpt({"ratio": 0.25}, signal="normed", stream="dense"), Refit(), MeasureError()]
+    walk = oracles.new_walk(tmp_path, stages, WINDOWS, dtype=torch.float32, batch_size=BATCH, held_out=BATCH)
+    with NoDoubleByToken():
+        assert list(walk.parts())[-1].divergence > 0
+
+
+@pytest.mark.parametrize("model_type", ["llama", "opt"])
+def test_nothing_that_grows_with_the_tokens_is_in_float64_in_a_survey(model_type, tmp_path):
+    tiny.tiny_model(model_type).save_pretrained(tmp_path)
+    config = load_config(tmp_path)
+    decoder = Decoder(config, families.find(config), dtype=torch.float32, device=CPU)
+    watch = LinearWatch(lambda _name, _part: True, 0.9, lambda has_bias: has_bias)
+    surveyor = Surveyor(
+        decoder,
+        PartLoader(decoder, LazyWeights(tmp_path)),
+        split_windows(WINDOWS, BATCH, held_out=0),
+        CacheFolder(decoder, tmp_path),
+        memory=oracles.UNLIMITED,
+        observer=LinearObserver(watch, GradientFiles(tmp_path), decoder),
+    )
+    with NoDoubleByToken():
+        assert surveyor.run(gradient=True).spectra

@@ -1,7 +1,5 @@
 """The survey of the dense model, taken block by block, against the whole stock model and autograd."""
 
-import math
-import weakref
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +13,9 @@ import tiny
 from compress import families
 from compress.models.decoder import Decoder
 from compress.models.loading import load_config
-from compress.streaming.cache import ActivationCache
 from compress.streaming.loader import PartLoader
 from compress.streaming.streams import CacheFolder, split_windows
-from compress.streaming.survey import Survey, Surveyor, kept_streams, num_kept, segment_length
+from compress.streaming.survey import Survey, Surveyor, num_steps, survey_samples
 from compress.streaming.weights import LazyWeights
 
 D = tiny.HIDDEN
@@ -133,11 +130,11 @@ def test_it_is_autograd_through_the_whole_model(model_type, models):
 @pytest.mark.parametrize("model_type", MODELS)
 def test_without_the_gradient_it_stops_at_the_head(model_type, models):
     _, folder = models(model_type)
-    steps: list[None] = []
-    found = surveyor(folder).run(gradient=False, progress=lambda: steps.append(None))
+    steps: list[str] = []
+    found = surveyor(folder).run(gradient=False, begin=steps.append)
     assert found.gradient is None
     assert found.tensors().keys() == {"moment"}
-    assert len(steps) == tiny.NUM_BLOCKS
+    assert len(steps) == num_steps(tiny.NUM_BLOCKS, gradient=False)
     assert torch.equal(found.moment, surveyor(folder).run(gradient=True).moment)
 
 
@@ -153,8 +150,7 @@ def stream_bytes(windows: Tensor = WINDOWS) -> int:
     return windows.numel() * D * 8
 
 
-def test_segments_and_disk_change_nothing(models, monkeypatch):
-    """Less and less memory: segments of 1, 2 and 3 blocks, the last of 2 shorter than the others; then files."""
+def test_inputs_of_blocks_on_disk_change_nothing(models, monkeypatch):
     _, folder = models("llama", DEEP)
     mapped: list[Any] = []
     from_file = torch.from_file
@@ -167,39 +163,24 @@ def test_segments_and_disk_change_nothing(models, monkeypatch):
     before = sorted(folder.iterdir())
     windows = WINDOWS[:3]
     found = {}
-    for streams, segment in ((10, 1), (7, 2), (6, 3), (1, 3)):
+    for streams in (DEEP + 1, 1):
         survey = surveyor(folder, memory=streams * stream_bytes(windows), windows=windows)
-        assert survey.segment == segment
-        steps: list[None] = []
-        found[streams] = survey.run(gradient=True, progress=lambda steps=steps: steps.append(None))
-        assert len(steps) == 2 * DEEP
+        steps: list[str] = []
+        found[streams] = survey.run(gradient=True, begin=steps.append)
+        assert len(steps) == len(set(steps)) == num_steps(DEEP, gradient=True)
         assert bool(mapped) == (streams == 1)
-    for streams in (7, 6, 1):
-        assert_close(found[streams].moment, found[10].moment, 1e-12)
-        assert_close(found[streams].gradient, found[10].gradient, OF_THE_LOSS)
+    assert_close(found[1].moment, found[DEEP + 1].moment, 1e-12)
+    assert_close(found[1].gradient, found[DEEP + 1].gradient, OF_THE_LOSS)
     assert sorted(folder.iterdir()) == before
 
 
-@pytest.mark.parametrize(("streams", "most"), [(10, 10), (7, 6), (6, 6)])
-def test_it_holds_no_more_streams_than_it_says(streams, most, models, monkeypatch):
-    """One less where the last segment, of which nothing is let go yet, is shorter than the others."""
+def test_a_block_is_run_once_on_the_way_there_and_once_on_the_way_back(models, monkeypatch):
     _, folder = models("llama", DEEP)
-    alive: weakref.WeakSet[ActivationCache] = weakref.WeakSet()
-    counts = []
-    new = CacheFolder.new
-
-    def noting(caches: CacheFolder, *arguments: Any, **options: Any) -> ActivationCache:
-        cache = new(caches, *arguments, **options)
-        alive.add(cache)
-        counts.append(len(alive))
-        return cache
-
-    monkeypatch.setattr(CacheFolder, "new", noting)
-    windows = WINDOWS[:1]
-    survey = surveyor(folder, memory=streams * stream_bytes(windows), windows=windows)
+    survey, runs = surveyor(folder, windows=WINDOWS[:1]), []
+    run = survey._run
+    monkeypatch.setattr(survey, "_run", lambda branch, *rest: runs.append(branch.name) or run(branch, *rest))
     survey.run(gradient=True)
-    assert survey.copies == streams
-    assert max(counts) == most
+    assert len(runs) == 2 * len(set(runs)) == 2 * 2 * DEEP
 
 
 def test_it_reads_each_part_alone_and_leaves_none(models):
@@ -207,12 +188,12 @@ def test_it_reads_each_part_alone_and_leaves_none(models):
     survey = surveyor(folder)
     filled = []
 
-    def count() -> None:
+    def count(_step: str) -> None:
         filled.append({name for name, p in survey.decoder.model.named_parameters() if p.device.type != "meta"})
 
-    survey.run(gradient=True, progress=count)
-    assert filled == [set()] * (2 * tiny.NUM_BLOCKS)
-    count()
+    survey.run(gradient=True, begin=count)
+    assert filled == [set()] * (2 * tiny.NUM_BLOCKS + 2)
+    count("")
     assert filled[-1] == set()
 
 
@@ -226,24 +207,9 @@ def test_positions_and_windows_are_those_of_their_batch(models):
         assert_close((2 * a + 3 * b) / 5, getattr(whole, name), OF_THE_LOSS)
 
 
-@pytest.mark.parametrize("num_blocks", [1, 2, 3, 5, 9, 12, 13, 32, 80])
-def test_segments_are_as_short_as_memory_allows(num_blocks):
-    fewest = min(num_kept(num_blocks, segment) for segment in range(1, num_blocks + 1))
-    root = math.ceil(math.sqrt(num_blocks))
-    for streams in range(num_blocks + 4):
-        for slack in (0, 99):
-            segment = segment_length(num_blocks, 100, 100 * streams + slack)
-            assert 1 <= segment <= root
-            assert kept_streams(num_blocks, 100, 100 * streams + slack) == num_kept(num_blocks, segment)
-            if streams >= fewest:
-                assert num_kept(num_blocks, segment) <= streams
-            else:
-                assert segment == root
-            assert all(num_kept(num_blocks, shorter) > streams for shorter in range(1, segment))
-
-
-def test_streams_are_counted_as_they_are_kept():
-    """10 blocks in threes: inputs of blocks 0, 3, 6 and 9; two more within a segment; the one that walks."""
-    assert num_kept(10, 3) == 4 + 2 + 1
-    assert num_kept(10, 1) == 10 + 0 + 1
-    assert num_kept(1, 1) == 1 + 0 + 1
+@pytest.mark.parametrize(
+    ("samples", "seq_len", "width", "expected"),
+    [(32, 512, 576, 9), (256, 128, 128, 64), (128, 2048, 4096, 32), (4, 16, 512, 4), (1, 2048, 64, 1)],
+)
+def test_a_survey_looks_at_a_quarter_of_the_windows_or_eight_tokens_a_direction(samples, seq_len, width, expected):
+    assert survey_samples(samples, seq_len, width) == expected

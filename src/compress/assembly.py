@@ -9,11 +9,13 @@ from compress.preflight import Prepared
 from compress.stages._stage import StageConfig
 from compress.streaming.loader import PartLoader
 from compress.streaming.spectra import GradientFiles, LinearObserver
-from compress.streaming.streams import CacheFolder, own_batches, split_windows
-from compress.streaming.survey import Survey, SurveyNeed, Surveyor
+from compress.streaming.streams import CacheFolder, own_batches, split_windows, spread
+from compress.streaming.survey import Survey, SurveyNeed, Surveyor, survey_samples
+from compress.streaming.unit_costs import UnitObserver
 from compress.streaming.walk import Walk, WalkSettings
 
 PROBE_TOKENS = 64
+FREE_SHARE = 0.25  # of a uniform allocation's neurons: a free one leaves no block less
 
 
 def new_decoder(prepared: Prepared) -> Decoder:
@@ -26,24 +28,34 @@ def batch_size(prepared: Prepared, windows: Tensor) -> int:
     return max(1, min(prepared.plan.room.batch_size, share))
 
 
-def take_survey(prepared: Prepared, progress: Callable[[], None]) -> Survey | None:
+def take_survey(prepared: Prepared, begin: Callable[[str], None]) -> Survey | None:
     """What the plan's stages need to know of the whole dense model; None if nothing."""
     need = prepared.plan.survey
     if need is SurveyNeed.NONE:
         return None
     decoder, processes = new_decoder(prepared), prepared.processes
-    watch = prepared.plan.watch
+    watch, budget = prepared.plan.watch, prepared.job.recipe.budget
     files = GradientFiles(prepared.job.partial)
+    count, seq_len = prepared.windows.shape
+    samples = survey_samples(count, seq_len, decoder.dense_width)
+    fewest, share = prepared.plan.fewest_units, FREE_SHARE if budget and budget.allocation == "free" else 1
+    windows = spread(prepared.windows, max(samples, processes.count))
     surveyor = Surveyor(
         decoder,
         PartLoader(decoder, prepared.weights),
-        own_batches(split_windows(prepared.windows, batch_size(prepared, prepared.windows), held_out=0), processes),
+        own_batches(split_windows(windows, batch_size(prepared, windows), held_out=0), processes),
         CacheFolder(decoder, prepared.job.partial),
         memory=prepared.plan.room.cache_memory,
         observer=None if watch is None else LinearObserver(watch, files, decoder, processes),
-        stream=SurveyNeed.STREAM in need,
+        units=UnitObserver(
+            {kind: max(1, int(share * count)) for kind, count in fewest.items()}, decoder.device, processes
+        )
+        if SurveyNeed.UNITS in need
+        else None,
     )
-    return surveyor.run(gradient=SurveyNeed.GRADIENT in need, progress=progress, processes=processes)
+    return surveyor.run(
+        gradient=SurveyNeed.GRADIENT in need, stream=SurveyNeed.STREAM in need, begin=begin, processes=processes
+    )
 
 
 def new_walk(

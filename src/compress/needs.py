@@ -17,14 +17,16 @@ import torch
 from compress.checkpoints.targets import dense_units
 from compress.families import Family
 from compress.models.decoder import Decoder
+from compress.numerics.sums import ROWS_AT_ONCE
 from compress.recipe import Recipe
 from compress.stages._stage import StageConfig, StoringStage
 from compress.streaming.cache import cache_bytes
 from compress.streaming.divergence import LOGITS_AT_ONCE
 from compress.streaming.experts import lot_bytes
-from compress.streaming.passage import has_groups, has_linears, keeps_before_post_norms, num_streams
+from compress.streaming.passage import has_groups, has_linears, keeps_before_post_norms, num_streams, rotates_points
+from compress.streaming.sites import WholeModel
 from compress.streaming.spectra import WIDEST
-from compress.streaming.survey import TOKENS_AT_ONCE, SurveyNeed, kept_streams
+from compress.streaming.survey import TOKENS_AT_ONCE, SurveyNeed, survey_samples
 
 TOKENS_PER_BATCH = 8192
 DOUBLE = 8  # bytes of a float64
@@ -51,7 +53,8 @@ def needs(
     one = cache_bytes(calibration.samples, calibration.seq_len, config.hidden_size, computing)
     caches = one * (num_streams(stages) + keeps_before_post_norms(stages, family))
     if SurveyNeed.GRADIENT in surveyed(stages):
-        caches = max(caches, one * kept_streams(config.num_hidden_layers, one, room.cache_memory))
+        windows = survey_samples(calibration.samples, calibration.seq_len, config.hidden_size)
+        caches = max(caches, one * windows // calibration.samples * (config.num_hidden_layers + 1))
     tokens = min(room.batch_size, calibration.samples) * calibration.seq_len
     weights = 2 * sizes.part * sizes.itemsize
     if has_linears(stages):
@@ -104,33 +107,34 @@ class Sizes:
 
 
 def inputs_at_once(stages: Sequence[StageConfig], sizes: Sizes) -> int:
-    """Inputs of the widest group of linears: the stream is among those of writers where their basis may change."""
-    return sizes.neurons + (sizes.width if any(stage.reshapes for stage in stages) else 0)
+    """Inputs of the widest group of linears: the stream is among those of writers where each point is rotated."""
+    shares_frame = any(stage.site is WholeModel for stage in stages)
+    return sizes.neurons + (sizes.width if rotates_points(stages) and not shares_frame else 0)
 
 
 def passing(stages: Sequence[StageConfig], sizes: Sizes, tokens: int) -> int:
-    """What a batch takes in a block: activations, and in float64 what is taken into sums of them."""
+    """What a batch takes in a block: activations, and what is taken into sums of them."""
     activations = 8 * sizes.width + 4 * sizes.neurons
     if SurveyNeed.GRADIENT in surveyed(stages):
         activations *= 2  # what the pass backward needs of the pass forward
     summed = 3 * sizes.width + (3 * inputs_at_once(stages, sizes) if has_linears(stages) else 0)
-    return tokens * (activations * sizes.itemsize + summed * DOUBLE)
+    return tokens * (activations + summed) * sizes.itemsize
 
 
 def gathering(stages: Sequence[StageConfig], sizes: Sizes) -> int:
-    """Sums that grow, each in two numbers: at a point of the stream, of a group of linears, or of a block's linears."""
+    """Sums that grow, at a point of the stream, of a group of linears, or of a block's linears; a product's rows."""
     k, D = inputs_at_once(stages, sizes), sizes.width
-    found = [2 * D**2]
+    found = [D**2]
     if has_groups(stages):
-        found.append(4 * k * (k + D))  # to fit on and held out
+        found.append(2 * k * (k + D))  # to fit on and held out
     elif has_linears(stages):
-        found.append(2 * (k**2 + D**2))
+        found.append(k**2 + D**2)
     if SurveyNeed.STREAM in surveyed(stages):
-        found.append(4 * D**2)
+        found.append(2 * D**2)
     if SurveyNeed.LINEARS in surveyed(stages):
         gradients = gradient_moments(sizes) if SurveyNeed.GRADIENT in surveyed(stages) else 0
-        found.append(2 * (k**2 + 2 * D**2 + gradients))
-    return max(found) * DOUBLE
+        found.append(k**2 + 2 * D**2 + gradients)
+    return max(found) * DOUBLE + ROWS_AT_ONCE * k * (sizes.itemsize + DOUBLE)
 
 
 def solving(stages: Sequence[StageConfig], sizes: Sizes) -> int:
@@ -149,17 +153,17 @@ def solving(stages: Sequence[StageConfig], sizes: Sizes) -> int:
 
 
 def heading(stages: Sequence[StageConfig], sizes: Sizes, batch_size: int) -> int:
-    """Logits, and what is made of them in float64."""
+    """Logits, and what is made of them."""
     held_out = LOGITS_AT_ONCE if any(stage.held_out_share for stage in stages) else 0
     backward = TOKENS_AT_ONCE * batch_size if SurveyNeed.GRADIENT in surveyed(stages) else 0
-    return sizes.vocabulary * max(held_out * (2 * sizes.itemsize + 6 * DOUBLE), backward * 4 * sizes.itemsize)
+    return sizes.vocabulary * max(held_out * 8, backward * 4) * sizes.itemsize
 
 
 def expert_statistics(config: Any, family: Family) -> int:
     """Bytes of the second moments of all experts' inputs, and of the equations of those that are fitted together."""
     width, inner = config.hidden_size, dense_units(config, family).get("neurons", 0)
     experts = max(len(branch.experts) for branch in family.branches)
-    return 2 * DOUBLE * experts * (width**2 + inner**2) + lot_bytes(experts, inner, width) if experts else 0
+    return DOUBLE * experts * (width**2 + inner**2) + lot_bytes(experts, inner, width) if experts else 0
 
 
 def surveyed(stages: Sequence[StageConfig]) -> SurveyNeed:

@@ -7,7 +7,7 @@ Nothing volatile (times, paths of this machine) goes into it: the same inputs gi
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +18,6 @@ from torch import Tensor
 
 from compress import search
 from compress.assembly import new_walk, restored, take_survey
-from compress.budget import Choice
 from compress.checkpoints import files
 from compress.checkpoints.adapter import adapter_config, write_adapter
 from compress.checkpoints.card import model_card, read_origin
@@ -36,19 +35,20 @@ from compress.models.loading import load_config
 from compress.numerics.precision import full_precision
 from compress.plan import Plan
 from compress.preflight import Prepared, plan_job, prepare
+from compress.progress import Progress, Steps, silent
 from compress.provenance import identity
 from compress.publishing import is_finished, publish
 from compress.ranks import rank_choices
 from compress.room import held
 from compress.streaming.experts import short_of_tokens
 from compress.streaming.journal import Journal, sha256, write_tensors
-from compress.streaming.memory import return_large_blocks
 from compress.streaming.processes import ALONE, Processes
 from compress.streaming.shared_journal import SharedJournal
 from compress.streaming.sites import Count
-from compress.streaming.survey import Survey, SurveyNeed
+from compress.streaming.survey import Survey, SurveyNeed, num_steps
 from compress.streaming.walk import FinishedPart, Walk
 
+TRIAL = "trial "  # before the place of a choice: a trial's name among the findings
 SMALL = 5 * 10**8  # bytes: a model below this is reloaded whole, whatever the walk needed
 
 
@@ -103,17 +103,14 @@ class Result:
         }
 
 
-Progress = Callable[[str, int, int], None]
-
-
 def plan_only(job: Job) -> Plan:
     """The plan, from config.json alone: the weights need not be on this machine."""
     folder = job.model.config_folder()
     return plan_job(job, folder, load_config(folder))
 
 
-def run(job: Job, progress: Progress = lambda name, done, total: None) -> Result:
-    """Compress. `progress` hears each finished part's name, its number and how many there are.
+def run(job: Job, progress: Progress = silent) -> Result:
+    """Compress.
 
     Raises a CompressError for what a user can mend; until the first part is written, nothing is left behind.
     """
@@ -122,15 +119,14 @@ def run(job: Job, progress: Progress = lambda name, done, total: None) -> Result
     return result
 
 
-def run_together(job: Job, processes: Processes, progress: Progress = lambda name, done, total: None) -> Result | None:
+def run_together(job: Job, processes: Processes, progress: Progress = silent) -> Result | None:
     """`run` in one of several processes. The first writes, proves and has the result; the others have None."""
-    return_large_blocks()
     with full_precision():
         start = time.perf_counter()
         prepared = prepare(job, processes)
         processes.gathered(None)  # the others look at the output's place before the first makes anything there
         with parent_folder(job.partial), claimed(job) if processes.is_first else nullcontext() as lock:
-            if job.resume and processes.from_first(processes.is_first and _only_lacks_name(prepared)):
+            if job.resume and processes.from_first(processes.is_first and _only_lacks_name(prepared, progress)):
                 return _give_name(prepared) if processes.is_first else None
             return _run(prepared, lock, progress, start)
 
@@ -147,18 +143,18 @@ def _run(prepared: Prepared, lock: IO[str] | None, progress: Progress, start: fl
         stages, held_out = prepared.plan.stages, job.recipe.held_out_windows
         walk = new_walk(prepared, stages, prepared.windows, held_out, survey)
         resumed = len(journal.entries)
+        steps = Steps(progress, "compressing", walk.num_parts, done=resumed)
         if resumed:
             walk.restore(journal.state(), resumed)
-        for part in walk.parts():
+        for part in walk.parts(steps.next):
             _write_part(journal, part, walk)
-            progress(part.name, part.index + 1, walk.num_parts)
             del part  # it is on disk, and the next is as large
+        steps.end()
         walk.streams.release()
         processes.from_first(None)  # all is written
         if not processes.is_first:
             return None
-        progress("reloading", walk.num_parts, walk.num_parts)
-        facts, difference = _complete(prepared, walk, journal)
+        facts, difference = _complete(prepared, walk, journal, progress)
         seconds |= dict(walk.clock.seconds) | {"total": time.perf_counter() - start}
         return _result(prepared, facts, seconds, difference, resumed)
 
@@ -177,33 +173,33 @@ def _survey(prepared: Prepared, journal: Journal, progress: Progress) -> Survey 
         return None
     if "survey" in journal.findings:
         return restored(prepared, journal.found_tensors("survey"))
-    blocks = prepared.config.num_hidden_layers
-    steps = iter(range(1, 2 * blocks + 1))
-    total = blocks * (2 if SurveyNeed.GRADIENT in prepared.plan.survey else 1)
-    survey = take_survey(prepared, lambda: progress("looking at the dense model", next(steps), total))
+    total = num_steps(prepared.config.num_hidden_layers, gradient=SurveyNeed.GRADIENT in prepared.plan.survey)
+    steps = Steps(progress, "surveying the dense model", total)
+    survey = take_survey(prepared, steps.next)
     assert survey is not None
+    steps.end()
     journal.note("survey", None, survey.tensors(), survey.gradients.written if survey.gradients else ())
     return survey
 
 
 def _chosen(prepared: Prepared, journal: Journal, survey: Survey | None, progress: Progress) -> Prepared:
-    """With the plan's choice made, by trial where there is more than one; a run that goes on reads it back."""
+    """With the plan's choice made, by trial where there is more than one; a run that goes on reads trials back."""
     prepared = _with_rank_choices(prepared, survey)
-    plan = prepared.plan
-    if not plan.choices:
+    if not prepared.plan.choices:
         return prepared
-    if "trials" not in journal.findings:
-        heard = (number for number in range(1, len(plan.choices) + 1))
-        trials = search.compare(
-            prepared, survey, lambda trial: progress("trying out shapes", next(heard), len(plan.choices))
-        )
-        journal.note("trials", search.as_data(trials))
-    best = min(journal.findings["trials"]["data"], key=lambda trial: trial["divergence"])
-    choice = next(c for c in plan.choices if all(best[kind] == count for kind, count in c.label.items()))
-    budget = prepared.job.recipe.budget
-    if budget is not None and budget.allocation == "searched":
-        choice = _allocated(prepared, choice, journal, survey, progress)
-    return replace(prepared, plan=plan.chosen(choice))
+    choices, costs = search.with_costs(prepared, survey)
+    steps = Steps(progress, "trying shapes", min(len(choices), search.MOST_TRIALS))
+
+    def measured(place: int) -> float:
+        name = f"{TRIAL}{place}"
+        if name not in journal.findings:
+            trial, cost = search.try_out(prepared, choices[place], survey, steps), costs[place]
+            predicted = None if cost is None else cost.total(search.LEFT)
+            journal.note(name, {**trial.counts, "predicted": predicted, "divergence": trial.divergence})
+        return float(journal.findings[name]["data"]["divergence"])
+
+    place = search.choose(costs, measured) if len(choices) > 1 else 0
+    return replace(prepared, plan=prepared.plan.chosen(choices[place]))
 
 
 def _with_rank_choices(prepared: Prepared, survey: Survey | None) -> Prepared:
@@ -214,23 +210,6 @@ def _with_rank_choices(prepared: Prepared, survey: Survey | None) -> Prepared:
     spectra = {} if survey is None else survey.spectra
     found = rank_choices(plan.ranks, prepared.job.recipe.budget, plan.dense, spectra)
     return replace(prepared, plan=plan.chosen(found[0]) if len(found) == 1 else replace(plan, choices=found))
-
-
-def _allocated(
-    prepared: Prepared, choice: Choice, journal: Journal, survey: Survey | None, progress: Progress
-) -> Choice:
-    """The choice with its neurons allocated over the blocks; a run that goes on reads the trials back."""
-    budget = prepared.job.recipe.budget
-    assert budget is not None
-    most = budget.allocation_trials
-    if "allocation" not in journal.findings:
-        heard = iter(range(1, most + 1))
-        trials = search.allocate(
-            prepared, choice, survey, lambda trial: progress("trying out allocations", next(heard), most)
-        )
-        journal.note("allocation", search.as_data(trials))
-    best = min(journal.findings["allocation"]["data"], key=lambda trial: trial["divergence"])
-    return search.reshaped(choice, tuple(best["neurons"]))
 
 
 @contextmanager
@@ -244,14 +223,14 @@ def _journal(prepared: Prepared, lock: IO[str] | None) -> Iterator[Journal]:
         yield own if processes.count == 1 else SharedJournal(partial, run, own, processes)
 
 
-def _only_lacks_name(prepared: Prepared) -> bool:
+def _only_lacks_name(prepared: Prepared, progress: Progress) -> bool:
     """Whether this very run was killed when it was finished and verified, before its output got its name."""
     partial = prepared.job.partial
     if not is_finished(partial):
         return False
     try:
         facts = read_json(partial / FACTS)
-        check_integrity(partial, read_facts(partial), checksums=True, progress=lambda *_: None)
+        check_integrity(partial, read_facts(partial), checksums=True, progress=progress)
     except CheckpointError:
         return False
     mine = identity(prepared)
@@ -334,9 +313,11 @@ def _write_part(journal: Journal, part: FinishedPart, walk: Walk) -> None:
         journal.record(entry, walk.state())
 
 
-def _complete(prepared: Prepared, walk: Walk, journal: Journal) -> tuple[dict[str, Any], float]:
+def _complete(prepared: Prepared, walk: Walk, journal: Journal, progress: Progress) -> tuple[dict[str, Any], float]:
     """The rest of the checkpoint, the proof that it reloads, and its name. What it says of itself, and the proof."""
     job, partial, target = prepared.job, journal.folder, prepared.plan.target
+    steps = Steps(progress, "verifying", 2 if job.export == "gguf" else 1)
+    steps.next("reloading in a clean process")
     facts = _facts(prepared, journal)
     widths = tuple(point["width"] for point in facts["points"])
     shape = Shape(widths, facts["units"], prepared.plan.factors, prepared.plan.storage)
@@ -360,10 +341,12 @@ def _complete(prepared: Prepared, walk: Walk, journal: Journal) -> tuple[dict[st
         if job.export == "gguf":
             if job.max_memory is None:
                 memory = max(memory, psutil.virtual_memory().available // 2)
+            steps.next("the GGUF file")
             export_gguf(partial, job.out.name, ids, logits, memory=memory)
     flush_below(partial)
     journal.forget()
     publish(partial, job.out)
+    steps.end()
     return facts, difference
 
 
@@ -394,8 +377,7 @@ def _facts(prepared: Prepared, journal: Journal) -> dict[str, Any]:
         "architecture": prepared.plan.target.architecture,
         "loads_without_our_code": prepared.plan.target.is_stock,
         "stages": [stage.model_dump(mode="json") for stage in prepared.plan.stages],
-        "trials": found_trials(journal, "trials"),
-        "allocation_trials": found_trials(journal, "allocation"),
+        "trials": found_trials(journal),
         "versions": run["versions"],
         "origin": read_origin(prepared.folder),
         "export": job.export,
@@ -443,6 +425,6 @@ def adapter_facts(prepared: Prepared) -> dict[str, Any] | None:
     return adapter_config(f"{prepared.job.model.name}-{prepared.job.recipe.method}", ranks, modules)
 
 
-def found_trials(journal: Journal, name: str) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = journal.findings[name]["data"] if name in journal.findings else []
-    return found
+def found_trials(journal: Journal) -> list[dict[str, Any]]:
+    """What was tried, in its order."""
+    return [finding["data"] for name, finding in journal.findings.items() if name.startswith(TRIAL)]

@@ -73,6 +73,12 @@ class Plan:
         """The linears that the survey is to look at."""
         return next((stage.watch for stage in self.stages if SurveyNeed.LINEARS in stage.survey), None)
 
+    @property
+    def fewest_units(self) -> dict[str, int]:
+        """The smallest count of each kind of unit that the choices have."""
+        kinds = [stage.opens for stage in self.stages if stage.opens in self.units]
+        return {kind: min(int(choice.counts[kind]) for choice in self.choices) for kind in kinds if kind}
+
     def chosen(self, choice: Choice) -> "Plan":
         """The plan with one of its choices made."""
         return replace(
@@ -132,7 +138,7 @@ def choose_target(recipe: Recipe, config: Any, family: Family) -> tuple[Target, 
     shared = any(stage.site is WholeModel for stage in recipe.stages)
     if not shared:
         return SlicedTarget(config, family), []
-    if recipe.budget is not None and recipe.budget.allocation == "searched":
+    if recipe.budget is not None and recipe.budget.allocation == "free":
         return SlicedTarget(config, family, shortcuts=False), [
             "MLPs of different widths have no stock shape, so the result is written in our architecture."
         ]

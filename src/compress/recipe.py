@@ -12,7 +12,7 @@ from compress.errors import UsageError, unknown_name
 from compress.numerics import DTYPES
 from compress.stages._stage import StageConfig
 
-TRIAL_SAMPLES = 128
+LEAST_TRIAL = 8  # windows
 
 
 class Calibration(BaseModel):
@@ -31,17 +31,16 @@ class Budget(BaseModel):
 
     keep_params: a share of the dense model's parameters, a tied head counted once.
     target_size: bytes of the safetensors files on disk.
-    trial_samples: windows of each trial of a way to spend it, a quarter of them held out.
-    allocation: as many neurons in every block, or `searched`: after that, up to `allocation_trials` trials move some
-        from one block to another. The result then has no stock shape.
+    trial_samples: windows of each trial of a way to spend it, a quarter of them held out. Default: a quarter of all.
+    allocation: `uniform`, as many neurons in every block, or `free`: as many in all, where the loss feels them most.
+        The result then has no stock shape.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     keep_params: Annotated[float, Field(gt=0, lt=1)] | None = None
     target_size: Annotated[int, Field(ge=1)] | None = None
-    trial_samples: Annotated[int, Field(ge=8)] = TRIAL_SAMPLES
-    allocation: Literal["uniform", "searched"] = "uniform"
-    allocation_trials: Annotated[int, Field(ge=1)] = 48
+    trial_samples: Annotated[int, Field(ge=8)] | None = None
+    allocation: Literal["uniform", "free"] = "uniform"
 
     @model_validator(mode="after")
     def _one_limit(self) -> "Budget":
@@ -95,9 +94,9 @@ class Recipe(BaseModel):
         if "ranks" in [stage.opens for stage in self.stages] and len(opened) > 1:
             raise ValueError(f"a budget is spent on widths or on ranks; tell {opened[0]} how much to keep")
         self._check_inputs()
-        searched = self.budget is not None and self.budget.allocation == "searched"
-        if searched and "neurons" not in [stage.opens for stage in self.stages]:
-            raise ValueError("an allocation is searched for neurons; leave prune_units open")
+        free = self.budget is not None and self.budget.allocation == "free"
+        if free and "neurons" not in [stage.opens for stage in self.stages]:
+            raise ValueError("allocation free is of neurons; leave prune_units open")
         if self.held_out_windows >= self.calibration.samples:
             raise ValueError("a stage holds calibration windows out of its fit; it needs 2 samples at least")
         return self
@@ -115,7 +114,8 @@ class Recipe(BaseModel):
     @property
     def trial_samples(self) -> int:
         """Windows of each trial."""
-        return self.budget.trial_samples if self.budget is not None else TRIAL_SAMPLES
+        given = None if self.budget is None else self.budget.trial_samples
+        return min(self.calibration.samples, given or max(LEAST_TRIAL, self.calibration.samples // 4))
 
     @property
     def held_out_windows(self) -> int:

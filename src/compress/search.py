@@ -1,101 +1,54 @@
-"""Which of the shapes that a budget allows: by trial, on a part of the calibration windows.
+"""Choose among the shapes, or the allocations of ranks, that a budget allows: predict, then try at most three.
 
-A trial is the whole walk on fewer windows, its parts thrown away. What counts is how far its next-token distribution
-is from the dense model's on windows that nothing was fitted on. The choices lie on a line, from a narrow stream with
-wide MLPs to the reverse, and the divergence along it has one valley, so few trials find it.
+The survey predicts to second order what each shape costs the loss: what slicing takes from the stream, and what
+deleting units takes from the blocks' outputs. Trials start at the best prediction and its better neighbor; what they
+find says how much of each of the two costs the refit leaves, and the best shape by that is the last to be tried. A
+trial is the whole walk on a part of the calibration windows, its result thrown away; what counts is its divergence
+from the dense model's next-token distribution on windows that nothing was fitted on.
 """
 
-import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
-from torch import Tensor
+import torch
 
 from compress.assembly import new_walk
 from compress.budget import Choice, Counts
-from compress.checkpoints.targets import Shape, dense_units
+from compress.checkpoints.targets import dense_units
 from compress.errors import UsageError
+from compress.numerics.allocation import Ladder, spend
+from compress.numerics.frames import Frame
 from compress.preflight import Prepared
+from compress.progress import Steps
+from compress.streaming.streams import spread
 from compress.streaming.survey import Survey
+from compress.streaming.unit_costs import cost_name
+from compress.streaming.walk import shared_frame
 
 HELD_OUT = 4  # one window in so many
+MOST_TRIALS = 3
+REACH = 2.0  # times the best prediction: a neighbor predicted to be worse is not tried
+# What the refit leaves of the predicted costs of the stream and of units, before any trial: a mean over small models.
+LEFT = (0.4, 1.0)
+FURTHEST = 4.0  # trials move these no further than by this factor
 
 
 @dataclass(frozen=True)
 class Trial:
-    """
-    divergence: mean Kullback-Leibler divergence from the dense model's next-token distribution, in nats.
-    """
+    """divergence: mean Kullback-Leibler divergence from the dense model's next-token distribution, in nats."""
 
     counts: Counts
     divergence: float
 
-    @property
-    def neurons(self) -> tuple[int, ...]:
-        """Of each block, where a trial says it block by block."""
-        found = self.counts["neurons"]
-        assert isinstance(found, tuple)
-        return found
 
-
-def compare(prepared: Prepared, survey: Survey | None, heard: Callable[[Trial], None]) -> list[Trial]:
-    """Trials of the plan's choices, that of the least divergence among them. `heard` hears of each."""
+def try_out(prepared: Prepared, choice: Choice, survey: Survey | None, steps: Steps) -> Trial:
     windows = spread(prepared.windows, prepared.job.recipe.trial_samples)
-    trials: dict[int, Trial] = {}
-
-    def divergence(index: int) -> float:
-        if index not in trials:
-            trials[index] = try_out(prepared, found[index], windows, survey)
-            heard(trials[index])
-        return trials[index].divergence
-
-    found = prepared.plan.choices
-    lowest(divergence, len(found))
-    return [trials[index] for index in sorted(trials)]
-
-
-def allocate(prepared: Prepared, choice: Choice, survey: Survey | None, heard: Callable[[Trial], None]) -> list[Trial]:
-    """Trials of the choice with its neurons spread over the blocks in other ways, as many in all; the even way first.
-
-    Each trial moves some neurons from one block, drawn at random, to another, and stays where the divergence fell.
-    Where none of many falls any more, fewer are moved.
-    """
-    budget, rng = prepared.job.recipe.budget, random.Random(prepared.job.recipe.seed)
-    assert budget is not None
-    windows, blocks = spread(prepared.windows, budget.trial_samples), int(prepared.config.num_hidden_layers)
-    step = prepared.plan.target.steps()["neurons"]
-    uniform, most = choice.counts["neurons"], dense_units(prepared.config, prepared.family)["neurons"]
-    assert isinstance(uniform, int)
-    trials = [try_out(prepared, reshaped(choice, (uniform,) * blocks), windows, survey)]
-    best, moved, failed = trials[0], max(step, uniform // 6 // step * step), 0
-    while len(trials) <= budget.allocation_trials and moved >= step and blocks > 1:
-        given, taken = rng.sample(range(blocks), 2)
-        counts = list(best.neurons)
-        counts[given], counts[taken] = counts[given] + moved, counts[taken] - moved
-        if counts[given] <= most and counts[taken] >= step and tuple(counts) not in [trial.neurons for trial in trials]:
-            trials.append(try_out(prepared, reshaped(choice, tuple(counts)), windows, survey))
-            heard(trials[-1])
-            if trials[-1].divergence < best.divergence:
-                best, failed = trials[-1], -1
-        failed += 1
-        if failed >= 2 * blocks:
-            moved, failed = moved // 2 // step * step, 0
-    return trials
-
-
-def reshaped(choice: Choice, neurons: tuple[int, ...]) -> Choice:
-    """The choice with so many neurons in each block."""
-    units = {**choice.shape.units, "neurons": neurons}
-    return Choice({**choice.counts, "neurons": neurons}, Shape(choice.shape.widths, units), choice.size)
-
-
-def try_out(prepared: Prepared, choice: Choice, windows: Tensor, survey: Survey | None) -> Trial:
-    stages = prepared.plan.chosen(choice).stages
+    stages = [stage.in_trials for stage in prepared.plan.chosen(choice).stages]
     walk = new_walk(prepared, stages, windows, max(1, len(windows) // HELD_OUT), survey)
     divergence: float | None = None
-    for part in walk.parts():
+    for part in walk.parts(lambda name: steps.begin(name, share=walk.next_part / walk.num_parts)):
         divergence = part.divergence
+    steps.advance()
     if divergence is None:
         raise UsageError(
             "Choices are compared by how far the anchored walk ends from the dense model. Add a refit stage."
@@ -103,23 +56,132 @@ def try_out(prepared: Prepared, choice: Choice, windows: Tensor, survey: Survey 
     return Trial(choice.label, divergence)
 
 
-def spread(windows: Tensor, count: int) -> Tensor:
-    """So many of the windows, evenly spread."""
-    count = min(count, len(windows))
-    return windows[[index * len(windows) // count for index in range(count)]]
+def choose(costs: Sequence["Cost | None"], measure: Callable[[int], float]) -> int:
+    """The place of the least value that at most `MOST_TRIALS` measurements find.
+
+    Without predicted costs those in the middle are measured.
+    """
+    known = [cost for cost in costs if cost is not None]
+    if len(known) < len(costs):
+        start = max(0, (len(costs) - MOST_TRIALS) // 2)
+        return min(range(start, min(start + MOST_TRIALS, len(costs))), key=measure)
+    return choose_by_cost(known, measure)
 
 
-def lowest(value: Callable[[int], float], count: int) -> int:
-    """The argument below `count` of the least value of a function with one valley; not every value is asked for."""
-    step = max(1, count // 3)
-    best = min(range(step // 2, count, step), key=value)
-    while step > 1:
-        step = (step + 1) // 2
-        best = min((i for i in (best - step, best, best + step) if 0 <= i < count), key=value)
-    while (better := min((i for i in (best - 1, best, best + 1) if 0 <= i < count), key=value)) != best:
-        best = better
-    return best
+def choose_by_cost(costs: Sequence["Cost"], measure: Callable[[int], float]) -> int:
+    """Measure where the cost is predicted least, then its neighbor of less predicted cost.
+
+    With what these two say of the costs' two terms the prediction is corrected, and its least place is measured if it
+    is another.
+    """
+    predicted = [cost.total(LEFT) for cost in costs]
+    first = min(range(len(costs)), key=predicted.__getitem__)
+    values = {first: measure(first)}
+    beside = [place for place in (first - 1, first + 1) if 0 <= place < len(costs)]
+    beside = [place for place in beside if predicted[place] <= REACH * predicted[first]]
+    if beside:
+        second = min(beside, key=predicted.__getitem__)
+        values[second] = measure(second)
+        left = corrected([(costs[place], value) for place, value in values.items()])
+        third = min(range(len(costs)), key=lambda place: values.get(place, costs[place].total(left)))
+        if third not in values:
+            values[third] = measure(third)
+    return min(values, key=values.__getitem__)
 
 
-def as_data(trials: Sequence[Trial]) -> list[dict[str, Any]]:
-    return [{**trial.counts, "divergence": trial.divergence} for trial in trials]
+def corrected(measured: Sequence[tuple["Cost", float]]) -> tuple[float, float]:
+    """The two shares of the predicted costs that two measurements are explained by, near those expected before."""
+    (one, value), (other, other_value) = measured
+    determinant = one.stream * other.units - one.units * other.stream
+    if determinant == 0:
+        return LEFT
+    stream = (value * other.units - other_value * one.units) / determinant
+    units = (one.stream * other_value - other.stream * value) / determinant
+    low, high = zip(*((share / FURTHEST, share * FURTHEST) for share in LEFT), strict=True)
+    return min(max(stream, low[0]), high[0]), min(max(units, low[1]), high[1])
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What the loss is predicted to rise by, in nats a token, before the refit: for the stream, and for units."""
+
+    stream: float
+    units: float
+
+    def total(self, left: tuple[float, float]) -> float:
+        return left[0] * self.stream + left[1] * self.units
+
+
+def with_costs(prepared: Prepared, survey: Survey | None) -> tuple[list[Choice], list[Cost | None]]:
+    """The plan's choices, their neurons allocated where that is free, and what each is predicted to cost the loss."""
+    choices, budget = prepared.plan.choices, prepared.job.recipe.budget
+    forecast = None if survey is None else Forecast.of(prepared, survey)
+    if budget is not None and budget.allocation == "free" and forecast is not None:
+        step = prepared.plan.target.steps()["neurons"]
+        choices = [with_free_neurons(choice, forecast, step) for choice in choices]
+    return choices, [None if forecast is None else forecast.of_counts(choice.counts) for choice in choices]
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Predict what a shape costs the loss, in nats a token, from a survey of the dense model."""
+
+    survey: Survey
+    frame: Frame | None
+    num_blocks: int
+    num_points: int
+    units: Mapping[str, int]
+
+    @classmethod
+    def of(cls, prepared: Prepared, survey: Survey) -> "Forecast":
+        layer_norm = prepared.family.norm == "layer"
+        frame = shared_frame(prepared.plan.stages, survey, layer_norm=layer_norm)
+        blocks, points = prepared.plan.num_blocks, len(prepared.plan.widths)
+        return cls(survey, frame, blocks, points, dense_units(prepared.config, prepared.family))
+
+    def of_counts(self, counts: Counts) -> Cost | None:
+        """None where the survey did not look at all that the counts are of."""
+        kinds = [kind for kind in counts if kind in self.units]
+        looked_at = all(cost_name(kind, block) in self.survey.unit_costs for kind in kinds for block in self.blocks)
+        if not kinds or not looked_at or (self.frame is None and "hidden" in counts):
+            return None
+        hidden = self.stream(int(counts["hidden"])) if "hidden" in counts else 0.0
+        return Cost(hidden, sum(self._of_units(kind, counts[kind]) for kind in kinds))
+
+    @property
+    def blocks(self) -> range:
+        return range(self.num_blocks)
+
+    def stream(self, width: int) -> float:
+        """1/2 E (g . n R)^2 at all points, n R what the normalized stream n loses; n and the gradient g independent."""
+        if self.frame is None or self.survey.gradient is None:
+            return 0.0
+        C, G = self.survey.moment / self.num_points, self.survey.gradient
+        R = self.frame.encode(width) @ self.frame.decode(width) - torch.eye(len(C), dtype=C.dtype, device=C.device)
+        return float((C @ R @ G * R).sum() / 2)
+
+    def _of_units(self, kind: str, count: int | Sequence[int]) -> float:
+        kept = [count] * self.num_blocks if isinstance(count, int) else count
+        return sum(self._cost(kind, block, each) for block, each in enumerate(kept))
+
+    def _cost(self, kind: str, block: int, kept: int) -> float:
+        return float(self.survey.unit_costs[cost_name(kind, block)][self.units[kind] - kept])
+
+    def free_neurons(self, uniform: int, step: int) -> tuple[int, ...]:
+        """As many neurons in all as `uniform` in each block, where their deletion costs the loss least."""
+        most = self.units["neurons"]
+        least = most + 1 - min(len(self.survey.unit_costs[cost_name("neurons", block)]) for block in self.blocks)
+        counts = [count for count in range(step, most + 1, step) if count >= least]
+        ladders = {
+            str(block): Ladder(counts, [self._cost("neurons", block, count) for count in counts])
+            for block in self.blocks
+        }
+        places = spend(ladders, uniform * self.num_blocks)
+        assert places is not None
+        return tuple(counts[places[str(block)]] for block in self.blocks)
+
+
+def with_free_neurons(choice: Choice, forecast: Forecast, step: int) -> Choice:
+    neurons = forecast.free_neurons(choice.counts["neurons"], step)
+    shape = replace(choice.shape, units={**choice.shape.units, "neurons": neurons})
+    return Choice({**choice.counts, "neurons": neurons}, shape, choice.size)

@@ -1,7 +1,7 @@
 """Whether a folder is the checkpoint that was written: what kind of folder it is, each file against compress.json."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from compress.checkpoints.adapter import WEIGHTS
@@ -9,12 +9,12 @@ from compress.checkpoints.facts import FACTS, Facts, read_json
 from compress.errors import CheckpointError, Faults, UsageError
 from compress.models.stored_files import ADAPTER
 from compress.models.tensor_files import INDEX, StoredTensor, indexed_names, is_own_name, read_header
+from compress.progress import Progress, Steps
 from compress.streaming.journal import JOURNAL, read_lines, sha256
 
 ADAPTER_WEIGHTS = f"{ADAPTER}/{WEIGHTS}"
 SHOWN = 8  # faults that are told one by one
 AGAIN = "Get it again."
-Progress = Callable[[str, int, int], None]
 
 
 def check_folder(folder: Path) -> None:
@@ -52,7 +52,7 @@ def is_ours(folder: Path) -> bool:
 def check_integrity(folder: Path, facts: Facts, *, checksums: bool, progress: Progress) -> None:
     """That every file is there as it was written. Raises CheckpointError with all that is not.
 
-    checksums: whether the weights are read too, to compare their sha256. progress: hears each file.
+    checksums: whether the weights are read too, to compare their sha256.
     """
     faults = Faults()
     with faults.noted():
@@ -61,10 +61,12 @@ def check_integrity(folder: Path, facts: Facts, *, checksums: bool, progress: Pr
         check_parts_named(folder, facts)
     headers = {}
     names = [name for name in facts.parts if is_plain(name)]
-    for number, name in enumerate(names, 1):
-        progress("verifying", number, len(names))
+    steps = Steps(progress, "checking files", len(names))
+    for name in names:
+        steps.next(name)
         with faults.noted():
             headers[name] = check_file(folder, name, facts.parts[name] if checksums else None)
+    steps.end()
     with faults.noted():
         check_adapter(folder, facts)
     if not faults.found:

@@ -9,11 +9,12 @@ from typing import Any
 from compress.checkpoints.card import CARD
 from compress.checkpoints.facts import FACTS, Facts, read_facts
 from compress.checkpoints.files import COPIED
-from compress.checkpoints.integrity import ADAPTER_WEIGHTS, Progress, check_folder, check_integrity, is_ours
+from compress.checkpoints.integrity import ADAPTER_WEIGHTS, check_folder, check_integrity, is_ours
 from compress.checkpoints.measures import QUALITY, read_measures
 from compress.errors import Unavailable, UsageError
 from compress.models.stored_files import ADAPTER
 from compress.models.tensor_files import INDEX
+from compress.progress import Progress, Steps, silent
 from compress.version import __version__
 
 WRITTEN = ("config.json", FACTS, INDEX, CARD, QUALITY, "configuration_*.py", "modeling_*.py", "*.gguf")
@@ -25,7 +26,7 @@ def push(
     *,
     private: bool = True,
     overwrite: bool = False,
-    progress: Progress = lambda name, done, total: None,
+    progress: Progress = silent,
 ) -> str:
     """The address at which the checkpoint is then.
 
@@ -40,10 +41,11 @@ def push(
     check_integrity(folder, facts, checksums=True, progress=progress)
     read_measures(folder)
     files = own_files(folder, facts)
-    progress("uploading", 0, len(files))
+    steps = Steps(progress, "uploading files", len(files))
+    steps.begin(f"to {repository}")
     with telling(repository):
         address = upload(folder, repository, files, private=private, overwrite=overwrite)
-    progress("uploaded", len(files), len(files))
+    steps.end()
     return address
 
 

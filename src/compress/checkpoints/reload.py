@@ -4,10 +4,14 @@
 
 Prints one JSON object: keys that were missing, unexpected or mismatched, and the largest difference of the logits
 beside the largest logit. A stock model is loaded by stock code alone, any other by the modeling file it carries. Where
-the model in float32 exceeds the memory given, it is loaded in its own dtype and its blocks stay on disk until they are
-needed. An adapter beside the model is loaded by PEFT, as a user would. A GGUF file is read in the folder's place.
+the model in float32 exceeds the memory given, its blocks stay on disk until they are needed; a packed one or a GGUF
+file, whose blocks cannot, is held in its own dtype. All compute in float32 at least, as a CPU multiplies 16-bit floats
+far more slowly. An adapter beside the model is loaded by PEFT, as a user would.
+
+A GGUF file is read in the place of the folder that it was written from.
 """
 
+import functools
 import json
 import sys
 from pathlib import Path
@@ -15,6 +19,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from torch.utils._pytree import tree_map_only
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig, LlamaConfig
 
 
@@ -27,22 +32,24 @@ def main(folder: str, probe_file: str, memory: int, scratch: str, gguf_file: str
     is_packed = facts["storage"] == "packed"
     # Stock code unpacks what is packed, to as many weights as the dense model has.
     fits = facts["dense_size" if is_packed else "size"]["parameters"] * 4 * 1.5 < memory
-    options: dict[str, Any] = {"dtype": torch.promote_types(torch.float32, probe["logits"].dtype)}
-    bits = None
-    source = folder
+    computing = torch.promote_types(torch.float32, probe["logits"].dtype)
+    options: dict[str, Any] = {"dtype": computing}
+    source, bits = folder, 8 * computing.itemsize
     if gguf_file:
-        source, of_file = as_stranger(Path(gguf_file), Path(scratch), config)
-        options = of_file | (options if fits else {"dtype": getattr(torch, config["dtype"])})
+        source, options = alone(Path(gguf_file), Path(scratch), config)
+        options["dtype"] = computing if fits else getattr(torch, config["dtype"])
     elif not fits and not is_packed:
-        options = {"device_map": "auto", "max_memory": {"cpu": memory // 4}, "offload_folder": scratch}
+        options |= {"device_map": "auto", "max_memory": {"cpu": memory // 4}, "offload_folder": scratch}
     elif not fits:
-        options, bits = {"dtype": "auto"}, 8 * facts["itemsize"]  # packed weights cannot stay on disk
+        options = {"dtype": "auto"}  # packed weights cannot stay on disk
     if "quantization_config" in config and (not fits or facts["unpacks_while_loading"]):
         options["quantization_config"], bits = CompressedTensorsConfig(dequantize=True), 8 * facts["itemsize"]
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         source, trust_remote_code=carries_code, output_loading_info=True, local_files_only=True, **options
     )
     model, info = loaded
+    if not fits and (is_packed or gguf_file):
+        compute_in(model, computing)
     for module in model.modules():
         if (scheme := getattr(module, "quantization_scheme", None)) is not None:
             scheme.input_activations = None  # the probe was not rounded either
@@ -60,12 +67,12 @@ def main(folder: str, probe_file: str, memory: int, scratch: str, gguf_file: str
         "mismatched": sorted(str(key) for key in info["mismatched_keys"]),
         "difference": float(difference),
         "largest_logit": float(probe["logits"].abs().max()),
-        "bits": bits or 8 * model.dtype.itemsize,
+        "bits": bits,
         "imported_compress": "compress" in sys.modules,
     }
 
 
-def as_stranger(file: Path, scratch: Path, config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+def alone(file: Path, scratch: Path, config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """A folder with a GGUF file alone, because transformers also reads what lies beside it, and how to read it there.
 
     transformers' reader leaves out biases and rotary scaling, unless it gets a config that has them; and that of
@@ -73,15 +80,41 @@ def as_stranger(file: Path, scratch: Path, config: dict[str, Any]) -> tuple[str,
     """
     import gguf
 
-    alone = scratch / "alone"
-    alone.mkdir()
-    (alone / "model.gguf").symlink_to(file.resolve())
+    folder = scratch / "alone"
+    folder.mkdir()
+    (folder / "model.gguf").symlink_to(file.resolve())
     header = gguf.GGUFReader(file)
     names = [*(tensor.name for tensor in header.tensors), *header.fields]
     options: dict[str, Any] = {"gguf_file": "model.gguf"}
     if any(name.endswith((".bias", "rope_freqs.weight", "rope.scaling.type")) for name in names):
         options["config"] = LlamaConfig(**{key: value for key, value in config.items() if key != "model_type"})
-    return str(alone), options
+    return str(folder), options
+
+
+def compute_in(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Let modules whose tensors are held in 16 bits compute in `dtype`: each has them converted while it runs."""
+    for module in model.modules():
+        if any(is_narrow(tensor) for tensor in (*module.parameters(False), *module.buffers(False))):
+            vars(module)["forward"] = functools.partial(converted, module, module.forward, dtype)
+
+
+def converted(module: Any, forward: Any, dtype: torch.dtype, *args: Any, **options: Any) -> Any:
+    """What forward gives for inputs, parameters and buffers in `dtype`."""
+    held = [(table, dict(table)) for table in (module._parameters, module._buffers)]
+    wide = functools.partial(
+        tree_map_only, torch.Tensor, lambda tensor: tensor.to(dtype) if is_narrow(tensor) else tensor
+    )
+    try:
+        for table, tensors in held:
+            table.update(wide(tensors))
+        return forward(*wide(args), **wide(options))
+    finally:
+        for table, tensors in held:
+            table.update(tensors)
+
+
+def is_narrow(tensor: torch.Tensor) -> bool:
+    return tensor.dtype in (torch.float16, torch.bfloat16)
 
 
 def with_adapter(model: Any, folder: str) -> tuple[Any, set[str]]:

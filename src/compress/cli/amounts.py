@@ -47,7 +47,7 @@ class Amount:
         return name.replace(":", "-").replace(" ", "")
 
 
-def parse_amount(typed: Mapping[str, Any], ways: Mapping[str, str], trial_samples: int) -> Amount:
+def parse_amount(typed: Mapping[str, Any], ways: Mapping[str, str], trial_samples: int | None) -> Amount:
     """
     typed: the values of the options in `ways`, None where not given. Raises UsageError unless exactly one is.
     """

@@ -11,7 +11,8 @@ import typer
 from compress.cli.bench_tables import show
 from compress.cli.options import Device, Json, Machine, Method, check_dtype, in_panel, pick_device
 from compress.cli.outputs import computing_dtype, newest_output
-from compress.cli.reporting import print_json, progress_bar, quiet_libraries, reporting_errors
+from compress.cli.progress import progress_bar
+from compress.cli.reporting import print_json, quiet_libraries, reporting_errors
 from compress.errors import CompressError, Faults, UsageError
 
 if TYPE_CHECKING:

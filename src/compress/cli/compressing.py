@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from compress.cli.options import Data, Machine, Output, in_panel, parse_size, printable, usual_seq_len
-from compress.cli.reporting import print_lines, print_text, progress_bar, seeing_interrupts
+from compress.cli.profiling import profiled, show_seconds
+from compress.cli.progress import progress_bar
+from compress.cli.reporting import print_lines, print_text, seeing_interrupts
 from compress.cli.tables import show_plan, show_result
 
 if TYPE_CHECKING:
@@ -21,7 +23,9 @@ MOST = "What the run may hold in memory, a promise: 8GB. Batches and activation 
 CACHE = "Activations beyond this go to disk: 8GB. Default: half of what is free."
 
 Model = Annotated[str, typer.Option(help="A hub id, an alias such as llama-2-7b or opt-125m, a folder, or demo.")]
-TrialSamples = Annotated[int, in_panel(Data, "Calibration windows of each trial under a budget.", min=8)]
+TrialSamples = Annotated[
+    int | None, in_panel(Data, "Calibration windows of each trial under a budget. Default: a quarter.", min=8)
+]
 Out = Annotated[Path | None, in_panel(Output, "Output folder. Default: ./compressed/MODEL-METHOD-AMOUNT.")]
 Resume = Annotated[bool, in_panel(Output, "Go on with an interrupted run.", flag="--resume")]
 Overwrite = Annotated[bool, in_panel(Output, "Replace the output if it exists.", flag="--overwrite")]
@@ -59,6 +63,7 @@ def deliver(
     show_recipe: bool,
     push_to_hub: str | None,
     as_json: bool,
+    profile: bool,
     like: Mapping[str, Any] | None = None,
 ) -> None:
     """Do what was asked for with a job. like: the compress.json of the checkpoint that is to be made again."""
@@ -77,9 +82,12 @@ def deliver(
     if dry_run:
         show_plan(job, plan_only(job), as_json=as_json)
         return
-    result = run_with_progress(job)
+    with profiled(profile):
+        result = run_with_progress(job)
     if result is None:
         return
+    if profile:
+        show_seconds(result.seconds)
     if like is not None:
         made = read_recipe(result.out).facts
         assert made is not None
@@ -98,11 +106,8 @@ def run_with_progress(job: "Job") -> "Result | None":
     from compress.streaming.processes import joined
 
     try:
-        with joined(job.device) as processes, seeing_interrupts():
-            if not processes.is_first:
-                return run_together(job, processes)
-            with progress_bar("preparing") as progress:
-                return run_together(job, processes, progress)
+        with joined(job.device) as processes, seeing_interrupts(), progress_bar("preparing") as progress:
+            return run_together(job, processes, progress)
     except KeyboardInterrupt as interrupt:
         if any((job.partial / name).exists() for name in (JOURNAL, FACTS)):
             raise KeyboardInterrupt("what was finished is kept; the same command with --resume goes on") from interrupt

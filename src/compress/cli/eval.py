@@ -21,9 +21,11 @@ from compress.cli.options import (
     pick_device,
 )
 from compress.cli.outputs import computing_dtype, newest_output
+from compress.cli.progress import progress_bar
 from compress.cli.quality_tables import show_comparison, show_quality
-from compress.cli.reporting import progress_bar, quiet_libraries, reporting_errors
+from compress.cli.reporting import quiet_libraries, reporting_errors
 from compress.errors import Faults, UsageError
+from compress.numerics import DTYPES
 
 if TYPE_CHECKING:
     import torch
@@ -53,10 +55,11 @@ def evaluate(
     ] = None,
     tasks: Annotated[
         str | None,
-        in_panel(Measures, "Tasks of lm-eval, with commas between: piqa,winogrande,arc_easy,arc_challenge,..."),
+        in_panel(Measures, "Tasks of lm-eval, with commas between: piqa,winogrande,arc_easy,arc_challenge,mmlu,..."),
     ] = None,
     humaneval: Annotated[
-        bool, in_panel(Measures, "Programs that are written and run: pass@k of HumanEval.", flag="--humaneval")
+        bool,
+        in_panel(Measures, "Run HumanEval, which executes generated code, and report pass@k.", flag="--humaneval"),
     ] = False,
     model: Annotated[
         str | None,
@@ -118,7 +121,6 @@ def evaluate(
 
     from compress.evaluation.humaneval import Sampling
 
-    quiet_libraries()
     asked = replace(
         asked,
         compared_on=(asked.texts or (usual_text(found.places),)) if kl else (),
@@ -169,8 +171,8 @@ def check_programs(
     with faults.noted():
         if humaneval and not allowed:
             raise UsageError(
-                "--humaneval runs programs that a model wrote, on this machine, as your user; they are held in as far "
-                "as the system allows (docs/evaluation.md). Say --allow-code-execution if that is what you want."
+                "--humaneval runs programs that a model wrote, on this machine and as your user. Limits on their time "
+                "and memory are no sandbox (docs/security.md): use a container, and say --allow-code-execution."
             )
     with faults.noted():
         if not humaneval and (allowed or samples > 1 or temperature is not None or words(k) != ["1"]):
@@ -248,7 +250,17 @@ def look_at_models(
     if device is not None or not faults.found:
         with faults.noted():
             target = pick_device(device)
+            check_computing_dtype(dtype, target)
     return Found(places, data_folder, target)
+
+
+def check_computing_dtype(dtype: str | None, device: "torch.device") -> None:
+    import torch
+
+    from compress.numerics.precision import check_computing
+
+    if dtype in DTYPES:
+        check_computing(getattr(torch, dtype), device)
 
 
 def gather(
@@ -257,15 +269,19 @@ def gather(
     """What is to be measured, with its documents and problems. All faults so far are told here."""
     if not tasks and not humaneval:
         faults.report()
+    quiet_libraries()
     from compress.datasets import load_rows
-    from compress.quality.asked import Asked, gather_problems, gather_tasks
+    from compress.datasets.humaneval import load_problems
+    from compress.evaluation.humaneval import check_can_run
+    from compress.quality.asked import Asked, load_tasks
 
     asked = Asked(texts=tuple(texts), data_dir=data_dir, limit=limit)
     with faults.noted():
-        documents, harness_tasks = gather_tasks(tasks, data_dir, limit)
-        asked = replace(asked, documents=documents, harness_tasks=harness_tasks)
+        asked = replace(asked, tasks=load_tasks(tasks, data_dir))
     with faults.noted():
-        asked = replace(asked, problems=gather_problems(data_dir, limit) if humaneval else ())
+        if humaneval:
+            check_can_run()
+            asked = replace(asked, problems=load_problems(data_dir, limit))
     for text in texts if faults.found else []:
         with faults.noted():
             load_rows(text, "test", data_dir)
@@ -319,13 +335,14 @@ def measure_all(
 ) -> "list[Quality]":
     from compress.quality.measuring import free_memory, measure, remember_dense
 
-    def load(subject: "Subject") -> Any:
-        return subject.load(
-            computing_dtype(dtype, subject.config, device), device, trust_remote_code=asked.trust_remote_code
-        )
-
     qualities = []
-    with progress_bar("evaluating") as progress:
+    with progress_bar("preparing") as progress:
+
+        def load(subject: "Subject") -> Any:
+            progress(f"loading {subject.name}", "", 0, 0)
+            computing = computing_dtype(dtype, subject.config, device)
+            return subject.load(computing, device, trust_remote_code=asked.trust_remote_code)
+
         references = remember_dense(dense, load(dense), asked, progress) if dense is not None else {}
         for subject in subjects:
             free_memory()

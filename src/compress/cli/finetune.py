@@ -14,13 +14,16 @@ from compress.cli.options import (
     Machine,
     Method,
     Output,
+    Profile,
     Seed,
     in_panel,
     look_at,
     printable,
     usual_seq_len,
 )
-from compress.cli.reporting import progress_bar, quiet_libraries, reporting_errors
+from compress.cli.profiling import profiled
+from compress.cli.progress import progress_bar
+from compress.cli.reporting import quiet_libraries, reporting_errors
 from compress.errors import Faults, UsageError
 
 if TYPE_CHECKING:
@@ -100,6 +103,7 @@ def finetune(
         in_panel(Machine, "Of what is frozen, in memory. Default: float32 on the CPU, the checkpoint's own on a GPU."),
     ] = None,
     device: Device = None,
+    profile: Profile = False,
 ) -> None:
     """Train a compressed checkpoint a little, to win back what it has lost. It keeps its form, its shapes and its size.
 
@@ -166,7 +170,8 @@ def finetune(
 
         show_plan(look(job), as_json=json)
         return
-    result = run_with_progress(job)
+    with profiled(profile):
+        result = run_with_progress(job)
     if result is not None:
         show_tuning(result, as_json=json)
 

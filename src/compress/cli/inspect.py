@@ -10,7 +10,8 @@ import typer
 from compress.cli.inspect_tables import show, show_sizes
 from compress.cli.options import Json
 from compress.cli.outputs import newest_output
-from compress.cli.reporting import print_json, print_lines, progress_bar, quiet_libraries, reporting_errors
+from compress.cli.progress import progress_bar
+from compress.cli.reporting import print_json, print_lines, quiet_libraries, reporting_errors
 from compress.errors import Faults, UsageError
 
 if TYPE_CHECKING:

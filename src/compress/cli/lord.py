@@ -32,6 +32,7 @@ from compress.cli.options import (
     Json,
     Method,
     Output,
+    Profile,
     Samples,
     Seed,
     SeqLen,
@@ -49,7 +50,7 @@ MULTIPLE = "Ranks are rounded down to a multiple. Default: 128, or less for a na
 METHOD = "anchored: ours, refitted to the dense model. lord: the paper's. svd-llm, asvd, svd: for comparison."
 ALLOCATION = (
     "uniform: one share for all. energy: least variance lost. fisher: least loss, by its gradient. auto: by trial. "
-    "Default: uniform with --rank-frac and --rank and for other methods than anchored, else auto."
+    "Default: uniform with --rank-frac and --rank and for other methods than anchored, else fisher."
 )
 TARGET = "all, attention, mlp, or patterns of names such as *.down_proj; several with commas."
 FORM = "pivot: the same function in fewer numbers than factors. auto: pivot where it is no slower."
@@ -78,7 +79,7 @@ def factorize_model(
     refit: Annotated[bool | None, in_panel(Method, REFIT, flag="--refit/--no-refit")] = None,
     gradient_weight: Annotated[float | None, in_panel(Method, GRADIENT)] = None,
     bias: Annotated[bool | None, in_panel(Method, BIAS, flag="--bias/--no-bias")] = None,
-    trial_samples: TrialSamples = 128,
+    trial_samples: TrialSamples = None,
     calib: Calibration = None,
     samples: Samples = 128,
     seq_len: SeqLen = None,
@@ -98,6 +99,7 @@ def factorize_model(
     batch_size: BatchSize = None,
     max_memory: MaxMemory = None,
     cache_memory: CacheMemory = None,
+    profile: Profile = False,
 ) -> None:
     """Factorise linear layers: fewer numbers, less arithmetic (LoRD and past it).
 
@@ -140,7 +142,7 @@ def factorize_model(
     )
     spelled = {**amount.typed, "rank_multiple": rank_multiple, "allocation": options["allocation"], "target": target}
     spelled |= {"form": form, "bias": bias, "materialize": materialize, "measure_error": measure_error, **ours}
-    spelled |= {"trial_samples": trial_samples, "batch_size": batch_size}
+    spelled |= {"trial_samples": recipe.trial_samples if amount.budget else None, "batch_size": batch_size}
     job = Job(
         model=source,
         recipe=recipe,
@@ -154,12 +156,12 @@ def factorize_model(
         resume=resume,
         overwrite=overwrite,
     )
-    deliver(job, dry_run=dry_run, show_recipe=show_recipe, push_to_hub=push_to_hub, as_json=json)
+    deliver(job, dry_run=dry_run, show_recipe=show_recipe, push_to_hub=push_to_hub, as_json=json, profile=profile)
 
 
 def usual_allocation(method: str, amount: Amount) -> str:
-    """By trial where there is a budget to spend and a refit to measure it by."""
-    return "auto" if amount.budget and method == "anchored" else "uniform"
+    """By what the loss feels where there is a budget to spend."""
+    return "fisher" if amount.budget and method == "anchored" else "uniform"
 
 
 def check_method(

@@ -44,6 +44,9 @@ Seed = Annotated[int, in_panel(Data, "Of everything that is drawn at random.", m
 Dtype = Annotated[str | None, in_panel(Output, "Of the written weights. Default: the model's own.")]
 Json = Annotated[bool, in_panel(Output, "Print the result as JSON.", flag="--json")]
 Device = Annotated[str | None, in_panel(Machine, "cuda, cuda:1, cpu; by default a GPU if there is one.")]
+Profile = Annotated[
+    bool, in_panel(Machine, "Print on stderr where the time went, by function and by kind of work.", flag="--profile")
+]
 BatchSize = Annotated[int | None, in_panel(Machine, "Windows at a time.", min=1)]
 
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)b?", re.IGNORECASE)

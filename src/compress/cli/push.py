@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 
 from compress.cli.options import Json
-from compress.cli.reporting import print_json, print_lines, progress_bar, reporting_errors
+from compress.cli.progress import progress_bar
+from compress.cli.reporting import print_json, print_lines, reporting_errors
 
 
 @reporting_errors

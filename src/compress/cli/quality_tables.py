@@ -117,7 +117,6 @@ def show_programs(title: str, found: "HumanEval") -> None:
         [
             f"Problems: {found.problems}, programs for each: {found.samples}, {how}. Passed: {found.passed}.",
             *(f"{kind}: {count}" for kind, count in failures),
-            "Programs were held in: " + ", ".join(f"{what}: {held}" for what, held in found.held.items()) + ".",
         ]
     )
 

@@ -1,4 +1,4 @@
-"""Errors as one line and an exit code; results as tables for people, JSON for machines; progress on stderr."""
+"""Errors as one line and an exit code; results as tables for people, JSON for machines."""
 
 import functools
 import json
@@ -12,8 +12,6 @@ from typing import Any, ParamSpec
 
 import typer
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -108,52 +106,19 @@ def print_text(text: str) -> None:
     sys.stdout.write(text)
 
 
-def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+def print_table(title: str, columns: list[str], rows: list[list[str]], *, stderr: bool = False) -> None:
     """Text, not rich's markup: what is in a name is shown as it is."""
     table = Table(title=Text(visible(title)), title_justify="left")
     for place, column in enumerate(columns):
-        table.add_column(Text(visible(column)), justify="left" if place == 0 else "right")
+        table.add_column(Text(visible(column)), justify="left" if place == 0 else "right", overflow="fold")
     for row in rows:
         table.add_row(*(Text(visible(cell)) for cell in row))
-    Console().print(table)
+    Console(stderr=stderr).print(table)
 
 
 def print_lines(lines: Iterable[str]) -> None:
     for line in lines:
         Console().print(Text(visible(line)))
-
-
-@contextmanager
-def progress_bar(start: str) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar on stderr, with the time left and this process's memory; plain lines where stderr is no terminal."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield PlainProgress()
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[memory]}"), console=console) as bar:
-        task = bar.add_task(start, total=None, memory=memory_in_use())
-        yield lambda name, done, total: bar.update(
-            task, description=escape(visible(name)), completed=done, total=total, memory=memory_in_use()
-        )
-
-
-class PlainProgress:
-    """A line when something new begins and when all is done, for logs."""
-
-    def __init__(self) -> None:
-        self.last = ""
-
-    def __call__(self, name: str, done: int, total: int) -> None:
-        if name != self.last or done == total:
-            sys.stderr.write(f"[{done}/{total}] {visible(name)}  {memory_in_use()}\n")
-        self.last = name
-
-
-def memory_in_use() -> str:
-    import psutil
-
-    return gigabytes(psutil.Process().memory_info().rss)
 
 
 def gigabytes(count: int) -> str:

@@ -27,6 +27,7 @@ from compress.cli.options import (
     Device,
     Dtype,
     Json,
+    Profile,
     SeqLen,
     look_at,
     printable,
@@ -65,6 +66,7 @@ def run_recipe(
     batch_size: BatchSize = None,
     max_memory: MaxMemory = None,
     cache_memory: CacheMemory = None,
+    profile: Profile = False,
 ) -> None:
     """Run a recipe: any stages that make sense together, in one walk.
 
@@ -104,7 +106,15 @@ def run_recipe(
         resume=resume,
         overwrite=overwrite,
     )
-    deliver(job, dry_run=dry_run, show_recipe=show_recipe, push_to_hub=push_to_hub, as_json=json, like=file.facts)
+    deliver(
+        job,
+        dry_run=dry_run,
+        show_recipe=show_recipe,
+        push_to_hub=push_to_hub,
+        as_json=json,
+        like=file.facts,
+        profile=profile,
+    )
 
 
 def named_model(asked: str | None, file: "RecipeFile") -> str:

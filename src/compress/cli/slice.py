@@ -32,6 +32,7 @@ from compress.cli.options import (
     Json,
     Method,
     Output,
+    Profile,
     Samples,
     Seed,
     SeqLen,
@@ -42,16 +43,16 @@ from compress.cli.reporting import quiet_libraries, reporting_errors
 from compress.errors import Faults, UsageError
 
 RATIO = "Share of the hidden size to delete: 0.25; from first to last block, 0.1:0.3; or one a block, 0.1,0.2"
-KEEP = "Share of all parameters to keep, a promise: hidden size and MLP width are chosen by trial."
+KEEP = "Share of all parameters to keep, a promise: hidden size and MLP width are chosen."
 SIZE = "Bytes the weights may take on disk, a promise: 4GB. Chosen as with --keep-params."
 ENERGY = "Keep what holds this share of the stream's energy."
 METHOD = "anchored: ours, refitted to the dense model. slicegpt: the paper's, a rotation a layer."
 ROTATION = "One basis for the whole stream, which keeps a stock shape, or one a layer with shortcuts. Default: shared."
 REFIT = "Solve readers and writers of the stream again, towards the dense model. Default: --refit."
 GRADIENT = "How much the shared basis goes by the loss's gradient; 0: by variance alone. Default: 0.9."
-MLP = "Share of each MLP's neurons to delete; left to the trials under a budget."
+MLP = "Share of each MLP's neurons to delete; chosen under a budget."
 KV = "Share of the KV groups to delete, with their query heads."
-ALLOCATION = "Under a budget: as many neurons in every block, or searched, beyond any stock shape. Default: uniform."
+ALLOCATION = "Under a budget: as many neurons in every block, or free, beyond any stock shape. Default: uniform."
 SIGNAL = "slicegpt: principal components of the stream before or after the norm. Default: stream."
 ORIENTATION = "slicegpt: span the kept space by its components, or rotated at random. Default: pca."
 HEAD = "slicegpt: slice the head's input as well."
@@ -73,8 +74,8 @@ def slice_model(
     rotation: Annotated[Literal["shared", "per-layer"] | None, in_panel(Method, ROTATION)] = None,
     refit: Annotated[bool | None, in_panel(Method, REFIT, flag="--refit/--no-refit")] = None,
     gradient_weight: Annotated[float | None, in_panel(Method, GRADIENT)] = None,
-    allocation: Annotated[Literal["uniform", "searched"] | None, in_panel(Method, ALLOCATION)] = None,
-    trial_samples: TrialSamples = 128,
+    allocation: Annotated[Literal["uniform", "free"] | None, in_panel(Method, ALLOCATION)] = None,
+    trial_samples: TrialSamples = None,
     signal: Annotated[Literal["stream", "normed"] | None, in_panel(Method, SIGNAL)] = None,
     final_orientation: Annotated[Literal["pca", "random"] | None, in_panel(Method, ORIENTATION)] = None,
     slice_head: Annotated[bool | None, in_panel(Method, HEAD, flag="--slice-head")] = None,
@@ -97,6 +98,7 @@ def slice_model(
     batch_size: BatchSize = None,
     max_memory: MaxMemory = None,
     cache_memory: CacheMemory = None,
+    profile: Profile = False,
 ) -> None:
     """Make a model narrower: fewer dimensions of the residual stream, fewer neurons (SliceGPT and past it).
 
@@ -119,10 +121,8 @@ def slice_model(
         amount = parse_amount({**typed, "explained_variance": explained_variance}, SLICING, trial_samples)
     with faults.noted():
         mine = options_of(method, how)
-        if allocation == "searched" and (mlp_ratio is not None or (keep_params is None and target_size is None)):
-            raise UsageError(
-                "--allocation searched spends a budget on neurons: give --keep-params or --target-size alone."
-            )
+        if allocation == "free" and (mlp_ratio is not None or (keep_params is None and target_size is None)):
+            raise UsageError("--allocation free spends a budget on neurons: give --keep-params or --target-size alone.")
     with faults.noted():
         cache_bytes, most_bytes = bytes_of(cache_memory, "--cache-memory"), bytes_of(max_memory, "--max-memory")
     source, data_folder, target = look_at(faults, model=model, dtype=dtype, data_dir=data_dir, device=device)
@@ -142,7 +142,7 @@ def slice_model(
         seed=seed,
         dtype=dtype,
     )
-    trials = {"trial_samples": trial_samples} if amount.budget else {}
+    trials = {"trial_samples": recipe.trial_samples} if amount.budget else {}
     spelled = {**amount.typed, **mine, **common, **trials, "export": export, "batch_size": batch_size}
     job = Job(
         model=source,
@@ -158,7 +158,7 @@ def slice_model(
         resume=resume,
         overwrite=overwrite,
     )
-    deliver(job, dry_run=dry_run, show_recipe=show_recipe, push_to_hub=push_to_hub, as_json=json)
+    deliver(job, dry_run=dry_run, show_recipe=show_recipe, push_to_hub=push_to_hub, as_json=json, profile=profile)
 
 
 def options_of(method: str, how: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from compress.cli.options import (
     Json,
     Method,
     Output,
+    Profile,
     Samples,
     Seed,
     SeqLen,
@@ -109,6 +110,7 @@ def slim_model(
     batch_size: BatchSize = None,
     max_memory: MaxMemory = None,
     cache_memory: CacheMemory = None,
+    profile: Profile = False,
 ) -> None:
     """Store linear layers in fewer bits, sparse, with adapters that correct the error (SLiM and past it).
 
@@ -155,7 +157,7 @@ def slim_model(
         resume=resume,
         overwrite=overwrite,
     )
-    deliver(job, dry_run=dry_run, show_recipe=show_recipe, push_to_hub=push_to_hub, as_json=json)
+    deliver(job, dry_run=dry_run, show_recipe=show_recipe, push_to_hub=push_to_hub, as_json=json, profile=profile)
 
 
 @dataclass(frozen=True)

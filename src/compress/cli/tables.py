@@ -23,7 +23,7 @@ def show_plan(job: "Job", plan: "Plan", *, as_json: bool) -> None:
     rows = [["written as", loads_as(plan.target.architecture, is_stock=plan.target.is_stock)]]
     rows += [["parameters, dense", f"{plan.dense.parameters:,}"]]
     if plan.choices:
-        rows += [["shapes that fit", f"{len(plan.choices)}, see below; trials on calibration text choose"]]
+        rows += [["shapes that fit", f"{len(plan.choices)}, see below; predicted, then chosen by at most three trials"]]
     elif plan.ranks is not None:
         rows += [["ranks", f"found from the dense model, by {' or '.join(plan.ranks.stage.allocations)}"]]
         rows += limit_rows(job, plan)

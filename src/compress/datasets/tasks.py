@@ -1,6 +1,6 @@
-"""Documents of multiple-choice tasks and of LAMBADA from plain files: `tasks/NAME.jsonl` in the folder of --data-dir.
+"""Documents of tasks from local files: `tasks/NAME.jsonl` in the folder of --data-dir.
 
-A line is a JSON object in one of three layouts, which are llm-foundry's:
+A line is a JSON object, and all lines of a file have one of llm-foundry's three layouts:
 
     query, choices, gold                  one context, several endings
     context_options, continuation, gold   several contexts, one ending (WinoGrande)
@@ -14,7 +14,6 @@ from typing import Any
 from compress.errors import Unavailable
 from compress.models.json_text import parse_json
 
-FOLDER = "tasks"
 LAYOUTS: tuple[dict[str, type], ...] = (
     {"query": str, "choices": list, "gold": int},
     {"context_options": list, "continuation": str, "gold": int},
@@ -22,40 +21,48 @@ LAYOUTS: tuple[dict[str, type], ...] = (
 )
 
 
-def names(data_dir: Path | None) -> list[str]:
-    """The tasks that the folder has."""
-    return [] if data_dir is None else sorted(file.stem for file in (data_dir / FOLDER).glob("*.jsonl"))
+def local_tasks(data_dir: Path | None) -> dict[str, Path]:
+    """The files of the folder's tasks, by the tasks' names."""
+    return {} if data_dir is None else {file.stem: file for file in sorted((data_dir / "tasks").glob("*.jsonl"))}
 
 
-def load_documents(name: str, data_dir: Path, limit: int | None = None) -> list[dict[str, Any]]:
-    """The documents of a task, at most `limit`. Raises Unavailable for a file that is missing or damaged."""
-    file = data_dir / FOLDER / f"{name}.jsonl"
+def read_documents(file: Path) -> list[dict[str, Any]]:
+    """The documents of a task, with the fields of their layout. Raises Unavailable for a damaged file."""
     try:
         # Not splitlines: a JSON string may hold a bare U+2028.
         lines = file.read_bytes().decode("utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise Unavailable(f"{file} cannot be read: {error}. Replace the file.") from error
-    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    if not numbered:
+    documents = [read_document(line, f"{file}, line {n}") for n, line in enumerate(lines, 1) if line.strip()]
+    if not documents:
         raise Unavailable(f"{file} has no documents. Replace the file.")
-    return [document(line, f"{file}, line {number}") for number, line in numbered[:limit]]
+    if any(each.keys() != documents[0].keys() for each in documents):
+        raise Unavailable(f"{file} has documents of several layouts. Give each layout a file.")
+    return documents
 
 
-def document(line: str, where: str) -> dict[str, Any]:
+def read_document(line: str, where: str) -> dict[str, Any]:
     try:
         found = parse_json(line)
     except json.JSONDecodeError as error:
         raise Unavailable(f"{where} is not JSON: {error.msg}. Replace the file.") from error
-    if not isinstance(found, dict) or not any(fits(found, layout) for layout in LAYOUTS):
-        layouts = " or ".join(", ".join(layout) for layout in LAYOUTS)
+    layout = next((each for each in LAYOUTS if isinstance(found, dict) and fits(found, each)), None)
+    if layout is None:
+        layouts = " or ".join(", ".join(each) for each in LAYOUTS)
         raise Unavailable(f"{where} is no document of a task: it must have {layouts}. Replace the file.")
-    return found
+    return {field: found[field] for field in layout}
 
 
 def fits(found: dict[str, Any], layout: dict[str, type]) -> bool:
-    if not all(isinstance(found.get(key), kind) for key, kind in layout.items()):
+    if not all(type(found.get(key)) is kind for key, kind in layout.items()):
+        return False
+    if found.get("continuation") == "":
         return False
     options = next((found[key] for key in ("choices", "context_options") if key in layout), None)
     if options is None:
         return True
-    return len(options) > 1 and all(isinstance(option, str) for option in options) and 0 <= found["gold"] < len(options)
+    return (
+        len(options) > 1
+        and all(isinstance(each, str) and each for each in options)
+        and found["gold"] in range(len(options))
+    )

@@ -1,16 +1,16 @@
-"""What the measures share: a model ready to be asked, and losses that must be numbers."""
+"""What the measures share: a model in evaluation mode, its context length, and losses that must be numbers."""
 
-import inspect
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-from jaxtyping import Float, Int64
-from torch import Tensor, nn
+from torch import nn
 
 from compress.errors import NumericalError
+
+USUAL_CONTEXT = 2048
+NO_LIMIT = 10**9  # transformers gives a larger number where a tokenizer has none
 
 
 @contextmanager
@@ -39,14 +39,10 @@ def finite(
     return losses
 
 
-def logits_at(
-    model: nn.Module, ids: Int64[Tensor, "batch seq_len"], positions: range
-) -> Float[Tensor, "batch positions vocab"]:
-    """The logits at some positions; no others are computed where the model can leave them out."""
-    parameters = inspect.signature(model.forward).parameters.values()
-    takes_any = any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters)
-    kept: dict[str, Any] = {}
-    if takes_any or any(parameter.name == "logits_to_keep" for parameter in parameters):
-        kept["logits_to_keep"] = torch.tensor(positions, device=ids.device)
-    logits: Tensor = model(input_ids=ids, use_cache=False, **kept).logits
-    return logits if logits.shape[1] == len(positions) else logits[:, positions.start : positions.stop]
+def context_length(config: Any, tokenizer: Any) -> int:
+    """Tokens that a model can read: of its config, else of its tokenizer, else 2048."""
+    for name in ("n_positions", "max_position_embeddings", "n_ctx"):
+        if (length := getattr(config.get_text_config(), name, None)) is not None:
+            return int(length)
+    length = int(getattr(tokenizer, "model_max_length", None) or USUAL_CONTEXT)
+    return length if length < NO_LIMIT else USUAL_CONTEXT

@@ -1,8 +1,11 @@
-"""Programs of a stranger's, a few at a time, each in a process and a folder of its own (`_sandbox.py`)."""
+"""Run untrusted Python programs, each in a process with limits. docs/security.md says what these do not hold.
 
-import json
+    python -I _programs.py SECONDS < PROGRAM
+
+is that process: it limits itself, runs the program, and prints `passed` or why it did not pass.
+"""
+
 import os
-import secrets
 import signal
 import subprocess
 import sys
@@ -10,65 +13,22 @@ import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any
 
-from compress.errors import CompressError, UsageError
-from compress.evaluation import _sandbox
-
-# What a supervisor may take beyond its program's time to start and to clear up.
-GRACE_SECONDS = 20.0
-
-
-@dataclass(frozen=True)
-class Limits:
-    """seconds: by the clock, and as many of a core's time. memory: of address space. file: of each that is written."""
-
-    seconds: float = 10.0
-    memory_bytes: int = 2**30
-    file_bytes: int = 2**24
-    processes: int = 32
-    open_files: int = 64
-
-    def by_name(self) -> dict[str, int]:
-        """As setrlimit calls them."""
-        return {
-            "RLIMIT_CPU": int(self.seconds) + 1,
-            "RLIMIT_AS": self.memory_bytes,
-            "RLIMIT_FSIZE": self.file_bytes,
-            "RLIMIT_NPROC": self.processes,
-            "RLIMIT_NOFILE": self.open_files,
-            "RLIMIT_CORE": 0,
-        }
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """detail: `passed`, or why not. held: what kept the program in, by what it was kept from."""
-
-    passed: bool
-    detail: str
-    held: dict[str, str]
+PASSED = "passed"
+STARTUP_SECONDS = 10
+MEMORY_BYTES = 2**30  # of address space
+FILE_BYTES = 2**24  # of each file that is written
+PROCESSES = 0  # that the program may start; the system does not hold root to it
 
 
 def run_programs(
-    programs: Sequence[str],
-    limits: Limits | None = None,
-    *,
-    workers: int | None = None,
-    on_done: Callable[[int], None] | None = None,
-) -> list[Outcome]:
-    """How each program ended. One passes when its last line has been run, and in no other way.
-
-    workers: run at a time, by default one a core. on_done: is told 1 for each.
-    Raises UsageError where a program cannot be closed in.
-    """
-    if os.name != "posix":
-        raise UsageError("Programs are only run on Linux and macOS: this system cannot limit what they take.")
+    programs: Sequence[str], *, seconds: int = 10, on_done: Callable[[int], None] | None = None
+) -> list[str]:
+    """How each program ended: `passed` if its last line has been run, else why not. `on_done` is told 1 for each."""
     outcomes = []
-    with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         try:
-            for outcome in pool.map(lambda program: run_program(program, limits or Limits()), programs):
+            for outcome in pool.map(lambda program: run_program(program, seconds), programs):
                 outcomes.append(outcome)
                 if on_done:
                     on_done(1)
@@ -78,52 +38,64 @@ def run_programs(
     return outcomes
 
 
-def run_program(program: str, limits: Limits) -> Outcome:
-    token = secrets.token_hex(16)
-    with tempfile.TemporaryDirectory(prefix="compress-program-") as folder:
-        job = {"program": program, "token": token, "folder": folder}
-        answer = supervised(job | {"seconds": limits.seconds, "limits": limits.by_name()}, limits.seconds)
-    if "refused" in answer:
-        raise UsageError(f"--humaneval: {answer['refused']}.")
-    return judged(answer, token, limits)
-
-
-def supervised(job: dict[str, Any], seconds: float) -> dict[str, Any]:
-    """What _sandbox.py answers. Its environment is empty; all of its process group is killed if it does not."""
-    with subprocess.Popen(
-        [sys.executable, "-I", _sandbox.__file__],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env={},
-        start_new_session=True,
-        text=True,
-    ) as process:
+def run_program(program: str, seconds: int) -> str:
+    """Without environment or input, in an empty folder. All of its process group is killed when it ends."""
+    with (
+        tempfile.TemporaryDirectory(prefix="compress-program-", ignore_cleanup_errors=True) as folder,
+        subprocess.Popen(
+            [sys.executable, "-I", __file__, str(seconds)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            cwd=folder,
+            env={},
+            start_new_session=True,
+            encoding="utf-8",
+            errors="replace",
+        ) as process,
+    ):
+        outcome = ""
         try:
-            out, err = process.communicate(json.dumps(job), timeout=seconds + GRACE_SECONDS)
+            outcome, _ = process.communicate(program, timeout=seconds + STARTUP_SECONDS)
         except subprocess.TimeoutExpired:
-            return {"said": "", "in_time": False, "ended": -signal.SIGKILL, "held": {}}
+            outcome = f"took more than {seconds} seconds"
         finally:
             with suppress(OSError):
                 os.killpg(process.pid, signal.SIGKILL)
+    if process.returncode == -signal.SIGALRM:
+        return f"took more than {seconds} seconds"
+    ended = f"killed by signal {-process.returncode}" if process.returncode < 0 else "ended before its last line"
+    return outcome or ended
+
+
+def main(seconds: int) -> None:
+    program = sys.stdin.read()
+    answer = os.fdopen(os.dup(1), "w", encoding="utf-8", errors="replace")
+    null = os.open(os.devnull, os.O_RDWR)
+    for standard in (0, 1, 2):
+        os.dup2(null, standard)
+    limit(seconds)
     try:
-        answer: dict[str, Any] = json.loads(out)
-    except ValueError as error:
-        reason = err.strip().splitlines()[-1:] or [f"exit code {process.returncode}"]
-        raise CompressError(f"A program could not be run: {reason[0]}.") from error
-    return answer
+        exec(compile(program, "program.py", "exec"), {})
+        outcome = PASSED
+    except BaseException as error:
+        outcome = " ".join(f"{type(error).__name__}: {error}".split())[:200].rstrip(": ")
+    answer.write(outcome)
+    answer.flush()
+    os._exit(0)  # before what the program has left to be done at exit
 
 
-def judged(answer: dict[str, Any], token: str, limits: Limits) -> Outcome:
-    said, ended = str(answer["said"]), int(answer["ended"])
-    if said == token:
-        detail = "passed"
-    elif not answer["in_time"]:
-        detail = f"took more than {limits.seconds:g} seconds"
-    elif said:
-        detail = said.replace(token, "")
-    elif ended < 0:
-        detail = f"killed by signal {-ended}"
-    else:
-        detail = "ended before its last line"
-    return Outcome(said == token, detail, answer["held"])
+def limit(seconds: int) -> None:
+    """Of this process. The alarm also ends one whose parent has been killed."""
+    import resource
+
+    most = {"CPU": seconds + 1, "AS": MEMORY_BYTES, "FSIZE": FILE_BYTES, "NPROC": PROCESSES, "CORE": 0}
+    for name, number in most.items():
+        # macOS refuses some, and the user's own limit may be lower.
+        with suppress(ValueError, OSError):
+            resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (number, number))
+    signal.alarm(seconds)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

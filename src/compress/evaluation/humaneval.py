@@ -3,11 +3,13 @@
     pass@k = mean over problems of 1 - C(n - c, k) / C(n, k)      (section 2.1)
 
 for n samples of a problem of which c pass: without bias for n >= k. The standard error is that of the mean over
-problems. A completion ends before the first of the stop sequences of the paper, which no function has in it.
+problems. A completion ends before the first of the paper's stop strings.
 """
 
 import math
+import os
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,19 +22,16 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
-    StoppingCriteria,
     StoppingCriteriaList,
+    StopStringCriteria,
 )
 
 from compress.errors import UsageError
-from compress.evaluation._inference import evaluating
-from compress.evaluation._programs import Limits, Outcome, run_programs
-from compress.evaluation._scoring import context_length
+from compress.evaluation._inference import context_length, evaluating
+from compress.evaluation._programs import PASSED, run_programs
 from compress.models.soundness import check_sound, first_unsound
 
 STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
-# A stop sequence that a step completes begins so many tokens back at most: it has no more bytes.
-STOP_TOKENS = max(map(len, STOPS)) + 1
 TOP_P = 0.95
 Problem = Mapping[str, str]
 
@@ -59,7 +58,7 @@ class PassRate:
 
 @dataclass(frozen=True)
 class HumanEval:
-    """failures: how often programs failed in which way. held: what kept the programs in."""
+    """failures: how often programs failed in which way."""
 
     rates: list[PassRate]
     problems: int
@@ -67,7 +66,6 @@ class HumanEval:
     temperature: float
     passed: int
     failures: dict[str, int]
-    held: dict[str, str]
 
     def to_dict(self) -> dict[str, Any]:
         rates = {f"pass@{each.k}": {"value": each.value, "standard_error": each.error} for each in self.rates}
@@ -82,6 +80,13 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
 def program_of(problem: Problem, completion: str) -> str:
     """As the paper's code puts it together: its tests run when `check` is called, on the last line."""
     return f"{problem['prompt']}{completion}\n{problem['test']}\ncheck({problem['entry_point']})"
+
+
+def check_can_run() -> None:
+    """Raises UsageError where not even an empty program passes, so that no score would mean anything."""
+    outcome = run_programs([""])[0] if os.name == "posix" else "cannot be limited"
+    if outcome != PASSED:
+        raise UsageError(f"--humaneval cannot run programs on this system: an empty one {outcome}. Use Linux or macOS.")
 
 
 def measure(
@@ -99,21 +104,16 @@ def measure(
     for problem, completion in completions(problems, model, tokenizer, sampling, batch_size):
         programs.append(program_of(problem, completion))
         told("writing", 1)
-    outcomes = run_programs(programs, Limits(), on_done=lambda count: told("running", count))
-    return judged(outcomes, sampling)
+    return judged(run_programs(programs, on_done=partial(told, "running")), sampling)
 
 
-def judged(outcomes: Sequence[Outcome], sampling: Sampling) -> HumanEval:
+def judged(outcomes: Sequence[str], sampling: Sampling) -> HumanEval:
     """outcomes: of all samples of the first problem, then of the second, ..."""
     n = sampling.samples
-    correct = [sum(each.passed for each in outcomes[i : i + n]) for i in range(0, len(outcomes), n)]
+    correct = [outcomes[i : i + n].count(PASSED) for i in range(0, len(outcomes), n)]
     rates = [rate_of([pass_at_k(n, each, k) for each in correct], k) for k in sampling.ks]
-    failures: dict[str, int] = {}
-    for outcome in outcomes:
-        if not outcome.passed:
-            kind = outcome.detail.partition(":")[0]
-            failures[kind] = failures.get(kind, 0) + 1
-    return HumanEval(rates, len(correct), n, sampling.temperature, sum(correct), failures, outcomes[0].held)
+    failures = Counter(outcome.partition(":")[0] for outcome in outcomes if outcome != PASSED)
+    return HumanEval(rates, len(correct), n, sampling.temperature, sum(correct), dict(failures))
 
 
 def rate_of(values: Sequence[float], k: int) -> PassRate:
@@ -150,7 +150,7 @@ def complete(prompts: Sequence[str], model: PreTrainedModel, tokenizer: Any, sam
         ids,
         attention_mask=mask,
         generation_config=generation(model, tokenizer, sampling, min(sampling.max_new_tokens, room), pad),
-        stopping_criteria=StoppingCriteriaList([AtStop(tokenizer, length)]),
+        stopping_criteria=StoppingCriteriaList([StopInCompletion(tokenizer, length)]),
         logits_processor=LogitsProcessorList([Sound(model)]),
     )
     rows = zip(encoded, written[:, length:].tolist(), strict=True)
@@ -198,14 +198,13 @@ class Sound(LogitsProcessor):  # type: ignore[misc,unused-ignore]
         return scores
 
 
-class AtStop(StoppingCriteria):  # type: ignore[misc,unused-ignore]
-    """A row is done when its newest tokens hold a stop sequence."""
+class StopInCompletion(StopStringCriteria):  # type: ignore[misc,unused-ignore]
+    """The stop strings, without the prompt: each of HumanEval's ends in the line end that they begin with."""
 
-    def __init__(self, tokenizer: Any, start: int) -> None:
-        self.tokenizer, self.start = tokenizer, start
+    def __init__(self, tokenizer: Any, prompt_tokens: int) -> None:
+        super().__init__(tokenizer, list(STOPS))
+        self.prompt_tokens = prompt_tokens
 
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        newest = input_ids[:, max(self.start, input_ids.shape[1] - STOP_TOKENS) :]
-        texts = self.tokenizer.batch_decode(newest, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        done = [any(stop in text for stop in STOPS) for text in texts]
-        return torch.tensor(done, device=input_ids.device)
+    def __call__(self, input_ids: Tensor, scores: Any, **options: Any) -> Tensor:
+        done: Tensor = super().__call__(input_ids[:, self.prompt_tokens :], scores, **options)
+        return done

@@ -1,82 +1,238 @@
-"""Multiple-choice tasks and LAMBADA from plain files, with the requests and the arithmetic of lm-evaluation-harness.
+"""Tasks by lm-evaluation-harness (the extra `tasks`): its prompts, log-likelihoods and metrics, on a loaded model.
 
-    acc       the answer with the highest log-likelihood is the right one (LAMBADA: greedy decoding gives the word)
-    acc_norm  the same, log-likelihoods divided by the answer's characters, as lm-eval 0.4.13 does
-
-A task of a file that is not named below asks its query as it is, and has both.
+The documents are those of the hub, or of a local file (`_local_tasks.py`). The model runs through lm-eval's HFLM; only
+its softmax is told to be taken in float32.
 """
 
+import difflib
+import io
+import logging
+import math
+import os
+import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from typing import Any
 
-from torch import nn
+import torch
+from transformers import PreTrainedModel
 
-from compress.errors import UsageError
-from compress.evaluation._scores import FORMATS, Format, Metric, TaskScore, averages, mean, preferred_accuracy
-from compress.evaluation._scoring import Likelihood, Request, context_length, log_likelihoods
+from compress.errors import CompressError, NumericalError, Unavailable, UsageError
+from compress.evaluation._inference import context_length, evaluating
+from compress.evaluation._local_tasks import KNOWN, Document, local_task, task_index
+from compress.models.soundness import first_unsound
 
-__all__ = ["TaskScore", "averages", "preferred_accuracy", "requests_of", "score_task"]
-Document = Mapping[str, Any]
-
-
-def requests_of(task: str, document: Document) -> list[Request]:
-    """One for each answer that is to be compared; LAMBADA has one."""
-    if "choices" in document:
-        context = FORMATS.get(task, Format()).context(document["query"])
-        return [Request(context, f" {choice}") for choice in document["choices"]]
-    if "context_options" in document:
-        return [Request(context, f" {document['continuation']}") for context in document["context_options"]]
-    return [Request(document["context"], f" {document['continuation']}")]
+INSTALL = "pip install 'compress-llm[tasks]'"
+# Resamples for the standard error of what is no mean, such as a perplexity; lm-eval's own number takes minutes.
+BOOTSTRAPS = 1000
+FEWSHOT_SEED = 1234  # as in lm_eval.simple_evaluate
+OnAnswer = Callable[[int], None]
 
 
-def score_task(
-    task: str,
-    documents: Sequence[Document],
-    model: nn.Module,
+@dataclass(frozen=True)
+class Metric:
+    """error: the standard error, None where it is unknown."""
+
+    value: float
+    error: float | None
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """metrics by lm-eval's names. source: of the documents, `files` or `hub`."""
+
+    task: str
+    source: str
+    documents: int
+    metrics: dict[str, Metric]
+
+    def to_dict(self) -> dict[str, Any]:
+        metrics = {name: {"value": each.value, "standard_error": each.error} for name, each in self.metrics.items()}
+        return {"task": self.task, "source": self.source, "documents": self.documents, "metrics": metrics}
+
+
+def averages(scores: Sequence[TaskScore]) -> dict[str, float | None]:
+    """Plain means over the tasks: of `acc`, as in SLiM, and of `acc_norm` where a task has it, as in SliceGPT.
+
+    None where a task has no accuracy at all.
+    """
+    return {"acc": average(scores, "acc"), "acc_norm": average(scores, "acc_norm", "acc")}
+
+
+def average(scores: Sequence[TaskScore], *preferred: str) -> float | None:
+    found = [next((each.metrics[name].value for name in preferred if name in each.metrics), None) for each in scores]
+    values = [value for value in found if value is not None]
+    return statistics.fmean(values) if values and len(values) == len(found) else None
+
+
+@dataclass(frozen=True)
+class LoadedTask:
+    """A task or group of lm-eval's with its data. parts: its tasks by name, one unless it is a group."""
+
+    name: str
+    source: str
+    group: Any
+    parts: Mapping[str, Any]
+
+    def num_requests(self, limit: int | None) -> int:
+        """Likelihoods and texts that the model will be asked for: one for each choice of a document, else one."""
+        count = 0
+        for part in self.parts.values():
+            documents = islice(part.eval_docs, limit)
+            is_choice = part.OUTPUT_TYPE == "multiple_choice"
+            count += sum(len(part.doc_to_choice(each)) if is_choice else 1 for each in documents)
+        return count
+
+
+def check_installed() -> None:
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError as error:
+        raise UsageError(f"--tasks needs the package lm-eval: {INSTALL}") from error
+
+
+def load_local_task(name: str, documents: Sequence[Document]) -> LoadedTask:
+    """A task on the documents of a local file."""
+    with silent(), reported(name):
+        task = local_task(name, documents)
+    return LoadedTask(name, "files", None, {name: task})
+
+
+def load_hub_task(name: str, local_names: Sequence[str]) -> list[LoadedTask]:
+    """A task or group of lm-eval's, or all tasks of a tag, with data from the hub or its cache.
+
+    local_names: of the tasks that are files, which a user who misspelt one may have meant.
+    """
+    with silent():
+        manager = task_index(KNOWN[name][0] if name in KNOWN else None)
+    if name not in manager.all_tasks:
+        known = {*manager.all_tasks, *local_names}
+        guess = "".join(f" Did you mean {close!r}?" for close in difflib.get_close_matches(name, known, n=1))
+        files = f" Files: {', '.join(local_names)}." if local_names else ""
+        raise UsageError(f"lm-eval has no task {name!r}.{guess}{files} `lm-eval ls tasks` lists all.")
+    with silent(), reported(name):
+        loaded = manager.load([name])
+    if any(getattr(part, "UNSAFE_CODE", False) for part in loaded["tasks"].values()):
+        raise UsageError(f"lm-eval's task {name!r} runs code that the model writes. Use --humaneval for such a task.")
+    if name in loaded["groups"]:
+        return [LoadedTask(name, "hub", loaded["groups"][name], loaded["tasks"])]
+    return [LoadedTask(each, "hub", None, {each: task}) for each, task in loaded["tasks"].items()]
+
+
+def score_tasks(
+    tasks: Sequence[LoadedTask],
+    model: PreTrainedModel,
     tokenizer: Any,
     *,
     batch_size: int,
-    on_batch: Callable[[int], None] | None = None,
-) -> TaskScore:
-    """The model's accuracy on the documents. `on_batch` is told how many more requests are done."""
-    requests = [requests_of(task, document) for document in documents]
-    max_length = context_length(model.config, tokenizer)
-    flat = [request for each in requests for request in each]
+    limit: int | None = None,
+    on_answer: OnAnswer | None = None,
+) -> list[TaskScore]:
+    """In the order of the tasks. limit: documents of each. `on_answer` is told how many more requests are done."""
+    if not tasks:
+        return []
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
+    names = ", ".join(task.name for task in tasks)
+    parts = {name: part for task in tasks for name, part in task.parts.items()}
+    for part in parts.values():
+        part.set_fewshot_seed(FEWSHOT_SEED)
+    groups = {group.name: group for task in tasks if task.group for group in [task.group, *task.group.get_all_groups()]}
+    with silent(), reported(names), evaluating(model):
+        runner = HFLM(
+            pretrained=model, backend="causal", tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32"
+        )
+        runner.set_cache_hook(Answers(model, tokenizer, on_answer))
+        # Not `simple_evaluate`, which is this and starts a dozen processes to describe the machine.
+        found = lm_eval.evaluate(
+            lm=runner,
+            task_dict={"tasks": parts, "groups": groups},
+            limit=limit,
+            bootstrap_iters=BOOTSTRAPS,
+            log_samples=False,
+        )
+    return [read_score(task, found) for task in tasks]
+
+
+class Answers:
+    """lm-eval's hook for finished requests: counts them, and raises NumericalError for a likelihood that is none."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: Any, on_answer: OnAnswer | None) -> None:
+        self.model, self.tokenizer, self.on_answer = model, tokenizer, on_answer
+
+    def add_partial(self, _kind: str, request: Sequence[Any], answer: Any) -> None:
+        value = answer[0] if isinstance(answer, tuple) else answer
+        if isinstance(value, float) and math.isnan(value):
+            self.refuse(request)
+        if self.on_answer:
+            self.on_answer(1)
+
+    def refuse(self, request: Sequence[str]) -> None:
+        tokens = self.tokenizer("".join(request), verbose=False)["input_ids"]
+        ids = torch.tensor([tokens[-context_length(self.model.config, self.tokenizer) :]], device=self.model.device)
+        place = first_unsound(self.model, partial(self.model, input_ids=ids, use_cache=False))
+        where = "" if place is None else f": a NaN or Inf comes up first in {place}"
+        raise NumericalError(
+            f"The likelihood of {request[-1][:40]!r} is no number{where}. Check the weights, or try --dtype float32."
+        )
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """Keep lm-eval's log, prints and progress bars out of our output, and let it resample in this process."""
+    from tqdm import tqdm
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")
+    shown = tqdm.__init__
+
+    def hidden(bar: Any, *arguments: Any, **options: Any) -> None:
+        shown(bar, *arguments, **options | {"disable": True})
+
+    tqdm.__init__ = hidden
     try:
-        scored = log_likelihoods(
-            model, tokenizer, flat, max_length=max_length, batch_size=batch_size, on_batch=on_batch
+        with redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        tqdm.__init__ = shown
+
+
+@contextmanager
+def reported(names: str) -> Iterator[None]:
+    """What keeps lm-eval from a task, such as a missing network or package, as one line with the way out."""
+    try:
+        yield
+    except CompressError:
+        raise
+    except AssertionError as error:
+        raise UsageError(
+            f"lm-eval cannot ask {names}: an answer has no token of its own, or more than the model can read. "
+            "Correct the task's file or leave the task out."
+        ) from error
+    # A task runs code of its own, which can raise anything.
+    except Exception as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__).rstrip(". ")
+        raise Unavailable(
+            f"lm-eval cannot ask {names}: {reason}. Data come from the hub, or from tasks/NAME.jsonl under --data-dir."
+        ) from error
+
+
+def read_score(task: LoadedTask, found: Mapping[str, Any]) -> TaskScore:
+    """A task's entry in lm-eval's result, whose keys are `metric,filter` and `metric_stderr,filter`."""
+    entry = found.get("groups", {}).get(task.name) or found["results"].get(task.name, {})
+    metrics = {}
+    for key, value in entry.items():
+        name, _, kept_by = key.partition(",")
+        if not kept_by or name.endswith("_stderr") or not isinstance(value, int | float):
+            continue
+        error = entry.get(f"{name}_stderr,{kept_by}")
+        known = isinstance(error, int | float) and math.isfinite(error)
+        metrics[name if kept_by == "none" else f"{name} ({kept_by})"] = Metric(
+            float(value), float(error) if known else None
         )
-    except UsageError as error:
-        raise UsageError(f"The task {task!r} cannot be asked: {error}") from error
-    by_document = iter(scored)
-    answers = [[next(by_document) for _ in each] for each in requests]
-    return TaskScore(task, "files", len(documents), dict(metrics(task, documents, answers)))
-
-
-def metrics(
-    task: str, documents: Sequence[Document], answers: Sequence[Sequence[Likelihood]]
-) -> Iterator[tuple[str, Metric]]:
-    pairs = list(zip(documents, answers, strict=True))
-    if "gold" not in documents[0]:
-        yield "acc", mean([float(only.greedy) for _, (only,) in pairs])
-        return
-    yield "acc", mean([float(best(values(each)) == document["gold"]) for document, each in pairs])
-    if FORMATS.get(task, Format()).normalised and "choices" in documents[0]:
-        yield (
-            "acc_norm",
-            mean([float(best(per_character(document, each)) == document["gold"]) for document, each in pairs]),
-        )
-
-
-def values(answers: Sequence[Likelihood]) -> list[float]:
-    return [each.value for each in answers]
-
-
-def per_character(document: Document, answers: Sequence[Likelihood]) -> list[float]:
-    """Without the space before an answer. An empty answer would divide by nothing: it counts as one character."""
-    return [each.value / max(1, len(choice)) for choice, each in zip(document["choices"], answers, strict=True)]
-
-
-def best(likelihoods: Sequence[float]) -> int:
-    """The first of the largest."""
-    return max(range(len(likelihoods)), key=likelihoods.__getitem__)
+    documents = sum(found["n-samples"][part]["effective"] for part in task.parts)
+    return TaskScore(task.name, task.source, documents, metrics)

@@ -6,20 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from compress.checkpoints.facts import Facts, Point, read_facts, read_json
-from compress.checkpoints.integrity import (
-    ADAPTER_WEIGHTS,
-    Progress,
-    check_folder,
-    check_integrity,
-    check_mapped,
-    is_ours,
-)
+from compress.checkpoints.integrity import ADAPTER_WEIGHTS, check_folder, check_integrity, check_mapped, is_ours
 from compress.checkpoints.measures import Measures, read_measures
 from compress.inspection.blueprint import blueprint, check_against, named
 from compress.inspection.linears import StoredLinear, block_of, foreign_linears, linears_of
 from compress.inspection.zeros import Zeros, zeros_of
 from compress.models.stored_files import read_lora
 from compress.models.tensor_files import INDEX, StoredTensor, checkpoint_files, read_header
+from compress.progress import Progress, Steps
 
 ENDS = ("lm_head.", "embed_out.", ".norm.", "final_layer_norm.", "final_layernorm.", "ln_f.")
 
@@ -91,7 +85,7 @@ class BlockRow:
 
 def inspect(folder: Path, *, fast: bool, progress: Progress) -> Inspection:
     """
-    fast: reads headers alone, verifies no checksums and counts no zeros. progress: hears each file and linear.
+    fast: reads headers alone, verifies no checksums and counts no zeros.
 
     Raises UsageError for a folder that is no finished checkpoint, CheckpointError for a damaged one.
     """
@@ -103,10 +97,11 @@ def inspect(folder: Path, *, fast: bool, progress: Progress) -> Inspection:
         check_integrity(folder, facts, checksums=not fast, progress=progress)
         tensors, linears = read_ours(folder, facts)
     counted = [] if fast else linears
-    zeros = {}
-    for number, linear in enumerate(counted, 1):
-        progress("counting zeros", number, len(counted))
+    zeros, steps = {}, Steps(progress, "counting zeros", len(counted))
+    for linear in counted:
+        steps.next(linear.path)
         zeros[linear.path] = zeros_of(linear)
+    steps.end()
     return Inspection(
         folder=folder,
         facts=facts,

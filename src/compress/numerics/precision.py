@@ -5,6 +5,17 @@ from contextlib import contextmanager
 
 import torch
 
+from compress.errors import UsageError
+
+
+def check_computing(dtype: torch.dtype, device: torch.device) -> None:
+    """Raises UsageError for a dtype that the device multiplies many times more slowly than float32."""
+    if device.type == "cpu" and dtype in (torch.float16, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+        raise UsageError(
+            f"--dtype {name}: a CPU multiplies 16-bit floats many times more slowly than float32. Leave it out."
+        )
+
 
 @contextmanager
 def full_precision() -> Iterator[None]:

@@ -9,7 +9,7 @@ Dimensions: k inputs, m outputs. W is (k, m): inputs times W, the transpose of a
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from compress.errors import NumericalError
 
-# From almost plain least squares to almost W0.
-DAMPINGS = (1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 10.0)
+DAMPINGS = (1e-2, 1e-1, 1.0)  # that are always tried
+RANGE = (1e-4, 10.0)  # of all: from almost plain least squares to almost W0
 
 # Of the targets' mean square: a gain below that is rounding. Where the prefix is still the dense one, all gains are.
 NOTHING = 1e-10
@@ -35,21 +35,38 @@ class NormalEquations:
 
     def only(self, inputs: Tensor) -> "NormalEquations":
         """The equations of some of the inputs, by their indices."""
-        return NormalEquations(self.G[inputs][:, inputs], self.B[inputs], self.tokens)
+        return NormalEquations(self.G[inputs[:, None], inputs], self.B[inputs], self.tokens)
+
+    def less(self, W0: Float64[Tensor, "k m"]) -> "NormalEquations":
+        """The equations of W - W0, whose targets are t - u W0."""
+        return NormalEquations(self.G, torch.addmm(self.B, self.G, W0, alpha=-1), self.tokens)
+
+
+@dataclass(frozen=True)
+class Ridge:
+    """The solution W of the formula above for some damping."""
+
+    damping: float
+    W: Float64[Tensor, "k m"]
 
 
 def damped(G: Float64[Tensor, "k k"], damping: float) -> Float64[Tensor, "k k"]:
     """G + damping * mean(diag G) I."""
-    ridge = damping * G.diagonal().mean()
-    return G + ridge * torch.eye(len(G), dtype=G.dtype, device=G.device)
+    G = G.clone()
+    G.diagonal().add_(damping * G.diagonal().mean())
+    return G
 
 
 def ridge(
     equations: NormalEquations, W0: Float64[Tensor, "k m"], damping: float, *, name: str
 ) -> Float64[Tensor, "k m"]:
     """The W of the formula above. Raises NumericalError, with `name`, where G is not positive definite."""
-    residual = equations.B - equations.G @ W0
-    return W0 + torch.cholesky_solve(residual, cholesky(damped(equations.G, damping), name=name))
+    return W0 + _change(equations.less(W0), damping, name=name)
+
+
+def _change(equations: NormalEquations, damping: float, *, name: str) -> Float64[Tensor, "k m"]:
+    """W - W0 from its own equations."""
+    return torch.cholesky_solve(equations.B, cholesky(damped(equations.G, damping), name=name))
 
 
 def cholesky(G: Float64[Tensor, "k k"], *, name: str) -> Float64[Tensor, "k k"]:
@@ -66,8 +83,13 @@ def excess(
     equations: NormalEquations, W: Float64[Tensor, "k m"], metric: Float64[Tensor, "m m"] | None = None
 ) -> float:
     """The mean of ||(u W - t) S||^2 over tokens, S S^T = metric, less what no W changes: the mean of ||t S||^2."""
-    slope = equations.G @ W - 2 * equations.B
-    return float((W * (slope if metric is None else slope @ metric)).sum() / equations.tokens)
+    slope = torch.addmm(equations.B, equations.G, W, beta=-2)
+    return _inner(W, slope, metric) / equations.tokens
+
+
+def _inner(A: Float64[Tensor, "k m"], B: Float64[Tensor, "k m"], metric: Float64[Tensor, "m m"] | None) -> float:
+    """tr A^T B metric."""
+    return float((A * (B if metric is None else B @ metric)).sum())
 
 
 def choose_damping(
@@ -77,14 +99,37 @@ def choose_damping(
     *,
     name: str,
     metric: Float64[Tensor, "m m"] | None = None,
-    dampings: Sequence[float] = DAMPINGS,
-) -> float | None:
-    """The damping whose solution on `fit` is best on `held_out`; None if W0 itself is no worse there, to rounding."""
-    errors = {damping: excess(held_out, ridge(fit, W0, damping, name=name), metric) for damping in dampings}
-    unfitted = excess(held_out, W0, metric)
-    if not all(map(math.isfinite, (unfitted, *errors.values()))):
-        raise NumericalError(
-            f"What {name} are given or are to give has a NaN or Inf. Check the weights before it and the text."
-        )
-    best = min(errors, key=errors.__getitem__)
-    return best if errors[best] < unfitted - NOTHING * abs(unfitted) else None
+) -> Ridge | None:
+    """The solution on `fit` that is best on `held_out`, of up to four dampings; None if W0 is no worse, to rounding."""
+    fit, rest = fit.less(W0), held_out.less(W0)
+    errors: dict[float, float] = {}  # less that of W0
+    best: Ridge | None = None
+    while damping := next_damping(errors):
+        change = _change(fit, damping, name=name)
+        errors[damping] = excess(rest, change, metric)
+        if not math.isfinite(errors[damping]):
+            raise NumericalError(
+                f"What {name} are given or are to give has a NaN or Inf. Check the weights before it and the text."
+            )
+        if errors[damping] == min(errors.values()):
+            best = Ridge(damping, W0 + change)
+    unfitted = -_inner(W0, rest.B + held_out.B, metric) / held_out.tokens  # excess(held_out, W0)
+    return best if min(errors.values()) < -NOTHING * abs(unfitted) else None
+
+
+def next_damping(errors: Mapping[float, float]) -> float | None:
+    """The damping to try when the held-out errors of those before are known; None when it is enough.
+
+    First DAMPINGS, then the vertex of the parabola through their errors by log10 of the damping, or, where it opens
+    downwards, a decade beyond its lower end. To two digits, lest rounding of the errors show.
+    """
+    if len(errors) < len(DAMPINGS):
+        return DAMPINGS[len(errors)]
+    if len(errors) > len(DAMPINGS):
+        return None
+    low, middle, high = (errors[damping] for damping in DAMPINGS)
+    slope, curvature = (high - low) / 2, low - 2 * middle + high  # DAMPINGS are a decade apart
+    decades = -slope / curvature if curvature > 0 else math.copysign(2, -slope)
+    exponent = math.log10(DAMPINGS[1]) + decades
+    damping = float(f"{10 ** min(max(exponent, math.log10(RANGE[0])), math.log10(RANGE[1])):.2g}")
+    return None if damping in errors else damping

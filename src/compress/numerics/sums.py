@@ -1,47 +1,59 @@
-"""Sums that come out the same whatever the order of their terms (reproducible summation).
+"""Sums over tokens of products of activations: products in float32 (float64 where activations are), sums in float64.
 
-A sum is held as two float64 tensors, the second for what rounding takes from the first (the error-free sum of Knuth,
-The Art of Computer Programming 2, 4.2.2, theorem B): about 106 bits. Which float64 that is rounded to at the end
-depends on the order of the terms only where the 106 bits lie at a tie to their last. A product that BLAS adds in place
-is rounded once a term, and the order shows in the last bits of float64: little, but enough to decide near ties.
+Entry ij of a product of float32 activations over TOKENS_AT_ONCE tokens is off by a few 1e-7 of sqrt(G_ii G_jj), by 1e-6
+where one token is a thousand times as large as the others; adding products up in float64 leaves it at that. Nothing
+that grows with the number of tokens is in float64, which consumer GPUs compute 64 times slower than float32.
 """
 
 import torch
-from jaxtyping import Float64
+from jaxtyping import Float, Float64
 from torch import Tensor
 
-AT_ONCE = 2**21  # numbers that are added at a time, for the temporaries: four of so many
+TOKENS_AT_ONCE = 2048
+ROWS_AT_ONCE = 256  # of a sum; with TOKENS_AT_ONCE it bounds the temporaries, which are then in memory already
 
 
-class ReproducibleSum:
-    """`high` + `low`, of one shape. Terms are added in place."""
+class GramSum:
+    """The sum of A^T A over batches A. Blocks below the diagonal are zero until `close` mirrors those above it."""
 
-    def __init__(self, *shape: int, device: torch.device) -> None:
-        self.high = torch.zeros(shape, dtype=torch.float64, device=device)
-        self.low = torch.zeros_like(self.high)
+    def __init__(self, width: int, device: torch.device) -> None:
+        self.total = torch.zeros(width, width, dtype=torch.float64, device=device)
 
-    def add(self, term: Tensor) -> None:
-        take(self.high.view(-1), self.low.view(-1), term.double().reshape(-1))
+    def add(self, A: Float[Tensor, "tokens k"]) -> None:
+        for a in at_least_float32(A).split(TOKENS_AT_ONCE):
+            for start in range(0, len(self.total), ROWS_AT_ONCE):
+                rows = slice(start, start + ROWS_AT_ONCE)
+                self.total[rows, start:] += a[:, rows].T @ a[:, start:]
 
-    def add_product(self, A: Float64[Tensor, "tokens k"], B: Float64[Tensor, "tokens m"]) -> None:
-        """A^T B, some rows at a time."""
-        if not self.high.numel():
-            return
-        rows = max(1, AT_ONCE // self.high.shape[1])
-        for high, low, columns in zip(*(x.split(rows) for x in (self.high, self.low)), A.split(rows, 1), strict=True):
-            take(high, low, columns.T @ B)
-
-    def close(self) -> Tensor:
-        """The sum in float64. Nothing can be added to it any more."""
-        self.high += self.low
-        self.low = self.low.new_zeros(0)
-        return self.high
+    def close(self) -> Float64[Tensor, "k k"]:
+        """The whole matrix. Nothing can be added to it any more."""
+        for start in range(0, len(self.total), ROWS_AT_ONCE):
+            rows, behind = slice(start, start + ROWS_AT_ONCE), slice(start + ROWS_AT_ONCE, None)
+            self.total[behind, rows] = self.total[rows, behind].T
+        return self.total
 
 
-def take(high: Tensor, low: Tensor, term: Tensor) -> None:
-    """high + low becomes high + low + term."""
-    total = high + term
-    taken = total - high
-    term = term - taken
-    low += (high - (total - taken)).add_(term)
-    high.copy_(total)
+class DiagonalSum:
+    """The diagonal of a `GramSum` alone."""
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self.total = torch.zeros(width, dtype=torch.float64, device=device)
+
+    def add(self, A: Float[Tensor, "tokens k"]) -> None:
+        for a in at_least_float32(A).split(TOKENS_AT_ONCE):
+            self.total += a.square().sum(0)
+
+    def close(self) -> Float64[Tensor, "k"]:
+        return self.total
+
+
+def add_product(total: Float64[Tensor, "k m"], A: Float[Tensor, "tokens k"], B: Float[Tensor, "tokens m"]) -> None:
+    """Add A^T B to a sum. A and B have one dtype, float32 at least."""
+    for a, b in zip(A.split(TOKENS_AT_ONCE), B.split(TOKENS_AT_ONCE), strict=True):
+        for start in range(0, len(total), ROWS_AT_ONCE):
+            rows = slice(start, start + ROWS_AT_ONCE)
+            total[rows] += a[:, rows].T @ b
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

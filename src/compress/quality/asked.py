@@ -3,26 +3,22 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from compress.datasets import humaneval as humaneval_problems
-from compress.datasets import tasks as task_files
+from compress.datasets.tasks import local_tasks, read_documents
 from compress.errors import Faults
-from compress.evaluation import harness
 from compress.evaluation.humaneval import Sampling
+from compress.evaluation.tasks import LoadedTask, check_installed, load_hub_task, load_local_task
 
 
 @dataclass(frozen=True)
 class Asked:
     """
-    texts: of perplexity; compared_on: of the divergence. tasks: on files (their documents) and by lm-eval.
-    limit: of windows a text, documents a task and problems.
+    texts: of perplexity; compared_on: of the divergence. limit: of windows a text, documents a task and problems.
     """
 
     texts: tuple[str, ...] = ()
     compared_on: tuple[str, ...] = ()
-    documents: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
-    harness_tasks: tuple[str, ...] = ()
+    tasks: Sequence[LoadedTask] = ()
     problems: Sequence[Mapping[str, str]] = ()
     sampling: Sampling = field(default_factory=Sampling)
     seq_len: int | None = None
@@ -36,27 +32,18 @@ class Asked:
         return tuple(dict.fromkeys([*self.texts, *self.compared_on]))
 
 
-def gather_tasks(
-    names: Sequence[str], data_dir: Path | None, limit: int | None
-) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The documents of the tasks that are files, and the names of those that lm-eval is asked for.
-
-    Raises all faults at once: names that nobody knows, files that are missing, lm-eval where it would be needed.
-    """
-    faults, documents, others = Faults(), {}, []
-    on_files = task_files.names(data_dir)
+def load_tasks(names: Sequence[str], data_dir: Path | None) -> list[LoadedTask]:
+    """The tasks with their data, from a file where there is one, else from the hub. Raises all faults at once."""
+    if not names:
+        return []
+    check_installed()
+    files = local_tasks(data_dir)
+    faults, loaded = Faults(), []
     for name in names:
         with faults.noted():
-            if data_dir is not None and name in on_files:
-                documents[name] = task_files.load_documents(name, data_dir, limit)
+            if name in files:
+                loaded.append(load_local_task(name, read_documents(files[name])))
             else:
-                harness.check_name(name, on_files)
-                others.append(name)
+                loaded += load_hub_task(name, sorted(files))
     faults.report()
-    if others:
-        harness.fetch(others)
-    return documents, tuple(others)
-
-
-def gather_problems(data_dir: Path | None, limit: int | None) -> list[dict[str, str]]:
-    return humaneval_problems.load_problems(data_dir, limit)
+    return loaded

@@ -10,16 +10,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from compress.evaluation import harness, humaneval
+from compress.evaluation import humaneval
 from compress.evaluation.divergence import Divergence, Reference, divergence, remember
 from compress.evaluation.humaneval import HumanEval
 from compress.evaluation.perplexity import Perplexity, perplexity
-from compress.evaluation.tasks import TaskScore, averages, requests_of, score_task
+from compress.evaluation.tasks import TaskScore, averages, score_tasks
 from compress.models.counting import num_parameters
+from compress.progress import Progress, Steps
 from compress.quality.asked import Asked
 from compress.quality.subject import Subject
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -60,14 +59,14 @@ class Quality:
 
 def remember_dense(dense: Subject, model: PreTrainedModel, asked: Asked, progress: Progress) -> dict[str, Reference]:
     """What a divergence needs of the dense model, by text. The model may be freed then."""
-    steps = Steps(progress, sum(len(dense.windows[name]) for name in asked.compared_on))
+    steps = Steps(progress, f"running {dense.name}", sum(len(dense.windows[name]) for name in asked.compared_on))
     return {
         name: remember(
             model,
             dense.windows[name],
             name=dense.name,
             batch_size=asked.batch_size,
-            on_batch=steps.of(f"{dense.name} on {name}"),
+            on_batch=counting(steps, name),
         )
         for name in asked.compared_on
     }
@@ -77,7 +76,7 @@ def measure(
     subject: Subject, model: PreTrainedModel, asked: Asked, references: Mapping[str, Reference], progress: Progress
 ) -> Quality:
     """All that was asked, of a loaded model."""
-    steps = Steps(progress, amount(subject, asked))
+    steps = Steps(progress, f"measuring {subject.name}", amount(subject, asked))
     common = {"batch_size": asked.batch_size}
     return Quality(
         model=subject.name,
@@ -85,41 +84,36 @@ def measure(
         parameters=num_parameters(model),
         dtype=str(model.dtype),
         perplexity=[
-            perplexity(model, subject.windows[name], dataset=name, on_batch=steps.of(name), **common)
+            perplexity(model, subject.windows[name], dataset=name, on_batch=counting(steps, name), **common)
             for name in asked.texts
         ],
         divergence=[
-            divergence(model, references[name], subject.windows[name], dataset=name, on_batch=steps.of(name), **common)
+            divergence(
+                model,
+                references[name],
+                subject.windows[name],
+                dataset=name,
+                on_batch=counting(steps, f"divergence on {name}"),
+                **common,
+            )
             for name in asked.compared_on
         ],
-        tasks=task_scores(subject, model, asked, steps),
+        tasks=score_tasks(
+            asked.tasks, model, subject.tokenizer, limit=asked.limit, on_answer=counting(steps, "tasks"), **common
+        ),
         humaneval=written_programs(subject, model, asked, steps),
         settings=settings(asked, model),
     )
 
 
 def amount(subject: Subject, asked: Asked) -> int:
-    """Steps of the progress: windows, answers to tasks, tasks of lm-eval, programs that are written and run."""
+    """Steps of the progress: windows, requests of tasks, programs that are written and run."""
     windows = sum(len(subject.windows[name]) for name in [*asked.texts, *asked.compared_on])
-    answers = sum(len(requests_of(name, each)) for name, several in asked.documents.items() for each in several)
-    return windows + answers + len(asked.harness_tasks) + 2 * len(asked.problems) * asked.sampling.samples
+    requests = sum(task.num_requests(asked.limit) for task in asked.tasks)
+    return windows + requests + 2 * len(asked.problems) * asked.sampling.samples
 
 
-def task_scores(subject: Subject, model: PreTrainedModel, asked: Asked, steps: "Steps") -> list[TaskScore]:
-    options = {"batch_size": asked.batch_size}
-    scores = [
-        score_task(name, documents, model, subject.tokenizer, on_batch=steps.of(name), **options)
-        for name, documents in asked.documents.items()
-    ]
-    if asked.harness_tasks:
-        scores += harness.score_tasks(
-            asked.harness_tasks, model, subject.tokenizer, batch_size=asked.batch_size, limit=asked.limit
-        )
-        steps.of("lm-eval")(len(asked.harness_tasks))
-    return scores
-
-
-def written_programs(subject: Subject, model: PreTrainedModel, asked: Asked, steps: "Steps") -> HumanEval | None:
+def written_programs(subject: Subject, model: PreTrainedModel, asked: Asked, steps: Steps) -> HumanEval | None:
     if not asked.problems:
         return None
     return humaneval.measure(
@@ -128,22 +122,17 @@ def written_programs(subject: Subject, model: PreTrainedModel, asked: Asked, ste
         subject.tokenizer,
         asked.sampling,
         batch_size=asked.batch_size,
-        on_progress=lambda what, count: steps.of(f"programs, {what}")(count),
+        on_progress=lambda what, count: counting(steps, f"programs, {what}")(count),
     )
 
 
-class Steps:
-    """Counts what is done, over all measures."""
+def counting(steps: Steps, name: str) -> Callable[[int], None]:
+    """What a measure, which begins, tells how many more windows or answers are done.
 
-    def __init__(self, progress: Progress, total: int) -> None:
-        self.progress, self.total, self.done = progress, total, 0
-
-    def of(self, name: str) -> Callable[[int], None]:
-        def advance(count: int) -> None:
-            self.done += count
-            self.progress(name, self.done, self.total)
-
-        return advance
+    A task of lm-eval's may make more requests than it has documents and choices; the total stays.
+    """
+    steps.begin(name)
+    return lambda count: steps.advance(min(count, int(steps.total - steps.done)))
 
 
 def settings(asked: Asked, model: PreTrainedModel) -> dict[str, Any]:

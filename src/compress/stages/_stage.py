@@ -62,6 +62,11 @@ class StageConfig(BaseModel):
         """The share of the calibration windows that it chooses on and does not fit on."""
         return 0.0
 
+    @property
+    def in_trials(self) -> "StageConfig":
+        """The stage as trials run it: cheaper, where that does not change which choice is best."""
+        return self
+
     @abstractmethod
     def apply(self, site: Any) -> None:
         """Do it at one site."""

@@ -17,6 +17,7 @@ from compress.numerics.obs import prune_units
 from compress.stages._stage import StageConfig
 from compress.streaming.groups import Writers
 from compress.streaming.sites import Count, StreamPoint
+from compress.streaming.survey import SurveyNeed
 
 Kept = Annotated[int, Field(ge=1)]
 
@@ -47,6 +48,10 @@ class PruneUnits(StageConfig):
     @property
     def opens(self) -> str | None:
         return self.units if self.ratio is None and self.keep is None else None
+
+    @property
+    def survey(self) -> SurveyNeed:
+        return SurveyNeed.UNITS | SurveyNeed.GRADIENT if self.opens else SurveyNeed.NONE
 
     @property
     def step(self) -> int:

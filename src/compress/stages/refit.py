@@ -17,25 +17,36 @@ from compress.numerics.ridge import choose_damping, ridge
 from compress.stages._stage import StageConfig
 from compress.streaming.groups import LinearGroup
 
+TRIAL_DAMPING = 0.03
+
 
 class Refit(StageConfig):
     """
-    held_out: the share of the calibration windows to choose on.
+    held_out: the share of the calibration windows to choose the damping on. damping: a fixed one instead, in units of
+        the mean diagonal of the inputs' second moment.
     """
 
     site: ClassVar = LinearGroup
     stage: Literal["refit"] = "refit"
     held_out: Annotated[float, Field(gt=0, le=0.5)] = 0.125
+    damping: Annotated[float, Field(gt=0)] | None = None
 
     @property
     def held_out_share(self) -> float:
         return self.held_out
 
+    @property
+    def in_trials(self) -> "Refit":
+        return self if self.damping else self.model_copy(update={"damping": TRIAL_DAMPING})
+
     def apply(self, group: LinearGroup) -> None:
+        if self.damping is not None:
+            group.matrix, group.damping = ridge(group.fit, group.matrix, self.damping, name=group.name), self.damping
+            return
         if not group.held_out.tokens:
             return
-        damping = choose_damping(group.fit, group.held_out, group.matrix, name=group.name, metric=group.metric)
-        if damping is None:
+        chosen = choose_damping(group.fit, group.held_out, group.matrix, name=group.name, metric=group.metric)
+        if chosen is None:
             return
-        group.matrix = ridge(group.fit, group.matrix, damping, name=group.name)
-        group.damping = group.notes["damping"] = damping
+        group.matrix = chosen.W
+        group.damping = group.notes["damping"] = chosen.damping

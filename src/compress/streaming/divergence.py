@@ -4,12 +4,11 @@ import math
 from collections.abc import Iterable, Sequence
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from compress.errors import NumericalError
 from compress.models.branch import Branch
-from compress.numerics.sums import ReproducibleSum
 from compress.streaming.streams import Streams, rows
 
 # Tokens whose logits are held at a time: a row of them is as wide as the vocabulary.
@@ -31,7 +30,7 @@ def mean_divergence(head: Branch, dense_readers: Sequence[nn.Linear], streams: S
     """KL(dense || compressed) of the next token, in nats, the mean over held-out tokens; None where there are none."""
     if streams.dense is None:
         return None
-    total, tokens = ReproducibleSum(device=streams.decoder.device), 0
+    total, tokens = torch.zeros((), dtype=torch.float64, device=streams.decoder.device), 0
     (linear,), (dense_linear,) = head.readers.values(), dense_readers
     assert head.norm is not None
     logits_of = streams.decoder.logits_of
@@ -39,10 +38,10 @@ def mean_divergence(head: Branch, dense_readers: Sequence[nn.Linear], streams: S
         compressed, dense = streams.now(batch)
         assert dense is not None
         for z, x in zip(*(rows(stream).split(LOGITS_AT_ONCE) for stream in (compressed, dense)), strict=True):
-            total.add(kl_divergence(logits_of(dense_linear(head.norm(x))), logits_of(linear(head.norm(z)))))
+            total += kl_divergence(logits_of(dense_linear(head.norm(x))), logits_of(linear(head.norm(z))))
             tokens += len(x)
     streams.processes.add_up(total)
-    tokens, divergence = streams.processes.total(tokens), float(total.close())
+    tokens, divergence = streams.processes.total(tokens), float(total)
     if not math.isfinite(divergence):
         raise NumericalError("There is a NaN or Inf in the logits on held-out windows. Check the weights of the head.")
     return divergence / tokens if tokens else None
@@ -50,6 +49,6 @@ def mean_divergence(head: Branch, dense_readers: Sequence[nn.Linear], streams: S
 
 def kl_divergence(
     dense: Float[Tensor, "*tokens vocabulary"], compressed: Float[Tensor, "*tokens vocabulary"]
-) -> Float64[Tensor, ""]:
-    p, q = dense.double().log_softmax(-1), compressed.double().log_softmax(-1)
+) -> Float[Tensor, ""]:
+    p, q = dense.log_softmax(-1), compressed.log_softmax(-1)
     return (p.exp() * (p - q)).sum()

@@ -109,15 +109,15 @@ def gather_experts(
         assert dense is not None
         with captured_inputs(writers) as given:
             update = streams.update(branch, stream, batch, block)
-        t = rows(dense).double()
-        target, weights = t if encode is None else t @ encode, weigh(t)
-        lacking = target - rows(branch.carried(stream) + update).double()
+        t = rows(dense)
+        target, weights = t if encode is None else t @ encode.to(t.dtype), weigh(t)
+        lacking = target - rows(branch.carried(stream) + update)
         for number, tokens, part in parts(branch, stream):
             if number not in numbers:
                 continue
             place = number - numbers.start
-            u = rows(given[place]).double()
-            meant = u @ matrices[place] + part * lacking[tokens]
+            u = rows(given[place])
+            meant = u @ matrices[place].to(u.dtype) + part * lacking[tokens]
             sums[place].add(u, meant, weights=weights[tokens] / part, held_out=batch.held_out)
     processes = streams.processes
     return [
@@ -128,13 +128,13 @@ def gather_experts(
 
 def parts(
     branch: Branch, stream: Float[Tensor, "*batch d"]
-) -> list[tuple[int, Int64[Tensor, "n"], Float64[Tensor, "n 1"]]]:
+) -> list[tuple[int, Int64[Tensor, "n"], Float[Tensor, "n 1"]]]:
     """Each expert that has some of the stream's tokens: its number, their indices, its part of each one's shares."""
     assert branch.sparse is not None
     assert branch.norm is not None
     x = rows(branch.norm(stream))
-    assigned = [(number, tokens, shares.double()) for number, tokens, shares in branch.sparse.assignments(x)]
-    total = torch.zeros(len(x), 1, dtype=torch.float64, device=x.device)
+    assigned = [(number, tokens, shares.to(x.dtype)) for number, tokens, shares in branch.sparse.assignments(x)]
+    total = x.new_zeros(len(x), 1)
     for _, tokens, shares in assigned:
         total.index_add_(0, tokens, shares)
     return [(number, tokens, (shares / total[tokens]).clamp_min(SMALLEST_PART)) for number, tokens, shares in assigned]
@@ -171,5 +171,5 @@ def lot_bytes(experts: int, inner: int, targets: int) -> int:
 
 
 def equation_bytes(inner: int, targets: int) -> int:
-    """Of an expert: to fit on and held out, each sum in two float64 numbers."""
-    return 2 * 2 * 8 * inner * (inner + targets)
+    """Of an expert: to fit on and held out, in float64."""
+    return 2 * 8 * inner * (inner + targets)

@@ -17,7 +17,7 @@ Dimensions: k inputs, D the dense width, d the kept one. Matrices act from the r
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -30,7 +30,7 @@ from compress.models.branch import Branch, set_bias, set_weight
 from compress.models.factors import with_outputs
 from compress.numerics.lowrank import InputMoments
 from compress.numerics.ridge import NormalEquations
-from compress.numerics.sums import ReproducibleSum
+from compress.numerics.sums import TOKENS_AT_ONCE, GramSum, add_product, at_least_float32
 from compress.streaming.processes import ALONE, Processes
 
 
@@ -49,25 +49,18 @@ class RunningEquations:
     """Sums of u u^T and u t^T as they grow."""
 
     def __init__(self, inputs: int, targets: int, device: torch.device) -> None:
-        self.G = ReproducibleSum(inputs, inputs, device=device)
-        self.B = ReproducibleSum(inputs, targets, device=device)
-        self.tokens = ReproducibleSum(device=device)
+        self.G = GramSum(inputs, device)
+        self.B = torch.zeros(inputs, targets, dtype=torch.float64, device=device)
+        self.tokens = torch.zeros((), dtype=torch.float64, device=device)
 
-    def add(
-        self,
-        weighted: Float64[Tensor, "tokens k"],
-        u: Float64[Tensor, "tokens k"],
-        t: Float[Tensor, "tokens m"] | None,
-        tokens: Float64[Tensor, ""],
-    ) -> None:
-        self.G.add_product(weighted, u)
-        if t is not None:
-            self.B.add_product(weighted, t.double())
-        self.tokens.add(tokens)
+    def add(self, u: Float[Tensor, "tokens k"], t: Float[Tensor, "tokens m"], tokens: Float[Tensor, ""]) -> None:
+        self.G.add(u)
+        add_product(self.B, u, t)
+        self.tokens += tokens
 
     def close(self, processes: Processes) -> NormalEquations:
-        processes.add_up(self.G, self.B, self.tokens)
-        return NormalEquations(self.G.close(), self.B.close(), float(self.tokens.close()))
+        processes.add_up(self.G.total, self.B, self.tokens)
+        return NormalEquations(self.G.close(), self.B, float(self.tokens))
 
 
 class EquationSums:
@@ -81,8 +74,7 @@ class EquationSums:
     def __init__(self, inputs: int, targets: int, device: torch.device) -> None:
         self._new = partial(RunningEquations, inputs, targets, device)
         self._fit = self._new()
-        self._total = ReproducibleSum(inputs, device=device)
-        self._absolute = ReproducibleSum(inputs, device=device)
+        self._total, self._absolute = torch.zeros(2, inputs, dtype=torch.float64, device=device)
         self.fitted = self.seen = 0
 
     @cached_property
@@ -95,17 +87,22 @@ class EquationSums:
         u: Float[Tensor, "tokens k"],
         t: Float[Tensor, "tokens m"] | None,
         *,
-        weights: Tensor | None = None,
+        weights: Float[Tensor, "tokens 1"] | None = None,
         held_out: bool = False,
     ) -> None:
-        u = u.double()
-        weighted = u if weights is None else u * weights
-        tokens = u.new_tensor(len(u)) if weights is None else weights.sum()
+        """A batch, each token counting by its weight: as if u and t were multiplied by the weight's root."""
         self.seen += len(u)
         self.fitted += 0 if held_out else len(u)
-        self._total.add(weighted.sum(0))
-        self._absolute.add(weighted.abs().sum(0))
-        (self._held_out if held_out else self._fit).add(weighted, u, t, tokens)
+        running = self._held_out if held_out else self._fit
+        u = at_least_float32(u)
+        t = u[:, :0] if t is None else t.to(u.dtype)
+        roots = u.new_ones(len(u), 1) if weights is None else weights.to(u.dtype).sqrt()
+        for inputs, targets, root in zip(*(x.split(TOKENS_AT_ONCE) for x in (u, t, roots)), strict=True):
+            if weights is not None:
+                inputs, targets = inputs * root, targets * root
+            self._total += (root.T @ inputs)[0]
+            self._absolute += (root.T @ inputs.abs())[0]
+            running.add(inputs, targets, root.square().sum())
 
     def fit(self, processes: Processes) -> NormalEquations:
         return self._fit.close(processes)
@@ -115,7 +112,7 @@ class EquationSums:
 
     def inputs(self, processes: Processes) -> InputSums:
         processes.add_up(self._total, self._absolute)
-        return InputSums(self._total.close(), self._absolute.close())
+        return InputSums(self._total, self._absolute)
 
     def moments(self, processes: Processes) -> InputMoments:
         """Of the inputs, over the windows to fit on."""
@@ -127,8 +124,10 @@ def mean_moments(fit: NormalEquations, inputs: InputSums) -> InputMoments:
     return InputMoments(fit.G.div_(fit.tokens), inputs.total / fit.tokens, inputs.absolute / fit.tokens)
 
 
-def with_constant(u: Float[Tensor, "tokens k"], *, bias: bool) -> Float[Tensor, "tokens _"]:
-    return torch.cat([u, u.new_ones(len(u), 1)], dim=1) if bias else u
+def with_constant(inputs: Sequence[Float[Tensor, "tokens _"]], *, bias: bool) -> Float[Tensor, "tokens k"]:
+    """Inputs beside each other and, where there is a bias, a constant 1; copied only where there is more than one."""
+    columns = [*inputs, inputs[0].new_ones(len(inputs[0]), 1)] if bias else inputs
+    return columns[0] if len(columns) == 1 else torch.cat(list(columns), dim=1)
 
 
 @dataclass

@@ -81,7 +81,7 @@ class Passage:
         self.decode: Float64[Tensor, "d D"] | None = None
         self.processes = streams.processes
         self.rewriter = LinearRewriter(decoder, stages, layout, survey, clock, streams.processes)
-        self.keeps_basis = not any(stage.reshapes for stage in stages)
+        self.rotates_points = frame is None and rotates_points(stages)
         self.follows_dense = follows_dense(stages)
         self.is_anchored = not self.follows_dense and has_groups(stages)
         self.eps = decoder.family.epsilon(decoder.config)
@@ -153,7 +153,7 @@ class Passage:
             for batch in self.streams.batches:
                 stream, dense = self.streams.now(batch)
                 assert dense is not None
-                u = with_constant(rows(behind.norm(stream)).double(), bias=has_bias)
+                u = with_constant([rows(behind.norm(stream))], bias=has_bias)
                 sums.add(u, rows(behind.norm(dense)), held_out=batch.held_out)
             fit, held_out = sums.fit(self.processes), sums.held_out(self.processes)
             inputs = sums.inputs(self.processes)
@@ -205,14 +205,13 @@ class Passage:
 
     def _fit_writers(self, branch: Branch, point: StreamPoint, block: int) -> list[Report]:
         """Run the branch to see what its writers are given; encode and fit them."""
-        beside = 0 if self.keeps_basis else self.streams.compressed.stored(0).shape[-1]
-        sums, gathered = self._gather_writers(branch, point, block, beside)
+        sums, gathered = self._gather_writers(branch, point, block)
         self._decide(point, gathered)
         encode = self._write_in_basis(branch, point)
-        carried = beside if branch.shortcut is None else 0
-        fit = encoded(sums.fit(self.processes), encode, carried=carried)
-        held_out = encoded(sums.held_out(self.processes), encode, carried=carried)
-        inputs = sums.inputs(self.processes).only(slice(carried, None))
+        fit, held_out = sums.fit(self.processes), sums.held_out(self.processes)
+        if self.rotates_points and encode is not None:
+            fit, held_out = encoded(fit, encode), encoded(held_out, encode)
+        inputs = sums.inputs(self.processes)
         name, matrix = f"{branch.name} writers", writer_matrix(branch)
         group = Writers(name, block, branch, fit, held_out, inputs, matrix, processes=self.processes)
         with self.clock("solve"):
@@ -244,18 +243,19 @@ class Passage:
                 reports += [*self.rewriter.rewrite_group(group), group.close()]
         return reports
 
-    def _gather_writers(
-        self, branch: Branch, point: StreamPoint, block: int, beside: int
-    ) -> tuple[EquationSums, Gathered]:
-        """Second moments of (z, inputs of the writers, 1), and with what they are to give; the point's statistics.
+    def _gather_writers(self, branch: Branch, point: StreamPoint, block: int) -> tuple[EquationSums, Gathered]:
+        """Second moments of the writers' inputs, and with what they are to give; the point's statistics.
 
-        beside: the width of z, the stream over the branch's scale. Where no basis changes it is left out, and the dense
-        stream less z is what is to be met.
+        Where each point is rotated by itself, the basis is not known yet: the stream, which passes by a shortcut, comes
+        first among the inputs, and targets are in the dense basis.
         """
         linears = writer_linears(branch)
         has_bias = any(linear.bias is not None for linear in linears)
-        inputs = beside + sum(linear.in_features for linear in linears) + has_bias
-        sums, gathered = EquationSums(inputs, self.decoder.dense_width, self.decoder.device), self._accumulators(point)
+        encode = self._shared_encode(point)
+        width = self.decoder.dense_width if encode is None else encode.shape[1]
+        stream_width = self.streams.compressed.stored(0).shape[-1] if self.rotates_points else 0
+        inputs = stream_width + sum(linear.in_features for linear in linears) + has_bias
+        sums, gathered = EquationSums(inputs, width, self.decoder.device), self._accumulators(point)
         for batch in self.streams.batches:
             stream, dense = self.streams.now(batch)
             assert dense is not None
@@ -267,13 +267,27 @@ class Passage:
                     for accumulator in gathered.values():
                         accumulator.add(wide, dense)
                 columns = [rows(given[place]) for place in range(len(linears))]
-                z = [rows(stream) / branch.scale] if beside else []
-                u = with_constant(torch.cat([*z, *columns], dim=1), bias=has_bias)
-                t, weights = self._target(branch, batch)
+                z = [rows(stream) / branch.scale] if self.rotates_points else []
+                u = with_constant([*z, *columns], bias=has_bias)
+                t, weights = self._target(branch, batch, encode)
                 sums.add(u, t, weights=weights, held_out=batch.held_out)
         return sums, gathered
 
-    def _target(self, branch: Branch, batch: Batch) -> tuple[Float64[Tensor, "tokens D"], Float64[Tensor, "tokens 1"]]:
+    def _shared_encode(self, point: StreamPoint) -> Float64[Tensor, "D d"] | None:
+        """The encode matrix of a point of a shared frame; None where there is none, or each point has its own."""
+        if self.frame is None:
+            return None
+        point.basis = Basis(self.frame, width=point.dense_width, is_shared=True)
+        for stage in self.stages:
+            if isinstance(point, stage.site) and not stage.needs:
+                stage.apply(point)
+        change = point.change(self.layout.directions(point.width))
+        assert change is not None
+        return change[0].to(self.decoder.dtype)
+
+    def _target(
+        self, branch: Branch, batch: Batch, encode: Float[Tensor, "D d"] | None
+    ) -> tuple[Float[Tensor, "tokens d"], Float[Tensor, "tokens 1"]]:
         """What the writers of a branch are to give a batch, and how its tokens weigh.
 
         That is what takes the compressed stream to the dense one, over what the branch multiplies it by. Where a norm
@@ -283,14 +297,16 @@ class Passage:
         """
         stream, dense = self.streams.now(batch)
         assert dense is not None
-        t = rows(dense).double()
+        t = rows(dense)
         weights = self._weigh(t)
         if branch.post_norm is not None:
             assert self.streams.before_post_norm is not None
-            t = rows(self.streams.before_post_norm.get(batch.index, self.decoder.device)).double()
+            t = rows(self.streams.before_post_norm.get(batch.index, self.decoder.device))
             weights = weights * self._weigh(t)
-        if self.keeps_basis and not branch.writes_through_norm:
-            t = t - rows(stream).double()
+        if encode is not None:
+            t = t @ encode
+        if not self.rotates_points and not branch.writes_through_norm:
+            t = t - rows(stream)
         return t / branch.scale, weights
 
     def _advance(self, branch: Branch, block: int) -> None:
@@ -304,7 +320,7 @@ class Passage:
         """The compressed stream in the dense basis."""
         return stream if self.decode is None else stream @ self.decode.to(self.decoder.dtype)
 
-    def _weigh(self, t: Float64[Tensor, "tokens D"]) -> Float64[Tensor, "tokens 1"]:
+    def _weigh(self, t: Float[Tensor, "tokens D"]) -> Float[Tensor, "tokens 1"]:
         """By the square of what the next norm will divide by."""
         mean: Tensor | float = t.mean(-1, keepdim=True) if self.decoder.family.norm == "layer" else 0.0
         return 1 / ((t - mean).square().mean(-1, keepdim=True) + self.eps)
@@ -354,16 +370,14 @@ class Passage:
                 self.streams.compressed.put(batch.index, stream @ narrow)
 
 
-def encoded(equations: NormalEquations, encode: Float64[Tensor, "D d"] | None, *, carried: int) -> NormalEquations:
-    """The equations of the writers from those of (z, inputs): t = x encode, less z where it is carried on as it is.
+def encoded(equations: NormalEquations, encode: Float64[Tensor, "D d"]) -> NormalEquations:
+    """Equations whose targets are in the basis of `encode`'s columns."""
+    return NormalEquations(equations.G, equations.B @ encode, equations.tokens)
 
-    carried: the width of z where no shortcut takes it in, 0 where one does and z stays an input.
-    """
-    B = equations.B if encode is None else equations.B @ encode
-    if carried:
-        G = equations.G[carried:]
-        return NormalEquations(G[:, carried:], B[carried:] - G[:, :carried], equations.tokens)
-    return NormalEquations(equations.G, B, equations.tokens)
+
+def rotates_points(stages: Iterable[Stage]) -> bool:
+    """Whether stages change the basis at points of the stream."""
+    return any(stage.site is StreamPoint and stage.reshapes for stage in stages)
 
 
 def num_streams(stages: Iterable[Stage]) -> int:

@@ -1,10 +1,9 @@
 """Several processes that calibrate one model together: each takes its share of the batches (data parallel).
 
-What adds up over tokens is added up over processes, in sums that do not depend on the order of their terms
-(`numerics/sums.py`): any number of processes comes to the same bits. What a stage makes of the sums is made by each
-process, and the first one's result then stands for all: where two machines round differently, they still go on with one
-model. Processes talk over nccl about what is on GPUs, over gloo about the rest, and in JSON over the launcher's store
-about plain data.
+What adds up over tokens is added up over processes, in float64. Another number of processes adds in another order and
+changes the result by rounding. What a stage makes of the sums is made by each process, and the first one's result then
+stands for all: where two machines round differently, they still go on with one model. Processes talk over nccl about
+what is on GPUs, over gloo about the rest, and in JSON over the launcher's store about plain data.
 
 A process that fails says so in the store. The others look there while they wait, so that all end with one message.
 """
@@ -24,11 +23,9 @@ from torch import Tensor, distributed
 
 from compress.errors import CompressError
 from compress.launch import launch
-from compress.numerics.sums import ReproducibleSum, take
 
 T = TypeVar("T")
 
-AT_ONCE = 2**21  # numbers of a sum on the way: each process's share of so many lies in the first one
 LOOK_EVERY = 0.25  # seconds between looks at whether another process has failed
 FIRST_WORD = 5.0  # seconds that the others leave to the first process, to print the message of a failure
 FAILURE, TOLD = "failure", "told"  # in the store: what happened, and who says it
@@ -52,8 +49,8 @@ class Processes:
         """Of items that all processes know in the same order, those that are this one's: each n-th."""
         return list(items[self.rank :: self.count])
 
-    def add_up(self, *sums: ReproducibleSum) -> None:
-        """Make sums those over the processes, the same to the bit in each; then they can only be closed."""
+    def add_up(self, *sums: Tensor) -> None:
+        """Make sums those over the processes, in place and the same in each."""
 
     def total(self, number: int) -> int:
         return number
@@ -98,27 +95,10 @@ class Group(Processes):
         self.store = store
         self.said = 0
 
-    def add_up(self, *sums: ReproducibleSum) -> None:
+    def add_up(self, *sums: Tensor) -> None:
         with self._together():
             for one in sums:
-                for high, low in zip(*(x.view(-1).split(AT_ONCE) for x in (one.high, one.low)), strict=True):
-                    self._add_up_piece(high, low)
-
-    def _add_up_piece(self, high: Tensor, low: Tensor) -> None:
-        """By way of the first process: an all-reduce knows nothing of sums in two parts."""
-        highs, lows = self._collected(high), self._collected(low)
-        for its_high, its_low in zip(highs[1:], lows[1:], strict=True):
-            low += its_low
-            take(high, low, its_high)
-        high += low
-        low.zero_()
-        distributed.broadcast(high, src=0)
-
-    def _collected(self, tensor: Tensor) -> list[Tensor]:
-        """Of all processes in the first one, of none in the others."""
-        found = [torch.empty_like(tensor) for _ in range(self.count)] if self.is_first else None
-        distributed.gather(tensor, found, dst=0)
-        return found or []
+                distributed.all_reduce(one)
 
     def total(self, number: int) -> int:
         return sum(self.gathered(number))

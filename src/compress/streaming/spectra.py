@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from compress.models.decoder import Decoder
 from compress.numerics.lowrank import InputMoments, Spread, gradient_metric, output_energies
-from compress.numerics.sums import ReproducibleSum
+from compress.numerics.sums import DiagonalSum, GramSum
 from compress.streaming.experts import filled_up
 from compress.streaming.groups import EquationSums
 from compress.streaming.journal import write_tensors
@@ -96,7 +96,7 @@ class LinearObserver:
     def _forget(self) -> None:
         self.sums: list[EquationSums] = []
         self.shared: dict[str, int] = {}
-        self.gradients: dict[str, ReproducibleSum] = {}
+        self.gradients: dict[str, GramSum | DiagonalSum] = {}
         self.tokens = 0
 
     @contextmanager
@@ -142,13 +142,12 @@ class LinearObserver:
             for path, linear in self.linears.items()
             if path in reached
         }
-        self.processes.add_up(*sums.values())
-        return {path: total.close() / tokens for path, total in sums.items()}
+        self.processes.add_up(*(each.total for each in sums.values()))
+        return {path: each.close() / tokens for path, each in sums.items()}
 
-    def _gradient_sum(self, path: str, m: int) -> ReproducibleSum:
+    def _gradient_sum(self, path: str, m: int) -> GramSum | DiagonalSum:
         if path not in self.gradients:
-            shape = (m, m) if m <= self.widest else (m,)
-            self.gradients[path] = ReproducibleSum(*shape, device=self.device)
+            self.gradients[path] = (GramSum if m <= self.widest else DiagonalSum)(m, self.device)
         return self.gradients[path]
 
     @contextmanager
@@ -176,16 +175,8 @@ class LinearObserver:
                 seen[id(given)] = self.shared[path]
                 self.sums[self.shared[path]].add(rows(given.detach()), None)
         for path, gradient in (gradients or {}).items():
-            self._add_gradient(path, rows(gradient).double())
+            self._gradient_sum(path, gradient.shape[-1]).add(rows(gradient))
         self.tokens += tokens
-
-    def _add_gradient(self, path: str, g: Float64[Tensor, "tokens m"]) -> None:
-        m = g.shape[-1]
-        total = self._gradient_sum(path, m)
-        if m <= self.widest:
-            total.add_product(g, g)
-        else:
-            total.add(g.square().sum(0))
 
     def _spectrum(
         self, path: str, W: Float64[Tensor, "m n"], spread: Spread, gradients: Mapping[str, Tensor]

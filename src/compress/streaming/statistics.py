@@ -1,8 +1,7 @@
 """Statistics of calibration activations at points of the stream, as needs that a stage declares.
 
 A need is a small frozen value: equal needs of two stages are gathered once, and the walk keeps the dense model's
-activations beside the compressed ones only if some need asks for them. Everything is accumulated in float64, so that
-what several processes have gathered can be added up.
+activations beside the compressed ones only if some need asks for them. Sums are in float64, over batches and processes.
 """
 
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from compress.numerics.norms import rms_normed
-from compress.numerics.sums import ReproducibleSum
+from compress.numerics.sums import GramSum, at_least_float32
 
 
 @runtime_checkable
@@ -22,8 +21,8 @@ class Accumulator(Protocol):
         """Take in a batch: the stream of the compressed prefix in the dense basis, and the dense model's."""
 
     @property
-    def sums(self) -> tuple[ReproducibleSum, ...]:
-        """What adds up over tokens, and over processes; `value` closes it."""
+    def sums(self) -> tuple[Tensor, ...]:
+        """What adds up over processes, in place, before `value` is asked for."""
 
     def value(self) -> Tensor: ...
 
@@ -61,25 +60,25 @@ class MomentAccumulator:
     def __init__(self, need: SecondMoment, width: int, eps: float, device: torch.device) -> None:
         self.need = need
         self.eps = eps
-        self.sum = ReproducibleSum(width, width, device=device)
-        self.tokens = ReproducibleSum(device=device)
+        self.gram = GramSum(width, device)
+        self.tokens = torch.zeros((), dtype=torch.float64, device=device)
 
     @property
-    def sums(self) -> tuple[ReproducibleSum, ...]:
-        return self.sum, self.tokens
+    def sums(self) -> tuple[Tensor, ...]:
+        return self.gram.total, self.tokens
 
     def add(self, stream: Float[Tensor, "*batch D"], dense: Float[Tensor, "*batch D"] | None = None) -> None:
         signal = dense if self.need.dense else stream
         if signal is None:
             raise ValueError("This second moment is of the dense stream, which is not there.")
-        rows = signal.reshape(-1, signal.shape[-1]).double()
+        rows = at_least_float32(signal.reshape(-1, signal.shape[-1]))
         if self.need.signal == "normed":
             rows = rms_normed(rows, rows.shape[-1], self.eps)
-        self.sum.add_product(rows, rows)
-        self.tokens.add(rows.new_tensor(len(rows)))
+        self.gram.add(rows)
+        self.tokens += len(rows)
 
     def value(self) -> Float64[Tensor, "D D"]:
-        return self.sum.close() / self.tokens.close()
+        return self.gram.close() / self.tokens
 
 
 @dataclass(frozen=True)
@@ -96,17 +95,17 @@ class RelativeError:
 
 class ErrorAccumulator:
     def __init__(self, device: torch.device) -> None:
-        self.error, self.energy = ReproducibleSum(device=device), ReproducibleSum(device=device)
+        self.error, self.energy = torch.zeros(2, dtype=torch.float64, device=device)
 
     @property
-    def sums(self) -> tuple[ReproducibleSum, ...]:
+    def sums(self) -> tuple[Tensor, ...]:
         return self.error, self.energy
 
     def add(self, stream: Float[Tensor, "*batch D"], dense: Float[Tensor, "*batch D"] | None) -> None:
         if dense is None:
             raise ValueError("RelativeError needs the dense stream.")
-        self.error.add((stream - dense).double().square().sum())
-        self.energy.add(dense.double().square().sum())
+        self.error += (stream - dense).square().sum()
+        self.energy += dense.square().sum()
 
     def value(self) -> Float64[Tensor, ""]:
-        return self.error.close() / self.energy.close()
+        return self.error / self.energy

@@ -36,6 +36,12 @@ def split_windows(windows: Int64[Tensor, "windows tokens"], batch_size: int, hel
     return [Batch(index, ids, is_held_out) for index, (ids, is_held_out) in enumerate(tagged)]
 
 
+def spread(windows: Int64[Tensor, "windows tokens"], count: int) -> Int64[Tensor, "count tokens"]:
+    """`count` of the windows, evenly spread; all where there are no more."""
+    count = min(count, len(windows))
+    return windows[[index * len(windows) // count for index in range(count)]]
+
+
 def own_batches(batches: list[Batch], processes: Processes) -> list[Batch]:
     """This process's share, numbered anew."""
     return [replace(batch, index=index) for index, batch in enumerate(processes.share(batches))]

@@ -2,7 +2,7 @@
 
 For a basis that all layers share, the second moment of the normalised stream at every norm of the model is needed, and
 that of the loss's gradient at the same places. Both come from one pass forward and one backward, a block at a time: the
-inputs of every few blocks are kept, those between are computed again on the way back, and no weight is ever changed.
+inputs of all blocks are kept, in memory or on disk, and no weight is ever changed.
 
 The loss is the cross-entropy of the next token of the calibration text. The gradient is that by the normalised stream,
 n = x / rms(x): dL/dn = rms(x) dL/dx, with rms(x) taken as given. A LayerNorm model's stream is taken without its mean,
@@ -13,40 +13,45 @@ On the same passes the linears of the blocks can be watched (`spectra.py`).
 
 import enum
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
-from compress.models.branch import Branch
+from compress.models.branch import Branch, captured_inputs
 from compress.models.decoder import Arguments, Decoder
 from compress.models.soundness import check_sound
-from compress.numerics.sums import ReproducibleSum
+from compress.numerics.sums import GramSum, at_least_float32
 from compress.streaming.cache import ActivationCache
 from compress.streaming.interning import Interner
 from compress.streaming.loader import PartLoader
+from compress.streaming.memory import return_free_memory
 from compress.streaming.processes import ALONE, Processes
 from compress.streaming.spectra import GradientFiles, LinearObserver, Spectrum, Watched
 from compress.streaming.streams import Batch, CacheFolder
+from compress.streaming.unit_costs import UnitObserver, WatchedUnits
 
 # Tokens of each window whose logits are held at a time: a row of them is as wide as the vocabulary.
 TOKENS_AT_ONCE = 64
+TOKENS_PER_DIRECTION = 8
+UNITS = "units "  # before the names of unit costs among a survey's tensors
 
 
 class SurveyNeed(enum.Flag):
     """What stages need to know of the whole dense model.
 
     STREAM: the moments of its stream. LINEARS: how the outputs of its linears are spread. GRADIENT: of each of these
-    what the loss feels there, by a pass backward.
+    what the loss feels there, by a pass backward. UNITS: what deleting neurons or KV groups costs the loss.
     """
 
     NONE = 0
     STREAM = enum.auto()
     LINEARS = enum.auto()
     GRADIENT = enum.auto()
+    UNITS = enum.auto()
 
 
 @dataclass(frozen=True)
@@ -55,12 +60,14 @@ class Survey:
     moment, gradient: of the stream, sums over all points of the mean per token, D the dense width; zeros where no stage
         asked for them.
     spectra: of the linears, by their names below the causal LM. gradients: by the outputs of linears.
+    unit_costs: what deleting units costs the loss (`unit_costs.py`).
     """
 
     moment: Float64[Tensor, "D D"]
     gradient: Float64[Tensor, "D D"] | None = None
     spectra: Mapping[str, Spectrum] = field(default_factory=dict)
     gradients: GradientFiles | None = None
+    unit_costs: Mapping[str, Float64[Tensor, "deleted"]] = field(default_factory=dict)
 
     def gradient_at(self, path: str, block: int, device: torch.device) -> Tensor | None:
         """The moment of the gradient by the outputs of a linear; None where nobody looked."""
@@ -72,6 +79,7 @@ class Survey:
         named = {"moment": self.moment, "gradient": self.gradient}
         for path, spectrum in self.spectra.items():
             named |= {f"energy {path}": spectrum.energy, f"felt {path}": spectrum.felt}
+        named |= {f"{UNITS}{name}": costs for name, costs in self.unit_costs.items()}
         return {name: tensor.cpu() for name, tensor in named.items() if tensor is not None}
 
     @classmethod
@@ -82,13 +90,14 @@ class Survey:
             for name, energy in tensors.items()
             if name.startswith("energy ")
         }
-        return cls(tensors["moment"], tensors.get("gradient"), spectra, gradients)
+        costs = {name.removeprefix(UNITS): each for name, each in tensors.items() if name.startswith(UNITS)}
+        return cls(tensors["moment"], tensors.get("gradient"), spectra, gradients, costs)
 
 
 class Surveyor:
     """
     memory: bytes of activations to hold in memory; past it they go to disk.
-    observer: of the blocks' linears, where they are to be watched. stream: whether the stream's moments are wanted.
+    observer: of the blocks' linears, where they are to be watched. units: of the units whose costs are wanted.
     """
 
     def __init__(
@@ -100,59 +109,65 @@ class Surveyor:
         *,
         memory: int,
         observer: LinearObserver | None = None,
-        stream: bool = True,
+        units: UnitObserver | None = None,
     ) -> None:
         self.decoder = decoder
         self.loader = loader
         self.batches = batches
         self.caches = caches
-        self.observer = observer
-        self.counts_stream = stream
+        self.observer, self.units = observer, units
+        self.counts_stream = True
         self.tokens = sum(batch.ids.numel() for batch in batches)
-        stream_bytes = self.tokens * decoder.dense_width * decoder.dtype.itemsize
-        self.segment = segment_length(self.num_blocks, stream_bytes, memory)
-        self.copies = num_kept(self.num_blocks, self.segment)
+        self.copies = self.num_blocks + 1
         self.share = memory // self.copies
         self.arguments: list[list[Arguments]] = []
-        width = decoder.dense_width
-        self.moment = ReproducibleSum(width, width, device=decoder.device)
-        self.gradient = ReproducibleSum(width, width, device=decoder.device)
+        self.moment = GramSum(decoder.dense_width, decoder.device)
+        self.gradient = GramSum(decoder.dense_width, decoder.device)
 
     @property
     def num_blocks(self) -> int:
         return len(self.decoder.blocks)
 
     def run(
-        self, *, gradient: bool, progress: Callable[[], None] = lambda: None, processes: Processes = ALONE
+        self,
+        *,
+        gradient: bool,
+        stream: bool = True,
+        begin: Callable[[str], None] = lambda _step: None,
+        processes: Processes = ALONE,
     ) -> Survey:
-        """`progress` hears of every block, once on the way there and once on the way back.
-
-        processes: all survey in step, each its own batches; what they find is equal.
         """
-        kept: dict[int, ActivationCache] = {}
-        stream = self._embed()
+        stream: whether the stream's moments are wanted. begin: called with the name of each step that is begun
+            (`num_steps`). processes: all survey in step, each its own batches; what they find is equal.
+        """
+        self.counts_stream = stream
+        inputs: list[ActivationCache] = []
+        begin("embeddings")
+        walking = self._embed()
         for block in range(self.num_blocks):
-            if gradient and block % self.segment == 0:
-                kept[block] = self._copy(stream, f"kept-{block}")
-            self._forward(block, stream, count=True, watch=not gradient)
-            progress()
+            begin(f"block {block}")
+            if gradient:
+                inputs.append(self._copy(walking, f"kept-{block}"))
+            self._forward(block, walking, watch=not gradient)
+            return_free_memory()
         if not gradient:
             return self._findings(processes, gradient=False)
-        self._start_backward(stream)
-        for start in sorted(kept, reverse=True):
-            inputs = self._segment_inputs(start, kept.pop(start))
-            for block in reversed(range(start, start + len(inputs))):
-                self._backward(block, inputs.pop(), stream)
-                progress()
+        begin("head")
+        self._start_backward(walking)
+        for block in reversed(range(self.num_blocks)):
+            begin(f"block {block}, backward")
+            self._backward(block, inputs.pop(), walking)
+            return_free_memory()
         return self._findings(processes, gradient=True)
 
     def _findings(self, processes: Processes, *, gradient: bool) -> Survey:
         tokens = processes.total(self.tokens)
-        processes.add_up(self.moment, self.gradient)
+        processes.add_up(self.moment.total, self.gradient.total)
         moment, felt = self.moment.close() / tokens, self.gradient.close() / tokens if gradient else None
+        found = Survey(moment, felt, unit_costs={} if self.units is None else self.units.costs)
         if self.observer is None:
-            return Survey(moment, felt)
-        return Survey(moment, felt, self.observer.spectra, self.observer.files)
+            return found
+        return replace(found, spectra=self.observer.spectra, gradients=self.observer.files)
 
     @torch.no_grad()
     def _embed(self) -> ActivationCache:
@@ -166,8 +181,8 @@ class Surveyor:
         return stream
 
     @torch.no_grad()
-    def _forward(self, block: int, stream: ActivationCache, *, count: bool, watch: bool = False) -> None:
-        """Advance the stream through a block; `count` its points in the moment, `watch` its linears."""
+    def _forward(self, block: int, stream: ActivationCache, *, watch: bool) -> None:
+        """Advance the stream through a block, counting its points in the moment; `watch` its linears."""
         observer = self.observer if watch else None
         with self.loader.block(block), self._watching(observer, block):
             branches = self.decoder.block_branches(block)
@@ -176,8 +191,7 @@ class Surveyor:
                 with self._watched(observer) as watched:
                     for branch in branches:
                         x = x + self._run(branch, x, i, block)
-                        if count:
-                            self._count(x)
+                        self._count(x)
                 stream.put(i, x)
                 if observer is not None and watched is not None:
                     observer.add(watched, self.batches[i].ids.numel())
@@ -187,15 +201,6 @@ class Surveyor:
 
     def _watched(self, observer: LinearObserver | None) -> AbstractContextManager[Watched | None]:
         return nullcontext() if observer is None else observer.batch()
-
-    def _segment_inputs(self, start: int, first: ActivationCache) -> list[ActivationCache]:
-        """The inputs of a segment's blocks, computed again from the first one's."""
-        inputs = [first]
-        for block in range(start, min(start + self.segment, self.num_blocks) - 1):
-            following = self._copy(inputs[-1], f"segment-{block}")
-            self._forward(block, following, count=False)
-            inputs.append(following)
-        return inputs
 
     def _start_backward(self, stream: ActivationCache) -> None:
         """Turn the last stream into the loss's gradient by it, in place."""
@@ -223,21 +228,36 @@ class Surveyor:
         """Take the gradients from a block's output to its input, counting them at each point on the way."""
         with self.loader.block(block), self._watching(self.observer, block), torch.enable_grad():
             branches = self.decoder.block_branches(block)
-            for i in range(len(self.batches)):
-                points = [inputs.get(i, self.decoder.device).detach().requires_grad_()]
-                with self._watched(self.observer) as watched:
-                    for branch in branches:
-                        points.append(points[-1] + self._run(branch, points[-1], i, block))
-                outputs = {} if watched is None else watched.outputs
-                behind = gradients.get(i, self.decoder.device)
-                before = torch.autograd.grad(points[-1], [*points[:-1], *outputs.values()], behind)
-                for point, gradient in zip(points[:-1], before, strict=False):
-                    self._count(point.detach(), gradient)
-                if self.observer is not None and watched is not None:
-                    by_outputs = dict(zip(outputs, before[len(points) - 1 :], strict=True))
-                    self.observer.add(watched, self.batches[i].ids.numel(), by_outputs)
-                check_sound(before[0], f"the loss's gradient before block {block}")
-                gradients.put(i, before[0].detach())
+            watching: AbstractContextManager[list[WatchedUnits]] = nullcontext([])
+            with watching if self.units is None else self.units.block(block, branches) as units:
+                for i in range(len(self.batches)):
+                    self._backward_batch(i, block, branches, inputs, gradients, units)
+
+    def _backward_batch(
+        self,
+        i: int,
+        block: int,
+        branches: Sequence[Branch],
+        inputs: ActivationCache,
+        gradients: ActivationCache,
+        units: Sequence[WatchedUnits],
+    ) -> None:
+        points = [inputs.get(i, self.decoder.device).detach().requires_grad_()]
+        with self._watched(self.observer) as watched, captured_inputs(each.writer for each in units) as given:
+            for branch in branches:
+                points.append(points[-1] + self._run(branch, points[-1], i, block))
+        outputs = {} if watched is None else watched.outputs
+        behind = gradients.get(i, self.decoder.device)
+        found = torch.autograd.grad(points[-1], [*points[:-1], *outputs.values()], behind)
+        before, by_outputs = found[: len(branches)], dict(zip(outputs, found[len(branches) :], strict=True))
+        for point, gradient in zip(points[:-1], before, strict=True):
+            self._count(point.detach(), gradient)
+        if self.observer is not None and watched is not None:
+            self.observer.add(watched, self.batches[i].ids.numel(), by_outputs)
+        if self.units is not None:
+            self.units.add(units, given, [*before[1:], behind])
+        check_sound(before[0], f"the loss's gradient before block {block}")
+        gradients.put(i, before[0].detach())
 
     def _run(self, branch: Branch, x: Tensor, batch: int, block: int) -> Tensor:
         assert branch.run is not None
@@ -249,15 +269,15 @@ class Surveyor:
         """A point's tokens, or the gradients there, into the sums."""
         if not self.counts_stream:
             return
-        rows = x.reshape(-1, x.shape[-1]).double()
+        rows = at_least_float32(x.reshape(-1, x.shape[-1]))
         if self.decoder.family.norm == "layer":
             rows = rows - rows.mean(-1, keepdim=True)
         rms = torch.sqrt(rows.square().mean(-1, keepdim=True) + self.decoder.family.epsilon(self.decoder.config))
         if gradient is None:
             rows, sums = rows / rms, self.moment
         else:
-            rows, sums = gradient.reshape(rows.shape).double() * rms, self.gradient
-        sums.add_product(rows, rows)
+            rows, sums = gradient.reshape(rows.shape) * rms, self.gradient
+        sums.add(rows)
 
     def _copy(self, stream: ActivationCache, name: str) -> ActivationCache:
         copy = self._new_cache(name)
@@ -269,20 +289,14 @@ class Surveyor:
         return self.caches.new(name, self.batches, self.share, copies=self.copies)
 
 
-def num_kept(num_blocks: int, segment: int) -> int:
-    """Streams held at once: one at the start of each segment, those within one, and the one that walks."""
-    return math.ceil(num_blocks / segment) + segment
+def num_steps(num_blocks: int, *, gradient: bool) -> int:
+    """Of a survey: the embeddings, every block, and with a gradient the head and every block again."""
+    return (1 + num_blocks) * (2 if gradient else 1)
 
 
-def segment_length(num_blocks: int, stream_bytes: int, memory: int) -> int:
-    """How many blocks lie between kept inputs: as few as memory allows, at most the square root of all.
+def survey_samples(samples: int, seq_len: int, width: int) -> int:
+    """How many of the calibration windows a survey needs: a quarter, but at least 8 tokens for each stream direction.
 
-    What memory cannot hold even then goes to disk.
+    Second moments of the stream and of the gradient settle long before regressions do.
     """
-    root = math.isqrt(num_blocks - 1) + 1
-    return next((s for s in range(1, root) if num_kept(num_blocks, s) * stream_bytes <= memory), root)
-
-
-def kept_streams(num_blocks: int, stream_bytes: int, memory: int) -> int:
-    """How many streams a survey with gradients holds at once."""
-    return num_kept(num_blocks, segment_length(num_blocks, stream_bytes, memory))
+    return min(samples, max(math.ceil(samples / 4), math.ceil(TOKENS_PER_DIRECTION * width / seq_len)))

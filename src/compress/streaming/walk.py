@@ -4,7 +4,7 @@ Part after part is read, taken through its stages (`passage.py` says in which or
 short probe passes through the rounded weights: what it comes to is what the written checkpoint must give.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from compress.models.soundness import check_sound
 from compress.numerics.frames import Frame
 from compress.streaming.layout import Layout
 from compress.streaming.loader import PartLoader
+from compress.streaming.memory import return_free_memory
 from compress.streaming.passage import Passage, keeps_before_post_norms, num_streams
 from compress.streaming.processes import ALONE, Processes
 from compress.streaming.rewriting import Report
@@ -125,11 +126,15 @@ class Walk:
         return len(self.decoder.blocks) + 2
 
     @torch.no_grad()
-    def parts(self) -> Iterator[FinishedPart]:
+    def parts(self, begin: Callable[[str], None] = lambda name: None) -> Iterator[FinishedPart]:
+        """begin: called with the name of each part that is begun."""
         while self.next_part < self.num_parts:
+            begin(self._name(self.next_part))
             part = self._walk_part(self.next_part)
             self.next_part += 1
             yield part
+            del part
+            return_free_memory()
 
     def state(self) -> dict[str, Tensor]:
         optional = {"decode": self.passage.decode, "probe": self.probe}
@@ -145,6 +150,9 @@ class Walk:
         self.passage.decode = state["decode"].clone().to(device) if "decode" in state else None
         self.probe = state["probe"].clone().to(device)
         self.next_part = next_part
+
+    def _name(self, index: int) -> str:
+        return {0: "embeddings", self.num_parts - 1: "head"}.get(index, f"block {index - 1}")
 
     def _walk_part(self, index: int) -> FinishedPart:
         if index == 0:

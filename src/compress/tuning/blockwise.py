@@ -28,7 +28,7 @@ from compress.models.decoder import Decoder
 from compress.models.loading import load_config
 from compress.models.stored_loading import FLOATS
 from compress.streaming.loader import PartLoader
-from compress.streaming.memory import return_large_blocks
+from compress.streaming.memory import return_free_memory
 from compress.streaming.streams import Batch, CacheFolder
 from compress.streaming.weights import READABLE, LazyWeights
 from compress.tuning.blocks import Student, text_config
@@ -84,21 +84,21 @@ def tune_blocks(
     held_out: Int64[Tensor, "held_out tokens"],
     out: Path,
     settings: BlockSettings,
-    progress: Callable[[str, int, int], None],
+    on_block: Callable[[int, int], None],
 ) -> BlocksTuned:
     """Tune the checkpoint `folder` towards the dense model `teacher`.
 
     out: a folder that is this run's alone. It gets the finished blocks (`blocks_files.py`); called again, the same run
-    goes on behind them and comes to the same bits. progress: hears each block that is done.
+    goes on behind them and comes to the same bits. on_block: is told how many of how many blocks are done.
 
     Raises UsageError where the two are not of one model, CheckpointError for what is damaged, OutputError for `out`.
     """
-    return_large_blocks()
     distillation = Distillation(folder, teacher, windows, held_out, out, settings)
-    tuned = []
+    tuned: list[BlockTuned] = []
+    on_block(0, distillation.num_blocks)
     for block in distillation.blocks():
         tuned.append(block)
-        progress("tuning blocks", len(tuned), distillation.num_blocks)
+        on_block(len(tuned), distillation.num_blocks)
     return BlocksTuned(tuple(tuned))
 
 
@@ -151,6 +151,7 @@ class Distillation:
             with self.student.block(index) as untuned:
                 yield self._block(index, untuned)
                 self.given.advance(self.student.blocks[index], index)
+            return_free_memory()
 
     def _block(self, index: int, untuned: Mapping[str, Tensor]) -> BlockTuned:
         """Tune a block in place, or take it as an earlier run has left it."""

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 
 from compress.checkpoints.facts import Facts, read_facts
-from compress.checkpoints.integrity import Progress, check_folder, check_integrity, is_ours
+from compress.checkpoints.integrity import check_folder, check_integrity, is_ours
 from compress.claiming import check_output
 from compress.datasets.windows import fingerprint
 from compress.errors import Faults, UsageError
 from compress.inspection.blueprint import blueprint
 from compress.models.loading import check_positions, check_vocabulary, load_config, load_tokenizer
+from compress.numerics.precision import check_computing
+from compress.progress import Progress, silent
 from compress.provenance import input_fingerprint, versions
 from compress.streaming.weights import LazyWeights
 from compress.tuning.rates import Rate, chosen_rate
@@ -58,7 +60,7 @@ class Prepared:
         return torch.promote_types(self.own_dtype, torch.float32) if wide else self.own_dtype
 
 
-def look(job: TuningJob, progress: Progress = lambda name, done, total: None) -> Prepared:
+def look(job: TuningJob, progress: Progress = silent) -> Prepared:
     """Raises a CompressError with a line for every fault, and the exit code of the first."""
     folder, settings = job.folder, job.settings
     check_folder(folder)
@@ -75,6 +77,9 @@ def look(job: TuningJob, progress: Progress = lambda name, done, total: None) ->
         merge = merged_at_the_end(settings.merge, what, facts)
     with faults.noted():
         check_output(job)
+    if job.dtype is not None:
+        with faults.noted():
+            check_computing(job.dtype, job.device)
     with faults.noted():
         check_positions(config.get_text_config(), settings.seq_len)
     with faults.noted():

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compress.errors import NumericalError
+from compress.progress import Progress, Steps
 from compress.tuning.lora import Settled
 from compress.tuning.losses import cross_entropy, divergence
 from compress.tuning.rates import Rate, share_of_rate
@@ -93,15 +94,19 @@ class Training:
         without_dropout(trained.model)
         trained.model.train()
 
-    def run(self, on_look: Callable[["Training"], None], progress: Callable[[str, int, int], None]) -> None:
+    def run(self, on_look: Callable[["Training"], None], progress: Progress) -> None:
         """To the end, or until looks stop getting better. on_look: hears of every look, the one before training too."""
+        steps = Steps(progress, "training", self.num_steps, done=self.course.step)
         if not self.course.losses:
+            steps.begin("held-out windows")
             self.look()
             on_look(self)
         while not self.is_over:
+            steps.begin(f"held-out loss {self.course.losses[-1][2]:.3f}")
             self._since_look.append(self.step())
-            progress(f"training, held-out loss {self.course.losses[-1][2]:.3f}", self.course.step, self.num_steps)
+            steps.advance()
             if self.course.step % self.settings.eval_every == 0 or self.course.step == self.num_steps:
+                steps.begin("held-out windows")
                 self.look()
                 on_look(self)
 

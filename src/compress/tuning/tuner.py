@@ -19,7 +19,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from compress.checkpoints.facts import FACTS, read_facts, read_json
-from compress.checkpoints.integrity import Progress, check_integrity
+from compress.checkpoints.integrity import check_integrity
+from compress.checkpoints.reload import compute_in
 from compress.checkpoints.verify import verify, verify_tokens
 from compress.claiming import claimed, kept_journal, parent_folder
 from compress.datasets import about
@@ -30,6 +31,7 @@ from compress.evaluation.perplexity import perplexity
 from compress.models.packed import inputs_as_they_are
 from compress.numerics.precision import full_precision
 from compress.pipeline import SMALL, proof_notes
+from compress.progress import Progress, Steps, silent
 from compress.publishing import is_finished, publish
 from compress.streaming.journal import Journal, sha256
 from compress.tuning.blocks_files import KeptTensors, block_file
@@ -75,7 +77,7 @@ class Result:
         }
 
 
-def tune(job: TuningJob, progress: Progress = lambda name, done, total: None) -> Result | None:
+def tune(job: TuningJob, progress: Progress = silent) -> Result | None:
     """Train and write; None in a process that only helps another.
 
     Raises a CompressError for what a user can mend; until the first look, nothing is left behind.
@@ -97,11 +99,13 @@ def tune(job: TuningJob, progress: Progress = lambda name, done, total: None) ->
                 return result(prepared, facts, None, facts["tuning"]["steps"], time.perf_counter() - start)
             with kept_journal(job.partial, run, lock, resume=job.resume) as journal:
                 settled, course, resumed = train(prepared, accelerator, journal, progress)
-                progress("measuring and reloading", course.step, course.step)
+                steps = Steps(progress, "verifying", 1)
+                steps.next("measuring and reloading")
                 facts, difference = complete(prepared, settled, course, device_of(job, accelerator), digest(run))
                 flush_below(job.partial)
                 journal.forget()
                 publish(job.partial, job.out)
+                steps.end()
         accelerator.wait_for_everyone()
         return result(prepared, facts, difference, resumed, time.perf_counter() - start)
 
@@ -113,7 +117,7 @@ def help_to_train(job: TuningJob, accelerator: Accelerator) -> None:
     facts = finished(job, run) if job.resume else None
     accelerator.wait_for_everyone()
     if facts is None:
-        train(prepared, accelerator, None, lambda *_: None)
+        train(prepared, accelerator, None, silent)
         accelerator.wait_for_everyone()
 
 
@@ -144,7 +148,7 @@ def finished(job: TuningJob, run: dict[str, Any]) -> dict[str, Any] | None:
         return None
     try:
         facts = read_json(job.partial / FACTS)
-        check_integrity(job.partial, read_facts(job.partial), checksums=True, progress=lambda *_: None)
+        check_integrity(job.partial, read_facts(job.partial), checksums=True, progress=silent)
     except CheckpointError:
         return None
     same = isinstance(facts.get("tuning"), dict) and facts["tuning"].get("run") == digest(run)
@@ -180,11 +184,11 @@ def train_blocks(
     assert prepared.teacher is not None
     resumed = len(journal.findings)
 
-    def heard(name: str, done: int, total: int) -> None:
+    def on_block(done: int, total: int) -> None:
         file = block_file(job.partial, done - 1)
-        if file.stem not in journal.findings:
+        if done and file.stem not in journal.findings:
             journal.note(file.stem, None, files=[{"file": file.name, "sha256": sha256(file)}])
-        progress(name, done, total)
+        progress("tuning blocks", f"block {done}" if done < total else "", max(done, resumed), total)
 
     asked = BlockSettings(
         epochs=settings.passes,
@@ -194,7 +198,7 @@ def train_blocks(
         seed=settings.seed,
         device=device,
     )
-    tuned = tune_blocks(job.folder, prepared.teacher, texts.train, texts.held_out, job.partial, asked, heard)
+    tuned = tune_blocks(job.folder, prepared.teacher, texts.train, texts.held_out, job.partial, asked, on_block)
     before, after = (sum(getattr(block, when) for block in tuned.blocks) for when in ("before", "after"))
     course = Course(
         len(tuned.blocks),
@@ -328,11 +332,14 @@ def prove(prepared: Prepared, facts: dict[str, Any]) -> float:
     """By how much the logits of a clean process differ from those of this one, as a share of the largest."""
     partial, cpu = prepared.job.partial, torch.device("cpu")
     memory = max(psutil.virtual_memory().available // 2, SMALL)
-    size = facts["dense_size" if facts["storage"] == "packed" else "size"]
-    # As `reload.py` decides: a model that is too large in float32 is reloaded in its own dtype.
-    fits = size["parameters"] * 4 * 1.5 < memory
-    dtype = torch.promote_types(prepared.own_dtype, torch.float32) if fits else prepared.own_dtype
-    model, ids = open_folder(partial, dtype, cpu), prepared.texts.held_out[:1, :PROBE]
+    computing = torch.promote_types(prepared.own_dtype, torch.float32)
+    # What is packed stays so in memory. Another model that is too large in float32 is held in its own dtype.
+    fits = facts["storage"] == "packed" or facts["size"]["parameters"] * 4 * 1.5 < memory
+    model, ids = (
+        open_folder(partial, computing if fits else prepared.own_dtype, cpu),
+        prepared.texts.held_out[:1, :PROBE],
+    )
+    compute_in(model, computing)
     with torch.inference_mode(), inputs_as_they_are(model):
         logits: Tensor = model(input_ids=ids, use_cache=False).logits
     return verify(partial, ids, logits, memory=memory)

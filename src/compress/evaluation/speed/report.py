@@ -2,7 +2,7 @@
 
 import logging
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -22,8 +22,7 @@ from compress.evaluation.speed.timing import Comparison
 from compress.models.counting import num_parameters
 from compress.models.opening import open_model
 from compress.models.soundness import check_sound, first_unsound
-
-Progress = Callable[[str, int, int], None]
+from compress.progress import Progress, Steps, silent
 
 
 @dataclass(frozen=True)
@@ -139,11 +138,11 @@ def linear_entry(speed: LinearSpeed) -> dict[str, Any]:
     }
 
 
-def measure(dense: Named, compressed: Named, asked: Asked, progress: Progress = lambda *_: None) -> Report:
+def measure(dense: Named, compressed: Named, asked: Asked, progress: Progress = silent) -> Report:
     """
     Raises UsageError where the two do not fit into memory together.
     """
-    steps = Steps(progress, 4 + len(asked.workloads))
+    steps = Steps(progress, "measuring", 4 + len(asked.workloads))
     taken = []
     for model in (dense, compressed):
         steps.next(f"loading {model.name} in a clean process")
@@ -176,26 +175,12 @@ def took(model: Named, asked: Asked) -> Footprint:
     return footprint(model.folder, asked.largest, dtype=asked.dtype, device=asked.device, trust_remote_code=trusted)
 
 
-def climbed(models: Sequence[PreTrainedModel], steps: "Steps") -> list[Climb]:
+def climbed(models: Sequence[PreTrainedModel], steps: Steps) -> list[Climb]:
     def next_batch(batch: int) -> None:
         steps.total += 1
         steps.next(f"batch {batch}")
 
     return most_throughput(models, on_batch=next_batch)
-
-
-class Steps:
-    """Counts what is done. `total` grows by what is found out on the way."""
-
-    def __init__(self, progress: Progress, total: int) -> None:
-        self.progress, self.total, self.done = progress, total, 0
-
-    def next(self, name: str) -> None:
-        self.progress(name, self.done, self.total)
-        self.done += 1
-
-    def end(self) -> None:
-        self.progress("done", self.total, self.total)
 
 
 def open_both(named: tuple[Named, Named], asked: Asked, steps: Steps) -> tuple[PreTrainedModel, PreTrainedModel]:

@@ -1,0 +1,201 @@
+"""Progress on stderr: bars on a terminal, elsewhere lines that are never more than INTERVAL apart.
+
+compressing: 7/34, 19:07 left, 44.0 s/step, block 6 (0:41 so far), 4.1 GB memory
+"""
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, ProgressColumn, Task, TaskID, TextColumn
+from rich.progress import Progress as RichProgress
+from rich.table import Column
+from rich.text import Text
+
+from compress.cli.reporting import gigabytes, visible
+from compress.launch import launch
+from compress.progress import Progress, silent
+
+INTERVAL = 30.0  # seconds between two lines, at most
+NOTED = 10.0  # seconds from which on it is said how long the step in progress has been running
+Clock = Callable[[], float]
+
+
+@contextmanager
+def progress_bar(phase: str, console: Console | None = None, clock: Clock = time.monotonic) -> Iterator[Progress]:
+    """What reports on stderr, from the phase that is named on. Of several processes only the first does."""
+    if not launch().is_first:
+        yield silent
+        return
+    console = console or Console(stderr=True)
+    # FORCE_COLOR makes rich take a log for a terminal.
+    shown = Bars(console, clock) if console.is_interactive and console.file.isatty() else Lines(clock)
+    with shown.running():
+        shown(phase, "", 0, 0)
+        yield shown
+        shown.end_phase()
+
+
+class Phase:
+    """How far a phase is, how fast, and how long it will still take.
+
+    The time of a step is a mean over the steps seen to begin and end: not over those that an earlier run has done, nor
+    over the first one where there are more, which differs (the embeddings, what is loaded and warmed up).
+    """
+
+    def __init__(self, name: str, done: float, now: float) -> None:
+        self.name, self.started, self.step, self.total = name, now, "", 0
+        self.heard = now  # of the step in progress
+        self.seconds: float | None = None  # when it is over
+        self._marks = [(now, done)]  # the start, the first advance, the last: when, and how many steps were done
+
+    def update(self, step: str, done: float, total: int, now: float) -> None:
+        self.step, self.total, self.heard = step, total, now
+        if done > self.done:
+            self._marks[2:] = [(now, done)]
+
+    @property
+    def done(self) -> float:
+        return self._marks[-1][1]
+
+    def seconds_per_step(self) -> float | None:
+        """None before a step has been done."""
+        if len(self._marks) < 2:
+            return None
+        (start, before), (end, after) = self._marks[-2:]
+        return (end - start) / (after - before)
+
+    def seconds_left(self, now: float) -> float | None:
+        each = self.seconds_per_step()
+        if each is None or not self.total:
+            return None
+        return max(0.0, (self.total - self.done) * each - min(now - self._marks[-1][0], each))
+
+    def status(self, now: float) -> str:
+        """Where it is, how fast, what is left and the memory in use; of one that is over the time it took."""
+        count = [f"{int(self.done)}/{self.total}"] if self.total else []
+        if self.seconds is not None:
+            return ", ".join([*count, f"took {minutes(self.seconds)}"])
+        running, each, left = now - self.heard, self.seconds_per_step(), self.seconds_left(now)
+        step = [visible(self.step)] if self.step else []
+        step += [f"({minutes(running)} so far)"] if running >= NOTED else []
+        pace = [f"{each:.1f} s/step" if each >= 1 else f"{1 / each:.1f} steps/s"] if each else []
+        rest = [f"{minutes(left)} left"] if left is not None else []
+        return ", ".join([*count, *rest, *pace, *([" ".join(step)] if step else []), f"{memory_in_use()} memory"])
+
+
+class Shown:
+    """Follows the phases of a run and shows them."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+        self.phase: Phase | None = None
+
+    def __call__(self, phase: str, step: str, done: float, total: int) -> None:
+        """A Progress: another name, or a count that begins again, is another phase."""
+        now = self.clock()
+        is_new = self.phase is None or phase != self.phase.name or done < self.phase.done
+        if is_new:
+            self.end_phase()
+            self.phase = Phase(phase, done, now)
+        assert self.phase is not None
+        self.phase.update(step, done, total, now)
+        self.show(self.phase, is_new=is_new)
+
+    def end_phase(self) -> None:
+        if self.phase is not None:
+            self.phase.seconds = self.clock() - self.phase.started
+            self.show(self.phase, is_new=False)
+
+    def show(self, phase: Phase, *, is_new: bool) -> None:
+        raise NotImplementedError
+
+    def running(self) -> AbstractContextManager[None]:
+        raise NotImplementedError
+
+
+class Lines(Shown):
+    """A line where a phase of several steps begins, where any ends, and whenever there was none for INTERVAL."""
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__(clock)
+        self.written = clock()
+        self._over = threading.Event()
+
+    def show(self, phase: Phase, *, is_new: bool) -> None:
+        if (is_new and phase.total) or phase.seconds is not None:
+            self.write(phase)
+
+    def write(self, phase: Phase) -> None:
+        self.written = now = self.clock()
+        sys.stderr.write(f"{visible(phase.name)}: {phase.status(now)}\n")
+
+    def write_if_due(self) -> None:
+        if self.phase is not None and self.clock() - self.written >= INTERVAL:
+            self.write(self.phase)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        thread = threading.Thread(target=self._write_when_due, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            self._over.set()
+            thread.join()
+
+    def _write_when_due(self) -> None:
+        while not self._over.wait(max(0.0, self.written + INTERVAL - self.clock())):
+            self.write_if_due()
+
+
+class Status(ProgressColumn):
+    """What Phase says of itself."""
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__(Column(no_wrap=True, ratio=1))
+        self.clock = clock
+
+    def render(self, task: Task) -> Text:
+        return Text(task.fields["phase"].status(self.clock()))
+
+
+class Bars(Shown):
+    """A bar for each phase; those that are over stay, with the time they took."""
+
+    def __init__(self, console: Console, clock: Clock) -> None:
+        super().__init__(clock)
+        columns = TextColumn("{task.description}", markup=False), BarColumn(bar_width=16), Status(clock)
+        self.bars = RichProgress(*columns, console=console)
+        self.task: TaskID
+
+    def show(self, phase: Phase, *, is_new: bool) -> None:
+        if is_new:
+            self.task = self.bars.add_task(visible(phase.name), phase=phase)
+        if phase.seconds is None:
+            self.bars.update(self.task, completed=phase.done, total=phase.total or None)
+        else:
+            self.bars.update(
+                self.task, completed=1, total=1
+            )  # full, although trials may end before all shapes are tried
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        with self.bars:
+            yield
+
+
+def minutes(seconds: float) -> str:
+    """h:mm:ss, or m:ss below an hour."""
+    whole, rest = divmod(round(seconds), 60)
+    hours, whole = divmod(whole, 60)
+    return f"{hours}:{whole:02}:{rest:02}" if hours else f"{whole}:{rest:02}"
+
+
+def memory_in_use() -> str:
+    import psutil
+
+    return gigabytes(psutil.Process().memory_info().rss)
