@@ -24,6 +24,7 @@ from factorising import (
     FORMS,
     HALF,
     RANK,
+    Stages,
     Whole,
     block_linears,
     job_of,
@@ -204,7 +205,7 @@ def reloaded_jobs(root: Path) -> dict[str, Job]:
     jobs = {}
     for number, name in enumerate(RELOADED):
         model_type, rotation, width, keep = COMPOSED[name]
-        stages = [*slicing(model_type, rotation, width=width, keep=keep), *CUT]
+        stages: Stages = [*slicing(model_type, rotation, width=width, keep=keep), *CUT]
         jobs[f"sliced: {name}"] = job_of(root / f"sliced-{number}", model_type, stages)
     for name in UNSLICED:
         stages = lowrank("anchored", HALF, gradient_weight=0.9)
