@@ -179,7 +179,7 @@ def cache_memory(job: Job, processes: Processes) -> int:
 def check_batches(job: Job, processes: int) -> None:
     """Raises UsageError where a process would have nothing to calibrate on."""
     recipe = job.recipe
-    windows = min(recipe.calibration.samples, recipe.trial_samples)
+    windows = recipe.calibration.samples if recipe.budget is None else recipe.trial_samples
     if windows < processes:
         raise UsageError(
             f"{processes} processes share {windows} calibration windows. Use more --samples, or fewer processes."
