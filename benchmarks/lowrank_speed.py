@@ -21,8 +21,8 @@ from slicing_speed import SHAPES, described, paired, run_decode, run_prefill
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from compress import families
-from compress.models.modeling_lowrank import LowRankLinear, PivotLinear
 from compress.needs import Room
+from compress.own_model.modeling_compress import LowRankLinear, PivotLinear
 from compress.plan import make_plan
 from compress.recipe import lowrank, parse_recipe
 

@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 import peft
-from compress.models import modeling_lowrank
+from compress.own_model import modeling_compress
 from compress.models.stored_loading import load_stored
 from compress.tuning.lora import StoredLora
 from compress.tuning.rates import Rate
@@ -62,11 +62,11 @@ def write_models(root: Path, options: argparse.Namespace) -> None:
     from safetensors.torch import save_file
     from transformers import LlamaConfig
 
-    from compress.checkpoints.stored import quantization_config
-    from compress.models.configuration_lowrank import LowRankConfig
+    from compress import families
+    from compress.architectures.packed import quantization_config
     from compress.models.loading import empty_model
-    from compress.models.modeling_lowrank import LowRankForCausalLM
     from compress.models.storage import Storage, empty_linear
+    from compress.own_model.configuration_compress import CompressConfig
 
     storage = Storage("packed", 4, group=GROUP)
     llama = LlamaConfig(
@@ -84,9 +84,9 @@ def write_models(root: Path, options: argparse.Namespace) -> None:
     blocks = [name for name, each in dense.named_modules() if isinstance(each, torch.nn.Linear) and name != "lm_head"]
     rank = int(options.rank_frac * options.hidden) // GROUP * GROUP
     entry = {"rank": rank, "form": "factors", "bias": False}
-    thin = LowRankConfig(text_config=llama, factors=dict.fromkeys(blocks, entry), dtype="bfloat16")
-    with torch.device("meta"):
-        factored = LowRankForCausalLM(thin)
+    factors, structure = dict.fromkeys(blocks, entry), families.find(llama).structure()
+    thin = CompressConfig(text_config=llama, structure=structure, factors=factors, dtype="bfloat16")
+    factored = empty_model(thin)
     for name, model, config in (("dense", dense, llama), ("factors", factored, thin)):
         folder = root / name
         folder.mkdir()

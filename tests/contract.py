@@ -192,7 +192,7 @@ def reason(found: Cell, row: Row) -> str:
 def cell_text(found: Cell, row: Row, notes: list[str]) -> str:
     """`notes` grows by what is said for the first time."""
     words = "no" if found.kind == "refused" else found.kind
-    if words.startswith("compress_"):
+    if words == "compress":
         words = f"`{words}`"
     elif words not in ("no", "exact", "stock", "written"):
         words = f"stock `{words}`"

@@ -16,16 +16,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compress import families
-from compress.checkpoints.sliced import SlicedLayout, SlicedTarget
-from compress.checkpoints.targets import Shape, dense_units
+from compress.architectures.architecture import Shape, dense_units
+from compress.architectures.own import Own
 from compress.families import Family
 from compress.models.decoder import Decoder
 from compress.models.loading import load_config
-from compress.models.modeling_sliced import SlicedForCausalLM
+from compress.own_model.modeling_compress import CompressForCausalLM
 from compress.stages._stage import StageConfig
 from compress.stages.fold_norms import FoldNorms
 from compress.stages.rotate import Rotate
 from compress.stages.slice import Slice
+from compress.streaming.layout import Layout
 from compress.streaming.walk import FinishedPart, Walk, WalkSettings
 from compress.streaming.weights import LazyWeights
 from tiny import VOCAB_SIZE
@@ -186,7 +187,7 @@ def new_walk(
 ) -> Walk:
     config = load_config(folder)
     settings = WalkSettings(
-        layout=SlicedLayout(),
+        layout=Layout(),
         held_out=held_out,
         probe_tokens=windows.shape[1],
         output_dtype=output_dtype or dtype,
@@ -221,7 +222,7 @@ def slicegpt(rule: dict[str, Any], **rotation: Any) -> list[StageConfig]:
     return [FoldNorms(), Rotate(**rotation), Slice(**{"round_to": 1, **rule})]
 
 
-def sliced_model(result: Walked, dtype: torch.dtype = torch.float64) -> SlicedForCausalLM:
+def sliced_model(result: Walked, dtype: torch.dtype = torch.float64) -> CompressForCausalLM:
     """The tensors of a walk in the architecture that is written; a stretch left in its basis has the identity."""
     model = empty_sliced_model(result.config, result.family, result.widths, dtype)
     tensors = dict(result.tensors)
@@ -235,12 +236,12 @@ def sliced_model(result: Walked, dtype: torch.dtype = torch.float64) -> SlicedFo
 
 def empty_sliced_model(
     config: Any, family: Family, widths: Sequence[int], dtype: torch.dtype = torch.float64
-) -> SlicedForCausalLM:
+) -> CompressForCausalLM:
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         shape = Shape(tuple(widths), dense_units(config, family))
-        model: SlicedForCausalLM = SlicedForCausalLM(SlicedTarget(config, family).config(shape, dtype))
+        model = CompressForCausalLM(Own(config, family).config(shape, dtype))
     finally:
         torch.set_default_dtype(before)
     return model.eval()

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, fields
@@ -15,15 +14,17 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from compress import families
+from compress.architectures.own import AUTO_MAP, CLASS
+from compress.architectures.packed import quantization_config
 from compress.checkpoints.adapter import adapter_config
-from compress.checkpoints.stored import quantization_config
-from compress.models import modeling_compact
-from compress.models.configuration_compact import CompactConfig
-from compress.models.modeling_compact import AdaptedLinear, CompactForCausalLM
+from compress.checkpoints.files import carry_modeling
 from compress.models.storage import Storage, stored_linear
 from compress.numerics.grids import Grid, Numbers
 from compress.numerics.sparsity import keep_mask
 from compress.numerics.steps import make_grid
+from compress.own_model.configuration_compress import CompressConfig
+from compress.own_model.modeling_compress import AdaptedLinear, CompressForCausalLM
 from tiny import tiny_config, tiny_model
 
 
@@ -125,34 +126,32 @@ def label(storage: Storage) -> str:
     return "-".join(f"{name}={getattr(storage, name)}" for name in named).replace("Pattern", "")
 
 
-def compact_model(dense: Any, entries: dict[str, dict[str, Any]], dtype: torch.dtype) -> CompactForCausalLM:
+def compact_model(dense: Any, entries: dict[str, dict[str, Any]], dtype: torch.dtype) -> CompressForCausalLM:
     """Around a dense config, on the meta device."""
-    classes = {"AutoConfig": "configuration_compact.CompactConfig"}
-    classes |= {"AutoModelForCausalLM": "modeling_compact.CompactForCausalLM"}
-    config = CompactConfig(text_config=dense, linears=entries, architectures=["CompactForCausalLM"], auto_map=classes)
+    structure = families.find(dense).structure()
+    config = CompressConfig(
+        text_config=dense, structure=structure, storage=entries, architectures=[CLASS], auto_map=dict(AUTO_MAP)
+    )
     config.dtype = dtype
     with torch.device("meta"):
-        return CompactForCausalLM(config).eval()
+        return CompressForCausalLM(config).eval()
 
 
-def write_compact(folder: Path, storage: Storage, *, dtype: torch.dtype = torch.float32) -> CompactForCausalLM:
+def write_compact(folder: Path, storage: Storage, *, dtype: torch.dtype = torch.float32) -> CompressForCausalLM:
     """A tiny Llama as a folder of our own architecture; the model in it is handed back."""
     inner: Any = tiny_model("llama", dtype=torch.float32)
     parts = store_linears(inner, storage, dtype)
-    model = compact_model(
-        inner.config, {path: storage.entry(bias=p.bias is not None) for path, p in parts.items()}, dtype
-    )
+    model = compact_model(inner.config, dict.fromkeys(parts, storage.entry()), dtype)
     for parameter in inner.parameters():
         parameter.data = parameter.data.to(dtype)
-    model.model = inner
+    model.model, model.lm_head = inner.model, inner.lm_head
     save_compact(model, folder)
     return model
 
 
-def save_compact(model: CompactForCausalLM, folder: Path) -> None:
+def save_compact(model: CompressForCausalLM, folder: Path) -> None:
     model.save_pretrained(folder)
-    for name in ("configuration_compact", "modeling_compact"):
-        shutil.copy(Path(modeling_compact.__file__).with_name(f"{name}.py"), folder)
+    carry_modeling(folder)
 
 
 def python(code: str, *words: str) -> Any:

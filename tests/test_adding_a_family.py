@@ -26,10 +26,9 @@ TABLE_TESTS = [
     if name.startswith("test_") and list(inspect.signature(test).parameters) == ["pair"]
 ]
 KINDS = {
-    **dict.fromkeys(("slicegpt", "per layer", "one basis"), "compress_sliced"),
-    **dict.fromkeys(("lord", "lord, the paper's"), "compress_lowrank"),
+    **dict.fromkeys(("slicegpt", "per layer", "one basis", "lord", "lord, the paper's"), "compress"),
     **dict.fromkeys(("materialized", "slim, packed"), "stock"),
-    **dict.fromkeys(("slim, compact", "slim, the paper's"), "compress_compact"),
+    **dict.fromkeys(("slim, compact", "slim, the paper's"), "compress"),
 }
 
 

@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM
 import compress  # noqa: F401 (registers the architecture)
 from cli_runner import invoke, succeeds
 from compress import families
-from compress.checkpoints.sliced import SlicedTarget
-from compress.checkpoints.targets import Shape, dense_units
+from compress.architectures.architecture import Shape, dense_units
+from compress.architectures.own import Own
 from compress.numerics.frames import OrthogonalFrame
 from compress.search import Cost, Forecast
 from compress.stages.prune_units import PruneUnits
@@ -48,7 +48,7 @@ def test_as_many_neurons_in_all_stand_where_the_survey_wants_them(home, place, m
     if kind != "llama":  # one is proved in a clean process
         monkeypatch.setattr("compress.pipeline.verify", lambda *_arguments, **_options: 0.0)
     said = succeeds(*words(home, kind, "--keep-params", 0.6, "--allocation", "free", "--out", "out", "--json")).json
-    assert said["architecture"] == "SlicedForCausalLM"
+    assert said["architecture"] == "CompressForCausalLM"
     assert said["parameters"] <= 0.6 * said["dense_parameters"]
     neurons = said["units"]["neurons"]
     assert len(neurons) == NUM_BLOCKS
@@ -90,7 +90,7 @@ def test_the_stream_s_loss_is_that_of_what_slicing_takes_from_it():
 def test_the_size_of_blocks_that_differ():
     config = tiny_config("llama")
     family = families.find(config)
-    target = SlicedTarget(config, family, shortcuts=False)
+    target = Own(config, family, shortcuts=False)
     widths = (24,) * (1 + 2 * NUM_BLOCKS)
 
     def parameters(neurons):

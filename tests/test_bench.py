@@ -22,10 +22,10 @@ from compress.evaluation.speed.layerwise import Form, Inputs, Place, compare_lin
 from compress.evaluation.speed.report import Asked, Named, measure
 from compress.evaluation.speed.throughput import Climb, most_throughput
 from compress.evaluation.speed.timing import Comparison, Spread
-from compress.models.modeling_lowrank import LowRankLinear, PivotLinear
 from compress.models.opening import open_model
 from compress.models.storage import Storage, empty_linear
 from compress.numerics.sparsity import Pattern
+from compress.own_model.modeling_compress import LowRankLinear, PivotLinear
 from stored import on_linux, write_compact, write_packed
 
 CPU = torch.device("cpu")
@@ -330,12 +330,12 @@ def test_factors_are_one_linear_and_what_has_no_counterpart_is_named():
     dense = nn.ModuleDict({"a": nn.Linear(8, 6), "b": nn.Linear(8, 6), "c": nn.Linear(6, 6)})
     inner = nn.ModuleDict({"a": LowRankLinear(8, 6, 3, True), "b": PivotLinear(8, 6, 2, True), "d": nn.Linear(6, 6)})
     inner["b"].first = empty_linear(Storage("packed", 4), 8, 2, bias=True, dtype=torch.float32)
-    found = matched(dense, nn.ModuleDict({"model": nn.ModuleDict({"model": inner})}))
+    found = matched(dense, inner)
     assert [place.forms[1] for place in found.places] == [
         [Form("factors", 6, 8, rank=3)],
         [Form("pivot, packed", 6, 8, bits=4, rank=2)],
     ]
-    assert (found.missing, found.added) == (["c"], ["model.model.d"])
+    assert (found.missing, found.added) == (["c"], ["d"])
     assert [path for path, _ in linears_of(inner)] == ["a", "b", "d"]
 
 

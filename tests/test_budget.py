@@ -14,12 +14,12 @@ from torch import Tensor
 
 import tiny
 from compress import families, pipeline, search
+from compress.architectures.architecture import Architecture, Shape, dense_units
+from compress.architectures.own import Own
+from compress.architectures.stock import Stock
 from compress.assembly import take_survey
 from compress.budget import Space, ladders, legal
 from compress.checkpoints.sizes import HEADER_BYTES_PER_FILE, HEADER_BYTES_PER_TENSOR, disk_bytes, size_of
-from compress.checkpoints.sliced import SlicedTarget
-from compress.checkpoints.stock import StockTarget
-from compress.checkpoints.targets import Shape, Target, dense_units
 from compress.errors import UsageError
 from compress.job import Job
 from compress.models.hub import find_model
@@ -194,9 +194,9 @@ def test_a_deep_model_is_counted_by_shallow_ones(model_type, blocks):
     points, units = model_points(config, family, 0), dense_units(config, family)
     for kind in SHAPES[family.stock is None :]:
         shortcuts = kind not in ("stock", "one basis")
-        target: Target = SlicedTarget(config, family, shortcuts=shortcuts)
+        target: Architecture = Own(config, family, shortcuts=shortcuts)
         if kind == "stock":
-            target = StockTarget(config, family)
+            target = Stock(config, family, narrows=True)
         widths = [24 - (index if kind == "falling" else 0) for index in range(len(points))]
         if kind == "a whole head":
             widths[-1] = tiny.HIDDEN

@@ -141,7 +141,7 @@ def test_the_command_is_whole_in_its_block():
             ["vllm serve"],
         ),
         (
-            {"architecture": "SlicedForCausalLM", "loads_without_our_code": False},
+            {"architecture": "CompressForCausalLM", "loads_without_our_code": False},
             ["import compress  # registers it", "trust_remote_code=True"],
             ["vllm", "llama"],
         ),

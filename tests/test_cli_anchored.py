@@ -56,7 +56,7 @@ def test_the_default_is_a_stock_model(home, place):
 
 def test_opt_keeps_our_architecture_and_says_why(home, place):
     ran = succeeds(*words(home, "opt", "--ratio", 0.25))
-    assert "SlicedForCausalLM (ours, its code is carried along)" in flat(ran.out)
+    assert "CompressForCausalLM (ours, its code is carried along)" in flat(ran.out)
     assert "opt ties the heads' size to the hidden one" in flat(ran.out)
     config = json.loads((place / "compressed" / "opt-anchored-0.25" / "config.json").read_text())
     assert config["shortcuts"] is False

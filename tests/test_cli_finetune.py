@@ -176,24 +176,6 @@ def test_an_adapter_beside_does_what_the_merged_weights_do(home, place, made):
     torch.testing.assert_close(*both, rtol=1e-4, atol=1e-4)
 
 
-BLOCKS = ["--data", "text.txt", "--seq-len", 32, "--batch-size", 4, "--tokens", 32 * 40, "--epochs", 3, *DATA]
-
-
-@pytest.mark.parametrize("kind", ["thin", "packed"])
-def test_block_by_block_every_block_comes_nearer_to_the_dense_models(home, place, kind):
-    out = place / "out"
-    said = succeeds("finetune", kind, *BLOCKS, "--distill", "blocks", "--out", out, "--json").json
-    assert said["trained"] == said["distill"] == "blocks"
-    assert all(block["after"] <= block["before"] for block in said["blocks"])
-    assert any(block["after"] < block["before"] for block in said["blocks"])
-    assert said["held_out"]["after"] < said["held_out"]["before"]
-    assert said["bytes"] == said["compressed_bytes"]
-    assert not {name for name in changed(home / kind, out) if "packed" in name}
-    assert sorted(file.name for file in out.iterdir()) == sorted(file.name for file in (home / kind).iterdir())
-    assert succeeds("inspect", out, "--json").json["verified"] is True
-    assert "blocks became better" in flat((out / "README.md").read_text(encoding="utf-8"))
-
-
 def test_all_weights_can_be_trained_and_a_lora_on_factors(home, place):
     said = tuned("sliced", place / "all", "--train", "all")
     assert said["trained_parameters"] == sum(tensor.numel() for tensor in tensors_of(home / "sliced").values())
@@ -269,10 +251,6 @@ WRONG: dict[str, tuple[list[object], str]] = {
     "a LoRA that is none": (
         ["thin", "--lora-rank", 4],
         "--lora-rank: of --train lora; what is trained here is: factors",
-    ),
-    "a rate block by block": (
-        ["thin", "--distill", "blocks", "--warmup", 0.1],
-        "--steps and --warmup and --eval-every: not with --distill blocks",
     ),
     "a teacher for nothing": (["thin", "--teacher", "llama"], "--teacher is what --distill distills from."),
     "a strange teacher": (

@@ -56,7 +56,7 @@ def facts(place, said):
 def test_the_default_refits_and_cuts_every_linear(home, place, kind):
     said = succeeds(*words(home, kind, "--rank-frac", 0.5, "--json")).json
     assert said["out"] == f"compressed/{kind}-lord-anchored-rf0.5"
-    assert said["architecture"] == "LowRankForCausalLM"
+    assert said["architecture"] == "CompressForCausalLM"
     assert said["loads_without_our_code"] is False
     assert said["parameters"] < said["dense_parameters"]
     assert said["held_out_divergence"] > 0
@@ -139,7 +139,7 @@ def test_the_papers_rank_reduction_is_a_share_of_the_rank(home, place):
 
 def test_a_plan_for_people(home, place):
     table = flat(succeeds("lord", "--model", home / "7b", "--rank-frac", 0.5, "--dry-run").out)
-    assert "LowRankForCausalLM (ours, its code is carried along)" in table
+    assert "CompressForCausalLM (ours, its code is carried along)" in table
     assert "mlp.down_proj" in table
     assert "2048 x 32" in table
     assert "widths" not in table

@@ -177,7 +177,7 @@ def test_the_plan_of_llama_2_7b(home, place):
 
 def test_compact_2_4_takes_two_and_three_quarters_bits(home, place):
     plan = plan_of(home, "--compact", "--adapter-rank", 0)
-    assert plan["architecture"] == "CompactForCausalLM"
+    assert plan["architecture"] == "CompressForCausalLM"
     assert plan["alternatives"][0]["bits_per_weight"] == 2.75 + 16 / 128
     assert plan["size"]["parameters"] < 0.55 * plan["dense"]["parameters"]
 
@@ -196,7 +196,7 @@ def test_a_plan_for_people(home, place):
     assert "6 bits, unpruned" in table
     assert "--compact stores them small" in table
     compact = flat(succeeds("slim", "--model", home / "7b", "--compact", "--dry-run").out)
-    assert "CompactForCausalLM (ours, its code is carried along)" in compact
+    assert "CompressForCausalLM (ours, its code is carried along)" in compact
     assert "--compact stores them small" not in compact
 
 

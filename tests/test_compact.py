@@ -10,12 +10,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import compress  # noqa: F401 (registers the architecture)
-from compress.models import modeling_compact
-from compress.models.modeling_compact import CompactForCausalLM, CompactLinear
 from compress.models.storage import Storage, empty_linear
 from compress.numerics.grids import Numbers
 from compress.numerics.sparsity import Pattern
 from compress.numerics.steps import make_grid
+from compress.own_model import modeling_compress
+from compress.own_model.modeling_compress import CompactLinear, CompressForCausalLM
 from oracles import random_ids
 from stored import (
     Parts,
@@ -43,7 +43,7 @@ STORAGE = STORAGES[0]
 
 @pytest.fixture(params=[1, 7, 100], ids=lambda rows: f"blocks of {rows} rows")
 def block(request, monkeypatch) -> None:
-    monkeypatch.setitem(modeling_compact.BLOCK, "cpu", request.param * N)
+    monkeypatch.setitem(modeling_compress.BLOCK, "cpu", request.param * N)
 
 
 def dense(parts: Parts, storage: Storage, dtype: torch.dtype) -> Tensor:
@@ -105,7 +105,7 @@ def test_a_model_comes_back_from_its_folder(storage, dtype, tmp_path):
     model = write_compact(tmp_path, storage, dtype=dtype)
     loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     again, info = loaded
-    assert type(again) is CompactForCausalLM
+    assert type(again) is CompressForCausalLM
     assert not any(info.values())
     ids = random_ids(2, 12)
     with torch.no_grad():
@@ -149,7 +149,7 @@ def test_the_carried_code_alone_loads_it(tmp_path, monkeypatch):
 def write_wide(folder: Path, storage: Storage) -> int:
     """A Llama of random codes; the bytes that its dense linears would take."""
     dense, paths = wide_llama()
-    model: Any = compact_model(dense, dict.fromkeys(paths, storage.entry(bias=False)), torch.bfloat16)
+    model: Any = compact_model(dense, dict.fromkeys(paths, storage.entry()), torch.bfloat16)
     model.to_empty(device="cpu")
     for name, tensor in model.state_dict().items():
         tensor.random_(0, 256) if name.endswith("codes") else tensor.zero_()

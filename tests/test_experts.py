@@ -20,9 +20,9 @@ from compress.models.branch import Branch, read_through, write_through
 from compress.models.decoder import Decoder
 from compress.models.expert_names import file_name, own_name, stored_forms
 from compress.models.loading import load_config
-from compress.models.modeling_experts import SparseMLP, unfuse_experts
 from compress.numerics.lowrank import InputMoments
 from compress.numerics.ridge import NormalEquations, ridge
+from compress.own_model.modeling_compress import SparseMLP, unfuse_experts
 from compress.stages.factorize import Factorize
 from compress.stages.prune_units import PruneUnits
 from compress.stages.refit import Refit

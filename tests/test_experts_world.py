@@ -20,7 +20,7 @@ from compress.checkpoints import reload
 from compress.errors import CompressError
 from compress.job import Job
 from compress.models.hub import find_model
-from compress.models.modeling_experts import SparseMLP
+from compress.own_model.modeling_compress import SparseMLP
 from compress.recipe import anchored, lowrank, parse_recipe
 from oracles import largest_difference, logits_of, random_ids
 
@@ -195,7 +195,7 @@ def test_a_stock_result_can_be_compressed_again(made, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "verify", lambda *_arguments, **_options: 0.0)
         result = pipeline.run(job_of(tmp_path / "twice", "mixtral", LORD, model=sliced))
-    assert result.architecture == "LowRankForCausalLM"
+    assert result.architecture == "CompressForCausalLM"
     model = AutoModelForCausalLM.from_pretrained(result.out).eval()
     assert largest_difference(logits_of(model, IDS), logits_of(AutoModelForCausalLM.from_pretrained(sliced), IDS)) > 0
 

@@ -14,14 +14,12 @@ from transformers import PreTrainedModel
 import oracles
 import tiny
 from compress import families
-from compress.checkpoints.dense import DenseTarget
-from compress.checkpoints.lowrank import LowRankTarget
+from compress.architectures.stock import Stock
 from compress.models.decoder import Decoder
 from compress.models.factors import factor_module
 from compress.models.loading import load_config
-from compress.models.modeling_experts import unfuse_experts
-from compress.models.modeling_lowrank import LowRankLinear, PivotLinear, factorize_architecture
 from compress.numerics.lowrank import InputMoments
+from compress.own_model.modeling_compress import LowRankLinear, PivotLinear, factorize_linears, unfuse_experts
 from compress.stages._stage import FactorisingStage, StageConfig
 from compress.stages.factorize import Factorize
 from compress.stages.refit import Refit
@@ -115,9 +113,9 @@ def new_decoder(folder: Path) -> Decoder:
 def walked(
     folder: Path, stages: Sequence[StageConfig], *, windows: Tensor = WINDOWS, held_out: int = 0
 ) -> oracles.Walked:
-    target = LowRankTarget(DenseTarget(load_config(folder)))
+    config = load_config(folder)
     settings = WalkSettings(
-        layout=target.layout(torch.float64),
+        layout=Stock(config, families.find(config)).layout(torch.float64),
         output_dtype=torch.float64,
         batch_size=3,
         held_out=held_out,
@@ -149,7 +147,7 @@ def written_model(model: PreTrainedModel, result: oracles.Walked) -> Any:
         if "rank" in entry and f"{path}.second.weight" in tensors
     }
     made: Any = copy.deepcopy(model)
-    factorize_architecture(made, entries)
+    factorize_linears(made, entries)
     for path, entry in reports(result).items():
         if path not in entries and "rank" in entry:
             assert f"{path}.weight" in tensors, "neither factors nor a dense linear"
@@ -661,6 +659,6 @@ def test_what_is_behind_a_quantised_linear_sees_its_error(models):
     made = written_model(model, result)
     same_function(result.probe_logits, oracles.logits_of(made, WINDOWS[:1]), 1e-9)
     before = walked(folder, stages[:2], held_out=2)
-    name = "model.model.layers.0.self_attn.o_proj.first.weight"
+    name = "model.layers.0.self_attn.o_proj.first.weight"
     assert not torch.equal(result.tensors[name], to_nearest(before.tensors[name]))
     assert torch.equal(result.tensors[name], to_nearest(result.tensors[name]))

@@ -1,5 +1,6 @@
 """Factorised linears as modules: the same function in every form, trained, quantized part by part, saved and loaded."""
 
+import copy
 import json
 import os
 import shutil
@@ -18,12 +19,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import oracles
 import tiny
 from compress import families
+from compress.architectures.architecture import Shape, dense_units
+from compress.architectures.own import AUTO_MAP, CLASS, Own
 from compress.checkpoints.files import carry_modeling
-from compress.checkpoints.lowrank import LowRankTarget
-from compress.checkpoints.sliced import SlicedTarget
-from compress.checkpoints.targets import Shape, dense_units
-from compress.models.configuration_lowrank import LowRankConfig
-from compress.models.configuration_lowrank_sliced import LowRankSlicedConfig
 from compress.models.factors import (
     AnyLinear,
     Form,
@@ -34,9 +32,13 @@ from compress.models.factors import (
     num_stored,
     with_outputs,
 )
-from compress.models.modeling_lowrank import LowRankForCausalLM, LowRankLinear, PivotLinear
-from compress.models.modeling_lowrank_sliced import LowRankSlicedForCausalLM
 from compress.numerics.lowrank import Factors, InputMoments, lord, svd
+from compress.own_model.configuration_compress import CompressConfig
+from compress.own_model.modeling_compress import (
+    CompressForCausalLM,
+    LowRankLinear,
+    PivotLinear,
+)
 from compress.streaming.linears import FactorShape, LinearShape, LinearSite, linear_shape
 
 FORMS: tuple[Form, ...] = get_args(Form)
@@ -336,11 +338,6 @@ def test_a_quantizer_changes_the_parts_weights_alone(form, has_bias, only):
 PATTERNS = {"mlp.up_proj": "pivot", "mlp.gate_proj": "pivot", "mlp.down_proj": "factors", "self_attn.q_proj": "factors"}
 
 
-def sliced_dense() -> LowRankTarget:
-    config = tiny.tiny_config("llama")
-    return LowRankTarget(SlicedTarget(config, families.find(config)))
-
-
 def in_dtype(dtype: torch.dtype, build: Callable[[], Any]) -> Any:
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -366,10 +363,8 @@ def dense_model(model_type: str, dtype: torch.dtype) -> Any:
     family = families.find(config)
     widths = tuple(range(30, 30 - 2 * tiny.NUM_BLOCKS, -1))
     shape = Shape((*widths, widths[-1]), dense_units(config, family))
-    config = SlicedTarget(config, family).config(shape, dtype)
-    from compress.models.modeling_sliced import SlicedForCausalLM
-
-    return draw(in_dtype(dtype, lambda: SlicedForCausalLM(config)))
+    config = Own(config, family).config(shape, dtype)
+    return draw(in_dtype(dtype, lambda: CompressForCausalLM(config)))
 
 
 def targets(dense: Any) -> dict[str, nn.Linear]:
@@ -392,21 +387,25 @@ def thin(linear: nn.Linear, name: str, rank: int | None) -> LowRankLinear | Pivo
 
 
 def factors_config(dense: Any, modules: Mapping[str, LowRankLinear | PivotLinear]) -> Any:
+    """The dense model's config, be it stock or ours already, with factors."""
     entries = {
-        name: {"rank": module.rank, "form": module.form, "bias": as_factors(module).bias is not None}
+        name: {
+            "rank": module.rank,
+            "form": "pivot" if isinstance(module, PivotLinear) else "factors",
+            "bias": as_factors(module).bias is not None,
+        }
         for name, module in modules.items()
     }
-    sliced = dense.config.model_type == "compress_sliced"
-    suffix, kind = ("lowrank_sliced", "LowRankSliced") if sliced else ("lowrank", "LowRank")
-    config_class: Any = LowRankSlicedConfig if sliced else LowRankConfig
-    return config_class(
+    if isinstance(dense.config, CompressConfig):
+        config = copy.deepcopy(dense.config)
+        config.factors = entries
+        return config
+    return CompressConfig(
         text_config=dense.config,
+        structure=families.find(dense.config).structure(),
         factors=entries,
-        architectures=[f"{kind}ForCausalLM"],
-        auto_map={
-            "AutoConfig": f"configuration_{suffix}.{kind}Config",
-            "AutoModelForCausalLM": f"modeling_{suffix}.{kind}ForCausalLM",
-        },
+        architectures=[CLASS],
+        auto_map=dict(AUTO_MAP),
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=2,
@@ -419,12 +418,11 @@ def lowrank_model(model_type: str, *, rank: int | None = 6, dtype: torch.dtype =
     modules = {name: thin(linear, name, rank) for name, linear in targets(dense).items()}
     assert len(modules) == len(PATTERNS) * tiny.NUM_BLOCKS
     config = factors_config(dense, modules)
-    model_class = LowRankSlicedForCausalLM if model_type == "sliced" else LowRankForCausalLM
-    model = in_dtype(dtype, lambda: model_class(config))
-    state = {f"model.{name}": tensor for name, tensor in dense.state_dict().items()}
+    model = in_dtype(dtype, lambda: CompressForCausalLM(config))
+    state = dense.state_dict()
     for name, module in modules.items():
-        state = {key: tensor for key, tensor in state.items() if not key.startswith(f"model.{name}.")}
-        state |= {f"model.{name}.{key}": tensor for key, tensor in module.state_dict().items()}
+        state = {key: tensor for key, tensor in state.items() if not key.startswith(f"{name}.")}
+        state |= {f"{name}.{key}": tensor for key, tensor in module.state_dict().items()}
         with torch.no_grad():
             targets(dense)[name].weight.copy_(as_factors(module).product)
     model.load_state_dict(state)
@@ -487,7 +485,7 @@ def test_loaded_in_16_bits_the_order_is_whole(dtype, tmp_path):
 def test_a_missing_bias_does_not_cost_the_order(tmp_path):
     """What is not in the file is drawn anew, what is in it stays."""
     model, _ = lowrank_model("llama")
-    name = "model.model.layers.1.mlp.up_proj"
+    name = "model.layers.1.mlp.up_proj"
     state = {key: tensor for key, tensor in model.state_dict().items() if key != f"{name}.first.bias"}
     model.save_pretrained(tmp_path, state_dict=state)
     loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
@@ -604,44 +602,23 @@ def test_the_config_comes_back_whole(model_type, tmp_path):
     assert loaded.get_text_config() is loaded.text_config.get_text_config()
 
 
-def test_a_target_names_what_the_checkpoint_needs():
-    """Each module that a carried file imports beside itself is carried too."""
-    target = sliced_dense()
-    names = set(target.carried)
-    folder = Path(sys.modules[LowRankForCausalLM.__module__].__file__ or "").parent
-    for name in names:
-        source = (folder / f"{name}.py").read_text(encoding="utf-8")
-        imported = {line.split()[1][1:] for line in map(str.strip, source.splitlines()) if line.startswith("from .")}
-        assert imported <= names
-    shape = Shape((24,) * (1 + 2 * tiny.NUM_BLOCKS), dense_units(target.dense, families.find(target.dense)))
+def test_factors_stand_in_a_sliced_model_by_the_stock_names():
+    config = tiny.tiny_config("llama")
+    family = families.find(config)
     factors = {"model.layers.1.mlp.up_proj": FactorShape(4, "pivot", has_bias=True)}
-    model = target.model(Shape(shape.widths, shape.units, factors))
-    found = model.get_submodule("model.model.layers.1.mlp.up_proj")
+    shape = Shape((24,) * (1 + 2 * tiny.NUM_BLOCKS), dense_units(config, family), factors)
+    found = Own(config, family).model(shape).get_submodule("model.layers.1.mlp.up_proj")
     assert isinstance(found, PivotLinear)
     assert (found.in_features, found.out_features, found.rank) == (24, 48, 4)
 
 
 # ---- in clean processes ----
 
-# What a program may do first. Nothing more of ours is imported here: that alone would register it.
-ORDERS = {
-    "the package alone": "import compress",
-    "the modeling file first": "import compress.models.modeling_lowrank",
-    "the sliced modeling file first": "import compress.models.modeling_lowrank_sliced",
-}
-LOOK = """
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-found = []
-for name in ("compress_lowrank", "compress_lowrank_sliced", "compress_sliced"):
-    config = CONFIG_MAPPING[name]
-    model = MODEL_FOR_CAUSAL_LM_MAPPING[config]
-    found.append([f"{each.__module__}.{each.__name__}" for each in (config, model, model.config_class)])
-print(json.dumps(found))
-"""
 STRANGER = """
+import json, os, sys
+import torch
 from transformers import AutoModelForCausalLM
-found = {}
+argument, found = json.loads(sys.argv[1]), {}
 for folder in argument["folders"]:
     try:
         AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
@@ -656,45 +633,11 @@ for folder in argument["folders"]:
         "logits": logits.tolist(),
         "orders": {name: buffer.tolist() for name, buffer in model.named_buffers() if name.endswith(".order")},
         "module": type(model).__module__,
-        "inner": type(model.model).__module__,
+        "inner": type(model.base_model).__module__,
         "compress": sorted(name for name in sys.modules if name.split(".")[0] == "compress"),
     }
 print(json.dumps(found))
 """
-# torch is imported once, with what of it transformers will ask for; every program is a fork that has neither compress
-# nor transformers yet, and all run side by side.
-FORKS = """
-import json, os, sys, traceback
-import torch, torch._dynamo, torch.distributed.checkpoint, torch.distributed.fsdp, torch.distributed.tensor
-assert not {name.split(".")[0] for name in sys.modules} & {"compress", "transformers"}
-scratch = sys.argv[2]
-children = []
-for number, (code, argument) in enumerate(json.loads(sys.argv[1])):
-    child = os.fork()
-    if not child:
-        os.environ["HF_MODULES_CACHE"] = f"{scratch}/modules-{number}"
-        sys.stdout = open(f"{scratch}/{number}.json", "w")
-        try:
-            exec(code)
-        except BaseException:
-            print(json.dumps(traceback.format_exc()))
-        finally:
-            sys.stdout.flush()
-            os._exit(0)
-    children.append(child)
-for child in children:
-    os.waitpid(child, 0)
-"""
-
-
-def forked(programs: list[tuple[str, Any]], scratch: Path) -> list[Any]:
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "error"}
-    command = [sys.executable, "-I", "-c", FORKS, json.dumps(programs), str(scratch)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=240)
-    assert done.returncode == 0, done.stderr
-    return [json.loads((scratch / f"{number}.json").read_text()) for number in range(len(programs))]
-
-
 STRANGERS = ["qwen2", "sliced"]
 
 
@@ -704,9 +647,7 @@ def carried(model_type: str, folder: Path) -> Any:
     model.save_pretrained(folder)
     for file in folder.glob("*.py"):
         file.unlink()
-    own = ("configuration_lowrank", "modeling_lowrank", "modeling_experts")
-    names = sliced_dense().carried if model_type == "sliced" else own
-    carry_modeling(folder, names)
+    carry_modeling(folder)
     shutil.rmtree(folder / "__pycache__", ignore_errors=True)
     return model
 
@@ -715,29 +656,20 @@ def carried(model_type: str, folder: Path) -> Any:
 def outcomes(tmp_path_factory) -> dict[str, Any]:
     root = tmp_path_factory.mktemp("clean")
     models = {name: carried(name, root / name) for name in STRANGERS}
-    ids = UNSEEN.tolist()
-    programs: list[tuple[str, Any]] = [(order + LOOK, None) for order in ORDERS.values()]
-    programs.append((STRANGER, {"folders": [str(root / name) for name in STRANGERS], "ids": ids}))
-    return {"models": models} | dict(zip([*ORDERS, "stranger"], forked(programs, root), strict=True))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("order", ORDERS)
-def test_both_registries_know_every_architecture(order, outcomes):
-    expected = []
-    for suffix, kind in (("lowrank", "LowRank"), ("lowrank_sliced", "LowRankSliced"), ("sliced", "Sliced")):
-        config = f"compress.models.configuration_{suffix}.{kind}Config"
-        expected.append([config, f"compress.models.modeling_{suffix}.{kind}ForCausalLM", config])
-    assert outcomes[order] == expected
+    argument = json.dumps({"folders": [str(root / name) for name in STRANGERS], "ids": UNSEEN.tolist()})
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(root / "modules")}
+    command = [sys.executable, "-I", "-c", STRANGER, argument]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=240)
+    assert done.returncode == 0, done.stderr
+    return {"models": models, "stranger": json.loads(done.stdout.splitlines()[-1])}
 
 
 @pytest.mark.parametrize("model_type", STRANGERS)
 def test_a_stranger_may_load_it_with_the_code_it_carries(model_type, outcomes):
-    assert isinstance(outcomes["stranger"], dict), outcomes["stranger"]
     found, model = outcomes["stranger"][model_type], outcomes["models"][model_type]
     assert found["compress"] == []
     assert found["module"].startswith("transformers_modules.")
-    assert found["inner"].startswith("transformers_modules." if model_type == "sliced" else "transformers.models.")
+    assert found["inner"].startswith("transformers.models.")
     assert "trust_remote_code=True" in found["refused"]
     assert found["orders"] == {name: order.tolist() for name, order in orders(model).items()}
     assert difference(torch.tensor(found["logits"]), oracles.logits_of(model, UNSEEN)) < 1e-5

@@ -15,8 +15,7 @@ import tiny
 from compress import families
 from compress.errors import UnsupportedModel
 from compress.families import Family
-from compress.models.modeling_experts import unfuse_experts
-from compress.models.modeling_sliced import as_residual_block, finished_logits
+from compress.own_model.modeling_compress import as_residual_block, finished_logits, unfuse_experts
 
 EPSILON = 0.0625
 EXPERTS = ("num_local_experts", "num_experts")

@@ -223,10 +223,10 @@ def test_fast_does_not_see_a_flipped_byte(copy):
 
 def test_carried_code_must_be_there(root, tmp_path):
     shutil.copytree(root / "thin", tmp_path / "thin")
-    (tmp_path / "thin" / "modeling_lowrank.py").unlink()
+    (tmp_path / "thin" / "modeling_compress.py").unlink()
     ran = inspected(tmp_path / "thin")
     assert ran.code == 1
-    assert "names the module 'modeling_lowrank', which is not there" in ran.err
+    assert "names the module 'modeling_compress', which is not there" in ran.err
 
 
 def test_a_module_is_not_sought_elsewhere(root, tmp_path):

@@ -15,7 +15,7 @@ import tiny
 from compress import families
 from compress.models.decoder import Decoder
 from compress.models.loading import load_config
-from compress.models.modeling_experts import unfuse_experts
+from compress.own_model.modeling_compress import unfuse_experts
 from compress.stages.factorize import Factorize
 from compress.streaming.loader import PartLoader
 from compress.streaming.spectra import GradientFiles, LinearObserver, LinearWatch

@@ -18,7 +18,7 @@ from compress.datasets.windows import calibration_windows
 from compress.job import Job
 from compress.models.hub import find_model
 from compress.models.loading import load_tokenizer
-from compress.models.modeling_lowrank import LowRankForCausalLM, LowRankLinear, PivotLinear
+from compress.own_model.modeling_compress import CompressForCausalLM, LowRankLinear, PivotLinear
 from compress.recipe import lowrank, parse_recipe
 from oracles import logits_of
 
@@ -99,7 +99,7 @@ def test_adapters_on_the_factors_can_be_trained_and_merged(factorised, ids, form
     merged = adapted.merge_and_unload()
     merged.save_pretrained(tmp_path)
     again = load(tmp_path)
-    assert type(again) is LowRankForCausalLM
+    assert type(again) is CompressForCausalLM
     assert sum(parameter.numel() for parameter in again.parameters()) == size
     assert distance(logits_of(again, ids[:2]), expected) < 1e-5
 
@@ -154,7 +154,7 @@ def test_the_factors_are_quantised_by_compressed_tensors(factorised, ids, form, 
     tensors = load_file(tmp_path / "model.safetensors")
     assert sum(name.endswith("weight_packed") for name in tensors) == len(quantised)
     again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    assert type(again) is LowRankForCausalLM
+    assert type(again) is CompressForCausalLM
     assert distance(logits_of(again, ids[:2]), fake) < 1e-5
 
 

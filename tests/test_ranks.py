@@ -17,9 +17,9 @@ from transformers import LlamaConfig
 
 import tiny
 from compress import families, pipeline, ranks, search
+from compress.architectures.architecture import Shape
 from compress.assembly import take_survey
 from compress.checkpoints.sizes import dense_size, disk_bytes, size_of
-from compress.checkpoints.targets import Shape
 from compress.errors import UsageError
 from compress.job import Job
 from compress.models.hub import find_model
@@ -476,7 +476,7 @@ def test_bytes_on_disk_are_no_less_than_planned_for_a_large_model(blocks, form):
     for name, tensor in model.state_dict().items():
         size = tensor.numel() * (2 if tensor.is_floating_point() else 4)
         part = name.split(".layers.")[1].split(".")[0] if ".layers." in name else name.split(".")[1]
-        if name.startswith("model.model.norm"):
+        if name.startswith("model.norm"):
             part = "lm_head"
         kind = "F16" if tensor.is_floating_point() else "I32"
         parts.setdefault(part, {})[name] = (kind, tensor.shape, size)

@@ -18,19 +18,18 @@ import compress
 import oracles
 import tiny
 from compress import families
-from compress.checkpoints.sliced import SlicedTarget
-from compress.checkpoints.stock import StockTarget
-from compress.checkpoints.targets import Shape, Target, dense_units
+from compress.architectures.architecture import Architecture, Shape, dense_units
+from compress.architectures.own import Own
+from compress.architectures.stock import Stock
 from compress.datasets.windows import cut, encode
 from compress.models.decoder import Decoder
 from compress.models.expert_names import own_name
 from compress.models.loading import load_config, load_tokenizer
-from compress.models.modeling_experts import unfuse_experts
-from compress.models.modeling_sliced import SlicedForCausalLM
 from compress.numerics.frames import Frame
 from compress.numerics.linalg import pca
 from compress.numerics.obs import prune_units
 from compress.numerics.ridge import excess
+from compress.own_model.modeling_compress import CompressForCausalLM, unfuse_experts
 from compress.stages._stage import StageConfig
 from compress.stages.fold_norms import FoldNorms
 from compress.stages.measure_error import MeasureError
@@ -104,10 +103,12 @@ def survey_of(folder: Path, gradient: bool, windows: Tensor = WINDOWS) -> Survey
     return SURVEYS[folder, gradient]
 
 
-def target_of(folder: Path, kind: str = "ours") -> Target:
+def target_of(folder: Path, kind: str = "ours") -> Architecture:
     config = load_config(folder)
     family = families.find(config)
-    return StockTarget(config, family) if kind == "stock" else SlicedTarget(config, family, shortcuts=kind == "ours")
+    if kind == "stock":
+        return Stock(config, family, narrows=True)
+    return Own(config, family, shortcuts=kind == "ours")
 
 
 def new_walk(
@@ -116,7 +117,7 @@ def new_walk(
     *,
     windows: Tensor = WINDOWS,
     held_out: int = len(HELD_OUT),
-    target: Target | None = None,
+    target: Architecture | None = None,
     batch_size: int = 4,
     cache_memory: int = 2**40,
 ) -> Walk:
@@ -153,14 +154,14 @@ def dampings(parts: Iterable[FinishedPart]) -> dict[str, float]:
     return {group["group"]: group["damping"] for group in groups if "damping" in group}
 
 
-def written_model(result: oracles.Walked, target: Target, **kept: int) -> Any:
+def written_model(result: oracles.Walked, target: Architecture, **kept: int) -> Any:
     """The tensors of a walk in the class they are written for."""
     shape = Shape(tuple(result.widths), dense_units(result.config, result.family) | kept)
     config = target.config(shape, torch.float64)
     if target.is_stock:
         model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float64)
     else:
-        model = SlicedForCausalLM(config).double()
+        model = CompressForCausalLM(config).double()
     unfuse_experts(model).load_state_dict({own_name(name): tensor for name, tensor in result.tensors.items()})
     return model.eval()
 
@@ -643,7 +644,11 @@ def test_units_are_judged_by_the_refitted_writer(model_type, models):
     # What is written is what the last stage left.
     writer = "self_attn.dense" if model_type == "phi" else "self_attn.o_proj"
     last = [seen for seen in after.seen if "writers" in seen.name and "mlp" not in seen.name]
-    lift = StockTarget(result.config, result.family).layout(torch.float64).lift(NARROW) if model_type == "phi" else None
+    lift = (
+        Stock(result.config, result.family, narrows=True).layout(torch.float64).lift(NARROW)
+        if model_type == "phi"
+        else None
+    )
     for block, seen in enumerate(last):
         weight = result.tensors[f"model.layers.{block}.{writer}.weight"]
         expected = seen.matrix[: weight.shape[1]].T

@@ -12,13 +12,13 @@ ORDERS = {
     "a model class, then compress": "from transformers import LlamaForCausalLM, PreTrainedModel; import compress",
     "compress, then generation": "import compress; from transformers import GenerationMixin",
     "compress, then the configs": "import compress; from transformers import AutoConfig",
-    "the modeling file first": "import compress.models.modeling_sliced",
+    "the modeling file first": "import compress.own_model.modeling_compress",
 }
 # Nothing of ours is imported here: that alone would register it.
 LOOK = """
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-config = CONFIG_MAPPING["compress_sliced"]
+config = CONFIG_MAPPING["compress"]
 model = MODEL_FOR_CAUSAL_LM_MAPPING[config]
 print(json.dumps([f"{found.__module__}.{found.__name__}" for found in (config, model, model.config_class)]))
 """
@@ -56,8 +56,8 @@ def outcomes() -> dict[str, Any]:
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_both_registries_know_the_architecture(order, outcomes):
-    config = "compress.models.configuration_sliced.SlicedConfig"
-    assert outcomes[order] == [config, "compress.models.modeling_sliced.SlicedForCausalLM", config]
+    config = "compress.own_model.configuration_compress.CompressConfig"
+    assert outcomes[order] == [config, "compress.own_model.modeling_compress.CompressForCausalLM", config]
 
 
 def test_importing_the_package_imports_neither_torch_nor_transformers():

@@ -28,7 +28,7 @@ from compress.datasets.windows import calibration_windows
 from compress.errors import UsageError, VerificationError
 from compress.job import Job
 from compress.models.hub import find_model
-from compress.models.modeling_sliced import SlicedForCausalLM, as_residual_block
+from compress.own_model.modeling_compress import CompressForCausalLM, as_residual_block
 from compress.recipe import parse_recipe, slicegpt
 
 RULE = {"ratio": 0.3}
@@ -137,7 +137,7 @@ def test_it_loads_and_says_what_the_paper_says(model_type, dtype, made):
     """Against SliceGPT written out, from the same weights and the same windows."""
     checkpoint = made(model_type, dtype)
     model, info = AutoModelForCausalLM.from_pretrained(checkpoint.out, output_loading_info=True)
-    assert type(model) is SlicedForCausalLM
+    assert type(model) is CompressForCausalLM
     assert not any(info.values())
     assert {parameter.dtype for parameter in model.parameters()} == {DTYPES[dtype]}
     last = 2 * tiny.NUM_BLOCKS if model_type != "phi" else tiny.NUM_BLOCKS
@@ -163,8 +163,8 @@ def test_it_says_what_the_walk_said(model_type, dtype, made):
 def test_the_config_says_what_it_is(made):
     checkpoint = made("opt", "float32")
     config = json.loads((checkpoint.out / "config.json").read_text())
-    assert config["model_type"] == "compress_sliced"
-    assert config["architectures"] == ["SlicedForCausalLM"]
+    assert config["model_type"] == "compress"
+    assert config["architectures"] == ["CompressForCausalLM"]
     assert config["tie_word_embeddings"] is False
     assert config["text_config"]["tie_word_embeddings"] is False
     assert config["text_config"]["model_type"] == "opt"
@@ -174,8 +174,8 @@ def test_the_config_says_what_it_is(made):
     assert (config["norm_width"], config["norm_eps"], config["reader_bias"]) == (DENSE, 1e-5, True)
     assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (0, 1, 2)
     assert config["auto_map"] == {
-        "AutoConfig": "configuration_sliced.SlicedConfig",
-        "AutoModelForCausalLM": "modeling_sliced.SlicedForCausalLM",
+        "AutoConfig": "configuration_compress.CompressConfig",
+        "AutoModelForCausalLM": "modeling_compress.CompressForCausalLM",
     }
     assert str(checkpoint.source) not in (checkpoint.out / "config.json").read_text()
     loaded: Any = AutoConfig.from_pretrained(checkpoint.out)
@@ -221,7 +221,7 @@ def test_companions_are_copied_byte_for_byte(made):
 
 def test_the_carried_modeling_files_are_this_packages(made):
     folder = Path(compress.__file__).parent / "models"
-    for name in ("configuration_sliced.py", "modeling_sliced.py"):
+    for name in ("configuration_compress.py", "modeling_compress.py"):
         assert (made("opt", "float32").out / name).read_bytes() == (folder / name).read_bytes()
 
 
@@ -429,7 +429,7 @@ def test_it_can_be_made_from_its_config_alone(model_type, any_model):
     config = any_model(model_type).config
     torch.manual_seed(0)
     model: Any = AutoModelForCausalLM.from_config(config)
-    assert type(model) is SlicedForCausalLM
+    assert type(model) is CompressForCausalLM
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
     for name, parameter in model.named_parameters():
         if parameter.ndim == 2:

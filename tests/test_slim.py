@@ -19,17 +19,16 @@ import compress
 import oracles
 import tiny
 from compress import families, pipeline
+from compress.architectures.stock import Stock
 from compress.checkpoints.adapter import adapter_config, target_modules
 from compress.checkpoints.card import serving
-from compress.checkpoints.dense import DenseTarget
-from compress.checkpoints.stored import PackedTarget
 from compress.errors import NumericalError, UsageError
 from compress.job import Job
 from compress.models.decoder import Decoder
 from compress.models.expert_names import own_name
 from compress.models.hub import find_model
 from compress.models.loading import load_config
-from compress.models.modeling_experts import unfuse_experts
+from compress.own_model.modeling_compress import unfuse_experts
 from compress.plan import Plan
 from compress.recipe import parse_recipe
 from compress.stages._stage import StageConfig
@@ -88,7 +87,7 @@ def walked(
 ) -> oracles.Walked:
     config = load_config(folder)
     settings = WalkSettings(
-        layout=PackedTarget(DenseTarget(config)).layout(torch.float64),
+        layout=Stock(config, families.find(config)).layout(torch.float64),
         output_dtype=torch.float64,
         batch_size=3,
         held_out=held_out,
@@ -442,16 +441,15 @@ def test_the_adapter_is_a_plain_lora_of_scale_one(faces):
 
 def test_compact_carries_its_code_and_keeps_no_pruned_weight(faces):
     config, tensors = json_of(faces / "as-compact/config.json"), tensors_of(faces / "as-compact")
-    assert config["model_type"] == "compress_compact"
+    assert config["model_type"] == "compress"
     assert sorted(config["auto_map"]) == ["AutoConfig", "AutoModelForCausalLM"]
     assert {file.name for file in (faces / "as-compact").glob("*.py")} == {
-        "configuration_compact.py",
-        "modeling_compact.py",
-        "modeling_experts.py",
+        "configuration_compress.py",
+        "modeling_compress.py",
     }
     assert not (faces / "as-compact/adapter").exists()
     # 48 rows of 32 inputs: two bits a weight for the kept half, three for the places of every four.
-    path = "model.model.layers.0.mlp.up_proj"
+    path = "model.layers.0.mlp.up_proj"
     assert tensors[f"{path}.weight.codes"].shape == (48, 32 * 2 // 8)
     assert tensors[f"{path}.weight.places"].shape == (48, 32 // 4 * 3 // 8)
     assert tensors[f"{path}.weight.scale"].shape == (48, 2)

@@ -23,8 +23,8 @@ from torch import Tensor
 import oracles
 import tiny
 from compress import pipeline
+from compress.architectures.stock import Stock
 from compress.assembly import take_survey
-from compress.checkpoints.stock import StockTarget
 from compress.errors import UsageError
 from compress.job import Job
 from compress.models.hub import find_model
@@ -340,12 +340,12 @@ def write(case: Case, folder: Path) -> Written:
     dense.save_pretrained(folder / "dense")
     tiny.tiny_tokenizer().save_pretrained(folder / "dense")
     job = job_of(case, folder / "dense", folder / "out", tiny.write_text(folder / "text.txt", lines=60))
-    overheard, stock_layout = Overheard(), StockTarget.layout
+    overheard, stock_layout = Overheard(), Stock.layout
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "verify", overheard.verify)
         patch.setattr(pipeline, "take_survey", overheard.take_survey)
         if gain_dtype := case.gain_dtype:
-            patch.setattr(StockTarget, "layout", lambda target, dtype: stock_layout(target, gain_dtype))
+            patch.setattr(Stock, "layout", lambda target, dtype: stock_layout(target, gain_dtype))
         result = pipeline.run(job)
     frame = overheard.frame
     directions = case.variant.directions(case.width) if result.is_stock else case.width
@@ -481,7 +481,7 @@ def test_what_has_no_stock_shape_is_written_in_ours(name, written, looked):
     _, note = FALLBACKS[name.split(": ")[0]]
     assert made.result.notes == [note]
     assert not made.result.is_stock
-    assert made.result.architecture == found["class"] == "SlicedForCausalLM"
+    assert made.result.architecture == found["class"] == "CompressForCausalLM"
     assert found["module"].startswith("transformers_modules.")
     assert looked.ours == []
     assert made.config["shortcuts"] is False

@@ -6,12 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from compress.models.modeling_compact import StoredMatrix, unpack_bits
 from compress.models.packed import unpacked
 from compress.models.packing import Kept, pack_bits, pack_words
 from compress.models.storage import Storage, empty_linear
 from compress.numerics.grids import Sharing
 from compress.numerics.sparsity import Pattern
+from compress.own_model.modeling_compress import StoredMatrix, unpack_bits
 from stored import label, random_parts
 
 M, N = 37, 240

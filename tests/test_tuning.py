@@ -14,22 +14,22 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from compress import families
 from compress.checkpoints.facts import AdapterFacts, Facts, LinearFacts
 from compress.errors import NumericalError, UsageError
-from compress.models.configuration_lowrank import LowRankConfig
-from compress.models.modeling_compact import StoredMatrix
-from compress.models.modeling_lowrank import LowRankForCausalLM
 from compress.models.packing import pack_bits, unsigned
 from compress.models.storage import Storage
 from compress.models.stored_loading import load_stored
 from compress.numerics.sparsity import Pattern
+from compress.own_model.configuration_compress import CompressConfig
+from compress.own_model.modeling_compress import CompressForCausalLM, StoredMatrix
 from compress.tuning.adapters import CompactAdapters, PackedAdapters, TrainedMatrix
 from compress.tuning.lora import Lora, Settled, StoredLora
 from compress.tuning.losses import cross_entropy, divergence
 from compress.tuning.rates import RATES, Rate, chosen_rate, share_of_rate
 from compress.tuning.settings import Settings
 from compress.tuning.state import restore, snapshot
-from compress.tuning.structure import block_linears, blocks_of, chosen, num_trained, trainable, why_not_merged
+from compress.tuning.structure import block_linears, chosen, num_trained, trainable, why_not_merged
 from compress.tuning.texts import Reader, batch
 from compress.tuning.training import Course, Training
 from compress.tuning.weights import all_weights, factors
@@ -102,9 +102,8 @@ def test_a_relative_rate_is_a_share_of_each_tensors_size_before_training():
     assert highest == pytest.approx([0.002, 0.1 * 12.5**0.5, 0.1 * 1e-3])
 
 
-def test_what_a_user_says_is_for_all_alike_but_block_by_block():
+def test_what_a_user_says_is_for_all_alike():
     assert chosen_rate(5e-5, "adapters") == Rate(5e-5, relative=False)
-    assert chosen_rate(5e-3, "blocks") == Rate(5e-3, relative=True)
     assert chosen_rate(None, "factors") is RATES["factors"]
 
 
@@ -186,14 +185,15 @@ def test_batches_go_through_the_text_over_and_over():
 # What is trained.
 
 
-def thin_model() -> LowRankForCausalLM:
+def thin_model() -> CompressForCausalLM:
     entries = {
         "model.layers.0.mlp.down_proj": {"rank": 5, "form": "factors", "bias": True},
         "model.layers.0.mlp.up_proj": {"rank": 6, "form": "pivot", "bias": True},
     }
-    config = LowRankConfig(text_config=tiny_config("llama", num_hidden_layers=1), factors=entries)
+    dense = tiny_config("llama", num_hidden_layers=1)
+    config = CompressConfig(text_config=dense, structure=families.find(dense).structure(), factors=entries)
     torch.manual_seed(0)
-    return LowRankForCausalLM(config).eval()
+    return CompressForCausalLM(config).eval()
 
 
 def test_a_lora_is_on_every_linear_of_the_blocks_and_merges_exactly():
@@ -228,7 +228,7 @@ def test_an_adapter_kept_beside_needs_no_scale():
 def test_factors_are_trained_whole_and_nothing_else():
     model = thin_model()
     trained = factors(model)
-    start = "model.model.layers.0.mlp"
+    start = "model.layers.0.mlp"
     assert sorted(trained.parameters) == sorted(
         f"{start}.{each}.{part}"
         for each in ("down_proj", "up_proj")
@@ -241,8 +241,8 @@ def test_factors_are_trained_whole_and_nothing_else():
 def test_a_lora_reaches_both_factors():
     model = thin_model()
     linears = block_linears(model, model.config)
-    assert "model.model.layers.0.mlp.down_proj.first" in linears
-    assert "model.model.layers.0.mlp.up_proj.second" in linears
+    assert "model.layers.0.mlp.down_proj.first" in linears
+    assert "model.layers.0.mlp.up_proj.second" in linears
     trained = Lora(model, linears, rank=2, alpha=2, merge=True)
     assert sum(p.numel() for p in trained.parameters.values()) == num_trained("lora", thin_model(), model.config, 2)
 
@@ -250,7 +250,7 @@ def test_a_lora_reaches_both_factors():
 @pytest.mark.parametrize("model_type", ["opt", "llama", "phi", "gpt_neox", "gpt_bigcode"])
 def test_the_blocks_are_found_by_the_family(model_type):
     model = tiny_model(model_type, num_hidden_layers=2, dtype=F32)
-    start = blocks_of(model.config)
+    start = families.find(model.config).blocks
     blocks: Any = model.get_submodule(start)
     assert len(blocks) == 2
     assert all(path.startswith(f"{start}.") for path in block_linears(model, model.config))

@@ -15,8 +15,8 @@ import tiny
 from compress import families
 from compress.errors import CheckpointError, NumericalError, UnsupportedModel
 from compress.models.decoder import Decoder
-from compress.models.modeling_experts import unfuse_experts
 from compress.models.tensor_files import INDEX, SINGLE
+from compress.own_model.modeling_compress import unfuse_experts
 from compress.streaming.weights import LazyWeights
 
 

@@ -19,7 +19,7 @@ import tiny
 from compress import pipeline
 from compress.job import Job
 from compress.models.hub import find_model
-from compress.models.modeling_sliced import SlicedForCausalLM
+from compress.own_model.modeling_compress import CompressForCausalLM
 from compress.recipe import anchored, parse_recipe, slicegpt
 
 RANK, NARROW, BLOCKS = tiny.HIDDEN // 2, 3 * tiny.HIDDEN // 4, 2
@@ -107,7 +107,7 @@ def test_sliced_again_by_the_papers_method(world):
     stages = slicegpt({"ratio": 1 - RANK / NARROW}, slice_head=True)
     result = compressed(world["sliced"], out, world["text"], "slicegpt", stages)
     model = load(out)
-    assert type(model) is SlicedForCausalLM
+    assert type(model) is CompressForCausalLM
     assert set(result.widths) == {RANK}
     assert model.config.norm_width == NARROW
     assert relative(oracles.logits_of(model, IDS), world["dense"]) < 1e-5

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from compress.architectures.architecture import Architecture, Shape
 from compress.checkpoints.sizes import Size, by_depth, disk_bytes, size_of
-from compress.checkpoints.targets import Shape, Target
 from compress.errors import UsageError
 from compress.recipe import Budget
 from compress.stages._stage import StageConfig
@@ -65,7 +65,7 @@ class Space:
     stages: Sequence[StageConfig]
     points: Sequence[StreamPoint]
     units: Mapping[str, int]
-    target: Target
+    target: Architecture
     dtype: torch.dtype
 
     def shape(self, counts: Counts) -> Shape:

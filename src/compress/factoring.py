@@ -6,11 +6,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from compress.checkpoints.lowrank import LowRankTarget
+from compress.architectures.architecture import Architecture, Shape, block_linears
+from compress.architectures.own import as_own
 from compress.checkpoints.sizes import Size
-from compress.checkpoints.targets import Shape, Target, block_linears
 from compress.errors import report
-from compress.families import Family
 from compress.ranks import RankSpace, check_budget
 from compress.recipe import Recipe
 from compress.stages._stage import FactorisingStage, StageConfig
@@ -25,7 +24,7 @@ class FactorPlan:
     """
 
     stages: tuple[StageConfig, ...]
-    target: Target
+    target: Architecture
     factors: Mapping[str, FactorShape] = field(default_factory=dict)
     ranks: RankSpace | None = None
     notes: list[str] = field(default_factory=list)
@@ -38,9 +37,8 @@ def factorising(stages: Sequence[StageConfig]) -> list[FactorisingStage]:
 def plan_factors(
     recipe: Recipe,
     stages: tuple[StageConfig, ...],
-    base: Target,
+    base: Architecture,
     shape: Shape | None,
-    family: Family,
     dtype: torch.dtype,
     dense: Size,
 ) -> FactorPlan:
@@ -52,9 +50,10 @@ def plan_factors(
         report(["Ranks go by widths that are known beforehand. Give slice and prune_units a ratio."])
         raise AssertionError
     report(base.faults(shape))
-    own, linears = factorising(stages), block_linears(base, shape, family)
+    own, linears = factorising(stages), block_linears(base, shape)
     report(linear_faults(own, linears))
-    target: Target = LowRankTarget(base) if any(stage.writes_factors for stage in own) else base
+    writes_factors = any(stage.writes_factors for stage in own)
+    target = as_own(base) if writes_factors else base
     opened = next((stage for stage in own if stage.open_ranks), None)
     if opened is not None:
         space = RankSpace(opened, linears, base, shape, dtype)
@@ -64,7 +63,7 @@ def plan_factors(
     settled = tuple(stage.settled(linears) if isinstance(stage, FactorisingStage) else stage for stage in stages)
     factors = {path: f for stage in own for path, f in stage.planned_factors(linears).items()}
     notes = dense_notes(own, linears, factors)
-    return FactorPlan(settled, target, factors if target is not base else {}, notes=notes)
+    return FactorPlan(settled, target, factors if writes_factors else {}, notes=notes)
 
 
 def linear_faults(stages: Sequence[FactorisingStage], linears: Sequence[LinearShape]) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from compress.checkpoints.targets import dense_units
+from compress.architectures.architecture import dense_units
 from compress.families import Family
 from compress.models.decoder import Decoder
 from compress.numerics.sums import ROWS_AT_ONCE

@@ -17,6 +17,8 @@ import psutil
 from torch import Tensor
 
 from compress import search
+from compress.architectures.architecture import Shape
+from compress.architectures.packed import not_for_vllm, unpacks_while_loading
 from compress.assembly import new_walk, restored, take_survey
 from compress.checkpoints import files
 from compress.checkpoints.adapter import adapter_config, write_adapter
@@ -25,8 +27,6 @@ from compress.checkpoints.facts import FACTS, read_facts, read_json
 from compress.checkpoints.front_matter import read_origin
 from compress.checkpoints.integrity import check_integrity
 from compress.checkpoints.sizes import Size
-from compress.checkpoints.stored import not_for_vllm, unpacks_while_loading
-from compress.checkpoints.targets import Shape
 from compress.checkpoints.verify import verify, verify_tokens, why_own
 from compress.claiming import claimed, kept_journal, parent_folder
 from compress.durable import flush_below
@@ -48,6 +48,7 @@ from compress.streaming.shared_journal import SharedJournal
 from compress.streaming.sites import Count
 from compress.streaming.survey import Survey, SurveyNeed, num_steps
 from compress.streaming.walk import FinishedPart, Walk
+from compress.version import FORMAT
 
 TRIAL = "trial "  # before the place of a choice: a trial's name among the findings
 SMALL = 5 * 10**8  # bytes: a model below this is reloaded whole, whatever the walk needed
@@ -324,7 +325,8 @@ def _complete(prepared: Prepared, walk: Walk, journal: Journal, progress: Progre
     shape = Shape(widths, facts["units"], prepared.plan.factors, prepared.plan.storage)
     config = target.config(shape, prepared.precision.written)
     files.write_json(partial / "config.json", config.to_diff_dict())
-    files.carry_modeling(partial, target.carried)
+    if not target.is_stock:
+        files.carry_modeling(partial)
     files.copy_companions(prepared.folder, partial)
     files.write_index(partial, journal.entries)
     if facts["adapter"]:
@@ -371,11 +373,12 @@ def _facts(prepared: Prepared, journal: Journal) -> dict[str, Any]:
     job, entries = prepared.job, journal.entries
     run = identity(prepared)
     return {
+        "format": FORMAT,
         "name": f"{job.model.name}-{job.recipe.method}",
         "base_model": job.model.repository or job.model.name,
         "command": job.command,
         "recipe": run["recipe"],
-        "architecture": prepared.plan.target.architecture,
+        "architecture": prepared.plan.target.class_name,
         "loads_without_our_code": prepared.plan.target.is_stock,
         "stages": [stage.model_dump(mode="json") for stage in prepared.plan.stages],
         "trials": found_trials(journal),
@@ -418,8 +421,7 @@ def storage_facts(plan: Plan) -> dict[str, Any]:
 
 def adapter_facts(prepared: Prepared) -> dict[str, Any] | None:
     """The config of the adapter beside the checkpoint; None where there is none."""
-    storage, written = prepared.plan.storage, prepared.plan.target.layout(prepared.precision.written).written
-    ranks = {written(path): each.rank for path, each in storage.items() if each.form == "packed" and each.rank}
+    ranks = {path: each.rank for path, each in prepared.plan.storage.items() if each.form == "packed" and each.rank}
     if not ranks:
         return None
     modules = [name for name, _ in prepared.plan.target.model(prepared.plan.shape).named_modules()]

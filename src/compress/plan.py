@@ -6,12 +6,11 @@ from typing import Any
 
 import torch
 
+from compress.architectures.architecture import KERNEL_STEP, Architecture, Shape, dense_units
+from compress.architectures.own import Own
+from compress.architectures.stock import Stock
 from compress.budget import Choice, Space, choices, planned_shape
-from compress.checkpoints.dense import DenseTarget
 from compress.checkpoints.sizes import Size, dense_size, size_of
-from compress.checkpoints.sliced import SlicedTarget
-from compress.checkpoints.stock import StockTarget
-from compress.checkpoints.targets import KERNEL_STEP, Shape, Target, dense_units
 from compress.errors import UsageError, report
 from compress.factoring import FactorPlan, factorising, plan_factors
 from compress.families import Family, check_exact
@@ -45,7 +44,7 @@ class Plan:
     """
 
     stages: tuple[StageConfig, ...]
-    target: Target
+    target: Architecture
     widths: list[int | None]
     units: Mapping[str, Count]
     factors: Mapping[str, FactorShape]
@@ -105,7 +104,7 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         open_widths = bool(self.choices)
         return {
-            "architecture": self.target.architecture,
+            "architecture": self.target.class_name,
             "loads_without_our_code": self.target.is_stock,
             "widths": None if open_widths else self.widths,
             "units": None if open_widths else dict(self.units),
@@ -127,31 +126,31 @@ def model_points(config: Any, family: Family, seed: int) -> list[StreamPoint]:
     return stream_points(width, num_blocks=blocks, branch_names=names, seed=seed)
 
 
-def choose_target(recipe: Recipe, config: Any, family: Family) -> tuple[Target, list[str]]:
+def choose_target(recipe: Recipe, config: Any, family: Family) -> tuple[Architecture, list[str]]:
     """What the result is written as, and what of that is to be told.
 
     Raises UnsupportedModel where the recipe changes the stream of a model that has to keep it.
     """
     if not any(stage.reshapes for stage in recipe.stages):
-        return DenseTarget(config), []
+        return Stock(config, family), []
     check_exact(config, family)
     shared = any(stage.site is WholeModel for stage in recipe.stages)
     if not shared:
-        return SlicedTarget(config, family), []
+        return Own(config, family), []
     if recipe.budget is not None and recipe.budget.allocation == "free":
-        return SlicedTarget(config, family, shortcuts=False), [
+        return Own(config, family, shortcuts=False), [
             "MLPs of different widths have no stock shape, so the result is written in our architecture."
         ]
     if family.stock is None:
-        return SlicedTarget(config, family, shortcuts=False), [
+        return Own(config, family, shortcuts=False), [
             f"{config.model_type} ties the heads' size to the hidden one, so the result is written in our architecture."
         ]
     if reason := family.stock.not_stock(config):
-        return SlicedTarget(config, family, shortcuts=False), [f"The result is written in our architecture: {reason}"]
-    return StockTarget(config, family), []
+        return Own(config, family, shortcuts=False), [f"The result is written in our architecture: {reason}"]
+    return Stock(config, family, narrows=True), []
 
 
-def step_notes(target: Target, stages: Sequence[StageConfig]) -> list[str]:
+def step_notes(target: Architecture, stages: Sequence[StageConfig]) -> list[str]:
     """That the model is too small for widths that kernels are made for."""
     step = target.steps().get("hidden", KERNEL_STEP)
     left_to_us = any("hidden" in (stage.opens, stage.rounds) for stage in stages)
@@ -184,9 +183,9 @@ def make_plan(
     if storing(stages):
         report(mixture_faults(recipe))
     if factorising(stages):
-        factored = plan_factors(recipe, stages, base, shape, family, dtype, dense)
+        factored = plan_factors(recipe, stages, base, shape, dtype, dense)
     if storing(stages):
-        stored = plan_storage(factored, known_shape(shape, base, factored.factors), family, dtype)
+        stored = plan_storage(factored, known_shape(shape, base, factored.factors), dtype)
         factored = replace(factored, stages=stored.stages, target=stored.target)
     if storing(stages) or factorising(stages):
         notes = notes + token_notes(recipe, config, family)
@@ -222,7 +221,7 @@ def make_plan(
     return plan.chosen(found[0]) if decided else plan
 
 
-def known_shape(shape: Shape | None, base: Target, factors: Mapping[str, FactorShape]) -> Shape:
+def known_shape(shape: Shape | None, base: Architecture, factors: Mapping[str, FactorShape]) -> Shape:
     """The shape that is to be stored. Raises UsageError where the data decides it."""
     if shape is None:
         raise UsageError("Storage goes by widths that are known beforehand. Give slice a ratio.")

@@ -12,7 +12,7 @@ from compress.datasets.windows import fingerprint
 from compress.needs import usual_batch_size
 from compress.preflight import Prepared
 from compress.streaming.weights import LazyWeights
-from compress.version import __version__
+from compress.version import FORMAT, __version__
 
 
 def identity(prepared: Prepared) -> dict[str, Any]:
@@ -22,6 +22,7 @@ def identity(prepared: Prepared) -> dict[str, Any]:
         "recipe": job.recipe.model_dump(mode="json"),
         "model": input_fingerprint(prepared.folder, prepared.weights),
         "calibration text": fingerprint(prepared.windows),
+        "format": FORMAT,
         "versions": versions(),
         "export": job.export,
         "device": job.device.type,

@@ -11,11 +11,10 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import PreTrainedModel
 
+from compress.architectures.architecture import Architecture, Shape
+from compress.architectures.own import as_own
 from compress.budget import Choice
-from compress.checkpoints.lowrank import LowRankTarget
 from compress.checkpoints.sizes import Size, disk_bytes, header_bytes, size_of
-from compress.checkpoints.targets import Shape, Target
-from compress.checkpoints.wrapped import INNER
 from compress.errors import UsageError
 from compress.models.factors import tensor_names
 from compress.numerics.allocation import Ladder, spend
@@ -37,7 +36,7 @@ class RankSpace:
 
     stage: FactorisingStage
     linears: Sequence[LinearShape]
-    base: Target
+    base: Architecture
     shape: Shape
     dtype: torch.dtype
 
@@ -54,7 +53,7 @@ class RankSpace:
 
     def model(self, ranks: Mapping[str, int]) -> PreTrainedModel:
         """The model in factors, without weights."""
-        return LowRankTarget(self.base).model(self.shaped(ranks))
+        return as_own(self.base).model(self.shaped(ranks))
 
     def choice(self, allocation: str, ranks: Ranks) -> Choice:
         """As it is written: in factors, or multiplied out."""
@@ -170,7 +169,7 @@ def dense_price(space: RankSpace, linear: LinearShape, in_bytes: bool) -> int:
 
 
 def headers(linear: LinearShape, names: Sequence[str]) -> int:
-    return sum(header_bytes(f"{INNER}{linear.path}.{name}") for name in names)
+    return sum(header_bytes(f"{linear.path}.{name}") for name in names)
 
 
 def uniform_ranks(

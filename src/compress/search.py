@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from compress.architectures.architecture import dense_units
 from compress.assembly import new_walk
 from compress.budget import Choice, Counts
-from compress.checkpoints.targets import dense_units
 from compress.errors import UsageError
 from compress.numerics.allocation import Ladder, spend
 from compress.numerics.frames import Frame

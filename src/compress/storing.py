@@ -8,12 +8,12 @@ from itertools import product
 import torch
 from torch import nn
 
+from compress.architectures.architecture import Architecture, Shape
+from compress.architectures.own import as_own
+from compress.architectures.packed import not_for_vllm
 from compress.checkpoints.sizes import size_of
-from compress.checkpoints.stored import CompactTarget, PackedTarget, not_for_vllm
-from compress.checkpoints.targets import Shape, Target
 from compress.errors import report
 from compress.factoring import FactorPlan
-from compress.families import Family
 from compress.models.expert_names import fused_piece
 from compress.models.storage import Storage, empty_linear
 from compress.recipe import Recipe
@@ -41,7 +41,7 @@ class StoragePlan:
     """
 
     stages: tuple[StageConfig, ...]
-    target: Target
+    target: Architecture
     storage: Mapping[str, Storage] = field(default_factory=dict)
     alternatives: Sequence[Alternative] = ()
     notes: list[str] = field(default_factory=list)
@@ -51,20 +51,20 @@ def storing(stages: Sequence[StageConfig]) -> list[StoringStage]:
     return [stage for stage in stages if isinstance(stage, StoringStage)]
 
 
-def plan_storage(planned: FactorPlan, shape: Shape, family: Family, dtype: torch.dtype) -> StoragePlan:
+def plan_storage(planned: FactorPlan, shape: Shape, dtype: torch.dtype) -> StoragePlan:
     """
     planned, shape: what the model would be otherwise. Raises UsageError with what does not fit.
     """
     stages, base = planned.stages, planned.target
     (own,) = storing(stages)
-    linears = written_linears(base, shape, family)
+    linears = written_linears(base, shape)
     report(own.linear_faults(linears) + packing_faults(own, linears))
     settled = own.settled(linears, dtype)
     stages = tuple(settled if stage is own else stage for stage in stages)
     storage = settled.planned_storage(linears)
     if not storage:
         return StoragePlan(stages, base)
-    target: Target = CompactTarget(base) if settled.form == "compact" else PackedTarget(base)
+    target = as_own(base) if settled.form == "compact" else base
     found = alternatives(base, shape, {linear.path: linear for linear in linears}, storage, dtype)
     return StoragePlan(stages, target, storage, found, storage_notes(settled, storage))
 
@@ -79,13 +79,13 @@ def packing_faults(stage: StoringStage, linears: Sequence[LinearShape]) -> list[
     ]
 
 
-def written_linears(base: Target, shape: Shape, family: Family) -> list[LinearShape]:
+def written_linears(base: Architecture, shape: Shape) -> list[LinearShape]:
     """The linears of the blocks as they would be written, those of factors apart."""
-    model, written, found = base.model(shape), base.layout(torch.float32).written, []
+    model, family, found = base.model(shape), base.family, []
     for index, branch in product(range(base.dense.num_hidden_layers), family.branches):
         for name in (*branch.readers, *branch.writers):
             path = f"{family.blocks}.{index}.{name}"
-            module, part = model.get_submodule(written(path)), family.part_of(name)
+            module, part = model.get_submodule(path), family.part_of(name)
             below = {"": module} if isinstance(module, nn.Linear) else dict(module.named_children())
             for suffix, linear in below.items():
                 assert isinstance(linear, nn.Linear)
@@ -133,7 +133,7 @@ def stored_bytes(stored: Storage, m: int, n: int, dtype: torch.dtype) -> int:
 
 
 def alternatives(
-    base: Target,
+    base: Architecture,
     shape: Shape,
     linears: Mapping[str, LinearShape],
     storage: Mapping[str, Storage],

@@ -25,7 +25,6 @@ TRAINED = {
     "factors": "the factors",
     "adapters": "the adapters, beside weights that stayed as they were,",
     "all": "all weights",
-    "blocks": "all that the blocks store as floats, block by block,",
 }
 # Of the classes that a result is written in: those that vLLM has, and those for which it has no adapters.
 IN_VLLM = (
@@ -98,12 +97,9 @@ def tuned(facts: Mapping[str, Any]) -> str:
     if tuning is None:
         return ""
     data, losses, elsewhere = tuning["data"], tuning["held_out"], tuning["unlike"]
-    blocks, teacher = tuning["blocks"], tuning["teacher"]
-    what = "distribution" if blocks is None else "stream"
-    towards = "its next tokens" if teacher is None else f"the {what} of {code(teacher)} on it"
+    teacher = tuning["teacher"]
+    towards = "its next tokens" if teacher is None else f"the distribution of {code(teacher)} on it"
     steps = f"{tuning['steps']:,} steps, the best of them number {tuning['best_step']:,}."
-    if blocks is not None:
-        steps = f"{sum(block['epoch'] > 0 for block in blocks)} of {len(blocks)} blocks became better."
     before, after = (f"{math.exp(losses[when]):.2f}" for when in ("before", "after"))
     said = [
         f"Then {TRAINED[tuning['trained']]} were trained towards {towards}, on {data['windows']:,} windows of "
@@ -306,7 +302,7 @@ def plain(facts: Mapping[str, Any]) -> str:
     said = [f"A plain `{facts['architecture']}`: whatever loads that class loads this, transformers among them."]
     if not stock:
         said = ["In an architecture of its own, whose code is in this folder."]
-        if facts["architecture"].startswith("LowRank"):
+        if any(linear.get("form") for linear in facts["linears"]):
             said += ["For engines that know no factors, `--materialize` writes the stock model, multiplied out."]
     if facts["quantized"] and facts["storage"] == "packed":
         said += ["For its packed weights transformers needs compressed-tensors."]

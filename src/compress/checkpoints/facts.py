@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from compress.errors import CheckpointError
 from compress.models.json_text import parse_json
+from compress.models.loading import check_format
 
 FACTS = "compress.json"
 LARGEST = 2**26  # bytes of a JSON file; a report on 10 000 linears takes a twentieth
@@ -110,14 +111,6 @@ class Elsewhere(Told):
     worse: bool
 
 
-class BlockFacts(Told):
-    """Errors on the held-out windows; epoch: the pass that was kept, 0 for none."""
-
-    before: float
-    after: float
-    epoch: Count
-
-
 class TuningFacts(Told):
     """compressed_parts: the sha256 of the files before they were tuned."""
 
@@ -128,7 +121,6 @@ class TuningFacts(Told):
     teacher: str | None = None
     steps: Count
     best_step: Count
-    blocks: list[BlockFacts] | None = None
     learning_rate: float
     relative_rate: bool = False
     held_out: HeldOut
@@ -137,6 +129,9 @@ class TuningFacts(Told):
 
 
 class Facts(Told):
+    """format: see `compress.version`."""
+
+    format: int
     name: str
     base_model: str
     command: str
@@ -166,6 +161,9 @@ class Facts(Told):
 def read_facts(folder: Path) -> Facts:
     """Raises CheckpointError with the first thing that is not as it is written."""
     found = read_json(folder / FACTS)
+    number = found.get("format", 1)  # format 1 did not say it
+    if isinstance(number, int):
+        check_format(folder, number)
     try:
         return Facts.model_validate(found)
     except ValidationError as error:

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from compress import own_model
 from compress.errors import CheckpointError, VerificationError
-from compress.models import configuration_sliced
-from compress.models.tensor_files import INDEX, is_own_name
+from compress.models.tensor_files import INDEX
 
-MODELS = Path(configuration_sliced.__file__).parent
+CARRIED = [Path(own_model.__file__).with_name(f"{kind}_compress.py") for kind in ("configuration", "modeling")]
 
 # Copied as files: loading and saving them again would rewrite what other tools read from them.
 COPIED = (
@@ -64,10 +64,10 @@ def copy_companions(source: Path, target: Path) -> None:
         shutil.copyfile(file, target / file.name)
 
 
-def carry_modeling(target: Path, modules: Iterable[str]) -> None:
+def carry_modeling(target: Path) -> None:
     """The modeling files, so that the checkpoint loads with trust_remote_code and without this package."""
-    for module in modules:
-        shutil.copyfile(MODELS / f"{module}.py", target / f"{module}.py")
+    for file in CARRIED:
+        shutil.copyfile(file, target / file.name)
 
 
 def check_code(folder: Path, auto_map: Any) -> None:
@@ -76,10 +76,10 @@ def check_code(folder: Path, auto_map: Any) -> None:
     Raises VerificationError: nothing else is run to prove what was written.
     """
     named = auto_map.values() if isinstance(auto_map, dict) else []
-    wanted = {f"{str(name).partition('.')[0]}.py" for name in named}
+    wanted, ours = {f"{str(name).partition('.')[0]}.py" for name in named}, {file.name: file for file in CARRIED}
     for name in sorted(wanted | {file.name for file in folder.glob("*.py")}):
-        file, own = folder / name, MODELS / name
-        if not (is_own_name(name) and own.is_file() and file.is_file() and file.read_bytes() == own.read_bytes()):
+        file, own = folder / name, ours.get(name)
+        if own is None or not file.is_file() or file.read_bytes() != own.read_bytes():
             raise VerificationError(
                 f"{file} is not the code that was carried into the checkpoint, so it is not run. "
                 "Take it away, and write the checkpoint again with --resume."

@@ -61,11 +61,10 @@ def finetune(
         in_panel(Method, "What is trained. Default: the adapters or the factors where there are any, else a LoRA."),
     ] = None,
     distill: Annotated[
-        Literal["none", "logits", "blocks"],
+        Literal["none", "logits"],
         in_panel(
             Method,
-            "Towards the text's next tokens alone, the dense model's distribution over them, or its stream behind each "
-            "block, with one block of each model in memory.",
+            "Towards the text's next tokens alone, or the dense model's distribution over them.",
         ),
     ] = "logits",
     teacher: Annotated[
@@ -112,8 +111,7 @@ def finetune(
     faults = Faults()
     given: dict[str, Any] = {"steps": steps, "tokens": tokens, "epochs": epochs}
     with faults.noted():
-        if distill != "blocks":  # there tokens say how much text, epochs how often
-            check_length({name: value for name, value in given.items() if value is not None})
+        check_length({name: value for name, value in given.items() if value is not None})
     with faults.noted():
         if lr is not None and not 0 < lr < 1:
             raise UsageError(f"--lr must be between 0 and 1, got {lr:g}.")
@@ -134,7 +132,7 @@ def finetune(
     if not is_ours(folder):
         raise UsageError(f"{folder} has no compress.json. Only checkpoints that compress has made are tuned.")
     facts = read_facts(folder)
-    if distill != "blocks" and all(value is None for value in given.values()):
+    if all(value is None for value in given.values()):
         given["steps"] = USUAL_STEPS
     settings = Settings(
         data=data or facts.recipe.calibration.source,

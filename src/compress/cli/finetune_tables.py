@@ -15,7 +15,6 @@ WHAT = {
     "factors": "the factors",
     "adapters": "the adapters",
     "all": "all weights",
-    "blocks": "all floats of the blocks",
 }
 
 
@@ -39,7 +38,7 @@ def towards(prepared: "Prepared") -> str:
     teacher = prepared.job.teacher
     if teacher is None:
         return "the text's next tokens"
-    return f"the {'stream' if prepared.what == 'blocks' else 'distribution'} of {teacher.name}"
+    return f"the distribution of {teacher.name}"
 
 
 def plan_data(prepared: "Prepared") -> dict[str, Any]:
@@ -66,7 +65,7 @@ def show_tuning(result: "Result", *, as_json: bool) -> None:
     tuning = result.tuning
     rows = [
         ["trained", f"{WHAT[tuning['trained']]}, {tuning['trained_parameters']:,} numbers"],
-        course(tuning),
+        ["steps", f"{tuning['steps']:,} of {tuning['planned_steps']:,}, the best after {tuning['best_step']:,}"],
         ["perplexity, held out", change(tuning["held_out"])],
     ]
     if tuning["unlike"] is not None:
@@ -78,12 +77,6 @@ def show_tuning(result: "Result", *, as_json: bool) -> None:
     ]
     print_table(f"Tuned: {result.out}", ["", "value"], rows)
     print_lines(result.notes)
-
-
-def course(tuning: dict[str, Any]) -> list[str]:
-    if tuning["blocks"] is None:
-        return ["steps", f"{tuning['steps']:,} of {tuning['planned_steps']:,}, the best after {tuning['best_step']:,}"]
-    return ["blocks", f"{sum(block['epoch'] > 0 for block in tuning['blocks'])} of {len(tuning['blocks'])} are better"]
 
 
 def change(found: dict[str, Any]) -> str:

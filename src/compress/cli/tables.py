@@ -20,7 +20,7 @@ def show_plan(job: "Job", plan: "Plan", *, as_json: bool) -> None:
     if as_json:
         print_json({"out": str(job.out), **plan.to_dict()})
         return
-    rows = [["written as", loads_as(plan.target.architecture, is_stock=plan.target.is_stock)]]
+    rows = [["written as", loads_as(plan.target.class_name, is_stock=plan.target.is_stock)]]
     rows += [["parameters, dense", f"{plan.dense.parameters:,}"]]
     if plan.choices:
         rows += [["shapes that fit", f"{len(plan.choices)}, see below; predicted, then chosen by at most three trials"]]

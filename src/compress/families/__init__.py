@@ -198,10 +198,9 @@ def find(config: Any) -> Family:
     cannot be rotated is no such reason: `check_exact` is for recipes that would.
     """
     model_type = config.model_type
-    if model_type.startswith("compress_"):
+    if model_type == "compress":
         raise UnsupportedModel(
-            f"This is a compressed model already ({model_type}). Start from the dense one, with all "
-            "stages in one recipe: compress run."
+            "This is a compressed model already. Start from the dense one, with all stages in one recipe: compress run."
         )
     if reason := REFUSED.get(model_type):
         raise UnsupportedModel(f"{model_type} is not supported: {reason}")

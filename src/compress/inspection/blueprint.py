@@ -1,7 +1,6 @@
 """The model that a checkpoint's config.json describes, without weights, and whether the files hold it."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -13,9 +12,9 @@ from compress.models.counting import num_parameters
 from compress.models.expert_names import own_name
 from compress.models.libraries import reading
 from compress.models.loading import empty_model, load_config
-from compress.models.modeling_experts import unfuse_experts
 from compress.models.stored_files import Lora, StoredTensors, read_lora, read_scheme
 from compress.models.stored_loading import put_linears
+from compress.own_model.modeling_compress import unfuse_experts
 
 ENDS = 2  # parts that are no block: the embeddings and the head
 
@@ -28,7 +27,7 @@ def blueprint(folder: Path, facts: Facts) -> PreTrainedModel:
 
 def built(folder: Path, facts: Facts) -> PreTrainedModel:
     config = load_config(folder)
-    num_blocks = innermost(config).num_hidden_layers
+    num_blocks = config.get_text_config().num_hidden_layers
     parts = [name for name in facts.parts if "/" not in name]
     # Before it is built: a count out of thin air would take forever.
     if num_blocks != len(parts) - ENDS:
@@ -40,13 +39,6 @@ def built(folder: Path, facts: Facts) -> PreTrainedModel:
     lora = read_lora(folder)
     put_linears(model, read_scheme(folder), StoredTensors(folder, lora), torch.float32)
     return model
-
-
-def innermost(config: Any) -> Any:
-    """Architectures of ours are built around others, whose configs they hold."""
-    while getattr(config, "text_config", None) is not None:
-        config = config.text_config
-    return config
 
 
 def named(tensors: list[StoredTensor], lora: Lora | None) -> dict[str, StoredTensor]:

@@ -13,9 +13,8 @@ from torch import nn
 from compress.checkpoints.facts import LinearFacts
 from compress.checkpoints.headers import BITS, StoredTensor
 from compress.models.counting import num_parameters
-from compress.models.modeling_compact import AdaptedLinear, CompactLinear
-from compress.models.modeling_lowrank import LowRankLinear, PivotLinear
 from compress.models.packed import ByteLinear, FloatLinear, LoraLinear, PackedLinear
+from compress.own_model.modeling_compress import AdaptedLinear, CompactLinear, LowRankLinear, PivotLinear
 
 BLOCK = re.compile(r"\.(\d+)\.(.*)")  # its number, and what is below it
 Kind = nn.Linear | LowRankLinear | PivotLinear | AdaptedLinear
@@ -129,16 +128,7 @@ def linears_of(
         path = next((path for path in prefixes(name) if path in below), None)
         if path is not None:
             below[path][name.removeprefix(f"{path}.")] = tensor
-    return [
-        StoredLinear(path, module, below[path], told_of(path, told)) for path, module in modules.items() if below[path]
-    ]
-
-
-def told_of(path: str, told: Mapping[str, LinearFacts]) -> LinearFacts | None:
-    """Architectures of ours have `model.` before the names of the model that they are built around."""
-    while path not in told and path.startswith("model."):
-        path = path.removeprefix("model.")
-    return told.get(path)
+    return [StoredLinear(path, module, below[path], told.get(path)) for path, module in modules.items() if below[path]]
 
 
 def outermost(model: nn.Module) -> Iterable[tuple[str, Kind]]:

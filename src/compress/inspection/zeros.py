@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from compress.checkpoints.headers import StoredTensor
 from compress.errors import CheckpointError
 from compress.inspection.linears import StoredLinear
-from compress.models.modeling_compact import AdaptedLinear
 from compress.models.tensor_files import open_safetensors
 from compress.numerics.sparsity import Pattern
+from compress.own_model.modeling_compress import AdaptedLinear
 
 BLOCK = 2**22  # numbers at a time
 TWO_OF_FOUR = Pattern(2, 4)  # what is looked for where nothing is promised

@@ -18,9 +18,8 @@ from torch import Tensor, nn
 
 from compress.families import Units
 from compress.models.factors import AnyLinear, input_side, with_outputs
-from compress.models.modeling_experts import SparseMLP
-from compress.models.modeling_sliced import replace
 from compress.models.written import Written
+from compress.own_model.modeling_compress import SparseMLP, replace
 
 Writer = nn.Linear | nn.Embedding
 

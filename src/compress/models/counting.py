@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from compress.models.modeling_compact import AdaptedLinear
+from compress.own_model.modeling_compress import AdaptedLinear
 
 
 def num_parameters(module: nn.Module) -> int:

@@ -20,9 +20,15 @@ from transformers.initialization import no_init_weights
 from compress.families import BranchTable, Family, Units
 from compress.models.branch import Branch, Writer
 from compress.models.libraries import reading
-from compress.models.modeling_experts import SparseMLP, unfuse_experts
-from compress.models.modeling_sliced import as_residual_block, finished_logits, replace, shortcut_name
 from compress.models.soundness import check_sound, first_unsound
+from compress.own_model.modeling_compress import (
+    SparseMLP,
+    as_residual_block,
+    finished_logits,
+    replace,
+    shortcut_name,
+    unfuse_experts,
+)
 
 Arguments = dict[str, Any]
 

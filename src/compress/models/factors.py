@@ -9,8 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from compress.models.modeling_lowrank import LowRankLinear, PivotLinear
 from compress.numerics.lowrank import Factors, pivoted
+from compress.own_model.modeling_compress import LowRankLinear, PivotLinear
 
 AnyLinear = nn.Linear | LowRankLinear | PivotLinear
 Form = Literal["factors", "pivot"]

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from compress.errors import CheckpointError, UnsupportedModel, UsageError
 from compress.models.json_text import parse_json
 from compress.models.libraries import one_line, reading
+from compress.version import FORMAT
 
 
 class Sizes(BaseModel):
@@ -35,11 +36,13 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """Raises UnsupportedModel for what transformers does not know, CheckpointError for what makes no model."""
     file = folder / "config.json"
     try:
-        is_object = isinstance(parse_json(file.read_text(encoding="utf-8")), dict)
+        found = parse_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        is_object = False
-    if not is_object:
+        found = None
+    if not isinstance(found, dict):
         raise CheckpointError(f"{file} is damaged: it is no JSON object. Get it again.")
+    if str(found.get("model_type")).startswith("compress_"):  # the architectures of format 1
+        check_format(folder, 1)
     with reading(f"{file} makes no model"):
         try:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
@@ -50,6 +53,15 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     if not trust_remote_code:
         forget_code(config)
     return config
+
+
+def check_format(folder: Path, number: int) -> None:
+    """Raises CheckpointError for a checkpoint of ours in a format that this version does not read."""
+    if number != FORMAT:
+        remedy = "Make it again with this version" if number < FORMAT else "Update compress"
+        raise CheckpointError(
+            f"{folder} is a checkpoint of format {number}; this version of compress reads format {FORMAT}. {remedy}."
+        )
 
 
 def forget_code(config: Any) -> None:

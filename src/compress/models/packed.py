@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from compress.models.modeling_compact import AdaptedLinear, unpack_bits
 from compress.numerics.grids import FLOAT8, Numbers, Sharing
+from compress.own_model.modeling_compress import AdaptedLinear, unpack_bits
 
 InputNumbers = Literal["fp8", "int8"]
 WORD = 32  # bits

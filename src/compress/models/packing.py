@@ -1,4 +1,4 @@
-"""Codes and patterns as bits: what `modeling_compact` and `packed` read."""
+"""Codes and patterns as bits: what `modeling_compress` and `packed` read."""
 
 import math
 from dataclasses import dataclass
@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Bool, Int, Int32, Integer, Shaped, UInt8
 from torch import Tensor
 
-from compress.models.modeling_compact import combinations, place_bits
 from compress.numerics.sparsity import Pattern
+from compress.own_model.modeling_compress import combinations, place_bits
 
 
 def pack_bits(numbers: Integer[Tensor, "rows count"], bits: int) -> UInt8[Tensor, "rows _"]:

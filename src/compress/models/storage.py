@@ -1,7 +1,7 @@
 """How linears with quantized or sparse weights and adapters are stored, and the modules that hold them so.
 
     packed   what compressed-tensors and PEFT read, zeros included (`models/packed.py`)
-    compact  our own: the kept weights alone, and which these are (`models/modeling_compact.py`)
+    compact  our own: the kept weights alone, and which these are (`own_model/modeling_compress.py`)
 
 Dimensions: W = S + B A, S (m, n), A (r, n), B (m, r); m outputs, n inputs.
 """
@@ -13,12 +13,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from compress.models.modeling_compact import AdaptedLinear, CompactLinear
 from compress.models.packed import Beside, ByteLinear, FloatLinear, InputNumbers, PackedLinear
 from compress.models.packing import Kept, pack_bits, pack_words, unsigned
 from compress.numerics.grids import Grid, Numbers, Sharing
 from compress.numerics.sparsity import Pattern
 from compress.numerics.steps import make_grid
+from compress.own_model.modeling_compress import AdaptedLinear, CompactLinear
 
 Tensors = dict[str, Tensor]
 
@@ -68,7 +68,7 @@ class Storage:
         """Whether packed gives each code a byte: what engines do that compute in 8 bits."""
         return self.floating or (self.inputs is not None and self.bits == 8)
 
-    def entry(self, *, bias: bool) -> dict[str, Any]:
+    def entry(self) -> dict[str, Any]:
         """What a compact model's config says of the linear."""
         pattern = self.left_out
         return {
@@ -80,7 +80,6 @@ class Storage:
             "rank": self.rank,
             "adapter_bits": self.adapter_bits,
             "adapter_group": self.adapter_group,
-            "bias": bias,
         }
 
 
@@ -92,7 +91,7 @@ def empty_linear(
     beside = Beside(bias, storage.rank, storage.inputs)
     linear: AdaptedLinear
     if storage.form == "compact":
-        linear = CompactLinear(n, m, storage.entry(bias=bias))
+        linear = CompactLinear(n, m, storage.entry(), bias=bias)
     elif storage.bits is None:
         linear = FloatLinear(n, m, beside)
     elif storage.in_bytes:

@@ -9,8 +9,8 @@ from typing import ClassVar, Literal
 from torch import Tensor, nn
 
 from compress.models.branch import Branch, Writer, set_bias, set_weight
-from compress.models.modeling_sliced import GainlessRMSNorm
 from compress.numerics.norms import center_rows, fold_gain, fold_offset
+from compress.own_model.modeling_compress import GainlessRMSNorm
 from compress.stages._stage import StageConfig
 
 

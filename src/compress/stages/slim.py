@@ -14,12 +14,12 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from torch import Tensor, nn
 
 from compress.models.factors import fill
-from compress.models.modeling_compact import AdaptedLinear
 from compress.models.storage import Storage, stored_linear
 from compress.numerics.adapters import AdapterMethod
 from compress.numerics.decomposition import Adapting, Decomposed, Decomposition, Pruner, Pruning, Rounding, decompose
 from compress.numerics.grids import Numbers, Sharing
 from compress.numerics.sparsity import Pattern
+from compress.own_model.modeling_compress import AdaptedLinear
 from compress.stages._stage import StoringStage
 from compress.stages._targets import is_target, unmatched
 from compress.streaming.linears import LinearShape, LinearSite, lost

@@ -16,9 +16,8 @@ from jaxtyping import Float64
 from torch import Tensor, nn
 
 from compress.models.factors import AnyLinear, Form, num_stored
-from compress.models.modeling_compact import AdaptedLinear
-from compress.models.modeling_lowrank import LowRankLinear, PivotLinear
 from compress.numerics.lowrank import InputMoments
+from compress.own_model.modeling_compress import AdaptedLinear, LowRankLinear, PivotLinear
 
 # What a linear can have become.
 Rewritten = AnyLinear | AdaptedLinear

@@ -238,9 +238,7 @@ class Walk:
         return FinishedPart(
             index,
             name,
-            tensors={
-                layout.file_name(layout.written(key)): tensor for key, tensor in rounded.items() if key not in adapter
-            },
+            tensors={layout.file_name(key): tensor for key, tensor in rounded.items() if key not in adapter},
             adapter={to: rounded[key] for key, to in adapter.items()},
             parameters=sum(tensor.numel() for tensor in rounded.values()),
             points=[point.close() for point in points],

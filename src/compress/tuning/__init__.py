@@ -12,6 +12,5 @@ losses.py      next tokens, or the dense model's distribution over them
 training.py    the loop: steps, looks at the held-out windows, the best state
 state.py       where a run is, as tensors and as plain data
 writing.py     the tuned folder, of which nothing but what was trained has other bytes
-blockwise.py   the other way: block by block, towards the dense model's stream (blocks*.py are its parts)
 tuner.py       everything in its order: look, train, write, prove, publish
 """

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from compress.models.modeling_compact import StoredMatrix
 from compress.models.packing import pack_bits, unsigned
+from compress.own_model.modeling_compress import StoredMatrix
 from compress.tuning.lora import Settled
 from compress.tuning.structure import adapted_linears, compact_linears
 

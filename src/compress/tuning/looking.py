@@ -72,7 +72,7 @@ def look(job: TuningJob, progress: Progress = silent) -> Prepared:
     teacher = None if job.teacher is None else job.teacher.whole_folder()
     faults = Faults()
     with faults.noted():
-        what = chosen_way(settings, facts, model)
+        what = chosen(settings.train, trainable(facts, model))
         check_lora(settings, what)
         merge = merged_at_the_end(settings.merge, what, facts)
     with faults.noted():
@@ -100,19 +100,6 @@ def look(job: TuningJob, progress: Progress = silent) -> Prepared:
         rate=chosen_rate(settings.learning_rate, what),
         teacher=teacher,
     )
-
-
-def chosen_way(settings: Settings, facts: Facts, model: Any) -> What:
-    """Raises UsageError for what this checkpoint has not, and for what is not said of blocks."""
-    if settings.distill != "blocks":
-        return chosen(settings.train, trainable(facts, model))
-    wrong = given(settings, "train", "steps", "warmup", "eval_every", "gradient_checkpointing")
-    if wrong:
-        raise UsageError(
-            f"{' and '.join(wrong)}: not with --distill blocks, which trains all that a block stores as floats, block "
-            "after block. Say how much text by --tokens, how often it is read by --epochs."
-        )
-    return "blocks"
 
 
 def check_lora(settings: Settings, what: What) -> None:
@@ -150,9 +137,7 @@ def merged_at_the_end(asked: bool | None, what: What, facts: Facts) -> bool:
 
 def read_texts(job: TuningJob, facts: Facts) -> Texts:
     settings = job.settings
-    # On the windows that a block was fitted to it looks better than it is, and nothing is found to be better.
-    seed = settings.seed + (settings.distill == "blocks")
-    reader = Reader(load_tokenizer(job.folder), settings.seq_len, seed, job.data_dir)
+    reader = Reader(load_tokenizer(job.folder), settings.seq_len, settings.seed, job.data_dir)
     return reader.texts(settings.data, settings.num_windows, (*ELSEWHERE, facts.recipe.calibration.source))
 
 

@@ -34,13 +34,12 @@ RATES: dict[What, Rate] = {
     "factors": Rate(3e-3, relative=True),
     "adapters": Rate(3e-2, relative=True),
     "all": Rate(3e-3, relative=True),
-    "blocks": Rate(1e-2, relative=True),
 }
 
 
 def chosen_rate(asked: float | None, what: What) -> Rate:
-    """What a user says is for everything alike; but block by block, which knows shares alone."""
-    return RATES[what] if asked is None else Rate(asked, relative=what == "blocks")
+    """What a user says is for everything alike."""
+    return RATES[what] if asked is None else Rate(asked, relative=False)
 
 
 def scale_of(parameter: Tensor) -> float:

@@ -1,6 +1,5 @@
 """What is asked for: which text, how long, how fast, towards what."""
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -9,11 +8,8 @@ import torch
 
 from compress.models.hub import ModelSource
 
-What = Literal["lora", "factors", "adapters", "all", "blocks"]
-Distill = Literal["none", "logits", "blocks"]
-# Of a tuning block by block, where nothing else is said.
-BLOCK_WINDOWS = 512
-BLOCK_PASSES = 10
+What = Literal["lora", "factors", "adapters", "all"]
+Distill = Literal["none", "logits"]
 # Of settings whose options are called otherwise.
 OPTIONS = {"rank": "lora_rank", "alpha": "lora_alpha", "learning_rate": "lr"}
 NUM_HELD_OUT = 64  # windows of the training text, and as many of another
@@ -22,8 +18,7 @@ NUM_HELD_OUT = 64  # windows of the training text, and as many of another
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """
-    distill: towards the text alone, the dense model's distribution over next tokens, or its stream behind each block.
-        Block by block, tokens are those of the text and epochs how often it is read at most.
+    distill: towards the text alone, or the dense model's distribution over next tokens.
     data: the text's name, or a file. steps, tokens, epochs: how long, one of the three. seq_len: tokens a window.
     batch_size: windows a step, of all processes together. train: None for what suits the checkpoint (`structure.py`).
     rank, alpha: of LoRA, whose product is multiplied by alpha / rank. learning_rate: at its highest,
@@ -54,8 +49,6 @@ class Settings:
         """
         available: windows of the text.
         """
-        if self.distill == "blocks":  # of each block, at most
-            return math.ceil(available / self.batch_size) * self.passes
         if self.steps is not None:
             return self.steps
         if self.tokens is not None:
@@ -64,15 +57,8 @@ class Settings:
         return max(1, round(self.epochs * available / self.batch_size))
 
     @property
-    def passes(self) -> int:
-        """How often the windows are read for a block, at most."""
-        return BLOCK_PASSES if self.epochs is None else max(1, round(self.epochs))
-
-    @property
     def num_windows(self) -> int | None:
-        """As many as are read once, or block by block, as there are; None for all that the text has."""
-        if self.distill == "blocks":
-            return BLOCK_WINDOWS if self.tokens is None else max(1, round(self.tokens / self.seq_len))
+        """As many as are read once; None for all that the text has."""
         return None if self.epochs is not None else self.num_steps(0) * self.batch_size
 
 

@@ -7,12 +7,9 @@ from torch import nn
 
 from compress import families
 from compress.checkpoints.facts import Facts
-from compress.checkpoints.wrapped import INNER
 from compress.errors import UsageError
-from compress.models.modeling_compact import CompactLinear
-from compress.models.modeling_lowrank import LowRankLinear, PivotLinear
 from compress.models.packed import LoraLinear
-from compress.models.stored_loading import FLOATS
+from compress.own_model.modeling_compress import CompactLinear, LowRankLinear, PivotLinear
 from compress.tuning.settings import What
 
 HOW = "compress slim --adapter-rank 0.1"
@@ -50,18 +47,9 @@ def why_not_merged(facts: Facts) -> str | None:
     return None
 
 
-def blocks_of(config: Any) -> str:
-    """The path of a checkpoint's blocks: by its family, or by the table that it carries."""
-    if config.model_type == "compress_sliced":
-        return str(config.structure["blocks"])
-    if config.model_type.startswith("compress_"):
-        return INNER + blocks_of(config.text_config)
-    return families.find(config).blocks
-
-
 def block_linears(model: nn.Module, config: Any) -> dict[str, nn.Linear | LoraLinear]:
     """Every linear of the blocks by its path, shortcuts and the two of a product included."""
-    start = f"{blocks_of(config)}."
+    start = f"{families.find(config.get_text_config()).blocks}."
     kinds = (nn.Linear, LoraLinear)
     return {
         path: module for path, module in model.named_modules() if path.startswith(start) and isinstance(module, kinds)
@@ -101,10 +89,6 @@ def num_trained(what: What, model: nn.Module, config: Any, rank: int) -> int:
         packed = [part for each in adapted_linears(model).values() for part in (each.lora_A, each.lora_B)]
         compact = [part for each in compact_linears(model).values() for part in (each.first, each.second)]
         return sum(p.numel() for p in packed if p is not None) + sum(p.num_parameters for p in compact if p is not None)
-    if what == "blocks":
-        start = f"{blocks_of(config)}."
-        stored = [tensor for name, tensor in model.state_dict().items() if name.startswith(start)]
-        return sum(tensor.numel() for tensor in stored if tensor.dtype in FLOATS)
     parameters = model.parameters() if what == "all" else thin_parameters(model)
     return sum(each.numel() for each in parameters)
 

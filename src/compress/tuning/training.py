@@ -45,12 +45,10 @@ class Course:
     """How far it has come. losses: of each look its step, the mean loss of the steps before it, the held-out loss.
 
     The held-out loss is the cross-entropy of the next token in nats, whatever is descended; step 0 is before training.
-    Block by block a step is a block, and the held-out loss the sum of what `blocks` tells of each.
     """
 
     step: int = 0
     losses: list[tuple[int, float | None, float]] = field(default_factory=list)
-    blocks: list[dict[str, Any]] | None = None
 
     @property
     def best(self) -> tuple[int, float]:

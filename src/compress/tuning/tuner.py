@@ -6,7 +6,7 @@ has been opened again, measured and reloaded in a clean process. Of several proc
 
 import math
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +33,7 @@ from compress.numerics.precision import full_precision
 from compress.pipeline import SMALL, proof_notes
 from compress.progress import Progress, Steps, silent
 from compress.publishing import is_finished, publish
-from compress.streaming.journal import Journal, sha256
-from compress.tuning.blocks_files import KeptTensors, block_file
-from compress.tuning.blockwise import BlockSettings, tune_blocks
+from compress.streaming.journal import Journal
 from compress.tuning.looking import Prepared, digest, identity, look
 from compress.tuning.lora import Settled
 from compress.tuning.opening import open_folder, open_trained
@@ -134,10 +132,6 @@ def device_of(job: TuningJob, accelerator: Accelerator) -> torch.device:
 
 def check_processes(job: TuningJob, accelerator: Accelerator) -> None:
     size, processes = job.settings.batch_size, accelerator.num_processes
-    if processes > 1 and job.settings.distill == "blocks":
-        raise UsageError(
-            f"--distill blocks is for one process, and there are {processes}. Start it without a launcher."
-        )
     if size % processes:
         raise UsageError(f"--batch-size {size} is of all {processes} processes together: make it a multiple of them.")
 
@@ -160,9 +154,6 @@ def train(
 ) -> tuple[Settled, Course, int]:
     """What training has come to at its best look, its course, and from which step it went on."""
     device = device_of(prepared.job, accelerator)
-    if prepared.what == "blocks":
-        assert journal is not None  # it is one process
-        return train_blocks(prepared, device, journal, progress)
     trained = open_trained(prepared, device)
     settings, texts = prepared.job.settings, prepared.texts
     training = Training(
@@ -174,38 +165,6 @@ def train(
     # What is trained is as it was: its files are, too.
     settled = trained.settled() if training.course.best[0] else Settled({}, {})
     return settled, training.course, resumed
-
-
-def train_blocks(
-    prepared: Prepared, device: torch.device, journal: Journal, progress: Progress
-) -> tuple[Settled, Course, int]:
-    """The same, one block after the other."""
-    job, settings, texts = prepared.job, prepared.job.settings, prepared.texts
-    assert prepared.teacher is not None
-    resumed = len(journal.findings)
-
-    def on_block(done: int, total: int) -> None:
-        file = block_file(job.partial, done - 1)
-        if done and file.stem not in journal.findings:
-            journal.note(file.stem, None, files=[{"file": file.name, "sha256": sha256(file)}])
-        progress("tuning blocks", f"block {done}" if done < total else "", max(done, resumed), total)
-
-    asked = BlockSettings(
-        epochs=settings.passes,
-        patience=settings.patience,
-        rate=prepared.rate.highest,
-        batch_size=settings.batch_size,
-        seed=settings.seed,
-        device=device,
-    )
-    tuned = tune_blocks(job.folder, prepared.teacher, texts.train, texts.held_out, job.partial, asked, on_block)
-    before, after = (sum(getattr(block, when) for block in tuned.blocks) for when in ("before", "after"))
-    course = Course(
-        len(tuned.blocks),
-        [(0, None, before), (len(tuned.blocks), None, after)],
-        [asdict(block) for block in tuned.blocks],
-    )
-    return Settled(KeptTensors(job.partial) if course.best[0] else {}, {}), course, resumed
 
 
 def open_teacher(prepared: Prepared, device: torch.device) -> PreTrainedModel | None:
@@ -250,9 +209,7 @@ def complete(
     if after["held_out"] > before["held_out"]:  # rounded to what is stored, it is no better than it was
         settled, course = Settled({}, {}), replace(course, losses=course.losses[:1])
         written, after = write_and_measure(prepared, settled, device)
-    # Who tunes block by block may have no room for the whole dense model.
-    whole = None if prepared.what == "blocks" else prepared.teacher
-    dense = None if whole is None else measures(prepared, whole, device)["held_out"]
+    dense = None if prepared.teacher is None else measures(prepared, prepared.teacher, device)["held_out"]
     facts = tuned_facts(job.folder, written, record(prepared, course, (before, after, dense), run))
     write_facts(partial, facts)
     verify_tokens(job.folder, partial)
@@ -307,7 +264,6 @@ def record(
         "steps": course.step,
         "best_step": course.best[0],
         "losses": [list(look) for look in course.losses],
-        "blocks": course.blocks,
         "held_out": {
             "windows": len(prepared.texts.held_out),
             "before": before["held_out"],

@@ -25,12 +25,12 @@ from compress.checkpoints.front_matter import CARD
 from compress.checkpoints.integrity import ADAPTER_WEIGHTS
 from compress.checkpoints.measures import QUALITY
 from compress.checkpoints.push import own_files
-from compress.checkpoints.stored import ADAPTER_PREFIX
 from compress.inspection.blueprint import blueprint
 from compress.models.loading import load_config
 from compress.models.stored_files import ADAPTER, StoredTensors, read_lora
 from compress.models.tensor_files import INDEX
 from compress.streaming.journal import new_file_mode, sha256, write_tensors
+from compress.streaming.layout import ADAPTER_PREFIX
 from compress.tuning.lora import Settled
 
 # Of the checkpoint as it was: facts and card are written anew, and what was measured is true no more.

@@ -16,12 +16,10 @@ from compress.evaluation.speed.generation import captured
 from compress.evaluation.speed.memory import attempted
 from compress.evaluation.speed.timing import Comparison, in_turns, repetitions, seconds
 from compress.models.int4 import Int4Linear
-from compress.models.modeling_compact import AdaptedLinear, CompactLinear
-from compress.models.modeling_lowrank import LowRankLinear, PivotLinear
 from compress.models.packed import ByteLinear, LoraLinear, PackedLinear
+from compress.own_model.modeling_compress import AdaptedLinear, CompactLinear, LowRankLinear, PivotLinear
 
 KINDS: tuple[type[nn.Module], ...] = (LowRankLinear, PivotLinear, AdaptedLinear, nn.Linear)
-DEEPEST = 2  # of our own architectures around one another
 LEAST = 10e-3  # seconds of a measured stretch
 NAMES = {  # `kernel`: packed, and multiplied as it is
     nn.Linear: "dense",
@@ -117,20 +115,15 @@ class Matched:
 
 
 def matched(dense: nn.Module, compressed: nn.Module) -> Matched:
-    """What stands where in both models.
-
-    One of our own architectures has the model around whose linears it is built below `model`, which may again be one.
-    """
+    """What stands where in both models: our own architecture keeps the names of the stock one."""
     stored = dict(linears_of(compressed))
     groups: dict[Any, tuple[list[Any], list[Any]]] = defaultdict(lambda: ([], []))
     missing = []
     for path, linear in linears_of(dense):
-        names = [f"{'model.' * depth}{path}" for depth in reversed(range(DEEPEST + 1))]
-        found = next((name for name in names if name in stored), None)
-        if found is None:
+        other = stored.pop(path, None)
+        if other is None:
             missing.append(path)
             continue
-        other = stored.pop(found)
         ones, others = groups[path.rpartition(".")[2], Form.of(linear), Form.of(other).kind]
         ones.append(linear)
         others.append(other)

@@ -1,4 +1,4 @@
-"""A sliced model as a plain, narrower one of a stock class: any engine loads it, with no code of ours.
+"""A class of transformers: any engine loads it, with no code of ours. The dense model's own, or a plain, narrower one.
 
 With one basis for the whole stream and RMSNorm(x) = x / sqrt(sum(x^2) / D + eps) at its dense width D, a hidden size of
 d is the stock class's own with norm weights sqrt(D / d) and epsilon eps D / d. What a norm weight loses by rounding to
@@ -11,6 +11,7 @@ offset was costs another, whose norm weight is 0 and norm bias 1. Norms of such 
 Norms without a gain, with an epsilon of their own (OLMo), stay so: the stream is scaled by sqrt(d / D) instead.
 """
 
+import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,15 +20,12 @@ from typing import Any
 import torch
 from jaxtyping import Float64
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from compress.checkpoints.targets import ONE_WIDTH, Shape, dense_units, rank_step, shortened, usual_step
+from compress.architectures.architecture import ONE_WIDTH, Architecture, Shape, dense_units, rank_step, usual_step
 from compress.families import Family, StockShape
 from compress.models.branch import Branch, ReaderGroup, set_weight
-from compress.models.expert_names import file_name
-from compress.models.loading import empty_model
-from compress.models.modeling_experts import unfuse_experts
 from compress.models.written import WrittenForm, in_form
 from compress.numerics.frames import zero_mean_basis
 from compress.numerics.lift import Lift
@@ -37,16 +35,15 @@ GROUPED = 8  # numbers in 16 bytes, to which torch's grouped products want rows 
 
 
 @dataclass(frozen=True)
-class StockTarget:
+class Stock(Architecture):
     """
-    dense: the config of the dense model.
+    narrows: the stream and the units may be narrower than the dense model's; otherwise every shape stays.
     """
 
-    dense: Any
-    family: Family
+    narrows: bool = False
 
     @property
-    def architecture(self) -> str:
+    def class_name(self) -> str:
         name: str = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[self.model_type]
         return name
 
@@ -55,35 +52,37 @@ class StockTarget:
         return True
 
     @property
-    def carried(self) -> tuple[str, ...]:
-        return ()
+    def zero_biases(self) -> tuple[str, ...]:
+        return self.rules.zero_biases if self.narrows else ()
+
+    @property
+    def model_type(self) -> str:
+        own: str = self.dense.model_type
+        return self.rules.written_as or own if self.narrows else own
 
     @property
     def has_experts(self) -> bool:
         return any(branch.experts for branch in self.family.branches)
 
     @property
-    def zero_biases(self) -> tuple[str, ...]:
-        return self.rules.zero_biases
-
-    @property
     def rules(self) -> StockShape:
         assert self.family.stock is not None
         return self.family.stock
 
-    @property
-    def model_type(self) -> str:
-        return self.rules.written_as or self.dense.model_type
+    def _config(self, shape: Shape, dtype: torch.dtype) -> Any:
+        config = self._narrowed(shape) if self.narrows else copy.deepcopy(self.dense)
+        config.name_or_path = ""  # a path of the machine it was made on
+        config.architectures = [self.class_name]
+        config.dtype = dtype
+        return config
 
-    def config(self, shape: Shape, dtype: torch.dtype) -> Any:
+    def _narrowed(self, shape: Shape) -> Any:
         dense, width = self.dense, shape.widths[0]
         changes: dict[str, Any] = {
             "hidden_size": width,
             "head_dim": getattr(dense, "head_dim", None) or dense.hidden_size // dense.num_attention_heads,
             "num_attention_heads": self.num_heads(shape),
             "tie_word_embeddings": False,
-            "architectures": [self.architecture],
-            "dtype": dtype,
             **self.rules.adds,
         }
         if isinstance(self.family.norm_eps, str):
@@ -93,23 +92,21 @@ class StockTarget:
         # Built anew, so that the config class sees the final values together; what it has no key for, it does not get.
         known = AutoConfig.for_model(self.model_type).to_dict().keys() if self.rules.written_as else None
         data = {key: value for key, value in dense.to_dict().items() if known is None or key in known}
-        config = AutoConfig.for_model(**data | {"model_type": self.model_type} | changes)
-        config.name_or_path = ""  # a path of the machine it was made on
-        return config
+        return AutoConfig.for_model(**data | {"model_type": self.model_type} | changes)
 
     def num_heads(self, shape: Shape) -> int:
         heads: int = self.dense.num_attention_heads
         groups = shape.units.get("kv_groups")
         return heads // self.dense.num_key_value_heads * groups if isinstance(groups, int) else heads
 
-    def model(self, shape: Shape, *, num_blocks: int | None = None) -> PreTrainedModel:
-        config = self.config(shape, torch.float32)
-        return unfuse_experts(empty_model(config if num_blocks is None else shortened(config, num_blocks)))
-
     def layout(self, dtype: torch.dtype) -> Layout:
-        return StockLayout(self.family, dtype, self.model_type)
+        if not self.narrows:
+            return Layout(model_type=self.model_type, ties_head=self.dense.tie_word_embeddings)
+        return NarrowLayout(model_type=self.model_type, family=self.family, dtype=dtype)
 
     def steps(self) -> Mapping[str, int]:
+        if not self.narrows:
+            return {"rank": rank_step(self.dense)}
         heads = self.dense.num_attention_heads if self.rules.heads_divide_width else 1
         units, grouped = dense_units(self.dense, self.family), GROUPED if self.has_experts else 1
         hidden = usual_step(self.dense.hidden_size, math.lcm(heads, grouped), at_least=16)
@@ -117,10 +114,12 @@ class StockTarget:
         return {"hidden": hidden, "kv_groups": 1, "neurons": neurons, "rank": rank_step(self.dense)}
 
     def faults(self, shape: Shape) -> list[str]:
+        if not self.narrows:
+            return []
         if len(set(shape.widths)) > 1:
             return [ONE_WIDTH]
         if any(isinstance(count, tuple) for count in shape.units.values()):
-            return [f"{self.architecture} has as many of each unit in every block. Give one number for all blocks."]
+            return [f"{self.class_name} has as many of each unit in every block. Give one number for all blocks."]
         width, heads = shape.widths[0], self.num_heads(shape)
         neurons = shape.units.get("neurons")
         if self.has_experts and isinstance(neurons, int) and (width % GROUPED or neurons % GROUPED):
@@ -130,27 +129,23 @@ class StockTarget:
             ]
         if self.rules.heads_divide_width and width % heads:
             return [
-                f"A hidden size of {width} is no multiple of the {heads} attention heads, as {self.architecture} "
+                f"A hidden size of {width} is no multiple of the {heads} attention heads, as {self.class_name} "
                 f"asks for. Use --round-to {heads}."
             ]
-        if StockLayout(self.family, torch.float32).directions(width) < 1:
+        if self.layout(torch.float32).directions(width) < 1:
             return [f"A hidden size of {width} leaves no direction of the stream. Slice less."]
         return []
 
 
-@dataclass(frozen=True)
-class StockLayout:
-    """
-    dtype: of the written weights. model_type: that they are written as.
+@dataclass(frozen=True, kw_only=True)
+class NarrowLayout(Layout):
+    """Norms with a gain of sqrt(D / d), readers and writers that go with it.
+
+    dtype: of the written weights.
     """
 
     family: Family
     dtype: torch.dtype
-    model_type: str = ""
-
-    @property
-    def ties_head(self) -> bool:
-        return False
 
     @property
     def is_layer_norm(self) -> bool:
@@ -190,15 +185,6 @@ class StockLayout:
         for group in branch.reader_groups():
             self._settle_norm(branch, group, width)
         self._settle_readers_norms(branch, ratio)
-
-    def written(self, name: str) -> str:
-        return name
-
-    def file_name(self, name: str) -> str:
-        return file_name(name, self.model_type)
-
-    def in_adapter(self, name: str) -> str | None:
-        return None
 
     def stream_width(self, branch: Branch) -> int:
         """The hidden size that is written, from the directions that a branch reads or writes."""

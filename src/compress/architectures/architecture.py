@@ -1,31 +1,28 @@
-"""The architectures a compressed model can be written in.
+"""An architecture that a result can be written in: its config for given sizes, its empty model, its steps.
 
-Stock where a stock class has room for the result, ours otherwise. A target knows its config for given widths, the form
-of the finished weights, and the steps that widths come in.
+`Stock` is a class of transformers: the dense model's own as it is, or narrower. `Own` is our class, for what no stock
+class has room for. Both can have packed linears.
 """
 
 import copy
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from compress.architectures.packed import put_packed, quantization_config
 from compress.families import Family
+from compress.models.loading import empty_model
 from compress.models.storage import Storage
+from compress.own_model.modeling_compress import unfuse_experts
 from compress.streaming.layout import Layout
 from compress.streaming.linears import FactorShape, LinearShape, linear_shape
 from compress.streaming.sites import Count
-
-TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
-
-
-def special_tokens(config: Any) -> dict[str, Any]:
-    """What a config that is put around another says of them again; CodeGen's has no pad_token_id."""
-    return {name: getattr(config, name, None) for name in TOKENS}
 
 
 @dataclass(frozen=True)
@@ -40,41 +37,70 @@ class Shape:
     factors: Mapping[str, FactorShape] = field(default_factory=dict)
     storage: Mapping[str, Storage] = field(default_factory=dict)
 
+    @property
+    def packed(self) -> dict[str, Storage]:
+        """The linears that are stored as compressed-tensors and PEFT read them."""
+        return {path: storage for path, storage in self.storage.items() if storage.form == "packed"}
 
-@runtime_checkable
-class Target(Protocol):
+
+@dataclass(frozen=True)
+class Architecture(ABC):
     """
-    dense: the config of the dense model. architecture: the name of the class.
-    is_stock: transformers loads it without our code. carried: modeling files the checkpoint takes along.
+    dense: the config of the dense model.
     """
 
-    @property
-    def dense(self) -> Any: ...
+    dense: Any
+    family: Family
 
     @property
-    def architecture(self) -> str: ...
+    @abstractmethod
+    def class_name(self) -> str: ...
 
     @property
-    def is_stock(self) -> bool: ...
-
-    @property
-    def carried(self) -> tuple[str, ...]: ...
+    @abstractmethod
+    def is_stock(self) -> bool:
+        """Whether transformers loads it without our code."""
 
     @property
     def zero_biases(self) -> tuple[str, ...]:
         """Linears of a block that have a bias in the class, of zeros, and none in the dense model."""
+        return ()
 
-    def config(self, shape: Shape, dtype: torch.dtype) -> Any: ...
+    def config(self, shape: Shape, dtype: torch.dtype) -> Any:
+        """What the checkpoint's config.json says."""
+        config, packed = self._config(shape, dtype), shape.packed
+        storage = next(iter(packed.values()), None)
+        if storage is not None and storage.bits is not None:
+            modules = self.model(replace(shape, storage={})).named_modules()
+            untouched = [name for name, module in modules if isinstance(module, nn.Linear) and name not in packed]
+            config.quantization_config = quantization_config(storage, untouched)
+        return config
 
     def model(self, shape: Shape, *, num_blocks: int | None = None) -> PreTrainedModel:
-        """Without weights; with fewer blocks, if asked."""
+        """Without weights, on the meta device; with fewer blocks, if asked."""
+        config = self._config(shape, torch.float32)
+        model = unfuse_experts(empty_model(config if num_blocks is None else self._shortened(config, num_blocks)))
+        put_packed(model, shape.packed)
+        model.tie_weights()
+        return model
 
+    @abstractmethod
+    def _config(self, shape: Shape, dtype: torch.dtype) -> Any:
+        """Without what compressed-tensors is told of packed linears."""
+
+    def _shortened(self, config: Any, num_blocks: int) -> Any:
+        """The config of a model with fewer blocks; those of this one are alike."""
+        return shortened(config, num_blocks)
+
+    @abstractmethod
     def layout(self, dtype: torch.dtype) -> Layout:
         """The form of the weights for an output dtype."""
 
+    @abstractmethod
     def steps(self) -> Mapping[str, int]:
         """Widths of each kind, and ranks, are multiples of these."""
 
+    @abstractmethod
     def faults(self, shape: Shape) -> list[str]:
         """Why the architecture has no room for a shape, a sentence each."""
 
@@ -87,9 +113,9 @@ def dense_units(config: Any, family: Family) -> dict[str, int]:
     return found
 
 
-def block_linears(target: Target, shape: Shape, family: Family) -> list[LinearShape]:
+def block_linears(target: Architecture, shape: Shape) -> list[LinearShape]:
     """The linears that read and write the stream in the blocks, as the walk has them: a target's form comes later."""
-    layout, found = target.layout(torch.float32), []
+    family, layout, found = target.family, target.layout(torch.float32), []
     for index, block in enumerate(target.model(shape).get_submodule(family.blocks).children()):
         for branch in family.branches:
             for name in (*branch.readers, *branch.writers):

@@ -1,0 +1,1 @@
+"""What a result can be written as: a class of transformers, or our own."""

@@ -1,0 +1,136 @@
+"""Our own architecture: for what no stock class has room for.
+
+That is a stream that has another basis behind each branch, as in SliceGPT, or that belongs to a family whose class ties
+the heads' size to the hidden one (OPT); and linears that are factorized, or stored in few bits in our own way.
+"""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from compress.architectures.architecture import (
+    ONE_WIDTH,
+    Architecture,
+    Shape,
+    dense_units,
+    rank_step,
+    shortened,
+    usual_step,
+)
+from compress.architectures.stock import Stock
+from compress.own_model.configuration_compress import CompressConfig
+from compress.streaming.layout import Layout
+
+CLASS = "CompressForCausalLM"
+AUTO_MAP = {
+    "AutoConfig": "configuration_compress.CompressConfig",
+    "AutoModelForCausalLM": f"modeling_compress.{CLASS}",
+}
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+@dataclass(frozen=True)
+class Own(Architecture):
+    """
+    inside: the stock architecture whose linears are changed; None where the stream is sliced in a form of our own.
+    shortcuts: the points of that stream have bases of their own.
+    """
+
+    inside: Stock | None = None
+    shortcuts: bool = True
+
+    @property
+    def class_name(self) -> str:
+        return CLASS
+
+    @property
+    def is_stock(self) -> bool:
+        return False
+
+    @property
+    def zero_biases(self) -> tuple[str, ...]:
+        return () if self.inside is None else self.inside.zero_biases
+
+    def _config(self, shape: Shape, dtype: torch.dtype) -> CompressConfig:
+        text_config = self._text_config(shape) if self.inside is None else self.inside._config(shape, dtype)
+        config = CompressConfig(
+            text_config=text_config,
+            structure=self.family.structure(),
+            slicing=self._slicing(shape) if self.inside is None else None,
+            factors={path: {"rank": f.rank, "form": f.form, "bias": f.has_bias} for path, f in shape.factors.items()},
+            storage={path: stored.entry() for path, stored in shape.storage.items() if stored.form == "compact"},
+            architectures=[CLASS],
+            auto_map=dict(AUTO_MAP),
+            # Not every config has them all: CodeGen's has no pad_token_id.
+            **{name: getattr(text_config, name, None) for name in TOKENS},
+        )
+        config.dtype = dtype
+        return config
+
+    def _text_config(self, shape: Shape) -> Any:
+        """The dense model's, but for the MLPs' width."""
+        config, neurons = copy.deepcopy(self.dense), shape.units.get("neurons")
+        # The embeddings and the head lie in different bases, so what was tied no longer is.
+        config.tie_word_embeddings = False
+        config.name_or_path = ""  # a path of the machine it was made on
+        for units in self.family.units("neurons"):
+            setattr(config, units.count, max(neurons) if isinstance(neurons, tuple) else neurons)
+        return config
+
+    def _slicing(self, shape: Shape) -> dict[str, Any]:
+        neurons = shape.units.get("neurons")
+        return {
+            "stream_widths": list(shape.widths),
+            "shortcuts": self.shortcuts,
+            "mlp_widths": list(neurons) if isinstance(neurons, tuple) else None,
+            "norm_width": self.dense.hidden_size,
+            "norm_eps": self.family.epsilon(self.dense),
+            "reader_bias": self.family.norm == "layer" and self.family.norm_offset,
+        }
+
+    def _shortened(self, config: CompressConfig, num_blocks: int) -> CompressConfig:
+        config.text_config = shortened(config.text_config, num_blocks)
+        if config.slicing is not None:
+            # Blocks alike, up to the last point, which has the head's width.
+            widths, points = config.slicing["stream_widths"], num_blocks * len(self.family.branches)
+            config.slicing["stream_widths"] = widths[:1] * points + widths[-1:]
+        return config
+
+    def layout(self, dtype: torch.dtype) -> Layout:
+        # The names of experts' linears are ours, in files too.
+        return Layout() if self.inside is None else replace(self.inside.layout(dtype), model_type="")
+
+    def steps(self) -> Mapping[str, int]:
+        if self.inside is not None:
+            return self.inside.steps()
+        # With shortcuts as the paper's code has it; without, as finely as for a stock shape.
+        hidden = 8 if self.shortcuts else usual_step(self.dense.hidden_size, 1, at_least=16)
+        neurons = usual_step(dense_units(self.dense, self.family)["neurons"], 1, at_least=64)
+        return {"hidden": hidden, "neurons": neurons, "kv_groups": 1, "rank": rank_step(self.dense)}
+
+    def faults(self, shape: Shape) -> list[str]:
+        if self.inside is not None:
+            return self.inside.faults(shape)
+        if not self.shortcuts and len(set(shape.widths)) > 1:
+            return [ONE_WIDTH]
+        if self.family.first_width_last and shape.widths[0] != shape.widths[-1]:
+            return [
+                f"The stock code of {self.dense.model_type} gives the head a stream as wide as the embeddings', here "
+                f"{shape.widths[-1]} and {shape.widths[0]}. Give one ratio for all blocks, and use --slice-head."
+            ]
+        if isinstance(shape.units.get("neurons"), tuple) and any(branch.experts for branch in self.family.branches):
+            return ["Experts have as many neurons in every block. Give one number for all blocks."]
+        if shape.units.get("kv_groups", 0) != dense_units(self.dense, self.family).get("kv_groups", 0):
+            return ["KV groups can be deleted only where the model keeps a stock shape."]
+        return []
+
+
+def as_own(architecture: Architecture) -> Own:
+    """Our own architecture for a model that would otherwise be written in this one."""
+    if isinstance(architecture, Own):
+        return architecture
+    assert isinstance(architecture, Stock)
+    return Own(architecture.dense, architecture.family, architecture)

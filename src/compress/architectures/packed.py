@@ -1,0 +1,89 @@
+"""Packed linears: as compressed-tensors reads them, with an adapter beside the model that PEFT and vLLM read.
+
+Compressed-tensors' own sparse formats are left alone: engines have dropped them, and refuse a checkpoint that has a
+`sparsity_config`.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from compress.checkpoints.adapter import VLLM_RANKS
+from compress.models.storage import Storage, empty_linear
+
+MADE_ANEW = ("falcon", "gpt_bigcode")  # whose classes initialise linears by hand, which packed ones do not survive
+
+
+def put_packed(model: nn.Module, packed: Mapping[str, Storage]) -> None:
+    """Put packed linears without numbers into the places of plain ones, by their paths, on the meta device."""
+    for path, storage in packed.items():
+        linear = model.get_submodule(path)
+        assert isinstance(linear, nn.Linear)
+        has_bias, dtype = linear.bias is not None, linear.weight.dtype
+        with torch.device("meta"):
+            stored = empty_linear(storage, linear.in_features, linear.out_features, bias=has_bias, dtype=dtype)
+        model.set_submodule(path, stored)
+
+
+def quantization_config(storage: Storage, untouched: list[str]) -> dict[str, Any]:
+    """What compressed-tensors reads; one group of linears, all alike."""
+    kind = "float" if storage.floating else "int"
+    strategy = storage.group if isinstance(storage.group, str) else "group"
+    weights = {
+        "num_bits": storage.bits,
+        "type": kind,
+        "symmetric": storage.symmetric,
+        "strategy": strategy,
+        "group_size": storage.group if strategy == "group" else None,
+        "dynamic": False,
+    }
+    inputs = {"num_bits": 8, "type": kind, "symmetric": True, "strategy": "token", "group_size": None, "dynamic": True}
+    name = storage_format(storage)
+    group = {
+        "targets": ["Linear"],
+        "weights": weights,
+        "input_activations": inputs if storage.inputs else None,
+        "output_activations": None,
+        "format": name,
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+        "format": name,
+        "config_groups": {"group_0": group},
+        "ignore": untouched,
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+    }
+
+
+def unpacks_while_loading(storage: Storage, model_type: str) -> bool:
+    """Whether transformers can read packed weights only so, which gives them in the dtype that is stored.
+
+    It has no room for packed zero points, and makes the weights of some classes anew before it has them.
+    """
+    awkward = not storage.symmetric or model_type in MADE_ANEW
+    return storage.form == "packed" and storage_format(storage) == "pack-quantized" and awkward
+
+
+def not_for_vllm(storage: Storage, largest_rank: int) -> str | None:
+    """Why vLLM's kernels do not take packed linears of this kind; None where they do."""
+    if largest_rank > VLLM_RANKS[-1]:
+        return f"its adapters have a rank of {VLLM_RANKS[-1]} at most"
+    if storage.bits is None:
+        return None
+    if storage.group == "tensor" and not storage.in_bytes:
+        return "its packed integers have a scale a channel or a group"
+    if storage.floating and isinstance(storage.group, int):
+        return "its fp8 weights have a scale a channel or a tensor"
+    if storage.inputs is not None and not storage.in_bytes:
+        return "it rounds inputs beside 8-bit weights alone"
+    return None
+
+
+def storage_format(storage: Storage) -> str:
+    if storage.floating:
+        return "float-quantized"
+    return "int-quantized" if storage.in_bytes else "pack-quantized"

@@ -1,0 +1,43 @@
+"""The config of `CompressForCausalLM`; carried in every checkpoint of that class."""
+
+from transformers import AutoConfig
+from transformers.configuration_utils import PretrainedConfig
+
+
+class CompressConfig(PretrainedConfig):
+    """
+    text_config: the config of the stock model that everything else changes.
+    structure: the names of the stock model's parts: `embeddings`, `blocks`, `final_norm`, `head` below the causal LM,
+        `branches` below a block (each: `name`, `norms`, `paths`, `readers`, `writers`), `attention` (the step of a path
+        that takes masks, positions and cache), `dropout` (the key of the residual dropout in `text_config`),
+        `multiplier` (the key of what branches' outputs are multiplied by), `logits` (what is done to the head's
+        outputs, with the keys of the numbers), `head_bias`, `returns_tuple` (whether stock blocks return a tuple).
+    slicing: None, or
+        `stream_widths`: the width of the residual stream after the embeddings and after each branch, in order.
+        `shortcuts`: whether the stream has another basis behind every branch and passes it by a matrix.
+        `mlp_widths`: of the MLPs, one a block, where they are not all as `text_config` says; else None.
+        `norm_width`, `norm_eps`: RMSNorm(x) = x / sqrt(sum(x^2) / norm_width + norm_eps), norm_width the dense width.
+        `reader_bias`: whether norm offsets were folded into the readers, so that each has a bias.
+    factors: by the name of each factorized linear: `rank`, `form` (`factors` or `pivot`) and `bias`.
+    storage: by the name of each linear stored in few bits, factors apart: how, as `CompactLinear` reads it.
+    """
+
+    model_type = "compress"
+    sub_configs = {"text_config": AutoConfig}  # noqa: RUF012 (transformers reads it as a plain class attribute)
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+
+    def __init__(self, text_config=None, structure=None, slicing=None, factors=None, storage=None, **kwargs):
+        # transformers also makes a config without arguments.
+        if isinstance(text_config, dict):
+            text_config = AutoConfig.for_model(**text_config)
+        self.text_config = text_config
+        self.structure = structure
+        self.slicing = slicing
+        self.factors = factors or {}
+        self.storage = storage or {}
+        kwargs.setdefault("tie_word_embeddings", bool(text_config and text_config.tie_word_embeddings))
+        super().__init__(**kwargs)
+
+    @property
+    def vocab_size(self):
+        return self.text_config.vocab_size

@@ -1,0 +1,104 @@
+"""Our own class beside the stock one: what it is without any part, its names, and the formats that are refused."""
+
+import copy
+import json
+from typing import Any
+
+import pytest
+import torch
+
+import compress
+import oracles
+import tiny
+from compress import families
+from compress.architectures.architecture import Shape, dense_units
+from compress.architectures.own import Own, as_own
+from compress.architectures.stock import Stock
+from compress.checkpoints.facts import read_facts
+from compress.errors import CheckpointError
+from compress.models.loading import load_config
+from compress.own_model.configuration_compress import CompressConfig
+from compress.own_model.modeling_compress import CompressForCausalLM, unfuse_experts
+from compress.streaming.linears import FactorShape
+from compress.version import FORMAT
+
+IDS = oracles.random_ids(2, 12, seed=5).clamp_min(3)
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: (name, {}) for name in tiny.EVERY},
+    "opt, 350M": ("opt", tiny.OPT_350M),
+}
+
+
+def without_parts(stock: Any) -> CompressForCausalLM:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(stock.dtype)
+    try:
+        structure = families.find(stock.config).structure()
+        return CompressForCausalLM(CompressConfig(text_config=stock.config, structure=structure)).eval()
+    finally:
+        torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_without_any_part_it_is_the_stock_model(name):
+    model_type, changes = MODELS[name]
+    stock: Any = unfuse_experts(tiny.tiny_model(model_type, **changes))
+    own = without_parts(stock)
+    own.load_state_dict(stock.state_dict())
+    assert own.all_tied_weights_keys == stock.all_tied_weights_keys
+    with torch.no_grad():
+        expected, found = (model(input_ids=IDS, labels=IDS) for model in (stock, own))
+    torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=1e-12)
+    torch.testing.assert_close(found.loss, expected.loss)
+
+
+def test_parameters_keep_the_stock_names():
+    """But for those of the parts themselves."""
+    config = tiny.tiny_config("llama")
+    family, path = families.find(config), "model.layers.1.mlp.up_proj"
+    units, widths = dense_units(config, family), (tiny.HIDDEN,) * (1 + 2 * tiny.NUM_BLOCKS)
+    stock = Stock(config, family).model(Shape(widths, units)).state_dict().keys()
+    factored = Shape(widths, units, {path: FactorShape(4, "factors", has_bias=True)})
+    own = as_own(Stock(config, family)).model(factored).state_dict().keys()
+    assert own - stock == {f"{path}.first.weight", f"{path}.second.weight", f"{path}.second.bias"}
+    assert stock - own == {f"{path}.weight", f"{path}.bias"}
+    sliced = Own(config, family).model(Shape((24,) * len(widths), units)).state_dict().keys()
+    assert {name.rpartition(".")[2] for name in stock - sliced} == {"weight"}
+    assert all("norm" in name for name in stock - sliced)
+    assert {name for name in sliced - stock if "_shortcut" not in name} == set()
+
+
+def test_no_part_is_written_that_is_not_there():
+    config = tiny.tiny_config("llama")
+    shape = Shape((tiny.HIDDEN,) * (1 + 2 * tiny.NUM_BLOCKS), dense_units(config, families.find(config)))
+    written = as_own(Stock(config, families.find(config))).config(shape, torch.float16).to_diff_dict()
+    assert "slicing" not in written
+    assert written["model_type"] == "compress"
+    assert written["text_config"]["model_type"] == "llama"
+
+
+@pytest.mark.parametrize("kind", ["sliced", "lowrank", "compact_lowrank_sliced"])
+def test_a_checkpoint_of_the_first_format_is_to_be_made_again(kind, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": f"compress_{kind}", "text_config": {}}))
+    for read in (load_config, lambda folder: compress.load(folder)):
+        with pytest.raises(CheckpointError) as caught:
+            read(tmp_path)
+        assert str(caught.value) == (
+            f"{tmp_path} is a checkpoint of format 1; this version of compress reads format {FORMAT}. "
+            "Make it again with this version."
+        )
+
+
+@pytest.mark.parametrize(
+    ("facts", "said"),
+    [({}, r"format 1; .* Make it again"), ({"format": FORMAT + 1}, rf"format {FORMAT + 1}; .* Update compress\.")],
+)
+def test_what_a_checkpoint_says_of_itself_is_of_one_format(facts, said, tmp_path):
+    (tmp_path / "compress.json").write_text(json.dumps(facts))
+    with pytest.raises(CheckpointError, match=said):
+        read_facts(tmp_path)
+
+
+def test_the_config_survives_a_copy():
+    config = without_parts(tiny.tiny_model("phi")).config
+    assert copy.deepcopy(config).to_dict() == config.to_dict()
