@@ -27,10 +27,9 @@ import json, re, sys
 from pathlib import Path
 import torch
 from accelerate import Accelerator
-import peft
 from compress.own_model import modeling_compress
 from compress.models.stored_loading import load_stored
-from compress.tuning.lora import StoredLora
+from compress.tuning.lora import Lora
 from compress.tuning.rates import Rate
 from compress.tuning.settings import Settings
 from compress.tuning.structure import block_linears
@@ -44,7 +43,7 @@ model = load_stored(Path(folder), dtype=torch.bfloat16, device=torch.device("cpu
 loaded = memory("VmRSS") - before
 if checkpointing:
     model.gradient_checkpointing_enable({"use_reentrant": False})
-trained = StoredLora(model, block_linears(model, model.config), rank=rank, alpha=rank)
+trained = Lora(model, block_linears(model, model.config), rank=rank, alpha=rank, merge=False)
 windows = torch.randint(model.config.get_text_config().vocab_size, (4 * batch, seq_len))
 settings = Settings(data="random", steps=steps, seq_len=seq_len, batch_size=batch, eval_every=steps)
 rate = Rate(1e-4, relative=False)

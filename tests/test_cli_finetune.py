@@ -252,6 +252,10 @@ WRONG: dict[str, tuple[list[object], str]] = {
         ["thin", "--lora-rank", 4],
         "--lora-rank: of --train lora; what is trained here is: factors",
     ),
+    "16 bits on a CPU": (
+        ["thin", "--dtype", "bfloat16", "--device", "cpu"],
+        "--dtype bfloat16: on a CPU that is far slower than float32.",
+    ),
     "a teacher for nothing": (["thin", "--teacher", "llama"], "--teacher is what --distill distills from."),
     "a strange teacher": (
         ["thin", "--distill", "logits", "--teacher", "other"],

@@ -12,7 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from compress import families
 from compress.checkpoints.facts import AdapterFacts, Facts, LinearFacts
@@ -23,20 +23,22 @@ from compress.models.stored_loading import load_stored
 from compress.numerics.sparsity import Pattern
 from compress.own_model.configuration_compress import CompressConfig
 from compress.own_model.modeling_compress import CompressForCausalLM, StoredMatrix
-from compress.tuning.adapters import CompactAdapters, PackedAdapters, TrainedMatrix
-from compress.tuning.lora import Lora, Settled, StoredLora
-from compress.tuning.losses import cross_entropy, divergence
+from compress.tuning.adapters import CompactAdapters, PackedAdapters
+from compress.tuning.linears import DequantizedLinear, TrainedMatrix, dequantize, stored_in_codes
+from compress.tuning.looking import Prepared
+from compress.tuning.lora import Lora
+from compress.tuning.losses import Objective, SplitModel, cross_entropy, divergence
 from compress.tuning.rates import RATES, Rate, chosen_rate, share_of_rate
 from compress.tuning.settings import Settings
 from compress.tuning.state import restore, snapshot
 from compress.tuning.structure import block_linears, chosen, num_trained, trainable, why_not_merged
 from compress.tuning.texts import Reader, batch
-from compress.tuning.training import Course, Training
+from compress.tuning.training import Course, Training, new_optimizer
 from compress.tuning.weights import all_weights, factors
 from compress.tuning.writing import put_tensors
 from oracles import logits_of, random_ids
 from stored import write_compact, write_packed
-from tiny import tiny_config, tiny_model, tiny_tokenizer, write_text
+from tiny import EVERY, VOCAB_SIZE, tiny_config, tiny_model, tiny_tokenizer, write_text
 
 IDS = random_ids(6, 12, seed=1)
 F32, CPU = torch.float32, torch.device("cpu")
@@ -80,26 +82,75 @@ def test_losses_are_those_of_a_loop_over_tokens():
             p = dense[window, place].exp() / dense[window, place].exp().sum()
             told.append(-q[ids[window, place + 1]].log())
             away.append(sum(p[token] * (p[token] / q[token]).log() for token in range(7)))
-    torch.testing.assert_close(cross_entropy(logits, ids), torch.stack(told).mean())
-    torch.testing.assert_close(divergence(logits, dense), torch.stack(away).mean())
+    flat, towards = logits[:, :-1].flatten(0, 1), dense[:, :-1].flatten(0, 1)
+    torch.testing.assert_close(cross_entropy(flat, ids[:, 1:].flatten())[0], torch.stack(told).sum())
+    torch.testing.assert_close(divergence(flat, towards)[0], torch.stack(away).sum())
+    assert float(divergence(flat, flat)[0]) == 0
 
 
-def test_losses_of_16_bit_logits_are_taken_in_float32():
-    logits = torch.randn(1, 4, 9, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
-    ids = torch.tensor([[1, 2, 3, 4]])
-    assert cross_entropy(logits, ids).dtype == F32
-    torch.testing.assert_close(cross_entropy(logits, ids), cross_entropy(logits.float(), ids))
-    assert float(divergence(logits, logits)) == 0
+def test_gradients_of_losses_are_those_of_autograd():
+    draw = torch.Generator().manual_seed(0)
+    logits, dense = (3 * torch.randn(6, 9, dtype=torch.float64, generator=draw) for _ in range(2))
+    targets = torch.randint(9, (6,), generator=draw)
+    logits.requires_grad_()
+    (expected,) = torch.autograd.grad(nn.functional.cross_entropy(logits, targets, reduction="sum"), logits)
+    torch.testing.assert_close(cross_entropy(logits, targets)[1], expected)
+    whole = nn.functional.kl_div(logits.log_softmax(-1), dense.log_softmax(-1), log_target=True, reduction="sum")
+    (expected,) = torch.autograd.grad(whole, logits)
+    torch.testing.assert_close(divergence(logits, dense)[1], expected)
+
+
+@pytest.mark.parametrize("model_type", EVERY)
+def test_a_model_in_two_steps_gives_its_logits(model_type):
+    model = tiny_model(model_type, dtype=F32, num_hidden_layers=2)
+    split = SplitModel(model)
+    with torch.no_grad():
+        found = split.logits(split.hidden(IDS)).view(len(IDS), -1, split.vocabulary)
+    torch.testing.assert_close(found, logits_of(model, IDS)[:, :-1], rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_of_ours_in_two_steps_gives_its_logits(tmp_path):
+    for model in (thin_model(), write_compact(tmp_path / "compact", Storage("compact", 4))):
+        split = SplitModel(model.eval())
+        with torch.no_grad():
+            found = split.logits(split.hidden(IDS)).view(len(IDS), -1, split.vocabulary)
+        torch.testing.assert_close(found, logits_of(model, IDS)[:, :-1], rtol=1e-5, atol=1e-5)
+
+
+def test_16_bit_logits_are_compared_in_float32():
+    split = SplitModel(tiny_model("llama", dtype=torch.bfloat16, num_hidden_layers=1))
+    assert split.logits(split.hidden(IDS)).dtype == F32
+
+
+@pytest.mark.parametrize("distilled", [False, True])
+@pytest.mark.parametrize("model_type", ["qwen2", "gemma2"])  # a tied head; a cap on the logits
+def test_some_predictions_at_a_time_give_the_loss_and_the_gradients_of_all(monkeypatch, model_type, distilled):
+    monkeypatch.setattr("compress.tuning.losses.FEWEST", 5)
+    monkeypatch.setattr("compress.tuning.losses.LOGITS", {"cpu": 7 * VOCAB_SIZE})
+    model, dense = (tiny_model(model_type, dtype=torch.float64, num_hidden_layers=1, seed=seed) for seed in (0, 3))
+    logits = model(input_ids=IDS, use_cache=False).logits[:, :-1].flatten(0, 1)
+    if distilled:
+        wanted = logits_of(dense, IDS)[:, :-1].flatten(0, 1).log_softmax(-1)
+        loss = nn.functional.kl_div(logits.log_softmax(-1), wanted, log_target=True, reduction="batchmean")
+    else:
+        loss = nn.functional.cross_entropy(logits, IDS[:, 1:].flatten())
+    parameters = dict(model.named_parameters())
+    expected = dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
+    objective = Objective(model, dense if distilled else None)
+    torch.testing.assert_close(objective.loss(IDS), loss.detach())
+    torch.testing.assert_close(objective.backward(IDS), loss.detach())
+    torch.testing.assert_close({name: each.grad for name, each in parameters.items()}, expected)
+    assert all(parameter.grad is None for parameter in dense.parameters())
 
 
 def test_a_relative_rate_is_a_share_of_each_tensors_size_before_training():
     weights = {"thin": torch.full((4, 3), 0.02), "wide": torch.tensor([3.0, -4.0]), "zeros": torch.zeros(5)}
-    model = nn.Linear(1, 1)
     parameters = {name: nn.Parameter(weight) for name, weight in weights.items()}
-    trained: Any = SimpleNamespace(model=model, parameters=parameters, settled=lambda: Settled({}, {}))
-    steps = Training(trained, None, IDS, IDS[:3], settings(), Rate(0.1, relative=True), Accelerator(cpu=True))
-    highest = [group["highest"] for group in steps.optimizer.param_groups]
+    highest = [group["highest"] for group in new_optimizer(parameters.values(), Rate(0.1, relative=True)).param_groups]
     assert highest == pytest.approx([0.002, 0.1 * 12.5**0.5, 0.1 * 1e-3])
+    (group,) = new_optimizer(parameters.values(), Rate(0.1, relative=False)).param_groups
+    assert group["highest"] == 0.1
+    assert len(group["params"]) == 3
 
 
 def test_what_a_user_says_is_for_all_alike():
@@ -259,9 +310,10 @@ def test_the_blocks_are_found_by_the_family(model_type):
 def test_packed_adapters_are_trained_beside_weights_that_are_not(tmp_path):
     write_packed(tmp_path / "packed", FOUR, num_hidden_layers=1)
     model = load_stored(tmp_path / "packed", dtype=F32, device=CPU)
+    number = num_trained("adapters", model, None, 0)
     trained = PackedAdapters(model)
     assert len(trained.parameters) == 2 * 7
-    assert sum(p.numel() for p in trained.parameters.values()) == num_trained("adapters", model, None, 0)
+    assert sum(p.numel() for p in trained.parameters.values()) == number
     frozen = {name: tensor.clone() for name, tensor in model.state_dict().items() if ".lora_" not in name}
     before = logits_of(model, IDS)
     steps = training(trained, rate=0.1)
@@ -275,12 +327,16 @@ def test_a_new_adapter_on_packed_weights_begins_as_nothing(tmp_path):
     write_packed(tmp_path / "packed", replace(FOUR, rank=0), num_hidden_layers=1)
     model = load_stored(tmp_path / "packed", dtype=F32, device=CPU)
     before = logits_of(model, IDS)
-    linears: Any = block_linears(model, model.config)
-    trained = StoredLora(model, linears, rank=2, alpha=4)
+    linears = block_linears(model, model.config)
+    trained = Lora(model, linears, rank=2, alpha=4, merge=False)
     assert torch.equal(logits_of(model, IDS), before)
     drift(trained)
     assert (logits_of(model, IDS) - before).abs().max() > 0.01
-    assert trained.settled().adapter.keys() == trained.parameters.keys()
+    settled = trained.settled().adapter
+    assert settled.keys() == trained.parameters.keys()
+    for path, linear in linears.items():  # of its own, where nothing is multiplied by alpha / rank
+        linear.lora_A, linear.lora_B = (nn.Parameter(settled[f"{path}.{name}"]) for name in ("lora_A", "lora_B"))
+        trained.model.set_submodule(path, linear)
     assert sum(p.numel() for p in trained.parameters.values()) == 2 * sum(
         each.in_features + each.out_features for each in linears.values()
     )
@@ -343,13 +399,13 @@ def test_a_trained_matrix_begins_as_what_is_stored_and_is_stored_as_what_it_give
     stored = stored_matrix(bits)
     expected = stored.rows(0, 3, F32).clone()
     trained = TrainedMatrix(stored)
-    assert torch.equal(trained.rows(0, 3, F32), expected)
+    assert torch.equal(trained(), expected)
     assert trained.tensors().keys() == {"values" if bits is None else "codes"}
     assert torch.equal(
         trained.tensors()["values" if bits is None else "codes"], stored.values if bits is None else stored.codes
     )
     trained.weight.data += 0.5 * torch.randn(3, 20, generator=torch.Generator().manual_seed(1))
-    given = trained.rows(0, 3, F32).detach().clone()
+    given = trained().detach().clone()
     assert not torch.equal(given, expected)
     for name, tensor in trained.tensors().items():
         assert tensor.shape == getattr(stored, name).shape
@@ -359,10 +415,10 @@ def test_a_trained_matrix_begins_as_what_is_stored_and_is_stored_as_what_it_give
 
 def test_the_gradient_passes_straight_through_the_rounding_and_stops_where_codes_end():
     trained = TrainedMatrix(stored_matrix(4))
-    scale = trained.stored.scales(0, 3, F32)
+    scale: Any = trained.scale
     trained.weight.data[0, 0] = 20 * scale[0, 0]
     trained.weight.data[0, 1] = 0.4 * scale[0, 1]
-    trained.rows(0, 3, F32).sum().backward()
+    trained().sum().backward()
     gradient = trained.weight.grad
     assert gradient is not None
     assert gradient[0, 0] == 0
@@ -380,13 +436,60 @@ def test_compact_adapters_are_trained_and_nothing_else_is_written(tmp_path, adap
     drift(trained)
     settled = trained.settled()
     assert {name.rpartition(".")[2] for name in settled.tensors} == {"codes" if adapter_bits else "values"}
-    expected = model.state_dict()
     again: Any = write_compact(tmp_path / "again", storage)
     state = again.state_dict()
     assert all(state[name].shape == tensor.shape for name, tensor in settled.tensors.items())
     again.load_state_dict(dict(settled.tensors), strict=False)
     torch.testing.assert_close(logits_of(again, IDS), logits_of(model, IDS))
-    assert expected is not None
+
+
+# Stored weights held dense.
+
+STORED = {
+    "packed": FOUR,
+    "zero points": Storage("packed", 4, group=16, symmetric=False),
+    "bytes, rounded inputs": Storage("packed", 8, inputs="int8"),
+    "compact": Storage("compact", 3, pattern=Pattern(2, 4), rank=3, adapter_bits=4, adapter_group=16),
+}
+
+
+def frozen_gradients(trained: Any) -> dict[str, Tensor]:
+    Objective(trained.model.train()).backward(IDS)
+    return {name: each.grad for name, each in trained.parameters.items()}
+
+
+@pytest.mark.parametrize("kind", STORED)
+def test_weights_held_dense_give_the_same_logits_and_gradients(tmp_path, kind):
+    def opened(folder: Path) -> Any:
+        storage = STORED[kind]
+        torch.manual_seed(0)
+        if storage.form == "compact":
+            return CompactAdapters(write_compact(folder, storage))
+        write_packed(folder, storage, num_hidden_layers=1)
+        model = load_stored(folder, dtype=F32, device=CPU)
+        if storage.rank:
+            return PackedAdapters(model)
+        return Lora(model, block_linears(model, model.config), rank=2, alpha=2, merge=False)
+
+    stored, dense = opened(tmp_path / "stored"), opened(tmp_path / "dense")
+    count = len(stored_in_codes(dense.model))
+    dequantize(dense.model, F32)
+    assert not stored_in_codes(dense.model)
+    assert count == sum(isinstance(each, DequantizedLinear) for each in dense.model.modules()) > 0
+    torch.testing.assert_close(logits_of(dense.model, IDS), logits_of(stored.model, IDS))
+    drift(stored)
+    drift(dense)
+    torch.testing.assert_close(frozen_gradients(dense), frozen_gradients(stored))
+
+
+@pytest.mark.parametrize(
+    ("memory", "checkpointing", "held"), [(1600, False, True), (1599, False, False), (9999, True, False)]
+)
+def test_weights_are_held_dense_where_a_quarter_of_the_memory_holds_them(monkeypatch, memory, checkpointing, held):
+    monkeypatch.setattr("compress.tuning.looking.total_memory", lambda _device: memory)
+    job = SimpleNamespace(settings=settings(gradient_checkpointing=checkpointing), dtype=None)
+    prepared: Any = SimpleNamespace(num_in_codes=100, job=job, computing=lambda _device: F32)
+    assert Prepared.is_dequantized(prepared, CPU) is held
 
 
 # The loop.
@@ -407,9 +510,9 @@ def test_training_lowers_the_loss_and_keeps_the_best_state():
 def test_towards_a_teacher_it_comes_nearer_to_it():
     teacher = tiny_model("llama", dtype=F32, num_hidden_layers=1, seed=3)
     steps = training(lora(), teacher=teacher, steps=20)
-    before = float(steps.loss(IDS).detach())
+    before = float(steps.objective.loss(IDS))
     steps.run(lambda _now: None, lambda *_: None)
-    assert float(steps.loss(IDS).detach()) < 0.9 * before
+    assert float(steps.objective.loss(IDS)) < 0.9 * before
     assert all(parameter.grad is None for parameter in teacher.parameters())
 
 
@@ -474,8 +577,8 @@ def test_dropout_is_off():
     trained = Lora(model, block_linears(model, model.config), rank=2, alpha=2, merge=True)
     steps = training(trained)
     assert trained.model.training
-    assert float(steps.loss(IDS).detach()) == float(steps.loss(IDS).detach())
-    torch.testing.assert_close(steps.loss(IDS[:3]).detach().double(), torch.tensor(steps.held_out_loss()).double())
+    assert float(steps.objective.loss(IDS)) == float(steps.objective.loss(IDS))
+    torch.testing.assert_close(steps.objective.loss(IDS[:3]).double(), torch.tensor(steps.held_out_loss()).double())
 
 
 # Files.

@@ -99,7 +99,10 @@ def finetune(
     ] = False,
     dtype: Annotated[
         str | None,
-        in_panel(Machine, "Of what is frozen, in memory. Default: float32 on the CPU, the checkpoint's own on a GPU."),
+        in_panel(
+            Machine,
+            "Of what is frozen, in memory. Default, and least, on the CPU: float32; on a GPU the checkpoint's own.",
+        ),
     ] = None,
     device: Device = None,
     profile: Profile = False,

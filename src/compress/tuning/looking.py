@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from compress.checkpoints.facts import Facts, read_facts
@@ -19,18 +20,21 @@ from compress.numerics.precision import check_computing
 from compress.progress import Progress, silent
 from compress.provenance import input_fingerprint, versions
 from compress.streaming.weights import LazyWeights
+from compress.tuning.linears import stored_in_codes
 from compress.tuning.rates import Rate, chosen_rate
 from compress.tuning.settings import OPTIONS, Settings, TuningJob, What
 from compress.tuning.structure import chosen, num_trained, trainable, why_not_merged
 from compress.tuning.texts import Reader, Texts
 
+HELD_DENSE = 0.25  # of the memory that dense copies of stored weights may take
 ELSEWHERE = ("wikitext2", "stdlib")  # texts that may be unlike the one that is trained on
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
     """
-    num_trained: numbers that change. merge: whether what is trained ends in tensors that are there already.
+    num_trained: numbers that change. num_in_codes: weights that are stored in codes.
+    merge: whether what is trained ends in tensors that are there already.
     teacher: the dense model's folder. rate: Adam's.
     """
 
@@ -41,6 +45,7 @@ class Prepared:
     what: What
     merge: bool
     num_trained: int
+    num_in_codes: int
     rate: Rate
     teacher: Path | None
 
@@ -59,6 +64,21 @@ class Prepared:
         wide = device.type == "cpu" or self.what in ("factors", "all")
         return torch.promote_types(self.own_dtype, torch.float32) if wide else self.own_dtype
 
+    def is_dequantized(self, device: torch.device) -> bool:
+        """Whether weights that are stored in codes are held dense while others are trained.
+
+        By all of the device's memory, not by what is free: a run that goes on is to compute the same bits.
+        """
+        size = self.num_in_codes * self.computing(device).itemsize
+        return not self.job.settings.gradient_checkpointing and size <= HELD_DENSE * total_memory(device)
+
+
+def total_memory(device: torch.device) -> int:
+    """In bytes."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return int(psutil.virtual_memory().total)
+
 
 def look(job: TuningJob, progress: Progress = silent) -> Prepared:
     """Raises a CompressError with a line for every fault, and the exit code of the first."""
@@ -75,6 +95,8 @@ def look(job: TuningJob, progress: Progress = silent) -> Prepared:
         what = chosen(settings.train, trainable(facts, model))
         check_lora(settings, what)
         merge = merged_at_the_end(settings.merge, what, facts)
+    with faults.noted():
+        check_dtype(job)
     with faults.noted():
         check_output(job)
     if job.dtype is not None:
@@ -97,9 +119,18 @@ def look(job: TuningJob, progress: Progress = silent) -> Prepared:
         what=what,
         merge=merge,
         num_trained=num_trained(what, model, config, settings.rank),
+        num_in_codes=sum(each.in_features * each.out_features for each in stored_in_codes(model).values()),
         rate=chosen_rate(settings.learning_rate, what),
         teacher=teacher,
     )
+
+
+def check_dtype(job: TuningJob) -> None:
+    if job.dtype is not None and job.dtype.itemsize < 4 and job.device.type == "cpu":
+        name = str(job.dtype).removeprefix("torch.")
+        raise UsageError(
+            f"--dtype {name}: on a CPU that is far slower than float32. Leave it out, or use --device cuda."
+        )
 
 
 def check_lora(settings: Settings, what: What) -> None:
@@ -163,6 +194,7 @@ def identity(prepared: Prepared, processes: int, device: torch.device) -> dict[s
         "processes": processes,
         "device": device.type,
         "dtype": str(prepared.computing(device)).removeprefix("torch."),
+        "dequantized": prepared.is_dequantized(device),
     }
 
 

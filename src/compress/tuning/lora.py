@@ -1,9 +1,9 @@
-"""LoRA on linears, by PEFT: merged into their weights at the end, or kept as an adapter beside them.
+"""LoRA on linears (arXiv 2106.09685): merged into their weights at the end, or kept as an adapter beside them.
 
-Linears that are stored in few bits are none that PEFT knows, but have room for an adapter of their own
-(`models/packed.py`); it begins as PEFT's do, A drawn at random and B zero.
+It begins and is scaled as PEFT's: A drawn at random, B zero, their product multiplied by alpha / rank.
 """
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compress.models.packed import LoraLinear
-
-ADAPTER_NAME = "default"  # PEFT's
+from compress.tuning.linears import FloatAdapterLinear
 
 
 @dataclass(frozen=True)
@@ -36,23 +35,30 @@ class Lora:
     """
 
     def __init__(
-        self, model: PreTrainedModel, linears: Mapping[str, nn.Module], *, rank: int, alpha: int, merge: bool
+        self,
+        model: PreTrainedModel,
+        linears: Mapping[str, nn.Linear | LoraLinear],
+        *,
+        rank: int,
+        alpha: int,
+        merge: bool,
     ) -> None:
         """
-        linears: plain ones, by their paths in the model.
+        linears: by their paths in the model; to be merged they must be plain ones.
         """
-        from peft import LoraConfig, inject_adapter_in_model
-
         model.requires_grad_(False)
-        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(linears))
-        self.model: Any = inject_adapter_in_model(config, model, ADAPTER_NAME)
+        self.model: Any = model
         self.merge = merge
-        self.layers = {path: model.get_submodule(path) for path in linears}
+        self.layers: dict[str, FloatAdapterLinear] = {}
+        for path, linear in linears.items():
+            layer = FloatAdapterLinear(linear, *first_factors(linear, rank), scale=alpha / rank)
+            model.set_submodule(path, layer)
+            self.layers[path] = layer
         self.parameters = {
-            name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad
+            f"{path}.{name}": parameter
+            for path, layer in self.layers.items()
+            for name, parameter in layer.named_parameters(recurse=False)
         }
-        for parameter in self.parameters.values():
-            parameter.data = parameter.data.float() if parameter.dtype.itemsize < 4 else parameter.data
 
     @torch.no_grad()
     def settled(self) -> Settled:
@@ -60,39 +66,20 @@ class Lora:
             return Settled({f"{path}.weight": merged(layer) for path, layer in self.layers.items()}, {})
         adapter: dict[str, Tensor] = {}
         for path, layer in self.layers.items():
-            A, B, scale = factors(layer)
-            adapter |= {f"{path}.lora_A": A, f"{path}.lora_B": scale * B}
+            adapter |= {f"{path}.lora_A": layer.lora_A, f"{path}.lora_B": layer.scale * layer.lora_B}
         return Settled({}, adapter)
 
 
-def factors(layer: Any) -> tuple[Tensor, Tensor, float]:
-    """Of one of PEFT's layers: A (r, n), B (m, r), and what their product is multiplied by."""
-    return layer.lora_A[ADAPTER_NAME].weight, layer.lora_B[ADAPTER_NAME].weight, layer.scaling[ADAPTER_NAME]
+def first_factors(linear: nn.Linear | LoraLinear, rank: int) -> tuple[Tensor, Tensor]:
+    """A (r, n) and B (m, r) as a LoRA begins, in float32 at least."""
+    held = next(itertools.chain(linear.parameters(), linear.buffers()))
+    dtype = torch.promote_types(held.dtype, torch.float32) if held.is_floating_point() else torch.float32
+    A = torch.empty(rank, linear.in_features, dtype=dtype)
+    nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+    return A.to(held.device), torch.zeros(linear.out_features, rank, dtype=dtype, device=held.device)
 
 
-def merged(layer: Any) -> Tensor:
+def merged(layer: FloatAdapterLinear) -> Tensor:
     """W + scale B A, in float32 at least."""
-    A, B, scale = factors(layer)
-    return layer.base_layer.weight.to(A.dtype) + scale * (B @ A)
-
-
-class StoredLora:
-    """A new adapter on linears that are stored in few bits."""
-
-    def __init__(self, model: PreTrainedModel, linears: Mapping[str, LoraLinear], *, rank: int, alpha: int) -> None:
-        model.requires_grad_(False)
-        self.model: Any = model
-        self.scale = alpha / rank
-        self.parameters: dict[str, nn.Parameter] = {}
-        for path, linear in linears.items():
-            device = next(iter(linear.buffers())).device
-            A = torch.empty(rank, linear.in_features)
-            nn.init.kaiming_uniform_(A, a=math.sqrt(5))
-            # The scale is in A, so that what is written needs none.
-            linear.lora_A = nn.Parameter(self.scale * A.to(device))
-            linear.lora_B = nn.Parameter(torch.zeros(linear.out_features, rank, device=device))
-            self.parameters |= {f"{path}.lora_A": linear.lora_A, f"{path}.lora_B": linear.lora_B}
-
-    @torch.no_grad()
-    def settled(self) -> Settled:
-        return Settled({}, {name: parameter.detach() for name, parameter in self.parameters.items()})
+    weight: Any = layer.base.weight
+    return weight.to(layer.lora_A.dtype) + layer.scale * (layer.lora_B @ layer.lora_A)

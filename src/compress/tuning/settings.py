@@ -13,6 +13,8 @@ Distill = Literal["none", "logits"]
 # Of settings whose options are called otherwise.
 OPTIONS = {"rank": "lora_rank", "alpha": "lora_alpha", "learning_rate": "lr"}
 NUM_HELD_OUT = 64  # windows of the training text, and as many of another
+LOOKED_AT = 8  # a look takes no more windows than one in so many that were trained on since the last one
+FEWEST_LOOKED_AT = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +62,10 @@ class Settings:
     def num_windows(self) -> int | None:
         """As many as are read once; None for all that the text has."""
         return None if self.epochs is not None else self.num_steps(0) * self.batch_size
+
+    def num_looked_at(self, held_out: int) -> int:
+        """How many of the windows held out a look is at. A window of it costs about half of one that is trained on."""
+        return min(held_out, max(FEWEST_LOOKED_AT, self.eval_every * self.batch_size // LOOKED_AT))
 
 
 @dataclass(frozen=True, kw_only=True)

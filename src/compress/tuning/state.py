@@ -30,4 +30,5 @@ def restore(training: Training, data: Mapping[str, Any], tensors: Mapping[str, T
         training.best[name] = tensors[f"best.{name}"].to(on)
         if f"exp_avg.{name}" in tensors:
             moments = {kind: tensors[f"{kind}.{name}"].to(on) for kind in MOMENTS}
-            training.optimizer.state[parameter] = {"step": torch.tensor(float(training.course.step)), **moments}
+            steps = torch.tensor(float(training.course.step), device=on)
+            training.optimizer.state[parameter] = {"step": steps, **moments}

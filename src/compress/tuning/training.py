@@ -6,7 +6,8 @@ share a step's windows; each has the mean gradient of all of them, and so the sa
 """
 
 import math
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -19,7 +20,7 @@ from transformers import PreTrainedModel
 from compress.errors import NumericalError
 from compress.progress import Progress, Steps
 from compress.tuning.lora import Settled
-from compress.tuning.losses import cross_entropy, divergence
+from compress.tuning.losses import Objective
 from compress.tuning.rates import Rate, share_of_rate
 from compress.tuning.settings import Settings
 from compress.tuning.texts import batch
@@ -80,14 +81,15 @@ class Training:
         rate: Rate,
         accelerator: Accelerator,
     ) -> None:
-        self.trained, self.teacher, self.windows, self.held_out = trained, teacher, windows, held_out
+        self.trained, self.windows, self.held_out = trained, windows, held_out
         self.settings, self.accelerator = settings, accelerator
         self.device = next(iter(trained.parameters.values())).device
         self.num_steps = settings.num_steps(len(windows))
         self.course = Course()
         self.best: dict[str, Tensor] = {}
-        groups = [{"params": [each], "highest": rate.of(each)} for each in trained.parameters.values()]
-        self.optimizer = torch.optim.AdamW(groups, betas=BETAS, weight_decay=0.0)
+        self.objective = Objective(trained.model, teacher, accelerator.autocast)
+        self.text_objective = Objective(trained.model, None, accelerator.autocast)
+        self.optimizer = new_optimizer(trained.parameters.values(), rate)
         self._since_look: list[float] = []
         without_dropout(trained.model)
         trained.model.train()
@@ -119,13 +121,12 @@ class Training:
             share = share_of_rate(self.course.step, self.num_steps, settings.warmup)
             group["lr"] = share * group["highest"]
         ids = batch(self.windows, self.course.step, settings.batch_size, settings.seed)
-        loss = self.loss(self._share(ids))
         self.optimizer.zero_grad()
-        accelerator.backward(loss)
+        loss = self.objective.backward(self._share(ids))
         average_gradients(list(self.trained.parameters.values()), accelerator)
         norm = nn.utils.clip_grad_norm_(self.trained.parameters.values(), LARGEST_GRADIENT)
         self.course.step += 1
-        mean = float(accelerator.reduce(loss.detach(), "mean"))
+        mean = float(accelerator.reduce(loss, "mean"))
         if not math.isfinite(mean) or not math.isfinite(float(norm)):
             raise NumericalError(
                 f"The loss of step {self.course.step} is {mean}, its gradient {float(norm)}. Use a smaller --lr "
@@ -133,16 +134,6 @@ class Training:
             )
         self.optimizer.step()
         return mean
-
-    def loss(self, ids: Int64[Tensor, "batch seq_len"]) -> Tensor:
-        """Of a batch: what is descended."""
-        with self.accelerator.autocast():
-            logits = self.trained.model(input_ids=ids, use_cache=False).logits
-            if self.teacher is None:
-                return cross_entropy(logits, ids)
-            with torch.no_grad():
-                dense = self.teacher(input_ids=ids, use_cache=False).logits
-            return divergence(logits, dense)
 
     def look(self) -> None:
         """The held-out loss, and the state kept if it is the best one."""
@@ -152,16 +143,14 @@ class Training:
         if self.course.best[0] == self.course.step:
             self.best = {name: each.detach().clone() for name, each in self.trained.parameters.items()}
 
-    @torch.no_grad()
     def held_out_loss(self) -> float:
         """The mean cross-entropy of the held-out windows, which the processes share."""
         model = self.trained.model
         model.eval()
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        with self.accelerator.autocast():
-            for ids in self._share(self.held_out).split(self.settings.batch_size):
-                logits = model(input_ids=ids, use_cache=False).logits
-                total += len(ids) * cross_entropy(logits, ids).double()
+        share = self._share(self.held_out)
+        for ids in share.split(self.settings.batch_size) if len(share) else ():
+            total += len(ids) * self.text_objective.loss(ids).double()
         model.train()
         return float(self.accelerator.reduce(total, "sum")) / len(self.held_out)
 
@@ -173,6 +162,19 @@ class Training:
     def _share(self, ids: Int64[Tensor, "windows seq_len"]) -> Int64[Tensor, "share seq_len"]:
         """This process's windows, on its device."""
         return ids[self.accelerator.process_index :: self.accelerator.num_processes].to(self.device)
+
+
+def new_optimizer(parameters: Iterable[nn.Parameter], rate: Rate) -> torch.optim.AdamW:
+    """AdamW in one call for all parameters that have the same rate."""
+    groups: dict[float, list[nn.Parameter]] = defaultdict(list)
+    for parameter in parameters:
+        groups[rate.of(parameter)].append(parameter)
+    return torch.optim.AdamW(
+        [{"params": params, "highest": highest} for highest, params in groups.items()],
+        betas=BETAS,
+        weight_decay=0.0,
+        fused=True,
+    )
 
 
 def average_gradients(parameters: list[nn.Parameter], accelerator: Accelerator) -> None:

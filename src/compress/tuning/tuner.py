@@ -16,7 +16,6 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from compress.checkpoints.facts import FACTS, read_facts, read_json
 from compress.checkpoints.integrity import check_integrity
@@ -36,7 +35,7 @@ from compress.publishing import is_finished, publish
 from compress.streaming.journal import Journal
 from compress.tuning.looking import Prepared, digest, identity, look
 from compress.tuning.lora import Settled
-from compress.tuning.opening import open_folder, open_trained
+from compress.tuning.opening import open_folder, open_teacher, open_trained
 from compress.tuning.settings import TuningJob
 from compress.tuning.state import restore, snapshot
 from compress.tuning.training import Course, Training
@@ -156,21 +155,15 @@ def train(
     device = device_of(prepared.job, accelerator)
     trained = open_trained(prepared, device)
     settings, texts = prepared.job.settings, prepared.texts
-    training = Training(
-        trained, open_teacher(prepared, device), texts.train, texts.held_out, settings, prepared.rate, accelerator
-    )
+    looked_at = texts.held_out[: settings.num_looked_at(len(texts.held_out))]
+    teacher = open_teacher(prepared, device)
+    training = Training(trained, teacher, texts.train, looked_at, settings, prepared.rate, accelerator)
     resumed = go_on(training, journal, accelerator)
     training.run(lambda now: None if journal is None else note(now, journal), progress)
     training.take_best()
     # What is trained is as it was: its files are, too.
     settled = trained.settled() if training.course.best[0] else Settled({}, {})
     return settled, training.course, resumed
-
-
-def open_teacher(prepared: Prepared, device: torch.device) -> PreTrainedModel | None:
-    if prepared.teacher is None:
-        return None
-    return open_folder(prepared.teacher, prepared.computing(device), device).requires_grad_(False)
 
 
 def note(training: Training, journal: Journal) -> None:
@@ -209,7 +202,8 @@ def complete(
     if after["held_out"] > before["held_out"]:  # rounded to what is stored, it is no better than it was
         settled, course = Settled({}, {}), replace(course, losses=course.losses[:1])
         written, after = write_and_measure(prepared, settled, device)
-    dense = None if prepared.teacher is None else measures(prepared, prepared.teacher, device)["held_out"]
+    teacher = prepared.teacher
+    dense = None if teacher is None else measures(prepared, teacher, device, unlike=False)["held_out"]
     facts = tuned_facts(job.folder, written, record(prepared, course, (before, after, dense), run))
     write_facts(partial, facts)
     verify_tokens(job.folder, partial)
@@ -222,11 +216,11 @@ def write_and_measure(prepared: Prepared, settled: Settled, device: torch.device
     return written, measures(prepared, job.partial, device)
 
 
-def measures(prepared: Prepared, folder: Path, device: torch.device) -> dict[str, float]:
+def measures(prepared: Prepared, folder: Path, device: torch.device, *, unlike: bool = True) -> dict[str, float]:
     """The cross-entropy on the held-out windows and on those of another text, of a model that is opened for it."""
     model = open_folder(folder, prepared.computing(device), device)
     texts = {"held_out": prepared.texts.held_out}
-    if prepared.texts.unlike is not None:
+    if unlike and prepared.texts.unlike is not None:
         texts["unlike"] = prepared.texts.unlike[1]
     size = prepared.job.settings.batch_size
     return {name: perplexity(model, each, dataset=name, batch_size=size).nll for name, each in texts.items()}
