@@ -40,7 +40,8 @@ def dequantized(linear: AdaptedLinear, dtype: torch.dtype) -> Tensor:
     """W (m, n)."""
     if isinstance(linear, Int4Linear):
         return linear.columns(0, linear.in_features).to(dtype)
-    parts = [linear.rows(*block, dtype) for block in linear.blocks(next(linear.buffers()).device)]
+    device = next(linear.buffers()).device
+    parts = [linear.rows(start, stop, dtype) for start, stop in linear.blocks(device)]
     return torch.cat(parts)
 
 

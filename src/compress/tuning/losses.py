@@ -74,7 +74,7 @@ class Objective:
         """The loss; its gradients are added to those that the parameters have."""
         with self.autocast():
             hidden = self.student.hidden(ids)
-        losses, gradients = [], []
+        losses, gradients = list[Tensor](), list[Tensor]()
         for own, other in self._parts(hidden.detach(), ids):
             own.requires_grad_()
             with self.autocast():
@@ -82,6 +82,7 @@ class Objective:
             loss, gradient = self._compared(logits, other)
             logits.backward(gradient.div_(len(hidden)))
             losses.append(loss)
+            assert own.grad is not None
             gradients.append(own.grad)
         if hidden.requires_grad:  # not where the head alone is trained
             hidden.backward(torch.cat(gradients))
