@@ -138,7 +138,7 @@ def read_weights(home: Path, choose: Random) -> None:
     folder = home / "llama"
     commands = [
         lambda: list(LazyWeights(folder).samples()),
-        lambda: LazyWeights(folder).read(list(LazyWeights(folder).files)),
+        lambda: LazyWeights(folder).read(list(LazyWeights(folder).stored.tensors)),
         lambda: inspect_outputs([folder], linears=True),
         lambda: load_model(folder, dtype=torch.float32, device=torch.device("cpu")),
     ]
@@ -282,9 +282,8 @@ def read_journal(home: Path, choose: Random) -> None:
 
 
 def read_card(home: Path, choose: Random) -> None:
-    from compress.checkpoints.card import model_card
+    from compress.checkpoints.card import model_card, read_origin
     from compress.checkpoints.facts import read_facts
-    from compress.checkpoints.front_matter import read_origin
 
     facts = read_facts(home / "packed").model_dump()
     model_card(facts | {"origin": read_origin(home / "llama")})

@@ -11,9 +11,8 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
 from cli_runner import invoke, succeeds
-from compress.checkpoints.card import model_card
+from compress.checkpoints.card import model_card, read_origin
 from compress.checkpoints.facts import read_facts
-from compress.checkpoints.front_matter import read_origin
 from compress.checkpoints.measures import Measures
 from outputs import write_outputs
 
@@ -25,6 +24,10 @@ NASTY = [
     "[click](javascript:x) ![i](http://x) **b** _i_ ~~s~~ $x$ &amp;",
     '\'; "quoted" # not a comment: {x} %y @z',
     "```\n\n# heading\n\n```python\nx\n```",
+    "- a",
+    "1. a",
+    "a\n===",
+    "{{ 7 * 7 }} {% for x in y %}",
 ]
 
 
@@ -82,24 +85,44 @@ def test_what_is_no_id_of_the_hub_is_not_called_one(base):
     assert not found.keys() & {"base_model", "base_model_relation"}
 
 
+def named(name: str, **changes: Any) -> str:
+    """The card of a model that has every section, with `name` wherever a user or another file gives a string."""
+    recipe = {"method": name, "calibration": {"source": name, "samples": 8, "seq_len": 32}}
+    data = {"source": name, "repository": None, "licence": name, "windows": 9, "seq_len": 8}
+    tuning = TUNING | {"command": name, "teacher": name, "data": data}
+    tuning["unlike"] = {"source": name, "before": 1.0, "after": 2.0, "worse": True}
+    everything = facts(
+        **{key: name for key in ("name", "base_model", "command", "not_for_vllm")},
+        **{"recipe": recipe, "tuning": tuning, "origin": {"license": "other", "license_name": name}},
+        versions={"compress": name},
+        alternatives=[{"name": name, "bits_per_weight": 4.0, "bytes": 10}] * 2,
+        linears=[{"bits": name, "pattern": name, "adapter_rank": 3}, {"rank": 4, "form": "pivot"}],
+    )
+    measures = {"perplexity": [{"dataset": name, "ppl": 2.0, "seq_len": 8}], "humaneval": {"rates": {name: RATE}}}
+    return model_card(everything | changes, Measures.model_validate(measures))
+
+
+TUNING: dict[str, Any] = {
+    "command": "compress finetune x",
+    "data": {"source": "alpaca", "repository": "owner/alpaca", "licence": None, "windows": 1000, "seq_len": 256},
+    "trained": "factors",
+    "teacher": "tiny",
+    "steps": 1200,
+    "best_step": 1100,
+    "held_out": {"before": 3.0, "after": 2.0},
+    "unlike": None,
+}
+RATE = {"value": 0.5, "standard_error": None}
+
+
+@pytest.mark.parametrize("form", [{}, {"loads_without_our_code": False}, {"export": "gguf", "storage": "packed"}])
 @pytest.mark.parametrize("nasty", NASTY)
-def test_nothing_breaks_out(nasty):
+def test_nothing_breaks_out(nasty, form):
     """Rendered as markdown, a nasty name gives the same blocks and tags as a harmless one."""
-    recipe = {"method": nasty, "calibration": {"source": nasty, "samples": 8, "seq_len": 32}}
-    alternatives = [{"name": nasty, "bits_per_weight": 4.0, "bytes": 10}] * 2
-    card = model_card(
-        facts(name=nasty, base_model=nasty, command=nasty, recipe=recipe, alternatives=alternatives),
-        Measures.model_validate({"perplexity": [{"dataset": nasty, "ppl": 2.0, "seq_len": 8}]}),
-    )
-    harmless = {"method": "x", "calibration": {"source": "x", "samples": 8, "seq_len": 32}}
-    alternatives = [{"name": "x", "bits_per_weight": 4.0, "bytes": 10}] * 2
-    tame = model_card(
-        facts(name="x", base_model="x", command="x", recipe=harmless, alternatives=alternatives),
-        Measures.model_validate({"perplexity": [{"dataset": "x", "ppl": 2.0, "seq_len": 8}]}),
-    )
+    card, tame = named(nasty, **form), named("x", **form)
     assert blocks(card) == blocks(tame)
     assert inner(card) == inner(tame)
-    assert front_matter(card) == front_matter(tame) | {"tags": ["compress", nasty]}
+    assert front_matter(card) == front_matter(tame) | {"tags": ["compress", nasty], "license_name": nasty}
 
 
 def parsed(card: str) -> list[Any]:
@@ -119,12 +142,10 @@ def inner(card: str) -> list[list[str]]:
     ]
 
 
-def test_the_command_is_whole_in_its_block():
-    for nasty in NASTY:
-        (fence,) = [
-            token for token in parsed(model_card(facts(command=nasty))) if token.type == "fence" and not token.info
-        ][-1:]
-        assert fence.content == nasty + "\n"
+@pytest.mark.parametrize("nasty", NASTY)
+def test_the_command_is_whole_in_its_block(nasty):
+    fences = [token for token in parsed(model_card(facts(command=nasty))) if token.type == "fence" and not token.info]
+    assert fences[-1].content == nasty + "\n"
 
 
 @pytest.mark.parametrize(
@@ -132,7 +153,7 @@ def test_the_command_is_whole_in_its_block():
     [
         (
             {},
-            ["vllm serve PATH\n", 'from_pretrained("PATH")', "24 wide instead of 32"],
+            ["vllm serve PATH\n", 'from_pretrained("PATH")', "(width of the residual stream): 24 instead of 32."],
             ["import compress", "llama.cpp"],
         ),
         (
@@ -142,7 +163,11 @@ def test_the_command_is_whole_in_its_block():
         ),
         (
             {"architecture": "CompressForCausalLM", "loads_without_our_code": False},
-            ["import compress  # registers it", "trust_remote_code=True"],
+            [
+                "import compress  # registers",
+                "trust_remote_code=True",
+                "vLLM cannot serve it: it has no CompressForCausalLM.",
+            ],
             ["vllm", "llama"],
         ),
         ({"export": "gguf"}, ["llama-cli -m PATH/*.gguf"], []),
@@ -159,16 +184,57 @@ def test_the_command_is_whole_in_its_block():
         ({"not_for_vllm": "its reason", "quantized": True}, ["vLLM cannot serve it: its reason."], ["vllm serve"]),
         (
             {"linears": [{"rank": 4, "form": "pivot"}, {"rank": 8, "form": "pivot"}]},
-            ["of rank 4 to 8, multiplied out"],
+            ["of rank 4 to 8, multiplied out into dense weights."],
             [],
         ),
         (
             {"linears": [{"bits": 4, "pattern": "2:4", "adapter_rank": 3}], "storage": "packed"},
-            ["1 of its linear layers have 4-bit weights, are pruned to 2:4, have a low-rank adapter"],
+            ["1 linear layers have 4-bit weights, 2:4 sparsity, a low-rank adapter that corrects the error."],
             ["dense weights"],
         ),
-        ({"linears": [{"bits": "fp8"}]}, ["have fp8 weights, all written as dense weights"], []),
-        ({"origin": {"license": "mit"}}, ["The licence is the base model's: `mit`."], ["named none"]),
+        ({"linears": [{"bits": "fp8"}]}, ["have fp8 weights; all are written as dense weights."], []),
+        ({"origin": {"license": "mit"}}, ["The license is the base model's: `mit`."], ["names none"]),
+        (
+            {},
+            ["The license is the base model's, whose model card names none."],
+            ["## Fine-tuning", "one-shot: trained"],
+        ),
+        (
+            {"adapter": {"r": 500, "rank_pattern": {"a": 600}}},
+            ["vLLM cannot serve it: its adapters have a rank of 512 at most."],
+            ["vllm serve"],
+        ),
+        (
+            {"tuning": TUNING},
+            [
+                "compress slice --model owner/tiny --ratio 0.25\ncompress finetune x\n",
+                "The low-rank factors were trained to match the next-token distribution of `tiny` on 1,000 sequences\n"
+                "of 256 tokens of `alpaca`.",
+                "Of 1,200 steps, the result of step 1,100 was kept",
+                "Perplexity on those sequences: 20.09 before, 7.39 after.",
+                "datasets:\n- owner/alpaca\n",
+            ],
+            ["not trained on", "The license of"],
+        ),
+        (
+            {"tuning": TUNING | {"teacher": None, "held_out": {"before": 1e9, "after": 1.0}}},
+            ["were trained to predict the next token on 1,000"],
+            ["to match"],
+        ),
+        (
+            {
+                "tuning": TUNING
+                | {
+                    "unlike": {"source": "c4", "before": 1.0, "after": 1.1, "worse": True},
+                    "data": TUNING["data"] | {"licence": "cc-by-nc-4.0"},
+                }
+            },
+            [
+                "Perplexity on `c4`, which was not trained on: +10.5%.\n**This is a loss in general quality",
+                "The license of `alpaca` is cc-by-nc-4.0; it",
+            ],
+            [],
+        ),
     ],
 )
 def test_it_says_what_works_for_this_form(changes, said, unsaid):
@@ -280,7 +346,7 @@ def test_what_was_measured_is_in_it(root, tmp_path):
     assert "acc\\_norm" not in card
     # All else is as it was, and the checkpoint as whole as before.
     before = (root / "sliced" / "README.md").read_text()
-    assert card.replace(card[card.index("\n## Measured") : card.index("\n## Load it")], "") == before
+    assert card.replace(card[card.index("\n## Evaluation") : card.index("\n## Usage")], "") == before
     assert succeeds("inspect", tmp_path / "sliced", "--json").json["verified"]
 
 

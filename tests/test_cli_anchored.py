@@ -50,7 +50,7 @@ def test_the_default_is_a_stock_model(home, place):
     assert type(model).__name__ == "LlamaForCausalLM"
     assert sum(parameter.numel() for parameter in model.parameters()) == said["parameters"]
     card = (place / said["out"] / "README.md").read_text()
-    assert "A plain `LlamaForCausalLM`" in card
+    assert "a standard `LlamaForCausalLM` checkpoint" in card
     assert "import compress" not in card
 
 

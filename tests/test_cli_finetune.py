@@ -194,9 +194,9 @@ def test_it_says_of_itself_what_it_was_trained_on(home, place):
     assert tuning["compressed_parts"] == facts_of(home / "thin")["parts"]
     assert tuning["unlike"]["source"] == "wikitext2"
     card = (out / "README.md").read_text(encoding="utf-8")
-    assert "Then the factors were trained towards the distribution of `llama` on it" in card
+    assert "The low-rank factors were trained to match the next-token distribution of `llama` on " in card
     assert "compress finetune thin --data" in card
-    assert "no training up to here" in card
+    assert "The result was then fine-tuned." in card
     header = yaml.safe_load(card.split("---")[1])
     assert "datasets" not in header
     shown = flat(succeeds("inspect", out, "--card").out)

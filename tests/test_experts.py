@@ -120,7 +120,7 @@ def test_every_weight_is_found_whatever_files_call_it(model_type, fused, tmp_pat
     model = tiny.tiny_model(model_type, num_hidden_layers=1)
     model.save_pretrained(tmp_path, save_original_format=not fused, max_shard_size="10KB")
     weights = LazyWeights(tmp_path)
-    assert any(name.endswith("mlp.experts.down_proj") for name in weights.files) is fused
+    assert any(name.endswith("mlp.experts.down_proj") for name in weights.stored.tensors) is fused
     parameters = dict(unfuse_experts(model).named_parameters())
     weights.check_against({name: parameter.shape for name, parameter in parameters.items()})
     for name, tensor in weights.read(parameters).items():

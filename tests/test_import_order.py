@@ -168,9 +168,7 @@ def test_what_each_part_may_use():
             assert not external(part) & {"rich", "typer"}, part
 
 
-@pytest.mark.parametrize(
-    "file", [*CARRIED, "checkpoints/reload.py", "checkpoints/gguf/reload.py", "evaluation/_programs.py"]
-)
+@pytest.mark.parametrize("file", [*CARRIED, "checkpoints/reload.py", "evaluation/_programs.py"])
 def test_what_runs_without_the_package_does_not_import_it(file):
     """The carried files, and the one that proves that they are enough."""
     names = {name for name in imports(ROOT / file) if name.split(".")[0] == "compress"}

@@ -21,7 +21,7 @@ import tiny
 from compress import families, pipeline
 from compress.architectures.stock import Stock
 from compress.checkpoints.adapter import adapter_config, target_modules
-from compress.checkpoints.card import serving
+from compress.checkpoints.card import vllm_rank
 from compress.errors import NumericalError, UsageError
 from compress.job import Job
 from compress.models.decoder import Decoder
@@ -626,13 +626,13 @@ def test_groups_are_of_128_where_that_divides(tmp_path):
 # ---- what vLLM takes ----
 
 
-@pytest.mark.parametrize(("rank", "served"), [(1, 1), (6, 8), (16, 16), (100, 128), (300, 320), (400, 512)])
+@pytest.mark.parametrize(
+    ("rank", "served"), [(1, 1), (6, 8), (16, 16), (100, 128), (300, 320), (400, 512), (513, None)]
+)
 def test_the_rank_that_vllm_is_told(rank, served):
     """Of those that it knows, the least that the largest adapter fits in."""
     adapter = adapter_config("mine", {"a.q_proj": 1, "a.k_proj": rank})
-    assert f"--max-lora-rank {served}\n" in serving(
-        {"adapter": adapter, "not_for_vllm": None, "architecture": "LlamaForCausalLM"}
-    )
+    assert vllm_rank({"adapter": adapter}) == served
 
 
 def test_linears_are_named_by_what_no_other_module_has():

@@ -1,6 +1,9 @@
 """Weights read lazily from safetensors: every form a checkpoint comes in, and what is wrong with a broken one."""
 
+import ast
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +17,9 @@ import oracles
 import tiny
 from compress import families
 from compress.errors import CheckpointError, NumericalError, UnsupportedModel
+from compress.models import tensor_files
 from compress.models.decoder import Decoder
-from compress.models.tensor_files import INDEX, SINGLE
+from compress.models.tensor_files import INDEX, SINGLE, SafetensorsFolder
 from compress.own_model.modeling_compress import unfuse_experts
 from compress.streaming.weights import LazyWeights
 
@@ -89,7 +93,7 @@ def test_a_checkpoint_saved_from_the_base_model(model_type, tmp_path):
     model: Any = tiny.tiny_model(model_type)
     model.model.save_pretrained(tmp_path, max_shard_size="10KB")
     weights = LazyWeights(tmp_path)
-    assert not any(name.startswith("model.") for name in weights.files)
+    assert not any(name.startswith("model.") for name in weights.stored.tensors)
     weights.check_against(expected_shapes(model), may_miss=["lm_head.weight"])
     for name, parameter in model.named_parameters():
         assert torch.equal(weights.read([name])[name], parameter)
@@ -153,8 +157,8 @@ def test_a_quantised_checkpoint_is_refused(dtype, stored, tmp_path):
     write(tmp_path, tensors() | {"b": torch.ones(3, 4).to(dtype)})
     shapes = dict.fromkeys(tensors(), torch.Size([3, 4]))
     assert complaint(lambda: LazyWeights(tmp_path).check_against(shapes), UnsupportedModel) == (
-        f"The tensor 'b' is stored as {stored}: a quantised checkpoint. "
-        "Start from the unquantised model (F16, BF16, F32 or F64)."
+        f"The tensor 'b' is stored as {stored}: a quantized checkpoint. "
+        "Start from the unquantized model (F16, BF16, F32 or F64)."
     )
 
 
@@ -177,7 +181,7 @@ def test_a_weight_that_is_no_number_is_named(value, tmp_path):
     weights = LazyWeights(tmp_path)
     assert weights.read(["a"]).keys() == {"a"}
     assert complaint(lambda: weights.read(["a", "b"]), NumericalError) == (
-        "The weight 'b' has a NaN or Inf. The input checkpoint is broken: get it again."
+        f"The weight 'b' has a NaN or Inf. {tmp_path / SINGLE} is broken: get it again."
     )
 
 
@@ -299,3 +303,48 @@ def test_what_was_read_does_not_change_with_the_file(tmp_path):
     with file.open("r+b") as opened:
         opened.write(b"\0" * file.stat().st_size)
     assert torch.equal(read, tensors()["a"])
+
+
+# What else reads safetensors: headers alone, and linears that are stored quantized.
+
+
+def test_headers_are_read_without_torch(tmp_path):
+    file = write(tmp_path, {"a": torch.ones(3, 4, dtype=torch.bfloat16), "b": torch.ones(5).to(torch.float8_e4m3fn)})
+    code = (
+        "import sys; from pathlib import Path; from compress.models.tensor_files import read_header\n"
+        "print([(each.name, each.dtype, each.shape, each.bytes) for each in read_header(Path(sys.argv[1]))])\n"
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code, file], capture_output=True, text=True, check=True)
+    assert sorted(ast.literal_eval(done.stdout)) == [("a", "BF16", (3, 4), 24), ("b", "F8_E4M3", (5,), 5)]
+
+
+def test_tensors_of_another_file_have_the_names_that_they_are_given(tmp_path):
+    write(tmp_path, tensors())
+    other = write(tmp_path, {"x": torch.full((2,), 7)}, "other.safetensors")
+    folder = SafetensorsFolder(tmp_path)
+    folder.add(other, {"x": "a.x"})
+    assert folder.find("model.a.x") == "a.x"
+    assert dict(folder.read({"codes": "a.x", "b": "b"}))["codes"].tolist() == [7, 7]
+    assert complaint(lambda: folder.add(other, {"x": "b"})) == (
+        f"The tensor 'b' is in both {SINGLE} and other.safetensors."
+    )
+
+
+def test_a_large_file_is_mapped_a_little_at_a_time(tmp_path, monkeypatch):
+    write(tmp_path, tensors())
+    opened = []
+    before = SafetensorsFolder.opened
+    monkeypatch.setattr(SafetensorsFolder, "opened", lambda self, file: opened.append(file) or before(self, file))
+    monkeypatch.setattr(tensor_files, "MAPPED", 50)  # of tensors of 48 bytes each
+    read = dict(SafetensorsFolder(tmp_path).read({name: name for name in "abc"}))
+    assert all(torch.equal(read[name], tensor) for name, tensor in tensors().items())
+    assert len(opened) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float32, torch.bfloat16])
+def test_a_nan_is_found_in_every_type_that_has_one(dtype, tmp_path):
+    write(tmp_path, {"a": torch.tensor([1.0, -448.0, 0.0]).to(dtype), "b": torch.tensor([1.0, float("nan")]).to(dtype)})
+    folder = SafetensorsFolder(tmp_path)
+    assert dict(folder.read({"a": "a"}))["a"].float().tolist() == [1.0, -448.0, 0.0]
+    assert "The weight 'b' has a NaN or Inf" in complaint(lambda: list(folder.read({"b": "b"})), NumericalError)

@@ -22,9 +22,8 @@ from compress.architectures.packed import not_for_vllm, unpacks_while_loading
 from compress.assembly import new_walk, restored, take_survey
 from compress.checkpoints import files
 from compress.checkpoints.adapter import adapter_config, write_adapter
-from compress.checkpoints.card import model_card
+from compress.checkpoints.card import model_card, read_origin
 from compress.checkpoints.facts import FACTS, read_facts, read_json
-from compress.checkpoints.front_matter import read_origin
 from compress.checkpoints.integrity import check_integrity
 from compress.checkpoints.sizes import Size
 from compress.checkpoints.verify import verify, verify_tokens, why_own
@@ -290,7 +289,7 @@ def export_notes(job: Job) -> list[str]:
         return []
     from compress.checkpoints.gguf import reader_notes
 
-    return reader_notes(job.out)
+    return reader_notes(job.out / f"{job.out.name}.gguf")
 
 
 def _write_part(journal: Journal, part: FinishedPart, walk: Walk) -> None:

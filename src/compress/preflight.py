@@ -20,6 +20,7 @@ from compress.job import Job
 from compress.models.decoder import Decoder
 from compress.models.loading import check_positions, check_vocabulary, load_config, load_tokenizer
 from compress.models.stored_files import ADAPTER
+from compress.models.tensor_files import SafetensorsFolder
 from compress.needs import Room, largest_part_bytes, needs, usual_batch_size
 from compress.plan import Plan, make_plan
 from compress.room import held, settle
@@ -164,7 +165,7 @@ def check_dense(folder: Path, config: Any) -> None:
 def stored_dtype(folder: Path) -> torch.dtype | None:
     """What most tensors of a checkpoint are stored in, for a config.json that does not say; None without weights."""
     try:
-        stored = Counter(LazyWeights(folder).dtypes.values())
+        stored = Counter(tensor.dtype for tensor in SafetensorsFolder(folder).tensors.values())
     except CheckpointError:
         return None
     return READABLE.get(stored.most_common(1)[0][0])

@@ -51,6 +51,7 @@ def input_fingerprint(folder: Path, weights: LazyWeights) -> str:
     """sha256 over config.json, the names, shapes and types of all tensors, and a row from the midst of each."""
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for name, sample in weights.samples():
-        digest.update(f"{name} {list(weights.shapes[name])} {weights.dtypes[name]}\n".encode())
+        tensor = weights.stored.tensors[name]
+        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}\n".encode())
         digest.update(sample)
     return digest.hexdigest()

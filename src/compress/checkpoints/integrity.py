@@ -6,10 +6,9 @@ from pathlib import Path
 
 from compress.checkpoints.adapter import WEIGHTS
 from compress.checkpoints.facts import FACTS, Facts, read_json
-from compress.checkpoints.headers import StoredTensor, read_header
 from compress.errors import CheckpointError, Faults, UsageError
 from compress.models.stored_files import ADAPTER
-from compress.models.tensor_files import INDEX, indexed_names, is_own_name
+from compress.models.tensor_files import INDEX, StoredTensor, indexed_names, is_own_name, read_header
 from compress.progress import Progress, Steps
 from compress.streaming.journal import JOURNAL, read_lines, sha256
 

@@ -6,9 +6,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from compress.checkpoints.card import CARD
 from compress.checkpoints.facts import FACTS, Facts, read_facts
 from compress.checkpoints.files import COPIED
-from compress.checkpoints.front_matter import CARD
 from compress.checkpoints.integrity import ADAPTER_WEIGHTS, check_folder, check_integrity, is_ours
 from compress.checkpoints.measures import QUALITY, read_measures
 from compress.errors import Unavailable, UsageError

@@ -291,8 +291,7 @@ def gather(
 
 
 def find_place(name: str) -> Place:
-    from compress.models.gguf_naming import find_gguf
-    from compress.models.hub import find_model
+    from compress.models.hub import find_gguf, find_model
 
     if (gguf := find_gguf(name)) is not None:
         return Place(Path(name).expanduser().resolve().name, None, gguf)

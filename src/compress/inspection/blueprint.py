@@ -6,7 +6,6 @@ import torch
 from transformers import PreTrainedModel
 
 from compress.checkpoints.facts import FACTS, Facts
-from compress.checkpoints.headers import StoredTensor
 from compress.errors import CheckpointError
 from compress.models.counting import num_parameters
 from compress.models.expert_names import own_name
@@ -14,6 +13,7 @@ from compress.models.libraries import reading
 from compress.models.loading import empty_model, load_config
 from compress.models.stored_files import Lora, StoredTensors, read_lora, read_scheme
 from compress.models.stored_loading import put_linears
+from compress.models.tensor_files import StoredTensor
 from compress.own_model.modeling_compress import unfuse_experts
 
 ENDS = 2  # parts that are no block: the embeddings and the head

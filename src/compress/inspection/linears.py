@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from compress.checkpoints.facts import LinearFacts
-from compress.checkpoints.headers import BITS, StoredTensor
 from compress.models.counting import num_parameters
 from compress.models.packed import ByteLinear, FloatLinear, LoraLinear, PackedLinear
+from compress.models.tensor_files import BITS, StoredTensor
 from compress.own_model.modeling_compress import AdaptedLinear, CompactLinear, LowRankLinear, PivotLinear
 
 BLOCK = re.compile(r"\.(\d+)\.(.*)")  # its number, and what is below it

@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from compress.checkpoints.facts import Facts, Point, read_facts, read_json
-from compress.checkpoints.headers import StoredTensor, read_header
 from compress.checkpoints.integrity import ADAPTER_WEIGHTS, check_folder, check_integrity, check_mapped, is_ours
 from compress.checkpoints.measures import Measures, read_measures
 from compress.inspection.blueprint import blueprint, check_against, named
 from compress.inspection.linears import StoredLinear, block_of, foreign_linears, linears_of
 from compress.inspection.zeros import Zeros, zeros_of
 from compress.models.stored_files import read_lora
-from compress.models.tensor_files import INDEX, checkpoint_files
+from compress.models.tensor_files import INDEX, StoredTensor, checkpoint_files, read_header
 from compress.progress import Progress, Steps
 
 ENDS = ("lm_head.", "embed_out.", ".norm.", "final_layer_norm.", "final_layernorm.", "ln_f.")

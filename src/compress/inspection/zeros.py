@@ -8,10 +8,9 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor, nn
 
-from compress.checkpoints.headers import StoredTensor
 from compress.errors import CheckpointError
 from compress.inspection.linears import StoredLinear
-from compress.models.tensor_files import open_safetensors
+from compress.models.tensor_files import StoredTensor, open_safetensors
 from compress.numerics.sparsity import Pattern
 from compress.own_model.modeling_compress import AdaptedLinear
 

@@ -7,8 +7,6 @@ that name) reads the file's header.
 
 import importlib
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,42 +18,47 @@ from compress.models.counting import num_parameters
 from compress.models.libraries import reading
 from compress.models.loading import check_sizes
 
-ROPE_FACTORS = "rope_freqs.weight"
+ROPE_FACTORS = "rope_freqs.weight"  # by what the rotary frequencies are divided
 FOLDER_INSTEAD = "Name the folder it was written from: the weights are the same."
 
 
-def load_gguf_config(file: Path) -> Any:
-    """What transformers makes of the file's header. Raises UnsupportedModel for an architecture it does not know."""
+def check_extra(what: str) -> None:
+    """Raises UsageError where the package gguf is missing. what: for what it is needed, such as Reading."""
     try:
         importlib.import_module("gguf")
     except ImportError as error:
-        raise UsageError("Reading GGUF needs the package gguf: pip install compress-llm[gguf]") from error
-    with alone(file) as folder, reading(f"transformers cannot read {file}", kind=UnsupportedModel):
-        config = AutoConfig.from_pretrained(folder, gguf_file=file.name, local_files_only=True)
+        raise UsageError(f"{what} GGUF needs the package gguf: pip install compress-llm[gguf]") from error
+
+
+def load_gguf_config(file: Path) -> Any:
+    """What transformers makes of the file's header.
+
+    Raises UnsupportedModel for an architecture that it does not know, and for rotary scaling, which it leaves out.
+    """
+    check_extra("Reading")
+    config = read_alone(AutoConfig, file)
     check_sizes(file, config)
-    check_rotary(file, config)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rotary_scaling(read_header(file)) is not None and rope.get("rope_type", "default") == "default":
+        raise UnsupportedModel(
+            f"transformers' reader of GGUF leaves out the scaled rotary embeddings of {file}. {FOLDER_INSTEAD}"
+        )
     return config
 
 
 def load_gguf_tokenizer(file: Path) -> Any:
-    said = f"transformers cannot read the tokenizer of {file}"
-    with alone(file) as folder, reading(said, kind=UnsupportedModel):
-        return AutoTokenizer.from_pretrained(folder, gguf_file=file.name, local_files_only=True)
+    return read_alone(AutoTokenizer, file)
 
 
 def load_gguf(file: Path, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """The whole model. Raises UnsupportedModel where some of the file has no place in it."""
     load_gguf_config(file)  # whose sizes are looked at there
-    with alone(file) as folder, reading(f"transformers cannot read {file}", kind=UnsupportedModel):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, gguf_file=file.name, dtype=dtype, local_files_only=True, output_loading_info=True
-        )
-    model, info = loaded
+    model, info = read_alone(AutoModelForCausalLM, file, dtype=dtype, output_loading_info=True)
     for kind in ("missing_keys", "mismatched_keys"):
         if info[kind]:
             first = min(map(str, info[kind]))
             raise CheckpointError(f"{file} makes no whole model: {first} is {kind.partition('_')[0]}. Write it again.")
-    stored = sum(int(tensor.n_elements) for tensor in read(file).tensors if tensor.name != ROPE_FACTORS)
+    stored = sum(int(tensor.n_elements) for tensor in read_header(file).tensors if tensor.name != ROPE_FACTORS)
     if stored != num_parameters(model):
         raise UnsupportedModel(
             f"transformers' reader of GGUF leaves out some of {file}: of {stored:,} numbers it takes "
@@ -65,30 +68,27 @@ def load_gguf(file: Path, *, dtype: torch.dtype, device: torch.device) -> PreTra
     return ready
 
 
-def check_rotary(file: Path, config: Any) -> None:
-    """That a scaling of the rotary embeddings was read."""
-    reader = read(file)
-    said = [name for name in reader.fields if name.endswith(".rope.scaling.type")]
-    scaled = any(reader.fields[name].contents() != "none" for name in said)
-    factors = any(tensor.name == ROPE_FACTORS for tensor in reader.tensors)
-    rope = getattr(config, "rope_parameters", None) or {}
-    if (scaled or factors) and rope.get("rope_type", "default") == "default":
-        raise UnsupportedModel(
-            f"transformers' reader of GGUF leaves out the scaled rotary embeddings of {file}. {FOLDER_INSTEAD}"
-        )
+def read_alone(kind: Any, file: Path, **options: Any) -> Any:
+    """What `kind.from_pretrained` makes of the file alone in a folder: transformers also reads what lies beside it.
+
+    Raises UnsupportedModel for whatever transformers raises.
+    """
+    what = f"the tokenizer of {file}" if kind is AutoTokenizer else str(file)
+    with tempfile.TemporaryDirectory() as scratch, reading(f"transformers cannot read {what}", kind=UnsupportedModel):
+        (Path(scratch) / file.name).symlink_to(file.resolve())
+        return kind.from_pretrained(scratch, gguf_file=file.name, local_files_only=True, **options)
 
 
-def read(file: Path) -> Any:
-    """The header; tensors stay on disk."""
+def read_header(file: Path) -> Any:
+    """gguf's GGUFReader, which leaves tensors on disk. Raises CheckpointError for a file that is damaged."""
     import gguf
 
     with reading(f"{file} is no GGUF file or damaged", "Get it again."):
         return gguf.GGUFReader(file)
 
 
-@contextmanager
-def alone(file: Path) -> Iterator[Path]:
-    """A folder with only that file: transformers also reads what lies beside it."""
-    with tempfile.TemporaryDirectory() as scratch:
-        (Path(scratch) / file.name).symlink_to(file.resolve())
-        yield Path(scratch)
+def rotary_scaling(header: Any) -> str | None:
+    """How a file's rotary embeddings are scaled, if they are."""
+    said = (field.contents() for name, field in header.fields.items() if name.endswith(".rope.scaling.type"))
+    factors = any(tensor.name == ROPE_FACTORS for tensor in header.tensors)
+    return next((kind for kind in said if kind != "none"), "llama3" if factors else None)

@@ -5,7 +5,7 @@ tokenizer files are fetched.
 """
 
 from dataclasses import dataclass
-from importlib.resources import files
+from importlib import resources
 from pathlib import Path
 
 from compress.errors import Unavailable, UsageError, unknown_name
@@ -74,7 +74,7 @@ class ModelSource:
 def find_model(name: str) -> ModelSource:
     """What `name` stands for; nothing is downloaded yet."""
     if name == DEMO:
-        return ModelSource(DEMO, Path(str(files("compress") / "assets" / "demo")))
+        return ModelSource(DEMO, Path(str(resources.files("compress") / "assets" / "demo")))
     path = typed_path(name)
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -87,6 +87,19 @@ def find_model(name: str) -> ModelSource:
     if "/" in name:
         return ModelSource(name, None, name)
     raise UsageError(unknown_name("model", name, [DEMO, *ALIASES]) + " A folder or an owner/name of the hub works too.")
+
+
+def find_gguf(name: str) -> Path | None:
+    """The GGUF file that is meant: named itself, or alone in a folder that is no model otherwise."""
+    path = typed_path(name)
+    if path.suffix.lower() == ".gguf" and path.is_file():
+        return path
+    if not path.is_dir() or (path / "config.json").is_file():
+        return None
+    files = sorted(path.glob("*.gguf"))
+    if len(files) > 1:
+        raise UsageError(f"{path} has {len(files)} GGUF files. Name one, such as {files[0]}.")
+    return files[0] if files else None
 
 
 def fetch(repository: str, patterns: tuple[str, ...]) -> Path:

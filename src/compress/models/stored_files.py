@@ -4,27 +4,19 @@ Read without compressed-tensors and peft, and no more than what `models/packed.p
 """
 
 import re
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from compress.errors import CheckpointError
 from compress.models.json_text import parse_json
 from compress.models.storage import Storage
-from compress.models.tensor_files import checkpoint_files, open_safetensors
-from compress.numerics.grids import FLOAT8, Sharing
+from compress.models.tensor_files import SafetensorsFolder, read_header
+from compress.numerics.grids import Sharing
 
-MAPPED = 2**25  # bytes of a file that are mapped at a time
 METHOD = "compressed-tensors"
 ADAPTER = "adapter"
 LORA_NAME = re.compile(r"base_model\.model\.(.+)\.(lora_[AB])\.weight")
-# Older checkpoints, and what transformers 5 still saves, have a name of their own for GPT-NeoX's head.
-OTHER_NAMES = {"lm_head.weight": "embed_out.weight"}
 BEYOND = ("kv_cache_scheme", "transform_config", "sparsity_config", "output_activations")
 # What makes more of a LoRA than two factors and a factor before them.
 LORA_EXTRAS = (
@@ -131,8 +123,7 @@ def read_lora(folder: Path) -> Lora | None:
     if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or extras:
         what = extras[0] if extras else "its peft_type or bias"
         raise CheckpointError(f"{config_file} is no plain LoRA ({what}). Load it with peft.")
-    with open_safetensors(file) as opened:
-        matches = {name: LORA_NAME.fullmatch(name) for name in opened.keys()}  # noqa: SIM118 (no dict)
+    matches = {tensor.name: LORA_NAME.fullmatch(tensor.name) for tensor in read_header(file)}
     names = {f"{match[1]}.{match[2]}": name for name, match in matches.items() if match is not None}
     if len(names) < len(matches):
         other = next(name for name, match in matches.items() if match is None)
@@ -148,65 +139,10 @@ def read_lora(folder: Path) -> Lora | None:
     return lora
 
 
-class StoredTensors:
+class StoredTensors(SafetensorsFolder):
     """The tensors of a model's files and of its adapter's, by the names they have in a model of stored linears."""
 
     def __init__(self, folder: Path, lora: Lora | None) -> None:
-        self.folder = folder
-        self.places: dict[str, tuple[Path, str]] = {}
-        self.shapes: dict[str, list[int]] = {}
-        for file in checkpoint_files(folder):
-            self._note(file, None)
+        super().__init__(folder)
         if lora is not None:
-            self._note(lora.file, {stored: name for name, stored in lora.names.items()})
-
-    def _note(self, file: Path, names: dict[str, str] | None) -> None:
-        with open_safetensors(file) as opened:
-            for stored in opened.keys():  # noqa: SIM118 (no dict)
-                name = stored if names is None else names[stored]
-                if name in self.places:
-                    raise CheckpointError(
-                        f"The tensor {name!r} is in both {self.places[name][0].name} and {file.name}."
-                    )
-                self.places[name] = file, stored
-                self.shapes[name] = opened.get_slice(stored).get_shape()
-
-    def resolve(self, name: str) -> str | None:
-        """The stored name of a parameter: some checkpoints were saved from below `model.` or by an older name."""
-        forms = (name, name.removeprefix("model."), OTHER_NAMES.get(name, name))
-        return next((form for form in forms if form in self.places), None)
-
-    def has(self, name: str) -> bool:
-        return self.resolve(name) is not None
-
-    def shape(self, name: str) -> list[int]:
-        return self.shapes[str(self.resolve(name))]
-
-    def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """Each as it is stored, on the CPU."""
-        by_file: dict[Path, list[tuple[str, str]]] = defaultdict(list)
-        for name in names:
-            file, stored = self.places[str(self.resolve(name))]
-            by_file[file].append((name, stored))
-        for file, wanted in by_file.items():
-            while wanted:
-                yield from read_some(file, wanted)
-
-
-def read_some(file: Path, wanted: list[tuple[str, str]]) -> Iterator[tuple[str, Tensor]]:
-    """The first of them, which are taken off the list: a mapped file's pages count as memory until it is closed."""
-    mapped = 0
-    with open_safetensors(file) as opened:
-        while wanted and mapped < MAPPED:
-            name, stored = wanted.pop(0)
-            tensor = opened.get_tensor(stored)
-            mapped += tensor.nbytes
-            if not is_finite(tensor):
-                raise CheckpointError(f"The tensor {name!r} of {file} has a NaN or Inf. Get the file again.")
-            yield name, tensor.clone()
-
-
-def is_finite(tensor: Tensor) -> bool:
-    if tensor.dtype == FLOAT8:
-        return not bool((tensor.view(torch.uint8) & 127 == 127).any())  # all other bytes are numbers
-    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
+            self.add(lora.file, {stored: name for name, stored in lora.names.items()})

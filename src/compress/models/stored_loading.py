@@ -71,7 +71,7 @@ def put_linears(model: nn.Module, scheme: Storage | None, tensors: StoredTensors
     """Linears that are stored quantized, or have an adapter, make place for ones that hold what is stored."""
     linears = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
     for path, linear in linears.items():
-        quantized, adapted = tensors.has(f"{path}.weight_scale"), tensors.has(f"{path}.lora_A")
+        quantized, adapted = tensors.find(f"{path}.weight_scale"), tensors.find(f"{path}.lora_A")
         if not quantized and not adapted:
             continue
         storage = scheme if quantized else Storage("packed", None)
@@ -85,7 +85,7 @@ def put_linears(model: nn.Module, scheme: Storage | None, tensors: StoredTensors
                 f"The {linear.in_features} inputs of {path} do not divide into the groups of {storage.group} that "
                 "config.json says. The checkpoint is damaged: get it again."
             )
-        storage = replace(storage, rank=tensors.shape(f"{path}.lora_A")[0] if adapted else 0)
+        storage = replace(storage, rank=tensors.tensors[adapted].shape[0] if adapted else 0)
         with torch.device("meta"):
             has_bias = linear.bias is not None
             put = empty_linear(storage, linear.in_features, linear.out_features, bias=has_bias, dtype=dtype)
@@ -95,20 +95,20 @@ def put_linears(model: nn.Module, scheme: Storage | None, tensors: StoredTensors
 def fill(model: PreTrainedModel, tensors: StoredTensors, dtype: torch.dtype, device: torch.device) -> None:
     """Give the model what is stored, integers as they are and floats in the dtype."""
     tied, expected = set(model.all_tied_weights_keys), model.state_dict()
-    names = [name for name in expected if tensors.has(name)]
-    missing = [name for name in expected if not tensors.has(name) and name not in tied and expected[name].is_meta]
+    places = {name: stored for name in expected if (stored := tensors.find(name)) is not None}
+    missing = [name for name in expected if name not in places and name not in tied and expected[name].is_meta]
     if missing:
         shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise CheckpointError(
             f"The checkpoint {tensors.folder} lacks {len(missing)} tensors of its model: {shown}. Get it again."
         )
-    unknown = set(tensors.places) - {tensors.resolve(name) for name in names}
+    unknown = tensors.tensors.keys() - set(places.values())
     if unknown:
         raise CheckpointError(
             f"The checkpoint {tensors.folder} has {min(unknown)!r}, which has no place in its model. "
             "Load it with transformers and compressed-tensors."
         )
-    for name, tensor in tensors.read(names):
+    for name, tensor in tensors.read(places):
         check(name, tensor, expected[name])
         owner, attribute = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
         if attribute == "weight_shape" and tensor.tolist() != [owner.out_features, owner.in_features]:

@@ -1,18 +1,175 @@
-"""The safetensors files of a checkpoint folder, and nothing else: an index can only name files of its own folder."""
+"""The safetensors files of a checkpoint folder: which they are, what their headers say, their tensors.
 
+Nothing but safetensors is opened, and an index can only name files of its own folder. Headers are read without torch.
+A file is open only while it is read: a mapped file counts as memory for as long as it stays open, and would make memory
+grow with depth. Each time it has to be the one whose header was read first.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from compress.errors import CheckpointError
+from compress.errors import CheckpointError, NumericalError
 from compress.models.json_text import parse_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 LARGEST_HEADER = 2**25  # bytes; a hundred thousand tensors take half of it
 LONGEST_NAME = 255  # bytes that file systems allow
+MAPPED = 2**25  # bytes of a file that are mapped at a time
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+# GPT-NeoX's head is stored by the name it had before transformers 5, which still saves it so.
+OTHER_NAMES = {"lm_head.weight": "embed_out.weight"}
+FLOATS = ("F64", "F32", "F16", "BF16")  # what weights that are not quantized are stored in
+BITS = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
+    **dict.fromkeys(("F32", "I32", "U32"), 32),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
+    **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "I8", "U8", "BOOL"), 8),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    "F4": 4,
+}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """What a header says of a tensor.
+
+    name: in the file. dtype: as safetensors call it.
+    """
+
+    file: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def numbers(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        return self.numbers * BITS[self.dtype] // 8
+
+
+class SafetensorsFolder:
+    """The tensors of a checkpoint folder by name. Opening it reads headers only.
+
+    Raises CheckpointError for a folder without weights, a damaged file or index, and a tensor that is there twice.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.tensors: dict[str, StoredTensor] = {}
+        self._versions: dict[Path, tuple[int, ...]] = {}
+        for file in checkpoint_files(folder):
+            self.add(file)
+
+    def add(self, file: Path, names: Mapping[str, str] | None = None) -> None:
+        """Count the tensors of a file in. names: by the names in the file, what they are called here."""
+        if file.is_file():
+            self._versions[file] = version_of(file)
+        for tensor in read_header(file):
+            name = tensor.name if names is None else names[tensor.name]
+            if name in self.tensors:
+                raise CheckpointError(f"The tensor {name!r} is in both {self.tensors[name].file.name} and {file.name}.")
+            self.tensors[name] = tensor
+
+    def find(self, *names: str) -> str | None:
+        """The first of these names that is stored, as it is or as in files from below `model.` or of older names."""
+        forms = (form for name in names for form in (name, name.removeprefix("model."), OTHER_NAMES.get(name, name)))
+        return next((form for form in forms if form in self.tensors), None)
+
+    @contextmanager
+    def opened(self, file: Path) -> Iterator[Any]:
+        """The file, which has to be the one that it was. Raises CheckpointError, also for one that cannot be read."""
+        try:
+            with open_safetensors(file) as opened:
+                yield opened
+            if version_of(file) != self._versions[file]:
+                raise CheckpointError(f"{file} has changed during the run. Start over with --overwrite.")
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{file} cannot be read ({error}). Get it again, then go on with --resume."
+            ) from error
+
+    def read(self, wanted: Mapping[str, str], parts: Mapping[str, Any] | None = None) -> Iterator[tuple[str, Any]]:
+        """Tensors on the CPU as they are stored, file by file.
+
+        wanted: stored names, by the names to give them. parts: by these, the index of what to read where it is not all.
+        Raises NumericalError for a NaN or Inf.
+        """
+        by_file: dict[Path, list[str]] = defaultdict(list)
+        for name, stored in wanted.items():
+            by_file[self.tensors[stored].file].append(name)
+        for file, names in by_file.items():
+            while names:
+                yield from self._read_some(file, names, wanted, parts or {})
+
+    def _read_some(
+        self, file: Path, names: list[str], wanted: Mapping[str, str], parts: Mapping[str, Any]
+    ) -> Iterator[tuple[str, Any]]:
+        """The first of the names, which are taken off the list."""
+        mapped = 0
+        with self.opened(file) as opened:
+            while names and mapped < MAPPED:
+                name = names.pop(0)
+                inside = self.tensors[wanted[name]].name
+                tensor = opened.get_slice(inside)[parts[name]] if name in parts else opened.get_tensor(inside)
+                mapped += tensor.nbytes
+                if not is_finite(tensor):
+                    raise NumericalError(f"The weight {name!r} has a NaN or Inf. {file} is broken: get it again.")
+                # A copy: what safetensors returns is a view of the mapped file. It would keep the file in memory and
+                # change with it, and lies unaligned, where products of matrices round differently.
+                yield name, tensor.clone()
+
+
+def is_finite(tensor: Any) -> bool:
+    import torch
+
+    if tensor.dtype == torch.float8_e4m3fn:
+        return not bool((tensor.view(torch.uint8) & 127 == 127).any())  # all other bytes are numbers
+    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
+
+
+def version_of(file: Path) -> tuple[int, ...]:
+    """What is another one when the file is written anew or replaced."""
+    stat = file.stat()
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+def read_header(file: Path) -> list[StoredTensor]:
+    """The tensors of a file; reads no weights. That the header fits the file, safetensors itself checks.
+
+    Raises CheckpointError for a damaged file or a type that is not known.
+    """
+    found = []
+    with open_safetensors(file, framework="np") as opened:
+        for name in opened.keys():  # noqa: SIM118 (no dict)
+            view = opened.get_slice(name)
+            dtype = str(view.get_dtype())
+            if dtype not in BITS:
+                raise CheckpointError(f"{file} has {name!r} in a type that is not known here ({dtype}).")
+            found.append(StoredTensor(file, name, dtype, tuple(view.get_shape())))
+    return found
+
+
+def open_safetensors(file: Path, framework: str = "pt") -> safe_open:
+    """Raises CheckpointError for a damaged file."""
+    try:
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+        if length > LARGEST_HEADER:
+            raise CheckpointError(f"{file} is damaged: its header claims {length:,} bytes. Download or write it again.")
+        return safe_open(file, framework=framework, device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} is damaged ({error}). Download or write it again.") from error
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
@@ -55,15 +212,3 @@ def is_own_name(name: Any) -> bool:
     """Whether what a file says is the name of another in the same folder, and nothing else."""
     is_name = isinstance(name, str) and name.isprintable() and len(name.encode()) <= LONGEST_NAME
     return is_name and Path(name).name == name and "\\" not in name
-
-
-def open_safetensors(file: Path) -> safe_open:
-    """That the header fits the file, safetensors itself checks."""
-    try:
-        with file.open("rb") as opened:
-            length = int.from_bytes(opened.read(8), "little")
-        if length > LARGEST_HEADER:
-            raise CheckpointError(f"{file} is damaged: its header claims {length:,} bytes. Download or write it again.")
-        return safe_open(file, framework="pt", device="cpu")
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file} is damaged ({error}). Download or write it again.") from error

@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 
 from compress.checkpoints.adapter import adapter_config, write_adapter
-from compress.checkpoints.card import model_card
+from compress.checkpoints.card import CARD, model_card
 from compress.checkpoints.facts import FACTS, Facts, read_json
 from compress.checkpoints.files import adapter_file, write_json
-from compress.checkpoints.front_matter import CARD
 from compress.checkpoints.integrity import ADAPTER_WEIGHTS
 from compress.checkpoints.measures import QUALITY
 from compress.checkpoints.push import own_files
@@ -69,8 +68,8 @@ def write_weights(source: Path, target: Path, tensors: Mapping[str, Tensor]) -> 
     stored = StoredTensors(source, read_lora(source))
     places: dict[Path, dict[str, str]] = defaultdict(dict)
     for name in tensors:
-        file, inside = stored.places[str(stored.resolve(name))]
-        places[file.relative_to(source)][inside] = name
+        place = stored.tensors[str(stored.find(name))]
+        places[place.file.relative_to(source)][place.name] = name
     for file, names in places.items():
         (target / file).parent.mkdir(exist_ok=True)
         put_tensors(source / file, target / file, names, tensors)

@@ -1,6 +1,5 @@
 """The file itself, by gguf's writer. Imported only where the package gguf is known to be."""
 
-from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from compress.checkpoints.gguf.llama import Entry, Model
-from compress.checkpoints.gguf.vocabulary import Vocabulary
+from compress.checkpoints.gguf.tokenizer import Vocabulary
 
 TENSOR_TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 FILE_TYPES = {torch.float32: "ALL_F32", torch.float16: "MOSTLY_F16", torch.bfloat16: "MOSTLY_BF16"}
@@ -33,7 +32,14 @@ def write_container(file: Path, model: Model, vocabulary: Vocabulary, name: str)
     try:
         describe_model(writer, model, name)
         describe_vocabulary(writer, vocabulary)
-        write_entries(writer, model.entries)
+        for entry in model.entries:
+            describe_tensor(writer, entry)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for entry in model.entries:
+            # In a function of its own: a name here would keep one tensor while the next is read.
+            write_tensor(writer, entry.read().contiguous())
         writer.close()
     finally:
         # After an error, what a full disk says again on closing is known.
@@ -46,7 +52,8 @@ def describe_model(writer: Writer, model: Model, name: str) -> None:
     # transformers takes a model of this very name for its class Mistral, which its reader then does not know.
     writer.add_name("Mistral" if name == "mistral" else name)
     writer.add_type(gguf.GGUFType.MODEL)
-    writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[model.usual_dtype]])
+    largest = max(model.entries, key=lambda entry: entry.shape.numel())  # of a dtype as most weights
+    writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[largest.dtype]])
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -72,29 +79,17 @@ def describe_vocabulary(writer: Writer, vocabulary: Vocabulary) -> None:
     if vocabulary.scores is not None:
         writer.add_token_scores(vocabulary.scores)
         writer.add_add_space_prefix(True)
-    # SentencePiece's too: llama.cpp has the scores, transformers would have to guess the merges from them.
-    writer.add_key_value("tokenizer.ggml.merges", vocabulary.merges, gguf.GGUFValueType.ARRAY)
-    for kind, number in vocabulary.ids.items():
-        getattr(writer, f"add_{kind}_token_id")(number)
-    writer.add_add_bos_token(vocabulary.adds_bos)
-    writer.add_add_eos_token(vocabulary.adds_eos)
-    if vocabulary.templates:
-        writer.add_chat_template(vocabulary.templates)
+    # SentencePiece's merges too: llama.cpp has the scores, transformers would have to guess the merges from them.
+    if not vocabulary.special.merges:
+        writer.add_key_value("tokenizer.ggml.merges", [], gguf.GGUFValueType.ARRAY)
+    vocabulary.special.add_to_gguf(writer, quiet=True)
 
 
-def write_entries(writer: Writer, entries: Iterable[Entry]) -> None:
-    """Header, table, then the tensors one after another."""
+def describe_tensor(writer: Writer, entry: Entry) -> None:
+    kind = gguf.GGMLQuantizationType[TENSOR_TYPES[entry.dtype]]
+    nbytes = entry.shape.numel() * entry.dtype.itemsize
     unused: Any = None  # the type as numpy's, which has no bfloat16
-    for entry in entries:
-        kind = gguf.GGMLQuantizationType[TENSOR_TYPES[entry.dtype]]
-        nbytes = entry.shape.numel() * entry.dtype.itemsize
-        writer.add_tensor_info(entry.name, tuple(entry.shape), unused, nbytes, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for entry in entries:
-        # In a function of its own: a name here would keep one tensor while the next is read.
-        write_tensor(writer, entry.read().contiguous())
+    writer.add_tensor_info(entry.name, tuple(entry.shape), unused, nbytes, raw_dtype=kind)
 
 
 def write_tensor(writer: Writer, tensor: Tensor) -> None:

@@ -1,15 +1,15 @@
-"""A folder as a GGUF file, there whole or not at all; and whether a folder to come can be one."""
+"""A folder as a GGUF file, there whole or not at all; whether a folder to come can be one; what readers leave out."""
 
-import importlib
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from compress.checkpoints.files import copy_companions, write_json
-from compress.checkpoints.gguf.llama import Model, check_llama
-from compress.checkpoints.gguf.vocabulary import read_vocabulary
+from compress.checkpoints.gguf.llama import check_llama, read_model
+from compress.checkpoints.gguf.tokenizer import read_vocabulary
 from compress.durable import whole
-from compress.errors import CompressError, OutputError, UsageError
+from compress.errors import CompressError, OutputError
+from compress.models.gguf_opening import check_extra, read_header, rotary_scaling
 
 
 def write_gguf(folder: Path, file: Path, *, name: str | None = None) -> None:
@@ -21,10 +21,10 @@ def write_gguf(folder: Path, file: Path, *, name: str | None = None) -> None:
     Raises what `check_exportable` does, CheckpointError or NumericalError for a damaged folder, and OutputError when
     the disk is full or may not be written.
     """
-    check_extra()
+    check_extra("Writing")
     from compress.checkpoints.gguf.container import write_container
 
-    model = Model(folder)
+    model = read_model(folder)
     vocabulary = read_vocabulary(folder, model.config)
     try:
         with whole(file) as unfinished:
@@ -40,7 +40,7 @@ def check_exportable(config: Any, folder: Path) -> None:
     Raises UsageError without the extra, UnsupportedModel for what a file cannot say, and CheckpointError for a folder
     without a tokenizer or with another model's.
     """
-    check_extra()
+    check_extra("Writing")
     check_llama(config)
     # transformers chooses the tokenizer's class by the config beside it, and that is going to be another one.
     with tempfile.TemporaryDirectory() as scratch:
@@ -53,8 +53,21 @@ def check_exportable(config: Any, folder: Path) -> None:
             raise type(error)(str(error).replace(str(to_come), str(folder))) from error
 
 
-def check_extra() -> None:
-    try:
-        importlib.import_module("gguf")
-    except ImportError as error:
-        raise UsageError("Writing GGUF needs the package gguf: pip install compress-llm[gguf]") from error
+def reader_notes(file: Path) -> list[str]:
+    """What to know of the readers of a GGUF file of ours, a sentence each; nothing if all read it alike."""
+    header = read_header(file)
+    biases = {tensor.name: tensor.shape for tensor in header.tensors if tensor.name.endswith(".bias")}
+    scaling = rotary_scaling(header)
+    left_out = [("biases", "them")] if biases else []
+    left_out += [(f"rotary scaling {scaling!r}", "it")] if scaling else []
+    notes = [
+        f"transformers' reader of GGUF leaves out the {what}; llama.cpp reads {pronoun}." for what, pronoun in left_out
+    ]
+    # llama.cpp took the hidden size for their width until its pull request 21245 (create_tensor_qkv).
+    queries = biases.get("blk.0.attn_q.bias")
+    if queries is not None and queries[0] != header.fields["llama.embedding_length"].contents():
+        notes.append(
+            "llama.cpp from before April 2026 does not load the file, because its query biases have another width than "
+            "the model."
+        )
+    return notes

@@ -1,7 +1,6 @@
 """Memory: what a checkpoint and a workload will take, what is free, and work that may not fit."""
 
 import gc
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,11 +10,9 @@ import torch
 from transformers import PreTrainedModel
 
 from compress.models.stored_files import ADAPTER
-from compress.models.tensor_files import checkpoint_files, open_safetensors
+from compress.models.tensor_files import FLOATS, checkpoint_files, read_header
 
 T = TypeVar("T")
-FLOATS = ("F16", "BF16", "F32", "F64")  # as safetensors calls what is loaded in the dtype asked for
-BYTES = {"I64": 8, "I32": 4, "I16": 2}  # of others; all the rest are bytes
 
 
 def tensor_files(folder: Path) -> list[Path]:
@@ -29,15 +26,8 @@ def bytes_on_disk(folder: Path) -> int:
 
 def bytes_in_memory(folder: Path, dtype: torch.dtype) -> int:
     """Of the tensors, loaded in a dtype; from the headers of the files."""
-    total = 0
-    for file in tensor_files(folder):
-        with open_safetensors(file) as opened:
-            for name in opened.keys():  # noqa: SIM118 (no mapping)
-                tensor = opened.get_slice(name)
-                kind = tensor.get_dtype()
-                size = dtype.itemsize if kind in FLOATS else BYTES.get(kind, 1)
-                total += math.prod(tensor.get_shape()) * size
-    return total
+    tensors = [tensor for file in tensor_files(folder) for tensor in read_header(file)]
+    return sum(each.numbers * dtype.itemsize if each.dtype in FLOATS else each.bytes for each in tensors)
 
 
 def free_bytes(device: torch.device) -> int:

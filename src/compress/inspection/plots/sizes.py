@@ -3,10 +3,10 @@
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from compress.checkpoints.headers import StoredTensor
 from compress.inspection.linears import StoredLinear, linear_names
 from compress.inspection.plots.style import BLUE, GREY, ORANGE, Drawing, axes, byte_text, byte_unit, shortened
 from compress.inspection.summary import Inspection, bits_per_weight, place_of
+from compress.models.tensor_files import StoredTensor
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
