@@ -8,7 +8,8 @@ Every row is one command in a process of its own, as a user runs it; its seconds
 kind of work. Beside each row, before and after it, a plain forward pass of the same windows is timed (float32, without
 the head, a quarter of the windows times four), so that rows compare across machines and hours. The limit is what the
 row's forward and backward passes and products of activations would take at the rate of a matrix product timed in the
-same run: no arrangement of the same arithmetic is faster.
+same run: no arrangement of the same arithmetic is faster. A step of `finetune`, on the last result, stands beside the
+plain forward and backward pass of its tokens (finetune_cost.py).
 """
 
 import argparse
@@ -25,6 +26,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import finetune_cost
 import marked
 import torch
 from transformers import AutoModelForCausalLM
@@ -60,9 +62,11 @@ ROWS = [
     Row("fixed", ("slice", "--ratio", "0.125", "--mlp-ratio", "0.51"), 8, 6, survey=True),
     Row("slice", ("slice", "--keep-params", "0.8"), 14, 10, survey=True, trials=3),
     Row("bits", ("slim", "--bits", "3", "--sparsity", "none", "--adapter-rank", "0", "--group", "64"), 7, 5),
-    Row("slim", ("slim",), 14, 10),
     Row("lord", ("lord", "--keep-params", "0.8"), 12, 9, survey=True),
+    Row("slim", ("slim",), 14, 10),
 ]
+STEP = "finetune"  # the row's label
+MOST_OF_STEP = 1.3  # plain forward and backward passes
 
 
 def main() -> None:
@@ -72,11 +76,17 @@ def main() -> None:
     parser.add_argument("--data-dir")
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--seq-len", type=int, default=128)
-    parser.add_argument("--rows", nargs="+", choices=[row.label for row in ROWS], default=[row.label for row in ROWS])
+    labels = [*(row.label for row in ROWS), STEP]
+    parser.add_argument("--rows", nargs="+", choices=labels, default=labels)
     parser.add_argument("--keep", type=Path, help="a folder to leave the results in")
     parser.add_argument("--write", type=Path, help="the document to write the table into")
     options = parser.parse_args()
-    bench = Bench(options)
+    with tempfile.TemporaryDirectory() as scratch:
+        measure(Bench(options, options.keep or Path(scratch)))
+
+
+def measure(bench: "Bench") -> None:
+    options = bench.options
     lines = [
         "| command | seconds | passes | at most (goal) | limit | seconds by kind of work |",
         "|---|---|---|---|---|---|",
@@ -85,13 +95,20 @@ def main() -> None:
         if row.label in options.rows:
             lines.append(bench.row(row))
             print(lines[-1], flush=True)
+    if STEP in options.rows:
+        lines.append(bench.step())
+        print(lines[-1], flush=True)
     if options.write:
         marked.write(f"{bench.heading()}\n\n" + "\n".join(lines) + "\n", options.write, f"cost of {bench.name}")
 
 
 class Bench:
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.options = options
+    """
+    place: the folder for the results. made: the last of them.
+    """
+
+    def __init__(self, options: argparse.Namespace, place: Path) -> None:
+        self.options, self.place, self.made = options, place, place
         source = find_model(options.model)
         self.name, folder = source.name, source.whole_folder()
         self.config = load_config(folder)
@@ -128,9 +145,8 @@ class Bench:
         return float(printed.splitlines()[-1]) * len(self.windows) / len(some)
 
     def row(self, row: Row) -> str:
-        with tempfile.TemporaryDirectory() as scratch:
-            out = (self.options.keep or Path(scratch)) / row.label
-            said = self.compress(*row.words, "--out", str(out), "--overwrite")
+        self.made = self.place / row.label
+        said = self.compress(*row.words, "--out", str(self.made), "--overwrite")
         self.passes.append(self.forward_pass())
         unit, seconds = (self.passes[-2] + self.passes[-1]) / 2, said["seconds"]
         kinds = {kind: seconds.get(kind, 0.0) for kind in KINDS}
@@ -139,6 +155,15 @@ class Bench:
         return (
             f"| `{' '.join(row.words)}` | {seconds['total']:.0f} | {seconds['total'] / unit:.1f} | "
             f"{row.at_most:g} ({row.goal:g}) | {self.flops(row) / self.rate / unit:.1f} | {parts} |"
+        )
+
+    def step(self) -> str:
+        """Of a training step on the last result, in place of passes over the calibration windows."""
+        found = finetune_cost.measure(self.made, batch_size=4, seq_len=self.options.seq_len)
+        return (
+            f"| `finetune`, a step on the last result | {found['step_seconds']:.1f} | {found['ratio']:.2f} forward "
+            f"and backward | {MOST_OF_STEP:g} | | trained: {found['trained']}; with the looks at held-out windows "
+            f"{found['run_ratio']:.2f} |"
         )
 
     def compress(self, *words: str) -> dict[str, Any]:
