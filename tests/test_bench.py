@@ -2,7 +2,6 @@
 
 import json
 import signal
-import statistics
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,11 @@ from transformers import AutoModelForCausalLM
 import compress  # noqa: F401 (registers the architecture)
 import tiny
 from compress.errors import CheckpointError, UnsupportedModel, UsageError
-from compress.evaluation.speed import generation, layerwise, memory, report, throughput, timing
+from compress.evaluation.speed import generation, layerwise, memory, report, timing
 from compress.evaluation.speed.footprint import footprint
 from compress.evaluation.speed.generation import Decoding, GraphDecoding, StaticDecoding, Workload, compare_generation
 from compress.evaluation.speed.layerwise import Form, Inputs, Place, compare_linears, linears_of, matched
 from compress.evaluation.speed.report import Asked, Named, measure
-from compress.evaluation.speed.throughput import Climb, most_throughput
 from compress.evaluation.speed.timing import Comparison, Spread
 from compress.models.opening import open_model
 from compress.models.storage import Storage, empty_linear
@@ -162,60 +160,6 @@ def test_a_workload_without_room_is_none(monkeypatch):
 
     monkeypatch.setattr(generation, "in_turns", no_memory)
     assert compare_generation(model, model, load, rounds=1).prefill is None
-
-
-# SliceGPT's throughput.
-
-
-def climbs_by(monkeypatch: pytest.MonkeyPatch, speeds: dict[str, dict[int, float | None]]) -> list[Climb]:
-    """Of models that make so many tokens a second at each batch, or have no room for it."""
-    models = [tiny.tiny_model("llama") for _ in speeds]
-    by_model = {id(model): found for model, found in zip(models, speeds.values(), strict=True)}
-
-    def step(model: Any, batch: int, length: int) -> float:
-        found = by_model[id(model)][batch]
-        if found is None:
-            raise torch.OutOfMemoryError
-        return batch / found
-
-    monkeypatch.setattr(throughput, "median_step", step)
-    monkeypatch.setattr(throughput, "has_room", lambda *_: True)
-    return most_throughput(models)
-
-
-def test_the_batch_is_doubled_until_throughput_drops_or_memory_ends(monkeypatch):
-    dropping, full = climbs_by(
-        monkeypatch,
-        {"drops": {1: 10.0, 2: 18.0, 4: 30.0, 8: 29.0}, "full": {1: 10.0, 2: 19.0, 4: 33.0, 8: 50.0, 16: None}},
-    )
-    assert (dropping.best, dropping.ended) == (4, "throughput")
-    assert dropping.throughput(4) == pytest.approx(30.0)
-    assert (full.best, full.ended) == (8, "memory")
-    assert [len(times) for times in full.times.values()] == [throughput.ROUNDS] * 4
-
-
-def test_a_model_without_room_for_one_row_has_no_throughput(monkeypatch):
-    (climb,) = climbs_by(monkeypatch, {"large": {1: None}})
-    assert (climb.best, climb.ended) == (None, "memory")
-    assert report.climb_entry(climb) == {"batch": None, "tokens_per_second": None, "ended_by": "memory", "by_batch": {}}
-
-
-def test_a_step_of_the_protocol_decodes_the_sequence_from_its_first_token(monkeypatch):
-    lengths: list[int] = []
-    model = tiny.tiny_model("llama")
-
-    def counting(work: Any, device: torch.device) -> float:
-        work()
-        return float(len(lengths))
-
-    def length_of(_module: nn.Module, _words: Any, options: dict[str, Any], output: Any) -> None:
-        assert options["input_ids"].shape == (3, 1)
-        lengths.append(output.past_key_values.get_seq_length())
-
-    model.register_forward_hook(length_of, with_kwargs=True)
-    monkeypatch.setattr(throughput, "seconds", counting)
-    assert throughput.median_step(model, 3, 9) == statistics.median(range(1, 10))
-    assert lengths == list(range(1, 10))
 
 
 # Memory.

@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ import torch
 from cli_runner import flat, invoke, succeeds
 from compress.evaluation.speed import report
 from compress.evaluation.speed.footprint import Footprint
-from compress.evaluation.speed.throughput import Climb
 from compress.evaluation.speed.timing import Spread
 from compress.models.storage import Storage
 from stored import write_packed
@@ -75,20 +73,6 @@ def test_tables(place):
     assert "Linears without a kernel" in out
 
 
-def test_the_protocol_of_slicegpt(place, monkeypatch):
-    def climbs(models: Any, on_batch: Any) -> list[Climb]:
-        on_batch(1)
-        times = zip(models, (2.0, 1.0), strict=True)
-        return [Climb(model, {1: [seconds], 2: [3 * seconds]}, "throughput") for model, seconds in times]
-
-    monkeypatch.setattr(report, "most_throughput", climbs)
-    monkeypatch.setattr("compress.evaluation.speed.throughput.LENGTH", POSITIONS)
-    found = succeeds("bench", "--protocol", "slicegpt", "--json").json
-    assert found["generation"] == []
-    assert found["slicegpt"]["compressed"]["tokens_per_second"] == 1.0
-    assert "packed has 2.00 times the throughput of dense" in flat(succeeds("bench", "--protocol", "slicegpt").out)
-
-
 REFUSED = {
     "all faults at once": (
         ["nothing-like-it", "--batch-sizes", "1,x", "--tokens", "4", "--dtype", "int9", "--device", "gpu"],
@@ -100,10 +84,7 @@ REFUSED = {
     ),
     "another vocabulary": (["--against", "other"], ["a vocabulary of 259 tokens and other one of 260", "--against M"]),
     "no origin": (["dense"], ["dense does not say what it was made from. Name a model: --against M."]),
-    "graphs": (["--cuda-graphs"], ["--cuda-graphs is for a CUDA device, and this is cpu. Leave it out."]),
     "a batch of none": (["--batch-sizes", "0"], ["--batch-sizes takes whole numbers from 1 on", "'0'", "Try 1,8"]),
-    "a protocol's own": (["--protocol", "slicegpt", "--new", 4], ["lengths and batches of its own. Leave out --new."]),
-    "too few for the protocol": (["--protocol", "slicegpt"], ["decodes 128 tokens, and the model has 64 positions"]),
 }
 
 

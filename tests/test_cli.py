@@ -193,7 +193,7 @@ OPTIONS = {
     },
     "bench": {
         *("out", "--against", "--batch-sizes", "--prompt", "--new", "--rounds", "--layerwise", "--tokens"),
-        *("--protocol", "--dtype", "--cuda-graphs", "--device", "--trust-remote-code", "--json"),
+        *("--dtype", "--device", "--trust-remote-code", "--json"),
     },
     "finetune": {
         *("folder", "--data", "--seq-len", "--data-dir", "--seed", "--steps", "--tokens", "--epochs", "--eval-every"),

@@ -4,7 +4,7 @@ import re
 from contextlib import suppress
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,8 +16,6 @@ from compress.cli.reporting import print_json, quiet_libraries, reporting_errors
 from compress.errors import CompressError, Faults, UsageError
 
 if TYPE_CHECKING:
-    import torch
-
     from compress.evaluation.speed.generation import Workload
     from compress.evaluation.speed.report import Named
     from compress.models.hub import ModelSource
@@ -30,8 +28,6 @@ NEW = "Tokens decoded after it. Default: 32."
 ROUNDS = "How often each is measured, both models in turns."
 LAYERWISE = "Time single linears too, as SLiM reports it."
 TOKENS = "What linears are given at a time, with --layerwise. Default: 1,16,128."
-PROTOCOL = "slicegpt: the paper's throughput: 128 tokens decoded, the batch doubled until memory or throughput ends it."
-GRAPHS = "Decode over a cache of fixed size, each step one CUDA graph; linears too."
 DTYPE = "Of both models. Default: OUT's own, on the CPU at least float32."
 PROMPT_TOKENS, NEW_TOKENS = 128, 32  # by default
 
@@ -46,9 +42,7 @@ def bench(
     rounds: Annotated[int, in_panel(Method, ROUNDS, min=1)] = 7,
     layerwise: Annotated[bool, in_panel(Method, LAYERWISE, flag="--layerwise")] = False,
     tokens: Annotated[str | None, in_panel(Method, TOKENS)] = None,
-    protocol: Annotated[Literal["slicegpt"] | None, in_panel(Method, PROTOCOL)] = None,
     dtype: Annotated[str | None, in_panel(Machine, DTYPE)] = None,
-    cuda_graphs: Annotated[bool, in_panel(Machine, GRAPHS, flag="--cuda-graphs")] = False,
     device: Device = None,
     trust_remote_code: Annotated[
         bool, in_panel(Machine, "Run modeling code that the models bring along.", flag="--trust-remote-code")
@@ -62,14 +56,14 @@ def bench(
     faults, lists = Faults(), {"batch-sizes": batch_sizes, "prompt": prompt, "tokens": tokens}
     numbers = {name: parse_numbers(faults, name, text) for name, text in lists.items() if text is not None}
     with faults.noted():
-        check_together(protocol, layerwise, {**lists, "new": new})
+        if tokens is not None and not layerwise:
+            raise UsageError("--tokens says nothing without --layerwise. Add it, or leave --tokens out.")
     with faults.noted():
         check_dtype(dtype)
     pair = find_pair(faults, out, against)
     if device is not None or not faults.found:
         with faults.noted():
             target = pick_device(device)
-            check_graphs(cuda_graphs, target)
     faults.report()
 
     from compress.evaluation.speed.report import Asked, measure
@@ -78,9 +72,7 @@ def bench(
     dense, compressed = named_pair(faults, pair)
     configs = look_at_pair(faults, (dense, compressed), trust_remote_code=trust_remote_code)
     with faults.noted():
-        loads = [] if protocol else workloads(numbers, new, shortest(configs))
-    with faults.noted():
-        check_protocol(protocol, shortest(configs))
+        loads = workloads(numbers, new, shortest(configs))
     faults.report()
     asked = Asked(
         workloads=loads,
@@ -88,8 +80,6 @@ def bench(
         dtype=computing_dtype(dtype, configs[1], target),
         device=target,
         tokens=numbers.get("tokens", [1, 16, 128]) if layerwise else [],
-        protocol=protocol,
-        cuda_graphs=cuda_graphs,
         trust_remote_code=trust_remote_code,
     )
     with progress_bar("preparing") as progress:
@@ -108,19 +98,6 @@ def parse_numbers(faults: Faults, option: str, text: str) -> list[int]:
             raise UsageError(f"--{option} takes whole numbers from 1 on, with commas between, got {text!r}. Try 1,8.")
         return list(dict.fromkeys(map(int, words)))
     return []
-
-
-def check_together(protocol: str | None, layerwise: bool, given: dict[str, Any]) -> None:
-    if given["tokens"] is not None and not layerwise:
-        raise UsageError("--tokens says nothing without --layerwise. Add it, or leave --tokens out.")
-    idle = [name for name in ("batch-sizes", "prompt", "new") if given[name] is not None]
-    if protocol is not None and idle:
-        raise UsageError(f"--protocol {protocol} has lengths and batches of its own. Leave out --{idle[0]}.")
-
-
-def check_graphs(cuda_graphs: bool, device: "torch.device") -> None:
-    if cuda_graphs and device.type != "cuda":
-        raise UsageError(f"--cuda-graphs is for a CUDA device, and this is {device}. Leave it out.")
 
 
 def find_pair(faults: Faults, out: str | None, against: str | None) -> "list[ModelSource]":
@@ -219,15 +196,6 @@ def workloads(numbers: dict[str, list[int]], new: int | None, positions: int | N
     return [
         Workload(batch, length, decoded) for length, batch in product(lengths, numbers.get("batch-sizes") or [1, 8])
     ]
-
-
-def check_protocol(protocol: str | None, positions: int | None) -> None:
-    from compress.evaluation.speed.throughput import LENGTH
-
-    if protocol is not None and positions is not None and positions < LENGTH:
-        raise UsageError(
-            f"--protocol {protocol} decodes {LENGTH} tokens, and the model has {positions} positions. Leave it out."
-        )
 
 
 def other_source(dense: "Named", compressed: "Named") -> list[str]:

@@ -9,11 +9,9 @@ if TYPE_CHECKING:
     from compress.evaluation.speed.generation import Speeds
     from compress.evaluation.speed.layerwise import Form, LinearSpeed
     from compress.evaluation.speed.report import Report
-    from compress.evaluation.speed.throughput import Climb
     from compress.evaluation.speed.timing import Comparison, Spread
 
 NO_ROOM = "no room"
-ENDS = {"memory": "memory does not hold it", "throughput": "it gives less"}
 
 
 def show(report: "Report") -> None:
@@ -23,8 +21,6 @@ def show(report: "Report") -> None:
         rows = [row for speeds in report.speeds for row in speed_rows(speeds)]
         columns = ["rows x tokens", dense, compressed, "speedup (middle half)"]
         print_table("In turns: tokens a second, ± half the distance of the quartiles", columns, rows)
-    if report.climbs:
-        show_climbs(report.climbs, [dense, compressed])
     if report.linears:
         show_linears(report.linears)
     print_lines([f"Speedups are of times, {dense} / {compressed}: above 1, {compressed} is faster.", *report.notes])
@@ -86,20 +82,6 @@ def near(spread: "Spread", digits: str) -> str:
 def speedup(times: "Comparison") -> str:
     spread = times.speedup
     return f"{spread.median:.2f} ({spread.low:.2f}-{spread.high:.2f})"
-
-
-def show_climbs(climbs: "list[Climb]", names: list[str]) -> None:
-    rows = []
-    for name, climb in zip(names, climbs, strict=True):
-        best, ended = climb.best, ENDS[climb.ended or "memory"]
-        if best is None:
-            rows.append([name, NO_ROOM, "", ended])
-        else:
-            rows.append([name, f"{best:,}", f"{climb.throughput(best):,.0f}", ended])
-    print_table("SliceGPT's throughput: 128 tokens decoded", ["", "batch", "tokens/s", "no larger batch:"], rows)
-    most = [climb.throughput(climb.best) for climb in climbs if climb.best is not None]
-    if len(most) == 2:
-        print_lines([f"{names[1]} has {most[1] / most[0]:.2f} times the throughput of {names[0]}."])
 
 
 def show_linears(speeds: "list[LinearSpeed]") -> None:

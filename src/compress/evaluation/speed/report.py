@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -17,7 +17,6 @@ from compress.evaluation.speed.footprint import Footprint, footprint
 from compress.evaluation.speed.generation import Speeds, Workload, compare_generation
 from compress.evaluation.speed.layerwise import Inputs, LinearSpeed, compare_linears, matched
 from compress.evaluation.speed.memory import attempted, bytes_in_memory, free_bytes
-from compress.evaluation.speed.throughput import LENGTH, Climb, most_throughput
 from compress.evaluation.speed.timing import Comparison
 from compress.models.counting import num_parameters
 from compress.models.opening import open_model
@@ -36,7 +35,7 @@ class Named:
 @dataclass(frozen=True, kw_only=True)
 class Asked:
     """
-    workloads: none with a protocol. tokens: of linears by themselves; none of these without.
+    tokens: of linears by themselves; none of these without.
     """
 
     workloads: Sequence[Workload]
@@ -44,22 +43,18 @@ class Asked:
     dtype: torch.dtype
     device: torch.device
     tokens: Sequence[int] = ()
-    protocol: Literal["slicegpt"] | None = None
-    cuda_graphs: bool = False
     trust_remote_code: bool = False
 
     @property
     def largest(self) -> Workload:
         """At which memory is measured."""
-        return max(
-            self.workloads or [Workload(1, 1, LENGTH - 1)], key=lambda load: load.batch * (load.prompt + load.new)
-        )
+        return max(self.workloads, key=lambda load: load.batch * (load.prompt + load.new))
 
 
 @dataclass(frozen=True)
 class Report:
     """
-    models, parameters, footprints: of the dense one and the compressed one. climbs: with a protocol.
+    models, parameters, footprints: of the dense one and the compressed one.
     machine: what it ran on.
     """
 
@@ -69,7 +64,6 @@ class Report:
     asked: Asked
     machine: str
     speeds: list[Speeds]
-    climbs: list[Climb]
     linears: list[LinearSpeed]
     notes: list[str]
 
@@ -84,11 +78,7 @@ class Report:
             "dtype": str(self.asked.dtype).removeprefix("torch."),
             "machine": self.machine,
             "rounds": self.asked.rounds,
-            "cuda_graphs": self.asked.cuda_graphs,
             "generation": [generation_entry(speeds) for speeds in self.speeds],
-            "slicegpt": {
-                side: climb_entry(climb) for side, climb in zip(("dense", "compressed"), self.climbs, strict=False)
-            },
             "linears": [linear_entry(each) for each in self.linears],
             "notes": self.notes,
         }
@@ -111,16 +101,6 @@ def rates(times: Comparison | None, tokens: int) -> dict[str, Any] | None:
         "seconds": {side: asdict(spread) for side, spread in spreads.items()},
         "tokens_per_second": {side: asdict(spread.inverse(tokens)) for side, spread in spreads.items()},
         "speedup": asdict(times.speedup),
-    }
-
-
-def climb_entry(climb: Climb) -> dict[str, Any]:
-    best = climb.best
-    return {
-        "batch": best,
-        "tokens_per_second": None if best is None else climb.throughput(best),
-        "ended_by": climb.ended,
-        "by_batch": {batch: climb.throughput(batch) for batch in climb.times},
     }
 
 
@@ -149,12 +129,10 @@ def measure(dense: Named, compressed: Named, asked: Asked, progress: Progress = 
         taken.append(took(model, asked))
     with warnings_of_loading() as notes:
         models = open_both((dense, compressed), asked, steps)
-    speeds, climbs = [], []
+    speeds = []
     for load in asked.workloads:
         steps.next(f"batch {load.batch}, prompt {load.prompt}")
-        speeds.append(compare_generation(*models, load, rounds=asked.rounds, cuda_graphs=asked.cuda_graphs))
-    if asked.protocol == "slicegpt":
-        climbs = climbed(models, steps)
+        speeds.append(compare_generation(*models, load, rounds=asked.rounds))
     linears, further = layerwise(models, asked, steps) if asked.tokens else ([], [])
     steps.end()
     return Report(
@@ -164,7 +142,6 @@ def measure(dense: Named, compressed: Named, asked: Asked, progress: Progress = 
         asked=asked,
         machine=machine(asked.device),
         speeds=speeds,
-        climbs=climbs,
         linears=linears,
         notes=[*notes, *further],
     )
@@ -173,14 +150,6 @@ def measure(dense: Named, compressed: Named, asked: Asked, progress: Progress = 
 def took(model: Named, asked: Asked) -> Footprint:
     trusted = asked.trust_remote_code
     return footprint(model.folder, asked.largest, dtype=asked.dtype, device=asked.device, trust_remote_code=trusted)
-
-
-def climbed(models: Sequence[PreTrainedModel], steps: Steps) -> list[Climb]:
-    def next_batch(batch: int) -> None:
-        steps.total += 1
-        steps.next(f"batch {batch}")
-
-    return most_throughput(models, on_batch=next_batch)
 
 
 def open_both(named: tuple[Named, Named], asked: Asked, steps: Steps) -> tuple[PreTrainedModel, PreTrainedModel]:
@@ -233,7 +202,7 @@ def layerwise(
         for tokens in asked.tokens:
             steps.next("linears by themselves")
             inputs = Inputs(tokens, asked.dtype, asked.device)
-            speeds.append(compare_linears(place, inputs, rounds=asked.rounds, cuda_graphs=asked.cuda_graphs))
+            speeds.append(compare_linears(place, inputs, rounds=asked.rounds))
     notes = []
     if found.missing:
         notes.append(f"Of the dense model's linears, {len(found.missing)} have no counterpart: {found.missing[0]}, ...")

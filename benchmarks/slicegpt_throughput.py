@@ -1,13 +1,17 @@
 """The most tokens a second, by the protocol of SliceGPT (arXiv 2401.15024, table 11).
 
+    python benchmarks/slicegpt_throughput.py COMPRESSED DENSE [--device cuda] [--dtype bfloat16]
+
 Sequences of 128 tokens are decoded a token at a time over the cache of keys and values, from the first one on. A step's
 time is the median of all; throughput is the batch by that. The batch is doubled until memory does not hold it or
 throughput drops, and the best is the model's.
 """
 
+import argparse
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -16,6 +20,7 @@ from transformers import PreTrainedModel
 from compress.evaluation.speed.generation import Decoding, Workload, prompts
 from compress.evaluation.speed.memory import attempted, has_room
 from compress.evaluation.speed.timing import seconds
+from compress.models.opening import open_model
 
 LENGTH = 128  # tokens
 ROUNDS = 3  # of every batch, the models in turns; the paper's own code has one
@@ -81,3 +86,22 @@ def median_step(model: PreTrainedModel, batch: int, length: int) -> float:
         decoding.token.copy_(ids[:, place : place + 1])
         times.append(seconds(decoding.step, ids.device))
     return statistics.median(times)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs=2, type=Path, metavar=("COMPRESSED", "DENSE"))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="float32")
+    options = parser.parse_args()
+    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    models = [open_model(folder, dtype=dtype, device=device) for folder in options.folders]
+    print("| model | batch | tokens/s | no larger batch |\n|---|---|---|---|")
+    for folder, climb in zip(options.folders, most_throughput(models), strict=True):
+        best = climb.best
+        cells = ["no room", ""] if best is None else [f"{best}", f"{climb.throughput(best):,.0f}"]
+        print(f"| {folder.name} | {' | '.join(cells)} | {climb.ended} |")
+
+
+if __name__ == "__main__":
+    main()
