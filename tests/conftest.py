@@ -1,5 +1,6 @@
 import os
 
+import jaxtyping
 import pytest
 
 # Tests are many small computations; a pool of threads only makes them wait for one another.
@@ -13,6 +14,7 @@ WHOLE_RUNS = {
     "test_allocation",
     "test_bad_input",
     "test_bench_cli",
+    "test_budget",
     "test_checkpoint_files",
     "test_cli",
     "test_cli_anchored",
@@ -24,6 +26,7 @@ WHOLE_RUNS = {
     "test_composition",
     "test_every_family",
     "test_experts_world",
+    "test_factorised_runs",
     "test_family_table",
     "test_faults",
     "test_fuzz",
@@ -40,6 +43,7 @@ WHOLE_RUNS = {
     "test_resume",
     "test_security",
     "test_sliced_model",
+    "test_slim",
     "test_slim_world",
     "test_soundness",
     "test_stock",
@@ -51,3 +55,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.stem in WHOLE_RUNS:
             item.add_marker(pytest.mark.slow)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Check shapes and dtypes at every call in the units alone: whole runs call the same functions by the thousand."""
+    jaxtyping.config.update("jaxtyping_disable", item.path.stem in WHOLE_RUNS)
