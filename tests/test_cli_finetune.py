@@ -262,7 +262,6 @@ WRONG: dict[str, tuple[list[object], str]] = {
         "--teacher other has a vocabulary of 300",
     ),
     "the same place": (["thin", "--out", "thin"], "would replace the model it is made from"),
-    "nothing to resume": (["thin", "--resume"], "--resume: there is no unfinished run"),
     "too long": (["thin", "--seq-len", 500], "--seq-len 500 is more than the model's 64 positions"),
     "too fast": (["thin", "--lr", 0], "--lr must be between 0 and 1, got 0."),
     "no text": (["thin", "--data", "missing.txt"], "There is no text file 'missing.txt'"),

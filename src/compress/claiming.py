@@ -1,5 +1,6 @@
 """The place of an output: looked at before a run, then held by its lock until the output has its name."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -12,6 +13,8 @@ from compress.durable import in_turn
 from compress.errors import OutputError, UsageError
 from compress.publishing import Output, aside_of, discard, give_back, none_left_empty
 from compress.streaming.journal import LOCK, Journal, clear, take_lock
+
+logger = logging.getLogger("compress")
 
 
 def check_output(job: Output) -> None:
@@ -33,8 +36,6 @@ def check_output(job: Output) -> None:
         raise UsageError(f"The output {job.out} exists. Choose another --out, or replace it with --overwrite.")
     if job.partial.exists() and not (job.resume or job.overwrite):
         raise UsageError(f"An unfinished run is in {job.partial}. Go on with --resume, or start over with --overwrite.")
-    if job.resume and not job.partial.exists():
-        raise UsageError(f"--resume: there is no unfinished run in {job.partial}. Run it without --resume.")
 
 
 def is_replaceable(folder: Path) -> bool:
@@ -82,8 +83,14 @@ def claimed(job: Output) -> Iterator[IO[str]]:
 
 @contextmanager
 def kept_journal(partial: Path, run: dict[str, Any], lock: IO[str], *, resume: bool) -> Iterator[Journal]:
-    """The journal of a run; one that ends before its first part leaves no folder behind."""
-    journal = (Journal.resume if resume else Journal.start)(partial, run, lock)
+    """The journal of a run; one that ends before its first part leaves no folder behind.
+
+    resume: go on from what an earlier run has left in the folder; where that is nothing, start, and warn.
+    """
+    nothing_left = all(file.name == LOCK for file in partial.iterdir())
+    if resume and nothing_left:
+        logger.warning("--resume: there is no unfinished run in %s. Starting from the beginning.", partial)
+    journal = (Journal.resume if resume and not nothing_left else Journal.start)(partial, run, lock)
     try:
         yield journal
     finally:

@@ -27,7 +27,7 @@ TrialSamples = Annotated[
     int | None, in_panel(Data, "Calibration windows of each trial under a budget. Default: a quarter.", min=8)
 ]
 Out = Annotated[Path | None, in_panel(Output, "Output folder. Default: ./compressed/MODEL-METHOD-AMOUNT.")]
-Resume = Annotated[bool, in_panel(Output, "Go on with an interrupted run.", flag="--resume")]
+Resume = Annotated[bool, in_panel(Output, "Go on with an interrupted run, if there is one.", flag="--resume")]
 Overwrite = Annotated[bool, in_panel(Output, "Replace the output if it exists.", flag="--overwrite")]
 MeasureError = Annotated[
     bool,

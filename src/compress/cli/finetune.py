@@ -88,7 +88,9 @@ def finetune(
         ),
     ] = None,
     out: Annotated[Path | None, in_panel(Output, "Output folder. Default: ./compressed/NAME-tuned.")] = None,
-    resume: Annotated[bool, in_panel(Output, "Go on with an interrupted run.", flag="--resume")] = False,
+    resume: Annotated[
+        bool, in_panel(Output, "Go on with an interrupted run, if there is one.", flag="--resume")
+    ] = False,
     overwrite: Annotated[bool, in_panel(Output, "Replace the output if it exists.", flag="--overwrite")] = False,
     dry_run: Annotated[bool, in_panel(Output, "Show what would be trained, and end.", flag="--dry-run")] = False,
     json: Json = False,
