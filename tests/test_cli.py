@@ -174,8 +174,15 @@ OPTIONS = {
     },
     "slim": {
         *("--model", "--bits", "--sparsity", "--adapter-rank", "--group", "--inputs", "--method", "--pruner"),
-        *("--quantizer", "--adapter", "--refit", "--fast", "--by-activation", "--asymmetric", "--important-inputs"),
+        *("--quantizer", "--adapter", "--refit", "--fast", "--act-order", "--asymmetric", "--important-inputs"),
         *("--target", "--compact", "--materialize", "--adapter-bits"),
+        *("--measure-error", "--calib", "--samples", "--seq-len", "--data-dir", "--seed", "--out"),
+        *("--dtype", "--resume", "--overwrite", "--dry-run", "--json", "--device", "--batch-size", "--cache-memory"),
+        *("--max-memory", "--push-to-hub", "--show-recipe", "--profile"),
+    },
+    "quantize": {
+        *("--model", "--bits", "--group", "--inputs", "--method", "--refit", "--act-order", "--asymmetric"),
+        *("--target", "--compact", "--materialize"),
         *("--measure-error", "--calib", "--samples", "--seq-len", "--data-dir", "--seed", "--out"),
         *("--dtype", "--resume", "--overwrite", "--dry-run", "--json", "--device", "--batch-size", "--cache-memory"),
         *("--max-memory", "--push-to-hub", "--show-recipe", "--profile"),

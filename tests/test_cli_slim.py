@@ -38,9 +38,9 @@ def place(home, tmp_path, monkeypatch):
     return tmp_path
 
 
-def words(home: Path, kind: str, *more: object) -> list[object]:
+def words(home: Path, kind: str, *more: object, verb: str = "slim") -> list[object]:
     text = ["--calib", home / "text.txt", "--samples", 8, "--seq-len", 32]
-    return ["slim", "--model", home / kind, *text, *more]
+    return [verb, "--model", home / kind, *text, *more]
 
 
 def facts(place: Path, said: dict[str, Any]) -> Any:
@@ -102,6 +102,26 @@ def test_parts_of_a_method_can_be_changed(home, place):
     assert touched == {"q_proj", "k_proj", "v_proj", "o_proj", "down_proj"}
 
 
+def test_quantize_is_slim_without_sparsity_and_adapters(home, place):
+    amounts = ["--bits", 3, "--group", 16, "--act-order"]
+    quantized = succeeds(*words(home, "llama", *amounts, "--json", verb="quantize")).json
+    slim = succeeds(*words(home, "llama", *amounts, "--sparsity", "none", "--adapter-rank", 0, "--json")).json
+    assert quantized["out"] == "compressed/llama-quantize-w3"
+    assert stages(place, quantized) == stages(place, slim)
+    one, other = (snapshot(place / said["out"]) for said in (quantized, slim))
+    weights = [file for file in one if file.endswith(".safetensors")]
+    assert weights
+    assert all(one[file] == other[file] for file in weights)
+    command = facts(place, quantized)["command"]
+    assert command.startswith("compress quantize --model llama --bits 3 --group 16 --refit --act-order --target all")
+
+
+def test_quantize_needs_bits(home, place):
+    assert invoke(*words(home, "llama", "--bits", "none", verb="quantize")).faults == [
+        "--bits is 2 to 8 or fp8, got 'none'. Try 4."
+    ]
+
+
 @pytest.mark.parametrize(
     ("options", "name"),
     [
@@ -119,7 +139,7 @@ AGAIN: dict[str, list[object]] = {
     "fast": ["--fast"],
     "slim": ["--method", "slim", "--sparsity", "none", "--measure-error"],
     "compact": ["--fast", "--compact", "--adapter-bits", 4, "--important-inputs", "--adapter-rank", 4],
-    "no refit": ["--fast", "--no-refit", "--asymmetric", "--by-activation", "--adapter-rank", 0, "--group", 16],
+    "no refit": ["--fast", "--no-refit", "--asymmetric", "--act-order", "--adapter-rank", 0, "--group", 16],
     "materialized": ["--method", "slim", "--materialize", "--quantizer", "absmax", "--target", "mlp", "--seed", 7],
     "inputs": ["--pruner", "wanda", "--bits", "fp8", "--inputs", "fp8", "--dtype", "bfloat16", "--batch-size", 3],
 }
@@ -305,7 +325,7 @@ def test_the_card_of_a_compact_model(home, place):
         (["--bits", "none", "--quantizer", "mse"], "--quantizer says nothing with --bits none. Leave one out."),
         (["--bits", "none", "--group", 16], "--group says nothing with --bits none. Leave one out."),
         (["--bits", "none", "--asymmetric"], "--asymmetric says nothing with --bits none. Leave one out."),
-        (["--bits", "none", "--by-activation"], "--by-activation says nothing with --bits none. Leave one out."),
+        (["--bits", "none", "--act-order"], "--act-order says nothing with --bits none. Leave one out."),
         (["--bits", "none", "--important-inputs"], "--important-inputs says nothing with --bits none."),
         (["--method", "slim", "--adapter", "anchored"], "--adapter anchored is fitted towards the dense model"),
         (["--adapter", "anchored", "--no-refit"], "it needs --refit."),
@@ -319,7 +339,7 @@ def test_the_card_of_a_compact_model(home, place):
         (["--compact", "--sparsity", "50%"], "prune 2:4 or take packed form"),
         (["--important-inputs"], "important_inputs has no room in packed form; take compact form, or dense"),
         (["--adapter-bits", 4], "adapters in few bits are for compact form; leave their bits out or take compact"),
-        (["--quantizer", "mse", "--by-activation"], "by_activation is of method gptq, not of mse"),
+        (["--quantizer", "mse", "--act-order"], "by_activation is of method gptq, not of mse"),
         (["--quantizer", "slim", "--asymmetric"], "slim looks for symmetric grids; take absmax, mse or gptq"),
         (["--important-inputs", "--asymmetric", "--materialize"], "important_inputs goes with symmetric grids"),
         (["--bits", "fp8", "--asymmetric"], "fp8 is symmetric, in 8 bits, by absmax, mse or gptq"),

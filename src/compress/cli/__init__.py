@@ -15,6 +15,7 @@ from compress.cli.finetune import finetune
 from compress.cli.inspect import inspect_outputs
 from compress.cli.lord import factorize_model
 from compress.cli.push import push_output
+from compress.cli.quantize import quantize_model
 from compress.cli.reporting import INTERRUPTED, INTERRUPTS
 from compress.cli.run import run_recipe
 from compress.cli.slice import slice_model
@@ -32,6 +33,7 @@ app = typer.Typer(
 app.command("slice")(slice_model)
 app.command("lord")(factorize_model)
 app.command("slim")(slim_model)
+app.command("quantize")(quantize_model)
 app.command("run")(run_recipe)
 app.command("finetune")(finetune)
 app.command("eval")(evaluate)

@@ -96,7 +96,7 @@ def parse_ratios(text: str, separator: str | None) -> list[float]:
             raise UsageError(f"--ratio is a number such as 0.25, got {word!r}.") from error
         if not 0 <= ratio < 1:
             raise UsageError(
-                f"--ratio is a share above 0 and below 1, got {word}. 0.25 deletes a quarter of the hidden size."
+                f"--ratio is a share of at least 0 and below 1, got {word}. 0.25 deletes a quarter of the hidden size."
             )
         ratios.append(ratio)
     return ratios

@@ -1,13 +1,11 @@
-"""What the commands that compress a model share: options, the job's recipe, the run and the command that repeats it."""
+"""What the commands that compress a model share: the job's recipe, the run and the command that repeats it."""
 
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from compress.cli.options import Data, Machine, Output, in_panel, parse_size, printable, usual_seq_len
+from compress.cli.options import printable, usual_seq_len
 from compress.cli.profiling import profiled, show_seconds
 from compress.cli.progress import progress_bar
 from compress.cli.reporting import print_lines, print_text, seeing_interrupts
@@ -18,42 +16,6 @@ if TYPE_CHECKING:
     from compress.models.hub import ModelSource
     from compress.pipeline import Result
     from compress.recipe import Recipe
-
-MOST = "What the run may hold in memory, a promise: 8GB. Batches and activation caches are chosen under it."
-CACHE = "Activations beyond this go to disk: 8GB. Default: half of what is free."
-
-Model = Annotated[str, typer.Option(help="A hub id, an alias such as llama-2-7b or opt-125m, a folder, or demo.")]
-TrialSamples = Annotated[
-    int | None, in_panel(Data, "Calibration windows of each trial under a budget. Default: a quarter.", min=8)
-]
-Out = Annotated[Path | None, in_panel(Output, "Output folder. Default: ./compressed/MODEL-METHOD-AMOUNT.")]
-Resume = Annotated[bool, in_panel(Output, "Go on with an interrupted run, if there is one.", flag="--resume")]
-Overwrite = Annotated[bool, in_panel(Output, "Replace the output if it exists.", flag="--overwrite")]
-MeasureError = Annotated[
-    bool,
-    in_panel(
-        Output,
-        "Run the dense model beside and report how far the stream is from its own at each point.",
-        flag="--measure-error",
-    ),
-]
-DryRun = Annotated[bool, in_panel(Output, "Show sizes and needs from config.json alone.", flag="--dry-run")]
-Export = Annotated[
-    Literal["hf", "gguf"] | None,
-    in_panel(Output, "gguf adds a GGUF file for llama.cpp, where it has the architecture. Default: hf."),
-]
-ShowRecipe = Annotated[
-    bool, in_panel(Output, "Print the recipe that `compress run` takes to do the same, and end.", flag="--show-recipe")
-]
-PushToHub = Annotated[
-    str | None, in_panel(Output, "Push the result to this repository of the hub, OWNER/NAME, which only you then see.")
-]
-CacheMemory = Annotated[str | None, in_panel(Machine, CACHE)]
-MaxMemory = Annotated[str | None, in_panel(Machine, MOST)]
-
-
-def bytes_of(text: str | None, option: str) -> int | None:
-    return None if text is None else parse_size(text, option)
 
 
 def deliver(

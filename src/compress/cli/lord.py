@@ -4,42 +4,9 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from compress.cli.amounts import RANKS, Amount, parse_amount
-from compress.cli.compressing import (
-    CacheMemory,
-    DryRun,
-    MaxMemory,
-    MeasureError,
-    Model,
-    Out,
-    Overwrite,
-    PushToHub,
-    Resume,
-    ShowRecipe,
-    TrialSamples,
-    bytes_of,
-    command_line,
-    complete_recipe,
-    default_output,
-    deliver,
-)
-from compress.cli.options import (
-    Amounts,
-    BatchSize,
-    Calibration,
-    DataDir,
-    Device,
-    Dtype,
-    Json,
-    Method,
-    Output,
-    Profile,
-    Samples,
-    Seed,
-    SeqLen,
-    in_panel,
-    look_at,
-)
-from compress.cli.reporting import quiet_libraries, reporting_errors
+from compress.cli.options import Amounts, Method, Output, in_panel
+from compress.cli.reporting import reporting_errors
+from compress.cli.run_options import RunOptions, TrialSamples, with_run_options
 from compress.errors import Faults, UsageError
 
 FRAC = "Share of each matrix's full rank to keep. A matrix whose factors would be no smaller stays dense."
@@ -63,8 +30,9 @@ BIAS = (
 
 
 @reporting_errors
+@with_run_options()
 def factorize_model(
-    model: Model = "demo",
+    run: RunOptions,
     rank_frac: Annotated[float | None, in_panel(Amounts, FRAC)] = None,
     rank: Annotated[int | None, in_panel(Amounts, RANK, min=1)] = None,
     keep_params: Annotated[float | None, in_panel(Amounts, KEEP)] = None,
@@ -80,26 +48,7 @@ def factorize_model(
     gradient_weight: Annotated[float | None, in_panel(Method, GRADIENT)] = None,
     bias: Annotated[bool | None, in_panel(Method, BIAS, flag="--bias/--no-bias")] = None,
     trial_samples: TrialSamples = None,
-    calib: Calibration = None,
-    samples: Samples = 128,
-    seq_len: SeqLen = None,
-    data_dir: DataDir = None,
-    seed: Seed = 42,
-    out: Out = None,
-    dtype: Dtype = None,
     materialize: Annotated[bool, in_panel(Output, MATERIALIZE, flag="--materialize")] = False,
-    resume: Resume = False,
-    overwrite: Overwrite = False,
-    push_to_hub: PushToHub = None,
-    measure_error: MeasureError = False,
-    dry_run: DryRun = False,
-    show_recipe: ShowRecipe = False,
-    json: Json = False,
-    device: Device = None,
-    batch_size: BatchSize = None,
-    max_memory: MaxMemory = None,
-    cache_memory: CacheMemory = None,
-    profile: Profile = False,
 ) -> None:
     """Factorise linear layers: fewer numbers, less arithmetic (LoRD and past it).
 
@@ -112,14 +61,10 @@ def factorize_model(
         amount = parse_amount(typed, RANKS, trial_samples)
     with faults.noted():
         check_method(method, allocation, ours, bias=bias, form=form, materialize=materialize)
-    with faults.noted():
-        cache_bytes, most_bytes = bytes_of(cache_memory, "--cache-memory"), bytes_of(max_memory, "--max-memory")
-    source, data_folder, machine = look_at(faults, model=model, dtype=dtype, data_dir=data_dir, device=device)
+    resources = run.check(faults)
 
-    from compress.job import Job
     from compress.recipe import lowrank
 
-    quiet_libraries()
     options: dict[str, Any] = {
         "allocation": allocation or usual_allocation(method, amount),
         "target": [word.strip() for word in target.split(",")],
@@ -129,34 +74,13 @@ def factorize_model(
     }
     if method == "anchored":
         options |= {"refit": refit is not False, "gradient_weight": 0.9 if gradient_weight is None else gradient_weight}
-    recipe = complete_recipe(
-        source,
-        f"lord-{method}",
-        lowrank(method, amount.rule, measure_error=measure_error, **options),
-        calib=calib,
-        samples=samples,
-        seq_len=seq_len,
-        budget=amount.budget,
-        seed=seed,
-        dtype=dtype,
-    )
+    stages = lowrank(method, amount.rule, measure_error=run.measure_error, **options)
+    recipe = run.recipe(resources.source, f"lord-{method}", stages, budget=amount.budget)
     spelled = {**amount.typed, "rank_multiple": rank_multiple, "allocation": options["allocation"], "target": target}
-    spelled |= {"form": form, "bias": bias, "materialize": materialize, "measure_error": measure_error, **ours}
-    spelled |= {"trial_samples": trial_samples if amount.budget else None, "batch_size": batch_size}
-    job = Job(
-        model=source,
-        recipe=recipe,
-        out=out or default_output(source, recipe.method, amount.in_name),
-        command=command_line("lord", method, source, recipe, spelled),
-        device=machine,
-        batch_size=batch_size,
-        cache_memory=cache_bytes,
-        max_memory=most_bytes,
-        data_dir=data_folder,
-        resume=resume,
-        overwrite=overwrite,
-    )
-    deliver(job, dry_run=dry_run, show_recipe=show_recipe, push_to_hub=push_to_hub, as_json=json, profile=profile)
+    spelled |= {"form": form, "bias": bias, "materialize": materialize, **ours}
+    spelled |= {"trial_samples": trial_samples if amount.budget else None}
+    command = run.command("lord", method, resources.source, recipe, spelled)
+    run.deliver(resources, recipe, amount=amount.in_name, command=command)
 
 
 def usual_allocation(method: str, amount: Amount) -> str:

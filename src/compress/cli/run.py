@@ -6,34 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from compress.cli.compressing import (
-    CacheMemory,
-    DryRun,
-    Export,
-    MaxMemory,
-    Out,
-    Overwrite,
-    PushToHub,
-    Resume,
-    ShowRecipe,
-    bytes_of,
-    default_output,
-    deliver,
-)
-from compress.cli.options import (
-    BatchSize,
-    Calibration,
-    DataDir,
-    Device,
-    Dtype,
-    Json,
-    Profile,
-    SeqLen,
-    look_at,
-    printable,
-    usual_seq_len,
-)
-from compress.cli.reporting import quiet_libraries, reporting_errors
+from compress.cli.options import Output, in_panel, printable, usual_seq_len
+from compress.cli.reporting import reporting_errors
+from compress.cli.run_options import RunOptions, with_run_options
 from compress.errors import Faults, UsageError
 
 if TYPE_CHECKING:
@@ -41,79 +16,43 @@ if TYPE_CHECKING:
     from compress.recipe_file import RecipeFile
 
 RECIPE = "A YAML recipe such as those in configs/, or a compress.json or the folder that has one."
+EXPORT = "gguf adds a GGUF file for llama.cpp, where it has the architecture. Default: hf."
 MODEL = "A hub id, an alias, a folder or demo. Default: the recipe's own, of a compress.json; else demo."
 
 
 @reporting_errors
+@with_run_options(without=("measure_error",))
 def run_recipe(
+    run: RunOptions,
     recipe: Annotated[Path, typer.Argument(help=RECIPE, show_default=False)],
     model: Annotated[str | None, typer.Option(help=MODEL)] = None,
-    calib: Calibration = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Calibration windows. Default: the recipe's.")] = None,
-    seq_len: SeqLen = None,
-    data_dir: DataDir = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Default: the recipe's.")] = None,
-    out: Out = None,
-    dtype: Dtype = None,
-    export: Export = None,
-    resume: Resume = False,
-    overwrite: Overwrite = False,
-    push_to_hub: PushToHub = None,
-    dry_run: DryRun = False,
-    show_recipe: ShowRecipe = False,
-    json: Json = False,
-    device: Device = None,
-    batch_size: BatchSize = None,
-    max_memory: MaxMemory = None,
-    cache_memory: CacheMemory = None,
-    profile: Profile = False,
+    export: Annotated[Literal["hf", "gguf"] | None, in_panel(Output, EXPORT)] = None,
 ) -> None:
     """Run a recipe: any stages that make sense together, in one walk.
 
-    Example: compress run configs/slice-then-4bit.yaml --model llama-2-7b
+    Example: compress run configs/slice-then-slim.yaml --model llama-2-7b
     """
     faults = Faults()
-    given = {"calib": calib, "samples": samples, "seq_len": seq_len, "seed": seed, "dtype": dtype}
+    given = {"calib": run.calib, "samples": samples, "seq_len": run.seq_len, "seed": seed, "dtype": run.dtype}
 
-    from compress.job import Job
     from compress.recipe import parse_recipe
     from compress.recipe_file import read_recipe
 
-    with faults.noted():
-        cache_bytes, most_bytes = bytes_of(cache_memory, "--cache-memory"), bytes_of(max_memory, "--max-memory")
     with faults.noted():
         file = read_recipe(recipe)
     named = "demo"
     if not faults.found:
         with faults.noted():
             named = named_model(model, file)
-    source, data_folder, machine = look_at(faults, model=named, dtype=dtype, data_dir=data_dir, device=device)
-
-    quiet_libraries()
+    resources = run.check(faults, named)
+    source = resources.source
     parsed = parse_recipe(completed(file, source, given), file.place)
-    written, windows = export or kept_export(file), batch_size or kept_batch_size(file)
-    job = Job(
-        model=source,
-        recipe=parsed,
-        out=out or default_output(source, parsed.method, "recipe"),
-        command=command_of(file, source, given, {"export": written, "batch_size": windows}),
-        export=written,
-        device=machine,
-        batch_size=windows,
-        cache_memory=cache_bytes,
-        max_memory=most_bytes,
-        data_dir=data_folder,
-        resume=resume,
-        overwrite=overwrite,
-    )
-    deliver(
-        job,
-        dry_run=dry_run,
-        show_recipe=show_recipe,
-        push_to_hub=push_to_hub,
-        as_json=json,
-        like=file.facts,
-        profile=profile,
+    written, windows = export or kept_export(file), run.batch_size or kept_batch_size(file)
+    command = command_of(file, source, given, {"export": written, "batch_size": windows})
+    run.deliver(
+        resources, parsed, amount="recipe", command=command, export=written, batch_size=windows, like=file.facts
     )
 
 

@@ -4,42 +4,9 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from compress.cli.amounts import SLICING, Amount, parse_amount
-from compress.cli.compressing import (
-    CacheMemory,
-    DryRun,
-    MaxMemory,
-    MeasureError,
-    Model,
-    Out,
-    Overwrite,
-    PushToHub,
-    Resume,
-    ShowRecipe,
-    TrialSamples,
-    bytes_of,
-    command_line,
-    complete_recipe,
-    default_output,
-    deliver,
-)
-from compress.cli.options import (
-    Amounts,
-    BatchSize,
-    Calibration,
-    DataDir,
-    Device,
-    Dtype,
-    Json,
-    Method,
-    Output,
-    Profile,
-    Samples,
-    Seed,
-    SeqLen,
-    in_panel,
-    look_at,
-)
-from compress.cli.reporting import quiet_libraries, reporting_errors
+from compress.cli.options import Amounts, Method, Output, in_panel
+from compress.cli.reporting import reporting_errors
+from compress.cli.run_options import RunOptions, TrialSamples, with_run_options
 from compress.errors import Faults, UsageError
 
 RATIO = "Share of the hidden size to delete: 0.25; from first to last block, 0.1:0.3; or one a block, 0.1,0.2"
@@ -61,8 +28,9 @@ EXPORT = "gguf: also a GGUF file for llama.cpp, for llama-shaped results."
 
 
 @reporting_errors
+@with_run_options()
 def slice_model(
-    model: Model = "demo",
+    run: RunOptions,
     ratio: Annotated[str | None, in_panel(Amounts, RATIO)] = None,
     keep_params: Annotated[float | None, in_panel(Amounts, KEEP)] = None,
     target_size: Annotated[str | None, in_panel(Amounts, SIZE)] = None,
@@ -79,26 +47,7 @@ def slice_model(
     signal: Annotated[Literal["stream", "normed"] | None, in_panel(Method, SIGNAL)] = None,
     final_orientation: Annotated[Literal["pca", "random"] | None, in_panel(Method, ORIENTATION)] = None,
     slice_head: Annotated[bool | None, in_panel(Method, HEAD, flag="--slice-head")] = None,
-    calib: Calibration = None,
-    samples: Samples = 128,
-    seq_len: SeqLen = None,
-    data_dir: DataDir = None,
-    seed: Seed = 42,
-    out: Out = None,
-    dtype: Dtype = None,
     export: Annotated[Literal["hf", "gguf"], in_panel(Output, EXPORT)] = "hf",
-    resume: Resume = False,
-    overwrite: Overwrite = False,
-    push_to_hub: PushToHub = None,
-    measure_error: MeasureError = False,
-    dry_run: DryRun = False,
-    show_recipe: ShowRecipe = False,
-    json: Json = False,
-    device: Device = None,
-    batch_size: BatchSize = None,
-    max_memory: MaxMemory = None,
-    cache_memory: CacheMemory = None,
-    profile: Profile = False,
 ) -> None:
     """Make a model narrower: fewer dimensions of the residual stream, fewer neurons (SliceGPT and past it).
 
@@ -123,42 +72,18 @@ def slice_model(
         mine = options_of(method, how)
         if allocation == "free" and (mlp_ratio is not None or (keep_params is None and target_size is None)):
             raise UsageError("--allocation free spends a budget on neurons: give --keep-params or --target-size alone.")
-    with faults.noted():
-        cache_bytes, most_bytes = bytes_of(cache_memory, "--cache-memory"), bytes_of(max_memory, "--max-memory")
-    source, data_folder, target = look_at(faults, model=model, dtype=dtype, data_dir=data_dir, device=device)
-
-    from compress.job import Job
-
-    quiet_libraries()
-    common = {"round_to": round_to, "measure_error": measure_error}
-    recipe = complete_recipe(
-        source,
+    resources = run.check(faults)
+    common = {"round_to": round_to}
+    recipe = run.recipe(
+        resources.source,
         method,
-        stages_of(method, amount, {**mine, **common}),
-        calib=calib,
-        samples=samples,
-        seq_len=seq_len,
+        stages_of(method, amount, {**mine, **common, "measure_error": run.measure_error}),
         budget=amount.budget and {**amount.budget, "allocation": allocation or "uniform"},
-        seed=seed,
-        dtype=dtype,
     )
     trials = {"trial_samples": trial_samples} if amount.budget else {}
-    spelled = {**amount.typed, **mine, **common, **trials, "export": export, "batch_size": batch_size}
-    job = Job(
-        model=source,
-        recipe=recipe,
-        out=out or default_output(source, method, amount.in_name),
-        command=command_line("slice", method, source, recipe, spelled),
-        export=export,
-        device=target,
-        batch_size=batch_size,
-        cache_memory=cache_bytes,
-        max_memory=most_bytes,
-        data_dir=data_folder,
-        resume=resume,
-        overwrite=overwrite,
-    )
-    deliver(job, dry_run=dry_run, show_recipe=show_recipe, push_to_hub=push_to_hub, as_json=json, profile=profile)
+    spelled = {**amount.typed, **mine, **common, **trials, "export": export}
+    command = run.command("slice", method, resources.source, recipe, spelled)
+    run.deliver(resources, recipe, amount=amount.in_name, command=command, export=export)
 
 
 def options_of(method: str, how: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -5,41 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from compress.cli.compressing import (
-    CacheMemory,
-    DryRun,
-    MaxMemory,
-    MeasureError,
-    Model,
-    Out,
-    Overwrite,
-    PushToHub,
-    Resume,
-    ShowRecipe,
-    bytes_of,
-    command_line,
-    complete_recipe,
-    default_output,
-    deliver,
-)
-from compress.cli.options import (
-    Amounts,
-    BatchSize,
-    Calibration,
-    DataDir,
-    Device,
-    Dtype,
-    Json,
-    Method,
-    Output,
-    Profile,
-    Samples,
-    Seed,
-    SeqLen,
-    in_panel,
-    look_at,
-)
-from compress.cli.reporting import quiet_libraries, reporting_errors
+from compress.cli.options import Amounts, Method, Output, in_panel
+from compress.cli.reporting import reporting_errors
+from compress.cli.run_options import RunOptions, with_run_options
 from compress.errors import Faults, UsageError
 
 BITS = "Of each weight: 2 to 8, fp8, or none to leave them as they are."
@@ -53,7 +21,7 @@ QUANTIZER = "Default: gptq for anchored, slim for slim."
 ADAPTER = "Default: anchored (several rounds, towards the dense model) for anchored, slim for slim."
 REFIT = "Solve every linear again, towards the dense model, before it is compressed. Default: --refit for anchored."
 FAST = "anchored: 40 iterations of ADMM instead of 200, and one round of the adapter."
-BY_ACTIVATION = "gptq: take inputs by decreasing activation."
+ACT_ORDER = "gptq: take columns in order of decreasing activation."
 ASYMMETRIC = "Grids with zero points."
 IMPORTANT = "SLiM-Quant^O: round one input in a hundred twice as finely. For --compact and --materialize."
 TARGET = "all, attention, mlp, or patterns of names such as *.down_proj; several with commas."
@@ -72,8 +40,9 @@ FAST_ITERATIONS = 40
 
 
 @reporting_errors
+@with_run_options()
 def slim_model(
-    model: Model = "demo",
+    run: RunOptions,
     bits: Annotated[str, in_panel(Amounts, BITS)] = "4",
     sparsity: Annotated[str, in_panel(Amounts, SPARSITY)] = "2:4",
     adapter_rank: Annotated[float, in_panel(Amounts, RANK, min=0)] = 0.1,
@@ -85,32 +54,13 @@ def slim_model(
     adapter: Annotated[Literal["naive", "slim", "whitened", "anchored"] | None, in_panel(Method, ADAPTER)] = None,
     refit: Annotated[bool | None, in_panel(Method, REFIT, flag="--refit/--no-refit")] = None,
     fast: Annotated[bool, in_panel(Method, FAST, flag="--fast")] = False,
-    by_activation: Annotated[bool, in_panel(Method, BY_ACTIVATION, flag="--by-activation")] = False,
+    act_order: Annotated[bool, in_panel(Method, ACT_ORDER, flag="--act-order")] = False,
     asymmetric: Annotated[bool, in_panel(Method, ASYMMETRIC, flag="--asymmetric")] = False,
     important_inputs: Annotated[bool, in_panel(Method, IMPORTANT, flag="--important-inputs")] = False,
     target: Annotated[str, in_panel(Method, TARGET)] = "all",
-    calib: Calibration = None,
-    samples: Samples = 128,
-    seq_len: SeqLen = None,
-    data_dir: DataDir = None,
-    seed: Seed = 42,
-    out: Out = None,
-    dtype: Dtype = None,
     compact: Annotated[bool, in_panel(Output, COMPACT, flag="--compact")] = False,
     materialize: Annotated[bool, in_panel(Output, MATERIALIZE, flag="--materialize")] = False,
     adapter_bits: Annotated[int | None, in_panel(Output, ADAPTER_BITS, min=2, max=8)] = None,
-    resume: Resume = False,
-    overwrite: Overwrite = False,
-    push_to_hub: PushToHub = None,
-    measure_error: MeasureError = False,
-    dry_run: DryRun = False,
-    show_recipe: ShowRecipe = False,
-    json: Json = False,
-    device: Device = None,
-    batch_size: BatchSize = None,
-    max_memory: MaxMemory = None,
-    cache_memory: CacheMemory = None,
-    profile: Profile = False,
 ) -> None:
     """Store linear layers in fewer bits, sparse, with adapters that correct the error (SLiM and past it).
 
@@ -118,46 +68,21 @@ def slim_model(
     """
     typed = {"bits": bits, "sparsity": sparsity, "adapter_rank": adapter_rank, "group": group, "inputs": inputs}
     parts = {"pruner": pruner, "quantizer": quantizer, "adapter": adapter, "refit": refit}
-    flags = {"fast": fast, "by_activation": by_activation, "asymmetric": asymmetric}
+    flags = {"fast": fast, "act_order": act_order, "asymmetric": asymmetric}
     flags |= {"important_inputs": important_inputs, "compact": compact, "materialize": materialize}
     faults = Faults()
     with faults.noted():
         asked = Asked(method, typed, parts, flags, adapter_bits)
         stages = asked.stages(target)
-    with faults.noted():
-        cache_bytes, most_bytes = bytes_of(cache_memory, "--cache-memory"), bytes_of(max_memory, "--max-memory")
-    source, data_folder, machine = look_at(faults, model=model, dtype=dtype, data_dir=data_dir, device=device)
+    resources = run.check(faults)
 
-    from compress.job import Job
     from compress.recipe import slim
 
-    quiet_libraries()
-    recipe = complete_recipe(
-        source,
-        f"slim-{method}" if method != "slim" else "slim",
-        slim(**stages, measure_error=measure_error),
-        calib=calib,
-        samples=samples,
-        seq_len=seq_len,
-        seed=seed,
-        dtype=dtype,
-    )
+    name = f"slim-{method}" if method != "slim" else "slim"
+    recipe = run.recipe(resources.source, name, slim(**stages, measure_error=run.measure_error))
     spelled = {**typed, **parts, **flags, "adapter_bits": adapter_bits, "target": target}
-    spelled |= {"measure_error": measure_error, "batch_size": batch_size}
-    job = Job(
-        model=source,
-        recipe=recipe,
-        out=out or default_output(source, recipe.method, asked.in_name),
-        command=command_line("slim", method, source, recipe, spelled),
-        device=machine,
-        batch_size=batch_size,
-        cache_memory=cache_bytes,
-        max_memory=most_bytes,
-        data_dir=data_folder,
-        resume=resume,
-        overwrite=overwrite,
-    )
-    deliver(job, dry_run=dry_run, show_recipe=show_recipe, push_to_hub=push_to_hub, as_json=json, profile=profile)
+    command = run.command("slim", method, resources.source, recipe, spelled)
+    run.deliver(resources, recipe, amount=asked.in_name, command=command)
 
 
 @dataclass(frozen=True)
@@ -223,7 +148,7 @@ class Asked:
             "floating": floating,
             "group": self.group(),
             "symmetric": not self.flags["asymmetric"],
-            "by_activation": self.flags["by_activation"],
+            "by_activation": self.flags["act_order"],
             "important_inputs": self.flags["important_inputs"],
         }
 
@@ -266,7 +191,7 @@ class Asked:
                 raise UsageError(f"--{name} says nothing with {because}. Leave one out.")
         if quantize is None:
             idle = ["group"] if self.amounts["group"] is not None else []
-            idle += [name for name in ("asymmetric", "by_activation", "important_inputs") if self.flags[name]]
+            idle += [name for name in ("asymmetric", "act_order", "important_inputs") if self.flags[name]]
             if idle:
                 raise UsageError(f"--{idle[0].replace('_', '-')} says nothing with --bits none. Leave one out.")
         if adapt is None and self.adapter_bits is not None:
