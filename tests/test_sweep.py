@@ -393,7 +393,7 @@ def test_the_hessians_parts_are_what_they_say():
         assert torch.equal(U, U.triu())
         assert difference(U.T @ U @ damped[order][:, order], torch.eye(N).double()) < 1e-9
     assert (X.square().sum(0)[H.order].diff() <= 0).all()
-    values, Q = H.scaled_eigen
+    values, Q = H.scaled_eigen(torch.float64)
     G = Q @ torch.diag(values) @ Q.T
     assert difference(G.diagonal(), torch.ones(N).double()) < 1e-12
     assert difference(torch.diag(H.scale) @ G @ torch.diag(H.scale), damped) < 1e-12
