@@ -53,7 +53,7 @@ def sweep(
     Q = fix_columns(rest, U / U.diagonal()[:, None], rounding, block=block)
     if order is not None:
         Q = Q[order.argsort()]
-    return Q.T, mask if rounding.pattern is None else rounding.kept.T.bool()
+    return Q.T, mask if pattern is None or rounding.kept is None else rounding.kept.T.bool()
 
 
 def descend(
@@ -148,7 +148,7 @@ class ColumnRounding:
 
     def find_mask(self, rest: Float[Tensor, "n m"], start: int, stop: int, *, grouped: bool) -> None:
         """Find the mask of columns start .. stop, if one is searched and its pattern is `grouped` or not."""
-        if self.pattern is not None and self.pattern.is_grouped == grouped:
+        if self.kept is not None and self.pattern is not None and self.pattern.is_grouped == grouped:
             cost = (rest[start:stop] / self.spread[start:stop]).square_()
             self.kept[start:stop] = keep_mask(cost.T, self.pattern, by_row=False).T
 
