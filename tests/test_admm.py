@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from compress.errors import NumericalError
-from compress.numerics.admm import Split, sparse_plus_lowrank, top_outputs
+from compress.numerics import admm
+from compress.numerics.admm import OutputChunk, Solver, Split, rho_after
+from compress.numerics.admm import sparse_plus_lowrank as split_together
 from compress.numerics.hessian import Hessian
 from compress.numerics.sparsity import Pattern, keep_mask, magnitude, wanda
 from compress.numerics.sweep import sweep
@@ -18,6 +20,12 @@ DAMPING = 0.003
 ITERATIONS = 120
 PATTERNS = ("2:4", "4:8", "1:4", "50%")
 EVERY_PATTERN = pytest.mark.parametrize("text", PATTERNS)
+
+
+@pytest.fixture
+def to_the_end(monkeypatch):
+    """All iterations, even when the mask no longer changes."""
+    monkeypatch.setattr("compress.numerics.admm.TOLERANCE", -1)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -63,24 +71,30 @@ def nearest_of_rank(E: Tensor, H: Tensor, rank: int) -> Tensor:
     return U[:, :rank] @ torch.diag(S[:rank]) @ Vh[:rank] @ torch.linalg.inv(root)
 
 
+def sparse_plus_lowrank(W: Tensor, H: Hessian, pattern: Pattern, rank: int, *, iterations: int) -> Split:
+    (split,) = split_together([W], H, pattern, [rank], iterations=iterations)
+    return split
+
+
 def slowly(W: Tensor, H: Tensor, pattern: Pattern, rank: int, iterations: int) -> Split:
-    """The module's formulas, line by line."""
+    """The formulas of the paper, line by line, with the schedule of rho: V = rho U is the dual."""
     scale = H.diagonal().sqrt()
     G, T, eye = H / torch.outer(scale, scale), W * scale, torch.eye(len(H)).double()
-    mask = looked = keep_mask(T.abs(), pattern)
-    D, V, L, rho = T * mask, torch.zeros_like(T), torch.zeros_like(T), 0.1
+    mask = counted = keep_mask(T.abs(), pattern)
+    D, V, L = T * mask, torch.zeros_like(T), torch.zeros_like(T)
     for iteration in range(1, iterations + 1):
+        rho = 0.1 * 6 ** ((iteration - 1) // 6 * 6 / iterations)
         S = torch.linalg.solve(G + rho * eye, ((T - L) @ G + rho * D - V).T).T
         mask = keep_mask((S + V / rho).abs(), pattern)
         D = torch.where(mask, S + V / rho, 0.0)
         V = V + rho * (S - D)
         if rank:
             L = nearest_of_rank(T - S, G, rank)
-        if iteration % 3 == 0:
-            moved = float((mask & ~looked).sum()) / float(mask.sum())
-            rho *= 1.1 if moved > 0.1 else 1.05 if moved > 0.005 else 1.02
-            looked = mask
-    return Split(D / scale, mask, L / scale)
+        if iteration % 6 == 0 and admm.TOLERANCE >= 0:
+            if float((mask != counted).sum()) <= 5e-4 * W.numel():
+                break
+            counted = mask
+    return Split(D / scale, L / scale, mask)
 
 
 def counted(mask: Tensor, text: str) -> None:
@@ -117,7 +131,9 @@ def test_without_a_low_rank_it_is_the_formulas(text, seed):
 
 @pytest.mark.parametrize("rank", [1, 4])
 @EVERY_PATTERN
-def test_the_first_iteration_is_the_formulas_with_a_low_rank_too(text, rank):
+def test_the_first_iteration_is_the_formulas_with_a_low_rank_too(monkeypatch, text, rank):
+    """With as many steps of subspace iteration as it takes to find the directions exactly."""
+    monkeypatch.setattr("compress.numerics.admm.START_STEPS", 400)
     W, H = random(M, N), hessian(rows())
     found = sparse_plus_lowrank(W, H, Pattern.parse(text), rank, iterations=1)
     expected = slowly(W, H.damped, Pattern.parse(text), rank, 1)
@@ -127,22 +143,25 @@ def test_the_first_iteration_is_the_formulas_with_a_low_rank_too(text, rank):
 
 
 @pytest.mark.parametrize(("text", "rank"), [("2:4", 1), ("50%", 3)])
-def test_steps_of_subspace_iteration_do_as_well_as_decompositions(text, rank):
-    """Neither finds the minimum of all: they end in different ones. On average ours are no worse by 3%."""
+def test_steps_of_subspace_iteration_do_as_well_as_decompositions(to_the_end, text, rank):
+    """Neither finds the minimum of all: they end in different ones.
+
+    On average ours are no worse by 10%: with so few outputs the singular values are close, and one step lags behind.
+    """
     ours, exact = [], []
-    for seed in range(6):
+    for seed in range(16):
         W, H = random(M, N, seed=seed + 9), hessian(rows(seed=seed))
         pattern = Pattern.parse(text)
         found = sparse_plus_lowrank(W, H, pattern, rank, iterations=100)
         expected = slowly(W, H.damped, pattern, rank, 100)
         ours.append(error(W, found.S + found.L, H.damped))
         exact.append(error(W, expected.S + expected.L, H.damped))
-    assert sum(ours) <= 1.03 * sum(exact)
+    assert sum(ours) <= 1.1 * sum(exact)
 
 
 @pytest.mark.parametrize("seed", range(5))
 @EVERY_PATTERN
-def test_its_mask_is_better_than_those_of_others_with_their_best_weights(text, seed):
+def test_its_mask_is_better_than_those_of_others_with_their_best_weights(to_the_end, text, seed):
     W, X = random(M, N, seed=seed + 9), rows(seed=seed)
     H, pattern = hessian(X), Pattern.parse(text)
     found = sparse_plus_lowrank(W, H, pattern, 0, iterations=ITERATIONS)
@@ -150,16 +169,16 @@ def test_its_mask_is_better_than_those_of_others_with_their_best_weights(text, s
     assert swept is not None
     masks = (keep_mask(magnitude(W), pattern, by_row=False), keep_mask(wanda(W, H.second), pattern), swept)
     others = [error(W, least_squares(W, mask, H.damped), H.damped) for mask in masks]
-    assert error(W, found.S, H.damped) < 0.97 * min(others)
+    assert error(W, least_squares(W, found.mask, H.damped), H.damped) < 0.97 * min(others)
 
 
 @EVERY_PATTERN
-def test_in_the_end_weights_are_the_best_within_their_mask(text):
+def test_in_the_end_weights_are_near_the_best_within_their_mask(to_the_end, text):
+    """What is still missing is left to the sweep that follows."""
     W, H = random(M, N), hessian(rows())
-    found = sparse_plus_lowrank(W, H, Pattern.parse(text), 0, iterations=600)
-    assert difference(found.S, least_squares(W, found.mask, H.damped)) < 1e-2 * float(W.abs().max())
+    found = sparse_plus_lowrank(W, H, Pattern.parse(text), 0, iterations=ITERATIONS)
     best = error(W, least_squares(W, found.mask, H.damped), H.damped)
-    assert error(W, found.S, H.damped) == pytest.approx(best, rel=1e-3)
+    assert error(W, found.S, H.damped) <= 1.06 * best
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -175,7 +194,7 @@ def test_together_is_better_than_one_after_the_other(text, seed):
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize(("text", "rank"), [("2:4", 1), ("2:4", 2), ("4:8", 2), ("50%", 2)])
-def test_a_sparse_and_a_small_low_rank_matrix_are_told_apart(text, rank, seed):
+def test_a_sparse_and_a_small_low_rank_matrix_are_told_apart(to_the_end, text, rank, seed):
     pattern, H = Pattern.parse(text), hessian(rows(seed=seed))
     sparse = random(M, N, seed=seed + 20)
     sparse = (sparse + sparse.sign()) * keep_mask(random(M, N, seed=seed + 3).abs(), pattern) / H.scale
@@ -188,7 +207,7 @@ def test_a_sparse_and_a_small_low_rank_matrix_are_told_apart(text, rank, seed):
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(("text", "rank"), [("2:4", 2), ("50%", 1), ("50%", 2)])
-def test_of_sparse_plus_as_large_a_low_rank_matrix_little_is_lost(text, rank, seed):
+def test_of_sparse_plus_as_large_a_low_rank_matrix_little_is_lost(to_the_end, text, rank, seed):
     """Which of all splits is the exact one is a hard question: some other is found, that is nearly as good."""
     pattern, H = Pattern.parse(text), hessian(rows(seed=seed))
     sparse = random(M, N, seed=seed + 20)
@@ -241,21 +260,56 @@ def test_in_single_precision_it_is_as_good(text, rank):
     assert error(W, (found.S + found.L).double(), H.damped) <= 1.1 * error(W, exact.S + exact.L, H.damped)
 
 
-def test_the_directions_are_the_first_left_singular_vectors_and_come_nearer_by_each_step():
-    missed, values = random(M, N), torch.linspace(0.1, 2, N).double()
-    U = torch.linalg.svd(missed * values.sqrt(), full_matrices=False).U[:, :3]
+def test_steps_of_subspace_iteration_find_the_best_low_rank():
+    """L = Y V^T comes ever nearer to what the SVD gives for E = T - S, here with S = change = -E and L = 0 before."""
+    E, G = random(N, M) * torch.logspace(0, -2, M).double(), hessian(rows()).damped
+    best = nearest_of_rank(E.T, G, 3).T
 
-    def off(directions: Tensor) -> float:
-        return difference(directions @ directions.T, U @ U.T)
+    def lost(L: Tensor) -> float:
+        return float(((E - L) * (G @ (E - L))).sum())
 
-    assert off(top_outputs(missed, values, 3, None)) < 1e-9
-    now = torch.linalg.qr(U + 0.3 * random(M, 3, seed=4)).Q
-    distances = [off(now)]
-    for _ in range(60):
-        now = top_outputs(missed, values, 3, now)
-        distances.append(off(now))
-        assert difference(now.T @ now, torch.eye(3).double()) < 1e-12
-    assert distances[-1] < 1e-3 * distances[0]
+    solver = Solver(E, Pattern.parse("2:4"), 3)
+    found = []
+    for _ in range(40):
+        E_left = E - solver.Y @ solver.V.T
+        solver.chunks[0].change = -E_left
+        solver.update_lowrank(G)
+        found.append(lost(solver.Y @ solver.V.T))
+        assert difference(solver.V.T @ solver.V, torch.eye(3).double()) < 1e-12
+    assert found[-1] == pytest.approx(lost(best), rel=1e-6)
+
+
+def test_rho_grows_every_period_from_the_first_to_the_last():
+    after = [rho_after(iteration, 24) for iteration in range(25)]
+    expected = [0.1 * 6 ** (iteration // 6 / 4) for iteration in range(25)]
+    assert after == pytest.approx(expected, rel=1e-12)
+
+
+def test_it_ends_when_the_mask_no_longer_changes(monkeypatch):
+    """Where the large weights of each group are all there is, after one period of all 600 iterations."""
+    W, H, steps = random(M, N), hessian(rows()), []
+    step = OutputChunk.step
+    monkeypatch.setattr(OutputChunk, "step", lambda *args, **more: (steps.append(1), step(*args, **more)))
+    W = W * keep_mask(W.abs() * H.scale, Pattern.parse("2:4"))
+    sparse_plus_lowrank(W, H, Pattern.parse("2:4"), 0, iterations=600)
+    assert len(steps) == 6
+    del steps[:]
+    sparse_plus_lowrank(random(M, N), H, Pattern.parse("2:4"), 0, iterations=20)
+    assert len(steps) > 6
+
+
+@pytest.mark.parametrize("chunk", [1, 3 * N, 2**18])
+@EVERY_PATTERN
+def test_weights_together_and_in_chunks_are_split_as_if_alone(monkeypatch, to_the_end, text, chunk):
+    H, ranks = hessian(rows()), [0, 2, 3]
+    weights = [random(m, N, seed=m) for m in (5, M, 20)]
+    pattern, pairs = Pattern.parse(text), zip(weights, ranks, strict=True)
+    alone = [sparse_plus_lowrank(W, H, pattern, rank, iterations=20) for W, rank in pairs]
+    monkeypatch.setattr("compress.numerics.admm.CHUNK", chunk)
+    for found, expected in zip(split_together(weights, H, pattern, ranks, iterations=20), alone, strict=True):
+        assert torch.equal(found.mask, expected.mask)
+        assert difference(found.S, expected.S) < 1e-9
+        assert difference(found.L, expected.L) < 1e-9
 
 
 @pytest.mark.parametrize("fault", [float("nan"), float("inf")])

@@ -18,6 +18,7 @@ from compress.numerics.decomposition import (
     Pruning,
     Rounding,
     decompose,
+    decompose_together,
 )
 from compress.numerics.grids import Numbers, Sharing
 from compress.numerics.hessian import Hessian
@@ -436,3 +437,30 @@ def test_sweeps_lose_less_than_rounding_to_nearest(polish, group):
             swept = Decomposition(prune=prune, quantize=quantize, polish=polish)
             nearest = dataclasses.replace(swept, quantize=dataclasses.replace(quantize, sweeps=False))
             assert error(W, made(W, X, swept), X) < error(W, made(W, X, nearest), X)
+
+
+@pytest.mark.parametrize("prune", [None, pruning("wanda"), pruning("admm", iterations=12), pruning("sparsegpt", "50%")])
+@pytest.mark.parametrize("group", EVERY_GROUP)
+def test_weights_with_the_same_inputs_are_decomposed_together_as_if_alone(prune, group):
+    moments, weights = measured(rows()), [random(m, N, seed=m) for m in (5, M)]
+    quantize = dataclasses.replace(COARSE, group=group)
+    hows = [
+        Decomposition(prune=prune, quantize=quantize, adapt=Adapting(method="whitened", rank=rank, rounds=2), polish=1)
+        for rank in (1, 3)
+    ]
+    together = decompose_together(weights, moments, hows, names=["one", "other"])
+    for W, how, found in zip(weights, hows, together, strict=True):
+        alone = decompose(W, moments, how, name="one")
+        assert float((found.S - alone.S).abs().max()) < 1e-9
+        assert float((found.product - alone.product).abs().max()) < 1e-9
+
+
+@pytest.mark.parametrize("prune", [None, pruning("wanda"), pruning("sparsegpt")])
+def test_every_round_rounds_to_nearest_anew_where_nothing_is_swept_on_the_grid(prune):
+    """However often it is polished: S follows what the adapter leaves."""
+    W, moments = random(M, N), measured(rows())
+    adapt = Adapting(method="whitened", rank=2)
+    once = Decomposition(prune=prune, quantize=NEAREST, adapt=adapt, polish=1)
+    twice = dataclasses.replace(once, adapt=dataclasses.replace(adapt, rounds=2))
+    first, second = (decompose(W, moments, how, name="one") for how in (once, twice))
+    assert not torch.equal(first.S, second.S)

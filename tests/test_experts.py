@@ -259,11 +259,11 @@ def test_experts_linears_are_measured_by_the_tokens_that_reach_them(model_type, 
     given: dict[str, InputMoments] = {}
     notes: dict[str, int] = {}
 
-    def overhear(_self: Any, _branch: Branch, block: int, name: str, shared: Any) -> dict[str, Any]:
+    def overhear(_self: Any, _branch: Branch, block: int, names: list[str], shared: Any) -> list[dict[str, Any]]:
         if block == 0:
-            given[name] = shared.inputs
-            notes[name] = shared.tokens
-        return {}
+            given.update(dict.fromkeys(names, shared.inputs))
+            notes.update(dict.fromkeys(names, shared.tokens))
+        return []
 
     monkeypatch.setattr(LinearRewriter, "rewrite", overhear)
     walk = oracles.new_walk(folders[model_type], [Factorize(method="lord", rank=4)], WINDOWS)

@@ -138,16 +138,6 @@ def test_zero_stays_zero(kind, sharing):
     assert torch.equal(grid(kind, sharing).nearest(zeros), zeros)
 
 
-@EVERY_SHARING
-@EVERY_KIND
-def test_from_a_start_on_it_is_a_slice_of_the_whole(kind, sharing):
-    made = grid(kind, sharing)
-    W = weights(made)
-    whole = made.nearest(W)
-    for start, stop in [(0, 1), (0, N), (3, 9), (7, 8), (8, 16), (10, N), (N - 1, N)]:
-        assert torch.equal(made.nearest(W[:, start:stop], start), whole[:, start:stop])
-
-
 def test_finer_inputs_have_half_the_step_and_half_the_range():
     finer = torch.tensor([1.0, 2.0]).double()
     made = Grid(Numbers(4), 2, torch.ones(1, 1).double(), finer=finer)

@@ -11,7 +11,7 @@ from compress.numerics.grids import Grid, Numbers, Sharing
 from compress.numerics.hessian import Hessian
 from compress.numerics.sparsity import Pattern, keep_mask
 from compress.numerics.steps import make_grid
-from compress.numerics.sweep import blocks, descend, sweep
+from compress.numerics.sweep import descend, spans, sweep
 
 M, N, TOKENS = 5, 24, 80
 WHERE = "block 3 mlp.down_proj"
@@ -86,7 +86,7 @@ def swept_slowly(
             for row, gone in lowest_cost(costs, int((1 - pattern.density) * costs.numel())):
                 mask[row, j + gone] = False
         inverse = torch.linalg.inv(H[j:, j:])
-        q = W[:, j] if grid is None else grid.nearest(W[:, j : j + 1], j)[:, 0]
+        q = W[:, j] if grid is None else grid.nearest(W)[:, j]
         Q[:, j] = torch.where(mask[:, j], q, 0.0)
         W[:, j:] -= torch.outer((W[:, j] - Q[:, j]) / inverse[0, 0], inverse[0])
     return Q, mask
@@ -189,13 +189,9 @@ def test_what_it_is_given_stays_as_it_was():
     assert torch.equal(H.second, second)
 
 
-@pytest.mark.parametrize(("block", "text"), [(3, "2:4"), (6, "2:4"), (20, "4:8"), (8, None), (10, "50%")])
-def test_no_block_cuts_a_group(block, text):
-    pattern = parsed(text)
-    found = list(blocks(50, block, pattern))
-    assert [j for start, stop in found for j in range(start, stop)] == list(range(50))
-    step = 1 if pattern is None or not pattern.group else pattern.group
-    assert all(start % step == 0 for start, _ in found)
+def test_spans_cover_all_once():
+    assert list(spans(3, 12, 4)) == [(3, 7), (7, 11), (11, 12)]
+    assert list(spans(5, 5, 4)) == []
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -341,7 +337,7 @@ def test_what_dead_inputs_weigh_is_not_made_up_for():
     grid = grid_for(W, "channel")
     assert grid is not None
     found, _ = sweep(W, hessian(X), grid=grid)
-    assert torch.equal(found[:, 3:4], grid.nearest(W[:, 3:4], 3))
+    assert torch.equal(found[:, 3:4], grid.nearest(W)[:, 3:4])
     other = W.clone()
     other[:, 3] = 0
     again, _ = sweep(other, hessian(X), grid=grid)
@@ -397,7 +393,7 @@ def test_the_hessians_parts_are_what_they_say():
         assert torch.equal(U, U.triu())
         assert difference(U.T @ U @ damped[order][:, order], torch.eye(N).double()) < 1e-9
     assert (X.square().sum(0)[H.order].diff() <= 0).all()
-    values, Q = H.scaled_eigen
+    values, Q = H.scaled_eigen(torch.float64)
     G = Q @ torch.diag(values) @ Q.T
     assert difference(G.diagonal(), torch.ones(N).double()) < 1e-12
     assert difference(torch.diag(H.scale) @ G @ torch.diag(H.scale), damped) < 1e-12

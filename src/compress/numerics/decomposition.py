@@ -8,16 +8,19 @@
 With magnitude or Wanda, rounding to nearest and one round this is SLiM's order (arXiv 2410.09615, algorithms 1 and 2);
 its code goes on to subtract the adapter from W and to prune and round that anew, which it does not say: it helps a
 little, a second round, which fits the adapter to that as well, more. ADMM, sweeps and rounds are ours to put together:
-mask, weights and adapter settle for one another.
+mask, weights and adapter are fitted to one another. Later rounds of polished sweeps go on from S as it is: each adapter
+changes the target only a little.
 
 Dimensions: W (m, n), m outputs, n inputs, r the adapter's rank.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float64
+from jaxtyping import Bool, Float, Float64, Shaped
 from torch import Tensor
 
 from compress.errors import NumericalError
@@ -85,6 +88,18 @@ class Decomposition:
         return self.finds_mask or (self.quantize is not None and self.quantize.sweeps)
 
     @property
+    def continues(self) -> bool:
+        """Whether a later round goes on from S as it is: sweeps that are polished, not rounding to nearest."""
+        return self.polish > 0 and self.compensates and (self.quantize is None or self.quantize.sweeps)
+
+    @property
+    def rows_are_independent(self) -> bool:
+        """Whether S of a row is the same whatever other rows there are."""
+        prune, quantize = self.prune, self.quantize
+        shares_steps = quantize is not None and (quantize.group == "tensor" or quantize.finer)
+        return not shares_steps and (prune is None or prune.method != "sparsegpt" or prune.pattern.is_grouped)
+
+    @property
     def finds_mask(self) -> bool:
         return self.prune is not None and self.prune.method in ("sparsegpt", "admm")
 
@@ -117,87 +132,142 @@ def decompose(
     name: str,
 ) -> Decomposed:
     """
-    centred: a bias keeps the outputs' mean, so that errors count about it. dtype: that sweeps and ADMM compute in.
+    centred: a bias keeps the outputs' mean, so that errors count about it. dtype: that all but the adapter computes in.
     """
-    solver = Solver(how, moments, moments.spread(centred=centred).hessian(DAMPING, name=name), dtype, name)
-    adapter, rest, mask = None, W, None
+    (found,) = decompose_together([W], moments, [how], centred=centred, dtype=dtype, names=[name])
+    return found
+
+
+def decompose_together(
+    weights: Sequence[Float64[Tensor, "_ n"]],
+    moments: InputMoments,
+    hows: Sequence[Decomposition],
+    *,
+    centred: bool = False,
+    dtype: torch.dtype = torch.float64,
+    names: Sequence[str],
+) -> list[Decomposed]:
+    """Decompose weights with the same inputs, each as `decompose` does; `hows` differ in the adapter's rank at most.
+
+    Where rows are independent, the weights are swept as one matrix: a column takes hardly longer for more rows.
+    """
+    hessian = moments.spread(centred=centred).hessian(DAMPING, name=names[0])
+    solvers = [
+        Solver(W, how, moments, hessian, centred=centred, dtype=dtype, name=name)
+        for W, how, name in zip(weights, hows, names, strict=True)
+    ]
+    how = hows[0]
     if how.prune is not None and how.prune.method == "admm":
-        mask, rest = solver.admm(W)
-    elif how.prune is not None and how.prune.method != "sparsegpt":
-        mask = solver.scored(W)
-    rounds = how.adapt.rounds if how.adapt else 1
-    for _ in range(rounds):
-        S, found, grid = solver.settle(rest, mask)
+        find_masks(solvers, how.prune)
+    batches = [solvers] if how.rows_are_independent else [[solver] for solver in solvers]
+    for number in range(how.adapt.rounds if how.adapt else 1):
+        for batch in batches:
+            solve(batch, from_start=number == 0 or not how.continues)
         if how.adapt is not None:
-            adapter = fit_adapter(how.adapt.method, W - S, moments, how.adapt.rank, centred=centred, name=name)
-            rest = W - adapter.product
-    shift = None
-    if centred:
-        shift = (rest - S) @ moments.mean
-    return Decomposed(S, found, grid, adapter, shift)
+            for solver in solvers:
+                solver.fit_adapter(how.adapt.method)
+    return [solver.decomposed() for solver in solvers]
 
 
 @dataclass(frozen=True)
+class Rounded:
+    """S of one weight, or of several stacked by rows: zero outside the mask, and on the grid."""
+
+    S: Float[Tensor, "m n"]
+    mask: Bool[Tensor, "m n"] | None
+    grid: Grid | None
+
+    @classmethod
+    def stacked(cls, parts: Sequence["Rounded"]) -> "Rounded":
+        if len(parts) == 1:
+            return parts[0]
+        masks = [part.mask for part in parts if part.mask is not None]
+        grids = [part.grid for part in parts if part.grid is not None]
+        S, mask = stack_rows([part.S for part in parts]), stack_rows(masks) if masks else None
+        return cls(S, mask, Grid.stacked(grids) if grids else None)
+
+    def split(self, rows: Sequence[int]) -> list["Rounded"]:
+        if len(rows) == 1:
+            return [self]
+        parts = []
+        for m, stop in zip(rows, accumulate(rows), strict=True):
+            mask = None if self.mask is None else self.mask[stop - m : stop]
+            grid = None if self.grid is None else self.grid.rows(stop - m, stop)
+            parts.append(Rounded(self.S[stop - m : stop], mask, grid))
+        return parts
+
+
 class Solver:
-    how: Decomposition
-    moments: InputMoments
-    hessian: Hessian
-    dtype: torch.dtype
-    name: str
+    """Decomposes one weight.
 
-    def scored(self, W: Float64[Tensor, "m n"]) -> Bool[Tensor, "m n"]:
-        assert self.how.prune is not None
+    target: what S is fitted to, W less the adapter. mask: the one S keeps to; None where there is none, or where the
+    sweep finds it. current: S as it is. `target` and `current` are in the dtype that is computed in.
+    """
+
+    def __init__(
+        self,
+        W: Float64[Tensor, "m n"],
+        how: Decomposition,
+        moments: InputMoments,
+        hessian: Hessian,
+        *,
+        centred: bool,
+        dtype: torch.dtype,
+        name: str,
+    ) -> None:
+        self.W, self.how, self.moments, self.hessian = W, how, moments, hessian
+        self.centred, self.name = centred, name
+        self.adapter: Factors | None = None
+        self.target = stack_rows([W.to(dtype)])
+        self.mask = self.scored_mask()
+        self.current = Rounded(self.target, self.mask, None)
+
+    def scored_mask(self) -> Bool[Tensor, "m n"] | None:
         prune = self.how.prune
+        if prune is None or self.how.finds_mask:
+            return None
         if prune.method == "magnitude":
-            return keep_mask(magnitude(W), prune.pattern, by_row=False)
-        return keep_mask(wanda(W, self.moments.second), prune.pattern)
+            return keep_mask(magnitude(self.W), prune.pattern, by_row=False)
+        return keep_mask(wanda(self.W, self.moments.second), prune.pattern)
 
-    def admm(self, W: Float64[Tensor, "m n"]) -> tuple[Bool[Tensor, "m n"], Float64[Tensor, "m n"]]:
-        """The mask, and what is left of W beside the low rank that settled with it."""
-        assert self.how.prune is not None
-        prune, rank = self.how.prune, self.how.adapt.rank if self.how.adapt else 0
-        split = sparse_plus_lowrank(W.to(self.dtype), self.hessian, prune.pattern, rank, iterations=prune.iterations)
-        return split.mask, W - split.L.double()
-
-    def settle(
-        self, T: Float64[Tensor, "m n"], mask: Bool[Tensor, "m n"] | None
-    ) -> tuple[Float64[Tensor, "m n"], Bool[Tensor, "m n"] | None, Grid | None]:
-        """S near T, its mask and its grid."""
+    def start(self) -> Rounded:
+        """What a sweep starts with: the target within the mask, where that is known, and the grid for it."""
         quantize = self.how.quantize
-        grid = None
-        if quantize is not None and quantize.sweeps:
-            grid = self.grid(T if mask is None else T * mask)
-        S = T if mask is None else T * mask
-        if self.how.compensates:
-            S, mask, grid = self.swept(T, mask, grid)
-        if quantize is not None and not quantize.sweeps:
+        S = self.target if self.mask is None else self.target * self.mask
+        return Rounded(S, self.mask, self.grid(S) if quantize is not None and quantize.sweeps else None)
+
+    def take(self, found: Rounded) -> None:
+        """Keep what was found, rounded to nearest if no sweep has rounded it."""
+        if self.how.quantize is not None and found.grid is None:
             # As SLiM does: the steps of the weights before their mask, which zeros do not change.
-            grid = self.grid(S if self.how.compensates else T)
-            S = grid.nearest(S) if mask is None else grid.nearest(S) * mask
-        return S, mask, grid
+            grid = self.grid(found.S if self.how.compensates else self.target)
+            found = replace(found, S=grid.nearest(found.S), grid=grid)
+        self.current = found
 
-    def swept(
-        self, T: Float64[Tensor, "m n"], mask: Bool[Tensor, "m n"] | None, grid: Grid | None
-    ) -> tuple[Float64[Tensor, "m n"], Bool[Tensor, "m n"] | None, Grid | None]:
-        how = self.how
-        pattern = how.prune.pattern if how.prune is not None and mask is None else None
-        target, coarse = T.to(self.dtype), None if grid is None else grid.to(self.dtype)
-        by_activation = how.quantize is not None and how.quantize.by_activation
-        S, mask = sweep(target, self.hessian, grid=coarse, pattern=pattern, mask=mask, by_activation=by_activation)
-        for _ in range(how.polish):
-            if coarse is not None and how.quantize is not None:
-                S, coarse = rescaled(S, target, self.hessian, coarse, stored=how.quantize.stored)
-            S = descend(S, target, self.hessian, grid=coarse, mask=mask, rounds=1)
-        S = S.double()
-        if coarse is not None:  # to the grid's own values again, whatever precision the sweep was in
-            grid = coarse.to(torch.float64)
-            S = grid.nearest(S) if mask is None else grid.nearest(S) * mask
-        return S, mask, grid
+    def fit_adapter(self, method: AdapterMethod) -> None:
+        """Fit the adapter to what S lacks; the new target is what the adapter lacks."""
+        assert self.how.adapt is not None
+        missing, rank = self.W - self.exact()[0], self.how.adapt.rank
+        self.adapter = fit_adapter(method, missing, self.moments, rank, centred=self.centred, name=self.name)
+        self.target = stack_rows([(self.W - self.adapter.product).to(self.target.dtype)])
 
-    def grid(self, W: Float64[Tensor, "m n"]) -> Grid:
+    def exact(self) -> tuple[Float64[Tensor, "m n"], Grid | None]:
+        """S and its grid in double precision: the grid's own values, whatever precision the sweep was in."""
+        S, grid = self.current.S.double(), self.current.grid
+        if grid is None:
+            return S, None
+        grid = grid.to(torch.float64)
+        return grid.nearest(S), grid
+
+    def decomposed(self) -> Decomposed:
+        S, grid = self.exact()
+        found = Decomposed(S, self.current.mask, grid, self.adapter, None)
+        return replace(found, shift=(self.W - found.product) @ self.moments.mean) if self.centred else found
+
+    def grid(self, W: Float[Tensor, "m n"]) -> Grid:
         assert self.how.quantize is not None
         how = self.how.quantize
-        finer = finer_inputs(W, self.moments.mean_abs) if how.finer else None
+        finer = finer_inputs(W, self.moments.mean_abs.to(W.dtype)) if how.finer else None
         grid = make_grid(
             W,
             how.numbers,
@@ -213,3 +283,42 @@ class Solver:
                 "Check its weights, or try --dtype bfloat16 or float32."
             )
         return grid
+
+
+def find_masks(solvers: Sequence[Solver], prune: Pruning) -> None:
+    """Find masks by ADMM; S is then fitted to what is left of the weights beside the low ranks found with the masks."""
+    weights = [solver.target for solver in solvers]
+    ranks = [solver.how.adapt.rank if solver.how.adapt else 0 for solver in solvers]
+    splits = sparse_plus_lowrank(weights, solvers[0].hessian, prune.pattern, ranks, iterations=prune.iterations)
+    for solver, split in zip(solvers, splits, strict=True):
+        solver.target, solver.mask = solver.target - split.L, split.mask
+
+
+def solve(solvers: Sequence[Solver], *, from_start: bool) -> None:
+    """Fit S of each to its target, from the start or on from where it is."""
+    how, target = solvers[0].how, stack_rows([solver.target for solver in solvers])
+    found = Rounded.stacked([solver.start() if from_start else solver.current for solver in solvers])
+    if how.compensates:
+        found = swept(target, found, how, solvers[0].hessian, from_start=from_start)
+    for solver, part in zip(solvers, found.split([len(solver.W) for solver in solvers]), strict=True):
+        solver.take(part)
+
+
+def swept(
+    target: Float[Tensor, "m n"], start: Rounded, how: Decomposition, hessian: Hessian, *, from_start: bool
+) -> Rounded:
+    S, mask, grid = start.S, start.mask, start.grid
+    if from_start:
+        pattern = how.prune.pattern if how.prune is not None and mask is None else None
+        by_activation = how.quantize is not None and how.quantize.by_activation
+        S, mask = sweep(target, hessian, grid=grid, pattern=pattern, mask=mask, by_activation=by_activation)
+    for _ in range(how.polish):
+        if grid is not None and how.quantize is not None:
+            S, grid = rescaled(S, target, hessian, grid, stored=how.quantize.stored)
+        S = descend(S, target, hessian, grid=grid, mask=mask, rounds=1)
+    return Rounded(S, mask, grid)
+
+
+def stack_rows(matrices: Sequence[Shaped[Tensor, "_ n"]]) -> Shaped[Tensor, "m n"]:
+    """One below the other, stored column by column, as sweeps read them."""
+    return torch.cat([matrix.T for matrix in matrices], dim=1).T

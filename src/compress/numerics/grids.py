@@ -7,7 +7,8 @@ chosen is in `numerics/steps.py`.
 Dimensions: W (m, n), m outputs, n inputs in groups of `group`.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -38,8 +39,12 @@ class Numbers:
         return torch.finfo(FLOAT8).max if self.floating else 2.0 ** (self.bits - 1) - 1
 
     def nearest(self, x: Tensor) -> Tensor:
-        clipped = x.clamp(self.lowest, self.highest)
-        return clipped.to(FLOAT8).to(x.dtype) if self.floating else clipped.round()
+        return self.nearest_(x.clone())
+
+    def nearest_(self, x: Tensor) -> Tensor:
+        """The same in place."""
+        x.clamp_(self.lowest, self.highest)
+        return x.copy_(x.to(FLOAT8)) if self.floating else x.round_()
 
     @property
     def stored(self) -> torch.dtype:
@@ -64,34 +69,41 @@ class Grid:
         zero, finer = (None if tensor is None else tensor.to(dtype) for tensor in (self.zero, self.finer))
         return Grid(self.numbers, self.group, self.step.to(dtype), zero, finer)
 
+    @classmethod
+    def stacked(cls, grids: Sequence["Grid"]) -> "Grid":
+        """The grid of matrices stacked by rows, each with steps for its rows and without `finer`."""
+        zeros = [grid.zero for grid in grids if grid.zero is not None]
+        step = torch.cat([grid.step for grid in grids])
+        return replace(grids[0], step=step, zero=torch.cat(zeros) if zeros else None)
+
+    def rows(self, start: int, stop: int) -> "Grid":
+        zero = None if self.zero is None else self.zero[start:stop]
+        return replace(self, step=self.step[start:stop], zero=zero)
+
     def codes(self, W: Float[Tensor, "m n"]) -> Tensor:
         """(m, n), in the dtype they are stored in."""
-        return self._codes(W, 0).to(self.numbers.stored)
+        return self._codes(W).to(self.numbers.stored)
 
     def values(self, codes: Tensor) -> Float[Tensor, "m n"]:
-        return self._values(codes.to(self.step.dtype), 0)
+        offset, codes = self.offset(codes.shape[1]), codes.to(self.step.dtype)
+        return (codes if offset is None else codes - offset) * self.scale(codes.shape[1])
 
-    def nearest(self, W: Float[Tensor, "m inputs"], start: int = 0) -> Float[Tensor, "m inputs"]:
-        """The grid's own value nearest to each weight; of the inputs from `start` on."""
-        return self._values(self._codes(W, start), start)
+    def nearest(self, W: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
+        """The grid's own value nearest to each weight."""
+        return self.values(self._codes(W))
 
-    def _codes(self, W: Tensor, start: int) -> Tensor:
-        groups = self._groups(start, start + W.shape[1])
-        step = self.step[:, groups]
-        scaled = W if self.finer is None else W * self.finer[start : start + W.shape[1]]
-        x = scaled / step
-        return self.numbers.nearest(x if self.zero is None else x + self.zero[:, groups])
+    def _codes(self, W: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
+        offset, x = self.offset(W.shape[1]), W / self.scale(W.shape[1])
+        return self.numbers.nearest_(x if offset is None else x.add_(offset))
 
-    def _values(self, codes: Tensor, start: int) -> Tensor:
-        groups = self._groups(start, start + codes.shape[1])
-        if self.zero is not None:
-            codes = codes - self.zero[:, groups]
-        values = codes * self.step[:, groups]
-        return values if self.finer is None else values / self.finer[start : start + codes.shape[1]]
+    def scale(self, n: int) -> Float[Tensor, "_ n"]:
+        """What the code of each weight, less its offset, is multiplied by; stored column by column."""
+        step = self._of_inputs(self.step, n)
+        return step if self.finer is None else step / self.finer
 
-    def _groups(self, start: int, stop: int) -> Tensor | slice:
-        """Of the inputs from `start` to `stop`, to index the steps' columns by."""
-        first, last = start // self.group, (stop - 1) // self.group
-        if first == last:  # a view, where a sweep asks for a column at a time
-            return slice(first, first + 1)
-        return torch.arange(start, stop, device=self.step.device) // self.group
+    def offset(self, n: int) -> Float[Tensor, "_ n"] | None:
+        """The code of 0 for each weight."""
+        return None if self.zero is None else self._of_inputs(self.zero, n)
+
+    def _of_inputs(self, shared: Float[Tensor, "_ groups"], n: int) -> Float[Tensor, "_ n"]:
+        return shared.T.repeat_interleave(self.group, 0)[:n].T

@@ -5,11 +5,11 @@ What is made of it is made once for all linears that share their inputs.
 Dimensions: n inputs.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
-from jaxtyping import Float64, Int64
+from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from compress.numerics.ridge import cholesky, damped
@@ -25,6 +25,7 @@ class Hessian:
     second: Float64[Tensor, "n n"]
     damping: float
     name: str
+    _eigen: dict[torch.dtype, tuple[Tensor, Tensor]] = field(default_factory=dict, compare=False)
 
     @cached_property
     def damped(self) -> Float64[Tensor, "n n"]:
@@ -48,17 +49,20 @@ class Hessian:
         return self._inverse_root(self.damped[self.order][:, self.order])
 
     def _inverse_root(self, H: Float64[Tensor, "n n"]) -> Float64[Tensor, "n n"]:
-        inverse = torch.cholesky_inverse(cholesky(H, name=self.name))
-        return cholesky(inverse, name=self.name).T.contiguous()
+        """R^-1 of H = R R^T with R upper triangular: the Cholesky factor of H with its inputs in reverse order."""
+        R = cholesky(H.flip(0, 1), name=self.name).flip(0, 1)
+        eye = torch.eye(len(R), dtype=R.dtype, device=R.device)
+        return torch.linalg.solve_triangular(R, eye, upper=True)
 
     @cached_property
     def scale(self) -> Float64[Tensor, "n"]:
         """What inputs are divided by to have a unit diagonal."""
         return self.damped.diagonal().sqrt()
 
-    @cached_property
-    def scaled_eigen(self) -> tuple[Float64[Tensor, "n"], Float64[Tensor, "n n"]]:
-        """Eigenvalues and eigenvectors of H with a unit diagonal."""
-        cholesky(self.damped, name=self.name)
-        values, Q = torch.linalg.eigh(self.damped / torch.outer(self.scale, self.scale))
-        return values.clamp_min(0), Q
+    def scaled_eigen(self, dtype: torch.dtype) -> tuple[Float[Tensor, "n"], Float[Tensor, "n n"]]:
+        """Eigenvalues and eigenvectors of H with a unit diagonal, found in a dtype."""
+        if dtype not in self._eigen:
+            cholesky(self.damped, name=self.name)
+            values, Q = torch.linalg.eigh((self.damped / torch.outer(self.scale, self.scale)).to(dtype))
+            self._eigen[dtype] = values.clamp_min(0), Q
+        return self._eigen[dtype]

@@ -19,6 +19,7 @@ from torch import Tensor
 from compress.numerics.grids import Grid
 from compress.numerics.hessian import Hessian
 from compress.numerics.steps import rounded
+from compress.numerics.sweep import BLOCK, spans
 
 FURTHEST = 2.0  # a step moves to no less than half of itself and no more than twice
 
@@ -35,19 +36,21 @@ def rescaled(
 
     stored: the dtype that steps are rounded to.
     """
-    H, n = hessian.damped.to(W.dtype), W.shape[1]
-    units = replace(grid, step=torch.ones_like(grid.step)).values(grid.codes(Q))
-    slope, step = (W - Q) @ H, grid.step.clone()
-    for group in range(step.shape[1]):
-        inputs = slice(group * grid.group, min((group + 1) * grid.group, n))
-        q, old = units[:, inputs], step[:, group : group + 1].clone()
-        gain = (q * slope[:, inputs]).sum(1, keepdim=True)
-        curvature = ((q @ H[inputs, inputs]) * q).sum(1, keepdim=True)
-        if len(step) == 1:
-            gain, curvature = gain.sum(0, keepdim=True), curvature.sum(0, keepdim=True)
-        new = torch.where(curvature > 0, old + gain / curvature, old)  # all codes zero: any step will do
-        new = rounded(torch.minimum(torch.maximum(new, old / FURTHEST), old * FURTHEST), stored)
-        slope -= (q * (new - old)) @ H[inputs]
-        step[:, group : group + 1] = new
-    better = replace(grid, step=step)
-    return better.values(grid.codes(Q)), better
+    H, size, n = hessian.damped.to(W.dtype), grid.group, W.shape[1]
+    units = replace(grid, step=torch.ones_like(grid.step)).values(grid.codes(Q)).T.contiguous()
+    slope, steps = H @ (W - Q).T, grid.step.T.clone(memory_format=torch.contiguous_format)
+    changes = torch.empty_like(slope)
+    for start, stop in spans(0, n, max(BLOCK // size, 1) * size):
+        for first, last in spans(start, stop, size):
+            q, step, group = units[first:last], steps[first // size], slice(first, last)
+            gain, curvature = (q * slope[group]).sum(0), (q * (H[group, group] @ q)).sum(0)
+            if len(step) == 1:
+                gain, curvature = gain.sum(0, keepdim=True), curvature.sum(0, keepdim=True)
+            new = torch.where(curvature > 0, step + gain / curvature, step)  # all codes zero: any step will do
+            new = rounded(torch.minimum(torch.maximum(new, step / FURTHEST), step * FURTHEST), stored)
+            torch.mul(q, new - step, out=changes[group])
+            slope[last:stop].addmm_(H[last:stop, group], changes[group], alpha=-1)
+            step.copy_(new)
+        slope[stop:].addmm_(H[stop:, start:stop], changes[start:stop], alpha=-1)
+    better = replace(grid, step=steps.T)
+    return (units * better.scale(n).T).T, better

@@ -1,21 +1,23 @@
 """How the step of a grid is chosen for the weights that share it.
 
     absmax  the largest weight lies on the grid's end
-    slim    SLiM-Quant^W (arXiv 2410.09615, section 3.1): least error of rounding and clipping together, over all steps
-    mse     the same error, by trying shares of the largest weight
+    slim    SLiM-Quant^W (arXiv 2410.09615, section 3.1): least error of rounding and clipping together
+    mse     the same error, over fewer steps, from a fifth of that of `absmax` on: for groups and channels
 
 SLiM's own code takes for the rounding error that of rounding down on a grid twice as fine, and looks for the minimum in
-a histogram; ours is the error of the grid that is stored, and its least value (`least_error_steps`).
+a histogram; ours is the error of the grid that is stored. A step is tried by its codes: it is judged by the
+error of the best step for these codes, which has a closed form (as k-means moves a center to the mean of its points).
+So few steps have to be tried.
 
-A piece is what shares a step: pieces (rows, groups, weights) give steps (rows, groups).
+A piece is the weights that share a step: pieces (groups, weights, rows) have steps (groups, rows). Rows are last, so
+that sums over a piece's weights are sums of vectors.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from compress.numerics.grids import Grid, Numbers, Sharing
@@ -33,28 +35,25 @@ def make_grid(
     stored: torch.dtype | None = None,
     finer: Float[Tensor, "n"] | None = None,
 ) -> Grid:
-    """A grid for W, its steps rounded to the dtype that they are `stored` in.
+    """A grid for W, its steps rounded to the dtype that they are `stored` in. It is computed in W's dtype.
 
     finer: what inputs' weights are multiplied by before they are rounded; the step is chosen without it.
     """
     pieces, size = pieces_of(W, group), W.shape[1] if isinstance(group, str) else group
-    if symmetric:
-        step = {"absmax": absmax_steps, "slim": least_error_steps, "mse": searched_steps}[method](pieces, numbers)
-        return Grid(numbers, size, rounded(positive(step), stored), finer=finer)
-    step, low = (spread_steps if method == "absmax" else searched_spreads)(pieces, numbers)
-    step = rounded(positive(step), stored)
-    zero = (numbers.lowest - low / step).round().clamp(numbers.lowest, numbers.highest)
-    return Grid(numbers, size, step, zero, finer=finer)
+    step, zero = (absmax_steps(pieces, numbers), None) if symmetric else spread_steps(pieces, numbers)
+    if method != "absmax":
+        step = searched_steps(pieces, numbers, step, zero, SEARCHES[method])
+    step = rounded(positive(step), stored).T.contiguous()
+    return Grid(numbers, size, step, None if zero is None else zero.T.contiguous(), finer=finer)
 
 
-def pieces_of(W: Tensor, group: Sharing) -> Tensor:
-    """(rows, groups, weights): what shares a step. Where the inputs do not divide, zeros fill the last group."""
+def pieces_of(W: Float[Tensor, "m n"], group: Sharing) -> Float[Tensor, "groups weights rows"]:
+    """What shares a step. Where the inputs do not divide, zeros fill the last group."""
     if group == "tensor":
-        return W.reshape(1, 1, -1)
+        return W.reshape(1, -1, 1)
     size = W.shape[1] if isinstance(group, str) else group
-    missing = -W.shape[1] % size
-    filled = torch.nn.functional.pad(W, (0, missing)) if missing else W
-    return filled.unflatten(1, (-1, size))
+    filled = torch.nn.functional.pad(W.T, (0, 0, 0, -W.shape[1] % size))
+    return filled.contiguous().view(-1, size, len(W))
 
 
 def positive(step: Tensor) -> Tensor:
@@ -69,138 +68,109 @@ def rounded(step: Tensor, stored: torch.dtype | None) -> Tensor:
     return step.clamp_min(torch.finfo(stored).tiny * torch.finfo(stored).eps).to(stored).to(step.dtype)
 
 
-def absmax_steps(pieces: Float[Tensor, "r g w"], numbers: Numbers) -> Float[Tensor, "r g"]:
-    return pieces.abs().amax(-1) / numbers.highest
+def absmax_steps(pieces: Float[Tensor, "g w r"], numbers: Numbers) -> Float[Tensor, "g r"]:
+    return pieces.abs().amax(1) / numbers.highest
 
 
-def spread_steps(pieces: Float[Tensor, "r g w"], numbers: Numbers) -> tuple[Tensor, Tensor]:
-    """Steps from the least to the largest weight, 0 among them, and the least."""
-    low, high = pieces.amin(-1).clamp_max(0), pieces.amax(-1).clamp_min(0)
-    return (high - low) / (numbers.highest - numbers.lowest), low
-
-
-SHARES = tuple(1 - 0.0125 * i for i in range(64))  # of the largest weight, that `mse` tries
-
-
-def searched_steps(pieces: Float[Tensor, "r g w"], numbers: Numbers) -> Float[Tensor, "r g"]:
-    full = absmax_steps(pieces, numbers)
-    best, least = full, torch.full_like(full, math.inf)
-    for share in SHARES:
-        step = positive(full * share)
-        error = (numbers.nearest(pieces / step[..., None]) * step[..., None] - pieces).square().sum(-1)
-        best, least = torch.where(error < least, step, best), torch.minimum(error, least)
-    return best
-
-
-def searched_spreads(pieces: Float[Tensor, "r g w"], numbers: Numbers) -> tuple[Tensor, Tensor]:
-    full, low = spread_steps(pieces, numbers)
-    best, best_low, least = full, low, torch.full_like(full, math.inf)
-    for share in SHARES:
-        step = positive(full * share)
-        zero = (numbers.lowest - low * share / step).round().clamp(numbers.lowest, numbers.highest)[..., None]
-        codes = numbers.nearest(pieces / step[..., None] + zero)
-        error = ((codes - zero) * step[..., None] - pieces).square().sum(-1)
-        better = error < least
-        best, best_low = torch.where(better, step, best), torch.where(better, low * share, best_low)
-        least = torch.minimum(error, least)
-    return best, best_low
-
-
-EXACT = 1024  # weights: for smaller pieces every way that a step can round them is compared
-CANDIDATES = 256  # steps tried for larger ones, evenly by ratio
-STARTS = 8  # of them, beside the best is looked more closely,
-LOOKS = 2  # so many times,
-CLOSER = 16  # so many times as closely,
-LLOYD = 4  # and so often their codes are then given their own best step
-AT_ONCE = 2**22  # weights, each as often as it has codes: what is made of them beside is a few times as large
-
-
-def least_error_steps(pieces: Float[Tensor, "r g w"], numbers: Numbers) -> Float[Tensor, "r g"]:
-    """The steps of least squared error, clipping included.
-
-    In small pieces the error has many minima, of which the least is found by comparing all; in larger ones it is smooth
-    enough to look for it.
-    """
-    rows, groups, weights = pieces.shape
-    find, each = (compared_steps, 2 ** (numbers.bits - 1)) if weights <= EXACT else (searched_least, 1)
-    chunks = pieces.reshape(rows * groups, weights).split(max(AT_ONCE // (weights * each), 1))
-    step = torch.cat([find(chunk.double(), numbers) for chunk in chunks])
-    return step.view(rows, groups).to(pieces.dtype)
-
-
-def compared_steps(flat: Float64[Tensor, "pieces w"], numbers: Numbers) -> Float64[Tensor, "pieces"]:
-    """As the step shrinks a weight w gets the code c at |w| / (c - 1/2), and of c |w| and c^2 the sums grow: every way
-    of rounding is met once. The best step for one is sum c |w| / sum c^2, and takes (sum c |w|)^2 / sum c^2 off."""
-    size = flat.abs()[..., None]
-    code = torch.arange(1, 1 - numbers.lowest, dtype=flat.dtype, device=flat.device)
-    reached = (code <= numbers.highest) | (flat[..., None] < 0)
-    order = torch.where(reached, size / (code - 0.5), -1.0).flatten(1).argsort(-1, descending=True)
-    wc = torch.where(reached, size, 0.0).flatten(1).gather(1, order).cumsum(-1)
-    cc = torch.where(reached, 2 * code - 1, 0.0).flatten(1).gather(1, order).cumsum(-1)
-    best = (wc.square() / cc).argmax(-1, keepdim=True)
-    return (wc / cc).gather(1, best)[:, 0]
-
-
-def searched_least(flat: Float64[Tensor, "pieces w"], numbers: Numbers) -> Float64[Tensor, "pieces"]:
-    """With the weights sorted and summed up once, the exact error of a step takes one search for each of the grid's
-    2^b - 1 boundaries. Steps are tried by ratio, then more closely beside the best; last, codes get their best step."""
-    sums, size = SortedSums.of(flat), flat.abs()
-    best = positive(size.amax(-1) / numbers.highest)
-    least = sums.error(best, numbers)
-    # No grid that ends below a third of the mean is best: every weight would gain by a larger step.
-    low, high = positive(size.mean(-1) / (-3 * numbers.lowest)), 1.05 * best
-    places = torch.linspace(0, 1, CANDIDATES, dtype=flat.dtype, device=flat.device)
-    tried = torch.stack([sums.error(between(low, high, place), numbers) for place in places])
-    beside = torch.linspace(-1, 1, 2 * CLOSER + 1, dtype=flat.dtype, device=flat.device)
-    for place in places[tried.topk(STARTS, dim=0, largest=False).indices]:
-        apart = 1 / (CANDIDATES - 1)
-        for _ in range(LOOKS):
-            near = place + apart * beside[:, None]
-            errors = torch.stack([sums.error(between(low, high, one), numbers) for one in near])
-            place, apart = near.gather(0, errors.argmin(0)[None])[0], apart / CLOSER
-        step = between(low, high, place)
-        for _ in range(LLOYD):
-            step = sums.best_step(step, numbers)
-        error = sums.error(step, numbers)
-        best, least = torch.where(error < least, step, best), torch.minimum(error, least)
-    return best
-
-
-def between(low: Float64[Tensor, "pieces"], high: Float64[Tensor, "pieces"], place: Tensor) -> Tensor:
-    """By ratio."""
-    return low ** (1 - place) * high**place
+def spread_steps(pieces: Float[Tensor, "g w r"], numbers: Numbers) -> tuple[Tensor, Tensor]:
+    """Steps from the least to the largest weight, 0 among them, and the code of 0."""
+    low, high = pieces.amin(1).clamp_max(0), pieces.amax(1).clamp_min(0)
+    step = (high - low) / (numbers.highest - numbers.lowest)
+    zero = (numbers.lowest - low / positive(step)).round_().clamp_(numbers.lowest, numbers.highest)
+    return step, zero
 
 
 @dataclass(frozen=True)
-class SortedSums:
-    """Sorted weights w (pieces, weights), sums of the first i of them, and of all of their squares."""
+class Search:
+    """How steps are looked for.
 
-    w: Tensor
-    total: Tensor
-    squares: Tensor
+    coarse: steps tried from `low` to `high`, evenly spaced by ratio. fine: steps tried around the best of these.
+    low, high: in units of the step of `absmax`. low None: the step that puts a third of the mean weight, zeros left
+        out, on the grid's end; no smaller one is best, as every weight would gain by a larger one.
+    """
 
-    @classmethod
-    def of(cls, flat: Tensor) -> "SortedSums":
-        w = flat.sort(-1).values.contiguous()
-        return cls(w, torch.nn.functional.pad(w.cumsum(-1), (1, 0)), w.square().sum(-1))
+    coarse: int
+    fine: int
+    low: float | None
+    high: float
 
-    def moments(self, step: Tensor, numbers: Numbers) -> tuple[Tensor, Tensor]:
-        """Sums of w c and of c^2, c the codes of the weights."""
-        codes = torch.arange(numbers.lowest, numbers.highest + 1, dtype=torch.float64, device=step.device)
-        bounds = (codes[:-1] + 0.5) * step[:, None]
-        ends = torch.searchsorted(self.w, bounds.contiguous())
-        ends = torch.nn.functional.pad(ends, (1, 0))
-        ends = torch.nn.functional.pad(ends, (0, 1), value=self.w.shape[-1])
-        sums = self.total.gather(1, ends).diff(dim=-1)
-        return (sums * codes).sum(-1), (ends.diff(dim=-1) * codes.square()).sum(-1)
 
-    def error(self, step: Tensor, numbers: Numbers) -> Tensor:
-        wc, cc = self.moments(step, numbers)
-        return self.squares - 2 * step * wc + step.square() * cc
+SEARCHES = {
+    "mse": Search(coarse=10, fine=8, low=0.2, high=1.0),
+    "slim": Search(coarse=64, fine=32, low=None, high=1.05),
+}
 
-    def best_step(self, step: Tensor, numbers: Numbers) -> Tensor:
-        wc, cc = self.moments(step, numbers)
-        return torch.where((cc > 0) & (wc > 0), wc / cc.clamp_min(1), step)
+
+def searched_steps(
+    pieces: Float[Tensor, "g w r"],
+    numbers: Numbers,
+    full: Float[Tensor, "g r"],
+    zero: Float[Tensor, "g r"] | None,
+    search: Search,
+) -> Float[Tensor, "g r"]:
+    """The best step found for each piece, never with a larger error than `full`, the step of `absmax`.
+
+    In up to 4 bits `slim` comes within 0.1% of the least error for pieces of 64 weights on; in 8 bits, where many steps
+    are nearly as good, within a few percent.
+    """
+    full = positive(full)
+    mean = pieces.abs().sum(1) / (pieces != 0).sum(1).clamp_min(1)
+    low = search.low * full if search.low else positive(mean / (-3 * numbers.lowest))
+    start, ratio, gap = low.log2(), (search.high * full / low).log2_(), 1 / (search.coarse - 1)
+    trials, place = StepTrials(pieces, numbers, zero), torch.ones_like(full)
+    trials.test(full)
+    for number in reversed(range(search.coarse)):
+        better = trials.test((start + ratio * (number * gap)).exp2_())
+        place = torch.where(better, number * gap, place)
+    for number in range(1, search.fine + 1):
+        distance = gap * (2 * number / (search.fine + 1) - 1)
+        trials.test((start + ratio * (place + distance)).exp2_())
+    trials.test(trials.best)
+    return trials.best
+
+
+CHUNK = 2**17  # weights that are rounded at a time: what is computed from them stays in the cache
+
+
+class StepTrials:
+    """Steps tried on pieces: the best so far of each piece, `best` (groups, rows), and its `error`.
+
+    zero: the code of 0; None for 0 itself.
+    """
+
+    def __init__(self, pieces: Float[Tensor, "g w r"], numbers: Numbers, zero: Float[Tensor, "g r"] | None) -> None:
+        groups, weights, rows = pieces.shape
+        self.pieces, self.numbers, self.zero = pieces, numbers, zero
+        self.best = pieces.new_ones(groups, rows)
+        self.error = torch.full_like(self.best, torch.inf)
+        self.groups_at_once, self.weights_at_once = max(CHUNK // (weights * rows), 1), max(CHUNK // rows, 1)
+        size = self.groups_at_once * min(self.weights_at_once, weights) * rows
+        self.buffers = [pieces.new_empty(size) for _ in range(3)]
+
+    def test(self, step: Float[Tensor, "g r"]) -> Bool[Tensor, "g r"]:
+        """Try the best step for the codes that `step` gives, and tell where it is better than all before."""
+        lost, gain, curvature = (torch.zeros_like(step) for _ in range(3))
+        for start in range(0, len(step), self.groups_at_once):
+            groups = slice(start, start + self.groups_at_once)
+            zero = None if self.zero is None else self.zero[groups, None]
+            for part in self.pieces[groups].split(self.weights_at_once, dim=1):
+                codes, missed, product = (buffer[: part.numel()].view(part.shape) for buffer in self.buffers)
+                torch.div(part, step[groups, None], out=codes)
+                if zero is not None:
+                    codes.add_(zero)
+                self.numbers.nearest_(codes)
+                if zero is not None:
+                    codes.sub_(zero)
+                torch.addcmul(part, codes, step[groups, None], value=-1, out=missed)
+                gain[groups] += torch.mul(codes, missed, out=product).sum(1)
+                lost[groups] += missed.square_().sum(1)
+                curvature[groups] += codes.square_().sum(1)
+        move = torch.where(curvature > 0, gain / curvature, 0)
+        error = lost - move * gain
+        better = error < self.error
+        self.best = torch.where(better, step + move, self.best)
+        self.error = torch.where(better, error, self.error)
+        return better
 
 
 def finer_inputs(

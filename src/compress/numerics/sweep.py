@@ -2,18 +2,21 @@
 
     min ||(W - Q) X||^2 = tr (W - Q) H (W - Q)^T,   H = E x x^T
 
-With U the upper Cholesky factor of H^-1, H^-1 = U^T U, the column j is settled, q_j, and the rest of W takes over what
+With U the upper Cholesky factor of H^-1, H^-1 = U^T U, the column j is fixed, q_j, and the rest of W takes over what
 it can: W_j: -= (w_j - q_j) / U_jj U_j: (GPTQ, arXiv 2210.17323, section 3; SparseGPT, arXiv 2301.00774, section 3).
-What is pruned is decided on the way, when a group's first column is reached, by w^2 / U_jj^2. Columns are taken in
-blocks: within one the updates are small, and the rest of the matrix is brought up to date once a block.
+What is pruned is decided on the way, when a group's first column is reached, by w^2 / U_jj^2.
 
 `descend` goes on from there: coordinate descent on the same error, column by column, which can also take back what an
 earlier column did (QuantEase, arXiv 2309.01885). Each step is exact, so the error never grows.
 
+Both fix columns in order, and the error of each changes the targets of the later ones by a row of a matrix:
+`fix_columns`. It works on the transposed matrix, where a column is contiguous, in blocks of two sizes: within a small
+block a column is brought up to date by the columns before it, everything else by products at the ends of blocks.
+
 Dimensions: W (m, n), m outputs, n inputs.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from jaxtyping import Bool, Float
@@ -21,9 +24,9 @@ from torch import Tensor
 
 from compress.numerics.grids import Grid
 from compress.numerics.hessian import Hessian
-from compress.numerics.sparsity import Pattern, free_mask, grouped_mask
+from compress.numerics.sparsity import Pattern, keep_mask
 
-BLOCK = 128
+BLOCK, SMALL = 128, 16
 
 
 def sweep(
@@ -41,49 +44,16 @@ def sweep(
     pattern: what a mask is to be found for; mask: the one to keep to. by_activation: columns are taken by decreasing
     H_jj; where the mask is to be found, its groups stay together and the order is the given one.
     """
-    n, by_activation = W.shape[1], by_activation and pattern is None
-    U = (hessian.ordered_inverse_root if by_activation else hessian.inverse_root).to(W.dtype)
-    columns = hessian.order.tolist() if by_activation else list(range(n))
-    rest, Q = W[:, hessian.order] if by_activation else W.clone(), torch.zeros_like(W)
-    found = None if pattern is None and mask is None else torch.ones_like(W, dtype=torch.bool) if mask is None else mask
-    for start, stop in blocks(n, block, pattern):
-        if pattern is not None and not pattern.is_grouped:
-            assert found is not None
-            found[:, start:stop] = free_mask(saliency(rest, U, start, stop), pattern.density, by_row=False)
-        errors = torch.zeros_like(rest[:, start:stop])
-        for j in range(start, stop):
-            if pattern is not None and pattern.is_grouped and j % pattern.group == 0:
-                assert found is not None
-                end = j + pattern.group
-                found[:, j:end] = grouped_mask(saliency(rest, U, j, end), pattern)
-            column, w = columns[j], rest[:, j : j + 1]
-            q = settled(w, column, grid, found)
-            Q[:, column : column + 1] = q
-            error = (w - q) / U[j, j]
-            rest[:, j:stop] -= error @ U[j : j + 1, j:stop]
-            errors[:, j - start : j - start + 1] = error
-        rest[:, stop:] -= errors @ U[start:stop, stop:]
-    return Q, found
-
-
-def blocks(n: int, block: int, pattern: Pattern | None) -> Iterator[tuple[int, int]]:
-    """From where to where; no group of the pattern is cut."""
-    grouped = pattern is not None and pattern.is_grouped
-    step = max(block // pattern.group, 1) * pattern.group if grouped and pattern else block
-    for start in range(0, n, step):
-        yield start, min(start + step, n)
-
-
-def saliency(rest: Tensor, U: Tensor, start: int, stop: int) -> Tensor:
-    """What deleting each weight costs, all else at its best."""
-    return (rest[:, start:stop] / U.diagonal()[start:stop]).square()
-
-
-def settled(
-    w: Float[Tensor, "m 1"], column: int, grid: Grid | None, mask: Bool[Tensor, "m n"] | None
-) -> Float[Tensor, "m 1"]:
-    q = w if grid is None else grid.nearest(w, column)
-    return q if mask is None else q * mask[:, column : column + 1]
+    order = hessian.order if by_activation and pattern is None else None
+    U = (hessian.inverse_root if order is None else hessian.ordered_inverse_root).to(W.dtype)
+    rest = in_order(W, order).clone()
+    rounding = ColumnRounding(grid, mask, order, W.shape[1], W.dtype)
+    if pattern is not None:
+        rounding.search_mask(pattern, U.diagonal(), like=rest)
+    Q = fix_columns(rest, U / U.diagonal()[:, None], rounding, block=block)
+    if order is not None:
+        Q = Q[order.argsort()]
+    return Q.T, mask if pattern is None or rounding.kept is None else rounding.kept.T.bool()
 
 
 def descend(
@@ -100,21 +70,110 @@ def descend(
 
     Fewer than `rounds` where nothing changes any more.
     """
-    H = hessian.damped.to(W.dtype)
-    Q, n = Q.clone(), W.shape[1]
-    slope = (W - Q) @ H
+    H, rounding = hessian.damped.to(W.dtype), ColumnRounding(grid, mask, None, W.shape[1], W.dtype)
+    target, now, step_sizes = in_order(W, None), in_order(Q, None), (1 / H.diagonal()).tolist()
     for _ in range(rounds):
-        before = Q.clone()
-        for start in range(0, n, block):
-            stop = min(start + block, n)
-            old, near = Q[:, start:stop].clone(), slope[:, start:stop].clone()
-            for j in range(start, stop):
-                q = Q[:, j : j + 1]
-                wanted = q + near[:, j - start : j - start + 1] / H[j, j]
-                new = settled(wanted, j, grid, mask)
-                near -= (new - q) @ H[j : j + 1, start:stop]
-                Q[:, j : j + 1] = new
-            slope -= (Q[:, start:stop] - old) @ H[start:stop]
-        if torch.equal(Q, before):
+        slope = H @ (target - now)
+        before, now = now, fix_columns(slope, H, rounding, old=now, step_sizes=step_sizes, block=block)
+        if torch.equal(now, before):
             break
+    return now.T
+
+
+def fix_columns(
+    rest: Float[Tensor, "n m"],
+    coupling: Float[Tensor, "n n"],
+    rounding: "ColumnRounding",
+    *,
+    old: Float[Tensor, "n m"] | None = None,
+    step_sizes: Sequence[float] = (),
+    block: int,
+) -> Float[Tensor, "n m"]:
+    """Q, whose column j is rest_j rounded, or with `old`, old_j + step_sizes_j rest_j rounded.
+
+    After each column, coupling[j, k] times its error is subtracted from rest_k for all later k. The error is
+    rest_j - q_j, or with `old`, q_j - old_j. In the end `rest` holds these errors.
+    """
+    n, unit = len(rest), rounding.unit
+    small = SMALL if unit == 1 else unit
+    Q = torch.empty_like(rest)
+    columns, error = Q.unbind(), rest.unbind()
+    for start, stop in spans(0, n, max(block // unit, 1) * unit):
+        rounding.find_mask(rest, start, stop, grouped=False)
+        for first, last in spans(start, stop, small):
+            rounding.find_mask(rest, first, last, grouped=True)
+            for j in range(first, last):
+                if j > first:
+                    error[j].addmv_(rest[first:j].T, coupling[first:j, j], alpha=-1)
+                if old is None:
+                    rounding.round(j, error[j], out=columns[j])
+                    error[j].sub_(columns[j])
+                else:
+                    target = torch.add(old[j], error[j], alpha=step_sizes[j], out=error[j])
+                    rounding.round(j, target, out=columns[j])
+                    torch.sub(columns[j], old[j], out=error[j])
+            rest[last:stop].addmm_(coupling[first:last, last:stop].T, rest[first:last], alpha=-1)
+        rest[stop:].addmm_(coupling[start:stop, stop:].T, rest[start:stop], alpha=-1)
     return Q
+
+
+class ColumnRounding:
+    """Rounds columns to a grid, within a mask that is given or found on the way.
+
+    order: in which columns are taken; None for their own. kept: the mask (n, m) in that order, 1 for what stays.
+    """
+
+    def __init__(
+        self, grid: Grid | None, mask: Bool[Tensor, "m n"] | None, order: Tensor | None, n: int, dtype: torch.dtype
+    ) -> None:
+        self.numbers = None if grid is None else grid.numbers
+        if grid is not None:
+            size, scale, offset = grid.group, grid.step, grid.zero
+            if grid.finer is not None:  # each input has a scale of its own
+                size, scale, offset = 1, grid.scale(n), grid.offset(n)
+            self.group = [j // size for j in (range(n) if order is None else order.tolist())]
+            self.scale = scale.T.contiguous().unbind()
+            self.offset = None if offset is None else offset.T.contiguous().unbind()
+        self.kept = None if mask is None else in_order(mask.to(dtype), order)
+        self.pattern: Pattern | None = None
+
+    def search_mask(self, pattern: Pattern, spread: Float[Tensor, "n"], *, like: Float[Tensor, "n m"]) -> None:
+        """Find the mask on the way by the cost of deleting a weight, all later ones at their best: (w / spread)^2."""
+        self.pattern, self.spread, self.kept = pattern, spread[:, None], torch.ones_like(like)
+
+    @property
+    def unit(self) -> int:
+        """How many columns the mask is found for at a time."""
+        return self.pattern.group if self.pattern is not None and self.pattern.is_grouped else 1
+
+    def find_mask(self, rest: Float[Tensor, "n m"], start: int, stop: int, *, grouped: bool) -> None:
+        """Find the mask of columns start .. stop, if one is searched and its pattern is `grouped` or not."""
+        if self.kept is not None and self.pattern is not None and self.pattern.is_grouped == grouped:
+            cost = (rest[start:stop] / self.spread[start:stop]).square_()
+            self.kept[start:stop] = keep_mask(cost.T, self.pattern, by_row=False).T
+
+    def round(self, j: int, w: Float[Tensor, "m"], *, out: Float[Tensor, "m"]) -> None:
+        """Write the allowed values nearest to w into `out`."""
+        if self.numbers is None:
+            out.copy_(w)
+        else:
+            scale, offset = self.scale[self.group[j]], None if self.offset is None else self.offset[self.group[j]]
+            torch.div(w, scale, out=out)
+            if offset is not None:
+                out.add_(offset)
+            self.numbers.nearest_(out)
+            if offset is not None:
+                out.sub_(offset)
+            out.mul_(scale)
+        if self.kept is not None:
+            out.mul_(self.kept[j])
+
+
+def in_order(W: Float[Tensor, "m n"], order: Tensor | None) -> Float[Tensor, "n m"]:
+    """Transposed, in one piece of memory; not always a copy."""
+    return W.T.contiguous() if order is None else W.T[order]
+
+
+def spans(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
+    for first in range(start, stop, size):
+        yield first, min(first + size, stop)

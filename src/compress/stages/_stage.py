@@ -71,6 +71,11 @@ class StageConfig(BaseModel):
     def apply(self, site: Any) -> None:
         """Do it at one site."""
 
+    def apply_together(self, sites: Sequence[Any]) -> None:
+        """Do it at several linears that are given the same inputs."""
+        for site in sites:
+            self.apply(site)
+
     def resolved(self, steps: Mapping[str, int]) -> "StageConfig":
         """With what was left to the architecture: widths of each kind come in multiples of its step."""
         return self

@@ -230,8 +230,8 @@ class Factorize(FactorisingStage):
         if self.method == "lord":
             return lord(W, bias, inputs, rank, name=site.name, centred=centred)
         metric = None
-        if self.gradient_weight and site.gradient is not None:
-            metric = gradient_metric(site.gradient, self.gradient_weight, name=site.name)
+        if self.gradient_weight and (gradient := site.gradient) is not None:
+            metric = gradient_metric(gradient, self.gradient_weight, name=site.name)
         return weighted(W, bias, inputs, rank, metric, name=site.name, centred=centred)
 
 

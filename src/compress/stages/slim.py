@@ -6,7 +6,8 @@ the weight that turns the compressed prefix's activations into the dense model's
 regression of what is still missing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import zip_longest
 from typing import Annotated, Any, Literal
 
 import torch
@@ -16,7 +17,15 @@ from torch import Tensor, nn
 from compress.models.factors import fill
 from compress.models.storage import Storage, stored_linear
 from compress.numerics.adapters import AdapterMethod
-from compress.numerics.decomposition import Adapting, Decomposed, Decomposition, Pruner, Pruning, Rounding, decompose
+from compress.numerics.decomposition import (
+    Adapting,
+    Decomposed,
+    Decomposition,
+    Pruner,
+    Pruning,
+    Rounding,
+    decompose_together,
+)
 from compress.numerics.grids import Numbers, Sharing
 from compress.numerics.sparsity import Pattern
 from compress.own_model.modeling_compress import AdaptedLinear
@@ -262,23 +271,43 @@ class Slim(StoringStage):
         return Decomposition(prune=pruning, quantize=rounding, adapt=adapting, polish=self.polish)
 
     def apply(self, site: LinearSite) -> None:
-        if not self.targets(site.shape):
-            return
-        whole = site.product
-        for part in site.linears():
-            self.store(part)
-        site.notes["lost"] = lost(whole, site.product, site.inputs, centred=self.centre and site.shape.has_bias)
+        self.apply_together([site])
 
-    def store(self, site: LinearSite) -> None:
-        W, bias, centred = site.weight, site.bias, self.centre and site.bias is not None
-        how = self.decomposition(site.shape)
-        found = decompose(W, site.inputs, how, centred=centred, dtype=site.dtype, name=site.name)
-        site.notes |= {"adapter_rank": how.adapt.rank} if how.adapt else {}
-        site.notes |= {"bits": self.quantize.bits} if self.quantize else {}
-        site.notes |= {"pattern": self.prune.pattern} if self.prune else {}
-        if bias is not None and found.shift is not None:
-            bias = bias + found.shift
-        site.replace(self.module(site, found, bias))
+    def apply_together(self, sites: Sequence[LinearSite]) -> None:
+        sites = [site for site in sites if self.targets(site.shape)]
+        products = [site.product for site in sites]
+        for parts in zip_longest(*(site.linears() for site in sites)):
+            for group in self.by_inputs([part for part in parts if part is not None]):
+                self.store(group)
+        for site, product in zip(sites, products, strict=True):
+            site.notes["lost"] = lost(product, site.product, site.inputs, centred=self.centres(site))
+
+    def by_inputs(self, sites: Sequence[LinearSite]) -> Iterable[list[LinearSite]]:
+        """Group linears by their inputs, and by whether these are centred."""
+        found: dict[tuple[int, bool], list[LinearSite]] = {}
+        for site in sites:
+            found.setdefault((id(site.inputs), self.centres(site)), []).append(site)
+        return found.values()
+
+    def centres(self, site: LinearSite) -> bool:
+        return self.centre and site.shape.has_bias
+
+    def store(self, sites: Sequence[LinearSite]) -> None:
+        first, hows = sites[0], [self.decomposition(site.shape) for site in sites]
+        decomposed = decompose_together(
+            [site.weight for site in sites],
+            first.inputs,
+            hows,
+            centred=self.centres(first),
+            dtype=first.dtype,
+            names=[site.name for site in sites],
+        )
+        for site, how, found in zip(sites, hows, decomposed, strict=True):
+            site.notes |= {"adapter_rank": how.adapt.rank} if how.adapt else {}
+            site.notes |= {"bits": self.quantize.bits} if self.quantize else {}
+            site.notes |= {"pattern": self.prune.pattern} if self.prune else {}
+            bias = site.bias if found.shift is None or site.bias is None else site.bias + found.shift
+            site.replace(self.module(site, found, bias))
 
     def module(self, site: LinearSite, found: Decomposed, bias: Tensor | None) -> nn.Linear | AdaptedLinear:
         if self.form == "dense":

@@ -56,14 +56,17 @@ class FactorShape:
         return num_stored(linear.m, linear.n, self.rank, self.form) + added
 
 
+def no_gradient() -> None:
+    """Where no survey looked."""
+
+
 @dataclass
 class LinearSite:
     """
     name: as a user should read it, "block 3 mlp.down_proj". shape: of the linear when the site was met.
     inputs: E x x^T, E x and E |x| of what it is given, over the calibration tokens.
     put: what puts a module into its place.
-    gradient: E g g^T, g the loss's gradient by its outputs in the dense model, or the diagonal alone of a wide one;
-        None where no survey looked.
+    read_gradient: reads `gradient` from where the survey has put it.
     notes: what stages have to say in the report.
     """
 
@@ -72,7 +75,7 @@ class LinearSite:
     module: Rewritten
     inputs: InputMoments
     put: Callable[[Rewritten], None]
-    gradient: Tensor | None = None
+    read_gradient: Callable[[], Tensor | None] = no_gradient
     notes: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -86,6 +89,11 @@ class LinearSite:
     @property
     def dtype(self) -> torch.dtype:
         return self._linear.weight.dtype
+
+    @property
+    def gradient(self) -> Tensor | None:
+        """E g g^T, g the loss's gradient by its outputs in the dense model, or the diagonal alone of a wide one."""
+        return self.read_gradient()
 
     @property
     def _linear(self) -> nn.Linear:
@@ -135,7 +143,7 @@ class LinearSite:
             module=linear,
             inputs=inputs,
             put=partial(setattr, thin, name),
-            gradient=self.gradient if gives_outputs else None,
+            read_gradient=self.read_gradient if gives_outputs else no_gradient,
             notes=self.notes,
         )
 

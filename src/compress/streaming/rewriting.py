@@ -1,8 +1,8 @@
-"""Giving linears one by one to the stages that work on them."""
+"""Giving linears to the stages that work on them: those with the same inputs together."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from torch import nn
@@ -15,7 +15,7 @@ from compress.numerics.lowrank import InputMoments
 from compress.streaming.experts import filled_up
 from compress.streaming.groups import EquationSums, Readers, Writers
 from compress.streaming.layout import Layout
-from compress.streaming.linears import LinearSite, Rewritten, linear_shape
+from compress.streaming.linears import LinearSite, Rewritten, linear_shape, no_gradient
 from compress.streaming.processes import ALONE, Processes
 from compress.streaming.sites import Stage
 from compress.streaming.stopwatch import Stopwatch
@@ -71,13 +71,13 @@ class LinearRewriter:
         apart = isinstance(group, Readers) and group.branch.experts
         if not self.stages or group.block == len(self.decoder.blocks) or apart:
             return []
-        shared, reports = dict[tuple[int, int], SharedInputs](), []
+        sharing, reports = dict[tuple[int, int], list[str]](), []
         for name, place in group.places().items():
-            where = (place.start, place.stop)
-            if where not in shared:
-                form, tokens = self.layout.form(group.branch, name), group.tokens
-                shared[where] = SharedInputs(group.moments(place), form, tokens)
-            reports.append(self.rewrite(group.branch, group.block, name, shared[where]))
+            sharing.setdefault((place.start, place.stop), []).append(name)
+        for where, names in sharing.items():
+            form = self.layout.form(group.branch, names[0])
+            given = SharedInputs(group.moments(slice(*where)), form, group.tokens)
+            reports += self.rewrite(group.branch, group.block, names, given)
         return reports
 
     def rewrite_together(self, branch: Branch, block: int, streams: Streams, *, advance: bool) -> list[Report]:
@@ -110,7 +110,7 @@ class LinearRewriter:
         for names, its_sums in zip(sharing, sums, strict=True):
             shared = self._shared_inputs(branch, names[0], its_sums, every)
             every = every or shared.inputs
-            reports += [self.rewrite(branch, block, name, shared) for name in names]
+            reports += self.rewrite(branch, block, names, shared)
         return reports
 
     def _shared_inputs(self, branch: Branch, name: str, sums: EquationSums, every: InputMoments | None) -> SharedInputs:
@@ -126,25 +126,34 @@ class LinearRewriter:
                 moments = sums.moments(self.processes)
         return SharedInputs(moments, form, tokens)
 
-    def rewrite(self, branch: Branch, block: int, name: str, given: SharedInputs) -> Report:
-        decoder, module = self.decoder, plain(branch.linear(name))
+    def rewrite(self, branch: Branch, block: int, names: Sequence[str], given: SharedInputs) -> list[Report]:
+        sites = [self._site(branch, block, name, given) for name in names]
+        with self.clock("solve"):
+            for stage in self.stages:
+                if stage.in_written_form:
+                    sites = [
+                        self._in_written_form(branch, name, site, given.written)
+                        for name, site in zip(names, sites, strict=True)
+                    ]
+                stage.apply_together(sites)
+            for site in sites:
+                self.processes.follow(*site.module.state_dict().values())
+        return [site.report() for site in sites]
+
+    def _site(self, branch: Branch, block: int, name: str, given: SharedInputs) -> LinearSite:
+        decoder, survey, module = self.decoder, self.survey, plain(branch.linear(name))
         shape = linear_shape(f"{decoder.block_prefix(block)}{name}", name, decoder.family.part_of(name), module)
-        site = LinearSite(
+        return LinearSite(
             name=f"block {block} {name}",
             shape=shape,
             module=module,
             inputs=given.inputs,
             put=lambda put: branch.replace_linear(name, put),
+            read_gradient=no_gradient
+            if survey is None
+            else partial(survey.gradient_at, shape.path, block, decoder.device),
             notes={} if given.tokens is None else {"tokens": given.tokens, "wanted": module.in_features},
-            gradient=None if self.survey is None else self.survey.gradient_at(shape.path, block, decoder.device),
         )
-        with self.clock("solve"):
-            for stage in self.stages:
-                if stage.in_written_form:
-                    site = self._in_written_form(branch, name, site, given.written)
-                stage.apply(site)
-            self.processes.follow(*site.module.state_dict().values())
-        return site.report()
 
     def _in_written_form(self, branch: Branch, name: str, site: LinearSite, inputs: InputMoments) -> LinearSite:
         """The same linear as the checkpoint will have it; the walk goes on with it through a change of form."""
@@ -160,7 +169,7 @@ class LinearRewriter:
 
         put(module)
         shape = replace(site.shape, m=module.out_features, n=module.in_features, has_bias=has_bias(module))
-        return replace(site, shape=shape, module=module, inputs=inputs, put=put, gradient=None)
+        return replace(site, shape=shape, module=module, inputs=inputs, put=put, read_gradient=no_gradient)
 
 
 def has_bias(module: AnyLinear) -> bool:

@@ -8,7 +8,7 @@ at each site of that kind and knows nothing else about it.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
@@ -151,3 +151,5 @@ class Stage(Protocol):
     def plain_inputs(self) -> bool: ...
 
     def apply(self, site: Any) -> None: ...
+
+    def apply_together(self, sites: Sequence[Any]) -> None: ...
