@@ -81,14 +81,12 @@ class RunOptions:
 
         model: in place of what was typed.
         """
-        sizes: dict[str, int | None] = {"cache_memory": None, "max_memory": None}
-        for name in sizes:
-            if (text := getattr(self, name)) is not None:
-                with faults.noted():
-                    sizes[name] = parse_size(text, f"--{name.replace('_', '-')}")
+        with faults.noted():
+            cache = None if self.cache_memory is None else parse_size(self.cache_memory, "--cache-memory")
+            most = None if self.max_memory is None else parse_size(self.max_memory, "--max-memory")
         found = look_at(faults, model=model or self.model, dtype=self.dtype, data_dir=self.data_dir, device=self.device)
         quiet_libraries()
-        return Resources(*found, **sizes)
+        return Resources(*found, cache, most)
 
     def recipe(self, source: "ModelSource", method: str, stages: list[dict[str, Any]], **rest: Any) -> "Recipe":
         """The recipe of these stages over the calibration text that was named."""

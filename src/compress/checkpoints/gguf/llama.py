@@ -66,6 +66,7 @@ def read_model(folder: Path) -> Model:
         # llama.cpp computes with norms and biases in float32; GGUF has float64 for none.
         dtype = torch.float32 if len(shape) == 1 or dtype == torch.float64 else dtype
         theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert theirs is not None  # the map has every tensor of a Llama
         entries.append(Entry(theirs, shape, dtype, partial(read_rows, weights, name, config, dtype)))
     rope = {"rope_type": "default", "rope_theta": 1e4} | (config.rope_parameters or {})
     if rope["rope_type"] == "llama3":
