@@ -272,7 +272,7 @@ def test_anchored_ends_nearer_to_the_dense_model_than_lord(tmp_path):
         windows = read_windows(job, DEMO)
         made: Any = AutoModelForCausalLM.from_pretrained(tmp_path / method, dtype=torch.float32).eval()
         there = last_stream(dense, dense.config, windows)
-        here = last_stream(made.model, dense.config, windows)
+        here = last_stream(made, dense.config, windows)
         errors[method] = float((here - there).square().sum() / there.square().sum())
     assert 0 < errors["anchored"] < 0.9 * errors["lord"]
 
