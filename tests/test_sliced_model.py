@@ -227,7 +227,7 @@ def test_companions_are_copied_byte_for_byte(made):
 
 
 def test_the_carried_modeling_files_are_this_packages(made):
-    folder = Path(compress.__file__).parent / "models"
+    folder = Path(compress.__file__).parent / "own_model"
     for name in ("configuration_compress.py", "modeling_compress.py"):
         assert (made("opt", "float32").out / name).read_bytes() == (folder / name).read_bytes()
 
