@@ -55,7 +55,7 @@ def test_as_many_neurons_in_all_stand_where_the_survey_wants_them(home, place, m
     trials = json.loads((place / "out" / "compress.json").read_text())["trials"]
     assert neurons in [trial["neurons"] for trial in trials] or not trials
     config = json.loads((place / "out" / "config.json").read_text())
-    assert config["mlp_widths"] == neurons
+    assert config["slicing"]["mlp_widths"] == neurons
     model = AutoModelForCausalLM.from_pretrained(place / "out")
     assert sum(parameter.numel() for parameter in model.parameters()) == said["parameters"]
     family = families.find(model.config.text_config)

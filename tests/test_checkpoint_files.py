@@ -162,7 +162,7 @@ def test_compress_json_reports_every_point(written, facts):
     assert [point["point"] for point in facts["points"]] == names
     widths = [point["width"] for point in facts["points"]]
     assert widths == [24] * (len(names) - 1) + [HIDDEN]
-    assert widths == json.loads((written / "config.json").read_text())["stream_widths"]
+    assert widths == json.loads((written / "config.json").read_text())["slicing"]["stream_widths"]
     assert all(point["dense_width"] == HIDDEN and 0.5 < point["kept_energy"] <= 1 for point in facts["points"])
     assert facts["points"][-1]["kept_energy"] == 1
 

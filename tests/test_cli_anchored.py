@@ -59,7 +59,7 @@ def test_opt_keeps_our_architecture_and_says_why(home, place):
     assert "CompressForCausalLM (ours, its code is carried along)" in flat(ran.out)
     assert "opt ties the heads' size to the hidden one" in flat(ran.out)
     config = json.loads((place / "compressed" / "opt-anchored-0.25" / "config.json").read_text())
-    assert config["shortcuts"] is False
+    assert config["slicing"]["shortcuts"] is False
     assert not any("shortcut" in name for name in tensors(place / "compressed" / "opt-anchored-0.25"))
 
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 import oracles
 import tiny
 from compress import families
+from compress.architectures.own import as_own
 from compress.architectures.stock import Stock
 from compress.models.decoder import Decoder
 from compress.models.factors import factor_module
@@ -115,7 +116,7 @@ def walked(
 ) -> oracles.Walked:
     config = load_config(folder)
     settings = WalkSettings(
-        layout=Stock(config, families.find(config)).layout(torch.float64),
+        layout=as_own(Stock(config, families.find(config))).layout(torch.float64),
         output_dtype=torch.float64,
         batch_size=3,
         held_out=held_out,
@@ -136,7 +137,7 @@ def reports(result: oracles.Walked) -> dict[str, dict[str, Any]]:
 
 def written_model(model: PreTrainedModel, result: oracles.Walked) -> Any:
     """The dense model with what the walk wrote in it."""
-    tensors = {name.removeprefix("model."): tensor for name, tensor in result.tensors.items()}
+    tensors = dict(result.tensors)
     entries = {
         path: {
             "rank": entry["rank"],
@@ -346,16 +347,14 @@ def test_what_would_not_be_smaller_stays_as_it_was(models):
         # All its linears have biases, so that none is added.
         assert rank == (24 if 24 * (m + n) < m * n else None)
         if rank is None:
-            assert torch.equal(result.tensors[f"model.{path}.weight"], dense[f"{path}.weight"])
+            assert torch.equal(result.tensors[f"{path}.weight"], dense[f"{path}.weight"])
     assert {*ranks.values()} == {None}
     result = walked(folder, [Factorize(method="lord", rank_frac=0.7, form="factors")])
     assert {entry.get("rank") for entry in reports(result).values()} == {None, 22}
     result = walked(folder, [Factorize(method="lord", rank_frac=1.0)])
-    assert {name.removeprefix("model.") for name in result.tensors} == {
-        name for name in dense if not name.endswith(("inv_freq",))
-    }
+    assert result.tensors.keys() == {name for name in dense if not name.endswith(("inv_freq",))}
     for name, tensor in result.tensors.items():
-        assert torch.equal(tensor, dense[name.removeprefix("model.")])
+        assert torch.equal(tensor, dense[name])
 
 
 # ---- the forms ----

@@ -83,7 +83,7 @@ def test_a_module_is_the_factors_function(rank, form, has_bias, dtype):
         factors = drawn(has_bias, rank=rank, seed=10 * seed)
         module = factor_module(factors, form, dtype)
         assert type(module) is KINDS[form]
-        assert (module.in_features, module.out_features, module.rank, module.form) == (N, M, rank, form)
+        assert (module.in_features, module.out_features, module.rank) == (N, M, rank)
         assert all(parameter.dtype == dtype and not parameter.is_meta for parameter in module.parameters())
         X = random(4, N, seed=seed)
         assert difference(module(X.to(dtype)), plain(factors, X)) < 10 * TOLERANCE[dtype]

@@ -170,8 +170,15 @@ def test_the_config_says_what_it_is(made):
     assert config["text_config"]["model_type"] == "opt"
     assert config["text_config"]["hidden_size"] == DENSE
     assert config["dtype"] == "float32"
-    assert config["stream_widths"] == checkpoint.result.widths == [NARROW] * 6 + [DENSE]
-    assert (config["norm_width"], config["norm_eps"], config["reader_bias"]) == (DENSE, 1e-5, True)
+    assert checkpoint.result.widths == [NARROW] * 6 + [DENSE]
+    assert config["slicing"] == {
+        "stream_widths": checkpoint.result.widths,
+        "shortcuts": True,
+        "mlp_widths": None,
+        "norm_width": DENSE,
+        "norm_eps": 1e-5,
+        "reader_bias": True,
+    }
     assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (0, 1, 2)
     assert config["auto_map"] == {
         "AutoConfig": "configuration_compress.CompressConfig",
@@ -220,7 +227,7 @@ def test_companions_are_copied_byte_for_byte(made):
 
 
 def test_the_carried_modeling_files_are_this_packages(made):
-    folder = Path(compress.__file__).parent / "models"
+    folder = Path(compress.__file__).parent / "own_model"
     for name in ("configuration_compress.py", "modeling_compress.py"):
         assert (made("opt", "float32").out / name).read_bytes() == (folder / name).read_bytes()
 
@@ -381,7 +388,7 @@ def test_outputs_can_be_a_tuple_and_logits_the_last_alone(any_model):
 @pytest.mark.parametrize("model_type", tiny.FAMILIES)
 def test_hidden_states_have_the_streams_widths(model_type, any_model):
     model = any_model(model_type)
-    widths = model.config.stream_widths
+    widths = model.config.slicing["stream_widths"]
     branches = len(model.config.structure["branches"])
     with torch.no_grad():
         output = model(input_ids=UNSEEN, output_hidden_states=True)

@@ -484,7 +484,7 @@ def test_what_has_no_stock_shape_is_written_in_ours(name, written, looked):
     assert made.result.architecture == found["class"] == "CompressForCausalLM"
     assert found["module"].startswith("transformers_modules.")
     assert looked.ours == []
-    assert made.config["shortcuts"] is False
+    assert made.config["slicing"]["shortcuts"] is False
     assert not any("shortcut" in key for key in made.tensors)
 
 

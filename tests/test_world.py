@@ -109,7 +109,7 @@ def test_sliced_again_by_the_papers_method(world):
     model = load(out)
     assert type(model) is CompressForCausalLM
     assert set(result.widths) == {RANK}
-    assert model.config.norm_width == NARROW
+    assert model.config.slicing["norm_width"] == NARROW
     assert relative(oracles.logits_of(model, IDS), world["dense"]) < 1e-5
 
 

@@ -158,7 +158,7 @@ class Family:
         return float(getattr(config, self.multiplier)) if self.multiplier else 1.0
 
     def structure(self) -> dict[str, Any]:
-        """The names alone, as plain data: what a sliced checkpoint carries in its config.json."""
+        """The names alone, as plain data: what a checkpoint of our own class has in its config.json."""
         named = ("embeddings", "blocks", "attention", "final_norm", "head", "head_bias", "dropout", "returns_tuple")
         names: dict[str, Any] = {name: getattr(self, name) for name in (*named, "multiplier", "logits")}
         branches = [asdict(branch) for branch in self.branches]
