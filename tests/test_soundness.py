@@ -18,14 +18,13 @@ EVAL = ["eval", "--device", "cpu", "--seq-len", 32, "--limit", 2]
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """`loud`: a llama whose second block multiplies beyond what float32 has; `half`: beyond float16 alone."""
+    """`loud`: a llama whose second block multiplies beyond what float32 has."""
     home = tmp_path_factory.mktemp("home")
     write_text(home / "text.txt", lines=60)
     write_model(home / "sound", "llama", dtype=torch.float32)
-    for name, factor in (("loud", 1e25), ("half", 3e3)):
-        shutil.copytree(home / "sound", home / name)
-        for linear in ("gate_proj", "up_proj"):
-            scale(home / name, f"model.layers.1.mlp.{linear}.weight", factor)
+    shutil.copytree(home / "sound", home / "loud")
+    for linear in ("gate_proj", "up_proj"):
+        scale(home / "loud", f"model.layers.1.mlp.{linear}.weight", 1e25)
     (home / "humaneval").mkdir()
     fields = {"task_id": "a/0", "prompt": "def f():\n", "entry_point": "f", "canonical_solution": "", "test": ""}
     (home / "humaneval" / "HumanEval.jsonl").write_text(json.dumps(fields) + "\n")
@@ -82,10 +81,9 @@ def test_a_recipe_says_so_too(home, monkeypatch, tmp_path):
     assert "in the stream after block 1 mlp, first in what mlp.down_proj is given" in fault
 
 
-# The commands that measure: in float32, and in float16 where that alone is too small.
+# The commands that measure.
 
 
-@pytest.mark.parametrize(("model", "dtype"), [("loud", "float32"), ("half", "float16")])
 @pytest.mark.parametrize(
     ("words", "what"),
     [
@@ -98,8 +96,8 @@ def test_a_recipe_says_so_too(home, monkeypatch, tmp_path):
     ],
     ids=["ppl", "kl", "humaneval"],
 )
-def test_a_measure_names_the_linear(words, what, model, dtype, home, monkeypatch):
-    fault = fault_of(home, monkeypatch, *EVAL, "--model", model, "--dtype", dtype, *words)
+def test_a_measure_names_the_linear(words, what, home, monkeypatch):
+    fault = fault_of(home, monkeypatch, *EVAL, "--model", "loud", *words)
     assert fault.startswith(what)
     assert "first in what model.layers.1.mlp.down_proj is given. Check the weights" in fault
 

@@ -75,7 +75,7 @@ def asked(task: str, document: dict[str, Any]) -> list[tuple[str, str]]:
     """What the model is to be asked: a context and a continuation for each answer."""
     if "query" in document:
         context = document["query"]
-        if task in ("piqa", "arc_easy"):
+        if task in ("piqa", "arc_easy", "arc_challenge"):
             context = context.removesuffix("\n") + ANSWERS
         if task == "boolq":
             context = context.removeprefix("Passage: ") + ANSWERS
