@@ -120,7 +120,8 @@ class Bench:
             seed=42,
             data_dir=None if options.data_dir is None else Path(options.data_dir),
         )
-        self.folder, self.passes = folder, [self.forward_pass()]
+        self.folder = folder
+        self.passes = [self.forward_pass()]
         self.rate = matrix_rate(self.config.hidden_size)
 
     def heading(self) -> str:
