@@ -20,7 +20,7 @@ PRUNER = "Default: admm for anchored, wanda for slim."
 QUANTIZER = "Default: gptq for anchored, slim for slim."
 ADAPTER = "Default: anchored (several rounds, towards the dense model) for anchored, slim for slim."
 REFIT = "Solve every linear again, towards the dense model, before it is compressed. Default: --refit for anchored."
-FAST = "anchored: 40 iterations of ADMM instead of 200, and one round of the adapter."
+FAST = "anchored: 20 iterations of ADMM instead of 40, and one round of the adapter."
 ACT_ORDER = "gptq: take columns in order of decreasing activation."
 ASYMMETRIC = "Grids with zero points."
 IMPORTANT = "SLiM-Quant^O: round one input in a hundred twice as finely. For --compact and --materialize."
@@ -34,9 +34,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "anchored": {"pruner": "admm", "quantizer": "gptq", "adapter": "anchored", "group": None, "refit": True},
     "slim": {"pruner": "wanda", "quantizer": "slim", "adapter": "slim", "group": "tensor", "refit": False},
 }
-ROUNDS = 3  # of the anchored adapter
-POLISH = 3
-FAST_ITERATIONS = 40
+ROUNDS = 2  # of the anchored adapter
+POLISH = 3  # without an adapter; with one every round polishes again
+POLISH_A_ROUND = 2
+FAST_ITERATIONS = 20
 
 
 @reporting_errors
@@ -120,7 +121,7 @@ class Asked:
             "quantize": quantize,
             "adapt": adapt,
             "refit": self.part("refit"),
-            "polish": POLISH if ours else 0,
+            "polish": (POLISH if adapt is None else POLISH_A_ROUND) if ours else 0,
             "centre": ours,
             "inputs": self.amounts["inputs"],
             "form": form,

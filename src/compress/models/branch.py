@@ -176,6 +176,28 @@ def captured_inputs(modules: Iterable[nn.Module]) -> Iterator[dict[int, Tensor]]
             handle.remove()
 
 
+class Reached(Exception):
+    """A module was about to run, and what it is given is all that was asked for."""
+
+
+def input_of(module: nn.Module, run: Callable[[], Any]) -> Tensor:
+    """What a module is given when `run` is called; neither it nor what comes after it is run."""
+    found: list[Tensor] = []
+
+    def stop(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        found.append(inputs[0])
+        raise Reached
+
+    handle = module.register_forward_pre_hook(stop)
+    try:
+        run()
+    except Reached:
+        pass
+    finally:
+        handle.remove()
+    return found[0]
+
+
 def note_input(found: dict[int, Tensor], place: int, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     found[place] = inputs[0]
 

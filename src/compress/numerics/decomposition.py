@@ -44,7 +44,7 @@ class Pruning:
 
     method: Pruner
     pattern: Pattern
-    iterations: int = 200
+    iterations: int = 40
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -43,6 +43,10 @@ class ActivationCache:
     def __len__(self) -> int:
         return len(self.batches)
 
+    @property
+    def bytes_in_memory(self) -> int:
+        return 0 if self.slots is not None else sum(batch.nbytes for batch in self.batches if batch is not None)
+
     def stored(self, index: int) -> Float[Tensor, "windows tokens width"]:
         """A batch where it is kept."""
         batch = self.batches[index]

@@ -6,7 +6,8 @@ compressed before it. At each branch:
     the readers take the stream in its present basis; where stages work on groups of linears, they are fitted first
     the dense stream advances through the branch as it is, where some stage compares with it
     the branch runs; its output is taken in the dense basis, and the point's statistics decide the next basis
-    the writers write in that basis; where stages work on groups of linears, they are fitted, and the branch runs again
+    the writers write in that basis; where stages work on groups of linears, they are fitted, and the branch runs again,
+    or the writer alone where its inputs are kept
 
 Where stages work on single linears, readers are given to them before the branch runs, writers before it runs again.
 Without groups and linears nothing is run a second time. The reference code of SliceGPT runs each block twice.
@@ -21,13 +22,14 @@ encode (D, d).
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
 from compress.families import Family
-from compress.models.branch import Branch, ReaderGroup, captured_inputs, read_through, write_through
+from compress.models.branch import Branch, ReaderGroup, captured_inputs, input_of, read_through, write_through
 from compress.models.decoder import Decoder
 from compress.numerics.frames import Frame
 from compress.numerics.ridge import NormalEquations
@@ -79,6 +81,7 @@ class Passage:
         self.clock = clock
         self.frame = frame
         self.decode: Float64[Tensor, "d D"] | None = None
+        self.writer_inputs: list[Tensor] = []  # of the present branch, by batch; none where they are not kept
         self.processes = streams.processes
         self.rewriter = LinearRewriter(decoder, stages, layout, survey, clock, streams.processes)
         self.rotates_points = frame is None and rotates_points(stages)
@@ -256,11 +259,18 @@ class Passage:
         stream_width = self.streams.compressed.stored(0).shape[-1] if self.rotates_points else 0
         inputs = stream_width + sum(linear.in_features for linear in linears) + has_bias
         sums, gathered = EquationSums(inputs, width, self.decoder.device), self._accumulators(point)
+        keeps = not gathered and self._can_keep_inputs(branch)
         for batch in self.streams.batches:
             stream, dense = self.streams.now(batch)
             assert dense is not None
-            with self.clock("forward"), captured_inputs(linears) as given:
-                update = self.streams.update(branch, stream, batch, block)
+            with self.clock("forward"):
+                if keeps:
+                    run = partial(self.streams.update, branch, stream, batch, block)
+                    given = {0: input_of(linears[0], run)}
+                    self.writer_inputs.append(given[0])
+                else:
+                    with captured_inputs(linears) as given:
+                        update = self.streams.update(branch, stream, batch, block)
             with self.clock("statistics"):
                 if gathered:
                     wide = self._wide(stream) + update
@@ -272,6 +282,12 @@ class Passage:
                 t, weights = self._target(branch, batch, encode)
                 sums.add(u, t, weights=weights, held_out=batch.held_out)
         return sums, gathered
+
+    def _can_keep_inputs(self, branch: Branch) -> bool:
+        """Whether all that a branch writes is one writer's output, and its inputs fit in memory."""
+        linears = writer_linears(branch)
+        alone = len(linears) == len(branch.writers) == 1 and branch.post_norm is None and branch.shortcut is None
+        return alone and not self.rotates_points and self.streams.have_room_for(linears[0].in_features)
 
     def _shared_encode(self, point: StreamPoint) -> Float64[Tensor, "D d"] | None:
         """The encode matrix of a point of a shared frame; None where there is none, or each point has its own."""
@@ -310,10 +326,19 @@ class Passage:
         return t / branch.scale, weights
 
     def _advance(self, branch: Branch, block: int) -> None:
+        kept, self.writer_inputs = self.writer_inputs, []
+        (writer,) = branch.writers if kept else [""]
+        if kept and branch.in_features(writer) != kept[0].shape[-1]:
+            kept = []  # units have been deleted
         with self.clock("forward"):
             for batch in self.streams.batches:
                 stream, _ = self.streams.now(batch)
-                update = self.streams.update(branch, stream, batch, block)
+                if kept:
+                    assert branch.owner is not None
+                    written: Tensor = branch.owner.get_submodule(writer)(kept[batch.index])
+                    update = branch.scale * written.view(*stream.shape[:-1], -1)
+                else:
+                    update = self.streams.update(branch, stream, batch, block)
                 self.streams.compressed.put(batch.index, branch.carried(stream) + update)
 
     def _wide(self, stream: Tensor) -> Float[Tensor, "*batch D"]:

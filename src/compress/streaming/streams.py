@@ -107,6 +107,19 @@ class Streams:
         self.dense = caches.new("dense", batches, **options) if dense else None
         self.before_post_norm = caches.new("before", batches, **options) if before_post_norms else None
         self.arguments: list[list[Arguments]] = []
+        self.memory = memory
+
+    def have_room_for(self, width: int) -> bool:
+        """Whether activations of that width, of all batches, fit beside the streams in the memory for caches.
+
+        A GPU's memory must have three times as much free.
+        """
+        device, tokens = self.decoder.device, sum(batch.ids.numel() for batch in self.batches)
+        needed = tokens * width * self.decoder.dtype.itemsize
+        if device.type == "cuda":
+            return 3 * needed < torch.cuda.mem_get_info(device)[0]
+        caches = (self.compressed, self.dense, self.before_post_norm)
+        return needed + sum(cache.bytes_in_memory for cache in caches if cache is not None) <= self.memory
 
     def embed(self) -> None:
         """Both streams as the embeddings, which must be in the decoder, give them."""
