@@ -243,7 +243,7 @@ def test_a_quantised_model(place):
     file = place / "tiny" / index["weight_map"][name]
     tensors = load_file(file)
     save_file(tensors | {name: tensors[name].to(torch.int8)}, file, metadata={"format": "pt"})
-    refused(place, UNSUPPORTED, name, "I8", "unquantised")
+    refused(place, UNSUPPORTED, name, "I8", "unquantized")
 
 
 # How much.
@@ -266,7 +266,7 @@ def test_a_range_of_more_than_two(place, ratio):
 
 @pytest.mark.parametrize("ratio", ["0.1,1.0,0.2", "0.1:1.5", "-0.1:0.2"])
 def test_one_of_several_ratios_is_out_of_range(place, ratio):
-    refused(place, USAGE, "--ratio", "above 0 and below 1", changes=("--ratio", ratio))
+    refused(place, USAGE, "--ratio", "at least 0 and below 1", changes=("--ratio", ratio))
 
 
 @pytest.mark.parametrize(("ratio", "count"), [("0.1,0.2", "2"), ("0.1,0.2,0.3,0.4", "4")])
@@ -404,10 +404,6 @@ def test_an_output_that_is_there(place):
 def test_an_empty_folder_is_an_output_too(place):
     (place / "out").mkdir()
     refused(place, USAGE, "output out exists", "--overwrite")
-
-
-def test_nothing_to_resume(place):
-    refused(place, USAGE, "--resume", "out.partial", changes=("--resume",))
 
 
 def test_an_unfinished_run(place):

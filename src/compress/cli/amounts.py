@@ -81,10 +81,7 @@ def ratio_rule(ratio: str) -> dict[str, Any]:
         return {"linear_ratios": ends}
     if "," in ratio:
         return {"block_ratios": parse_ratios(ratio, ",")}
-    (single,) = parse_ratios(ratio, None)
-    if single == 0:
-        raise UsageError("--ratio is a share above 0 and below 1, got 0. 0.25 deletes a quarter of the hidden size.")
-    return {"ratio": single}
+    return {"ratio": parse_ratios(ratio, None)[0]}
 
 
 def parse_ratios(text: str, separator: str | None) -> list[float]:
@@ -94,9 +91,10 @@ def parse_ratios(text: str, separator: str | None) -> list[float]:
             ratio = float(word)
         except ValueError as error:
             raise UsageError(f"--ratio is a number such as 0.25, got {word!r}.") from error
-        if not 0 <= ratio < 1:
+        if not 0 <= ratio < 1 or (ratio == 0 and separator is None):
+            lowest = "above 0" if separator is None else "of at least 0"
             raise UsageError(
-                f"--ratio is a share of at least 0 and below 1, got {word}. 0.25 deletes a quarter of the hidden size."
+                f"--ratio is a share {lowest} and below 1, got {word}. 0.25 deletes a quarter of the hidden size."
             )
         ratios.append(ratio)
     return ratios
