@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from compress.errors import CheckpointError
+from compress.errors import CheckpointError, NumericalError
 from compress.models.int4 import Int4Linear, fault, kernel_group, use_kernels
 from compress.models.packed import ByteLinear, FloatLinear, PackedLinear, RoundedInputs
 from compress.models.storage import Storage, empty_linear
@@ -448,6 +448,6 @@ def test_what_is_wrong_in_a_folder_is_said_in_a_line(fault, tmp_path):
     damage, words = FAULTS[fault]
     write_packed(tmp_path / "model", Storage("packed", 4, group=16, rank=2))
     damage(tmp_path / "model")
-    with pytest.raises(CheckpointError, match=words) as caught:
+    with pytest.raises((CheckpointError, NumericalError), match=words) as caught:
         load(tmp_path / "model")
     assert "\n" not in str(caught.value)

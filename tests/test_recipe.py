@@ -79,7 +79,7 @@ def test_a_dumped_slim_recipe_parses_back(name):
 def test_slim_gives_what_it_was_asked_for():
     refit, stage = [stage.model_dump() for stage in parse_recipe(data(stages=SLIM["ours"])).stages]
     assert refit["stage"] == "refit"
-    assert stage["prune"] == {"method": "admm", "pattern": "2:4", "iterations": 200}
+    assert stage["prune"] == {"method": "admm", "pattern": "2:4", "iterations": 40}
     assert (stage["quantize"]["bits"], stage["quantize"]["group"]) == (4, 64)
     assert stage["adapt"] == {"method": "whitened", "rank": 64, "rounds": 3, "bits": None, "group": 128}
     error, stage = [stage.model_dump() for stage in parse_recipe(data(stages=SLIM["the paper's"])).stages]

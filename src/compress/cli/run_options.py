@@ -180,14 +180,19 @@ def with_run_options(*, without: tuple[str, ...] = ()) -> Callable[[Callable[...
         first = {} if "model" in own else {"model": shared["model"]}
         parameters = {**first, **own, **{name: each for name, each in shared.items() if name not in own}}
 
+        signature = inspect.Signature(
+            [each.replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD) for each in parameters.values()]
+        )
+
         @functools.wraps(body)
-        def command(**typed: Any) -> None:
+        def command(*args: Any, **kwargs: Any) -> None:
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            typed = bound.arguments
             run = RunOptions(**{name: typed[name] for name in shared})
             body(run, **{name: typed[name] for name in own})
 
-        command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-            [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in parameters.values()]
-        )
+        command.__signature__ = signature  # type: ignore[attr-defined]
         command.__annotations__ = {name: each.annotation for name, each in parameters.items()}
         return command
 
