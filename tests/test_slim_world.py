@@ -91,7 +91,7 @@ def code_blocks(folder: Path) -> list[str]:
 
 def without_us(block: str) -> str:
     """As the comment in it says: without the package, pass trust_remote_code=True."""
-    if "registers it" not in block:
+    if "registers the architecture" not in block:
         return block
     block = re.sub(r"import compress.*\n", "", block)
     return re.sub(r'(AutoModelForCausalLM.from_pretrained\("[^"]*")', r"\1, trust_remote_code=True", block)
