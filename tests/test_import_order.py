@@ -47,6 +47,8 @@ SHARED = {
         "bench_tables",
         "inspect_tables",
         "compressing",
+        "run_options",
+        "storing",
         "finetune_tables",
         "options",
         "outputs",

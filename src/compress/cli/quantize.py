@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from compress.cli.options import Amounts, Method, Output, in_panel
 from compress.cli.reporting import reporting_errors
 from compress.cli.run_options import RunOptions, with_run_options
-from compress.cli.slim import ACT_ORDER, ASYMMETRIC, GROUP, INPUTS, TARGET, Asked
+from compress.cli.storing import ACT_ORDER, ASYMMETRIC, GROUP, INPUTS, TARGET, Asked
 from compress.errors import Faults, UsageError
 
 BITS = "Bits of each weight: 2 to 8, or fp8."
