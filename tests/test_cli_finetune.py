@@ -254,7 +254,7 @@ WRONG: dict[str, tuple[list[object], str]] = {
     ),
     "16 bits on a CPU": (
         ["thin", "--dtype", "bfloat16", "--device", "cpu"],
-        "--dtype bfloat16: on a CPU that is far slower than float32.",
+        "--dtype bfloat16: a CPU multiplies 16-bit floats many times more slowly",
     ),
     "a teacher for nothing": (["thin", "--teacher", "llama"], "--teacher is what --distill distills from."),
     "a strange teacher": (

@@ -96,8 +96,6 @@ def look(job: TuningJob, progress: Progress = silent) -> Prepared:
         check_lora(settings, what)
         merge = merged_at_the_end(settings.merge, what, facts)
     with faults.noted():
-        check_dtype(job)
-    with faults.noted():
         check_output(job)
     if job.dtype is not None:
         with faults.noted():
@@ -123,14 +121,6 @@ def look(job: TuningJob, progress: Progress = silent) -> Prepared:
         rate=chosen_rate(settings.learning_rate, what),
         teacher=teacher,
     )
-
-
-def check_dtype(job: TuningJob) -> None:
-    if job.dtype is not None and job.dtype.itemsize < 4 and job.device.type == "cpu":
-        name = str(job.dtype).removeprefix("torch.")
-        raise UsageError(
-            f"--dtype {name}: on a CPU that is far slower than float32. Leave it out, or use --device cuda."
-        )
 
 
 def check_lora(settings: Settings, what: What) -> None:
