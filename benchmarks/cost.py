@@ -110,7 +110,10 @@ class Bench:
     def __init__(self, options: argparse.Namespace, place: Path) -> None:
         self.options, self.place, self.made = options, place, place
         source = find_model(options.model)
-        self.name, folder = source.name, source.whole_folder()
+        # A link keeps its own name.
+        self.name, folder = Path(options.model).name, source.whole_folder()
+        if options.write:
+            marked.check(options.write, f"cost of {self.name}")
         self.config = load_config(folder)
         self.windows = calibration_windows(
             options.calib,

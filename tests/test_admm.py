@@ -269,6 +269,19 @@ def test_steps_of_subspace_iteration_find_the_best_low_rank():
     assert found[-1] == pytest.approx(lost(best), rel=1e-6)
 
 
+@pytest.mark.parametrize("text", ["2:4", "50%"])
+def test_momentum_halves_the_iterations(monkeypatch, text):
+    """On average over weights that are large enough for their low rank to be found slowly."""
+    errors = []
+    for seed in range(4):
+        W, H = random(48, 96, seed=seed + 9), hessian(rows(96, seed=seed))
+        for momentum, iterations in ((0.8, 40), (0.0, 80)):
+            monkeypatch.setattr("compress.numerics.admm.MOMENTUM", momentum)
+            found = sparse_plus_lowrank(W, H, Pattern.parse(text), 5, iterations=iterations)
+            errors.append(error(W, found.S + found.L, H.damped))
+    assert sum(errors[::2]) <= sum(errors[1::2])
+
+
 def test_the_low_rank_moves_on_by_a_share_of_its_last_change():
     T, mixed = random(N, M), hessian(rows()).damped
     solver = Solver(T, Pattern.parse("2:4"), 2)

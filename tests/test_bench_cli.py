@@ -76,7 +76,7 @@ def test_tables(place):
 REFUSED = {
     "all faults at once": (
         ["nothing-like-it", "--batch-sizes", "1,x", "--tokens", "4", "--dtype", "int9", "--device", "gpu"],
-        ["--batch-sizes", "--tokens says nothing", "'int9'", "'nothing-like-it'", "--device gpu"],
+        ["--batch-sizes", "--tokens has no effect", "'int9'", "'nothing-like-it'", "--device gpu"],
     ),
     "no positions": (
         ["--prompt", POSITIONS, "--new", 1],

@@ -167,7 +167,7 @@ def test_faults_say_the_line(home, place):
     assert refused.err.splitlines() == [
         "error: bad.yaml:6: stages.0.quantize.bits: Input should be less than or equal to 8",
         "error: bad.yaml:5: stages.0.quantize.bitz: Unknown key 'bitz'. Did you mean 'bits'? Available: "
-        "bits, by_activation, floating, group, important_inputs, method, symmetric.",
+        "act_order, bits, floating, group, important_inputs, method, symmetric.",
         "error: bad.yaml:7: seeed: Unknown key 'seeed'. Did you mean 'seed'? Available: "
         "budget, calibration, dtype, method, seed, stages.",
     ]

@@ -63,7 +63,7 @@ ROUNDINGS = (
     dataclasses.replace(NEAREST, symmetric=False, stored=torch.bfloat16),
     COARSE,
     dataclasses.replace(COARSE, numbers=Numbers(2), group=12, symmetric=False),
-    dataclasses.replace(COARSE, by_activation=True, stored=torch.float16, group=5),
+    dataclasses.replace(COARSE, act_order=True, stored=torch.float16, group=5),
     dataclasses.replace(COARSE, numbers=Numbers(8, floating=True)),
 )
 SLIM = Adapting(method="slim", rank=2)
@@ -294,14 +294,14 @@ def test_magnitude_compares_all_weights_of_the_matrix_and_wanda_those_of_a_row()
     assert (found["wanda"].mask.sum(1) == N // 2).all()
 
 
-@pytest.mark.parametrize("by_activation", [False, True])
-def test_gptq_is_one_sweep_of_the_weight_in_the_order_asked_for(by_activation):
+@pytest.mark.parametrize("act_order", [False, True])
+def test_gptq_is_one_sweep_of_the_weight_in_the_order_asked_for(act_order):
     W, X = random(M, N), rows()
     H = Hessian(X.T @ X / len(X), DAMPING, WHERE)
-    found = made(W, X, Decomposition(quantize=dataclasses.replace(SWEPT, by_activation=by_activation)))
-    expected, other = (sweep(W, H, grid=found.grid, by_activation=order)[0] for order in (by_activation, True))
+    found = made(W, X, Decomposition(quantize=dataclasses.replace(SWEPT, act_order=act_order)))
+    expected, other = (sweep(W, H, grid=found.grid, act_order=order)[0] for order in (act_order, True))
     assert difference(found.S, expected) < 1e-12
-    assert by_activation or difference(found.S, other) > 1e-3
+    assert act_order or difference(found.S, other) > 1e-3
 
 
 @pytest.mark.parametrize("adapted", [False, True])
@@ -404,7 +404,7 @@ def test_what_linears_share_is_made_once():
         Decomposition(prune=pruning("sparsegpt")),
         Decomposition(prune=pruning("admm")),
         Decomposition(quantize=SWEPT),
-        Decomposition(quantize=dataclasses.replace(SWEPT, by_activation=True)),
+        Decomposition(quantize=dataclasses.replace(SWEPT, act_order=True)),
         PAPERS,
     ],
     ids=["sparsegpt", "admm", "gptq", "gptq by activation", "slim"],

@@ -504,7 +504,7 @@ KINDS: dict[str, tuple[str | None, dict[str, Any]]] = {
     "zero points of groups": ("packed", {"quantize": FOUR | {"symmetric": False, "group": 16}}),
     "zero point": ("packed", {"quantize": FOUR | {"symmetric": False, "group": "tensor"}}),
     "one scale": ("packed", {"prune": WANDA, "quantize": {"method": "slim", "bits": 4, "group": "tensor"}}),
-    "3 bits in groups": ("packed", {"quantize": {"method": "gptq", "bits": 3, "group": 16, "by_activation": True}}),
+    "3 bits in groups": ("packed", {"quantize": {"method": "gptq", "bits": 3, "group": 16, "act_order": True}}),
 }
 
 
@@ -676,7 +676,7 @@ RECIPES: dict[str, Stages] = {
     "compact": [
         stage("compact", prune={"method": "sparsegpt"}, quantize=FOUR | {"important_inputs": True}, adapt=TENTH),
     ],
-    "zero points": [stage(quantize={"method": "gptq", "symmetric": False, "by_activation": True}, adapt=TENTH)],
+    "zero points": [stage(quantize={"method": "gptq", "symmetric": False, "act_order": True}, adapt=TENTH)],
 }
 
 

@@ -127,30 +127,30 @@ def test_it_keeps_to_a_mask_that_it_is_given(group, block):
 
 @pytest.mark.parametrize("block", [5, 128])
 @pytest.mark.parametrize("masked", [False, True], ids=["all weights", "given mask"])
-def test_by_activation_is_the_plain_sweep_of_inputs_in_that_order(masked, block):
+def test_act_order_is_the_plain_sweep_of_inputs_in_that_order(masked, block):
     W, X = random(M, N), rows()
     H, grid = hessian(X), grid_for(W, "channel")
     mask = keep_mask(random(M, N, seed=3).abs(), Pattern.parse("50%")) if masked else None
     order = X.square().mean(0).argsort(descending=True)
     assert order.tolist() != list(range(N))
-    found, _ = sweep(W, H, grid=grid, mask=mask, by_activation=True, block=block)
+    found, _ = sweep(W, H, grid=grid, mask=mask, act_order=True, block=block)
     permuted = None if mask is None else mask[:, order]
     expected, _ = sweep(W[:, order], hessian(X[:, order]), grid=grid, mask=permuted, block=block)
     assert difference(found[:, order], expected) < 1e-10
     assert difference(found, sweep(W, H, grid=grid, mask=mask, block=block)[0]) > 1e-3
 
 
-def test_by_activation_each_input_keeps_the_step_of_its_own_group():
+def test_act_order_each_input_keeps_the_step_of_its_own_group():
     W = random(M, N) * torch.logspace(0, -2, N).double()
     grid = grid_for(W, 7)
     assert grid is not None
-    found, _ = sweep(W, hessian(rows()), grid=grid, by_activation=True)
+    found, _ = sweep(W, hessian(rows()), grid=grid, act_order=True)
     assert torch.equal(grid.nearest(found), found)
 
 
 def test_where_the_mask_is_to_be_found_the_order_is_the_given_one():
     W, H, pattern = random(M, N), hessian(rows()), Pattern.parse("2:4")
-    plain, ordered = (sweep(W, H, pattern=pattern, by_activation=flag)[0] for flag in (False, True))
+    plain, ordered = (sweep(W, H, pattern=pattern, act_order=flag)[0] for flag in (False, True))
     assert torch.equal(plain, ordered)
 
 
@@ -371,12 +371,12 @@ def test_a_weight_of_zeros_stays_zero():
         assert text is None or (mask is not None and mask.sum() == M * N / 2)
 
 
-@pytest.mark.parametrize("by_activation", [False, True])
+@pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize("fault", [float("nan"), float("inf")])
-def test_an_error_names_the_linear(fault, by_activation):
+def test_an_error_names_the_linear(fault, act_order):
     H = Hessian(hessian(rows()).second * fault, DAMPING, WHERE)
     with pytest.raises(NumericalError) as raised:
-        sweep(random(M, N), H, by_activation=by_activation)
+        sweep(random(M, N), H, act_order=act_order)
     assert str(raised.value).startswith(f"The second moment of the inputs of {WHERE} has no Cholesky factor: ")
 
 

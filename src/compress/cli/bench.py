@@ -57,7 +57,7 @@ def bench(
     numbers = {name: parse_numbers(faults, name, text) for name, text in lists.items() if text is not None}
     with faults.noted():
         if tokens is not None and not layerwise:
-            raise UsageError("--tokens says nothing without --layerwise. Add it, or leave --tokens out.")
+            raise UsageError("--tokens has no effect without --layerwise. Add it, or leave --tokens out.")
     with faults.noted():
         check_dtype(dtype)
     pair = find_pair(faults, out, against)

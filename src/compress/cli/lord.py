@@ -112,7 +112,7 @@ def check_method(
         raise UsageError(f"--method {method} adds no bias. Leave --{'' if bias else 'no-'}bias out.")
     if materialize and form != "auto":
         raise UsageError(
-            f"--materialize multiplies the factors out, so that --form {form} says nothing. Leave one out."
+            f"--materialize multiplies the factors out, so that --form {form} has no effect. Leave one out."
         )
     if materialize and bias:
         raise UsageError("--materialize writes a stock model, which has no room for added biases. Leave --bias out.")

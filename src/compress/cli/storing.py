@@ -7,7 +7,7 @@ from typing import Any
 
 from compress.errors import UsageError
 
-GROUP = "What shares a scale: tensor, channel, or so many inputs. Default: 128, or channel where that does not divide."
+GROUP = "Granularity of scales: tensor, channel, or a group size. Default: 128, or channel where 128 is no divisor."
 INPUTS = "Round each token's inputs too, when the model runs: fp8 beside fp8 weights, int8 beside integers."
 ACT_ORDER = "gptq: take columns in order of decreasing activation."
 ASYMMETRIC = "Grids with zero points."
@@ -87,7 +87,7 @@ class Asked:
             "floating": floating,
             "group": self.group(),
             "symmetric": not self.flags["asymmetric"],
-            "by_activation": self.flags["act_order"],
+            "act_order": self.flags["act_order"],
             "important_inputs": self.flags["important_inputs"],
         }
 
@@ -127,13 +127,13 @@ class Asked:
         ]
         for name, is_off, because in unused:
             if is_off and self.parts[name] is not None:
-                raise UsageError(f"--{name} says nothing with {because}. Leave one out.")
+                raise UsageError(f"--{name} has no effect with {because}. Leave one out.")
         if quantize is None:
             idle = ["group"] if self.amounts["group"] is not None else []
             idle += [name for name in ("asymmetric", "act_order", "important_inputs") if self.flags[name]]
             if idle:
-                raise UsageError(f"--{idle[0].replace('_', '-')} says nothing with --bits none. Leave one out.")
+                raise UsageError(f"--{idle[0].replace('_', '-')} has no effect with --bits none. Leave one out.")
         if adapt is None and self.adapter_bits is not None:
-            raise UsageError("--adapter-bits says nothing with --adapter-rank 0. Leave one out.")
+            raise UsageError("--adapter-bits has no effect with --adapter-rank 0. Leave one out.")
         if self.parts["adapter"] == "anchored" and not self.part("refit"):
             raise UsageError("--adapter anchored is fitted towards the dense model: it needs --refit.")

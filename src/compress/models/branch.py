@@ -133,6 +133,13 @@ class Branch:
         """Put another module in the place of a reader or writer."""
         replace(self.owner, name, module)
 
+    def write(self, x: Float[Tensor, "*tokens n"]) -> Float[Tensor, "*tokens d"]:
+        """What the branch adds to the stream where its one writer is given x; for branches without a norm behind it."""
+        assert self.owner is not None
+        (writer,) = self.writers
+        written: Tensor = self.owner.get_submodule(writer)(x)
+        return self.scale * written
+
     @property
     def device(self) -> torch.device:
         return self._a_weight.device

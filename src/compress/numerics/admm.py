@@ -11,12 +11,11 @@ S that keeps to the pattern, U the scaled dual:
     L <- the best rank r of W - S, an error measured by G
 
 The schedule of rho and the update of L are ours. rho grows from RHO_FIRST to RHO_LAST, by the same factor every PERIOD
-iterations: the mask changes much at first and hardly in the end, and the slower rho grows, the better the mask. What is
-slow is not the mask, which needs some 20 iterations where there is no L, but that S and L take turns. So L moves on
-from the best of rank r by MOMENTUM times its last change, until three quarters of the iterations are done: 40
-iterations come to the error of 100 without momentum, and of 200 with 3BASiL's schedule, which raises rho by how much
-the mask has changed. An iteration takes one product of n x n with n x m, by a matrix that is made anew only when rho
-changes. L takes one step of subspace iteration from its last directions instead of a decomposition.
+iterations: the mask changes much at first and hardly in the end, and the slower rho grows, the better the mask. (3BASiL
+raises rho by how much the mask has changed.) What is slow is not the mask but that S and L take turns, so L moves on
+from the best of rank r by MOMENTUM times its last change, until three quarters of the iterations are done: that halves
+the iterations to the same error. An iteration takes one product of n x n with n x m, by a matrix that is made anew only
+when rho changes. L takes one step of subspace iteration from its last directions instead of a decomposition.
 
 Dimensions: W (m, n), m outputs, n inputs, r the rank. Everything is transposed here, so that the weights that a mask
 compares lie in different rows: T, the scaled W, S and L are (n, m).

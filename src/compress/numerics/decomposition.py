@@ -50,7 +50,7 @@ class Pruning:
 @dataclass(frozen=True, kw_only=True)
 class Rounding:
     """
-    steps: how they are chosen. sweeps: by GPTQ rather than to nearest. by_activation: its columns in that order.
+    steps: how they are chosen. sweeps: by GPTQ rather than to nearest. act_order: its columns in that order.
     finer: SLiM-Quant^O. stored: the dtype of the steps.
     """
 
@@ -59,7 +59,7 @@ class Rounding:
     steps: StepMethod
     sweeps: bool
     symmetric: bool = True
-    by_activation: bool = False
+    act_order: bool = False
     finer: bool = False
     stored: torch.dtype | None = None
 
@@ -310,8 +310,8 @@ def swept(
     S, mask, grid = start.S, start.mask, start.grid
     if from_start:
         pattern = how.prune.pattern if how.prune is not None and mask is None else None
-        by_activation = how.quantize is not None and how.quantize.by_activation
-        S, mask = sweep(target, hessian, grid=grid, pattern=pattern, mask=mask, by_activation=by_activation)
+        act_order = how.quantize is not None and how.quantize.act_order
+        S, mask = sweep(target, hessian, grid=grid, pattern=pattern, mask=mask, act_order=act_order)
     for _ in range(how.polish):
         if grid is not None and how.quantize is not None:
             S, grid = rescaled(S, target, hessian, grid, stored=how.quantize.stored)

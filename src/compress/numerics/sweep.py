@@ -36,15 +36,15 @@ def sweep(
     grid: Grid | None = None,
     pattern: Pattern | None = None,
     mask: Bool[Tensor, "m n"] | None = None,
-    by_activation: bool = False,
+    act_order: bool = False,
     block: int = BLOCK,
 ) -> tuple[Float[Tensor, "m n"], Bool[Tensor, "m n"] | None]:
     """W on the grid and within the mask, and the mask; None where there is none.
 
-    pattern: what a mask is to be found for; mask: the one to keep to. by_activation: columns are taken by decreasing
+    pattern: what a mask is to be found for; mask: the one to keep to. act_order: columns are taken by decreasing
     H_jj; where the mask is to be found, its groups stay together and the order is the given one.
     """
-    order = hessian.order if by_activation and pattern is None else None
+    order = hessian.order if act_order and pattern is None else None
     U = (hessian.inverse_root if order is None else hessian.ordered_inverse_root).to(W.dtype)
     rest = in_order(W, order).clone()
     rounding = ColumnRounding(grid, mask, order, W.shape[1], W.dtype)

@@ -66,7 +66,7 @@ class Quantize(Part):
     method: `absmax`, `slim` and `mse` round to nearest, `gptq` sweeps on the grid of `mse`.
     bits: of integers, or 8 with `floating`. group: what shares a scale: `tensor`, `channel` or so many inputs; by
         default 128, or a channel where the linears' inputs are no multiples of that.
-    by_activation: gptq takes inputs by decreasing activation. important_inputs: SLiM-Quant^O, which rounds one input in
+    act_order: gptq takes inputs by decreasing activation. important_inputs: SLiM-Quant^O, which rounds one input in
         a hundred twice as finely.
     """
 
@@ -75,7 +75,7 @@ class Quantize(Part):
     floating: bool = False
     group: int | str | None = None
     symmetric: bool = True
-    by_activation: bool = False
+    act_order: bool = False
     important_inputs: bool = False
 
     @field_validator("group")
@@ -94,8 +94,8 @@ class Quantize(Part):
     def _consistent(self) -> "Quantize":
         if self.floating and (self.bits != 8 or not self.symmetric or self.method == "slim"):
             raise ValueError("fp8 is symmetric, in 8 bits, by absmax, mse or gptq; leave the others out")
-        if self.by_activation and self.method != "gptq":
-            raise ValueError(f"by_activation is of method gptq, not of {self.method}")
+        if self.act_order and self.method != "gptq":
+            raise ValueError(f"act_order is of method gptq, not of {self.method}")
         if self.method == "slim" and not self.symmetric:
             raise ValueError("slim looks for symmetric grids; take absmax, mse or gptq")
         if self.important_inputs and not self.symmetric:
@@ -262,7 +262,7 @@ class Slim(StoringStage):
                 steps="mse" if quantize.method == "gptq" else quantize.method,
                 sweeps=quantize.method == "gptq",
                 symmetric=quantize.symmetric,
-                by_activation=quantize.by_activation,
+                act_order=quantize.act_order,
                 finer=quantize.important_inputs,
                 stored=None if self.dtype is None else getattr(torch, self.dtype),
             )

@@ -327,16 +327,13 @@ class Passage:
 
     def _advance(self, branch: Branch, block: int) -> None:
         kept, self.writer_inputs = self.writer_inputs, []
-        (writer,) = branch.writers if kept else [""]
-        if kept and branch.in_features(writer) != kept[0].shape[-1]:
+        if kept and any(branch.in_features(name) != kept[0].shape[-1] for name in branch.writers):
             kept = []  # units have been deleted
         with self.clock("forward"):
             for batch in self.streams.batches:
                 stream, _ = self.streams.now(batch)
                 if kept:
-                    assert branch.owner is not None
-                    written: Tensor = branch.owner.get_submodule(writer)(kept[batch.index])
-                    update = branch.scale * written.view(*stream.shape[:-1], -1)
+                    update = branch.write(kept[batch.index]).view(*stream.shape[:-1], -1)
                 else:
                     update = self.streams.update(branch, stream, batch, block)
                 self.streams.compressed.put(batch.index, branch.carried(stream) + update)
