@@ -122,7 +122,8 @@ class Bench:
             yield allocation, self.walked(prepared, plan.chosen(choices[0]), survey, start)
             return
         compared = replace(prepared, plan=replace(plan, choices=choices))
-        trials = search.compare(compared, survey, Steps(silent, "trials", 1))
+        steps = Steps(silent, "trials", len(choices))
+        trials = [search.try_out(compared, choice, survey, steps) for choice in choices]
         best = str(min(trials, key=lambda trial: trial.divergence).counts["allocation"])
         found = {}
         for choice in choices:
