@@ -128,9 +128,10 @@ def test_a_branch_whose_writers_inputs_are_kept_is_not_run_again(home, place, mo
     assert weights[0] == weights[1] != {}
 
 
-def test_quantize_needs_bits(home, place):
-    assert invoke(*words(home, "llama", "--bits", "none", verb="quantize")).faults == [
-        "--bits is 2 to 8 or fp8, got 'none'. Try 4."
+@pytest.mark.parametrize("bits", ["none", "9", "4.5"])
+def test_quantize_needs_bits(home, place, bits):
+    assert invoke(*words(home, "llama", "--bits", bits, verb="quantize")).faults == [
+        f"--bits is 2 to 8 or fp8, got {bits!r}. Try 4."
     ]
 
 

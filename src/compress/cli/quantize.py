@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from compress.cli.options import Amounts, Method, Output, in_panel
 from compress.cli.reporting import reporting_errors
 from compress.cli.run_options import RunOptions, with_run_options
-from compress.cli.storing import ACT_ORDER, ASYMMETRIC, GROUP, INPUTS, TARGET, Asked
+from compress.cli.storing import ACT_ORDER, ASYMMETRIC, BIT_WIDTHS, GROUP, INPUTS, TARGET, Asked
 from compress.errors import Faults, UsageError
 
 BITS = "Bits of each weight: 2 to 8, or fp8."
@@ -39,8 +39,8 @@ def quantize_model(
     flags = {"act_order": act_order, "asymmetric": asymmetric, "compact": compact, "materialize": materialize}
     faults = Faults()
     with faults.noted():
-        if bits == "none":
-            raise UsageError("--bits is 2 to 8 or fp8, got 'none'. Try 4.")
+        if bits not in BIT_WIDTHS:
+            raise UsageError(f"--bits is 2 to 8 or fp8, got {bits!r}. Try 4.")
         asked = Asked("anchored", amounts, parts, {**flags, "fast": False, "important_inputs": False}, None)
         stages = asked.stages(target)
     resources = run.check(faults)

@@ -13,6 +13,8 @@ ACT_ORDER = "gptq: take columns in order of decreasing activation."
 ASYMMETRIC = "Grids with zero points."
 TARGET = "all, attention, mlp, or patterns of names such as *.down_proj; several with commas."
 
+BIT_WIDTHS = ("fp8", *"2345678")
+
 # What each method's parts are by default.
 METHODS: dict[str, dict[str, Any]] = {
     "anchored": {"pruner": "admm", "quantizer": "gptq", "adapter": "anchored", "group": None, "refit": True},
@@ -77,7 +79,7 @@ class Asked:
         bits = self.amounts["bits"]
         if bits == "none":
             return None
-        if bits not in ("fp8", *"2345678"):
+        if bits not in BIT_WIDTHS:
             raise UsageError(f"--bits is 2 to 8, fp8 or none, got {bits!r}. Try 4.")
         floating, given = bits == "fp8", self.parts["quantizer"]
         method = "mse" if floating and given is None and self.method == "slim" else self.part("quantizer")
