@@ -1,6 +1,7 @@
 """Neurons allocated to blocks by what the loss feels: numbers, the architecture that holds them, what is refused."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,14 +10,13 @@ from transformers import AutoModelForCausalLM
 import compress  # noqa: F401 (registers the architecture)
 from cli_runner import invoke, succeeds
 from compress import families
-from compress.architectures.architecture import Shape, dense_units
+from compress.architectures.architecture import ModelSpec
 from compress.architectures.own import Own
 from compress.numerics.frames import OrthogonalFrame
-from compress.search import Cost, Forecast
+from compress.planning.search import Cost, Forecast
 from compress.stages.prune_units import PruneUnits
-from compress.streaming.sites import stream_points
 from compress.streaming.survey import Survey
-from tiny import HIDDEN, NUM_BLOCKS, tiny_config, write_model, write_text
+from tiny import NUM_BLOCKS, tiny_config, write_model, write_text
 
 KINDS = ["llama", "opt", "phi", "phi3"]
 
@@ -90,12 +90,12 @@ def test_the_stream_s_loss_is_that_of_what_slicing_takes_from_it():
 def test_the_size_of_blocks_that_differ():
     config = tiny_config("llama")
     family = families.find(config)
-    target = Own(config, family, shortcuts=False)
+    dense = ModelSpec.dense(Own(config, family, shortcuts=False), torch.float32)
     widths = (24,) * (1 + 2 * NUM_BLOCKS)
 
     def parameters(neurons):
-        shape = Shape(widths, {**dense_units(config, family), "neurons": neurons})
-        return sum(parameter.numel() for parameter in target.model(shape).parameters())
+        spec = replace(dense, widths=widths, units={**dense.units, "neurons": neurons})
+        return sum(parameter.numel() for parameter in spec.model().parameters())
 
     assert parameters((10, 20, 30)) == parameters(20)
     # A neuron of a gated MLP with biases: two rows of the stream's width, their biases, and a column.
@@ -110,8 +110,7 @@ def test_the_size_of_blocks_that_differ():
     ],
 )
 def test_numbers_that_do_not_fit_the_model(keep, fault):
-    points = stream_points(HIDDEN, num_blocks=NUM_BLOCKS, branch_names=["attention", "mlp"], seed=0)
-    (said,) = PruneUnits(units="neurons", keep=keep).faults(points, {"neurons": 48})
+    (said,) = PruneUnits(units="neurons", keep=keep).faults(48, NUM_BLOCKS)
     assert fault in said
 
 

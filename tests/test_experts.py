@@ -299,7 +299,7 @@ def test_an_expert_that_no_token_reaches_has_a_spectrum_of_its_weights(model_typ
     """Of white inputs; the loss feels nothing of it."""
     config = load_config(folders[model_type])
     decoder = Decoder(config, families.find(config), dtype=torch.float64, device=torch.device("cpu"))
-    observer = LinearObserver(Factorize(gradient_weight=0.5).watch, GradientFiles(tmp_path), decoder)
+    observer = LinearObserver(Factorize(gradient_weight=0.5).requires.watch, GradientFiles(tmp_path), decoder)
     loader, batches = PartLoader(decoder, LazyWeights(folders[model_type])), split_windows(WINDOWS[:1, :2], 1, 0)
     surveyor = Surveyor(decoder, loader, batches, CacheFolder(decoder, tmp_path), memory=2**30, observer=observer)
     found = surveyor.run(gradient=True).spectra

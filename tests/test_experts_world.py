@@ -18,9 +18,9 @@ from cli_runner import environment, invoke, snapshot
 from compress import pipeline
 from compress.checkpoints import reload
 from compress.errors import CompressError
-from compress.job import Job
 from compress.models.hub import find_model
 from compress.own_model.modeling_compress import SparseMLP
+from compress.planning.prepare import Job
 from compress.recipe import anchored, lowrank, parse_recipe
 from oracles import largest_difference, logits_of, random_ids
 

@@ -10,8 +10,8 @@ from transformers import GPTBigCodeConfig
 import tiny
 from compress import families
 from compress.errors import UsageError
-from compress.needs import Room
-from compress.plan import Plan, make_plan
+from compress.planning.memory import Room
+from compress.planning.plan import Plan, make_plan
 from compress.recipe import anchored, lowrank, parse_recipe
 from factorising import FORMS, HALF, Stages, slicing
 
@@ -165,7 +165,7 @@ def test_what_does_not_fit_is_one_short_message(name):
 def test_two_stages_at_one_linear_are_refused_before_the_walk():
     """The second would find factors where it looks for a linear."""
     twice = lowrank("lord", HALF) + lowrank("lord", {"rank_frac": 0.25})
-    fault = "Two stages would factorise self_attn.q_proj. Give each its own target."
+    fault = "Two stages would factorize self_attn.q_proj. Give each its own target."
     assert refusal(lambda: planned("llama", twice)) == fault
 
 

@@ -15,9 +15,8 @@ import contract
 import oracles
 import tiny
 from compress import families, pipeline
-from compress.job import Job
 from compress.models.hub import find_model
-from compress.preflight import read_windows
+from compress.planning.prepare import Job, read_windows
 from compress.recipe import lowrank, parse_recipe
 from contract import Looked, Written
 from factorising import (
@@ -138,7 +137,7 @@ def test_a_sliced_model_is_factorised_as_it_was_planned(name, tmp_path):
 def test_a_sliced_and_factorised_config_comes_back_from_json(model_type, rotation, tmp_path):
     job = job_of(tmp_path, model_type, [*slicing(model_type, rotation, width=20), *CUT])
     plan = pipeline.plan_only(job)
-    config = plan.target.config(plan.shape, torch.float32)
+    config = plan.spec.config(torch.float32)
     (tmp_path / "saved").mkdir()
     (tmp_path / "saved" / "config.json").write_text(json.dumps(config.to_diff_dict(), default=str), encoding="utf-8")
     again: Any = type(config).from_pretrained(tmp_path / "saved")

@@ -21,11 +21,12 @@ from compress.models.factors import factor_module
 from compress.models.loading import load_config
 from compress.numerics.lowrank import InputMoments
 from compress.own_model.modeling_compress import LowRankLinear, PivotLinear, factorize_linears, unfuse_experts
-from compress.stages._stage import FactorisingStage, StageConfig
+from compress.stages._stage import StageConfig
 from compress.stages.factorize import Factorize
 from compress.stages.refit import Refit
 from compress.streaming.linears import LinearSite, linear_shape
 from compress.streaming.loader import PartLoader
+from compress.streaming.sites import Requirements
 from compress.streaming.spectra import GradientFiles, LinearObserver
 from compress.streaming.streams import CacheFolder, split_windows
 from compress.streaming.survey import Survey, SurveyNeed, Surveyor
@@ -89,11 +90,11 @@ def models(tmp_path_factory) -> Models:
 
 
 def survey_of(folder: Path, stages: Sequence[StageConfig], windows: Tensor) -> Survey | None:
-    wanting = [stage for stage in stages if stage.survey is not SurveyNeed.NONE]
+    wanting = [stage.requires for stage in stages if stage.requires.survey is not SurveyNeed.NONE]
     if not wanting:
         return None
     decoder = new_decoder(folder)
-    assert isinstance(wanting[0], FactorisingStage)
+    assert wanting[0].watch is not None
     observer = LinearObserver(wanting[0].watch, GradientFiles(folder), decoder)
     surveyor = Surveyor(
         decoder,
@@ -616,8 +617,8 @@ class RoundToNearest(StageConfig):
     on_dense: bool = False
 
     @property
-    def dense_inputs(self) -> bool:
-        return self.on_dense
+    def requires(self) -> Requirements:
+        return Requirements(inputs="dense" if self.on_dense else "sequential")
 
     def apply(self, site: LinearSite) -> None:
         for linear in site.linears():

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -19,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import oracles
 import tiny
 from compress import families
-from compress.architectures.architecture import Shape, dense_units
+from compress.architectures.architecture import ModelSpec
 from compress.architectures.own import AUTO_MAP, CLASS, Own
 from compress.checkpoints.files import carry_modeling
 from compress.models.factors import (
@@ -362,8 +363,7 @@ def dense_model(model_type: str, dtype: torch.dtype) -> Any:
     config = tiny.tiny_config("llama")
     family = families.find(config)
     widths = tuple(range(30, 30 - 2 * tiny.NUM_BLOCKS, -1))
-    shape = Shape((*widths, widths[-1]), dense_units(config, family))
-    config = Own(config, family).config(shape, dtype)
+    config = replace(ModelSpec.dense(Own(config, family), dtype), widths=(*widths, widths[-1])).config()
     return draw(in_dtype(dtype, lambda: CompressForCausalLM(config)))
 
 
@@ -606,8 +606,9 @@ def test_factors_stand_in_a_sliced_model_by_the_stock_names():
     config = tiny.tiny_config("llama")
     family = families.find(config)
     factors = {"model.layers.1.mlp.up_proj": FactorShape(4, "pivot", has_bias=True)}
-    shape = Shape((24,) * (1 + 2 * tiny.NUM_BLOCKS), dense_units(config, family), factors)
-    found = Own(config, family).model(shape).get_submodule("model.layers.1.mlp.up_proj")
+    dense = ModelSpec.dense(Own(config, family), torch.float32)
+    spec = replace(dense, widths=(24,) * (1 + 2 * tiny.NUM_BLOCKS), factors=factors)
+    found = spec.model().get_submodule("model.layers.1.mlp.up_proj")
     assert isinstance(found, PivotLinear)
     assert (found.in_features, found.out_features, found.rank) == (24, 48, 4)
 

@@ -141,7 +141,7 @@ def test_energies_are_those_of_the_outputs(model_type, gradient, models, tmp_pat
     """About their mean where the linear has a bias to hold it; from either pass."""
     model, folder = models(model_type)
     plain = InMemory(model)
-    watch = Factorize(method="anchored", allocation="energy").watch
+    watch = Factorize(method="anchored", allocation="energy").requires.watch
     found = surveyed(folder, watch, tmp_path, gradient=gradient)
     assert found.spectra.keys() == plain.linears.keys()
     for path, spectrum in found.spectra.items():
@@ -157,7 +157,7 @@ def test_energies_are_those_of_the_outputs(model_type, gradient, models, tmp_pat
 def test_where_a_bias_is_added_the_mean_does_not_count(method, bias, centred, models, tmp_path):
     model, folder = models("mistral")
     plain = InMemory(model)
-    watch = Factorize(method=method, bias=bias, allocation="energy").watch
+    watch = Factorize(method=method, bias=bias, allocation="energy").requires.watch
     for path, spectrum in surveyed(folder, watch, tmp_path, gradient=False).spectra.items():
         assert plain.linears[path].bias is None
         expected = eigenvalues(plain.spread(path, centred=centred))[: rank_of(plain.linears[path])]
@@ -169,7 +169,7 @@ def test_gradients_are_autograds(model_type, models, tmp_path):
     """One file a block; a diagonal of what is wider than twice the stream."""
     model, folder = models(model_type)
     plain = InMemory(model)
-    watch = Factorize(gradient_weight=0.9).watch
+    watch = Factorize(gradient_weight=0.9).requires.watch
     found = surveyed(folder, watch, tmp_path, gradient=True)
     assert sorted(file.name for file in tmp_path.iterdir()) == [
         "finding-gradients-00000.safetensors",
@@ -211,7 +211,9 @@ def test_outputs_and_gradients_where_the_stock_model_does_more(model_type, chang
     """Gemma 2's attention weights are float32 whatever it is given."""
     model, folder = models(model_type, **changes)
     plain = InMemory(model)
-    found = surveyed(folder, Factorize(gradient_weight=0.9, allocation="fisher").watch, tmp_path, gradient=True)
+    found = surveyed(
+        folder, Factorize(gradient_weight=0.9, allocation="fisher").requires.watch, tmp_path, gradient=True
+    )
     assert found.spectra.keys() == plain.linears.keys()
     for block in range(2):
         for path, moment in load_file(tmp_path / f"finding-gradients-{block:05d}.safetensors").items():
@@ -227,7 +229,7 @@ def test_what_the_loss_feels(model_type, weight, models, tmp_path):
     """The eigenvalues of the outputs' covariance in the metric, in units that compare across linears."""
     model, folder = models(model_type)
     plain = InMemory(model)
-    watch = Factorize(gradient_weight=weight, allocation="fisher").watch
+    watch = Factorize(gradient_weight=weight, allocation="fisher").requires.watch
     found = surveyed(folder, watch, tmp_path, gradient=True)
     for path, spectrum in found.spectra.items():
         linear, G = plain.linears[path], plain.moment(path)
@@ -243,7 +245,7 @@ def test_what_the_loss_feels(model_type, weight, models, tmp_path):
 @pytest.mark.parametrize("model_type", ["llama", pytest.param("codegen", marks=SLOW)])
 def test_neither_batches_nor_memory_change_what_is_found(model_type, models, tmp_path):
     _, folder = models(model_type, num_hidden_layers=5)
-    watch = Factorize(gradient_weight=0.5).watch
+    watch = Factorize(gradient_weight=0.5).requires.watch
     found = []
     for number, options in enumerate([{}, {"batch_size": 5}, {"memory": 0}]):
         (tmp_path / str(number)).mkdir()
@@ -260,7 +262,7 @@ def test_neither_batches_nor_memory_change_what_is_found(model_type, models, tmp
 
 def test_only_what_is_asked_for_is_looked_at(models, tmp_path):
     _, folder = models("llama")
-    watch = Factorize(gradient_weight=0.5, target=("*.down_proj", "attention")).watch
+    watch = Factorize(gradient_weight=0.5, target=("*.down_proj", "attention")).requires.watch
     found = surveyed(folder, watch, tmp_path, gradient=True)
     names = {path.split(".", 3)[-1] for path in found.spectra}
     assert names == {"mlp.down_proj", *(f"self_attn.{name}_proj" for name in "qkvo")}
@@ -271,7 +273,7 @@ def test_only_what_is_asked_for_is_looked_at(models, tmp_path):
 
 def test_it_comes_back_from_its_tensors(models, tmp_path):
     _, folder = models("opt")
-    found = surveyed(folder, Factorize(gradient_weight=0.5).watch, tmp_path, gradient=True)
+    found = surveyed(folder, Factorize(gradient_weight=0.5).requires.watch, tmp_path, gradient=True)
     again = Survey.of(found.tensors(), found.gradients)
     assert torch.equal(again.moment, found.moment)
     assert again.gradient is not None

@@ -16,17 +16,18 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 import tiny
-from compress import families, pipeline, ranks, search
-from compress.architectures.architecture import Shape
-from compress.assembly import take_survey
-from compress.checkpoints.sizes import dense_size, disk_bytes, size_of
+from compress import families, pipeline
+from compress.architectures.architecture import ModelSpec
+from compress.architectures.sizes import disk_bytes, size_of
+from compress.architectures.stock import Stock
 from compress.errors import UsageError
-from compress.job import Job
 from compress.models.hub import find_model
-from compress.needs import Room
-from compress.plan import Plan, make_plan
-from compress.preflight import prepare
-from compress.ranks import RankSpace, rank_choices, uniform_ranks
+from compress.planning import ranks, search
+from compress.planning.assembly import take_survey
+from compress.planning.memory import Room
+from compress.planning.plan import Plan, make_plan
+from compress.planning.prepare import Job, prepare
+from compress.planning.ranks import RankSpace, rank_choices, uniform_ranks
 from compress.recipe import Recipe, lowrank, parse_recipe
 from compress.streaming.spectra import Spectrum
 from compress.streaming.streams import split_windows
@@ -128,7 +129,7 @@ def made(tmp_path_factory) -> Callable[[Order], Made]:
 def bytes_of(model_type: str, share: float) -> dict[str, Any]:
     """A size by the dense model's at 16 bits."""
     config = tiny.tiny_config(model_type, num_hidden_layers=BLOCKS)
-    return {"target_size": int(share * dense_size(config, torch.float16).bytes)}
+    return {"target_size": int(share * ModelSpec.dense(Stock(config, families.find(config)), torch.float16).size.bytes)}
 
 
 SHARE, SIZE = {"keep_params": 0.7}, {"target_size": 56_000}
@@ -221,7 +222,7 @@ def test_what_was_chosen_is_what_was_counted_and_written(order, made):
     assert space is not None
     choice = space.choice("any", run.result.ranks)
     assert choice.size == run.result.size
-    model = run.plan.target.model(choice.shape)
+    model = run.choice.spec.model()
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     if "lm_head.weight" not in tensors:
         assert model.config.tie_word_embeddings
@@ -321,8 +322,7 @@ def test_an_impossible_budget_hears_the_least_possible(model_type, form, budget,
     fault = refusal(lambda: planned(order))
     assert fault.count("\n") == 0
     # Rank 1 everywhere, counted on the whole model.
-    shape = plan.ranks.shaped({linear.path: 1 for linear in plan.ranks.linears})
-    model = plan.target.model(shape)
+    model = plan.ranks.factorized({linear.path: 1 for linear in plan.ranks.linears}).model()
     parameters = sum(parameter.numel() for parameter in model.parameters())
     least = disk_bytes(model, torch.float16) if "target_size" in budget else parameters
     assert f"is {least:,}. " in fault
@@ -363,7 +363,7 @@ def test_whatever_the_share_the_promise_is_kept(unit, share, rounding, form):
             chosen = replace(order, budget=budget, allocation=allocation)
             plan = planned(chosen)
             (choice,) = ranks_of(chosen)
-            model = plan.target.model(choice.shape)
+            model = choice.spec.model()
             spent = sum(parameter.numel() for parameter in model.parameters())
             limit = math.floor(share * dense.parameters)
             if unit == "bytes":
@@ -470,7 +470,7 @@ def test_bytes_on_disk_are_no_less_than_planned_for_a_large_model(blocks, form):
     )
     family = families.find(config)
     plan = make_plan(recipe, config, family, dtype=torch.float16, computing=torch.float32, room=Room(1, 2**30))
-    model = plan.target.model(Shape(plan.shape.widths, plan.units, plan.factors))
+    model = plan.spec.model()
     parts: dict[str, dict[str, tuple[str, Sequence[int], int]]] = {}
     total = 0
     for name, tensor in model.state_dict().items():

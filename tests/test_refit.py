@@ -5,7 +5,7 @@ import copy
 import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,7 +18,7 @@ import compress
 import oracles
 import tiny
 from compress import families
-from compress.architectures.architecture import Architecture, Shape, dense_units
+from compress.architectures.architecture import Architecture, ModelSpec
 from compress.architectures.own import Own
 from compress.architectures.stock import Stock
 from compress.datasets.windows import cut, encode
@@ -40,8 +40,7 @@ from compress.stages.rotate_shared import RotateShared
 from compress.stages.slice import Slice
 from compress.streaming.groups import LinearGroup
 from compress.streaming.loader import PartLoader
-from compress.streaming.sites import Stage, WholeModel
-from compress.streaming.statistics import Need
+from compress.streaming.sites import Requirements, Stage, WholeModel
 from compress.streaming.streams import CacheFolder, split_windows
 from compress.streaming.survey import Survey, SurveyNeed, Surveyor
 from compress.streaming.walk import FinishedPart, Walk, WalkSettings
@@ -123,7 +122,7 @@ def new_walk(
 ) -> Walk:
     need = SurveyNeed.NONE
     for stage in stages:
-        need |= stage.survey if isinstance(stage, StageConfig) else SurveyNeed.NONE
+        need |= stage.requires.survey if isinstance(stage, StageConfig) else SurveyNeed.NONE
     survey = None if need is SurveyNeed.NONE else survey_of(folder, SurveyNeed.GRADIENT in need, windows)
     return Walk(
         new_decoder(folder),
@@ -156,8 +155,8 @@ def dampings(parts: Iterable[FinishedPart]) -> dict[str, float]:
 
 def written_model(result: oracles.Walked, target: Architecture, **kept: int) -> Any:
     """The tensors of a walk in the class they are written for."""
-    shape = Shape(tuple(result.widths), dense_units(result.config, result.family) | kept)
-    config = target.config(shape, torch.float64)
+    dense = ModelSpec.dense(target, torch.float64)
+    config = replace(dense, widths=tuple(result.widths), units={**dense.units, **kept}).config()
     if target.is_stock:
         model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float64)
     else:
@@ -365,10 +364,8 @@ class Watch:
 
     site: ClassVar = LinearGroup
     reshapes: ClassVar = False
-    dense_inputs: ClassVar = False
-    plain_inputs: ClassVar = False
     in_written_form: ClassVar = False
-    needs: tuple[Need, ...] = ()
+    requires = Requirements()
 
     def __init__(self) -> None:
         self.seen: list[Seen] = []
@@ -484,7 +481,7 @@ def test_a_layer_norm_models_frame_keeps_the_mean_for_last(gradient_weight):
         X = X - X.mean(1, keepdim=True)
         moments.append(X.T @ X)
     stage, site = RotateShared(gradient_weight=gradient_weight), WholeModel(Survey(*moments), layer_norm=True)
-    assert (SurveyNeed.GRADIENT in stage.survey) == bool(gradient_weight)
+    assert (SurveyNeed.GRADIENT in stage.requires.survey) == bool(gradient_weight)
     stage.apply(site)
     assert site.frame is not None
     assert site.frame.energy[-1] == 0

@@ -8,12 +8,13 @@ from pydantic import ValidationError
 from transformers import LlamaConfig, OPTConfig, PhiConfig
 
 from compress import families
-from compress.budget import planned_shape
-from compress.checkpoints.sizes import dense_size
+from compress.architectures.architecture import ModelSpec
+from compress.architectures.own import Own
+from compress.architectures.stock import Stock
 from compress.errors import UsageError
-from compress.needs import Room
 from compress.numerics.frames import OrthogonalFrame
-from compress.plan import Plan, make_plan, model_points
+from compress.planning.memory import Room
+from compress.planning.plan import Plan, make_plan, plan_stages
 from compress.recipe import Recipe, parse_recipe, slicegpt
 from compress.stages.rotate import Rotate
 from compress.stages.slice import Slice
@@ -157,21 +158,21 @@ def test_values_out_of_range_are_refused(wrong):
 
 def test_faults_say_what_to_do():
     places = points(64, 3)
-    assert Slice(ratio=0.25).faults(places, {}) == []
-    assert Slice(explained_variance=0.9).faults(places, {}) == []
-    assert Slice(block_ratios=(0.1, 0.2)).faults(places, {}) == [
+    assert Slice(ratio=0.25).faults(places) == []
+    assert Slice(explained_variance=0.9).faults(places) == []
+    assert Slice(block_ratios=(0.1, 0.2)).faults(places) == [
         "2 ratios are given for 3 blocks. Give one for each block."
     ]
-    assert Slice(ratio=0.9, round_to=8).faults(places, {}) == [
+    assert Slice(ratio=0.9, round_to=8).faults(places) == [
         "The ratio 0.9 leaves less than 8 of 64 dimensions (widths are multiples of 8). "
         "Use a smaller ratio or --round-to."
     ]
-    assert Slice(ratio=0.9, round_to=2).faults(places, {}) == []
-    assert Slice(width=72).faults(places, {}) == ["The width 72 is more than the model's hidden size of 64. Use less."]
-    assert Slice(linear_ratios=(0, 0)).faults(places, {}) == [
+    assert Slice(ratio=0.9, round_to=2).faults(places) == []
+    assert Slice(width=72).faults(places) == ["The width 72 is more than the model's hidden size of 64. Use less."]
+    assert Slice(linear_ratios=(0, 0)).faults(places) == [
         "The ratio 0.0 deletes nothing of 64 dimensions. Use a larger one."
     ]
-    assert Slice(block_ratios=(0, 0, 0.5)).faults(places, {}) == []
+    assert Slice(block_ratios=(0, 0, 0.5)).faults(places) == []
 
 
 def test_a_plan_reports_faults(tmp_path):
@@ -262,7 +263,7 @@ def plan(config: Any, rule: dict[str, Any], **options: Any) -> Plan:
 
 @pytest.mark.parametrize("config", [OPT_125M, LLAMA_2_7B, LLAMA_3_8B, PHI_2], ids=name_of)
 def test_dense_models_have_the_parameters_they_are_known_for(config):
-    size = dense_size(config, torch.bfloat16)
+    size = ModelSpec.dense(Stock(config, families.find(config)), torch.bfloat16).size
     assert (size.parameters, size.bytes) == (DENSE[id(config)], 2 * DENSE[id(config)])
 
 
@@ -337,7 +338,6 @@ def test_rotating_alone_keeps_every_width():
         {"method": "rotate", "stages": [{"stage": "fold_norms"}, {"stage": "rotate"}], "calibration": {"source": "c4"}}
     )
     assert chain.stages[1] == Rotate()
-    family = families.find(PHI_2)
-    widths, units = planned_shape(chain.stages, model_points(PHI_2, family, 0), {"neurons": 10240})
-    assert widths == [2560] * 33
-    assert units == {"neurons": 10240}
+    _, spec = plan_stages(chain.stages, ModelSpec.dense(Own(PHI_2, families.find(PHI_2)), torch.float16))
+    assert spec.widths == (2560,) * 33
+    assert spec.units == {"neurons": 10240}

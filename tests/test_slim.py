@@ -23,13 +23,13 @@ from compress.architectures.stock import Stock
 from compress.checkpoints.adapter import adapter_config, target_modules
 from compress.checkpoints.card import vllm_rank
 from compress.errors import NumericalError, UsageError
-from compress.job import Job
 from compress.models.decoder import Decoder
 from compress.models.expert_names import own_name
 from compress.models.hub import find_model
 from compress.models.loading import load_config
 from compress.own_model.modeling_compress import unfuse_experts
-from compress.plan import Plan
+from compress.planning.plan import Plan
+from compress.planning.prepare import Job
 from compress.recipe import parse_recipe
 from compress.stages._stage import StageConfig
 from compress.stages.refit import Refit
@@ -620,7 +620,7 @@ def test_groups_are_of_128_where_that_divides(tmp_path):
         (tmp_path / name).mkdir()
         stages = [stage(quantize={"method": "mse", "bits": 4})]
         plan = pipeline.plan_only(job_of(tmp_path / name, "llama", stages, changes=changes))
-        assert {each.group for each in plan.storage.values()} == {group}
+        assert {each.group for each in plan.spec.storage.values()} == {group}
 
 
 # ---- what vLLM takes ----

@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 import oracles
 import tiny
 from compress import pipeline
-from compress.job import Job
 from compress.models.hub import find_model
 from compress.own_model.modeling_compress import CompressForCausalLM
+from compress.planning.prepare import Job
 from compress.recipe import anchored, parse_recipe, slicegpt
 
 RANK, NARROW, BLOCKS = tiny.HIDDEN // 2, 3 * tiny.HIDDEN // 4, 2
