@@ -8,7 +8,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -172,11 +172,11 @@ COLUMNS = {
 }
 
 
-def cells(row: Row) -> list[Cell]:
-    """The row of the table: rotation, the columns, GGUF."""
+def cells(row: Row, columns: Iterable[str] = COLUMNS) -> list[Cell]:
+    """The row of the table: rotation, some columns, GGUF."""
     reason = family_of(row).not_exact(row.config)
     rotation = Cell("refused", f"Not exact: {reason}") if reason else Cell("exact")
-    return [rotation, *(cell(row, METHODS[name]) for name in COLUMNS), gguf_cell(row)]
+    return [rotation, *(cell(row, METHODS[name]) for name in columns), gguf_cell(row)]
 
 
 def reason(found: Cell, row: Row) -> str:
@@ -300,16 +300,17 @@ class Looked:
         return oracles.largest_difference(self.logits[f"{name}/probe"], expected) / float(expected.abs().max())
 
 
-def look_at(written: Mapping[str, Written], root: Path) -> Looked:
-    """One clean process for all of them."""
+def look_at(written: Mapping[str, Any], root: Path, *, ids: Tensor | None = None, prompt: Tensor = PROMPT) -> Looked:
+    """One clean process for all of them. ids: of further tokens that logits are wanted for, as `ids`."""
+    more = {} if ids is None else {"ids": ids.tolist()}
     request = {
         name: {
             "folder": str(made.out),
             "trust": "auto_map" in made.read("config.json"),
             "unpack": made.read("compress.json")["unpacks_while_loading"],
             "float64_experts": made.read("config.json")["model_type"] in tiny.SPARSE,
-            "ids": {"probe": made.probe[0].tolist()},
-            "prompt": PROMPT.tolist(),
+            "ids": {"probe": made.probe[0].tolist(), **more},
+            "prompt": prompt.tolist(),
         }
         for name, made in written.items()
     }

@@ -74,5 +74,11 @@ def block_linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
     }
 
 
+def reports(result: oracles.Walked) -> dict[str, dict[str, Any]]:
+    """What is said of the linears, by path."""
+    entries = [entry for part in result.parts for entry in part.groups if "linear" in entry]
+    return {entry["linear"]: entry for entry in entries if not entry["linear"].endswith(tiny.ROUTERS)}
+
+
 def same_function(a: Tensor, b: Tensor, share: float) -> None:
     assert oracles.largest_difference(a, b) < share * float(b.abs().max())

@@ -59,13 +59,6 @@ def test_under_a_limit_of_the_kernel_a_run_ends_well_that_was_told_of_it_and_no_
     assert run(place, "untold", growth=growth).code != 0
 
 
-def test_a_limit_that_is_no_limit_changes_nothing(place):
-    plain, told = (run(place, name, *more) for name, more in (("plain", ()), ("told", ("--max-memory", "900GB"))))
-    assert plain.code == told.code == 0
-    for file in (place / "plain").glob("*.safetensors"):
-        assert file.read_bytes() == (place / "told" / file.name).read_bytes()
-
-
 # ---- units
 
 
