@@ -1,11 +1,14 @@
 """A checkpoint of every kind that this program writes, made from tiny models in a second or two."""
 
+import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 from cli_runner import succeeds
+from compress.io import exclusive
 from tiny import write_model, write_text
 
 SLIM = ["slim", "--fast", "--bits", 4, "--sparsity", "2:4", "--group", 16]
@@ -36,3 +39,15 @@ def write_outputs(root: Path, *kinds: str) -> None:
             model, command = KINDS[kind]
             text = ["--calib", "text.txt", "--samples", 8, "--seq-len", 32]
             succeeds(*command, "--model", model, *text, "--out", kind)
+
+
+def shared_outputs(factory: pytest.TempPathFactory, *kinds: str) -> Path:
+    """A folder with copies of outputs and of their models, each made once for all test files of a run."""
+    base = factory.getbasetemp()
+    store = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "outputs"
+    store.mkdir(exist_ok=True)
+    with exclusive(store.parent):
+        write_outputs(store, *[kind for kind in kinds if not (store / kind).exists()])
+    root = factory.mktemp("outputs") / "outputs"
+    shutil.copytree(store, root, ignore=lambda _folder, names: set(names) & (KINDS.keys() - set(kinds)))
+    return root

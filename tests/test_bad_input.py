@@ -408,15 +408,15 @@ def test_an_empty_folder_is_an_output_too(place):
 
 def test_an_unfinished_run(place):
     (place / "out.partial").mkdir()
-    (place / "out.partial" / "journal.jsonl").write_text("")
+    (place / "out.partial" / "run.json").write_text("")
     refused(place, USAGE, "out.partial", "--resume", "--overwrite")
 
 
-def test_an_unfinished_run_without_a_journal(place):
+def test_an_unfinished_run_without_its_record(place):
     (place / "out.partial").mkdir()
     for file in ("lock", "model-00001-of-00005.safetensors"):
         (place / "out.partial" / file).write_bytes(b"")
-    refused(place, USAGE, "out.partial", "no readable journal", "--overwrite", changes=("--resume",))
+    refused(place, USAGE, "out.partial", "no readable run.json", "--overwrite", changes=("--resume",))
 
 
 def test_a_folder_that_is_no_output_is_not_overwritten(place):
@@ -509,7 +509,7 @@ def test_nan_in_a_late_block_keeps_what_was_finished(place):
     assert {name: after[name] for name in before} == before
     assert not (place / "out").exists()
     assert {name.split("/")[0] for name in after.keys() - before.keys()} == {"out.partial"}
-    parts = sorted(path.name for path in (place / "out.partial").glob("model-*"))
+    parts = sorted(path.name for path in (place / "out.partial" / "checkpoint").glob("model-*"))
     assert parts == [f"model-0000{part}-of-00005.safetensors" for part in (1, 2, 3)]
     again = invoke(*SLICE, "--resume")
     assert again.code == FAILED
@@ -549,7 +549,7 @@ def test_a_checkpoint_that_does_not_reload_gets_no_name(place, monkeypatch):
     assert ran.code == FAILED
     assert ran.faults == ["The written checkpoint reloads with other logits."]
     assert not (place / "out").exists()
-    assert (place / "out.partial" / "compress.json").is_file()
+    assert (place / "out.partial" / "checkpoint" / "compress.json").is_file()
 
 
 # Several at once.

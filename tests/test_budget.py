@@ -583,8 +583,7 @@ def test_a_killed_run_goes_on_without_survey_and_trials(moment, made, monkeypatc
         with pytest.raises(Killed):
             pipeline.run(job)
     assert not job.out.exists()
-    findings = [json.loads(line) for line in (job.partial / "journal.jsonl").read_text(encoding="utf-8").splitlines()]
-    names = [line["finding"] for line in findings if "finding" in line]
+    names = list(json.loads((job.partial / "run.json").read_text(encoding="utf-8"))["run"]["findings"])
     tried = [name for name in names if name.startswith(pipeline.TRIAL)]
     assert names == ["survey", *tried]
     assert len(tried) == (1 if moment == "between trials" else 2)

@@ -6,12 +6,12 @@ from typing import Literal
 
 import torch
 
-from compress.models.hub import ModelSource
+from compress.checkpoints.output_folder import Output
 from compress.recipe import Recipe
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class Job(Output):
     """
     command: how a user would ask for it again; it goes into the model card.
     export: `hf` for the checkpoint folder alone, `gguf` for a GGUF file in it as well.
@@ -20,9 +20,7 @@ class Job:
     max_memory: bytes that the run may hold at once, the process that reloads the result included; None for no limit.
     """
 
-    model: ModelSource
     recipe: Recipe
-    out: Path
     command: str
     export: Literal["hf", "gguf"] = "hf"
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -30,9 +28,3 @@ class Job:
     cache_memory: int | None = None
     max_memory: int | None = None
     data_dir: Path | None = None
-    resume: bool = False
-    overwrite: bool = False
-
-    @property
-    def partial(self) -> Path:
-        return self.out.parent / f"{self.out.name}.partial"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from compress import families
 from compress.checkpoints.files import companions
-from compress.claiming import check_output
+from compress.checkpoints.output_folder import check_output
 from compress.datasets.windows import calibration_windows
 from compress.errors import CheckpointError, Faults, OutputError, UnsupportedModel, UsageError
 from compress.job import Job
