@@ -308,7 +308,7 @@ def test_the_result_is_kept_if_asked(home, place, tmp_path):
     assert list(both) == ["perplexity", "settings", "tasks"]
     measures = read_quality(tmp_path / "mine")
     assert measures is not None
-    assert measures.listed()[0].value == shown["perplexity"][0]["ppl"]
+    assert measures.measures[0].value == shown["perplexity"][0]["ppl"]
     assert both["perplexity"] == saved["perplexity"]
     assert both["settings"]["tasks"]["limit"] is None
     succeeds("eval", *words[:-1], 1, "--save")

@@ -141,7 +141,7 @@ class LoraMetadata(Record):
 
 class TuningMetadata(Record):
     """
-    losses: step and cross-entropy of every look at held-out windows.
+    losses: of every look the step, the loss in training since the last one (None at first) and on held-out windows.
     compressed_parts: the sha256 of the files before they were tuned.
     """
 
@@ -158,7 +158,7 @@ class TuningMetadata(Record):
     planned_steps: Count
     steps: Count
     best_step: Count
-    losses: list[list[int | float]]
+    losses: list[list[int | float | None]]
     held_out: HeldOut
     other_text: OtherText | None
     compressed_parts: dict[str, str]
