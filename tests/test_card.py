@@ -14,7 +14,7 @@ from cli_runner import invoke, succeeds
 from compress.checkpoints.card import model_card, read_origin
 from compress.checkpoints.metadata import Metadata, read_metadata
 from compress.checkpoints.quality import Quality
-from outputs import shared_outputs
+from outputs import write_outputs
 
 NASTY = [
     "a\n---\nlicense: mit\n---\n# b",
@@ -324,7 +324,9 @@ def test_no_card_at_all(tmp_path):
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    return shared_outputs(tmp_path_factory, "sliced", "thin", "packed", "compact", "merged")
+    root = tmp_path_factory.mktemp("outputs")
+    write_outputs(root, "sliced", "thin", "packed", "compact", "merged")
+    return root
 
 
 @pytest.mark.parametrize("kind", ["sliced", "thin", "packed", "compact", "merged"])

@@ -14,9 +14,8 @@ from safetensors import safe_open
 
 from cli_runner import invoke, snapshot, succeeds
 from compress.checkpoints.files import copy_companions
-from compress.job import Job
 from compress.pipeline import identity
-from compress.preflight import prepare
+from compress.planning.prepare import Job, prepare
 from compress.recipe import parse_recipe
 from tiny import HIDDEN, NUM_BLOCKS, write_model, write_text
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cli_runner import flat, invoke, succeeds
-from outputs import KINDS, shared_outputs
+from outputs import KINDS, write_outputs
 from tiny import HIDDEN, NUM_BLOCKS
 
 BLOCK_LINEARS = 7  # of a Llama
@@ -17,7 +17,9 @@ BLOCK_LINEARS = 7  # of a Llama
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    return shared_outputs(tmp_path_factory, *KINDS)
+    root = tmp_path_factory.mktemp("outputs")
+    write_outputs(root, *KINDS)
+    return root
 
 
 def facts_of(folder: Path) -> dict:

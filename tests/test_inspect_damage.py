@@ -12,7 +12,7 @@ import pytest
 
 from cli_runner import Ran, invoke, succeeds, untouched
 from compress.checkpoints.run_folder import checksum
-from outputs import shared_outputs
+from outputs import write_outputs
 from test_inspect import change
 from tiny import NUM_BLOCKS
 
@@ -25,7 +25,9 @@ WRITTEN = "is not as it was written:"
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    return shared_outputs(tmp_path_factory, "packed", "thin")
+    root = tmp_path_factory.mktemp("outputs")
+    write_outputs(root, "packed", "thin")
+    return root
 
 
 @pytest.fixture

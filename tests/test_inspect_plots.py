@@ -16,7 +16,7 @@ from compress.inspection.plots.depth import losses, plot_energy, plot_errors, pl
 from compress.inspection.plots.sizes import Mark, bytes_by_kind, draw, frontier, plot_sizes
 from compress.inspection.plots.style import shortened, style
 from compress.inspection.summary import Inspection, inspect
-from outputs import shared_outputs
+from outputs import write_outputs
 from test_inspect import write_quality
 
 PLOTS = {
@@ -30,7 +30,9 @@ PLOTS = {
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    return shared_outputs(tmp_path_factory, *PLOTS)
+    root = tmp_path_factory.mktemp("outputs")
+    write_outputs(root, *PLOTS)
+    return root
 
 
 def seen(folder: Path) -> Inspection:

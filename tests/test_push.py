@@ -11,12 +11,14 @@ import pytest
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
 from cli_runner import invoke, succeeds
-from outputs import shared_outputs
+from outputs import write_outputs
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    return shared_outputs(tmp_path_factory, "packed", "thin")
+    root = tmp_path_factory.mktemp("outputs")
+    write_outputs(root, "packed", "thin")
+    return root
 
 
 class Url(str):

@@ -16,28 +16,25 @@ from typing import Any
 import psutil
 from torch import Tensor
 
-from compress import search
-from compress.architectures.architecture import Shape
 from compress.architectures.packed import not_for_vllm, unpacks_while_loading
-from compress.assembly import new_walk, restored, take_survey
+from compress.architectures.sizes import Size
 from compress.checkpoints import files
 from compress.checkpoints.adapter import adapter_config, write_adapter
 from compress.checkpoints.card import read_origin, write_card
 from compress.checkpoints.metadata import Metadata, input_fingerprint, read_metadata, versions
 from compress.checkpoints.run_folder import Part, RunFolder, open_run
-from compress.checkpoints.sizes import Size
 from compress.checkpoints.verify import verify, verify_tokens, why_own
 from compress.datasets.windows import fingerprint
 from compress.io import sha256, write_tensors
-from compress.job import Job
 from compress.models.loading import load_config
-from compress.needs import usual_batch_size
 from compress.numerics.precision import full_precision
-from compress.plan import Plan
-from compress.preflight import Prepared, plan_job, prepare
+from compress.planning import search
+from compress.planning.assembly import new_walk, restored, take_survey
+from compress.planning.memory import resident_bytes, usual_batch_size
+from compress.planning.plan import Plan
+from compress.planning.prepare import Job, Prepared, plan_job, prepare
+from compress.planning.ranks import rank_choices
 from compress.progress import Progress, Steps, silent
-from compress.ranks import rank_choices
-from compress.room import held
 from compress.streaming.experts import short_of_tokens
 from compress.streaming.processes import ALONE, Processes
 from compress.streaming.sites import Count
@@ -248,7 +245,7 @@ def _result(
         size=Size(metadata.size.parameters, metadata.size.bytes),
         widths=[point.width for point in metadata.points],
         units={kind: tuple(n) if isinstance(n, list) else n for kind, n in metadata.units.items()},
-        num_blocks=prepared.plan.num_blocks,
+        num_blocks=prepared.plan.spec.num_blocks,
         ranks={linear.linear: linear.rank for linear in metadata.linears if linear.rank is not None},
         alternatives=[each.to_dict() for each in metadata.alternatives],
         lost=mean_loss(metadata),
@@ -339,10 +336,9 @@ def _write_companions(prepared: Prepared, folder: RunFolder) -> Metadata:
         written = write_adapter(target, shares, adapter)
         parts[str(written.relative_to(target))] = sha256(written)
     metadata = _metadata(prepared, folder, adapter, parts)
-    shape = Shape(tuple(point.width for point in metadata.points), plan.units, plan.factors, plan.storage)
-    config = plan.target.config(shape, prepared.precision.written)
+    config = replace(plan.spec, widths=tuple(point.width for point in metadata.points), units=plan.units).config()
     files.write_json(target / "config.json", config.to_diff_dict())
-    if not plan.target.is_stock:
+    if not plan.spec.architecture.is_stock:
         files.carry_modeling(target)
     files.copy_companions(prepared.folder, target)
     files.write_index(
@@ -368,7 +364,7 @@ def export_gguf(folder: Path, name: str, ids: Tensor, logits: Tensor, *, memory:
 def proof_memory(prepared: Prepared) -> int:
     """Bytes that the process which reloads the result may take beside its interpreter, which is as large as ours."""
     limit = prepared.job.max_memory
-    return max(prepared.plan.memory_bytes, SMALL) if limit is None else max(0, limit - held() - prepared.held)
+    return max(prepared.plan.memory_bytes, SMALL) if limit is None else max(0, limit - resident_bytes() - prepared.held)
 
 
 def _metadata(prepared: Prepared, folder: RunFolder, adapter: dict[str, Any] | None, parts: dict[str, str]) -> Metadata:
@@ -385,8 +381,8 @@ def _metadata(prepared: Prepared, folder: RunFolder, adapter: dict[str, Any] | N
             "base_model": job.model.repository or job.model.name,
             "command": job.command,
             "recipe": run["recipe"],
-            "architecture": plan.target.class_name,
-            "loads_without_our_code": plan.target.is_stock,
+            "architecture": plan.spec.architecture.class_name,
+            "loads_without_our_code": plan.spec.architecture.is_stock,
             "stages": [stage.model_dump(mode="json") for stage in plan.stages],
             "trials": found_trials(folder),
             "versions": run["versions"],
@@ -416,23 +412,23 @@ def _metadata(prepared: Prepared, folder: RunFolder, adapter: dict[str, Any] | N
 
 def storage_metadata(plan: Plan) -> dict[str, Any]:
     """How linears are stored, all alike, and what that asks of those who load them."""
-    storage = next(iter(plan.storage.values()), None)
+    storage = next(iter(plan.spec.storage.values()), None)
     if storage is None:
         return {"storage": None, "quantized": False, "unpacks_while_loading": False, "not_for_vllm": None}
     return {
         "storage": storage.form,
         "quantized": storage.bits is not None,
-        "unpacks_while_loading": unpacks_while_loading(storage, plan.target.dense.model_type),
-        "not_for_vllm": not_for_vllm(storage, max(each.rank for each in plan.storage.values())),
+        "unpacks_while_loading": unpacks_while_loading(storage, plan.spec.architecture.dense.model_type),
+        "not_for_vllm": not_for_vllm(storage, max(each.rank for each in plan.spec.storage.values())),
     }
 
 
 def adapter_metadata(prepared: Prepared) -> dict[str, Any] | None:
     """The config of the adapter beside the checkpoint; None where there is none."""
-    ranks = {path: each.rank for path, each in prepared.plan.storage.items() if each.form == "packed" and each.rank}
+    ranks = {path: each.rank for path, each in prepared.plan.spec.packed.items() if each.rank}
     if not ranks:
         return None
-    modules = [name for name, _ in prepared.plan.target.model(prepared.plan.shape).named_modules()]
+    modules = [name for name, _ in prepared.plan.spec.model().named_modules()]
     return adapter_config(f"{prepared.job.model.name}-{prepared.job.recipe.method}", ranks, modules)
 
 
