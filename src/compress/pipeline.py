@@ -2,16 +2,16 @@
 
 Before the walk come what its recipe asks for: a survey of the dense model, and trials where a budget leaves a choice.
 
-The output is built in `<out>.partial` and gets its name by a rename, after it has been reloaded in a clean process.
+The output gets its name after it has been reloaded in a clean process (`checkpoints/run_folder.py`).
 Nothing volatile (times, paths of this machine) goes into it: the same inputs give the same bytes.
 """
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import psutil
 from torch import Tensor
@@ -20,28 +20,23 @@ from compress.architectures.packed import not_for_vllm, unpacks_while_loading
 from compress.architectures.sizes import Size
 from compress.checkpoints import files
 from compress.checkpoints.adapter import adapter_config, write_adapter
-from compress.checkpoints.card import model_card, read_origin
-from compress.checkpoints.facts import FACTS, read_facts, read_json
-from compress.checkpoints.integrity import check_integrity
+from compress.checkpoints.card import read_origin, write_card
+from compress.checkpoints.metadata import Metadata, input_fingerprint, read_metadata, versions
+from compress.checkpoints.run_folder import Part, RunFolder, open_run
 from compress.checkpoints.verify import verify, verify_tokens, why_own
-from compress.claiming import claimed, kept_journal, parent_folder
-from compress.durable import flush_below
-from compress.errors import CheckpointError
+from compress.datasets.windows import fingerprint
+from compress.io import sha256, write_tensors
 from compress.models.loading import load_config
 from compress.numerics.precision import full_precision
 from compress.planning import search
 from compress.planning.assembly import new_walk, restored, take_survey
-from compress.planning.memory import resident_bytes
+from compress.planning.memory import resident_bytes, usual_batch_size
 from compress.planning.plan import Plan
 from compress.planning.prepare import Job, Prepared, plan_job, prepare
 from compress.planning.ranks import rank_choices
 from compress.progress import Progress, Steps, silent
-from compress.provenance import identity
-from compress.publishing import is_finished, publish
 from compress.streaming.experts import short_of_tokens
-from compress.streaming.journal import Journal, sha256, write_tensors
 from compress.streaming.processes import ALONE, Processes
-from compress.streaming.shared_journal import SharedJournal
 from compress.streaming.sites import Count
 from compress.streaming.survey import Survey, SurveyNeed, num_steps
 from compress.streaming.walk import FinishedPart, Walk
@@ -124,38 +119,37 @@ def run_together(job: Job, processes: Processes, progress: Progress = silent) ->
         start = time.perf_counter()
         prepared = prepare(job, processes)
         processes.gathered(None)  # the others look at the output's place before the first makes anything there
-        with parent_folder(job.partial), claimed(job) if processes.is_first else nullcontext() as lock:
-            if job.resume and processes.from_first(processes.is_first and _only_lacks_name(prepared, progress)):
-                return _give_name(prepared) if processes.is_first else None
-            return _run(prepared, lock, progress, start)
+        with open_run(job, identity(prepared), processes, progress) as folder:
+            if folder.run.finished:
+                return _give_name(prepared, folder) if processes.is_first else None
+            return _run(prepared, folder, progress, start)
 
 
-def _run(prepared: Prepared, lock: IO[str] | None, progress: Progress, start: float) -> Result | None:
-    """The run itself, or what is left of it, in the folder that is ours by `lock`; begun at `start`."""
+def _run(prepared: Prepared, folder: RunFolder, progress: Progress, start: float) -> Result | None:
+    """The run itself, or what is left of it; begun at `start`."""
     job, processes = prepared.job, prepared.processes
-    with _journal(prepared, lock) as journal:
-        seconds: dict[str, float] = {}
-        with timed(seconds, "survey"):
-            survey = _survey(prepared, journal, progress)
-        with timed(seconds, "trials"):
-            prepared = _chosen(prepared, journal, survey, progress)
-        stages, held_out = prepared.plan.stages, job.recipe.held_out_windows
-        walk = new_walk(prepared, stages, prepared.windows, held_out, survey)
-        resumed = len(journal.entries)
-        steps = Steps(progress, "compressing", walk.num_parts, done=resumed)
-        if resumed:
-            walk.restore(journal.state(), resumed)
-        for part in walk.parts(steps.next):
-            _write_part(journal, part, walk)
-            del part  # it is on disk, and the next is as large
-        steps.end()
-        walk.streams.release()
-        processes.from_first(None)  # all is written
-        if not processes.is_first:
-            return None
-        facts, difference = _complete(prepared, walk, journal, progress)
-        seconds |= dict(walk.clock.seconds) | {"total": time.perf_counter() - start}
-        return _result(prepared, facts, seconds, difference, resumed)
+    seconds: dict[str, float] = {}
+    with timed(seconds, "survey"):
+        survey = _survey(prepared, folder, progress)
+    with timed(seconds, "trials"):
+        prepared = _chosen(prepared, folder, survey, progress)
+    stages, held_out = prepared.plan.stages, job.recipe.held_out_windows
+    walk = new_walk(prepared, stages, prepared.windows, held_out, survey)
+    resumed = len(folder.parts)
+    steps = Steps(progress, "compressing", walk.num_parts, done=resumed)
+    if resumed:
+        walk.restore(folder.state(), resumed)
+    for part in walk.parts(steps.next):
+        _write_part(folder, part, walk)
+        del part  # it is on disk, and the next is as large
+    steps.end()
+    walk.streams.release()
+    processes.from_first(None)  # all is written
+    if not processes.is_first:
+        return None
+    metadata, difference = _complete(prepared, walk, folder, progress)
+    seconds |= dict(walk.clock.seconds) | {"total": time.perf_counter() - start}
+    return _result(prepared, metadata, seconds, difference, resumed)
 
 
 @contextmanager
@@ -166,22 +160,22 @@ def timed(seconds: dict[str, float], kind: str) -> Iterator[None]:
         seconds[kind] = elapsed
 
 
-def _survey(prepared: Prepared, journal: Journal, progress: Progress) -> Survey | None:
+def _survey(prepared: Prepared, folder: RunFolder, progress: Progress) -> Survey | None:
     """The survey that the plan asks for, taken once: a run that goes on reads it back."""
     if prepared.plan.survey is SurveyNeed.NONE:
         return None
-    if "survey" in journal.findings:
-        return restored(prepared, journal.found_tensors("survey"))
+    if "survey" in folder.findings:
+        return restored(prepared, folder.found_tensors("survey"))
     total = num_steps(prepared.config.num_hidden_layers, gradient=SurveyNeed.GRADIENT in prepared.plan.survey)
     steps = Steps(progress, "surveying the dense model", total)
     survey = take_survey(prepared, steps.next)
     assert survey is not None
     steps.end()
-    journal.note("survey", None, survey.tensors(), survey.gradients.written if survey.gradients else ())
+    folder.note("survey", None, survey.tensors(), survey.gradients.written if survey.gradients else ())
     return survey
 
 
-def _chosen(prepared: Prepared, journal: Journal, survey: Survey | None, progress: Progress) -> Prepared:
+def _chosen(prepared: Prepared, folder: RunFolder, survey: Survey | None, progress: Progress) -> Prepared:
     """With the plan's choice made, by trial where there is more than one; a run that goes on reads trials back."""
     prepared = _with_rank_choices(prepared, survey)
     if not prepared.plan.choices:
@@ -191,11 +185,11 @@ def _chosen(prepared: Prepared, journal: Journal, survey: Survey | None, progres
 
     def measured(place: int) -> float:
         name = f"{TRIAL}{place}"
-        if name not in journal.findings:
+        if name not in folder.findings:
             trial, cost = search.try_out(prepared, choices[place], survey, steps), costs[place]
             predicted = None if cost is None else cost.total(search.LEFT)
-            journal.note(name, {**trial.counts, "predicted": predicted, "divergence": trial.divergence})
-        return float(journal.findings[name]["data"]["divergence"])
+            folder.note(name, {**trial.counts, "predicted": predicted, "divergence": trial.divergence})
+        return float(folder.findings[name].data["divergence"])
 
     place = search.choose(costs, measured) if len(choices) > 1 else 0
     return replace(prepared, plan=prepared.plan.chosen(choices[place]))
@@ -211,70 +205,70 @@ def _with_rank_choices(prepared: Prepared, survey: Survey | None) -> Prepared:
     return replace(prepared, plan=plan.chosen(found[0]) if len(found) == 1 else replace(plan, choices=found))
 
 
-@contextmanager
-def _journal(prepared: Prepared, lock: IO[str] | None) -> Iterator[Journal]:
-    """The journal of this run, which the first process writes."""
-    partial, run, processes = prepared.job.partial, identity(prepared), prepared.processes
-    if lock is None:
-        yield SharedJournal(partial, run, None, processes)
-        return
-    with kept_journal(partial, run, lock, resume=prepared.job.resume) as own:
-        yield own if processes.count == 1 else SharedJournal(partial, run, own, processes)
-
-
-def _only_lacks_name(prepared: Prepared, progress: Progress) -> bool:
-    """Whether this very run was killed when it was finished and verified, before its output got its name."""
-    partial = prepared.job.partial
-    if not is_finished(partial):
-        return False
-    try:
-        facts = read_json(partial / FACTS)
-        check_integrity(partial, read_facts(partial), checksums=True, progress=progress)
-    except CheckpointError:
-        return False
-    mine = identity(prepared)
-    same = all(facts.get(name) == mine[name] for name in ("recipe", "versions"))
-    return same and all(mine.get(name) == value for name, value in facts["fingerprints"].items())
-
-
-def _give_name(prepared: Prepared) -> Result:
+def identity(prepared: Prepared) -> dict[str, Any]:
+    """All that the output's bytes depend on."""
     job = prepared.job
-    facts = read_json(job.partial / FACTS)
-    publish(job.partial, job.out)
-    beside = 1 if facts["adapter"] else 0
-    return _result(prepared, facts, {"total": 0.0}, None, len(facts["parts"]) - beside)
+    return {
+        "recipe": job.recipe.model_dump(mode="json"),
+        "model": input_fingerprint(prepared.folder, prepared.weights),
+        "calibration text": fingerprint(prepared.windows),
+        "format": FORMAT,
+        "versions": versions(),
+        "export": job.export,
+        "device": job.device.type,
+        "batch size": batch_size(prepared),
+        "number of processes": prepared.processes.count,
+        "dtype": str(prepared.precision.written).removeprefix("torch."),
+    }
+
+
+def batch_size(prepared: Prepared) -> int | None:
+    """Windows at a time, where it is not the usual number: as the user said it, or as memory allows."""
+    chosen, job = prepared.plan.room.batch_size, prepared.job
+    return job.batch_size if chosen == usual_batch_size(job.recipe) else chosen
+
+
+def _give_name(prepared: Prepared, folder: RunFolder) -> Result:
+    """Publish what an earlier run had finished."""
+    folder.publish()
+    return _result(prepared, read_metadata(folder.out), {"total": 0.0}, None, len(folder.parts))
 
 
 def _result(
-    prepared: Prepared, facts: dict[str, Any], seconds: dict[str, float], difference: float | None, resumed: int
+    prepared: Prepared, metadata: Metadata, seconds: dict[str, float], difference: float | None, resumed: int
 ) -> Result:
     return Result(
         out=prepared.job.out,
-        architecture=facts["architecture"],
-        is_stock=facts["loads_without_our_code"],
+        architecture=metadata.architecture,
+        is_stock=metadata.loads_without_our_code,
         dense=prepared.plan.dense,
-        size=Size(**facts["size"]),
-        widths=[point["width"] for point in facts["points"]],
-        units={kind: tuple(n) if isinstance(n, list) else n for kind, n in facts["units"].items()},
+        size=Size(metadata.size.parameters, metadata.size.bytes),
+        widths=[point.width for point in metadata.points],
+        units={kind: tuple(n) if isinstance(n, list) else n for kind, n in metadata.units.items()},
         num_blocks=prepared.plan.spec.num_blocks,
-        ranks={linear["linear"]: linear["rank"] for linear in facts["linears"] if "rank" in linear},
-        alternatives=facts["alternatives"],
-        lost=mean_loss(facts),
-        divergence=facts["held_out_divergence"],
+        ranks={linear.linear: linear.rank for linear in metadata.linears if linear.rank is not None},
+        alternatives=[each.to_dict() for each in metadata.alternatives],
+        lost=mean_loss(metadata),
+        divergence=metadata.held_out_divergence,
         seconds=seconds,
         difference=difference,
         resumed_parts=resumed,
-        notes=[*prepared.plan.notes, *expert_notes(facts), *export_notes(prepared.job), *proof_notes(prepared.job.out)],
+        notes=[
+            *prepared.plan.notes,
+            *expert_notes(metadata),
+            *export_notes(prepared.job),
+            *proof_notes(prepared.job.out),
+        ],
     )
 
 
-def mean_loss(facts: dict[str, Any]) -> float | None:
-    lost = [linear["lost"] for linear in facts["linears"] if "lost" in linear]
-    return sum(lost) / len(lost) if lost and facts["alternatives"] else None
+def mean_loss(metadata: Metadata) -> float | None:
+    lost = [linear.lost for linear in metadata.linears if linear.lost is not None]
+    return sum(lost) / len(lost) if lost and metadata.alternatives else None
 
 
-def expert_notes(facts: dict[str, Any]) -> list[str]:
-    return short_of_tokens(facts["linears"] or facts["groups"])
+def expert_notes(metadata: Metadata) -> list[str]:
+    return short_of_tokens([linear.to_dict() for linear in metadata.linears] or metadata.groups)
 
 
 def proof_notes(out: Path) -> list[str]:
@@ -290,17 +284,15 @@ def export_notes(job: Job) -> list[str]:
     return reader_notes(job.out / f"{job.out.name}.gguf")
 
 
-def _write_part(journal: Journal, part: FinishedPart, walk: Walk) -> None:
+def _write_part(folder: RunFolder, part: FinishedPart, walk: Walk) -> None:
     with walk.clock("write"):
         if not walk.processes.is_first:
-            journal.record({}, walk.state())
+            folder.record(Part(), walk.state())
             return
-        written = write_tensors(journal.folder / files.part_file(part.index, walk.num_parts), part.tensors)
-        beside = journal.folder / files.adapter_file(part.index)
-        entry = {
-            "name": part.name,
-            "part": written,
-            "adapter": write_tensors(beside, part.adapter) if part.adapter else None,
+        weights = write_tensors(folder.checkpoint / files.part_file(part.index, walk.num_parts), part.tensors)
+        beside = folder.partial / files.adapter_file(part.index)
+        adapter = write_tensors(beside, part.adapter) if part.adapter else None
+        report = {
             "tensors": sorted(part.tensors),
             "tensor_bytes": sum(tensor.nbytes for tensor in part.tensors.values()),
             "adapter_bytes": sum(tensor.nbytes for tensor in part.adapter.values()),
@@ -309,44 +301,55 @@ def _write_part(journal: Journal, part: FinishedPart, walk: Walk) -> None:
             "groups": part.groups,
             "divergence": part.divergence,
         }
-        journal.record(entry, walk.state())
+        folder.record(Part(weights=weights, adapter=adapter, report=report), walk.state())
 
 
-def _complete(prepared: Prepared, walk: Walk, journal: Journal, progress: Progress) -> tuple[dict[str, Any], float]:
+def _complete(prepared: Prepared, walk: Walk, folder: RunFolder, progress: Progress) -> tuple[Metadata, float]:
     """The rest of the checkpoint, the proof that it reloads, and its name. What it says of itself, and the proof."""
-    job, partial, spec = prepared.job, journal.folder, prepared.plan.spec
+    job, target = prepared.job, folder.checkpoint
     steps = Steps(progress, "verifying", 2 if job.export == "gguf" else 1)
     steps.next("reloading in a clean process")
-    facts = _facts(prepared, journal)
-    widths = tuple(point["width"] for point in facts["points"])
-    config = replace(spec, widths=widths, units=facts["units"]).config()
-    files.write_json(partial / "config.json", config.to_diff_dict())
-    if not spec.architecture.is_stock:
-        files.carry_modeling(partial)
-    files.copy_companions(prepared.folder, partial)
-    files.write_index(partial, journal.entries)
-    if facts["adapter"]:
-        parts = [partial / entry["adapter"]["file"] for entry in journal.entries if entry["adapter"]]
-        written = write_adapter(partial, parts, facts["adapter"])
-        facts["parts"][str(written.relative_to(partial))] = sha256(written)
-    files.write_json(partial / FACTS, facts)
-    (partial / "README.md").write_text(model_card(facts), encoding="utf-8")
+    metadata = _write_companions(prepared, folder)
     with walk.clock("verify"):
         ids, logits = walk.probe_ids, walk.probe
         assert logits is not None
-        verify_tokens(prepared.folder, partial)
+        verify_tokens(prepared.folder, target)
         memory = proof_memory(prepared)
-        difference = verify(partial, ids, logits, memory=memory)
+        difference = verify(target, ids, logits, memory=memory)
         if job.export == "gguf":
             if job.max_memory is None:
                 memory = max(memory, psutil.virtual_memory().available // 2)
             steps.next("the GGUF file")
-            export_gguf(partial, job.out.name, ids, logits, memory=memory)
-    flush_below(partial)
-    journal.forget()
-    publish(partial, job.out)
+            export_gguf(target, job.out.name, ids, logits, memory=memory)
+    folder.finish()
     steps.end()
-    return facts, difference
+    return metadata, difference
+
+
+def _write_companions(prepared: Prepared, folder: RunFolder) -> Metadata:
+    """All files of the checkpoint but its parts."""
+    plan, target, reports = prepared.plan, folder.checkpoint, [part.report for part in folder.parts]
+    adapter = adapter_metadata(prepared)
+    parts = {part.weights.file: part.weights.sha256 for part in folder.parts if part.weights}
+    if adapter is not None:
+        shares = [folder.partial / part.adapter.file for part in folder.parts if part.adapter]
+        written = write_adapter(target, shares, adapter)
+        parts[str(written.relative_to(target))] = sha256(written)
+    metadata = _metadata(prepared, folder, adapter, parts)
+    config = replace(plan.spec, widths=tuple(point.width for point in metadata.points), units=plan.units).config()
+    files.write_json(target / "config.json", config.to_diff_dict())
+    if not plan.spec.architecture.is_stock:
+        files.carry_modeling(target)
+    files.copy_companions(prepared.folder, target)
+    files.write_index(
+        target,
+        {name: part.weights.file for part in folder.parts if part.weights for name in part.report["tensors"]},
+        total_bytes=sum(report["tensor_bytes"] for report in reports),
+        total_parameters=sum(report["parameters"] for report in reports),
+    )
+    metadata.write(target)
+    write_card(target, metadata)
+    return metadata
 
 
 def export_gguf(folder: Path, name: str, ids: Tensor, logits: Tensor, *, memory: int) -> None:
@@ -364,45 +367,50 @@ def proof_memory(prepared: Prepared) -> int:
     return max(prepared.plan.memory_bytes, SMALL) if limit is None else max(0, limit - resident_bytes() - prepared.held)
 
 
-def _facts(prepared: Prepared, journal: Journal) -> dict[str, Any]:
-    """What compress.json says: how the checkpoint came about and what is in it."""
-    job, entries = prepared.job, journal.entries
-    run = identity(prepared)
-    return {
-        "format": FORMAT,
-        "name": f"{job.model.name}-{job.recipe.method}",
-        "base_model": job.model.repository or job.model.name,
-        "command": job.command,
-        "recipe": run["recipe"],
-        "architecture": prepared.plan.spec.architecture.class_name,
-        "loads_without_our_code": prepared.plan.spec.architecture.is_stock,
-        "stages": [stage.model_dump(mode="json") for stage in prepared.plan.stages],
-        "trials": found_trials(journal),
-        "versions": run["versions"],
-        "origin": read_origin(prepared.folder),
-        "export": job.export,
-        "device": job.device.type,
-        "batch_size": run["batch size"],
-        "fingerprints": {key: run[key] for key in ("model", "calibration text")},
-        "itemsize": prepared.precision.written.itemsize,
-        "dense_size": vars(prepared.plan.dense),
-        "size": {
-            "parameters": sum(entry["parameters"] for entry in entries),
-            "bytes": sum(entry["tensor_bytes"] + entry["adapter_bytes"] for entry in entries),
-        },
-        "adapter": adapter_facts(prepared),
-        **storage_facts(prepared.plan),
-        "alternatives": [vars(alternative) for alternative in prepared.plan.alternatives],
-        "units": dict(prepared.plan.units),
-        "held_out_divergence": entries[-1]["divergence"],
-        "points": [point for entry in entries for point in entry["points"]],
-        "groups": [report for entry in entries for report in entry["groups"] if "group" in report],
-        "linears": [report for entry in entries for report in entry["groups"] if "linear" in report],
-        "parts": {entry["part"]["file"]: entry["part"]["sha256"] for entry in entries},
-    }
+def _metadata(prepared: Prepared, folder: RunFolder, adapter: dict[str, Any] | None, parts: dict[str, str]) -> Metadata:
+    """
+    adapter: its config. parts: the sha256 of the files of weights.
+    """
+    job, plan = prepared.job, prepared.plan
+    run, reports = folder.run.identity, [part.report for part in folder.parts]
+    groups = [group for report in reports for group in report["groups"]]
+    return Metadata.model_validate(
+        {
+            "format": FORMAT,
+            "name": f"{job.model.name}-{job.recipe.method}",
+            "base_model": job.model.repository or job.model.name,
+            "command": job.command,
+            "recipe": run["recipe"],
+            "architecture": plan.spec.architecture.class_name,
+            "loads_without_our_code": plan.spec.architecture.is_stock,
+            "stages": [stage.model_dump(mode="json") for stage in plan.stages],
+            "trials": found_trials(folder),
+            "versions": run["versions"],
+            "origin": read_origin(prepared.folder),
+            "export": job.export,
+            "device": job.device.type,
+            "batch_size": run["batch size"],
+            "fingerprints": {key: run[key] for key in ("model", "calibration text")},
+            "itemsize": prepared.precision.written.itemsize,
+            "dense_size": vars(plan.dense),
+            "size": {
+                "parameters": sum(report["parameters"] for report in reports),
+                "bytes": sum(report["tensor_bytes"] + report["adapter_bytes"] for report in reports),
+            },
+            "adapter": adapter,
+            **storage_metadata(plan),
+            "alternatives": [vars(alternative) for alternative in plan.alternatives],
+            "units": {kind: n if isinstance(n, int) else list(n) for kind, n in plan.units.items()},
+            "held_out_divergence": reports[-1]["divergence"],
+            "points": [point for report in reports for point in report["points"]],
+            "groups": [group for group in groups if "group" in group],
+            "linears": [group for group in groups if "linear" in group],
+            "parts": parts,
+        }
+    )
 
 
-def storage_facts(plan: Plan) -> dict[str, Any]:
+def storage_metadata(plan: Plan) -> dict[str, Any]:
     """How linears are stored, all alike, and what that asks of those who load them."""
     storage = next(iter(plan.spec.storage.values()), None)
     if storage is None:
@@ -415,7 +423,7 @@ def storage_facts(plan: Plan) -> dict[str, Any]:
     }
 
 
-def adapter_facts(prepared: Prepared) -> dict[str, Any] | None:
+def adapter_metadata(prepared: Prepared) -> dict[str, Any] | None:
     """The config of the adapter beside the checkpoint; None where there is none."""
     ranks = {path: each.rank for path, each in prepared.plan.spec.packed.items() if each.rank}
     if not ranks:
@@ -424,6 +432,6 @@ def adapter_facts(prepared: Prepared) -> dict[str, Any] | None:
     return adapter_config(f"{prepared.job.model.name}-{prepared.job.recipe.method}", ranks, modules)
 
 
-def found_trials(journal: Journal) -> list[dict[str, Any]]:
+def found_trials(folder: RunFolder) -> list[dict[str, Any]]:
     """What was tried, in its order."""
-    return [finding["data"] for name, finding in journal.findings.items() if name.startswith(TRIAL)]
+    return [finding.data for name, finding in folder.findings.items() if name.startswith(TRIAL)]
