@@ -23,10 +23,10 @@ import tiny
 from compress import families, pipeline
 from compress.checkpoints.gguf.llama import check_llama
 from compress.errors import UnsupportedModel, UsageError
-from compress.job import Job
 from compress.models.hub import find_model
-from compress.needs import Room
-from compress.plan import Plan, make_plan
+from compress.planning.memory import Room
+from compress.planning.plan import Plan, make_plan
+from compress.planning.prepare import Job
 from compress.recipe import Recipe, anchored, lowrank, parse_recipe, slicegpt, slim
 
 NUM_BLOCKS = 2
@@ -143,7 +143,7 @@ def cell(row: Row, method: Method) -> Cell:
         plan = planned(config, method.recipe())
     except (UnsupportedModel, UsageError) as error:
         return Cell("refused", str(error))
-    written = plan.target.config(plan.shape, torch.float32).model_type
+    written = plan.spec.config(torch.float32).model_type
     why = " ".join(note for note in plan.notes if "our architecture" in note)
     return Cell("stock" if written == config.model_type else written, why)
 
@@ -154,7 +154,7 @@ def gguf_cell(row: Row) -> Cell:
     method = "materialized" if family_of(row).not_exact(config) else "one basis"
     plan = planned(config, METHODS[method].recipe())
     try:
-        check_llama(plan.target.config(plan.shape, torch.float32))
+        check_llama(plan.spec.config(torch.float32))
     except UnsupportedModel as error:
         return Cell("refused", str(error))
     return Cell("written")

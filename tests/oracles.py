@@ -5,7 +5,7 @@ import importlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compress import families
-from compress.architectures.architecture import Shape, dense_units
+from compress.architectures.architecture import ModelSpec
 from compress.architectures.own import Own
 from compress.families import Family
 from compress.models.decoder import Decoder
@@ -252,8 +252,8 @@ def empty_sliced_model(
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        shape = Shape(tuple(widths), dense_units(config, family))
-        model = CompressForCausalLM(Own(config, family).config(shape, dtype))
+        spec = replace(ModelSpec.dense(Own(config, family), dtype), widths=tuple(widths))
+        model = CompressForCausalLM(spec.config())
     finally:
         torch.set_default_dtype(before)
     return model.eval()

@@ -13,10 +13,10 @@ from torch import Tensor
 import tiny
 from compress import families, pipeline
 from compress.errors import UsageError
-from compress.job import Job
 from compress.models.hub import find_model
-from compress.needs import Room
-from compress.plan import Plan, make_plan
+from compress.planning.memory import Room
+from compress.planning.plan import Plan, make_plan
+from compress.planning.prepare import Job
 from compress.recipe import Recipe
 from runs import tensors_of
 

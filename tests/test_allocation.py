@@ -10,11 +10,10 @@ import compress  # noqa: F401 (registers the architecture)
 from cli_runner import invoke, succeeds
 from compress import families
 from compress.numerics.frames import OrthogonalFrame
-from compress.search import Cost, Forecast
+from compress.planning.search import Cost, Forecast
 from compress.stages.prune_units import PruneUnits
-from compress.streaming.sites import stream_points
 from compress.streaming.survey import Survey
-from tiny import HIDDEN, NUM_BLOCKS, write_model, write_text
+from tiny import NUM_BLOCKS, write_model, write_text
 
 KINDS = ["opt", "phi3"]
 
@@ -92,8 +91,7 @@ def test_the_stream_s_loss_is_that_of_what_slicing_takes_from_it():
     ],
 )
 def test_numbers_that_do_not_fit_the_model(keep, fault):
-    points = stream_points(HIDDEN, num_blocks=NUM_BLOCKS, branch_names=["attention", "mlp"], seed=0)
-    (said,) = PruneUnits(units="neurons", keep=keep).faults(points, {"neurons": 48})
+    (said,) = PruneUnits(units="neurons", keep=keep).faults(48, NUM_BLOCKS)
     assert fault in said
 
 

@@ -11,18 +11,18 @@ import torch
 
 import tiny
 from compress import families, search
-from compress.architectures.architecture import Architecture, Shape, dense_units
+from compress.architectures.architecture import Architecture, ModelSpec
 from compress.architectures.own import Own
+from compress.architectures.sizes import HEADER_BYTES_PER_FILE, HEADER_BYTES_PER_TENSOR, disk_bytes, size_of
 from compress.architectures.stock import Stock
-from compress.assembly import take_survey
-from compress.budget import Space, ladders, legal
-from compress.checkpoints.sizes import HEADER_BYTES_PER_FILE, HEADER_BYTES_PER_TENSOR, disk_bytes, size_of
 from compress.errors import UsageError
-from compress.plan import Plan, choose_target, model_points
-from compress.preflight import prepare
+from compress.planning.assembly import take_survey
+from compress.planning.budget import WidthSpace
+from compress.planning.plan import Plan
+from compress.planning.prepare import prepare
+from compress.planning.search import Cost
 from compress.progress import Steps, silent
 from compress.recipe import Recipe, anchored, parse_recipe, slicegpt
-from compress.search import Cost
 from orders import Made, maker, planned, refusal
 from runs import unproved
 
@@ -58,7 +58,7 @@ def recipe(method: str, budget: dict[str, Any] | None, *, source: str = "stdlib"
 class Bill:
     """What the shapes of a recipe cost and what they may, counted on whole models."""
 
-    space: Space
+    space: WidthSpace
     budget: Any
     dense_parameters: int
 
@@ -67,30 +67,30 @@ class Bill:
         return int(self.budget.target_size or math.floor(self.budget.keep_params * self.dense_parameters))
 
     def cost(self, counts: Counts) -> int:
-        model = self.space.target.model(self.space.shape(counts))
-        if self.budget.target_size:
-            return disk_bytes(model, self.space.dtype)
-        return size_of(model, self.space.dtype).parameters
+        model, dtype = self.space.spec(counts).model(), self.space.base.dtype
+        return disk_bytes(model, dtype) if self.budget.target_size else size_of(model, dtype).parameters
+
+    def is_legal(self, counts: Counts) -> bool:
+        return not self.space.spec(counts).faults()
 
     def fits(self, counts: Counts) -> bool:
         return self.cost(counts) <= self.limit
 
     def one_step_more(self, counts: Counts) -> Iterator[Counts]:
         """The legal shapes that have the next larger count of one kind."""
-        for kind, ladder in ladders(self.space).items():
+        for kind, ladder in self.space.ladders.items():
             above = [count for count in ladder if count > counts[kind]]
-            if above and legal(self.space, larger := {**counts, kind: above[0]}):
+            if above and self.is_legal(larger := {**counts, kind: above[0]}):
                 yield larger
 
 
 def bill(config: Any, chosen: Recipe, dtype: torch.dtype = torch.float16) -> Bill:
     family = families.find(config)
-    target, _ = choose_target(chosen, config, family)
-    points, units = model_points(config, family, 0), dense_units(config, family)
-    stages = [stage.resolved(target.steps()) for stage in chosen.stages]
+    base = choose_base(chosen, config, family, dtype)
+    stages, _ = plan_stages(chosen.stages, base)
     dense = tiny.tiny_model(config.model_type, num_hidden_layers=config.num_hidden_layers)
     stored = {parameter.data_ptr(): parameter.numel() for parameter in dense.parameters()}  # a tied head once
-    return Bill(Space(stages, points, units, target, dtype), chosen.budget, sum(stored.values()))
+    return Bill(WidthSpace(stages, base), chosen.budget, sum(stored.values()))
 
 
 def whole(counts: Mapping[str, Any]) -> Counts:
@@ -99,10 +99,10 @@ def whole(counts: Mapping[str, Any]) -> Counts:
     return dict(counts)
 
 
-def choices(plan: Plan, space: Space) -> list[Counts]:
+def choices(plan: Plan, space: WidthSpace) -> list[Counts]:
     """Also the one that the plan has made, where there was no other."""
     made = whole({"hidden": plan.widths[0] or 0, **plan.units})
-    return [whole(choice.counts) for choice in plan.choices] or [{kind: made[kind] for kind in ladders(space)}]
+    return [whole(choice.counts) for choice in plan.choices] or [{kind: made[kind] for kind in space.ladders}]
 
 
 PLANNED = [
@@ -121,16 +121,16 @@ def test_choices_fit_one_step_more_does_not_and_nothing_is_forgotten(model_type,
     counted = bill(config, chosen)
     found = choices(planned(config, chosen), counted.space)
     for counts in found:
-        assert legal(counted.space, counts)
+        assert counted.is_legal(counts)
         assert counted.fits(counts)
         for larger in counted.one_step_more(counts):
             assert not counted.fits(larger), (counts, larger)
     for one, other in itertools.permutations(found, 2):
         assert any(one[kind] > other[kind] for kind in one), f"{other} contains {one}"
     # Of a coarse grid, whatever fits is contained in a choice.
-    coarse = {kind: ladder[:: max(1, len(ladder) // 4)] for kind, ladder in ladders(counted.space).items()}
+    coarse = {kind: ladder[:: max(1, len(ladder) // 4)] for kind, ladder in counted.space.ladders.items()}
     grid = [dict(zip(coarse, values, strict=True)) for values in itertools.product(*coarse.values())]
-    fitting = [counts for counts in grid if legal(counted.space, counts) and counted.fits(counts)]
+    fitting = [counts for counts in grid if counted.is_legal(counts) and counted.fits(counts)]
     assert fitting
     for counts in fitting:
         assert any(all(choice[kind] >= counts[kind] for kind in counts) for choice in found), counts
@@ -161,19 +161,18 @@ SHAPES = ["stock", "one basis", "a basis a layer", "a whole head", "falling"]
 def test_a_deep_model_is_counted_by_shallow_ones(model_type):
     config = tiny.tiny_config(model_type, num_hidden_layers=4)
     family = families.find(config)
-    points, units = model_points(config, family, 0), dense_units(config, family)
     for kind in SHAPES[family.stock is None :]:
         shortcuts = kind not in ("stock", "one basis")
         target: Architecture = Own(config, family, shortcuts=shortcuts)
         if kind == "stock":
             target = Stock(config, family, narrows=True)
-        widths = [24 - (index if kind == "falling" else 0) for index in range(len(points))]
+        dense = ModelSpec.dense(target, torch.float16)
+        widths = [24 - (index if kind == "falling" else 0) for index in range(len(dense.points))]
         if kind == "a whole head":
             widths[-1] = tiny.HIDDEN
-        space, shape = Space([], points, units, target, torch.float16), Shape(tuple(widths), units | {"neurons": 40})
-        whole = target.model(shape)
-        assert space.size(shape) == size_of(whole, torch.float16), kind
-        assert space.disk_bytes(shape) == disk_bytes(whole, torch.float16), kind
+        spec = replace(dense, widths=tuple(widths), units=dense.dense_units | {"neurons": 40})
+        assert spec.size == size_of(spec.model(), torch.float16), kind
+        assert spec.disk_bytes == disk_bytes(spec.model(), torch.float16), kind
 
 
 # ---- what is refused ----
@@ -192,9 +191,9 @@ def test_a_deep_model_is_counted_by_shallow_ones(model_type):
 def test_an_impossible_budget_hears_the_least_possible(model_type, method, budget):
     config, chosen = tiny.tiny_config(model_type), recipe(method, budget)
     counted = bill(config, chosen)
-    lowest = {kind: ladder[:3] for kind, ladder in ladders(counted.space).items()}
+    lowest = {kind: ladder[:3] for kind, ladder in counted.space.ladders.items()}
     grid = [dict(zip(lowest, values, strict=True)) for values in itertools.product(*lowest.values())]
-    least = min(counted.cost(counts) for counts in grid if legal(counted.space, counts))
+    least = min(counted.cost(counts) for counts in grid if counted.is_legal(counts))
     assert least > counted.limit
     unit = "bytes" if "target_size" in budget else "parameters"
     assert refusal(lambda: planned(config, chosen)) == (
@@ -361,7 +360,7 @@ EVERY_ORDER = pytest.mark.parametrize("order", ORDERS, ids=lambda order: f"{orde
 def test_the_promise_is_kept_and_a_step_more_would_break_it(order, made):
     run = made(order)
     counted = bill(order.config, run.job.recipe, getattr(torch, order.dtype))
-    counts = {kind: counts_of(run)[kind] for kind in ladders(counted.space)}
+    counts = {kind: counts_of(run)[kind] for kind in counted.space.ladders}
     larger = [counted.cost(more) for more in counted.one_step_more(counts)]
     written, files = run.tensors, list(run.job.out.glob("*.safetensors"))
     if share := order.budget.get("keep_params"):
@@ -385,8 +384,8 @@ def test_what_is_planned_is_what_is_written(order, made):
     assert (plan.widths, plan.units) == (result.widths, result.units)
     assert (plan.size, plan.dense) == (result.size, result.dense)
     assert plan.dense.parameters == sum(tensor.numel() for tensor in run.dense.values())
-    model = plan.target.model(Shape(tuple(result.widths), result.units))
-    file_name = plan.target.layout(dtype).file_name
+    model = replace(plan.spec, widths=tuple(result.widths), units=result.units).model()
+    file_name = plan.spec.architecture.layout(dtype).file_name
     expected = {file_name(name): (parameter.shape, dtype) for name, parameter in model.named_parameters()}
     assert {name: (tensor.shape, tensor.dtype) for name, tensor in run.tensors.items()} == expected
     assert sum(tensor.nbytes for tensor in run.tensors.values()) == result.size.bytes

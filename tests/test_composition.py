@@ -13,10 +13,10 @@ import oracles
 import tiny
 from compress import pipeline
 from compress.datasets.windows import calibration_windows
-from compress.job import Job
 from compress.models.hub import find_model
 from compress.models.loading import load_tokenizer
 from compress.models.opening import load
+from compress.planning.prepare import Job
 from compress.recipe import parse_recipe
 from compress.stages._stage import StageConfig
 from compress.streaming.linears import LinearSite

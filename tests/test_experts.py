@@ -222,7 +222,7 @@ def test_experts_linears_are_measured_by_the_tokens_that_reach_them(model_type, 
 @pytest.mark.parametrize("model_type", ["mixtral"])
 def test_an_expert_that_no_token_reaches_has_a_spectrum_of_its_weights(model_type, folders, tmp_path):
     """Of white inputs; the loss feels nothing of it."""
-    watch = Factorize(gradient_weight=0.5).watch
+    watch = Factorize(gradient_weight=0.5).requires.watch
     surveyor = oracles.surveyor(
         folders[model_type],
         WINDOWS[:1, :2],

@@ -14,8 +14,8 @@ import tiny
 from cli_runner import snapshot
 from compress import pipeline
 from compress.errors import CompressError
-from compress.job import Job
 from compress.models.hub import find_model
+from compress.planning.prepare import Job
 from compress.recipe import anchored, lowrank, parse_recipe
 from oracles import logits_of, random_ids
 from runs import proved_here, run_here

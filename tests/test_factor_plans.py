@@ -10,8 +10,8 @@ from transformers import GPTBigCodeConfig
 import tiny
 from compress import families
 from compress.errors import UsageError
-from compress.needs import Room
-from compress.plan import Plan, make_plan
+from compress.planning.memory import Room
+from compress.planning.plan import Plan, make_plan
 from compress.recipe import anchored, lowrank, parse_recipe
 from factorising import HALF, Stages, slicing
 

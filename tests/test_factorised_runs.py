@@ -15,10 +15,9 @@ import contract
 import oracles
 import tiny
 from compress import families, pipeline
-from compress.job import Job
 from compress.models.hub import find_model
-from compress.plan import Plan
-from compress.preflight import read_windows
+from compress.planning.plan import Plan
+from compress.planning.prepare import Job, read_windows
 from compress.recipe import lowrank, parse_recipe
 from contract import Written
 from factorising import HALF, RANK, Whole, block_linears, job_of, run_unproved, same_function, slicing
@@ -122,7 +121,7 @@ def test_a_sliced_model_is_factorised_as_it_was_planned(name, planned_and_made):
 @pytest.mark.parametrize("name", ["llama, fewer neurons", "opt, per layer, fewer neurons"])
 def test_a_sliced_and_factorised_config_comes_back_from_json(name, planned_and_made, tmp_path):
     plan = planned_and_made[0][f"sliced: {name}"]
-    config = plan.target.config(plan.shape, torch.float32)
+    config = plan.spec.config(torch.float32)
     (tmp_path / "saved").mkdir()
     (tmp_path / "saved" / "config.json").write_text(json.dumps(config.to_diff_dict(), default=str), encoding="utf-8")
     again: Any = type(config).from_pretrained(tmp_path / "saved")

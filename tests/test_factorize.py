@@ -48,7 +48,7 @@ WITHOUT_BIASES: dict[str, dict[str, Any]] = {
 
 def walked(folder: Path, stages: Sequence[StageConfig], *, windows: Tensor = WINDOWS, held_out: int = 0) -> Any:
     config, survey = load_config(folder), None
-    wanting = [stage for stage in stages if stage.survey is not SurveyNeed.NONE]
+    wanting = [stage.requires for stage in stages if stage.requires.survey is not SurveyNeed.NONE]
     if wanting:
         watch = wanting[0].watch
         surveyor = oracles.surveyor(

@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM
 import oracles
 import tiny
 from compress import families
-from compress.architectures.architecture import Shape, dense_units
 from compress.architectures.own import AUTO_MAP, CLASS, Own
 from compress.models.factors import (
     AnyLinear,
@@ -224,8 +223,7 @@ def dense_model(model_type: str, dtype: torch.dtype) -> Any:
     config = tiny.tiny_config("llama")
     family = families.find(config)
     widths = tuple(range(30, 30 - 2 * tiny.NUM_BLOCKS, -1))
-    shape = Shape((*widths, widths[-1]), dense_units(config, family))
-    config = Own(config, family).config(shape, dtype)
+    config = replace(ModelSpec.dense(Own(config, family), dtype), widths=(*widths, widths[-1])).config()
     return draw(in_dtype(dtype, lambda: CompressForCausalLM(config)))
 
 

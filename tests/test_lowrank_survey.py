@@ -96,7 +96,7 @@ def test_energies_are_those_of_the_outputs(model_type, gradient, models, tmp_pat
     """About their mean where the linear has a bias to hold it; from either pass."""
     model, folder = models(model_type)
     plain = InMemory(model)
-    watch = Factorize(method="anchored", allocation="energy").watch
+    watch = Factorize(method="anchored", allocation="energy").requires.watch
     found = surveyed(folder, watch, tmp_path, gradient=gradient)
     assert found.spectra.keys() == plain.linears.keys()
     for path, spectrum in found.spectra.items():
@@ -111,7 +111,7 @@ def test_gradients_are_autograds(model_type, models, tmp_path):
     """One file a block; a diagonal of what is wider than twice the stream."""
     model, folder = models(model_type)
     plain = InMemory(model)
-    watch = Factorize(gradient_weight=0.9).watch
+    watch = Factorize(gradient_weight=0.9).requires.watch
     found = surveyed(folder, watch, tmp_path, gradient=True)
     assert sorted(file.name for file in tmp_path.iterdir()) == [
         "finding-gradients-00000.safetensors",
@@ -151,7 +151,9 @@ def test_outputs_and_gradients_where_the_stock_model_does_more(model_type, chang
     """Gemma 2's attention weights are float32 whatever it is given."""
     model, folder = models(model_type, **changes)
     plain = InMemory(model)
-    found = surveyed(folder, Factorize(gradient_weight=0.9, allocation="fisher").watch, tmp_path, gradient=True)
+    found = surveyed(
+        folder, Factorize(gradient_weight=0.9, allocation="fisher").requires.watch, tmp_path, gradient=True
+    )
     assert found.spectra.keys() == plain.linears.keys()
     for block in range(2):
         for path, moment in load_file(tmp_path / f"finding-gradients-{block:05d}.safetensors").items():
@@ -167,7 +169,7 @@ def test_what_the_loss_feels(model_type, weight, models, tmp_path):
     """The eigenvalues of the outputs' covariance in the metric, in units that compare across linears."""
     model, folder = models(model_type)
     plain = InMemory(model)
-    watch = Factorize(gradient_weight=weight, allocation="fisher").watch
+    watch = Factorize(gradient_weight=weight, allocation="fisher").requires.watch
     found = surveyed(folder, watch, tmp_path, gradient=True)
     for path, spectrum in found.spectra.items():
         linear, G = plain.linears[path], plain.moment(path)
@@ -182,7 +184,7 @@ def test_what_the_loss_feels(model_type, weight, models, tmp_path):
 @pytest.mark.parametrize("model_type", ["codegen"])
 def test_neither_batches_nor_memory_change_what_is_found(model_type, models, tmp_path):
     _, folder = models(model_type, num_hidden_layers=3)
-    watch = Factorize(gradient_weight=0.5).watch
+    watch = Factorize(gradient_weight=0.5).requires.watch
     found = []
     for number, options in enumerate([{}, {"batch_size": 5}, {"memory": 0}]):
         (tmp_path / str(number)).mkdir()
@@ -197,7 +199,7 @@ def test_neither_batches_nor_memory_change_what_is_found(model_type, models, tmp
 
 def test_it_comes_back_from_its_tensors(models, tmp_path):
     _, folder = models("opt")
-    found = surveyed(folder, Factorize(gradient_weight=0.5).watch, tmp_path, gradient=True)
+    found = surveyed(folder, Factorize(gradient_weight=0.5).requires.watch, tmp_path, gradient=True)
     again = Survey.of(found.tensors(), found.gradients)
     assert torch.equal(again.moment, found.moment)
     assert torch.equal(again.gradient, found.gradient)

@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM
 import compress
 from compress import pipeline
 from compress.datasets.windows import calibration_windows
-from compress.job import Job
 from compress.models.hub import find_model
 from compress.models.loading import load_tokenizer
 from compress.own_model.modeling_compress import CompressForCausalLM, LowRankLinear, PivotLinear
+from compress.planning.prepare import Job
 from compress.recipe import lowrank, parse_recipe
 from oracles import logits_of
 

@@ -8,8 +8,7 @@ import pytest
 
 from cli_runner import Ran, Request, run_warm
 from compress.errors import UsageError
-from compress.needs import Room
-from compress.room import held, settle
+from compress.planning.memory import Room
 from tiny import write_model, write_text
 
 WORDS = "slice --model model --calib text.txt --samples 32 --seq-len 256 --device cpu --method slicegpt --ratio 0.25"

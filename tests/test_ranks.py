@@ -14,15 +14,14 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 import tiny
-from compress import families, pipeline, search
-from compress.architectures.architecture import Shape
-from compress.assembly import take_survey
-from compress.checkpoints.sizes import disk_bytes
-from compress.job import Job
-from compress.needs import Room
-from compress.plan import Plan, make_plan
-from compress.preflight import prepare
-from compress.ranks import RankSpace, rank_choices
+from compress import families, pipeline
+from compress.architectures.sizes import disk_bytes
+from compress.planning import search
+from compress.planning.assembly import take_survey
+from compress.planning.memory import Room
+from compress.planning.plan import Plan, make_plan
+from compress.planning.prepare import Job, prepare
+from compress.planning.ranks import RankSpace, rank_choices
 from compress.recipe import Recipe, lowrank, parse_recipe
 from compress.streaming.spectra import Spectrum
 from orders import Made, maker, planned, refusal
@@ -143,7 +142,7 @@ def test_what_was_chosen_is_what_was_counted_and_written(order, made):
     space = run.plan.ranks
     choice = space.choice("any", run.result.ranks)
     assert choice.size == run.result.size
-    model = run.plan.target.model(choice.shape)
+    model = run.choice.spec.model()
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     if "lm_head.weight" not in tensors:
         assert model.config.tie_word_embeddings
@@ -229,8 +228,7 @@ def test_an_impossible_budget_hears_the_least_possible(model_type, form, budget,
     fault = refusal(lambda: planned_of(order))
     assert fault.count("\n") == 0
     # Rank 1 everywhere, counted on the whole model.
-    shape = plan.ranks.shaped({linear.path: 1 for linear in plan.ranks.linears})
-    model = plan.target.model(shape)
+    model = plan.ranks.factorized({linear.path: 1 for linear in plan.ranks.linears}).model()
     parameters = sum(parameter.numel() for parameter in model.parameters())
     least = disk_bytes(model, torch.float16) if "target_size" in budget else parameters
     assert f"is {least:,}. " in fault
@@ -290,7 +288,7 @@ def test_bytes_on_disk_are_no_less_than_planned_for_a_large_model():
     )
     family = families.find(config)
     plan = make_plan(recipe, config, family, dtype=torch.float16, computing=torch.float32, room=Room(1, 2**30))
-    model = plan.target.model(Shape(plan.shape.widths, plan.units, plan.factors))
+    model = plan.spec.model()
     parts: dict[str, dict[str, tuple[str, Sequence[int], int]]] = {}
     total = 0
     for name, tensor in model.state_dict().items():

@@ -18,7 +18,7 @@ import compress
 import oracles
 import tiny
 from compress import families
-from compress.architectures.architecture import Architecture, Shape, dense_units
+from compress.architectures.architecture import Architecture, ModelSpec
 from compress.architectures.own import Own
 from compress.architectures.stock import Stock
 from compress.datasets.windows import cut, encode
@@ -84,7 +84,7 @@ def new_walk(
 ) -> Walk:
     need = SurveyNeed.NONE
     for stage in stages:
-        need |= stage.survey if isinstance(stage, StageConfig) else SurveyNeed.NONE
+        need |= stage.requires.survey if isinstance(stage, StageConfig) else SurveyNeed.NONE
     survey = None if need is SurveyNeed.NONE else survey_of(folder, SurveyNeed.GRADIENT in need, windows)
     layout = (target or target_of(folder)).layout(torch.float64)
     options = {"batch_size": 4, "held_out": held_out, "layout": layout, "survey": survey, **options}
@@ -103,8 +103,8 @@ def dampings(parts: Iterable[FinishedPart]) -> dict[str, float]:
 
 def written_model(result: oracles.Walked, target: Architecture, **kept: int) -> Any:
     """The tensors of a walk in the class they are written for."""
-    shape = Shape(tuple(result.widths), dense_units(result.config, result.family) | kept)
-    config = target.config(shape, torch.float64)
+    dense = ModelSpec.dense(target, torch.float64)
+    config = replace(dense, widths=tuple(result.widths), units={**dense.units, **kept}).config()
     if target.is_stock:
         model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float64)
     else:

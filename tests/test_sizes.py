@@ -8,10 +8,11 @@ from pydantic import ValidationError
 from transformers import LlamaConfig, OPTConfig, PhiConfig
 
 from compress import families
-from compress.checkpoints.sizes import dense_size
-from compress.needs import Room
+from compress.architectures.architecture import ModelSpec
+from compress.architectures.stock import Stock
 from compress.numerics.frames import OrthogonalFrame
-from compress.plan import Plan, make_plan
+from compress.planning.memory import Room
+from compress.planning.plan import Plan, make_plan
 from compress.recipe import Recipe, parse_recipe, slicegpt
 from compress.stages.slice import Slice
 from compress.streaming.sites import Basis, StreamPoint, stream_points
@@ -185,7 +186,7 @@ def plan(config: Any, rule: dict[str, Any], **options: Any) -> Plan:
 
 @pytest.mark.parametrize("config", [OPT_125M, LLAMA_2_7B, LLAMA_3_8B, PHI_2], ids=name_of)
 def test_dense_models_have_the_parameters_they_are_known_for(config):
-    size = dense_size(config, torch.bfloat16)
+    size = ModelSpec.dense(Stock(config, families.find(config)), torch.bfloat16).size
     assert (size.parameters, size.bytes) == (DENSE[id(config)], 2 * DENSE[id(config)])
 
 

@@ -25,9 +25,9 @@ from compress import families, pipeline
 from compress.checkpoints.verify import verify
 from compress.datasets.windows import calibration_windows
 from compress.errors import UsageError, VerificationError
-from compress.job import Job
 from compress.models.hub import find_model
 from compress.own_model.modeling_compress import CompressForCausalLM, as_residual_block
+from compress.planning.prepare import Job
 from compress.recipe import parse_recipe, slicegpt
 from runs import proved_here
 

@@ -23,11 +23,11 @@ from compress.architectures.stock import Stock
 from compress.checkpoints.adapter import adapter_config
 from compress.checkpoints.card import vllm_rank
 from compress.errors import NumericalError, UsageError
-from compress.job import Job
 from compress.models.expert_names import own_name
 from compress.models.hub import find_model
 from compress.models.loading import load_config
-from compress.plan import Plan
+from compress.planning.plan import Plan
+from compress.planning.prepare import Job
 from compress.recipe import parse_recipe
 from compress.stages._stage import StageConfig
 from compress.stages.refit import Refit

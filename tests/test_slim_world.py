@@ -17,8 +17,8 @@ import tiny
 from cli_runner import environment, succeeds
 from compress import pipeline
 from compress.checkpoints import reload
-from compress.job import Job
 from compress.models.hub import find_model
+from compress.planning.prepare import Job
 from compress.recipe import parse_recipe
 from oracles import logits_of, random_ids
 

@@ -21,12 +21,11 @@ import oracles
 import tiny
 from compress import pipeline
 from compress.architectures.stock import Stock
-from compress.assembly import take_survey
 from compress.errors import UsageError
-from compress.job import Job
 from compress.models.hub import find_model
 from compress.numerics.frames import Frame
-from compress.preflight import Prepared
+from compress.planning.assembly import take_survey
+from compress.planning.prepare import Job, Prepared
 from compress.recipe import anchored, parse_recipe
 from compress.streaming.survey import Survey
 from compress.streaming.walk import shared_frame

@@ -20,8 +20,7 @@ from compress.stages.measure_error import MeasureError
 from compress.stages.rotate import Rotate
 from compress.stages.slice import Slice
 from compress.streaming.groups import LinearGroup, Readers, Writers
-from compress.streaming.sites import Site
-from compress.streaming.statistics import Need
+from compress.streaming.sites import Requirements, Site
 
 pytestmark = pytest.mark.usefixtures("exact_norms")
 WINDOWS = oracles.random_ids(6, 24, seed=2)
@@ -54,9 +53,7 @@ class Fit:
     site: ClassVar[type[Site]] = LinearGroup
     reshapes: ClassVar[bool] = False
     in_written_form: ClassVar[bool] = False
-    needs: ClassVar[tuple[Need, ...]] = ()
-    dense_inputs: ClassVar[bool] = False
-    plain_inputs: ClassVar[bool] = False
+    requires: ClassVar[Requirements] = Requirements()
 
     def __post_init__(self) -> None:
         self.seen: dict[str, NormalEquations] = {}

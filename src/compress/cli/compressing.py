@@ -12,9 +12,9 @@ from compress.cli.reporting import print_lines, print_text, seeing_interrupts
 from compress.cli.tables import show_plan, show_result
 
 if TYPE_CHECKING:
-    from compress.job import Job
     from compress.models.hub import ModelSource
     from compress.pipeline import Result
+    from compress.planning.prepare import Job
     from compress.recipe import Recipe
 
 

@@ -123,7 +123,7 @@ class RunOptions:
         amount: of the default output's name. batch_size: where none was typed. like: the compress.json of the
         checkpoint that is to be made again.
         """
-        from compress.job import Job
+        from compress.planning.prepare import Job
 
         job = Job(
             model=resources.source,
