@@ -440,9 +440,9 @@ MOMENTS = {
     **{f"part {part}": Disturbance(RECORD, call=part, after=True) for part in range(1, NUM_PARTS + 1)},
     # Of embeddings a part and its state are written, of the first block a part, its share of the adapter and a state.
     "half an adapter part": Disturbance("compress.io:save_file", call=4, kind="tear"),
-    "no adapter yet": Disturbance("compress.pipeline:write_adapter"),
+    "no adapter yet": Disturbance("compress.pipeline.output:write_adapter"),
     "an unfinished adapter": Disturbance("compress.checkpoints.adapter:join", after=True),
-    "an adapter": Disturbance("compress.pipeline:write_adapter", after=True),
+    "an adapter": Disturbance("compress.pipeline.output:write_adapter", after=True),
     "not yet named": Disturbance("compress.checkpoints.run_folder:publish"),
 }
 
