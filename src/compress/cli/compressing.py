@@ -13,7 +13,7 @@ from compress.cli.tables import show_plan, show_result
 
 if TYPE_CHECKING:
     from compress.models.hub import ModelSource
-    from compress.pipeline import Result
+    from compress.pipeline.result import Result
     from compress.planning.prepare import Job
     from compress.recipe import Recipe
 
