@@ -17,12 +17,10 @@ WHOLE_RUNS = {
     "test_budget",
     "test_checkpoint_files",
     "test_cli",
-    "test_cli_anchored",
+    "test_cli_compress",
     "test_cli_eval",
     "test_cli_finetune",
-    "test_cli_lord",
-    "test_cli_run",
-    "test_cli_slim",
+    "test_cli_killed",
     "test_composition",
     "test_every_family",
     "test_experts_world",
@@ -61,3 +59,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Check shapes and dtypes at every call in the units alone: whole runs call the same functions by the thousand."""
     jaxtyping.config.update("jaxtyping_disable", item.path.stem in WHOLE_RUNS)
+
+
+@pytest.fixture
+def unproved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No GPU is seen and no data folder is set, and what is written is not reloaded in a process of its own."""
+    monkeypatch.delenv("COMPRESS_DATA_DIR", raising=False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("compress.pipeline.verify", lambda *_arguments, **_options: 0.0)
+    monkeypatch.setattr("compress.checkpoints.gguf.verify_gguf", lambda *_arguments, **_options: 0.0)

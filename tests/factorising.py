@@ -14,9 +14,10 @@ from compress import families, pipeline
 from compress.job import Job
 from compress.models.hub import find_model
 from compress.plan import Plan
-from compress.recipe import Recipe, anchored, parse_recipe
+from compress.recipe import Recipe, parse_recipe
 from compress.stages._stage import StageConfig
 from compress.stages.factorize import Factorize
+from recipes import anchored
 from runs import tensors_of, unproved
 
 RANK = 9

@@ -27,9 +27,10 @@ from compress.needs import Room
 from compress.plan import Plan, choose_target, make_plan, model_points
 from compress.preflight import prepare
 from compress.progress import Steps, silent
-from compress.recipe import Recipe, anchored, parse_recipe, slicegpt
+from compress.recipe import Recipe, parse_recipe
 from compress.search import Cost
 from compress.streaming.streams import spread
+from recipes import anchored, slicegpt
 from runs import tensors_of
 
 Counts = dict[str, int]

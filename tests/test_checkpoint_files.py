@@ -300,17 +300,17 @@ def test_the_command_of_the_card_makes_it_again(home, written, facts, patched, t
 
 
 RARE = {
-    "final_orientation": ["--final-orientation", "random", "--seed", "7"],
-    "rule": ["--explained-variance", "0.9", "--slice-head", "--round-to", "4"],
-    "signal": ["--signal", "normed", "--dtype", "bfloat16", "--batch-size", "2"],
+    "final_orientation": ["--set", "rotate.final_orientation=random", "--seed", "7"],
+    "rule": ["--explained-variance", "0.9", "--set", "slice.slice_head=true", "--round-to", "4"],
+    "signal": ["--set", "rotate.signal=normed", "--dtype", "bfloat16", "--batch-size", "2"],
     "blocks": ["--ratio", "0.25,0.5,0.25"],
     "line": ["--ratio", "0.1:0.3", "--round-to", "1"],
 }
 ANCHORED = {
     "ratio": ["--ratio", "0.25"],
-    "budget": ["--keep-params", "0.6", "--trial-samples", "8", "--samples", "8"],
+    "budget": ["--keep-params", "0.6", "--set", "budget.trial_samples=8", "--samples", "8"],
     "size": ["--target-size", "40kB", "--mlp-ratio", "0.25"],
-    "no refit": ["--ratio", "0.25", "--no-refit", "--mlp-ratio", "0.5", "--gradient-weight", "0"],
+    "no refit": ["--ratio", "0.25", "--no-refit", "--mlp-ratio", "0.5", "--set", "rotate_shared.gradient_weight=0"],
     "per layer": ["--ratio", "0.1:0.3", "--rotation", "per-layer", "--measure-error"],
 }
 

@@ -21,8 +21,9 @@ from compress.errors import CompressError
 from compress.job import Job
 from compress.models.hub import find_model
 from compress.own_model.modeling_compress import SparseMLP
-from compress.recipe import anchored, lowrank, parse_recipe
+from compress.recipe import parse_recipe
 from oracles import largest_difference, logits_of, random_ids
+from recipes import anchored, lowrank
 
 pytestmark = pytest.mark.slow
 IDS = random_ids(2, 20, seed=3)

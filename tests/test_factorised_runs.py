@@ -18,7 +18,7 @@ from compress import families, pipeline
 from compress.job import Job
 from compress.models.hub import find_model
 from compress.preflight import read_windows
-from compress.recipe import lowrank, parse_recipe
+from compress.recipe import parse_recipe
 from contract import Looked, Written
 from factorising import (
     FORMS,
@@ -32,6 +32,7 @@ from factorising import (
     same_function,
     slicing,
 )
+from recipes import lowrank
 from runs import tensors_of
 
 D = tiny.HIDDEN

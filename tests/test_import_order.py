@@ -14,7 +14,7 @@ ROOT = Path(compress.__file__).parent
 # do not know each other.
 LAYERS = [
     ("errors", "version", "apart", "durable", "launch", "progress"),
-    ("numerics", "own_model"),
+    ("numerics", "own_model", "presets"),
     ("families",),
     ("models",),
     ("streaming",),
@@ -43,19 +43,16 @@ PLUGINS = ("families", "stages", "datasets", "evaluation", "cli")
 SHARED = {
     "datasets": {"windows"},
     "cli": {
-        "amounts",
         "bench_tables",
-        "inspect_tables",
         "compressing",
-        "run_options",
-        "storing",
-        "finetune_tables",
+        "inspect_tables",
         "options",
-        "outputs",
         "profiling",
         "progress",
         "quality_tables",
+        "recipes",
         "reporting",
+        "storing",
         "tables",
     },
 }

@@ -27,9 +27,10 @@ from compress.needs import Room
 from compress.plan import Plan, make_plan
 from compress.preflight import prepare
 from compress.ranks import RankSpace, rank_choices, uniform_ranks
-from compress.recipe import Recipe, lowrank, parse_recipe
+from compress.recipe import Recipe, parse_recipe
 from compress.streaming.spectra import Spectrum
 from compress.streaming.streams import split_windows
+from recipes import lowrank
 from runs import tensors_of
 
 SLOW = pytest.mark.slow

@@ -21,7 +21,10 @@ NUM_PARTS = NUM_BLOCKS + 2
 OUT, PARTIAL = "out", "out.partial"
 WORDS = (
     *shlex.split("slice --model ../tiny --calib ../text.txt --samples 4 --seq-len 32 --device cpu --out out --json"),
-    *shlex.split("--method slicegpt --ratio 0.25 --slice-head --final-orientation random --measure-error"),
+    *shlex.split(
+        "--method slicegpt --ratio 0.25 --measure-error "
+        "--set slice.slice_head=true --set rotate.final_orientation=random"
+    ),
 )
 RECORD = "compress.streaming.journal:Journal.record"
 
@@ -225,7 +228,6 @@ def others(place):
         ("--ratio", "0.5", "recipe"),
         ("--seed", "7", "recipe"),
         ("--samples", "3", "recipe"),
-        ("--final-orientation", "pca", "recipe"),
         ("--dtype", "float32", "dtype"),
         ("--batch-size", "2", "batch size"),
         ("--calib", "../other.txt", "calibration text"),
@@ -264,7 +266,7 @@ def test_nothing_to_resume(place, undisturbed):
 
 def test_a_full_disk_leaves_what_can_be_resumed(place):
     """A head at its full width is the largest file: with a limit just below it everything before it is written."""
-    words = [word for word in WORDS if word not in {"--slice-head", "--measure-error"}]
+    words = WORDS[: WORDS.index("--measure-error")]
     whole = place.folder("not full")
     assert place.run(whole, words=words).code == 0
     expected = snapshot(whole)

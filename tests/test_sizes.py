@@ -14,10 +14,11 @@ from compress.errors import UsageError
 from compress.needs import Room
 from compress.numerics.frames import OrthogonalFrame
 from compress.plan import Plan, make_plan, model_points
-from compress.recipe import Recipe, parse_recipe, slicegpt
+from compress.recipe import Recipe, parse_recipe
 from compress.stages.rotate import Rotate
 from compress.stages.slice import Slice
 from compress.streaming.sites import Basis, StreamPoint, stream_points
+from recipes import slicegpt
 
 # ---- widths ----
 

@@ -30,9 +30,10 @@ from compress.job import Job
 from compress.models.hub import find_model
 from compress.numerics.frames import Frame
 from compress.preflight import Prepared
-from compress.recipe import anchored, parse_recipe
+from compress.recipe import parse_recipe
 from compress.streaming.survey import Survey
 from compress.streaming.walk import shared_frame
+from recipes import anchored
 
 D, HEADS, NEURONS, BLOCKS = tiny.HIDDEN, 4, 48, 2
 NARROW = 22

@@ -20,7 +20,8 @@ from compress import pipeline
 from compress.job import Job
 from compress.models.hub import find_model
 from compress.own_model.modeling_compress import CompressForCausalLM
-from compress.recipe import anchored, parse_recipe, slicegpt
+from compress.recipe import parse_recipe
+from recipes import anchored, slicegpt
 
 RANK, NARROW, BLOCKS = tiny.HIDDEN // 2, 3 * tiny.HIDDEN // 4, 2
 IDS = oracles.random_ids(4, 24, seed=3)

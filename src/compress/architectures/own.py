@@ -119,7 +119,8 @@ class Own(Architecture):
         if self.family.first_width_last and shape.widths[0] != shape.widths[-1]:
             return [
                 f"The stock code of {self.dense.model_type} gives the head a stream as wide as the embeddings', here "
-                f"{shape.widths[-1]} and {shape.widths[0]}. Give one ratio for all blocks, and use --slice-head."
+                f"{shape.widths[-1]} and {shape.widths[0]}. Give one ratio for all blocks, and use "
+                "--set slice.slice_head=true."
             ]
         if isinstance(shape.units.get("neurons"), tuple) and any(branch.experts for branch in self.family.branches):
             return ["Experts have as many neurons in every block. Give one number for all blocks."]

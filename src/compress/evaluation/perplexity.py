@@ -23,7 +23,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from compress.errors import UsageError
-from compress.evaluation._inference import evaluating, finite
+from compress.evaluation._inference import evaluating, finite, without_nan
 from compress.models.soundness import first_unsound
 
 
@@ -41,8 +41,7 @@ class Perplexity:
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it, which knows no NaN: an unknown standard error is None."""
-        return {key: None if value != value else value for key, value in asdict(self).items()}
+        return without_nan(asdict(self))
 
 
 def perplexity(

@@ -1,24 +1,29 @@
-"""The measures of a loaded model. Models come one after another: only one is in memory at a time."""
+"""The measures of a loaded model, kept in quality.json beside it if wanted. Only one model is in memory at a time."""
 
 import gc
 import importlib.metadata
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from compress.checkpoints.files import write_json
+from compress.checkpoints.measures import QUALITY
+from compress.durable import in_turn, whole
+from compress.errors import CheckpointError, OutputError
 from compress.evaluation import humaneval
 from compress.evaluation.divergence import Divergence, Reference, divergence, remember
 from compress.evaluation.humaneval import HumanEval
 from compress.evaluation.perplexity import Perplexity, perplexity
 from compress.evaluation.tasks import TaskScore, averages, score_tasks
 from compress.models.counting import num_parameters
+from compress.models.json_text import parse_json
 from compress.progress import Progress, Steps
-from compress.quality.asked import Asked
-from compress.quality.subject import Subject
+from compress.quality.subject import Asked, Subject
 
 
 @dataclass(frozen=True)
@@ -160,3 +165,34 @@ def free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def save(folder: Path, quality: Quality) -> Path:
+    """Puts the measures into quality.json beside the checkpoint, whole or not at all.
+
+    A measure that is in there already is replaced, others stay; each has its settings under its own name.
+    """
+    file = folder / QUALITY
+    sections = quality.sections()
+    try:
+        # Another process may be adding its own measures.
+        with in_turn(folder):
+            kept = read_saved(file)
+            settings = kept.get("settings", {}) | dict.fromkeys(sections, quality.settings)
+            with whole(file) as unfinished:
+                write_json(unfinished, kept | sections | {"settings": settings})
+    except OSError as error:
+        raise OutputError(f"{file} cannot be written: {error.strerror}. Free space or its folder.") from error
+    return file
+
+
+def read_saved(file: Path) -> dict[str, Any]:
+    if not file.exists():
+        return {}
+    try:
+        found = parse_json(file.read_text(encoding="utf-8"))
+        if not isinstance(found, dict) or not isinstance(found.get("settings", {}), dict):
+            raise TypeError
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{file} is damaged: it is no JSON object of measures. Delete it.") from error
+    return found

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from compress.checkpoints.facts import FACTS, read_facts, read_json
 from compress.checkpoints.integrity import check_integrity
-from compress.checkpoints.reload import compute_in
+from compress.checkpoints.reload import compute_in, fits_in_float32
 from compress.checkpoints.verify import verify, verify_tokens
 from compress.claiming import claimed, kept_journal, parent_folder
 from compress.datasets import about
@@ -34,11 +34,9 @@ from compress.progress import Progress, Steps, silent
 from compress.publishing import is_finished, publish
 from compress.streaming.journal import Journal
 from compress.tuning.looking import Prepared, digest, identity, look
-from compress.tuning.lora import Settled
-from compress.tuning.opening import open_folder, open_teacher, open_trained
 from compress.tuning.settings import TuningJob
-from compress.tuning.state import restore, snapshot
-from compress.tuning.training import Course, Training
+from compress.tuning.trained import Settled, open_folder, open_teacher, open_trained
+from compress.tuning.training import Course, Training, restore, snapshot
 from compress.tuning.writing import Written, tuned_facts, write_facts, write_tuned
 
 PROBE = 128  # tokens whose logits prove that the output reloads
@@ -246,7 +244,7 @@ def record(
         },
         "trained": prepared.what,
         "trained_parameters": prepared.num_trained,
-        "lora": {"rank": settings.rank, "alpha": settings.alpha, "merged": prepared.merge}
+        "lora": {"rank": settings.lora_rank, "alpha": settings.alpha, "merged": prepared.merge}
         if prepared.what == "lora"
         else None,
         "distill": settings.distill,
@@ -284,7 +282,7 @@ def prove(prepared: Prepared, facts: dict[str, Any]) -> float:
     memory = max(psutil.virtual_memory().available // 2, SMALL)
     computing = torch.promote_types(prepared.own_dtype, torch.float32)
     # What is packed stays so in memory. Another model that is too large in float32 is held in its own dtype.
-    fits = facts["storage"] == "packed" or facts["size"]["parameters"] * 4 * 1.5 < memory
+    fits = facts["storage"] == "packed" or fits_in_float32(facts["size"]["parameters"], memory)
     model, ids = (
         open_folder(partial, computing if fits else prepared.own_dtype, cpu),
         prepared.texts.held_out[:1, :PROBE],

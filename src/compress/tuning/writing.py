@@ -30,7 +30,7 @@ from compress.models.stored_files import ADAPTER, StoredTensors, read_lora
 from compress.models.tensor_files import INDEX
 from compress.streaming.journal import new_file_mode, sha256, write_tensors
 from compress.streaming.layout import ADAPTER_PREFIX
-from compress.tuning.lora import Settled
+from compress.tuning.trained import Settled
 
 # Of the checkpoint as it was: facts and card are written anew, and what was measured is true no more.
 LEFT_BEHIND = (FACTS, CARD, QUALITY)
