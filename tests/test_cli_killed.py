@@ -116,8 +116,8 @@ def test_another_run_does_not_go_on_with_it(root, runs):
     requests = [request(root, f"other {name}", MOMENTS[name][0], "--resume", *option) for name, option in asked]
     for ran in [run_warm([each])[0] for each in requests]:
         assert ran.code == 2
-        (fault,) = ran.faults
-        assert "another recipe" in fault or "another settings" in fault
+        assert len(ran.faults) == 1, ran.err
+        assert "another recipe" in ran.faults[0] or "another settings" in ran.faults[0]
     assert {name: snapshot(root / f"other {name}") for name in NOT_RESUMED} == before
 
 
