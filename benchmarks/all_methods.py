@@ -3,11 +3,10 @@
     python benchmarks/all_methods.py --write docs/benchmarks.md --plots docs/plots demo
     python benchmarks/all_methods.py --write docs/benchmarks.md --plots docs/plots NAME=MODEL,CALIB.txt,TEST.txt ...
 
-Each row is one `compress` command in a process of its own, then `compress eval` and `compress bench` of what it wrote.
+Each row is one `compress` command in a process of its own, then `compress eval` of what it wrote.
 Ours gets no more parameters than the paper's method of the same kind (no more bits, where weights are stored in few):
-excess is ln(perplexity / dense). Memory is the most that a process of the run held, the proof's included; speeds are
-the median of pairs against the dense model. `--write` replaces the text between the marks; `--plots` draws size against
-perplexity beside it.
+excess is ln(perplexity / dense). Memory is the most that a process of the run held, the proof's included. `--write`
+replaces the text between the marks; `--plots` draws size against perplexity beside it.
 """
 
 import argparse
@@ -40,8 +39,6 @@ COLUMNS = [
     "same token",
     "seconds",
     "memory",
-    "prefill",
-    "decode",
 ]
 
 
@@ -128,8 +125,6 @@ class Bench:
         seconds = time.perf_counter() - start
         self.kept[way.label] = math.floor(10_000 * ran.said["parameters"] / ran.said["dense_parameters"]) / 10_000
         found = self.quality(out)
-        lengths = ["--batch-sizes", 1, "--prompt", 128, "--new", 32, "--rounds", options.rounds]
-        (speeds,) = compress("bench", out, "--against", subject.model, *lengths).said["generation"]
         ppl, divergence = found["perplexity"][0]["ppl"], found["divergence"][0]
         return [
             way.label,
@@ -141,8 +136,6 @@ class Bench:
             f"{divergence['agreement']:.1%}",
             f"{seconds:.0f}",
             f"{ran.peak / 1e6:.0f} MB",
-            f"{speeds['prefill']['speedup']['median']:.2f}",
-            f"{speeds['decode']['speedup']['median']:.2f}",
         ]
 
     def table(self) -> str:
@@ -178,8 +171,7 @@ def head(options: argparse.Namespace, subjects: Sequence[Subject]) -> str:
     return (
         f"Date: {date.today().isoformat()}. {versions}, {os.cpu_count()} cores, no GPU. Every command in a process of "
         f"its own, with imports;\n{options.samples} calibration windows of {options.seq_len} tokens, quality on the "
-        f"first {options.windows} windows of held-out text, speeds against the dense\nmodel in float32 at batch 1, "
-        "prompt 128 and 32 new tokens (models this small are bound by overhead, not by arithmetic).\n\n"
+        f"first {options.windows} windows of held-out text.\n\n"
         f"    python benchmarks/all_methods.py --write docs/benchmarks.md --plots docs/plots {names}\n\n"
     )
 
@@ -192,7 +184,6 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--seq-len", type=int, default=128)
     parser.add_argument("--windows", type=int, default=400)
-    parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
     text = head(options, options.subjects)
     with tempfile.TemporaryDirectory() as scratch:

@@ -134,8 +134,8 @@ def compress(session: Session, name: str) -> dict[str, Any]:
     import torch
 
     import compress.pipeline
-    from compress.job import Job
     from compress.models.hub import find_model
+    from compress.planning.prepare import Job
     from compress.recipe import parse_recipe
 
     scale = session.scale

@@ -25,19 +25,18 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from compress import search
-from compress.assembly import new_walk, take_survey
 from compress.datasets.windows import evaluation_windows
 from compress.errors import UsageError
 from compress.evaluation.perplexity import perplexity
-from compress.job import Job
 from compress.models.hub import find_model
 from compress.models.loading import load_model, load_tokenizer
 from compress.numerics.precision import full_precision
-from compress.plan import Plan
-from compress.preflight import Prepared, prepare
+from compress.planning import search
+from compress.planning.assembly import new_walk, take_survey
+from compress.planning.plan import Plan
+from compress.planning.prepare import Job, Prepared, prepare
+from compress.planning.ranks import rank_choices
 from compress.progress import Steps, silent
-from compress.ranks import rank_choices
 from compress.recipe import parse_recipe
 from compress.streaming.survey import Survey
 
@@ -155,7 +154,7 @@ class Bench:
         walk = new_walk(replace(prepared, plan=plan), plan.stages, prepared.windows, held_out, survey)
         tensors = {name: tensor for part in walk.parts() for name, tensor in part.tensors.items()}
         seconds = time.perf_counter() - start
-        model = AutoModelForCausalLM.from_config(plan.target.config(plan.shape, torch.float32)).eval()
+        model = AutoModelForCausalLM.from_config(plan.spec.config(torch.float32)).eval()
         left = model.load_state_dict(tensors, strict=False)
         assert not left.unexpected_keys
         model.tie_weights()

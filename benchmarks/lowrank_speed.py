@@ -21,9 +21,9 @@ from slicing_speed import SHAPES, described, paired, run_decode, run_prefill
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from compress import families
-from compress.needs import Room
 from compress.own_model.modeling_compress import LowRankLinear, PivotLinear
-from compress.plan import make_plan
+from compress.planning.memory import Room
+from compress.planning.plan import make_plan
 from compress.recipe import parse_recipe
 
 CALIBRATION = {"source": "stdlib"}
@@ -89,7 +89,7 @@ def factorised(config: LlamaConfig, share: float, form: str) -> Any:
     recipe = parse_recipe({"method": "lord", "stages": stages, "calibration": CALIBRATION})
     family = families.find(config)
     plan = make_plan(recipe, config, family, dtype=torch.float32, computing=torch.float32, room=Room(1, 2**30))
-    return AutoModelForCausalLM.from_config(plan.target.config(plan.shape, torch.float32))
+    return AutoModelForCausalLM.from_config(plan.spec.config(torch.float32))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from lowrank_at_equal_size import WAYS, Bench
 
 from compress.errors import UsageError
 from compress.numerics.precision import full_precision
-from compress.preflight import Prepared
+from compress.planning.prepare import Prepared
 
 LADDER: dict[str, dict[str, Any]] = {
     "lord, MLPs": {"method": "lord", "form": "pivot", "target": ["mlp"]},

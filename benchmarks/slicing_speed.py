@@ -17,8 +17,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from compress import families, presets
-from compress.needs import Room
-from compress.plan import make_plan
+from compress.planning.memory import Room
+from compress.planning.plan import make_plan
 from compress.recipe import parse_recipe
 
 SHAPES: dict[str, dict[str, int]] = {
@@ -72,8 +72,8 @@ def sliced_config(config: LlamaConfig, how: dict[str, Any]) -> Any:
     recipe = parse_recipe({"method": "anchored", "calibration": CALIBRATION, **how})
     family = families.find(config)
     plan = make_plan(recipe, config, family, dtype=torch.float32, computing=torch.float32, room=Room(1, 2**30))
-    shape = plan.choices[len(plan.choices) // 2].shape if plan.choices else plan.shape
-    return plan.target.config(shape, torch.float32)
+    spec = plan.choices[len(plan.choices) // 2].spec if plan.choices else plan.spec
+    return spec.config(torch.float32)
 
 
 def row(name: str, amount: str, config: Any, narrow: Any, options: argparse.Namespace) -> str:

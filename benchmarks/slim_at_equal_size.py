@@ -23,15 +23,14 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from compress.assembly import new_walk
 from compress.datasets.windows import evaluation_windows
 from compress.evaluation.perplexity import perplexity
-from compress.job import Job
 from compress.models.hub import find_model
 from compress.models.loading import load_model, load_tokenizer
 from compress.numerics.precision import full_precision
-from compress.plan import Plan
-from compress.preflight import prepare
+from compress.planning.assembly import new_walk
+from compress.planning.plan import Plan
+from compress.planning.prepare import Job, prepare
 from compress.recipe import parse_recipe
 
 Way = dict[str, Any]
@@ -148,7 +147,7 @@ class Bench:
             walk = new_walk(prepared, plan.stages, prepared.windows, held_out, None)
             tensors = {name: tensor for part in walk.parts() for name, tensor in part.tensors.items()}
         seconds = time.perf_counter() - start
-        model = AutoModelForCausalLM.from_config(plan.target.config(plan.shape, torch.float32)).float().eval()
+        model = AutoModelForCausalLM.from_config(plan.spec.config(torch.float32)).float().eval()
         missing, unexpected = model.load_state_dict(tensors, strict=False)
         model.tie_weights()
         assert not unexpected

@@ -1,4 +1,5 @@
 import os
+from typing import Any
 
 import jaxtyping
 import pytest
@@ -8,6 +9,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
+# The first parameters that each test is run with.
+FIRST = pytest.StashKey[dict[Any, str]]()
 # Files whose tests run whole commands or the whole pipeline; the others are the units.
 WHOLE_RUNS = {
     "test_adding_a_family",
@@ -45,7 +48,6 @@ WHOLE_RUNS = {
     "test_slim_world",
     "test_soundness",
     "test_stock",
-    "test_world",
 }
 
 
@@ -57,8 +59,48 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Check shapes and dtypes at every call in the units alone: whole runs call the same functions by the thousand."""
-    jaxtyping.config.update("jaxtyping_disable", item.path.stem in WHOLE_RUNS)
+    """Check shapes and dtypes at every call in the units alone, and for a test's first parameters alone.
+
+    Whole runs call the same functions by the thousand, and other parameters the same functions again.
+    """
+    unchecked = item.path.stem in WHOLE_RUNS or item.get_closest_marker("unchecked") is not None
+    first = item.session.config.stash.setdefault(FIRST, {}).setdefault((item.path, item.originalname), item.nodeid)
+    jaxtyping.config.update("jaxtyping_disable", unchecked or first != item.nodeid)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _store(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Where the processes of a run keep what each would otherwise make again."""
+    base = tmp_path_factory.getbasetemp()
+    os.environ["COMPRESS_TESTS_STORE"] = str((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "store")
+
+
+@pytest.fixture(scope="module")
+def exact_norms() -> Any:
+    import oracles
+
+    with oracles.exact_norms():
+        yield
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A tiny model of two blocks in memory, its experts one by one, and its folder; each made once."""
+    import tiny
+    from compress.own_model.modeling_compress import unfuse_experts
+
+    made: dict[str, Any] = {}
+
+    def make(model_type: str, **changes: Any) -> Any:
+        key = f"{model_type} {sorted(changes.items())}"
+        if key not in made:
+            folder = tmp_path_factory.mktemp(model_type)
+            model = tiny.tiny_model(model_type, **{"num_hidden_layers": 2} | changes)
+            model.save_pretrained(folder)
+            made[key] = unfuse_experts(model), folder
+        return made[key]
+
+    return make
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,10 @@ import tiny
 from compress import families, pipeline
 from compress.checkpoints.gguf.llama import check_llama
 from compress.errors import UnsupportedModel, UsageError
-from compress.job import Job
 from compress.models.hub import find_model
-from compress.needs import Room
-from compress.plan import Plan, make_plan
+from compress.planning.memory import Room
+from compress.planning.plan import Plan, make_plan
+from compress.planning.prepare import Job
 from compress.recipe import Recipe, parse_recipe
 from recipes import anchored, lowrank, slicegpt, slim
 
@@ -144,7 +144,7 @@ def cell(row: Row, method: Method) -> Cell:
         plan = planned(config, method.recipe())
     except (UnsupportedModel, UsageError) as error:
         return Cell("refused", str(error))
-    written = plan.target.config(plan.shape, torch.float32).model_type
+    written = plan.spec.config(torch.float32).model_type
     why = " ".join(note for note in plan.notes if "our architecture" in note)
     return Cell("stock" if written == config.model_type else written, why)
 
@@ -155,7 +155,7 @@ def gguf_cell(row: Row) -> Cell:
     method = "materialized" if family_of(row).not_exact(config) else "one basis"
     plan = planned(config, METHODS[method].recipe())
     try:
-        check_llama(plan.target.config(plan.shape, torch.float32))
+        check_llama(plan.spec.config(torch.float32))
     except UnsupportedModel as error:
         return Cell("refused", str(error))
     return Cell("written")
@@ -173,11 +173,11 @@ COLUMNS = {
 }
 
 
-def cells(row: Row) -> list[Cell]:
-    """The row of the table: rotation, the columns, GGUF."""
+def cells(row: Row, columns: Iterable[str] = COLUMNS) -> list[Cell]:
+    """The row of the table: rotation, some columns, GGUF."""
     reason = family_of(row).not_exact(row.config)
     rotation = Cell("refused", f"Not exact: {reason}") if reason else Cell("exact")
-    return [rotation, *(cell(row, METHODS[name]) for name in COLUMNS), gguf_cell(row)]
+    return [rotation, *(cell(row, METHODS[name]) for name in columns), gguf_cell(row)]
 
 
 def reason(found: Cell, row: Row) -> str:
@@ -301,16 +301,17 @@ class Looked:
         return oracles.largest_difference(self.logits[f"{name}/probe"], expected) / float(expected.abs().max())
 
 
-def look_at(written: Mapping[str, Written], root: Path) -> Looked:
-    """One clean process for all of them."""
+def look_at(written: Mapping[str, Any], root: Path, *, ids: Tensor | None = None, prompt: Tensor = PROMPT) -> Looked:
+    """One clean process for all of them. ids: of further tokens that logits are wanted for, as `ids`."""
+    more = {} if ids is None else {"ids": ids.tolist()}
     request = {
         name: {
             "folder": str(made.out),
             "trust": "auto_map" in made.read("config.json"),
             "unpack": made.read("compress.json")["unpacks_while_loading"],
             "float64_experts": made.read("config.json")["model_type"] in tiny.SPARSE,
-            "ids": {"probe": made.probe[0].tolist()},
-            "prompt": PROMPT.tolist(),
+            "ids": {"probe": made.probe[0].tolist(), **more},
+            "prompt": prompt.tolist(),
         }
         for name, made in written.items()
     }

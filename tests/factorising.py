@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 import oracles
 import tiny
 from compress import families, pipeline
-from compress.job import Job
 from compress.models.hub import find_model
-from compress.plan import Plan
+from compress.planning.plan import Plan
+from compress.planning.prepare import Job
 from compress.recipe import Recipe, parse_recipe
 from compress.stages._stage import StageConfig
 from compress.stages.factorize import Factorize
@@ -44,10 +44,10 @@ def run_unproved(job: Job) -> tuple[Plan, pipeline.Result]:
     plan = pipeline.plan_only(job)
     with unproved():
         result = pipeline.run(job)
-    file_name = plan.target.layout(torch.float32).file_name
-    expected = {file_name(name): tensor.shape for name, tensor in plan.target.model(plan.shape).state_dict().items()}
+    file_name = plan.spec.architecture.layout(torch.float32).file_name
+    expected = {file_name(name): tensor.shape for name, tensor in plan.spec.model().state_dict().items()}
     tensors = tensors_of(job.out)
-    if plan.target.dense.tie_word_embeddings and "lm_head.weight" not in " ".join(tensors):
+    if plan.spec.architecture.dense.tie_word_embeddings and "lm_head.weight" not in " ".join(tensors):
         expected = {name: shape for name, shape in expected.items() if not name.endswith("lm_head.weight")}
     assert {name: tensor.shape for name, tensor in tensors.items()} == expected
     return plan, result
@@ -73,6 +73,12 @@ def block_linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
         for name, module in model.get_submodule(prefix).named_modules()
         if isinstance(module, nn.Linear) and not name.endswith(tiny.ROUTERS)
     }
+
+
+def reports(result: oracles.Walked) -> dict[str, dict[str, Any]]:
+    """What is said of the linears, by path."""
+    entries = [entry for part in result.parts for entry in part.groups if "linear" in entry]
+    return {entry["linear"]: entry for entry in entries if not entry["linear"].endswith(tiny.ROUTERS)}
 
 
 def same_function(a: Tensor, b: Tensor, share: float) -> None:

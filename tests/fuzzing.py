@@ -434,7 +434,7 @@ class Fuzzer:
 
     def warm_up(self, target: Target) -> None:
         """Imports and caches, so that an input is not blamed for them; all readers of the valid input must succeed."""
-        for seed in range(8):
+        for seed in range(4):
             verdict = self.judge(target, self.seeds[target.name][0], Random(seed))
             assert verdict.fault is None or verdict.code == 0, (target.name, verdict)
 

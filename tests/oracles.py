@@ -1,22 +1,22 @@
 """Slow, obvious references: exact norms, SliceGPT written out from the paper, and a walk held in memory."""
 
 import copy
+import importlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy
 import pytest
 import torch
-import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compress import families
-from compress.architectures.architecture import Shape, dense_units
+from compress.architectures.architecture import ModelSpec
 from compress.architectures.own import Own
 from compress.families import Family
 from compress.models.decoder import Decoder
@@ -27,43 +27,30 @@ from compress.stages.fold_norms import FoldNorms
 from compress.stages.rotate import Rotate
 from compress.stages.slice import Slice
 from compress.streaming.layout import Layout
+from compress.streaming.loader import PartLoader
+from compress.streaming.spectra import LinearObserver
+from compress.streaming.streams import CacheFolder, split_windows
+from compress.streaming.survey import Survey, Surveyor
 from compress.streaming.walk import FinishedPart, Walk, WalkSettings
 from compress.streaming.weights import LazyWeights
 from tiny import VOCAB_SIZE
 
 UNLIMITED = 2**40
-CodeGenAttention = transformers.models.codegen.modeling_codegen.CodeGenAttention
-GPTJAttention = transformers.models.gptj.modeling_gptj.GPTJAttention
-OlmoLayerNorm = transformers.models.olmo.modeling_olmo.OlmoLayerNorm
-RMS_NORMS: tuple[type[nn.Module], ...] = (
-    transformers.models.llama.modeling_llama.LlamaRMSNorm,
-    transformers.models.mistral.modeling_mistral.MistralRMSNorm,
-    transformers.models.qwen2.modeling_qwen2.Qwen2RMSNorm,
-    transformers.models.qwen3.modeling_qwen3.Qwen3RMSNorm,
-    transformers.models.phi3.modeling_phi3.Phi3RMSNorm,
-    transformers.models.granite.modeling_granite.GraniteRMSNorm,
-    transformers.models.smollm3.modeling_smollm3.SmolLM3RMSNorm,
-    transformers.models.ministral.modeling_ministral.MinistralRMSNorm,
-    transformers.models.glm.modeling_glm.GlmRMSNorm,
-    transformers.models.glm4.modeling_glm4.Glm4RMSNorm,
-    transformers.models.olmo2.modeling_olmo2.Olmo2RMSNorm,
-    transformers.models.olmo3.modeling_olmo3.Olmo3RMSNorm,
-    transformers.models.mixtral.modeling_mixtral.MixtralRMSNorm,
-    transformers.models.qwen2_moe.modeling_qwen2_moe.Qwen2MoeRMSNorm,
-    transformers.models.qwen3_moe.modeling_qwen3_moe.Qwen3MoeRMSNorm,
+
+
+def kinds(ending: str, models: str) -> list[Any]:
+    """Classes of transformers' modeling files by the end of their names."""
+    modules = [importlib.import_module(f"transformers.models.{name}.modeling_{name}") for name in models.split()]
+    found = [(kind, module) for module in modules for kind in vars(module).values() if isinstance(kind, type)]
+    return [kind for kind, module in found if kind.__module__ == module.__name__ and kind.__name__.endswith(ending)]
+
+
+RMS_NORMS = kinds(
+    "RMSNorm",
+    "llama mistral qwen2 qwen3 phi3 granite smollm3 ministral glm glm4 olmo2 olmo3 mixtral qwen2_moe qwen3_moe",
 )
-ROUTERS: tuple[type[nn.Module], ...] = (
-    transformers.models.mixtral.modeling_mixtral.MixtralTopKRouter,
-    transformers.models.qwen2_moe.modeling_qwen2_moe.Qwen2MoeTopKRouter,
-    transformers.models.qwen3_moe.modeling_qwen3_moe.Qwen3MoeTopKRouter,
-)
-RMS_PLUS_ONE_NORMS: tuple[type[nn.Module], ...] = (
-    transformers.models.gemma.modeling_gemma.GemmaRMSNorm,
-    transformers.models.gemma2.modeling_gemma2.Gemma2RMSNorm,
-    transformers.models.gemma3.modeling_gemma3.Gemma3RMSNorm,
-)
-COHERE = (transformers.models.cohere.modeling_cohere, transformers.models.cohere2.modeling_cohere2)
-COHERE_NORMS: tuple[type[nn.Module], ...] = (COHERE[0].CohereLayerNorm, COHERE[1].Cohere2LayerNorm)
+RMS_PLUS_ONE_NORMS = kinds("RMSNorm", "gemma gemma2 gemma3")
+COHERE = [importlib.import_module(f"transformers.models.{name}.modeling_{name}") for name in ("cohere", "cohere2")]
 
 
 def exact_rms_norm(norm: Any, x: Tensor) -> Tensor:
@@ -114,11 +101,11 @@ def exact_router(router: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 EXACT: dict[tuple[Any, str], Callable[..., Any]] = {
     **{(kind, "forward"): exact_rms_norm for kind in RMS_NORMS},
     **{(kind, "forward"): exact_rms_plus_one_norm for kind in RMS_PLUS_ONE_NORMS},
-    **{(kind, "forward"): exact_cohere_norm for kind in COHERE_NORMS},
-    (OlmoLayerNorm, "forward"): exact_olmo_norm,
+    **{(kind, "forward"): exact_cohere_norm for kind in kinds("LayerNorm", "cohere cohere2")},
+    **{(kind, "forward"): exact_olmo_norm for kind in kinds("LayerNorm", "olmo")},
     **{(module, "apply_rotary_pos_emb"): exact_cohere_rotation for module in COHERE},
-    **{(kind, "_attn"): exact_attention for kind in (CodeGenAttention, GPTJAttention)},
-    **{(kind, "forward"): exact_router for kind in ROUTERS},
+    **{(kind, "_attn"): exact_attention for kind in kinds("Attention", "codegen gptj") if hasattr(kind, "_attn")},
+    **{(kind, "forward"): exact_router for kind in kinds("TopKRouter", "mixtral qwen2_moe qwen3_moe")},
 }
 
 
@@ -184,10 +171,11 @@ def new_walk(
     seed: int = 7,
     device: str = "cpu",
     held_out: int = 0,
+    layout: Layout | None = None,
+    survey: Survey | None = None,
 ) -> Walk:
-    config = load_config(folder)
     settings = WalkSettings(
-        layout=Layout(),
+        layout=layout or Layout(),
         held_out=held_out,
         probe_tokens=windows.shape[1],
         output_dtype=output_dtype or dtype,
@@ -196,8 +184,33 @@ def new_walk(
         cache_memory=cache_memory,
         scratch=folder,
     )
-    decoder = Decoder(config, families.find(config), dtype=dtype, device=torch.device(device))
-    return Walk(decoder, LazyWeights(folder), windows, stages, settings)
+    return Walk(new_decoder(folder, dtype=dtype, device=device), LazyWeights(folder), windows, stages, settings, survey)
+
+
+def new_decoder(folder: Path, *, dtype: torch.dtype = torch.float64, device: str = "cpu") -> Decoder:
+    config = load_config(folder)
+    return Decoder(config, families.find(config), dtype=dtype, device=torch.device(device))
+
+
+def surveyor(
+    folder: Path,
+    windows: Tensor,
+    *,
+    batch_size: int = 4,
+    memory: int = UNLIMITED,
+    dtype: torch.dtype = torch.float64,
+    observe: Callable[[Decoder], LinearObserver] | None = None,
+) -> Surveyor:
+    """observe: what looks at single linears, made for the survey's decoder."""
+    decoder = new_decoder(folder, dtype=dtype)
+    return Surveyor(
+        decoder,
+        PartLoader(decoder, LazyWeights(folder)),
+        split_windows(windows, batch_size, held_out=0),
+        CacheFolder(decoder, folder),
+        memory=memory,
+        observer=None if observe is None else observe(decoder),
+    )
 
 
 def walked(folder: Path, stages: Sequence[StageConfig], windows: Tensor, **options: Any) -> Walked:
@@ -206,7 +219,6 @@ def walked(folder: Path, stages: Sequence[StageConfig], windows: Tensor, **optio
 
 def finished(walk: Walk) -> Walked:
     parts = list(walk.parts())
-    assert walk.probe is not None
     return Walked(parts, walk.decoder.config, walk.decoder.family, walk.probe, walk)
 
 
@@ -240,8 +252,8 @@ def empty_sliced_model(
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        shape = Shape(tuple(widths), dense_units(config, family))
-        model = CompressForCausalLM(Own(config, family).config(shape, dtype))
+        spec = replace(ModelSpec.dense(Own(config, family), dtype), widths=tuple(widths))
+        model = CompressForCausalLM(spec.config())
     finally:
         torch.set_default_dtype(before)
     return model.eval()

@@ -1,5 +1,10 @@
-"""A checkpoint of every kind that this program writes, made from tiny models in a second or two."""
+"""A checkpoint of every kind that this program writes, made once by whichever test process first asks for it."""
 
+import fcntl
+import functools
+import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -23,16 +28,43 @@ KINDS: dict[str, tuple[str, list[object]]] = {
 }
 
 
+# A folder that all processes of a test run share, set by conftest.py.
+STORE = "COMPRESS_TESTS_STORE"
+
+
 def write_outputs(root: Path, *kinds: str) -> None:
     """Folders `root / kind`, from models `root / model`; nothing is reloaded in a process of its own."""
+    for kind in kinds:
+        shutil.copytree(stored(kind), root, dirs_exist_ok=True)
+
+
+@functools.cache
+def store() -> Path:
+    """Of this process alone outside of a test run."""
+    return Path(os.environ.get(STORE) or tempfile.mkdtemp())
+
+
+def stored(kind: str) -> Path:
+    place = store() / kind
+    place.parent.mkdir(exist_ok=True)
+    with place.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not place.exists():
+            unfinished = place.with_suffix(".unfinished")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir()
+            write(unfinished, kind)
+            unfinished.rename(place)
+    return place
+
+
+def write(root: Path, kind: str) -> None:
+    model, command = KINDS[kind]
     write_text(root / "text.txt", lines=60)
-    for model in {KINDS[kind][0] for kind in kinds}:
-        write_model(root / model, model, dtype=torch.float32)
+    write_model(root / model, model, dtype=torch.float32)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("torch.cuda.is_available", lambda: False)
         patch.setattr("compress.pipeline.verify", lambda *_arguments, **_options: 0.0)
         patch.chdir(root)
-        for kind in kinds:
-            model, command = KINDS[kind]
-            text = ["--calib", "text.txt", "--samples", 8, "--seq-len", 32]
-            succeeds(*command, "--model", model, *text, "--out", kind)
+        text = ["--calib", "text.txt", "--samples", 8, "--seq-len", 32]
+        succeeds(*command, "--model", model, *text, "--out", kind)

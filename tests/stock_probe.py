@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 from transformers.utils import logging as transformers_logging
 
-NEW_TOKENS = 8
+NEW_TOKENS = 4
 
 
 class Heard(logging.Handler):

@@ -7,30 +7,19 @@ import torch
 from torch import Tensor
 
 from compress.errors import NumericalError
-from compress.numerics.admm import Solver, Split, rho_after
+from compress.numerics.admm import Solver, Split
 from compress.numerics.admm import sparse_plus_lowrank as split_together
 from compress.numerics.hessian import Hessian
 from compress.numerics.sparsity import Pattern, keep_mask, magnitude, wanda
 from compress.numerics.sweep import sweep
+from matrices import difference, random, rows
 
 M, N, TOKENS = 12, 32, 200
 WHERE = "block 3 mlp.down_proj"
 DAMPING = 0.003
 ITERATIONS = 120
-PATTERNS = ("2:4", "4:8", "1:4", "50%")
+PATTERNS = ("2:4", "50%")
 EVERY_PATTERN = pytest.mark.parametrize("text", PATTERNS)
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def rows(n: int = N, *, seed: int = 0, dead: tuple[int, ...] = ()) -> Tensor:
-    """Correlated inputs of unlike sizes, whose means are not zero."""
-    X = random(TOKENS, n, seed=seed) @ random(n, n, seed=seed + 1) @ torch.diag(torch.logspace(0, -1, n).double())
-    X = X + random(n, seed=seed + 2)
-    X[:, list(dead)] = 0
-    return X
 
 
 def hessian(X: Tensor) -> Hessian:
@@ -40,11 +29,6 @@ def hessian(X: Tensor) -> Hessian:
 def error(W: Tensor, other: Tensor, H: Tensor) -> float:
     """Row by row, as a share of W's own."""
     return sum(float(d @ H @ d) for d in W - other) / sum(float(w @ H @ w) for w in W)
-
-
-def difference(a: Tensor, b: Tensor) -> float:
-    assert a.shape == b.shape
-    return float((a - b).abs().max())
 
 
 def least_squares(W: Tensor, mask: Tensor, H: Tensor) -> Tensor:
@@ -94,22 +78,9 @@ def counted(mask: Tensor, text: str) -> None:
         assert (mask.unflatten(1, (-1, group)).sum(-1) == keep).all()
 
 
-@pytest.mark.parametrize("rank", [0, 1, 4])
-@EVERY_PATTERN
-def test_the_parts_are_what_was_asked_for(text, rank):
-    W = random(M, N)
-    for iterations in (1, 2, 30):
-        split = sparse_plus_lowrank(W, hessian(rows()), Pattern.parse(text), rank, iterations=iterations)
-        counted(split.mask, text)
-        assert (split.S[~split.mask] == 0).all()
-        assert (split.S[split.mask] != 0).all()
-        assert int(torch.linalg.matrix_rank(split.L)) == rank
-
-
-@pytest.mark.parametrize("seed", range(4))
-@EVERY_PATTERN
-def test_without_a_low_rank_it_is_the_formulas(text, seed):
-    W, H = random(M, N, seed=seed + 9), hessian(rows(seed=seed))
+@pytest.mark.parametrize("text", [*PATTERNS, "4:8", "1:4"])
+def test_without_a_low_rank_it_is_the_formulas(text):
+    W, H = random(M, N, seed=9), hessian(rows())
     for iterations in (1, 4, 60):
         found = sparse_plus_lowrank(W, H, Pattern.parse(text), 0, iterations=iterations)
         expected = slowly(W, H.damped, Pattern.parse(text), 0, iterations)
@@ -118,8 +89,7 @@ def test_without_a_low_rank_it_is_the_formulas(text, seed):
         assert (found.L == 0).all()
 
 
-@pytest.mark.parametrize("rank", [1, 4])
-@EVERY_PATTERN
+@pytest.mark.parametrize(("text", "rank"), [("2:4", 1), ("50%", 4)])
 def test_the_first_iteration_is_the_formulas_with_a_low_rank_too(monkeypatch, text, rank):
     """With as many steps of subspace iteration as it takes to find the directions exactly."""
     monkeypatch.setattr("compress.numerics.admm.START_STEPS", 400)
@@ -131,55 +101,33 @@ def test_the_first_iteration_is_the_formulas_with_a_low_rank_too(monkeypatch, te
     assert difference(found.L, expected.L) < 1e-8
 
 
-@pytest.mark.parametrize(("text", "rank"), [("2:4", 1), ("50%", 3)])
-def test_momentum_and_steps_of_subspace_iteration_do_as_well_as_decompositions(text, rank):
+@pytest.mark.unchecked
+def test_momentum_and_steps_of_subspace_iteration_do_as_well_as_decompositions():
     """On average, with half the iterations: neither finds the minimum of all, they end in different ones."""
     ours, exact = [], []
     for seed in range(16):
         W, H = random(M, N, seed=seed + 9), hessian(rows(seed=seed))
-        pattern = Pattern.parse(text)
-        found = sparse_plus_lowrank(W, H, pattern, rank, iterations=50)
-        expected = slowly(W, H.damped, pattern, rank, 100)
+        pattern = Pattern.parse("50%")
+        found = sparse_plus_lowrank(W, H, pattern, 3, iterations=50)
+        expected = slowly(W, H.damped, pattern, 3, 100)
         ours.append(error(W, found.S + found.L, H.damped))
         exact.append(error(W, expected.S + expected.L, H.damped))
     assert sum(ours) <= 1.1 * sum(exact)
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(2))
 @EVERY_PATTERN
 def test_its_mask_is_better_than_those_of_others_with_their_best_weights(text, seed):
     W, X = random(M, N, seed=seed + 9), rows(seed=seed)
     H, pattern = hessian(X), Pattern.parse(text)
     found = sparse_plus_lowrank(W, H, pattern, 0, iterations=ITERATIONS)
     _, swept = sweep(W, H, pattern=pattern)
-    assert swept is not None
     masks = (keep_mask(magnitude(W), pattern, by_row=False), keep_mask(wanda(W, H.second), pattern), swept)
     others = [error(W, least_squares(W, mask, H.damped), H.damped) for mask in masks]
     assert error(W, least_squares(W, found.mask, H.damped), H.damped) < 0.97 * min(others)
 
 
-@EVERY_PATTERN
-def test_in_the_end_weights_are_near_the_best_within_their_mask(text):
-    """What is still missing is left to the sweep that follows."""
-    W, H = random(M, N), hessian(rows())
-    found = sparse_plus_lowrank(W, H, Pattern.parse(text), 0, iterations=ITERATIONS)
-    best = error(W, least_squares(W, found.mask, H.damped), H.damped)
-    assert error(W, found.S, H.damped) <= 1.06 * best
-
-
-@pytest.mark.parametrize("seed", range(3))
-@EVERY_PATTERN
-def test_together_is_better_than_one_after_the_other(text, seed):
-    W, H = random(M, N, seed=seed + 9), hessian(rows(seed=seed))
-    pattern, rank = Pattern.parse(text), 2
-    together = sparse_plus_lowrank(W, H, pattern, rank, iterations=ITERATIONS)
-    alone = sparse_plus_lowrank(W, H, pattern, 0, iterations=ITERATIONS)
-    after = alone.S + nearest_of_rank(W - alone.S, H.damped, rank)
-    assert error(W, together.S + together.L, H.damped) < 0.7 * error(W, after, H.damped)
-
-
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize(("text", "rank"), [("2:4", 1), ("4:8", 2), ("50%", 2)])
+@pytest.mark.parametrize(("text", "rank", "seed"), [("2:4", 1, 0), ("50%", 2, 1)])
 def test_a_sparse_and_a_small_low_rank_matrix_are_told_apart(text, rank, seed):
     pattern, H = Pattern.parse(text), hessian(rows(seed=seed))
     sparse = random(M, N, seed=seed + 20)
@@ -191,8 +139,7 @@ def test_a_sparse_and_a_small_low_rank_matrix_are_told_apart(text, rank, seed):
     assert error(low, found.L, H.damped) < 0.2
 
 
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize(("text", "rank"), [("2:4", 2), ("50%", 1), ("50%", 2)])
+@pytest.mark.parametrize(("text", "rank", "seed"), [("2:4", 2, 0), ("50%", 1, 1)])
 def test_of_sparse_plus_as_large_a_low_rank_matrix_little_is_lost(text, rank, seed):
     """Which of all splits is the exact one is a hard question: some other is found, that is nearly as good."""
     pattern, H = Pattern.parse(text), hessian(rows(seed=seed))
@@ -204,16 +151,6 @@ def test_of_sparse_plus_as_large_a_low_rank_matrix_little_is_lost(text, rank, se
     alone = sparse_plus_lowrank(W, H, pattern, 0, iterations=ITERATIONS)
     after = alone.S + nearest_of_rank(W - alone.S, H.damped, rank)
     assert error(W, found.S + found.L, H.damped) < 0.65 * error(W, after, H.damped)
-
-
-@EVERY_PATTERN
-def test_what_is_sparse_already_stays(text):
-    """Where the large weights of each group are all there is, nothing else is to be found."""
-    W, H = random(M, N), hessian(rows())
-    W = W * keep_mask(W.abs() * H.scale, Pattern.parse(text))
-    found = sparse_plus_lowrank(W, H, Pattern.parse(text), 0, iterations=50)
-    assert torch.equal(found.mask, W != 0)
-    assert difference(found.S, W) < 1e-10
 
 
 @pytest.mark.parametrize("rank", [0, 2])
@@ -228,23 +165,13 @@ def test_dead_inputs_and_fewer_tokens_than_inputs(rank):
         assert error(W, found.S + found.L, H.damped) < error(W, cut, H.damped)
 
 
-@pytest.mark.parametrize("rank", [0, 2])
-def test_a_weight_of_zeros_stays_zero(rank):
-    found = sparse_plus_lowrank(torch.zeros(M, N).double(), hessian(rows()), Pattern.parse("2:4"), rank, iterations=9)
-    assert (found.S == 0).all()
-    assert (found.L == 0).all()
-    counted(found.mask, "2:4")
-
-
-@pytest.mark.parametrize("rank", [0, 2])
-@pytest.mark.parametrize("text", ["2:4", "50%"])
-def test_in_single_precision_it_is_as_good(text, rank):
+@pytest.mark.unchecked
+def test_in_single_precision_it_is_as_good():
     """On average: where two places of the mask are nearly as good, a rounding decides."""
     errors = []
     for seed in range(30):
         W, H = random(M, N, seed=seed), hessian(rows(seed=seed))
-        found = sparse_plus_lowrank(W.float(), H, Pattern.parse(text), rank, iterations=60)
-        exact = sparse_plus_lowrank(W, H, Pattern.parse(text), rank, iterations=60)
+        found, exact = (sparse_plus_lowrank(each, H, Pattern.parse("2:4"), 2, iterations=30) for each in (W.float(), W))
         assert found.S.dtype == found.L.dtype == torch.float32
         errors.append([error(W, (each.S + each.L).double(), H.damped) for each in (found, exact)])
     single, double = torch.tensor(errors).sum(0)
@@ -269,42 +196,20 @@ def test_steps_of_subspace_iteration_find_the_best_low_rank():
     assert found[-1] == pytest.approx(lost(best), rel=1e-6)
 
 
-@pytest.mark.parametrize("text", ["2:4", "50%"])
-def test_momentum_halves_the_iterations(monkeypatch, text):
+@pytest.mark.unchecked
+def test_momentum_halves_the_iterations(monkeypatch):
     """On average over weights that are large enough for their low rank to be found slowly."""
     errors = []
     for seed in range(4):
         W, H = random(48, 96, seed=seed + 9), hessian(rows(96, seed=seed))
         for momentum, iterations in ((0.8, 40), (0.0, 80)):
             monkeypatch.setattr("compress.numerics.admm.MOMENTUM", momentum)
-            found = sparse_plus_lowrank(W, H, Pattern.parse(text), 5, iterations=iterations)
+            found = sparse_plus_lowrank(W, H, Pattern.parse("2:4"), 5, iterations=iterations)
             errors.append(error(W, found.S + found.L, H.damped))
     assert sum(errors[::2]) <= sum(errors[1::2])
 
 
-def test_the_low_rank_moves_on_by_a_share_of_its_last_change():
-    T, mixed = random(N, M), hessian(rows()).damped
-    solver = Solver(T, Pattern.parse("2:4"), 2)
-    (chunk,) = solver.chunks
-    bests = [torch.zeros_like(T)]
-    for momentum in (0.8, 0.8, 0.0):
-        Y, V = solver.Y, solver.V
-        chunk.E = random(N, M, seed=len(bests))
-        solver.find_lowrank(mixed)
-        bests.append(solver.Y @ solver.V.T)
-        solver.move_lowrank(Y, V, momentum)
-        assert difference(chunk.L, bests[-1] + momentum * (bests[-1] - bests[-2])) < 1e-10
-    assert difference(chunk.L, bests[-1]) < 1e-12
-
-
-def test_rho_grows_every_period_from_the_first_to_the_last():
-    after = [rho_after(iteration, 24) for iteration in range(25)]
-    expected = [0.1 * 6 ** (iteration // 8 / 3) for iteration in range(25)]
-    assert after == pytest.approx(expected, rel=1e-12)
-
-
-@pytest.mark.parametrize("chunk", [1, 3 * N, 2**18])
-@EVERY_PATTERN
+@pytest.mark.parametrize(("text", "chunk"), [("2:4", 1), ("50%", 3 * N)])
 def test_weights_together_and_in_chunks_are_split_as_if_alone(monkeypatch, text, chunk):
     H, ranks = hessian(rows()), [0, 2, 3]
     weights = [random(m, N, seed=m) for m in (5, M, 20)]

@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM
 
 import compress  # noqa: F401 (registers the architecture)
 import tiny
-from compress.errors import CheckpointError, UnsupportedModel, UsageError
-from compress.evaluation.speed import generation, layerwise, memory, report, timing
+from compress.errors import CheckpointError, UsageError
+from compress.evaluation.speed import generation, memory, report, timing
 from compress.evaluation.speed.footprint import footprint
 from compress.evaluation.speed.generation import Decoding, Workload, compare_generation
-from compress.evaluation.speed.layerwise import Form, Inputs, Place, compare_linears, linears_of, matched
+from compress.evaluation.speed.layerwise import Form, linears_of, matched
 from compress.evaluation.speed.report import Asked, Named, measure
 from compress.evaluation.speed.timing import Comparison, Spread
 from compress.models.opening import open_model
@@ -34,15 +34,6 @@ NEW = 6
 
 
 # Times.
-
-
-def test_a_spread_is_the_median_and_the_quartiles():
-    assert Spread.of([5.0, 1.0, 3.0, 2.0, 4.0]) == Spread(3.0, 2.0, 4.0)
-    assert Spread.of([2.0]) == Spread(2.0, 2.0, 2.0)
-
-
-def test_a_rate_turns_the_quartiles_round():
-    assert Spread(2.0, 1.0, 4.0).inverse(8) == Spread(4.0, 2.0, 8.0)
 
 
 def test_a_speedup_is_of_pairs_not_of_medians():
@@ -67,12 +58,6 @@ def test_both_run_in_turns_after_one_round_that_is_not_counted():
     assert pairs == [("d2", "c2"), ("d3", "c3"), ("d4", "c4")]
 
 
-def test_work_is_repeated_until_it_takes_long_enough(monkeypatch):
-    monkeypatch.setattr(timing, "seconds", lambda work, device: 0.003)
-    assert timing.repetitions(lambda: None, CPU, 0.01) == 4
-    assert timing.repetitions(lambda: None, CPU, 0.001) == 1
-
-
 # Generation.
 
 
@@ -95,7 +80,7 @@ def generated(model: Any, steps: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", [Decoding, StaticDecoding])
-@pytest.mark.parametrize("model_type", ["opt", "llama", "gpt_bigcode", "codegen"])
+@pytest.mark.parametrize("model_type", ["opt", "mistral"])
 def test_decoding_is_what_transformers_generates(model_type, kind):
     """Over either cache, and again from the start."""
     model = tiny.tiny_model(model_type)
@@ -188,19 +173,6 @@ def test_a_workload_takes_keys_values_and_logits():
     assert memory.workload_bytes(config, 3, 10, torch.float32) == 3 * 4 * (cache + tiny.VOCAB_SIZE)
 
 
-def test_what_memory_does_not_hold_is_none_and_other_errors_are_not():
-    def fails(error: Exception) -> Any:
-        def work() -> None:
-            raise error
-
-        return work
-
-    assert memory.attempted(lambda: 3) == 3
-    assert memory.attempted(fails(torch.OutOfMemoryError())) is None
-    with pytest.raises(RuntimeError, match="other"):
-        memory.attempted(fails(RuntimeError("other")))
-
-
 @on_linux
 def test_the_footprint_of_a_clean_process(tmp_path):
     """The peak while loading is at least the weights, mapped as they are, and the libraries are known apart."""
@@ -209,9 +181,6 @@ def test_the_footprint_of_a_clean_process(tmp_path):
     assert size > 35e6
     took = footprint(tmp_path, Workload(1, 4, 2), dtype=torch.float32, device=CPU)
     assert took.disk == memory.bytes_on_disk(tmp_path)
-    assert took.before is not None
-    assert took.loading is not None
-    assert took.running is not None
     assert 0.9 * size < took.loading - took.before < 4 * size
     assert took.running >= took.loading
     assert 0 < took.load.low <= took.load.high
@@ -283,25 +252,6 @@ def test_factors_are_one_linear_and_what_has_no_counterpart_is_named():
     ]
     assert (found.missing, found.added) == (["c"], ["d"])
     assert [path for path, _ in linears_of(inner)] == ["a", "b", "d"]
-
-
-def test_linears_of_a_name_are_called_one_after_another(monkeypatch):
-    """What is stated is one's share of the stretch, and each is given inputs of its own width."""
-    linears = [nn.Linear(8, 6), nn.Linear(4, 6), nn.Linear(8, 6)]
-    widths: list[int] = []
-    for linear in linears:
-        linear.register_forward_pre_hook(lambda _, words: widths.append(words[0].shape[1]))
-
-    def one_second(work: Any, device: torch.device) -> float:
-        widths.clear()
-        work()
-        assert widths == [8, 4, 8] * 5
-        return 1.5
-
-    monkeypatch.setattr(layerwise, "seconds", one_second)
-    monkeypatch.setattr(layerwise, "repetitions", lambda *_: 5)
-    speed = compare_linears(Place("x", linears, linears), Inputs(3, torch.float32, CPU), rounds=2)
-    assert speed.times == Comparison.of([(0.1, 0.1), (0.1, 0.1)])
 
 
 # All together.

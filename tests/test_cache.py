@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from compress.streaming.cache import ActivationCache, cache_bytes
+from compress.streaming.cache import ActivationCache
 from compress.streaming.interning import Interner
 
 CPU = torch.device("cpu")
@@ -41,13 +41,6 @@ def test_batches_are_replaced_at_other_widths(cache):
                 assert torch.equal(cache.get(j, CPU), batch(j, stored_width, seed=stored_seed))
 
 
-def test_a_batch_may_be_computed_from_itself(cache):
-    cache.put(1, batch(1, 8))
-    narrow = torch.randn(8, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
-    cache.put(1, cache.get(1, CPU) @ narrow)
-    assert torch.equal(cache.get(1, CPU), batch(1, 8) @ narrow)
-
-
 def test_a_batch_that_was_never_put(cache):
     cache.put(0, batch(0, 8))
     with pytest.raises(LookupError, match="batch 2 was never put into the cache"):
@@ -59,19 +52,6 @@ def test_the_file_leaves_no_trace(tmp_path):
     cache.put(0, torch.ones(2, 3, 8))
     assert list(tmp_path.iterdir()) == []
     assert torch.equal(cache.get(0, CPU), torch.ones(2, 3, 8))
-
-
-def test_activations_on_disk_share_no_memory_with_what_was_put(tmp_path):
-    cache = ActivationCache(SHAPES, 8, torch.float32, device=CPU, file=tmp_path / "activations")
-    ones = torch.ones(2, 3, 8)
-    cache.put(0, ones)
-    ones.zero_()
-    assert torch.equal(cache.get(0, CPU), torch.ones(2, 3, 8))
-
-
-def test_cache_bytes_are_windows_tokens_width_and_type():
-    assert cache_bytes(128, 2048, 4096, torch.float32) == 128 * 2048 * 4096 * 4
-    assert cache_bytes(3, 5, 7, torch.float64) == 840
 
 
 def test_equal_tensors_are_held_once():

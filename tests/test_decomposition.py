@@ -20,33 +20,17 @@ from compress.numerics.decomposition import (
     decompose,
     decompose_together,
 )
-from compress.numerics.grids import Numbers, Sharing
+from compress.numerics.grids import Numbers
 from compress.numerics.hessian import Hessian
-from compress.numerics.lowrank import InputMoments
 from compress.numerics.rescale import rescaled
 from compress.numerics.sparsity import Pattern
 from compress.numerics.sweep import descend, sweep
+from matrices import cut, difference, measured, random, rows
 
 M, N, TOKENS = 12, 32, 300
 FEW = 16  # inputs, where every combination is made
 WHERE = "block 3 mlp.down_proj"
 PRUNERS: tuple[Pruner, ...] = ("magnitude", "wanda", "sparsegpt", "admm")
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def rows(n: int = N, *, seed: int = 0, dead: tuple[int, ...] = ()) -> Tensor:
-    """Correlated inputs of unlike sizes, whose means are not zero."""
-    X = random(TOKENS, n, seed=seed) @ random(n, n, seed=seed + 1) @ torch.diag(torch.logspace(0, -1, n).double())
-    X = X + random(n, seed=seed + 2)
-    X[:, list(dead)] = 0
-    return X
-
-
-def measured(X: Tensor) -> InputMoments:
-    return InputMoments(X.T @ X / len(X), X.mean(0), X.abs().mean(0))
 
 
 def pruning(method: Pruner, text: str = "2:4", *, iterations: int = 200) -> Pruning:
@@ -91,16 +75,6 @@ def error(W: Tensor, found: Decomposed, X: Tensor) -> float:
     return float(missed(W, found, X).square().sum() / (X @ W.T).square().sum())
 
 
-def difference(a: Tensor, b: Tensor) -> float:
-    assert a.shape == b.shape
-    return float((a - b).abs().max())
-
-
-def cut(E: Tensor, rank: int) -> Tensor:
-    U, S, Vh = torch.linalg.svd(E, full_matrices=False)
-    return U[:, :rank] @ torch.diag(S[:rank]) @ Vh[:rank]
-
-
 # ---- SLiM's order ----
 
 
@@ -110,7 +84,7 @@ def best_step(W: Tensor, lowest: int, highest: int) -> float:
     return min(steps, key=lambda step: float(((W / step).round().clamp(lowest, highest) * step - W).square().sum()))
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_the_papers_order(seed):
     """Mask by Wanda, the step of the dense weight, the adapter of what both have taken: algorithms 1 and 2."""
     W, X = random(M, N, seed=seed), rows(seed=seed)
@@ -136,32 +110,6 @@ def test_the_papers_order(seed):
     x = X.abs().mean(0) + X.abs().mean(0).min()
     assert difference(found.adapter.product, cut((W - S) * x, 2) / x) < 1e-10
     assert difference(found.product, S + found.adapter.B @ found.adapter.A) == 0
-
-
-def test_rounding_anew_what_the_adapter_leaves_loses_less_and_an_adapter_for_that_less_still():
-    """SLiM's code does the first, its paper neither; a second round is both. On average over the seeds."""
-    papers = anew = rounds = 0.0
-    twice = dataclasses.replace(PAPERS, adapt=Adapting(method="slim", rank=2, rounds=2))
-    for seed in range(8):
-        W, X = random(M, N, seed=seed), rows(seed=seed)
-        found = made(W, X, PAPERS)
-        assert found.adapter is not None
-        assert found.mask is not None
-        T = W - found.adapter.product
-        step = best_step(T, -8, 7)
-        S = torch.where(found.mask, (T / step).round().clamp(-8, 7) * step, 0.0)
-        papers += error(W, found, X)
-        anew += error(W, dataclasses.replace(found, S=S), X)
-        rounds += error(W, made(W, X, twice), X)
-    assert rounds < 0.95 * anew
-    assert anew < 0.95 * papers
-
-
-def test_without_anything_to_do_the_weight_stays():
-    W = random(M, N)
-    found = made(W, rows(), Decomposition())
-    assert torch.equal(found.product, W)
-    assert (found.mask, found.grid, found.adapter, found.shift) == (None, None, None, None)
 
 
 # ---- what holds for every combination ----
@@ -199,47 +147,38 @@ def keeps_to_mask_and_grid(found: Decomposed, how: Decomposition, text: str) -> 
         assert torch.equal(found.product, found.S)
 
 
-def test_every_combination_keeps_to_mask_and_grid():
+def some(first: int) -> Iterator[tuple[Decomposition, str]]:
+    """One of five, so that each two of their parts come together."""
+    return itertools.islice(combinations(), first, None, 5)
+
+
+def test_combinations_keep_to_mask_and_grid():
     W, X = random(4, FEW), rows(FEW)
     moments, before = measured(X), W.clone()
-    for how, text in combinations():
+    for how, text in some(0):
         found = decompose(W, moments, how, name=WHERE)
         keeps_to_mask_and_grid(found, how, text)
         assert found.shift is None
     assert torch.equal(W, before)
 
 
-def some() -> Iterator[tuple[Decomposition, str]]:
-    """One of five, so that each two of their parts come together."""
-    return itertools.islice(combinations(), 0, None, 5)
-
-
+@pytest.mark.unchecked
 def test_in_single_precision_and_with_dead_inputs_they_keep_to_them_as_well():
     W = random(4, FEW)
-    for X, single in ((rows(FEW), True), (rows(FEW, dead=(0, 4, 5, 6, 7, 15)), False)):
-        for how, text in some():
-            keeps_to_mask_and_grid(made(W, X, how, single=single), how, text)
+    dead = rows(FEW, dead=(0, 4, 5, 6, 7, 15))
+    for number, (how, text) in enumerate(some(1)):
+        single = number % 2 == 1
+        keeps_to_mask_and_grid(made(W, rows(FEW) if single else dead, how, single=single), how, text)
 
 
+@pytest.mark.unchecked
 def test_a_bias_keeps_the_mean_of_the_outputs():
     W, X = random(4, FEW), rows(FEW)
-    for index, (how, text) in enumerate(some()):
+    for index, (how, text) in enumerate(some(2)):
         found = made(W, X, how, centred=True, single=index % 2 == 1)
         keeps_to_mask_and_grid(found, how, text)
-        assert found.shift is not None
         assert difference(missed(W, found, X).mean(0), torch.zeros(4).double()) < 1e-11
         assert difference(found.shift, (W - found.product) @ X.mean(0)) < 1e-11
-
-
-@pytest.mark.parametrize("group", [5, 12, 31, 40])
-@pytest.mark.parametrize("sweeps", [False, True], ids=["nearest", "swept"])
-def test_groups_need_not_divide_the_inputs(group, sweeps):
-    W, X = random(M, N), rows()
-    quantize = dataclasses.replace(SWEPT if sweeps else NEAREST, group=group)
-    found = made(W, X, Decomposition(prune=pruning("wanda"), quantize=quantize, polish=2))
-    keeps_to_mask_and_grid(found, Decomposition(prune=pruning("wanda"), quantize=quantize), "2:4")
-    assert found.grid is not None
-    assert found.grid.step.shape == (M, -(-N // group))
 
 
 @pytest.mark.parametrize("sweeps", [False, True], ids=["nearest", "swept"])
@@ -249,8 +188,6 @@ def test_finer_inputs_are_on_a_grid_twice_as_fine(sweeps):
     how = Decomposition(prune=pruning("wanda"), quantize=quantize, adapt=SLIM)
     found = made(W, X, how)
     keeps_to_mask_and_grid(found, how, "2:4")
-    assert found.grid is not None
-    assert found.grid.finer is not None
     score = X.abs().mean(0) * W.abs().mean(0)
     fine = found.grid.finer == 2
     assert int(fine.sum()) == 2
@@ -262,36 +199,6 @@ def test_finer_inputs_are_on_a_grid_twice_as_fine(sweeps):
 
 
 # ---- how the parts go together ----
-
-
-def test_magnitude_and_wanda_round_with_the_steps_of_the_dense_weight_and_sweeps_with_those_of_what_is_left():
-    W, X = random(M, N), rows()
-    W[:, 3] = 0.01
-    W[0, 0], X[:, 0] = 30.0, 1e-3 * X[:, 0]  # large and pruned: hardly any input reaches it
-    nearest, swept = (
-        made(W, X, Decomposition(prune=pruning("wanda"), quantize=dataclasses.replace(rounding, steps="absmax")))
-        for rounding in (NEAREST, SWEPT)
-    )
-    assert nearest.mask is not None
-    assert swept.mask is not None
-    assert nearest.grid is not None
-    assert swept.grid is not None
-    assert not nearest.mask[0, 0]
-    assert torch.equal(nearest.mask, swept.mask)
-    assert difference(7 * nearest.grid.step[:, 0], W.abs().amax(1)) < 1e-12
-    assert difference(7 * swept.grid.step[:, 0], (W * swept.mask).abs().amax(1)) < 1e-12
-
-
-def test_magnitude_compares_all_weights_of_the_matrix_and_wanda_those_of_a_row():
-    W, X = random(M, N), rows()
-    found = {method: made(W, X, Decomposition(prune=pruning(method, "50%"))) for method in PRUNERS[:2]}
-    largest = W.abs().flatten().argsort(descending=True)[: M * N // 2]
-    expected = torch.zeros(M * N, dtype=torch.bool)
-    expected[largest] = True
-    assert found["magnitude"].mask is not None
-    assert torch.equal(found["magnitude"].mask, expected.view(M, N))
-    assert found["wanda"].mask is not None
-    assert (found["wanda"].mask.sum(1) == N // 2).all()
 
 
 @pytest.mark.parametrize("act_order", [False, True])
@@ -311,19 +218,14 @@ def test_sparsegpt_with_gptq_is_one_sweep_then_descent_then_the_adapter(adapted)
     found = made(W, X, Decomposition(prune=pruning("sparsegpt"), quantize=SWEPT, adapt=adapt, polish=3))
     H = Hessian(X.T @ X / len(X), DAMPING, WHERE)
     first = made(W, X, Decomposition(prune=pruning("sparsegpt"), quantize=SWEPT)).grid
-    assert first is not None
     S, mask = sweep(W, H, grid=first, pattern=Pattern.parse("2:4"))
     for _ in range(3):
         S, first = rescaled(S, W, H, first)
         S = descend(S, W, H, grid=first, mask=mask, rounds=1)
-    assert found.grid is not None
     assert difference(found.grid.step, first.step) < 1e-12
-    assert found.mask is not None
-    assert mask is not None
     assert torch.equal(found.mask, mask)
     assert difference(found.S, S) < 1e-12
     if adapted:
-        assert found.adapter is not None
         expected = fit_adapter("slim", W - S, measured(X), 2, centred=False, name=WHERE)
         assert difference(found.adapter.product, expected.product) < 1e-10
 
@@ -340,6 +242,7 @@ def test_each_round_fits_the_weights_to_what_the_adapter_leaves_and_the_adapter_
     assert difference(found.product, once.S + adapter.product) < 1e-10
 
 
+@pytest.mark.unchecked
 def test_the_adapter_is_the_best_for_what_is_stored():
     """Fitted last, so that none of its rank loses less of the outputs."""
     W, X = random(M, N), rows()
@@ -352,8 +255,8 @@ def test_the_adapter_is_the_best_for_what_is_stored():
         assert error(W, found, X) == pytest.approx(float(lost / own), rel=1e-9)
 
 
-@pytest.mark.parametrize("text", ["2:4", "50%"])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.unchecked
+@pytest.mark.parametrize(("text", "seed"), [("2:4", 0), ("50%", 1)])
 def test_from_the_papers_order_to_sweeps_to_admm_and_rounds_ever_less_is_lost(seed, text):
     W, X = random(M, N, seed=seed + 9), rows(seed=seed)
     whitened, settled = Adapting(method="whitened", rank=2), Adapting(method="whitened", rank=2, rounds=5)
@@ -368,34 +271,6 @@ def test_from_the_papers_order_to_sweeps_to_admm_and_rounds_ever_less_is_lost(se
     assert lost[3] < 0.9 * lost[2]
     assert lost[4] < 1.0 * lost[3]
     assert lost[4] < 0.25 * lost[0]
-
-
-@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "admm"])
-def test_centring_loses_less(method):
-    """Where a bias keeps the mean, only what varies counts, and is kept better."""
-    for seed in range(2):
-        W, X = random(M, N, seed=seed), rows(seed=seed) + 3 * random(N, seed=seed + 5)
-        adapt = Adapting(method="whitened", rank=2, rounds=2)
-        how = Decomposition(prune=pruning(method, iterations=40), quantize=COARSE, adapt=adapt, polish=2)
-        assert error(W, made(W, X, how, centred=True), X) < error(W, made(W, X, how), X)
-
-
-def test_single_precision_is_as_good():
-    W, X = random(M, N), rows()
-    adapt = Adapting(method="whitened", rank=2, rounds=2)
-    how = Decomposition(prune=pruning("admm", iterations=40), quantize=SWEPT, adapt=adapt, polish=2)
-    assert error(W, made(W, X, how, single=True), X) <= 1.1 * error(W, made(W, X, how), X)
-
-
-def test_what_linears_share_is_made_once():
-    """Two linears with the same inputs: the second one's sweep finds the Hessian of the first."""
-    moments = measured(rows())
-    for centred in (False, True):
-        first, second = (moments.spread(centred=centred).hessian(DAMPING, name=name) for name in ("one", "other"))
-        assert first is second
-        assert first.inverse_root is second.inverse_root
-        assert moments.spread(centred=centred).hessian(2 * DAMPING, name="one") is not first
-        assert moments.spread(centred=not centred).hessian(DAMPING, name="one") is not first
 
 
 @pytest.mark.parametrize(
@@ -417,30 +292,10 @@ def test_beside_inputs_that_are_all_zero_all_errors_count_alike(how):
     assert (W - found.product).norm() < 0.8 * W.norm()
 
 
-def test_of_constant_inputs_a_bias_keeps_all():
-    X = random(N).expand(TOKENS, N).clone()
-    W = random(M, N)
-    how = Decomposition(prune=pruning("wanda"), quantize=NEAREST, adapt=SLIM)
-    assert error(W, made(W, X, how, centred=True), X) < 1e-20
-
-
-EVERY_GROUP: tuple[Sharing, ...] = ("tensor", "channel", 8)
-
-
-@pytest.mark.parametrize("group", EVERY_GROUP)
-@pytest.mark.parametrize("polish", [0, 2])
-def test_sweeps_lose_less_than_rounding_to_nearest(polish, group):
-    for seed in range(2):
-        W, X = random(M, N, seed=seed), rows(seed=seed)
-        for prune in (None, pruning("wanda")):
-            quantize = dataclasses.replace(COARSE, group=group)
-            swept = Decomposition(prune=prune, quantize=quantize, polish=polish)
-            nearest = dataclasses.replace(swept, quantize=dataclasses.replace(quantize, sweeps=False))
-            assert error(W, made(W, X, swept), X) < error(W, made(W, X, nearest), X)
-
-
-@pytest.mark.parametrize("prune", [None, pruning("wanda"), pruning("admm", iterations=12), pruning("sparsegpt", "50%")])
-@pytest.mark.parametrize("group", EVERY_GROUP)
+@pytest.mark.parametrize(
+    ("prune", "group"),
+    [(None, "tensor"), (pruning("admm", iterations=12), "channel"), (pruning("sparsegpt", "50%"), 8)],
+)
 def test_weights_with_the_same_inputs_are_decomposed_together_as_if_alone(prune, group):
     moments, weights = measured(rows()), [random(m, N, seed=m) for m in (5, M)]
     quantize = dataclasses.replace(COARSE, group=group)
@@ -453,14 +308,3 @@ def test_weights_with_the_same_inputs_are_decomposed_together_as_if_alone(prune,
         alone = decompose(W, moments, how, name="one")
         assert float((found.S - alone.S).abs().max()) < 1e-9
         assert float((found.product - alone.product).abs().max()) < 1e-9
-
-
-@pytest.mark.parametrize("prune", [None, pruning("wanda"), pruning("sparsegpt")])
-def test_every_round_rounds_to_nearest_anew_where_nothing_is_swept_on_the_grid(prune):
-    """However often it is polished: S follows what the adapter leaves."""
-    W, moments = random(M, N), measured(rows())
-    adapt = Adapting(method="whitened", rank=2)
-    once = Decomposition(prune=prune, quantize=NEAREST, adapt=adapt, polish=1)
-    twice = dataclasses.replace(once, adapt=dataclasses.replace(adapt, rounds=2))
-    first, second = (decompose(W, moments, how, name="one") for how in (once, twice))
-    assert not torch.equal(first.S, second.S)

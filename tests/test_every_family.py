@@ -1,8 +1,8 @@
-"""The contract of every family: whatever the table of docs/families.md has is compressed, reloads and generates.
+"""The contract of every family: what the table of docs/families.md has is compressed, reloads and generates.
 
-The models are tiny and every method runs once on each family. What the selected tests ask for is written first, then
-one clean process, which has no code of ours, loads all of it (stock_probe.py). That folding, rotating and slicing at
-the full width are exact is in test_exactness.py, that a refit is, in test_refit.py and test_writers.py.
+One whole run of each tiny model, by one of the methods in turn; benchmarks/family_table.py runs all there is.
+What is asked for is written first, then one clean process, which has no code of ours, loads all of it (stock_probe.py).
+That folding, rotating and slicing at the full width are exact is in test_exactness.py, for every family.
 """
 
 from pathlib import Path
@@ -17,33 +17,31 @@ from compress import pipeline
 from compress.errors import CompressError
 from contract import METHODS, ROWS, Looked, Row, Written
 
-# Every family by methods that write another form. Where models are built otherwise, and by the papers' methods, what
-# the walk does is the same or tested on its own. All there is to run is run by benchmarks/family_table.py.
-SOME = {
-    "one basis": contract.OTHERWISE,
-    "slim, packed": [Row("opt", "350M: norms behind", tiny.OPT_350M)],
-    "lord": [Row("opt", "350M: norms behind", tiny.OPT_350M)],
-    "lord, the paper's": [Row("gemma2"), Row("granite"), Row("olmo")],
-    "slim, the paper's": [Row("olmo2"), Row("falcon")],
-}
-USUAL = ("one basis",)  # of families that the tests of each method run over
-OTHERS = ("one basis", "lord", "slim, packed")
-CELLS = {
-    (row.name, name): row
-    for row in ROWS
-    if not row.what
-    for name in (USUAL if row.model_type in tiny.FAMILIES else OTHERS)
-}
-CELLS |= {(row.name, name): row for name, rows in SOME.items() for row in rows}
-REFUSED = [key for key, row in CELLS.items() if key[1] == "one basis" and contract.family_of(row).not_exact(row.config)]
-REFUSED += [key for key, row in CELLS.items() if key[1] == "slim, packed" and row.model_type in tiny.SPARSE]
-WRITTEN = [key for key in CELLS if key not in REFUSED]
+TURNS = ("one basis", "lord", "slim, packed", "slim, compact")
+
+
+def turns() -> dict[tuple[str, str], Row]:
+    """By row and method: a method for each family, the next one where the family is refused by it."""
+    found, taken = {}, 0
+    for row in [row for row in ROWS if not row.what] + [Row("opt", "350M: norms behind", tiny.OPT_350M)]:
+        refused = {"one basis"} if contract.family_of(row).not_exact(row.config) else set()
+        refused |= {"slim, packed"} if row.model_type in tiny.SPARSE else set()
+        while TURNS[taken % len(TURNS)] in refused:
+            taken += 1
+        found[row.name, TURNS[taken % len(TURNS)]] = row
+        taken += 1
+    return found
+
+
+WRITTEN = turns()
+REFUSED = {("gemma2", "one basis"): Row("gemma2"), ("mixtral", "slim, packed"): Row("mixtral")}
+CELLS = WRITTEN | REFUSED
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory) -> Path:
     folder: Path = tmp_path_factory.mktemp("dense")
-    contract.write_inputs(folder, ROWS, torch.float64)
+    contract.write_inputs(folder, list(CELLS.values()), torch.float64)
     return folder
 
 
@@ -95,7 +93,7 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("key", [key for key in WRITTEN if key[1] == "lord"], ids=": ".join)
+@pytest.mark.parametrize("key", [key for key in WRITTEN if key[1] == "lord"][:2], ids=": ".join)
 def test_a_run_that_was_killed_goes_on_and_writes_the_same_bytes(key, written, inputs, tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "verify", contract.Noted())
 

@@ -15,27 +15,24 @@ from transformers import AutoModelForCausalLM
 import oracles
 import tiny
 from compress import families
-from compress.errors import CheckpointError, UnsupportedModel
+from compress.errors import UnsupportedModel
 from compress.models.branch import Branch, read_through, write_through
-from compress.models.decoder import Decoder
-from compress.models.expert_names import file_name, own_name, stored_forms
-from compress.models.loading import load_config
+from compress.models.expert_names import file_name, own_name
 from compress.numerics.lowrank import InputMoments
 from compress.numerics.ridge import NormalEquations, ridge
 from compress.own_model.modeling_compress import SparseMLP, unfuse_experts
 from compress.stages.factorize import Factorize
-from compress.stages.prune_units import PruneUnits
-from compress.stages.refit import Refit
-from compress.streaming.experts import Filled, filled_up, gather_experts, lots, short_of_tokens
+from compress.streaming.experts import Filled, filled_up, gather_experts, short_of_tokens
 from compress.streaming.groups import EquationSums, Writers, writer_matrix
 from compress.streaming.loader import PartLoader
 from compress.streaming.processes import ALONE
 from compress.streaming.rewriting import LinearRewriter
 from compress.streaming.spectra import GradientFiles, LinearObserver
-from compress.streaming.streams import Batch, CacheFolder, Streams, rows, split_windows
-from compress.streaming.survey import Surveyor
+from compress.streaming.streams import Batch, Streams, rows
 from compress.streaming.weights import LazyWeights
+from matrices import random
 
+pytestmark = pytest.mark.usefixtures("exact_norms")
 FEW: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 6, "num_experts_per_tok": 2},
     "qwen2_moe": {"num_experts": 6, "num_experts_per_tok": 2, "norm_topk_prob": False},
@@ -43,12 +40,6 @@ FEW: dict[str, dict[str, Any]] = {
 }
 WINDOWS = oracles.random_ids(4, 16, seed=2)
 EVERY_FAMILY = pytest.mark.parametrize("model_type", tiny.SPARSE)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _exact():
-    with oracles.exact_norms():
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -82,35 +73,6 @@ def test_the_block_computes_what_the_stock_block_does(model_type, normalizes):
     assert oracles.largest_difference(oracles.logits_of(ours, WINDOWS), oracles.logits_of(stock, WINDOWS)) < 1e-12
 
 
-@EVERY_FAMILY
-def test_gradients_pass_as_through_the_stock_block(model_type):
-    stock: Any = tiny.tiny_model(model_type, **FEW[model_type]).model.layers[0].mlp
-    ours: Any = unfuse_experts(tiny.tiny_model(model_type, **FEW[model_type])).model.layers[0].mlp
-    x = torch.randn(2, 5, tiny.HIDDEN, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    found = [torch.autograd.grad(block(x.requires_grad_()).square().sum(), x)[0] for block in (stock, ours)]
-    assert oracles.largest_difference(*found) < 1e-10
-
-
-def test_shares_are_those_of_the_chosen():
-    block: Any = unfuse_experts(tiny.tiny_model("mixtral", **FEW["mixtral"])).model.layers[0].mlp
-    x = torch.randn(9, tiny.HIDDEN, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    chances = torch.softmax(block.gate(x), dim=-1)
-    found = torch.zeros_like(chances)
-    for number, tokens, shares in block.assignments(x):
-        found[tokens, number] = shares[:, 0]
-    for token, chance in zip(found, chances, strict=True):
-        best = chance.argsort(descending=True)[:2]
-        expected = torch.zeros(6, dtype=torch.float64)
-        expected[best] = chance[best] / chance[best].sum()
-        assert torch.allclose(token, expected, atol=1e-12)
-
-
-def test_a_model_without_experts_stays_as_it_is():
-    model = tiny.tiny_model("phi3")
-    before = [id(module) for module in model.modules()]
-    assert [id(module) for module in unfuse_experts(model).modules()] == before
-
-
 # ---- the names ----
 
 
@@ -127,13 +89,6 @@ def test_every_weight_is_found_whatever_files_call_it(model_type, fused, tmp_pat
         assert torch.equal(tensor, parameters[name])
 
 
-def test_too_few_experts_in_the_files_are_told(tmp_path):
-    tiny.tiny_model("qwen3_moe", num_hidden_layers=1).save_pretrained(tmp_path, save_original_format=False)
-    name = "model.layers.0.mlp.expert.4.up_proj.weight"
-    with pytest.raises(CheckpointError, match=r"The tensor '.*expert.4.up_proj.weight' has shape \[4, 96, 32\]"):
-        LazyWeights(tmp_path).check_against({name: torch.Size([48, 32])})
-
-
 @EVERY_FAMILY
 def test_files_are_written_with_the_familys_own_names(model_type, tmp_path):
     model = tiny.tiny_model(model_type, num_hidden_layers=1)
@@ -142,12 +97,6 @@ def test_files_are_written_with_the_familys_own_names(model_type, tmp_path):
     ours = {name for name, _ in unfuse_experts(model).named_parameters()}
     assert {file_name(name, model_type) for name in ours} == theirs
     assert {own_name(name) for name in theirs} == ours
-
-
-def test_other_names_stay_as_they_are():
-    for name in ("model.layers.0.mlp.gate_proj.weight", "model.layers.3.mlp.experts.weight", "lm_head.weight"):
-        assert own_name(name) == file_name(name, "mixtral") == name
-        assert stored_forms(name) == [name]
 
 
 # ---- what is refused ----
@@ -174,19 +123,9 @@ def sums_of(U: Tensor, T: Tensor | None = None, weights: Tensor | None = None) -
     return sums
 
 
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
 def same(found: InputMoments, second: Tensor, mean: Tensor) -> None:
     assert torch.allclose(found.second, second, atol=1e-12)
     assert torch.allclose(found.mean, mean, atol=1e-12)
-
-
-def test_as_many_tokens_as_inputs_are_taken_as_they_are():
-    U = random(5, 5)
-    sums = sums_of(U)
-    assert torch.equal(filled_up(sums, ALONE).fit.G, U.T @ U)
 
 
 def test_missing_tokens_are_white_and_as_strong_as_the_others():
@@ -198,20 +137,6 @@ def test_missing_tokens_are_white_and_as_strong_as_the_others():
     same(found, (U.T @ U + 5 * variance * torch.eye(8).double()) / 8, U.sum(0) / 8)
     absolute = (U.abs().sum(0) + 5 * (2 * variance / torch.pi).sqrt()) / 8
     assert torch.allclose(found.mean_abs, absolute)
-
-
-def test_missing_tokens_may_be_like_others():
-    U, others = random(3, 8), random(50, 8, seed=1) + 1
-    sums = sums_of(U)
-    filled = filled_up(sums, ALONE, sums_of(others).moments(ALONE))
-    second, mean = others.T @ others / 50, others.mean(0)
-    same(filled.moments(), (U.T @ U + 5 * second) / 8, (U.sum(0) + 5 * mean) / 8)
-
-
-def test_without_any_token_the_weights_alone_count():
-    sums = sums_of(random(0, 4))
-    filled = filled_up(sums, ALONE)
-    same(filled.moments(), torch.eye(4).double(), torch.zeros(4).double())
 
 
 def test_what_missing_tokens_give_is_what_the_weights_make_of_them():
@@ -294,14 +219,15 @@ def test_experts_linears_are_measured_by_the_tokens_that_reach_them(model_type, 
     assert notes["mlp.gate"] is None
 
 
-@EVERY_FAMILY
+@pytest.mark.parametrize("model_type", ["mixtral"])
 def test_an_expert_that_no_token_reaches_has_a_spectrum_of_its_weights(model_type, folders, tmp_path):
     """Of white inputs; the loss feels nothing of it."""
-    config = load_config(folders[model_type])
-    decoder = Decoder(config, families.find(config), dtype=torch.float64, device=torch.device("cpu"))
-    observer = LinearObserver(Factorize(gradient_weight=0.5).watch, GradientFiles(tmp_path), decoder)
-    loader, batches = PartLoader(decoder, LazyWeights(folders[model_type])), split_windows(WINDOWS[:1, :2], 1, 0)
-    surveyor = Surveyor(decoder, loader, batches, CacheFolder(decoder, tmp_path), memory=2**30, observer=observer)
+    watch = Factorize(gradient_weight=0.5).requires.watch
+    surveyor = oracles.surveyor(
+        folders[model_type],
+        WINDOWS[:1, :2],
+        observe=lambda decoder: LinearObserver(watch, GradientFiles(tmp_path), decoder),
+    )
     found = surveyor.run(gradient=True).spectra
     model, reached = unfuse_experts(stock_model(folders[model_type])), set[str]()
     for path in found:
@@ -349,7 +275,6 @@ class Problem:
 
     def dense(self, batch: Batch) -> Tensor:
         dense = self.streams.now(batch)[1]
-        assert dense is not None
         return dense
 
     def lacking(self, batch: Batch) -> Tensor:
@@ -369,9 +294,7 @@ def weigh(t: Tensor) -> Tensor:
 
 @contextmanager
 def problem(folder: Path, *, tokens: int = 40) -> Iterator[Problem]:
-    config = load_config(folder)
-    decoder = Decoder(config, families.find(config), dtype=torch.float64, device=torch.device("cpu"))
-    width = 20
+    decoder, width = oracles.new_decoder(folder), 20
     with torch.no_grad(), PartLoader(decoder, LazyWeights(folder)).block(0):
         branch = decoder.block_branches(0)[1]
         stream, dense = random(3, tokens, width), random(3, tokens, tiny.HIDDEN, seed=1)
@@ -388,7 +311,6 @@ def test_each_expert_is_to_make_up_for_its_share_of_what_its_tokens_lack(model_t
     """The equations, a token at a time: u = share h, t = u W0 + part r, weighing w / part."""
     with problem(folders[model_type]) as given:
         branch = given.branch
-        assert branch.sparse is not None
         assert branch.norm is not None
         block: Any = branch.sparse
         experts = [*block.expert, *([block.shared_expert] if model_type == "qwen2_moe" else [])]
@@ -421,8 +343,8 @@ def test_each_expert_is_to_make_up_for_its_share_of_what_its_tokens_lack(model_t
                 assert torch.allclose(filled.fit.B - B, missing @ expert.down_proj.weight.T)
 
 
-@pytest.mark.parametrize("damping", [1e-6, 1e-2, 1.0])
-@EVERY_FAMILY
+@pytest.mark.parametrize("damping", [1e-6, 1.0])
+@pytest.mark.parametrize("model_type", ["qwen2_moe"])
 def test_fitted_experts_are_never_worse_than_the_weights_they_had(model_type, damping, folders):
     """All together, on the tokens they are fitted on, however little each is drawn to its weights."""
     with problem(folders[model_type]) as given:
@@ -444,43 +366,6 @@ def fit(expert: Branch, equations: tuple[Filled, NormalEquations], damping: floa
     filled, held_out = equations
     matrix = ridge(filled.fit, writer_matrix(expert), damping, name="a test")
     Writers("a test", 0, expert, filled.fit, held_out, filled.inputs, matrix).write()
-
-
-def test_lots_are_as_large_as_memory_allows(folders, monkeypatch):
-    with problem(folders["mixtral"]) as given:
-        experts = given.branch.experts
-        assert list(lots(experts, 32)) == [range(6)]
-        monkeypatch.setattr("compress.streaming.experts.LOT_BYTES", 4 * 2 * 8 * 48 * (48 + 32))
-        assert list(lots(experts, 32)) == [range(4), range(4, 6)]
-        monkeypatch.setattr("compress.streaming.experts.LOT_BYTES", 1)
-        assert list(lots(experts, 32)) == [range(n, n + 1) for n in range(6)]
-
-
-def test_an_expert_that_nothing_held_out_reaches_keeps_its_weights(folders):
-    with problem(folders["mixtral"]) as given:
-        expert = given.branch.experts[0]
-        ((filled, _),) = given.equations(range(1))
-        matrix = writer_matrix(expert)
-        nothing = EquationSums(48, 20, matrix.device).held_out(ALONE)
-        group = Writers("a test", 0, expert, filled.fit, nothing, filled.inputs, matrix)
-        Refit().apply(group)
-        assert torch.equal(group.matrix, matrix)
-        assert "damping" not in group.notes
-
-
-def test_neurons_of_an_expert_that_nothing_reaches_are_chosen_by_its_weights(folders):
-    """With inputs of one strength, the neurons that write least go."""
-    with problem(folders["mixtral"]) as given:
-        expert = given.branch.experts[2]
-        matrix = writer_matrix(expert)
-        sums = EquationSums(*matrix.shape, torch.device("cpu"))
-        filled = filled_up(sums, ALONE, matrix=matrix)
-        group = Writers("a test", 0, expert, filled.fit, sums.held_out(ALONE), filled.inputs, matrix)
-        PruneUnits(units="neurons", keep=40).apply(group)
-        kept = matrix.norm(dim=1).argsort(descending=True)[:40].sort().values
-        assert torch.allclose(group.matrix, matrix[kept])
-        assert expert.linear("mlp.expert.2.up_proj").out_features == 40
-        assert expert.linear("mlp.expert.3.up_proj").out_features == 48
 
 
 # ---- the report ----

@@ -15,40 +15,21 @@ import contract
 import oracles
 import tiny
 from compress import families, pipeline
-from compress.job import Job
 from compress.models.hub import find_model
-from compress.preflight import read_windows
+from compress.planning.plan import Plan
+from compress.planning.prepare import Job, read_windows
 from compress.recipe import parse_recipe
 from contract import Looked, Written
-from factorising import (
-    FORMS,
-    HALF,
-    RANK,
-    Stages,
-    Whole,
-    block_linears,
-    job_of,
-    run_unproved,
-    same_function,
-    slicing,
-)
+from factorising import HALF, RANK, Whole, block_linears, job_of, run_unproved, same_function, slicing
 from recipes import lowrank
 from runs import tensors_of
 
+pytestmark = pytest.mark.usefixtures("exact_norms")
 D = tiny.HIDDEN
-SLOW = pytest.mark.slow
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _exact():
-    with oracles.exact_norms():
-        yield
-
-
-@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
-    "model_type",
-    [name if name in ("llama", "qwen2", "gpt_bigcode") else pytest.param(name, marks=SLOW) for name in tiny.FAMILIES],
+    ("model_type", "form"), [("llama", "pivot"), ("qwen2", "factors"), ("gpt_bigcode", "dense"), ("mixtral", "pivot")]
 )
 def test_what_is_planned_is_what_is_written_and_loaded(model_type, form, tmp_path):
     job = job_of(tmp_path, model_type, lowrank("lord", {"rank_frac": 0.4}, form=form), dtype="bfloat16")
@@ -74,72 +55,80 @@ def test_what_is_planned_is_what_is_written_and_loaded(model_type, form, tmp_pat
     assert plan.removed == 1 - result.size.parameters / result.dense.parameters
 
 
-@pytest.mark.slow
-def test_the_pipeline_proves_it(tmp_path):
-    """In a clean process of its own."""
-    job = job_of(tmp_path, "gpt_bigcode", lowrank("anchored", HALF, gradient_weight=0.9))
-    result = pipeline.run(job)
-    assert result.difference is not None
-    assert result.difference < 1e-5
-    assert result.divergence is not None
-    assert result.divergence > 0
-
-
 # ---- together with slicing ----
 
 
-CUT: list[dict[str, Any]] = lowrank("anchored", {"rank_frac": 0.5}, refit=False)
 COMPOSED: dict[str, tuple[str, str, int, int | None]] = {
-    "llama": ("llama", "shared", 20, None),
     "llama, fewer neurons": ("llama", "shared", 20, 12),
-    "llama, per layer": ("llama", "per-layer", 20, None),
-    "llama, per layer, fewer neurons": ("llama", "per-layer", 20, 12),
-    "opt": ("opt", "shared", 21, None),
     "opt, per layer, fewer neurons": ("opt", "per-layer", 21, 12),
     "qwen2, which becomes a llama": ("qwen2", "shared", 20, None),
-    "phi": ("phi", "shared", 20, None),
     "phi, fewer neurons": ("phi", "shared", 21, 12),
-    "starcoder2": ("starcoder2", "shared", 20, None),
     "starcoder2, a high rank": ("starcoder2", "shared", 20, None),
-    "starcoder2, fewer neurons": ("starcoder2", "shared", 24, 12),
-    "gemma": ("gemma", "shared", 20, None),
-    "qwen3": ("qwen3", "shared", 20, None),
     "gpt_neox": ("gpt_neox", "shared", 21, 12),
-    "phi3": ("phi3", "shared", 20, 12),
 }
 
 
-QUICK_COMPOSED = (
-    "llama, fewer neurons",
-    "opt, per layer, fewer neurons",
-    "qwen2, which becomes a llama",
-    "phi",
-    "starcoder2, a high rank",
-)
-
-
-@pytest.mark.parametrize(
-    "name", [name if name in QUICK_COMPOSED else pytest.param(name, marks=SLOW) for name in COMPOSED]
-)
-def test_a_sliced_model_is_factorised_as_it_was_planned(name, tmp_path):
+def composed(folder: Path, name: str) -> Job:
     model_type, rotation, width, keep = COMPOSED[name]
     # A stream of 20 channels has 18 directions in starcoder2.
     rule = {"rank": 17} if "high" in name else {"rank_frac": 0.5}
-    cut_stages = lowrank("anchored", rule, refit=False)
-    job = job_of(tmp_path, model_type, [*slicing(model_type, rotation, width=width, keep=keep), *cut_stages])
-    plan, result = run_unproved(job)
+    stages = slicing(model_type, rotation, width=width, keep=keep)
+    return job_of(folder, model_type, [*stages, *lowrank("anchored", rule, refit=False)])
+
+
+@pytest.mark.parametrize(
+    ("model_type", "rotation"),
+    [("llama", "shared"), ("opt", "per-layer"), ("phi3", "shared"), ("gpt_neox", "per-layer")],
+)
+def test_full_width_and_full_rank_keep_the_logits(model_type, rotation, tmp_path):
+    """Through the pipeline, whose own walk says what the written model gives; proved elsewhere."""
+    stages = [*slicing(model_type, rotation, width=D), Whole(rank_frac=1.0, form="factors")]
+    job = job_of(tmp_path, model_type, stages, changes={"dtype": torch.float64})
+    made = contract.run_noted(job)
+    assert len(made.result.ranks) == len(block_linears(tiny.tiny_model(model_type, num_hidden_layers=1)))
+    ids, logits = made.probe
+    dense = tiny.tiny_model(model_type, num_hidden_layers=1)
+    same_function(logits, oracles.logits_of(dense, ids), 1e-8)
+
+
+# ---- what a process without our code loads ----
+
+# One with a head of its own, a tied one, blocks that return tuples.
+UNSLICED = ("llama", "opt", "codegen")
+MATERIALIZED = ("llama", "gpt_bigcode")
+
+
+@pytest.fixture(scope="module")
+def planned_and_made(tmp_path_factory) -> tuple[Mapping[str, Plan], Mapping[str, Written]]:
+    root = tmp_path_factory.mktemp("runs")
+    jobs = {f"sliced: {name}": composed(root / f"sliced-{number}", name) for number, name in enumerate(COMPOSED)}
+    for name in UNSLICED:
+        jobs[f"whole: {name}"] = job_of(root / f"whole-{name}", name, lowrank("anchored", HALF, gradient_weight=0.9))
+    for name in MATERIALIZED:
+        jobs[f"dense: {name}"] = multiplied_out(root / f"dense-{name}", name, "dense")
+    plans = {name: pipeline.plan_only(job) for name, job in jobs.items()}
+    return plans, {name: contract.run_noted(job) for name, job in jobs.items()}
+
+
+@pytest.fixture(scope="module")
+def reloaded(planned_and_made, tmp_path_factory) -> tuple[Mapping[str, Written], Looked]:
+    _, made = planned_and_made
+    return made, contract.look_at(made, tmp_path_factory.mktemp("looked"))
+
+
+@pytest.mark.parametrize("name", COMPOSED)
+def test_a_sliced_model_is_factorised_as_it_was_planned(name, planned_and_made):
+    plan, result = planned_and_made[0][f"sliced: {name}"], planned_and_made[1][f"sliced: {name}"].result
     assert plan.size == result.size
-    assert result.widths[0] == width
+    assert result.widths[0] == COMPOSED[name][2]
     assert result.ranks == {path: factors.rank for path, factors in plan.factors.items()}
     assert result.ranks
 
 
-@pytest.mark.parametrize("model_type", ["llama", "opt"])
-@pytest.mark.parametrize("rotation", ["shared", "per-layer"])
-def test_a_sliced_and_factorised_config_comes_back_from_json(model_type, rotation, tmp_path):
-    job = job_of(tmp_path, model_type, [*slicing(model_type, rotation, width=20), *CUT])
-    plan = pipeline.plan_only(job)
-    config = plan.target.config(plan.shape, torch.float32)
+@pytest.mark.parametrize("name", ["llama, fewer neurons", "opt, per layer, fewer neurons"])
+def test_a_sliced_and_factorised_config_comes_back_from_json(name, planned_and_made, tmp_path):
+    plan = planned_and_made[0][f"sliced: {name}"]
+    config = plan.spec.config(torch.float32)
     (tmp_path / "saved").mkdir()
     (tmp_path / "saved" / "config.json").write_text(json.dumps(config.to_diff_dict(), default=str), encoding="utf-8")
     again: Any = type(config).from_pretrained(tmp_path / "saved")
@@ -147,73 +136,7 @@ def test_a_sliced_and_factorised_config_comes_back_from_json(model_type, rotatio
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(again)
     numbers = sum(parameter.numel() for parameter in model.parameters())
-    assert plan.size is not None
     assert numbers == plan.size.parameters
-
-
-FULL_WIDTH = ["llama", "opt", "phi", "gemma", "qwen3", "qwen2", "phi3", "gpt_neox"]
-
-
-@pytest.mark.parametrize("rotation", ["shared", "per-layer"])
-@pytest.mark.parametrize(
-    "model_type", [name if name in ("llama", "opt", "phi") else pytest.param(name, marks=SLOW) for name in FULL_WIDTH]
-)
-def test_full_width_and_full_rank_keep_the_logits(model_type, rotation, tmp_path, monkeypatch):
-    """Through the pipeline, whose own walk says what the written model gives; proved elsewhere."""
-    stages = [*slicing(model_type, rotation, width=D), Whole(rank_frac=1.0, form="factors")]
-    job = job_of(tmp_path, model_type, stages, changes={"dtype": torch.float64})
-    overheard: list[tuple[Tensor, Tensor]] = []
-
-    def overhear(_folder: Path, ids: Tensor, logits: Tensor, **_options: Any) -> float:
-        overheard.append((ids, logits))
-        return 0.0
-
-    monkeypatch.setattr(pipeline, "verify", overhear)
-    result = pipeline.run(job)
-    assert len(result.ranks) == len(block_linears(tiny.tiny_model(model_type, num_hidden_layers=1)))
-    ((ids, logits),) = overheard
-    dense = tiny.tiny_model(model_type, num_hidden_layers=1)
-    same_function(logits, oracles.logits_of(dense, ids), 1e-8)
-
-
-def test_two_stages_at_different_linears(tmp_path):
-    stages = lowrank("lord", HALF, target=["attention"]) + lowrank("svd", {"rank": 7}, target=["mlp"])
-    job = job_of(tmp_path, "llama", stages)
-    plan, result = run_unproved(job)
-    assert plan.size == result.size
-    assert {rank for path, rank in result.ranks.items() if ".mlp." in path} == {7}
-    assert {rank for path, rank in result.ranks.items() if ".self_attn." in path} == {8, 16}
-
-
-# ---- what a process without our code loads ----
-
-# One for each way of being written; what is planned is compared with what is written for all.
-RELOADED = (
-    "llama, fewer neurons",
-    "llama, per layer",
-    "opt",
-    "qwen2, which becomes a llama",
-    "phi, fewer neurons",
-    "starcoder2, a high rank",
-    "gpt_neox",
-)
-# With a head of its own, a tied one, blocks that return tuples.
-UNSLICED = ("llama", "opt", "gpt_bigcode", "codegen")
-MATERIALIZED = ("llama", "gpt_bigcode", "qwen2", "phi")
-
-
-def reloaded_jobs(root: Path) -> dict[str, Job]:
-    jobs = {}
-    for number, name in enumerate(RELOADED):
-        model_type, rotation, width, keep = COMPOSED[name]
-        stages: Stages = [*slicing(model_type, rotation, width=width, keep=keep), *CUT]
-        jobs[f"sliced: {name}"] = job_of(root / f"sliced-{number}", model_type, stages)
-    for name in UNSLICED:
-        stages = lowrank("anchored", HALF, gradient_weight=0.9)
-        jobs[f"whole: {name}"] = job_of(root / f"whole-{name}", name, stages)
-    for name in MATERIALIZED:
-        jobs[f"dense: {name}"] = multiplied_out(root / f"dense-{name}", name, "dense")
-    return jobs
 
 
 def multiplied_out(folder: Path, model_type: str, form: str) -> Job:
@@ -221,22 +144,13 @@ def multiplied_out(folder: Path, model_type: str, form: str) -> Job:
     return job_of(folder, model_type, stages, changes={"dtype": torch.float64})
 
 
-@pytest.fixture(scope="module")
-def reloaded(tmp_path_factory) -> tuple[Mapping[str, Written], Looked]:
-    root = tmp_path_factory.mktemp("reloaded")
-    made = {name: contract.run_noted(job) for name, job in reloaded_jobs(root).items()}
-    return made, contract.look_at(made, root)
-
-
-@pytest.mark.parametrize("name", [f"sliced: {name}" for name in RELOADED] + [f"whole: {name}" for name in UNSLICED])
-@pytest.mark.slow
+@pytest.mark.parametrize("name", [f"sliced: {name}" for name in COMPOSED] + [f"whole: {name}" for name in UNSLICED])
 def test_it_reloads_without_our_package(name, reloaded):
     made, looked = reloaded
     looked.agrees(name, made[name])
 
 
 @pytest.mark.parametrize("model_type", MATERIALIZED)
-@pytest.mark.slow
 def test_materialized_it_is_a_stock_model(model_type, reloaded, tmp_path):
     """At one function with the factors."""
     made, looked = reloaded
@@ -258,7 +172,6 @@ def test_materialized_it_is_a_stock_model(model_type, reloaded, tmp_path):
 DEMO = Path(compress.__file__).parent / "assets/demo"
 
 
-@pytest.mark.slow
 def test_anchored_ends_nearer_to_the_dense_model_than_lord(tmp_path):
     """The stream before the final norm, on the calibration text; at the same ranks."""
     errors = {}

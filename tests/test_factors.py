@@ -2,26 +2,18 @@
 
 import copy
 import json
-import os
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, get_args
 
-import peft
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 import oracles
 import tiny
 from compress import families
-from compress.architectures.architecture import Shape, dense_units
 from compress.architectures.own import AUTO_MAP, CLASS, Own
-from compress.checkpoints.files import carry_modeling
 from compress.models.factors import (
     AnyLinear,
     Form,
@@ -39,7 +31,8 @@ from compress.own_model.modeling_compress import (
     LowRankLinear,
     PivotLinear,
 )
-from compress.streaming.linears import FactorShape, LinearShape, LinearSite, linear_shape
+from compress.streaming.linears import LinearShape, LinearSite, linear_shape
+from matrices import random
 
 FORMS: tuple[Form, ...] = get_args(Form)
 KINDS = {"factors": LowRankLinear, "pivot": PivotLinear}
@@ -50,10 +43,6 @@ UNSEEN = oracles.random_ids(2, 24, seed=3)
 EVERY_FORM = pytest.mark.parametrize("form", FORMS)
 EVERY_BIAS = pytest.mark.parametrize("has_bias", [True, False], ids=["bias", "no bias"])
 EVERY_DTYPE = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def drawn(has_bias: bool, *, m: int = M, n: int = N, rank: int = RANK, seed: int = 0) -> Factors:
@@ -91,35 +80,6 @@ def test_a_module_is_the_factors_function(rank, form, has_bias, dtype):
         assert weights == num_stored(M, N, rank, form)
         biases = sum(parameter.numel() for parameter in module.parameters() if parameter.ndim == 1)
         assert biases == (M if has_bias else 0)
-
-
-@EVERY_FORM
-def test_windows_of_tokens_are_rows(form):
-    module = factor_module(drawn(True), form, torch.float64)
-    X = random(2, 5, N)
-    assert difference(module(X), torch.stack([module(x) for x in X])) < 1e-12
-
-
-def test_outputs_come_in_the_linears_order():
-    factors = drawn(True)
-    module = factor_module(factors, "pivot", torch.float64)
-    assert isinstance(module, PivotLinear)
-    assert module.order.dtype == torch.int32
-    assert sorted(module.order.tolist()) == list(range(M))
-    assert module.order.tolist() != list(range(M))
-    X = random(4, N)
-    found, expected = module(X), plain(factors, X)
-    assert difference(found, expected) < 1e-12
-    assert difference(torch.cat([module.first(X), module.second(module.first(X))], -1), expected) > 0.1
-
-
-@pytest.mark.parametrize(("form", "rank"), [("factors", 4), ("pivot", 3)])
-def test_as_many_directions_as_a_form_has_room_for(form, rank):
-    """Pivots are fewer than the outputs: with all of them nothing is saved."""
-    factors = drawn(True, m=4, n=6, rank=rank)
-    module = factor_module(factors, form, torch.float64)
-    assert difference(module(random(3, 6)), plain(factors, random(3, 6))) < 1e-12
-    assert difference(multiplied_out(module).weight, factors.product) < 1e-12
 
 
 @EVERY_DTYPE
@@ -177,54 +137,6 @@ def test_a_map_of_the_outputs_keeps_the_form(kind, has_bias, dtype):
         assert all(torch.equal(before[name], tensor) for name, tensor in module.state_dict().items())
 
 
-@pytest.mark.parametrize("kind", ["linear", *FORMS])
-def test_the_input_side_has_the_inputs_as_columns(kind):
-    """Fewer inputs, in place: the function of what is left of them."""
-    module = module_of(kind, True, torch.float64)
-    side = input_side(module)
-    assert side.weight.shape[1] == N
-    X, kept = random(4, N), [0, 2, 5]
-    X[:, [1, 3, 4, 6]] = 0
-    expected = module(X)
-    side.weight = nn.Parameter(side.weight[:, kept])
-    assert difference(module(X[:, kept]), expected) < 1e-12
-
-
-# ---- as modules ----
-
-
-@EVERY_BIAS
-@EVERY_FORM
-def test_gradients_are_right(form, has_bias):
-    module = factor_module(drawn(has_bias), form, torch.float64).requires_grad_()
-    names, parameters = zip(*module.named_parameters(), strict=True)
-    X = random(3, N).requires_grad_()
-
-    def function(x: Tensor, *values: Tensor) -> Tensor:
-        result: Tensor = torch.func.functional_call(module, dict(zip(names, values, strict=True)), (x,))
-        return result
-
-    assert torch.autograd.gradcheck(function, (X, *parameters))
-
-
-@EVERY_FORM
-def test_torch_finds_plain_linears(form):
-    module = factor_module(drawn(True), form, torch.float64).requires_grad_()
-    assert [type(child) for child in module.children()] == [nn.Linear, nn.Linear]
-    X = random(4, N)
-    before = module(X).detach()
-    vector = nn.utils.parameters_to_vector(module.parameters())
-    nn.utils.vector_to_parameters(2 * vector, module.parameters())
-    assert difference(module(X), before) > 0.1
-    nn.utils.vector_to_parameters(vector, module.parameters())
-    for part in (module.first, module.second):
-        nn.utils.parametrizations.weight_norm(part)
-    assert difference(module(X), before) < 1e-12
-    module(X).square().sum().backward()
-    assert nn.utils.clip_grad_norm_(module.parameters(), 1.0) > 0
-    assert all(parameter.grad is not None and parameter.grad.abs().max() > 0 for parameter in module.parameters())
-
-
 # ---- part by part ----
 
 
@@ -258,12 +170,6 @@ def factorised(holder: nn.ModuleDict, form: Form, X: Tensor) -> LinearSite:
     return site
 
 
-def test_a_plain_linear_is_its_own_only_part():
-    site = site_of(holder_of(True), rows())
-    assert list(site.linears()) == [site]
-    assert site.shape == LinearShape("model.layers.3.mlp.fc", "mlp.fc", "mlp", M, N, True)
-
-
 @EVERY_BIAS
 @EVERY_FORM
 def test_each_part_knows_its_own_inputs(form, has_bias):
@@ -286,51 +192,6 @@ def test_each_part_knows_its_own_inputs(form, has_bias):
         assert part.shape == LinearShape(f"model.layers.3.mlp.fc.{name}", f"mlp.fc.{name}", "mlp", m, n, has)
         assert torch.equal(part.weight, getattr(holder["fc"], name).weight)
     assert difference(parts[0].inputs.mean_abs, X.abs().mean(0)) < 1e-12
-
-
-@EVERY_FORM
-def test_a_factorised_site_has_no_weight_of_its_own(form):
-    site = factorised(holder_of(True), form, rows())
-    with pytest.raises(TypeError, match=r"^block 3 mlp.fc is no plain linear any more; `linears\(\)` gives"):
-        _ = site.weight
-
-
-def rounded_to_nearest(part: LinearSite, bits: int) -> nn.Linear:
-    """A scale for each output."""
-    linear = nn.Linear(part.shape.n, part.shape.m, bias=part.bias is not None, dtype=part.dtype)
-    scale = part.weight.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1)
-    with torch.no_grad():
-        linear.weight.copy_((part.weight / scale).round() * scale)
-        if part.bias is not None:
-            linear.bias.copy_(part.bias)
-    return linear
-
-
-@EVERY_BIAS
-@EVERY_FORM
-@pytest.mark.parametrize("only", ["first", "second", "both"])
-def test_a_quantizer_changes_the_parts_weights_alone(form, has_bias, only):
-    holder, X = holder_of(has_bias), rows()
-    site = factorised(holder, form, X)
-    exact = holder["fc"](X).detach()
-    before = {name: tensor.clone() for name, tensor in holder.state_dict().items()}
-    touched = {"fc.first.weight", "fc.second.weight"} if only == "both" else {f"fc.{only}.weight"}
-    errors = []
-    for bits in (3, 8, 14):
-        for name in touched:
-            holder.get_parameter(name).data.copy_(before[name])
-        for part in site.linears():
-            if f"fc.{part.name.split()[-1]}.weight" in touched:
-                quantized = rounded_to_nearest(part, bits)
-                part.replace(quantized)
-                assert part.module is quantized
-        after = holder.state_dict()
-        assert list(after) == list(before)
-        assert {name for name in before if not torch.equal(before[name], after[name])} == touched
-        assert holder["fc"] is site.module
-        errors.append(difference(holder["fc"](X), exact))
-    assert errors[0] > errors[1] > errors[2] > 0
-    assert errors[2] < 1e-2 * float(exact.abs().max())
 
 
 # ---- the architecture ----
@@ -362,8 +223,7 @@ def dense_model(model_type: str, dtype: torch.dtype) -> Any:
     config = tiny.tiny_config("llama")
     family = families.find(config)
     widths = tuple(range(30, 30 - 2 * tiny.NUM_BLOCKS, -1))
-    shape = Shape((*widths, widths[-1]), dense_units(config, family))
-    config = Own(config, family).config(shape, dtype)
+    config = replace(ModelSpec.dense(Own(config, family), dtype), widths=(*widths, widths[-1])).config()
     return draw(in_dtype(dtype, lambda: CompressForCausalLM(config)))
 
 
@@ -469,207 +329,3 @@ def test_saved_and_loaded_it_is_the_same(model_type, tmp_path):
     # The code that config.json speaks of goes with it.
     for name in json.loads((tmp_path / "config.json").read_text())["auto_map"].values():
         assert (tmp_path / f"{name.split('.')[0]}.py").is_file()
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_loaded_in_16_bits_the_order_is_whole(dtype, tmp_path):
-    model, _ = lowrank_model("llama", dtype=torch.float32)
-    model.save_pretrained(tmp_path)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
-    assert {parameter.dtype for parameter in loaded.parameters()} == {dtype}
-    assert all(torch.equal(order, orders(model)[name]) for name, order in orders(loaded).items())
-    precise, logits = oracles.logits_of(model, UNSEEN), oracles.logits_of(loaded.eval(), UNSEEN)
-    assert float((logits.float() - precise).square().mean() / precise.square().mean()) ** 0.5 < 0.05
-
-
-def test_a_missing_bias_does_not_cost_the_order(tmp_path):
-    """What is not in the file is drawn anew, what is in it stays."""
-    model, _ = lowrank_model("llama")
-    name = "model.layers.1.mlp.up_proj"
-    state = {key: tensor for key, tensor in model.state_dict().items() if key != f"{name}.first.bias"}
-    model.save_pretrained(tmp_path, state_dict=state)
-    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
-    assert set(info["missing_keys"]) == {f"{name}.first.bias"}
-    assert all(torch.equal(order, orders(model)[key]) for key, order in orders(loaded).items())
-
-
-def test_a_tied_head_stays_tied(tmp_path):
-    model, dense = lowrank_model("qwen2")
-    assert dense.config.tie_word_embeddings
-    model.save_pretrained(tmp_path)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert loaded.config.tie_word_embeddings
-    with torch.no_grad():
-        loaded.get_input_embeddings().weight[5] = 7.0
-    assert (loaded.get_output_embeddings().weight[5] == 7).all()
-    assert loaded.num_parameters() == model.num_parameters()
-    loaded.resize_token_embeddings(tiny.VOCAB_SIZE + 5, mean_resizing=False)
-    assert loaded.config.vocab_size == tiny.VOCAB_SIZE + 5
-    assert oracles.logits_of(loaded, UNSEEN).shape[-1] == tiny.VOCAB_SIZE + 5
-
-
-@pytest.mark.parametrize("model_type", TYPES)
-def test_cached_generation_is_uncached_generation(model_type):
-    model, _ = lowrank_model(model_type)
-    ids = oracles.random_ids(2, 6, seed=4).clamp_min(3)
-    options = {"max_new_tokens": 10, "min_new_tokens": 10, "do_sample": False, "pad_token_id": 2}
-    cached = model.generate(ids, **options)
-    assert torch.equal(cached, model.generate(ids, **options, use_cache=False))
-    step_by_step = ids
-    for _ in range(10):
-        logits = oracles.logits_of(model, step_by_step)[:, -1]
-        logits[:, model.config.eos_token_id] = -torch.inf
-        step_by_step = torch.cat([step_by_step, logits.argmax(-1, keepdim=True)], dim=1)
-    assert torch.equal(cached, step_by_step)
-
-
-@pytest.mark.parametrize("model_type", TYPES)
-def test_every_parameter_learns(model_type):
-    """With gradient checkpointing as without: the same gradients."""
-    model, _ = lowrank_model(model_type)
-    model.train().requires_grad_()
-    gradients = []
-    for checkpointing in (False, True):
-        if checkpointing:
-            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-            enable({"use_reentrant": False})
-            blocks = [module for name, module in model.named_modules() if name.endswith(("layers.0", "layers.1"))]
-            assert len(blocks) == 2
-            assert all(block.gradient_checkpointing for block in blocks)
-        model.zero_grad()
-        model(input_ids=UNSEEN, labels=UNSEEN, use_cache=False).loss.backward()
-        gradients.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
-    assert sum(".first." in name for name in gradients[0]) >= len(PATTERNS) * tiny.NUM_BLOCKS
-    for name in gradients[0]:
-        assert gradients[0][name].abs().max() > 0, name
-        assert difference(gradients[0][name], gradients[1][name]) < 1e-10, name
-
-
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks for it
-@pytest.mark.parametrize("model_type", TYPES)
-def test_adapters_find_the_two_linears(model_type):
-    """LoRA: as it was at first, only adapters learn, and merged it is what was trained."""
-    model, _ = lowrank_model(model_type)
-    before = oracles.logits_of(model, UNSEEN)
-    torch.manual_seed(0)
-    lora = peft.LoraConfig(r=2, target_modules=["first", "second"], task_type="CAUSAL_LM")
-    adapted: Any = peft.get_peft_model(model, lora).double()
-    assert difference(oracles.logits_of(adapted.eval(), UNSEEN), before) < 1e-9
-    trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
-    assert len(trained) == 2 * 2 * len(PATTERNS) * tiny.NUM_BLOCKS
-    optimizer = torch.optim.SGD(trained, lr=0.3)
-    losses = []
-    for _ in range(4):
-        optimizer.zero_grad()
-        loss = adapted(input_ids=UNSEEN, labels=UNSEEN).loss
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
-    assert losses[-1] < losses[0]
-    after = oracles.logits_of(adapted, UNSEEN)
-    assert difference(after, before) > 1e-4
-    merged: Any = adapted.merge_and_unload()
-    assert difference(oracles.logits_of(merged, UNSEEN), after) < 1e-9
-    assert {type(module) for name, module in merged.named_modules() if name.endswith(("first", "second"))} == {
-        nn.Linear
-    }
-
-
-@pytest.mark.parametrize("model_type", TYPES)
-def test_it_can_be_made_from_its_config_alone(model_type):
-    config = lowrank_model(model_type)[0].config
-    torch.manual_seed(0)
-    model: Any = AutoModelForCausalLM.from_config(config)
-    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
-    for name, parameter in model.named_parameters():
-        if name.endswith((".first.weight", ".second.weight")):
-            assert 0.01 < parameter.std() < 0.03, name
-    assert all(order.tolist() == list(range(len(order))) for order in orders(model).values())
-    assert torch.isfinite(oracles.logits_of(model.eval(), UNSEEN)).all()
-
-
-@pytest.mark.parametrize("model_type", TYPES)
-def test_the_config_comes_back_whole(model_type, tmp_path):
-    config = lowrank_model(model_type)[0].config
-    config.save_pretrained(tmp_path)
-    loaded: Any = AutoConfig.from_pretrained(tmp_path)
-    assert type(loaded) is type(config)
-    assert loaded.factors == config.factors
-    assert type(loaded.text_config) is type(config.text_config)
-    assert loaded.text_config.to_dict() == config.text_config.to_dict()
-    assert loaded.tie_word_embeddings == (model_type == "qwen2")
-    assert loaded.vocab_size == tiny.VOCAB_SIZE
-    assert loaded.get_text_config() is loaded.text_config.get_text_config()
-
-
-def test_factors_stand_in_a_sliced_model_by_the_stock_names():
-    config = tiny.tiny_config("llama")
-    family = families.find(config)
-    factors = {"model.layers.1.mlp.up_proj": FactorShape(4, "pivot", has_bias=True)}
-    shape = Shape((24,) * (1 + 2 * tiny.NUM_BLOCKS), dense_units(config, family), factors)
-    found = Own(config, family).model(shape).get_submodule("model.layers.1.mlp.up_proj")
-    assert isinstance(found, PivotLinear)
-    assert (found.in_features, found.out_features, found.rank) == (24, 48, 4)
-
-
-# ---- in clean processes ----
-
-STRANGER = """
-import json, os, sys
-import torch
-from transformers import AutoModelForCausalLM
-argument, found = json.loads(sys.argv[1]), {}
-for folder in argument["folders"]:
-    try:
-        AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
-        refused = ""
-    except ValueError as error:
-        refused = str(error)
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
-    with torch.no_grad():
-        logits = model(input_ids=torch.tensor(argument["ids"])).logits
-    found[os.path.basename(folder)] = {
-        "refused": refused,
-        "logits": logits.tolist(),
-        "orders": {name: buffer.tolist() for name, buffer in model.named_buffers() if name.endswith(".order")},
-        "module": type(model).__module__,
-        "inner": type(model.base_model).__module__,
-        "compress": sorted(name for name in sys.modules if name.split(".")[0] == "compress"),
-    }
-print(json.dumps(found))
-"""
-STRANGERS = ["qwen2", "sliced"]
-
-
-def carried(model_type: str, folder: Path) -> Any:
-    """As a checkpoint is written: weights, config, and the files by their names."""
-    model, _ = lowrank_model(model_type, dtype=torch.float32)
-    model.save_pretrained(folder)
-    for file in folder.glob("*.py"):
-        file.unlink()
-    carry_modeling(folder)
-    shutil.rmtree(folder / "__pycache__", ignore_errors=True)
-    return model
-
-
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory) -> dict[str, Any]:
-    root = tmp_path_factory.mktemp("clean")
-    models = {name: carried(name, root / name) for name in STRANGERS}
-    argument = json.dumps({"folders": [str(root / name) for name in STRANGERS], "ids": UNSEEN.tolist()})
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(root / "modules")}
-    command = [sys.executable, "-I", "-c", STRANGER, argument]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=240)
-    assert done.returncode == 0, done.stderr
-    return {"models": models, "stranger": json.loads(done.stdout.splitlines()[-1])}
-
-
-@pytest.mark.parametrize("model_type", STRANGERS)
-def test_a_stranger_may_load_it_with_the_code_it_carries(model_type, outcomes):
-    found, model = outcomes["stranger"][model_type], outcomes["models"][model_type]
-    assert found["compress"] == []
-    assert found["module"].startswith("transformers_modules.")
-    assert found["inner"].startswith("transformers.models.")
-    assert "trust_remote_code=True" in found["refused"]
-    assert found["orders"] == {name: order.tolist() for name, order in orders(model).items()}
-    assert difference(torch.tensor(found["logits"]), oracles.logits_of(model, UNSEEN)) < 1e-5

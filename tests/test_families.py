@@ -1,8 +1,6 @@
 """What every family's table has to say truly of the stock model, and which models are refused, in which words."""
 
 import copy
-import dataclasses
-import json
 from types import SimpleNamespace
 from typing import Any
 
@@ -233,20 +231,6 @@ def test_blocks_return_a_tuple_where_the_table_says_so(pair):
     assert [isinstance(output, tuple) for output in outputs] == [family.returns_tuple]
 
 
-def test_units_are_as_many_as_the_writers_inputs_hold(pair):
-    family, model = pair
-    for units in family.units("neurons"):
-        assert units.number(model.config) == blocks_of(family, model)[0].get_submodule(units.writer).in_features
-
-
-@pytest.mark.parametrize("model_type", ["gpt_bigcode", "codegen"])
-def test_an_mlp_without_a_width_has_four_times_the_streams(model_type):
-    family, model = make(model_type, n_inner=None)
-    (units,) = family.units("neurons")
-    assert units.number(model.config) == blocks_of(family, model)[0].get_submodule(units.writer).in_features
-    assert units.number(model.config) == 4 * tiny.HIDDEN
-
-
 def test_norms_are_of_the_kind_and_the_epsilon_that_the_table_says(pair):
     """By the formula, from the norm's output: no attribute of the module is looked at."""
     family, model = pair
@@ -268,32 +252,6 @@ def test_norms_are_of_the_kind_and_the_epsilon_that_the_table_says(pair):
         assert (norm(x) - expected).abs().max() < 1e-5
 
 
-def test_dropout_is_a_key_of_the_config(pair):
-    family, model = pair
-    residual = {"opt": "dropout", "phi": "resid_pdrop", "phi3": "resid_pdrop"}
-    residual |= dict.fromkeys(("gpt_neox", "falcon"), "hidden_dropout")
-    assert family.dropout == residual.get(model.config.model_type)
-    assert family.dropout is None or getattr(model.config, family.dropout) == 0.0
-
-
-def test_the_structure_survives_json(pair):
-    family, _ = pair
-    structure = family.structure()
-    assert json.loads(json.dumps(structure)) == structure
-    assert [branch["name"] for branch in structure["branches"]] == [branch.name for branch in family.branches]
-
-
-def test_tables_are_frozen(pair):
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        pair[0].head = "other"
-
-
-def refusal(config: Any) -> str:
-    with pytest.raises(UnsupportedModel) as error:
-        families.find(config)
-    return str(error.value)
-
-
 def inexact(config: Any) -> str:
     """Why a model of a family cannot be sliced, as the plan of a recipe that would says it."""
     with pytest.raises(UnsupportedModel) as error:
@@ -307,14 +265,8 @@ REMEDY = "Use compress lord or compress slim, which leave its stream as it is."
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        (
-            tiny.OPT_350M,
-            "it normalises the stream after each branch (do_layer_norm_before=false, as OPT-350m).",
-        ),
-        (
-            {"word_embed_proj_dim": 16},
-            "its embeddings are projected to the hidden size (word_embed_proj_dim differs).",
-        ),
+        (tiny.OPT_350M, "it normalises the stream after each branch (do_layer_norm_before=false, as OPT-350m)."),
+        ({"word_embed_proj_dim": 16}, "its embeddings are projected to the hidden size (word_embed_proj_dim differs)."),
         (
             {"_remove_final_layer_norm": True},
             "its head reads the stream without a norm (_remove_final_layer_norm=true).",
@@ -334,34 +286,36 @@ def test_norms_of_what_is_written_cannot_be_rotated(model_type):
     )
 
 
-def test_blocks_that_read_an_encoder_are_refused():
-    assert refusal(tiny.tiny_config("gpt_bigcode", add_cross_attention=True, multi_query=False)) == (
-        "This gpt_bigcode model is not supported: its blocks read an encoder's output too (add_cross_attention=true)."
-    )
-
-
-def test_a_model_of_images_and_text_is_refused_with_the_remedy():
-    assert refusal(AutoConfig.for_model("gemma3")) == (
+REFUSED = {
+    "blocks that read an encoder": (
+        tiny.tiny_config("gpt_bigcode", add_cross_attention=True, multi_query=False),
+        "This gpt_bigcode model is not supported: its blocks read an encoder's output too (add_cross_attention=true).",
+    ),
+    "images and text": (
+        AutoConfig.for_model("gemma3"),
         "gemma3 is not supported: its config is that of text and images together. Compress the language model alone: "
         "load it with Gemma3ForCausalLM.from_pretrained, write it with save_pretrained (model type gemma3_text), and "
-        "start from that."
-    )
-
-
-def test_conv1d_is_refused():
-    assert refusal(AutoConfig.for_model("gpt2")) == (
+        "start from that.",
+    ),
+    "conv1d": (
+        AutoConfig.for_model("gpt2"),
         "gpt2 is not supported: its linear layers are Conv1D modules, whose weights lie the other way round. "
-        "gpt_bigcode has the same blocks in plain linears."
-    )
+        "gpt_bigcode has the same blocks in plain linears.",
+    ),
+    "compressed": (
+        SimpleNamespace(model_type="compress"),
+        "This is a compressed model already. Start from the dense one, with all stages in one recipe: compress run.",
+    ),
+    "unknown": (
+        AutoConfig.for_model("bloom"),
+        f"The model type 'bloom' is not supported. Supported: {', '.join(families.names())}.",
+    ),
+}
 
 
-def test_a_compressed_model_is_refused():
-    assert refusal(SimpleNamespace(model_type="compress")) == (
-        "This is a compressed model already. Start from the dense one, with all stages in one recipe: compress run."
-    )
-
-
-def test_an_unknown_model_type_names_those_there_are():
-    assert refusal(AutoConfig.for_model("bloom")) == (
-        f"The model type 'bloom' is not supported. Supported: {', '.join(families.names())}."
-    )
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_is_not_supported_is_told(kind):
+    config, said = REFUSED[kind]
+    with pytest.raises(UnsupportedModel) as error:
+        families.find(config)
+    assert str(error.value) == said

@@ -1,7 +1,5 @@
 """Frames of the stream against what they are to be: projections, nested, and the best ones of their rank."""
 
-import itertools
-
 import pytest
 import torch
 from torch import Tensor
@@ -17,18 +15,11 @@ from compress.numerics.frames import (
     zero_mean_basis,
 )
 from compress.numerics.linalg import pca
+from matrices import identity, random
 
 D, ROWS = 12, 400
 WHERE = "the stream of a test"
 WEIGHTS = [0.1, 0.5, 0.9, 0.999]
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def identity(width: int) -> Tensor:
-    return torch.eye(width, dtype=torch.float64)
 
 
 def signal(seed: int, width: int = D) -> Tensor:
@@ -82,27 +73,6 @@ def test_all_of_the_space_is_itself(kind):
             assert (frame.Enc @ frame.R.T @ frame.Q.T - identity(D)).abs().max() < 1e-8
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_subspaces_are_nested(kind):
-    """A smaller width keeps some of the same directions, and to project twice is to project to the smaller."""
-    frame = frames(kind)
-    for small, large in itertools.pairwise(range(1, D + 1)):
-        assert torch.equal(frame.decode(large)[:small], frame.decode(small))
-        both = projection(frame, large) @ projection(frame, small)
-        assert (both - projection(frame, small)).abs().max() < 1e-8
-        both = projection(frame, small) @ projection(frame, large)
-        assert (both - projection(frame, small)).abs().max() < 1e-8
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_what_a_frame_ranks_by_decreases(kind):
-    frame = frames(kind)
-    ranked = frame.importance if isinstance(frame, ObliqueFrame) else frame.energy
-    assert ranked.shape == (D,)
-    assert (ranked >= 0).all()
-    assert all(a >= b for a, b in itertools.pairwise(ranked.tolist()))
-
-
 @pytest.mark.parametrize("weight", [0.0, 0.5, 0.9])
 def test_energy_is_the_streams_along_each_direction(weight):
     C, G = moments()
@@ -121,15 +91,6 @@ def test_without_a_gradient_they_are_the_principal_components():
         assert torch.equal(frame.energy, energy)
         assert torch.equal(frame.encode(5), Q[:, :5])
         assert torch.equal(frame.decode(5), Q[:, :5].T)
-
-
-def test_a_gradient_alike_everywhere_leaves_the_principal_components():
-    C, _ = moments()
-    Q, _ = pca(C, name=WHERE)
-    frame = balanced_frame(C, 3 * identity(D), 0.7, name=WHERE)
-    assert isinstance(frame, ObliqueFrame)
-    for width in range(1, D + 1):
-        assert (projection(frame, width) - Q[:, :width] @ Q[:, :width].T).abs().max() < 1e-8
 
 
 def objective(C: Tensor, G: Tensor, weight: float) -> tuple[Tensor, Tensor]:
@@ -181,24 +142,6 @@ def test_no_projection_loses_less_of_what_counts(seed, weight):
         assert all(lost <= error(random_projection(width, trial), exact, M) for trial in range(200))
     width = D // 2
     assert error(projection(frame, width), exact, M) < 0.99 * error(projection(principal, width), exact, M)
-
-
-def test_scales_do_not_matter():
-    """The loss may be in nats or bits, the stream in any unit."""
-    C, G = moments()
-    one, other = balanced_frame(C, G, 0.9, name=WHERE), balanced_frame(100 * C, G / 7, 0.9, name=WHERE)
-    for width in range(1, D + 1):
-        assert (projection(one, width) - projection(other, width)).abs().max() < 1e-8
-
-
-def test_directions_the_text_never_moves_in_go_first():
-    C, G = moments()
-    still = torch.linalg.qr(random(D, D, seed=7)).Q[:, :3]
-    within = identity(D) - still @ still.T
-    frame = balanced_frame(within @ C @ within, G, 0.9, name=WHERE)
-    X = signal(0) @ within
-    assert (X @ projection(frame, D - 3) - X).abs().max() < 1e-2 * X.abs().max()
-    assert frame.energy[D - 3 :].sum() < 1e-3 * frame.energy.sum()
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 7, 32, 64])

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cli_runner import snapshot
-from compress.cli.reporting import LONGEST, MOST_FAULTS, told, visible
+from compress.cli.reporting import LONGEST, MOST_FAULTS, told
 from compress.errors import CheckpointError, UsageError
 from compress.models.json_text import parse_json
 from compress.models.typed_path import typed_path
@@ -20,9 +20,7 @@ from compress.models.yaml_text import DEEPEST, parse_yaml
 from fuzzing import TARGETS, Fuzzer, Target, write_home
 from spoiling import BOMB, DEEP, spoiled_json, spoiled_yaml
 
-# Targets whose readers take a while; the others get more.
-SLOW = {"config.json", "compress.json", "generation_config.json", "GGUF", "recipe"}
-FEW, MANY = 20, 60
+EXAMPLES = 15
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +41,7 @@ def test_no_input_is_a_traceback(target, fuzzer):
     fuzzer.warm_up(target)
 
     @settings(
-        max_examples=FEW if target.name in SLOW else MANY,
+        max_examples=EXAMPLES,
         derandomize=True,
         database=None,
         deadline=None,
@@ -105,7 +103,6 @@ def test_the_harness_finds(what, fault, fuzzer, home):
     found = Fuzzer(home, seconds=0.3) if fault == "hang: " else fuzzer
     verdict = found.judge(doing(what), b"spoiled", Random(0))
     (home / "prose.txt").write_bytes(before["prose.txt"] or b"")
-    assert verdict.fault is not None
     assert verdict.fault.startswith(fault)
     assert snapshot(home) == before
 
@@ -129,9 +126,9 @@ def test_a_refusal_is_no_fault(message, fault, fuzzer):
 @pytest.mark.parametrize("spoil", [spoiled_json, spoiled_yaml])
 def test_spoiling_comes_from_the_choices_alone(spoil):
     data = b'{"a": [1, 2.5, "x"], "b": {"c": null}}'
-    some = [spoil(data, Random(seed)) for seed in range(300)]
-    assert some == [spoil(data, Random(seed)) for seed in range(300)]
-    assert len(set(some)) > 150
+    some = [spoil(data, Random(seed)) for seed in range(60)]
+    assert some == [spoil(data, Random(seed)) for seed in range(60)]
+    assert len(set(some)) > 30
 
 
 # What reads the words of strangers.
@@ -141,10 +138,6 @@ def test_spoiling_comes_from_the_choices_alone(spoil):
 def test_json_that_cannot_be_used_is_one_kind_of_error(text):
     with pytest.raises(ValueError, match=r"."):
         parse_json(text)
-
-
-def test_json_is_read_as_it_is():
-    assert parse_json('{"a": [1, 1e400, "\\ud83d\\ude42", "é"]}') == {"a": [1, float("inf"), "🙂", "é"]}
 
 
 @pytest.mark.parametrize("text", ["[" * DEEP, "- " * DEEP, "!!python/object:os.system x", "a: *b", "!!bool 3"])
@@ -183,7 +176,3 @@ def test_a_message_is_some_lines_that_can_be_printed():
     assert lines[1] == "x" * LONGEST + "..."
     assert len(lines) == MOST_FAULTS + 1
     assert lines[-1] == f"And {102 - MOST_FAULTS} more."
-
-
-def test_what_can_be_printed_is_left_alone():
-    assert visible("Привет, 🙂 [red]x[/] {0}") == "Привет, 🙂 [red]x[/] {0}"

@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM
 import compress  # noqa: F401 (registers the architecture)
 import oracles
 import tiny
-from compress.job import Job
 from compress.models.hub import find_model
 from compress.pipeline import run
+from compress.planning.prepare import Job
 from compress.recipe import parse_recipe
 from compress.stages.measure_error import MeasureError
 from recipes import anchored, lowrank, slicegpt, slim

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from compress.numerics.grids import FLOAT8, Grid, Numbers
+from matrices import random
 
 M, N = 4, 22
 FLOATING = Numbers(8, floating=True)
@@ -13,10 +14,6 @@ SHARINGS = {"tensor": (N, 1), "channel": (N, M), "groups of 8": (8, M), "groups 
 EVERY_SHARING = pytest.mark.parametrize("sharing", SHARINGS)
 EVERY_WIDTH = pytest.mark.parametrize("bits", range(2, 9))
 EVERY_KIND = pytest.mark.parametrize("kind", ["symmetric", "zero points", "finer", "float8", "finer float8"])
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def all_numbers(numbers: Numbers) -> list[float]:
@@ -76,12 +73,6 @@ def test_the_numbers_are_those_of_torch():
     assert (FLOATING.lowest, FLOATING.highest) == (-448, 448)
 
 
-@EVERY_WIDTH
-def test_integers_are_as_engines_store_them(bits):
-    numbers = Numbers(bits)
-    assert [numbers.lowest, numbers.highest] == [min(all_numbers(numbers)), max(all_numbers(numbers))]
-
-
 @EVERY_SHARING
 @EVERY_WIDTH
 def test_nearest_is_the_nearest_of_all_values(bits, sharing):
@@ -121,29 +112,6 @@ def test_codes_and_values_go_round(kind, sharing):
     assert torch.equal(values, made.nearest(W))
     assert torch.equal(made.codes(values).double(), codes.double())
     assert torch.equal(made.nearest(values), values)
-
-
-@EVERY_WIDTH
-def test_every_code_is_used_and_survives(bits):
-    for zero in (None, torch.full((1, 1), 1.0).double()):
-        made = Grid(Numbers(bits), 2**bits, torch.full((1, 1), 0.37).double(), zero)
-        codes = torch.arange(-(2 ** (bits - 1)), 2 ** (bits - 1)).to(torch.int8)[None]
-        assert torch.equal(made.codes(made.values(codes)), codes)
-
-
-@EVERY_SHARING
-@EVERY_KIND
-def test_zero_stays_zero(kind, sharing):
-    zeros = torch.zeros(M, N).double()
-    assert torch.equal(grid(kind, sharing).nearest(zeros), zeros)
-
-
-def test_finer_inputs_have_half_the_step_and_half_the_range():
-    finer = torch.tensor([1.0, 2.0]).double()
-    made = Grid(Numbers(4), 2, torch.ones(1, 1).double(), finer=finer)
-    W = torch.tensor([[2.6, 2.6], [7.4, 7.4], [-9.0, -9.0]]).double()
-    assert made.nearest(W).tolist() == [[3.0, 2.5], [7.0, 3.5], [-8.0, -4.0]]
-    assert made.codes(W).tolist() == [[3, 5], [7, 7], [-8, -8]]
 
 
 @EVERY_SHARING

@@ -15,17 +15,17 @@ from transformers import AutoModelForCausalLM
 import compress
 from compress import pipeline
 from compress.datasets.windows import calibration_windows
-from compress.job import Job
 from compress.models.hub import find_model
 from compress.models.loading import load_tokenizer
 from compress.own_model.modeling_compress import CompressForCausalLM, LowRankLinear, PivotLinear
+from compress.planning.prepare import Job
 from compress.recipe import parse_recipe
 from oracles import logits_of
 from recipes import lowrank
 
 pytestmark = pytest.mark.slow
 DEMO = Path(compress.__file__).parent / "assets/demo"
-FORMS = ["factors", "pivot"]
+FORMS = ["pivot"]
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def factorised(tmp_path_factory) -> dict[str, Path]:
     root, made = tmp_path_factory.mktemp("factorised"), {}
     for form in FORMS:
         stages = lowrank("lord", {"rank_frac": 0.3}, form=form)
-        calibration = {"source": "stdlib", "samples": 32, "seq_len": 64}
+        calibration = {"source": "stdlib", "samples": 16, "seq_len": 64}
         recipe = parse_recipe({"method": "lord", "stages": stages, "calibration": calibration, "dtype": "float32"})
         job = Job(model=find_model("demo"), recipe=recipe, out=root / form, command="compress lord")
         with pytest.MonkeyPatch.context() as patch:
@@ -103,17 +103,6 @@ def test_adapters_on_the_factors_can_be_trained_and_merged(factorised, ids, form
     assert type(again) is CompressForCausalLM
     assert sum(parameter.numel() for parameter in again.parameters()) == size
     assert distance(logits_of(again, ids[:2]), expected) < 1e-5
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_it_generates_with_a_cache_what_it_generates_without(factorised, ids, form):
-    model = load(factorised[form], dtype=torch.float64)
-    with_cache, without = (
-        model.generate(ids[:2, :16], max_new_tokens=12, do_sample=False, use_cache=use_cache, pad_token_id=2)
-        for use_cache in (True, False)
-    )
-    assert torch.equal(with_cache, without)
-    assert with_cache.shape == (2, 28)
 
 
 @pytest.mark.parametrize("form", FORMS)

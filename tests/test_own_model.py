@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import compress
 import oracles
 import tiny
 from compress import families
-from compress.architectures.architecture import Shape, dense_units
+from compress.architectures.architecture import ModelSpec
 from compress.architectures.own import Own, as_own
 from compress.architectures.stock import Stock
 from compress.checkpoints.facts import read_facts
@@ -56,13 +57,14 @@ def test_parameters_keep_the_stock_names():
     """But for those of the parts themselves."""
     config = tiny.tiny_config("llama")
     family, path = families.find(config), "model.layers.1.mlp.up_proj"
-    units, widths = dense_units(config, family), (tiny.HIDDEN,) * (1 + 2 * tiny.NUM_BLOCKS)
-    stock = Stock(config, family).model(Shape(widths, units)).state_dict().keys()
-    factored = Shape(widths, units, {path: FactorShape(4, "factors", has_bias=True)})
-    own = as_own(Stock(config, family)).model(factored).state_dict().keys()
+    dense = ModelSpec.dense(Stock(config, family), torch.float32)
+    stock = dense.model().state_dict().keys()
+    factors = {path: FactorShape(4, "factors", has_bias=True)}
+    own = replace(dense, architecture=as_own(dense.architecture), factors=factors).model().state_dict().keys()
     assert own - stock == {f"{path}.first.weight", f"{path}.second.weight", f"{path}.second.bias"}
     assert stock - own == {f"{path}.weight", f"{path}.bias"}
-    sliced = Own(config, family).model(Shape((24,) * len(widths), units)).state_dict().keys()
+    narrow = replace(dense, architecture=Own(config, family), widths=(24,) * len(dense.widths))
+    sliced = narrow.model().state_dict().keys()
     assert {name.rpartition(".")[2] for name in stock - sliced} == {"weight"}
     assert all("norm" in name for name in stock - sliced)
     assert {name for name in sliced - stock if "_shortcut" not in name} == set()
@@ -70,8 +72,8 @@ def test_parameters_keep_the_stock_names():
 
 def test_a_part_that_is_not_there_is_empty_in_the_config():
     config = tiny.tiny_config("llama")
-    shape = Shape((tiny.HIDDEN,) * (1 + 2 * tiny.NUM_BLOCKS), dense_units(config, families.find(config)))
-    written = as_own(Stock(config, families.find(config))).config(shape, torch.float16).to_diff_dict()
+    own = as_own(Stock(config, families.find(config)))
+    written = ModelSpec.dense(own, torch.float16).config().to_diff_dict()
     assert (written["slicing"], written["factors"], written["storage"]) == (None, {}, {})
     assert written["model_type"] == "compress"
     assert written["text_config"]["model_type"] == "llama"

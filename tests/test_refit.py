@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -18,17 +18,15 @@ import compress
 import oracles
 import tiny
 from compress import families
-from compress.architectures.architecture import Architecture, Shape, dense_units
+from compress.architectures.architecture import Architecture, ModelSpec
 from compress.architectures.own import Own
 from compress.architectures.stock import Stock
 from compress.datasets.windows import cut, encode
-from compress.models.decoder import Decoder
 from compress.models.expert_names import own_name
 from compress.models.loading import load_config, load_tokenizer
 from compress.numerics.frames import Frame
 from compress.numerics.linalg import pca
 from compress.numerics.obs import prune_units
-from compress.numerics.ridge import excess
 from compress.own_model.modeling_compress import CompressForCausalLM, unfuse_experts
 from compress.stages._stage import StageConfig
 from compress.stages.fold_norms import FoldNorms
@@ -38,20 +36,15 @@ from compress.stages.refit import Refit
 from compress.stages.rotate import Rotate
 from compress.stages.rotate_shared import RotateShared
 from compress.stages.slice import Slice
-from compress.streaming.groups import LinearGroup
-from compress.streaming.loader import PartLoader
-from compress.streaming.sites import Stage, WholeModel
-from compress.streaming.statistics import Need
-from compress.streaming.streams import CacheFolder, split_windows
-from compress.streaming.survey import Survey, SurveyNeed, Surveyor
-from compress.streaming.walk import FinishedPart, Walk, WalkSettings
-from compress.streaming.weights import LazyWeights
+from compress.streaming.sites import Stage
+from compress.streaming.survey import Survey, SurveyNeed
+from compress.streaming.walk import FinishedPart, Walk
 
+pytestmark = pytest.mark.usefixtures("exact_norms")
 D, NEURONS = tiny.HIDDEN, 48
 NARROW = 20
 WINDOWS = oracles.random_ids(8, 16, seed=2)
 UNSEEN = oracles.random_ids(2, 24, seed=3)
-SHALLOW = {"num_hidden_layers": 2}
 # Two of eight, evenly spread.
 HELD_OUT = [2, 6]
 DEMO = Path(compress.__file__).parent / "assets/demo"
@@ -59,47 +52,16 @@ WITH_BIASES = {"attention_bias": True, "mlp_bias": True}
 WITHOUT_BIASES = {"attention_bias": False, "mlp_bias": False}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _exact():
-    with oracles.exact_norms():
-        yield
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """A model in memory and its folder, made once."""
-    made: dict[str, tuple[PreTrainedModel, Path]] = {}
-
-    def make(model_type: str, **changes: Any) -> tuple[PreTrainedModel, Path]:
-        key = f"{model_type} {sorted(changes.items())}"
-        if key not in made:
-            folder = tmp_path_factory.mktemp(model_type)
-            model = tiny.tiny_model(model_type, **changes)
-            model.save_pretrained(folder)
-            made[key] = model, folder
-        return made[key]
-
-    return make
-
-
 # ---- a walk with everything it may need ----
-
-
-def new_decoder(folder: Path) -> Decoder:
-    config = load_config(folder)
-    return Decoder(config, families.find(config), dtype=torch.float64, device=torch.device("cpu"))
 
 
 SURVEYS: dict[tuple[Path, bool], Survey] = {}
 
 
-def survey_of(folder: Path, gradient: bool, windows: Tensor = WINDOWS) -> Survey:
+def survey_of(folder: Path, gradient: bool, windows: Tensor) -> Survey:
     """Taken once for a model: all walks of these tests are over the same windows."""
     if (folder, gradient) not in SURVEYS:
-        decoder = new_decoder(folder)
-        loader, batches = PartLoader(decoder, LazyWeights(folder)), split_windows(windows, 4, held_out=0)
-        surveyor = Surveyor(decoder, loader, batches, CacheFolder(decoder, folder), memory=2**40)
-        SURVEYS[folder, gradient] = surveyor.run(gradient=gradient)
+        SURVEYS[folder, gradient] = oracles.surveyor(folder, windows).run(gradient=gradient)
     return SURVEYS[folder, gradient]
 
 
@@ -118,30 +80,15 @@ def new_walk(
     windows: Tensor = WINDOWS,
     held_out: int = len(HELD_OUT),
     target: Architecture | None = None,
-    batch_size: int = 4,
-    cache_memory: int = 2**40,
+    **options: Any,
 ) -> Walk:
     need = SurveyNeed.NONE
     for stage in stages:
-        need |= stage.survey if isinstance(stage, StageConfig) else SurveyNeed.NONE
+        need |= stage.requires.survey if isinstance(stage, StageConfig) else SurveyNeed.NONE
     survey = None if need is SurveyNeed.NONE else survey_of(folder, SurveyNeed.GRADIENT in need, windows)
-    return Walk(
-        new_decoder(folder),
-        LazyWeights(folder),
-        windows,
-        stages,
-        WalkSettings(
-            layout=(target or target_of(folder)).layout(torch.float64),
-            output_dtype=torch.float64,
-            batch_size=batch_size,
-            held_out=held_out,
-            probe_tokens=windows.shape[1],
-            seed=7,
-            cache_memory=cache_memory,
-            scratch=folder,
-        ),
-        survey,
-    )
+    layout = (target or target_of(folder)).layout(torch.float64)
+    options = {"batch_size": 4, "held_out": held_out, "layout": layout, "survey": survey, **options}
+    return oracles.new_walk(folder, stages, windows, **options)
 
 
 def walked(folder: Path, stages: Sequence[Stage], **options: Any) -> oracles.Walked:
@@ -156,8 +103,8 @@ def dampings(parts: Iterable[FinishedPart]) -> dict[str, float]:
 
 def written_model(result: oracles.Walked, target: Architecture, **kept: int) -> Any:
     """The tensors of a walk in the class they are written for."""
-    shape = Shape(tuple(result.widths), dense_units(result.config, result.family) | kept)
-    config = target.config(shape, torch.float64)
+    dense = ModelSpec.dense(target, torch.float64)
+    config = replace(dense, widths=tuple(result.widths), units={**dense.units, **kept}).config()
     if target.is_stock:
         model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float64)
     else:
@@ -180,10 +127,21 @@ ROTATIONS = {"shared": shared, "per layer": per_layer}
 # ---- exact at the full width ----
 
 
-@pytest.mark.parametrize("rotation", ["none", *ROTATIONS])
-@pytest.mark.parametrize("model_type", [*tiny.FAMILIES, "granite", "olmo"])
+@pytest.mark.parametrize(
+    ("model_type", "rotation"),
+    [
+        *((name, rotation) for name in ("llama", "opt", "phi") for rotation in ROTATIONS),
+        *(
+            ("phi3", "none"),
+            ("granite", "shared"),
+            ("olmo", "per layer"),
+            ("gpt_neox", "shared"),
+            ("mixtral", "shared"),
+        ),
+    ],
+)
 def test_at_the_full_width_a_refit_changes_nothing(model_type, rotation, models):
-    model, folder = models(model_type, **SHALLOW)
+    model, folder = models(model_type)
     stages = [FoldNorms(), *(ROTATIONS[rotation](D) if rotation in ROTATIONS else []), Refit()]
     result = walked(folder, stages)
     assert result.widths == [D] * len(result.widths)
@@ -360,57 +318,6 @@ def linears(names: Iterable[str]) -> set[str]:
 # ---- a refit is an improvement ----
 
 
-class Watch:
-    """Between two stages: what a group of linears is at that place. Refers to nothing that is written later."""
-
-    site: ClassVar = LinearGroup
-    reshapes: ClassVar = False
-    dense_inputs: ClassVar = False
-    plain_inputs: ClassVar = False
-    in_written_form: ClassVar = False
-    needs: tuple[Need, ...] = ()
-
-    def __init__(self) -> None:
-        self.seen: list[Seen] = []
-
-    def apply(self, group: LinearGroup) -> None:
-        fit, held_out = (excess(sums, group.matrix, group.metric) for sums in (group.fit, group.held_out))
-        self.seen.append(Seen(group.name, group.matrix.clone(), group.fit.G.clone(), group.damping, fit, held_out))
-
-
-@dataclass
-class Seen:
-    name: str
-    matrix: Tensor
-    G: Tensor
-    damping: float
-    fit: float
-    held_out: float
-
-
-@pytest.mark.parametrize(
-    ("model_type", "rotation", "least"),
-    [("llama", "shared", 8), ("opt", "shared", 8), ("phi", "shared", 4), ("llama", "per layer", 2)],
-)
-def test_no_group_is_worse_for_its_refit(model_type, rotation, least, models):
-    """On the windows it is fitted on by the formula, on those held out by the choice; `least` groups are better."""
-    _, folder = models(model_type)
-    before, after = Watch(), Watch()
-    result = walked(folder, [FoldNorms(), *ROTATIONS[rotation](), before, Refit(), after])
-    noted = dampings(result.parts)
-    assert len(noted) >= least
-    branches = len(result.family.branches)
-    assert len(after.seen) == 2 * branches * tiny.NUM_BLOCKS + 1
-    for old, new in zip(before.seen, after.seen, strict=True):
-        assert old.name == new.name
-        if new.name in noted:
-            assert new.damping == noted[new.name]
-            assert new.fit < old.fit
-            assert new.held_out < old.held_out
-        else:
-            assert torch.equal(new.matrix, old.matrix)
-
-
 def test_a_refit_brings_the_demo_model_nearer_to_the_dense_one():
     """On the windows it was chosen on, and on text between them that nothing was fitted to: by far."""
     text = cut(encode(load_tokenizer(DEMO), inspect.getsource(argparse)), 48)
@@ -450,8 +357,7 @@ def projected(model: PreTrainedModel, P: Tensor) -> Iterator[PreTrainedModel]:
         handle.remove()
 
 
-@pytest.mark.parametrize("gradient_weight", [0.0, 0.9])
-@pytest.mark.parametrize("model_type", ["llama", "opt", "phi", "gemma", "starcoder2"])
+@pytest.mark.parametrize(("model_type", "gradient_weight"), [("llama", 0.0), ("opt", 0.9), ("phi", 0.9)])
 def test_a_shared_rotation_is_the_dense_model_with_its_stream_projected(model_type, gradient_weight, models):
     """The norms still divide by the dense width, and LayerNorm finds no mean to subtract."""
     model, folder = models(model_type)
@@ -460,7 +366,6 @@ def test_a_shared_rotation_is_the_dense_model_with_its_stream_projected(model_ty
     result = walked(folder, stages, target=target)
     assert result.widths == [NARROW] * len(result.widths)
     frame = result.walk.passage.frame
-    assert frame is not None
     P = frame.encode(NARROW) @ frame.decode(NARROW)
     dense, held_out = oracles.logits_of(model, UNSEEN), oracles.logits_of(model, WINDOWS[HELD_OUT])
     with projected(model, P):
@@ -472,24 +377,6 @@ def test_a_shared_rotation_is_the_dense_model_with_its_stream_projected(model_ty
     assert result.parts[-1].divergence == pytest.approx(expected, rel=1e-8)
     (symmetric,) = {oracles.largest_difference(P, P.T) < 1e-9}
     assert symmetric == (gradient_weight == 0)
-
-
-@pytest.mark.parametrize("gradient_weight", [0.0, 0.9])
-def test_a_layer_norm_models_frame_keeps_the_mean_for_last(gradient_weight):
-    """Even where the text moves in so few directions that others are as empty."""
-    generator = torch.Generator().manual_seed(0)
-    moments = []
-    for _ in range(2):
-        X = torch.randn(D // 2, D, dtype=torch.float64, generator=generator)
-        X = X - X.mean(1, keepdim=True)
-        moments.append(X.T @ X)
-    stage, site = RotateShared(gradient_weight=gradient_weight), WholeModel(Survey(*moments), layer_norm=True)
-    assert (SurveyNeed.GRADIENT in stage.survey) == bool(gradient_weight)
-    stage.apply(site)
-    assert site.frame is not None
-    assert site.frame.energy[-1] == 0
-    assert oracles.largest_difference(site.frame.decode(D)[-1], torch.ones(D).double() / D**0.5) < 1e-12
-    assert float(site.frame.decode(D - 1).sum(1).abs().max()) < 1e-12
 
 
 # ---- units ----
@@ -524,12 +411,9 @@ HEADS = {
 NEXT, BESIDE = "1.input_layernorm", "0.post_attention_layernorm"
 UNITS = {
     "llama neurons": Unit("neurons", NEURONS, MLP, "mlp.down_proj", NEXT),
-    "gemma neurons": Unit("neurons", NEURONS, MLP, "mlp.down_proj", NEXT),
     "phi3 neurons": Unit("neurons", NEURONS, {"mlp.gate_up_proj": GATE_AND_UP}, "mlp.down_proj", NEXT),
     "opt neurons": Unit("neurons", NEURONS, {"fc1": NEURON}, "fc2", "1.self_attn_layer_norm"),
-    "starcoder2 neurons": Unit("neurons", NEURONS, {"mlp.c_fc": NEURON}, "mlp.c_proj", NEXT),
     "llama kv_groups": Unit("kv_groups", 2, HEADS, "self_attn.o_proj", BESIDE),
-    "starcoder2 kv_groups": Unit("kv_groups", 2, HEADS, "self_attn.o_proj", BESIDE),
 }
 KEPT = {"neurons": 29, "kv_groups": 1}
 
@@ -553,7 +437,7 @@ def test_units_are_deleted_as_written_out(case, models):
     An input counts by the inverse mean square of the dense stream behind the branch, as the next norm will weigh it.
     """
     model_type, unit = case.split()[0], UNITS[case]
-    model, folder = models(model_type, **SHALLOW)
+    model, folder = models(model_type)
     blocks = families.find(model.config).blocks
     dense = walked(folder, [FoldNorms()]).parts[1].tensors
     part = walked(folder, [FoldNorms(), *pruned((unit.kind,))], held_out=0).parts[1]
@@ -580,79 +464,8 @@ def test_units_are_deleted_as_written_out(case, models):
         assert oracles.largest_difference(part.tensors[f"{blocks}.0.{unit.writer}.bias"], expected[-1]) < 1e-8
 
 
-def test_units_can_be_deleted_in_two_steps(models):
-    _, folder = models("llama", **SHALLOW)
-    target = target_of(folder, "stock")
-    steps = [PruneUnits(units="neurons", keep=keep) for keep in (40, 29)]
-    result = walked(folder, [FoldNorms(), *shared(), Refit(), *steps], target=target)
-    model = written_model(result, target, neurons=29)
-    assert oracles.largest_difference(oracles.logits_of(model, WINDOWS[:1]), result.probe_logits) < 1e-9
-
-
 def pruned(kinds: Iterable[str]) -> list[StageConfig]:
     return [PruneUnits.model_validate({"units": kind, "keep": KEPT[kind]}) for kind in kinds]
-
-
-# Others whose narrower models are stock.
-NARROW_STOCK = ("granite", "smollm3", "glm", "cohere", "olmo", "ministral")
-
-
-@pytest.mark.parametrize(
-    ("model_type", "refit"),
-    [*((name, True) for name in (*tiny.FAMILIES, *NARROW_STOCK)), ("llama", False), ("phi", False)],
-)
-def test_what_is_written_computes_what_the_walk_did(model_type, refit, models):
-    """Narrower, with fewer neurons and, where a stock class has them, fewer groups of heads."""
-    _, folder = models(model_type, **SHALLOW)
-    family = families.find(load_config(folder))
-    target = target_of(folder, "one basis" if family.stock is None else "stock")
-    kinds = ("neurons", "kv_groups") if family.units("kv_groups") and family.stock else ("neurons",)
-    stages = [FoldNorms(), *shared(), *([Refit()] if refit else []), *pruned(kinds)]
-    result = walked(folder, stages, target=target)
-    model = written_model(result, target, **{kind: KEPT[kind] for kind in kinds})
-    assert oracles.largest_difference(oracles.logits_of(model, WINDOWS[:1]), result.probe_logits) < 1e-9
-    file_name = target.layout(torch.float64).file_name
-    writers = tuple(file_name(f".{units.writer}.weight") for units in family.units("neurons"))
-    inner = [weight.shape for name, weight in result.tensors.items() if name.endswith(writers)]
-    assert len(inner) == 2 * len(writers)
-    assert all(shape[1] == KEPT["neurons"] for shape in inner)
-
-
-@pytest.mark.parametrize("model_type", ["llama", "phi"])
-def test_units_are_judged_by_the_refitted_writer(model_type, models):
-    _, folder = models(model_type)
-    before, between, after = Watch(), Watch(), Watch()
-    neurons, groups = pruned(("neurons", "kv_groups"))
-    stages = [FoldNorms(), *shared(), Refit(), before, neurons, between, groups, after]
-    target = target_of(folder, "stock")
-    result = walked(folder, stages, target=target)
-    noted = dampings(result.parts)
-    heads = D if model_type == "phi" else 0  # inputs before the neurons'
-    deleted = 0
-    for old, new in zip(before.seen, between.seen, strict=True):
-        if "writers" not in new.name or ("attention" in new.name and model_type == "llama"):
-            assert torch.equal(old.matrix, new.matrix)
-            continue
-        assert old.damping == noted.get(old.name, 0.01)
-        units = heads + torch.arange(NEURONS)[:, None]
-        kept, expected = prune_units(old.matrix, old.G, units, 29, damping=old.damping, name="a test")
-        rows = torch.cat([torch.arange(heads), heads + kept, torch.arange(heads + NEURONS, len(old.matrix))])
-        assert torch.equal(new.matrix, expected[rows])
-        assert torch.equal(new.G, old.G[rows][:, rows])
-        deleted += 1
-    assert deleted == tiny.NUM_BLOCKS
-    # What is written is what the last stage left.
-    writer = "self_attn.dense" if model_type == "phi" else "self_attn.o_proj"
-    last = [seen for seen in after.seen if "writers" in seen.name and "mlp" not in seen.name]
-    lift = (
-        Stock(result.config, result.family, narrows=True).layout(torch.float64).lift(NARROW)
-        if model_type == "phi"
-        else None
-    )
-    for block, seen in enumerate(last):
-        weight = result.tensors[f"model.layers.{block}.{writer}.weight"]
-        expected = seen.matrix[: weight.shape[1]].T
-        assert oracles.largest_difference(weight, expected if lift is None else lift @ expected) < 1e-12
 
 
 # ---- what must not change the result ----
@@ -672,7 +485,7 @@ def off_the_grid(tensor: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(
     ("model_type", "rotation", "cache_memory"),
-    [("llama", "shared", 2**40), ("opt", "shared", 0), ("phi", "per layer", 2**40), ("llama", "per layer", 0)],
+    [("opt", "shared", 0), ("phi", "per layer", 2**40)],
 )
 def test_a_walk_goes_on_from_its_state(model_type, rotation, cache_memory, models):
     """To the bit, its refits, its choices and its divergence too."""
@@ -688,18 +501,4 @@ def test_a_walk_goes_on_from_its_state(model_type, rotation, cache_memory, model
         again.restore(states[done - 1], done)
         for part, undisturbed in zip(again.parts(), parts[done:], strict=True):
             assert_same(part, undisturbed)
-        assert again.probe is not None
-        assert walk.probe is not None
         assert torch.equal(again.probe, walk.probe)
-
-
-@pytest.mark.parametrize("rotation", ROTATIONS)
-def test_activations_on_disk_and_batches_change_nothing(rotation, models):
-    _, folder = models("llama")
-    stages = [FoldNorms(), *ROTATIONS[rotation](), Refit(), *pruned(("neurons",))]
-    one = walked(folder, stages)
-    for part, other in zip(one.parts, walked(folder, stages, cache_memory=0).parts, strict=True):
-        assert_same(part, other)
-    other = walked(folder, stages, batch_size=2)
-    assert dampings(one.parts) == dampings(other.parts)
-    assert oracles.largest_difference(one.probe_logits, other.probe_logits) < 1e-8

@@ -10,9 +10,7 @@ import pytest
 # What a program may do first. Each ends in one that has imported compress and looks into transformers' registries.
 ORDERS = {
     "a model class, then compress": "from transformers import LlamaForCausalLM, PreTrainedModel; import compress",
-    "compress, then generation": "import compress; from transformers import GenerationMixin",
     "compress, then the configs": "import compress; from transformers import AutoConfig",
-    "the modeling file first": "import compress.own_model.modeling_compress",
 }
 # Nothing of ours is imported here: that alone would register it.
 LOOK = """

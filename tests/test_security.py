@@ -14,7 +14,7 @@ import torch
 
 import compress
 from cli_runner import Ran, environment, finish, invoke, start_installed, succeeds
-from compress.checkpoints.files import CARRIED, check_code, companions, copy_companions
+from compress.checkpoints.files import check_code, companions, copy_companions
 from compress.checkpoints.verify import verify
 from compress.errors import CheckpointError, Unavailable, VerificationError
 from compress.models.loading import load_config, load_model, load_tokenizer
@@ -81,15 +81,14 @@ FORBIDDEN_CALLS = {
 RUNNER = SOURCE / "evaluation" / "_programs.py"
 
 
-@pytest.mark.parametrize("file", sources(), ids=lambda file: str(file.relative_to(SOURCE)))
-def test_the_source_opens_no_pickle_and_runs_no_text(file):
-    tree = ast.parse(file.read_text(encoding="utf-8"))
-    assert not {name.partition(".")[0] for name in imported(tree)} & FORBIDDEN_IMPORTS
-    for name, call in called(tree):
-        allowed = {"exec", "compile"} if file == RUNNER else set()
-        assert name not in FORBIDDEN_CALLS - allowed, f"{file}:{call.lineno}: {name}"
-        shell = next((keyword.value for keyword in call.keywords if keyword.arg == "shell"), None)
-        assert shell is None, f"{file}:{call.lineno}: shell="
+def test_the_source_opens_no_pickle_and_runs_no_text():
+    for file in sources():
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        assert not {name.partition(".")[0] for name in imported(tree)} & FORBIDDEN_IMPORTS, file
+        for name, call in called(tree):
+            allowed = {"exec", "compile"} if file == RUNNER else set()
+            assert name not in FORBIDDEN_CALLS - allowed, f"{file}:{call.lineno}: {name}"
+            assert not any(keyword.arg == "shell" for keyword in call.keywords), f"{file}:{call.lineno}: shell="
 
 
 def test_processes_are_started_from_lists_of_words():
@@ -114,8 +113,16 @@ class Opened:
         return (exec, (HEARD,))
 
 
-@pytest.mark.parametrize("command", [[*SLICE, *TEXT], EVAL, ["inspect", "tiny"]], ids=["slice", "eval", "inspect"])
-@pytest.mark.parametrize("where", ["alone", "in the index", "beside"])
+@pytest.mark.parametrize(
+    ("where", "command"),
+    [
+        ("alone", [*SLICE, *TEXT]),
+        ("alone", EVAL),
+        ("in the index", EVAL),
+        ("in the index", ["inspect", "tiny"]),
+        ("beside", [*SLICE, *TEXT]),
+    ],
+)
 def test_a_pickle_is_never_opened(where, command, place):
     folder = place / "tiny"
     torch.save({"x": Opened()}, folder / "pytorch_model.bin")
@@ -229,12 +236,6 @@ def test_the_proof_runs_only_the_code_that_was_carried(home, tmp_path):
         check_code(folder, names)
 
 
-def test_the_carried_code_is_the_packages_own(home):
-    assert {file.name: file.read_bytes() for file in (home / "turned").glob("*.py")} == {
-        file.name: file.read_bytes() for file in CARRIED
-    }
-
-
 def test_a_chat_template_is_held_in_by_jinja(home, tmp_path):
     """It is copied, and never rendered here; who renders it does so in transformers' sandbox."""
     folder = Path(shutil.copytree(home / "tiny", tmp_path / "tiny"))
@@ -314,7 +315,7 @@ def test_sizes_out_of_thin_air_take_no_memory(sizes, home, tmp_path):
 # What is shown and written.
 
 
-NAMES = ["[red]x[/]", "\x1b[2J\x1b]0;title\x07", "[/]", "a\rb", "\u202etxt.exe"]
+NAMES = ["[red]x[/]", "\x1b[2J\x1b]0;title\x07", "\u202etxt.exe"]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -4,7 +4,7 @@ import copy
 import itertools
 import json
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,99 +20,42 @@ import oracles
 import tiny
 from compress import families, pipeline
 from compress.architectures.stock import Stock
-from compress.checkpoints.adapter import adapter_config, target_modules
+from compress.checkpoints.adapter import adapter_config
 from compress.checkpoints.card import vllm_rank
 from compress.errors import NumericalError, UsageError
-from compress.job import Job
-from compress.models.decoder import Decoder
 from compress.models.expert_names import own_name
 from compress.models.hub import find_model
 from compress.models.loading import load_config
-from compress.own_model.modeling_compress import unfuse_experts
-from compress.plan import Plan
+from compress.planning.plan import Plan
+from compress.planning.prepare import Job
 from compress.recipe import parse_recipe
 from compress.stages._stage import StageConfig
 from compress.stages.refit import Refit
 from compress.stages.slim import Adapt, Prune, Quantize, Slim
-from compress.streaming.walk import Walk, WalkSettings
-from compress.streaming.weights import LazyWeights
+from factorising import block_linears, reports, same_function
 from runs import tensors_of, unproved
 
 WINDOWS = oracles.random_ids(8, 16, seed=2)
 UNSEEN = oracles.random_ids(2, 24, seed=3)
-SLOW = pytest.mark.slow
-SHALLOW = {"num_hidden_layers": 2}
 # What transformers and peft have to say of one another, and of a checkpoint that is unpacked while it is loaded.
 pytestmark = [
+    pytest.mark.usefixtures("exact_norms"),
     pytest.mark.filterwarnings("ignore:You passed `quantization_config`:UserWarning"),
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
 ]
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    **{name: (name, {}) for name in tiny.FAMILIES},
+    **{name: (name, {}) for name in (*tiny.SAMPLE, "mixtral")},
     "gpt_neox, one after the other": ("gpt_neox", {"use_parallel_residual": False}),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _exact():
-    with oracles.exact_norms():
-        yield
-
-
-Models = Callable[..., tuple[PreTrainedModel, Path]]
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory) -> Models:
-    """A model in memory and its folder, made once."""
-    made: dict[str, tuple[PreTrainedModel, Path]] = {}
-
-    def make(model_type: str, **changes: Any) -> tuple[PreTrainedModel, Path]:
-        key = f"{model_type} {sorted(changes.items())}"
-        if key not in made:
-            folder = tmp_path_factory.mktemp(model_type)
-            model = tiny.tiny_model(model_type, **SHALLOW | changes)
-            model.save_pretrained(folder)
-            made[key] = unfuse_experts(model), folder
-        return made[key]
-
-    return make
 
 
 # ---- a walk, and what it wrote ----
 
 
-def walked(
-    folder: Path, stages: Sequence[StageConfig], *, windows: Tensor = WINDOWS, held_out: int = 0
-) -> oracles.Walked:
+def walked(folder: Path, stages: Sequence[StageConfig], *, held_out: int = 0) -> oracles.Walked:
     config = load_config(folder)
-    settings = WalkSettings(
-        layout=Stock(config, families.find(config)).layout(torch.float64),
-        output_dtype=torch.float64,
-        batch_size=3,
-        held_out=held_out,
-        probe_tokens=windows.shape[1],
-        seed=7,
-        cache_memory=2**40,
-        scratch=folder,
-    )
-    decoder = Decoder(config, families.find(config), dtype=torch.float64, device=torch.device("cpu"))
-    return oracles.finished(Walk(decoder, LazyWeights(folder), windows, stages, settings))
-
-
-def block_linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
-    prefix = families.find(model.config).blocks
-    return {
-        f"{prefix}.{name}": module
-        for name, module in model.get_submodule(prefix).named_modules()
-        if isinstance(module, nn.Linear) and not name.endswith(tiny.ROUTERS)
-    }
-
-
-def reports(result: oracles.Walked) -> dict[str, dict[str, Any]]:
-    """What is said of the linears, by path."""
-    entries = [entry for part in result.parts for entry in part.groups if "linear" in entry]
-    return {entry["linear"]: entry for entry in entries if not entry["linear"].endswith(tiny.ROUTERS)}
+    layout = Stock(config, families.find(config)).layout(torch.float64)
+    return oracles.walked(folder, stages, WINDOWS, held_out=held_out, layout=layout)
 
 
 def numbers_in(words: Tensor, bits: int, count: int) -> Tensor:
@@ -170,10 +113,6 @@ def written_model(model: PreTrainedModel, tensors: Tensors, adapter: Tensors, bi
     return made
 
 
-def same_function(a: Tensor, b: Tensor, share: float) -> None:
-    assert oracles.largest_difference(a, b) < share * float(b.abs().max())
-
-
 def kept_of_groups(S: Tensor, group: int) -> Tensor:
     return (S.unflatten(1, (-1, group)) != 0).sum(-1)
 
@@ -213,18 +152,6 @@ def test_what_is_written_is_sparse_on_its_grid_and_what_the_walk_computes(varian
     same_function(oracles.logits_of(made, WINDOWS[:1]), result.probe_logits, 1e-10)
     # It is no small change, so that the agreement means something.
     assert oracles.largest_difference(oracles.logits_of(model, WINDOWS[:1]), result.probe_logits) > 0.05
-
-
-def test_linears_that_are_no_target_stay_as_they_were(models):
-    model, folder = models("llama")
-    result = walked(folder, [Slim(prune=Prune(method="wanda"), target=("*.down_proj", "attention"))])
-    sparse = {
-        path for path in block_linears(model) if int(kept_of_groups(result.tensors[f"{path}.weight"], 4).max()) < 4
-    }
-    assert sparse == {path for path in block_linears(model) if "self_attn" in path or "down_proj" in path}
-    assert sparse == reports(result).keys() - {path for path, entry in reports(result).items() if "lost" not in entry}
-    for path in block_linears(model).keys() - sparse:
-        same_function(result.tensors[f"{path}.weight"], model.state_dict()[f"{path}.weight"], 1e-14)
 
 
 # ---- SLiM, written out on a whole model ----
@@ -269,10 +196,9 @@ def slim_by_hand(W: Tensor, step: float, X: Tensor, rank: int) -> Tensor:
     return S + U[:, :rank] @ torch.diag(sigma[:rank]) @ Vh[:rank] @ torch.linalg.inv(x)
 
 
-@pytest.mark.parametrize("changes", [{}, {"attention_bias": False, "mlp_bias": False}], ids=["biases", "no biases"])
-def test_slim_is_its_paper_written_out_branch_by_branch(changes, models):
+def test_slim_is_its_paper_written_out_branch_by_branch(models):
     """Each linear by what the compressed prefix gives it while its branch is as it was; every token counts alike."""
-    model, folder = models("llama", **changes)
+    model, folder = models("llama")
     paper = Slim(
         prune=Prune(method="wanda"),
         quantize=Quantize(method="slim", group="tensor"),
@@ -293,35 +219,6 @@ def test_slim_is_its_paper_written_out_branch_by_branch(changes, models):
     expected = oracles.logits_of(made, WINDOWS[:1])
     same_function(result.probe_logits, expected, 1e-8)
     assert oracles.largest_difference(oracles.logits_of(model, WINDOWS[:1]), expected) > 0.05
-
-
-def test_what_is_said_to_be_lost_is_lost(models):
-    """The share of the outputs' energy; of the first block's readers, whose inputs are the dense model's."""
-    model, folder = models("llama")
-    result = walked(folder, [Slim(quantize=Quantize(method="absmax", bits=3, group=8))])
-    path = "model.layers.0.self_attn.k_proj"
-    X, W = given_to(model, path), model.state_dict()[f"{path}.weight"]
-    missed = X @ (W - weight_of(result.tensors, path, 3)).T
-    expected = float(missed.square().sum() / (X @ W.T).square().sum())
-    assert reports(result)[path]["lost"] == pytest.approx(expected, rel=1e-9)
-    assert 0.001 < expected < 0.2
-
-
-def test_a_bias_keeps_the_mean_of_the_outputs(models):
-    model, folder = models("llama")
-    stage = Slim(prune=Prune(method="magnitude"), adapt=Adapt(method="naive", rank=2), centre=True)
-    path = "model.layers.0.mlp.gate_proj"
-    means = []
-    for centre in (True, False):
-        result = walked(folder, [stage.model_copy(update={"centre": centre, "target": ("gate_proj",)})])
-        adapter = {name: tensor for part in result.parts for name, tensor in part.adapter.items()}
-        X, linear = given_to(model, path), model.get_submodule(path)
-        A, B = adapter_of(adapter, path)
-        assert isinstance(linear, nn.Linear)
-        W, b = linear.weight.data, linear.bias.data
-        Y = X @ (result.tensors[f"{path}.weight"] + B @ A).T + result.tensors[f"{path}.bias"]
-        means.append(float((Y - X @ W.T - b).mean(0).abs().max()))
-    assert means[0] < 1e-12 < 0.01 < means[1]
 
 
 # ---- runs of the pipeline ----
@@ -414,13 +311,6 @@ def test_packed_is_the_stock_class_and_says_so(faces):
     assert group["input_activations"] is None
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_nothing_speaks_of_a_sparse_format(faces, form):
-    """Engines refuse a checkpoint that has a `sparsity_config`."""
-    for file in (faces / f"as-{form}").rglob("*.json"):
-        assert "sparsity_config" not in file.read_text(encoding="utf-8")
-
-
 def test_the_adapter_is_a_plain_lora_of_scale_one(faces):
     config = json_of(faces / "as-packed/adapter/adapter_config.json")
     tensors = load_file(faces / "as-packed/adapter/adapter_model.safetensors")
@@ -455,12 +345,6 @@ def test_compact_carries_its_code_and_keeps_no_pruned_weight(faces):
     assert tensors[f"{path}.weight.scale"].shape == (48, 2)
 
 
-def test_materialized_is_the_dense_models_own_shape(faces):
-    tensors, dense = tensors_of(faces / "as-dense"), tiny.tiny_model("llama", num_hidden_layers=1).state_dict()
-    assert {name: tensor.shape for name, tensor in tensors.items()} == {name: t.shape for name, t in dense.items()}
-    assert json_of(faces / "as-dense/compress.json")["alternatives"] == []
-
-
 def loaded(folder: Path, **options: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, **options).eval()
 
@@ -484,25 +368,13 @@ def test_every_form_is_one_function(logits, name):
     same_function(logits[name], logits["packed, transformers and peft"], 1e-9)
 
 
-def test_the_adapter_is_felt(faces, logits):
-    without = loaded(faces / "as-packed", quantization_config=CompressedTensorsConfig(dequantize=True))
-    assert oracles.largest_difference(oracles.logits_of(without, UNSEEN), logits["dense"]) > 0.05
-
-
 FINE: dict[str, Any] = {"packed": "pack-quantized", "bytes": "int-quantized", "float": "float-quantized"}
 KINDS: dict[str, tuple[str | None, dict[str, Any]]] = {
     "sparse and an adapter alone": (None, {"prune": WANDA, "adapt": TENTH}),
-    "an adapter of a number": ("packed", {"quantize": FOUR, "adapt": {"rank": 3}}),
-    "no adapter": ("packed", {"prune": WANDA, "quantize": FOUR}),
     "half wherever they are": ("packed", {"prune": {"method": "magnitude", "pattern": "50%"}, "quantize": FOUR}),
-    "4 of 8": ("packed", {"prune": {"method": "sparsegpt", "pattern": "4:8"}, "quantize": FOUR}),
-    "fp8": ("float", {"quantize": {"method": "mse", "bits": 8, "floating": True, "group": "channel"}}),
     "fp8 inputs": ("float", {"quantize": {"method": "absmax", "bits": 8, "floating": True}, "inputs": "fp8"}),
     "int8 inputs": ("bytes", {"quantize": {"method": "gptq", "bits": 8}, "inputs": "int8", "adapt": TENTH}),
-    "int8 inputs, 4 bits": ("packed", {"quantize": FOUR, "inputs": "int8"}),
-    "zero points": ("packed", {"quantize": FOUR | {"symmetric": False}, "adapt": TENTH}),
     "zero points of groups": ("packed", {"quantize": FOUR | {"symmetric": False, "group": 16}}),
-    "zero point": ("packed", {"quantize": FOUR | {"symmetric": False, "group": "tensor"}}),
     "one scale": ("packed", {"prune": WANDA, "quantize": {"method": "slim", "bits": 4, "group": "tensor"}}),
     "3 bits in groups": ("packed", {"quantize": {"method": "gptq", "bits": 3, "group": 16, "act_order": True}}),
 }
@@ -541,8 +413,6 @@ def test_what_can_be_packed_is_read_by_transformers_and_by_us(name, tmp_path, mo
 SIZED: dict[str, tuple[str, dict[str, Any]]] = {
     "packed": ("packed", {"prune": WANDA, "quantize": FOUR, "adapt": TENTH}),
     "packed, fp8 and its inputs": ("packed", {"quantize": {"bits": 8, "floating": True}, "inputs": "fp8"}),
-    "packed, zero points": ("packed", {"quantize": FOUR | {"symmetric": False, "group": 16}}),
-    "compact": ("compact", {"prune": WANDA, "quantize": FOUR, "adapt": TENTH}),
     "compact, ragged groups": ("compact", {"prune": WANDA, "quantize": FOUR | {"group": 24, "bits": 3}}),
     "compact, 4 of 8 of floats": ("compact", {"prune": {"method": "wanda", "pattern": "4:8"}, "adapt": TENTH}),
     "compact, an adapter of codes": ("compact", {"quantize": FOUR, "adapt": TENTH | {"bits": 4, "group": 16}}),
@@ -552,14 +422,13 @@ SIZED: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", SIZED)
-@pytest.mark.parametrize("model_type", ["llama", pytest.param("opt", marks=SLOW)])
-def test_what_is_planned_is_what_is_written(model_type, name, tmp_path):
+def test_what_is_planned_is_what_is_written(name, tmp_path):
     form, parts = SIZED[name]
-    job = job_of(tmp_path, model_type, [stage(form, **parts)], dtype="bfloat16")
+    job = job_of(tmp_path, "opt", [stage(form, **parts)], dtype="bfloat16")
     plan, result = run_unproved(job)
     is_as_planned(plan, result)
     # Numbers: those that are kept, and the adapter's.
-    dense = tiny.tiny_model(model_type, num_hidden_layers=1)
+    dense = tiny.tiny_model("opt", num_hidden_layers=1)
     numbers = sum(parameter.numel() for parameter in dense.parameters())
     kept = 0.5 if form == "compact" and "prune" in parts else 1
     with_adapter = "adapt" in parts and form != "dense"
@@ -609,20 +478,6 @@ def test_bits_a_weight_by_hand(form, tmp_path):
     assert bits_and_bytes == expected
 
 
-def test_what_is_not_pruned_has_no_alternatives(tmp_path):
-    plan = pipeline.plan_only(job_of(tmp_path, "llama", [stage(quantize=FOUR)]))
-    assert [each.name for each in plan.alternatives] == ["this plan"]
-
-
-def test_groups_are_of_128_where_that_divides(tmp_path):
-    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1}
-    for name, changes, group in (("wide", sizes, 128), ("odd", sizes | {"intermediate_size": 192}, "channel")):
-        (tmp_path / name).mkdir()
-        stages = [stage(quantize={"method": "mse", "bits": 4})]
-        plan = pipeline.plan_only(job_of(tmp_path / name, "llama", stages, changes=changes))
-        assert {each.group for each in plan.storage.values()} == {group}
-
-
 # ---- what vLLM takes ----
 
 
@@ -635,15 +490,6 @@ def test_the_rank_that_vllm_is_told(rank, served):
     assert vllm_rank({"adapter": adapter}) == served
 
 
-def test_linears_are_named_by_what_no_other_module_has():
-    paths = [f"h.{block}.{name}" for block in range(2) for name in ("attn.c_proj", "attn.c_attn", "mlp.c_fc.first")]
-    assert target_modules(paths, []) == ["c_attn", "c_proj", "first"]
-    assert target_modules(paths, ["h.0.mlp.c_fc", "lm_head"]) == ["c_attn", "c_proj", "first"]
-    assert target_modules(paths, ["h.0.mlp.c_proj"]) == ["attn.c_attn", "attn.c_proj", "c_fc.first"]
-    numbered = [f"{block}.attn.{name}" for block in range(2) for name in ("c_attn", "c_proj")]
-    assert target_modules(paths, ["h.2.attn.c_proj"]) == [*numbered, "mlp.c_fc.first"]
-
-
 # ---- models that are not as they should be ----
 
 
@@ -652,8 +498,6 @@ def change_linears(model: PreTrainedModel, how: str) -> None:
         first = path.endswith(("fc1", "gate_proj", "up_proj"))
         if how == "a matrix of zeros" and path.endswith(("down_proj", "fc2", "q_proj", "v_proj")):
             linear.weight.zero_()
-        if how == "rows of zeros":
-            linear.weight[:3] = 0
         if how == "dead neurons" and first:
             linear.weight[:10] = 0
             linear.bias[:10] = 0
@@ -664,7 +508,7 @@ def change_linears(model: PreTrainedModel, how: str) -> None:
             linear.weight[1, 2] = 300
 
 
-STRANGE = ("a matrix of zeros", "rows of zeros", "dead neurons", "constant neurons", "an outlier", "16 tokens")
+STRANGE = ("a matrix of zeros", "dead neurons", "constant neurons", "an outlier", "16 tokens")
 RECIPES: dict[str, Stages] = {
     "ours": [
         {"stage": "refit"},
@@ -681,15 +525,14 @@ RECIPES: dict[str, Stages] = {
 
 
 @pytest.mark.parametrize(
-    ("recipe", "model_type"),
+    ("recipe", "model_type", "how"),
     [
-        ("ours", "opt"),
-        ("slim", "llama"),
-        pytest.param("compact", "opt", marks=SLOW),
-        pytest.param("zero points", "llama", marks=SLOW),
+        *(("ours", "opt", how) for how in STRANGE),
+        ("slim", "llama", "a matrix of zeros"),
+        ("compact", "opt", "dead neurons"),
+        ("zero points", "llama", "16 tokens"),
     ],
 )
-@pytest.mark.parametrize("how", STRANGE)
 def test_strange_models_and_little_text_work(how, model_type, recipe, tmp_path, monkeypatch):
     made = tiny.tiny_model
 
@@ -705,7 +548,6 @@ def test_strange_models_and_little_text_work(how, model_type, recipe, tmp_path, 
         calibration = job.recipe.calibration.model_copy(update={"samples": 2, "seq_len": 8})
         job = Job(**{**vars(job), "recipe": job.recipe.model_copy(update={"calibration": calibration})})
     _, result = run_unproved(job)
-    assert result.lost is not None
     assert result.lost < 0.6
     found = oracles.logits_of(compress.load(job.out, dtype=torch.float32), UNSEEN)
     dense = oracles.logits_of(loaded(tmp_path / "dense").float(), UNSEEN)
@@ -733,8 +575,7 @@ def test_what_does_not_fit_the_model_is_told_before_a_weight_is_read(stages, sai
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "text.txt"]
 
 
-@pytest.mark.parametrize("method", ["naive", "slim", "whitened"])
-def test_a_scale_that_the_dtype_has_no_room_for(method, tmp_path, monkeypatch):
+def test_a_scale_that_the_dtype_has_no_room_for(tmp_path, monkeypatch):
     made = tiny.tiny_model
 
     def strange(*arguments: Any, **options: Any) -> PreTrainedModel:
@@ -744,6 +585,6 @@ def test_a_scale_that_the_dtype_has_no_room_for(method, tmp_path, monkeypatch):
         return model
 
     monkeypatch.setattr(tiny, "tiny_model", strange)
-    job = job_of(tmp_path, "llama", [stage(quantize=FOUR, adapt=TENTH | {"method": method})], dtype="float16")
+    job = job_of(tmp_path, "llama", [stage(quantize=FOUR, adapt=TENTH)], dtype="float16")
     with pytest.raises(NumericalError, match=r"block 0 mlp.up_proj.*float16.*--dtype bfloat16"):
         pipeline.run(job)

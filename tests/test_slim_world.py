@@ -17,10 +17,10 @@ import tiny
 from cli_runner import environment, succeeds
 from compress import pipeline
 from compress.checkpoints import reload
-from compress.job import Job
 from compress.models.hub import find_model
+from compress.planning.prepare import Job
 from compress.recipe import parse_recipe
-from oracles import random_ids
+from oracles import logits_of, random_ids
 
 pytestmark = pytest.mark.slow
 IDS = random_ids(1, 24, seed=3)
@@ -32,29 +32,22 @@ OURS = {"prune": WANDA, "quantize": FOUR, "adapt": ADAPTER, "centre": True}
 # Of each the family, what the stage is told, the dtype that is written, and a head of its own or not.
 Made = tuple[str, dict[str, Any], str, bool]
 CHECKPOINTS: dict[str, Made] = {
-    "packed": ("llama", OURS, "float32", False),
     "packed, rounded and tied": ("opt", OURS, "bfloat16", True),
-    "packed, rounded and untied": ("opt", OURS, "float16", False),
-    "no adapter": ("llama", {"prune": WANDA, "quantize": FOUR}, "float32", True),
-    "zero points": ("llama", {"quantize": FOUR | {"symmetric": False, "group": 16}}, "float32", False),
     "zero points and an adapter": ("qwen2", OURS | {"quantize": FOUR | {"symmetric": False}}, "float32", True),
     "starcoder": ("gpt_bigcode", {"quantize": FOUR}, "float32", False),
-    "gpt_neox": ("gpt_neox", OURS, "float32", False),
     "sparse": ("llama", {"prune": WANDA, "adapt": ADAPTER}, "float32", False),
     "int8 inputs": ("opt", {"quantize": EIGHT, "adapt": ADAPTER, "inputs": "int8"}, "float32", True),
     "fp8 inputs": ("llama", {"quantize": EIGHT | {"floating": True}, "inputs": "fp8"}, "float32", False),
-    "int8 inputs, 4 bits": ("llama", {"quantize": FOUR, "inputs": "int8"}, "float32", False),
-    "compact": ("llama", OURS | {"form": "compact"}, "float32", False),
-    "compact, rounded and tied": ("opt", OURS | {"form": "compact"}, "bfloat16", True),
+    "compact, rounded and tied": ("opt", OURS | {"form": "compact"}, "float16", True),
     "materialized": ("opt", OURS | {"form": "dense"}, "float16", True),
 }
 ADAPTED = [name for name, (_, told, _, _) in CHECKPOINTS.items() if "adapt" in told and "form" not in told]
-OFFLOADED = ("packed", "packed, rounded and tied", "zero points", "sparse", "starcoder", "compact")
+OFFLOADED = ("packed, rounded and tied", "sparse", "compact, rounded and tied")
 
 
 def job_of(folder: Path, made: Made) -> Job:
     model_type, told, dtype, tied = made
-    tiny.write_model(folder / "dense", model_type, dtype=torch.float32, num_hidden_layers=2, tie_word_embeddings=tied)
+    tiny.write_model(folder / "dense", model_type, dtype=torch.float32, num_hidden_layers=1, tie_word_embeddings=tied)
     source = tiny.write_text(folder / "text.txt", lines=60)
     stages = [{"stage": "refit"}, {"stage": "slim", **told}]
     calibration = {"source": str(source), "samples": 16, "seq_len": 16}
@@ -149,25 +142,25 @@ def outside(made, tmp_path_factory) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if name in OFFLOADED:
             reloaded[f"{name}, from disk"] = [str(out), probe, 10**5, str(scratch)]
         code[name] = without_us(code_blocks(out)[-1])
-    wrong = shutil.copytree(place_of(made, "packed") / "out", scratch / "wrong")
+    wrong = shutil.copytree(place_of(made, "sparse") / "out", scratch / "wrong")
     file = wrong / "adapter/adapter_model.safetensors"
     tensors = load_file(file)
     tensors[max(tensors)] *= -1
     save_file(tensors, file)
-    reloaded["a wrong adapter"] = [str(wrong), reloaded["packed"][1], 2**30, str(scratch)]
+    reloaded["a wrong adapter"] = [str(wrong), reloaded["sparse"][1], 2**30, str(scratch)]
     return run_clean(scratch, reloaded, code)
 
 
 @pytest.fixture(scope="module")
-def inside(made, tmp_path_factory) -> dict[str, Tensor]:
+def inside(made) -> dict[str, Tensor]:
     """By the code of the cards that imports this package."""
-    code = {}
+    logits = {}
     for name in CHECKPOINTS:
         blocks = [block for block in code_blocks(place_of(made, name) / "out") if "import compress" in block]
         if blocks:
-            code[name] = blocks[0]
-    found, logits = run_clean(tmp_path_factory.mktemp("inside"), {}, code)
-    assert found["found"] == {}
+            names: dict[str, Any] = {}
+            exec(blocks[0], names)
+            logits[name] = logits_of(names["model"].eval(), IDS).float()
     return logits
 
 
@@ -205,22 +198,13 @@ def test_the_code_of_the_card_runs_without_our_package(name, outside):
     assert torch.isfinite(logits).all()
 
 
-@pytest.mark.parametrize("name", [*ADAPTED, "compact", "compact, rounded and tied"])
+@pytest.mark.parametrize("name", [*ADAPTED, "compact, rounded and tied"])
 def test_the_code_of_the_card_gives_the_same_with_our_package(name, inside, outside):
     theirs, ours = outside[1][name], inside[name]
     share = (
         0.1 if "inputs" in name else tolerance(name)
     )  # transformers' unpacked weights get inputs that are not rounded
     assert float((theirs - ours).abs().max()) < share * float(theirs.abs().max())
-
-
-def test_the_pipeline_proves_it(tmp_path):
-    """In a process of its own: packed, rounded, a tied head, an adapter."""
-    result = pipeline.run(job_of(tmp_path, CHECKPOINTS["packed, rounded and tied"]))
-    assert result.difference is not None
-    assert result.difference < 1e-5
-    assert result.is_stock
-    assert result.out.is_dir()
 
 
 def test_a_wrong_adapter_is_noticed(outside):
@@ -239,8 +223,8 @@ def test_ours_is_nearer_to_the_dense_model_than_the_papers_method(tmp_path, monk
     for name, options in {"dense": None, "slim": ["--method", "slim"], "ours": ["--fast"]}.items():
         model = "demo" if options is None else tmp_path / name
         if options is not None:
-            succeeds("slim", *options, "--samples", 64, "--seq-len", 64, "--out", model, "--device", "cpu")
-        words = ["--ppl", "stdlib", "--seq-len", 128, "--limit", 24, "--device", "cpu", "--json"]
+            succeeds("slim", *options, "--samples", 32, "--seq-len", 64, "--out", model, "--device", "cpu")
+        words = ["--ppl", "stdlib", "--seq-len", 128, "--limit", 12, "--device", "cpu", "--json"]
         (found,) = succeeds("eval", "--model", model, *words).json["perplexity"]
         losses[name] = found["nll"]
     assert losses["dense"] < losses["ours"]

@@ -11,7 +11,7 @@ from compress.models.packing import Kept, pack_bits, pack_words
 from compress.models.storage import Storage, empty_linear
 from compress.numerics.grids import Sharing
 from compress.numerics.sparsity import Pattern
-from compress.own_model.modeling_compress import StoredMatrix, unpack_bits
+from compress.own_model.modeling_compress import unpack_bits
 from stored import label, random_parts
 
 M, N = 37, 240
@@ -20,7 +20,7 @@ GROUPS: list[Sharing] = ["tensor", "channel", 16]
 PATTERNS = [None, Pattern(2.0, 4), Pattern(4.0, 8), Pattern(3.0, 5), Pattern(8.0, 16)]
 PACKED = [
     *(Storage("packed", bits, group=group, rank=3) for bits in BITS for group in GROUPS),
-    *(Storage("packed", bits, group=group, symmetric=False) for bits in BITS for group in GROUPS),
+    *(Storage("packed", bits, group=group, symmetric=False) for bits in (3, 4, 8) for group in GROUPS),
     *(Storage("packed", 8, floating=True, group=group, inputs="fp8") for group in GROUPS),
     *(Storage("packed", 8, group=group, symmetric=False, inputs="int8") for group in GROUPS),
     Storage("packed", None, rank=3),
@@ -37,7 +37,7 @@ COMPACT = [
 ]
 
 
-@pytest.mark.parametrize("count", [1, 7, 8, 31, 32, 33, 100])
+@pytest.mark.parametrize("count", [1, 31, 100])
 @pytest.mark.parametrize("bits", BITS)
 def test_words_are_those_of_compressed_tensors(bits, count):
     helpers = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
@@ -49,8 +49,7 @@ def test_words_are_those_of_compressed_tensors(bits, count):
     assert torch.equal(helpers.unpack_from_int32(words, bits, codes.shape), codes)
 
 
-@pytest.mark.parametrize("count", [1, 8, 13, 64])
-@pytest.mark.parametrize("bits", range(1, 15))
+@pytest.mark.parametrize(("bits", "count"), [(1, 1), (3, 8), (7, 13), (14, 64)])
 def test_numbers_come_back_from_their_bits(bits, count):
     torch.manual_seed(count)
     numbers = torch.randint(2**bits, (3, count))
@@ -105,13 +104,6 @@ def test_compact_takes_the_bytes_it_says():
         "second.scale": 2 * r * m // 128,
         "bias": 2 * m,
     }
-
-
-def test_the_last_group_of_a_row_may_be_smaller():
-    storage = Storage("compact", 4, group=100)
-    linear = random_parts(storage, M, N, torch.float32).stored(storage, torch.float32)
-    assert isinstance(linear.weight, StoredMatrix)
-    assert linear.weight.scale.shape == (M, 3)
 
 
 def test_what_no_form_has_room_for_is_refused():

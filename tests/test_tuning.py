@@ -3,7 +3,6 @@
 import itertools
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,15 +26,15 @@ from compress.own_model.modeling_compress import CompressForCausalLM, StoredMatr
 from compress.tuning.linears import DequantizedLinear, TrainedMatrix, dequantize, stored_in_codes
 from compress.tuning.looking import Prepared
 from compress.tuning.losses import Objective, SplitModel
-from compress.tuning.settings import RATES, Rate, Settings, chosen_rate, share_of_rate
+from compress.tuning.settings import Rate, Settings, share_of_rate
 from compress.tuning.structure import block_linears, chosen, num_trained, trainable, why_not_merged
-from compress.tuning.texts import Reader, batch
+from compress.tuning.texts import Reader
 from compress.tuning.trained import CompactAdapters, Lora, PackedAdapters, all_weights, factors
-from compress.tuning.training import Course, Training, new_optimizer, restore, snapshot
+from compress.tuning.training import Training, restore, snapshot
 from compress.tuning.writing import put_tensors
 from oracles import logits_of, random_ids
 from stored import write_compact, write_packed
-from tiny import EVERY, VOCAB_SIZE, tiny_config, tiny_model, tiny_tokenizer, write_text
+from tiny import VOCAB_SIZE, tiny_config, tiny_model, tiny_tokenizer, write_text
 
 IDS = random_ids(6, 12, seed=1)
 F32, CPU = torch.float32, torch.device("cpu")
@@ -97,7 +96,7 @@ def test_gradients_of_losses_are_those_of_autograd():
     torch.testing.assert_close(kl_and_gradient(dense, logits)[1], expected)
 
 
-@pytest.mark.parametrize("model_type", EVERY)
+@pytest.mark.parametrize("model_type", ["opt", "cohere", "granite", "gemma2", "mixtral"])
 def test_a_model_in_two_steps_gives_its_logits(model_type):
     model = tiny_model(model_type, dtype=F32, num_hidden_layers=2)
     split = SplitModel(model)
@@ -114,13 +113,7 @@ def test_a_model_of_ours_in_two_steps_gives_its_logits(tmp_path):
         torch.testing.assert_close(found, logits_of(model, IDS)[:, :-1], rtol=1e-5, atol=1e-5)
 
 
-def test_16_bit_logits_are_compared_in_float32():
-    split = SplitModel(tiny_model("llama", dtype=torch.bfloat16, num_hidden_layers=1))
-    assert split.logits(split.hidden(IDS)).dtype == F32
-
-
-@pytest.mark.parametrize("distilled", [False, True])
-@pytest.mark.parametrize("model_type", ["qwen2", "gemma2"])  # a tied head; a cap on the logits
+@pytest.mark.parametrize(("model_type", "distilled"), [("qwen2", False), ("gemma2", True)])  # a tied head; a cap
 def test_some_predictions_at_a_time_give_the_loss_and_the_gradients_of_all(monkeypatch, model_type, distilled):
     monkeypatch.setattr("compress.tuning.losses.FEWEST", 5)
     monkeypatch.setattr("compress.tuning.losses.LOGITS", {"cpu": 7 * VOCAB_SIZE})
@@ -138,21 +131,6 @@ def test_some_predictions_at_a_time_give_the_loss_and_the_gradients_of_all(monke
     torch.testing.assert_close(objective.backward(IDS), loss.detach())
     torch.testing.assert_close({name: each.grad for name, each in parameters.items()}, expected)
     assert all(parameter.grad is None for parameter in dense.parameters())
-
-
-def test_a_relative_rate_is_a_share_of_each_tensors_size_before_training():
-    weights = {"thin": torch.full((4, 3), 0.02), "wide": torch.tensor([3.0, -4.0]), "zeros": torch.zeros(5)}
-    parameters = {name: nn.Parameter(weight) for name, weight in weights.items()}
-    highest = [group["highest"] for group in new_optimizer(parameters.values(), Rate(0.1, relative=True)).param_groups]
-    assert highest == pytest.approx([0.002, 0.1 * 12.5**0.5, 0.1 * 1e-3])
-    (group,) = new_optimizer(parameters.values(), Rate(0.1, relative=False)).param_groups
-    assert group["highest"] == 0.1
-    assert len(group["params"]) == 3
-
-
-def test_what_a_user_says_is_for_all_alike():
-    assert chosen_rate(5e-5, "adapters") == Rate(5e-5, relative=False)
-    assert chosen_rate(None, "factors") is RATES["factors"]
 
 
 def test_the_rate_rises_straight_and_falls_as_a_half_cosine():
@@ -204,30 +182,12 @@ def test_a_data_set_is_held_out_by_its_validation_split(monkeypatch):
     texts = reader().texts("wood", 24, ("nowhere.txt", "wood", "field"))
     assert texts.train.shape == (24, 16)
     assert texts.held_out.shape == (64, 16)
-    assert texts.unlike is not None
     assert texts.unlike[0] == "field"  # the one is not on this machine, the other is the text itself
     read = [reader().tokenizer.decode(each.flatten()) for each in (texts.train, texts.held_out, texts.unlike[1])]
     assert ["t wood" in read[0], "v wood" in read[1], "v field" in read[2]] == [True] * 3
     assert ["v " in read[0], "t " in read[1], "t " in read[2]] == [False] * 3
     assert torch.equal(reader().texts("wood", 24, ()).train, texts.train)
     assert len(reader().texts("wood", None, ()).train) > 500
-
-
-def test_another_text_may_be_a_file(tmp_path):
-    other = write_text(tmp_path / "other.txt", lines=40, seed=1)
-    file = write_text(tmp_path / "text.txt", lines=40)
-    found = reader().texts(str(file), 4, (str(file), "missing.txt", str(other))).unlike
-    assert found is not None
-    assert found[0] == str(other)
-
-
-def test_batches_go_through_the_text_over_and_over():
-    windows = torch.arange(5)[:, None].expand(5, 3)
-    seen = torch.cat([batch(windows, step, 2, seed=7)[:, 0] for step in range(5)]).tolist()
-    assert sorted(seen[:5]) == sorted(seen[5:]) == list(range(5))
-    assert seen[:5] != seen[5:]
-    assert seen == torch.cat([batch(windows, step, 2, seed=7)[:, 0] for step in range(5)]).tolist()
-    assert batch(windows, 0, 12, seed=7).shape == (12, 3)
 
 
 # What is trained.
@@ -260,19 +220,6 @@ def test_a_lora_is_on_every_linear_of_the_blocks_and_merges_exactly():
     assert (before - expected).abs().max() > 0.05
 
 
-def test_an_adapter_kept_beside_needs_no_scale():
-    trained = lora(merge=False)
-    drift(trained)
-    settled, merged = trained.settled(), None
-    assert not settled.tensors
-    trained.merge = True
-    merged = trained.settled().tensors
-    plain = tiny_model("llama", dtype=F32, num_hidden_layers=1).state_dict()
-    for path in trained.layers:
-        product = settled.adapter[f"{path}.lora_B"] @ settled.adapter[f"{path}.lora_A"]
-        torch.testing.assert_close(plain[f"{path}.weight"] + product, merged[f"{path}.weight"])
-
-
 def test_factors_are_trained_whole_and_nothing_else():
     model = thin_model()
     trained = factors(model)
@@ -284,59 +231,6 @@ def test_factors_are_trained_whole_and_nothing_else():
     )
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == num_trained("factors", model, None, 0)
     assert all_weights(thin_model()).parameters.keys() == dict(thin_model().named_parameters()).keys()
-
-
-def test_a_lora_reaches_both_factors():
-    model = thin_model()
-    linears = block_linears(model, model.config)
-    assert "model.layers.0.mlp.down_proj.first" in linears
-    assert "model.layers.0.mlp.up_proj.second" in linears
-    trained = Lora(model, linears, rank=2, alpha=2, merge=True)
-    assert sum(p.numel() for p in trained.parameters.values()) == num_trained("lora", thin_model(), model.config, 2)
-
-
-@pytest.mark.parametrize("model_type", ["opt", "llama", "phi", "gpt_neox", "gpt_bigcode"])
-def test_the_blocks_are_found_by_the_family(model_type):
-    model = tiny_model(model_type, num_hidden_layers=2, dtype=F32)
-    start = families.find(model.config).blocks
-    blocks: Any = model.get_submodule(start)
-    assert len(blocks) == 2
-    assert all(path.startswith(f"{start}.") for path in block_linears(model, model.config))
-
-
-def test_packed_adapters_are_trained_beside_weights_that_are_not(tmp_path):
-    write_packed(tmp_path / "packed", FOUR, num_hidden_layers=1)
-    model = load_stored(tmp_path / "packed", dtype=F32, device=CPU)
-    number = num_trained("adapters", model, None, 0)
-    trained = PackedAdapters(model)
-    assert len(trained.parameters) == 2 * 7
-    assert sum(p.numel() for p in trained.parameters.values()) == number
-    frozen = {name: tensor.clone() for name, tensor in model.state_dict().items() if ".lora_" not in name}
-    before = logits_of(model, IDS)
-    steps = training(trained, rate=0.1)
-    steps.run(lambda _now: None, lambda *_: None)
-    assert (logits_of(model.eval(), IDS) - before).abs().max() > 0.01
-    after = model.state_dict()
-    assert all(torch.equal(after[name], tensor) for name, tensor in frozen.items())
-
-
-def test_a_new_adapter_on_packed_weights_begins_as_nothing(tmp_path):
-    write_packed(tmp_path / "packed", replace(FOUR, rank=0), num_hidden_layers=1)
-    model = load_stored(tmp_path / "packed", dtype=F32, device=CPU)
-    before = logits_of(model, IDS)
-    linears = block_linears(model, model.config)
-    trained = Lora(model, linears, rank=2, alpha=4, merge=False)
-    assert torch.equal(logits_of(model, IDS), before)
-    drift(trained)
-    assert (logits_of(model, IDS) - before).abs().max() > 0.01
-    settled = trained.settled().adapter
-    assert settled.keys() == trained.parameters.keys()
-    for path, linear in linears.items():  # of its own, where nothing is multiplied by alpha / rank
-        linear.lora_A, linear.lora_B = (nn.Parameter(settled[f"{path}.{name}"]) for name in ("lora_A", "lora_B"))
-        trained.model.set_submodule(path, linear)
-    assert sum(p.numel() for p in trained.parameters.values()) == 2 * sum(
-        each.in_features + each.out_features for each in linears.values()
-    )
 
 
 def facts(**told: Any) -> Facts:
@@ -417,7 +311,6 @@ def test_the_gradient_passes_straight_through_the_rounding_and_stops_where_codes
     trained.weight.data[0, 1] = 0.4 * scale[0, 1]
     trained().sum().backward()
     gradient = trained.weight.grad
-    assert gradient is not None
     assert gradient[0, 0] == 0
     assert gradient[0, 1] == 1
     assert torch.equal(gradient[1:], torch.ones(2, 20))
@@ -504,15 +397,6 @@ def test_training_lowers_the_loss_and_keeps_the_best_state():
     assert steps.held_out_loss() == pytest.approx(loss, abs=1e-6)
 
 
-def test_towards_a_teacher_it_comes_nearer_to_it():
-    teacher = tiny_model("llama", dtype=F32, num_hidden_layers=1, seed=3)
-    steps = training(lora(), teacher=teacher, steps=20)
-    before = float(steps.objective.loss(IDS))
-    steps.run(lambda _now: None, lambda *_: None)
-    assert float(steps.objective.loss(IDS)) < 0.9 * before
-    assert all(parameter.grad is None for parameter in teacher.parameters())
-
-
 def test_it_ends_after_looks_that_are_no_better_and_keeps_what_it_began_with(monkeypatch):
     losses = iter([2.0, 3.0, 3.5, 3.0, 3.2])
     monkeypatch.setattr(Training, "held_out_loss", lambda _self: next(losses))
@@ -525,20 +409,6 @@ def test_it_ends_after_looks_that_are_no_better_and_keeps_what_it_began_with(mon
     assert all(torch.equal(steps.trained.parameters[name], each) for name, each in beginning.items())
 
 
-def test_a_course_has_stalled_when_the_last_looks_are_no_better():
-    course = Course(4, [(0, None, 3.0), (2, 2.9, 2.0), (4, 2.8, 2.0)])
-    assert course.best == (2, 2.0)
-    assert course.has_stalled(1)
-    assert not course.has_stalled(2)
-
-
-def test_a_course_that_comes_back_from_a_high_rate_has_not_stalled():
-    course = Course(4, [(0, None, 2.0), (1, 2.9, 3.0), (2, 2.8, 2.9), (3, 2.7, 2.8), (4, 2.6, 2.5)])
-    assert course.best[0] == 0
-    assert not course.has_stalled(1)
-    assert not Course(0, [(0, None, 2.0)]).has_stalled(1)
-
-
 def test_a_loss_that_is_no_number_ends_the_run():
     steps = training(lora())
     next(iter(steps.trained.parameters.values())).data[:] = math.nan
@@ -546,7 +416,7 @@ def test_a_loss_that_is_no_number_ends_the_run():
         steps.step()
 
 
-@pytest.mark.parametrize("at", [0, 2, 4])
+@pytest.mark.parametrize("at", [2])
 def test_a_run_that_goes_on_gives_the_same_bits(tmp_path, at):
     whole, kept = training(lora(), steps=6), {}
 

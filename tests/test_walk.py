@@ -10,10 +10,7 @@ from torch import Tensor
 import oracles
 import tiny
 from compress.errors import NumericalError
-from compress.numerics.frames import OrthogonalFrame
-from compress.numerics.linalg import random_orthogonal
 from compress.stages.measure_error import MeasureError
-from compress.streaming.sites import Basis, stream_points
 from compress.streaming.walk import FinishedPart
 from compress.streaming.weights import LazyWeights
 
@@ -86,8 +83,8 @@ def test_the_oracle_at_full_width_is_the_dense_model(model_type):
     [*((rule, "stream") for rule in RULES), (SLICED, "normed")],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )
-@pytest.mark.parametrize("model_type", MODELS)
-def test_the_walk_is_the_paper(model_type, rule, signal, folders):
+def test_the_walk_is_the_paper(rule, signal, folders):
+    model_type = MODELS[RULES.index(rule) % 3]
     paper = oracles.PaperSliceGPT(tiny.tiny_model(model_type), signal=signal)
     paper.slice(WINDOWS, by_rule(rule, model_type))
     result = oracles.walked(folders[model_type], oracles.slicegpt(rule, signal=signal), WINDOWS)
@@ -100,7 +97,7 @@ def test_the_walk_is_the_paper(model_type, rule, signal, folders):
     assert oracles.largest_difference(written, paper.logits(UNSEEN)) < 1e-8
 
 
-@pytest.mark.parametrize("model_type", MODELS)
+@pytest.mark.parametrize("model_type", ["opt"])
 def test_the_error_report_is_the_papers_prefix_against_the_dense_one(model_type, folders):
     model = tiny.tiny_model(model_type)
     paper = oracles.PaperSliceGPT(model).slice(WINDOWS, by_rule(SLICED, model_type))
@@ -124,7 +121,7 @@ def assert_same_bytes(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
         assert torch.equal(a[name], b[name]), name
 
 
-@pytest.mark.parametrize("model_type", MODELS)
+@pytest.mark.parametrize("model_type", ["opt"])
 def test_an_orientation_at_random_spans_the_same_space(model_type, folders):
     pca = oracles.walked(folders[model_type], oracles.slicegpt(SLICED), WINDOWS)
     turned = oracles.slicegpt(SLICED, final_orientation="random")
@@ -139,38 +136,14 @@ def test_an_orientation_at_random_spans_the_same_space(model_type, folders):
             assert oracles.largest_difference(tensor, random[2].tensors[name]) > 0.1
 
 
-def test_each_point_draws_random_numbers_of_its_own():
-    """From the seed and its place alone, so that a resumed run draws the same."""
-    eigenvalues = torch.linspace(2, 1, D, dtype=torch.float64)
-    Q = random_orthogonal(D, torch.Generator().manual_seed(0))
-
-    def draw(seed: int, index: int) -> Tensor:
-        point = stream_points(D, num_blocks=2, branch_names=["attention", "mlp"], seed=seed)[index]
-        point.basis = Basis(OrthogonalFrame(Q, eigenvalues), width=20, orientation="random")
-        change = point.change(20)
-        assert change is not None
-        encode, decode = change
-        assert torch.allclose(decode, encode.T, atol=1e-14, rtol=0)
-        return encode
-
-    drawn = {(seed, index): draw(seed, index) for seed in (0, 1) for index in range(5)}
-    kept = Q[:, :20] @ Q[:, :20].T
-    for place, encode in drawn.items():
-        assert torch.equal(encode, draw(*place))
-        assert oracles.largest_difference(encode @ encode.T, kept) < 1e-12
-        for other in drawn.keys() - {place}:
-            assert oracles.largest_difference(encode, drawn[other]) > 0.1
-
-
-@pytest.mark.parametrize("model_type", MODELS)
+@pytest.mark.parametrize("model_type", ["llama"])
 def test_the_batch_size_changes_rounding_alone(model_type, folders):
     results = [oracles.walked(folders[model_type], oracles.slicegpt(SLICED), WINDOWS, batch_size=n) for n in (1, 2, 5)]
     logits = [oracles.logits_of(oracles.sliced_model(result), UNSEEN) for result in results]
     assert max(oracles.largest_difference(logits[0], other) for other in logits[1:]) < 1e-9
 
 
-@pytest.mark.parametrize("model_type", MODELS)
-@pytest.mark.parametrize("streams", [1, 2])
+@pytest.mark.parametrize(("model_type", "streams"), [("opt", 1), ("phi", 2)])
 def test_activations_on_disk_give_the_same_bytes(model_type, streams, folders, monkeypatch):
     # An error is measured against the dense stream, a second one.
     stages = [*oracles.slicegpt(SLICED), *([MeasureError()] if streams == 2 else [])]
@@ -198,8 +171,7 @@ def off_the_grid(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.numel() + 1, dtype=tensor.dtype)[1:].view(tensor.shape).copy_(tensor)
 
 
-@pytest.mark.parametrize("cache_memory", [oracles.UNLIMITED, 0], ids=["in memory", "on disk"])
-@pytest.mark.parametrize("model_type", MODELS)
+@pytest.mark.parametrize(("model_type", "cache_memory"), [("llama", oracles.UNLIMITED), ("phi", 0)])
 def test_a_walk_goes_on_from_any_part(model_type, cache_memory, folders):
     """To the bit, wherever in memory the state lies: products of matrices round differently by their alignment."""
     stages = [*oracles.slicegpt(SLICED, final_orientation="random"), MeasureError()]
@@ -219,20 +191,7 @@ def test_a_walk_goes_on_from_any_part(model_type, cache_memory, folders):
         for part, undisturbed in zip(rest, parts[done:], strict=True):
             assert_same_bytes(part.tensors, undisturbed.tensors)
             assert part.points == undisturbed.points
-        assert again.probe is not None
-        assert walk.probe is not None
         assert torch.equal(again.probe, walk.probe)
-
-
-def test_parts_name_every_tensor_once_in_the_output_dtype(folders):
-    result = oracles.walked(
-        folders["opt"], oracles.slicegpt(SLICED), WINDOWS, dtype=torch.float32, output_dtype=torch.bfloat16
-    )
-    named = [name for part in result.parts for name in part.tensors]
-    assert len(named) == len(set(named))
-    assert set(named) == set(oracles.empty_sliced_model(result.config, result.family, result.widths).state_dict())
-    assert {tensor.dtype for tensor in result.tensors.values()} == {torch.bfloat16}
-    assert [part.name for part in result.parts] == ["embeddings", "block 0", "block 1", "block 2", "head"]
 
 
 def test_the_probe_sees_the_rounded_weights(folders):
@@ -246,7 +205,7 @@ def test_the_probe_sees_the_rounded_weights(folders):
     assert oracles.largest_difference(written, result.probe_logits) < 1e-4 * float(written.abs().max())
 
 
-@pytest.mark.parametrize("model_type", MODELS)
+@pytest.mark.parametrize("model_type", ["opt"])
 def test_one_part_at_a_time_has_weights_and_each_is_read_once(model_type, folders, monkeypatch):
     asked: list[str] = []
     read = LazyWeights.read
@@ -265,20 +224,6 @@ def test_one_part_at_a_time_has_weights_and_each_is_read_once(model_type, folder
     assert len(once) == len(set(once))
     tied = {"lm_head.weight"} if model_type == "opt" else set()
     assert set(asked) == every - tied
-
-
-def test_an_overflow_names_the_place(tmp_path):
-    model = tiny.tiny_model("llama", dtype=torch.float32)
-    with torch.no_grad():
-        for name in ("gate_proj", "up_proj"):
-            model.get_submodule(f"model.layers.1.mlp.{name}").weight.mul_(1e25)
-    model.save_pretrained(tmp_path)
-    with pytest.raises(NumericalError) as error:
-        oracles.walked(tmp_path, oracles.slicegpt(SLICED), WINDOWS, dtype=torch.float32)
-    assert str(error.value) == (
-        "There is a NaN or Inf in the stream after block 1 mlp, first in what mlp.down_proj is given. "
-        "Check the weights before it and the text."
-    )
 
 
 def test_a_weight_too_large_for_the_output_names_the_dtype(tmp_path):

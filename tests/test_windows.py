@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from compress import datasets
 from compress.datasets import windows
-from compress.datasets.windows import MARGIN, Text, calibration_windows, evaluation_windows, fingerprint
+from compress.datasets.windows import MARGIN, calibration_windows, evaluation_windows, fingerprint
 from compress.errors import UsageError
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -88,22 +88,6 @@ def test_evaluation_is_one_string_with_one_bos_and_no_tail(corpus):
     assert len(expected) % 5 != 0
 
 
-def test_evaluation_without_bos(tmp_path):
-    file = tmp_path / "a.txt"
-    file.write_text("abcdef")
-    answer = evaluation_windows(str(file), byte_tokenizer("$A"), seq_len=3, data_dir=None)
-    assert answer.tolist() == [byte_tokens("abc"), byte_tokens("def")]
-
-
-def test_evaluation_limit(tmp_path):
-    file = tmp_path / "a.txt"
-    file.write_text("abcdefghi")
-    whole = evaluation_windows(str(file), byte_tokenizer(), seq_len=2, data_dir=None)
-    assert len(whole) == 5
-    assert torch.equal(evaluation_windows(str(file), byte_tokenizer(), seq_len=2, data_dir=None, limit=2), whole[:2])
-    assert torch.equal(evaluation_windows(str(file), byte_tokenizer(), seq_len=2, data_dir=None, limit=9), whole)
-
-
 def test_evaluation_of_json_lines_joins_the_rows(tmp_path):
     file = tmp_path / "a.jsonl"
     file.write_text(json.dumps({"text": "ab"}) + "\n" + json.dumps({"text": "cd"}) + "\n")
@@ -119,19 +103,6 @@ def test_evaluation_with_too_little_text(tmp_path):
     assert str(error.value) == (
         f"{str(file)!r} holds 0 windows of 5 tokens, needed: 1. Use a smaller --seq-len or more text."
     )
-
-
-def test_a_text_longer_than_the_context_is_no_warning(tmp_path, monkeypatch):
-    warned = []
-    monkeypatch.setattr("transformers.tokenization_utils_base.logger.warning", lambda *message: warned.append(message))
-    file = tmp_path / "a.txt"
-    file.write_text("abcdef" * 10)
-    tokenizer = byte_tokenizer()
-    tokenizer.model_max_length = 8
-    evaluation_windows(str(file), tokenizer, seq_len=5, data_dir=None)
-    assert warned == []
-    tokenizer(file.read_text())
-    assert len(warned) == 1
 
 
 # Calibration on a file
@@ -169,12 +140,6 @@ def test_calibration_is_seeded(corpus):
     assert len({tuple(window) for window in first.tolist()}) > 4
 
 
-def test_more_samples_begin_with_the_fewer(corpus):
-    assert torch.equal(
-        calibrate(corpus[1], byte_tokenizer(), num_samples=3), calibrate(corpus[1], byte_tokenizer())[:3]
-    )
-
-
 def test_windows_start_at_a_line_with_the_tokenizers_own_tokens(corpus):
     rows, folder = corpus
     circle = datasets.SEPARATOR.join([*rows, *rows])
@@ -197,21 +162,6 @@ def test_windows_are_those_of_the_uncut_text(corpus):
         assert window == tokenizer(whole[start:])["input_ids"][:32]
 
 
-def test_a_passage_grows_until_it_has_enough_tokens(tmp_path):
-    """A token of 24 characters: a first passage of 8 characters a token holds too few."""
-    words = [f"{number:024d}" for number in range(500)]
-    (tmp_path / "ptb").mkdir()
-    (tmp_path / "ptb" / "ptb.train.txt").write_text("\n".join(words))
-    vocab = {word: number for number, word in enumerate(["<unk>", "<s>", "</s>", *words])}
-    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = with_special_tokens(tokenizer, "$A")
-    answer = calibration_windows("ptb", fast, num_samples=4, seq_len=50, seed=0, data_dir=tmp_path)
-    for window in answer.tolist():
-        first = window[0] - 3
-        assert window == [3 + (first + step) % 500 for step in range(50)]
-
-
 def test_only_passages_of_a_large_text_are_tokenized(corpus, monkeypatch):
     rows, folder = corpus
     seen = []
@@ -222,44 +172,10 @@ def test_only_passages_of_a_large_text_are_tokenized(corpus, monkeypatch):
     assert sum(seen) < sum(len(row) for row in rows) / 10
 
 
-def test_calibration_on_a_data_set_with_too_little_text(tmp_path):
-    (tmp_path / "ptb").mkdir()
-    (tmp_path / "ptb" / "ptb.train.txt").write_text("abc\ndef\n")
-    with pytest.raises(UsageError) as error:
-        calibration_windows("ptb", byte_tokenizer("$A"), num_samples=3, seq_len=4, seed=0, data_dir=tmp_path)
-    assert str(error.value) == (
-        "'ptb' holds 2 windows of 4 tokens, needed: 3. Use --samples 2, a smaller --seq-len or more text."
-    )
-    assert calibration_windows(
-        "ptb", byte_tokenizer("$A"), num_samples=2, seq_len=4, seed=0, data_dir=tmp_path
-    ).shape == (2, 4)
-
-
-def test_an_empty_data_set(tmp_path):
-    (tmp_path / "ptb").mkdir()
-    (tmp_path / "ptb" / "ptb.train.txt").write_text("\n\n \n")
-    with pytest.raises(UsageError, match=r"^The text 'ptb' is empty\. Name another one\.$"):
-        calibration_windows("ptb", byte_tokenizer(), num_samples=1, seq_len=1, seed=0, data_dir=tmp_path)
-
-
 def test_a_tokenizer_that_knows_no_character_ends(corpus):
     mute = with_special_tokens(Tokenizer(models.BPE(vocab={"<s>": 0, "</s>": 1}, merges=[])), "<s> $A")
     with pytest.raises(UsageError, match=r"^'wikitext2' holds 0 windows of 4 tokens, needed: 1\."):
         calibrate(corpus[1], mute, num_samples=1, seq_len=4)
-
-
-@pytest.mark.parametrize(
-    ("offset", "start"),
-    [(0, "b\n\nc d"), (1, "b\n\nc d"), (2, "c d\n\n\n\na\nb"), (5, "a\nb\n\n"), (10, "a\nb\n\n"), (11, "a\nb\n\n")],
-)
-def test_passages_of_a_circle(offset, start):
-    """The text is "a\\nb" | "c d" | "", 12 characters with a blank line after each row."""
-    text = Text("rows", ["a\nb", "c d", ""])
-    assert text.length == 12
-    passage = text.passage(offset, 30)
-    assert passage.startswith(start)
-    assert len(passage) == 30
-    assert passage in "a\nb\n\nc d\n\n\n\n" * 5
 
 
 # Fingerprint

@@ -2,7 +2,6 @@
 
 import copy
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -21,9 +20,9 @@ from compress.stages.measure_error import MeasureError
 from compress.stages.rotate import Rotate
 from compress.stages.slice import Slice
 from compress.streaming.groups import LinearGroup, Readers, Writers
-from compress.streaming.sites import Site
-from compress.streaming.statistics import Need
+from compress.streaming.sites import Requirements, Site
 
+pytestmark = pytest.mark.usefixtures("exact_norms")
 WINDOWS = oracles.random_ids(6, 24, seed=2)
 UNTIED = {"tie_word_embeddings": False}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -42,28 +41,6 @@ EVERY_MODEL = pytest.mark.parametrize("variant", MODELS)
 CLOSE = 1e-5
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _exact():
-    with oracles.exact_norms():
-        yield
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    made: dict[str, tuple[PreTrainedModel, Path]] = {}
-
-    def make(variant: str) -> tuple[PreTrainedModel, Path]:
-        if variant not in made:
-            model_type, changes = MODELS[variant]
-            folder = tmp_path_factory.mktemp("dense")
-            model = tiny.tiny_model(model_type, num_hidden_layers=2, **changes)
-            model.save_pretrained(folder)
-            made[variant] = model, folder
-        return made[variant]
-
-    return make
-
-
 @dataclass
 class Fit:
     """A stage that solves every group, almost without damping, and notes the equations of writers by their names.
@@ -76,9 +53,7 @@ class Fit:
     site: ClassVar[type[Site]] = LinearGroup
     reshapes: ClassVar[bool] = False
     in_written_form: ClassVar[bool] = False
-    needs: ClassVar[tuple[Need, ...]] = ()
-    dense_inputs: ClassVar[bool] = False
-    plain_inputs: ClassVar[bool] = False
+    requires: ClassVar[Requirements] = Requirements()
 
     def __post_init__(self) -> None:
         self.seen: dict[str, NormalEquations] = {}
@@ -96,7 +71,7 @@ class Fit:
 @EVERY_MODEL
 def test_a_walk_without_a_change_keeps_the_model(variant, models):
     """The blocks as chains of branches, what is before them and what is behind, against the stock model."""
-    model, folder = models(variant)
+    model, folder = models(MODELS[variant][0], **MODELS[variant][1])
     result = oracles.walked(folder, [MeasureError()], WINDOWS)
     assert oracles.largest_difference(result.probe_logits, oracles.logits_of(model, WINDOWS[:1])) < CLOSE
     state = model.state_dict()
@@ -104,17 +79,10 @@ def test_a_walk_without_a_change_keeps_the_model(variant, models):
     assert all(torch.equal(result.tensors[name], tensor) for name, tensor in state.items())
 
 
-@EVERY_MODEL
-def test_a_fit_changes_nothing_where_the_prefix_is_the_dense_one(variant, models):
-    model, folder = models(variant)
-    result = oracles.walked(folder, [Fit()], WINDOWS)
-    assert oracles.largest_difference(result.probe_logits, oracles.logits_of(model, WINDOWS[:1])) < CLOSE
-
-
 @pytest.mark.parametrize("rotated", [False, True], ids=["folded", "sliced at full width"])
 def test_a_multiplier_passes_changes_of_basis(rotated, models):
     """Shortcuts go past the multiplier, writers through it: full-rank fits of both change nothing."""
-    model, folder = models("granite")
+    model, folder = models("granite", **UNTIED)
     rotation = [Rotate(signal="normed", stream="dense"), Slice(linear_ratios=(0, 0), slice_head=True, round_to=1)]
     result = oracles.walked(folder, [FoldNorms(), *(rotation if rotated else []), Fit()], WINDOWS)
     assert oracles.largest_difference(result.probe_logits, oracles.logits_of(model, WINDOWS[:1])) < 1e-9
@@ -207,7 +175,7 @@ def energy(x: Tensor, family: Family) -> Tensor:
 
 @EVERY_MODEL
 def test_writers_are_fitted_to_what_the_dense_model_has_at_their_place(variant, models):
-    model, folder = models(variant)
+    model, folder = models(MODELS[variant][0], **MODELS[variant][1])
     fit = Fit(spoils="block 0 attention readers")
     result = oracles.walked(folder, [fit], WINDOWS)
     compressed = copy.deepcopy(model)
@@ -223,7 +191,7 @@ def test_writers_are_fitted_to_what_the_dense_model_has_at_their_place(variant, 
 
 @EVERY_MODEL
 def test_a_fit_brings_a_spoilt_model_nearer_to_the_dense_one(variant, models):
-    model, folder = models(variant)
+    model, folder = models(MODELS[variant][0], **MODELS[variant][1])
     family = families.find(load_config(folder))
     spoilt, fitted = (
         oracles.walked(folder, [Fit(spoils="block 0 attention readers", fits=fits)], WINDOWS) for fits in (False, True)

@@ -77,6 +77,8 @@ OTHERS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {**EXPERTS, "head_dim": 16},
 }
 EVERY = FAMILIES | OTHERS
+# One for each way that the code can go: RMS norms and LayerNorms in sequence, parallel branches, fused projections.
+SAMPLE = ("llama", "opt", "phi", "phi3")
 # Of these each MLP is several.
 SPARSE = ("mixtral", "qwen2_moe", "qwen3_moe")
 # Linears of theirs that stages on single linears leave alone.

@@ -16,30 +16,28 @@ from typing import IO, Any
 import psutil
 from torch import Tensor
 
-from compress import search
-from compress.architectures.architecture import Shape
 from compress.architectures.packed import not_for_vllm, unpacks_while_loading
-from compress.assembly import new_walk, restored, take_survey
+from compress.architectures.sizes import Size
 from compress.checkpoints import files
 from compress.checkpoints.adapter import adapter_config, write_adapter
 from compress.checkpoints.card import model_card, read_origin
 from compress.checkpoints.facts import FACTS, read_facts, read_json
 from compress.checkpoints.integrity import check_integrity
-from compress.checkpoints.sizes import Size
 from compress.checkpoints.verify import verify, verify_tokens, why_own
 from compress.claiming import claimed, kept_journal, parent_folder
 from compress.durable import flush_below
 from compress.errors import CheckpointError
-from compress.job import Job
 from compress.models.loading import load_config
 from compress.numerics.precision import full_precision
-from compress.plan import Plan
-from compress.preflight import Prepared, plan_job, prepare
+from compress.planning import search
+from compress.planning.assembly import new_walk, restored, take_survey
+from compress.planning.memory import resident_bytes
+from compress.planning.plan import Plan
+from compress.planning.prepare import Job, Prepared, plan_job, prepare
+from compress.planning.ranks import rank_choices
 from compress.progress import Progress, Steps, silent
 from compress.provenance import identity
 from compress.publishing import is_finished, publish
-from compress.ranks import rank_choices
-from compress.room import held
 from compress.streaming.experts import short_of_tokens
 from compress.streaming.journal import Journal, sha256, write_tensors
 from compress.streaming.processes import ALONE, Processes
@@ -258,7 +256,7 @@ def _result(
         size=Size(**facts["size"]),
         widths=[point["width"] for point in facts["points"]],
         units={kind: tuple(n) if isinstance(n, list) else n for kind, n in facts["units"].items()},
-        num_blocks=prepared.plan.num_blocks,
+        num_blocks=prepared.plan.spec.num_blocks,
         ranks={linear["linear"]: linear["rank"] for linear in facts["linears"] if "rank" in linear},
         alternatives=facts["alternatives"],
         lost=mean_loss(facts),
@@ -316,15 +314,14 @@ def _write_part(journal: Journal, part: FinishedPart, walk: Walk) -> None:
 
 def _complete(prepared: Prepared, walk: Walk, journal: Journal, progress: Progress) -> tuple[dict[str, Any], float]:
     """The rest of the checkpoint, the proof that it reloads, and its name. What it says of itself, and the proof."""
-    job, partial, target = prepared.job, journal.folder, prepared.plan.target
+    job, partial, spec = prepared.job, journal.folder, prepared.plan.spec
     steps = Steps(progress, "verifying", 2 if job.export == "gguf" else 1)
     steps.next("reloading in a clean process")
     facts = _facts(prepared, journal)
     widths = tuple(point["width"] for point in facts["points"])
-    shape = Shape(widths, facts["units"], prepared.plan.factors, prepared.plan.storage)
-    config = target.config(shape, prepared.precision.written)
+    config = replace(spec, widths=widths, units=facts["units"]).config()
     files.write_json(partial / "config.json", config.to_diff_dict())
-    if not target.is_stock:
+    if not spec.architecture.is_stock:
         files.carry_modeling(partial)
     files.copy_companions(prepared.folder, partial)
     files.write_index(partial, journal.entries)
@@ -364,7 +361,7 @@ def export_gguf(folder: Path, name: str, ids: Tensor, logits: Tensor, *, memory:
 def proof_memory(prepared: Prepared) -> int:
     """Bytes that the process which reloads the result may take beside its interpreter, which is as large as ours."""
     limit = prepared.job.max_memory
-    return max(prepared.plan.memory_bytes, SMALL) if limit is None else max(0, limit - held() - prepared.held)
+    return max(prepared.plan.memory_bytes, SMALL) if limit is None else max(0, limit - resident_bytes() - prepared.held)
 
 
 def _facts(prepared: Prepared, journal: Journal) -> dict[str, Any]:
@@ -377,8 +374,8 @@ def _facts(prepared: Prepared, journal: Journal) -> dict[str, Any]:
         "base_model": job.model.repository or job.model.name,
         "command": job.command,
         "recipe": run["recipe"],
-        "architecture": prepared.plan.target.class_name,
-        "loads_without_our_code": prepared.plan.target.is_stock,
+        "architecture": prepared.plan.spec.architecture.class_name,
+        "loads_without_our_code": prepared.plan.spec.architecture.is_stock,
         "stages": [stage.model_dump(mode="json") for stage in prepared.plan.stages],
         "trials": found_trials(journal),
         "versions": run["versions"],
@@ -407,23 +404,23 @@ def _facts(prepared: Prepared, journal: Journal) -> dict[str, Any]:
 
 def storage_facts(plan: Plan) -> dict[str, Any]:
     """How linears are stored, all alike, and what that asks of those who load them."""
-    storage = next(iter(plan.storage.values()), None)
+    storage = next(iter(plan.spec.storage.values()), None)
     if storage is None:
         return {"storage": None, "quantized": False, "unpacks_while_loading": False, "not_for_vllm": None}
     return {
         "storage": storage.form,
         "quantized": storage.bits is not None,
-        "unpacks_while_loading": unpacks_while_loading(storage, plan.target.dense.model_type),
-        "not_for_vllm": not_for_vllm(storage, max(each.rank for each in plan.storage.values())),
+        "unpacks_while_loading": unpacks_while_loading(storage, plan.spec.architecture.dense.model_type),
+        "not_for_vllm": not_for_vllm(storage, max(each.rank for each in plan.spec.storage.values())),
     }
 
 
 def adapter_facts(prepared: Prepared) -> dict[str, Any] | None:
     """The config of the adapter beside the checkpoint; None where there is none."""
-    ranks = {path: each.rank for path, each in prepared.plan.storage.items() if each.form == "packed" and each.rank}
+    ranks = {path: each.rank for path, each in prepared.plan.spec.packed.items() if each.rank}
     if not ranks:
         return None
-    modules = [name for name, _ in prepared.plan.target.model(prepared.plan.shape).named_modules()]
+    modules = [name for name, _ in prepared.plan.spec.model().named_modules()]
     return adapter_config(f"{prepared.job.model.name}-{prepared.job.recipe.method}", ranks, modules)
 
 

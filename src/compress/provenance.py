@@ -9,8 +9,8 @@ import torch
 import transformers
 
 from compress.datasets.windows import fingerprint
-from compress.needs import usual_batch_size
-from compress.preflight import Prepared
+from compress.planning.memory import usual_batch_size
+from compress.planning.prepare import Prepared
 from compress.streaming.weights import LazyWeights
 from compress.version import FORMAT, __version__
 

@@ -103,8 +103,8 @@ class Recipe(BaseModel):
 
     def _check_inputs(self) -> None:
         """Raises ValueError where a stage goes by the dense model's inputs and another changes what these are."""
-        dense = [stage.stage for stage in self.stages if stage.dense_inputs]
-        others = [stage.stage for stage in self.stages if not stage.dense_inputs]
+        dense = [stage.stage for stage in self.stages if stage.requires.inputs == "dense"]
+        others = [stage.stage for stage in self.stages if stage.requires.inputs != "dense"]
         if dense and others:
             raise ValueError(
                 f"{dense[0]} goes by the dense model's inputs, so {others[0]} cannot be beside it; "
@@ -120,7 +120,7 @@ class Recipe(BaseModel):
     @property
     def held_out_windows(self) -> int:
         """How many of the calibration windows stages choose on: their share, but at least one."""
-        share = max(stage.held_out_share for stage in self.stages)
+        share = max(stage.requires.held_out for stage in self.stages)
         return max(1, int(share * self.calibration.samples)) if share else 0
 
 

@@ -1,1 +1,1 @@
-"""What a result can be written as: a class of transformers, or our own."""
+"""Architectures that a result is written in: a class of transformers, or our own."""

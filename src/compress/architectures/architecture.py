@@ -1,14 +1,16 @@
-"""An architecture that a result can be written in: its config for given sizes, its empty model, its steps.
+"""Models described by their sizes alone, and the architectures that they are written in.
 
-`Stock` is a class of transformers: the dense model's own as it is, or narrower. `Own` is our class, for what no stock
-class has room for. Both can have packed linears.
+A plan applies the recipe to a `ModelSpec`, a walk applies it to weights. `Stock` is a class of transformers: the dense
+model's own as it is, or narrower. `Own` is our class, for what no stock class can hold. Both can have packed linears.
 """
 
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import product
 from typing import Any
 
 import torch
@@ -16,31 +18,165 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from compress.architectures.packed import put_packed, quantization_config
+from compress.architectures.sizes import Size, by_depth, disk_bytes, size_of
+from compress.errors import UsageError
 from compress.families import Family
 from compress.models.loading import empty_model
 from compress.models.storage import Storage
 from compress.own_model.modeling_compress import unfuse_experts
 from compress.streaming.layout import Layout
 from compress.streaming.linears import FactorShape, LinearShape, linear_shape
-from compress.streaming.sites import Count
+from compress.streaming.sites import Count, StreamPoint, stream_points
 
 
-@dataclass(frozen=True)
-class Shape:
+def dense_units(config: Any, family: Family) -> dict[str, int]:
+    """Count the units of each kind in a block of the dense model."""
+    found: dict[str, int] = {}
+    for branch in family.branches:
+        found |= {units.kind: units.number(config) for units in branch.units}
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """Describe a model before any weight is read. Stages derive new ones by `dataclasses.replace`.
+
+    architecture: what it is written as. dtype: of the written weights.
+    widths: of the stream after the embeddings and after each branch; None where the calibration data decides.
+    units: how many of each kind in every block, or block by block.
+    factors: what linears have become, by path. storage: how linears are stored, by path.
+    undecided: what a budget or the survey has yet to decide: `hidden`, a kind of unit, or `ranks`.
+    notes: what the user should know of it.
     """
-    widths: of the stream after the embeddings and after each branch. units: how many of each kind.
-    factors: what linears have become, by their paths. storage: how linears are stored, by theirs.
-    """
 
-    widths: tuple[int, ...]
+    architecture: "Architecture"
+    dtype: torch.dtype
+    widths: tuple[int | None, ...]
     units: Mapping[str, Count]
     factors: Mapping[str, FactorShape] = field(default_factory=dict)
     storage: Mapping[str, Storage] = field(default_factory=dict)
+    undecided: frozenset[str] = frozenset()
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def dense(cls, architecture: "Architecture", dtype: torch.dtype) -> "ModelSpec":
+        """The dense model, to be written as `architecture`."""
+        config, family = architecture.dense, architecture.family
+        points = 1 + config.num_hidden_layers * len(family.branches)
+        widths = (config.hidden_size,) * points
+        return cls(architecture=architecture, dtype=dtype, widths=widths, units=dense_units(config, family))
+
+    @property
+    def num_blocks(self) -> int:
+        return int(self.architecture.dense.num_hidden_layers)
+
+    @property
+    def dense_width(self) -> int:
+        return int(self.architecture.dense.hidden_size)
+
+    @property
+    def stream_widths(self) -> tuple[int, ...]:
+        """The widths, the dense one where the data decides."""
+        return tuple(width or self.dense_width for width in self.widths)
+
+    @cached_property
+    def points(self) -> list[StreamPoint]:
+        """The points of the dense stream that `widths` are of."""
+        names = [branch.name for branch in self.architecture.family.branches]
+        return stream_points(self.dense_width, num_blocks=self.num_blocks, branch_names=names, seed=0)
+
+    @property
+    def dense_units(self) -> dict[str, int]:
+        return dense_units(self.architecture.dense, self.architecture.family)
+
+    @property
+    def is_decided(self) -> bool:
+        return not self.undecided and None not in self.widths
+
+    @property
+    def deletes_nothing(self) -> bool:
+        """Whether the stream and the units are as in the dense model."""
+        return all(width == self.dense_width for width in self.widths) and self.units == self.dense_units
+
+    def require_decided(self, message: str) -> None:
+        """Raise UsageError with `message` where sizes are still open, or with what the architecture has no room for."""
+        if not self.is_decided:
+            raise UsageError(message)
+        if faults := self.faults():
+            raise UsageError("\n".join(faults))
+
+    def faults(self) -> list[str]:
+        """Say why the architecture has no room for these sizes."""
+        return self.architecture.faults(self)
 
     @property
     def packed(self) -> dict[str, Storage]:
         """The linears that are stored as compressed-tensors and PEFT read them."""
         return {path: storage for path, storage in self.storage.items() if storage.form == "packed"}
+
+    def model(self, *, num_blocks: int | None = None) -> PreTrainedModel:
+        """Build it without weights, on the meta device; with fewer blocks, if asked."""
+        return self.architecture.model(self, num_blocks=num_blocks)
+
+    def config(self, dtype: torch.dtype | None = None) -> Any:
+        """Build the checkpoint's config."""
+        return self.architecture.config(self, dtype or self.dtype)
+
+    @cached_property
+    def size(self) -> Size:
+        count = self._count
+        return Size(
+            count(lambda model: size_of(model, self.dtype).parameters),
+            count(lambda model: size_of(model, self.dtype).bytes),
+        )
+
+    @cached_property
+    def disk_bytes(self) -> int:
+        """Upper bound on the bytes of the safetensors files."""
+        return self._count(lambda model: disk_bytes(model, self.dtype))
+
+    @property
+    def has_equal_blocks(self) -> bool:
+        units_differ = any(isinstance(count, tuple) for count in self.units.values())
+        return not (units_differ or self.factors or self.storage) and len(set(self.widths[:-1])) == 1
+
+    def _count(self, measure: Callable[[PreTrainedModel], int]) -> int:
+        if self.has_equal_blocks:
+            return by_depth(lambda depth: self.model(num_blocks=depth), self.num_blocks, measure)
+        return measure(self.model())
+
+    @cached_property
+    def linears(self) -> list[LinearShape]:
+        """The dense linears of the blocks that read and write the stream, as the walk has them."""
+        architecture, family = self.architecture, self.architecture.family
+        plain = ModelSpec(architecture=architecture, dtype=self.dtype, widths=self.widths, units=self.units)
+        layout, found = architecture.layout(torch.float32), []
+        for index, block in enumerate(plain.model().get_submodule(family.blocks).children()):
+            for branch in family.branches:
+                for name in (*branch.readers, *branch.writers):
+                    linear = block.get_submodule(name)
+                    assert isinstance(linear, nn.Linear)
+                    m, n = linear.weight.shape
+                    m, n = (m, layout.directions(n)) if name in branch.readers else (layout.directions(m), n)
+                    has_bias = linear.bias is not None and name not in architecture.zero_biases
+                    path = f"{family.blocks}.{index}.{name}"
+                    found.append(LinearShape(path, name, family.part_of(name), m, n, has_bias))
+        return found
+
+    @cached_property
+    def written_linears(self) -> list[LinearShape]:
+        """The linears of the blocks as they are written, those of factors one by one."""
+        model, family, found = self.model(), self.architecture.family, []
+        for index, branch in product(range(self.num_blocks), family.branches):
+            for name in (*branch.readers, *branch.writers):
+                path = f"{family.blocks}.{index}.{name}"
+                module, part = model.get_submodule(path), family.part_of(name)
+                below = {"": module} if isinstance(module, nn.Linear) else dict(module.named_children())
+                for suffix, linear in below.items():
+                    assert isinstance(linear, nn.Linear)
+                    ending = f".{suffix}" if suffix else ""
+                    found.append(linear_shape(path + ending, name + ending, part, linear))
+        return found
 
 
 @dataclass(frozen=True)
@@ -66,67 +202,43 @@ class Architecture(ABC):
         """Linears of a block that have a bias in the class, of zeros, and none in the dense model."""
         return ()
 
-    def config(self, shape: Shape, dtype: torch.dtype) -> Any:
+    def config(self, spec: ModelSpec, dtype: torch.dtype) -> Any:
         """What the checkpoint's config.json says."""
-        config, packed = self._config(shape, dtype), shape.packed
+        config, packed = self._config(spec, dtype), spec.packed
         storage = next(iter(packed.values()), None)
         if storage is not None and storage.bits is not None:
-            modules = self.model(replace(shape, storage={})).named_modules()
+            modules = self.model(replace(spec, storage={})).named_modules()
             untouched = [name for name, module in modules if isinstance(module, nn.Linear) and name not in packed]
             config.quantization_config = quantization_config(storage, untouched)
         return config
 
-    def model(self, shape: Shape, *, num_blocks: int | None = None) -> PreTrainedModel:
-        """Without weights, on the meta device; with fewer blocks, if asked."""
-        config = self._config(shape, torch.float32)
+    def model(self, spec: ModelSpec, *, num_blocks: int | None = None) -> PreTrainedModel:
+        """Build the model without weights, on the meta device; with fewer blocks, if asked."""
+        config = self._config(spec, torch.float32)
         model = unfuse_experts(empty_model(config if num_blocks is None else self._shortened(config, num_blocks)))
-        put_packed(model, shape.packed)
+        put_packed(model, spec.packed)
         model.tie_weights()
         return model
 
     @abstractmethod
-    def _config(self, shape: Shape, dtype: torch.dtype) -> Any:
-        """Without what compressed-tensors is told of packed linears."""
+    def _config(self, spec: ModelSpec, dtype: torch.dtype) -> Any:
+        """The config without the quantization config."""
 
     def _shortened(self, config: Any, num_blocks: int) -> Any:
-        """The config of a model with fewer blocks; those of this one are alike."""
+        """The config with fewer blocks; all blocks are alike."""
         return shortened(config, num_blocks)
 
     @abstractmethod
     def layout(self, dtype: torch.dtype) -> Layout:
-        """The form of the weights for an output dtype."""
+        """The written form of the weights for an output dtype."""
 
     @abstractmethod
     def steps(self) -> Mapping[str, int]:
-        """Widths of each kind, and ranks, are multiples of these."""
+        """Multiples that widths of each kind, and ranks, are rounded to."""
 
     @abstractmethod
-    def faults(self, shape: Shape) -> list[str]:
-        """Why the architecture has no room for a shape, a sentence each."""
-
-
-def dense_units(config: Any, family: Family) -> dict[str, int]:
-    """How many units of each kind a block of the dense model has."""
-    found: dict[str, int] = {}
-    for branch in family.branches:
-        found |= {units.kind: units.number(config) for units in branch.units}
-    return found
-
-
-def block_linears(target: Architecture, shape: Shape) -> list[LinearShape]:
-    """The linears that read and write the stream in the blocks, as the walk has them: a target's form comes later."""
-    family, layout, found = target.family, target.layout(torch.float32), []
-    for index, block in enumerate(target.model(shape).get_submodule(family.blocks).children()):
-        for branch in family.branches:
-            for name in (*branch.readers, *branch.writers):
-                linear = block.get_submodule(name)
-                assert isinstance(linear, nn.Linear)
-                written = linear_shape(f"{family.blocks}.{index}.{name}", name, family.part_of(name), linear)
-                m, n = written.m, written.n
-                m, n = (m, layout.directions(n)) if name in branch.readers else (layout.directions(m), n)
-                has_bias = written.has_bias and name not in target.zero_biases
-                found.append(replace(written, m=m, n=n, has_bias=has_bias))
-    return found
+    def faults(self, spec: ModelSpec) -> list[str]:
+        """Say why the architecture has no room for these sizes."""
 
 
 ONE_WIDTH = "One basis for the whole stream has one width. Give one ratio for all blocks, or use --rotation per-layer."
@@ -136,7 +248,7 @@ KERNEL_STEP = 128
 
 
 def usual_step(width: int, divisor: int, *, at_least: int) -> int:
-    """The largest power of two up to 128, times what `divisor` needs beyond it, of which `width` has `at_least`.
+    """The largest power of two up to 128 (made divisible by `divisor`) of which `width` holds `at_least`.
 
     Where even a multiple of 1 is too coarse, that: `divisor` has to divide what is written.
     """
@@ -147,7 +259,7 @@ def usual_step(width: int, divisor: int, *, at_least: int) -> int:
 
 
 def rank_step(config: Any) -> int:
-    """128 where the model is wide enough for that to be fine."""
+    """Multiple that ranks are rounded to: 128 where the model is wide enough."""
     return usual_step(config.hidden_size, 1, at_least=32)
 
 

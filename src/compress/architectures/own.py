@@ -1,4 +1,4 @@
-"""Our own architecture: for what no stock class has room for.
+"""Our own architecture, for what no class of transformers can hold.
 
 That is a stream that has another basis behind each branch, as in SliceGPT, or that belongs to a family whose class ties
 the heads' size to the hidden one (OPT); and linears that are factorized, or stored in few bits in our own way.
@@ -14,7 +14,7 @@ import torch
 from compress.architectures.architecture import (
     ONE_WIDTH,
     Architecture,
-    Shape,
+    ModelSpec,
     dense_units,
     rank_step,
     shortened,
@@ -54,14 +54,14 @@ class Own(Architecture):
     def zero_biases(self) -> tuple[str, ...]:
         return () if self.inside is None else self.inside.zero_biases
 
-    def _config(self, shape: Shape, dtype: torch.dtype) -> CompressConfig:
-        text_config = self._text_config(shape) if self.inside is None else self.inside._config(shape, dtype)
+    def _config(self, spec: ModelSpec, dtype: torch.dtype) -> CompressConfig:
+        text_config = self._text_config(spec) if self.inside is None else self.inside._config(spec, dtype)
         config = CompressConfig(
             text_config=text_config,
             structure=self.family.structure(),
-            slicing=self._slicing(shape) if self.inside is None else None,
-            factors={path: {"rank": f.rank, "form": f.form, "bias": f.has_bias} for path, f in shape.factors.items()},
-            storage={path: stored.entry() for path, stored in shape.storage.items() if stored.form == "compact"},
+            slicing=self._slicing(spec) if self.inside is None else None,
+            factors={path: {"rank": f.rank, "form": f.form, "bias": f.has_bias} for path, f in spec.factors.items()},
+            storage={path: stored.entry() for path, stored in spec.storage.items() if stored.form == "compact"},
             architectures=[CLASS],
             auto_map=dict(AUTO_MAP),
             # Not every config has them all: CodeGen's has no pad_token_id.
@@ -70,9 +70,9 @@ class Own(Architecture):
         config.dtype = dtype
         return config
 
-    def _text_config(self, shape: Shape) -> Any:
-        """The dense model's, but for the MLPs' width."""
-        config, neurons = copy.deepcopy(self.dense), shape.units.get("neurons")
+    def _text_config(self, spec: ModelSpec) -> Any:
+        """The dense model's config with another MLP width."""
+        config, neurons = copy.deepcopy(self.dense), spec.units.get("neurons")
         # The embeddings and the head lie in different bases, so what was tied no longer is.
         config.tie_word_embeddings = False
         config.name_or_path = ""  # a path of the machine it was made on
@@ -80,10 +80,10 @@ class Own(Architecture):
             setattr(config, units.count, max(neurons) if isinstance(neurons, tuple) else neurons)
         return config
 
-    def _slicing(self, shape: Shape) -> dict[str, Any]:
-        neurons = shape.units.get("neurons")
+    def _slicing(self, spec: ModelSpec) -> dict[str, Any]:
+        neurons = spec.units.get("neurons")
         return {
-            "stream_widths": list(shape.widths),
+            "stream_widths": list(spec.stream_widths),
             "shortcuts": self.shortcuts,
             "mlp_widths": list(neurons) if isinstance(neurons, tuple) else None,
             "norm_width": self.dense.hidden_size,
@@ -111,26 +111,26 @@ class Own(Architecture):
         neurons = usual_step(dense_units(self.dense, self.family)["neurons"], 1, at_least=64)
         return {"hidden": hidden, "neurons": neurons, "kv_groups": 1, "rank": rank_step(self.dense)}
 
-    def faults(self, shape: Shape) -> list[str]:
+    def faults(self, spec: ModelSpec) -> list[str]:
         if self.inside is not None:
-            return self.inside.faults(shape)
-        if not self.shortcuts and len(set(shape.widths)) > 1:
+            return self.inside.faults(spec)
+        if not self.shortcuts and len(set(spec.stream_widths)) > 1:
             return [ONE_WIDTH]
-        if self.family.first_width_last and shape.widths[0] != shape.widths[-1]:
+        if self.family.first_width_last and spec.stream_widths[0] != spec.stream_widths[-1]:
+            first, last = spec.stream_widths[0], spec.stream_widths[-1]
             return [
                 f"The stock code of {self.dense.model_type} gives the head a stream as wide as the embeddings', here "
-                f"{shape.widths[-1]} and {shape.widths[0]}. Give one ratio for all blocks, and use "
-                "--set slice.slice_head=true."
+                f"{last} and {first}. Give one ratio for all blocks, and use --set slice.slice_head=true."
             ]
-        if isinstance(shape.units.get("neurons"), tuple) and any(branch.experts for branch in self.family.branches):
+        if isinstance(spec.units.get("neurons"), tuple) and any(branch.experts for branch in self.family.branches):
             return ["Experts have as many neurons in every block. Give one number for all blocks."]
-        if shape.units.get("kv_groups", 0) != dense_units(self.dense, self.family).get("kv_groups", 0):
+        if spec.units.get("kv_groups", 0) != dense_units(self.dense, self.family).get("kv_groups", 0):
             return ["KV groups can be deleted only where the model keeps a stock shape."]
         return []
 
 
 def as_own(architecture: Architecture) -> Own:
-    """Our own architecture for a model that would otherwise be written in this one."""
+    """Wrap an architecture in our own."""
     if isinstance(architecture, Own):
         return architecture
     assert isinstance(architecture, Stock)

@@ -1,4 +1,4 @@
-"""Packed linears: as compressed-tensors reads them, with an adapter beside the model that PEFT and vLLM read.
+"""Packed linears as compressed-tensors reads them, with a LoRA adapter that PEFT and vLLM read.
 
 Compressed-tensors' own sparse formats are left alone: engines have dropped them, and refuse a checkpoint that has a
 `sparsity_config`.
@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from compress.checkpoints.adapter import VLLM_RANKS
 from compress.models.storage import Storage, empty_linear
 
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank may be
 MADE_ANEW = ("falcon", "gpt_bigcode")  # whose classes initialise linears by hand, which packed ones do not survive
 
 
 def put_packed(model: nn.Module, packed: Mapping[str, Storage]) -> None:
-    """Put packed linears without numbers into the places of plain ones, by their paths, on the meta device."""
+    """Replace plain linears by empty packed ones, by path, on the meta device."""
     for path, storage in packed.items():
         linear = model.get_submodule(path)
         assert isinstance(linear, nn.Linear)
@@ -28,7 +28,7 @@ def put_packed(model: nn.Module, packed: Mapping[str, Storage]) -> None:
 
 
 def quantization_config(storage: Storage, untouched: list[str]) -> dict[str, Any]:
-    """What compressed-tensors reads; one group of linears, all alike."""
+    """Write compressed-tensors' config: one group of linears, all alike."""
     kind = "float" if storage.floating else "int"
     strategy = storage.group if isinstance(storage.group, str) else "group"
     weights = {
@@ -60,7 +60,7 @@ def quantization_config(storage: Storage, untouched: list[str]) -> dict[str, Any
 
 
 def unpacks_while_loading(storage: Storage, model_type: str) -> bool:
-    """Whether transformers can read packed weights only so, which gives them in the dtype that is stored.
+    """Whether transformers has to unpack the weights while it loads them.
 
     It has no room for packed zero points, and makes the weights of some classes anew before it has them.
     """
@@ -69,7 +69,7 @@ def unpacks_while_loading(storage: Storage, model_type: str) -> bool:
 
 
 def not_for_vllm(storage: Storage, largest_rank: int) -> str | None:
-    """Why vLLM's kernels do not take packed linears of this kind; None where they do."""
+    """Why vLLM's kernels cannot run packed linears of this kind; None where they can."""
     if largest_rank > VLLM_RANKS[-1]:
         return f"its adapters have a rank of {VLLM_RANKS[-1]} at most"
     if storage.bits is None:

@@ -1,4 +1,4 @@
-"""A class of transformers: any engine loads it, with no code of ours. The dense model's own, or a plain, narrower one.
+"""Write the result as a class of transformers, which any engine loads: the dense model's own, or a narrower one.
 
 With one basis for the whole stream and RMSNorm(x) = x / sqrt(sum(x^2) / D + eps) at its dense width D, a hidden size of
 d is the stock class's own with norm weights sqrt(D / d) and epsilon eps D / d. What a norm weight loses by rounding to
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from compress.architectures.architecture import ONE_WIDTH, Architecture, Shape, dense_units, rank_step, usual_step
+from compress.architectures.architecture import ONE_WIDTH, Architecture, ModelSpec, dense_units, rank_step, usual_step
 from compress.families import Family, StockShape
 from compress.models.branch import Branch, ReaderGroup, set_weight
 from compress.models.written import WrittenForm, in_form
@@ -69,34 +69,34 @@ class Stock(Architecture):
         assert self.family.stock is not None
         return self.family.stock
 
-    def _config(self, shape: Shape, dtype: torch.dtype) -> Any:
-        config = self._narrowed(shape) if self.narrows else copy.deepcopy(self.dense)
+    def _config(self, spec: ModelSpec, dtype: torch.dtype) -> Any:
+        config = self._narrowed(spec) if self.narrows else copy.deepcopy(self.dense)
         config.name_or_path = ""  # a path of the machine it was made on
         config.architectures = [self.class_name]
         config.dtype = dtype
         return config
 
-    def _narrowed(self, shape: Shape) -> Any:
-        dense, width = self.dense, shape.widths[0]
+    def _narrowed(self, spec: ModelSpec) -> Any:
+        dense, width = self.dense, spec.stream_widths[0]
         changes: dict[str, Any] = {
             "hidden_size": width,
             "head_dim": getattr(dense, "head_dim", None) or dense.hidden_size // dense.num_attention_heads,
-            "num_attention_heads": self.num_heads(shape),
+            "num_attention_heads": self.num_heads(spec),
             "tie_word_embeddings": False,
             **self.rules.adds,
         }
         if isinstance(self.family.norm_eps, str):
             changes[self.family.norm_eps] = self.family.epsilon(dense) * dense.hidden_size / width
         for branch in self.family.branches:
-            changes |= {units.count: shape.units[units.kind] for units in branch.units}
+            changes |= {units.count: spec.units[units.kind] for units in branch.units}
         # Built anew, so that the config class sees the final values together; what it has no key for, it does not get.
         known = AutoConfig.for_model(self.model_type).to_dict().keys() if self.rules.written_as else None
         data = {key: value for key, value in dense.to_dict().items() if known is None or key in known}
         return AutoConfig.for_model(**data | {"model_type": self.model_type} | changes)
 
-    def num_heads(self, shape: Shape) -> int:
+    def num_heads(self, spec: ModelSpec) -> int:
         heads: int = self.dense.num_attention_heads
-        groups = shape.units.get("kv_groups")
+        groups = spec.units.get("kv_groups")
         return heads // self.dense.num_key_value_heads * groups if isinstance(groups, int) else heads
 
     def layout(self, dtype: torch.dtype) -> Layout:
@@ -113,15 +113,15 @@ class Stock(Architecture):
         neurons = usual_step(units["neurons"], grouped, at_least=64)
         return {"hidden": hidden, "kv_groups": 1, "neurons": neurons, "rank": rank_step(self.dense)}
 
-    def faults(self, shape: Shape) -> list[str]:
+    def faults(self, spec: ModelSpec) -> list[str]:
         if not self.narrows:
             return []
-        if len(set(shape.widths)) > 1:
+        if len(set(spec.stream_widths)) > 1:
             return [ONE_WIDTH]
-        if any(isinstance(count, tuple) for count in shape.units.values()):
+        if any(isinstance(count, tuple) for count in spec.units.values()):
             return [f"{self.class_name} has as many of each unit in every block. Give one number for all blocks."]
-        width, heads = shape.widths[0], self.num_heads(shape)
-        neurons = shape.units.get("neurons")
+        width, heads = spec.stream_widths[0], self.num_heads(spec)
+        neurons = spec.units.get("neurons")
         if self.has_experts and isinstance(neurons, int) and (width % GROUPED or neurons % GROUPED):
             return [
                 f"transformers multiplies experts in groups, which takes multiples of {GROUPED}: not a hidden size of "
@@ -187,7 +187,7 @@ class NarrowLayout(Layout):
         self._settle_readers_norms(branch, ratio)
 
     def stream_width(self, branch: Branch) -> int:
-        """The hidden size that is written, from the directions that a branch reads or writes."""
+        """The written hidden size, from the directions that a branch reads or writes."""
         if branch.readers:
             directions = branch.in_features(next(iter(branch.readers)))
         else:
@@ -211,7 +211,7 @@ class NarrowLayout(Layout):
         set_weight(table, weight)
 
     def _stream_scale(self, root: float) -> float:
-        """What the stream is multiplied by, where norms have no gain that could be."""
+        """Scale of the stream, where norms have no gain to take it."""
         return 1.0 if self.family.norm_gain else 1 / root
 
     @staticmethod
@@ -251,7 +251,7 @@ class NarrowLayout(Layout):
 
     @staticmethod
     def _bias_as_column(branch: Branch) -> None:
-        """The head's bias becomes its weights for the channel that is always 1."""
+        """Turn the head's bias into weights for the channel that is always 1."""
         for linear in branch.readers.values():
             weight = linear.weight.double()
             if linear.bias is not None:

@@ -15,7 +15,6 @@ from compress.models.stored_files import ADAPTER
 from compress.streaming.journal import new_file_mode
 
 WEIGHTS = "adapter_model.safetensors"
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank may be
 COPY_BYTES = 2**24
 
 

@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.checkpoints.adapter import VLLM_RANKS
+from compress.architectures.packed import VLLM_RANKS
 from compress.checkpoints.facts import Facts
 from compress.checkpoints.measures import Measures
 from compress.durable import whole

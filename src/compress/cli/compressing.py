@@ -29,9 +29,9 @@ from compress.cli.tables import show_plan, show_result
 from compress.errors import Faults
 
 if TYPE_CHECKING:
-    from compress.job import Job
     from compress.models.hub import ModelSource
     from compress.pipeline import Result
+    from compress.planning.prepare import Job
     from compress.recipe import Recipe
 
 MODEL = "A hub id, an alias such as llama-2-7b or opt-125m, a folder, or demo."
@@ -91,8 +91,8 @@ class RunOptions(WritingOptions):
         found = look_at(faults, [model or self.model], data_dir=self.data_dir, device=self.device, check=check)
         faults.report()
 
-        from compress.job import Job
         from compress.models.loading import load_config
+        from compress.planning.prepare import Job
 
         quiet_libraries()
         (source,) = found.models

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 from compress.cli.reporting import gigabytes, print_json, print_lines, print_table
 
 if TYPE_CHECKING:
-    from compress.job import Job
     from compress.pipeline import Result
-    from compress.plan import Plan
+    from compress.planning.plan import Plan
+    from compress.planning.prepare import Job
     from compress.streaming.sites import Count
 
 BLOCK = re.compile(r"\.(\d+)\.(.*)")  # its number, and what is below it
@@ -20,7 +20,7 @@ def show_plan(job: "Job", plan: "Plan", *, as_json: bool) -> None:
     if as_json:
         print_json({"out": str(job.out), **plan.to_dict()})
         return
-    rows = [["written as", loads_as(plan.target.class_name, is_stock=plan.target.is_stock)]]
+    rows = [["written as", loads_as(plan.spec.architecture.class_name, is_stock=plan.spec.architecture.is_stock)]]
     rows += [["parameters, dense", f"{plan.dense.parameters:,}"]]
     if plan.choices:
         rows += [["shapes that fit", f"{len(plan.choices)}, see below; predicted, then chosen by at most three trials"]]
@@ -38,7 +38,7 @@ def show_plan(job: "Job", plan: "Plan", *, as_json: bool) -> None:
     print_table(f"Plan: {job.model.name} to {job.out}", ["", "value"], rows)
     if plan.choices:
         show_choices(plan)
-    show_ranks({path: factors.rank for path, factors in plan.factors.items()}, plan.num_blocks)
+    show_ranks({path: factors.rank for path, factors in plan.factors.items()}, plan.spec.num_blocks)
     show_alternatives([vars(each) for each in plan.alternatives])
     print_lines(plan.notes)
 

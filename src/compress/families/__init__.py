@@ -29,7 +29,7 @@ class Units:
     writer: str
 
     def number(self, config: Any) -> int:
-        """How many a block of the dense model has."""
+        """Number of units in a block of the dense model."""
         count = getattr(config, self.count)
         return 4 * config.hidden_size if count is None else int(count)
 
@@ -78,7 +78,7 @@ class BranchTable:
     experts: tuple["BranchTable", ...] = ()
 
     def readers_by_norm(self) -> dict[str | None, tuple[str, ...]]:
-        """All readers behind the one norm, or behind each those that its path passes; behind None without a norm."""
+        """Readers by the norm before them; None without a norm."""
         if len(self.norms) <= 1:
             return {next(iter(self.norms), None): self.readers}
         return {norm: self._readers_on(path) for norm, path in zip(self.norms, self.paths, strict=True)}
@@ -133,17 +133,17 @@ class Family:
 
     @property
     def embedding_parts(self) -> tuple[str, ...]:
-        """What has weights before the first block."""
+        """Modules with weights before the first block."""
         return tuple(part for part in (*self.embeddings, self.project_in) if part)
 
     @property
     def head_parts(self) -> tuple[str, ...]:
-        """What has weights behind the last block."""
+        """Modules with weights after the last block."""
         return tuple(part for part in (self.final_norm, self.project_out, self.head) if part)
 
     @property
     def last_reader(self) -> str:
-        """The linear behind the last block that reads the stream."""
+        """The linear after the last block that reads the stream."""
         return self.project_out or self.head
 
     @property
@@ -154,7 +154,7 @@ class Family:
         return getattr(config, self.norm_eps) if isinstance(self.norm_eps, str) else self.norm_eps
 
     def scale(self, config: Any) -> float:
-        """What everything that a branch writes is multiplied by."""
+        """Factor on everything that a branch writes."""
         return float(getattr(config, self.multiplier)) if self.multiplier else 1.0
 
     def structure(self) -> dict[str, Any]:
@@ -181,7 +181,7 @@ class Family:
 
 
 def plain(value: Any) -> Any:
-    """Tuples as lists, all the way down: data as JSON gives it back."""
+    """Turn tuples into lists, recursively, as JSON does."""
     if isinstance(value, dict):
         return {key: plain(entry) for key, entry in value.items()}
     return [plain(entry) for entry in value] if isinstance(value, list | tuple) else value
@@ -192,7 +192,7 @@ def names() -> list[str]:
 
 
 def find(config: Any) -> Family:
-    """The family of a model, from its config: its module's `family(config)`, or its FAMILY where all are alike.
+    """Find the family of a model by its config: its module's `family(config)`, or FAMILY.
 
     Raises UnsupportedModel where there is none, or where nothing can be done to the model, with the reason. That it
     cannot be rotated is no such reason: `check_exact` is for recipes that would.

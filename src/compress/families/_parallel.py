@@ -1,4 +1,4 @@
-"""Attention and a gated MLP side by side, behind one norm."""
+"""Parallel attention and gated MLP after one norm."""
 
 from compress.families import BranchTable
 from compress.families._sequential import ATTENTION, GATED_MLP

@@ -1,4 +1,4 @@
-"""Families that normalise what a branch writes before the stream takes it in."""
+"""Families that normalize a branch's output before it is added to the stream."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The block that most families share: attention, then a gated MLP, each behind a norm of its own."""
+"""The block that most families share: attention, then a gated MLP, each after its own norm."""
 
 from compress.families import BranchTable, Units
 
@@ -8,7 +8,7 @@ QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
 
 def kv_groups(writer: str) -> Units:
-    """The groups of query heads that share a key and a value head, where q, k and v are linears of their own."""
+    """Groups of query heads that share a key and a value head, for separate q, k and v linears."""
     readers = tuple((name, 1) for name in QKV)
     return Units(kind="kv_groups", count="num_key_value_heads", readers=readers, writer=writer)
 

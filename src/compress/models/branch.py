@@ -1,4 +1,4 @@
-"""A residual branch with its weights at hand: what reads the stream, what writes it, and the norm between.
+"""A residual branch with its weights loaded: the linears that read the stream, those that write it, and the norm.
 
 Embeddings are a branch that only writes, the head one that only reads, so a decoder is a chain of branches and every
 change of the stream's basis is two verbs: `write_through` the branch before it, `read_through` the branch after.
@@ -74,7 +74,7 @@ class Branch:
         self.norm_class = type(self.norm)
 
     def reader_groups(self) -> list[ReaderGroup]:
-        """The readers apart by the norm they read through; none where nothing is read."""
+        """Group the readers by the norm they read through."""
         owner = self.owner
         if owner is None:
             return []
@@ -83,7 +83,7 @@ class Branch:
         ]
 
     def sharing(self) -> list[tuple[str, ...]]:
-        """Readers, then writers, together with those that are given the same inputs; experts' come last of each."""
+        """Group readers, then writers, by shared inputs; experts come last of each."""
         apart = {name for expert in self.experts for name in expert.readers}
         readers = [tuple(name for name in group.readers if name not in apart) for group in self.reader_groups()]
         readers += [tuple(expert.readers) for expert in self.experts]
@@ -95,7 +95,7 @@ class Branch:
 
     @property
     def writes_through_norm(self) -> bool:
-        """Whether what it writes is normalised on the way to the stream."""
+        """Whether its output passes a norm before it is added to the stream."""
         return self.post_norm is not None and self.post_norm_of == "update"
 
     @property
@@ -105,24 +105,24 @@ class Branch:
 
     @property
     def norm(self) -> nn.Module | None:
-        """The first norm; once norms are folded, all of a branch are alike."""
+        """The first norm; once norms are folded, all norms of a branch are equal."""
         return next((group.norm for group in self.reader_groups()), None)
 
     def linear(self, name: str) -> AnyLinear:
-        """A reader or writer as it is now, factorised or not."""
+        """A reader or writer as it is now, factorized or not."""
         assert self.owner is not None
         module = self.owner.get_submodule(name)
         assert isinstance(module, AnyLinear)
         return module
 
     def in_features(self, name: str) -> int:
-        """How many inputs a reader or writer takes, whatever it has become."""
+        """Number of inputs of a reader or writer, in whatever form it is."""
         assert self.owner is not None
         width: Any = self.owner.get_submodule(name).in_features
         return int(width)
 
     def written(self, name: str) -> nn.Module | None:
-        """A reader or writer that is in its written form already; None for others."""
+        """A reader or writer that is already in its written form; None for others."""
         assert self.owner is not None
         module = self.owner.get_submodule(name)
         if isinstance(module, Written):
@@ -130,11 +130,11 @@ class Branch:
         return None if isinstance(module, AnyLinear) else module
 
     def replace_linear(self, name: str, module: nn.Module) -> None:
-        """Put another module in the place of a reader or writer."""
+        """Replace a reader or writer by another module."""
         replace(self.owner, name, module)
 
     def write(self, x: Float[Tensor, "*tokens n"]) -> Float[Tensor, "*tokens d"]:
-        """What the branch adds to the stream where its one writer is given x; for branches without a norm behind it."""
+        """Apply the branch's only writer to its input x; for branches without a norm after it."""
         assert self.owner is not None
         (writer,) = self.writers
         written: Tensor = self.owner.get_submodule(writer)(x)
@@ -145,7 +145,7 @@ class Branch:
         return self._a_weight.device
 
     def parameter(self, values: Tensor) -> nn.Parameter:
-        """The values as a parameter beside this branch's weights: their device, their dtype."""
+        """Make a parameter with the device and dtype of the branch's weights."""
         return nn.Parameter(values.to(self.device, self._a_weight.dtype), requires_grad=False)
 
     @property
@@ -157,20 +157,20 @@ class Branch:
         return getattr(self.owner, self.shortcut_name, None) if self.shortcut_name else None
 
     def set_shortcut(self, weight: Float[Tensor, "d_in d_out"], dtype: torch.dtype) -> None:
-        """x weight as a linear layer, so that it can be fitted, quantised and adapted like any other."""
+        """Set the shortcut, as a linear layer so that it can be fitted, quantized and adapted like any other."""
         with torch.device("meta"):
             linear = nn.Linear(weight.shape[0], weight.shape[1], bias=False)
         linear.weight = nn.Parameter(weight.T.to(dtype).contiguous(), requires_grad=False)
         setattr(self.owner, self.shortcut_name, linear)
 
     def carried(self, stream: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
-        """The stream past the branch."""
+        """The stream that bypasses the branch."""
         return stream if self.shortcut is None else self.shortcut(stream)
 
 
 @contextmanager
 def captured_inputs(modules: Iterable[nn.Module]) -> Iterator[dict[int, Tensor]]:
-    """The latest input of each module, by its place among them, for as long as the context is open."""
+    """Capture the latest input of each module, by index, for as long as the context is open."""
     found: dict[int, Tensor] = {}
 
     handles = [
@@ -184,11 +184,11 @@ def captured_inputs(modules: Iterable[nn.Module]) -> Iterator[dict[int, Tensor]]
 
 
 class Reached(Exception):
-    """A module was about to run, and what it is given is all that was asked for."""
+    """Raised when the module whose input is wanted is about to run."""
 
 
 def input_of(module: nn.Module, run: Callable[[], Any]) -> Tensor:
-    """What a module is given when `run` is called; neither it nor what comes after it is run."""
+    """Capture a module's input when `run` is called, without running the module or anything after it."""
     found: list[Tensor] = []
 
     def stop(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:

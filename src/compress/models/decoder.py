@@ -1,4 +1,4 @@
-"""A causal LM of which one part at a time has weights.
+"""A causal LM of which one part at a time is loaded.
 
 The stock model is built on the meta device, where it costs nothing, and its parts (the embeddings, one decoder block,
 the head) are filled, used and emptied in turn. Stock code does all the computing: nothing of it is copied here.
@@ -34,7 +34,7 @@ Arguments = dict[str, Any]
 
 
 class Recorder(nn.Module):
-    """Stands in for a decoder block: notes its keyword arguments and hands the hidden states on unchanged."""
+    """Stand in for a decoder block: record its keyword arguments and return the hidden states unchanged."""
 
     def __init__(self, *, returns_tuple: bool) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class Decoder:
         return int(self.config.hidden_size)
 
     def parameter_shapes(self) -> dict[str, torch.Size]:
-        """Every parameter of the dense model; a tied head goes by its own name."""
+        """Shapes of the dense model's parameters; a tied head is listed under its own name."""
         shapes = {name: p.shape for name, p in self.model.named_parameters(remove_duplicate=False)}
         return dict(sorted(shapes.items()))
 
@@ -95,7 +95,7 @@ class Decoder:
         return f"{self.family.blocks}.{index}."
 
     def fill(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-        """Give a part its weights, by their names below it, in the computing dtype and on the device."""
+        """Load a part's weights, by their names below it, in the compute dtype and on the device."""
         for name, tensor in tensors.items():
             owner, _, attribute = name.rpartition(".")
             weight = tensor.to(self.device, self.dtype)
@@ -126,7 +126,7 @@ class Decoder:
         )
 
     def embed(self, ids: Int64[Tensor, "batch tokens"]) -> tuple[Float[Tensor, "batch tokens d"], list[Arguments]]:
-        """The stream before the first block, and what each block is called with besides it."""
+        """Compute the stream before the first block and the other arguments of each block."""
         hidden_states, arguments = embedded(self.model, self.family, self.recorders, ids.to(self.device))
         check_sound(hidden_states, "the embeddings")
         return hidden_states, arguments
@@ -139,12 +139,12 @@ class Decoder:
         return found
 
     def logits_of(self, read: Float[Tensor, "*tokens d"]) -> Float[Tensor, "*tokens vocabulary"]:
-        """The logits, of what the last reader of the stream gives."""
+        """Compute the logits from the output of the last reader of the stream."""
         outputs = self.model.get_submodule(self.family.head)(read) if self.family.project_out else read
         return finished_logits(outputs, self.family.logits, self.config)
 
     def empty(self, module: nn.Module) -> None:
-        """Let go of a part's weights."""
+        """Free a part's weights."""
         for owner in module.modules():
             for name, parameter in list(owner.named_parameters(recurse=False)):
                 setattr(owner, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
@@ -192,7 +192,7 @@ class Decoder:
 def embedded(
     model: PreTrainedModel, family: Family, recorders: Sequence[Recorder], ids: Int64[Tensor, "batch tokens"]
 ) -> tuple[Float[Tensor, "batch tokens d"], list[Arguments]]:
-    """The stream before a model's first block, and what each block is called with besides it, one recorder a block."""
+    """Compute the stream before the first block and the other arguments of each block, by a recorder a block."""
     with recording(model, family, recorders):
         model.base_model(input_ids=ids, use_cache=False)
     hidden_states = recorders[0].hidden_states
@@ -203,7 +203,7 @@ def embedded(
 
 @contextmanager
 def recording(model: nn.Module, family: Family, recorders: Sequence[Recorder]) -> Iterator[None]:
-    """Recorders in the places of a stock model's blocks, identities behind them: all of these may be empty."""
+    """Replace a stock model's blocks by recorders and the modules after them by identities."""
     behind = [part for part in family.head_parts if part != family.head]
     kept = {name: model.get_submodule(name) for name in (family.blocks, *behind)}
     replace(model, family.blocks, nn.ModuleList(recorders))
@@ -219,7 +219,7 @@ def recording(model: nn.Module, family: Family, recorders: Sequence[Recorder]) -
 def run_branch(
     block: Any, structure: Mapping[str, Any], name: str, hidden_states: Tensor, arguments: Arguments
 ) -> Tensor:
-    """What a branch adds to the stream; structure: its names of the block's parts."""
+    """Run a branch; return what it adds to the stream. structure: the names of the block's parts."""
     found: Tensor = block.run_branch(structure, hidden_states, **arguments)
     where = partial(first_unsound, block, partial(block.run_branch, structure, hidden_states, **arguments))
     check_sound(found, f"the stream after {name}", where)

@@ -1,4 +1,4 @@
-"""What files call the linears of experts, which transformers fuses while it loads.
+"""Names of experts' linears in checkpoint files; transformers fuses them while loading.
 
 In a model of ours they are `mlp.expert.3.gate_proj`: a name that is none of the files', so that transformers leaves
 them alone. Files have `mlp.experts.3.gate_proj`, Mixtral's `block_sparse_moe.experts.3.w1`, and some hold all experts
@@ -30,23 +30,23 @@ class Piece:
 
 
 def file_name(name: str, model_type: str) -> str:
-    """What the files of a stock model have instead of a name of ours."""
+    """The name in a stock model's files of a tensor of ours."""
     return as_mixtral(name) if model_type == "mixtral" else as_apart(name)
 
 
 def stored_forms(name: str) -> list[str]:
-    """What a tensor of this name may be called in a file, fused ones left out."""
+    """Names that a tensor may have in a file, fused ones left out."""
     return list(dict.fromkeys((name, as_apart(name), as_mixtral(name))))
 
 
 def own_name(stored: str) -> str:
-    """The name of ours of what a file calls so."""
+    """Our name of a tensor of a file."""
     name = MIXTRAL.sub(lambda found: f".mlp.expert.{found[1]}.{PARTS[found[2]]}_proj", stored)
     return APART.sub(r".mlp.expert.\1.", name).replace(".block_sparse_moe.gate.", ".mlp.gate.")
 
 
 def fused_piece(name: str) -> Piece | None:
-    """Where an expert's weight is if the file has them fused; None for what is no expert's."""
+    """Where an expert's weight is in a fused tensor; None for other tensors."""
     found = OURS.search(name)
     if found is None:
         return None

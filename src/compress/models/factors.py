@@ -1,4 +1,4 @@
-"""Factorised linears: from factors to modules in a form, back, and multiplied out.
+"""Low-rank linears: build them from factors, read them back, multiply them out.
 
 Arithmetic is float64; modules keep the dtype and the device that they are given.
 """
@@ -59,7 +59,7 @@ def as_factors(module: LowRankLinear | PivotLinear) -> Factors:
 
 
 def multiplied_out(module: LowRankLinear | PivotLinear) -> nn.Linear:
-    """One dense linear of the same function."""
+    """Multiply the factors out into one dense linear."""
     factors, dtype = as_factors(module), module.first.weight.dtype
     with torch.device("meta"):
         linear = nn.Linear(module.in_features, module.out_features, bias=factors.bias is not None)
@@ -78,14 +78,14 @@ def as_double(tensor: Tensor | None) -> Tensor | None:
 
 
 def tensor_names(form: Form, *, has_bias: bool) -> list[str]:
-    """What is stored of a factorised linear, below its name."""
+    """Names of a low-rank linear's tensors, below its own name."""
     if form == "pivot":
         return ["first.weight", "second.weight", "order"] + (["first.bias", "second.bias"] if has_bias else [])
     return ["first.weight", "second.weight"] + (["second.bias"] if has_bias else [])
 
 
 def num_stored(m: int, n: int, rank: int, form: Form) -> int:
-    """Numbers of the two weights, without a bias."""
+    """Count the numbers of the two weights, without a bias."""
     return rank * (m + n - rank) if form == "pivot" else rank * (m + n)
 
 
@@ -95,7 +95,7 @@ def input_side(module: AnyLinear) -> nn.Linear:
 
 
 def with_outputs(module: AnyLinear, change: Callable[[Tensor], Tensor]) -> AnyLinear:
-    """A linear map of what the module gives, in the module's own form and dtype.
+    """Apply a linear map to the module's outputs, keeping its form and dtype.
 
     change: does it to the rows of a matrix (m, ...), or to the entries of a vector (m,).
     """

@@ -1,4 +1,4 @@
-"""A GGUF file as a model of transformers, its weights dequantized.
+"""Load a GGUF file as a transformers model, its weights dequantized.
 
 transformers' reader leaves out what its own classes have no place for, biases and scaled rotary embeddings among it,
 and says nothing. Such a file is refused: it would be another model that is looked at. The package `gguf` (the extra of
@@ -31,7 +31,7 @@ def check_extra(what: str) -> None:
 
 
 def load_gguf_config(file: Path) -> Any:
-    """What transformers makes of the file's header.
+    """Read the config from the file's header, through transformers.
 
     Raises UnsupportedModel for an architecture that it does not know, and for rotary scaling, which it leaves out.
     """
@@ -51,7 +51,7 @@ def load_gguf_tokenizer(file: Path) -> Any:
 
 
 def load_gguf(file: Path, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """The whole model. Raises UnsupportedModel where some of the file has no place in it."""
+    """Load the whole model. Raises UnsupportedModel where a tensor of the file has no place in it."""
     load_gguf_config(file)  # whose sizes are looked at there
     model, info = read_alone(AutoModelForCausalLM, file, dtype=dtype, output_loading_info=True)
     for kind in ("missing_keys", "mismatched_keys"):
@@ -69,7 +69,7 @@ def load_gguf(file: Path, *, dtype: torch.dtype, device: torch.device) -> PreTra
 
 
 def read_alone(kind: Any, file: Path, **options: Any) -> Any:
-    """What `kind.from_pretrained` makes of the file alone in a folder: transformers also reads what lies beside it.
+    """Call `kind.from_pretrained` on the file alone in a folder: transformers also reads files next to it.
 
     Raises UnsupportedModel for whatever transformers raises.
     """
@@ -80,7 +80,7 @@ def read_alone(kind: Any, file: Path, **options: Any) -> Any:
 
 
 def read_header(file: Path) -> Any:
-    """gguf's GGUFReader, which leaves tensors on disk. Raises CheckpointError for a file that is damaged."""
+    """Open gguf's GGUFReader, which leaves tensors on disk. Raises CheckpointError for a damaged file."""
     import gguf
 
     with reading(f"{file} is no GGUF file or damaged", "Get it again."):
@@ -88,7 +88,7 @@ def read_header(file: Path) -> Any:
 
 
 def rotary_scaling(header: Any) -> str | None:
-    """How a file's rotary embeddings are scaled, if they are."""
+    """Read how the rotary embeddings are scaled, if they are."""
     said = (field.contents() for name, field in header.fields.items() if name.endswith(".rope.scaling.type"))
     factors = any(tensor.name == ROPE_FACTORS for tensor in header.tensors)
     return next((kind for kind in said if kind != "none"), "llama3" if factors else None)

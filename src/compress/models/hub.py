@@ -1,4 +1,4 @@
-"""From what a user types to a folder: a path, a short alias, a hub id, or `demo`, the model in this package.
+"""Find a model by what a user types: a path, a short alias, a hub id, or `demo`, the model in this package.
 
 Hub downloads go through huggingface_hub, which has its own cache, token and offline switch; only safetensors, JSON and
 tokenizer files are fetched.
@@ -64,7 +64,7 @@ class ModelSource:
         return self.name == DEMO
 
     def config_folder(self) -> Path:
-        """A folder with at least config.json; nothing else is fetched for it."""
+        """Return a folder with at least config.json; nothing else is downloaded."""
         return self.folder or fetch(self.repository or self.name, ("config.json",))
 
     def whole_folder(self) -> Path:
@@ -72,7 +72,7 @@ class ModelSource:
 
 
 def find_model(name: str) -> ModelSource:
-    """What `name` stands for; nothing is downloaded yet."""
+    """Resolve a model's name; nothing is downloaded yet."""
     if name == DEMO:
         return ModelSource(DEMO, Path(str(resources.files("compress") / "assets" / "demo")))
     path = typed_path(name)
@@ -90,7 +90,7 @@ def find_model(name: str) -> ModelSource:
 
 
 def find_gguf(name: str) -> Path | None:
-    """The GGUF file that is meant: named itself, or alone in a folder that is no model otherwise."""
+    """Find the GGUF file that is meant: named itself, or the only one in a folder that holds no other model."""
     path = typed_path(name)
     if path.suffix.lower() == ".gguf" and path.is_file():
         return path

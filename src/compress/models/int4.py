@@ -1,4 +1,4 @@
-"""4-bit linears by torch's own kernel, on the devices and in the dtype where it is worth it.
+"""Run 4-bit linears by torch's own kernel, on devices and in dtypes where it pays.
 
 That is bfloat16, on CUDA and on CPUs with AVX2 or AVX-512: in other dtypes the CPU's is a plain loop, slower than
 unpacking the weight. The kernel has a layout of its own, which takes the stored one's place.
@@ -68,7 +68,7 @@ class Int4Linear(LoraLinear):
         return multiply(x.contiguous(), self.layout, self.group, self.scales_and_zeros)
 
     def columns(self, start: int, stop: int) -> Tensor:
-        """Of W, (m, stop - start): what the kernel makes of unit vectors."""
+        """Columns of W, (m, stop - start), as the kernel computes them from unit vectors."""
         inputs = torch.arange(start, stop, device=self.layout.device)
         units = self.scales_and_zeros.new_zeros(stop - start, self.in_features)
         return self.multiplied(units.scatter_(1, inputs[:, None], 1)).T
@@ -93,13 +93,13 @@ def has_kernel(device: torch.device) -> bool:
 
 
 def kernel_group(linear: QuantizedLinear) -> int | None:
-    """The largest group that the kernel knows in which the linear's inputs share a scale."""
+    """The largest of the kernel's group sizes in which the linear's inputs share a scale."""
     shared = linear.in_features // linear.groups
     return next((group for group in GROUPS if shared % group == 0), None)
 
 
 def fault(linear: QuantizedLinear) -> str | None:
-    """Why the kernel does not take a linear; None where it does."""
+    """Why the kernel cannot run a linear; None where it can."""
     device, dtype = linear.weight_scale.device, linear.weight_scale.dtype
     if not isinstance(linear, PackedLinear) or linear.bits != 4:
         return "the kernel is for packed integers of 4 bits"
@@ -118,7 +118,7 @@ def fault(linear: QuantizedLinear) -> str | None:
 
 
 def use_kernels(model: nn.Module) -> None:
-    """Give linears to the kernel that takes them, in place; of the others one warning says why."""
+    """Replace the linears that the kernel takes, in place; one warning says why the others stay."""
     slow: Counter[str] = Counter()
     # By name, so that each is let go of as the next one is begun.
     for path in [path for path, module in model.named_modules() if isinstance(module, QuantizedLinear)]:

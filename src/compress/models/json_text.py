@@ -1,4 +1,4 @@
-"""JSON that somebody else wrote."""
+"""Parse untrusted JSON."""
 
 import json
 from typing import Any

@@ -1,4 +1,4 @@
-"""What the libraries that read a user's files raise, as errors of ours.
+"""Turn the errors of libraries that read a user's files into ours.
 
 transformers, tokenizers and gguf take a file's word for most of what it says: a value of another kind comes out of them
 as any error at all, of tokenizers as a bare Exception. Where they are called, and nowhere else, all of that becomes one

@@ -1,4 +1,4 @@
-"""Configs, tokenizers and whole models from a folder, with errors a user can act on."""
+"""Load configs, tokenizers and whole models from a folder, with errors a user can act on."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -65,7 +65,7 @@ def check_format(folder: Path, number: int) -> None:
 
 
 def forget_code(config: Any) -> None:
-    """Code that is not run here is not named in what is written from it either."""
+    """Drop references to remote code, so that no output names code that was not run."""
     if hasattr(config, "auto_map"):
         del config.auto_map
 
@@ -82,7 +82,7 @@ def check_sizes(file: Path, config: Any) -> None:
 
 
 def empty_model(config: Any) -> PreTrainedModel:
-    """The model of a config without weights, on the meta device."""
+    """Build a model from its config on the meta device."""
     # Under torch's own context transformers leaves out the initialisation, most of the time it takes.
     with reading("The model's config.json makes no model"), torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
@@ -90,7 +90,7 @@ def empty_model(config: Any) -> PreTrainedModel:
 
 
 def check_vocabulary(windows: torch.Tensor, config: Any, folder: Path) -> None:
-    """That every token has an embedding."""
+    """Check that every token has an embedding."""
     largest, size = int(windows.max()), config.get_text_config().vocab_size
     if largest >= size:
         raise CheckpointError(
@@ -108,7 +108,7 @@ def check_positions(config: Any, seq_len: int) -> None:
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """One that has cut a text already: some read anything, and fail when they are used."""
+    """Load a tokenizer and try it on a text: some load from anything and fail in use."""
     if not any(any(folder.glob(pattern)) for pattern in ("tokenizer*", "*.model", "vocab*")):
         raise CheckpointError(
             f"{folder} has no tokenizer (tokenizer.json or its like). Copy the model's tokenizer there."
@@ -122,7 +122,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
 def load_model(
     folder: Path, *, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """The whole model, for what needs it whole. Safetensors only, and every parameter must be there."""
+    """Load the whole model. Safetensors only, and every parameter must be stored."""
     load_config(folder, trust_remote_code=trust_remote_code)  # whose sizes are looked at there
     with reading(f"{folder} with its config.json makes no model"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(

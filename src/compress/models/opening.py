@@ -1,4 +1,4 @@
-"""Any model that can be named, whole and ready to run: dense, compressed, or packed with its adapter."""
+"""Load any model ready to run: dense, compressed, or packed with its adapter."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from compress.models.stored_loading import is_stored, load_stored
 def open_model(
     folder: Path, *, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """What this program packed stays packed in memory, its adapter included; the rest is transformers' to load."""
+    """Load a model. Checkpoints of ours stay packed in memory, adapter included; others are loaded by transformers."""
     if (folder / "compress.json").is_file() and is_stored(folder):
         return load_stored(folder, dtype=dtype, device=device)
     return load_model(folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)

@@ -1,4 +1,4 @@
-"""Linears with the tensors of a compressed-tensors checkpoint, and a PEFT adapter beside them.
+"""Linears that hold the tensors of a compressed-tensors checkpoint and a PEFT adapter.
 
 What is stored of a weight has the names, shapes and dtypes of compressed-tensors 0.20, so that its own code reads it:
 
@@ -31,7 +31,7 @@ WORD = 32  # bits
 
 @dataclass(frozen=True)
 class Beside:
-    """What a linear has besides its weight.
+    """The parts of a linear besides its weight.
 
     inputs: what the weight's inputs are rounded to, each token's for itself; the adapter's stay as they are.
     """
@@ -42,7 +42,7 @@ class Beside:
 
 
 class RoundedInputs(torch.autograd.Function):
-    """What compressed-tensors makes of a linear's inputs with a step for each token; gradients pass as they are."""
+    """Quantize a linear's inputs with a scale for each token, as compressed-tensors does; gradients pass through."""
 
     @staticmethod
     def forward(_ctx: Any, x: Tensor, kind: InputNumbers) -> Tensor:
@@ -58,7 +58,7 @@ class RoundedInputs(torch.autograd.Function):
 
 
 class LoraLinear(AdaptedLinear):
-    """A weight of whatever form, and an adapter of floats."""
+    """A linear with a weight in any form and a float adapter."""
 
     def __init__(self, in_features: int, out_features: int, beside: Beside) -> None:
         super().__init__(in_features, out_features, beside.bias)
@@ -118,7 +118,7 @@ class QuantizedLinear(LoraLinear):
         raise NotImplementedError
 
     def zeros(self, start: int, stop: int) -> Tensor | None:
-        """The codes of 0: (stop - start, groups), or (1,) for a tensor; None where they are 0."""
+        """Zero points: (stop - start, groups), or (1,) for a tensor; None where they are 0."""
         raise NotImplementedError
 
     def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
@@ -196,7 +196,7 @@ def words(count: int, bits: int) -> int:
 
 
 def unpacked(packed: Tensor, bits: int, count: int) -> Tensor:
-    """Signed codes, int8 (rows, count), from int32 (rows, words)."""
+    """Unpack int32 (rows, words) into signed codes, int8 (rows, count)."""
     stream = packed.view(torch.uint8)
     if bits == 4:
         halves = stream.to(torch.int16)
@@ -214,7 +214,7 @@ def unpacked(packed: Tensor, bits: int, count: int) -> Tensor:
 
 @contextmanager
 def inputs_as_they_are(module: nn.Module) -> Iterator[None]:
-    """Without the rounding of inputs, for as long as the context is open.
+    """Switch off input quantization for as long as the context is open.
 
     It is a step function: what differs by the order of a sum before it can differ by a whole step behind it.
     """

@@ -1,4 +1,4 @@
-"""Codes and patterns as bits: what `modeling_compress` and `packed` read."""
+"""Pack codes and sparsity patterns into bits."""
 
 import math
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from compress.own_model.modeling_compress import combinations, place_bits
 
 
 def pack_bits(numbers: Integer[Tensor, "rows count"], bits: int) -> UInt8[Tensor, "rows _"]:
-    """Of numbers from 0 to 2^bits - 1; the order is `unpack_bits`'s."""
+    """Pack numbers from 0 to 2^bits - 1, in the order of `unpack_bits`."""
     eighth = math.ceil(numbers.shape[1] / 8)
     stretches = torch.nn.functional.pad(numbers, (0, 8 * eighth - numbers.shape[1])).view(-1, 8, eighth)
     planes = torch.zeros(len(numbers), bits, eighth, dtype=torch.uint8, device=numbers.device)
@@ -25,7 +25,7 @@ def pack_bits(numbers: Integer[Tensor, "rows count"], bits: int) -> UInt8[Tensor
 
 
 def pack_words(codes: Int[Tensor, "rows count"], bits: int) -> Int32[Tensor, "rows _"]:
-    """Of codes from -2^(bits-1) to 2^(bits-1) - 1, as compressed-tensors packs them: without gaps, low bits first."""
+    """Pack signed codes as compressed-tensors does: without gaps, low bits first."""
     rows, count = codes.shape
     # Of 32 numbers, which fill `bits` words, each eight are one of every stretch.
     padded = torch.nn.functional.pad(unsigned(codes, bits), (0, -count % 32)).view(rows, -1, 8)
@@ -40,7 +40,7 @@ def unsigned(codes: Int[Tensor, "rows count"], bits: int) -> UInt8[Tensor, "rows
 
 @dataclass(frozen=True)
 class Kept:
-    """Which weights a pattern keeps.
+    """The weights that a sparsity pattern keeps.
 
     mask: (m, n).
     """
@@ -49,11 +49,11 @@ class Kept:
     pattern: Pattern
 
     def of(self, weights: Shaped[Tensor, "m n"]) -> Shaped[Tensor, "m _"]:
-        """Those that are kept: the first ones of all groups, then the second ones, and so on."""
+        """The kept weights: the first of all groups, then the second, and so on."""
         return weights[self.mask].view(len(weights), -1, int(self.pattern.keep)).transpose(1, 2).flatten(1)
 
     def places(self) -> UInt8[Tensor, "m _"]:
-        """Of each group the number of its combination.
+        """The index of each group's combination.
 
         Raises ValueError where a group does not keep as many as the pattern.
         """

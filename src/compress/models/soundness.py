@@ -1,4 +1,4 @@
-"""Where a NaN or an Inf comes up first: looked for only once there is one."""
+"""Find where a NaN or an Inf first appears, once there is one."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,7 @@ from compress.errors import NumericalError
 
 
 def is_sound(tensor: Tensor) -> bool:
-    """Whether every number is finite. A finite sum shows it in one reading; a large one proves nothing."""
+    """Whether every number is finite. A finite sum proves it in one pass; an infinite one proves nothing."""
     return bool(tensor.sum().isfinite()) or bool(torch.isfinite(tensor).all())
 
 
@@ -25,7 +25,7 @@ def check_sound(found: Tensor, what: str, where: Callable[[], str | None] = lamb
 
 
 def first_unsound(root: nn.Module, run: Callable[[], object]) -> str | None:
-    """What to say of the first place in a forward pass that has a NaN or Inf; None where there is none.
+    """Describe the first place in a forward pass that has a NaN or Inf; None where there is none.
 
     run: makes the pass once more, with all modules below `root` that have no parts watched.
     """
@@ -60,5 +60,5 @@ def unsound_at(module: nn.Module, inputs: tuple[object, ...], output: object) ->
 
 
 def has_unsound(value: object) -> bool:
-    """Of a tensor; 8-bit floats are codes."""
+    """Whether a tensor has a NaN or Inf; 8-bit floats are codes."""
     return isinstance(value, Tensor) and value.dtype.itemsize > 1 and not is_sound(value)

@@ -1,4 +1,4 @@
-"""How linears with quantized or sparse weights and adapters are stored, and the modules that hold them so.
+"""Storage formats of linears with quantized or sparse weights and adapters, and the modules that hold them.
 
     packed   what compressed-tensors and PEFT read, zeros included (`models/packed.py`)
     compact  our own: the kept weights alone, and which these are (`own_model/modeling_compress.py`)
@@ -25,7 +25,7 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Storage:
-    """How a linear's weight is stored, and the adapter beside it.
+    """How a linear's weight and its adapter are stored.
 
     bits: of a code; None for floats of the model's dtype. floating: 8-bit floats (e4m3) rather than integers.
     group: what shares a scale along the inputs; in a compact row the last group may be smaller.
@@ -60,16 +60,16 @@ class Storage:
 
     @property
     def left_out(self) -> Pattern | None:
-        """The pattern by whose places compact leaves weights out."""
+        """The sparsity pattern whose zeros the compact form leaves out."""
         return self.pattern if self.pattern is not None and self.pattern.is_grouped else None
 
     @property
     def in_bytes(self) -> bool:
-        """Whether packed gives each code a byte: what engines do that compute in 8 bits."""
+        """Whether packed form gives each code a byte, as engines want that compute in 8 bits."""
         return self.floating or (self.inputs is not None and self.bits == 8)
 
     def entry(self) -> dict[str, Any]:
-        """What a compact model's config says of the linear."""
+        """The linear's entry in a compact model's config."""
         pattern = self.left_out
         return {
             "bits": self.bits,
@@ -86,7 +86,7 @@ class Storage:
 def empty_linear(
     storage: Storage, in_features: int, out_features: int, *, bias: bool, dtype: torch.dtype
 ) -> AdaptedLinear:
-    """With everything that will be stored in its shape and dtype, on torch's current default device."""
+    """Build an empty module with every stored tensor in its shape and dtype, on torch's default device."""
     n, m = in_features, out_features
     beside = Beside(bias, storage.rank, storage.inputs)
     linear: AdaptedLinear
@@ -154,7 +154,7 @@ def compact_tensors(
 
 
 def matrix_tensors(matrix: Float[Tensor, "m n"], grid: Grid | None, kept: Kept | None, dtype: torch.dtype) -> Tensors:
-    """What a `StoredMatrix` stores of the numbers themselves."""
+    """The tensors that a `StoredMatrix` stores for a matrix's values."""
     if grid is None:
         return {"values": (matrix if kept is None else kept.of(matrix)).to(dtype)}
     bits, codes = grid.numbers.bits, grid.codes(matrix)

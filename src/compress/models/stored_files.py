@@ -1,4 +1,4 @@
-"""What the files of a checkpoint say of stored linears: compressed-tensors' scheme, PEFT's adapter, the tensors.
+"""Read how a checkpoint stores its linears: compressed-tensors' scheme, PEFT's adapter, the tensors.
 
 Read without compressed-tensors and peft, and no more than what `models/packed.py` can hold; anything else is refused.
 """
@@ -41,7 +41,7 @@ def json_object(file: Path) -> dict[str, Any]:
 
 
 def read_scheme(folder: Path) -> Storage | None:
-    """How config.json says that quantized linears are stored; None where it says nothing."""
+    """Read the quantization scheme from config.json; None where there is none."""
     found = json_object(folder / "config.json").get("quantization_config")
     if found is None:
         return None
@@ -108,13 +108,13 @@ class Lora:
     alphas: dict[str, float]
 
     def factor(self, path: str, rank: int) -> float:
-        """As PEFT finds it."""
+        """The scale of a linear's adapter, as PEFT computes it."""
         own = (alpha for end, alpha in self.alphas.items() if re.match(rf"(.*\.)?({end})$", path))
         return next(own, self.alpha) / rank
 
 
 def read_lora(folder: Path) -> Lora | None:
-    """The adapter beside a model; None where there is none."""
+    """Read a model's LoRA adapter; None where there is none."""
     if not (folder / ADAPTER).is_dir():
         return None
     config_file, file = folder / ADAPTER / "adapter_config.json", folder / ADAPTER / "adapter_model.safetensors"
@@ -140,7 +140,7 @@ def read_lora(folder: Path) -> Lora | None:
 
 
 class StoredTensors(SafetensorsFolder):
-    """The tensors of a model's files and of its adapter's, by the names they have in a model of stored linears."""
+    """Tensors of a model's files and its adapter, by their names in a model of stored linears."""
 
     def __init__(self, folder: Path, lora: Lora | None) -> None:
         super().__init__(folder)

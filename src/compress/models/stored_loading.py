@@ -1,4 +1,4 @@
-"""A folder with quantized linears, a LoRA beside them or both as a model that keeps them as they are stored.
+"""Load a folder with quantized linears, a LoRA adapter or both, keeping them as they are stored.
 
 The folder is what compressed-tensors and PEFT read; neither has to be installed. No weight is ever dense: the model is
 built without its parameters, its linears become those of `models/packed.py`, and these get the tensors of the files.
@@ -35,7 +35,7 @@ def is_stored(folder: Path) -> bool:
 
 
 def load_stored(folder: Path, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """Safetensors only, and every tensor must be there and have its place."""
+    """Load a model. Safetensors only; every tensor must be there and have its place."""
     scheme, lora = read_scheme(folder), read_lora(folder)
     tensors = StoredTensors(folder, lora)
     model = hollow_model(folder, dtype)
@@ -57,7 +57,7 @@ def give_generation_config(model: PreTrainedModel, folder: Path) -> None:
 
 
 def hollow_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """The dense model, its parameters on the meta device and its buffers real."""
+    """Build the dense model with parameters on the meta device and real buffers."""
     config = load_config(folder)
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # no library is to act on it
@@ -68,7 +68,7 @@ def hollow_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def put_linears(model: nn.Module, scheme: Storage | None, tensors: StoredTensors, dtype: torch.dtype) -> None:
-    """Linears that are stored quantized, or have an adapter, make place for ones that hold what is stored."""
+    """Replace linears that are quantized or have an adapter by modules that hold what is stored."""
     linears = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
     for path, linear in linears.items():
         quantized, adapted = tensors.find(f"{path}.weight_scale"), tensors.find(f"{path}.lora_A")
@@ -93,7 +93,7 @@ def put_linears(model: nn.Module, scheme: Storage | None, tensors: StoredTensors
 
 
 def fill(model: PreTrainedModel, tensors: StoredTensors, dtype: torch.dtype, device: torch.device) -> None:
-    """Give the model what is stored, integers as they are and floats in the dtype."""
+    """Load the stored tensors, integers as they are and floats in the dtype."""
     tied, expected = set(model.all_tied_weights_keys), model.state_dict()
     places = {name: stored for name in expected if (stored := tensors.find(name)) is not None}
     missing = [name for name in expected if name not in places and name not in tied and expected[name].is_meta]
@@ -135,7 +135,7 @@ def described(tensor: Tensor) -> str:
 
 
 def scale_adapters(model: nn.Module, lora: Lora) -> None:
-    """What PEFT multiplies an adapter's product by goes into its second factor."""
+    """Fold PEFT's scale into the adapter's second factor."""
     for path, module in model.named_modules():
         factors = getattr(module, "lora_A", None), getattr(module, "lora_B", None)
         if factors[0] is not None and factors[1] is not None:

@@ -1,4 +1,4 @@
-"""The safetensors files of a checkpoint folder: which they are, what their headers say, their tensors.
+"""Read the safetensors files of a checkpoint folder: their list, headers and tensors.
 
 Nothing but safetensors is opened, and an index can only name files of its own folder. Headers are read without torch.
 A file is open only while it is read: a mapped file counts as memory for as long as it stays open, and would make memory
@@ -39,7 +39,7 @@ BITS = {
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """What a header says of a tensor.
+    """A tensor's header entry.
 
     name: in the file. dtype: as safetensors call it.
     """
@@ -72,7 +72,7 @@ class SafetensorsFolder:
             self.add(file)
 
     def add(self, file: Path, names: Mapping[str, str] | None = None) -> None:
-        """Count the tensors of a file in. names: by the names in the file, what they are called here."""
+        """Add the tensors of a file. names: their names here, by the names in the file."""
         if file.is_file():
             self._versions[file] = version_of(file)
         for tensor in read_header(file):
@@ -82,13 +82,13 @@ class SafetensorsFolder:
             self.tensors[name] = tensor
 
     def find(self, *names: str) -> str | None:
-        """The first of these names that is stored, as it is or as in files from below `model.` or of older names."""
+        """Return the first of these names that is stored, also without the `model.` prefix or under older names."""
         forms = (form for name in names for form in (name, name.removeprefix("model."), OTHER_NAMES.get(name, name)))
         return next((form for form in forms if form in self.tensors), None)
 
     @contextmanager
     def opened(self, file: Path) -> Iterator[Any]:
-        """The file, which has to be the one that it was. Raises CheckpointError, also for one that cannot be read."""
+        """Open a file. Raises CheckpointError where it has changed since, or cannot be read."""
         try:
             with open_safetensors(file) as opened:
                 yield opened
@@ -100,7 +100,7 @@ class SafetensorsFolder:
             ) from error
 
     def read(self, wanted: Mapping[str, str], parts: Mapping[str, Any] | None = None) -> Iterator[tuple[str, Any]]:
-        """Tensors on the CPU as they are stored, file by file.
+        """Read tensors as they are stored, on the CPU, file by file.
 
         wanted: stored names, by the names to give them. parts: by these, the index of what to read where it is not all.
         Raises NumericalError for a NaN or Inf.
@@ -115,7 +115,7 @@ class SafetensorsFolder:
     def _read_some(
         self, file: Path, names: list[str], wanted: Mapping[str, str], parts: Mapping[str, Any]
     ) -> Iterator[tuple[str, Any]]:
-        """The first of the names, which are taken off the list."""
+        """Read as many of the names as are in one file; removes them from the list."""
         mapped = 0
         with self.opened(file) as opened:
             while names and mapped < MAPPED:
@@ -139,13 +139,13 @@ def is_finite(tensor: Any) -> bool:
 
 
 def version_of(file: Path) -> tuple[int, ...]:
-    """What is another one when the file is written anew or replaced."""
+    """Identify a file's version: it changes when the file is rewritten or replaced."""
     stat = file.stat()
     return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def read_header(file: Path) -> list[StoredTensor]:
-    """The tensors of a file; reads no weights. That the header fits the file, safetensors itself checks.
+    """Read a file's header, no weights; safetensors checks that it fits the file.
 
     Raises CheckpointError for a damaged file or a type that is not known.
     """
@@ -209,6 +209,6 @@ def indexed_names(index: Path) -> list[str]:
 
 
 def is_own_name(name: Any) -> bool:
-    """Whether what a file says is the name of another in the same folder, and nothing else."""
+    """Whether a string is a plain file name, in the same folder."""
     is_name = isinstance(name, str) and name.isprintable() and len(name.encode()) <= LONGEST_NAME
     return is_name and Path(name).name == name and "\\" not in name

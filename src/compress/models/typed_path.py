@@ -1,4 +1,4 @@
-"""A path as a user types it, or as a file says it."""
+"""Check a path that a user typed or a file names."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from compress.errors import UsageError
 
 
 def typed_path(name: str) -> Path:
-    """With ~ expanded. Raises UsageError for what no path on this machine can be, and for what may not be looked at."""
+    """Expand ~. Raises UsageError for what cannot be a path on this machine, or may not be accessed."""
     try:
         path = Path(name).expanduser()
         path.exists()

@@ -1,4 +1,4 @@
-"""A linear as it is written, while the walk still has its inputs and outputs in another form.
+"""Linears in their written form while the walk's activations are still in another.
 
 A checkpoint may have the stream in other coordinates than the walk, or its norms with another gain. Most linears are
 brought into that form when nothing more is done to them. One that is stored in few bits has to be in it before.
@@ -15,7 +15,7 @@ from compress.numerics.lift import Lift
 @dataclass(frozen=True)
 class WrittenForm:
     """
-    inputs, outputs: make of those that the walk has the ones that the checkpoint has.
+    inputs, outputs: maps from the walk's to the checkpoint's.
     has_bias: it has a bias there, of zeros where it had none.
     """
 
@@ -29,7 +29,7 @@ class WrittenForm:
 
 
 class Written(nn.Module):
-    """A linear in its written form, for inputs and outputs of the walk's."""
+    """Run a linear in its written form on the walk's inputs and outputs."""
 
     def __init__(self, inner: nn.Module, form: WrittenForm, in_features: int) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Written(nn.Module):
 
 
 def in_form(module: AnyLinear, form: WrittenForm) -> AnyLinear:
-    """The linear, factorised or not, with the checkpoint's inputs and outputs; in place where no outputs change."""
+    """Convert a linear, low-rank or not, to the checkpoint's inputs and outputs; in place where outputs stay."""
     if form.is_the_walks:
         return module
     if not form.outputs.is_identity:

@@ -1,4 +1,4 @@
-"""YAML that somebody else wrote: plain values only, and no deeper than anybody writes."""
+"""Parse untrusted YAML: plain values only, of limited depth."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ CLOSING = (yaml.tokens.BlockEndToken, yaml.tokens.FlowSequenceEndToken, yaml.tok
 
 
 def parse_yaml(text: str) -> tuple[Any, yaml.Node | None]:
-    """The data, and where in the text it is. Raises ValueError for whatever cannot be read."""
+    """Return the data and its nodes, which know their lines. Raises ValueError for whatever cannot be read."""
     try:
         check_depth(text)
         return yaml.safe_load(text), yaml.compose(text, Loader=yaml.SafeLoader)

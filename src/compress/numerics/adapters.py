@@ -1,4 +1,4 @@
-"""A low-rank adapter B A for what a compressed weight lacks, E = W - S.
+"""Low-rank adapters B A for the error of a compressed weight, E = W - S.
 
     naive     the nearest in weights: the SVD of E
     slim      SLiM-LoRA (arXiv 2410.09615, section 3.2): the SVD of E diag(x), x the mean |x| of each input and a shift
@@ -51,7 +51,7 @@ def cut_off(E: Float64[Tensor, "m n"], rank: int, *, name: str) -> Factors:
 
 
 def saliency(mean_abs: Float64[Tensor, "n"], *, name: str) -> Float64[Tensor, "n"]:
-    """What inputs' columns are scaled by; 1 where nothing moves. Dead but for rounding errors counts as dead."""
+    """Scales of the input columns; 1 for dead inputs, those that only rounding errors move included."""
     if not torch.isfinite(mean_abs).all():
         raise NumericalError(f"The inputs of {name} have a NaN or Inf. Check the weights before it and the text.")
     moving = mean_abs[mean_abs > 1e-7 * mean_abs.max()]

@@ -1,4 +1,4 @@
-"""Spending one budget on many things, each with a ladder of costs and the error that each cost leaves.
+"""Allocate one budget to many items, each with a ladder of costs and the error left at each cost.
 
     minimise sum_i error_i(c_i)  so that  sum_i c_i <= budget
 
@@ -13,13 +13,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Ladder:
-    """Increasing costs and the errors that they leave; the first is the least that has to be bought."""
+    """Increasing costs and the errors that they leave; the first rung is mandatory."""
 
     costs: Sequence[int]
     errors: Sequence[float]
 
     def hull(self) -> list[int]:
-        """The places of the lower convex hull, from the cheapest; errors fall along it."""
+        """Rungs of the lower convex hull, from the cheapest; errors fall along it."""
         places: list[int] = []
         for place in range(len(self.costs)):
             if places and self.errors[place] >= self.errors[places[-1]]:
@@ -30,12 +30,12 @@ class Ladder:
         return places
 
     def gain(self, start: int, end: int) -> float:
-        """What a step takes off the error per unit of cost."""
+        """Decrease of the error per unit of cost."""
         return (self.errors[start] - self.errors[end]) / max(self.costs[end] - self.costs[start], 1e-9)
 
 
 def spend(ladders: Mapping[str, Ladder], budget: int) -> dict[str, int] | None:
-    """The place on each ladder; None where not even all the cheapest fit."""
+    """Choose a rung on each ladder; None where not even all the cheapest fit."""
     places = dict.fromkeys(ladders, 0)
     left = budget - sum(ladder.costs[0] for ladder in ladders.values())
     if left < 0:
@@ -53,7 +53,7 @@ def spend(ladders: Mapping[str, Ladder], budget: int) -> dict[str, int] | None:
 
 
 def spend_rest(ladders: Mapping[str, Ladder], places: dict[str, int], left: int) -> dict[str, int]:
-    """The best single steps that still fit, until none does."""
+    """Take the best single steps that still fit, until none does."""
     while True:
         affordable = [
             (-ladder.gain(here, place), name, place)

@@ -84,7 +84,7 @@ class Decomposition:
 
     @property
     def compensates(self) -> bool:
-        """Whether weights change to make up for others."""
+        """Whether weights change to compensate for errors of others."""
         return self.finds_mask or (self.quantize is not None and self.quantize.sweeps)
 
     @property
@@ -118,7 +118,7 @@ class Decomposed:
 
     @property
     def product(self) -> Float64[Tensor, "m n"]:
-        """The weight that it is."""
+        """The weight that S and the adapter make."""
         return self.S if self.adapter is None else self.S + self.adapter.product
 
 
@@ -198,7 +198,7 @@ class Rounded:
 
 
 class Solver:
-    """Decomposes one weight.
+    """Decompose one weight.
 
     target: what S is fitted to, W less the adapter. mask: the one S keeps to; None where there is none, or where the
     sweep finds it. current: S as it is. `target` and `current` are in the dtype that is computed in.
@@ -231,7 +231,7 @@ class Solver:
         return keep_mask(wanda(self.W, self.moments.second), prune.pattern)
 
     def start(self) -> Rounded:
-        """What a sweep starts with: the target within the mask, where that is known, and the grid for it."""
+        """The start of a sweep: the target within the mask, where that is known, and the grid for it."""
         quantize = self.how.quantize
         S = self.target if self.mask is None else self.target * self.mask
         return Rounded(S, self.mask, self.grid(S) if quantize is not None and quantize.sweeps else None)
@@ -245,14 +245,14 @@ class Solver:
         self.current = found
 
     def fit_adapter(self, method: AdapterMethod) -> None:
-        """Fit the adapter to what S lacks; the new target is what the adapter lacks."""
+        """Fit the adapter to the error of S; the new target is what the adapter leaves."""
         assert self.how.adapt is not None
         missing, rank = self.W - self.exact()[0], self.how.adapt.rank
         self.adapter = fit_adapter(method, missing, self.moments, rank, centred=self.centred, name=self.name)
         self.target = stack_rows([(self.W - self.adapter.product).to(self.target.dtype)])
 
     def exact(self) -> tuple[Float64[Tensor, "m n"], Grid | None]:
-        """S and its grid in double precision: the grid's own values, whatever precision the sweep was in."""
+        """S and its grid in float64, on the grid's exact values, whatever precision the sweep used."""
         S, grid = self.current.S.double(), self.current.grid
         if grid is None:
             return S, None
@@ -320,5 +320,5 @@ def swept(
 
 
 def stack_rows(matrices: Sequence[Shaped[Tensor, "_ n"]]) -> Shaped[Tensor, "m n"]:
-    """One below the other, stored column by column, as sweeps read them."""
+    """Stack matrices by rows, stored column by column, as sweeps read them."""
     return torch.cat([matrix.T for matrix in matrices], dim=1).T

@@ -1,4 +1,4 @@
-"""Nested subspaces of the residual stream, and how the stream is written in them.
+"""Nested subspaces of the residual stream and bases for them.
 
 A frame gives for every width d a decode (d, D), orthonormal rows that span the subspace, and an encode (D, d) with
 encode^T decode^T = I: x is kept as x encode and stands for x encode decode. An orthogonal frame has encode = decode^T,
@@ -30,7 +30,7 @@ class Frame(Protocol):
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """All that it consists of."""
+        """The tensors that define it."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ FLOOR = 1e-6
 def balanced_frame(
     C: Float64[Tensor, "D D"], G: Float64[Tensor, "D D"] | None, gradient_weight: float, *, name: str
 ) -> Frame:
-    """Directions by how much the stream moves in them and how much the loss feels it; balanced truncation.
+    """Balanced truncation: order directions by the stream's energy and the loss's gradient in them.
 
     C: second moment of the normalised stream. G: that of the loss's gradient there. With both scaled to trace D and
     C = L L^T, the frame keeps the top eigenvectors V of L^T ((1 - w) I + w G) L, w the gradient weight: Dec = L V,
@@ -100,7 +100,7 @@ def balanced_frame(
 
 
 def beside_the_mean(frame_of: Frame, complement: Float64[Tensor, "D D_less_1"]) -> Frame:
-    """A frame of the space without the mean direction, as one of the whole space: the mean comes last, with no energy.
+    """Extend a frame of the space without the mean direction to the whole space: the mean comes last, with no energy.
 
     complement: an orthonormal basis of the vectors whose coordinates sum to zero, which is where LayerNorm lives.
     """

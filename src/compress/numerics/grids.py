@@ -1,4 +1,4 @@
-"""Grids that weights are rounded to: integers of 2 to 8 bits or 8-bit floats, times a step.
+"""Quantization grids: integers of 2 to 8 bits or 8-bit floats, times a step.
 
 One step for the whole matrix, for each output channel, or for each group of neighbouring inputs of a channel. Integers
 are -2^(b-1) .. 2^(b-1) - 1, as engines store them; symmetric about 0 unless a grid has zero points. How steps are
@@ -22,7 +22,7 @@ Sharing = int | Literal["tensor", "channel"]
 
 @dataclass(frozen=True)
 class Numbers:
-    """The numbers of a grid before they are multiplied by its step.
+    """The number type of a grid, before scaling by its step.
 
     bits: of each. floating: 8-bit floats (e4m3) rather than integers.
     """
@@ -42,7 +42,7 @@ class Numbers:
         return self.nearest_(x.clone())
 
     def nearest_(self, x: Tensor) -> Tensor:
-        """The same in place."""
+        """Round to the nearest value of the grid, in place."""
         x.clamp_(self.lowest, self.highest)
         return x.copy_(x.to(FLOAT8)) if self.floating else x.round_()
 
@@ -54,7 +54,7 @@ class Numbers:
 @dataclass(frozen=True)
 class Grid:
     """
-    group: how many neighbouring inputs share a step; the last group of a row may be smaller.
+    group: how many adjacent inputs share a step; the last group of a row may be smaller.
     step: (m or 1, groups). zero: the code of 0, of the same shape; None for 0 itself.
     finer: (n,) what an input's weights are multiplied by before they are rounded, and divided by after; None for 1.
     """
@@ -81,7 +81,7 @@ class Grid:
         return replace(self, step=self.step[start:stop], zero=zero)
 
     def codes(self, W: Float[Tensor, "m n"]) -> Tensor:
-        """(m, n), in the dtype they are stored in."""
+        """Integer codes (m, n), in the dtype they are stored in."""
         return self._codes(W).to(self.numbers.stored)
 
     def values(self, codes: Tensor) -> Float[Tensor, "m n"]:
@@ -97,12 +97,12 @@ class Grid:
         return self.numbers.nearest_(x if offset is None else x.add_(offset))
 
     def scale(self, n: int) -> Float[Tensor, "_ n"]:
-        """What the code of each weight, less its offset, is multiplied by; stored column by column."""
+        """The scale of each weight's code less its offset; stored column by column."""
         step = self._of_inputs(self.step, n)
         return step if self.finer is None else step / self.finer
 
     def offset(self, n: int) -> Float[Tensor, "_ n"] | None:
-        """The code of 0 for each weight."""
+        """The zero point of each weight."""
         return None if self.zero is None else self._of_inputs(self.zero, n)
 
     def _of_inputs(self, shared: Float[Tensor, "_ groups"], n: int) -> Float[Tensor, "_ n"]:

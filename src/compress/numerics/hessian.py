@@ -45,7 +45,7 @@ class Hessian:
 
     @cached_property
     def ordered_inverse_root(self) -> Float64[Tensor, "n n"]:
-        """The same with the inputs in `order`."""
+        """The inverse root with the inputs in `order`."""
         return self._inverse_root(self.damped[self.order][:, self.order])
 
     def _inverse_root(self, H: Float64[Tensor, "n n"]) -> Float64[Tensor, "n n"]:
@@ -56,7 +56,7 @@ class Hessian:
 
     @cached_property
     def scale(self) -> Float64[Tensor, "n"]:
-        """What inputs are divided by to have a unit diagonal."""
+        """Scales by which inputs are divided so that H has a unit diagonal."""
         return self.damped.diagonal().sqrt()
 
     def scaled_eigen(self, dtype: torch.dtype) -> tuple[Float[Tensor, "n"], Float[Tensor, "n n"]]:

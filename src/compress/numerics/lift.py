@@ -1,4 +1,4 @@
-"""Coordinates that lie in a wider space, times a number: v' = scale * columns v, where the columns are orthonormal."""
+"""Scaled isometries into a wider space: v' = scale * columns v, with orthonormal columns."""
 
 from dataclasses import dataclass
 
@@ -20,11 +20,11 @@ class Lift:
         return self.columns is None and self.scale == 1.0
 
     def rows(self, M: Float[Tensor, "narrow *rest"]) -> Float[Tensor, "wide *rest"]:
-        """Of each column of M, v', or of the vector M."""
+        """Map each column of M, or the vector M."""
         return (M if self.columns is None else self.columns.to(M) @ M) * self.scale
 
     def functional(self, M: Float[Tensor, "rest narrow"]) -> Float[Tensor, "rest wide"]:
-        """The matrix that makes of v' what M makes of v."""
+        """The matrix that maps v' to M v."""
         return (M if self.columns is None else M @ self.columns.T.to(M)) / self.scale
 
     def up(self, x: Float[Tensor, "*batch narrow"]) -> Float[Tensor, "*batch wide"]:

@@ -39,7 +39,7 @@ SPECTRUM = 128  # values, at most
 
 
 def spectrum(energy: Float[Tensor, "D"]) -> list[float]:
-    """The share of the energy that a direction has, the mean over each of at most 128 stretches of directions."""
+    """Share of the energy per direction, averaged over at most 128 ranges of directions."""
     total = float(energy.sum()) or 1.0
     stretches = energy.tensor_split(min(SPECTRUM, len(energy)))
     return [float(f"{float(stretch.mean()) / total:.4g}") for stretch in stretches]

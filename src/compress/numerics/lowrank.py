@@ -50,7 +50,7 @@ class Spread:
     _hessians: dict[float, Hessian] = field(default_factory=dict, compare=False)
 
     def hessian(self, damping: float, *, name: str) -> Hessian:
-        """The same object for all who ask for this damping; `name` is the first one's."""
+        """The Hessian for a damping, cached; `name` is the first caller's."""
         return self._hessians.setdefault(damping, Hessian(self.C, damping, name))
 
     @cached_property
@@ -61,7 +61,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class InputMoments:
-    """Of a linear's inputs x over the calibration tokens.
+    """Moments of a linear's inputs x over the calibration tokens.
 
     second: E x x^T. mean: E x. mean_abs: E |x|.
     """
@@ -71,7 +71,7 @@ class InputMoments:
     mean_abs: Float64[Tensor, "n"]
 
     def spread(self, *, centred: bool) -> "Spread":
-        """The covariance, or the second moment; the same object for all linears that share the inputs."""
+        """The covariance, or the second moment, cached for all linears that share the inputs."""
         return self._centred if centred else self._uncentred
 
     @cached_property
@@ -86,7 +86,7 @@ class InputMoments:
         return Spread(self.second)
 
     def lifted(self, lift: Lift) -> "InputMoments":
-        """Of lift.up(x)."""
+        """Moments of lift.up(x)."""
         if lift.is_identity:
             return self
         second = lift.rows(lift.rows(self.second).T)
@@ -95,17 +95,17 @@ class InputMoments:
         return InputMoments(second, lift.rows(self.mean), lift.rows(self.mean_abs))
 
     def through(self, A: Float64[Tensor, "r n"]) -> "InputMoments":
-        """Of A x."""
+        """Moments of A x."""
         return normal_moments(A @ self.second @ A.T, A @ self.mean)
 
     def shifted(self, bias: Float64[Tensor, "n"]) -> "InputMoments":
-        """Of x + bias."""
+        """Moments of x + bias."""
         cross = torch.outer(self.mean, bias)
         return normal_moments(self.second + cross + cross.T + torch.outer(bias, bias), self.mean + bias)
 
 
 def normal_moments(second: Float64[Tensor, "n n"], mean: Float64[Tensor, "n"]) -> InputMoments:
-    """With E |x| that of a normal distribution about 0: what second moments alone tell."""
+    """Build moments from second moments alone, with E |x| of a centered normal distribution."""
     return InputMoments(second, mean, second.diagonal().clamp_min(0).sqrt() * (2 / torch.pi) ** 0.5)
 
 
@@ -115,7 +115,7 @@ def svd(W: Float64[Tensor, "m n"], rank: int) -> Factors:
 
 
 def asvd(W: Float64[Tensor, "m n"], mean_abs: Float64[Tensor, "n"], rank: int, *, alpha: float = 0.5) -> Factors:
-    """An input that never moves is given the scale of the least that does."""
+    """ASVD; a dead input gets the scale of the least active one."""
     moving = mean_abs[mean_abs > 0]
     scale = (mean_abs.clamp_min(moving.min()) if len(moving) else torch.ones_like(mean_abs)) ** alpha
     scaled = svd(W * scale, rank)
@@ -123,7 +123,7 @@ def asvd(W: Float64[Tensor, "m n"], mean_abs: Float64[Tensor, "n"], rank: int, *
 
 
 def svd_llm(W: Float64[Tensor, "m n"], second: Float64[Tensor, "n n"], rank: int, *, name: str) -> Factors:
-    """With as little added to the diagonal as lets the Cholesky factor exist. Raises NumericalError where none does."""
+    """SVD-LLM, with the least damping for which the Cholesky factor exists. Raises NumericalError where none does."""
     if not (torch.isfinite(W).all() and torch.isfinite(second).all()):
         raise NumericalError(NOT_FINITE.format(name=name))
     S = least_damped_cholesky(second, name=name)
@@ -201,7 +201,7 @@ def output_directions(M: Float64[Tensor, "m n"], spread: "Spread", *, name: str)
 
 
 def orthonormal(columns: Float64[Tensor, "m k"]) -> Float64[Tensor, "m k"]:
-    """Orthogonal columns brought to length 1, by a QR that keeps signs; those without length get some direction."""
+    """Normalize orthogonal columns, by a QR that keeps signs; zero columns get an arbitrary direction."""
     Q, R = torch.linalg.qr(columns)
     signs = R.diagonal().sign()
     return Q * torch.where(signs == 0, torch.ones_like(signs), signs)
@@ -216,7 +216,7 @@ def output_energies(M: Float64[Tensor, "m n"], spread: "Spread") -> Float64[Tens
 
 @dataclass(frozen=True)
 class Metric:
-    """How an error of the outputs counts: ||L^T e||^2. L is lower triangular (m, m), or a vector, a diagonal's."""
+    """A metric of output errors, ||L^T e||^2. L is lower triangular (m, m), or a vector, a diagonal."""
 
     L: Tensor
 
@@ -303,7 +303,7 @@ def by_rows(B: Float64[Tensor, "m r"], rows: Int64[Tensor, "r"]) -> Float64[Tens
 
 
 def permutation(swaps: Tensor, m: int) -> Int64[Tensor, "m"]:
-    """LAPACK's row exchanges (1-based, in sequence) as the order that they come to."""
+    """Turn LAPACK's row exchanges (1-based, in sequence) into a permutation."""
     order = list(range(m))
     for i, other in enumerate((swaps.cpu() - 1).tolist()):
         order[i], order[other] = order[other], order[i]

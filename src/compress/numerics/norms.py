@@ -1,4 +1,4 @@
-"""LayerNorm as RMSNorm: what is folded into the linears around it.
+"""Turn LayerNorm into RMSNorm by folding it into the linears around it.
 
 SliceGPT (arXiv 2401.15024, section 3.2, equation 4): LayerNorm(x) = RMSNorm(x M) diag(a) + b with M = I - 11^T/D, so M
 goes into whatever writes the stream, diag(a) and b into whatever reads it. Exact, in float64. The reference subtracts
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def center_rows(W: Float[Tensor, "d_out d_in"]) -> Float[Tensor, "d_out d_in"]:
-    """M W: the writer's output without its mean over the stream's coordinates."""
+    """M W: center a writer's output over the stream's coordinates."""
     return W - W.mean(0, keepdim=True)
 
 
@@ -22,7 +22,7 @@ def fold_gain(W: Float[Tensor, "d_out d_in"], gain: Float[Tensor, "d_in"]) -> Fl
 def fold_offset(
     W: Float[Tensor, "d_out d_in"], bias: Float[Tensor, "d_out"] | None, offset: Float[Tensor, "d_in"]
 ) -> Float[Tensor, "d_out"]:
-    """The bias of a reader that has taken in the norm's offset; W before the gain is folded."""
+    """Fold the norm's offset into a reader's bias; W is the weight before the gain is folded."""
     folded = W @ offset
     return folded if bias is None else bias + folded
 

@@ -1,4 +1,4 @@
-"""Settings of torch's numerics for the length of a run."""
+"""Set torch's numerical precision for the length of a run."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +19,7 @@ def check_computing(dtype: torch.dtype, device: torch.device) -> None:
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Matrix products in the dtype they are given: no TF32, no reduced-precision reductions, on any device."""
+    """Compute matrix products in the dtype of their operands: no TF32, no reduced-precision reductions."""
     matmul = torch.backends.cuda.matmul
     before = (matmul.allow_tf32, torch.backends.cudnn.allow_tf32)
     matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False

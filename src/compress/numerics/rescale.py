@@ -1,4 +1,4 @@
-"""Steps at their best for the codes that have been found: what a sweep decides on a grid, the grid may follow.
+"""Fit a grid's steps to the codes that a sweep has found, in closed form.
 
 With codes q of a group (a row's, n_g inputs) and all else as it is, E ||(W - Q) x||^2 is a parabola in its
 step, least at
@@ -32,7 +32,7 @@ def rescaled(
     *,
     stored: torch.dtype | None = None,
 ) -> tuple[Float[Tensor, "m n"], Grid]:
-    """Q, of the grid's own values, with the same codes and better steps, and the grid that has these.
+    """Return Q with the same codes and better steps, and the grid with these steps.
 
     stored: the dtype that steps are rounded to.
     """

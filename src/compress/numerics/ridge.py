@@ -1,4 +1,4 @@
-"""Least squares from second moments, drawn towards a matrix that is known to be good.
+"""Ridge regression from second moments, regularized towards a known matrix.
 
     min over W of  E ||u W - t||^2 + damping * mean(diag G) * ||W - W0||^2        G = E u u^T, B = E u t^T
 
@@ -34,7 +34,7 @@ class NormalEquations:
     tokens: float
 
     def only(self, inputs: Tensor) -> "NormalEquations":
-        """The equations of some of the inputs, by their indices."""
+        """Restrict the equations to some of the inputs, by index."""
         return NormalEquations(self.G[inputs[:, None], inputs], self.B[inputs], self.tokens)
 
     def less(self, W0: Float64[Tensor, "k m"]) -> "NormalEquations":
@@ -44,7 +44,7 @@ class NormalEquations:
 
 @dataclass(frozen=True)
 class Ridge:
-    """The solution W of the formula above for some damping."""
+    """The solution W of the formula above for one damping."""
 
     damping: float
     W: Float64[Tensor, "k m"]
@@ -65,7 +65,7 @@ def ridge(
 
 
 def _change(equations: NormalEquations, damping: float, *, name: str) -> Float64[Tensor, "k m"]:
-    """W - W0 from its own equations."""
+    """Solve for W - W0."""
     return torch.cholesky_solve(equations.B, cholesky(damped(equations.G, damping), name=name))
 
 
@@ -100,7 +100,7 @@ def choose_damping(
     name: str,
     metric: Float64[Tensor, "m m"] | None = None,
 ) -> Ridge | None:
-    """The solution on `fit` that is best on `held_out`, of up to four dampings; None if W0 is no worse, to rounding."""
+    """Choose among up to four dampings the solution on `fit` that is best on `held_out`; None if W0 is no worse."""
     fit, rest = fit.less(W0), held_out.less(W0)
     errors: dict[float, float] = {}  # less that of W0
     best: Ridge | None = None
@@ -118,7 +118,7 @@ def choose_damping(
 
 
 def next_damping(errors: Mapping[float, float]) -> float | None:
-    """The damping to try when the held-out errors of those before are known; None when it is enough.
+    """The next damping to try, from the held-out errors of those before; None to stop.
 
     First DAMPINGS, then the vertex of the parabola through their errors by log10 of the damping, or, where it opens
     downwards, a decade beyond its lower end. To two digits, lest rounding of the errors show.

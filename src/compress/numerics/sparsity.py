@@ -1,4 +1,4 @@
-"""Which weights stay: patterns, scores, masks.
+"""Sparsity patterns, scores and masks.
 
 A pattern keeps so many of every group of neighbouring inputs (2:4, 4:8), or a share of all weights wherever they are.
 Scores: `magnitude` |w|, and Wanda's |w| ||x|| (arXiv 2306.11695), x the inputs of the linear. A mask is True for what
@@ -20,7 +20,7 @@ from torch import Tensor
 @dataclass(frozen=True)
 class Pattern:
     """
-    keep: of every `group` neighbouring inputs, or, with group 0, the share of all weights that stays.
+    keep: of every `group` adjacent inputs, or, with group 0, the share of all weights that stays.
     """
 
     keep: int | float
@@ -58,7 +58,7 @@ def wanda(W: Float[Tensor, "m n"], second: Float[Tensor, "n n"]) -> Float[Tensor
 
 
 def grouped_mask(scores: Float[Tensor, "m n"], pattern: Pattern) -> Bool[Tensor, "m n"]:
-    """The best of every group; the first of equals."""
+    """Mask of the best scores of every group; the first of equal ones."""
     return ranks_in_group(scores, pattern.group) < int(pattern.keep)
 
 
@@ -81,7 +81,7 @@ def ranks_in_group(scores: Float[Tensor, "m n"], group: int) -> Float[Tensor, "m
 
 
 def free_mask(scores: Float[Tensor, "m n"], density: float, *, by_row: bool) -> Bool[Tensor, "m n"]:
-    """The best share of each row, as Wanda compares, or of the whole matrix, as magnitude pruning does."""
+    """Mask of the best share of each row, as Wanda compares, or of the whole matrix, as magnitude pruning does."""
     compared = scores if by_row else scores.reshape(1, -1)
     deleted = int(round((1 - density) * compared.shape[1], 6))
     if not deleted:

@@ -1,4 +1,4 @@
-"""How the step of a grid is chosen for the weights that share it.
+"""Choose the step of a grid for the weights that share it.
 
     absmax  the largest weight lies on the grid's end
     slim    SLiM-Quant^W (arXiv 2410.09615, section 3.1): least error of rounding and clipping together
@@ -35,7 +35,7 @@ def make_grid(
     stored: torch.dtype | None = None,
     finer: Float[Tensor, "n"] | None = None,
 ) -> Grid:
-    """A grid for W, its steps rounded to the dtype that they are `stored` in. It is computed in W's dtype.
+    """Make a grid for W, computed in W's dtype, its steps rounded to the dtype that they are `stored` in.
 
     finer: what inputs' weights are multiplied by before they are rounded; the step is chosen without it.
     """
@@ -48,7 +48,7 @@ def make_grid(
 
 
 def pieces_of(W: Float[Tensor, "m n"], group: Sharing) -> Float[Tensor, "groups weights rows"]:
-    """What shares a step. Where the inputs do not divide, zeros fill the last group."""
+    """Split W into pieces that share a step, the last group padded with zeros."""
     if group == "tensor":
         return W.reshape(1, -1, 1)
     size = W.shape[1] if isinstance(group, str) else group
@@ -57,12 +57,12 @@ def pieces_of(W: Float[Tensor, "m n"], group: Sharing) -> Float[Tensor, "groups 
 
 
 def positive(step: Tensor) -> Tensor:
-    """A piece of zeros gets the step 1: its codes are zeros whatever it is."""
+    """Replace zero steps by 1; the codes of such a piece are zeros."""
     return torch.where(step > 0, step, torch.ones_like(step))
 
 
 def rounded(step: Tensor, stored: torch.dtype | None) -> Tensor:
-    """As it comes back from a checkpoint, and never 0 there."""
+    """Round to the stored dtype, never to 0."""
     if stored is None:
         return step
     return step.clamp_min(torch.finfo(stored).tiny * torch.finfo(stored).eps).to(stored).to(step.dtype)
@@ -73,7 +73,7 @@ def absmax_steps(pieces: Float[Tensor, "g w r"], numbers: Numbers) -> Float[Tens
 
 
 def spread_steps(pieces: Float[Tensor, "g w r"], numbers: Numbers) -> tuple[Tensor, Tensor]:
-    """Steps from the least to the largest weight, 0 among them, and the code of 0."""
+    """Asymmetric steps from the least to the largest weight, 0 included, and the zero points."""
     low, high = pieces.amin(1).clamp_max(0), pieces.amax(1).clamp_min(0)
     step = (high - low) / (numbers.highest - numbers.lowest)
     zero = (numbers.lowest - low / positive(step)).round_().clamp_(numbers.lowest, numbers.highest)
@@ -82,7 +82,7 @@ def spread_steps(pieces: Float[Tensor, "g w r"], numbers: Numbers) -> tuple[Tens
 
 @dataclass(frozen=True)
 class Search:
-    """How steps are looked for.
+    """Settings of the search for steps.
 
     coarse: steps tried from `low` to `high`, evenly spaced by ratio. fine: steps tried around the best of these.
     low, high: in units of the step of `absmax`. low None: the step that puts a third of the mean weight, zeros left
@@ -108,7 +108,7 @@ def searched_steps(
     zero: Float[Tensor, "g r"] | None,
     search: Search,
 ) -> Float[Tensor, "g r"]:
-    """The best step found for each piece, never with a larger error than `full`, the step of `absmax`.
+    """Search the best step of each piece, never with a larger error than `full`, the step of `absmax`.
 
     In up to 4 bits `slim` comes within 0.1% of the least error for pieces of 64 weights on; in 8 bits, where many steps
     are nearly as good, within a few percent.
@@ -133,7 +133,7 @@ CHUNK = 2**17  # weights that are rounded at a time: what is computed from them 
 
 
 class StepTrials:
-    """Steps tried on pieces: the best so far of each piece, `best` (groups, rows), and its `error`.
+    """The best step so far of each piece, `best` (groups, rows), and its `error`.
 
     zero: the code of 0; None for 0 itself.
     """

@@ -26,7 +26,7 @@ class GramSum:
                 self.total[rows, start:] += a[:, rows].T @ a[:, start:]
 
     def close(self) -> Float64[Tensor, "k k"]:
-        """The whole matrix. Nothing can be added to it any more."""
+        """Mirror the upper blocks and return the whole matrix; ends the sum."""
         for start in range(0, len(self.total), ROWS_AT_ONCE):
             rows, behind = slice(start, start + ROWS_AT_ONCE), slice(start + ROWS_AT_ONCE, None)
             self.total[behind, rows] = self.total[rows, behind].T

@@ -1,4 +1,4 @@
-"""Rounding and pruning column by column, each error made up for by the columns behind it: GPTQ and SparseGPT in one.
+"""Quantize and prune column by column, later columns compensating for each error: GPTQ and SparseGPT in one.
 
     min ||(W - Q) X||^2 = tr (W - Q) H (W - Q)^T,   H = E x x^T
 
@@ -39,7 +39,7 @@ def sweep(
     act_order: bool = False,
     block: int = BLOCK,
 ) -> tuple[Float[Tensor, "m n"], Bool[Tensor, "m n"] | None]:
-    """W on the grid and within the mask, and the mask; None where there is none.
+    """Sweep over W; return it on the grid and within the mask, and the mask if there is one.
 
     pattern: what a mask is to be found for; mask: the one to keep to. act_order: columns are taken by decreasing
     H_jj; where the mask is to be found, its groups stay together and the order is the given one.
@@ -66,7 +66,7 @@ def descend(
     rounds: int,
     block: int = BLOCK,
 ) -> Float[Tensor, "m n"]:
-    """Q, on the grid and within the mask, with every column in turn at its best for the others as they are.
+    """Coordinate descent: set every column of Q in turn to its best value on the grid, the others fixed.
 
     Fewer than `rounds` where nothing changes any more.
     """
@@ -118,7 +118,7 @@ def fix_columns(
 
 
 class ColumnRounding:
-    """Rounds columns to a grid, within a mask that is given or found on the way.
+    """Round columns to a grid, within a mask that is given or found on the way.
 
     order: in which columns are taken; None for their own. kept: the mask (n, m) in that order, 1 for what stays.
     """
@@ -143,7 +143,7 @@ class ColumnRounding:
 
     @property
     def unit(self) -> int:
-        """How many columns the mask is found for at a time."""
+        """Number of columns that the mask is found for at a time."""
         return self.pattern.group if self.pattern is not None and self.pattern.is_grouped else 1
 
     def find_mask(self, rest: Float[Tensor, "n m"], start: int, stop: int, *, grouped: bool) -> None:
@@ -170,7 +170,7 @@ class ColumnRounding:
 
 
 def in_order(W: Float[Tensor, "m n"], order: Tensor | None) -> Float[Tensor, "n m"]:
-    """Transposed, in one piece of memory; not always a copy."""
+    """Transpose into contiguous memory; not always a copy."""
     return W.T.contiguous() if order is None else W.T[order]
 
 

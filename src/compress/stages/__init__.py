@@ -1,4 +1,4 @@
-"""What can be done to a model, one file a stage: a configuration and one `apply` at one kind of site.
+"""Stages, one file each: a configuration, a plan of sizes, and one `apply` at one kind of site.
 
 A stage names the statistics it needs and the stages that must come before it; nothing outside its file names it.
 """
@@ -14,7 +14,7 @@ def names() -> list[str]:
 
 
 def stage_class(name: str) -> type[StageConfig]:
-    """The stage of a file, found by its name: `fold_norms` is `FoldNorms` in stages/fold_norms.py."""
+    """Find a stage by name: `fold_norms` is `FoldNorms` in stages/fold_norms.py."""
     class_name = "".join(word.capitalize() for word in name.split("_"))
     found: type[StageConfig] = getattr(importlib.import_module(f"compress.stages.{name}"), class_name)
     return found

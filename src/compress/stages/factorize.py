@@ -12,6 +12,7 @@ How many directions each linear keeps: `rank_frac` of its full rank min(m, n), `
 budget comes to. A linear whose factors would not be smaller stays as it is.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal
@@ -20,11 +21,15 @@ from jaxtyping import Float64
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from compress.architectures.architecture import ModelSpec
+from compress.architectures.own import as_own
+from compress.errors import report
 from compress.models.factors import Form, factor_module, multiplied_out
 from compress.numerics.lowrank import Factors, asvd, gradient_metric, lord, svd, svd_llm, weighted
-from compress.stages._stage import FactorisingStage
+from compress.stages._stage import RankStage
 from compress.stages._targets import is_target, unmatched
 from compress.streaming.linears import FactorShape, LinearShape, LinearSite
+from compress.streaming.sites import Requirements
 from compress.streaming.spectra import LinearWatch
 from compress.streaming.survey import SurveyNeed
 
@@ -36,7 +41,7 @@ PIVOT_FROM = 1 / 8
 ALLOCATIONS = ("energy", "mixed", "fisher")
 
 
-class Factorize(FactorisingStage):
+class Factorize(RankStage):
     """
     target: which linears: `all`, `attention`, `mlp`, or patterns of names below a block such as `*.down_proj`.
     rank_frac, rank: of every linear; with neither, the budget decides. ranks: of each by its name below the causal LM;
@@ -87,6 +92,19 @@ class Factorize(FactorisingStage):
         return self.inputs == "dense" if self.inputs else self.method != "anchored"
 
     @property
+    def requires(self) -> Requirements:
+        by_loss = bool(self.gradient_weight) or (self.open_ranks and self.allocation in ("auto", "mixed", "fisher"))
+        survey = SurveyNeed.NONE
+        if by_loss or (self.open_ranks and self.allocation != "uniform"):
+            survey = SurveyNeed.LINEARS | (SurveyNeed.GRADIENT if by_loss else SurveyNeed.NONE)
+        watch = LinearWatch(self.is_target, self.gradient_weight, self.centres)
+        return Requirements(
+            survey=survey,
+            watch=watch if survey else None,
+            inputs="dense" if self.dense_inputs else "sequential",
+        )
+
+    @property
     def open_ranks(self) -> bool:
         told = self.rank_frac is not None or self.rank is not None
         return self.ranks is None and not (told and self.allocation == "uniform")
@@ -96,23 +114,8 @@ class Factorize(FactorisingStage):
         return self.form != "dense"
 
     @property
-    def uniform(self) -> "Factorize":
-        return self.model_copy(update={"allocation": "uniform"})
-
-    @property
     def opens(self) -> str | None:
         return "ranks" if self.rank_frac is None and self.rank is None and self.ranks is None else None
-
-    @property
-    def survey(self) -> SurveyNeed:
-        by_loss = bool(self.gradient_weight) or (self.open_ranks and self.allocation in ("auto", "mixed", "fisher"))
-        if by_loss:
-            return SurveyNeed.LINEARS | SurveyNeed.GRADIENT
-        return SurveyNeed.LINEARS if self.open_ranks and self.allocation != "uniform" else SurveyNeed.NONE
-
-    @property
-    def watch(self) -> LinearWatch:
-        return LinearWatch(self.is_target, self.gradient_weight, self.centres)
 
     @property
     def allocations(self) -> tuple[str, ...]:
@@ -122,26 +125,44 @@ class Factorize(FactorisingStage):
     def step(self) -> int:
         return self.multiple or 1
 
-    @property
-    def rounds(self) -> str | None:
-        return None if self.multiple else "rank"
-
-    def resolved(self, steps: Mapping[str, int]) -> "Factorize":
-        return self.model_copy(update={"multiple": steps["rank"]}) if self.rounds else self
-
-    def fitted(self, counts: Mapping[str, Any]) -> "Factorize":
+    def decided(self, choice: Mapping[str, Any]) -> "Factorize":
         if not self.open_ranks:
             return self
-        found = {"ranks": counts["ranks"], "forms": counts.get("forms")}
+        found = {"ranks": choice["ranks"], "forms": choice.get("forms")}
         return self.model_copy(update={**found, "rank_frac": None, "rank": None})
+
+    def plan(self, spec: ModelSpec) -> tuple["Factorize", ModelSpec]:
+        spec.require_decided("Ranks go by widths that are known beforehand. Give slice and prune_units a ratio.")
+        stage = self if self.multiple else self.model_copy(update={"multiple": spec.architecture.steps()["rank"]})
+        linears = spec.linears
+        report(stage.faults(linears, spec.factors))
+        if stage.writes_factors:
+            spec = replace(spec, architecture=as_own(spec.architecture))
+        if stage.open_ranks:
+            return stage, replace(spec, undecided=spec.undecided | {"ranks"})
+        planned = stage.planned_factors(linears)
+        ranks = {path: factors.rank for path, factors in planned.items()}
+        forms = {path: factors.form for path, factors in planned.items()}
+        settled = stage.model_copy(update={"ranks": ranks, "forms": forms, "rank_frac": None, "rank": None})
+        written = planned if stage.writes_factors else {}
+        notes = (*spec.notes, *stage.dense_notes(linears, planned))
+        return settled, replace(spec, factors={**spec.factors, **written}, notes=notes)
 
     def is_target(self, name: str, part: str) -> bool:
         """Whether a linear is to be factorised, by its name below a block and the part it is of."""
         return is_target(self.target, name, part)
 
-    def linear_faults(self, linears: Sequence[LinearShape]) -> list[str]:
-        """What does not fit a model with these linears in its blocks."""
+    def faults(self, linears: Sequence[LinearShape], factorized: Mapping[str, FactorShape]) -> list[str]:
+        """What does not fit a model with these linears in its blocks, some of them factorized before."""
         faults = unmatched(self.target, linears)
+        twice = [linear.name for linear in linears if self.targets(linear) and linear.path in factorized]
+        faults += [f"Two stages would factorize {name}. Give each its own target." for name in twice[:1]]
+        if self.open_ranks and factorized:
+            faults.append("Ranks can be left open for one factorizing stage, and then it has to be the only one.")
+        if self.opens and not self.writes_factors:
+            faults.append(
+                "Multiplied out, the model keeps its size: a budget cannot be kept. Give --rank-frac or --rank."
+            )
         ranks, full = self.ranks or {}, {linear.path: linear.full_rank for linear in linears}
         unknown = sorted(set(ranks) - set(full))
         faults += [f"factorize gives a rank to {unknown[0]}, which the model has not."] if unknown else []
@@ -149,7 +170,7 @@ class Factorize(FactorisingStage):
         faults += [
             f"factorize gives {path} a rank of {ranks[path]}, its full one is {full[path]}." for path in above[:1]
         ]
-        if not faults and not self.opens and self.ranks is None and not self.uniform.planned_factors(linears):
+        if not faults and not self.opens and self.ranks is None and not self.uniform_factors(linears):
             faults.append("No linear would be smaller in factors of these ranks. Keep less, or choose --form pivot.")
         return faults
 
@@ -157,14 +178,19 @@ class Factorize(FactorisingStage):
         ranks = ((linear, self.rank_of(linear)) for linear in linears)
         return {linear.path: self.factor_shape(linear, rank) for linear, rank in ranks if rank is not None}
 
+    def uniform_factors(self, linears: Sequence[LinearShape]) -> dict[str, FactorShape]:
+        return self.model_copy(update={"allocation": "uniform"}).planned_factors(linears)
+
+    def dense_notes(self, linears: Sequence[LinearShape], factors: Mapping[str, FactorShape]) -> list[str]:
+        """Name the targets that stay dense."""
+        dense = Counter(linear.name for linear in linears if self.targets(linear) and linear.path not in factors)
+        if not dense:
+            return []
+        names = ", ".join(f"{name} ({count} times)" if count > 1 else name for name, count in dense.items())
+        return [f"Factors of this rank would be no smaller, so these stay dense: {names}."]
+
     def targets(self, linear: LinearShape) -> bool:
         return self.is_target(linear.name, linear.part)
-
-    def settled(self, linears: Sequence[LinearShape]) -> "Factorize":
-        planned = self.planned_factors(linears)
-        ranks = {path: factors.rank for path, factors in planned.items()}
-        forms = {path: factors.form for path, factors in planned.items()}
-        return self.model_copy(update={"ranks": ranks, "forms": forms, "rank_frac": None, "rank": None})
 
     def rank_ladder(self, linear: LinearShape) -> list[int]:
         if not self.targets(linear):

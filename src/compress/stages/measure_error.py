@@ -7,8 +7,8 @@ It costs a second pass of every block, the dense one, and a second activation ca
 from typing import ClassVar, Literal
 
 from compress.stages._stage import StageConfig
-from compress.streaming.sites import StreamPoint
-from compress.streaming.statistics import Need, RelativeError
+from compress.streaming.sites import Requirements, StreamPoint
+from compress.streaming.statistics import RelativeError
 
 
 class MeasureError(StageConfig):
@@ -16,8 +16,8 @@ class MeasureError(StageConfig):
     stage: Literal["measure_error"] = "measure_error"
 
     @property
-    def needs(self) -> tuple[Need, ...]:
-        return (RelativeError(),)
+    def requires(self) -> Requirements:
+        return Requirements(statistics=(RelativeError(),))
 
     def apply(self, point: StreamPoint) -> None:
         point.notes["relative_error"] = float(point.statistics[RelativeError()])

@@ -8,15 +8,18 @@ After `refit` the writer is the anchored solution, so units are judged by what t
 it, by what they do for the branch as it is.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from compress.architectures.architecture import ModelSpec
+from compress.errors import UsageError, report
 from compress.numerics.obs import prune_units
 from compress.stages._stage import StageConfig
 from compress.streaming.groups import Writers
-from compress.streaming.sites import Count, StreamPoint
+from compress.streaming.sites import Count, Requirements
 from compress.streaming.survey import SurveyNeed
 
 Kept = Annotated[int, Field(ge=1)]
@@ -50,42 +53,45 @@ class PruneUnits(StageConfig):
         return self.units if self.ratio is None and self.keep is None else None
 
     @property
-    def survey(self) -> SurveyNeed:
-        return SurveyNeed.UNITS | SurveyNeed.GRADIENT if self.opens else SurveyNeed.NONE
+    def requires(self) -> Requirements:
+        return Requirements(survey=SurveyNeed.UNITS | SurveyNeed.GRADIENT if self.opens else SurveyNeed.NONE)
 
     @property
     def step(self) -> int:
         return self.round_to or 1
 
-    @property
-    def rounds(self) -> str | None:
-        return None if self.round_to else self.units
+    def decided(self, choice: Mapping[str, Count]) -> "PruneUnits":
+        return self.model_copy(update={"keep": choice[self.units]}) if self.opens else self
 
-    def resolved(self, steps: Mapping[str, int]) -> "PruneUnits":
-        return self.model_copy(update={"round_to": steps[self.rounds]}) if self.rounds else self
+    def plan(self, spec: ModelSpec) -> tuple["PruneUnits", ModelSpec]:
+        count, before = spec.dense_units.get(self.units), spec.units.get(self.units)
+        if count is None or before is None:
+            raise UsageError(f"This model has no {self.units} that could be deleted.")
+        stage = self if self.round_to else self.model_copy(update={"round_to": spec.architecture.steps()[self.units]})
+        report(stage.faults(count, spec.num_blocks))
+        if stage.opens:
+            return stage, replace(spec, undecided=spec.undecided | {self.units})
+        kept = stage.kept(count)
+        if isinstance(kept, int):
+            kept = before if isinstance(before, tuple) else min(kept, before)
+        return stage, replace(spec, units={**spec.units, self.units: kept})
 
-    def fitted(self, counts: Mapping[str, Count]) -> "PruneUnits":
-        return self.model_copy(update={"keep": counts[self.units]}) if self.opens else self
-
-    def planned_units(self, kind: str, count: int) -> Count:
-        if kind != self.units or self.opens:
-            return count
+    def kept(self, count: int) -> Count:
+        """How many of `count` units it leaves in the blocks."""
         if self.keep is not None:
             return self.keep
         assert self.ratio is not None
         kept = int((1 - self.ratio) * count)
         return max(kept - kept % self.step, self.step)
 
-    def faults(self, points: Sequence[StreamPoint], units: Mapping[str, int]) -> list[str]:
-        count = units.get(self.units)
-        if count is None:
-            return [f"This model has no {self.units} that could be deleted."]
-        kept = self.planned_units(self.units, count)
-        each = kept if isinstance(kept, tuple) else (kept,) * points[0].num_blocks
-        if len(each) != points[0].num_blocks:
-            return [
-                f"prune_units keeps {len(each)} numbers of {self.units}, the model has {points[0].num_blocks} blocks."
-            ]
+    def faults(self, count: int, num_blocks: int) -> list[str]:
+        """What does not fit a model whose blocks have `count` units."""
+        if self.opens:
+            return []
+        kept = self.kept(count)
+        each = kept if isinstance(kept, tuple) else (kept,) * num_blocks
+        if len(each) != num_blocks:
+            return [f"prune_units keeps {len(each)} numbers of {self.units}, the model has {num_blocks} blocks."]
         if max(each) > count:
             return [f"prune_units keeps {max(each)} {self.units}, the model has {count}. Keep fewer."]
         if self.ratio is not None and (1 - self.ratio) * count < self.step:
@@ -98,7 +104,7 @@ class PruneUnits(StageConfig):
         units = writers.unit_inputs(self.units)
         if units is None:
             return
-        planned = self.planned_units(self.units, len(units))
+        planned = self.kept(len(units))
         keep = planned[writers.block] if isinstance(planned, tuple) else planned
         if keep == len(units):
             return

@@ -16,6 +16,7 @@ from pydantic import Field
 from compress.numerics.ridge import choose_damping, ridge
 from compress.stages._stage import StageConfig
 from compress.streaming.groups import LinearGroup
+from compress.streaming.sites import Requirements
 
 TRIAL_DAMPING = 0.03
 
@@ -32,8 +33,8 @@ class Refit(StageConfig):
     damping: Annotated[float, Field(gt=0)] | None = None
 
     @property
-    def held_out_share(self) -> float:
-        return self.held_out
+    def requires(self) -> Requirements:
+        return Requirements(held_out=self.held_out)
 
     @property
     def in_trials(self) -> "Refit":

@@ -14,8 +14,8 @@ from typing import ClassVar, Literal
 from compress.numerics.frames import OrthogonalFrame
 from compress.numerics.linalg import pca
 from compress.stages._stage import StageConfig
-from compress.streaming.sites import Basis, StreamPoint
-from compress.streaming.statistics import Need, SecondMoment
+from compress.streaming.sites import Basis, Requirements, StreamPoint
+from compress.streaming.statistics import SecondMoment
 
 
 class Rotate(StageConfig):
@@ -28,9 +28,13 @@ class Rotate(StageConfig):
     final_orientation: Literal["pca", "random"] = "pca"
 
     @property
-    def needs(self) -> tuple[Need, ...]:
-        return (SecondMoment(self.signal, dense=self.stream == "dense"),)
+    def requires(self) -> Requirements:
+        return Requirements(statistics=(self._moment,))
+
+    @property
+    def _moment(self) -> SecondMoment:
+        return SecondMoment(self.signal, dense=self.stream == "dense")
 
     def apply(self, point: StreamPoint) -> None:
-        frame = OrthogonalFrame(*pca(point.statistics[self.needs[0]], name=f"the stream after {point.name}"))
+        frame = OrthogonalFrame(*pca(point.statistics[self._moment], name=f"the stream after {point.name}"))
         point.basis = Basis(frame, width=point.dense_width, orientation=self.final_orientation)

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from compress.numerics.frames import balanced_frame, beside_the_mean, zero_mean_basis
 from compress.stages._stage import StageConfig
-from compress.streaming.sites import WholeModel
+from compress.streaming.sites import Requirements, WholeModel
 from compress.streaming.survey import SurveyNeed
 
 
@@ -24,8 +24,9 @@ class RotateShared(StageConfig):
     gradient_weight: Annotated[float, Field(ge=0, lt=1)] = 0.9
 
     @property
-    def survey(self) -> SurveyNeed:
-        return SurveyNeed.STREAM | SurveyNeed.GRADIENT if self.gradient_weight else SurveyNeed.STREAM
+    def requires(self) -> Requirements:
+        gradient = SurveyNeed.GRADIENT if self.gradient_weight else SurveyNeed.NONE
+        return Requirements(survey=SurveyNeed.STREAM | gradient)
 
     def apply(self, model: WholeModel) -> None:
         C, G = model.survey.moment, model.survey.gradient

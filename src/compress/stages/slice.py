@@ -8,10 +8,13 @@ as in the paper's code: the head reads what no later block could correct.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from compress.architectures.architecture import KERNEL_STEP, ModelSpec
+from compress.errors import report
 from compress.numerics.linalg import width_for_energy
 from compress.stages._stage import StageConfig
 from compress.streaming.sites import Count, StreamPoint
@@ -48,16 +51,24 @@ class Slice(StageConfig):
     def step(self) -> int:
         return self.round_to or 1
 
-    @property
-    def rounds(self) -> str | None:
-        told = self.round_to is not None or self.width is not None
-        return None if told else "hidden"
+    def decided(self, choice: Mapping[str, Count]) -> "Slice":
+        return self.model_copy(update={"width": choice["hidden"]}) if self.opens else self
 
-    def resolved(self, steps: Mapping[str, int]) -> "Slice":
-        return self.model_copy(update={"round_to": steps[self.rounds]}) if self.rounds else self
-
-    def fitted(self, counts: Mapping[str, Count]) -> "Slice":
-        return self.model_copy(update={"width": counts["hidden"]}) if self.opens else self
+    def plan(self, spec: ModelSpec) -> tuple["Slice", ModelSpec]:
+        stage = self
+        if self.round_to is None and self.width is None:
+            step = spec.architecture.steps()["hidden"]
+            stage = self.model_copy(update={"round_to": step})
+            spec = replace(spec, notes=(*spec.notes, *step_notes(step, is_stock=spec.architecture.is_stock)))
+        report(stage.faults(spec.points))
+        if stage.opens:
+            return stage, replace(spec, undecided=spec.undecided | {"hidden"})
+        widths = (stage.planned_width(point) for point in spec.points)
+        narrowed = (
+            None if before is None or width is None else min(before, width)
+            for before, width in zip(spec.widths, widths, strict=True)
+        )
+        return stage, replace(spec, widths=tuple(narrowed))
 
     def apply(self, point: StreamPoint) -> None:
         if point.basis is None:
@@ -69,6 +80,7 @@ class Slice(StageConfig):
         point.basis.width = width
 
     def planned_width(self, point: StreamPoint) -> int | None:
+        """The width that it gives the stream at a point; None if the data decides."""
         if (point.is_last and not self.slice_head) or self.opens:
             return point.dense_width
         if self.width is not None:
@@ -86,7 +98,8 @@ class Slice(StageConfig):
         """Down to a multiple of `round_to`, but at least one of them; the full width is left as it is."""
         return width if width == dense_width else max(width - width % self.step, self.step)
 
-    def faults(self, points: Sequence[StreamPoint], units: Mapping[str, int]) -> list[str]:
+    def faults(self, points: Sequence[StreamPoint]) -> list[str]:
+        """What does not fit a model whose stream has these points."""
         faults = []
         num_blocks, dense_width = points[0].num_blocks, points[0].dense_width
         if self.block_ratios is not None and len(self.block_ratios) != num_blocks:
@@ -102,3 +115,13 @@ class Slice(StageConfig):
         if ratios and all(self.planned_width(point) == dense_width for point in points):
             faults.append(f"The ratio {max(ratios)} deletes nothing of {dense_width} dimensions. Use a larger one.")
         return faults
+
+
+def step_notes(step: int, *, is_stock: bool) -> list[str]:
+    """Say where a stock model is too small for the widths that kernels are made for."""
+    if not is_stock or step % KERNEL_STEP == 0:
+        return []
+    return [
+        f"Hidden sizes come in multiples of {step}: multiples of {KERNEL_STEP}, which Marlin kernels and group-wise "
+        "quantization take, would be too coarse for this model."
+    ]

@@ -6,14 +6,20 @@ the weight that turns the compressed prefix's activations into the dense model's
 regression of what is still missing.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
 from itertools import zip_longest
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import Tensor, nn
 
+from compress.architectures.architecture import ModelSpec
+from compress.architectures.own import as_own
+from compress.architectures.packed import not_for_vllm
+from compress.errors import report
+from compress.models.expert_names import fused_piece
 from compress.models.factors import fill
 from compress.models.storage import Storage, stored_linear
 from compress.numerics.adapters import AdapterMethod
@@ -29,9 +35,10 @@ from compress.numerics.decomposition import (
 from compress.numerics.grids import Numbers, Sharing
 from compress.numerics.sparsity import Pattern
 from compress.own_model.modeling_compress import AdaptedLinear
-from compress.stages._stage import StoringStage
+from compress.stages._stage import StageConfig
 from compress.stages._targets import is_target, unmatched
 from compress.streaming.linears import LinearShape, LinearSite, lost
+from compress.streaming.sites import Requirements
 
 USUAL_GROUP = 128  # what engines' kernels are made for
 
@@ -131,7 +138,7 @@ class Adapt(Part):
         return max(1, min(wanted, linear.full_rank))
 
 
-class Slim(StoringStage):
+class Slim(StageConfig):
     """
     target: which linears: `all`, `attention`, `mlp`, or patterns of names below a block such as `*.down_proj`.
     polish: rounds of coordinate descent after a sweep.
@@ -141,7 +148,10 @@ class Slim(StoringStage):
     dtype: of scales; settled when the model is known.
     """
 
+    site: ClassVar = LinearSite
+    in_written_form: ClassVar = True
     stage: Literal["slim"] = "slim"
+    form: Literal["packed", "compact", "dense"] = "packed"
     target: tuple[str, ...] = ("all",)
     prune: Prune | None = None
     quantize: Quantize | None = None
@@ -206,13 +216,25 @@ class Slim(StoringStage):
         return self.quantize is not None and self.quantize.important_inputs
 
     @property
-    def plain_inputs(self) -> bool:
-        return True
+    def requires(self) -> Requirements:
+        return Requirements(inputs="single_pass")
 
     def targets(self, linear: LinearShape) -> bool:
         return is_target(self.target, linear.name, linear.part)
 
+    def plan(self, spec: ModelSpec) -> tuple["Slim", ModelSpec]:
+        spec.require_decided("Storage goes by widths that are known beforehand. Give slice a ratio.")
+        linears = spec.written_linears
+        report(self.faults(linears))
+        settled = self.settled(linears, spec.dtype)
+        storage = settled.planned_storage(linears)
+        if self.form == "compact":
+            spec = replace(spec, architecture=as_own(spec.architecture))
+        notes = (*spec.notes, *storage_notes(storage.values()))
+        return settled, replace(spec, storage=storage, notes=notes)
+
     def settled(self, linears: Sequence[LinearShape], dtype: torch.dtype) -> "Slim":
+        """With what goes by the model's linears and the dtype that is written said."""
         changes: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch.")}
         if self.quantize is not None and self.quantize.group is None:
             divides = all(linear.n % USUAL_GROUP == 0 for linear in linears if self.targets(linear))
@@ -220,16 +242,24 @@ class Slim(StoringStage):
             changes["quantize"] = self.quantize.model_copy(update={"group": group})
         return self.model_copy(update=changes)
 
-    def linear_faults(self, linears: Sequence[LinearShape]) -> list[str]:
+    def faults(self, linears: Sequence[LinearShape]) -> list[str]:
+        """What does not fit a model with these linears in its blocks."""
         faults, targets = unmatched(self.target, linears), [linear for linear in linears if self.targets(linear)]
         if self.prune is not None and self.prune.parsed.is_grouped:
             group = self.prune.parsed.group
             faults += uneven(targets, group, f"{self.prune.pattern} takes", "Leave it out with --target, or prune 50%")
         if self.quantize is not None and isinstance(self.quantize.group, int) and self.form == "packed":
             faults += uneven(targets, self.quantize.group, "A scale takes", "Take another --group, or channel")
+        if self.form == "packed" and any(fused_piece(linear.path) for linear in linears):
+            faults.append(
+                "A model with experts cannot be packed: transformers fuses them while it loads, looks for the packed "
+                "parts of all, and has no linears for an adapter. Store it with --compact, or merge it with "
+                "--materialize."
+            )
         return faults
 
     def planned_storage(self, linears: Sequence[LinearShape]) -> dict[str, Storage]:
+        """How it stores the linears that it works on, by path."""
         if self.form == "dense":
             return {}
         return {linear.path: self.storage(linear) for linear in linears if self.targets(linear)}
@@ -327,3 +357,18 @@ def uneven(linears: Sequence[LinearShape], group: int, what: str, remedy: str) -
         return []
     names = ", ".join(f"{name} has {n}" for name, n in list(found.items())[:3])
     return [f"{what} inputs in groups of {group}, but {names}. {remedy}."]
+
+
+def storage_notes(storage: Collection[Storage]) -> list[str]:
+    """Say what packed linears ask of the engines that load them."""
+    first = next(iter(storage), None)
+    if first is None or first.form != "packed":
+        return []
+    reason = not_for_vllm(first, max(each.rank for each in storage))
+    notes = [] if reason is None else [f"vLLM cannot serve this: {reason}. transformers and compress.load run it."]
+    if first.pattern is not None and first.bits is not None:
+        notes.append(
+            "Packed for engines, pruned weights are stored as zeros: 2:4 takes as many bytes as unpruned and no engine "
+            "runs it faster any more. --compact stores them small; unpruned is better at these bytes."
+        )
+    return notes

@@ -1,1 +1,1 @@
-"""One walk over a decoder: weights in, one block at a time, activations beside it, finished blocks out."""
+"""Walk over a decoder once: read a block's weights, propagate the calibration activations, write the finished block."""

@@ -1,4 +1,4 @@
-"""Activations of the calibration windows between one branch and the next.
+"""Cache the activations of the calibration windows between one branch and the next.
 
 They are the largest thing in memory beside a block: windows x tokens x width numbers. Within the budget they stay in
 memory (the device's or the host's); past it they lie in a memory-mapped file, one slot a batch, and the system pages.
@@ -48,7 +48,7 @@ class ActivationCache:
         return 0 if self.slots is not None else sum(batch.nbytes for batch in self.batches if batch is not None)
 
     def stored(self, index: int) -> Float[Tensor, "windows tokens width"]:
-        """A batch where it is kept."""
+        """The stored batch, on the cache's device."""
         batch = self.batches[index]
         if batch is None:
             raise LookupError(f"batch {index} was never put into the cache")
@@ -69,7 +69,7 @@ class ActivationCache:
 
 
 def reserve(file: Path, size: int) -> None:
-    """A file with so many bytes of the disk. Without them, a mapped file on a full disk would end the process.
+    """Allocate the file's bytes on disk: writing to a mapped file on a full disk would kill the process.
 
     Raises OSError.
     """

@@ -1,4 +1,4 @@
-"""How far the compressed model's next-token distribution is from the dense one's, on windows held out."""
+"""Measure the KL divergence from the dense model's next-token distribution on held-out windows."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -16,7 +16,7 @@ LOGITS_AT_ONCE = 256
 
 
 def copy_linears(linears: Iterable[nn.Linear]) -> list[nn.Linear]:
-    """The linears as they are now; their weights are replaced, never written into, so nothing is copied."""
+    """Snapshot the linears. Weights are replaced and never written in place, so nothing is copied."""
     copies = []
     for linear in linears:
         with torch.device("meta"):
@@ -27,7 +27,7 @@ def copy_linears(linears: Iterable[nn.Linear]) -> list[nn.Linear]:
 
 
 def mean_divergence(head: Branch, dense_readers: Sequence[nn.Linear], streams: Streams) -> float | None:
-    """KL(dense || compressed) of the next token, in nats, the mean over held-out tokens; None where there are none."""
+    """Return KL(dense || compressed) of the next token in nats, averaged over held-out tokens; None without any."""
     if streams.dense is None:
         return None
     total, tokens = torch.zeros((), dtype=torch.float64, device=streams.decoder.device), 0

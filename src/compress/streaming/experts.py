@@ -1,4 +1,4 @@
-"""Experts, the parts of a branch that see some of the tokens each: what is known of them, and what few tokens do.
+"""Fit the experts of a mixture, each by the tokens that are routed to it.
 
 **Statistics** of an expert's linears are of the tokens that reach it alone, each once for what reads the stream. What
 writes it is given its inputs times the token's share, so that an error counts as it does in the stream.
@@ -41,7 +41,7 @@ Weigh = Callable[[Tensor], Tensor]  # the dense stream's tokens (n, D) to how mu
 
 @dataclass(frozen=True)
 class Filled:
-    """What a linear was given, in all processes, and what fills it up. tokens: how many were given."""
+    """A linear's inputs over all processes, with the pseudo-tokens added. tokens: how many real ones there were."""
 
     fit: NormalEquations
     inputs: InputSums
@@ -57,7 +57,7 @@ def filled_up(
     like: InputMoments | None = None,
     matrix: Float64[Tensor, "k m"] | None = None,
 ) -> Filled:
-    """The sums with the tokens that a linear with k inputs was not given, so that there are k.
+    """Add pseudo-tokens to a linear that was given fewer tokens than its k inputs, so that there are k.
 
     like: what their inputs are; by default white. matrix: what is made of them, where there are targets.
     """
@@ -75,14 +75,14 @@ def filled_up(
 
 
 def white(fit: NormalEquations) -> InputMoments:
-    """Inputs without direction, as strong as those that were given."""
+    """Moments of isotropic inputs with the power of the real ones."""
     variance = float(fit.G.diagonal().mean() / fit.tokens) if fit.tokens else 1.0
     second = torch.eye(len(fit.G), dtype=fit.G.dtype, device=fit.G.device) * (variance or 1.0)
     return normal_moments(second, second.new_zeros(len(second)))
 
 
 def lots(experts: Sequence[Branch], targets: int) -> Iterator[range]:
-    """Numbers of experts whose equations, those held out too, fit into memory together."""
+    """Split the experts into chunks whose equations, held-out ones included, fit in memory together."""
     widest = max(writer_of(expert).in_features for expert in experts)
     size = max(1, LOT_BYTES // equation_bytes(widest, targets))
     for start in range(0, len(experts), size):
@@ -97,7 +97,7 @@ def gather_experts(
     weigh: Weigh,
     encode: Float64[Tensor, "D d"] | None,
 ) -> list[tuple[Filled, NormalEquations]]:
-    """The equations of some of a branch's experts, filled up, and those held out: what each is to make of its inputs.
+    """Gather the normal equations of some of a branch's experts, to fit on (with pseudo-tokens) and held out.
 
     encode: of the basis that the branch writes in, None for the dense one.
     """
@@ -129,7 +129,7 @@ def gather_experts(
 def parts(
     branch: Branch, stream: Float[Tensor, "*batch d"]
 ) -> list[tuple[int, Int64[Tensor, "n"], Float[Tensor, "n 1"]]]:
-    """Each expert that has some of the stream's tokens: its number, their indices, its part of each one's shares."""
+    """Yield each expert that is given tokens: its number, their indices and its routing weights."""
     assert branch.sparse is not None
     assert branch.norm is not None
     x = rows(branch.norm(stream))
@@ -147,7 +147,7 @@ def writer_of(expert: Branch) -> nn.Linear:
 
 
 def short_of_tokens(reports: Iterable[Mapping[str, Any]]) -> list[str]:
-    """A sentence on the experts that were given fewer tokens than their linears have inputs, from all reports."""
+    """Say which experts were given fewer tokens than their linears have inputs."""
     told: dict[str, tuple[int, int]] = {}
     for entry in reports:
         if "tokens" in entry:
@@ -165,11 +165,11 @@ def short_of_tokens(reports: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def lot_bytes(experts: int, inner: int, targets: int) -> int:
-    """What the equations of a lot take at most."""
+    """Bytes that the equations of a chunk take at most."""
     one = equation_bytes(inner, targets)
     return min(experts * one, max(one, LOT_BYTES))
 
 
 def equation_bytes(inner: int, targets: int) -> int:
-    """Of an expert: to fit on and held out, in float64."""
+    """Bytes of an expert's equations, to fit on and held out, in float64."""
     return 2 * 8 * inner * (inner + targets)

@@ -1,4 +1,4 @@
-"""A group of linears and what it is to compute: the compressed prefix's inputs beside the dense model's outputs.
+"""Groups of linears that are fitted together: inputs from the compressed prefix, targets from the dense model.
 
 The anchored view: a group is not to reproduce itself on the inputs it is given, but to turn them into what the dense
 model had at the same place. What is known of that are two second moments, gathered over the calibration windows apart
@@ -36,7 +36,7 @@ from compress.streaming.processes import ALONE, Processes
 
 @dataclass(frozen=True)
 class InputSums:
-    """Over all windows: sums of u and of |u|."""
+    """Sums of u and of |u| over all windows."""
 
     total: Float64[Tensor, "k"]
     absolute: Float64[Tensor, "k"]
@@ -46,7 +46,7 @@ class InputSums:
 
 
 class RunningEquations:
-    """Sums of u u^T and u t^T as they grow."""
+    """Running sums of u u^T and u t^T."""
 
     def __init__(self, inputs: int, targets: int, device: torch.device) -> None:
         self.G = GramSum(inputs, device)
@@ -64,7 +64,7 @@ class RunningEquations:
 
 
 class EquationSums:
-    """Sums of u u^T and u t^T, apart for the windows to fit on and those held out; those of u and |u| over all.
+    """Sums of u u^T and u t^T, separate for the windows to fit on and the held-out ones; of u and |u| over all.
 
     Each of them is asked for once, in all processes, when everything is added.
 
@@ -79,7 +79,7 @@ class EquationSums:
 
     @cached_property
     def _held_out(self) -> RunningEquations:
-        """Made when it is first asked for: it is as large as the other."""
+        """The held-out sums, allocated on first use: they are as large as the others."""
         return self._new()
 
     def add(
@@ -90,7 +90,7 @@ class EquationSums:
         weights: Float[Tensor, "tokens 1"] | None = None,
         held_out: bool = False,
     ) -> None:
-        """A batch, each token counting by its weight: as if u and t were multiplied by the weight's root."""
+        """Add a batch, weighted by token: as if u and t were multiplied by the weight's square root."""
         self.seen += len(u)
         self.fitted += 0 if held_out else len(u)
         running = self._held_out if held_out else self._fit
@@ -115,7 +115,7 @@ class EquationSums:
         return InputSums(self._total, self._absolute)
 
     def moments(self, processes: Processes) -> InputMoments:
-        """Of the inputs, over the windows to fit on."""
+        """Moments of the inputs over the windows to fit on."""
         return mean_moments(self.fit(processes), self.inputs(processes))
 
 
@@ -125,7 +125,7 @@ def mean_moments(fit: NormalEquations, inputs: InputSums) -> InputMoments:
 
 
 def with_constant(inputs: Sequence[Float[Tensor, "tokens _"]], *, bias: bool) -> Float[Tensor, "tokens k"]:
-    """Inputs beside each other and, where there is a bias, a constant 1; copied only where there is more than one."""
+    """Concatenate inputs and, where there is a bias, a constant 1; a single input is not copied."""
     columns = [*inputs, inputs[0].new_ones(len(inputs[0]), 1)] if bias else inputs
     return columns[0] if len(columns) == 1 else torch.cat(list(columns), dim=1)
 
@@ -157,7 +157,7 @@ class LinearGroup(ABC):
 
     @property
     def metric(self) -> Float64[Tensor, "m m"] | None:
-        """S S^T where an error e of the targets counts as ||e S||^2; None where S is the identity."""
+        """S S^T, where an error e of the targets costs ||e S||^2; None where S is the identity."""
         return None
 
     @abstractmethod
@@ -165,11 +165,11 @@ class LinearGroup(ABC):
         """Put the matrix into the linears."""
 
     def moments(self, place: slice) -> InputMoments:
-        """Of some of the inputs, over all windows."""
+        """Moments of some of the inputs over all windows."""
         return input_moments(self.fit, self.held_out, self.inputs, place)
 
     def close(self) -> dict[str, Any]:
-        """What the report says of the group. Its matrices are let go: they are the largest there are beside a block."""
+        """Return the group's report and free its matrices, the largest besides a block's weights."""
         wanted, nothing = len(self.fit.G), self.matrix.new_zeros(0, 0)
         self.fit = self.held_out = NormalEquations(nothing, nothing, 0.0)
         self.matrix = nothing
@@ -185,12 +185,12 @@ class Readers(LinearGroup):
 
     @property
     def metric(self) -> Float64[Tensor, "D D"]:
-        """An error of the map counts as it shows in the outputs of all linears together."""
+        """The metric by which an error of the map counts: what it does to the outputs of all linears together."""
         weights = [linear.weight.double() for linear in self.readers.values()]
         return torch.stack([W.T @ W for W in weights]).sum(0)
 
     def places(self) -> dict[str, slice]:
-        """Where the inputs of each linear are among the group's."""
+        """Slices of the group's inputs, by linear."""
         width = len(self.matrix) - all_biased(self.readers.values())
         return dict.fromkeys(self.readers, slice(0, width))
 
@@ -222,7 +222,7 @@ class Writers(LinearGroup):
     """The linears that write the stream, encoded already, and the shortcut before them where there is one. m = d."""
 
     def places(self) -> dict[str, slice]:
-        """Where the inputs of each writer are among the group's."""
+        """Slices of the group's inputs, by writer."""
         places, start = {}, 0 if self.branch.shortcut is None else self.branch.shortcut.in_features
         for name, writer in self.branch.writers.items():
             assert isinstance(writer, nn.Linear)
@@ -231,7 +231,7 @@ class Writers(LinearGroup):
         return places
 
     def write(self) -> None:
-        """One bias for all: the stream takes in only their sum."""
+        """Write the matrix; one writer gets the whole bias, since the stream takes in only the sum of all."""
         start = 0
         for linear in writer_linears(self.branch):
             set_weight(linear, self.matrix[start : start + linear.in_features].T)
@@ -278,19 +278,19 @@ class Writers(LinearGroup):
 
 
 def writer_linears(branch: Branch) -> list[nn.Linear]:
-    """What writes the stream after a branch, in the order of the group's inputs."""
+    """The linears that write the stream after a branch, in the order of the group's inputs."""
     linears = [linear for linear in branch.writers.values() if isinstance(linear, nn.Linear)]
     return linears if branch.shortcut is None else [branch.shortcut, *linears]
 
 
 def kept_rows(size: int, stacks: int, count: int, kept: Int64[Tensor, "kept"]) -> Int64[Tensor, "rows"]:
-    """Of `size` rows, `stacks` times `count` units of neighbours: those of the kept units."""
+    """Indices of the rows of the kept units, where `size` rows are `stacks` times `count` units of adjacent rows."""
     rows = torch.arange(size, device=kept.device).view(stacks, count, -1)
     return rows[:, kept].flatten()
 
 
 def writer_matrix(branch: Branch) -> Float64[Tensor, "k d"]:
-    """The matrix of a branch's writers as they are: their weights one below the other, then the sum of their biases."""
+    """Stack the weights of a branch's writers, then the sum of their biases."""
     linears = writer_linears(branch)
     rows = [linear.weight.double().T for linear in linears]
     biases = [linear.bias.double() for linear in linears if linear.bias is not None]

@@ -1,4 +1,4 @@
-"""The form in which finished branches are written."""
+"""Bring finished branches into the form in which they are written."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ LORA = (".lora_A", ".lora_B")
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Branches as they come out of the walk, which is the form of the dense model and of our own architecture.
+    """Write branches as the walk leaves them: the form of the dense model and of our own architecture.
 
     model_type: of the stock model that is written, whose files have other names for experts' linears; "" for ours.
     ties_head: whether the head stays the embeddings' table.
@@ -26,16 +26,16 @@ class Layout:
         return width
 
     def form(self, branch: Branch, name: str) -> WrittenForm:
-        """What a reader or writer is brought into when its branch settles."""
+        """The form that a reader or writer gets when its branch is finished."""
         return WrittenForm()
 
     def settle(self, branch: Branch) -> None:
-        """Bring a branch that nothing is done to any more into the written form, in place."""
+        """Bring a finished branch into the written form, in place."""
 
     def file_name(self, name: str) -> str:
-        """What the checkpoint's files call the tensor that has this name in the model it describes."""
+        """The name in the checkpoint's files of a tensor of the model."""
         return file_name(name, self.model_type) if self.model_type else name
 
     def in_adapter(self, name: str) -> str | None:
-        """The name in the adapter beside the checkpoint; None for what is in the checkpoint itself."""
+        """The name in the checkpoint's LoRA adapter; None for a tensor of the checkpoint itself."""
         return f"{ADAPTER_PREFIX}{name}.weight" if name.endswith(LORA) else None

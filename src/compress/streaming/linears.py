@@ -1,4 +1,4 @@
-"""One linear layer of a block, for stages that work on linears one by one: factorising, quantizing, pruning.
+"""One linear layer of a block, for stages that work on linears one by one: factorizing, quantizing, pruning.
 
 Such a stage finds the linear as the stages before it left it (refitted towards the dense model, where `refit` is among
 them), what the calibration text gives it as inputs and, where a survey was asked for it, how the loss feels an error of
@@ -25,7 +25,7 @@ Rewritten = AnyLinear | AdaptedLinear
 
 @dataclass(frozen=True)
 class LinearShape:
-    """A linear (m, n) of a block, before anything is read.
+    """The shape (m, n) of a linear of a block, known from the config alone.
 
     path: below the causal LM. name: below the block. part: of the block, `attention` or `mlp`.
     """
@@ -44,20 +44,20 @@ class LinearShape:
 
 @dataclass(frozen=True)
 class FactorShape:
-    """What a linear becomes: two thin ones in a form, and whether they have a bias."""
+    """The low-rank factors that replace a linear: rank, form, and whether they have a bias."""
 
     rank: int
     form: Form
     has_bias: bool
 
     def stored(self, linear: LinearShape) -> int:
-        """Numbers in place of the weight; a bias counts where the linear had none."""
+        """Count the numbers stored in place of the weight; a bias counts where the linear had none."""
         added = linear.m if self.has_bias and not linear.has_bias else 0
         return num_stored(linear.m, linear.n, self.rank, self.form) + added
 
 
 def no_gradient() -> None:
-    """Where no survey looked."""
+    """Stand in for a gradient where there was no survey."""
 
 
 @dataclass
@@ -92,7 +92,7 @@ class LinearSite:
 
     @property
     def gradient(self) -> Tensor | None:
-        """E g g^T, g the loss's gradient by its outputs in the dense model, or the diagonal alone of a wide one."""
+        """E g g^T, g the loss's gradient by the outputs in the dense model; only the diagonal for a wide linear."""
         return self.read_gradient()
 
     @property
@@ -106,7 +106,7 @@ class LinearSite:
 
     @property
     def product(self) -> Float64[Tensor, "m n"]:
-        """The matrix that it multiplies by, whatever it has become."""
+        """The matrix that it multiplies by, in whatever form it is stored."""
         if not isinstance(self.module, LowRankLinear | PivotLinear):
             return weight_of(self.module)
         first, second = weight_of(self.module.first), weight_of(self.module.second)
@@ -119,7 +119,7 @@ class LinearSite:
         self.put(module)
 
     def linears(self) -> Iterator["LinearSite"]:
-        """The plain linears that the site now holds: itself, or the two of its factors, each with its own inputs."""
+        """Yield the plain linears at the site: the linear itself, or its two factors, each with its own inputs."""
         if isinstance(self.module, nn.Linear):
             yield self
             return
@@ -152,7 +152,7 @@ class LinearSite:
 
 
 def lost(W: Tensor, product: Tensor, inputs: InputMoments, *, centred: bool) -> float:
-    """The share of the outputs' energy, or of their variance, that `product` (m, n) in place of W does not give."""
+    """The share of the outputs' energy, or of their variance, that is lost with `product` (m, n) in place of W."""
     C, missed = inputs.spread(centred=centred).C, W - product
     return float((missed @ C * missed).sum() / (W @ C * W).sum().clamp_min(1e-300))
 

@@ -1,4 +1,4 @@
-"""The parts of a decoder filled from a checkpoint for as long as they are needed."""
+"""Load parts of a decoder from a checkpoint for as long as they are needed."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ from compress.streaming.weights import LazyWeights
 
 
 class PartLoader:
-    """`with loader.block(3): ...` has that block's weights in the decoder; behind it they are gone."""
+    """Load weights for the duration of a `with loader.block(3): ...`."""
 
     def __init__(self, decoder: Decoder, weights: LazyWeights) -> None:
         self.decoder = decoder
@@ -47,7 +47,7 @@ class PartLoader:
             decoder.empty(decoder.model.get_submodule(part))
 
     def _head_tensors(self) -> dict[str, Tensor]:
-        """The final norm and the head; a tied head is the first embedding table under its own name."""
+        """Tensors of the final norm and the head; a tied head is the first embedding table under its own name."""
         names = self.decoder.head_names()
         head_weight = f"{self.decoder.family.head}.weight"
         if self.weights.resolve(head_weight) is not None:

@@ -1,4 +1,4 @@
-"""How the streams pass a branch while its weights are rewritten.
+"""Propagate the calibration activations through a branch while its weights are fitted.
 
 The compressed stream passes through the *compressed* prefix, so whatever is decided sees the error of what was
 compressed before it. At each branch:
@@ -90,7 +90,7 @@ class Passage:
         self.eps = decoder.family.epsilon(decoder.config)
 
     def embed(self, branch: Branch, point: StreamPoint) -> None:
-        """The embeddings, which must be in the decoder, and both streams behind them."""
+        """Compress the embeddings, which must be loaded, and start both streams."""
         self._apply(branch)
         with self.clock("forward"):
             self.streams.embed()
@@ -104,7 +104,7 @@ class Passage:
         self.layout.settle(branch)
 
     def through(self, branch: Branch, point: StreamPoint, block: int) -> list[Report]:
-        """A branch of a block, from the point before it to `point`; reports on the groups and linears worked on."""
+        """Compress a branch of a block and advance the streams to `point`; return reports on groups and linears."""
         self._apply(branch)
         if self.follows_dense:
             reports = self.rewriter.rewrite_together(branch, block, self.streams, advance=True)
@@ -126,7 +126,7 @@ class Passage:
         return reports
 
     def read_out(self, head: Branch) -> tuple[list[Report], float | None]:
-        """The head, and the divergence of its logits from the dense model's on held-out windows."""
+        """Compress the head; return reports and the held-out divergence from the dense model."""
         self._apply(head)
         fitted = self.is_anchored and not self.layout.ties_head
         readers = self._readers(head, len(self.decoder.blocks)) if fitted else []
@@ -145,7 +145,7 @@ class Passage:
             self.processes.follow(site.matrix)
 
     def _readers(self, branch: Branch, block: int) -> list[Readers]:
-        """The readers as groups, fitted by the stages but not written: the dense stream is yet to pass them."""
+        """Fit the readers' groups without writing them: the dense stream has yet to pass the branch."""
         return [self._fitted_readers(branch, group, block) for group in branch.reader_groups()]
 
     def _fitted_readers(self, branch: Branch, behind: ReaderGroup, block: int) -> Readers:
@@ -170,7 +170,7 @@ class Passage:
         return group
 
     def _enter(self, branch: Branch, groups: Sequence[Readers]) -> list[Report]:
-        """Let the readers take the compressed stream."""
+        """Write the fitted readers, so that they take the compressed stream."""
         reports = []
         if not groups and self.decode is not None:
             read_through(branch, self.decode)
@@ -247,7 +247,7 @@ class Passage:
         return reports
 
     def _gather_writers(self, branch: Branch, point: StreamPoint, block: int) -> tuple[EquationSums, Gathered]:
-        """Second moments of the writers' inputs, and with what they are to give; the point's statistics.
+        """Gather the writers' normal equations and the point's statistics.
 
         Where each point is rotated by itself, the basis is not known yet: the stream, which passes by a shortcut, comes
         first among the inputs, and targets are in the dense basis.
@@ -295,7 +295,7 @@ class Passage:
             return None
         point.basis = Basis(self.frame, width=point.dense_width, is_shared=True)
         for stage in self.stages:
-            if isinstance(point, stage.site) and not stage.needs:
+            if isinstance(point, stage.site) and not stage.requires.statistics:
                 stage.apply(point)
         change = point.change(self.layout.directions(point.width))
         assert change is not None
@@ -304,7 +304,7 @@ class Passage:
     def _target(
         self, branch: Branch, batch: Batch, encode: Float[Tensor, "D d"] | None
     ) -> tuple[Float[Tensor, "tokens d"], Float[Tensor, "tokens 1"]]:
-        """What the writers of a branch are to give a batch, and how its tokens weigh.
+        """The targets of a branch's writers for a batch, and its token weights.
 
         That is what takes the compressed stream to the dense one, over what the branch multiplies it by. Where a norm
         is behind the branch, it is to be given what it is given in the dense model: the writer's own outputs there, or
@@ -339,17 +339,17 @@ class Passage:
                 self.streams.compressed.put(batch.index, branch.carried(stream) + update)
 
     def _wide(self, stream: Tensor) -> Float[Tensor, "*batch D"]:
-        """The compressed stream in the dense basis."""
+        """Decode the compressed stream into the dense basis."""
         return stream if self.decode is None else stream @ self.decode.to(self.decoder.dtype)
 
     def _weigh(self, t: Float[Tensor, "tokens D"]) -> Float[Tensor, "tokens 1"]:
-        """By the square of what the next norm will divide by."""
+        """Token weights: the inverse square of what the next norm will divide by."""
         mean: Tensor | float = t.mean(-1, keepdim=True) if self.decoder.family.norm == "layer" else 0.0
         return 1 / ((t - mean).square().mean(-1, keepdim=True) + self.eps)
 
     def _accumulators(self, point: StreamPoint) -> Gathered:
         stages = [stage for stage in self.stages if stage.site is StreamPoint]
-        needs = dict.fromkeys(need for stage in stages for need in stage.needs)
+        needs = dict.fromkeys(need for stage in stages for need in stage.requires.statistics)
         return {need: need.accumulator(point.dense_width, self.eps, self.decoder.device) for need in needs}
 
     def _decide(self, point: StreamPoint, gathered: Mapping[Need, Accumulator]) -> None:
@@ -366,7 +366,7 @@ class Passage:
             point.basis.width = self.processes.from_first(point.basis.width)
 
     def _write_in_basis(self, branch: Branch, point: StreamPoint) -> Float64[Tensor, "D d"] | None:
-        """Let the branch write in the point's basis, and the stream pass it by a shortcut where bases differ.
+        """Encode the branch's writers into the point's basis; where bases differ, the stream passes by a shortcut.
 
         The encode matrix; None where the stream stays as it is.
         """
@@ -393,7 +393,7 @@ class Passage:
 
 
 def encoded(equations: NormalEquations, encode: Float64[Tensor, "D d"]) -> NormalEquations:
-    """Equations whose targets are in the basis of `encode`'s columns."""
+    """Normal equations with the targets in the basis of `encode`'s columns."""
     return NormalEquations(equations.G, equations.B @ encode, equations.tokens)
 
 
@@ -403,9 +403,9 @@ def rotates_points(stages: Iterable[Stage]) -> bool:
 
 
 def num_streams(stages: Iterable[Stage]) -> int:
-    """1, the compressed stream, or 2 where a stage compares with the dense one."""
+    """Return 1 for the compressed stream alone, 2 where a stage compares with the dense one."""
     stages = list(stages)
-    compared = any(need.dense for stage in stages for need in stage.needs)
+    compared = any(need.dense for stage in stages for need in stage.requires.statistics)
     return 2 if compared or (has_groups(stages) and not follows_dense(stages)) else 1
 
 
@@ -428,11 +428,12 @@ def has_groups(stages: Iterable[Stage]) -> bool:
     stages = list(stages)
     plain = not any(stage.reshapes for stage in stages)
     return any(
-        issubclass(stage.site, LinearGroup) or (stage.site is LinearSite and not (plain and stage.plain_inputs))
+        issubclass(stage.site, LinearGroup)
+        or (stage.site is LinearSite and not (plain and stage.requires.inputs == "single_pass"))
         for stage in stages
     )
 
 
 def follows_dense(stages: Iterable[Stage]) -> bool:
     """Whether the only inputs that stages see are the dense model's own."""
-    return any(stage.dense_inputs for stage in stages)
+    return any(stage.requires.inputs == "dense" for stage in stages)

@@ -1,4 +1,4 @@
-"""Several processes that calibrate one model together: each takes its share of the batches (data parallel).
+"""Calibrate one model in several processes, each with its share of the batches (data parallel).
 
 What adds up over tokens is added up over processes, in float64. Another number of processes adds in another order and
 changes the result by rounding. What a stage makes of the sums is made by each process, and the first one's result then
@@ -35,7 +35,7 @@ KEPT = "What was finished is kept for --resume."
 
 
 class Processes:
-    """One process alone: all it is asked for is the identity."""
+    """A single process: every collective is the identity."""
 
     rank = 0
     count = 1
@@ -46,29 +46,29 @@ class Processes:
         return self.rank == 0
 
     def share(self, items: Sequence[T]) -> list[T]:
-        """Of items that all processes know in the same order, those that are this one's: each n-th."""
+        """This process's share of items that all processes list in the same order: every n-th."""
         return list(items[self.rank :: self.count])
 
     def add_up(self, *sums: Tensor) -> None:
-        """Make sums those over the processes, in place and the same in each."""
+        """Sum tensors over all processes, in place."""
 
     def total(self, number: int) -> int:
         return number
 
     def follow(self, *tensors: Tensor) -> None:
-        """Replace tensors, of one shape in all processes, by the first one's."""
+        """Broadcast the first process's tensors, in place."""
 
     def from_first(self, data: Any) -> Any:
-        """Plain data of the first process; what the others give does not count."""
+        """Broadcast plain data from the first process."""
         return data
 
     def gathered(self, data: Any) -> list[Any]:
-        """Plain data of all processes, in the order of their ranks. No one goes on before all are here."""
+        """Gather plain data from all processes, in the order of their ranks; also a barrier."""
         return [data]
 
     @contextmanager
     def shared_fate(self) -> Iterator[None]:
-        """What ends one process in here ends all, with one message."""
+        """End all processes, with one message, when one of them fails in this block."""
         yield
 
 
@@ -135,7 +135,7 @@ class Group(Processes):
 
     @contextmanager
     def _together(self) -> Iterator[None]:
-        """Transfers, begun when all are here: who waits, waits in Python, and hears signals and of others' failures."""
+        """Begin a transfer once all processes are here. Waiting is done in Python, to hear of signals and failures."""
         key = self._new_key()
         with self._noticing_deaths():
             self.store.add(key, 1)
@@ -144,7 +144,7 @@ class Group(Processes):
 
     @contextmanager
     def _noticing_deaths(self) -> Iterator[None]:
-        """A broken connection, to the store or between processes, is told as what it means."""
+        """Turn a broken connection, to the store or between processes, into the failure that it means."""
         try:
             yield
         except RuntimeError as error:
@@ -165,7 +165,7 @@ class Group(Processes):
                 raise CompressError(f"Another of the {self.count} processes does not answer. {KEPT}")
 
     def _check(self) -> None:
-        """Raises what another process has failed by, or that one is gone without a word."""
+        """Raise FailedElsewhere where another process has failed, or is gone without a message."""
         gone = [rank for rank, pid in self.neighbours.items() if not is_running(pid)]
         if self.store.check([FAILURE]):
             raise FailedElsewhere(*json.loads(self.store.get(FAILURE)))
@@ -173,7 +173,7 @@ class Group(Processes):
             raise CompressError(f"Process {gone[0]} of {self.count} has died. {KEPT}")
 
     def meet(self) -> None:
-        """Learn who else is on this machine."""
+        """Find out which processes are on this machine."""
         here = platform.node()
         met = self.gathered([here, os.getpid()])
         self.neighbours = {rank: pid for rank, (node, pid) in enumerate(met) if node == here and rank != self.rank}
@@ -194,7 +194,7 @@ class Group(Processes):
             raise
 
     def _tell(self, error: Exception) -> None:
-        """The first failure is the one that all end with."""
+        """Record a failure; the first one is the one that all end with."""
         known = isinstance(error, CompressError)
         message = str(error) if known else f"Process {self.rank} ended by {type(error).__name__}: {error}"
         code = error.exit_code if isinstance(error, CompressError) else 1

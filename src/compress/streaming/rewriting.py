@@ -1,4 +1,4 @@
-"""Giving linears to the stages that work on them: those with the same inputs together."""
+"""Give linears to the stages that work on them, those with the same inputs together."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +27,7 @@ Report = dict[str, Any]
 
 @dataclass(frozen=True)
 class SharedInputs:
-    """What several linears are given, and the same as their checkpoint has it, which is made once for all of them.
+    """Moments of the inputs that several linears share, in the walk's form and in the checkpoint's.
 
     tokens: how many an expert was given; None for linears that all tokens pass.
     """
@@ -64,7 +64,7 @@ class LinearRewriter:
         self.processes = processes
 
     def rewrite_group(self, group: Readers | Writers) -> list[Report]:
-        """The linears of a group that has been written, by the inputs that it was fitted to.
+        """Rewrite the linears of a group that has been written, by the inputs that it was fitted to.
 
         Readers beside experts are left to `rewrite_readers`: the group's inputs are all tokens'.
         """
@@ -81,14 +81,14 @@ class LinearRewriter:
         return reports
 
     def rewrite_together(self, branch: Branch, block: int, streams: Streams, *, advance: bool) -> list[Report]:
-        """Rewrite the linears by what the stream gives them in one pass of the branch as it is.
+        """Rewrite the linears by their inputs in one pass of the unchanged branch.
 
         advance: the stream goes on behind that pass, and sees nothing of what is rewritten.
         """
         return self._rewrite(branch, block, streams, branch.sharing(), advance=advance)
 
     def rewrite_readers(self, branch: Branch, block: int, streams: Streams) -> list[Report]:
-        """The same for what reads the stream alone."""
+        """Rewrite the readers alone, by their inputs in one pass of the unchanged branch."""
         sharing = [names for names in branch.sharing() if names[0] in branch.readers]
         return self._rewrite(branch, block, streams, sharing, advance=False) if self.stages else []
 
@@ -156,7 +156,7 @@ class LinearRewriter:
         )
 
     def _in_written_form(self, branch: Branch, name: str, site: LinearSite, inputs: InputMoments) -> LinearSite:
-        """The same linear as the checkpoint will have it; the walk goes on with it through a change of form."""
+        """Bring a linear into the checkpoint's form; the walk goes on with it through a change of form."""
         form = self.layout.form(branch, name)
         if form.is_the_walks:
             return site
@@ -178,6 +178,6 @@ def has_bias(module: AnyLinear) -> bool:
 
 
 def plain(module: nn.Module) -> nn.Linear:
-    """A linear that nothing has been done to yet."""
+    """Assert that a linear is still a plain one."""
     assert isinstance(module, nn.Linear)
     return module

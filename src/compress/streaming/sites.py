@@ -1,4 +1,4 @@
-"""What a stage works on, and what a stage is.
+"""The sites that stages work on, and the interface of a stage.
 
 A walk meets five kinds of sites: the whole model before the first weight is changed, a branch when its weights have
 been read, a group of linears when it is known what the compressed prefix gives them and what the dense model gave
@@ -21,13 +21,14 @@ from compress.numerics.frames import Frame
 from compress.numerics.linalg import kept_energy, random_orthogonal, spectrum
 from compress.streaming.groups import LinearGroup
 from compress.streaming.linears import LinearSite
+from compress.streaming.spectra import LinearWatch
 from compress.streaming.statistics import Need
-from compress.streaming.survey import Survey
+from compress.streaming.survey import Survey, SurveyNeed
 
 
 @dataclass
 class WholeModel:
-    """The model before the walk: what the survey of the dense one found, and the frame that all points share.
+    """The model before the walk: the survey of the dense one, and the frame that all points share.
 
     layer_norm: its norms are LayerNorms, so that the stream has no mean.
     """
@@ -84,7 +85,7 @@ class StreamPoint:
         return self.basis.width if self.basis else self.dense_width
 
     def change(self, directions: int) -> tuple[Float64[Tensor, "D d"], Float64[Tensor, "d D"]] | None:
-        """Encode and decode for so many directions: into the kept basis and back to the dense stream."""
+        """Matrices into the basis of the first `directions` of the frame, and back to the dense stream."""
         if self.basis is None:
             return None
         encode, decode = self.basis.frame.encode(directions), self.basis.frame.decode(directions)
@@ -94,12 +95,12 @@ class StreamPoint:
         return encode.contiguous(), decode.contiguous()
 
     def generator(self) -> torch.Generator:
-        """Random numbers of this point's own, so that a resumed run draws what an undisturbed one does."""
+        """A random generator seeded by the point, so that a resumed run draws the same numbers."""
         digest = hashlib.sha256(f"{self.seed}/{self.index}".encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
     def close(self) -> dict[str, Any]:
-        """What the report says of the point. Its matrices are let go: they would make memory grow with depth."""
+        """Return the point's report and free its matrices, which would make memory grow with depth."""
         report = self.report()
         self.statistics, self.basis = {}, None
         return report
@@ -110,7 +111,7 @@ class StreamPoint:
 
 
 def stream_points(dense_width: int, *, num_blocks: int, branch_names: list[str], seed: int) -> list[StreamPoint]:
-    """All points of a decoder's stream in order: after the embeddings, then after each branch of each block."""
+    """List the points of a decoder's stream in order: after the embeddings, then after each branch of each block."""
     places = [(0, "embeddings")]
     places += [(block, f"block {block} {name}") for block in range(num_blocks) for name in branch_names]
     return [
@@ -133,6 +134,25 @@ Count = int | tuple[int, ...]
 Site = WholeModel | Branch | LinearGroup | LinearSite | StreamPoint
 
 
+@dataclass(frozen=True)
+class Requirements:
+    """What a stage needs of a run.
+
+    statistics: at each point of the stream. survey: of the whole dense model, before the walk.
+    watch: which linears the survey looks at. held_out: the share of the calibration windows that it chooses on and does
+        not fit on.
+    inputs: of each linear: `sequential`, from the linears of its branch that are already rewritten, with tokens of
+        writers weighted as the next norm weights them; `single_pass`, those of the compressed prefix before the branch
+        changes; `dense`, those of the dense model.
+    """
+
+    statistics: tuple[Need, ...] = ()
+    survey: SurveyNeed = SurveyNeed.NONE
+    watch: LinearWatch | None = None
+    held_out: float = 0.0
+    inputs: Literal["sequential", "single_pass", "dense"] = "sequential"
+
+
 @runtime_checkable
 class Stage(Protocol):
     """A configuration and what it does at one site: all that the walk knows of a stage."""
@@ -142,13 +162,7 @@ class Stage(Protocol):
     in_written_form: ClassVar[bool]
 
     @property
-    def needs(self) -> tuple[Need, ...]: ...
-
-    @property
-    def dense_inputs(self) -> bool: ...
-
-    @property
-    def plain_inputs(self) -> bool: ...
+    def requires(self) -> Requirements: ...
 
     def apply(self, site: Any) -> None: ...
 

@@ -1,4 +1,4 @@
-"""How the outputs of the dense model's linears are spread, and how much the loss feels it: what ranks are chosen by.
+"""Spectra of the dense linears' outputs, by variance and by the loss's gradient: what ranks are allocated by.
 
 For each linear the eigenvalues of its outputs' covariance, and those of the same seen through the second moment of the
 loss's gradient by these outputs (K-FAC, arXiv 1503.05671): what is cut off of the second is, to second order, what it
@@ -31,7 +31,7 @@ WIDEST = 2  # times the stream: up to that the gradient's moment is a whole matr
 
 @dataclass(frozen=True)
 class Spectrum:
-    """By decreasing size: the variances of the outputs along their principal components, and what the loss feels."""
+    """Variances of the outputs along their principal components, decreasing, and the same weighted by the gradient."""
 
     energy: Float64[Tensor, "k"]
     felt: Float64[Tensor, "k"] | None = None
@@ -43,7 +43,7 @@ class Spectrum:
 
 @dataclass(frozen=True)
 class LinearWatch:
-    """Which linears a stage wants to know of, by their names below a block and parts, and how it measures them.
+    """Select the linears that a stage wants spectra of, and how they are measured.
 
     gradient_weight: as `gradient_metric` has it. centres: whether the mean of the outputs does not count, with a bias
         or without.
@@ -56,7 +56,7 @@ class LinearWatch:
 
 @dataclass
 class GradientFiles:
-    """The moments of the gradients by the outputs of linears, a file a block."""
+    """Second moments of the gradients by the linears' outputs, in one file a block."""
 
     folder: Path
     written: list[dict[str, Any]] = field(default_factory=list)
@@ -66,7 +66,7 @@ class GradientFiles:
         self.written.append(write_tensors(self.file(block), tensors))
 
     def read(self, block: int, path: str) -> Tensor | None:
-        """The moment of one linear; None where it was not watched."""
+        """Read the moment of one linear; None where it was not watched."""
         if not self.file(block).exists():
             return None
         with safe_open(self.file(block), framework="pt") as opened:
@@ -78,7 +78,7 @@ class GradientFiles:
 
 
 class LinearObserver:
-    """Gathers one block's moments after the other, each of the processes from its own batches."""
+    """Gather the moments block by block, each process from its own batches."""
 
     def __init__(
         self, watch: LinearWatch, files: GradientFiles, decoder: Decoder, processes: Processes = ALONE
@@ -101,7 +101,7 @@ class LinearObserver:
 
     @contextmanager
     def block(self, index: int) -> Iterator[None]:
-        """Watch a block whose weights are there, for as many batches as pass it; then draw the conclusions."""
+        """Watch a loaded block for as many batches as pass it, then compute its spectra."""
         prefix, part_of = self.decoder.block_prefix(index), self.decoder.family.part_of
         self.linears = {
             prefix + name: module
@@ -121,7 +121,7 @@ class LinearObserver:
         self._forget()
 
     def _sharing(self) -> dict[str, str]:
-        """For each linear the first of those that are given the same inputs, as any of the processes has seen it."""
+        """Map each linear to the first one that is given the same inputs, over all processes."""
         first = {self.shared[path]: path for path in reversed(self.linears) if path in self.shared}
         mine = {path: first[place] for path, place in self.shared.items()}
         found = {path: shared for theirs in self.processes.gathered(mine) for path, shared in theirs.items()}
@@ -152,7 +152,7 @@ class LinearObserver:
 
     @contextmanager
     def batch(self) -> Iterator["Watched"]:
-        """The inputs and outputs of the linears during one pass through the block."""
+        """Record the inputs and outputs of the linears during one pass through the block."""
         watched = Watched()
         handles = [linear.register_forward_hook(partial(watched.note, path)) for path, linear in self.linears.items()]
         try:
@@ -193,7 +193,7 @@ class LinearObserver:
 
 
 class Watched:
-    """What linears were given and gave in one pass."""
+    """Inputs and outputs of linears in one pass."""
 
     def __init__(self) -> None:
         self.inputs: dict[str, Tensor] = {}

@@ -1,4 +1,4 @@
-"""Statistics of calibration activations at points of the stream, as needs that a stage declares.
+"""Statistics of calibration activations at points of the stream, declared by stages as needs.
 
 A need is a small frozen value: equal needs of two stages are gathered once, and the walk keeps the dense model's
 activations beside the compressed ones only if some need asks for them. Sums are in float64, over batches and processes.
@@ -22,7 +22,7 @@ class Accumulator(Protocol):
 
     @property
     def sums(self) -> tuple[Tensor, ...]:
-        """What adds up over processes, in place, before `value` is asked for."""
+        """The tensors to sum over processes, in place, before `value` is read."""
 
     def value(self) -> Tensor: ...
 

@@ -1,4 +1,4 @@
-"""Seconds by kind of work. A kind inside another counts for itself alone, so that the kinds add up to the whole."""
+"""Time by kind of work. Nested kinds count for themselves alone, so that the kinds add up to the whole."""
 
 import time
 from collections import defaultdict

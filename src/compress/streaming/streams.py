@@ -1,4 +1,4 @@
-"""The calibration windows on their way through the decoder: the compressed prefix's stream, and the dense model's.
+"""Activations of the calibration windows: the stream of the compressed prefix, and that of the dense model.
 
 Some windows, evenly spread, are held out: they walk along and count in the bases, but nothing is fitted on them.
 """
@@ -28,7 +28,7 @@ class Batch:
 
 
 def split_windows(windows: Int64[Tensor, "windows tokens"], batch_size: int, held_out: int) -> list[Batch]:
-    """Batches of the windows in their order; `held_out` of them, evenly spread, in batches of their own at the end."""
+    """Split windows into batches in order; `held_out` of them, evenly spread, make separate batches at the end."""
     apart = torch.zeros(len(windows), dtype=torch.bool)
     apart[[(2 * i + 1) * len(windows) // (2 * held_out) for i in range(held_out)]] = True
     tagged = [(ids, False) for ids in windows[~apart].split(batch_size)]
@@ -37,19 +37,19 @@ def split_windows(windows: Int64[Tensor, "windows tokens"], batch_size: int, hel
 
 
 def spread(windows: Int64[Tensor, "windows tokens"], count: int) -> Int64[Tensor, "count tokens"]:
-    """`count` of the windows, evenly spread; all where there are no more."""
+    """Select `count` windows, evenly spread; all where there are no more."""
     count = min(count, len(windows))
     return windows[[index * len(windows) // count for index in range(count)]]
 
 
 def own_batches(batches: list[Batch], processes: Processes) -> list[Batch]:
-    """This process's share, numbered anew."""
+    """This process's share of the batches, renumbered."""
     return [replace(batch, index=index) for index, batch in enumerate(processes.share(batches))]
 
 
 @dataclass(frozen=True)
 class CacheFolder:
-    """Makes caches: on the device where they fit, in memory up to `memory` bytes each, in files under `scratch`."""
+    """Create caches: on the device where they fit, in memory up to `memory` bytes each, else in files."""
 
     decoder: Decoder
     scratch: Path
@@ -73,7 +73,7 @@ class CacheFolder:
 
 
 def scratch_file(folder: Path, name: str) -> Path:
-    """A new file that is nobody else's, whatever lies in the folder."""
+    """Create a new, unique file."""
     handle, path = tempfile.mkstemp(prefix=f"activations-{name}-", dir=folder)
     os.close(handle)
     return Path(path)
@@ -122,14 +122,14 @@ class Streams:
         return needed + sum(cache.bytes_in_memory for cache in caches if cache is not None) <= self.memory
 
     def embed(self) -> None:
-        """Both streams as the embeddings, which must be in the decoder, give them."""
+        """Start both streams from the embeddings, which must be loaded."""
         for batch, stream in zip(self.batches, self._record(), strict=True):
             self.compressed.put(batch.index, stream)
             if self.dense is not None:
                 self.dense.put(batch.index, stream.clone())
 
     def record_arguments(self) -> None:
-        """Note what the blocks are called with; the embeddings must be in the decoder."""
+        """Record the arguments that blocks are called with; the embeddings must be loaded."""
         for _ in self._record():
             pass
 
@@ -141,13 +141,13 @@ class Streams:
             yield stream
 
     def now(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """A batch of the compressed stream and of the dense one, on the device."""
+        """Return a batch of the compressed stream and of the dense one, on the device."""
         device = self.decoder.device
         dense = None if self.dense is None else self.dense.get(batch.index, device)
         return self.compressed.get(batch.index, device), dense
 
     def update(self, branch: Branch, stream: Tensor, batch: Batch, block: int) -> Tensor:
-        """What a branch of a block adds to a batch of a stream."""
+        """Run a branch of a block on a batch; return what it adds to the stream."""
         if branch.run is None:
             raise ValueError(f"{branch.name} cannot be run.")
         update: Tensor = branch.run(stream, self.arguments[batch.index][block])
@@ -163,7 +163,7 @@ class Streams:
                 cache.put(i, state[f"{name}.{i}"].clone())
 
     def release(self) -> None:
-        """Let the activations go: nothing passes any more."""
+        """Free the activations."""
         for cache in (self.compressed, self.dense, self.before_post_norm):
             if cache is not None:
                 cache.release()

@@ -1,4 +1,4 @@
-"""One look at the whole dense model before anything is changed: where its stream lives and what its loss feels there.
+"""Survey the dense model before anything is changed: moments of its stream and of the loss's gradient.
 
 For a basis that all layers share, the second moment of the normalised stream at every norm of the model is needed, and
 that of the loss's gradient at the same places. Both come from one pass forward and one backward, a block at a time: the
@@ -41,7 +41,7 @@ UNITS = "units "  # before the names of unit costs among a survey's tensors
 
 
 class SurveyNeed(enum.Flag):
-    """What stages need to know of the whole dense model.
+    """Statistics of the whole dense model that stages need.
 
     STREAM: the moments of its stream. LINEARS: how the outputs of its linears are spread. GRADIENT: of each of these
     what the loss feels there, by a pass backward. UNITS: what deleting neurons or KV groups costs the loss.
@@ -70,12 +70,12 @@ class Survey:
     unit_costs: Mapping[str, Float64[Tensor, "deleted"]] = field(default_factory=dict)
 
     def gradient_at(self, path: str, block: int, device: torch.device) -> Tensor | None:
-        """The moment of the gradient by the outputs of a linear; None where nobody looked."""
+        """The second moment of the gradient by a linear's outputs; None where it was not taken."""
         moment = None if self.gradients is None else self.gradients.read(block, path)
         return None if moment is None else moment.to(device)
 
     def tensors(self) -> dict[str, Tensor]:
-        """All but the gradients by linears, which lie in files."""
+        """All tensors but the gradients by linears, which are in files."""
         named = {"moment": self.moment, "gradient": self.gradient}
         for path, spectrum in self.spectra.items():
             named |= {f"energy {path}": spectrum.energy, f"felt {path}": spectrum.felt}
@@ -84,7 +84,7 @@ class Survey:
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], gradients: GradientFiles | None) -> "Survey":
-        """The survey that gave these tensors."""
+        """Restore a survey from its tensors."""
         spectra = {
             name.removeprefix("energy "): Spectrum(energy, tensors.get(name.replace("energy ", "felt ", 1)))
             for name, energy in tensors.items()
@@ -266,7 +266,7 @@ class Surveyor:
 
     @torch.no_grad()
     def _count(self, x: Float[Tensor, "*batch D"], gradient: Float[Tensor, "*batch D"] | None = None) -> None:
-        """A point's tokens, or the gradients there, into the sums."""
+        """Add a point's tokens, or the gradients there, to the sums."""
         if not self.counts_stream:
             return
         rows = at_least_float32(x.reshape(-1, x.shape[-1]))
@@ -290,12 +290,12 @@ class Surveyor:
 
 
 def num_steps(num_blocks: int, *, gradient: bool) -> int:
-    """Of a survey: the embeddings, every block, and with a gradient the head and every block again."""
+    """Count a survey's steps: the embeddings, every block, and with a gradient the head and every block again."""
     return (1 + num_blocks) * (2 if gradient else 1)
 
 
 def survey_samples(samples: int, seq_len: int, width: int) -> int:
-    """How many of the calibration windows a survey needs: a quarter, but at least 8 tokens for each stream direction.
+    """Number of calibration windows that a survey uses: a quarter, but at least 8 tokens for each stream direction.
 
     Second moments of the stream and of the gradient settle long before regressions do.
     """

@@ -1,4 +1,4 @@
-"""The walk over a decoder: every weight is read once, finished parts come out one by one.
+"""Walk over a decoder: read every weight once, yield finished parts one by one.
 
 Part after part is read, taken through its stages (`passage.py` says in which order), rounded, handed out and emptied. A
 short probe passes through the rounded weights: what it comes to is what the written checkpoint must give.
@@ -73,7 +73,7 @@ class FinishedPart:
 
 
 class Walk:
-    """Walks `decoder` once with calibration `windows`, applying `stages` at their sites.
+    """Walk `decoder` once with calibration `windows`, applying `stages` at their sites.
 
     `parts()` yields finished parts; between two of them `state()` is all that the rest of the walk depends on, and
     `restore(state, next_part)` on a fresh walk continues as if there had been no break, to the bit.
@@ -209,7 +209,7 @@ class Walk:
 
     @contextmanager
     def _loaded(self, part: AbstractContextManager[None]) -> Iterator[None]:
-        """A part filled by the loader, the reading on the clock."""
+        """Load a part, timed as `read`."""
         with ExitStack() as stack:
             with self.clock("read"):
                 stack.enter_context(part)
@@ -246,7 +246,7 @@ class Walk:
         )
 
     def _rounded(self, tensor: Tensor) -> Tensor:
-        """In the output dtype; indices and codes stay what they are."""
+        """Cast floats to the output dtype; indices and codes stay as they are."""
         return tensor.to(self.settings.output_dtype) if is_wide_float(tensor) else tensor
 
     def _record_probe(self) -> None:
@@ -254,17 +254,17 @@ class Walk:
 
 
 def is_wide_float(tensor: Tensor) -> bool:
-    """8-bit floats are codes."""
+    """Whether a tensor holds floats; 8-bit floats are codes."""
     return tensor.is_floating_point() and tensor.dtype.itemsize > 1
 
 
 def named_tensors(prefix: str, module: nn.Module) -> dict[str, Tensor]:
-    """The parameters, and the buffers that are saved."""
+    """Name the parameters and the persistent buffers."""
     return {prefix + name: tensor for name, tensor in module.state_dict(keep_vars=True).items()}
 
 
 def shared_frame(stages: Sequence[Stage], survey: Survey | None, *, layer_norm: bool) -> Frame | None:
-    """What the stages that work on the whole model make of its survey."""
+    """Compute the frame that all points share, by the stages that work on the whole model."""
     stages = [stage for stage in stages if stage.site is WholeModel]
     if not stages:
         return None

@@ -1,4 +1,4 @@
-"""The dense weights of a checkpoint folder, read lazily: by the names of a model whose experts are single linears."""
+"""Read the dense weights of a checkpoint lazily, by the names of a model whose experts are single linears."""
 
 import itertools
 from collections.abc import Iterable, Iterator
@@ -16,32 +16,32 @@ READABLE = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, 
 
 
 class LazyWeights:
-    """The weights of a checkpoint folder by their names in the model. Opening it reads headers only."""
+    """Weights of a checkpoint folder by their names in the model. Opening reads headers only."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.stored = SafetensorsFolder(folder)
 
     def resolve(self, name: str) -> str | None:
-        """The name of the stored tensor that has a parameter, alone or among other experts'."""
+        """Name of the stored tensor that holds a parameter, alone or among other experts'."""
         piece = fused_piece(name)
         return self.stored.find(*stored_forms(name), *([piece.stored] if piece else []))
 
     def piece(self, name: str) -> Piece | None:
-        """Where in its stored tensor a parameter is; None where it is all of it."""
+        """Where a parameter is in its stored tensor; None where it is all of it."""
         piece = fused_piece(name)
         is_fused = piece is not None and str(self.resolve(name)).endswith(piece.stored.removeprefix("model."))
         return piece if is_fused else None
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of a parameter that is stored."""
+        """Shape of a stored parameter."""
         shape, piece = self.stored.tensors[str(self.resolve(name))].shape, self.piece(name)
         if piece is None or len(shape) != FUSED_DIMENSIONS:
             return shape
         return len(range(shape[1])[piece.rows(shape[1])]), shape[2]
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """The tensors as stored, on the CPU, under the names asked for.
+        """Read tensors as they are stored, on the CPU.
 
         Raises NumericalError for a NaN or Inf, CheckpointError for what is not there or has changed.
         """
@@ -61,7 +61,7 @@ class LazyWeights:
         return piece is None or piece.expert < self.stored.tensors[str(self.resolve(name))].shape[0]
 
     def samples(self) -> Iterator[tuple[str, bytes]]:
-        """A row from the midst of every tensor, by name: enough to tell two models of one shape apart."""
+        """Yield a row from the middle of every tensor: enough to tell two models of one shape apart."""
         tensors = self.stored.tensors
         order = sorted(tensors, key=lambda name: (tensors[name].file, name))
         for file, names in itertools.groupby(order, key=lambda name: tensors[name].file):
@@ -73,7 +73,7 @@ class LazyWeights:
                     yield name, row.contiguous().view(torch.uint8).numpy().tobytes()
 
     def check_against(self, shapes: dict[str, torch.Size], *, may_miss: Iterable[str] = ()) -> None:
-        """That every parameter of the model is stored, in its shape and in a float type. Reads no weights."""
+        """Check that every parameter of the model is stored, in its shape and in a float type. Reads no weights."""
         missing, optional = [], set(may_miss)
         for name, shape in shapes.items():
             stored = self.resolve(name)

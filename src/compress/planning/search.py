@@ -13,12 +13,12 @@ from dataclasses import dataclass, replace
 import torch
 
 from compress.architectures.architecture import dense_units
-from compress.assembly import new_walk
-from compress.budget import Choice, Counts
 from compress.errors import UsageError
 from compress.numerics.allocation import Ladder, spend
 from compress.numerics.frames import Frame
-from compress.preflight import Prepared
+from compress.planning.assembly import new_walk
+from compress.planning.budget import Choice, Counts
+from compress.planning.prepare import Prepared
 from compress.progress import Steps
 from compress.streaming.streams import spread
 from compress.streaming.survey import Survey
@@ -57,7 +57,7 @@ def try_out(prepared: Prepared, choice: Choice, survey: Survey | None, steps: St
 
 
 def choose(costs: Sequence["Cost | None"], measure: Callable[[int], float]) -> int:
-    """The place of the least value that at most `MOST_TRIALS` measurements find.
+    """Find the index of the least value by at most `MOST_TRIALS` measurements.
 
     Without predicted costs those in the middle are measured.
     """
@@ -90,7 +90,7 @@ def choose_by_cost(costs: Sequence["Cost"], measure: Callable[[int], float]) -> 
 
 
 def corrected(measured: Sequence[tuple["Cost", float]]) -> tuple[float, float]:
-    """The two shares of the predicted costs that two measurements are explained by, near those expected before."""
+    """Fit the two coefficients of the predicted costs to two measurements, near their prior values."""
     (one, value), (other, other_value) = measured
     determinant = one.stream * other.units - one.units * other.stream
     if determinant == 0:
@@ -103,7 +103,7 @@ def corrected(measured: Sequence[tuple["Cost", float]]) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Cost:
-    """What the loss is predicted to rise by, in nats a token, before the refit: for the stream, and for units."""
+    """Predicted rise of the loss before the refit, in nats a token: from the stream, and from units."""
 
     stream: float
     units: float
@@ -113,11 +113,11 @@ class Cost:
 
 
 def with_costs(prepared: Prepared, survey: Survey | None) -> tuple[list[Choice], list[Cost | None]]:
-    """The plan's choices, their neurons allocated where that is free, and what each is predicted to cost the loss."""
+    """Return the plan's choices, with free neurons allocated, and the predicted cost of each."""
     choices, budget = prepared.plan.choices, prepared.job.recipe.budget
     forecast = None if survey is None else Forecast.of(prepared, survey)
     if budget is not None and budget.allocation == "free" and forecast is not None:
-        step = prepared.plan.target.steps()["neurons"]
+        step = prepared.plan.spec.architecture.steps()["neurons"]
         choices = [with_free_neurons(choice, forecast, step) for choice in choices]
     return choices, [None if forecast is None else forecast.of_counts(choice.counts) for choice in choices]
 
@@ -136,11 +136,11 @@ class Forecast:
     def of(cls, prepared: Prepared, survey: Survey) -> "Forecast":
         layer_norm = prepared.family.norm == "layer"
         frame = shared_frame(prepared.plan.stages, survey, layer_norm=layer_norm)
-        blocks, points = prepared.plan.num_blocks, len(prepared.plan.widths)
+        blocks, points = prepared.plan.spec.num_blocks, len(prepared.plan.widths)
         return cls(survey, frame, blocks, points, dense_units(prepared.config, prepared.family))
 
     def of_counts(self, counts: Counts) -> Cost | None:
-        """None where the survey did not look at all that the counts are of."""
+        """Predict the cost of counts; None where the survey lacks a kind of them."""
         kinds = [kind for kind in counts if kind in self.units]
         looked_at = all(cost_name(kind, block) in self.survey.unit_costs for kind in kinds for block in self.blocks)
         if not kinds or not looked_at or (self.frame is None and "hidden" in counts):
@@ -168,7 +168,7 @@ class Forecast:
         return float(self.survey.unit_costs[cost_name(kind, block)][self.units[kind] - kept])
 
     def free_neurons(self, uniform: int, step: int) -> tuple[int, ...]:
-        """As many neurons in all as `uniform` in each block, where their deletion costs the loss least."""
+        """Allocate as many neurons in all as `uniform` in each block, by the least predicted cost."""
         most = self.units["neurons"]
         least = most + 1 - min(len(self.survey.unit_costs[cost_name("neurons", block)]) for block in self.blocks)
         counts = [count for count in range(step, most + 1, step) if count >= least]
@@ -183,5 +183,5 @@ class Forecast:
 
 def with_free_neurons(choice: Choice, forecast: Forecast, step: int) -> Choice:
     neurons = forecast.free_neurons(choice.counts["neurons"], step)
-    shape = replace(choice.shape, units={**choice.shape.units, "neurons": neurons})
-    return Choice({**choice.counts, "neurons": neurons}, shape, choice.size)
+    spec = replace(choice.spec, units={**choice.spec.units, "neurons": neurons})
+    return Choice({**choice.counts, "neurons": neurons}, spec)

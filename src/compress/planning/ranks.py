@@ -1,4 +1,4 @@
-"""Ranks under a budget: how much of it each linear gets.
+"""Allocate ranks under a budget.
 
 Every linear has a ladder of what it may become: factors of every rank that makes it smaller, each with its price and
 the error that it leaves, and dense, without an error. The budget is spent on all ladders together, by the survey's
@@ -9,18 +9,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from transformers import PreTrainedModel
 
-from compress.architectures.architecture import Architecture, Shape
+from compress.architectures.architecture import ModelSpec
 from compress.architectures.own import as_own
-from compress.budget import Choice
-from compress.checkpoints.sizes import Size, disk_bytes, header_bytes, size_of
+from compress.architectures.sizes import Size, header_bytes
 from compress.errors import UsageError
 from compress.models.factors import tensor_names
 from compress.numerics.allocation import Ladder, spend
+from compress.planning.budget import Choice, Limit
 from compress.recipe import Budget
-from compress.stages._stage import FactorisingStage
-from compress.streaming.linears import LinearShape
+from compress.stages._stage import RankStage
+from compress.streaming.linears import FactorShape, LinearShape
 from compress.streaming.spectra import Spectrum
 
 NOTHING = 1e-12  # of all energy: less is rounding, and no linear is kept dense for it
@@ -31,101 +30,83 @@ Spread = Callable[[int], Ranks | None]  # ranks for so much of the price, None w
 @dataclass(frozen=True)
 class RankSpace:
     """
-    stage: the one that leaves ranks open. base, shape: what the model would be without factors. linears: its linears.
+    stage: the one that leaves ranks open. spec: what the model is without its factors.
     """
 
-    stage: FactorisingStage
-    linears: Sequence[LinearShape]
-    base: Architecture
-    shape: Shape
-    dtype: torch.dtype
+    stage: RankStage
+    spec: ModelSpec
+
+    @property
+    def linears(self) -> Sequence[LinearShape]:
+        return self.spec.linears
 
     @property
     def targets(self) -> dict[LinearShape, list[int]]:
-        """The linears that may be factorised, and the ranks that make them smaller, increasing."""
+        """The linears that may be factorized, and the ranks that make them smaller, increasing."""
         ladders = {linear: self.stage.rank_ladder(linear) for linear in self.linears}
         return {linear: ladder for linear, ladder in ladders.items() if ladder}
 
-    def shaped(self, ranks: Mapping[str, int]) -> Shape:
-        stage = self.stage.fitted({"ranks": ranks})
-        assert isinstance(stage, FactorisingStage)
-        return replace(self.shape, factors=stage.planned_factors(self.linears))
+    def factorized(self, ranks: Mapping[str, int]) -> ModelSpec:
+        """The model in factors of these ranks, even where the stage multiplies them out."""
+        factors = {
+            linear.path: self.stage.factor_shape(linear, ranks[linear.path])
+            for linear in self.linears
+            if linear.path in ranks
+        }
+        return self._written(factors)
 
-    def model(self, ranks: Mapping[str, int]) -> PreTrainedModel:
-        """The model in factors, without weights."""
-        return as_own(self.base).model(self.shaped(ranks))
+    def _written(self, factors: Mapping[str, FactorShape]) -> ModelSpec:
+        architecture = as_own(self.spec.architecture)
+        return replace(self.spec, architecture=architecture, factors=factors, undecided=frozenset())
+
+    @property
+    def uniform_parameters(self) -> int:
+        """Parameters of the model at the stage's uniform ranks."""
+        return self._written(self.stage.uniform_factors(self.linears)).size.parameters
 
     def choice(self, allocation: str, ranks: Ranks) -> Choice:
-        """As it is written: in factors, or multiplied out."""
-        in_factors = self.stage.writes_factors
-        model = self.model(ranks) if in_factors else self.base.model(self.shape)
-        shape = self.shaped(ranks)
-        forms = {path: factors.form for path, factors in shape.factors.items()}
-        counts = {"allocation": allocation, "ranks": ranks, "forms": forms}
-        return Choice(counts, shape if in_factors else self.shape, size_of(model, self.dtype))
+        """Make a choice of ranks, written in factors or multiplied out."""
+        spec = self.factorized(ranks)
+        forms = {path: factors.form for path, factors in spec.factors.items()}
+        if not self.stage.writes_factors:
+            spec = replace(self.spec, undecided=frozenset())
+        return Choice({"allocation": allocation, "ranks": ranks, "forms": forms}, spec)
 
 
 def check_budget(space: RankSpace, budget: Budget, dense: Size) -> None:
-    """Raises UsageError where not even the lowest ranks fit, or where nothing has to be factorised."""
-    limit = Limit.of(space, budget, dense)
-    lowest = {linear.path: ladder[0] for linear, ladder in space.targets.items()}
-    if limit.measure({}) <= limit.most:
+    """Raises UsageError where not even the lowest ranks fit, or where nothing has to be factorized."""
+    limit = Limit.of(budget, dense)
+    lowest = space.factorized({linear.path: ladder[0] for linear, ladder in space.targets.items()})
+    if limit.allows(space.factorized({})):
         raise UsageError("The budget deletes nothing: the whole model fits under it. Allow less.")
-    if (least := limit.measure(lowest)) > limit.most:
+    if not limit.allows(lowest):
         raise UsageError(
-            f"The budget of {limit.most:,} cannot be kept: the least that low-rank factors can come to is {least:,}. "
-            "Allow more, or target more of the linears."
+            f"The budget of {limit.most:,} cannot be kept: the least that low-rank factors can come to is "
+            f"{limit.measure(lowest):,}. Allow more, or target more of the linears."
         )
 
 
 def rank_choices(space: RankSpace, budget: Budget | None, dense: Size, spectra: Mapping[str, Spectrum]) -> list[Choice]:
-    """What each of the stage's allocations makes of the budget; without one, of what its uniform ranks would take."""
-    limit = Limit.of(space, budget, dense)
+    """Allocate ranks by each of the stage's criteria, under the budget or the size of its uniform ranks."""
+    limit = Limit(space.uniform_parameters, in_bytes=False) if budget is None else Limit.of(budget, dense)
     return [
-        space.choice(allocation, fitted(spread_by(space, allocation, spectra, in_bytes=limit.in_bytes), limit))
+        space.choice(allocation, fitted(space, spread_by(space, allocation, spectra, in_bytes=limit.in_bytes), limit))
         for allocation in space.stage.allocations
     ]
 
 
-@dataclass(frozen=True)
-class Limit:
-    """What the whole model may come to, in parameters or in bytes on disk."""
-
-    space: RankSpace
-    most: int
-    in_bytes: bool
-
-    @classmethod
-    def of(cls, space: RankSpace, budget: Budget | None, dense: Size) -> "Limit":
-        if budget is None:
-            uniform = space.stage.uniform.planned_factors(space.linears)
-            ranks = {path: factors.rank for path, factors in uniform.items()}
-            return cls(space, size_of(space.model(ranks), space.dtype).parameters, in_bytes=False)
-        if budget.target_size is not None:
-            return cls(space, budget.target_size, in_bytes=True)
-        return cls(space, int((budget.keep_params or 0) * dense.parameters), in_bytes=False)
-
-    @property
-    def for_linears(self) -> int:
-        """What of it is left for those that may be factorised: the rest of the model costs what it costs."""
-        linears = sum(dense_price(self.space, linear, self.in_bytes) for linear in self.space.targets)
-        return self.most - (self.measure({}) - linears)
-
-    def measure(self, ranks: Mapping[str, int]) -> int:
-        model = self.space.model(ranks)
-        return disk_bytes(model, self.space.dtype) if self.in_bytes else size_of(model, self.space.dtype).parameters
-
-
-def fitted(spread: Spread, limit: Limit) -> Ranks:
-    """The ranks of the highest price that the whole model's measure allows."""
-    ranks = spread(limit.for_linears)
-    if ranks is None or limit.measure(ranks) > limit.most:
+def fitted(space: RankSpace, spread: Spread, limit: Limit) -> Ranks:
+    """Find the ranks of the highest price that the limit allows."""
+    # The rest of the model costs what it costs.
+    dense = sum(dense_price(space, linear, limit.in_bytes) for linear in space.targets)
+    ranks = spread(limit.most - (limit.measure(space.factorized({})) - dense))
+    if ranks is None or not limit.allows(space.factorized(ranks)):
         raise UsageError(f"No ranks were found within the budget of {limit.most:,}. Allow more.")
     return ranks
 
 
 def spread_by(space: RankSpace, allocation: str, spectra: Mapping[str, Spectrum], *, in_bytes: bool) -> Spread:
-    """How an allocation spends a price on the linears."""
+    """Return a function from a total price to ranks, for one criterion."""
     prices = {
         linear: [
             *(price(space, linear, rank, in_bytes=in_bytes) for rank in ladder),
@@ -151,7 +132,7 @@ def spread_by(space: RankSpace, allocation: str, spectra: Mapping[str, Spectrum]
 
 
 def price(space: RankSpace, linear: LinearShape, rank: int, *, in_bytes: bool) -> int:
-    """Of a linear's factors, in parameters or in bytes on disk."""
+    """Price of a linear's factors, in parameters or in bytes on disk."""
     factors = space.stage.factor_shape(linear, rank)
     bias = linear.m if linear.has_bias else 0  # what it has is no part of what is stored in place of its weight
     numbers = factors.stored(linear) + bias
@@ -159,13 +140,13 @@ def price(space: RankSpace, linear: LinearShape, rank: int, *, in_bytes: bool) -
         return numbers
     indices = 4 * linear.m if factors.form == "pivot" else 0
     names = tensor_names(factors.form, has_bias=factors.has_bias)
-    return numbers * space.dtype.itemsize + indices + headers(linear, names)
+    return numbers * space.spec.dtype.itemsize + indices + headers(linear, names)
 
 
 def dense_price(space: RankSpace, linear: LinearShape, in_bytes: bool) -> int:
     numbers = linear.m * linear.n + (linear.m if linear.has_bias else 0)
     names = ["weight", "bias"] if linear.has_bias else ["weight"]
-    return numbers * space.dtype.itemsize + headers(linear, names) if in_bytes else numbers
+    return numbers * space.spec.dtype.itemsize + headers(linear, names) if in_bytes else numbers
 
 
 def headers(linear: LinearShape, names: Sequence[str]) -> int:
@@ -175,10 +156,10 @@ def headers(linear: LinearShape, names: Sequence[str]) -> int:
 def uniform_ranks(
     targets: Mapping[LinearShape, Sequence[int]], prices: Mapping[LinearShape, Sequence[int]], total: int
 ) -> Ranks | None:
-    """The largest share of its dense price that every linear may have; its rank is what it buys."""
+    """Give every linear the largest common share of its dense price."""
 
     def bought(share: float) -> dict[LinearShape, int]:
-        """The place on each linear's ladder; the cheapest is never left out."""
+        """Rung on each linear's ladder, at least the cheapest."""
         return {
             linear: max(0, sum(cost <= share * costs[-1] for cost in costs) - 1) for linear, costs in prices.items()
         }
@@ -197,7 +178,7 @@ def uniform_ranks(
 
 
 def errors(spectrum: Spectrum, allocation: str, ranks: Sequence[int]) -> list[float]:
-    """What is lost at each rank, in the allocation's measure."""
+    """Error at each rank, in the criterion's measure."""
     values = spectrum.energy if allocation == "energy" or spectrum.felt is None else spectrum.felt
     total = float(values.sum())
     kept = torch.cat([values.new_zeros(1), values.cumsum(0)]).tolist()

@@ -1,11 +1,11 @@
-"""From a prepared job to the objects that do its work."""
+"""Build the survey and the walk of a prepared job."""
 
 from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
 from compress.models.decoder import Decoder
-from compress.preflight import Prepared
+from compress.planning.prepare import Prepared
 from compress.stages._stage import StageConfig
 from compress.streaming.loader import PartLoader
 from compress.streaming.spectra import GradientFiles, LinearObserver
@@ -23,13 +23,13 @@ def new_decoder(prepared: Prepared) -> Decoder:
 
 
 def batch_size(prepared: Prepared, windows: Tensor) -> int:
-    """Windows at a time; no more than leave something for every process."""
+    """Windows per batch, few enough that every process gets one."""
     share = len(windows) // prepared.processes.count
     return max(1, min(prepared.plan.room.batch_size, share))
 
 
 def take_survey(prepared: Prepared, begin: Callable[[str], None]) -> Survey | None:
-    """What the plan's stages need to know of the whole dense model; None if nothing."""
+    """Survey the dense model as the plan's stages require; None if none does."""
     need = prepared.plan.survey
     if need is SurveyNeed.NONE:
         return None
@@ -63,7 +63,7 @@ def new_walk(
 ) -> Walk:
     job, precision = prepared.job, prepared.precision
     settings = WalkSettings(
-        layout=prepared.plan.target.layout(precision.written),
+        layout=prepared.plan.spec.architecture.layout(precision.written),
         output_dtype=precision.written,
         batch_size=batch_size(prepared, windows),
         held_out=held_out,
@@ -76,6 +76,6 @@ def new_walk(
 
 
 def restored(prepared: Prepared, tensors: dict[str, Tensor]) -> Survey:
-    """The survey that an earlier run took."""
+    """Restore the survey of an earlier run."""
     on_device = {name: tensor.to(prepared.job.device) for name, tensor in tensors.items()}
     return Survey.of(on_device, GradientFiles(prepared.job.partial))

@@ -1,4 +1,4 @@
-"""Memory and disk that a run takes, from config.json alone.
+"""Estimate a run's memory and disk from config.json alone; choose batch and cache sizes for a limit.
 
 Memory is what a process holds and the system cannot take back: pages of files do not count. What is held at once are a
 part's weights twice (as they are read or written and as they are computed with), the matrices of the widest thing that
@@ -7,19 +7,23 @@ parts of a run come one after another, so what counts is the one that takes most
 """
 
 import functools
+import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from compress.architectures.architecture import dense_units
+from compress.errors import UsageError
 from compress.families import Family
 from compress.models.decoder import Decoder
 from compress.numerics.sums import ROWS_AT_ONCE
 from compress.recipe import Recipe
-from compress.stages._stage import StageConfig, StoringStage
+from compress.stages._stage import StageConfig
 from compress.streaming.cache import cache_bytes
 from compress.streaming.divergence import LOGITS_AT_ONCE
 from compress.streaming.experts import lot_bytes
@@ -30,11 +34,12 @@ from compress.streaming.survey import TOKENS_AT_ONCE, SurveyNeed, survey_samples
 
 TOKENS_PER_BATCH = 8192
 DOUBLE = 8  # bytes of a float64
+STATUS = Path("/proc/self/status")
 
 
 @dataclass(frozen=True)
 class Room:
-    """What is held of the calibration text: windows at a time, and bytes of activations that stay in memory."""
+    """Windows per batch, and bytes of activations that stay in memory."""
 
     batch_size: int
     cache_memory: int
@@ -48,7 +53,7 @@ def usual_batch_size(recipe: Recipe) -> int:
 def needs(
     recipe: Recipe, stages: Sequence[StageConfig], config: Any, family: Family, *, computing: torch.dtype, room: Room
 ) -> tuple[int, int]:
-    """Bytes of memory, beside the interpreter and its libraries, and of disk beside the output."""
+    """Bytes of memory, without the interpreter and its libraries, and of disk, without the output."""
     calibration, sizes = recipe.calibration, Sizes.of(config, family, computing)
     one = cache_bytes(calibration.samples, calibration.seq_len, config.hidden_size, computing)
     caches = one * (num_streams(stages) + keeps_before_post_norms(stages, family))
@@ -60,9 +65,9 @@ def needs(
     if has_linears(stages):
         weights += expert_statistics(config, family)
     memory = weights + max(
-        passing(stages, sizes, tokens) + gathering(stages, sizes),
-        solving(stages, sizes),
-        heading(stages, sizes, room.batch_size),
+        forward_bytes(stages, sizes, tokens) + statistics_bytes(stages, sizes),
+        solver_bytes(stages, sizes),
+        logits_bytes(stages, sizes, room.batch_size),
     )
     spilled = caches if caches > room.cache_memory else 0
     disk = 2 * one * num_streams(stages) + spilled + gradient_files(stages, sizes)
@@ -71,7 +76,7 @@ def needs(
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a dense model, in numbers: its largest part, matrix and linear of a block, and its widths.
+    """Sizes of a dense model in numbers: its largest part, matrix and linear of a block, and its widths.
 
     linears: outputs and inputs of those of a block. itemsize: bytes of a number that is computed with.
     """
@@ -107,13 +112,13 @@ class Sizes:
 
 
 def inputs_at_once(stages: Sequence[StageConfig], sizes: Sizes) -> int:
-    """Inputs of the widest group of linears: the stream is among those of writers where each point is rotated."""
+    """Number of inputs of the widest group of linears; writers also read the stream where each point is rotated."""
     shares_frame = any(stage.site is WholeModel for stage in stages)
     return sizes.neurons + (sizes.width if rotates_points(stages) and not shares_frame else 0)
 
 
-def passing(stages: Sequence[StageConfig], sizes: Sizes, tokens: int) -> int:
-    """What a batch takes in a block: activations, and what is taken into sums of them."""
+def forward_bytes(stages: Sequence[StageConfig], sizes: Sizes, tokens: int) -> int:
+    """Bytes of a batch in a block: activations and the operands of their sums."""
     activations = 8 * sizes.width + 4 * sizes.neurons
     if SurveyNeed.GRADIENT in surveyed(stages):
         activations *= 2  # what the pass backward needs of the pass forward
@@ -121,8 +126,8 @@ def passing(stages: Sequence[StageConfig], sizes: Sizes, tokens: int) -> int:
     return tokens * (activations + summed) * sizes.itemsize
 
 
-def gathering(stages: Sequence[StageConfig], sizes: Sizes) -> int:
-    """Sums that grow, at a point of the stream, of a group of linears, or of a block's linears; a product's rows."""
+def statistics_bytes(stages: Sequence[StageConfig], sizes: Sizes) -> int:
+    """Bytes of running sums: at a point of the stream, of a group of linears, or of a block's linears."""
     k, D = inputs_at_once(stages, sizes), sizes.width
     found = [D**2]
     if has_groups(stages):
@@ -137,8 +142,8 @@ def gathering(stages: Sequence[StageConfig], sizes: Sizes) -> int:
     return max(found) * DOUBLE + ROWS_AT_ONCE * k * (sizes.itemsize + DOUBLE)
 
 
-def solving(stages: Sequence[StageConfig], sizes: Sizes) -> int:
-    """Eigenvectors and regressions: their equations and as many matrices beside; weights in float64 while they turn."""
+def solver_bytes(stages: Sequence[StageConfig], sizes: Sizes) -> int:
+    """Bytes of eigensolves and regressions, and of weights in float64 while they are rotated."""
     k, D = inputs_at_once(stages, sizes), sizes.width
     statistics = 6 * D**2
     if has_groups(stages):
@@ -146,15 +151,15 @@ def solving(stages: Sequence[StageConfig], sizes: Sizes) -> int:
     elif has_linears(stages):
         statistics = max(statistics, 6 * k**2)
     turned = sizes.matrix * (2 * DOUBLE + sizes.itemsize)
-    if any(isinstance(stage, StoringStage) for stage in stages):
+    if any(stage.in_written_form for stage in stages):
         # Sweeps and ADMM hold a linear a dozen times.
         turned = max(turned, sizes.linear * (8 * DOUBLE + 12 * sizes.itemsize))
     return statistics * DOUBLE + turned
 
 
-def heading(stages: Sequence[StageConfig], sizes: Sizes, batch_size: int) -> int:
-    """Logits, and what is made of them."""
-    held_out = LOGITS_AT_ONCE if any(stage.held_out_share for stage in stages) else 0
+def logits_bytes(stages: Sequence[StageConfig], sizes: Sizes, batch_size: int) -> int:
+    """Bytes of logits and of what is computed from them."""
+    held_out = LOGITS_AT_ONCE if any(stage.requires.held_out for stage in stages) else 0
     backward = TOKENS_AT_ONCE * batch_size if SurveyNeed.GRADIENT in surveyed(stages) else 0
     return sizes.vocabulary * max(held_out * 8, backward * 4) * sizes.itemsize
 
@@ -167,7 +172,7 @@ def expert_statistics(config: Any, family: Family) -> int:
 
 
 def surveyed(stages: Sequence[StageConfig]) -> SurveyNeed:
-    return functools.reduce(operator.or_, (stage.survey for stage in stages))
+    return functools.reduce(operator.or_, (stage.requires.survey for stage in stages))
 
 
 def gradient_moments(sizes: Sizes) -> int:
@@ -176,7 +181,7 @@ def gradient_moments(sizes: Sizes) -> int:
 
 
 def gradient_files(stages: Sequence[StageConfig], sizes: Sizes) -> int:
-    """Bytes of these of all blocks, in float32."""
+    """Bytes of the gradient moments of all blocks, in float32."""
     if SurveyNeed.LINEARS | SurveyNeed.GRADIENT not in surveyed(stages):
         return 0
     return 4 * sizes.blocks * gradient_moments(sizes)
@@ -185,3 +190,37 @@ def gradient_files(stages: Sequence[StageConfig], sizes: Sizes) -> int:
 def largest_part_bytes(config: Any, family: Family, computing: torch.dtype) -> int:
     sizes = Sizes.of(config, family, computing)
     return sizes.part * sizes.itemsize
+
+
+def fit_to_limit(asked: Room, limit: int, base: int, need: Callable[[Room], int], *, fixed_batch: bool) -> Room:
+    """Choose the largest batch that fits, halving the wanted one, then as much activation cache as is left.
+
+    limit: bytes that may be taken, `base` of them are. need: bytes that a run takes beside. fixed_batch: the user said
+    how many windows at a time. Raises UsageError with the least that would do.
+    """
+    batch_size = asked.batch_size
+    while True:
+        left = limit - base - need(Room(batch_size, 0))
+        if left >= 0:
+            return Room(batch_size, min(asked.cache_memory, left))
+        if batch_size == 1 or fixed_batch:
+            smaller = "a smaller --batch-size or a shorter --seq-len" if batch_size > 1 else "a shorter --seq-len"
+            raise UsageError(
+                f"--max-memory {limit / 1e9:g} GB cannot be kept: with all activations on disk and {batch_size} "
+                f"windows at a time the run takes {minimum_gb(limit - left):.2f} GB. Allow that, or use {smaller}."
+            )
+        batch_size //= 2
+
+
+def minimum_gb(needed: int) -> float:
+    """Round up to 10 MB and add 10 MB, because no two starts of Python hold the same."""
+    return (math.ceil(needed / 1e7) + 1) / 100
+
+
+def resident_bytes() -> int:
+    """Bytes that this process holds and the system cannot take back: pages of files do not count."""
+    if STATUS.is_file():
+        for line in STATUS.read_text().splitlines():
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) * 1024
+    return int(psutil.Process().memory_info().rss)

@@ -1,16 +1,13 @@
-"""What a model comes to: parameters and bytes, before any weight is read."""
+"""Count a model's parameters and bytes before any weight is read."""
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from compress.models.counting import num_parameters
-from compress.models.loading import empty_model
 
 # A safetensors header says a tensor's name, dtype, shape and place: what that takes beside the name, at most.
 HEADER_BYTES_PER_TENSOR = 128
@@ -19,21 +16,14 @@ HEADER_BYTES_PER_FILE = 128
 
 @dataclass(frozen=True)
 class Size:
-    """Parameters as they are stored (a tied head counts once), and the bytes of all that is stored, indices too."""
+    """Parameters as they are stored (a tied head counts once), and bytes of all stored tensors."""
 
     parameters: int
     bytes: int
 
 
-def dense_size(config: Any, dtype: torch.dtype) -> Size:
-    model = empty_model(copy.deepcopy(config))
-    if config.tie_word_embeddings:
-        model.tie_weights()
-    return size_of(model, dtype)
-
-
 def size_of(model: nn.Module, dtype: torch.dtype) -> Size:
-    """Numbers with a fraction are written in `dtype`, but for 8-bit floats; integers as they are."""
+    """Count a model's size; floats are written in `dtype`, integers and 8-bit floats as they are."""
     stored = [*model.parameters(), *saved_buffers(model).values()]
     return Size(num_parameters(model), sum(tensor.numel() * written_dtype(tensor, dtype).itemsize for tensor in stored))
 
@@ -52,7 +42,7 @@ def saved_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def disk_bytes(model: PreTrainedModel, dtype: torch.dtype) -> int:
-    """At most what the safetensors files of the model take, headers included, one file a part."""
+    """Upper bound on the bytes of the safetensors files, headers included, one file a part."""
     names = [name for name, _ in model.named_parameters()] + list(saved_buffers(model))
     headers = sum(header_bytes(name) for name in names)
     files = model.config.get_text_config().num_hidden_layers + 2
@@ -62,6 +52,6 @@ def disk_bytes(model: PreTrainedModel, dtype: torch.dtype) -> int:
 def by_depth(
     build: Callable[[int], PreTrainedModel], num_blocks: int, measure: Callable[[PreTrainedModel], int]
 ) -> int:
-    """A count of a deep model of equal blocks from those of one and two blocks; exact, and much faster to build."""
+    """Count a deep model of equal blocks from those of one and two blocks; exact, and much faster to build."""
     one = measure(build(1))
     return one if num_blocks == 1 else one + (num_blocks - 1) * (measure(build(2)) - one)

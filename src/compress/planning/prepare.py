@@ -1,11 +1,11 @@
-"""Everything about a job is looked at before its first weight is read, and all faults are reported at once."""
+"""Check a job before its first weight is read; report all faults at once."""
 
 import shutil
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import torch
@@ -16,20 +16,55 @@ from compress.checkpoints.files import companions
 from compress.claiming import check_output
 from compress.datasets.windows import calibration_windows
 from compress.errors import CheckpointError, Faults, OutputError, UnsupportedModel, UsageError
-from compress.job import Job
 from compress.models.decoder import Decoder
+from compress.models.hub import ModelSource
 from compress.models.loading import check_positions, check_vocabulary, load_config, load_tokenizer
 from compress.models.stored_files import ADAPTER
 from compress.models.tensor_files import SafetensorsFolder
-from compress.needs import Room, largest_part_bytes, needs, usual_batch_size
-from compress.plan import Plan, make_plan
-from compress.room import held, settle
+from compress.planning.memory import (
+    Room,
+    fit_to_limit,
+    largest_part_bytes,
+    needs,
+    resident_bytes,
+    usual_batch_size,
+)
+from compress.planning.plan import Plan, make_plan
+from compress.recipe import Recipe
 from compress.streaming.processes import ALONE, Processes
 from compress.streaming.weights import READABLE, LazyWeights
 
 # Bytes that the interpreter holds more in the midst of a run than before it: libraries that are imported on the way,
 # and small pieces of freed memory, which are not given back.
 GROWTH = 64 * 10**6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """
+    command: how a user would ask for it again; it goes into the model card.
+    export: `hf` for the checkpoint folder alone, `gguf` for a GGUF file in it as well.
+    batch_size: windows at a time; None for about 8192 tokens.
+    cache_memory: bytes of activations to hold in memory; None for half of what is free.
+    max_memory: bytes that the run may hold at once, the process that reloads the result included; None for no limit.
+    """
+
+    model: ModelSource
+    recipe: Recipe
+    out: Path
+    command: str
+    export: Literal["hf", "gguf"] = "hf"
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    batch_size: int | None = None
+    cache_memory: int | None = None
+    max_memory: int | None = None
+    data_dir: Path | None = None
+    resume: bool = False
+    overwrite: bool = False
+
+    @property
+    def partial(self) -> Path:
+        return self.out.parent / f"{self.out.name}.partial"
 
 
 @dataclass(frozen=True)
@@ -42,7 +77,7 @@ class Precision:
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """A job whose every input has been looked at.
+    """A job whose inputs have all been checked.
 
     processes: those that do it together. held: bytes that this one held before.
     """
@@ -60,10 +95,10 @@ class Prepared:
 
 
 def prepare(job: Job, processes: Processes = ALONE) -> Prepared:
-    """Raises a CompressError with a line for every fault, and the exit code of the first."""
+    """Check everything. Raises a CompressError with a line for every fault and the exit code of the first."""
     folder = job.model.whole_folder()
     config = load_config(folder)
-    calibration, faults, before = job.recipe.calibration, Faults(), held()
+    calibration, faults, before = job.recipe.calibration, Faults(), resident_bytes()
     with faults.noted():
         family, plan = families.find(config), plan_job(job, folder, config, processes)
     planned = not faults.found
@@ -125,7 +160,7 @@ def choose_precision(job: Job, folder: Path, config: Any) -> Precision:
 
 
 def plan_job(job: Job, folder: Path, config: Any, processes: Processes = ALONE) -> Plan:
-    """Raises UnsupportedModel or UsageError where the recipe does not fit the model, or the run not the memory."""
+    """Plan a job. Raises where the recipe does not fit the model, or the run does not fit the memory."""
     check_dense(folder, config)
     precision, family = choose_precision(job, folder, config), families.find(config)
     room = Room(job.batch_size or usual_batch_size(job.recipe), cache_memory(job, processes))
@@ -133,16 +168,16 @@ def plan_job(job: Job, folder: Path, config: Any, processes: Processes = ALONE) 
     plan = make(room=room)
     if job.max_memory is None:
         return plan
-    before, part = held(), largest_part_bytes(config, family, precision.computing)
+    before, part = resident_bytes(), largest_part_bytes(config, family, precision.computing)
     # The process that reloads the result takes it part by part, unless its form cannot stay on disk.
-    whole = (plan.storage and any(each.form == "packed" for each in plan.storage.values())) or job.export == "gguf"
+    whole = bool(plan.spec.packed) or job.export == "gguf"
     proof = 2 * plan.dense.bytes if whole else 2 * part
 
     def need(room: Room) -> int:
         run, _ = needs(job.recipe, plan.stages, config, family, computing=precision.computing, room=room)
         return max(run, before + proof)
 
-    room = settle(room, job.max_memory, before + GROWTH, need, fixed_batch=job.batch_size is not None)
+    room = fit_to_limit(room, job.max_memory, before + GROWTH, need, fixed_batch=job.batch_size is not None)
     plan = make(room=room)
     return replace(plan, notes=[*plan.notes, room_note(room, job.max_memory)])
 
@@ -155,7 +190,7 @@ def room_note(room: Room, limit: int) -> str:
 
 
 def check_dense(folder: Path, config: Any) -> None:
-    """Raises UnsupportedModel for a model whose weights are not what they stand for."""
+    """Raise UnsupportedModel for a model that is quantized or has an adapter."""
     if getattr(config, "quantization_config", None) is not None:
         raise UnsupportedModel(f"{folder} is quantized already. Compress the dense model instead.")
     if (folder / ADAPTER).is_dir():
@@ -163,7 +198,7 @@ def check_dense(folder: Path, config: Any) -> None:
 
 
 def stored_dtype(folder: Path) -> torch.dtype | None:
-    """What most tensors of a checkpoint are stored in, for a config.json that does not say; None without weights."""
+    """The dtype of most tensors of a checkpoint, where config.json does not say; None without weights."""
     try:
         stored = Counter(tensor.dtype for tensor in SafetensorsFolder(folder).tensors.values())
     except CheckpointError:
@@ -178,7 +213,7 @@ def cache_memory(job: Job, processes: Processes) -> int:
 
 
 def check_batches(job: Job, processes: int) -> None:
-    """Raises UsageError where a process would have nothing to calibrate on."""
+    """Raise UsageError where a process would have no calibration windows."""
     recipe = job.recipe
     windows = recipe.calibration.samples if recipe.budget is None else recipe.trial_samples
     if windows < processes:
@@ -209,11 +244,11 @@ def check_memory(needed: int) -> None:
 
 
 def check_gguf(plan: Plan, folder: Path) -> None:
-    """That what will be written can be said in a GGUF file."""
+    """Check that the result can be written as a GGUF file."""
     from compress.checkpoints.gguf import check_exportable
 
-    shape = plan.choices[0].shape if plan.choices else plan.shape
-    check_exportable(plan.target.config(shape, torch.float32), folder)
+    spec = plan.choices[0].spec if plan.choices else plan.spec
+    check_exportable(spec.config(torch.float32), folder)
 
 
 def open_weights(folder: Path, config: Any, family: families.Family) -> LazyWeights:

@@ -1,0 +1,1 @@
+"""Plan a run from config.json alone: sizes, choices under a budget, memory and disk."""

@@ -1,0 +1,229 @@
+"""Plan what a recipe does to a model from its config.json alone: architecture, widths, sizes, memory, disk."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from compress.architectures.architecture import ModelSpec, dense_units
+from compress.architectures.own import Own
+from compress.architectures.sizes import Size
+from compress.architectures.stock import Stock
+from compress.errors import Faults, UsageError, report
+from compress.families import Family, check_exact
+from compress.planning.alternatives import Alternative, alternatives
+from compress.planning.budget import Choice, WidthSpace, width_choices
+from compress.planning.memory import Room, needs, surveyed
+from compress.planning.ranks import RankSpace, check_budget
+from compress.recipe import Recipe
+from compress.stages._stage import RankStage, StageConfig
+from compress.streaming.linears import FactorShape, LinearSite
+from compress.streaming.sites import Count, WholeModel
+from compress.streaming.spectra import LinearWatch
+from compress.streaming.survey import SurveyNeed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """
+    stages: as they will be run; with a budget, still open. spec: what the model becomes, as far as it is decided.
+    dense: the model's size. ranks: what ranks are to be found for, where a stage leaves them open.
+    choices: what fits under the recipe's budget, to be compared by trial; empty without one.
+    alternatives: other ways to store the linears, the plan itself first; none where all is as before.
+    notes: what the user should know of it.
+    room: what is held of the calibration text. memory_bytes: the most that is held at once beside the interpreter, as
+        `memory.py` has it.
+    disk_bytes: the output, the state a killed run resumes from, twice while it is replaced, and activations that
+        memory does not hold.
+    """
+
+    stages: tuple[StageConfig, ...]
+    spec: ModelSpec
+    dense: Size
+    ranks: RankSpace | None
+    choices: list[Choice]
+    alternatives: Sequence[Alternative]
+    notes: list[str]
+    room: Room
+    memory_bytes: int
+    disk_bytes: int
+
+    @property
+    def size(self) -> Size | None:
+        """Size of the result; None where the data or a choice decides it."""
+        return self.spec.size if self.spec.is_decided else None
+
+    @property
+    def removed(self) -> float | None:
+        return None if self.size is None else 1 - self.size.parameters / self.dense.parameters
+
+    @property
+    def widths(self) -> list[int | None]:
+        return list(self.spec.widths)
+
+    @property
+    def units(self) -> Mapping[str, Count]:
+        return self.spec.units
+
+    @property
+    def factors(self) -> Mapping[str, FactorShape]:
+        return self.spec.factors
+
+    @property
+    def survey(self) -> SurveyNeed:
+        return surveyed(self.stages)
+
+    @property
+    def watch(self) -> LinearWatch | None:
+        """The linears that the survey takes spectra of."""
+        return next((watch for stage in self.stages if (watch := stage.requires.watch) is not None), None)
+
+    @property
+    def fewest_units(self) -> dict[str, int]:
+        """The smallest count of each kind of unit that the choices have."""
+        kinds = [stage.opens for stage in self.stages if stage.opens in self.units]
+        return {kind: min(int(choice.counts[kind]) for choice in self.choices) for kind in kinds if kind}
+
+    def chosen(self, choice: Choice) -> "Plan":
+        """Make one of the plan's choices."""
+        stages = tuple(stage.decided(choice.counts) for stage in self.stages)
+        return replace(self, stages=stages, spec=choice.spec, ranks=None, choices=[])
+
+    def to_dict(self) -> dict[str, Any]:
+        open_widths = bool(self.choices)
+        return {
+            "architecture": self.spec.architecture.class_name,
+            "loads_without_our_code": self.spec.architecture.is_stock,
+            "widths": None if open_widths else self.widths,
+            "units": None if open_widths else dict(self.units),
+            "ranks": None if self.ranks else {path: factors.rank for path, factors in self.factors.items()},
+            "alternatives": [vars(alternative) for alternative in self.alternatives],
+            "choices": [{**choice.label, **vars(choice.size)} for choice in self.choices],
+            "dense": vars(self.dense),
+            "size": None if self.size is None else vars(self.size),
+            "removed": self.removed,
+            "memory_bytes": self.memory_bytes,
+            "disk_bytes": self.disk_bytes,
+            "notes": self.notes,
+        }
+
+
+def make_plan(
+    recipe: Recipe, config: Any, family: Family, *, dtype: torch.dtype, computing: torch.dtype, room: Room
+) -> Plan:
+    """Plan a recipe. Raises UsageError with what of it does not fit the model."""
+    report(mixture_faults(recipe.stages, has_budget=recipe.budget is not None))
+    base = choose_base(recipe, config, family, dtype)
+    stages, spec = plan_stages(recipe.stages, base)
+    dense = ModelSpec.dense(Stock(config, family), dtype).size
+    ranks = rank_space(stages, spec)
+    choices = list[Choice]()
+    if recipe.budget is not None and ranks is not None:
+        check_budget(ranks, recipe.budget, dense)
+    elif recipe.budget is not None:
+        choices = width_choices(WidthSpace(stages, base), recipe.budget, dense)
+    if spec.is_decided:
+        report(spec.faults())
+        on_linears = any(stage.site is LinearSite for stage in stages)
+        if not on_linears and spec.deletes_nothing:
+            raise UsageError("The recipe deletes nothing: every width stays as it is. Add a slice stage.")
+    sizes = [spec.size] if spec.is_decided else [choice.size for choice in choices] or [dense]
+    memory, disk = needs(recipe, stages, config, family, computing=computing, room=room)
+    plan = Plan(
+        stages=stages,
+        spec=spec,
+        dense=dense,
+        ranks=ranks,
+        choices=choices,
+        alternatives=alternatives(spec) if spec.storage else (),
+        notes=[*spec.notes, *token_notes(recipe, config, family)],
+        room=room,
+        memory_bytes=memory,
+        disk_bytes=max(size.bytes for size in sizes) + disk,
+    )
+    decided = len(choices) == 1 and recipe.budget is not None and recipe.budget.allocation == "uniform"
+    return plan.chosen(choices[0]) if decided else plan
+
+
+def plan_stages(stages: Sequence[StageConfig], spec: ModelSpec) -> tuple[tuple[StageConfig, ...], ModelSpec]:
+    """Apply stages to a model's sizes, one after another.
+
+    Raises UsageError with what does not fit, a line for each fault of all stages.
+    """
+    faults, planned = Faults(), list[StageConfig]()
+    for stage in stages:
+        with faults.noted():
+            settled, spec = stage.plan(spec)
+            planned.append(settled)
+    faults.report()
+    return tuple(planned), spec
+
+
+def choose_base(recipe: Recipe, config: Any, family: Family, dtype: torch.dtype) -> ModelSpec:
+    """Choose the architecture that the result is written in; return the dense model in it.
+
+    Raises UnsupportedModel where the recipe changes the stream of a model that has to keep it.
+    """
+    if not any(stage.reshapes for stage in recipe.stages):
+        return ModelSpec.dense(Stock(config, family), dtype)
+    check_exact(config, family)
+    if not any(stage.site is WholeModel for stage in recipe.stages):
+        return ModelSpec.dense(Own(config, family), dtype)
+    reason = why_own(recipe, config, family)
+    if reason is None:
+        return ModelSpec.dense(Stock(config, family, narrows=True), dtype)
+    return replace(ModelSpec.dense(Own(config, family, shortcuts=False), dtype), notes=(reason,))
+
+
+def why_own(recipe: Recipe, config: Any, family: Family) -> str | None:
+    """Say why a model in one basis cannot be written as a class of transformers."""
+    if recipe.budget is not None and recipe.budget.allocation == "free":
+        return "MLPs of different widths have no stock shape, so the result is written in our architecture."
+    if family.stock is None:
+        return (
+            f"{config.model_type} ties the heads' size to the hidden one, so the result is written in our architecture."
+        )
+    reason = family.stock.not_stock(config)
+    return f"The result is written in our architecture: {reason}" if reason else None
+
+
+def rank_space(stages: Sequence[StageConfig], spec: ModelSpec) -> RankSpace | None:
+    """The linears whose ranks a stage leaves open, if any."""
+    opened = next((stage for stage in stages if isinstance(stage, RankStage) and stage.open_ranks), None)
+    return None if opened is None else RankSpace(opened, spec)
+
+
+def mixture_faults(stages: Sequence[StageConfig], *, has_budget: bool) -> list[str]:
+    """Say what cannot be in one recipe with a stage that stores linears in fewer bits."""
+    storing = [stage for stage in stages if stage.in_written_form]
+    if not storing:
+        return []
+    name, faults = storing[0].stage, list[str]()
+    if len(storing) > 1:
+        faults.append(f"{name} is there twice. Give one stage all of it.")
+    late = [stage.stage for stage in stages[stages.index(storing[0]) + 1 :] if stage.site is LinearSite]
+    if late and len(storing) == 1:
+        faults.append(f"{name} stores linears for good, so {late[0]} has to come before it.")
+    if any(stage.stage == "prune_units" for stage in stages):
+        faults.append(
+            f"prune_units deletes rows of what {name} has stored by then. Run it first, and {name} on its output."
+        )
+    open_ranks = any(isinstance(stage, RankStage) and stage.open_ranks for stage in stages)
+    if has_budget or open_ranks or any(stage.opens for stage in stages):
+        faults.append(
+            f"{name} has to know every width and rank beforehand, so a budget or ranks left open are not for this "
+            "recipe. Say how much each stage keeps, or run two recipes."
+        )
+    return faults
+
+
+def token_notes(recipe: Recipe, config: Any, family: Family) -> list[str]:
+    """Say where there is less calibration text than stages on linears need for the widest."""
+    tokens = recipe.calibration.samples * recipe.calibration.seq_len
+    widest = max(dense_units(config, family).get("neurons", 0), config.hidden_size)
+    if tokens >= 4 * widest or not any(stage.site is LinearSite for stage in recipe.stages):
+        return []
+    return [
+        f"Calibration has {tokens:,} tokens for linears of {widest:,} inputs: expect a poor fit. Use more --samples."
+    ]

@@ -1,0 +1,37 @@
+"""Drawn matrices and what is measured of them; what the tests of the numerics share."""
+
+import torch
+from torch import Tensor
+
+from compress.numerics.lowrank import InputMoments
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def rows(n: int = 32, *, count: int = 200, seed: int = 0, dead: tuple[int, ...] = ()) -> Tensor:
+    """Correlated inputs of unlike sizes, whose means are not zero."""
+    X = random(count, n, seed=seed) @ random(n, n, seed=seed + 1) @ torch.diag(torch.logspace(0, -1, n).double())
+    X = X + random(n, seed=seed + 2)
+    X[:, list(dead)] = 0
+    return X
+
+
+def measured(X: Tensor) -> InputMoments:
+    return InputMoments(X.T @ X / len(X), X.mean(0), X.abs().mean(0))
+
+
+def identity(width: int) -> Tensor:
+    return torch.eye(width, dtype=torch.float64)
+
+
+def cut(M: Tensor, rank: int) -> Tensor:
+    """The SVD's first `rank` parts, one by one."""
+    U, S, Vh = torch.linalg.svd(M)
+    return sum((S[i] * torch.outer(U[:, i], Vh[i]) for i in range(rank)), torch.zeros_like(M))
+
+
+def difference(a: Tensor, b: Tensor) -> float:
+    assert a.shape == b.shape
+    return float((a - b).abs().max())
