@@ -157,7 +157,7 @@ def parse_recipe(data: Any, place: Place = dotted) -> Recipe:
         # With a stage missing, nothing can be said about their order.
         faults += [fault for fault in described(error, Recipe) if not in_stages or fault.where]
     if faults:
-        lines = [(place(fault.where), fault.what) for fault in faults]
+        lines = dict.fromkeys((place(fault.where), fault.what) for fault in faults)
         raise UsageError("\n".join(f"{where}: {what}" if where else what for where, what in lines))
     return recipe
 

@@ -168,8 +168,8 @@ def look_at(
 ) -> Found:
     """Models, data folder and device; what is wrong is noted.
 
-    What can be seen without torch comes first, so that it comes at once. check: what else is looked at, where the
-    models are found.
+    What can be seen without torch comes first, so that it comes at once. check: what else is looked at, with torch: not
+    where that would hold up that a model is misspelt.
     """
     from compress.datasets import data_directory
     from compress.models.hub import find_model
@@ -183,7 +183,7 @@ def look_at(
         check_dtype(dtype)
     with faults.noted():
         folder = data_directory(data_dir)
-    if check is not None and len(models) == len(names):
+    if check is not None and (device is not None or len(models) == len(names)):
         with faults.noted():
             check()
     if device is not None or not faults.found:
