@@ -22,7 +22,7 @@ USAGE = 2
 # What the machine of a GPU may lack.
 HIDDEN = ("compressed_tensors", "peft", "datasets", "typer", "rich", "pytest", "beartype", "pytest_timeout")
 
-RECIPES = ("slicegpt", "lord", "slim, compact")
+RECIPES = ("lord", "slim, compact")
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,7 @@ def test_the_gpu_bench_runs_at_toy_size_without_what_a_machine_may_lack(tmp_path
     (tmp_path / "sitecustomize.py").write_text(f"import sys\nfor name in {HIDDEN}:\n    sys.modules[name] = None\n")
     changes = {"PYTHONPATH": str(tmp_path), "PYTHON": sys.executable, "OUT": str(tmp_path / "out")}
     command = [str(ROOT / "scripts" / "gpu_bench.sh"), "--toy", "--parts", "compress,generation,linears"]
-    command += ["--recipes", "slicegpt;lord;slim, compact"]
+    command += ["--recipes", "lord;slim, compact"]
     done = subprocess.run(command, env=os.environ | changes, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "not installed: compressed_tensors, for the proof" in done.stdout
@@ -122,7 +122,7 @@ def test_the_gpu_bench_runs_at_toy_size_without_what_a_machine_may_lack(tmp_path
     assert set(data["compress"]) == set(RECIPES)
     assert set(data["generation"]) == set(data["linears"]) == set(data["compress"])
     kinds = {form["kind"] for entries in data["linears"].values() for each in entries for form in each["compressed"]}
-    assert {"dense", "compact"} < kinds
+    assert "compact" in kinds
     assert kinds & {"factors", "pivot"}
     text = (tmp_path / "out" / "report.md").read_text()
     assert "## Compressing, 2 layers, 8 windows of 64 tokens, without the proof by reloading" in text
