@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import compress  # noqa: F401 (registers the architecture)
 import tiny
-from compress.errors import CheckpointError, UsageError
+from compress.errors import CheckpointError, UnsupportedModel, UsageError
 from compress.evaluation.speed import generation, memory, report, timing
 from compress.evaluation.speed.footprint import footprint
 from compress.evaluation.speed.generation import Decoding, Workload, compare_generation

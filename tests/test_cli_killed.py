@@ -23,19 +23,19 @@ TURNED = shlex.split(
 )
 TUNE = shlex.split("finetune ../turned --data ../longer.txt --data-dir ../data --seq-len 32 --batch-size 4 --steps 6")
 TUNE += shlex.split("--eval-every 3 --distill none --lr 0.003 --out out --json --device cpu")
-NOTE = "compress.streaming.journal:Journal.note"
-SAVE = "compress.streaming.journal:save_file"
+RECORD = "compress.checkpoints.run_folder:RunFolder.record"
+SAVE = "compress.io:save_file"
 # By command and moment; what the run that goes on has of the killed one, parts or steps.
 MOMENTS: dict[str, tuple[list[str], Disturbance, int | None]] = {
     # Of embeddings a part and its state are written, of the first block a part, its share of the adapter and a state.
-    "slim, part 2": (SLIM, Disturbance("compress.streaming.journal:Journal.record", call=2, after=True), 2),
+    "slim, part 2": (SLIM, Disturbance(RECORD, call=2, after=True), 2),
     "slim, half an adapter part": (SLIM, Disturbance(SAVE, call=4, kind="tear"), 1),
     "slim, an unfinished adapter": (SLIM, Disturbance("compress.checkpoints.adapter:join", after=True), 3),
-    "slim, not yet named": (SLIM, Disturbance("compress.pipeline:publish"), None),
-    "finetune, after three steps": (TUNE, Disturbance(NOTE, call=2, after=True), 3),
+    "slim, not yet named": (SLIM, Disturbance("compress.checkpoints.run_folder:publish"), None),
+    "finetune, after three steps": (TUNE, Disturbance(RECORD, call=2, after=True), 3),
     "finetune, half a state": (TUNE, Disturbance(SAVE, call=2, kind="tear"), 0),
     "finetune, writing": (TUNE, Disturbance("compress.tuning.writing:put_tensors", after=True), 6),
-    "finetune, not yet named": (TUNE, Disturbance("compress.tuning.tuner:publish"), 6),
+    "finetune, not yet named": (TUNE, Disturbance("compress.checkpoints.run_folder:publish"), 6),
 }
 NOT_RESUMED = {
     "slim, part 2": [("--bits", "3"), ("--adapter-rank", "0"), ("--compact",), ("--set", "slim.polish=1")],
@@ -88,7 +88,7 @@ def test_nothing_is_left_over_in_the_finished_folder(root, runs):
     names = {path.relative_to(root / "slim/out").as_posix() for path in (root / "slim/out").rglob("*")}
     adapter = {"adapter", "adapter/adapter_config.json", "adapter/adapter_model.safetensors"}
     assert {name for name in names if "adapter" in name} == adapter
-    assert not [name for name in names if name.startswith(("state", "finding", "journal", "lock"))]
+    assert not [name for name in names if name.startswith(("state", "finding", "run.json", "lock"))]
     assert not [name for name in names if "unfinished" in name]
 
 

@@ -1,8 +1,5 @@
 """Whole runs on models with experts: written, read back by others, run, gone on with, compressed again."""
 
-import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,15 +11,15 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import tiny
-from cli_runner import environment, snapshot
+from cli_runner import snapshot
 from compress import pipeline
-from compress.checkpoints import reload
 from compress.errors import CompressError
 from compress.models.hub import find_model
 from compress.planning.prepare import Job
 from compress.recipe import parse_recipe
 from oracles import logits_of, random_ids
 from recipes import anchored, lowrank
+from runs import proved_here, run_here
 
 pytestmark = pytest.mark.slow
 IDS = random_ids(2, 20, seed=3)
@@ -91,27 +88,15 @@ def folder_of(made: Path, model_type: str, name: str) -> Path:
     return made / str(MADE.index((model_type, name)))
 
 
-STRANGER = """
-import importlib.util, json, sys
-spec = importlib.util.spec_from_file_location("reload", sys.argv[1])
-reload = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(reload)
-print(json.dumps([reload.main(*arguments) for arguments in json.loads(sys.argv[2])]))
-"""
-
-
 @pytest.fixture(scope="module")
 def reloaded(made) -> dict[tuple[str, str], dict[str, Any]]:
-    """What a process without this package makes of each."""
-    asked = []
-    for number in range(len(MADE)):
-        folder = made / str(number)
-        asked.append([str(folder / "out"), str(folder / "probe.safetensors"), 2**33, str(folder)])
-    quiet = {"TRANSFORMERS_VERBOSITY": "error", "HF_MODULES_CACHE": str(made / "modules"), "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, "-I", "-c", STRANGER, reload.__file__, json.dumps(asked)]
-    done = subprocess.run(command, env=environment(**quiet), capture_output=True, text=True, timeout=500, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return dict(zip(MADE, json.loads(done.stdout.splitlines()[-1]), strict=True))
+    """As the proof reloads each, in this process; test_every_family.py does so without this package."""
+    found = {}
+    with proved_here(made / "modules"):
+        for number, key in enumerate(MADE):
+            folder = made / str(number)
+            found[key] = run_here(folder / "out", folder / "probe.safetensors", 2**33, folder)
+    return found
 
 
 @pytest.mark.parametrize(("model_type", "name"), MADE)
@@ -119,7 +104,6 @@ def test_others_read_what_the_walk_computed(model_type, name, reloaded):
     found = reloaded[model_type, name]
     assert not found["missing"] + found["unexpected"] + found["mismatched"]
     assert found["difference"] < 1e-5 * found["largest_logit"]
-    assert not found["imported_compress"]
 
 
 def names_in(folder: Path) -> set[str]:

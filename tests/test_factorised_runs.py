@@ -19,7 +19,7 @@ from compress.models.hub import find_model
 from compress.planning.plan import Plan
 from compress.planning.prepare import Job, read_windows
 from compress.recipe import parse_recipe
-from contract import Looked, Written
+from contract import Written
 from factorising import HALF, RANK, Whole, block_linears, job_of, run_unproved, same_function, slicing
 from recipes import lowrank
 from runs import tensors_of
@@ -110,12 +110,6 @@ def planned_and_made(tmp_path_factory) -> tuple[Mapping[str, Plan], Mapping[str,
     return plans, {name: contract.run_noted(job) for name, job in jobs.items()}
 
 
-@pytest.fixture(scope="module")
-def reloaded(planned_and_made, tmp_path_factory) -> tuple[Mapping[str, Written], Looked]:
-    _, made = planned_and_made
-    return made, contract.look_at(made, tmp_path_factory.mktemp("looked"))
-
-
 @pytest.mark.parametrize("name", COMPOSED)
 def test_a_sliced_model_is_factorised_as_it_was_planned(name, planned_and_made):
     plan, result = planned_and_made[0][f"sliced: {name}"], planned_and_made[1][f"sliced: {name}"].result
@@ -145,26 +139,25 @@ def multiplied_out(folder: Path, model_type: str, form: str) -> Job:
 
 
 @pytest.mark.parametrize("name", [f"sliced: {name}" for name in COMPOSED] + [f"whole: {name}" for name in UNSLICED])
-def test_it_reloads_without_our_package(name, reloaded):
-    made, looked = reloaded
-    looked.agrees(name, made[name])
+def test_loaded_it_computes_what_the_walk_did(name, planned_and_made):
+    """test_every_family.py loads factors in a process without this package."""
+    made = planned_and_made[1][name]
+    ids, expected = made.probe
+    loaded = AutoModelForCausalLM.from_pretrained(made.out).eval()
+    same_function(oracles.logits_of(loaded, ids), expected, contract.CLOSE)
 
 
 @pytest.mark.parametrize("model_type", MATERIALIZED)
-def test_materialized_it_is_a_stock_model(model_type, reloaded, tmp_path):
+def test_materialized_it_is_a_stock_model(model_type, planned_and_made, tmp_path):
     """At one function with the factors."""
-    made, looked = reloaded
-    name = f"dense: {model_type}"
-    looked.agrees(name, made[name])
-    found = looked.models[name]
-    assert found["module"].startswith("transformers.models.")
-    assert (found["info"], found["said"]) == ({}, [])
-    assert list(made[name].out.glob("*.py")) == []
+    made = planned_and_made[1][f"dense: {model_type}"]
     job = multiplied_out(tmp_path, model_type, "pivot")
     run_unproved(job)
-    factors = AutoModelForCausalLM.from_pretrained(job.out).eval()
-    ids = made[name].probe[0]
-    same_function(looked.logits[f"{name}/probe"], oracles.logits_of(factors, ids), 1e-8)
+    models = [AutoModelForCausalLM.from_pretrained(folder).eval() for folder in (made.out, job.out)]
+    assert type(models[0]).__module__.startswith("transformers.models.")
+    assert list(made.out.glob("*.py")) == []
+    dense, factors = (oracles.logits_of(model, made.probe[0]) for model in models)
+    same_function(dense, factors, 1e-8)
 
 
 # ---- on a model that was trained ----
@@ -177,7 +170,7 @@ def test_anchored_ends_nearer_to_the_dense_model_than_lord(tmp_path):
     errors = {}
     dense: Any = AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32).eval()
     for method in ("anchored", "lord"):
-        calibration = {"source": "stdlib", "samples": 24, "seq_len": 128}
+        calibration = {"source": "stdlib", "samples": 16, "seq_len": 64}
         stages = lowrank(method, {"rank_frac": 0.4}, bias=False if method == "lord" else None)
         chosen = parse_recipe({"method": method, "stages": stages, "calibration": calibration})
         job = Job(model=find_model(str(DEMO)), recipe=chosen, out=tmp_path / method, command="compress lord")

@@ -20,7 +20,7 @@ from compress.models.yaml_text import DEEPEST, parse_yaml
 from fuzzing import TARGETS, Fuzzer, Target, write_home
 from spoiling import BOMB, DEEP, spoiled_json, spoiled_yaml
 
-EXAMPLES = 15
+EXAMPLES = 10
 
 
 @pytest.fixture(scope="module")

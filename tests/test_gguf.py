@@ -14,12 +14,12 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
-from compress.checkpoints import reload, verify
 from compress.checkpoints.gguf import check_exportable, reader_notes, verify_gguf, write_gguf
 from compress.checkpoints.gguf.tokenizer import BYTE_PIECES, SPLITS
 from compress.checkpoints.verify import SAMPLE
-from compress.errors import UnsupportedModel, UsageError, VerificationError
+from compress.errors import CheckpointError, UnsupportedModel, UsageError, VerificationError
 from compress.streaming.weights import LazyWeights
+from runs import proved_here
 from tiny import HIDDEN, NUM_BLOCKS, POSITIONS, VOCAB_SIZE, tiny_config, tiny_model, tiny_tokenizer
 
 gguf = pytest.importorskip("gguf")
@@ -559,11 +559,10 @@ def test_one_tensor_is_in_memory_at_a_time(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def in_this_process(monkeypatch):
+def in_this_process(tmp_path):
     """Seconds faster than a process of its own."""
-    monkeypatch.setattr(
-        verify, "run_clean", lambda *given: reload.main(*map(str, given[:2]), given[2], *map(str, given[3:]))
-    )
+    with proved_here(tmp_path / "modules"):
+        yield
 
 
 def proved(folder: Path, model: Any, file: Path | None = None, *, memory: int = MEMORY) -> float:

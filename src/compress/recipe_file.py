@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from compress import presets
-from compress.checkpoints.facts import FACTS
+from compress.checkpoints.metadata import METADATA
 from compress.errors import UsageError
 from compress.models.json_text import parse_json
 from compress.models.libraries import reading
@@ -48,7 +48,7 @@ def read_recipe(path: Path) -> RecipeFile:
     """
     if not path.exists() and not path.suffix and len(path.parts) == 1:
         path = presets.path_of(path.name)
-    file = path / FACTS if path.is_dir() else path
+    file = path / METADATA if path.is_dir() else path
     is_json = file.suffix == ".json"
     try:
         if file.stat().st_size > (LARGEST if is_json else LARGEST_YAML):

@@ -30,7 +30,7 @@ from compress.errors import Faults
 
 if TYPE_CHECKING:
     from compress.models.hub import ModelSource
-    from compress.pipeline import Result
+    from compress.pipeline.result import Result
     from compress.planning.prepare import Job
     from compress.recipe import Recipe
 
@@ -175,14 +175,12 @@ def usual_calibration(source: "ModelSource | None" = None, config: object = None
 
 def run_with_progress(job: "Job") -> "Result | None":
     """The result; None in all but the first of several processes, which keep silent."""
-    from compress.checkpoints.facts import FACTS
+    from compress.checkpoints.run_folder import RUN
     from compress.pipeline import run_together
-    from compress.streaming.journal import JOURNAL
     from compress.streaming.processes import joined
 
-    kept = [job.partial / name for name in (JOURNAL, FACTS)]
     with (
-        keeping_what_is_done("what was finished is kept", lambda: any(file.exists() for file in kept)),
+        keeping_what_is_done("what was finished is kept", (job.partial / RUN).exists),
         joined(job.device) as processes,
         seeing_interrupts(),
         progress_bar("preparing") as progress,

@@ -32,9 +32,9 @@ from compress.numerics import DTYPES
 if TYPE_CHECKING:
     import torch
 
+    from compress.evaluation.evaluate import Evaluation
+    from compress.evaluation.subject import Request, Subject
     from compress.models.hub import ModelSource
-    from compress.quality.measuring import Quality
-    from compress.quality.subject import Asked, Subject
 
 Measures = "What to measure"
 Programs = "HumanEval"
@@ -157,15 +157,15 @@ def evaluate(
         check_computing_dtype(options.dtype, found)
     if options.save:
         check_places_to_save(faults, found.models[: len(named)])
-    asked = gather(faults, options, found, ks)
-    subjects, dense = prepare_all(found.models, asked, with_dense=options.kl is not None)
-    qualities = measure_all(subjects, dense, asked, options.dtype, found.device)
+    request = gather(faults, options, found, ks)
+    subjects, dense = prepare_all(found.models, request, with_dense=options.kl is not None)
+    evaluations = measure_all(subjects, dense, request, options.dtype, found.device)
     if options.save:
-        save_all(subjects, qualities)
+        save_all(subjects, evaluations)
     if compared:
-        show_comparison(qualities, notes_on(subjects), as_json=options.json)
+        show_comparison(evaluations, notes_on(subjects), as_json=options.json)
     else:
-        show_quality(qualities[0], as_json=options.json)
+        show_quality(evaluations[0], as_json=options.json)
 
 
 def words(text: str | None) -> list[str]:
@@ -214,7 +214,7 @@ def check_places_to_save(faults: Faults, places: Sequence[Place]) -> None:
                 raise UsageError(f"--save keeps quality.json in a checkpoint's folder; {place.name} is none of yours.")
 
 
-def gather(faults: Faults, options: EvalOptions, found: Found, ks: tuple[int, ...]) -> "Asked":
+def gather(faults: Faults, options: EvalOptions, found: Found, ks: tuple[int, ...]) -> "Request":
     """What is to be measured, with its documents and problems. All faults so far are told here."""
     texts, tasks = words(options.ppl), words(options.tasks)
     runs_programs = options.humaneval and options.allow_code_execution
@@ -224,9 +224,9 @@ def gather(faults: Faults, options: EvalOptions, found: Found, ks: tuple[int, ..
     from compress.datasets import load_rows
     from compress.datasets.humaneval import load_problems
     from compress.evaluation.humaneval import Sampling, check_can_run
-    from compress.quality.subject import Asked, load_tasks
+    from compress.evaluation.subject import Request, load_tasks
 
-    asked = Asked(
+    request = Request(
         texts=tuple(texts),
         compared_on=(tuple(texts) or (usual_text(found.models),)) if options.kl else (),
         sampling=Sampling(options.samples_per_problem, drawn_at(options), ks, options.seed),
@@ -237,16 +237,16 @@ def gather(faults: Faults, options: EvalOptions, found: Found, ks: tuple[int, ..
         trust_remote_code=options.trust_remote_code,
     )
     with faults.noted():
-        asked = replace(asked, tasks=load_tasks(tasks, found.data_dir))
+        request = replace(request, tasks=load_tasks(tasks, found.data_dir))
     with faults.noted():
         if runs_programs:
             check_can_run()
-            asked = replace(asked, problems=load_problems(found.data_dir, options.limit))
+            request = replace(request, problems=load_problems(found.data_dir, options.limit))
     for text in texts if faults.found else []:
         with faults.noted():
             load_rows(text, "test", found.data_dir)
     faults.report()
-    return asked
+    return request
 
 
 def drawn_at(options: EvalOptions) -> float:
@@ -260,14 +260,16 @@ def usual_text(places: Sequence[Place]) -> str:
     return "stdlib" if any(place.source and place.source.is_demo for place in places) else "wikitext2"
 
 
-def prepare_all(places: Sequence[Place], asked: "Asked", *, with_dense: bool) -> "tuple[list[Subject], Subject | None]":
+def prepare_all(
+    places: Sequence[Place], request: "Request", *, with_dense: bool
+) -> "tuple[list[Subject], Subject | None]":
     """The models to be measured, and the dense one, which was named last. All faults of all of them at once."""
-    from compress.quality.subject import check_same_tokens, prepare
+    from compress.evaluation.subject import check_same_tokens, prepare
 
     faults, prepared = Faults(), []
     for place in places:
         with faults.noted():
-            prepared.append(prepare(place.name, place.folder(), place.gguf, asked))
+            prepared.append(prepare(place.name, place.folder(), place.gguf, request))
     faults.report()
     subjects, dense = (prepared[:-1], prepared[-1]) if with_dense else (prepared, None)
     if dense is not None:
@@ -276,34 +278,38 @@ def prepare_all(places: Sequence[Place], asked: "Asked", *, with_dense: bool) ->
 
 
 def measure_all(
-    subjects: "Sequence[Subject]", dense: "Subject | None", asked: "Asked", dtype: str | None, device: "torch.device"
-) -> "list[Quality]":
-    from compress.quality.measuring import free_memory, measure, remember_dense
+    subjects: "Sequence[Subject]",
+    dense: "Subject | None",
+    request: "Request",
+    dtype: str | None,
+    device: "torch.device",
+) -> "list[Evaluation]":
+    from compress.evaluation.evaluate import free_memory, measure, remember_dense
 
-    qualities = []
+    evaluations = []
     with progress_bar("preparing") as progress:
 
         def load(subject: "Subject") -> Any:
             progress(f"loading {subject.name}", "", 0, 0)
             computing = computing_dtype(dtype, subject.config, device)
-            return subject.load(computing, device, trust_remote_code=asked.trust_remote_code)
+            return subject.load(computing, device, trust_remote_code=request.trust_remote_code)
 
-        references = remember_dense(dense, load(dense), asked, progress) if dense is not None else {}
+        references = remember_dense(dense, load(dense), request, progress) if dense is not None else {}
         for subject in subjects:
             free_memory()
-            qualities.append(measure(subject, load(subject), asked, references, progress))
-    return qualities
+            evaluations.append(measure(subject, load(subject), request, references, progress))
+    return evaluations
 
 
-def save_all(subjects: "Sequence[Subject]", qualities: "Sequence[Quality]") -> None:
-    from compress.quality.measuring import save
+def save_all(subjects: "Sequence[Subject]", evaluations: "Sequence[Evaluation]") -> None:
+    from compress.checkpoints.quality import save_quality
 
-    for subject, quality in zip(subjects, qualities, strict=True):
-        save(subject.folder, quality)
+    for subject, found in zip(subjects, evaluations, strict=True):
+        save_quality(subject.folder, found.quality)
 
 
 def notes_on(subjects: "Sequence[Subject]") -> list[str]:
-    from compress.quality.subject import cut_otherwise
+    from compress.evaluation.subject import cut_otherwise
 
     names = cut_otherwise(subjects)
     if not names:

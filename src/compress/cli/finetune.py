@@ -26,7 +26,7 @@ from compress.cli.tables import reloads
 from compress.errors import Faults, UsageError
 
 if TYPE_CHECKING:
-    from compress.checkpoints.facts import Facts
+    from compress.checkpoints.metadata import Metadata
     from compress.models.hub import ModelSource
     from compress.tuning.looking import Prepared
     from compress.tuning.settings import TuningJob
@@ -141,16 +141,17 @@ def finetune(
 
     import torch
 
+    from compress.checkpoints.run_folder import own_metadata
     from compress.models.loading import load_config
-    from compress.tuning.looking import look, read_ours
+    from compress.tuning.looking import look
     from compress.tuning.settings import TuningJob
 
     quiet_libraries()
-    facts, (source,) = read_ours(folder), found.models
+    metadata, (source,) = own_metadata(folder, "tuned"), found.models
     job = TuningJob(
         model=source,
-        settings=run.settings(facts.recipe.calibration.source, load_config(folder).get_text_config()),
-        teacher=None if run.distill == "none" else find_teacher(run.teacher, facts),
+        settings=run.settings(metadata.recipe.calibration.source, load_config(folder).get_text_config()),
+        teacher=None if run.distill == "none" else find_teacher(run.teacher, metadata),
         out=run.out or Path("compressed") / f"{source.name}-tuned",
         command=run.command(f"finetune {source.name}"),
         dtype=None if run.dtype is None else getattr(torch, run.dtype),
@@ -168,17 +169,17 @@ def finetune(
         show_tuning(result, as_json=run.json)
 
 
-def find_teacher(asked: str | None, facts: "Facts") -> "ModelSource":
+def find_teacher(asked: str | None, metadata: "Metadata") -> "ModelSource":
     """The dense model. Raises UsageError where the one that was compressed cannot be found by its name alone."""
     from compress.models.hub import find_model
 
     if asked is not None:
         return find_model(asked)
     try:
-        return find_model(facts.base_model)
+        return find_model(metadata.base_model)
     except UsageError as error:
         raise UsageError(
-            f"The dense model is not found by its name in compress.json, {facts.base_model!r}. "
+            f"The dense model is not found by its name in compress.json, {metadata.base_model!r}. "
             "Name its folder with --teacher, or train on the text alone with --distill none."
         ) from error
 
@@ -225,7 +226,8 @@ def show_tuning(result: "Result", *, as_json: bool) -> None:
     if as_json:
         print_json(result.to_dict())
         return
-    tuning, other = result.tuning, result.tuning["unlike"]
+    tuning = result.tuning.to_dict()
+    other = tuning["other_text"]
     values = {
         "trained": f"{TRAINED[tuning['trained']]}, {tuning['trained_parameters']:,} parameters",
         "steps": f"{tuning['steps']:,} of {tuning['planned_steps']:,}, the best after {tuning['best_step']:,}",

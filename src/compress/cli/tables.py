@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from compress.cli.reporting import gigabytes, print_json, print_lines, print_table
 
 if TYPE_CHECKING:
-    from compress.pipeline import Result
+    from compress.pipeline.result import Result
     from compress.planning.plan import Plan
     from compress.planning.prepare import Job
     from compress.streaming.sites import Count

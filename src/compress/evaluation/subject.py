@@ -1,4 +1,4 @@
-"""What is to be measured, and of which checkpoint, looked at before a weight is read. All faults are told at once."""
+"""What is to be measured, and the checkpoints it is measured of: all that can be checked before a weight is read."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +25,7 @@ Windows = dict[str, Int64[Tensor, "windows seq_len"]]
 
 
 @dataclass(frozen=True)
-class Asked:
+class Request:
     """
     texts: of perplexity; compared_on: of the divergence. limit: of windows a text, documents a task and problems.
     """
@@ -88,13 +88,13 @@ class Subject:
         return sum(file.stat().st_size for file in files)
 
 
-def prepare(name: str, folder: Path, gguf: Path | None, asked: Asked) -> Subject:
+def prepare(name: str, folder: Path, gguf: Path | None, request: Request) -> Subject:
     """The checkpoint with its texts cut into windows. Raises all faults of its config, files, tokenizer and texts."""
     faults = Faults()
-    config = load_gguf_config(gguf) if gguf else load_config(folder, trust_remote_code=asked.trust_remote_code)
+    config = load_gguf_config(gguf) if gguf else load_config(folder, trust_remote_code=request.trust_remote_code)
     text_config = config.get_text_config()
-    length = asked.seq_len or min(USUAL_SEQ_LEN, getattr(text_config, "max_position_embeddings", USUAL_SEQ_LEN))
-    if asked.windows_of:
+    length = request.seq_len or min(USUAL_SEQ_LEN, getattr(text_config, "max_position_embeddings", USUAL_SEQ_LEN))
+    if request.windows_of:
         with faults.noted():
             check_positions(text_config, length)
     if gguf is None:
@@ -102,21 +102,21 @@ def prepare(name: str, folder: Path, gguf: Path | None, asked: Asked) -> Subject
             LazyWeights(folder)
     windows: Windows = {}
     with faults.noted():
-        options = {"trust_remote_code": asked.trust_remote_code}
+        options = {"trust_remote_code": request.trust_remote_code}
         tokenizer = load_gguf_tokenizer(gguf) if gguf else load_tokenizer(folder, **options)
-        windows = read_windows(asked, tokenizer, length)
+        windows = read_windows(request, tokenizer, length)
         for each in windows.values():
             check_vocabulary(each, config, folder)
     faults.report()
     return Subject(name, folder, gguf, config, tokenizer, windows)
 
 
-def read_windows(asked: Asked, tokenizer: Any, seq_len: int) -> Windows:
+def read_windows(request: Request, tokenizer: Any, seq_len: int) -> Windows:
     faults, windows = Faults(), {}
-    for name in asked.windows_of:
+    for name in request.windows_of:
         with faults.noted():
             windows[name] = evaluation_windows(
-                name, tokenizer, seq_len=seq_len, data_dir=asked.data_dir, limit=asked.limit
+                name, tokenizer, seq_len=seq_len, data_dir=request.data_dir, limit=request.limit
             )
     faults.report()
     return windows

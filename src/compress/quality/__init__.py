@@ -1,1 +1,0 @@
-"""How good a checkpoint is: the measures of `evaluation`, taken of one model after another."""
