@@ -10,12 +10,13 @@ import pytest
 import torch
 
 import tiny
-from compress import families, search
+from compress import families
 from compress.architectures.architecture import Architecture, ModelSpec
 from compress.architectures.own import Own
 from compress.architectures.sizes import HEADER_BYTES_PER_FILE, HEADER_BYTES_PER_TENSOR, disk_bytes, size_of
 from compress.architectures.stock import Stock
 from compress.errors import UsageError
+from compress.planning import search
 from compress.planning.assembly import take_survey
 from compress.planning.budget import WidthSpace
 from compress.planning.plan import Plan

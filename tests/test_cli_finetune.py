@@ -184,7 +184,7 @@ def test_it_says_of_itself_what_it_was_trained_on(home, place):
     assert tuning["held_out"]["dense"] is not None
     assert tuning["data"]["source"] == str(other)
     assert tuning["compressed_parts"] == facts_of(home / "thin")["parts"]
-    assert tuning["unlike"]["source"] == "wikitext2"
+    assert tuning["other_text"]["source"] == "wikitext2"
     card = (out / "README.md").read_text(encoding="utf-8")
     assert "The low-rank factors were trained to match the next-token distribution of `llama` on " in card
     assert "compress finetune thin --data" in card
