@@ -26,9 +26,9 @@ from compress.models.hub import find_model
 from compress.models.loading import load_tokenizer
 from compress.own_model.modeling_compress import AdaptedLinear
 from compress.tuning.looking import Prepared, look
-from compress.tuning.opening import open_folder, open_teacher, open_trained
 from compress.tuning.settings import NUM_HELD_OUT, Settings, TuningJob, What
 from compress.tuning.structure import block_linears, thin_linears
+from compress.tuning.trained import open_folder, open_teacher, open_trained
 from compress.tuning.training import Training
 
 CPU = torch.device("cpu")
@@ -113,7 +113,7 @@ def plain_model(prepared: Prepared, *, what: What) -> Any:
             part.requires_grad_()
         return model
     if what == "lora":
-        ranks = dict.fromkeys(block_linears(model, prepared.config), prepared.job.settings.rank)
+        ranks = dict.fromkeys(block_linears(model, prepared.config), prepared.job.settings.lora_rank)
     ranks = {path: rank for path, rank in ranks.items() if rank}
     inject_adapter_in_model(LoraConfig(target_modules=list(ranks), rank_pattern=ranks, lora_alpha=1), model, "default")
     return model

@@ -90,6 +90,7 @@ class Session:
     skipped: dict[str, str] = field(default_factory=dict)
     part: str = PARTS[-1]
     head: dict[str, Any] = field(default_factory=dict)
+    recipes: tuple[str, ...] = ()  # none: all
 
     @property
     def left(self) -> float:
@@ -106,18 +107,14 @@ class Session:
 
 def recipes() -> dict[str, dict[str, Any]]:
     """The shipped ones, and SLiM's in other forms; slow ones last, so that the others come in any case."""
-    import yaml
+    from compress import presets
 
-    def shipped_as(name: str) -> dict[str, Any]:
-        data: dict[str, Any] = yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text())
-        return data
-
-    shipped = {name: shipped_as(name) for name in ("slicegpt", "lord", "slim")}
+    shipped = {name: presets.load(name) for name in ("slicegpt", "lord", "slim")}
     packed = {"stage": "slim", "quantize": {"method": "absmax", "bits": 4}}
     compact = {**shipped["slim"]["stages"][0], "form": "compact"}
     shipped["4 bits, packed"] = {**shipped["slim"], "method": "absmax", "stages": [packed]}
     shipped["slim, compact"] = {**shipped["slim"], "method": "slim-compact", "stages": [compact]}
-    return shipped | {name: shipped_as(name) for name in ("anchored", "lord-anchored", "slim-anchored")}
+    return shipped | {name: presets.load(name) for name in ("anchored", "lord-anchored", "slim-anchored")}
 
 
 # Steps: each runs in a process of its own and returns what goes into the report.
@@ -185,6 +182,8 @@ def both(session: Session, name: str) -> list[Any]:
 
 
 def generation(session: Session, name: str) -> list[dict[str, Any]]:
+    from cuda_graphs import recorded
+
     from compress.evaluation.speed.generation import Workload, compare_generation
     from compress.evaluation.speed.report import generation_entry
 
@@ -193,13 +192,15 @@ def generation(session: Session, name: str) -> list[dict[str, Any]]:
         for batch in scale.batches:
             load = Workload(batch, scale.prompt, scale.new)
             with unsupported_is_said(found, {"batch": batch, "cuda_graphs": graphs}):
-                speeds = compare_generation(*models, load, rounds=scale.rounds, cuda_graphs=graphs)
+                how = {"decoding": recorded(load.new)} if graphs else {}
+                speeds = compare_generation(*models, load, rounds=scale.rounds, **how)
                 found.append(generation_entry(speeds) | {"cuda_graphs": graphs})
     return found
 
 
 def linears(session: Session, name: str) -> list[dict[str, Any]]:
     import torch
+    from cuda_graphs import captured
 
     from compress.evaluation.speed.layerwise import Inputs, compare_linears, matched
     from compress.evaluation.speed.report import linear_entry
@@ -211,7 +212,7 @@ def linears(session: Session, name: str) -> list[dict[str, Any]]:
             inputs = Inputs(tokens, torch.bfloat16, torch.device(session.device))
             for graphs in ways(session):
                 with unsupported_is_said(found, {"name": place.name, "tokens": tokens, "cuda_graphs": graphs}):
-                    speed = compare_linears(place, inputs, rounds=scale.rounds, cuda_graphs=graphs)
+                    speed = compare_linears(place, inputs, rounds=scale.rounds, record=captured if graphs else None)
                     found.append(linear_entry(speed) | {"cuda_graphs": graphs})
     return found
 
@@ -341,7 +342,7 @@ def run_compress(session: Session) -> None:
     if session.found["dense"] is None:
         return
     found = session.found["compress"] = {}
-    for name in recipes():
+    for name in session.recipes or recipes():
         entry = attempt(session, f"compress: {name}", compress, name)
         if entry is not None:
             found[name] = entry
@@ -524,6 +525,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--toy", action="store_true", help="tiny shapes; of itself where there is no CUDA device")
     parser.add_argument("--limit", type=float, default=540, help="seconds for everything")
     parser.add_argument("--parts", default=",".join(PARTS), help="with commas between; the later ones need compress")
+    parser.add_argument("--recipes", help="names with semicolons between; by default all")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--samples", type=int, default=32, help="calibration windows")
     parser.add_argument("--seq-len", type=int, default=2048, help="tokens of each")
@@ -565,7 +567,8 @@ def new_session(options: argparse.Namespace) -> Session:
     (out / "logs").mkdir(parents=True)
     scratch = Path(tempfile.mkdtemp(prefix="gpu_bench-"))
     device = "cuda" if has_cuda else "cpu"
-    return Session(scale, scratch, out, start, options.limit, options.proof, device)
+    names = tuple(options.recipes.split(";")) if options.recipes else ()
+    return Session(scale, scratch, out, start, options.limit, options.proof, device, recipes=names)
 
 
 def about(session: Session, absent: list[str]) -> dict[str, Any]:

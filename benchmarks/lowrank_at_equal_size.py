@@ -37,7 +37,7 @@ from compress.planning.plan import Plan
 from compress.planning.prepare import Job, Prepared, prepare
 from compress.planning.ranks import rank_choices
 from compress.progress import Steps, silent
-from compress.recipe import lowrank, parse_recipe
+from compress.recipe import parse_recipe
 from compress.streaming.survey import Survey
 
 PAPERS = ("lord", "svd-llm", "asvd", "svd")
@@ -85,7 +85,8 @@ class Bench:
 
     def prepared(self, way: str, allocation: str, amount: dict[str, Any], budget: dict[str, Any] | None) -> Prepared:
         how = dict(WAYS[way])
-        stages = lowrank(how.pop("method"), amount, allocation=allocation, **how)
+        refit = [{"stage": "refit"}] if how.pop("refit", how["method"] == "anchored") else []
+        stages = [*refit, {"stage": "factorize", "allocation": allocation, **amount, **how}]
         calibration = {"source": self.options.calib, "samples": self.options.samples, "seq_len": self.options.seq_len}
         recipe = parse_recipe({"method": way, "stages": stages, "budget": budget, "calibration": calibration})
         out = Path(tempfile.mkdtemp(dir=self.scratch)) / "out"

@@ -23,7 +23,7 @@ from slicing_quality import compress, wait
 WAYS = {
     "lord": ["--method", "lord", "--rank-frac", "0.6"],
     "anchored": ["--rank-frac", "0.6"],
-    "anchored, no gradient": ["--rank-frac", "0.6", "--gradient-weight", "0"],
+    "anchored, no gradient": ["--rank-frac", "0.6", "--set", "factorize.gradient_weight=0"],
 }
 
 

@@ -24,7 +24,7 @@ from compress import families
 from compress.own_model.modeling_compress import LowRankLinear, PivotLinear
 from compress.planning.memory import Room
 from compress.planning.plan import make_plan
-from compress.recipe import lowrank, parse_recipe
+from compress.recipe import parse_recipe
 
 CALIBRATION = {"source": "stdlib"}
 
@@ -85,7 +85,7 @@ def row(share: float, form: str, config: LlamaConfig, options: argparse.Namespac
 
 
 def factorised(config: LlamaConfig, share: float, form: str) -> Any:
-    stages = lowrank("lord", {"rank_frac": share}, form=form, bias=False)
+    stages = [{"stage": "factorize", "method": "lord", "rank_frac": share, "form": form, "bias": False}]
     recipe = parse_recipe({"method": "lord", "stages": stages, "calibration": CALIBRATION})
     family = families.find(config)
     plan = make_plan(recipe, config, family, dtype=torch.float32, computing=torch.float32, room=Room(1, 2**30))

@@ -32,7 +32,7 @@ from safetensors.torch import load_file
 BIN = Path(sys.executable).parent
 COMMANDS = {
     "slice, slicegpt 25%": ["slice", "--method", "slicegpt", "--ratio", "0.25"],
-    "slice, keep 75%": ["slice", "--keep-params", "0.75", "--trial-samples", "32"],
+    "slice, keep 75%": ["slice", "--keep-params", "0.75", "--set", "budget.trial_samples=32"],
     "lord, keep 75%": ["lord", "--keep-params", "0.75"],
     "slim": ["slim"],
 }

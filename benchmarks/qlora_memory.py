@@ -29,10 +29,9 @@ import torch
 from accelerate import Accelerator
 from compress.own_model import modeling_compress
 from compress.models.stored_loading import load_stored
-from compress.tuning.lora import Lora
-from compress.tuning.rates import Rate
-from compress.tuning.settings import Settings
+from compress.tuning.settings import Rate, Settings
 from compress.tuning.structure import block_linears
+from compress.tuning.trained import Lora
 from compress.tuning.training import Training
 from transformers.models.llama import modeling_llama
 def memory(kind):

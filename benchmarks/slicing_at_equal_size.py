@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import Any
 
 WAYS: dict[str, list[list[str]]] = {
-    "slicegpt": [["--method", "slicegpt", "--round-to", "1", *head] for head in ([], ["--slice-head"])],
+    "slicegpt": [
+        ["--method", "slicegpt", "--round-to", "1", *head] for head in ([], ["--set", "slice.slice_head=true"])
+    ],
     "anchored": [[]],
     "anchored, no refit": [["--no-refit"]],
-    "anchored, by variance alone": [["--gradient-weight", "0"]],
+    "anchored, by variance alone": [["--set", "rotate_shared.gradient_weight=0"]],
     "anchored, per-layer rotations": [["--rotation", "per-layer"]],
 }
 

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from compress import families
+from compress import families, presets
 from compress.planning.memory import Room
 from compress.planning.plan import make_plan
-from compress.recipe import anchored, parse_recipe
+from compress.recipe import parse_recipe
 
 SHAPES: dict[str, dict[str, int]] = {
     "hidden 128, 4 layers": {
@@ -39,9 +39,16 @@ SHAPES: dict[str, dict[str, int]] = {
         "num_key_value_heads": 8,
     },
 }
+KEEP = presets.load("anchored")  # three quarters of the parameters
 AMOUNTS: dict[str, dict[str, Any]] = {
-    "ratio 0.25": {"stages": anchored({"ratio": 0.25})},
-    "keep 0.75": {"stages": anchored({}, units={"neurons": {}}), "budget": {"keep_params": 0.75}},
+    "ratio 0.25": {
+        "stages": [
+            each | ({"ratio": 0.25} if each["stage"] == "slice" else {})
+            for each in KEEP["stages"]
+            if each["stage"] != "prune_units"
+        ]
+    },
+    "keep 0.75": {"stages": KEEP["stages"], "budget": KEEP["budget"]},
 }
 CALIBRATION = {"source": "stdlib"}
 

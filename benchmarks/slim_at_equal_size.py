@@ -31,7 +31,7 @@ from compress.numerics.precision import full_precision
 from compress.planning.assembly import new_walk
 from compress.planning.plan import Plan
 from compress.planning.prepare import Job, prepare
-from compress.recipe import parse_recipe, slim
+from compress.recipe import parse_recipe
 
 Way = dict[str, Any]
 
@@ -166,7 +166,9 @@ class Bench:
 
     def job(self, how: Way, form: str) -> Job:
         calibration = {"source": self.options.calib, "samples": self.options.samples, "seq_len": self.options.seq_len}
-        stages = slim(**how, form=form)
+        how = {name: part for name, part in how.items() if part is not None}
+        stages = [{"stage": "refit"}] if how.pop("refit") else []
+        stages.append({"stage": "slim", "form": form, **how})
         recipe = parse_recipe(
             {"method": "slim", "stages": stages, "calibration": calibration, "dtype": self.options.dtype}
         )

@@ -3,7 +3,8 @@
     python benchmarks/slim_runtime.py
 
 A Llama of about 100 million parameters with random weights in bfloat16 (sizes and times do not depend on them) is
-compressed by `compress slim --method slim --quantizer absmax` to 4 bits: unpruned, packed; 2:4 with adapters, packed;
+compressed by `compress slim --method slim --set slim.quantize.method=absmax` to 4 bits: unpruned, packed; 2:4 with
+adapters, packed;
 the same, compact. Stated are the bytes of all files with tensors against the plan's, the most memory that a process
 holds which loads the model and generates a token, less what it held when torch and transformers were imported, and
 prefill and decoding, dense and compressed in turns: the median of the rounds' ratios and the range that holds the
@@ -37,7 +38,7 @@ SHAPE: dict[str, Any] = {
 WAYS = {
     "4 bits, groups of 128, packed": ["--sparsity", "none", "--adapter-rank", "0", "--group", "128"],
     "2:4, 4 bits, adapters 0.1, packed": ["--group", "128"],
-    "2:4, 4 bits, adapters 0.1 in 4 bits, compact": ["--group", "128", "--compact", "--adapter-bits", "4"],
+    "2:4, 4 bits, adapters 0.1 in 4 bits, compact": ["--group", "128", "--compact", "--set", "slim.adapt.bits=4"],
 }
 PROBE = r"""
 import re, sys, torch, transformers
@@ -107,7 +108,7 @@ def compressed(dense: Path, out: Path, how: list[str]) -> Path:
         "--out",
         str(out),
     ]
-    command += ["--method", "slim", "--quantizer", "absmax"]
+    command += ["--method", "slim", "--set", "slim.quantize.method=absmax"]
     command += ["--calib", "stdlib", "--samples", "4", "--seq-len", "128", *how]
     subprocess.run(command, check=True, capture_output=True)
     return out

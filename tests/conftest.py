@@ -20,12 +20,10 @@ WHOLE_RUNS = {
     "test_budget",
     "test_checkpoint_files",
     "test_cli",
-    "test_cli_anchored",
+    "test_cli_compress",
     "test_cli_eval",
     "test_cli_finetune",
-    "test_cli_lord",
-    "test_cli_run",
-    "test_cli_slim",
+    "test_cli_killed",
     "test_composition",
     "test_every_family",
     "test_experts_world",
@@ -103,3 +101,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
         return made[key]
 
     return make
+
+
+@pytest.fixture
+def unproved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No GPU is seen and no data folder is set, and what is written is not reloaded in a process of its own."""
+    monkeypatch.delenv("COMPRESS_DATA_DIR", raising=False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("compress.pipeline.verify", lambda *_arguments, **_options: 0.0)
+    monkeypatch.setattr("compress.checkpoints.gguf.verify_gguf", lambda *_arguments, **_options: 0.0)

@@ -27,7 +27,8 @@ from compress.models.hub import find_model
 from compress.planning.memory import Room
 from compress.planning.plan import Plan, make_plan
 from compress.planning.prepare import Job
-from compress.recipe import Recipe, anchored, lowrank, parse_recipe, slicegpt, slim
+from compress.recipe import Recipe, parse_recipe
+from recipes import anchored, lowrank, slicegpt, slim
 
 NUM_BLOCKS = 2
 CALIBRATION = {"samples": 6, "seq_len": 12}

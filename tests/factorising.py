@@ -14,9 +14,10 @@ from compress import families, pipeline
 from compress.models.hub import find_model
 from compress.planning.plan import Plan
 from compress.planning.prepare import Job
-from compress.recipe import Recipe, anchored, parse_recipe
+from compress.recipe import Recipe, parse_recipe
 from compress.stages._stage import StageConfig
 from compress.stages.factorize import Factorize
+from recipes import anchored
 from runs import tensors_of, unproved
 
 RANK = 9

@@ -27,7 +27,7 @@ OUT, PARTIAL, ASIDE, SCRATCH = "out", "out.partial", "out.replaced", "tmp"
 USAGE, INTERRUPTED = 2, 130
 TEXT = shlex.split("--calib ../text.txt --samples 8 --seq-len 32")
 SLIM = shlex.split("slim --fast --bits 4 --sparsity 2:4 --group 16 --adapter-rank 4")
-BUDGET = shlex.split("--keep-params 0.8 --trial-samples 8")
+BUDGET = shlex.split("--keep-params 0.8 --set budget.trial_samples=8")
 SECONDS = re.compile(rb'"seconds": [0-9.e-]+,')
 RECIPE = """
 method: three-stages

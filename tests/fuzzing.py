@@ -30,6 +30,7 @@ import torch
 import typer
 
 from cli_runner import succeeds
+from compress import presets
 from compress.cli.reporting import quiet_libraries, reporting_errors
 from outputs import write_outputs
 from spoiling import (
@@ -45,7 +46,7 @@ from spoiling import (
 )
 from tiny import FAMILIES, tiny_config, write_model
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+PRESETS = presets.FOLDER
 SECONDS = 10.0  # of computing that an input may take
 GROWTH = 2**28  # bytes by which the process may grow meanwhile
 ALLOWANCE = 2**30  # bytes of address space for data beyond what is there, before an allocation fails
@@ -345,9 +346,9 @@ def write_home(home: Path) -> None:
     (home / "configs").mkdir()
     for model_type in FAMILIES:
         tiny_config(model_type).to_json_file(home / "configs" / f"{model_type}.json", use_diff=False)
-    shutil.copytree(CONFIGS, home / "recipes")
+    shutil.copytree(PRESETS, home / "recipes", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
     (home / "llama" / "README.md").write_text("---\nlicense: mit\nlanguage: [en]\nlicense_name: x\n---\n# A model\n")
-    (home / "recipe.yaml").write_bytes((CONFIGS / "slim.yaml").read_bytes())
+    (home / "recipe.yaml").write_bytes((PRESETS / "slim.yaml").read_bytes())
     (home / "prose.txt").write_bytes((home / "text.txt").read_bytes())
     lines = (home / "text.txt").read_text().splitlines()
     (home / "rows.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))

@@ -35,7 +35,7 @@ def place(tmp_path, monkeypatch):
 
 
 def words(home, kind, *more):
-    text = ["--calib", home / "text.txt", "--samples", 8, "--seq-len", 32, "--trial-samples", 8]
+    text = ["--calib", home / "text.txt", "--samples", 8, "--seq-len", 32, "--set", "budget.trial_samples=8"]
     return ["slice", "--model", home / kind, *text, *more]
 
 

@@ -10,20 +10,22 @@ import pytest
 import torch
 
 import tiny
-from compress import families, search
+from compress import families
 from compress.architectures.architecture import Architecture, ModelSpec
 from compress.architectures.own import Own
 from compress.architectures.sizes import HEADER_BYTES_PER_FILE, HEADER_BYTES_PER_TENSOR, disk_bytes, size_of
 from compress.architectures.stock import Stock
 from compress.errors import UsageError
+from compress.planning import search
 from compress.planning.assembly import take_survey
 from compress.planning.budget import WidthSpace
 from compress.planning.plan import Plan
 from compress.planning.prepare import prepare
 from compress.planning.search import Cost
 from compress.progress import Steps, silent
-from compress.recipe import Recipe, anchored, parse_recipe, slicegpt
+from compress.recipe import Recipe, parse_recipe
 from orders import Made, maker, planned, refusal
+from recipes import anchored, slicegpt
 from runs import unproved
 
 Counts = dict[str, int]

@@ -247,15 +247,15 @@ def test_the_command_of_the_card_makes_it_again(home, written, metadata, patched
 AMOUNT = ["--ratio", "0.25"]
 SLICEGPT = ["--method", "slicegpt"]
 EVERY_OPTION = [
-    [*SLICEGPT, *AMOUNT, "--final-orientation", "random", "--seed", "7"],
-    [*SLICEGPT, "--explained-variance", "0.9", "--slice-head", "--round-to", "4"],
-    [*SLICEGPT, *AMOUNT, "--signal", "normed", "--dtype", "bfloat16", "--batch-size", "2"],
+    [*SLICEGPT, *AMOUNT, "--set", "rotate.final_orientation=random", "--seed", "7"],
+    [*SLICEGPT, "--explained-variance", "0.9", "--set", "slice.slice_head=true", "--round-to", "4"],
+    [*SLICEGPT, *AMOUNT, "--set", "rotate.signal=normed", "--dtype", "bfloat16", "--batch-size", "2"],
     [*SLICEGPT, "--ratio", "0.25,0.5,0.25"],
     [*SLICEGPT, "--ratio", "0.1:0.3", "--round-to", "1"],
     AMOUNT,
-    ["--keep-params", "0.6", "--trial-samples", "8", "--samples", "8"],
+    ["--keep-params", "0.6", "--set", "budget.trial_samples=8", "--samples", "8"],
     ["--target-size", "40kB", "--mlp-ratio", "0.25"],
-    [*AMOUNT, "--no-refit", "--mlp-ratio", "0.5", "--gradient-weight", "0"],
+    [*AMOUNT, "--no-refit", "--mlp-ratio", "0.5", "--set", "rotate_shared.gradient_weight=0"],
     ["--ratio", "0.1:0.3", "--rotation", "per-layer", "--measure-error"],
 ]
 

@@ -16,8 +16,9 @@ from compress import pipeline
 from compress.errors import CompressError
 from compress.models.hub import find_model
 from compress.planning.prepare import Job
-from compress.recipe import anchored, lowrank, parse_recipe
+from compress.recipe import parse_recipe
 from oracles import logits_of, random_ids
+from recipes import anchored, lowrank
 from runs import proved_here, run_here
 
 pytestmark = pytest.mark.slow

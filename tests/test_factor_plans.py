@@ -12,8 +12,9 @@ from compress import families
 from compress.errors import UsageError
 from compress.planning.memory import Room
 from compress.planning.plan import Plan, make_plan
-from compress.recipe import anchored, lowrank, parse_recipe
+from compress.recipe import parse_recipe
 from factorising import HALF, Stages, slicing
+from recipes import anchored, lowrank
 
 # ---- plans of the published ladder ----
 

@@ -18,9 +18,10 @@ from compress import families, pipeline
 from compress.models.hub import find_model
 from compress.planning.plan import Plan
 from compress.planning.prepare import Job, read_windows
-from compress.recipe import lowrank, parse_recipe
+from compress.recipe import parse_recipe
 from contract import Written
 from factorising import HALF, RANK, Whole, block_linears, job_of, run_unproved, same_function, slicing
+from recipes import lowrank
 from runs import tensors_of
 
 pytestmark = pytest.mark.usefixtures("exact_norms")

@@ -14,8 +14,9 @@ import tiny
 from compress.models.hub import find_model
 from compress.pipeline import run
 from compress.planning.prepare import Job
-from compress.recipe import anchored, lowrank, parse_recipe, slicegpt, slim
+from compress.recipe import parse_recipe
 from compress.stages.measure_error import MeasureError
+from recipes import anchored, lowrank, slicegpt, slim
 
 DEVICE = "cuda"
 pytestmark = [

@@ -15,7 +15,7 @@ ROOT = Path(compress.__file__).parent
 LAYERS = [
     ("errors", "version", "child_process", "launch", "progress"),
     ("io",),
-    ("numerics", "own_model"),
+    ("numerics", "own_model", "presets"),
     ("families",),
     ("models",),
     ("streaming",),
@@ -36,19 +36,16 @@ PLUGINS = ("families", "stages", "datasets", "cli")
 SHARED = {
     "datasets": {"windows"},
     "cli": {
-        "amounts",
         "bench_tables",
-        "inspect_tables",
         "compressing",
-        "run_options",
-        "storing",
-        "finetune_tables",
+        "inspect_tables",
         "options",
-        "outputs",
         "profiling",
         "progress",
         "quality_tables",
+        "recipes",
         "reporting",
+        "storing",
         "tables",
     },
 }

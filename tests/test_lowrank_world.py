@@ -19,8 +19,9 @@ from compress.models.hub import find_model
 from compress.models.loading import load_tokenizer
 from compress.own_model.modeling_compress import CompressForCausalLM, LowRankLinear, PivotLinear
 from compress.planning.prepare import Job
-from compress.recipe import lowrank, parse_recipe
+from compress.recipe import parse_recipe
 from oracles import logits_of
+from recipes import lowrank
 
 pytestmark = pytest.mark.slow
 DEMO = Path(compress.__file__).parent / "assets/demo"

@@ -31,9 +31,9 @@ from compress.streaming.streams import own_batches, split_windows
 from tiny import write_model, write_text
 
 COMMANDS = {
-    "slicegpt": "slice --model ../llama --method slicegpt --ratio 0.25 --slice-head --measure-error",
+    "slicegpt": "slice --model ../llama --method slicegpt --ratio 0.25 --set slice.slice_head=true --measure-error",
     "by energy": "slice --model ../opt --method slicegpt --explained-variance 0.9",
-    "anchored": "slice --model ../llama --keep-params 0.8 --trial-samples 8",
+    "anchored": "slice --model ../llama --keep-params 0.8 --set budget.trial_samples=8",
     "lord": "lord --model ../opt --keep-params 0.85",
 }
 COMMANDS = {command: f"{words} --batch-size 2" for command, words in COMMANDS.items()}

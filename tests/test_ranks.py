@@ -22,9 +22,10 @@ from compress.planning.memory import Room
 from compress.planning.plan import Plan, make_plan
 from compress.planning.prepare import Job, prepare
 from compress.planning.ranks import RankSpace, rank_choices
-from compress.recipe import Recipe, lowrank, parse_recipe
+from compress.recipe import Recipe, parse_recipe
 from compress.streaming.spectra import Spectrum
 from orders import Made, maker, planned, refusal
+from recipes import lowrank
 from runs import unproved
 
 BLOCKS = 2

@@ -5,11 +5,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from compress import presets
 from compress.errors import UsageError
-from compress.recipe import Recipe, parse_recipe, slicegpt, slim
+from compress.recipe import parse_recipe
 from compress.recipe_file import read_recipe
+from recipes import slicegpt, slim
 
-CONFIGS = Path(__file__).parents[1] / "configs"
 FOLD, ROTATE, SLICE = {"stage": "fold_norms"}, {"stage": "rotate"}, {"stage": "slice", "ratio": 0.25}
 
 
@@ -175,17 +176,22 @@ def test_a_file_that_is_no_recipe(tmp_path, content, words):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)
-def test_a_shipped_recipe_parses(file):
-    recipe = parse_recipe(read_recipe(file).data)
-    assert isinstance(recipe, Recipe)
+@pytest.mark.parametrize("name", presets.names())
+def test_a_preset_parses_and_is_found_by_its_name(name):
+    recipe = parse_recipe(presets.load(name))
     assert recipe.method
+    assert read_recipe(Path(name)).data == presets.load(name)
     # Comments say what it is for.
-    assert file.read_text(encoding="utf-8").startswith("#")
+    assert presets.path_of(name).read_text(encoding="utf-8").startswith("#")
 
 
-def test_the_shipped_slicegpt_is_what_the_command_runs():
-    shipped = parse_recipe(read_recipe(CONFIGS / "slicegpt.yaml").data)
+def test_a_preset_that_is_misspelt():
+    with pytest.raises(UsageError, match=r"Unknown recipe 'anchord'. Did you mean 'anchored'"):
+        read_recipe(Path("anchord"))
+
+
+def test_the_preset_slicegpt_is_the_papers():
+    shipped = parse_recipe(presets.load("slicegpt"))
     assert list(shipped.stages) == list(parse_recipe(data(stages=slicegpt({"ratio": 0.25}))).stages)
     assert shipped.calibration.source == "wikitext2"
 

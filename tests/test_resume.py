@@ -20,7 +20,10 @@ NUM_PARTS = NUM_BLOCKS + 2
 OUT, PARTIAL = "out", "out.partial"
 WORDS = (
     *shlex.split("slice --model ../tiny --calib ../text.txt --samples 4 --seq-len 32 --device cpu --out out --json"),
-    *shlex.split("--method slicegpt --ratio 0.25 --slice-head --final-orientation random --measure-error"),
+    *shlex.split(
+        "--method slicegpt --ratio 0.25 --measure-error "
+        "--set slice.slice_head=true --set rotate.final_orientation=random"
+    ),
 )
 FOLDER = "compress.checkpoints.run_folder:"
 RECORD, RUN_JSON, PUBLISH = f"{FOLDER}RunFolder.record", f"{FOLDER}RunFolder._save", f"{FOLDER}publish"
@@ -166,7 +169,7 @@ def test_before_anything_is_finished_nothing_is_kept(place, hit, request):
 
 def test_a_file_that_grows_too_large_leaves_what_can_be_resumed(place):
     """A head at its full width is the largest file: with a limit just below it everything before it is written."""
-    words = [word for word in WORDS if word not in {"--slice-head", "--measure-error"}]
+    words = WORDS[: WORDS.index("--measure-error")]
     whole, folder = place.folder("not full"), place.folder("full")
     assert place.run(whole, words=words).code == 0
     expected = snapshot(whole)

@@ -13,9 +13,10 @@ from compress.architectures.stock import Stock
 from compress.numerics.frames import OrthogonalFrame
 from compress.planning.memory import Room
 from compress.planning.plan import Plan, make_plan
-from compress.recipe import Recipe, parse_recipe, slicegpt
+from compress.recipe import Recipe, parse_recipe
 from compress.stages.slice import Slice
 from compress.streaming.sites import Basis, StreamPoint, stream_points
+from recipes import slicegpt
 
 # ---- widths ----
 

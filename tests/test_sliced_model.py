@@ -28,7 +28,8 @@ from compress.errors import UsageError, VerificationError
 from compress.models.hub import find_model
 from compress.own_model.modeling_compress import CompressForCausalLM, as_residual_block
 from compress.planning.prepare import Job
-from compress.recipe import parse_recipe, slicegpt
+from compress.recipe import parse_recipe
+from recipes import slicegpt
 from runs import proved_here
 
 RULE = {"ratio": 0.3}
@@ -455,7 +456,7 @@ def test_the_ends_of_the_stream_are_alike_where_the_stock_code_has_it_so(model_t
         pipeline.plan_only(job(tmp_path / "dense", tmp_path / "out", text, slicegpt(RULE, round_to=1)))
     assert str(error.value) == (
         f"The stock code of {model_type} gives the head a stream as wide as the embeddings', here {DENSE} and "
-        f"{NARROW}. Give one ratio for all blocks, and use --slice-head."
+        f"{NARROW}. Give one ratio for all blocks, and use --set slice.slice_head=true."
     )
 
 

@@ -26,9 +26,10 @@ from compress.models.hub import find_model
 from compress.numerics.frames import Frame
 from compress.planning.assembly import take_survey
 from compress.planning.prepare import Job, Prepared
-from compress.recipe import anchored, parse_recipe
+from compress.recipe import parse_recipe
 from compress.streaming.survey import Survey
 from compress.streaming.walk import shared_frame
+from recipes import anchored
 from runs import tensors_of
 
 D, HEADS, NEURONS, BLOCKS = tiny.HIDDEN, 4, 48, 2

@@ -19,21 +19,18 @@ from compress.errors import NumericalError, UsageError
 from compress.models.packing import pack_bits, unsigned
 from compress.models.storage import Storage
 from compress.models.stored_loading import load_stored
+from compress.numerics.losses import cross_entropy_and_gradient, kl_and_gradient
 from compress.numerics.sparsity import Pattern
 from compress.own_model.configuration_compress import CompressConfig
 from compress.own_model.modeling_compress import CompressForCausalLM, StoredMatrix
-from compress.tuning.adapters import CompactAdapters, PackedAdapters
 from compress.tuning.linears import DequantizedLinear, TrainedMatrix, dequantize, stored_in_codes
 from compress.tuning.looking import Prepared
-from compress.tuning.lora import Lora
-from compress.tuning.losses import Objective, SplitModel, cross_entropy, divergence
-from compress.tuning.rates import Rate, share_of_rate
-from compress.tuning.settings import Settings
-from compress.tuning.state import restore, snapshot
+from compress.tuning.losses import Objective, SplitModel
+from compress.tuning.settings import Rate, Settings, share_of_rate
 from compress.tuning.structure import block_linears, chosen, num_trained, trainable, why_not_merged
 from compress.tuning.texts import Reader
-from compress.tuning.training import Training
-from compress.tuning.weights import all_weights, factors
+from compress.tuning.trained import CompactAdapters, Lora, PackedAdapters, all_weights, factors
+from compress.tuning.training import Training, restore, snapshot
 from compress.tuning.writing import put_tensors
 from oracles import logits_of, random_ids
 from stored import write_compact, write_packed
@@ -82,9 +79,9 @@ def test_losses_are_those_of_a_loop_over_tokens():
             told.append(-q[ids[window, place + 1]].log())
             away.append(sum(p[token] * (p[token] / q[token]).log() for token in range(7)))
     flat, towards = logits[:, :-1].flatten(0, 1), dense[:, :-1].flatten(0, 1)
-    torch.testing.assert_close(cross_entropy(flat, ids[:, 1:].flatten())[0], torch.stack(told).sum())
-    torch.testing.assert_close(divergence(flat, towards)[0], torch.stack(away).sum())
-    assert float(divergence(flat, flat)[0]) == 0
+    torch.testing.assert_close(cross_entropy_and_gradient(ids[:, 1:].flatten(), flat)[0], torch.stack(told).sum())
+    torch.testing.assert_close(kl_and_gradient(towards, flat)[0], torch.stack(away).sum())
+    assert float(kl_and_gradient(flat, flat)[0]) == 0
 
 
 def test_gradients_of_losses_are_those_of_autograd():
@@ -93,10 +90,10 @@ def test_gradients_of_losses_are_those_of_autograd():
     targets = torch.randint(9, (6,), generator=draw)
     logits.requires_grad_()
     (expected,) = torch.autograd.grad(nn.functional.cross_entropy(logits, targets, reduction="sum"), logits)
-    torch.testing.assert_close(cross_entropy(logits, targets)[1], expected)
+    torch.testing.assert_close(cross_entropy_and_gradient(targets, logits)[1], expected)
     whole = nn.functional.kl_div(logits.log_softmax(-1), dense.log_softmax(-1), log_target=True, reduction="sum")
     (expected,) = torch.autograd.grad(whole, logits)
-    torch.testing.assert_close(divergence(logits, dense)[1], expected)
+    torch.testing.assert_close(kl_and_gradient(dense, logits)[1], expected)
 
 
 @pytest.mark.parametrize("model_type", ["opt", "cohere", "granite", "gemma2", "mixtral"])

@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from compress import presets
 from compress.checkpoints.metadata import METADATA
 from compress.errors import UsageError
 from compress.models.json_text import parse_json
@@ -42,8 +43,11 @@ class RecipeFile:
 
 def read_recipe(path: Path) -> RecipeFile:
     """
-    path: a YAML file, a compress.json or a folder that has one. Raises UsageError where it is none of them.
+    path: a YAML file, a compress.json, a folder that has one, or the name of a preset. Raises UsageError where it is
+        none of them.
     """
+    if not path.exists() and not path.suffix and len(path.parts) == 1:
+        path = presets.path_of(path.name)
     file = path / METADATA if path.is_dir() else path
     is_json = file.suffix == ".json"
     try:

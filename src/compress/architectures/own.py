@@ -120,7 +120,7 @@ class Own(Architecture):
             first, last = spec.stream_widths[0], spec.stream_widths[-1]
             return [
                 f"The stock code of {self.dense.model_type} gives the head a stream as wide as the embeddings', here "
-                f"{last} and {first}. Give one ratio for all blocks, and use --slice-head."
+                f"{last} and {first}. Give one ratio for all blocks, and use --set slice.slice_head=true."
             ]
         if isinstance(spec.units.get("neurons"), tuple) and any(branch.experts for branch in self.family.branches):
             return ["Experts have as many neurons in every block. Give one number for all blocks."]

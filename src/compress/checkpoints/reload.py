@@ -31,7 +31,7 @@ def main(folder: str, probe_file: str, memory: int, scratch: str, gguf_file: str
     carries_code = "auto_map" in config
     is_packed = facts["storage"] == "packed"
     # Stock code unpacks what is packed, to as many weights as the dense model has.
-    fits = facts["dense_size" if is_packed else "size"]["parameters"] * 4 * 1.5 < memory
+    fits = fits_in_float32(facts["dense_size" if is_packed else "size"]["parameters"], memory)
     computing = torch.promote_types(torch.float32, probe["logits"].dtype)
     options: dict[str, Any] = {"dtype": computing}
     source, bits = folder, 8 * computing.itemsize
@@ -70,6 +70,11 @@ def main(folder: str, probe_file: str, memory: int, scratch: str, gguf_file: str
         "bits": bits,
         "imported_compress": "compress" in sys.modules,
     }
+
+
+def fits_in_float32(parameters: int, memory: int) -> bool:
+    """Whether a model of float32 computes in so many bytes, which takes half as much again."""
+    return parameters * 4 * 1.5 < memory
 
 
 def alone(file: Path, scratch: Path, config: dict[str, Any]) -> tuple[str, dict[str, Any]]:

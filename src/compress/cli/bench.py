@@ -9,8 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from compress.cli.bench_tables import show
-from compress.cli.options import Device, Json, Machine, Method, check_dtype, in_panel, pick_device
-from compress.cli.outputs import computing_dtype, newest_output
+from compress.cli.options import (
+    Device,
+    Json,
+    Machine,
+    Method,
+    TrustRemoteCode,
+    check_dtype,
+    computing_dtype,
+    in_panel,
+    newest_output,
+    pick_device,
+)
 from compress.cli.progress import progress_bar
 from compress.cli.reporting import print_json, quiet_libraries, reporting_errors
 from compress.errors import CompressError, Faults, UsageError
@@ -21,14 +31,14 @@ if TYPE_CHECKING:
     from compress.models.hub import ModelSource
 
 OUT = "A compressed model, or any other. Default: the newest under ./compressed."
-AGAINST = "The model to compare with. Default: what OUT was made from, where it is found by its name."
-BATCH_SIZES = "Rows at a time; several with commas. Default: 1,8."
-PROMPT = "Tokens of each row's prompt; several with commas. Default: 128."
-NEW = "Tokens decoded after it. Default: 32."
-ROUNDS = "How often each is measured, both models in turns."
-LAYERWISE = "Time single linears too, as SLiM reports it."
-TOKENS = "What linears are given at a time, with --layerwise. Default: 1,16,128."
-DTYPE = "Of both models. Default: OUT's own, on the CPU at least float32."
+AGAINST = "The model to compare with. Default: the base model of OUT, where it is found by its name."
+BATCH_SIZES = "Sequences per batch; several with commas. Default: 1,8."
+PROMPT = "Prompt length in tokens; several with commas. Default: 128."
+NEW = "New tokens per sequence. Default: 32."
+ROUNDS = "Repetitions of each measurement, the two models alternating."
+LAYERWISE = "Time single linear layers too, as SLiM reports speed."
+TOKENS = "Tokens per call of a linear layer, with --layerwise. Default: 1,16,128."
+DTYPE = "Dtype of both models. Default: OUT's own, on the CPU at least float32."
 PROMPT_TOKENS, NEW_TOKENS = 128, 32  # by default
 
 
@@ -44,9 +54,7 @@ def bench(
     tokens: Annotated[str | None, in_panel(Method, TOKENS)] = None,
     dtype: Annotated[str | None, in_panel(Machine, DTYPE)] = None,
     device: Device = None,
-    trust_remote_code: Annotated[
-        bool, in_panel(Machine, "Run modeling code that the models bring along.", flag="--trust-remote-code")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
 ) -> None:
     """Measure speed, memory and size of a compressed model beside the dense one, in turns.

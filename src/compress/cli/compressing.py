@@ -1,15 +1,32 @@
-"""What the commands that compress a model share: the job's recipe, the run and the command that repeats it."""
+"""The options of every command that compresses a model, said once, and the run that they ask for."""
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from compress.cli.options import printable, usual_seq_len
+import typer
+
+from compress.cli.options import (
+    BatchSize,
+    Data,
+    Machine,
+    Method,
+    Output,
+    WritingOptions,
+    flag_of,
+    in_panel,
+    look_at,
+    parse_size,
+    usual_seq_len,
+)
 from compress.cli.profiling import profiled, show_seconds
 from compress.cli.progress import progress_bar
-from compress.cli.reporting import print_lines, print_text, seeing_interrupts
+from compress.cli.recipes import Draft, apply_settings
+from compress.cli.reporting import print_lines, print_text, quiet_libraries, seeing_interrupts
 from compress.cli.tables import show_plan, show_result
+from compress.errors import Faults
 
 if TYPE_CHECKING:
     from compress.models.hub import ModelSource
@@ -17,47 +34,143 @@ if TYPE_CHECKING:
     from compress.planning.prepare import Job
     from compress.recipe import Recipe
 
+MODEL = "A hub id, an alias such as llama-2-7b or opt-125m, a folder, or demo."
+CALIB = (
+    "Calibration text: wikitext2, c4, ptb, alpaca, stdlib, or a .txt or .jsonl file. Default: wikitext2 (demo: stdlib)."
+)
+ERROR = "Report how far the stream is from the dense model's at each point; takes a second pass of every block."
+RECIPE = "Print the recipe that `compress run` takes to do the same, and end."
+PUSH = "Push the result to this private repository of the hub, OWNER/NAME."
+MOST = "Memory that the run may take at most: 8GB. Batches and activation caches are chosen under it."
+CACHE = "Memory for cached activations, 8GB; more goes to disk. Default: half of what is free."
+SET = "Change a field of the recipe that has no option: STAGE.FIELD=VALUE, several times; --show-recipe shows them."
 
-def deliver(
-    job: "Job",
-    *,
-    dry_run: bool,
-    show_recipe: bool,
-    push_to_hub: str | None,
-    as_json: bool,
-    profile: bool,
-    like: Mapping[str, Any] | None = None,
-) -> None:
-    """Do what was asked for with a job. like: the compress.json of the checkpoint that is to be made again."""
-    from compress.checkpoints.push import check_repository, push
-    from compress.launch import launch
-    from compress.pipeline import plan_only
-    from compress.recipe_file import as_yaml, comparison, read_recipe
 
-    if push_to_hub is not None:
-        check_repository(push_to_hub)
-    if (show_recipe or dry_run) and not launch().is_first:
-        return
-    if show_recipe:
-        print_text(as_yaml(job.recipe))
-        return
-    if dry_run:
-        show_plan(job, plan_only(job), as_json=as_json)
-        return
-    with profiled(profile):
-        result = run_with_progress(job)
-    if result is None:
-        return
-    if profile:
-        show_seconds(result.seconds)
-    if like is not None:
-        made = read_recipe(result.out).facts
-        assert made is not None
-        result = replace(result, notes=[*result.notes, comparison(like, made)])
-    show_result(job, result, as_json=as_json)
-    if push_to_hub is not None:
-        address = push(result.out, push_to_hub)
-        print_lines([] if as_json else [f"pushed to {address}"])
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(WritingOptions):
+    """The shared options as they were typed."""
+
+    model: Annotated[str, typer.Option(help=MODEL)] = "demo"
+    calib: Annotated[str | None, in_panel(Data, CALIB)] = None
+    samples: Annotated[int | None, in_panel(Data, "Calibration sequences. Default: 128.")] = None
+    seq_len: Annotated[int | None, in_panel(Data, "Tokens per sequence. Default: 2048, or what the model has.")] = None
+    set_: Annotated[list[str] | None, in_panel(Method, SET, flag="--set", metavar="STAGE.FIELD=VALUE")] = None
+    push_to_hub: Annotated[str | None, in_panel(Output, PUSH)] = None
+    measure_error: Annotated[bool, in_panel(Output, ERROR, flag="--measure-error")] = False
+    show_recipe: Annotated[bool, in_panel(Output, RECIPE, flag="--show-recipe")] = False
+    batch_size: BatchSize = None
+    max_memory: Annotated[str | None, in_panel(Machine, MOST)] = None
+    cache_memory: Annotated[str | None, in_panel(Machine, CACHE)] = None
+
+    def compress(
+        self,
+        draft: Draft,
+        faults: Faults,
+        *,
+        verb: str,
+        amount: "Callable[[Recipe], str]",
+        export: Literal["hf", "gguf"] = "hf",
+        model: str | None = None,
+        batch_size: int | None = None,
+        like: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Check all that was typed, then run the recipe, or show what it would do.
+
+        faults: those so far. amount: of the default output's name. model, batch_size: where none was typed. like: the
+        compress.json of the checkpoint that is to be made again.
+        """
+        check = None
+        if not faults.found:
+            with faults.noted():
+                self.change(draft)
+            check = None if faults.found else lambda: draft.recipe(**usual_calibration())
+        sizes: dict[str, int | None] = {}
+        for name, text in (("cache_memory", self.cache_memory), ("max_memory", self.max_memory)):
+            with faults.noted():
+                sizes[name] = None if text is None else parse_size(text, flag_of(name))
+        found = look_at(faults, [model or self.model], data_dir=self.data_dir, device=self.device, check=check)
+        faults.report()
+
+        from compress.models.loading import load_config
+        from compress.planning.prepare import Job
+
+        quiet_libraries()
+        (source,) = found.models
+        recipe = draft.recipe(**usual_calibration(source, load_config(source.config_folder())))
+        command = self.command(verb, model=source.repository or source.name)
+        if like is not None and not self.changed_recipe:
+            command = str(like.get("command", command))
+        job = Job(
+            model=source,
+            recipe=recipe,
+            out=self.out or Path("compressed") / f"{source.name.replace('/', '--')}-{recipe.method}-{amount(recipe)}",
+            command=command,
+            export=export,
+            device=found.device,
+            batch_size=self.batch_size or batch_size,
+            data_dir=found.data_dir,
+            resume=self.resume,
+            overwrite=self.overwrite,
+            **sizes,
+        )
+        self.deliver(job, like)
+
+    @property
+    def changed_recipe(self) -> bool:
+        return any(name in self.typed for name in ("calib", "samples", "seq_len", "seed", "dtype", "set_"))
+
+    def change(self, draft: Draft) -> None:
+        """Put the shared options and --set into the recipe."""
+        for address, value, option in (
+            ("calibration.source", self.calib, "--calib"),
+            ("calibration.samples", self.samples, "--samples"),
+            ("calibration.seq_len", self.seq_len, "--seq-len"),
+            ("seed", self.seed, "--seed"),
+            ("dtype", self.dtype, "--dtype"),
+        ):
+            draft.set(address, value, f"{option} {value}")
+        if self.measure_error:
+            is_folded = draft.stages[:1] == [{"stage": "fold_norms"}]
+            draft.stages.insert(int(is_folded), {"stage": "measure_error"})
+        apply_settings(draft, self.set_ or [])
+
+    def deliver(self, job: "Job", like: Mapping[str, Any] | None) -> None:
+        """Do what was asked for with a job. like: see `compress`."""
+        from compress.checkpoints.push import check_repository, push
+        from compress.launch import launch
+        from compress.pipeline import plan_only
+        from compress.recipe_file import as_yaml, comparison, read_recipe
+
+        if self.push_to_hub is not None:
+            check_repository(self.push_to_hub)
+        if (self.show_recipe or self.dry_run) and not launch().is_first:
+            return
+        if self.show_recipe:
+            print_text(as_yaml(job.recipe))
+            return
+        if self.dry_run:
+            show_plan(job, plan_only(job), as_json=self.json)
+            return
+        with profiled(self.profile):
+            result = run_with_progress(job)
+        if result is None:
+            return
+        if self.profile:
+            show_seconds(result.seconds)
+        if like is not None:
+            made = read_recipe(result.out).facts
+            assert made is not None
+            result = replace(result, notes=[*result.notes, comparison(like, made)])
+        show_result(job, result, as_json=self.json)
+        if self.push_to_hub is not None:
+            address = push(result.out, self.push_to_hub)
+            print_lines([] if self.json else [f"pushed to {address}"])
+
+
+def usual_calibration(source: "ModelSource | None" = None, config: object = None) -> dict[str, Any]:
+    """What neither the recipe nor the user says: the demo's own text, sequences as long as the model takes."""
+    text = "stdlib" if source is not None and source.is_demo else "wikitext2"
+    return {"source": text, "seq_len": usual_seq_len(config, None)}
 
 
 def run_with_progress(job: "Job") -> "Result | None":
@@ -66,56 +179,21 @@ def run_with_progress(job: "Job") -> "Result | None":
     from compress.pipeline import run_together
     from compress.streaming.processes import joined
 
+    with (
+        keeping_what_is_done("what was finished is kept", (job.partial / RUN).exists),
+        joined(job.device) as processes,
+        seeing_interrupts(),
+        progress_bar("preparing") as progress,
+    ):
+        return run_together(job, processes, progress)
+
+
+@contextmanager
+def keeping_what_is_done(said: str, is_kept: Callable[[], bool]) -> Iterator[None]:
+    """An interruption that says how to go on, where something is kept."""
     try:
-        with joined(job.device) as processes, seeing_interrupts(), progress_bar("preparing") as progress:
-            return run_together(job, processes, progress)
+        yield
     except KeyboardInterrupt as interrupt:
-        if (job.partial / RUN).exists():
-            raise KeyboardInterrupt("what was finished is kept; the same command with --resume goes on") from interrupt
+        if is_kept():
+            raise KeyboardInterrupt(f"{said}; the same command with --resume goes on") from interrupt
         raise
-
-
-def complete_recipe(
-    source: "ModelSource",
-    method: str,
-    stages: list[dict[str, Any]],
-    *,
-    calib: str | None,
-    samples: int,
-    seq_len: int | None,
-    **rest: Any,
-) -> "Recipe":
-    """The recipe with what was left to us: the demo's own text, windows as long as the model takes."""
-    from compress.models.loading import load_config
-    from compress.recipe import parse_recipe
-
-    calibration = {
-        "source": calib or ("stdlib" if source.is_demo else "wikitext2"),
-        "samples": samples,
-        "seq_len": usual_seq_len(load_config(source.config_folder()), seq_len),
-    }
-    return parse_recipe({"method": method, "stages": stages, "calibration": calibration, **rest})
-
-
-def default_output(source: "ModelSource", method: str, amount: str) -> Path:
-    return Path("compressed") / f"{source.name.replace('/', '--')}-{method}-{amount}"
-
-
-def command_line(command: str, method: str, source: "ModelSource", recipe: "Recipe", options: Mapping[str, Any]) -> str:
-    """The command that makes the same checkpoint, with every default spelled out."""
-    calibration = recipe.calibration
-    options = dict(options)
-    for flag in ("refit", "bias"):
-        if options.get(flag) is False:
-            options |= {flag: None, f"no_{flag}": True}
-    fixed = {
-        "model": source.repository or source.name,
-        **options,
-        "method": method,
-        "calib": calibration.source,
-        "samples": calibration.samples,
-        "seq_len": calibration.seq_len,
-        "seed": recipe.seed,
-        "dtype": recipe.dtype,
-    }
-    return printable(f"compress {command}", fixed)

@@ -1,183 +1,172 @@
 """`compress finetune`: what a compressed checkpoint has lost, won back by a little training."""
 
+import math
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from compress.cli.finetune_tables import show_plan, show_tuning
+from compress.cli.compressing import keeping_what_is_done
 from compress.cli.options import (
     Data,
-    DataDir,
-    Device,
-    Json,
     Machine,
     Method,
     Output,
-    Profile,
-    Seed,
+    WritingOptions,
     in_panel,
     look_at,
-    printable,
     usual_seq_len,
+    with_options,
 )
 from compress.cli.profiling import profiled
 from compress.cli.progress import progress_bar
-from compress.cli.reporting import quiet_libraries, reporting_errors
+from compress.cli.reporting import gigabytes, print_json, print_lines, print_values, quiet_libraries, reporting_errors
+from compress.cli.tables import reloads
 from compress.errors import Faults, UsageError
 
 if TYPE_CHECKING:
     from compress.checkpoints.metadata import Metadata
     from compress.models.hub import ModelSource
+    from compress.tuning.looking import Prepared
     from compress.tuning.settings import TuningJob
     from compress.tuning.tuner import Result
 
 Length = "How long"
-USUAL_STEPS = 400
-USUAL_LENGTH = 1024  # tokens a window
+STEPS = 400
+SEQ_LEN = 1024
+TRAINED = {"lora": "a LoRA", "factors": "the factors", "adapters": "the adapters", "all": "all weights"}
 
 
-@reporting_errors
-def finetune(
-    folder: Annotated[Path, typer.Argument(metavar="OUT", help="The compressed checkpoint's folder.")],
+@dataclass(frozen=True, kw_only=True)
+class FinetuneOptions(WritingOptions):
+    """Those with the name of a setting are its value."""
+
     data: Annotated[
         str | None,
         in_panel(Data, "alpaca, wikitext2, stdlib, c4, ptb, or a .txt or .jsonl file. Default: the calibration text."),
-    ] = None,
+    ] = None
     seq_len: Annotated[
-        int | None, in_panel(Data, "Tokens a window. Default: 1024, or what the model has.", min=2)
-    ] = None,
-    data_dir: DataDir = None,
-    seed: Seed = 42,
-    steps: Annotated[int | None, in_panel(Length, f"Steps. Default: {USUAL_STEPS}.", min=1)] = None,
-    tokens: Annotated[int | None, in_panel(Length, "Or so many tokens.", min=1)] = None,
-    epochs: Annotated[float | None, in_panel(Length, "Or the whole text so many times.", min=0.001)] = None,
+        int | None, in_panel(Data, f"Tokens per sequence. Default: {SEQ_LEN}, or what the model has.", min=2)
+    ] = None
+    steps: Annotated[int | None, in_panel(Length, f"Training length in steps. Default: {STEPS}.", min=1)] = None
+    tokens: Annotated[int | None, in_panel(Length, "Training length in tokens.", min=1)] = None
+    epochs: Annotated[float | None, in_panel(Length, "Training length in epochs.", min=0.001)] = None
     eval_every: Annotated[
-        int, in_panel(Length, "Steps between looks at held-out windows; an interrupted run goes on from there.", min=1)
-    ] = 50,
-    patience: Annotated[int, in_panel(Length, "End after so many looks without a better one.", min=1)] = 5,
+        int, in_panel(Length, "Steps between evaluations on held-out sequences, where --resume goes on from.", min=1)
+    ] = 50
+    patience: Annotated[int, in_panel(Length, "Early stopping: evaluations without a better one.", min=1)] = 5
     train: Annotated[
         Literal["lora", "factors", "adapters", "all"] | None,
-        in_panel(Method, "What is trained. Default: the adapters or the factors where there are any, else a LoRA."),
-    ] = None,
+        in_panel(
+            Method, "Trainable parameters. Default: the adapters or the factors where there are any, else a LoRA."
+        ),
+    ] = None
     distill: Annotated[
         Literal["none", "logits"],
-        in_panel(
-            Method,
-            "Towards the text's next tokens alone, or the dense model's distribution over them.",
-        ),
-    ] = "logits",
+        in_panel(Method, "logits: KL divergence from the dense model. none: cross-entropy of the text's next tokens."),
+    ] = "logits"
     teacher: Annotated[
         str | None, in_panel(Method, "The dense model to distill from. Default: the one that compress.json names.")
-    ] = None,
-    lora_rank: Annotated[int, in_panel(Method, "Of a new LoRA.", min=1)] = 32,
+    ] = None
+    lora_rank: Annotated[int, in_panel(Method, "Rank of a new LoRA.", min=1)] = 32
     lora_alpha: Annotated[
-        int | None, in_panel(Method, "Its product is multiplied by alpha / rank. Default: the rank.", min=1)
-    ] = None,
-    lr: Annotated[
-        float | None,
-        in_panel(Method, "The highest learning rate, for all that is trained. Default: by what that is and its size."),
-    ] = None,
-    warmup: Annotated[float, in_panel(Method, "Share of the steps in which it gets there.", min=0, max=1)] = 0.05,
+        int | None, in_panel(Method, "The LoRA is scaled by alpha / rank. Default: the rank.", min=1)
+    ] = None
+    lr: Annotated[float | None, in_panel(Method, "Peak learning rate. Default: by what is trained and its size.")] = (
+        None
+    )
+    warmup: Annotated[float, in_panel(Method, "Share of the steps in which the learning rate rises.", min=0, max=1)] = (
+        0.05
+    )
     merge: Annotated[
         bool | None,
-        typer.Option(
-            "--merge/--no-merge",
-            help="Put a LoRA into the weights, or keep it beside them. Default: in, where they stay what they are.",
-            rich_help_panel=Method,
+        in_panel(
+            Method,
+            "Merge a LoRA into the weights, or keep it as an adapter. Default: merge, where weights keep their form.",
+            flag="--merge/--no-merge",
         ),
-    ] = None,
-    out: Annotated[Path | None, in_panel(Output, "Output folder. Default: ./compressed/NAME-tuned.")] = None,
-    resume: Annotated[
-        bool, in_panel(Output, "Go on with an interrupted run, if there is one.", flag="--resume")
-    ] = False,
-    overwrite: Annotated[bool, in_panel(Output, "Replace the output if it exists.", flag="--overwrite")] = False,
-    dry_run: Annotated[bool, in_panel(Output, "Show what would be trained, and end.", flag="--dry-run")] = False,
-    json: Json = False,
-    batch_size: Annotated[int, in_panel(Machine, "Windows a step, of all processes together.", min=1)] = 16,
+    ] = None
+    out: Annotated[Path | None, in_panel(Output, "Output folder. Default: ./compressed/NAME-tuned.")] = None
+    batch_size: Annotated[int, in_panel(Machine, "Sequences per step, over all processes.", min=1)] = 16
     gradient_checkpointing: Annotated[
         bool,
-        in_panel(Machine, "Compute activations twice rather than keep them.", flag="--gradient-checkpointing"),
-    ] = False,
+        in_panel(
+            Machine, "Recompute activations in the backward pass to save memory.", flag="--gradient-checkpointing"
+        ),
+    ] = False
     dtype: Annotated[
         str | None,
         in_panel(
-            Machine,
-            "Of what is frozen, in memory. Default, and least, on the CPU: float32; on a GPU the checkpoint's own.",
+            Machine, "Dtype of frozen weights in memory. Default, and least, on the CPU: float32; on a GPU their own."
         ),
-    ] = None,
-    device: Device = None,
-    profile: Profile = False,
+    ] = None
+
+    def check(self, faults: Faults) -> None:
+        lengths = [name for name in ("steps", "tokens", "epochs") if getattr(self, name) is not None]
+        with faults.noted():
+            if len(lengths) > 1:
+                raise UsageError(f"{' and '.join(f'--{name}' for name in lengths)} all say how long. Use one of them.")
+        with faults.noted():
+            if self.lr is not None and not 0 < self.lr < 1:
+                raise UsageError(f"--lr must be between 0 and 1, got {self.lr:g}.")
+        with faults.noted():
+            if self.teacher is not None and self.distill == "none":
+                raise UsageError("--teacher has no effect with --distill none. Leave one out.")
+
+    def settings(self, usual_data: str, config: Any) -> Any:
+        from compress.tuning.settings import Settings
+
+        given = {each.name: getattr(self, each.name) for each in fields(Settings)}
+        if self.steps is self.tokens is self.epochs is None:
+            given["steps"] = STEPS
+        given |= {"data": self.data or usual_data, "seed": 42 if self.seed is None else self.seed}
+        return Settings(**given | {"seq_len": usual_seq_len(config, self.seq_len, SEQ_LEN)})
+
+
+@reporting_errors
+@with_options(FinetuneOptions)
+def finetune(
+    run: FinetuneOptions,
+    folder: Annotated[Path, typer.Argument(metavar="OUT", help="The compressed checkpoint's folder.")],
 ) -> None:
-    """Train a compressed checkpoint a little, to win back what it has lost. It keeps its form, its shapes and its size.
+    """Finetune a compressed checkpoint to recover what it has lost. It keeps its form, its shapes and its size.
 
     Example: compress finetune compressed/llama-2-7b-anchored-kp0.75 --data alpaca
     """
     faults = Faults()
-    given: dict[str, Any] = {"steps": steps, "tokens": tokens, "epochs": epochs}
-    with faults.noted():
-        check_length({name: value for name, value in given.items() if value is not None})
-    with faults.noted():
-        if lr is not None and not 0 < lr < 1:
-            raise UsageError(f"--lr must be between 0 and 1, got {lr:g}.")
-    with faults.noted():
-        if teacher is not None and distill == "none":
-            raise UsageError("--teacher is what --distill distills from. Leave it out, or say --distill logits.")
-    source, data_folder, machine = look_at(faults, model=str(folder), dtype=dtype, data_dir=data_dir, device=device)
+    run.check(faults)
+    found = look_at(faults, [str(folder)], dtype=run.dtype, data_dir=run.data_dir, device=run.device)
+    faults.report()
 
     import torch
 
     from compress.checkpoints.run_folder import own_metadata
     from compress.models.loading import load_config
-    from compress.tuning.settings import Settings, TuningJob
+    from compress.tuning.looking import look
+    from compress.tuning.settings import TuningJob
 
     quiet_libraries()
-    metadata = own_metadata(folder, "tuned")
-    if all(value is None for value in given.values()):
-        given["steps"] = USUAL_STEPS
-    settings = Settings(
-        data=data or metadata.recipe.calibration.source,
-        **given,
-        seq_len=usual_seq_len(load_config(folder).get_text_config(), seq_len, USUAL_LENGTH),
-        batch_size=batch_size,
-        train=train,
-        rank=lora_rank,
-        alpha=lora_rank if lora_alpha is None else lora_alpha,
-        learning_rate=lr,
-        warmup=warmup,
-        distill=distill,
-        merge=merge,
-        eval_every=eval_every,
-        patience=patience,
-        gradient_checkpointing=gradient_checkpointing,
-        seed=seed,
-    )
+    metadata, (source,) = own_metadata(folder, "tuned"), found.models
     job = TuningJob(
         model=source,
-        settings=settings,
-        teacher=None if distill == "none" else find_teacher(teacher, metadata),
-        out=out or Path("compressed") / f"{source.name}-tuned",
-        command=command_of(source.name, settings, teacher, dtype),
-        dtype=None if dtype is None else getattr(torch, dtype),
-        device=machine,
-        data_dir=data_folder,
-        resume=resume,
-        overwrite=overwrite,
+        settings=run.settings(metadata.recipe.calibration.source, load_config(folder).get_text_config()),
+        teacher=None if run.distill == "none" else find_teacher(run.teacher, metadata),
+        out=run.out or Path("compressed") / f"{source.name}-tuned",
+        command=run.command(f"finetune {source.name}"),
+        dtype=None if run.dtype is None else getattr(torch, run.dtype),
+        device=found.device,
+        data_dir=found.data_dir,
+        resume=run.resume,
+        overwrite=run.overwrite,
     )
-    if dry_run:
-        from compress.tuning.looking import look
-
-        show_plan(look(job), as_json=json)
+    if run.dry_run:
+        show_plan(look(job), as_json=run.json)
         return
-    with profiled(profile):
+    with profiled(run.profile):
         result = run_with_progress(job)
     if result is not None:
-        show_tuning(result, as_json=json)
-
-
-def check_length(given: dict[str, Any]) -> None:
-    if len(given) > 1:
-        raise UsageError(f"{' and '.join(f'--{name}' for name in given)} all say how long. Use one of them.")
+        show_tuning(result, as_json=run.json)
 
 
 def find_teacher(asked: str | None, metadata: "Metadata") -> "ModelSource":
@@ -195,30 +184,68 @@ def find_teacher(asked: str | None, metadata: "Metadata") -> "ModelSource":
         ) from error
 
 
-def command_of(name: str, settings: Any, teacher: str | None, dtype: str | None) -> str:
-    """What a user would type for it again, with every default spelled out."""
-    from compress.tuning.settings import OPTIONS
-
-    told: dict[str, Any] = dict(vars(settings))
-    merge = told.pop("merge")
-    told = {OPTIONS.get(key, key): value for key, value in told.items()}
-    options: dict[str, Any] = {
-        **told,
-        "merge": merge,
-        "no_merge": merge is False,
-        "teacher": teacher,
-        "dtype": dtype,
-    }
-    return printable(f"compress finetune {name}", options)
-
-
 def run_with_progress(job: "TuningJob") -> "Result | None":
     from compress.tuning.tuner import tune
 
-    try:
-        with progress_bar("preparing") as progress:
-            return tune(job, progress)
-    except KeyboardInterrupt as interrupt:
-        if job.partial.exists():
-            raise KeyboardInterrupt("what was trained is kept; the same command with --resume goes on") from interrupt
-        raise
+    with keeping_what_is_done("what was trained is kept", job.partial.exists), progress_bar("preparing") as progress:
+        return tune(job, progress)
+
+
+def show_plan(prepared: "Prepared", *, as_json: bool) -> None:
+    settings, job = prepared.job.settings, prepared.job
+    teacher = None if job.teacher is None else job.teacher.name
+    if as_json:
+        print_json(
+            {
+                "out": str(job.out),
+                "trained": prepared.what,
+                "trained_parameters": prepared.num_trained,
+                "merge": prepared.merge,
+                "steps": prepared.steps,
+                "windows": len(prepared.texts.train),
+                "seq_len": settings.seq_len,
+                "batch_size": settings.batch_size,
+                "learning_rate": prepared.rate.highest,
+                "relative_rate": prepared.rate.relative,
+                "teacher": teacher,
+            }
+        )
+        return
+    values = {
+        "trained": f"{TRAINED[prepared.what]}, {prepared.num_trained:,} parameters",
+        "steps": f"{prepared.steps:,} of {settings.batch_size} sequences of {settings.seq_len} tokens",
+        "text": f"{settings.data}, {len(prepared.texts.train):,} sequences",
+        "held out": f"{len(prepared.texts.held_out)} sequences",
+        "loss": "cross-entropy of the next token" if teacher is None else f"KL divergence from {teacher}",
+        "peak learning rate": str(prepared.rate),
+    }
+    print_values(f"Plan: {job.model.name} to {job.out}", values)
+
+
+def show_tuning(result: "Result", *, as_json: bool) -> None:
+    if as_json:
+        print_json(result.to_dict())
+        return
+    tuning = result.tuning.to_dict()
+    other = tuning["other_text"]
+    values = {
+        "trained": f"{TRAINED[tuning['trained']]}, {tuning['trained_parameters']:,} parameters",
+        "steps": f"{tuning['steps']:,} of {tuning['planned_steps']:,}, the best after {tuning['best_step']:,}",
+        "perplexity, held out": change(tuning["held_out"]),
+        **({} if other is None else {f"perplexity, {other['source']}": change(other)}),
+        "bytes": gigabytes(result.bytes),
+        "seconds": f"{result.seconds:.1f}",
+        "reloads": reloads(result.difference),
+    }
+    print_values(f"Tuned: {result.out}", values)
+    print_lines(result.notes)
+
+
+def change(found: dict[str, Any]) -> str:
+    """Perplexities before and after, and the share of the lost that has come back, where the dense model was asked."""
+    said = f"{math.exp(found['before']):.2f} to {math.exp(found['after']):.2f}"
+    dense = found.get("dense")
+    if dense is None or found["before"] <= dense:
+        return said
+    share = (found["before"] - found["after"]) / (found["before"] - dense)
+    return f"{said}, dense {math.exp(dense):.2f}: {share:.0%} of the loss is won back"

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from compress.cli.inspect_tables import show, show_sizes
-from compress.cli.options import Json
-from compress.cli.outputs import newest_output
+from compress.cli.options import Json, newest_output
 from compress.cli.progress import progress_bar
 from compress.cli.reporting import print_json, print_lines, quiet_libraries, reporting_errors
 from compress.errors import Faults, UsageError

@@ -1,7 +1,11 @@
 """Options that several commands have, in the same words, and how their values are read."""
 
+import functools
+import inspect
 import re
 import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,8 +17,6 @@ from compress.numerics import DTYPES
 
 if TYPE_CHECKING:
     import torch
-
-    from compress.models.hub import ModelSource
 
 Amounts = "How much"
 Method = "Method"
@@ -28,26 +30,105 @@ def in_panel(panel: str, help: str, *, flag: str | None = None, **rules: Any) ->
     return typer.Option(*([flag] if flag else []), help=help, rich_help_panel=panel, **rules)
 
 
-Calibration = Annotated[
-    str | None,
-    in_panel(
-        Data, "wikitext2, c4, ptb, alpaca, stdlib, or a .txt or .jsonl file. Default: wikitext2; stdlib for demo."
-    ),
-]
-Samples = Annotated[int, in_panel(Data, "Calibration windows.", min=1)]
-SeqLen = Annotated[int | None, in_panel(Data, "Tokens a window. Default: 2048, or what the model has.", min=2)]
 DataDir = Annotated[
     Path | None,
     in_panel(Data, "Folder with data sets as plain files, for use offline.", envvar="COMPRESS_DATA_DIR"),
 ]
-Seed = Annotated[int, in_panel(Data, "Of everything that is drawn at random.", min=0)]
-Dtype = Annotated[str | None, in_panel(Output, "Of the written weights. Default: the model's own.")]
 Json = Annotated[bool, in_panel(Output, "Print the result as JSON.", flag="--json")]
-Device = Annotated[str | None, in_panel(Machine, "cuda, cuda:1, cpu; by default a GPU if there is one.")]
-Profile = Annotated[
-    bool, in_panel(Machine, "Print on stderr where the time went, by function and by kind of work.", flag="--profile")
+Device = Annotated[str | None, in_panel(Machine, "cuda, cuda:1, cpu. Default: a GPU if there is one.")]
+BatchSize = Annotated[int | None, in_panel(Machine, "Sequences per batch.", min=1)]
+TrustRemoteCode = Annotated[
+    bool, in_panel(Machine, "Run modeling code that the model brings along.", flag="--trust-remote-code")
 ]
-BatchSize = Annotated[int | None, in_panel(Machine, "Windows at a time.", min=1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WritingOptions:
+    """The options of every command that writes a checkpoint, as they were typed. typed: all that were."""
+
+    data_dir: DataDir = None
+    seed: Annotated[int | None, in_panel(Data, "Random seed. Default: 42.", min=0)] = None
+    out: Annotated[Path | None, in_panel(Output, "Output folder. Default: ./compressed/MODEL-METHOD-AMOUNT.")] = None
+    dtype: Annotated[str | None, in_panel(Output, "Dtype of the written weights. Default: the model's own.")] = None
+    resume: Annotated[bool, in_panel(Output, "Resume an interrupted run, if there is one.", flag="--resume")] = False
+    overwrite: Annotated[bool, in_panel(Output, "Replace the output if it exists.", flag="--overwrite")] = False
+    dry_run: Annotated[bool, in_panel(Output, "Show what would be done, and write nothing.", flag="--dry-run")] = False
+    json: Json = False
+    device: Device = None
+    profile: Annotated[
+        bool,
+        in_panel(Machine, "Print on stderr where the time went, by function and by kind of work.", flag="--profile"),
+    ] = False
+    typed: Mapping[str, Any] = field(default_factory=dict)
+
+    def command(self, verb: str, **named: Any) -> str:
+        """The command line that makes the same result: what was typed, without what does not change it.
+
+        named: in place of what was typed, such as a model by its name and not by its folder.
+        """
+        told = {name: value for name, value in self.typed.items() if name not in WITHOUT_EFFECT}
+        words = ["compress", verb]
+        for name, value in {**named, **{name: value for name, value in told.items() if name not in named}}.items():
+            if isinstance(value, bool):
+                words.append(flag_of(name if value else f"no_{name}"))
+                continue
+            for each in value if isinstance(value, list) else [value]:
+                number = isinstance(each, float) and each.is_integer()
+                words += [flag_of(name), shlex.quote(str(int(each) if number else each))]
+        return " ".join(words)
+
+
+# Of the options above and of those that compress a model.
+WITHOUT_EFFECT = (
+    *("data_dir", "out", "resume", "overwrite", "dry_run", "json", "device", "profile"),
+    *("push_to_hub", "show_recipe", "max_memory", "cache_memory", "recipe", "folder"),
+)
+
+
+def with_options(group: type[Any], *, without: Sequence[str] = ()) -> Callable[..., Callable[..., None]]:
+    """Give a command the options of a group besides its own; its function gets them as the first argument.
+
+    An option of its own takes the place of the shared one of that name. without: shared ones that it lacks.
+    """
+
+    def decorated(body: Callable[..., None]) -> Callable[..., None]:
+        own = dict(list(inspect.signature(body).parameters.items())[1:])
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        shared = {
+            each.name: inspect.Parameter(each.name, kind, default=each.default, annotation=each.type)
+            for each in fields(group)
+            if each.name not in ("typed", *without)
+        }
+        # The model first, then what is the command's own.
+        first = {name: each for name, each in shared.items() if name == "model" and name not in own}
+        parameters = {**first, **own, **{name: each for name, each in shared.items() if name not in own}}
+        signature = inspect.Signature([each.replace(kind=kind) for each in parameters.values()])
+
+        @functools.wraps(body)
+        def command(*args: Any, **kwargs: Any) -> None:
+            bound = signature.bind(*args, **kwargs)
+            given = {
+                name: value
+                for name, value in bound.arguments.items()
+                if value != parameters[name].default and value not in ([], ())
+            }
+            bound.apply_defaults()
+            values = bound.arguments
+            told = {"typed": given} if issubclass(group, WritingOptions) else {}
+            options = group(**{name: values[name] for name in shared}, **told)
+            body(options, **{name: values[name] for name in own})
+
+        command.__signature__ = signature  # type: ignore[attr-defined]
+        command.__annotations__ = {name: each.annotation for name, each in parameters.items()}
+        return command
+
+    return decorated
+
+
+def flag_of(name: str) -> str:
+    """What a parameter is called on the command line."""
+    return f"--{name.rstrip('_').replace('_', '-')}"
+
 
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)b?", re.IGNORECASE)
 SCALES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
@@ -66,27 +147,49 @@ def check_dtype(name: str | None) -> None:
         raise UsageError(unknown_name("dtype", name, DTYPES))
 
 
-def look_at(
-    faults: Faults, *, model: str, dtype: str | None, data_dir: Path | None, device: str | None
-) -> "tuple[ModelSource, Path | None, torch.device]":
-    """The model, data folder and device that were named. What is wrong with them is told with the faults so far.
+@dataclass(frozen=True)
+class Found:
+    """What the options name. models: as `find` gives them. device: None where it cannot be used."""
 
-    What can be seen without torch comes first, so that it comes at once.
+    models: list[Any]
+    data_dir: Path | None
+    device: Any
+
+
+def look_at(
+    faults: Faults,
+    names: Sequence[str],
+    *,
+    data_dir: Path | None,
+    device: str | None,
+    dtype: str | None = None,
+    find: Callable[[str], Any] | None = None,
+    check: Callable[[], object] | None = None,
+) -> Found:
+    """Models, data folder and device; what is wrong is noted.
+
+    What can be seen without torch comes first, so that it comes at once. check: what else is looked at, with torch: not
+    where that would hold up that a model is misspelt.
     """
     from compress.datasets import data_directory
     from compress.models.hub import find_model
 
-    with faults.noted():
-        source = find_model(model)
+    models: list[Any] = []
+    folder, target = None, None
+    for name in names:
+        with faults.noted():
+            models.append((find or find_model)(name))
     with faults.noted():
         check_dtype(dtype)
     with faults.noted():
-        data_folder = data_directory(data_dir)
+        folder = data_directory(data_dir)
+    if check is not None and (device is not None or len(models) == len(names)):
+        with faults.noted():
+            check()
     if device is not None or not faults.found:
         with faults.noted():
             target = pick_device(device)
-    faults.report()
-    return source, data_folder, target
+    return Found(models, folder, target)
 
 
 def pick_device(name: str | None) -> "torch.device":
@@ -125,15 +228,19 @@ def usual_seq_len(config: object, asked: int | None, usual: int = 2048) -> int:
     return asked if asked is not None else min(usual, getattr(config, "max_position_embeddings", usual))
 
 
-def printable(command: str, options: dict[str, object]) -> str:
-    """The command line that gives these options; True is a bare flag, False and None are left out."""
-    words = [command]
-    for name, value in options.items():
-        if value is None or value is False:
-            continue
-        words.append(f"--{name.replace('_', '-')}" + ("" if value is True else f" {quoted(str(value))}"))
-    return " ".join(words)
+def newest_output() -> Path | None:
+    """The checkpoint last written under ./compressed."""
+    found = [file.parent for file in Path("compressed").glob("*/compress.json")]
+    outputs = [folder for folder in found if folder.suffix not in (".partial", ".replaced")]
+    return max(outputs, key=lambda folder: (folder / "compress.json").stat().st_mtime) if outputs else None
 
 
-def quoted(text: str) -> str:
-    return shlex.quote(text)
+def computing_dtype(asked: str | None, config: object, device: "torch.device") -> "torch.dtype":
+    """What was asked for, or the model's own; on the CPU at least float32."""
+    import torch
+
+    if asked is not None:
+        named: torch.dtype = getattr(torch, asked)
+        return named
+    own = getattr(config, "dtype", None) or torch.float32
+    return torch.promote_types(own, torch.float32) if device.type == "cpu" else own

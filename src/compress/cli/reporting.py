@@ -116,6 +116,11 @@ def print_table(title: str, columns: list[str], rows: list[list[str]], *, stderr
     Console(stderr=stderr).print(table)
 
 
+def print_values(title: str, values: Mapping[str, str]) -> None:
+    """A table of labels and values."""
+    print_table(title, ["", "value"], [[label, value] for label, value in values.items()])
+
+
 def print_lines(lines: Iterable[str]) -> None:
     for line in lines:
         Console().print(Text(visible(line)))

@@ -39,6 +39,11 @@ def finite(
     return losses
 
 
+def without_nan(values: dict[str, Any]) -> dict[str, Any]:
+    """As JSON has it, which knows no NaN: an unknown standard error is None."""
+    return {key: None if value != value else value for key, value in values.items()}
+
+
 def context_length(config: Any, tokenizer: Any) -> int:
     """Tokens that a model can read: of its config, else of its tokenizer, else 2048."""
     for name in ("n_positions", "max_position_embeddings", "n_ctx"):

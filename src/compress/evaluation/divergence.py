@@ -1,9 +1,7 @@
 """How far a model's next-token distribution is from the dense model's.
 
-    KL(dense || model) = sum over the vocabulary of p (ln p - ln q),    p the dense model's, q the model's
-
-in nats a token, the mean over the tokens that perplexity predicts; beside it the share of them for which both models
-think the same token the likeliest. The standard error is that of the mean over windows, None for one.
+KL(dense || model) in nats a token, the mean over the tokens that perplexity predicts, and the share of them for which
+both models think the same token the likeliest. The standard error is that of the mean over windows, None for one.
 
 The two models are never in memory together: of the dense one what its head reads is kept, one vector a token, and the
 head. Softmax in float64, over a few tokens at a time.
@@ -25,6 +23,7 @@ from compress.checkpoints.quality import Divergence
 from compress.errors import UnsupportedModel, UsageError
 from compress.evaluation._inference import evaluating, finite
 from compress.models.soundness import first_unsound
+from compress.numerics.losses import kl_divergence
 
 # Numbers of a softmax that are held at a time: a row is as wide as the vocabulary.
 LOGITS_AT_ONCE = 2**24
@@ -109,8 +108,7 @@ def compare(
     for few_x, few_z in zip(x.split(rows), z.split(rows), strict=True):
         p, q = dense_head(few_x.to(z.device)), head(few_z)
         same.append(p.argmax(-1) == q.argmax(-1))
-        p, q = p.double().log_softmax(-1), q.double().log_softmax(-1)
-        kl.append((p.exp() * (p - q)).sum(-1))
+        kl.append(kl_divergence(p.double(), q.double()))
     return torch.cat(kl), torch.cat(same)
 
 

@@ -81,6 +81,8 @@ class Factorize(RankStage):
             raise ValueError(f"gradient_weight is of method anchored, not of {self.method}")
         if self.bias and self.method not in CENTRED:
             raise ValueError(f"{self.method} adds no bias")
+        if self.bias and self.form == "dense":
+            raise ValueError("form dense writes a stock model, which has no room for added biases; leave bias out")
         if self.allocation == "auto" and self.dense_inputs:
             raise ValueError(f"allocation auto compares by trial, which {self.method} cannot: name an allocation")
         return self

@@ -4,11 +4,11 @@ import math
 from collections.abc import Iterable, Sequence
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
 from compress.errors import NumericalError
 from compress.models.branch import Branch
+from compress.numerics.losses import kl_divergence
 from compress.streaming.streams import Streams, rows
 
 # Tokens whose logits are held at a time: a row of them is as wide as the vocabulary.
@@ -38,17 +38,10 @@ def mean_divergence(head: Branch, dense_readers: Sequence[nn.Linear], streams: S
         compressed, dense = streams.now(batch)
         assert dense is not None
         for z, x in zip(*(rows(stream).split(LOGITS_AT_ONCE) for stream in (compressed, dense)), strict=True):
-            total += kl_divergence(logits_of(dense_linear(head.norm(x))), logits_of(linear(head.norm(z))))
+            total += kl_divergence(logits_of(dense_linear(head.norm(x))), logits_of(linear(head.norm(z)))).sum()
             tokens += len(x)
     streams.processes.add_up(total)
     tokens, divergence = streams.processes.total(tokens), float(total)
     if not math.isfinite(divergence):
         raise NumericalError("There is a NaN or Inf in the logits on held-out windows. Check the weights of the head.")
     return divergence / tokens if tokens else None
-
-
-def kl_divergence(
-    dense: Float[Tensor, "*tokens vocabulary"], compressed: Float[Tensor, "*tokens vocabulary"]
-) -> Float[Tensor, ""]:
-    p, q = dense.log_softmax(-1), compressed.log_softmax(-1)
-    return (p.exp() * (p - q)).sum()

@@ -19,8 +19,7 @@ from compress.numerics.precision import check_computing
 from compress.progress import Progress, silent
 from compress.streaming.weights import LazyWeights
 from compress.tuning.linears import stored_in_codes
-from compress.tuning.rates import Rate, chosen_rate
-from compress.tuning.settings import OPTIONS, Settings, TuningJob, What
+from compress.tuning.settings import Rate, Settings, TuningJob, What, chosen_rate
 from compress.tuning.structure import chosen, num_trained, trainable, why_not_merged
 from compress.tuning.texts import Reader, Texts
 
@@ -111,32 +110,23 @@ def look(job: TuningJob, progress: Progress = silent) -> Prepared:
         texts=texts,
         what=what,
         merge=merge,
-        num_trained=num_trained(what, model, config, settings.rank),
+        num_trained=num_trained(what, model, config, settings.lora_rank),
         num_in_codes=sum(each.in_features * each.out_features for each in stored_in_codes(model).values()),
-        rate=chosen_rate(settings.learning_rate, what),
+        rate=chosen_rate(settings.lr, what),
         teacher=teacher,
     )
 
 
 def check_lora(settings: Settings, what: What) -> None:
     """Raises UsageError where a LoRA is described that is not trained."""
-    asked = given(settings, "rank", "alpha")
+    usual = {each.name: each.default for each in fields(Settings)}
+    names = ("lora_rank", "lora_alpha")
+    asked = [f"--{name.replace('_', '-')}" for name in names if getattr(settings, name) != usual[name]]
     if what != "lora" and asked:
         raise UsageError(
             f"{' and '.join(asked)}: of --train lora; what is trained here is: {what}. "
             "Leave it out, or say --train lora where that can be."
         )
-
-
-def given(settings: Settings, *names: str) -> list[str]:
-    """The options among these that say something else than where nothing is said."""
-    usual = {each.name: each.default for each in fields(Settings)} | {"alpha": settings.rank}
-    return [option(name) for name in names if getattr(settings, name) != usual[name]]
-
-
-def option(name: str) -> str:
-    """What a setting is called on the command line."""
-    return f"--{OPTIONS.get(name, name).replace('_', '-')}"
 
 
 def merged_at_the_end(asked: bool | None, what: What, metadata: Metadata) -> bool:

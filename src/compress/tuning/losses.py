@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from compress import families
+from compress.numerics.losses import cross_entropy_and_gradient, kl_and_gradient
 from compress.own_model.modeling_compress import CompressForCausalLM, finished_logits
 
 # Logits made at a time: on a CPU what its caches and its allocator's heap hold, elsewhere so many that starting the
@@ -101,33 +102,7 @@ class Objective:
     @torch.no_grad()
     def _compared(self, logits: Tensor, towards: Tensor) -> tuple[Tensor, Tensor]:
         if self.teacher is None:
-            return cross_entropy(logits, towards)
+            return cross_entropy_and_gradient(towards, logits)
         with self.autocast():
             wanted = self.teacher.logits(towards)
-        return divergence(logits, wanted)
-
-
-@torch.no_grad()
-def cross_entropy(
-    logits: Float[Tensor, "predictions vocabulary"], targets: Int64[Tensor, "predictions"]
-) -> tuple[Float[Tensor, ""], Float[Tensor, "predictions vocabulary"]]:
-    """-ln p(target), summed over predictions, in nats, and its gradient: softmax(logits) less 1 at the target."""
-    found = logits.log_softmax(-1)
-    places = targets[:, None]
-    loss = -found.gather(1, places).sum()
-    return loss, found.exp_().scatter_add_(1, places, found.new_full(places.shape, -1))
-
-
-@torch.no_grad()
-def divergence(
-    logits: Float[Tensor, "predictions vocabulary"], wanted: Float[Tensor, "predictions vocabulary"]
-) -> tuple[Float[Tensor, ""], Float[Tensor, "predictions vocabulary"]]:
-    """KL(softmax(wanted) || softmax(logits)), summed over predictions, in nats, and its gradient by the logits.
-
-    The gradient is softmax(logits) - softmax(wanted). Three tensors of the logits' size are made, no more.
-    """
-    found, log_p = logits.log_softmax(-1), wanted.log_softmax(-1)
-    p = log_p.exp()
-    log_p -= found
-    gradient = found.exp_().sub_(p)
-    return p.mul_(log_p).sum(), gradient
+        return kl_and_gradient(wanted, logits)

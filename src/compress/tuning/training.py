@@ -7,9 +7,9 @@ share a step's windows; each has the mean gradient of all of them, and so the sa
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -19,26 +19,14 @@ from transformers import PreTrainedModel
 
 from compress.errors import NumericalError
 from compress.progress import Progress, Steps
-from compress.tuning.lora import Settled
 from compress.tuning.losses import Objective
-from compress.tuning.rates import Rate, share_of_rate
-from compress.tuning.settings import Settings
+from compress.tuning.settings import Rate, Settings, share_of_rate
 from compress.tuning.texts import batch
+from compress.tuning.trained import Trained
 
 LARGEST_GRADIENT = 1.0  # a step's gradient is made no longer than this
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
 BETAS = (0.9, 0.95)  # as SliceGPT's recovery fine-tuning has them
-
-
-@runtime_checkable
-class Trained(Protocol):
-    """
-    model: to be asked for logits. parameters: what a step changes, by name.
-    """
-
-    model: Any
-    parameters: dict[str, nn.Parameter]
-
-    def settled(self) -> Settled: ...
 
 
 @dataclass
@@ -195,3 +183,26 @@ def without_dropout(model: nn.Module) -> None:
         for name, value in list(vars(module).items()):
             if isinstance(value, float) and ("dropout" in name or name == "layerdrop"):
                 setattr(module, name, 0.0)
+
+
+def snapshot(training: Training) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Where a run is: as plain data, and as tensors."""
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in training.trained.parameters.items():
+        moments = training.optimizer.state.get(parameter, {})
+        tensors |= {f"now.{name}": parameter.detach(), f"best.{name}": training.best[name]}
+        tensors |= {f"{kind}.{name}": moments[kind] for kind in MOMENTS if kind in moments}
+    return {"step": training.course.step, "losses": training.course.losses}, tensors
+
+
+def restore(training: Training, data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Put a run where a snapshot says that it was."""
+    training.course = Course(data["step"], [tuple(look) for look in data["losses"]])
+    for name, parameter in training.trained.parameters.items():
+        on = parameter.device
+        parameter.data.copy_(tensors[f"now.{name}"])
+        training.best[name] = tensors[f"best.{name}"].to(on)
+        if f"exp_avg.{name}" in tensors:
+            moments = {kind: tensors[f"{kind}.{name}"].to(on) for kind in MOMENTS}
+            steps = torch.tensor(float(training.course.step), device=on)
+            training.optimizer.state[parameter] = {"step": steps, **moments}

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from compress.checkpoints.card import write_card
 from compress.checkpoints.metadata import Metadata, TuningMetadata, read_metadata
-from compress.checkpoints.reload import compute_in
+from compress.checkpoints.reload import compute_in, fits_in_float32
 from compress.checkpoints.run_folder import Part, RunFolder, open_run
 from compress.checkpoints.verify import verify, verify_tokens
 from compress.datasets import about
@@ -32,11 +32,9 @@ from compress.pipeline import SMALL
 from compress.pipeline.result import proof_notes
 from compress.progress import Progress, Steps, silent
 from compress.tuning.looking import Prepared, identity, look
-from compress.tuning.lora import Settled
-from compress.tuning.opening import open_folder, open_teacher, open_trained
 from compress.tuning.settings import TuningJob
-from compress.tuning.state import restore, snapshot
-from compress.tuning.training import Course, Training
+from compress.tuning.trained import Settled, open_folder, open_teacher, open_trained
+from compress.tuning.training import Course, Training, restore, snapshot
 from compress.tuning.writing import Written, tuned_metadata, write_tuned
 
 PROBE = 128  # tokens whose logits prove that the output reloads
@@ -227,7 +225,7 @@ def record(
         },
         "trained": prepared.what,
         "trained_parameters": prepared.num_trained,
-        "lora": {"rank": settings.rank, "alpha": settings.alpha, "merged": prepared.merge}
+        "lora": {"rank": settings.lora_rank, "alpha": settings.alpha, "merged": prepared.merge}
         if prepared.what == "lora"
         else None,
         "distill": settings.distill,
@@ -265,7 +263,7 @@ def prove(prepared: Prepared, metadata: Metadata, target: Path) -> float:
     memory = max(psutil.virtual_memory().available // 2, SMALL)
     computing = torch.promote_types(prepared.own_dtype, torch.float32)
     # What is packed stays so in memory. Another model that is too large in float32 is held in its own dtype.
-    fits = metadata.storage == "packed" or metadata.size.parameters * 4 * 1.5 < memory
+    fits = metadata.storage == "packed" or fits_in_float32(metadata.size.parameters, memory)
     model, ids = (
         open_folder(target, computing if fits else prepared.own_dtype, cpu),
         prepared.texts.held_out[:1, :PROBE],

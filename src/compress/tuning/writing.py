@@ -29,7 +29,7 @@ from compress.models.loading import load_config
 from compress.models.stored_files import ADAPTER, StoredTensors, read_lora
 from compress.models.tensor_files import INDEX
 from compress.streaming.layout import ADAPTER_PREFIX
-from compress.tuning.lora import Settled
+from compress.tuning.trained import Settled
 
 # Of the checkpoint as it was: its metadata and card are written anew, and what was measured is true no more.
 LEFT_BEHIND = (METADATA, CARD, QUALITY)

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress.evaluation.speed.generation import captured
 from compress.evaluation.speed.memory import attempted
 from compress.evaluation.speed.timing import Comparison, in_turns, repetitions, seconds
 from compress.models.int4 import Int4Linear
@@ -131,9 +130,14 @@ def matched(dense: nn.Module, compressed: nn.Module) -> Matched:
     return Matched(places, missing, list(stored))
 
 
-def compare_linears(place: Place, inputs: "Inputs", *, rounds: int, cuda_graphs: bool = False) -> LinearSpeed:
+Recorder = Callable[[Callable[[], object], torch.device], Callable[[], object]]
+
+
+def compare_linears(place: Place, inputs: "Inputs", *, rounds: int, record: Recorder | None = None) -> LinearSpeed:
+    """record: gives what does the same work, such as a replay of it as a CUDA graph."""
+
     def pairs() -> list[tuple[float, float]]:
-        runs = [caller(linears, inputs, cuda_graphs=cuda_graphs) for linears in (place.dense, place.compressed)]
+        runs = [caller(linears, inputs, record) for linears in (place.dense, place.compressed)]
         return in_turns(runs[0], runs[1], rounds)
 
     found = attempted(pairs)
@@ -153,7 +157,7 @@ class Inputs:
 
 
 @torch.inference_mode()
-def caller(linears: Sequence[Any], inputs: Inputs, *, cuda_graphs: bool) -> Callable[[], float]:
+def caller(linears: Sequence[Any], inputs: Inputs, record: Recorder | None) -> Callable[[], float]:
     """What takes the mean seconds of one of the linears, again with every call."""
     by_width = {linear.in_features: inputs.of(linear) for linear in linears}
 
@@ -163,7 +167,7 @@ def caller(linears: Sequence[Any], inputs: Inputs, *, cuda_graphs: bool) -> Call
             linear(by_width[linear.in_features])
 
     once()  # kernels are chosen, tables made
-    all_of_them = captured(once, inputs.device) if cuda_graphs else once
+    all_of_them = record(once, inputs.device) if record else once
     count = repetitions(all_of_them, inputs.device, LEAST)
 
     def again() -> None:
