@@ -3,22 +3,23 @@
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
 
 import tiny
-from compress import families, search
+from compress import families
 from compress.architectures.architecture import Architecture, ModelSpec
 from compress.architectures.own import Own
 from compress.architectures.sizes import HEADER_BYTES_PER_FILE, HEADER_BYTES_PER_TENSOR, disk_bytes, size_of
 from compress.architectures.stock import Stock
 from compress.errors import UsageError
+from compress.planning import search
 from compress.planning.assembly import take_survey
 from compress.planning.budget import WidthSpace
-from compress.planning.plan import Plan
+from compress.planning.plan import Plan, choose_base, plan_stages
 from compress.planning.prepare import prepare
 from compress.planning.search import Cost
 from compress.progress import Steps, silent
