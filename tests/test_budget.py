@@ -145,7 +145,7 @@ def test_choices_say_their_size():
     assert widths == sorted(set(widths))
     assert (plan.size, plan.removed) == (None, None)
     for choice in plan.choices:
-        assert choice.shape == counted.space.shape(choice.counts)
+        assert choice.spec == counted.space.spec(choice.counts)
         assert choice.size.parameters == counted.cost(dict(choice.counts))
         assert choice.size.bytes == 2 * choice.size.parameters
         made = plan.chosen(choice)
