@@ -1,9 +1,8 @@
-"""What can befall a command: kills at any moment, disks that are full or fail, inputs and journals that change.
+"""What can befall a command: kills at any moment, disks that are full or fail, inputs and run folders that change.
 
 Each function draws trials for `faulting.try_all`.
 """
 
-import json
 import os
 import random
 import signal
@@ -19,8 +18,8 @@ LONGEST = 12.0  # seconds into a command: what comes later is the same again
 TOLD = 1000  # bytes of messages
 PROOF = 4.0  # seconds that a clean process is given before it is killed
 STARTED = "subprocess:Popen.communicate"
-SAVING = "compress.streaming.journal:save_file"
-RECORD = "compress.streaming.journal:Journal.record"
+SAVING = "compress.io:save_file"
+RECORD = "compress.checkpoints.run_folder:RunFolder.record"
 
 # A command whose inputs lie in its own folder, to be changed there.
 OWN_INPUTS = ("llama", "text.txt")
@@ -159,17 +158,17 @@ def changed_inputs(place: Place, whole: Undisturbed, count: int, rng: random.Ran
 
 
 def damaged(place: Place, whole: Undisturbed, count: int, rng: random.Random) -> list[Trial]:
-    """Killed after a part; then its journal, or another file of the unfinished run, is not what it was."""
+    """Killed after a part; then its run.json, or another file of the unfinished run, is not what it was."""
     trials = []
     for number in range(count):
         part, seed = rng.randint(1, 5), rng.randrange(2**32)
-        hurts_journal = number % 2 == 0
+        hurts_record = number % 2 == 0
         fault = Fault(
-            "journal damaged" if hurts_journal else "unfinished run damaged",
+            "run.json damaged" if hurts_record else "unfinished run damaged",
             f"after part {part} (seed {seed})",
             int(signal.SIGKILL),
             {"disturbance": Disturbance(RECORD, part, after=True)},
-            damaging(damage_journal if hurts_journal else damage_file, seed),
+            damaging(damage_record if hurts_record else damage_file, seed),
         )
         trials.append(Trial(whole, fault, place.folder(whole.before)))
     return trials
@@ -179,10 +178,15 @@ def damaging(damage: Callable[[Path, random.Random], None], seed: int) -> Callab
     return lambda folder: damage(folder / PARTIAL, random.Random(seed))
 
 
-def damage_journal(partial: Path, rng: random.Random) -> None:
-    file = partial / "journal.jsonl"
-    if file.is_file():
-        file.write_bytes(hurt(file.read_bytes(), rng))
+def damage_record(partial: Path, rng: random.Random) -> None:
+    """run.json is cut, a bit of it flipped, or a stretch of it noise."""
+    file = partial / "run.json"
+    if not file.is_file():
+        return
+    content, place = file.read_bytes(), rng.randrange(file.stat().st_size)
+    end = {"cut": b"", "flip": bytes([content[place] ^ 1 << rng.randrange(8)]) + content[place + 1 :]}
+    end["noise"] = rng.randbytes(9) + content[place + 9 :]
+    file.write_bytes(content[:place] + end[rng.choice(list(end))])
 
 
 def damage_file(partial: Path, rng: random.Random) -> None:
@@ -194,54 +198,3 @@ def damage_file(partial: Path, rng: random.Random) -> None:
             os.utime(each, times=(rng.choice([0, 4_000_000_000]),) * 2)
     else:
         act(verb, str(file))
-
-
-def hurt(content: bytes, rng: random.Random) -> bytes:
-    """A journal with a cut, a flipped bit, lines that are swapped, doubled or taken out, or a value of another kind."""
-    lines = content.splitlines(keepends=True)
-    first, second = (rng.randrange(len(lines)) for _ in range(2))
-    match rng.choice(["cut", "flip", "swap", "double", "drop", "value", "noise"]):
-        case "cut":
-            return content[: rng.randrange(len(content))]
-        case "flip":
-            place = rng.randrange(len(content))
-            return content[:place] + bytes([content[place] ^ 1 << rng.randrange(8)]) + content[place + 1 :]
-        case "swap":
-            lines[first], lines[second] = lines[second], lines[first]
-        case "double":
-            lines.insert(first, lines[second])
-        case "drop":
-            del lines[first]
-        case "value":
-            lines[first] = json.dumps(with_other_value(json.loads(lines[first]), rng)).encode() + b"\n"
-        case "noise":
-            lines[first] = rng.randbytes(rng.randrange(1, 300)) + b"\n"
-    return b"".join(lines)
-
-
-STRANGE: list[Any] = [
-    None,
-    True,
-    -1,
-    10**40,
-    1e308,
-    float("nan"),
-    "",
-    "../../text.txt",
-    "/etc/hostname",
-    [],
-    [[]],
-    {},
-    {"file": 1},
-]
-
-
-def with_other_value(line: Any, rng: random.Random) -> Any:
-    """One value in it, anywhere, is another."""
-    if isinstance(line, dict) and line and rng.random() < 0.8:
-        key = rng.choice(sorted(line))
-        return line | {key: with_other_value(line[key], rng)}
-    if isinstance(line, list) and line and rng.random() < 0.8:
-        place = rng.randrange(len(line))
-        return [*line[:place], with_other_value(line[place], rng), *line[place + 1 :]]
-    return rng.choice(STRANGE)

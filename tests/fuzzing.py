@@ -113,14 +113,13 @@ def look_at_model(home: Path, choose: Random) -> None:
     from compress.cli.inspect import inspect_outputs
     from compress.errors import Faults
     from compress.evaluation.speed.report import Named
-    from compress.quality.asked import Asked
-    from compress.quality.subject import prepare
+    from compress.evaluation.subject import Request, prepare
 
     folder = home / "opt"
     pair = (Named("dense", folder), Named("opt", folder))
     commands = [
         lambda: workloads({}, None, shortest(look_at_pair(Faults(), pair, trust_remote_code=False))),
-        lambda: prepare("opt", folder, None, Asked(texts=(str(home / "text.txt"),), limit=2)),
+        lambda: prepare("opt", folder, None, Request(texts=(str(home / "text.txt"),), limit=2)),
         lambda: inspect_outputs([folder], fast=True),
     ]
     choose.choice(commands)()
@@ -255,38 +254,33 @@ def read_problems(home: Path, choose: Random) -> None:
 
 
 def read_quality(home: Path, choose: Random) -> None:
-    from compress.checkpoints.facts import read_facts
-    from compress.checkpoints.measures import read_measures
+    from compress.checkpoints.quality import Quality, save_quality
     from compress.cli.inspect import inspect_outputs
-    from compress.quality.saved import read_saved
 
     commands = [
         lambda: inspect_outputs([home / "packed"], fast=True, json=choose.random() < 0.5),
         lambda: inspect_outputs([home / "packed"], fast=True, card=True),
-        lambda: read_saved(home / "packed" / "quality.json"),
-        lambda: (read_measures(home / "packed"), read_facts(home / "packed")),
+        lambda: save_quality(home / "packed", Quality()),
     ]
     choose.choice(commands)()
 
 
-def read_journal(home: Path, choose: Random) -> None:
+def read_run(home: Path, choose: Random) -> None:
+    from compress.checkpoints.run_folder import resumed
     from compress.cli.inspect import inspect_outputs
-    from compress.streaming.journal import Journal
 
-    folder = home / "run.partial"
+    def again() -> None:
+        resumed(home / "run.partial", {"recipe": {"seed": 1}, "device": "cpu"})
 
-    def resumed() -> None:
-        Journal.resume(folder, {"recipe": {"seed": 1}, "device": "cpu"}).close()
-
-    choose.choice([lambda: inspect_outputs([home / "run"]), resumed, resumed])()
+    choose.choice([lambda: inspect_outputs([home / "run"]), again, again])()
 
 
 def read_card(home: Path, choose: Random) -> None:
     from compress.checkpoints.card import model_card, read_origin
-    from compress.checkpoints.facts import read_facts
+    from compress.checkpoints.metadata import Metadata, read_metadata
 
-    facts = read_facts(home / "packed").model_dump()
-    model_card(facts | {"origin": read_origin(home / "llama")})
+    found = read_metadata(home / "packed").to_dict()
+    model_card(Metadata.model_validate(found | {"origin": read_origin(home / "llama")}))
 
 
 def read_gguf(home: Path, choose: Random) -> None:
@@ -318,13 +312,19 @@ TARGETS = [
     Target("text as JSON lines", "rows.jsonl", spoiled_lines, read_rows),
     Target("task", "data/tasks/piqa.jsonl", spoiled_lines, read_task),
     Target("HumanEval", "data/humaneval/HumanEval.jsonl.gz", zipped(spoiled_lines), read_problems),
-    Target("quality.json", "packed/quality.json", spoiled_json, read_quality, writes=("packed/README.md",)),
     Target(
-        "journal",
-        "run.partial/journal.jsonl",
-        spoiled_lines,
-        read_journal,
-        writes=("run.partial/journal.jsonl", "run.partial/lock"),
+        "quality.json",
+        "packed/quality.json",
+        spoiled_json,
+        read_quality,
+        writes=("packed/README.md", "packed/quality.json"),
+    ),
+    Target(
+        "run.json",
+        "run.partial/run.json",
+        spoiled_json,
+        read_run,
+        writes=("run.partial/run.json", "run.partial/lock"),
     ),
     Target("model card", "llama/README.md", spoiled_card, read_card),
     Target("GGUF", "model.gguf", spoiled_gguf, read_gguf),
@@ -336,6 +336,7 @@ def write_home(home: Path) -> None:
     import json
 
     from compress.checkpoints.gguf import write_gguf
+    from compress.checkpoints.run_folder import checksum
 
     write_outputs(home, "packed")
     write_model(home / "opt", "opt", dtype=torch.float32)
@@ -360,11 +361,10 @@ def write_home(home: Path) -> None:
         text = ["--ppl", "text.txt", "--seq-len", 32, "--limit", 2, "--device", "cpu"]
         succeeds("eval", "--model", "packed", *text, "--kl", "llama", "--save")
     (home / "run.partial").mkdir()
-    run = {"recipe": {"seed": 1}, "device": "cpu"}
-    part = {"part": {"file": "model-00001-of-00005.safetensors", "sha256": "0", "bytes": 1}, "state": {"file": "s"}}
-    found = {"finding": "survey", "data": {"x": 1}, "files": []}
-    journal = [{"run": run}, found, part]
-    (home / "run.partial" / "journal.jsonl").write_text("".join(json.dumps(line) + "\n" for line in journal))
+    part = {"weights": {"file": "model-00001-of-00005.safetensors", "sha256": "0", "bytes": 1}, "report": {}}
+    found = {"survey": {"data": {"x": 1}, "files": []}}
+    run = {"identity": {"recipe": {"seed": 1}, "device": "cpu"}, "findings": found, "parts": [part]}
+    (home / "run.partial" / "run.json").write_text(json.dumps({"run": run, "checksum": checksum(run)}))
 
 
 def gzipped(text: str) -> bytes:

@@ -243,18 +243,18 @@ SLICED = {
     ),
     "an output that is there": (made("out"), USAGE, ["output out exists", "--out", "--overwrite"], []),
     "an unfinished run": (
-        lambda place: (made("out.partial")(place), written("out.partial/journal.jsonl", "")(place)),
+        lambda place: (made("out.partial")(place), written("out.partial/run.json", "")(place)),
         USAGE,
         ["out.partial", "--resume", "--overwrite"],
         [],
     ),
-    "an unfinished run without a journal": (
+    "an unfinished run without its record": (
         lambda place: (
             made("out.partial")(place),
             [written(f"out.partial/{name}", "")(place) for name in ("lock", "model-00001-of-00005.safetensors")],
         ),
         USAGE,
-        ["out.partial", "no readable journal", "--overwrite"],
+        ["out.partial", "no readable run.json", "--overwrite"],
         ["--resume"],
     ),
     # --overwrite is for what this program wrote. A home folder named by mistake is not.
@@ -422,7 +422,7 @@ def test_nan_in_a_late_block_keeps_what_was_finished(place):
     after = snapshot(place)
     assert {name: after[name] for name in before} == before
     assert {name.split("/")[0] for name in after.keys() - before.keys()} == {"out.partial"}
-    parts = sorted(path.name for path in (place / "out.partial").glob("model-*"))
+    parts = sorted(path.name for path in (place / "out.partial" / "checkpoint").glob("model-*"))
     assert parts == [f"model-0000{part}-of-00005.safetensors" for part in (1, 2, 3)]
     again = invoke(*SLICE, "--resume")
     assert (again.code, again.faults) == (FAILED, ran.faults)
@@ -452,7 +452,7 @@ def test_a_checkpoint_that_does_not_reload_gets_no_name(place, monkeypatch):
     assert ran.code == FAILED
     assert ran.faults == ["The written checkpoint reloads with other logits."]
     assert not (place / "out").exists()
-    assert (place / "out.partial" / "compress.json").is_file()
+    assert (place / "out.partial" / "checkpoint" / "compress.json").is_file()
 
 
 # Several at once.

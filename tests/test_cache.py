@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from compress.streaming.cache import ActivationCache
-from compress.streaming.interning import Interner
+from compress.streaming.cache import ActivationCache, Interner
 
 CPU = torch.device("cpu")
 SHAPES = [(2, 3), (2, 3), (1, 3)]

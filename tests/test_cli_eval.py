@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from cli_runner import flat, invoke, snapshot, succeeds, untouched
 from compress.checkpoints.gguf import write_gguf
-from compress.checkpoints.measures import QUALITY, read_measures
+from compress.checkpoints.quality import QUALITY, read_quality
 from compress.evaluation._local_tasks import task_index
 from compress.evaluation.humaneval import Sampling, completions
 from compress.models.opening import load
@@ -261,7 +261,7 @@ def test_a_comparison_of_what_does_not_compare(home, place, tmp_path):
 
 
 def test_all_models_are_looked_at_first(home, place, tmp_path, monkeypatch):
-    monkeypatch.setattr("compress.quality.measuring.measure", lambda *_: pytest.fail("a model was measured"))
+    monkeypatch.setattr("compress.evaluation.evaluate.measure", lambda *_: pytest.fail("a model was measured"))
     shutil.copytree(home / "dense", tmp_path / "torn", ignore=shutil.ignore_patterns("tokenizer*"))
     faults = refused(1, "--compare", home / "dense", "torn", "--ppl", home / "text.txt")
     assert "torn has no tokenizer" in faults[0]
@@ -306,9 +306,9 @@ def test_the_result_is_kept_if_asked(home, place, tmp_path):
     succeeds("eval", "--model", "mine", *tasks)
     both = json.loads((tmp_path / "mine" / QUALITY).read_text())
     assert list(both) == ["perplexity", "settings", "tasks"]
-    measures = read_measures(tmp_path / "mine")
+    measures = read_quality(tmp_path / "mine")
     assert measures is not None
-    assert measures.listed()[0].value == shown["perplexity"][0]["ppl"]
+    assert measures.measures[0].value == shown["perplexity"][0]["ppl"]
     assert both["perplexity"] == saved["perplexity"]
     assert both["settings"]["tasks"]["limit"] is None
     succeeds("eval", *words[:-1], 1, "--save")
@@ -343,7 +343,7 @@ def test_a_full_disk_leaves_what_was_there(home, place, tmp_path, monkeypatch):
         file.write_text("{")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("compress.quality.saved.write_json", full)
+    monkeypatch.setattr("compress.checkpoints.quality.write_json", full)
     with untouched(tmp_path / "mine"):
         ran = invoke("eval", "--model", "mine", *texts(home), "--save")
     assert ran.code == 1

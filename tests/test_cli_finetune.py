@@ -288,14 +288,14 @@ def test_a_dense_model_that_is_not_found_is_asked_for(home, place, monkeypatch):
 
 # Killed runs.
 
-NOTE = "compress.streaming.journal:Journal.note"
+RECORD = "compress.checkpoints.run_folder:RunFolder.record"
 WORDS = ["finetune", "../thin", *SHORT[2:], *ALONE, "--data", "../text.txt", "--data-dir", "../data"]
 MOMENTS = {
-    "before the first look": Disturbance(NOTE),
-    "after three steps": Disturbance(NOTE, call=2, after=True),
-    "half a state": Disturbance("compress.streaming.journal:save_file", call=2, kind="tear"),
+    "before the first look": Disturbance(RECORD),
+    "after three steps": Disturbance(RECORD, call=2, after=True),
+    "half a state": Disturbance("compress.io:save_file", call=2, kind="tear"),
     "writing": Disturbance("compress.tuning.writing:put_tensors", call=2),
-    "not yet named": Disturbance("compress.tuning.tuner:publish"),
+    "not yet named": Disturbance("compress.checkpoints.run_folder:publish"),
 }
 
 

@@ -435,15 +435,15 @@ PARTIAL = "out.partial"
 RUN = shlex.split(
     "slim --model ../tiny --calib ../text.txt --samples 4 --seq-len 32 --device cpu --out out --json --fast"
 )
-RECORD = "compress.streaming.journal:Journal.record"
+RECORD = "compress.checkpoints.run_folder:RunFolder.record"
 MOMENTS = {
     **{f"part {part}": Disturbance(RECORD, call=part, after=True) for part in range(1, NUM_PARTS + 1)},
     # Of embeddings a part and its state are written, of the first block a part, its share of the adapter and a state.
-    "half an adapter part": Disturbance("compress.streaming.journal:save_file", call=4, kind="tear"),
+    "half an adapter part": Disturbance("compress.io:save_file", call=4, kind="tear"),
     "no adapter yet": Disturbance("compress.pipeline:write_adapter"),
     "an unfinished adapter": Disturbance("compress.checkpoints.adapter:join", after=True),
     "an adapter": Disturbance("compress.pipeline:write_adapter", after=True),
-    "not yet named": Disturbance("compress.pipeline:publish"),
+    "not yet named": Disturbance("compress.checkpoints.run_folder:publish"),
 }
 
 
@@ -487,7 +487,7 @@ def test_nothing_is_left_over_in_the_finished_folder(undisturbed):
         "adapter/adapter_config.json",
         "adapter/adapter_model.safetensors",
     }
-    assert not [name for name in names if name.startswith(("state", "finding", "journal", "lock"))]
+    assert not [name for name in names if name.startswith(("state", "finding", "run.json", "lock"))]
     assert not [name for name in names if "unfinished" in name]
 
 

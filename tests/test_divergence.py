@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from compress.checkpoints.quality import Divergence
 from compress.errors import NumericalError, UnsupportedModel
 from compress.evaluation import divergence as module
-from compress.evaluation.divergence import Divergence, divergence, remember
+from compress.evaluation.divergence import divergence, remember
 from tiny import FAMILIES, VOCAB_SIZE, tiny_model
 
 

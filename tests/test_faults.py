@@ -7,21 +7,7 @@ import pytest
 
 import fault_kinds
 from cli_runner import Disturbance
-from faulting import (
-    ASIDE,
-    COMMANDS,
-    OUT,
-    Fault,
-    Place,
-    Trial,
-    Undisturbed,
-    as_lines,
-    contents,
-    lay_out,
-    try_all,
-    try_pairs,
-    write_inputs,
-)
+from faulting import COMMANDS, Fault, Place, Trial, Undisturbed, as_lines, try_all, try_pairs, write_inputs
 
 OVER = "slice, over another output"
 NAMES = (OVER, "slim, packed with an adapter", "eval --save")
@@ -54,23 +40,22 @@ def at(place: Place, whole: Undisturbed, events: list[int], number: int = signal
 def test_killed_while_an_output_is_replaced(place, wholes):
     """At changes from the last part on: the name is the old output's, or the new one's, or waits for a resume."""
     whole = wholes[OVER]
-    events = list(range(whole.events - 36, whole.events + 1, 4))
+    events = [whole.events - 30, whole.events - 6, whole.events]
     trials = struck(place, at(place, whole, events))
     assert len(trials) == len(events)
     assert {"old", "new"} <= {state for trial in trials for state in trial.states}
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signals_anywhere(place, wholes, number):
-    rng = random.Random(int(number))
-    trials = at(place, wholes["slim, packed with an adapter"], rng.sample(range(10, 100), 2), number)
+def test_signals_anywhere(place, wholes):
+    whole = wholes["slim, packed with an adapter"]
+    trials = at(place, whole, [20], signal.SIGTERM) + at(place, whole, [70], signal.SIGINT)
     assert len(struck(place, trials)) == len(trials)
 
 
 def test_killed_while_measures_are_saved(place, wholes):
     whole = wholes["eval --save"]
-    trials = struck(place, at(place, whole, list(range(1, whole.events + 1))))
-    assert len(trials) == whole.events
+    trials = struck(place, at(place, whole, [1, whole.events // 2, whole.events]))
+    assert len(trials) == 3
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
@@ -84,7 +69,7 @@ def test_the_process_that_reloads_ends_too(place, wholes, number):
 
 def test_inputs_that_change(place):
     (whole,) = place.undisturbed([fault_kinds.OWN])
-    trials = struck(place, fault_kinds.changed_inputs(place, whole, 4, random.Random(1)))
+    trials = struck(place, fault_kinds.changed_inputs(place, whole, 3, random.Random(1)))
     assert trials
 
 
@@ -99,39 +84,11 @@ def test_a_shard_that_is_another_one_is_told(place):
 
 
 def test_damaged_runs(place, wholes):
-    trials = fault_kinds.damaged(place, wholes["slim, packed with an adapter"], 4, random.Random(2))
-    assert len(struck(place, trials)) == 4
+    trials = fault_kinds.damaged(place, wholes["slim, packed with an adapter"], 2, random.Random(2))
+    assert len(struck(place, trials)) == 2
 
 
 def test_two_runs_at_once(place, wholes):
-    trials, options = fault_kinds.pairs(place, [wholes["slim, packed with an adapter"]], 4, random.Random(3))
+    trials, options = fault_kinds.pairs(place, [wholes["slim, packed with an adapter"]], 2, random.Random(3))
     try_pairs(place, trials, options)
     assert as_lines(trials) == []
-
-
-def test_an_output_that_was_made_meanwhile_is_not_replaced(place, wholes):
-    """It was not there when the run looked first."""
-    whole = wholes["slim, packed with an adapter"]
-    folder = place.folder()
-    hit = Disturbance("compress.pipeline:claimed", kind="act", action=("create", OUT))
-    (ran,) = place.run([place.request(folder, whole.command.words, disturbance=hit)])
-    assert ran.code == 2
-    assert "--overwrite" in ran.faults[0]
-    assert list((folder / OUT).iterdir()) == []
-
-
-@pytest.mark.parametrize("option", [None, "--overwrite"])
-def test_an_output_that_had_made_way_comes_back(place, wholes, option):
-    """Killed between two renames, and the new one was then deleted by hand."""
-    whole = wholes[OVER]
-    folder = place.folder()
-    lay_out(folder, {name.replace(OUT, ASIDE, 1): content for name, content in whole.before.items()})
-    words = [word for word in whole.command.words if word != "--overwrite"]
-    (ran,) = place.run([place.request(folder, [*words, *([option] if option else [])])])
-    if option:
-        assert ran.code == 0, ran.err
-        assert contents(folder) == whole.after
-    else:
-        assert ran.code == 2
-        assert "exists" in ran.faults[0]
-        assert contents(folder) == whole.before

@@ -282,15 +282,15 @@ def test_what_is_made_of_the_outcomes():
     outcomes = ["passed", "x: 1", "x: 2", "passed", "passed", "passed", "y", "x: 1", "x: 1"]
     found = humaneval.judged(outcomes, Sampling(samples=3, temperature=0.5, ks=(1, 2)))
     first = [1 / 3, 1.0, 0.0]
-    assert found.rates[0].value == pytest.approx(statistics.fmean(first))
-    assert found.rates[0].error == pytest.approx(statistics.stdev(first) / 3**0.5)
-    assert found.rates[1].value == pytest.approx((2 / 3 + 1 + 0) / 3)
+    assert found.rates["pass@1"].value == pytest.approx(statistics.fmean(first))
+    assert found.rates["pass@1"].standard_error == pytest.approx(statistics.stdev(first) / 3**0.5)
+    assert found.rates["pass@2"].value == pytest.approx((2 / 3 + 1 + 0) / 3)
     assert (found.problems, found.samples, found.passed) == (3, 3, 4)
     assert found.failures == {"x": 4, "y": 1}
     record = found.to_dict()
-    assert record["rates"]["pass@2"]["value"] == found.rates[1].value
+    assert record["rates"]["pass@2"]["value"] == found.rates["pass@2"].value
     assert json.loads(json.dumps(record, allow_nan=False)) == record
-    assert humaneval.judged(outcomes[:3], Sampling(samples=3)).rates[0].error is None
+    assert humaneval.judged(outcomes[:3], Sampling(samples=3)).rates["pass@1"].standard_error is None
 
 
 # Writing.
@@ -388,7 +388,7 @@ def test_a_model_that_writes_the_answer(monkeypatch):
         batch_size=3,
         on_progress=lambda what, count: told.append((what, count)),
     )
-    assert [rate.value for rate in found.rates] == [0.5, 1.0]
+    assert [rate.value for rate in found.rates.values()] == [0.5, 1.0]
     assert found.failures == {"AssertionError": 1, "SyntaxError": 1}
     assert told == [("writing", 1)] * 4 + [("running", 1)] * 4
 

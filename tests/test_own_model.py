@@ -15,7 +15,7 @@ from compress import families
 from compress.architectures.architecture import ModelSpec
 from compress.architectures.own import Own, as_own
 from compress.architectures.stock import Stock
-from compress.checkpoints.facts import read_facts
+from compress.checkpoints.metadata import read_metadata
 from compress.errors import CheckpointError
 from compress.models.loading import load_config
 from compress.own_model.configuration_compress import CompressConfig
@@ -98,7 +98,7 @@ def test_a_checkpoint_of_the_first_format_is_to_be_made_again(kind, tmp_path):
 def test_what_a_checkpoint_says_of_itself_is_of_one_format(facts, said, tmp_path):
     (tmp_path / "compress.json").write_text(json.dumps(facts))
     with pytest.raises(CheckpointError, match=said):
-        read_facts(tmp_path)
+        read_metadata(tmp_path)
 
 
 def test_the_config_survives_a_copy():

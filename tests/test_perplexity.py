@@ -65,7 +65,7 @@ def test_the_loss_is_taken_in_float32(dtype):
 
 def test_one_window_has_no_standard_error():
     answer = perplexity(llama(), random_windows(1, 8), dataset="random", batch_size=1)
-    assert math.isnan(answer.standard_error)
+    assert answer.standard_error is None
     record = answer.to_dict()
     assert record["standard_error"] is None
     assert record["ppl"] == answer.ppl

@@ -127,7 +127,7 @@ def test_as_many_processes_write_the_same_bytes_again(root, made):
 
 
 KILLS = {
-    "between states and their line": (0, "compress.streaming.journal:write_line", 5),
+    "between states and their record": (0, "compress.checkpoints.run_folder:RunFolder._save", 5),
     "in the survey": (1, "compress.streaming.spectra:LinearObserver._mean_gradients", 2),
 }
 
@@ -152,7 +152,7 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on(root, made, moment
 
 def test_another_number_of_processes_cannot_resume(root):
     folder = root / "another number"
-    launched(folder, "slicegpt", 2, hit={1: Disturbance("compress.streaming.shared_journal:write_tensors", call=3)})
+    launched(folder, "slicegpt", 2, hit={1: Disturbance("compress.checkpoints.run_folder:write_tensors", call=3)})
     for count, resumes in ((1, False), (2, True)):
         ran = launched(folder, "slicegpt", count, "--resume")
         assert [each.code for each in ran] == [0 if resumes else 2] * count
@@ -161,7 +161,7 @@ def test_another_number_of_processes_cannot_resume(root):
 
 
 def test_one_process_that_fails_ends_all_with_its_message_once(root):
-    hit = {1: Disturbance("compress.streaming.journal:save_file", call=2, kind="full")}
+    hit = {1: Disturbance("compress.io:save_file", call=2, kind="full")}
     ran = launched(root / "full", "slicegpt", 2, hit=hit)
     assert [each.code for each in ran] == [1, 1]
     assert [len(each.faults) for each in ran] == [1, 0]

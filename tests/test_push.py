@@ -2,6 +2,7 @@
 
 import fnmatch
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -71,12 +72,10 @@ def uploaded(hub: Hub, folder: Path) -> set[str]:
 @pytest.mark.parametrize("kind", ["packed", "thin"])
 def test_all_of_a_checkpoint_goes_up_and_nothing_else(kind, root, hub, tmp_path):
     out = Path(shutil.copytree(root / kind, tmp_path / kind))
+    (out / "quality.json").write_text("{}")
     own = {str(file.relative_to(out)) for file in out.rglob("*") if file.is_file()}
-    for foreign in (".env", "notes.txt", "id_rsa", "train.py", "adapter/secret"):
-        (out / foreign).parent.mkdir(exist_ok=True)
-        if kind == "packed" or "adapter" not in foreign:
-            (out / foreign).write_text("secret")
-    shutil.rmtree(out / "adapter") if kind == "thin" else None
+    for foreign in (".env", "notes.txt", "id_rsa", "train.py", *(["adapter/secret"] if kind == "packed" else [])):
+        (out / foreign).write_text("secret")
     ran = succeeds("push", out, "me/model", "--json")
     assert ran.json["address"] == "https://hub/me/model"
     assert [name for name, _ in hub.calls] == ["create_repo", "upload_folder"]
@@ -85,21 +84,9 @@ def test_all_of_a_checkpoint_goes_up_and_nothing_else(kind, root, hub, tmp_path)
     assert hub.calls[1][1]["delete_patterns"] is None
 
 
-def test_the_readers_measures_go_along(root, hub, tmp_path):
-    out = Path(shutil.copytree(root / "thin", tmp_path / "thin"))
-    (out / "quality.json").write_text("{}")
-    succeeds("push", out, "me/model")
-    assert "quality.json" in uploaded(hub, out)
-
-
-def test_public_is_only_what_is_said_to_be(root, hub):
-    succeeds("push", root / "thin", "me/model", "--public")
-    assert hub.calls[0][1]["private"] is False
-
-
-def test_what_is_there_is_replaced_only_if_asked(root, hub):
-    succeeds("push", root / "thin", "me/model", "--overwrite")
-    assert hub.calls[0][1]["exist_ok"] is True
+def test_public_and_overwrite_are_only_what_is_said_to_be(root, hub):
+    succeeds("push", root / "thin", "me/model", "--public", "--overwrite")
+    assert hub.calls[0][1] == {"repository": "me/model", "private": False, "exist_ok": True}
     assert hub.calls[-1][1]["delete_patterns"] == ["*"]
 
 
@@ -109,29 +96,29 @@ def test_nothing_private_goes_to_where_everybody_looks(root, hub):
     assert ran.code == 2
     assert "everybody can see it" in ran.faults[0]
     assert "upload_folder" not in dict(hub.calls)
-    succeeds("push", root / "thin", "me/model", "--overwrite", "--public")
 
 
-@pytest.mark.parametrize("damage", ["missing", "flipped", "unfinished", "foreign", "link", "absent", "linked part"])
+def link(file: Path, elsewhere: Path) -> None:
+    elsewhere.write_bytes(file.read_bytes() if file.exists() else b"secret")
+    file.unlink(missing_ok=True)
+    file.symlink_to(elsewhere)
+
+
+DAMAGES: dict[str, Callable[[Path, Path], Any]] = {
+    "missing": lambda out, part: part.unlink(),
+    "flipped": lambda out, part: part.write_bytes(part.read_bytes()[:-1] + b"\x55"),
+    "unfinished": lambda out, part: out.rename(out.with_name("thin.partial")),
+    "foreign": lambda out, part: (out / "compress.json").unlink(),
+    "link": lambda out, part: link(out / "LICENSE", out.with_name("secret")),
+    "linked part": lambda out, part: link(part, out.with_name("part")),
+    "absent": lambda out, part: shutil.rmtree(out),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_nothing_is_pushed_that_does_not_verify(damage, root, hub, tmp_path):
     out = Path(shutil.copytree(root / "thin", tmp_path / "thin"))
-    part = min(out.glob("*.safetensors"))
-    if damage == "missing":
-        part.unlink()
-    elif damage == "flipped":
-        part.write_bytes(part.read_bytes()[:-1] + b"\x55")
-    elif damage == "unfinished":
-        out = out.rename(out.with_name("thin.partial"))
-    elif damage == "foreign":
-        (out / "compress.json").unlink()
-    elif damage == "link":
-        (tmp_path / "secret").write_text("secret")
-        (out / "LICENSE").symlink_to(tmp_path / "secret")
-    elif damage == "linked part":
-        part.rename(tmp_path / "part")
-        part.symlink_to(tmp_path / "part")
-    else:
-        shutil.rmtree(out)
+    DAMAGES[damage](out, min(out.glob("*.safetensors")))
     ran = invoke("push", out, "me/model")
     assert ran.code in (1, 2)
     assert ran.faults
@@ -158,9 +145,8 @@ def refused(status: int) -> HfHubHTTPError:
         (OfflineModeIsEnabled("off"), 4, "HF_HUB_OFFLINE is set"),
     ],
 )
-@pytest.mark.parametrize("call", ["create_repo", "upload_folder"])
-def test_the_hubs_refusal_is_one_line(call, error, code, said, root, hub):
-    hub.fails[call] = error
+def test_the_hubs_refusal_is_one_line(error, code, said, root, hub):
+    hub.fails["create_repo" if code == 2 else "upload_folder"] = error
     ran = invoke("push", root / "thin", "me/model")
     assert ran.code == code
     assert len(ran.faults) == 1

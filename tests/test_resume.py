@@ -1,10 +1,9 @@
-"""A run that is killed, at any moment, goes on and writes the bytes of a run that was not.
+"""A run that is killed goes on and writes the bytes of a run that was not; `benchmarks/faults.py` kills by the hundred.
 
 All runs rotate at random, slice the last point of the stream and run the dense model beside: what a resumed run draws
 and all that it restores is tested too. Each has a folder of its own, in which everything it may write lies.
 """
 
-import json
 import shlex
 import shutil
 import signal
@@ -23,7 +22,9 @@ WORDS = (
     *shlex.split("slice --model ../tiny --calib ../text.txt --samples 4 --seq-len 32 --device cpu --out out --json"),
     *shlex.split("--method slicegpt --ratio 0.25 --slice-head --final-orientation random --measure-error"),
 )
-RECORD = "compress.streaming.journal:Journal.record"
+FOLDER = "compress.checkpoints.run_folder:"
+RECORD, RUN_JSON, PUBLISH = f"{FOLDER}RunFolder.record", f"{FOLDER}RunFolder._save", f"{FOLDER}publish"
+SAVING = "compress.io:save_file"
 
 
 @dataclass(frozen=True)
@@ -55,11 +56,7 @@ def undisturbed(place):
     folder = place.folder("undisturbed")
     ran = place.run(folder)
     assert ran.code == 0, ran.err
-    files = snapshot(folder)
-    assert {
-        f"{OUT}/{name}" for name in ("compress.json", "README.md", "config.json", "model.safetensors.index.json")
-    } < set(files)
-    return files
+    return snapshot(folder)
 
 
 def same_files(folder: Path, expected: dict[str, bytes | None]) -> None:
@@ -68,102 +65,128 @@ def same_files(folder: Path, expected: dict[str, bytes | None]) -> None:
     assert [name for name in expected if found[name] != expected[name]] == []
 
 
-def kill_and_resume(place: Place, disturbances: dict[str, Disturbance], *more: str) -> dict[str, tuple[Ran, Ran]]:
-    """Every disturbed run and the run that resumes it, side by side; their folders bear the names."""
-    folders = {name: str(place.folder(name)) for name in disturbances}
-    first = run_warm([Request((*WORDS, *more), folders[name], hit) for name, hit in disturbances.items()])
-    second = run_warm([Request((*WORDS, *more, "--resume"), folder) for folder in folders.values()])
-    return {name: (before, after) for name, before, after in zip(disturbances, first, second, strict=True)}
+# Kills, full disks and signals: every disturbed run is resumed.
 
-
-@pytest.fixture(scope="module")
-def killed_after_parts(place):
-    hits = {f"part-{part}": Disturbance(RECORD, call=part, after=True) for part in range(1, NUM_PARTS + 1)}
-    return kill_and_resume(place, hits)
-
-
-@pytest.mark.parametrize("part", range(1, NUM_PARTS + 1))
-def test_killed_after_a_part(place, undisturbed, killed_after_parts, part):
-    killed, resumed = killed_after_parts[f"part-{part}"]
-    assert killed.code == -signal.SIGKILL
-    assert resumed.code == 0, resumed.err
-    assert resumed.json["resumed_parts"] == part
-    same_files(place.root / f"part-{part}", undisturbed)
-
-
-def test_a_resumed_run_repeats_no_finished_part(killed_after_parts):
-    _, resumed = killed_after_parts["part-2"]
-    first = next(said for phase, said in resumed.progress if phase == "compressing")
-    assert first.startswith(f"2/{NUM_PARTS}, block 1, ")
-
-
-WITHIN = {
-    "half a part": Disturbance("compress.streaming.journal:save_file", call=3, kind="tear"),
-    "half a state": Disturbance("compress.streaming.journal:save_file", call=4, kind="tear"),
-    "half a line": Disturbance("compress.streaming.journal:write_line", call=3, kind="tear"),
-    "a part without its line": Disturbance("compress.streaming.journal:write_line", call=3),
-    "the last part without its line": Disturbance("compress.streaming.journal:write_line", call=NUM_PARTS + 1),
+KILLS = {
+    "part 1": Disturbance(RECORD, call=1, after=True),
+    "part 3": Disturbance(RECORD, call=3, after=True),
+    "the last part": Disturbance(RECORD, call=NUM_PARTS, after=True),
+    "half a part": Disturbance(SAVING, call=3, kind="tear"),
+    "half a state": Disturbance(SAVING, call=4, kind="tear"),
+    "a part that is not recorded": Disturbance(RUN_JSON, call=3),
     "no config": Disturbance("compress.checkpoints.files:write_json", call=1),
-    "an index": Disturbance("compress.checkpoints.files:write_json", call=2, after=True),
     "verifying": Disturbance("compress.pipeline:verify"),
-    "not yet named": Disturbance("compress.pipeline:publish"),
+    "not recorded as finished": Disturbance(RUN_JSON, call=NUM_PARTS + 2),
+    "not yet named": Disturbance(PUBLISH),
+    "named": Disturbance(PUBLISH, after=True),
+}
+FULL = {
+    "a part": Disturbance(SAVING, 3, "full"),
+    "run.json": Disturbance(RUN_JSON, 3, "full"),
+    "companions": Disturbance("compress.checkpoints.files:copy_companions", 1, "full"),
+    "name": Disturbance(PUBLISH, 1, "full"),
+}
+SIGNALS = {
+    "SIGINT at a part": Disturbance(RECORD, 3, number=int(signal.SIGINT), after=True),
+    "SIGTERM in a part": Disturbance(SAVING, 5, number=int(signal.SIGTERM)),
+    "SIGTERM at verification": Disturbance("compress.pipeline:verify", number=int(signal.SIGTERM)),
 }
 
 
 @pytest.fixture(scope="module")
-def killed_within(place):
-    return kill_and_resume(place, WITHIN)
+def disturbed(place) -> dict[str, tuple[Ran, Ran]]:
+    """Every disturbed run and the run that resumes it; their folders bear the names. Side by side."""
+    hits = {**KILLS, **{f"full: {what}": hit for what, hit in FULL.items()}, **SIGNALS}
+    folders = {name: str(place.folder(name)) for name in hits}
+    first = run_warm([Request(WORDS, folders[name], hit) for name, hit in hits.items()])
+    for name in ("half a part", "part 3"):
+        shutil.copytree(folders[name], f"{folders[name]}, kept")
+    more = {name: ["--overwrite"] if (Path(folder) / OUT).exists() else [] for name, folder in folders.items()}
+    second = run_warm([Request((*WORDS, "--resume", *more[name]), folder) for name, folder in folders.items()])
+    return {name: (before, after) for name, before, after in zip(hits, first, second, strict=True)}
 
 
-@pytest.mark.parametrize("moment", WITHIN)
-def test_killed_within(place, undisturbed, killed_within, moment):
-    killed, resumed = killed_within[moment]
+@pytest.mark.parametrize("moment", KILLS)
+def test_a_killed_run_goes_on_to_the_same_bytes(place, undisturbed, disturbed, moment):
+    killed, resumed = disturbed[moment]
     assert killed.code == -signal.SIGKILL
+    assert resumed.code == 0, resumed.err
+    same_files(place.root / moment, undisturbed)
+    done = {"part 1": 1, "part 3": 3, "half a part": 1, "half a state": 1, "a part that is not recorded": 1, "named": 0}
+    assert resumed.json["resumed_parts"] == done.get(moment, NUM_PARTS)
+
+
+def test_a_resumed_run_repeats_no_finished_part(disturbed):
+    _, resumed = disturbed["part 3"]
+    first = next(said for phase, said in resumed.progress if phase == "compressing")
+    assert first.startswith(f"3/{NUM_PARTS}, block 2, ")
+
+
+def test_a_torn_part_lies_there_as_unfinished(place, disturbed):
+    folder = place.root / "half a part, kept"
+    names = [path.name for path in (folder / PARTIAL / "checkpoint").glob("*.unfinished")]
+    assert names == ["model-00002-of-00005.safetensors.unfinished"]
+    assert not (folder / OUT).exists()
+
+
+@pytest.mark.parametrize("what", FULL)
+def test_a_disk_that_fills_is_told_in_a_line(place, undisturbed, disturbed, what):
+    ran, resumed = disturbed[f"full: {what}"]
+    assert ran.code == 1
+    assert "Traceback" not in ran.err
+    assert len(ran.faults) == 1
+    assert "No space left on device" in ran.faults[0]
+    assert resumed.code == 0, resumed.err
+    same_files(place.root / f"full: {what}", undisturbed)
+
+
+@pytest.mark.parametrize("moment", SIGNALS)
+def test_interrupted(place, undisturbed, disturbed, moment):
+    stopped, resumed = disturbed[moment]
+    assert stopped.code == 130
+    assert stopped.out == ""
+    assert stopped.err.splitlines()[-1].startswith("interrupted: ")
+    assert "--resume" in stopped.err.splitlines()[-1]
+    assert "Traceback" not in stopped.err
     assert resumed.code == 0, resumed.err
     same_files(place.root / moment, undisturbed)
 
 
-def test_a_torn_part_lies_there_as_unfinished(place):
-    folder = place.folder("torn")
-    place.run(folder, disturbance=WITHIN["half a part"])
-    assert [path.name for path in (folder / PARTIAL).glob("*.unfinished")] == [
-        "model-00002-of-00005.safetensors.unfinished"
-    ]
-    assert not (folder / OUT).exists()
+@pytest.mark.parametrize(
+    "hit", [Disturbance(SAVING, number=int(signal.SIGINT)), Disturbance(RUN_JSON, kind="full")], ids=["signal", "full"]
+)
+def test_before_anything_is_finished_nothing_is_kept(place, hit, request):
+    """And so nothing may be promised: --resume would start from the beginning."""
+    folder = place.folder(request.node.name)
+    ran = place.run(folder, disturbance=hit)
+    assert ran.code == (130 if hit.kind == "signal" else 1)
+    assert snapshot(folder) == {}
+    assert "--resume goes" not in ran.err
 
 
-def test_with_the_cache_on_disk(place, undisturbed):
-    """Where the activations lie is no part of what a run is: either may resume the other."""
-    folder = place.folder("on disk")
-    killed = place.run(folder, "--cache-memory", "1", disturbance=Disturbance(RECORD, call=3, after=True))
-    assert killed.code == -signal.SIGKILL
-    assert not (folder / "activations").exists()
-    assert place.run(folder, "--resume").code == 0
-    same_files(folder, undisturbed)
+def test_a_file_that_grows_too_large_leaves_what_can_be_resumed(place):
+    """A head at its full width is the largest file: with a limit just below it everything before it is written."""
+    words = [word for word in WORDS if word not in {"--slice-head", "--measure-error"}]
+    whole, folder = place.folder("not full"), place.folder("full")
+    assert place.run(whole, words=words).code == 0
+    expected = snapshot(whole)
+    sizes = {name: len(content) for name, content in expected.items() if content and name.endswith(".safetensors")}
+    *_, last = sorted(sizes)
+    ran = place.run(folder, words=words, max_file_bytes=sizes[last] - 100)
+    assert ran.code == 1
+    for word in (Path(last).name, "Free space", "--resume"):
+        assert word in ran.faults[0]
+    assert list((folder / PARTIAL).rglob("*.unfinished")) == []
+    assert place.run(folder, "--resume", words=words).json["resumed_parts"] == NUM_PARTS - 1
+    same_files(folder, expected)
 
 
-def test_really_reloaded_after_a_resume(place, undisturbed):
-    folder = place.folder("reloaded")
-    place.run(folder, disturbance=Disturbance(RECORD, call=3, after=True))
-    resumed = place.run(folder, "--resume", verify=True)
-    assert resumed.code == 0, resumed.err
-    assert resumed.json["reload_difference"] < 1e-6
-    assert resumed.json["seconds"]["verify"] > 0
-    same_files(folder, undisturbed)
-
-
-@pytest.fixture(scope="module")
-def killed(place):
-    """What a run that was killed after its third part leaves; for copying."""
-    folder = place.folder("killed")
-    assert place.run(folder, disturbance=Disturbance(RECORD, call=3, after=True)).code == -signal.SIGKILL
-    return folder
+# A run that was killed after its third part.
 
 
 @pytest.fixture
-def unfinished(place, killed, request):
-    """A folder with a run that was killed after its third part."""
-    return shutil.copytree(killed, place.root / request.node.name.replace("/", "-"))
+def unfinished(place, disturbed, request):
+    return shutil.copytree(place.root / "part 3, kept", place.root / request.node.name.replace("/", "-"))
 
 
 def flip_a_byte(file: Path) -> None:
@@ -172,26 +195,24 @@ def flip_a_byte(file: Path) -> None:
     file.write_bytes(content)
 
 
-@pytest.mark.parametrize("damaged", ["model-00001-of-00005", "model-00003-of-00005", "state-00002"])
-def test_what_is_damaged_is_done_again(place, undisturbed, unfinished, damaged):
-    flip_a_byte(unfinished / PARTIAL / f"{damaged}.safetensors")
+def test_what_is_damaged_is_done_again(place, undisturbed, unfinished):
+    flip_a_byte(unfinished / PARTIAL / "checkpoint" / "model-00001-of-00005.safetensors")
     resumed = place.run(unfinished, "--resume")
     assert resumed.code == 0, resumed.err
-    assert resumed.json["resumed_parts"] < 3
+    assert resumed.json["resumed_parts"] == 0
     same_files(unfinished, undisturbed)
 
 
-def test_a_part_that_is_gone_is_done_again(place, undisturbed, unfinished):
-    (unfinished / PARTIAL / "model-00002-of-00005.safetensors").unlink()
-    assert place.run(unfinished, "--resume").code == 0
+def test_with_the_cache_on_disk(place, undisturbed, unfinished):
+    """Where the activations lie is no part of what a run is: either may resume the other."""
+    assert place.run(unfinished, "--resume", "--cache-memory", "1").code == 0
     same_files(unfinished, undisturbed)
 
 
 def test_without_resume_it_is_refused(place, unfinished):
     before = snapshot(unfinished)
     ran = place.run(unfinished)
-    assert ran.code == 2
-    assert len(ran.faults) == 1
+    assert (ran.code, len(ran.faults)) == (2, 1)
     for word in (PARTIAL, "--resume", "--overwrite"):
         assert word in ran.faults[0]
     assert snapshot(unfinished) == before
@@ -199,7 +220,6 @@ def test_without_resume_it_is_refused(place, unfinished):
 
 def test_overwrite_starts_over(place, undisturbed, unfinished):
     ran = place.run(unfinished, "--overwrite")
-    assert ran.code == 0, ran.err
     assert ran.json["resumed_parts"] == 0
     same_files(unfinished, undisturbed)
 
@@ -212,42 +232,28 @@ def changed(option: str, value: str) -> tuple[str, ...]:
     return (*words, option, value)
 
 
-@pytest.fixture(scope="module")
-def others(place):
-    """Another text, and another model of the very same shape."""
+OTHERS = {
+    "--ratio": ("0.5", "recipe"),
+    "--dtype": ("float32", "dtype, recipe"),
+    "--batch-size": ("2", "batch size"),
+    "--calib": ("../other.txt", "calibration text, recipe"),
+    "--model": ("../another/tiny", "model"),
+}
+
+
+def test_another_run_does_not_resume_it(place, unfinished):
+    """Among others with another text, and another model of the very same shape."""
     write_text(place.root / "other.txt", lines=60, seed=1)
     write_model(place.root / "another" / "tiny", "opt", seed=1)
-
-
-@pytest.mark.parametrize(
-    ("option", "value", "differing"),
-    [
-        ("--ratio", "0.5", "recipe"),
-        ("--seed", "7", "recipe"),
-        ("--samples", "3", "recipe"),
-        ("--final-orientation", "pca", "recipe"),
-        ("--dtype", "float32", "dtype"),
-        ("--batch-size", "2", "batch size"),
-        ("--calib", "../other.txt", "calibration text"),
-        ("--model", "../another/tiny", "model"),
-    ],
-)
-def test_another_run_does_not_resume_it(place, unfinished, others, option, value, differing):
     before = snapshot(unfinished)
-    ran = place.run(unfinished, "--resume", words=changed(option, value))
-    assert ran.code == 2
-    assert len(ran.faults) == 1
-    for word in (PARTIAL, differing, "--overwrite"):
-        assert word in ran.faults[0]
+    words = [changed(option, value) for option, (value, _) in OTHERS.items()]
+    for (_, differing), ran in zip(
+        OTHERS.values(), run_warm([Request((*each, "--resume"), str(unfinished)) for each in words], 1), strict=True
+    ):
+        assert ran.code == 2
+        (fault,) = ran.faults
+        assert f"--resume: the run in {PARTIAL} had another {differing}. " in fault
     assert snapshot(unfinished) == before
-
-
-def test_the_same_text_under_another_name_does_not_resume_it(place, unfinished):
-    """The recipe goes into the output, so its bytes would differ."""
-    (place.root / "copy.txt").write_bytes((place.root / "text.txt").read_bytes())
-    ran = place.run(unfinished, "--resume", words=changed("--calib", "../copy.txt"))
-    assert ran.code == 2
-    assert "recipe" in ran.faults[0]
 
 
 def test_nothing_to_resume(place, undisturbed):
@@ -259,190 +265,47 @@ def test_nothing_to_resume(place, undisturbed):
     same_files(folder, undisturbed)
 
 
-# A disk that fills.
-
-
-def test_a_full_disk_leaves_what_can_be_resumed(place):
-    """A head at its full width is the largest file: with a limit just below it everything before it is written."""
-    words = [word for word in WORDS if word not in {"--slice-head", "--measure-error"}]
-    whole = place.folder("not full")
-    assert place.run(whole, words=words).code == 0
-    expected = snapshot(whole)
-    sizes = {name: len(content) for name, content in expected.items() if content and name.endswith(".safetensors")}
-    *before, last = sorted(sizes)
-    assert max(sizes[name] for name in before) < sizes[last] - 200
-    folder = place.folder("full")
-    ran = place.run(folder, words=words, max_file_bytes=sizes[last] - 100)
-    assert ran.code == 1
-    assert len(ran.faults) == 1
-    for word in (Path(last).name, "Free space", "--resume"):
-        assert word in ran.faults[0]
-    assert "Traceback" not in ran.err
-    assert list((folder / PARTIAL).glob("*.unfinished")) == []
-    assert not (folder / OUT).exists()
-    resumed = place.run(folder, "--resume", words=words)
-    assert resumed.json["resumed_parts"] == NUM_PARTS - 1
-    same_files(folder, expected)
-
-
-FULL = {
-    "a part": ("compress.streaming.journal:save_file", 3),
-    "a state": ("compress.streaming.journal:save_file", 4),
-    "a line": ("compress.streaming.journal:write_line", 3),
-    "config": ("compress.checkpoints.files:write_json", 1),
-    "companions": ("compress.checkpoints.files:copy_companions", 1),
-    "name": ("compress.pipeline:publish", 1),
-}
-
-
-@pytest.fixture(scope="module")
-def filled(place):
-    return kill_and_resume(
-        place, {f"full {what}": Disturbance(target, call, "full") for what, (target, call) in FULL.items()}
-    )
-
-
-@pytest.mark.parametrize("what", FULL)
-def test_a_disk_that_fills_at_any_file(place, undisturbed, filled, what):
-    ran, resumed = filled[f"full {what}"]
-    assert ran.code == 1
-    assert "Traceback" not in ran.err
-    assert len(ran.faults) == 1
-    assert "No space left on device" in ran.faults[0]
-    assert resumed.code == 0, resumed.err
-    same_files(place.root / f"full {what}", undisturbed)
-
-
-def test_a_disk_that_is_full_from_the_start(place):
-    folder = place.folder("full at once")
-    ran = place.run(folder, disturbance=Disturbance("compress.streaming.journal:write_line", kind="full"))
-    assert ran.code == 1
-    assert len(ran.faults) == 1
-    assert snapshot(folder) == {}
-
-
-# Interruptions.
-
-SIGNALS = [signal.SIGINT, signal.SIGTERM]
-MOMENTS = {
-    "a part": Disturbance(RECORD, call=3, after=True),
-    "the middle of a part": Disturbance("compress.streaming.journal:save_file", call=5),
-    "verification": Disturbance("compress.pipeline:verify"),
-}
-
-
-@pytest.fixture(scope="module")
-def interrupted(place):
-    hits = {
-        f"{number.name} at {moment}": Disturbance(hit.target, hit.call, "signal", int(number), hit.after)
-        for number in SIGNALS
-        for moment, hit in MOMENTS.items()
-    }
-    return kill_and_resume(place, hits)
-
-
-@pytest.mark.parametrize("moment", MOMENTS)
-@pytest.mark.parametrize("number", SIGNALS)
-def test_interrupted(place, undisturbed, interrupted, number, moment):
-    stopped, resumed = interrupted[f"{number.name} at {moment}"]
-    assert stopped.code == 130
-    assert stopped.out == ""
-    assert stopped.err.splitlines()[-1].startswith("interrupted: ")
-    assert "--resume" in stopped.err.splitlines()[-1]
-    assert "Traceback" not in stopped.err
-    assert resumed.code == 0, resumed.err
-    same_files(place.root / f"{number.name} at {moment}", undisturbed)
-
-
-def test_interrupted_before_anything_is_finished(place):
-    """Nothing is kept, so nothing may be promised: --resume would start from the beginning."""
-    folder = place.folder("interrupted at once")
-    hit = Disturbance("compress.streaming.journal:save_file", number=int(signal.SIGINT))
-    ran = place.run(folder, disturbance=hit)
-    assert ran.code == 130
-    assert snapshot(folder) == {}
-    assert "--resume" not in ran.err
-
-
-# Two runs, one output.
-
-
-@pytest.fixture
-def running(unfinished):
-    """A folder whose unfinished run is going on: this process holds its lock."""
-    from compress.streaming.journal import take_lock
-
-    lock = take_lock(unfinished / PARTIAL)
-    yield unfinished
-    lock.close()
-
-
 @pytest.mark.parametrize("option", ["--resume", "--overwrite"])
-def test_two_runs_on_one_output(place, running, option):
-    before = snapshot(running)
-    ran = place.run(running, option)
+def test_two_runs_on_one_output(place, unfinished, option):
+    from compress.checkpoints.output_folder import take_lock
+
+    with take_lock(unfinished / PARTIAL):  # as if it were going on
+        before = snapshot(unfinished)
+        ran = place.run(unfinished, option)
+        assert (ran.code, len(ran.faults)) == (2, 1)
+        assert "Another run" in ran.faults[0]
+        assert snapshot(unfinished) == before
+
+
+@pytest.mark.parametrize(("made", "said"), [(PARTIAL, "An unfinished run is in"), (OUT, "The output out exists")])
+def test_what_another_run_makes_meanwhile_is_left_alone(place, made, said):
+    """It was not there when the output was looked at first."""
+    folder = place.folder(f"overtaken by {made}")
+    hit = Disturbance(f"{FOLDER}locked", kind="act", action=("create", made))
+    ran = place.run(folder, disturbance=hit)
     assert ran.code == 2
-    assert len(ran.faults) == 1
-    assert "Another run" in ran.faults[0]
-    assert snapshot(running) == before
-
-
-def test_two_runs_that_start_at_once(place, monkeypatch):
-    """Neither has found the other's folder when it looked; the second then must not delete it."""
-    from cli_runner import invoke
-    from compress import pipeline
-    from compress.streaming.journal import Journal
-
-    monkeypatch.chdir(place.folder("at once"))
-    first = None
-    prepare = pipeline.prepare
-
-    def prepare_slowly(job, processes):
-        nonlocal first
-        prepared = prepare(job, processes)
-        first = Journal.start(job.partial, {"recipe": "of the first"})
-        return prepared
-
-    monkeypatch.setattr(pipeline, "prepare", prepare_slowly)
-    monkeypatch.setattr(pipeline, "verify", lambda *_arguments, **_options: 0.0)
-    ran = invoke(*WORDS)
-    assert first is not None
-    first.close()
-    assert ran.code == 2
-    assert json.loads((first.folder / "journal.jsonl").read_text())["run"] == {"recipe": "of the first"}
+    assert said in ran.faults[0]
+    assert list(folder.rglob("*")) == [folder / made]
 
 
 # Replacing an output.
 
 
-def test_killed_between_the_two_renames_of_a_replacement(place, undisturbed):
-    """The old output has made way, the new one has not its name yet: a resume gives the name, and the old one goes."""
-    folder = place.folder("replaced")
-    assert place.run(folder, words=changed("--ratio", "0.5")).code == 0
-    killed = place.run(folder, "--overwrite", disturbance=Disturbance("pathlib:Path.rename", call=2))
-    assert killed.code == -signal.SIGKILL
-    resumed = place.run(folder, "--resume")
-    assert resumed.code == 0, flat(resumed.err)
-    same_files(folder, undisturbed)
-
-
-def test_an_interrupted_replacement_keeps_the_old_output(place):
-    folder = place.folder("kept")
+def test_killed_while_an_output_is_replaced(place, undisturbed):
+    """The old output stays until the last part is written. Between two renames a resume gives the new one its name."""
+    late, early = place.folder("replaced late"), place.folder("replaced early")
     words = changed("--ratio", "0.5")
-    assert place.run(folder, words=words).code == 0
-    old = snapshot(folder / OUT)
-    place.run(folder, "--overwrite", disturbance=Disturbance(RECORD, call=3, after=True))
-    assert snapshot(folder / OUT) == old
-    assert (folder / PARTIAL).is_dir()
-
-
-def test_resuming_a_replacement_takes_overwrite_again(place, undisturbed):
-    folder = place.folder("replaced later")
-    assert place.run(folder, words=changed("--ratio", "0.5")).code == 0
-    place.run(folder, "--overwrite", disturbance=Disturbance(RECORD, call=3, after=True))
-    refused = place.run(folder, "--resume")
+    assert [ran.code for ran in run_warm([Request(words, str(each)) for each in (late, early)])] == [0, 0]
+    old = snapshot(early / OUT)
+    rename = Disturbance("pathlib:Path.rename", call=2)
+    hits = {late: rename, early: Disturbance(RECORD, call=3, after=True)}
+    killed = run_warm([Request((*WORDS, "--overwrite"), str(each), hit) for each, hit in hits.items()])
+    assert [ran.code for ran in killed] == [-signal.SIGKILL] * 2
+    assert snapshot(early / OUT) == old
+    refused, resumed = run_warm([Request((*WORDS, "--resume"), str(each)) for each in (early, late)])
     assert refused.code == 2
     assert "--overwrite" in refused.faults[0]
-    resumed = place.run(folder, "--resume", "--overwrite")
-    assert resumed.json["resumed_parts"] == 3
-    same_files(folder, undisturbed)
+    assert resumed.code == 0, flat(resumed.err)
+    assert place.run(early, "--resume", "--overwrite").json["resumed_parts"] == 3
+    for folder in (late, early):
+        same_files(folder, undisturbed)

@@ -17,9 +17,9 @@ from cli_runner import invoke, succeeds
 from compress.checkpoints.files import check_code, companions, copy_companions
 from compress.checkpoints.verify import verify
 from compress.errors import CheckpointError, Unavailable, VerificationError
+from compress.io import new_file_mode
 from compress.models.loading import load_config, load_model, load_tokenizer
 from compress.models.tensor_files import LARGEST_HEADER, open_safetensors
-from compress.streaming.journal import new_file_mode
 from fuzzing import watch
 from outputs import write_outputs
 from tiny import write_model, write_text
@@ -100,7 +100,7 @@ def test_processes_are_started_from_lists_of_words():
                 command = call.args[0]
                 assert isinstance(command, ast.List | ast.Name), f"{file}:{call.lineno}"
                 found.append(file.name)
-    assert sorted(found) == ["_programs.py", "apart.py"]
+    assert sorted(found) == ["_programs.py", "child_process.py"]
 
 
 # No pickle is opened.
@@ -366,14 +366,14 @@ def test_a_token_is_neither_shown_nor_stored(home, tmp_path, monkeypatch):
 
 
 def test_what_is_pushed_is_the_checkpoint_alone(place, monkeypatch):
-    from compress.checkpoints.facts import read_facts
+    from compress.checkpoints.metadata import read_metadata
     from compress.checkpoints.push import own_files
 
     folder = place / "turned"
-    own = set(own_files(folder, read_facts(folder)))
+    own = set(own_files(folder, read_metadata(folder)))
     for foreign in (".env", "out.partial", "notes.txt", "id_rsa", "train.py", "optimizer.pt", ".git"):
         (folder / foreign).write_text("secret")
-    assert set(own_files(folder, read_facts(folder))) == own
+    assert set(own_files(folder, read_metadata(folder))) == own
     assert all((folder / name).is_file() for name in own)
 
 

@@ -235,7 +235,7 @@ def test_files_beside_the_output_are_left_alone(made, text, tmp_path):
     """Activations that do not fit into memory lie in a file; it is no file of the user's."""
     source = tmp_path / "dense"
     shutil.copytree(made("opt", "float32").source, source)
-    names = ("activations", "activations-stream", "activations-dense", "lock", "journal.jsonl")
+    names = ("activations", "activations-stream", "activations-dense", "lock", "run.json")
     for name in names:
         (tmp_path / name).write_text("mine")
     pipeline.run(job(source, tmp_path / "out", text, slicegpt(RULE), cache_memory=0))

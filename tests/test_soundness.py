@@ -56,11 +56,8 @@ def fault_of(home, monkeypatch, *words: object) -> str:
     [
         ["slice", "--method", "slicegpt", "--ratio", 0.25],
         ["slice", "--ratio", 0.25],
-        ["lord", "--rank-frac", 0.5],
-        ["lord", "--method", "lord", "--rank-frac", 0.5],
         ["lord", "--rank-frac", 0.5, "--allocation", "fisher"],
         ["slim", "--method", "slim"],
-        ["slim", "--fast"],
     ],
     ids=lambda words: " ".join(map(str, words)),
 )
@@ -73,28 +70,19 @@ def test_an_overflow_of_the_activations_names_block_and_linear(command, home, mo
     )
 
 
-def test_a_recipe_says_so_too(home, monkeypatch, tmp_path):
-    (tmp_path / "recipe.yaml").write_text(
-        "stages:\n  - stage: fold_norms\n  - {stage: rotate}\n  - {stage: slice, ratio: 0.25}\n"
-    )
-    fault = fault_of(home, monkeypatch, "run", tmp_path / "recipe.yaml", "--model", "loud", *TEXT)
-    assert "in the stream after block 1 mlp, first in what mlp.down_proj is given" in fault
-
-
 # The commands that measure.
 
 
 @pytest.mark.parametrize(
     ("words", "what"),
     [
-        (["--ppl", "text.txt"], "The loss on 'text.txt', window 0, is nan: a NaN or Inf comes up"),
         (["--ppl", "text.txt", "--kl", "sound"], "The loss on 'text.txt', window 0, is nan: a NaN or Inf comes up"),
         (
             ["--humaneval", "--allow-code-execution", "--data-dir", "."],
             "There is a NaN or Inf in the logits of a program's",
         ),
     ],
-    ids=["ppl", "kl", "humaneval"],
+    ids=["ppl and kl", "humaneval"],
 )
 def test_a_measure_names_the_linear(words, what, home, monkeypatch):
     fault = fault_of(home, monkeypatch, *EVAL, "--model", "loud", *words)
@@ -110,6 +98,7 @@ def test_a_weight_that_is_none_is_named_by_a_measure(home, monkeypatch, tmp_path
 
 
 def test_a_speed_without_numbers_is_none(home, monkeypatch):
+    monkeypatch.setattr("compress.evaluation.speed.report.took", lambda *_: None)  # in a process of its own, in seconds
     words = ["--prompt", 4, "--new", 2, "--rounds", 1, "--batch-sizes", 1, "--device", "cpu"]
     fault = fault_of(home, monkeypatch, "bench", "loud", "--against", "sound", *words)
     assert fault.startswith(

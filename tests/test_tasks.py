@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from cli_runner import invoke
+from compress.checkpoints.quality import Metric, TaskScore
 from compress.datasets.tasks import local_tasks, read_documents
 from compress.errors import NumericalError, Unavailable, UsageError
 from compress.evaluation import _local_tasks, tasks
@@ -19,8 +20,6 @@ from compress.evaluation._inference import context_length
 from compress.evaluation._local_tasks import KNOWN, task_index
 from compress.evaluation.tasks import (
     LoadedTask,
-    Metric,
-    TaskScore,
     averages,
     load_hub_task,
     load_local_task,
@@ -227,8 +226,8 @@ def test_the_error_of_a_mean(tokenizer):
         score_tasks([load_local_task("boolq", PASSAGES[:n])], model, tokenizer, batch_size=8)[0] for n in (2, 1)
     )
     p = whole.metrics["acc"].value
-    assert whole.metrics["acc"].error == pytest.approx(math.sqrt(p * (1 - p)))
-    assert one.metrics["acc"].error is None
+    assert whole.metrics["acc"].standard_error == pytest.approx(math.sqrt(p * (1 - p)))
+    assert one.metrics["acc"].standard_error is None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -256,11 +255,18 @@ def test_nothing_is_printed_or_asked_of_a_network(tokenizer, monkeypatch, capfd)
 def test_the_averages_of_the_papers():
     """SLiM's of acc; SliceGPT's of acc_norm, with acc for WinoGrande, which has no other."""
     scores = [
-        TaskScore("a", "files", 9, {"acc": Metric(0.5, None), "acc_norm": Metric(0.7, None)}),
-        TaskScore("b", "files", 9, {"acc": Metric(0.3, None)}),
+        TaskScore(
+            task="a",
+            source="files",
+            documents=9,
+            metrics={"acc": Metric(value=0.5, standard_error=None), "acc_norm": Metric(value=0.7, standard_error=None)},
+        ),
+        TaskScore(task="b", source="files", documents=9, metrics={"acc": Metric(value=0.3, standard_error=None)}),
     ]
     assert averages(scores) == {"acc": pytest.approx(0.4), "acc_norm": pytest.approx(0.5)}
-    without = TaskScore("c", "hub", 9, {"word_perplexity": Metric(9.0, None)})
+    without = TaskScore(
+        task="c", source="hub", documents=9, metrics={"word_perplexity": Metric(value=9.0, standard_error=None)}
+    )
     assert averages([*scores, without]) == {"acc": None, "acc_norm": None}
     assert averages([]) == {"acc": None, "acc_norm": None}
 
@@ -279,13 +285,17 @@ def test_what_is_read_of_lm_evals_result():
     def score(name: str, *parts: str) -> TaskScore:
         return read_score(LoadedTask(name, "hub", None, dict.fromkeys(parts or (name,))), found)
 
-    assert score("wiki") == TaskScore("wiki", "hub", 3, {"word_perplexity": Metric(9.5, None)})
+    assert score("wiki") == TaskScore(
+        task="wiki", source="hub", documents=3, metrics={"word_perplexity": Metric(value=9.5, standard_error=None)}
+    )
     assert score("gsm").metrics == {
-        "exact_match (strict)": Metric(0.5, 0.1),
-        "exact_match (flexible)": Metric(0.6, None),
+        "exact_match (strict)": Metric(value=0.5, standard_error=0.1),
+        "exact_match (flexible)": Metric(value=0.6, standard_error=None),
     }
-    assert score("all", "part", "other") == TaskScore("all", "hub", 9, {"acc": Metric(0.25, 0.01)})
-    assert score("unsummed", "part", "other") == TaskScore("unsummed", "hub", 9, {})
+    assert score("all", "part", "other") == TaskScore(
+        task="all", source="hub", documents=9, metrics={"acc": Metric(value=0.25, standard_error=0.01)}
+    )
+    assert score("unsummed", "part", "other") == TaskScore(task="unsummed", source="hub", documents=9, metrics={})
 
 
 def test_the_context_of_a_model(tokenizer):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from compress import families
-from compress.checkpoints.facts import AdapterFacts, Facts, LinearFacts
+from compress.checkpoints.metadata import AdapterMetadata, LinearMetadata, Metadata
 from compress.errors import NumericalError, UsageError
 from compress.models.packing import pack_bits, unsigned
 from compress.models.storage import Storage
@@ -236,9 +236,9 @@ def test_factors_are_trained_whole_and_nothing_else():
     assert all_weights(thin_model()).parameters.keys() == dict(thin_model().named_parameters()).keys()
 
 
-def facts(**told: Any) -> Facts:
+def metadata(**told: Any) -> Metadata:
     usual: dict[str, Any] = {"storage": None, "adapter": None, "linears": [], "loads_without_our_code": True}
-    return Facts.model_construct(**(usual | told))
+    return Metadata.model_construct(**(usual | told))
 
 
 @pytest.mark.parametrize(
@@ -253,20 +253,20 @@ def facts(**told: Any) -> Facts:
     ],
 )
 def test_a_lora_is_merged_where_weights_stay_what_they_are(told, linear, reason):
-    found = why_not_merged(facts(linears=[LinearFacts(linear="a", **linear)], **told))
+    found = why_not_merged(metadata(linears=[LinearMetadata(linear="a", **linear)], **told))
     assert found is None if reason is None else reason in str(found)
 
 
 def test_what_can_be_trained_follows_from_how_it_is_stored(tmp_path):
     plain, thin = tiny_model("llama", dtype=F32, num_hidden_layers=1), thin_model()
-    assert trainable(facts(), plain) == ("lora", "all")
-    assert trainable(facts(), thin) == ("factors", "lora", "all")
-    assert trainable(facts(storage="packed"), plain) == ("lora",)
-    assert trainable(facts(storage="packed", adapter=AdapterFacts(r=3)), plain) == ("adapters",)
-    assert trainable(facts(adapter=AdapterFacts(r=3)), plain) == ("adapters",)
+    assert trainable(metadata(), plain) == ("lora", "all")
+    assert trainable(metadata(), thin) == ("factors", "lora", "all")
+    assert trainable(metadata(storage="packed"), plain) == ("lora",)
+    assert trainable(metadata(storage="packed", adapter=AdapterMetadata(r=3)), plain) == ("adapters",)
+    assert trainable(metadata(adapter=AdapterMetadata(r=3)), plain) == ("adapters",)
     compact = write_compact(tmp_path / "compact", Storage("compact", 4))
     with pytest.raises(UsageError, match=r"has no adapters, .* Make one with adapters: compress slim"):
-        trainable(facts(storage="compact"), compact)
+        trainable(metadata(storage="compact"), compact)
     assert chosen(None, ("factors", "lora")) == "factors"
     assert chosen("lora", ("factors", "lora")) == "lora"
     with pytest.raises(UsageError, match=r"--train all is not for this checkpoint\. It has: lora\."):

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from compress.checkpoints.facts import FACTS
+from compress.checkpoints.metadata import METADATA
 from compress.errors import UsageError
 from compress.models.json_text import parse_json
 from compress.models.libraries import reading
@@ -44,7 +44,7 @@ def read_recipe(path: Path) -> RecipeFile:
     """
     path: a YAML file, a compress.json or a folder that has one. Raises UsageError where it is none of them.
     """
-    file = path / FACTS if path.is_dir() else path
+    file = path / METADATA if path.is_dir() else path
     is_json = file.suffix == ".json"
     try:
         if file.stat().st_size > (LARGEST if is_json else LARGEST_YAML):

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from compress.checkpoints.files import write_json
-from compress.durable import whole
+from compress.io import atomic_write, new_file_mode
 from compress.models.stored_files import ADAPTER
-from compress.streaming.journal import new_file_mode
 
 WEIGHTS = "adapter_model.safetensors"
 COPY_BYTES = 2**24
@@ -65,7 +64,7 @@ def write_adapter(target: Path, parts: Sequence[Path], config: Mapping[str, Any]
     folder = target / ADAPTER
     folder.mkdir(exist_ok=True)
     write_json(folder / "adapter_config.json", config)
-    with whole(folder / WEIGHTS) as unfinished:
+    with atomic_write(folder / WEIGHTS) as unfinished:
         join(parts, unfinished)
         unfinished.chmod(new_file_mode())
     return folder / WEIGHTS

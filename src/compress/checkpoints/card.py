@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.architectures.packed import VLLM_RANKS
-from compress.checkpoints.facts import Facts
-from compress.checkpoints.measures import Measures
-from compress.durable import whole
+from compress.checkpoints.metadata import AdapterMetadata, Metadata
+from compress.checkpoints.quality import Quality
 from compress.errors import OutputError
+from compress.io import atomic_write
 from compress.models.yaml_text import parse_yaml
 
 if TYPE_CHECKING:
@@ -91,29 +91,28 @@ def untrusted(value: Any) -> Any:
     return [untrusted(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
-def model_card(facts: Mapping[str, Any], quality: Measures | None = None) -> str:
+def model_card(metadata: Metadata, quality: Quality | None = None) -> str:
     """Fill the template.
 
-    facts: what compress.json holds. quality: what has been measured since.
+    quality: what has been measured since.
     """
     from huggingface_hub import ModelCard
 
-    tuning = facts.get("tuning")
-    commands = facts["command"] if tuning is None else f"{facts['command']}\n{tuning['command']}"
-    narrowed = [point for point in facts["points"] if point["width"] < point["dense_width"]]
-    measures = [] if quality is None else quality.listed()
+    tuning, linears = metadata.tuning, metadata.linears
+    narrowed = [point for point in metadata.points if point.width < point.dense_width]
+    measures = [] if quality is None else quality.measures
     card = ModelCard.from_template(
-        card_data(facts),
+        card_data(metadata),
         str(TEMPLATE),
-        facts=untrusted({"origin": {}, **facts}),
-        commands=Untrusted(commands),
+        metadata=untrusted(metadata.model_dump()),
+        commands=Untrusted(metadata.command if tuning is None else f"{metadata.command}\n{tuning.command}"),
         measures=[{"name": Untrusted(each.name), "text": each.text} for each in measures],
-        widths={point["width"] for point in narrowed},
-        dense_widths={point["dense_width"] for point in facts["points"]},
-        ranks=[linear["rank"] for linear in facts["linears"] if linear.get("form") and linear.get("rank")],
-        coded=untrusted([each for each in facts["linears"] if each.get("bits") or each.get("pattern")]),
-        not_for_vllm=Untrusted(why_not_vllm(facts) or ""),
-        vllm_rank=vllm_rank(facts),
+        widths={point.width for point in narrowed},
+        dense_widths={point.dense_width for point in metadata.points},
+        ranks=[linear.rank for linear in linears if linear.form and linear.rank],
+        coded=untrusted([each.model_dump() for each in linears if each.bits or each.pattern]),
+        not_for_vllm=Untrusted(why_not_vllm(metadata) or ""),
+        vllm_rank=vllm_rank(metadata.adapter),
         trained=TRAINED,
         span=span,
         perplexity=perplexity,
@@ -121,42 +120,42 @@ def model_card(facts: Mapping[str, Any], quality: Measures | None = None) -> str
     return f"{card}\n"
 
 
-def card_data(facts: Mapping[str, Any]) -> "ModelCardData":
+def card_data(metadata: Metadata) -> "ModelCardData":
     """The front matter. A model from a folder has no id that the hub could link to: it is left out."""
     from huggingface_hub import ModelCardData
 
-    base = facts["base_model"] if REPOSITORY.fullmatch(facts["base_model"]) else None
-    tuned_on = (facts.get("tuning") or {}).get("data", {}).get("repository")
+    base = metadata.base_model if REPOSITORY.fullmatch(metadata.base_model) else None
+    tuned_on = metadata.tuning.data.repository if metadata.tuning else None
     return ModelCardData(
         base_model=base,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["compress", facts["recipe"]["method"]],
-        base_model_relation=None if base is None else "quantized" if facts["quantized"] else "finetune",
+        tags=["compress", metadata.recipe.method],
+        base_model_relation=None if base is None else "quantized" if metadata.quantized else "finetune",
         datasets=[tuned_on] if tuned_on and REPOSITORY.fullmatch(tuned_on) else None,
-        **facts.get("origin", {}),
+        **{key: value for key, value in metadata.origin.to_dict().items() if key in PASSED_ON},
     )
 
 
-def why_not_vllm(facts: Mapping[str, Any]) -> str | None:
+def why_not_vllm(metadata: Metadata) -> str | None:
     """Why vLLM does not serve it; None where it does."""
-    architecture, adapter = facts["architecture"], facts["adapter"]
+    architecture, adapter = metadata.architecture, metadata.adapter
     if architecture not in IN_VLLM:
         return f"it has no {architecture}"
-    if facts["not_for_vllm"]:
-        return str(facts["not_for_vllm"])
+    if metadata.not_for_vllm:
+        return metadata.not_for_vllm
     if adapter and architecture in WITHOUT_ADAPTERS:
         return f"it has no adapters for {architecture}"
-    if adapter and vllm_rank(facts) is None:
+    if adapter and vllm_rank(adapter) is None:
         return f"its adapters have a rank of {VLLM_RANKS[-1]} at most"
     return None
 
 
-def vllm_rank(facts: Mapping[str, Any]) -> int | None:
-    """What --max-lora-rank has to be for the adapter; None where there is none, or where vLLM has no such rank."""
-    if not facts["adapter"]:
+def vllm_rank(adapter: AdapterMetadata | None) -> int | None:
+    """What --max-lora-rank has to be for an adapter; None where there is none, or where vLLM has no such rank."""
+    if adapter is None:
         return None
-    largest = max([facts["adapter"]["r"], *facts["adapter"]["rank_pattern"].values()])
+    largest = max([adapter.r, *adapter.rank_pattern.values()])
     return next((rank for rank in VLLM_RANKS if rank >= largest), None)
 
 
@@ -170,11 +169,11 @@ def perplexity(nats: float) -> float:
     return math.exp(min(nats, 700))
 
 
-def rewrite_card(folder: Path, facts: Facts, quality: Measures | None) -> None:
-    """Replace the card, whole or not at all. Raises OutputError where it cannot be written."""
+def write_card(folder: Path, metadata: Metadata, quality: Quality | None = None) -> None:
+    """Write or replace the card, atomically. Raises OutputError where it cannot be written."""
     try:
-        with whole(folder / CARD) as unfinished:
-            unfinished.write_text(model_card(facts.model_dump(), quality), encoding="utf-8")
+        with atomic_write(folder / CARD) as unfinished:
+            unfinished.write_text(model_card(metadata, quality), encoding="utf-8")
     except OSError as error:
         raise OutputError(f"{folder / CARD} cannot be written ({error}). Free space, or mend its rights.") from error
 

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -86,14 +86,10 @@ def check_code(folder: Path, auto_map: Any) -> None:
             )
 
 
-def write_index(target: Path, parts: Iterable[Mapping[str, Any]]) -> None:
-    """model.safetensors.index.json over the part files: which tensor is where, and the totals."""
-    weight_map: dict[str, str] = {}
-    total_bytes = total_parameters = 0
-    for part in parts:
-        weight_map |= dict.fromkeys(part["tensors"], part["part"]["file"])
-        total_bytes += part["tensor_bytes"]
-        total_parameters += part["parameters"]
+def write_index(target: Path, weight_map: Mapping[str, str], *, total_bytes: int, total_parameters: int) -> None:
+    """
+    weight_map: the file of each tensor.
+    """
     metadata = {"total_size": total_bytes, "total_parameters": total_parameters}
     write_json(target / INDEX, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
 

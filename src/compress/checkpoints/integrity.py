@@ -1,82 +1,50 @@
-"""Whether a folder is the checkpoint that was written: what kind of folder it is, each file against compress.json."""
+"""Whether a folder is the checkpoint that was written: each of its files against compress.json."""
 
 import contextlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from compress.checkpoints.adapter import WEIGHTS
-from compress.checkpoints.facts import FACTS, Facts, read_json
-from compress.errors import CheckpointError, Faults, UsageError
+from compress.checkpoints.metadata import METADATA, Metadata, read_json
+from compress.errors import CheckpointError, Faults
+from compress.io import sha256
 from compress.models.stored_files import ADAPTER
 from compress.models.tensor_files import INDEX, StoredTensor, indexed_names, is_own_name, read_header
 from compress.progress import Progress, Steps
-from compress.streaming.journal import JOURNAL, read_lines, sha256
 
 ADAPTER_WEIGHTS = f"{ADAPTER}/{WEIGHTS}"
 SHOWN = 8  # faults that are told one by one
 AGAIN = "Get it again."
 
 
-def check_folder(folder: Path) -> None:
-    """Raises UsageError where a folder holds no model, or one that is not finished, with what would finish it."""
-    partial = folder if folder.suffix == ".partial" else folder.with_name(f"{folder.name}.partial")
-    if partial.is_dir() and (partial == folder or not folder.exists()):
-        raise UsageError(unfinished(partial))
-    if folder.is_file():
-        raise UsageError(f"{folder} is a file. Name the folder of a checkpoint.")
-    if not folder.is_dir():
-        raise UsageError(f"There is no folder {str(folder)!r}. Check the path.")
-    if not (folder / "config.json").exists() and not (folder / FACTS).exists():
-        raise UsageError(f"{folder} is no checkpoint: it has neither config.json nor {FACTS}. Name a model's folder.")
-
-
-def unfinished(partial: Path) -> str:
-    """What a run has left, and how it goes on."""
-    out = partial.with_suffix("")
-    if not (partial / JOURNAL).exists() and (partial / FACTS).is_file():
-        return f"{partial} is finished but for its name: the command that made it, with --resume, calls it {out.name}."
-    parts = [line for line in read_lines(partial / JOURNAL) if "part" in line]
-    files = [str(part["part"].get("file")) for part in parts if isinstance(part["part"], dict)]
-    total = files[-1].rpartition("-of-")[2].removesuffix(".safetensors").lstrip("0") if files else ""
-    done = f"{len(parts)} of {total} parts are written" if total.isdigit() else "no part is written yet"
-    return (
-        f"{partial} is an unfinished run: {done}. The same command with --resume goes on from there and makes {out}; "
-        "with --overwrite it starts over."
-    )
-
-
-def is_ours(folder: Path) -> bool:
-    return (folder / FACTS).exists()
-
-
-def check_integrity(folder: Path, facts: Facts, *, checksums: bool, progress: Progress) -> None:
+def check_integrity(folder: Path, metadata: Metadata, *, checksums: bool, progress: Progress) -> None:
     """That every file is there as it was written. Raises CheckpointError with all that is not.
 
     checksums: whether the weights are read too, to compare their sha256.
     """
     faults = Faults()
     with faults.noted():
-        check_config(folder, facts)
+        check_config(folder, metadata)
     with faults.noted():
-        check_parts_named(folder, facts)
+        check_parts_named(folder, metadata)
     headers = {}
-    names = [name for name in facts.parts if is_plain(name)]
+    names = [name for name in metadata.parts if is_plain(name)]
     steps = Steps(progress, "checking files", len(names))
     for name in names:
         steps.next(name)
         with faults.noted():
-            headers[name] = check_file(folder, name, facts.parts[name] if checksums else None)
+            headers[name] = check_file(folder, name, metadata.parts[name] if checksums else None)
     steps.end()
     with faults.noted():
-        check_adapter(folder, facts)
+        check_adapter(folder, metadata)
     if not faults.found:
         weights = [tensor for name, found in headers.items() if name != ADAPTER_WEIGHTS for tensor in found]
         with faults.noted():
             check_mapped(folder, weights)
         with faults.noted():
-            check_totals(folder, facts, weights)
+            check_totals(folder, metadata, weights)
         with faults.noted():
-            check_carried(folder, facts)
+            check_carried(folder, metadata)
     report(folder, faults)
 
 
@@ -93,28 +61,28 @@ def is_plain(name: str) -> bool:
     return name == ADAPTER_WEIGHTS or (is_own_name(name) and name.endswith(".safetensors"))
 
 
-def check_config(folder: Path, facts: Facts) -> None:
+def check_config(folder: Path, metadata: Metadata) -> None:
     config = read_json(folder / "config.json")
     named = config.get("architectures")
-    if named != [facts.architecture]:
-        raise CheckpointError(f"{folder / 'config.json'} says {named!r}, {FACTS} {facts.architecture!r}. {AGAIN}")
-    packed = facts.storage == "packed" and facts.quantized
+    if named != [metadata.architecture]:
+        raise CheckpointError(f"{folder / 'config.json'} says {named!r}, {METADATA} {metadata.architecture!r}. {AGAIN}")
+    packed = metadata.storage == "packed" and metadata.quantized
     if packed != ("quantization_config" in config):
         has = "has no" if packed else "has a"
-        raise CheckpointError(f"{folder / 'config.json'} {has} quantization_config, unlike {FACTS}. {AGAIN}")
+        raise CheckpointError(f"{folder / 'config.json'} {has} quantization_config, unlike {METADATA}. {AGAIN}")
 
 
-def check_parts_named(folder: Path, facts: Facts) -> None:
+def check_parts_named(folder: Path, metadata: Metadata) -> None:
     """That index, folder and compress.json speak of the same files, all of the folder's own."""
-    foreign = [name for name in facts.parts if not is_plain(name)]
+    foreign = [name for name in metadata.parts if not is_plain(name)]
     if foreign:
-        raise CheckpointError(f"{folder / FACTS} names {foreign[0]!r}, which is no part in this folder. {AGAIN}")
-    parts = set(facts.parts) - {ADAPTER_WEIGHTS}
+        raise CheckpointError(f"{folder / METADATA} names {foreign[0]!r}, which is no part in this folder. {AGAIN}")
+    parts = set(metadata.parts) - {ADAPTER_WEIGHTS}
     read_json(folder / INDEX)
     indexed = set(indexed_names(folder / INDEX))
     if indexed != parts:
         other = min(indexed ^ parts)
-        who = (INDEX, FACTS) if other in indexed else (FACTS, INDEX)
+        who = (INDEX, METADATA) if other in indexed else (METADATA, INDEX)
         raise CheckpointError(f"{other} is in {who[0]} and not in {who[1]}. {AGAIN}")
     left = sorted(file.name for file in folder.glob("*.safetensors") if file.name not in parts)
     if left:
@@ -129,7 +97,7 @@ def check_file(folder: Path, name: str, checksum: str | None) -> list[StoredTens
     found = read_header(file)
     with readable(file):
         if checksum is not None and sha256(file) != checksum:
-            raise CheckpointError(f"{file} has other bytes than were written: its sha256 is not {FACTS}'s. {AGAIN}")
+            raise CheckpointError(f"{file} has other bytes than were written: its sha256 is not {METADATA}'s. {AGAIN}")
     return found
 
 
@@ -156,44 +124,46 @@ def check_mapped(folder: Path, tensors: Iterable[StoredTensor]) -> None:
         raise CheckpointError(f"The tensor {name!r} {where}; {INDEX} says {mapped.get(name, 'nothing')!r}. {AGAIN}")
 
 
-def check_totals(folder: Path, facts: Facts, tensors: Iterable[StoredTensor]) -> None:
+def check_totals(folder: Path, metadata: Metadata, tensors: Iterable[StoredTensor]) -> None:
     totals = read_json(folder / INDEX).get("metadata")
     totals = totals if isinstance(totals, dict) else {}
     found = sum(tensor.bytes for tensor in tensors)
-    adapter = sum(tensor.bytes for tensor in adapter_tensors(folder, facts))
+    adapter = sum(tensor.bytes for tensor in adapter_tensors(folder, metadata))
     for what, said, true in (
         (f"{INDEX} says total_size", totals.get("total_size"), found),
-        (f"{INDEX} says total_parameters", totals.get("total_parameters"), facts.size.parameters),
-        (f"{FACTS} says bytes", facts.size.bytes, found + adapter),
+        (f"{INDEX} says total_parameters", totals.get("total_parameters"), metadata.size.parameters),
+        (f"{METADATA} says bytes", metadata.size.bytes, found + adapter),
     ):
         if said != true:
             raise CheckpointError(f"{folder / what} {said!r}, but it is {true:,}. {AGAIN}")
 
 
-def check_adapter(folder: Path, facts: Facts) -> None:
+def check_adapter(folder: Path, metadata: Metadata) -> None:
     """That the adapter is the one that compress.json describes; its weights' checksum, if any, is among the parts'."""
     beside = folder / ADAPTER
-    if facts.adapter is None:
+    if metadata.adapter is None:
         if beside.exists():
             raise CheckpointError(f"{beside} is no part of the checkpoint. Move it elsewhere.")
         return
     config = read_json(beside / "adapter_config.json")
-    if config != facts.adapter.model_dump():
-        raise CheckpointError(f"{beside / 'adapter_config.json'} is not the adapter's in {FACTS}. {AGAIN}")
-    adapter_tensors(folder, facts)
+    if config != metadata.adapter.to_dict():
+        raise CheckpointError(f"{beside / 'adapter_config.json'} is not the adapter's in {METADATA}. {AGAIN}")
+    adapter_tensors(folder, metadata)
 
 
-def adapter_tensors(folder: Path, facts: Facts) -> list[StoredTensor]:
-    return [] if facts.adapter is None else check_file(folder, ADAPTER_WEIGHTS, None)
+def adapter_tensors(folder: Path, metadata: Metadata) -> list[StoredTensor]:
+    return [] if metadata.adapter is None else check_file(folder, ADAPTER_WEIGHTS, None)
 
 
-def check_carried(folder: Path, facts: Facts) -> None:
+def check_carried(folder: Path, metadata: Metadata) -> None:
     """That the code is there which the checkpoint says it brings along."""
     named = read_json(folder / "config.json").get("auto_map", {})
     classes = named.values() if isinstance(named, dict) else []
     modules = {str(name).partition(".")[0] for name in classes}
-    if facts.loads_without_our_code is bool(modules):
-        raise CheckpointError(f"{folder / 'config.json'} and {FACTS} differ on whether it brings code along. {AGAIN}")
+    if metadata.loads_without_our_code is bool(modules):
+        raise CheckpointError(
+            f"{folder / 'config.json'} and {METADATA} differ on whether it brings code along. {AGAIN}"
+        )
     for module in sorted(modules):
         if not module.isidentifier() or not (folder / f"{module}.py").is_file():
             raise CheckpointError(f"{folder / 'config.json'} names the module {module!r}, which is not there. {AGAIN}")

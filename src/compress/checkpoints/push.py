@@ -7,17 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from compress.checkpoints.card import CARD
-from compress.checkpoints.facts import FACTS, Facts, read_facts
 from compress.checkpoints.files import COPIED
-from compress.checkpoints.integrity import ADAPTER_WEIGHTS, check_folder, check_integrity, is_ours
-from compress.checkpoints.measures import QUALITY, read_measures
+from compress.checkpoints.integrity import ADAPTER_WEIGHTS, check_integrity
+from compress.checkpoints.metadata import METADATA, Metadata
+from compress.checkpoints.quality import QUALITY, read_quality
+from compress.checkpoints.run_folder import own_metadata
 from compress.errors import Unavailable, UsageError
 from compress.models.stored_files import ADAPTER
 from compress.models.tensor_files import INDEX
 from compress.progress import Progress, Steps, silent
 from compress.version import __version__
 
-WRITTEN = ("config.json", FACTS, INDEX, CARD, QUALITY, "configuration_*.py", "modeling_*.py", "*.gguf")
+WRITTEN = ("config.json", METADATA, INDEX, CARD, QUALITY, "configuration_*.py", "modeling_*.py", "*.gguf")
 
 
 def push(
@@ -34,13 +35,10 @@ def push(
     Raises CheckpointError for a folder that is not as it was written, UsageError for one that is no output of ours and
     for a repository that cannot be, Unavailable where the hub does not answer or does not allow it.
     """
-    check_folder(folder)
-    if not is_ours(folder):
-        raise UsageError(f"{folder} has no {FACTS}. Only checkpoints that compress has made are pushed.")
-    facts = read_facts(folder)
-    check_integrity(folder, facts, checksums=True, progress=progress)
-    read_measures(folder)
-    files = own_files(folder, facts)
+    metadata = own_metadata(folder, "pushed")
+    check_integrity(folder, metadata, checksums=True, progress=progress)
+    read_quality(folder)
+    files = own_files(folder, metadata)
     steps = Steps(progress, "uploading files", len(files))
     steps.begin(f"to {repository}")
     with telling(repository):
@@ -57,11 +55,11 @@ def check_repository(name: str) -> None:
         validate_repo_id(name)
 
 
-def own_files(folder: Path, facts: Facts) -> list[str]:
+def own_files(folder: Path, metadata: Metadata) -> list[str]:
     """What of a folder is the checkpoint's. Raises UsageError for a link, which may lead anywhere."""
-    beside = [f"{ADAPTER}/adapter_config.json", ADAPTER_WEIGHTS] if facts.adapter else []
+    beside = [f"{ADAPTER}/adapter_config.json", ADAPTER_WEIGHTS] if metadata.adapter else []
     named = {file.name for pattern in (*WRITTEN, *COPIED) for file in folder.glob(pattern) if file.is_file()}
-    found = sorted({*named, *facts.parts, *beside})
+    found = sorted({*named, *metadata.parts, *beside})
     links = [name for name in found if (folder / name).is_symlink() or (folder / name).parent.is_symlink()]
     if links:
         raise UsageError(f"{folder / links[0]} is a link and could lead anywhere. Put the file itself in its place.")

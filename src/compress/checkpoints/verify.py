@@ -12,10 +12,10 @@ from jaxtyping import Float, Int64
 from safetensors.torch import save_file
 from torch import Tensor
 
-from compress.apart import run_apart
 from compress.checkpoints import reload
-from compress.checkpoints.facts import read_json
 from compress.checkpoints.files import check_code
+from compress.checkpoints.metadata import read_json, read_metadata
+from compress.child_process import run_in_child
 from compress.errors import VerificationError
 from compress.models.gguf_opening import load_gguf_tokenizer
 from compress.models.loading import load_config, load_tokenizer
@@ -88,14 +88,14 @@ def verify_gguf(
 
 def why_own(folder: Path) -> str | None:
     """Why stock code cannot read packed weights here; None where it can, or where nothing is packed."""
-    facts = json.loads((folder / "compress.json").read_text(encoding="utf-8"))
-    if facts["storage"] != "packed":
+    metadata = read_metadata(folder)
+    if metadata.storage != "packed":
         return None
-    wanted = (["compressed_tensors"] if facts["quantized"] else []) + (["peft"] if facts["adapter"] else [])
+    wanted = (["compressed_tensors"] if metadata.quantized else []) + (["peft"] if metadata.adapter else [])
     absent = [name.replace("_", "-") for name in wanted if importlib.util.find_spec(name) is None]
     if absent:
         return f"{' and '.join(absent)} cannot be imported"
-    unpacked, available = facts["dense_size"]["bytes"], psutil.virtual_memory().available
+    unpacked, available = metadata.dense_size.bytes, psutil.virtual_memory().available
     if unpacked > available:
         return f"unpacked it takes {unpacked / 1e9:.0f} GB, and {available / 1e9:.0f} GB are free"
     return None
@@ -150,7 +150,7 @@ def run_clean(folder: Path, probe: Path, memory: int, scratch: Path, gguf_file: 
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "PYTHONWARNINGS": "ignore",
     }
-    done = run_apart("-I", reload.__file__, arguments, variables)
+    done = run_in_child("-I", reload.__file__, arguments, variables)
     if done.returncode != 0:
         last = done.stderr.strip().splitlines()[-1:] or ["no message"]
         raise VerificationError(f"The written {gguf_file or folder} does not load: {last[0]}. It is kept.")

@@ -135,11 +135,10 @@ def base_of(source: "ModelSource") -> "ModelSource":
 
 def facts_of(folder: Path) -> dict[str, Any]:
     """What compress.json says; nothing where there is none, or where it is damaged."""
-    from compress.models.json_text import parse_json
+    from compress.checkpoints.metadata import METADATA, read_json
 
-    with suppress(OSError, ValueError):
-        facts = parse_json((folder / "compress.json").read_text(encoding="utf-8"))
-        return facts if isinstance(facts, dict) else {}
+    with suppress(CompressError):
+        return read_json(folder / METADATA)
     return {}
 
 
@@ -200,7 +199,7 @@ def workloads(numbers: dict[str, list[int]], new: int | None, positions: int | N
 
 def other_source(dense: "Named", compressed: "Named") -> list[str]:
     """A note where the compressed model was made from other weights than those that it is compared with."""
-    from compress.provenance import input_fingerprint
+    from compress.checkpoints.metadata import input_fingerprint
     from compress.streaming.weights import LazyWeights
 
     made_from = facts_of(compressed.folder).get("fingerprints", {}).get("model")

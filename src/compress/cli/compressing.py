@@ -62,16 +62,15 @@ def deliver(
 
 def run_with_progress(job: "Job") -> "Result | None":
     """The result; None in all but the first of several processes, which keep silent."""
-    from compress.checkpoints.facts import FACTS
+    from compress.checkpoints.run_folder import RUN
     from compress.pipeline import run_together
-    from compress.streaming.journal import JOURNAL
     from compress.streaming.processes import joined
 
     try:
         with joined(job.device) as processes, seeing_interrupts(), progress_bar("preparing") as progress:
             return run_together(job, processes, progress)
     except KeyboardInterrupt as interrupt:
-        if any((job.partial / name).exists() for name in (JOURNAL, FACTS)):
+        if (job.partial / RUN).exists():
             raise KeyboardInterrupt("what was finished is kept; the same command with --resume goes on") from interrupt
         raise
 

@@ -30,10 +30,9 @@ from compress.numerics import DTYPES
 if TYPE_CHECKING:
     import torch
 
+    from compress.evaluation.evaluate import Evaluation
+    from compress.evaluation.subject import Request, Subject
     from compress.models.hub import ModelSource
-    from compress.quality.asked import Asked
-    from compress.quality.measuring import Quality
-    from compress.quality.subject import Subject
 
 Measures = "What to measure"
 Programs = "HumanEval"
@@ -118,27 +117,27 @@ def evaluate(
         with faults.noted():
             check_places_to_save(found.places[: len(named)])
     programs = humaneval and allow_code_execution
-    asked = gather(faults, words(ppl), words(tasks), found.data_dir, humaneval=programs, limit=limit)
+    request = gather(faults, words(ppl), words(tasks), found.data_dir, humaneval=programs, limit=limit)
 
     from compress.evaluation.humaneval import Sampling
 
-    asked = replace(
-        asked,
-        compared_on=(asked.texts or (usual_text(found.places),)) if kl else (),
+    request = replace(
+        request,
+        compared_on=(request.texts or (usual_text(found.places),)) if kl else (),
         sampling=Sampling(samples_per_problem, drawn_at(temperature, samples_per_problem), ks, seed),
         seq_len=seq_len,
         batch_size=batch_size or 8,
         trust_remote_code=trust_remote_code,
     )
-    subjects, dense = prepare_all(found.places, asked, with_dense=kl is not None)
+    subjects, dense = prepare_all(found.places, request, with_dense=kl is not None)
     assert found.device is not None
-    qualities = measure_all(subjects, dense, asked, dtype, found.device)
+    evaluations = measure_all(subjects, dense, request, dtype, found.device)
     if save:
-        save_all(subjects, qualities)
+        save_all(subjects, evaluations)
     if compare:
-        show_comparison(qualities, notes_on(subjects), as_json=json)
+        show_comparison(evaluations, notes_on(subjects), as_json=json)
     else:
-        show_quality(qualities[0], as_json=json)
+        show_quality(evaluations[0], as_json=json)
 
 
 # What was asked.
@@ -266,7 +265,7 @@ def check_computing_dtype(dtype: str | None, device: "torch.device") -> None:
 
 def gather(
     faults: Faults, texts: list[str], tasks: list[str], data_dir: Path | None, *, humaneval: bool, limit: int | None
-) -> "Asked":
+) -> "Request":
     """What is to be measured, with its documents and problems. All faults so far are told here."""
     if not tasks and not humaneval:
         faults.report()
@@ -274,20 +273,20 @@ def gather(
     from compress.datasets import load_rows
     from compress.datasets.humaneval import load_problems
     from compress.evaluation.humaneval import check_can_run
-    from compress.quality.asked import Asked, load_tasks
+    from compress.evaluation.subject import Request, load_tasks
 
-    asked = Asked(texts=tuple(texts), data_dir=data_dir, limit=limit)
+    request = Request(texts=tuple(texts), data_dir=data_dir, limit=limit)
     with faults.noted():
-        asked = replace(asked, tasks=load_tasks(tasks, data_dir))
+        request = replace(request, tasks=load_tasks(tasks, data_dir))
     with faults.noted():
         if humaneval:
             check_can_run()
-            asked = replace(asked, problems=load_problems(data_dir, limit))
+            request = replace(request, problems=load_problems(data_dir, limit))
     for text in texts if faults.found else []:
         with faults.noted():
             load_rows(text, "test", data_dir)
     faults.report()
-    return asked
+    return request
 
 
 def find_place(name: str) -> Place:
@@ -316,14 +315,16 @@ def check_places_to_save(places: Sequence[Place]) -> None:
 # Measuring.
 
 
-def prepare_all(places: Sequence[Place], asked: "Asked", *, with_dense: bool) -> "tuple[list[Subject], Subject | None]":
+def prepare_all(
+    places: Sequence[Place], request: "Request", *, with_dense: bool
+) -> "tuple[list[Subject], Subject | None]":
     """The models to be measured, and the dense one, which was named last. All faults of all of them at once."""
-    from compress.quality.subject import check_same_tokens, prepare
+    from compress.evaluation.subject import check_same_tokens, prepare
 
     faults, prepared = Faults(), []
     for place in places:
         with faults.noted():
-            prepared.append(prepare(place.name, place.folder(), place.gguf, asked))
+            prepared.append(prepare(place.name, place.folder(), place.gguf, request))
     faults.report()
     subjects, dense = (prepared[:-1], prepared[-1]) if with_dense else (prepared, None)
     if dense is not None:
@@ -332,34 +333,38 @@ def prepare_all(places: Sequence[Place], asked: "Asked", *, with_dense: bool) ->
 
 
 def measure_all(
-    subjects: "Sequence[Subject]", dense: "Subject | None", asked: "Asked", dtype: str | None, device: "torch.device"
-) -> "list[Quality]":
-    from compress.quality.measuring import free_memory, measure, remember_dense
+    subjects: "Sequence[Subject]",
+    dense: "Subject | None",
+    request: "Request",
+    dtype: str | None,
+    device: "torch.device",
+) -> "list[Evaluation]":
+    from compress.evaluation.evaluate import free_memory, measure, remember_dense
 
-    qualities = []
+    evaluations = []
     with progress_bar("preparing") as progress:
 
         def load(subject: "Subject") -> Any:
             progress(f"loading {subject.name}", "", 0, 0)
             computing = computing_dtype(dtype, subject.config, device)
-            return subject.load(computing, device, trust_remote_code=asked.trust_remote_code)
+            return subject.load(computing, device, trust_remote_code=request.trust_remote_code)
 
-        references = remember_dense(dense, load(dense), asked, progress) if dense is not None else {}
+        references = remember_dense(dense, load(dense), request, progress) if dense is not None else {}
         for subject in subjects:
             free_memory()
-            qualities.append(measure(subject, load(subject), asked, references, progress))
-    return qualities
+            evaluations.append(measure(subject, load(subject), request, references, progress))
+    return evaluations
 
 
-def save_all(subjects: "Sequence[Subject]", qualities: "Sequence[Quality]") -> None:
-    from compress.quality.saved import save
+def save_all(subjects: "Sequence[Subject]", evaluations: "Sequence[Evaluation]") -> None:
+    from compress.checkpoints.quality import save_quality
 
-    for subject, quality in zip(subjects, qualities, strict=True):
-        save(subject.folder, quality)
+    for subject, found in zip(subjects, evaluations, strict=True):
+        save_quality(subject.folder, found.quality)
 
 
 def notes_on(subjects: "Sequence[Subject]") -> list[str]:
-    from compress.quality.subject import cut_otherwise
+    from compress.evaluation.subject import cut_otherwise
 
     names = cut_otherwise(subjects)
     if not names:

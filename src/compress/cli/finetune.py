@@ -27,7 +27,7 @@ from compress.cli.reporting import quiet_libraries, reporting_errors
 from compress.errors import Faults, UsageError
 
 if TYPE_CHECKING:
-    from compress.checkpoints.facts import Facts
+    from compress.checkpoints.metadata import Metadata
     from compress.models.hub import ModelSource
     from compress.tuning.settings import TuningJob
     from compress.tuning.tuner import Result
@@ -127,20 +127,16 @@ def finetune(
 
     import torch
 
-    from compress.checkpoints.facts import read_facts
-    from compress.checkpoints.integrity import check_folder, is_ours
+    from compress.checkpoints.run_folder import own_metadata
     from compress.models.loading import load_config
     from compress.tuning.settings import Settings, TuningJob
 
     quiet_libraries()
-    check_folder(folder)
-    if not is_ours(folder):
-        raise UsageError(f"{folder} has no compress.json. Only checkpoints that compress has made are tuned.")
-    facts = read_facts(folder)
+    metadata = own_metadata(folder, "tuned")
     if all(value is None for value in given.values()):
         given["steps"] = USUAL_STEPS
     settings = Settings(
-        data=data or facts.recipe.calibration.source,
+        data=data or metadata.recipe.calibration.source,
         **given,
         seq_len=usual_seq_len(load_config(folder).get_text_config(), seq_len, USUAL_LENGTH),
         batch_size=batch_size,
@@ -159,7 +155,7 @@ def finetune(
     job = TuningJob(
         model=source,
         settings=settings,
-        teacher=None if distill == "none" else find_teacher(teacher, facts),
+        teacher=None if distill == "none" else find_teacher(teacher, metadata),
         out=out or Path("compressed") / f"{source.name}-tuned",
         command=command_of(source.name, settings, teacher, dtype),
         dtype=None if dtype is None else getattr(torch, dtype),
@@ -184,17 +180,17 @@ def check_length(given: dict[str, Any]) -> None:
         raise UsageError(f"{' and '.join(f'--{name}' for name in given)} all say how long. Use one of them.")
 
 
-def find_teacher(asked: str | None, facts: "Facts") -> "ModelSource":
+def find_teacher(asked: str | None, metadata: "Metadata") -> "ModelSource":
     """The dense model. Raises UsageError where the one that was compressed cannot be found by its name alone."""
     from compress.models.hub import find_model
 
     if asked is not None:
         return find_model(asked)
     try:
-        return find_model(facts.base_model)
+        return find_model(metadata.base_model)
     except UsageError as error:
         raise UsageError(
-            f"The dense model is not found by its name in compress.json, {facts.base_model!r}. "
+            f"The dense model is not found by its name in compress.json, {metadata.base_model!r}. "
             "Name its folder with --teacher, or train on the text alone with --distill none."
         ) from error
 

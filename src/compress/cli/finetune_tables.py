@@ -62,14 +62,14 @@ def show_tuning(result: "Result", *, as_json: bool) -> None:
     if as_json:
         print_json(result.to_dict())
         return
-    tuning = result.tuning
+    tuning = result.tuning.to_dict()
     rows = [
         ["trained", f"{WHAT[tuning['trained']]}, {tuning['trained_parameters']:,} numbers"],
         ["steps", f"{tuning['steps']:,} of {tuning['planned_steps']:,}, the best after {tuning['best_step']:,}"],
         ["perplexity, held out", change(tuning["held_out"])],
     ]
-    if tuning["unlike"] is not None:
-        rows += [[f"perplexity, {tuning['unlike']['source']}", change(tuning["unlike"])]]
+    if tuning["other_text"] is not None:
+        rows += [[f"perplexity, {tuning['other_text']['source']}", change(tuning["other_text"])]]
     rows += [
         ["bytes", gigabytes(result.bytes)],
         ["seconds", f"{result.seconds:.1f}"],

@@ -47,7 +47,7 @@ def inspect_outputs(
     if plot is not None:
         check_plots(plot)
 
-    from compress.inspection.report import as_data
+    from compress.inspection.summary import as_data
 
     quiet_libraries()
     seen = look_into(folders, fast=fast)
@@ -94,11 +94,11 @@ def look_into(folders: Sequence[Path], *, fast: bool) -> "list[Inspection]":
 
 
 def write_card(seen: "Inspection") -> None:
-    from compress.checkpoints.card import rewrite_card
+    from compress.checkpoints.card import write_card
 
-    if seen.facts is None:
+    if seen.metadata is None:
         raise UsageError(f"--card writes the card of a checkpoint of ours, and {seen.folder} has no compress.json.")
-    rewrite_card(seen.folder, seen.facts, seen.quality)
+    write_card(seen.folder, seen.metadata, seen.quality)
 
 
 def draw(seen: "Sequence[Inspection]", folder: Path) -> list[Path]:

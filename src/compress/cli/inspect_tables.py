@@ -10,7 +10,7 @@ from compress.cli.reporting import gigabytes, print_lines, print_table
 from compress.cli.tables import loads_as, size_rows, spans
 
 if TYPE_CHECKING:
-    from compress.checkpoints.facts import Facts
+    from compress.checkpoints.metadata import Metadata
     from compress.inspection.linears import StoredLinear
     from compress.inspection.summary import BlockRow, Inspection
 
@@ -44,10 +44,10 @@ def show_cells(title: str, rows: Sequence[dict[str, str]]) -> None:
 
 
 def header(seen: "Inspection") -> list[list[str]]:
-    from compress.inspection.report import architecture
+    from compress.inspection.summary import architecture
 
-    if seen.facts is not None:
-        return our_header(seen, seen.facts)
+    if seen.metadata is not None:
+        return our_header(seen, seen.metadata)
     parameters = "packed in a way not read here" if seen.parameters is None else f"{seen.parameters:,}"
     return [
         ["what it is", "a checkpoint of another program"],
@@ -59,46 +59,46 @@ def header(seen: "Inspection") -> list[list[str]]:
     ]
 
 
-def our_header(seen: "Inspection", facts: "Facts") -> list[list[str]]:
+def our_header(seen: "Inspection", metadata: "Metadata") -> list[list[str]]:
     rows = [
-        ["base model", facts.base_model],
-        ["method", facts.recipe.method],
-        ["written as", loads_as(facts.architecture, is_stock=facts.loads_without_our_code)],
-        ["loads with", loads_with(facts)],
-        ["parameters, dense", f"{facts.dense_size.parameters:,}"],
-        *size_rows(facts.dense_size.model_dump(), facts.size.model_dump()),
+        ["base model", metadata.base_model],
+        ["method", metadata.recipe.method],
+        ["written as", loads_as(metadata.architecture, is_stock=metadata.loads_without_our_code)],
+        ["loads with", loads_with(metadata)],
+        ["parameters, dense", f"{metadata.dense_size.parameters:,}"],
+        *size_rows(metadata.dense_size.model_dump(), metadata.size.model_dump()),
         ["types", types(seen)],
     ]
     if seen.bits_per_weight is not None:
         rows += [["bits a weight in the blocks", f"{seen.bits_per_weight:.2f}, all counted"]]
-    if facts.tuning is not None:
-        losses = facts.tuning.held_out
+    if metadata.tuning is not None:
+        losses = metadata.tuning.held_out
         change = f"{math.exp(losses.before):.2f} to {math.exp(losses.after):.2f}"
-        rows += [["tuned on", f"{facts.tuning.data.source}, perplexity held out {change}"]]
-    if facts.held_out_divergence is not None:
-        rows += [["divergence from dense, held out", f"{facts.held_out_divergence:.3f} nats a token"]]
+        rows += [["tuned on", f"{metadata.tuning.data.source}, perplexity held out {change}"]]
+    if metadata.held_out_divergence is not None:
+        rows += [["divergence from dense, held out", f"{metadata.held_out_divergence:.3f} nats a token"]]
     if seen.quality is not None:
-        rows += [[each.name, each.text] for each in seen.quality.listed()]
-    versions = ", ".join(f"{name} {version}" for name, version in facts.versions.items())
-    return [*rows, ["versions", versions], ["files", state(seen, facts)]]
+        rows += [[each.name, each.text] for each in seen.quality.measures]
+    versions = ", ".join(f"{name} {version}" for name, version in metadata.versions.items())
+    return [*rows, ["versions", versions], ["files", state(seen, metadata)]]
 
 
-def loads_with(facts: "Facts") -> str:
-    packed = facts.quantized and facts.storage == "packed"
-    beside = [name for name, needed in (("peft", facts.adapter), ("compressed-tensors", packed)) if needed]
+def loads_with(metadata: "Metadata") -> str:
+    packed = metadata.quantized and metadata.storage == "packed"
+    beside = [name for name, needed in (("peft", metadata.adapter), ("compressed-tensors", packed)) if needed]
     libraries = " and ".join(["transformers", *beside])
-    if not facts.loads_without_our_code:
+    if not metadata.loads_without_our_code:
         libraries += ", after `import compress` or with trust_remote_code"
-    return f"compress.load; {libraries}" if facts.adapter else libraries
+    return f"compress.load; {libraries}" if metadata.adapter else libraries
 
 
-def state(seen: "Inspection", facts: "Facts") -> str:
-    parts = f"{sum('/' not in name for name in facts.parts)} parts" + (" and an adapter" if facts.adapter else "")
+def state(seen: "Inspection", metadata: "Metadata") -> str:
+    parts = f"{sum('/' not in name for name in metadata.parts)} parts" + (" and an adapter" if metadata.adapter else "")
     return f"{parts}, as they were written (sha256)" if seen.verified else f"{parts}; --fast verified no checksums"
 
 
 def types(seen: "Inspection") -> str:
-    from compress.inspection.report import dtypes
+    from compress.inspection.summary import dtypes
 
     found = sorted(dtypes(seen).items(), key=lambda item: -item[1]["bytes"])
     return ", ".join(f"{name} {gigabytes(entry['bytes'])}" for name, entry in found)
@@ -107,11 +107,11 @@ def types(seen: "Inspection") -> str:
 def notes(seen: "Inspection") -> Iterable[str]:
     from compress.checkpoints.integrity import ADAPTER_WEIGHTS
 
-    if seen.facts is not None:
-        yield f"Made by: {seen.facts.command}"
-    if seen.facts is not None and seen.facts.adapter and ADAPTER_WEIGHTS not in seen.facts.parts:
+    if seen.metadata is not None:
+        yield f"Made by: {seen.metadata.command}"
+    if seen.metadata is not None and seen.metadata.adapter and ADAPTER_WEIGHTS not in seen.metadata.parts:
         yield "Of the adapter no checksum is recorded: its names, shapes and bytes are as they should be."
-    if seen.quantized_by and seen.facts is None:
+    if seen.quantized_by and seen.metadata is None:
         yield "Weights that another program has packed are counted in bytes and not decoded."
 
 
@@ -145,7 +145,7 @@ def linear_cells(linear: "StoredLinear", seen: "Inspection") -> dict[str, str]:
         "bits a weight": f"{linear.bits_per_weight:.2f}",
         "zeros": "" if zeros is None else f"{zeros.share:.1%}",
         "pattern": pattern,
-        "lost": number(linear.facts.lost if linear.facts else None, ".2%"),
+        "lost": number(linear.metadata.lost if linear.metadata else None, ".2%"),
         "parameters": f"{linear.parameters:,}",
         "bytes": gigabytes(linear.bytes),
     }
@@ -168,8 +168,8 @@ def show_sizes(seen: "Sequence[Inspection]") -> None:
 
 
 def size_cells(seen: "Inspection") -> dict[str, str]:
-    facts = seen.facts
-    size, dense = (facts.size, facts.dense_size) if facts else (None, None)
+    metadata = seen.metadata
+    size, dense = (metadata.size, metadata.dense_size) if metadata else (None, None)
     parameters, stored = number(seen.parameters, ","), gigabytes(seen.bytes)
     if size and dense:
         parameters += f" ({size.parameters / dense.parameters:.0%})"
@@ -179,5 +179,5 @@ def size_cells(seen: "Inspection") -> dict[str, str]:
         "parameters (of dense)": parameters,
         "bytes (of dense)": stored,
         "bits a weight": number(seen.bits_per_weight, ".2f"),
-        "divergence": number(facts.held_out_divergence if facts else None, ".3f"),
+        "divergence": number(metadata.held_out_divergence if metadata else None, ".3f"),
     }

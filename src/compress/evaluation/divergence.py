@@ -3,7 +3,7 @@
     KL(dense || model) = sum over the vocabulary of p (ln p - ln q),    p the dense model's, q the model's
 
 in nats a token, the mean over the tokens that perplexity predicts; beside it the share of them for which both models
-think the same token the likeliest. The standard error is that of the mean over windows, NaN for one.
+think the same token the likeliest. The standard error is that of the mean over windows, None for one.
 
 The two models are never in memory together: of the dense one what its head reads is kept, one vector a token, and the
 head. Softmax in float64, over a few tokens at a time.
@@ -13,15 +13,15 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from compress.checkpoints.quality import Divergence
 from compress.errors import UnsupportedModel, UsageError
 from compress.evaluation._inference import evaluating, finite
 from compress.models.soundness import first_unsound
@@ -30,25 +30,6 @@ from compress.models.soundness import first_unsound
 LOGITS_AT_ONCE = 2**24
 # Of the largest logit: the same head on the same states, but on other rows at a time.
 HEAD_TOLERANCE = 1e-2
-
-
-@dataclass(frozen=True)
-class Divergence:
-    """kl in nats a token. agreement: the share of tokens with the same likeliest successor."""
-
-    dataset: str
-    dense: str
-    kl: float
-    standard_error: float
-    agreement: float
-    tokens: int
-    windows: int
-    seq_len: int
-    seconds: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON has it, which knows no NaN: an unknown standard error is None."""
-        return {key: None if value != value else value for key, value in asdict(self).items()}
 
 
 @dataclass(frozen=True)
@@ -110,7 +91,7 @@ def divergence(
         dataset=dataset,
         dense=reference.dense,
         kl=means.mean().item(),
-        standard_error=means.std().item() / math.sqrt(len(means)) if len(means) > 1 else math.nan,
+        standard_error=means.std().item() / math.sqrt(len(means)) if len(means) > 1 else None,
         agreement=agreed / (tokens * len(means)),
         tokens=tokens * len(means),
         windows=len(means),

@@ -3,7 +3,7 @@
     pass@k = mean over problems of 1 - C(n - c, k) / C(n, k)      (section 2.1)
 
 for n samples of a problem of which c pass: without bias for n >= k. The standard error is that of the mean over
-problems. A completion ends before the first of the paper's stop strings.
+problems, None for one. A completion ends before the first of the paper's stop strings.
 """
 
 import math
@@ -26,6 +26,7 @@ from transformers import (
     StopStringCriteria,
 )
 
+from compress.checkpoints.quality import HumanEval, Metric
 from compress.errors import UsageError
 from compress.evaluation._inference import context_length, evaluating
 from compress.evaluation._programs import PASSED, run_programs
@@ -45,31 +46,6 @@ class Sampling:
     ks: tuple[int, ...] = (1,)
     seed: int = 0
     max_new_tokens: int = 512
-
-
-@dataclass(frozen=True)
-class PassRate:
-    """pass@k; error is None for one problem."""
-
-    k: int
-    value: float
-    error: float | None
-
-
-@dataclass(frozen=True)
-class HumanEval:
-    """failures: how often programs failed in which way."""
-
-    rates: list[PassRate]
-    problems: int
-    samples: int
-    temperature: float
-    passed: int
-    failures: dict[str, int]
-
-    def to_dict(self) -> dict[str, Any]:
-        rates = {f"pass@{each.k}": {"value": each.value, "standard_error": each.error} for each in self.rates}
-        return {"rates": rates, **{name: value for name, value in vars(self).items() if name != "rates"}}
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
@@ -111,14 +87,21 @@ def judged(outcomes: Sequence[str], sampling: Sampling) -> HumanEval:
     """outcomes: of all samples of the first problem, then of the second, ..."""
     n = sampling.samples
     correct = [outcomes[i : i + n].count(PASSED) for i in range(0, len(outcomes), n)]
-    rates = [rate_of([pass_at_k(n, each, k) for each in correct], k) for k in sampling.ks]
+    rates = {f"pass@{k}": rate_of([pass_at_k(n, each, k) for each in correct]) for k in sampling.ks}
     failures = Counter(outcome.partition(":")[0] for outcome in outcomes if outcome != PASSED)
-    return HumanEval(rates, len(correct), n, sampling.temperature, sum(correct), dict(failures))
+    return HumanEval(
+        rates=rates,
+        problems=len(correct),
+        samples=n,
+        temperature=sampling.temperature,
+        passed=sum(correct),
+        failures=dict(failures),
+    )
 
 
-def rate_of(values: Sequence[float], k: int) -> PassRate:
+def rate_of(values: Sequence[float]) -> Metric:
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-    return PassRate(k, statistics.fmean(values), error)
+    return Metric(value=statistics.fmean(values), standard_error=error)
 
 
 def completions(

@@ -6,7 +6,7 @@ L tokens a window, natural logarithm, so the loss is in nats per token. The wind
 first token of each is not predicted. Perplexities compare only between models with one tokenizer, at one L.
 
 The standard error is that of the mean over windows, brought to the perplexity by the delta method:
-ppl * std(losses, ddof=1) / sqrt(windows). It is NaN for one window.
+ppl * std(losses, ddof=1) / sqrt(windows). For one window it is None.
 
 The reference codes take the loss in the model's dtype; ours moves the logits to float32 first (float64 stays).
 """
@@ -14,35 +14,16 @@ The reference codes take the loss in the model's dtype; ours moves the logits to
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from compress.checkpoints.quality import Perplexity
 from compress.errors import UsageError
 from compress.evaluation._inference import evaluating, finite
 from compress.models.soundness import first_unsound
-
-
-@dataclass(frozen=True)
-class Perplexity:
-    """nll is the mean loss in nats per token; tokens are those predicted."""
-
-    dataset: str
-    ppl: float
-    standard_error: float
-    nll: float
-    tokens: int
-    windows: int
-    seq_len: int
-    seconds: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON has it, which knows no NaN: an unknown standard error is None."""
-        return {key: None if value != value else value for key, value in asdict(self).items()}
 
 
 def perplexity(
@@ -69,7 +50,7 @@ def perplexity(
                 on_batch(len(batch))
     loss = torch.tensor(losses, dtype=torch.float64)
     ppl = loss.mean().exp().item()
-    error = ppl * loss.std().item() / math.sqrt(num_windows) if num_windows > 1 else math.nan
+    error = ppl * loss.std().item() / math.sqrt(num_windows) if num_windows > 1 else None
     return Perplexity(
         dataset=dataset,
         ppl=ppl,

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from compress.checkpoints.quality import Metric, TaskScore
 from compress.errors import CompressError, NumericalError, Unavailable, UsageError
 from compress.evaluation._inference import context_length, evaluating
 from compress.evaluation._local_tasks import KNOWN, Document, local_task, task_index
@@ -30,28 +31,6 @@ INSTALL = "pip install 'compress-llm[tasks]'"
 BOOTSTRAPS = 1000
 FEWSHOT_SEED = 1234  # as in lm_eval.simple_evaluate
 OnAnswer = Callable[[int], None]
-
-
-@dataclass(frozen=True)
-class Metric:
-    """error: the standard error, None where it is unknown."""
-
-    value: float
-    error: float | None
-
-
-@dataclass(frozen=True)
-class TaskScore:
-    """metrics by lm-eval's names. source: of the documents, `files` or `hub`."""
-
-    task: str
-    source: str
-    documents: int
-    metrics: dict[str, Metric]
-
-    def to_dict(self) -> dict[str, Any]:
-        metrics = {name: {"value": each.value, "standard_error": each.error} for name, each in self.metrics.items()}
-        return {"task": self.task, "source": self.source, "documents": self.documents, "metrics": metrics}
 
 
 def averages(scores: Sequence[TaskScore]) -> dict[str, float | None]:
@@ -232,7 +211,7 @@ def read_score(task: LoadedTask, found: Mapping[str, Any]) -> TaskScore:
         error = entry.get(f"{name}_stderr,{kept_by}")
         known = isinstance(error, int | float) and math.isfinite(error)
         metrics[name if kept_by == "none" else f"{name} ({kept_by})"] = Metric(
-            float(value), float(error) if known else None
+            value=float(value), standard_error=float(error) if known else None
         )
     documents = sum(found["n-samples"][part]["effective"] for part in task.parts)
-    return TaskScore(task.name, task.source, documents, metrics)
+    return TaskScore(task=task.name, source=task.source, documents=documents, metrics=metrics)

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from compress.checkpoints.facts import FACTS, Facts
+from compress.checkpoints.metadata import METADATA, Metadata
 from compress.errors import CheckpointError
 from compress.models.counting import num_parameters
 from compress.models.expert_names import own_name
@@ -19,19 +19,19 @@ from compress.own_model.modeling_compress import unfuse_experts
 ENDS = 2  # parts that are no block: the embeddings and the head
 
 
-def blueprint(folder: Path, facts: Facts) -> PreTrainedModel:
+def blueprint(folder: Path, metadata: Metadata) -> PreTrainedModel:
     """On the meta device, with its linears as they are stored. Raises CheckpointError where config.json makes none."""
     with reading(f"The config.json of {folder} makes no model", "Get it again."):
-        return built(folder, facts)
+        return built(folder, metadata)
 
 
-def built(folder: Path, facts: Facts) -> PreTrainedModel:
+def built(folder: Path, metadata: Metadata) -> PreTrainedModel:
     config = load_config(folder)
     num_blocks = config.get_text_config().num_hidden_layers
-    parts = [name for name in facts.parts if "/" not in name]
+    parts = [name for name in metadata.parts if "/" not in name]
     # Before it is built: a count out of thin air would take forever.
     if num_blocks != len(parts) - ENDS:
-        raise CheckpointError(f"config.json of {folder} says {num_blocks} blocks, {FACTS} {len(parts) - ENDS}.")
+        raise CheckpointError(f"config.json of {folder} says {num_blocks} blocks, {METADATA} {len(parts) - ENDS}.")
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # no library is to act on it
     model = unfuse_experts(empty_model(config))
@@ -47,7 +47,7 @@ def named(tensors: list[StoredTensor], lora: Lora | None) -> dict[str, StoredTen
     return {own_name(inside.get(tensor.name, tensor.name)): tensor for tensor in tensors}
 
 
-def check_against(model: PreTrainedModel, tensors: dict[str, StoredTensor], facts: Facts) -> None:
+def check_against(model: PreTrainedModel, tensors: dict[str, StoredTensor], metadata: Metadata) -> None:
     """That the files hold the model's tensors in its shapes, and no others. Raises CheckpointError."""
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     tied = set(model.all_tied_weights_keys)
@@ -64,7 +64,7 @@ def check_against(model: PreTrainedModel, tensors: dict[str, StoredTensor], fact
                 "Get it again."
             )
     counted = num_parameters(model)
-    if counted != facts.size.parameters:
+    if counted != metadata.size.parameters:
         raise CheckpointError(
-            f"{FACTS} says {facts.size.parameters:,} parameters, the files hold {counted:,}. Get it again."
+            f"{METADATA} says {metadata.size.parameters:,} parameters, the files hold {counted:,}. Get it again."
         )

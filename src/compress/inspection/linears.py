@@ -1,19 +1,23 @@
-"""The linears of a checkpoint as they are stored: which tensors make one up, and what it comes to.
+"""The linears of a checkpoint as they are stored: which tensors make one up, what it comes to, how sparse it is.
 
 Dimensions: a linear has m outputs and n inputs.
 """
 
+import copy
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from jaxtyping import Shaped
+from torch import Tensor, nn
 
-from compress.checkpoints.facts import LinearFacts
+from compress.checkpoints.metadata import LinearMetadata
+from compress.errors import CheckpointError
 from compress.models.counting import num_parameters
 from compress.models.packed import ByteLinear, FloatLinear, LoraLinear, PackedLinear
-from compress.models.tensor_files import BITS, StoredTensor
+from compress.models.tensor_files import BITS, StoredTensor, open_safetensors
+from compress.numerics.sparsity import Pattern
 from compress.own_model.modeling_compress import AdaptedLinear, CompactLinear, LowRankLinear, PivotLinear
 
 BLOCK = re.compile(r"\.(\d+)\.(.*)")  # its number, and what is below it
@@ -28,19 +32,21 @@ FORMS: tuple[tuple[type[nn.Module], str], ...] = (
     (nn.Linear, "dense"),
 )
 FLOATS = ("F64", "F32", "F16", "BF16")
+NUMBERS_AT_ONCE = 2**22  # read while zeros are counted
+TWO_OF_FOUR = Pattern(2, 4)  # what is looked for where nothing is promised
 
 
 @dataclass(frozen=True)
 class StoredLinear:
     """
     path: in the model as it is written. module: on the meta device. tensors: by their names below the path.
-    facts: what compress.json says of it.
+    metadata: what compress.json says of it.
     """
 
     path: str
     module: Kind
     tensors: Mapping[str, StoredTensor]
-    facts: LinearFacts | None = None
+    metadata: LinearMetadata | None = None
 
     @property
     def m(self) -> int:
@@ -72,7 +78,7 @@ class StoredLinear:
             return None if self.module.first is None else int(self.module.first.num_rows)
         if isinstance(self.module, LoraLinear):
             return None if self.module.lora_A is None else len(self.module.lora_A)
-        return self.facts.rank if self.facts and self.facts.form else None
+        return self.metadata.rank if self.metadata and self.metadata.form else None
 
     @property
     def bits(self) -> int:
@@ -116,12 +122,12 @@ def block_of(name: str) -> int | None:
 
 
 def linears_of(
-    model: nn.Module, tensors: Mapping[str, StoredTensor], facts: Iterable[LinearFacts]
+    model: nn.Module, tensors: Mapping[str, StoredTensor], metadata: Iterable[LinearMetadata]
 ) -> list[StoredLinear]:
     """
     model: on the meta device. tensors: by their names in it.
     """
-    told = {each.linear: each for each in facts}
+    told = {each.linear: each for each in metadata}
     modules = dict(outermost(model))
     below: dict[str, dict[str, StoredTensor]] = {path: {} for path in modules}
     for name, tensor in tensors.items():
@@ -164,3 +170,85 @@ def foreign_linears(tensors: Mapping[str, StoredTensor]) -> list[StoredLinear]:
 def linear_names(linears: Iterable[StoredLinear]) -> list[str]:
     """Of the linears in blocks, in the order of a block."""
     return list(dict.fromkeys(linear.name for linear in linears if linear.block is not None))
+
+
+# How sparse the stored weights are: counted, whatever was promised.
+
+
+@dataclass(frozen=True)
+class Zeros:
+    """Of a weight without its adapter. pattern: the one that it was pruned to, or 2:4 where that is found.
+
+    kept: whether the pattern holds everywhere.
+    """
+
+    count: int
+    total: int
+    pattern: str | None
+    kept: bool
+
+    @property
+    def share(self) -> float:
+        return self.count / max(self.total, 1)
+
+
+def zeros_of(linear: StoredLinear) -> Zeros | None:
+    """None where a product of two dense ones takes the weight's place. Raises CheckpointError for an odd pattern."""
+    weights = [pair for pair in linear.weights if len(linear.weights) == 1 or isinstance(pair[0], AdaptedLinear)]
+    # A dense weight may have been pruned and its adapter multiplied into it: there nothing is promised.
+    promised = linear.metadata.pattern if linear.metadata and linear.form != "dense" else None
+    pattern = parsed(promised) if promised else TWO_OF_FOUR
+    found = [counted(module, tensors, pattern) for module, tensors in weights]
+    if not found:
+        return None
+    count, total, kept = sum(each[0] for each in found), sum(each[1] for each in found), all(each[2] for each in found)
+    return Zeros(count, total, promised or ("2:4" if kept and count < total else None), kept)
+
+
+def counted(
+    module: nn.Linear | AdaptedLinear, tensors: Mapping[str, StoredTensor], pattern: Pattern
+) -> tuple[int, int, bool]:
+    """Zeros, all numbers, and whether the pattern holds."""
+    m, n = module.out_features, module.in_features
+    zeros, kept = 0, not pattern.is_grouped or n % pattern.group == 0
+    for rows in weight_rows(module, tensors):
+        zeros += int((rows == 0).sum())
+        kept = kept and keeps(rows, pattern)
+    if not pattern.is_grouped:
+        kept = zeros >= int(round((1 - pattern.density) * n, 6)) * m
+    return zeros, m * n, kept
+
+
+def parsed(text: str) -> Pattern:
+    try:
+        return Pattern.parse(text)
+    except ValueError as error:
+        raise CheckpointError(f"compress.json is damaged: {error}. Get it again.") from error
+
+
+def keeps(rows: Shaped[Tensor, "rows n"], pattern: Pattern) -> bool:
+    if not pattern.is_grouped:
+        return True
+    return bool(((rows != 0).unflatten(1, (-1, pattern.group)).sum(-1) <= pattern.keep).all())
+
+
+def weight_rows(module: nn.Linear | AdaptedLinear, tensors: Mapping[str, StoredTensor]) -> Iterator[Tensor]:
+    """(rows, n) of the weight, a stretch after another."""
+    m, step = module.out_features, max(1, NUMBERS_AT_ONCE // max(module.in_features, 1))
+    if isinstance(module, nn.Linear):
+        with open_safetensors(tensors["weight"].file) as opened:
+            view = opened.get_slice(tensors["weight"].name)
+            for start in range(0, m, step):
+                yield view[start : start + step]
+        return
+    stored = copy.deepcopy(module)
+    weight = {name: read(tensor) for name, tensor in tensors.items() if name.startswith("weight")}
+    stored.load_state_dict(weight, strict=False, assign=True)
+    for start in range(0, m, step):
+        yield stored.rows(start, min(start + step, m), torch.float32)
+
+
+def read(tensor: StoredTensor) -> Tensor:
+    with open_safetensors(tensor.file) as opened:
+        found: Tensor = opened.get_tensor(tensor.name)
+    return found

@@ -1,16 +1,16 @@
 """A checkpoint looked at: verified against what it says of itself, its blocks and linears summed up from the files."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from compress.checkpoints.facts import Facts, Point, read_facts, read_json
-from compress.checkpoints.integrity import ADAPTER_WEIGHTS, check_folder, check_integrity, check_mapped, is_ours
-from compress.checkpoints.measures import Measures, read_measures
+from compress.checkpoints.integrity import ADAPTER_WEIGHTS, check_integrity, check_mapped
+from compress.checkpoints.metadata import Metadata, Point, is_ours, read_json, read_metadata
+from compress.checkpoints.quality import Quality, read_quality
+from compress.checkpoints.run_folder import check_folder
 from compress.inspection.blueprint import blueprint, check_against, named
-from compress.inspection.linears import StoredLinear, block_of, foreign_linears, linears_of
-from compress.inspection.zeros import Zeros, zeros_of
+from compress.inspection.linears import StoredLinear, Zeros, block_of, foreign_linears, linears_of, zeros_of
 from compress.models.stored_files import read_lora
 from compress.models.tensor_files import INDEX, StoredTensor, checkpoint_files, read_header
 from compress.progress import Progress, Steps
@@ -21,18 +21,18 @@ ENDS = ("lm_head.", "embed_out.", ".norm.", "final_layer_norm.", "final_layernor
 @dataclass(frozen=True)
 class Inspection:
     """
-    facts: what it says of itself; None for a checkpoint that is not ours. config: config.json.
+    metadata: what it says of itself; None for a checkpoint that is not ours. config: config.json.
     tensors: of the model and of its adapter. zeros: by the linear's path; empty where none were counted.
     verified: whether the weights were compared with their checksums.
     """
 
     folder: Path
-    facts: Facts | None
+    metadata: Metadata | None
     config: Mapping[str, Any]
     tensors: Sequence[StoredTensor]
     linears: Sequence[StoredLinear]
     zeros: Mapping[str, Zeros | None]
-    quality: Measures | None
+    quality: Quality | None
     verified: bool
 
     @property
@@ -46,8 +46,8 @@ class Inspection:
     @property
     def parameters(self) -> int | None:
         """None where weights are packed in a way that is not read here."""
-        if self.facts is not None:
-            return self.facts.size.parameters
+        if self.metadata is not None:
+            return self.metadata.size.parameters
         return None if self.quantized_by else sum(tensor.numbers for tensor in self.tensors)
 
     @property
@@ -90,12 +90,12 @@ def inspect(folder: Path, *, fast: bool, progress: Progress) -> Inspection:
     Raises UsageError for a folder that is no finished checkpoint, CheckpointError for a damaged one.
     """
     check_folder(folder)
-    facts = read_facts(folder) if is_ours(folder) else None
-    if facts is None:
+    metadata = read_metadata(folder) if is_ours(folder) else None
+    if metadata is None:
         tensors, linears = read_foreign(folder)
     else:
-        check_integrity(folder, facts, checksums=not fast, progress=progress)
-        tensors, linears = read_ours(folder, facts)
+        check_integrity(folder, metadata, checksums=not fast, progress=progress)
+        tensors, linears = read_ours(folder, metadata)
     counted = [] if fast else linears
     zeros, steps = {}, Steps(progress, "counting zeros", len(counted))
     for linear in counted:
@@ -104,24 +104,24 @@ def inspect(folder: Path, *, fast: bool, progress: Progress) -> Inspection:
     steps.end()
     return Inspection(
         folder=folder,
-        facts=facts,
+        metadata=metadata,
         config=read_json(folder / "config.json"),
         tensors=tensors,
         linears=linears,
         zeros=zeros,
-        quality=read_measures(folder),
-        verified=facts is not None and not fast,
+        quality=read_quality(folder),
+        verified=metadata is not None and not fast,
     )
 
 
-def read_ours(folder: Path, facts: Facts) -> tuple[list[StoredTensor], list[StoredLinear]]:
-    files = [folder / name for name in facts.parts if name != ADAPTER_WEIGHTS]
-    files += [folder / ADAPTER_WEIGHTS] if facts.adapter else []
+def read_ours(folder: Path, metadata: Metadata) -> tuple[list[StoredTensor], list[StoredLinear]]:
+    files = [folder / name for name in metadata.parts if name != ADAPTER_WEIGHTS]
+    files += [folder / ADAPTER_WEIGHTS] if metadata.adapter else []
     found = [tensor for file in files for tensor in read_header(file)]
-    model = blueprint(folder, facts)
-    tensors = named(found, read_lora(folder) if facts.adapter else None)
-    check_against(model, tensors, facts)
-    return found, linears_of(model, tensors, facts.linears)
+    model = blueprint(folder, metadata)
+    tensors = named(found, read_lora(folder) if metadata.adapter else None)
+    check_against(model, tensors, metadata)
+    return found, linears_of(model, tensors, metadata.linears)
 
 
 def read_foreign(folder: Path) -> tuple[list[StoredTensor], list[StoredLinear]]:
@@ -153,7 +153,7 @@ def place_of(tensor: StoredTensor) -> int | str:
 
 def row(seen: Inspection, place: int | str, tensors: Sequence[StoredTensor]) -> BlockRow:
     linears = [linear for linear in seen.linears if linear.block == place]
-    points = [point for point in (seen.facts.points if seen.facts else []) if point_place(point) == place]
+    points = [point for point in (seen.metadata.points if seen.metadata else []) if point_place(point) == place]
     errors = [point.relative_error for point in points if point.relative_error is not None]
     zeros = [found for linear in linears if (found := seen.zeros.get(linear.path)) is not None]
     return BlockRow(
@@ -166,7 +166,7 @@ def row(seen: Inspection, place: int | str, tensors: Sequence[StoredTensor]) -> 
         zeros=sum(each.count for each in zeros) / sum(each.total for each in zeros) if zeros else None,
         patterns=sorted({each.pattern if each.kept else f"{each.pattern} broken" for each in zeros if each.pattern}),
         error=errors[-1] if errors else None,
-        lost=mean([linear.facts.lost for linear in linears if linear.facts and linear.facts.lost is not None]),
+        lost=mean([linear.metadata.lost for linear in linears if linear.metadata and linear.metadata.lost is not None]),
         parameters=parameters_of(seen, linears, tensors),
         bytes=sum(tensor.bytes for tensor in tensors),
     )
@@ -180,9 +180,9 @@ def point_place(point: Point) -> int | str:
 
 def units_of(seen: Inspection, place: int | str) -> dict[str, int]:
     """How many units of each kind a block has."""
-    if seen.facts is None or not isinstance(place, int):
+    if seen.metadata is None or not isinstance(place, int):
         return {}
-    counts = seen.facts.units.items()
+    counts = seen.metadata.units.items()
     return {kind: count if isinstance(count, int) else count[place] for kind, count in counts if fits(count, place)}
 
 
@@ -207,3 +207,65 @@ def bits_per_weight(linears: Sequence[StoredLinear]) -> float | None:
 def mean(values: Iterable[float]) -> float | None:
     found = list(values)
     return sum(found) / len(found) if found else None
+
+
+# As plain data, for machines.
+
+
+def as_data(seen: Inspection) -> dict[str, Any]:
+    metadata = seen.metadata
+    return {
+        "folder": str(seen.folder),
+        "made_by_compress": metadata is not None,
+        "verified": seen.verified,
+        "architecture": architecture(seen),
+        "quantized_by": seen.quantized_by,
+        "parameters": seen.parameters,
+        "bytes": seen.bytes,
+        "bits_per_weight": seen.bits_per_weight,
+        "dtypes": dtypes(seen),
+        **({} if metadata is None else origin(metadata)),
+        "quality": None if seen.quality is None else seen.quality.model_dump(),
+        "blocks": [asdict(row) for row in block_rows(seen)],
+        "linears": [linear_data(linear, seen) for linear in seen.linears],
+    }
+
+
+def architecture(seen: Inspection) -> str:
+    found = seen.config.get("architectures")
+    return str(found[0] if isinstance(found, list) and found else seen.config.get("model_type", "unknown"))
+
+
+def origin(metadata: Metadata) -> dict[str, Any]:
+    said = {"base_model", "command", "loads_without_our_code", "storage", "not_for_vllm", "held_out_divergence"}
+    said |= {"tuning", "dense_size", "versions", "points", "alternatives"}
+    return {"method": metadata.recipe.method, **metadata.model_dump(include=said)}
+
+
+def dtypes(seen: Inspection) -> dict[str, dict[str, int]]:
+    """By the type of number: how many tensors have it, and their bytes."""
+    found: dict[str, dict[str, int]] = {}
+    for tensor in seen.tensors:
+        entry = found.setdefault(tensor.dtype, {"tensors": 0, "bytes": 0})
+        entry["tensors"] += 1
+        entry["bytes"] += tensor.bytes
+    return found
+
+
+def linear_data(linear: StoredLinear, seen: Inspection) -> dict[str, Any]:
+    zeros = seen.zeros.get(linear.path)
+    return {
+        "linear": linear.path,
+        "outputs": linear.m,
+        "inputs": linear.n,
+        "form": linear.form,
+        "rank": linear.rank,
+        "bits": linear.bits,
+        "bits_per_weight": linear.bits_per_weight,
+        "zeros": None if zeros is None else zeros.share,
+        "pattern": None if zeros is None else zeros.pattern,
+        "pattern_kept": None if zeros is None or zeros.pattern is None else zeros.kept,
+        "lost": linear.metadata.lost if linear.metadata else None,
+        "parameters": linear.parameters,
+        "bytes": linear.bytes,
+    }

@@ -176,7 +176,7 @@ def weighted(
     """Least E ||L^T (y - y')||^2 with the metric L L^T: U the top left singular vectors of L^T W C^(1/2),
     B = L^-T U_r, A = U_r^T L^T W, and the bias keeps the outputs' mean."""
     seen = W if metric is None else metric.apply(W)
-    U = output_directions(seen, moments.spread(centred=centred), name=name)[:, :rank]
+    U = output_directions(seen, moments.spread(centred=centred), rank, name=name)
     B = U if metric is None else metric.take_back(U)
     A = U.T @ seen
     if not centred:
@@ -185,8 +185,8 @@ def weighted(
     return Factors(B, A, shift if bias is None else bias + shift)
 
 
-def output_directions(M: Float64[Tensor, "m n"], spread: "Spread", *, name: str) -> Float64[Tensor, "m k"]:
-    """Eigenvectors of M C M^T by decreasing eigenvalue, the k = min(m, n) that there can be.
+def output_directions(M: Float64[Tensor, "m n"], spread: "Spread", rank: int, *, name: str) -> Float64[Tensor, "m r"]:
+    """The first `rank` eigenvectors of M C M^T by decreasing eigenvalue; at most min(m, n).
 
     With fewer inputs than outputs they come from the smaller matrix S^T M^T M S, C = S S^T.
     """
@@ -194,10 +194,10 @@ def output_directions(M: Float64[Tensor, "m n"], spread: "Spread", *, name: str)
     if not (torch.isfinite(M).all() and torch.isfinite(spread.C).all()):
         raise NumericalError(NOT_FINITE.format(name=name))
     if m <= n:
-        return pca(M @ spread.C @ M.T, name=f"the outputs of {name}")[0]
+        return pca(M @ spread.C @ M.T, name=f"the outputs of {name}")[0][:, :rank]
     MS = M @ spread.root
     V, _ = pca(MS.T @ MS, name=f"the outputs of {name}")
-    return orthonormal(MS @ V)
+    return orthonormal(MS @ V[:, :rank])
 
 
 def orthonormal(columns: Float64[Tensor, "m k"]) -> Float64[Tensor, "m k"]:

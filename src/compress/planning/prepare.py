@@ -13,11 +13,10 @@ from torch import Tensor
 
 from compress import families
 from compress.checkpoints.files import companions
-from compress.claiming import check_output
+from compress.checkpoints.output_folder import Output, check_output
 from compress.datasets.windows import calibration_windows
 from compress.errors import CheckpointError, Faults, OutputError, UnsupportedModel, UsageError
 from compress.models.decoder import Decoder
-from compress.models.hub import ModelSource
 from compress.models.loading import check_positions, check_vocabulary, load_config, load_tokenizer
 from compress.models.stored_files import ADAPTER
 from compress.models.tensor_files import SafetensorsFolder
@@ -40,7 +39,7 @@ GROWTH = 64 * 10**6
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class Job(Output):
     """
     command: how a user would ask for it again; it goes into the model card.
     export: `hf` for the checkpoint folder alone, `gguf` for a GGUF file in it as well.
@@ -49,9 +48,7 @@ class Job:
     max_memory: bytes that the run may hold at once, the process that reloads the result included; None for no limit.
     """
 
-    model: ModelSource
     recipe: Recipe
-    out: Path
     command: str
     export: Literal["hf", "gguf"] = "hf"
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -59,12 +56,6 @@ class Job:
     cache_memory: int | None = None
     max_memory: int | None = None
     data_dir: Path | None = None
-    resume: bool = False
-    overwrite: bool = False
-
-    @property
-    def partial(self) -> Path:
-        return self.out.parent / f"{self.out.name}.partial"
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,9 @@ memory (the device's or the host's); past it they lie in a memory-mapped file, o
 
 import math
 import os
+from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -82,3 +84,30 @@ def reserve(file: Path, size: int) -> None:
 
 def cache_bytes(num_windows: int, seq_len: int, width: int, dtype: torch.dtype) -> int:
     return math.prod((num_windows, seq_len, width, dtype.itemsize))
+
+
+class Interner:
+    """Hold equal tensors once: blocks and batches are mostly called with the same positions and masks.
+
+    Call it with nested lists, tuples and dicts; it gives them back with equal tensors replaced by the first seen.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = defaultdict(list)
+
+    def __call__(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self._first_equal(value)
+        if isinstance(value, dict):
+            return {key: self(entry) for key, entry in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)(self(entry) for entry in value)
+        return value
+
+    def _first_equal(self, tensor: Tensor) -> Tensor:
+        known = self._seen[tensor.shape, tensor.dtype]
+        for candidate in known:
+            if candidate is tensor or torch.equal(candidate, tensor):
+                return candidate
+        known.append(tensor)
+        return tensor

@@ -47,10 +47,10 @@ from compress.streaming.groups import (
 )
 from compress.streaming.layout import Layout
 from compress.streaming.linears import LinearSite
+from compress.streaming.resources import Stopwatch
 from compress.streaming.rewriting import LinearRewriter, Report
 from compress.streaming.sites import Basis, Stage, StreamPoint
 from compress.streaming.statistics import Accumulator, Need
-from compress.streaming.stopwatch import Stopwatch
 from compress.streaming.streams import Batch, Streams, rows
 from compress.streaming.survey import Survey
 

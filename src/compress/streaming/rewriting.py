@@ -17,8 +17,8 @@ from compress.streaming.groups import EquationSums, Readers, Writers
 from compress.streaming.layout import Layout
 from compress.streaming.linears import LinearSite, Rewritten, linear_shape, no_gradient
 from compress.streaming.processes import ALONE, Processes
+from compress.streaming.resources import Stopwatch
 from compress.streaming.sites import Stage
-from compress.streaming.stopwatch import Stopwatch
 from compress.streaming.streams import Streams, rows
 from compress.streaming.survey import Survey
 

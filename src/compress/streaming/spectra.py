@@ -11,19 +11,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float, Float64
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from compress.io import WrittenFile, write_tensors
 from compress.models.decoder import Decoder
 from compress.numerics.lowrank import InputMoments, Spread, gradient_metric, output_energies
 from compress.numerics.sums import DiagonalSum, GramSum
 from compress.streaming.experts import filled_up
 from compress.streaming.groups import EquationSums
-from compress.streaming.journal import write_tensors
 from compress.streaming.processes import ALONE, Processes
 
 WIDEST = 2  # times the stream: up to that the gradient's moment is a whole matrix
@@ -59,7 +58,7 @@ class GradientFiles:
     """Second moments of the gradients by the linears' outputs, in one file a block."""
 
     folder: Path
-    written: list[dict[str, Any]] = field(default_factory=list)
+    written: list[WrittenFile] = field(default_factory=list)
 
     def write(self, block: int, moments: Mapping[str, Tensor]) -> None:
         tensors = {path: moment.float().cpu() for path, moment in moments.items()}

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from compress.models.branch import Branch
 from compress.models.decoder import Arguments, Decoder
-from compress.streaming.cache import ActivationCache, cache_bytes
-from compress.streaming.interning import Interner
+from compress.streaming.cache import ActivationCache, Interner, cache_bytes
 from compress.streaming.processes import ALONE, Processes
 
 

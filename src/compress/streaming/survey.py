@@ -25,11 +25,10 @@ from compress.models.branch import Branch, captured_inputs
 from compress.models.decoder import Arguments, Decoder
 from compress.models.soundness import check_sound
 from compress.numerics.sums import GramSum, at_least_float32
-from compress.streaming.cache import ActivationCache
-from compress.streaming.interning import Interner
+from compress.streaming.cache import ActivationCache, Interner
 from compress.streaming.loader import PartLoader
-from compress.streaming.memory import return_free_memory
 from compress.streaming.processes import ALONE, Processes
+from compress.streaming.resources import return_free_memory
 from compress.streaming.spectra import GradientFiles, LinearObserver, Spectrum, Watched
 from compress.streaming.streams import Batch, CacheFolder
 from compress.streaming.unit_costs import UnitObserver, WatchedUnits

@@ -22,12 +22,11 @@ from compress.models.soundness import check_sound
 from compress.numerics.frames import Frame
 from compress.streaming.layout import Layout
 from compress.streaming.loader import PartLoader
-from compress.streaming.memory import return_free_memory
 from compress.streaming.passage import Passage, keeps_before_post_norms, num_streams
 from compress.streaming.processes import ALONE, Processes
+from compress.streaming.resources import Stopwatch, return_free_memory
 from compress.streaming.rewriting import Report
 from compress.streaming.sites import Stage, StreamPoint, WholeModel, stream_points
-from compress.streaming.stopwatch import Stopwatch
 from compress.streaming.streams import CacheFolder, Streams, split_windows
 from compress.streaming.survey import Survey
 from compress.streaming.weights import LazyWeights

@@ -1,7 +1,5 @@
 """Everything about a tuning is looked at before its first weight is read, and all faults are told at once."""
 
-import hashlib
-import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -9,16 +7,16 @@ from typing import Any
 import psutil
 import torch
 
-from compress.checkpoints.facts import Facts, read_facts
-from compress.checkpoints.integrity import check_folder, check_integrity, is_ours
-from compress.claiming import check_output
+from compress.checkpoints.integrity import check_integrity
+from compress.checkpoints.metadata import Metadata, input_fingerprint, versions
+from compress.checkpoints.output_folder import check_output
+from compress.checkpoints.run_folder import own_metadata
 from compress.datasets.windows import fingerprint
 from compress.errors import Faults, UsageError
 from compress.inspection.blueprint import blueprint
 from compress.models.loading import check_positions, check_vocabulary, load_config, load_tokenizer
 from compress.numerics.precision import check_computing
 from compress.progress import Progress, silent
-from compress.provenance import input_fingerprint, versions
 from compress.streaming.weights import LazyWeights
 from compress.tuning.linears import stored_in_codes
 from compress.tuning.rates import Rate, chosen_rate
@@ -39,7 +37,7 @@ class Prepared:
     """
 
     job: TuningJob
-    facts: Facts
+    metadata: Metadata
     config: Any
     texts: Texts
     what: What
@@ -83,18 +81,15 @@ def total_memory(device: torch.device) -> int:
 def look(job: TuningJob, progress: Progress = silent) -> Prepared:
     """Raises a CompressError with a line for every fault, and the exit code of the first."""
     folder, settings = job.folder, job.settings
-    check_folder(folder)
-    if not is_ours(folder):
-        raise UsageError(f"{folder} has no compress.json. Only checkpoints that compress has made are tuned.")
-    facts = read_facts(folder)
-    check_integrity(folder, facts, checksums=True, progress=progress)
-    config, model = load_config(folder), blueprint(folder, facts)
+    metadata = own_metadata(folder, "tuned")
+    check_integrity(folder, metadata, checksums=True, progress=progress)
+    config, model = load_config(folder), blueprint(folder, metadata)
     teacher = None if job.teacher is None else job.teacher.whole_folder()
     faults = Faults()
     with faults.noted():
-        what = chosen(settings.train, trainable(facts, model))
+        what = chosen(settings.train, trainable(metadata, model))
         check_lora(settings, what)
-        merge = merged_at_the_end(settings.merge, what, facts)
+        merge = merged_at_the_end(settings.merge, what, metadata)
     with faults.noted():
         check_output(job)
     if job.dtype is not None:
@@ -103,7 +98,7 @@ def look(job: TuningJob, progress: Progress = silent) -> Prepared:
     with faults.noted():
         check_positions(config.get_text_config(), settings.seq_len)
     with faults.noted():
-        texts = read_texts(job, facts)
+        texts = read_texts(job, metadata)
         check_vocabulary(texts.train, config, folder)
     if teacher is not None:
         with faults.noted():
@@ -111,7 +106,7 @@ def look(job: TuningJob, progress: Progress = silent) -> Prepared:
     faults.report()
     return Prepared(
         job=job,
-        facts=facts,
+        metadata=metadata,
         config=config,
         texts=texts,
         what=what,
@@ -144,22 +139,22 @@ def option(name: str) -> str:
     return f"--{OPTIONS.get(name, name).replace('_', '-')}"
 
 
-def merged_at_the_end(asked: bool | None, what: What, facts: Facts) -> bool:
+def merged_at_the_end(asked: bool | None, what: What, metadata: Metadata) -> bool:
     """Raises UsageError where there is nothing to merge, or where the sum would be of another kind."""
     if what != "lora":
         if asked is not None:
             raise UsageError(f"--merge and --no-merge are of --train lora; what is trained here is: {what}.")
         return True
-    reason = why_not_merged(facts)
+    reason = why_not_merged(metadata)
     if asked and reason is not None:
         raise UsageError(f"--merge: this LoRA cannot go into the weights: {reason}. Use --no-merge.")
     return reason is None if asked is None else asked
 
 
-def read_texts(job: TuningJob, facts: Facts) -> Texts:
+def read_texts(job: TuningJob, metadata: Metadata) -> Texts:
     settings = job.settings
     reader = Reader(load_tokenizer(job.folder), settings.seq_len, settings.seed, job.data_dir)
-    return reader.texts(settings.data, settings.num_windows, (*ELSEWHERE, facts.recipe.calibration.source))
+    return reader.texts(settings.data, settings.num_windows, (*ELSEWHERE, metadata.recipe.calibration.source))
 
 
 def check_teacher(folder: Path, config: Any, teacher: Path) -> None:
@@ -177,7 +172,7 @@ def identity(prepared: Prepared, processes: int, device: torch.device) -> dict[s
     teacher = prepared.teacher
     return {
         "settings": prepared.job.plain_settings() | asdict(prepared.rate),
-        "model": prepared.facts.parts,
+        "model": prepared.metadata.parts,
         "teacher": None if teacher is None else input_fingerprint(teacher, LazyWeights(teacher)),
         "text": fingerprint(prepared.texts.train),
         "versions": versions(),
@@ -186,7 +181,3 @@ def identity(prepared: Prepared, processes: int, device: torch.device) -> dict[s
         "dtype": str(prepared.computing(device)).removeprefix("torch."),
         "dequantized": prepared.is_dequantized(device),
     }
-
-
-def digest(identity: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()

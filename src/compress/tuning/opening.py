@@ -39,7 +39,7 @@ def with_trained(model: PreTrainedModel, prepared: Prepared) -> Trained:
     if what == "adapters":
         return CompactAdapters(model) if compact_linears(model) else PackedAdapters(model)
     linears = block_linears(model, prepared.config)
-    if prepared.facts.storage == "packed":
+    if prepared.metadata.storage == "packed":
         linears = {path: linear for path, linear in linears.items() if isinstance(linear, LoraLinear)}
     return Lora(model, linears, rank=settings.rank, alpha=settings.alpha, merge=prepared.merge)
 

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 
+from compress.checkpoints.output_folder import Output
 from compress.models.hub import ModelSource
 
 What = Literal["lora", "factors", "adapters", "all"]
@@ -69,27 +70,19 @@ class Settings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TuningJob:
+class TuningJob(Output):
     """
     model: the compressed checkpoint. teacher: the dense model, None where nothing is distilled from it.
     command: how a user would ask for it again; it goes into the model card. dtype: what is frozen is held in it; None
         for float32 on the CPU, elsewhere the checkpoint's own.
     """
 
-    model: ModelSource
     settings: Settings
     teacher: ModelSource | None
-    out: Path
     command: str
     dtype: torch.dtype | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     data_dir: Path | None = None
-    resume: bool = False
-    overwrite: bool = False
-
-    @property
-    def partial(self) -> Path:
-        return self.out.parent / f"{self.out.name}.partial"
 
     @property
     def folder(self) -> Path:

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from compress import families
-from compress.checkpoints.facts import Facts
+from compress.checkpoints.metadata import Metadata
 from compress.errors import UsageError
 from compress.models.packed import LoraLinear
 from compress.own_model.modeling_compress import CompactLinear, LowRankLinear, PivotLinear
@@ -15,34 +15,34 @@ from compress.tuning.settings import What
 HOW = "compress slim --adapter-rank 0.1"
 
 
-def trainable(facts: Facts, model: nn.Module) -> tuple[What, ...]:
+def trainable(metadata: Metadata, model: nn.Module) -> tuple[What, ...]:
     """What can be trained without another form or another size, but for a LoRA's; the usual one first.
 
     model: it may be on the meta device. Raises UsageError where nothing can.
     """
-    if facts.storage == "compact":
+    if metadata.storage == "compact":
         if not any(linear.first is not None for linear in compact_linears(model).values()):
             raise UsageError(
                 "This compact checkpoint has no adapters, and its weights are kept as they are stored: nothing in it "
                 f"can be trained. Make one with adapters: {HOW} --compact."
             )
         return ("adapters",)
-    if facts.adapter is not None:
+    if metadata.adapter is not None:
         return ("adapters",)
-    if facts.storage == "packed":
+    if metadata.storage == "packed":
         return ("lora",)
     return ("factors", "lora", "all") if any(thin_linears(model)) else ("lora", "all")
 
 
-def why_not_merged(facts: Facts) -> str | None:
+def why_not_merged(metadata: Metadata) -> str | None:
     """Why what a LoRA adds cannot go into the weights; None where it can."""
-    if facts.storage is not None:
+    if metadata.storage is not None:
         return "its weights are stored in few bits"
-    if any(linear.pattern for linear in facts.linears):
+    if any(linear.pattern for linear in metadata.linears):
         return "its weights are pruned, and the sum would fill the zeros"
-    if any(linear.bits for linear in facts.linears):
+    if any(linear.bits for linear in metadata.linears):
         return "its weights lie on a grid of few bits, and the sum would not"
-    if facts.loads_without_our_code and any(linear.form for linear in facts.linears):
+    if metadata.loads_without_our_code and any(linear.form for linear in metadata.linears):
         return "its weights are multiplied out from low ranks, and the sum would have others"
     return None
 

@@ -5,7 +5,6 @@ byte for byte where these were, so that every file keeps its size and every othe
 """
 
 import json
-import os
 import shutil
 import struct
 from collections import defaultdict
@@ -18,28 +17,30 @@ import torch
 from torch import Tensor
 
 from compress.checkpoints.adapter import adapter_config, write_adapter
-from compress.checkpoints.card import CARD, model_card
-from compress.checkpoints.facts import FACTS, Facts, read_json
+from compress.checkpoints.card import CARD
 from compress.checkpoints.files import adapter_file, write_json
 from compress.checkpoints.integrity import ADAPTER_WEIGHTS
-from compress.checkpoints.measures import QUALITY
+from compress.checkpoints.metadata import METADATA, Metadata, Record, read_json
 from compress.checkpoints.push import own_files
+from compress.checkpoints.quality import QUALITY
 from compress.inspection.blueprint import blueprint
+from compress.io import atomic_write, new_file_mode, sha256, write_tensors
 from compress.models.loading import load_config
 from compress.models.stored_files import ADAPTER, StoredTensors, read_lora
 from compress.models.tensor_files import INDEX
-from compress.streaming.journal import new_file_mode, sha256, write_tensors
 from compress.streaming.layout import ADAPTER_PREFIX
 from compress.tuning.lora import Settled
 
-# Of the checkpoint as it was: facts and card are written anew, and what was measured is true no more.
-LEFT_BEHIND = (FACTS, CARD, QUALITY)
+# Of the checkpoint as it was: its metadata and card are written anew, and what was measured is true no more.
+LEFT_BEHIND = (METADATA, CARD, QUALITY)
 STALE = ("lost", "relative_error")  # measured of weights that are others now
 
 
 @dataclass(frozen=True)
 class Written:
-    """What was written besides the facts. parts: sha256 by file. adapter: of a new one its config, and what it adds."""
+    """
+    parts: sha256 by file. adapter: of a new one its config, and what it adds.
+    """
 
     parts: dict[str, str]
     adapter: dict[str, Any] | None = None
@@ -47,19 +48,19 @@ class Written:
     bytes: int = 0
 
 
-def write_tuned(source: Path, target: Path, facts: Facts, settled: Settled) -> Written:
+def write_tuned(source: Path, target: Path, metadata: Metadata, settled: Settled) -> Written:
     """Everything but compress.json and the card."""
     shutil.rmtree(target / ADAPTER, ignore_errors=True)  # of an attempt that rounding has made worse
-    parts = facts.parts | write_weights(source, target, settled.tensors)
-    for file in own_files(source, facts):
-        if file in LEFT_BEHIND or file.endswith(".gguf") or parts.get(file) != facts.parts.get(file):
+    parts = metadata.parts | write_weights(source, target, settled.tensors)
+    for file in own_files(source, metadata):
+        if file in LEFT_BEHIND or file.endswith(".gguf") or parts.get(file) != metadata.parts.get(file):
             continue
         (target / file).parent.mkdir(exist_ok=True)
         link_or_copy(source / file, target / file)
     if not settled.adapter:
         return Written(parts)
-    modules = [path for path, _ in blueprint(source, facts).named_modules()]
-    config = adapter_config(facts.name, ranks_of(settled.adapter), modules)
+    modules = [path for path, _ in blueprint(source, metadata).named_modules()]
+    config = adapter_config(metadata.name, ranks_of(settled.adapter), modules)
     return add_adapter(target, parts, settled.adapter, config)
 
 
@@ -81,23 +82,20 @@ def put_tensors(source: Path, target: Path, names: Mapping[str, str], tensors: M
 
     names: of those by the names that they have there.
     """
-    unfinished = target.with_suffix(".unfinished")
-    shutil.copyfile(source, unfinished)
-    with unfinished.open("r+b") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length))
-        for inside, name in names.items():
-            entry, tensor = header[inside], tensors[name]
-            start, stop = entry["data_offsets"]
-            data = raw(tensor, DTYPES.get(entry["dtype"], tensor.dtype))
-            assert list(tensor.shape) == entry["shape"]
-            assert len(data) == stop - start
-            file.seek(8 + length + start)
-            file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.chmod(new_file_mode())
-    unfinished.replace(target)
+    with atomic_write(target) as unfinished:
+        shutil.copyfile(source, unfinished)
+        with unfinished.open("r+b") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
+            for inside, name in names.items():
+                entry, tensor = header[inside], tensors[name]
+                start, stop = entry["data_offsets"]
+                data = raw(tensor, DTYPES.get(entry["dtype"], tensor.dtype))
+                assert list(tensor.shape) == entry["shape"]
+                assert len(data) == stop - start
+                file.seek(8 + length + start)
+                file.write(data)
+        unfinished.chmod(new_file_mode())
 
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8}
@@ -144,28 +142,22 @@ def add_adapter(target: Path, parts: dict[str, str], adapter: Mapping[str, Tenso
     return Written(parts | {ADAPTER_WEIGHTS: sha256(written)}, config, numbers, size)
 
 
-def tuned_facts(source: Path, written: Written, tuning: Mapping[str, Any]) -> dict[str, Any]:
-    """compress.json of the tuned checkpoint: the compressed one's, without what is true no more, and the tuning."""
-    facts = read_json(source / FACTS)
-    size = facts["size"]
-    return {
-        **facts,
-        "name": f"{facts['name']}-tuned",
+def tuned_metadata(compressed: Metadata, written: Written, tuning: Mapping[str, Any]) -> Metadata:
+    """That of the tuned checkpoint: the compressed one's, without what is true no more, and the tuning."""
+    size = compressed.size
+    changes = {
+        "name": f"{compressed.name}-tuned",
         "parts": written.parts,
-        "size": {"parameters": size["parameters"] + written.parameters, "bytes": size["bytes"] + written.bytes},
-        "adapter": written.adapter or facts["adapter"],
+        "size": {"parameters": size.parameters + written.parameters, "bytes": size.bytes + written.bytes},
         "export": "hf",
         "held_out_divergence": None,
-        "points": [without(point, STALE) for point in facts["points"]],
-        "linears": [without(linear, STALE) for linear in facts["linears"]],
-        "tuning": {**tuning, "compressed_parts": facts["parts"]},
+        "points": [without_stale(point) for point in compressed.points],
+        "linears": [without_stale(linear) for linear in compressed.linears],
+        "tuning": {**tuning, "compressed_parts": compressed.parts},
     }
+    adapter = {"adapter": written.adapter} if written.adapter else {}
+    return Metadata.model_validate({**compressed.to_dict(), **changes, **adapter})
 
 
-def without(report: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
-    return {key: value for key, value in report.items() if key not in keys}
-
-
-def write_facts(target: Path, facts: Mapping[str, Any]) -> None:
-    write_json(target / FACTS, facts)
-    (target / CARD).write_text(model_card(facts), encoding="utf-8")
+def without_stale(report: Record) -> dict[str, Any]:
+    return {key: value for key, value in report.to_dict().items() if key not in STALE}

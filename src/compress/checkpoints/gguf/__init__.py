@@ -10,12 +10,81 @@ follows the specification of GGUF (ggml, docs/gguf.md) and llama.cpp's own conve
     llama.py       the tensors
     tokenizer.py   the tokenizer
     container.py   the file, by gguf's writer
-    writing.py     from a folder to a file, and what its readers leave out
 
 That the file reads back as its folder is proved by checkpoints/verify.py.
 """
 
-from compress.checkpoints.gguf.writing import check_exportable, reader_notes, write_gguf
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from compress.checkpoints.files import copy_companions, write_json
+from compress.checkpoints.gguf.llama import check_llama, read_model
+from compress.checkpoints.gguf.tokenizer import read_vocabulary
 from compress.checkpoints.verify import verify_gguf
+from compress.errors import CompressError, OutputError
+from compress.io import atomic_write
+from compress.models.gguf_opening import check_extra, read_header, rotary_scaling
 
 __all__ = ["check_exportable", "reader_notes", "verify_gguf", "write_gguf"]
+
+
+def write_gguf(folder: Path, file: Path, *, name: str | None = None) -> None:
+    """The checkpoint `folder` as `file`, which is there whole or not at all and replaces what was there.
+
+    Weights keep their dtype (float64 becomes float32), norms and biases are float32. Biases that are all zero are left
+    out.
+    name: what the file calls the model, the folder's name by default.
+    Raises what `check_exportable` does, CheckpointError or NumericalError for a damaged folder, and OutputError when
+    the disk is full or may not be written.
+    """
+    check_extra("Writing")
+    from compress.checkpoints.gguf.container import write_container
+
+    model = read_model(folder)
+    vocabulary = read_vocabulary(folder, model.config)
+    try:
+        with atomic_write(file) as unfinished:
+            write_container(unfinished, model, vocabulary, name or folder.resolve().name)
+    except OSError as error:
+        raise OutputError(f"{file} cannot be written ({error}). Free space or choose another folder.") from error
+
+
+def check_exportable(config: Any, folder: Path) -> None:
+    """That a checkpoint to come, of this config and with the tokenizer that is in `folder`, can be written as GGUF.
+
+    config: of what will be written, not of the dense model.
+    Raises UsageError without the extra, UnsupportedModel for what a file cannot say, and CheckpointError for a folder
+    without a tokenizer or with another model's.
+    """
+    check_extra("Writing")
+    check_llama(config)
+    # transformers chooses the tokenizer's class by the config beside it, and that is going to be another one.
+    with tempfile.TemporaryDirectory() as scratch:
+        to_come = Path(scratch)
+        copy_companions(folder, to_come)
+        write_json(to_come / "config.json", config.to_diff_dict())
+        try:
+            read_vocabulary(to_come, config)
+        except CompressError as error:
+            raise type(error)(str(error).replace(str(to_come), str(folder))) from error
+
+
+def reader_notes(file: Path) -> list[str]:
+    """What to know of the readers of a GGUF file of ours, a sentence each; nothing if all read it alike."""
+    header = read_header(file)
+    biases = {tensor.name: tensor.shape for tensor in header.tensors if tensor.name.endswith(".bias")}
+    scaling = rotary_scaling(header)
+    left_out = [("biases", "them")] if biases else []
+    left_out += [(f"rotary scaling {scaling!r}", "it")] if scaling else []
+    notes = [
+        f"transformers' reader of GGUF leaves out the {what}; llama.cpp reads {pronoun}." for what, pronoun in left_out
+    ]
+    # llama.cpp took the hidden size for their width until its pull request 21245 (create_tensor_qkv).
+    queries = biases.get("blk.0.attn_q.bias")
+    if queries is not None and queries[0] != header.fields["llama.embedding_length"].contents():
+        notes.append(
+            "llama.cpp from before April 2026 does not load the file, because its query biases have another width than "
+            "the model."
+        )
+    return notes

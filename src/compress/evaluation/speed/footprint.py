@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from compress.apart import run_apart
+from compress.child_process import run_in_child
 from compress.errors import CheckpointError, UsageError
 from compress.evaluation.speed import clean
 from compress.evaluation.speed.generation import Workload
@@ -49,7 +49,7 @@ def footprint(
         "trust_remote_code": trust_remote_code,
     }
     quiet = {"PYTHONWARNINGS": "ignore", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    done = run_apart("-P", clean.__file__, [json.dumps(asked)], quiet)
+    done = run_in_child("-P", clean.__file__, [json.dumps(asked)], quiet)
     found = answered(done, folder)
     if found.get("fault", "") is None:
         raise UsageError(

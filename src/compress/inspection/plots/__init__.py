@@ -3,15 +3,12 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from compress.durable import whole
 from compress.errors import OutputError, UsageError
-from compress.inspection.plots.depth import plot_energy, plot_errors
-from compress.inspection.plots.frontier import plot_frontiers
-from compress.inspection.plots.ranks import plot_ranks
-from compress.inspection.plots.sizes import plot_sizes
-from compress.inspection.plots.spectra import plot_spectra
+from compress.inspection.plots.depth import plot_energy, plot_errors, plot_ranks, plot_spectra
+from compress.inspection.plots.sizes import plot_frontiers, plot_sizes
 from compress.inspection.plots.style import Drawing, style
 from compress.inspection.summary import Inspection
+from compress.io import atomic_write
 
 
 def plot_inspection(seen: Inspection, folder: Path) -> list[Path]:
@@ -41,7 +38,7 @@ def save(drawings: Sequence[Drawing], folder: Path) -> list[Path]:
         for drawing in drawings:
             file = folder / f"{drawing.name}.png"
             # Without the version in it, the same figure is the same bytes.
-            with whole(file) as unfinished:
+            with atomic_write(file) as unfinished:
                 drawing.figure.savefig(unfinished, format="png", metadata={"Software": None})
             files.append(file)
     except OSError as error:

@@ -1,19 +1,62 @@
-"""What happens along the depth of the model: energy kept of the stream, and errors of the stream and of linears."""
+"""What happens along the depth: spectra, energy kept, errors of the stream and of linears, ranks."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from compress.checkpoints.facts import Point
-from compress.inspection.linears import linear_names
-from compress.inspection.plots.style import BLUE, COLOURS, GREY, MARKERS, ORANGE, Drawing, axes, shortened
+from compress.checkpoints.metadata import Point
+from compress.inspection.linears import StoredLinear, linear_names
+from compress.inspection.plots.style import BLUE, COLOURS, GREY, MAP, MARKERS, ORANGE, Drawing, axes, shortened
 from compress.inspection.summary import Inspection, point_place
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+WIDEST = 16.0  # inches, of a map of ranks
+WRITTEN = 260  # cells of it up to which each says its rank
+
+
+def plot_spectra(seen: Inspection) -> list[Drawing]:
+    """A curve a point, or one for all where they share a basis; the cut is where each has its width."""
+    points = [point for point in (seen.metadata.points if seen.metadata else []) if point.spectrum]
+    if not points:
+        return []
+    import matplotlib as mpl
+
+    figure, (plot,) = axes(8.0, 4.6, title=shortened(seen.name, 70))
+    colours = mpl.colormaps[MAP].resampled(len(points) + 1)
+    for number, point in enumerate(points):
+        directions, shares = curve(point)
+        label = {0: f"after {point.point}", len(points) - 1: f"after {points[-1].point}"}.get(number)
+        plot.plot(directions, shares, color=colours(number), linewidth=1.2, label=None if len(points) == 1 else label)
+    for width in sorted({point.width for point in points if point.width < point.dense_width}):
+        plot.axvline(width, color=ORANGE, linewidth=1.2, linestyle="--")
+        plot.annotate(
+            f"{width} kept", (width, 1), xycoords=("data", "axes fraction"), xytext=(4, -12), textcoords="offset points"
+        )
+    dense = points[0].dense_width
+    plot.axhline(100 / dense, color=GREY, linewidth=1, linestyle=":", label="all alike")
+    plot.set_yscale("log")
+    plot.yaxis.set_major_formatter("{x:g}")
+    plot.set_xlim(0, dense)
+    plot.set_xlabel("direction of the basis")
+    plot.set_ylabel("share of the energy [%]")
+    shared = "one basis for all points" if len(points) == 1 else f"{len(points)} points of the stream, early ones dark"
+    plot.set_title(f"spectrum of the stream: {shared}")
+    plot.legend(loc="lower left")
+    return [Drawing("spectra", figure)]
+
+
+def curve(point: Point) -> tuple[list[float], list[float]]:
+    """The middle of each stretch of directions, and a direction's share there in percent; none where it is zero."""
+    assert point.spectrum is not None
+    step = point.dense_width / len(point.spectrum)
+    found = [((place + 0.5) * step, 100 * share) for place, share in enumerate(point.spectrum) if share > 0]
+    return [place for place, _ in found], [share for _, share in found]
+
 
 def plot_energy(seen: Inspection) -> list[Drawing]:
     """Widths of the stream, and the share of its energy that the kept directions hold; where it was rotated."""
-    points = [point for point in (seen.facts.points if seen.facts else []) if point.kept_energy is not None]
+    points = [point for point in (seen.metadata.points if seen.metadata else []) if point.kept_energy is not None]
     if not points:
         return []
     figure, (upper, lower) = axes(8.0, 5.8, title=shortened(seen.name, 70), rows=(1, 1))
@@ -48,7 +91,7 @@ def label_points(plot: "Axes", points: list[Point]) -> None:
 
 def plot_errors(seen: Inspection) -> list[Drawing]:
     """How far the stream is from the dense model's along the depth, and what each linear lost; what is recorded."""
-    points = [point for point in (seen.facts.points if seen.facts else []) if point.relative_error is not None]
+    points = [point for point in (seen.metadata.points if seen.metadata else []) if point.relative_error is not None]
     lost = losses(seen)
     panels = [draw for draw, there in ((draw_stream, points), (draw_losses, lost)) if there]
     if not panels:
@@ -60,8 +103,8 @@ def plot_errors(seen: Inspection) -> list[Drawing]:
 
 
 def draw_stream(plot: "Axes", seen: Inspection) -> None:
-    assert seen.facts is not None
-    points = [point for point in seen.facts.points if point.relative_error is not None]
+    assert seen.metadata is not None
+    points = [point for point in seen.metadata.points if point.relative_error is not None]
     plot.plot(range(len(points)), [100 * (point.relative_error or 0) for point in points], color=ORANGE, marker="o")
     plot.set_ylim(bottom=0)
     plot.set_ylabel("relative error [%]")
@@ -91,6 +134,50 @@ def losses(seen: Inspection) -> dict[str, dict[int, float]]:
     """By a linear's name in its block: the share of its outputs' energy that is gone, by the block's number."""
     found: dict[str, dict[int, float]] = {name: {} for name in linear_names(seen.linears)}
     for linear in seen.linears:
-        if linear.block is not None and linear.facts and linear.facts.lost:
-            found[linear.name][linear.block] = max(linear.facts.lost, 0.0)
+        if linear.block is not None and linear.metadata and linear.metadata.lost:
+            found[linear.name][linear.block] = max(linear.metadata.lost, 0.0)
     return {name: by_block for name, by_block in found.items() if by_block}
+
+
+def plot_ranks(seen: Inspection) -> list[Drawing]:
+    """Blocks by linears, coloured by the share of the full rank that factors or adapters have."""
+    from matplotlib.ticker import PercentFormatter
+
+    ranked = [linear for linear in seen.linears if linear.block is not None and linear.rank]
+    names = linear_names(ranked)
+    if not names:
+        return []
+    blocks = 1 + max(linear.block or 0 for linear in seen.linears)
+    shares = [[float("nan")] * blocks for _ in names]
+    figure, (plot,) = axes(
+        min(max(6.0, 2.6 + 0.42 * blocks), WIDEST), 1.6 + 0.3 * len(names), title=shortened(seen.name, 60)
+    )
+    written: dict[tuple[int, int], int] = {}
+    for linear in ranked:
+        row, column = names.index(linear.name), linear.block or 0
+        shares[row][column] = (linear.rank or 0) / full_rank(linear)
+        written[row, column] = linear.rank or 0
+    highest = max(share for row in shares for share in row if share == share)
+    image = plot.imshow(shares, cmap=MAP, vmin=0, vmax=highest, aspect="auto")
+    if len(written) <= WRITTEN:
+        for (row, column), rank in written.items():
+            colour = "black" if shares[row][column] > 0.55 * highest else "white"
+            plot.text(column, row, str(rank), ha="center", va="center", color=colour, fontsize=9)
+    plot.set_yticks(range(len(names)), names)
+    plot.set_xticks(range(0, blocks, max(1, blocks // 16)))
+    plot.set_xlabel("block")
+    plot.grid(visible=False)
+    plot.set_title(what(ranked))
+    figure.colorbar(image, ax=plot, label="of the full rank", pad=0.02, format=PercentFormatter(1))
+    return [Drawing("ranks", figure)]
+
+
+def full_rank(linear: StoredLinear) -> int:
+    return min(linear.m, linear.n)
+
+
+def what(ranked: Sequence[StoredLinear]) -> str:
+    factorised = [bool(linear.metadata and linear.metadata.form) for linear in ranked]
+    if all(factorised):
+        return "rank of each linear"
+    return "rank of each linear, or of its adapter" if any(factorised) else "rank of each adapter"

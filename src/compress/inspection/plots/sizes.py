@@ -1,16 +1,33 @@
-"""Where the bytes are, and how many bits a weight takes in each kind of linear."""
+"""Where the bytes are and how many bits a weight takes; size against quality of several checkpoints."""
 
+import re
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from compress.checkpoints.quality import Measure
 from compress.inspection.linears import StoredLinear, linear_names
-from compress.inspection.plots.style import BLUE, GREY, ORANGE, Drawing, axes, byte_text, byte_unit, shortened
+from compress.inspection.plots.style import (
+    BLUE,
+    COLOURS,
+    GREY,
+    MARKERS,
+    ORANGE,
+    Drawing,
+    axes,
+    byte_text,
+    byte_unit,
+    shortened,
+)
 from compress.inspection.summary import Inspection, bits_per_weight, place_of
 from compress.models.tensor_files import StoredTensor
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+HELD_OUT = "divergence from dense, held out while compressing"
+LONGEST = 100  # characters of a file's name
 # What a tensor is for, by the end of its name below its linear; the first that fits.
 PURPOSES = (
     (
@@ -51,7 +68,7 @@ def draw_bytes(plot: "Axes", seen: Inspection) -> None:
     plot.margins(x=0.25)
     plot.set_xlabel(f"stored [{unit}]")
     plot.grid(visible=False)
-    dense = f"; dense it has {byte_text(seen.facts.dense_size.bytes)}" if seen.facts else ""
+    dense = f"; dense it has {byte_text(seen.metadata.dense_size.bytes)}" if seen.metadata else ""
     plot.set_title(f"where its {byte_text(seen.bytes)} are{dense}")
 
 
@@ -102,3 +119,69 @@ def kind_of(linear: StoredLinear, name: str) -> str:
     if "shortcut" in linear.name:
         return "shortcuts"
     return "attention weights" if "att" in linear.name else "MLP weights"
+
+
+# Several checkpoints.
+
+
+@dataclass(frozen=True)
+class Mark:
+    name: str
+    bytes: int
+    measure: Measure
+
+    @property
+    def badness(self) -> float:
+        return self.measure.value if self.measure.lower_is_better else -self.measure.value
+
+
+def plot_frontiers(seen: Sequence[Inspection]) -> list[Drawing]:
+    """A drawing for each measure that two checkpoints or more have."""
+    measures: dict[str, list[Mark]] = {}
+    for each in seen:
+        for measure in [*(each.quality.measures if each.quality else []), *held_out(each, seen)]:
+            measures.setdefault(measure.name, []).append(Mark(each.name, each.bytes, measure))
+    return [draw(name, marks) for name, marks in measures.items() if len(marks) > 1]
+
+
+def held_out(one: Inspection, seen: Sequence[Inspection]) -> list[Measure]:
+    """What was measured while compressing, where all of ours did so on the same text and against the same model."""
+    metadata = [each.metadata for each in seen if each.metadata is not None]
+    same = len({(str(each.fingerprints), str(each.recipe.calibration)) for each in metadata}) == 1
+    if one.metadata is None or one.metadata.held_out_divergence is None or not same:
+        return []
+    return [Measure(HELD_OUT, one.metadata.held_out_divergence, None, "nats a token")]
+
+
+def frontier(marks: Sequence[Mark]) -> list[Mark]:
+    """Those that no other is at least as small as and better than, by size."""
+    best: list[Mark] = []
+    for mark in sorted(marks, key=lambda mark: (mark.bytes, mark.badness)):
+        if not best or mark.badness < best[-1].badness:
+            best.append(mark)
+    return best
+
+
+def draw(name: str, marks: Sequence[Mark]) -> Drawing:
+    figure, (plot,) = axes(10.0, 5.5, title="size and quality")
+    unit, scale = byte_unit(max(mark.bytes for mark in marks))
+    line = frontier(marks)
+    sizes, values = [mark.bytes / scale for mark in line], [mark.measure.value for mark in line]
+    plot.plot(sizes, values, color=GREY, drawstyle="steps-post", zorder=1, label="none smaller is as good")
+    for number, mark in enumerate(sorted(marks, key=lambda mark: mark.bytes)):
+        turn, place = divmod(number, len(COLOURS))
+        plot.errorbar(
+            mark.bytes / scale,
+            mark.measure.value,
+            yerr=mark.measure.error,
+            color=COLOURS[place],
+            marker=MARKERS[(place + turn) % len(MARKERS)],
+            linestyle="none",
+            capsize=3,
+            label=shortened(mark.name, 40),
+        )
+    plot.margins(x=0.12, y=0.14)
+    plot.set_xlabel(f"stored [{unit}]")
+    plot.set_ylabel(name if marks[0].measure.unit is None else f"{name}\n[{marks[0].measure.unit}]")
+    plot.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return Drawing(re.sub(r"[^\w.]+", "-", f"size {name}").strip("-")[:LONGEST], figure)

@@ -1,7 +1,7 @@
-"""A checkpoint that is to be measured, looked at before a weight is read. All faults are told at once."""
+"""What is to be measured, and the checkpoints it is measured of: all that can be checked before a weight is read."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +10,57 @@ from jaxtyping import Int64
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from compress.datasets.tasks import local_tasks, read_documents
 from compress.datasets.windows import evaluation_windows, fingerprint
 from compress.errors import Faults, UsageError
+from compress.evaluation.humaneval import Sampling
+from compress.evaluation.tasks import LoadedTask, check_installed, load_hub_task, load_local_task
 from compress.models import opening
 from compress.models.gguf_opening import load_gguf, load_gguf_config, load_gguf_tokenizer
 from compress.models.loading import check_positions, check_vocabulary, load_config, load_tokenizer
-from compress.quality.asked import Asked
 from compress.streaming.weights import LazyWeights
 
 USUAL_SEQ_LEN = 2048
 Windows = dict[str, Int64[Tensor, "windows seq_len"]]
+
+
+@dataclass(frozen=True)
+class Request:
+    """
+    texts: of perplexity; compared_on: of the divergence. limit: of windows a text, documents a task and problems.
+    """
+
+    texts: tuple[str, ...] = ()
+    compared_on: tuple[str, ...] = ()
+    tasks: Sequence[LoadedTask] = ()
+    problems: Sequence[Mapping[str, str]] = ()
+    sampling: Sampling = field(default_factory=Sampling)
+    seq_len: int | None = None
+    limit: int | None = None
+    batch_size: int = 8
+    data_dir: Path | None = None
+    trust_remote_code: bool = False
+
+    @property
+    def windows_of(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys([*self.texts, *self.compared_on]))
+
+
+def load_tasks(names: Sequence[str], data_dir: Path | None) -> list[LoadedTask]:
+    """The tasks with their data, from a file where there is one, else from the hub. Raises all faults at once."""
+    if not names:
+        return []
+    check_installed()
+    files = local_tasks(data_dir)
+    faults, loaded = Faults(), []
+    for name in names:
+        with faults.noted():
+            if name in files:
+                loaded.append(load_local_task(name, read_documents(files[name])))
+            else:
+                loaded += load_hub_task(name, sorted(files))
+    faults.report()
+    return loaded
 
 
 @dataclass(frozen=True)
@@ -47,13 +88,13 @@ class Subject:
         return sum(file.stat().st_size for file in files)
 
 
-def prepare(name: str, folder: Path, gguf: Path | None, asked: Asked) -> Subject:
+def prepare(name: str, folder: Path, gguf: Path | None, request: Request) -> Subject:
     """The checkpoint with its texts cut into windows. Raises all faults of its config, files, tokenizer and texts."""
     faults = Faults()
-    config = load_gguf_config(gguf) if gguf else load_config(folder, trust_remote_code=asked.trust_remote_code)
+    config = load_gguf_config(gguf) if gguf else load_config(folder, trust_remote_code=request.trust_remote_code)
     text_config = config.get_text_config()
-    length = asked.seq_len or min(USUAL_SEQ_LEN, getattr(text_config, "max_position_embeddings", USUAL_SEQ_LEN))
-    if asked.windows_of:
+    length = request.seq_len or min(USUAL_SEQ_LEN, getattr(text_config, "max_position_embeddings", USUAL_SEQ_LEN))
+    if request.windows_of:
         with faults.noted():
             check_positions(text_config, length)
     if gguf is None:
@@ -61,21 +102,21 @@ def prepare(name: str, folder: Path, gguf: Path | None, asked: Asked) -> Subject
             LazyWeights(folder)
     windows: Windows = {}
     with faults.noted():
-        options = {"trust_remote_code": asked.trust_remote_code}
+        options = {"trust_remote_code": request.trust_remote_code}
         tokenizer = load_gguf_tokenizer(gguf) if gguf else load_tokenizer(folder, **options)
-        windows = read_windows(asked, tokenizer, length)
+        windows = read_windows(request, tokenizer, length)
         for each in windows.values():
             check_vocabulary(each, config, folder)
     faults.report()
     return Subject(name, folder, gguf, config, tokenizer, windows)
 
 
-def read_windows(asked: Asked, tokenizer: Any, seq_len: int) -> Windows:
+def read_windows(request: Request, tokenizer: Any, seq_len: int) -> Windows:
     faults, windows = Faults(), {}
-    for name in asked.windows_of:
+    for name in request.windows_of:
         with faults.noted():
             windows[name] = evaluation_windows(
-                name, tokenizer, seq_len=seq_len, data_dir=asked.data_dir, limit=asked.limit
+                name, tokenizer, seq_len=seq_len, data_dir=request.data_dir, limit=request.limit
             )
     faults.report()
     return windows

@@ -1,9 +1,8 @@
-"""A script in a Python process of its own, which ends when this one does, however this one ends.
+"""Run a script in a child process that is killed when its parent exits, however the parent exits.
 
-    python FLAG apart.py SCRIPT ARGUMENTS...
+    python FLAG child_process.py SCRIPT ARGUMENTS...
 
-Beside its work that process reads its standard input, a pipe whose other end nobody has but its parent, and which ends
-with the parent.
+The child watches its standard input, a pipe whose other end only its parent has, and which closes with the parent.
 """
 
 import os
@@ -14,10 +13,12 @@ import threading
 from collections.abc import Mapping, Sequence
 
 
-def run_apart(
+def run_in_child(
     flag: str, script: str, arguments: Sequence[str], variables: Mapping[str, str]
 ) -> "subprocess.CompletedProcess[str]":
-    """flag: of Python, -I or -P. variables: of the environment, beside ours."""
+    """
+    flag: Python's, -I or -P. variables: added to the environment.
+    """
     reading, writing = os.pipe()
     command = [sys.executable, flag, __file__, script, *arguments]
     try:
@@ -29,12 +30,12 @@ def run_apart(
         os.close(writing)
 
 
-def end_with_parent() -> None:
+def exit_with_parent() -> None:
     os.read(0, 1)
     os._exit(1)
 
 
 if __name__ == "__main__":
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    threading.Thread(target=exit_with_parent, daemon=True).start()
     sys.argv = sys.argv[1:]
     runpy.run_path(sys.argv[0], run_name="__main__")

@@ -1,0 +1,165 @@
+"""quality.json beside a checkpoint: what `compress eval --save` has measured of it.
+
+The measures of `evaluation` return these classes; the model card and the plots read them.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from compress.checkpoints.files import write_json
+from compress.checkpoints.metadata import Record, read_json, validated
+from compress.errors import OutputError
+from compress.io import atomic_write, exclusive
+
+QUALITY = "quality.json"
+Share = Annotated[float, Field(ge=0, le=1)]
+NotNegative = Annotated[float, Field(ge=0)]
+LISTED = ("acc", "acc_norm", "exact_match", "perplexity")  # of a task's metrics
+
+
+@dataclass(frozen=True)
+class Measure:
+    """
+    name: what was measured, and on what. unit: None for a number without. error: the standard error, where it is known.
+    """
+
+    name: str
+    value: float
+    error: float | None
+    unit: str | None = None
+    lower_is_better: bool = True
+
+    @property
+    def text(self) -> str:
+        unit = "" if self.unit is None else f" {self.unit}"
+        return f"{self.value:.4g}" + ("" if self.error is None else f" ± {self.error:.2g}") + unit
+
+
+class OnText(Record):
+    """
+    tokens: those that were predicted. seconds: that it took.
+    standard_error: of the mean over windows; None for one window.
+    """
+
+    dataset: str
+    standard_error: NotNegative | None
+    tokens: int
+    windows: int
+    seq_len: int
+    seconds: NotNegative
+
+    @property
+    def where(self) -> str:
+        """The text, a file by its name alone."""
+        return f"{PurePath(self.dataset).name}, windows of {self.seq_len}"
+
+
+class Perplexity(OnText):
+    """nll: the mean loss in nats per token."""
+
+    ppl: NotNegative
+    nll: float
+
+
+class Divergence(OnText):
+    """kl: in nats per token, from the model `dense`. agreement: share of tokens with the same likeliest next one."""
+
+    dense: str
+    kl: float
+    agreement: Share
+
+
+class Metric(Record):
+    """standard_error: None where it is unknown."""
+
+    value: float
+    standard_error: NotNegative | None
+
+
+class TaskScore(Record):
+    """metrics: by lm-eval's names. source: of the documents, `files` or `hub`."""
+
+    task: str
+    source: str
+    documents: int
+    metrics: dict[str, Metric]
+
+
+class Tasks(Record):
+    scores: list[TaskScore]
+    average: dict[str, float | None]
+
+
+class HumanEval(Record):
+    """rates: by pass@k. failures: how often programs failed in which way."""
+
+    rates: dict[str, Metric]
+    problems: int
+    samples: int
+    temperature: float
+    passed: int
+    failures: dict[str, int]
+
+
+class Quality(Record):
+    """Only what was measured is set. settings: by the measure's name, what it depends on beside model and text."""
+
+    perplexity: list[Perplexity] = Field(default_factory=list)
+    divergence: list[Divergence] = Field(default_factory=list)
+    tasks: Tasks | None = None
+    humaneval: HumanEval | None = None
+    settings: dict[str, dict[str, Any]] = Field(default_factory=dict)
+
+    @property
+    def measures(self) -> list[Measure]:
+        return [*self._on_texts(), *self._on_tasks(), *self._programs()]
+
+    def _on_texts(self) -> Iterator[Measure]:
+        for each in self.perplexity:
+            yield Measure(f"perplexity on {each.where}", each.ppl, each.standard_error)
+        for one in self.divergence:
+            yield Measure(f"divergence from dense on {one.where}", one.kl, one.standard_error, "nats a token")
+            name = f"same likeliest token as dense on {one.where}"
+            yield Measure(name, 100 * one.agreement, None, "%", lower_is_better=False)
+
+    def _on_tasks(self) -> Iterator[Measure]:
+        for each in self.tasks.scores if self.tasks else []:
+            for name in LISTED:
+                if name in each.metrics:
+                    metric, lower = each.metrics[name], name == "perplexity"
+                    yield Measure(f"{each.task}, {name}", metric.value, metric.standard_error, lower_is_better=lower)
+        if self.tasks and len(self.tasks.scores) > 1:
+            for name, average in self.tasks.average.items():
+                if average is not None:
+                    yield Measure(f"average of the tasks, {name}", average, None, lower_is_better=False)
+
+    def _programs(self) -> Iterator[Measure]:
+        for name, rate in self.humaneval.rates.items() if self.humaneval else []:
+            yield Measure(f"HumanEval, {name}", rate.value, rate.standard_error, lower_is_better=False)
+
+
+def read_quality(folder: Path) -> Quality | None:
+    """None where nothing has been measured. Raises CheckpointError for a file that is not as it is written."""
+    file = folder / QUALITY
+    if not file.exists():
+        return None
+    return validated(Quality, read_json(file), file, "Delete it and measure again.")
+
+
+def save_quality(folder: Path, measured: Quality) -> Path:
+    """Add measures to quality.json, atomically. Those that are in it already are replaced, others stay."""
+    file = folder / QUALITY
+    try:
+        # Another process may be adding measures of its own.
+        with exclusive(folder):
+            kept = read_quality(folder) or Quality()
+            settings = {**kept.settings, **measured.settings}
+            with atomic_write(file) as unfinished:
+                write_json(unfinished, {**kept.to_dict(), **measured.to_dict(), "settings": settings})
+    except OSError as error:
+        raise OutputError(f"{file} cannot be written: {error.strerror}. Free space or its folder.") from error
+    return file

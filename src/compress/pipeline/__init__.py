@@ -1,0 +1,224 @@
+"""From a model and a recipe to a checkpoint: everything checked first, one walk, every part written as it is finished.
+
+Before the walk come what its recipe asks for: a survey of the dense model, and trials where a budget leaves a choice.
+
+The output gets its name after it has been reloaded in a clean process (`checkpoints/run_folder.py`).
+Nothing volatile (times, paths of this machine) goes into it: the same inputs give the same bytes.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import psutil
+
+from compress.checkpoints import files
+from compress.checkpoints.metadata import Metadata, input_fingerprint, read_metadata, versions
+from compress.checkpoints.run_folder import Part, RunFolder, open_run
+from compress.checkpoints.verify import verify, verify_tokens
+from compress.datasets.windows import fingerprint
+from compress.io import write_tensors
+from compress.models.loading import load_config
+from compress.numerics.precision import full_precision
+from compress.pipeline.output import TRIAL, export_gguf, write_companions
+from compress.pipeline.result import Result, result_of
+from compress.planning import search
+from compress.planning.assembly import new_walk, restored, take_survey
+from compress.planning.memory import resident_bytes, usual_batch_size
+from compress.planning.plan import Plan
+from compress.planning.prepare import Job, Prepared, plan_job, prepare
+from compress.planning.ranks import rank_choices
+from compress.progress import Progress, Steps, silent
+from compress.streaming.processes import ALONE, Processes
+from compress.streaming.survey import Survey, SurveyNeed, num_steps
+from compress.streaming.walk import FinishedPart, Walk
+from compress.version import FORMAT
+
+SMALL = 5 * 10**8  # bytes: a model below this is reloaded whole, whatever the walk needed
+
+
+def plan_only(job: Job) -> Plan:
+    """The plan, from config.json alone: the weights need not be on this machine."""
+    folder = job.model.config_folder()
+    return plan_job(job, folder, load_config(folder))
+
+
+def run(job: Job, progress: Progress = silent) -> Result:
+    """Compress.
+
+    Raises a CompressError for what a user can mend; until the first part is written, nothing is left behind.
+    """
+    result = run_together(job, ALONE, progress)
+    assert result is not None
+    return result
+
+
+def run_together(job: Job, processes: Processes, progress: Progress = silent) -> Result | None:
+    """`run` in one of several processes. The first writes, proves and has the result; the others have None."""
+    with full_precision():
+        start = time.perf_counter()
+        prepared = prepare(job, processes)
+        processes.gathered(None)  # the others look at the output's place before the first makes anything there
+        with open_run(job, identity(prepared), processes, progress) as folder:
+            if folder.run.finished:
+                return _give_name(prepared, folder) if processes.is_first else None
+            return _run(prepared, folder, progress, start)
+
+
+def _run(prepared: Prepared, folder: RunFolder, progress: Progress, start: float) -> Result | None:
+    """The run itself, or what is left of it; begun at `start`."""
+    job, processes = prepared.job, prepared.processes
+    seconds: dict[str, float] = {}
+    with timed(seconds, "survey"):
+        survey = _survey(prepared, folder, progress)
+    with timed(seconds, "trials"):
+        prepared = _chosen(prepared, folder, survey, progress)
+    stages, held_out = prepared.plan.stages, job.recipe.held_out_windows
+    walk = new_walk(prepared, stages, prepared.windows, held_out, survey)
+    resumed = len(folder.parts)
+    steps = Steps(progress, "compressing", walk.num_parts, done=resumed)
+    if resumed:
+        walk.restore(folder.state(), resumed)
+    for part in walk.parts(steps.next):
+        _write_part(folder, part, walk)
+        del part  # it is on disk, and the next is as large
+    steps.end()
+    walk.streams.release()
+    processes.from_first(None)  # all is written
+    if not processes.is_first:
+        return None
+    metadata, difference = _complete(prepared, walk, folder, progress)
+    seconds |= dict(walk.clock.seconds) | {"total": time.perf_counter() - start}
+    return result_of(prepared, metadata, seconds, difference, resumed)
+
+
+@contextmanager
+def timed(seconds: dict[str, float], kind: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    if (elapsed := time.perf_counter() - start) > 0.001:
+        seconds[kind] = elapsed
+
+
+def _survey(prepared: Prepared, folder: RunFolder, progress: Progress) -> Survey | None:
+    """The survey that the plan asks for, taken once: a run that goes on reads it back."""
+    if prepared.plan.survey is SurveyNeed.NONE:
+        return None
+    if "survey" in folder.findings:
+        return restored(prepared, folder.found_tensors("survey"))
+    total = num_steps(prepared.config.num_hidden_layers, gradient=SurveyNeed.GRADIENT in prepared.plan.survey)
+    steps = Steps(progress, "surveying the dense model", total)
+    survey = take_survey(prepared, steps.next)
+    assert survey is not None
+    steps.end()
+    folder.note("survey", None, survey.tensors(), survey.gradients.written if survey.gradients else ())
+    return survey
+
+
+def _chosen(prepared: Prepared, folder: RunFolder, survey: Survey | None, progress: Progress) -> Prepared:
+    """With the plan's choice made, by trial where there is more than one; a run that goes on reads trials back."""
+    prepared = _with_rank_choices(prepared, survey)
+    if not prepared.plan.choices:
+        return prepared
+    choices, costs = search.with_costs(prepared, survey)
+    steps = Steps(progress, "trying shapes", min(len(choices), search.MOST_TRIALS))
+
+    def measured(place: int) -> float:
+        name = f"{TRIAL}{place}"
+        if name not in folder.findings:
+            trial, cost = search.try_out(prepared, choices[place], survey, steps), costs[place]
+            predicted = None if cost is None else cost.total(search.LEFT)
+            folder.note(name, {**trial.counts, "predicted": predicted, "divergence": trial.divergence})
+        return float(folder.findings[name].data["divergence"])
+
+    place = search.choose(costs, measured) if len(choices) > 1 else 0
+    return replace(prepared, plan=prepared.plan.chosen(choices[place]))
+
+
+def _with_rank_choices(prepared: Prepared, survey: Survey | None) -> Prepared:
+    """With the ranks that each allocation comes to, now that the dense model has been looked at."""
+    plan = prepared.plan
+    if plan.ranks is None:
+        return prepared
+    spectra = {} if survey is None else survey.spectra
+    found = rank_choices(plan.ranks, prepared.job.recipe.budget, plan.dense, spectra)
+    return replace(prepared, plan=plan.chosen(found[0]) if len(found) == 1 else replace(plan, choices=found))
+
+
+def identity(prepared: Prepared) -> dict[str, Any]:
+    """All that the output's bytes depend on."""
+    job = prepared.job
+    return {
+        "recipe": job.recipe.model_dump(mode="json"),
+        "model": input_fingerprint(prepared.folder, prepared.weights),
+        "calibration text": fingerprint(prepared.windows),
+        "format": FORMAT,
+        "versions": versions(),
+        "export": job.export,
+        "device": job.device.type,
+        "batch size": batch_size(prepared),
+        "number of processes": prepared.processes.count,
+        "dtype": str(prepared.precision.written).removeprefix("torch."),
+    }
+
+
+def batch_size(prepared: Prepared) -> int | None:
+    """Windows at a time, where it is not the usual number: as the user said it, or as memory allows."""
+    chosen, job = prepared.plan.room.batch_size, prepared.job
+    return job.batch_size if chosen == usual_batch_size(job.recipe) else chosen
+
+
+def _give_name(prepared: Prepared, folder: RunFolder) -> Result:
+    """Publish what an earlier run had finished."""
+    folder.publish()
+    return result_of(prepared, read_metadata(folder.out), {"total": 0.0}, None, len(folder.parts))
+
+
+def _write_part(folder: RunFolder, part: FinishedPart, walk: Walk) -> None:
+    with walk.clock("write"):
+        if not walk.processes.is_first:
+            folder.record(Part(), walk.state())
+            return
+        weights = write_tensors(folder.checkpoint / files.part_file(part.index, walk.num_parts), part.tensors)
+        beside = folder.partial / files.adapter_file(part.index)
+        adapter = write_tensors(beside, part.adapter) if part.adapter else None
+        report = {
+            "tensors": sorted(part.tensors),
+            "tensor_bytes": sum(tensor.nbytes for tensor in part.tensors.values()),
+            "adapter_bytes": sum(tensor.nbytes for tensor in part.adapter.values()),
+            "parameters": part.parameters,
+            "points": part.points,
+            "groups": part.groups,
+            "divergence": part.divergence,
+        }
+        folder.record(Part(weights=weights, adapter=adapter, report=report), walk.state())
+
+
+def _complete(prepared: Prepared, walk: Walk, folder: RunFolder, progress: Progress) -> tuple[Metadata, float]:
+    """The rest of the checkpoint, the proof that it reloads, and its name. What it says of itself, and the proof."""
+    job, target = prepared.job, folder.checkpoint
+    steps = Steps(progress, "verifying", 2 if job.export == "gguf" else 1)
+    steps.next("reloading in a clean process")
+    metadata = write_companions(prepared, folder)
+    with walk.clock("verify"):
+        ids, logits = walk.probe_ids, walk.probe
+        assert logits is not None
+        verify_tokens(prepared.folder, target)
+        memory = proof_memory(prepared)
+        difference = verify(target, ids, logits, memory=memory)
+        if job.export == "gguf":
+            if job.max_memory is None:
+                memory = max(memory, psutil.virtual_memory().available // 2)
+            steps.next("the GGUF file")
+            export_gguf(target, job.out.name, ids, logits, memory=memory)
+    folder.finish()
+    steps.end()
+    return metadata, difference
+
+
+def proof_memory(prepared: Prepared) -> int:
+    """Bytes that the process which reloads the result may take beside its interpreter, which is as large as ours."""
+    limit = prepared.job.max_memory
+    return max(prepared.plan.memory_bytes, SMALL) if limit is None else max(0, limit - resident_bytes() - prepared.held)
