@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -19,7 +19,7 @@ from compress.errors import UsageError
 from compress.planning import search
 from compress.planning.assembly import take_survey
 from compress.planning.budget import WidthSpace
-from compress.planning.plan import Plan
+from compress.planning.plan import Plan, choose_base, plan_stages
 from compress.planning.prepare import prepare
 from compress.planning.search import Cost
 from compress.progress import Steps, silent
@@ -146,7 +146,7 @@ def test_choices_say_their_size():
     assert widths == sorted(set(widths))
     assert (plan.size, plan.removed) == (None, None)
     for choice in plan.choices:
-        assert choice.shape == counted.space.shape(choice.counts)
+        assert choice.spec == counted.space.spec(choice.counts)
         assert choice.size.parameters == counted.cost(dict(choice.counts))
         assert choice.size.bytes == 2 * choice.size.parameters
         made = plan.chosen(choice)

@@ -94,7 +94,7 @@ FAULTS: dict[str, tuple[Stages, dict[str, Any], str]] = {
     "two stages at one linear": (
         lowrank("lord", HALF) + lowrank("lord", {"rank_frac": 0.25}),
         {},
-        "Two stages would factorise self_attn.q_proj. Give each its own target.",
+        "Two stages would factorize self_attn.q_proj. Give each its own target.",
     ),
     "two rules": (
         lowrank("lord", {"rank": 8, "rank_frac": 0.5}),

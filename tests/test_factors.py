@@ -3,6 +3,7 @@
 import copy
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, get_args
 
 import pytest
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM
 import oracles
 import tiny
 from compress import families
+from compress.architectures.architecture import ModelSpec
 from compress.architectures.own import AUTO_MAP, CLASS, Own
 from compress.models.factors import (
     AnyLinear,

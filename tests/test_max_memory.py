@@ -8,7 +8,7 @@ import pytest
 
 from cli_runner import Ran, Request, run_warm
 from compress.errors import UsageError
-from compress.planning.memory import Room
+from compress.planning.memory import Room, fit_to_limit, resident_bytes
 from tiny import write_model, write_text
 
 WORDS = "slice --model model --calib text.txt --samples 32 --seq-len 256 --device cpu --method slicegpt --ratio 0.25"
@@ -70,18 +70,18 @@ def per_window(room: Room) -> int:
     ("limit", "batch_size", "cache"), [(1000, 16, 690), (310, 16, 0), (309, 8, 79), (160, 1, 0), (229, 4, 39)]
 )
 def test_batches_are_halved_until_they_fit_and_the_rest_is_cache(limit, batch_size, cache):
-    assert settle(Room(16, 10**6), limit, 100, per_window, fixed_batch=False) == Room(batch_size, cache)
+    assert fit_to_limit(Room(16, 10**6), limit, 100, per_window, fixed_batch=False) == Room(batch_size, cache)
 
 
 def test_what_the_user_said_stays():
-    assert settle(Room(16, 5), 1000, 100, per_window, fixed_batch=True) == Room(16, 5)
+    assert fit_to_limit(Room(16, 5), 1000, 100, per_window, fixed_batch=True) == Room(16, 5)
     with pytest.raises(UsageError, match=r"16 windows at a time the run takes 0\.02 GB.*smaller --batch-size"):
-        settle(Room(16, 5), 200, 100, per_window, fixed_batch=True)
+        fit_to_limit(Room(16, 5), 200, 100, per_window, fixed_batch=True)
 
 
 def test_held_is_what_has_been_written_to():
-    before, size = held(), 50 * 2**20
+    before, size = resident_bytes(), 50 * 2**20
     with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as block:
         block.write(b"x" * size)
-        grown = held() - before
+        grown = resident_bytes() - before
     assert 0.9 * size < grown < 2.5 * size  # what was written passes through memory too

@@ -143,7 +143,7 @@ def test_what_was_chosen_is_what_was_counted_and_written(order, made):
     space = run.plan.ranks
     choice = space.choice("any", run.result.ranks)
     assert choice.size == run.result.size
-    model = run.choice.spec.model()
+    model = choice.spec.model()
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     if "lm_head.weight" not in tensors:
         assert model.config.tie_word_embeddings
