@@ -55,7 +55,7 @@ class Prune(Part):
 
     method: Pruner = "admm"
     pattern: str = "2:4"
-    iterations: Annotated[int, Field(ge=1)] = 40
+    iterations: Annotated[int, Field(ge=1)] = 60
 
     @field_validator("pattern")
     @classmethod
