@@ -117,7 +117,7 @@ def test_gradients_are_autograds(model_type, models, tmp_path):
         "finding-gradients-00000.safetensors",
         "finding-gradients-00001.safetensors",
     ]
-    assert {entry["file"] for entry in found.gradients.written} == {file.name for file in tmp_path.iterdir()}
+    assert {entry.file for entry in found.gradients.written} == {file.name for file in tmp_path.iterdir()}
     told = set()
     for block in range(2):
         for path, moment in load_file(tmp_path / f"finding-gradients-{block:05d}.safetensors").items():

@@ -22,6 +22,7 @@ from compress import families, pipeline
 from compress.architectures.stock import Stock
 from compress.checkpoints.adapter import adapter_config
 from compress.checkpoints.card import vllm_rank
+from compress.checkpoints.metadata import AdapterMetadata
 from compress.errors import NumericalError, UsageError
 from compress.models.expert_names import own_name
 from compress.models.hub import find_model
@@ -487,7 +488,7 @@ def test_bits_a_weight_by_hand(form, tmp_path):
 def test_the_rank_that_vllm_is_told(rank, served):
     """Of those that it knows, the least that the largest adapter fits in."""
     adapter = adapter_config("mine", {"a.q_proj": 1, "a.k_proj": rank})
-    assert vllm_rank({"adapter": adapter}) == served
+    assert vllm_rank(AdapterMetadata.model_validate(adapter)) == served
 
 
 # ---- models that are not as they should be ----

@@ -96,7 +96,9 @@ class Recipe(BaseModel):
         self._check_inputs()
         free = self.budget is not None and self.budget.allocation == "free"
         if free and "neurons" not in [stage.opens for stage in self.stages]:
-            raise ValueError("allocation free is of neurons; leave prune_units open")
+            raise ValueError(
+                "allocation free lets the budget decide the neurons of each block; leave out prune_units' ratio (--mlp-ratio)"
+            )
         if self.held_out_windows >= self.calibration.samples:
             raise ValueError("a stage holds calibration windows out of its fit; it needs 2 samples at least")
         return self
