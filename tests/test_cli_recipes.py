@@ -268,7 +268,7 @@ REFUSED = {
     "slice --ratio 0.25 --mlp-ratio 1": "--mlp-ratio 1.0: Input should be less than 1",
     "slice --ratio 0.25 --set rotate_shared.gradient_weight=1": "gradient_weight=1: Input should be less than 1",
     "slice --ratio 0.25 --allocation free": "--allocation free has no effect with --ratio 0.25. Leave one out.",
-    "slice --keep-params 0.5 --allocation free --mlp-ratio 0.5": "allocation free is of neurons",
+    "slice --keep-params 0.5 --allocation free --mlp-ratio 0.5": "leave out prune_units' ratio (--mlp-ratio)",
     "slice --keep-params 1.5": "--keep-params 1.5: Input should be less than 1",
     "slice --keep-params 0.01": "cannot be kept: the least this recipe can come to is",
     "slice --target-size much": "--target-size takes a size such as 8GB",

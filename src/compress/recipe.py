@@ -97,7 +97,8 @@ class Recipe(BaseModel):
         free = self.budget is not None and self.budget.allocation == "free"
         if free and "neurons" not in [stage.opens for stage in self.stages]:
             raise ValueError(
-                "allocation free lets the budget decide the neurons of each block; leave out prune_units' ratio (--mlp-ratio)"
+                "allocation free lets the budget decide the neurons of each block; "
+                "leave out prune_units' ratio (--mlp-ratio)"
             )
         if self.held_out_windows >= self.calibration.samples:
             raise ValueError("a stage holds calibration windows out of its fit; it needs 2 samples at least")
