@@ -85,7 +85,7 @@ RECIPES: dict[str, tuple[list[str], dict[str, dict[str, Any]]]] = {
         ["refit", "slim"],
         {
             "slim": {
-                "prune": {"method": "admm", "pattern": "2:4", "iterations": 60},
+                "prune": {"method": "admm", "pattern": "2:4", "iterations": 48},
                 "quantize": {
                     **{"method": "gptq", "bits": 4, "floating": False, "symmetric": True},
                     **{"act_order": False, "important_inputs": False},
@@ -99,7 +99,7 @@ RECIPES: dict[str, tuple[list[str], dict[str, dict[str, Any]]]] = {
         ["refit", "slim"],
         {
             "slim": {
-                "prune": {"method": "wanda", "pattern": "2:4", "iterations": 60},
+                "prune": {"method": "wanda", "pattern": "2:4", "iterations": 48},
                 "adapt": {"method": "slim", "rank": 0.1, "rounds": 1, "group": 128},
                 **{"polish": 0, "centre": False},
             }

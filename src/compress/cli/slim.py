@@ -26,7 +26,7 @@ RANK = "Rank of the low-rank adapters: a share of each matrix's full rank below 
 METHOD = (
     "anchored: ours (ADMM, GPTQ, adapters fitted to the dense model). slim: the paper's (Wanda, SLiM-Quant, SLiM-LoRA)."
 )
-FAST = "anchored: 20 iterations of ADMM instead of 60, and one round of the adapter."
+FAST = "anchored: 20 iterations of ADMM instead of 48, and one round of the adapter."
 COMPACT = "Store it as small as we can, in our own architecture: 2:4 in 4 bits takes 2.75 bits a weight and scales."
 FAST_ITERATIONS = 20
 POLISH = 3  # rounds without an adapter; with one, every round of it polishes again

@@ -50,12 +50,12 @@ class Part(BaseModel):
 class Prune(Part):
     """
     method: `magnitude`, `wanda`, `sparsegpt` or `admm`. pattern: 2:4 and its like, or the share deleted, 50%.
-    iterations: of ADMM.
+    iterations: of ADMM, best a multiple of 8: its penalty grows every 8.
     """
 
     method: Pruner = "admm"
     pattern: str = "2:4"
-    iterations: Annotated[int, Field(ge=1)] = 60
+    iterations: Annotated[int, Field(ge=1)] = 48
 
     @field_validator("pattern")
     @classmethod
