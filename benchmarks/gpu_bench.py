@@ -175,7 +175,7 @@ def host_peak() -> int | None:
 def both(session: Session, name: str) -> list[Any]:
     import torch
 
-    from compress.models.opening import open_model
+    from compress.models.stored_loading import open_model
 
     folders = (session.dense, session.result(name))
     return [open_model(folder, dtype=torch.bfloat16, device=torch.device(session.device)) for folder in folders]

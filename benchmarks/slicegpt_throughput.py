@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from compress.evaluation.speed.generation import Decoding, Workload, prompts
 from compress.evaluation.speed.memory import attempted, has_room
 from compress.evaluation.speed.timing import seconds
-from compress.models.opening import open_model
+from compress.models.stored_loading import open_model
 
 LENGTH = 128  # tokens
 ROUNDS = 3  # of every batch, the models in turns; the paper's own code has one

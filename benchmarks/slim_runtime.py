@@ -42,7 +42,7 @@ WAYS = {
 }
 PROBE = r"""
 import re, sys, torch, transformers
-import transformers.models.llama.modeling_llama, compress.models.opening
+import transformers.models.llama.modeling_llama, compress.models.stored_loading
 def peak(): return int(re.search(r"VmHWM:\s+(\d+) kB", open("/proc/self/status").read())[1]) * 1024
 before = peak()
 model = compress.load(sys.argv[1])

@@ -493,7 +493,7 @@ def test_an_interrupted_eval_promises_no_resume(place, monkeypatch):
     def interrupted(*_arguments, **_options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("compress.models.opening.open_model", interrupted)
+    monkeypatch.setattr("compress.models.stored_loading.open_model", interrupted)
     with untouched(place):
         ran = invoke(*EVAL)
     assert ran.code == 130

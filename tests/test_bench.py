@@ -22,8 +22,8 @@ from compress.evaluation.speed.generation import Decoding, Workload, compare_gen
 from compress.evaluation.speed.layerwise import Form, linears_of, matched
 from compress.evaluation.speed.report import Asked, Named, measure
 from compress.evaluation.speed.timing import Comparison, Spread
-from compress.models.opening import open_model
 from compress.models.storage import Storage, empty_linear
+from compress.models.stored_loading import open_model
 from compress.numerics.sparsity import Pattern
 from compress.own_model.modeling_compress import LowRankLinear, PivotLinear
 from stored import on_linux, write_compact, write_packed

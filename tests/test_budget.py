@@ -18,8 +18,8 @@ from compress.architectures.stock import Stock
 from compress.errors import UsageError
 from compress.planning import search
 from compress.planning.assembly import take_survey
-from compress.planning.budget import WidthSpace
-from compress.planning.plan import Plan, choose_base, plan_stages
+from compress.planning.budget import WidthSpace, plan_stages
+from compress.planning.plan import Plan, choose_base
 from compress.planning.prepare import prepare
 from compress.planning.search import Cost
 from compress.progress import Steps, silent

@@ -16,8 +16,8 @@ from compress.checkpoints.quality import QUALITY, read_quality
 from compress.cli.eval import find_place, usual_text
 from compress.evaluation._local_tasks import task_index
 from compress.evaluation.humaneval import Sampling, completions
-from compress.models.opening import load
 from compress.models.storage import Storage
+from compress.models.stored_loading import load
 from compress.numerics.sparsity import Pattern
 from stored import write_compact, write_packed
 from test_gguf import write_folder
@@ -196,7 +196,7 @@ def test_wrong_words(place, home, words, message):
 
 def test_nothing_is_run_without_leave(home, place, monkeypatch):
     monkeypatch.setattr("compress.evaluation._programs.run_program", lambda *_: pytest.fail("a program was run"))
-    monkeypatch.setattr("compress.models.opening.open_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("compress.models.stored_loading.open_model", lambda *_, **__: pytest.fail("a model was loaded"))
     (fault,) = refused(2, "--humaneval", "--model", home / "dense", "--data-dir", home / "data")
     assert "say --allow-code-execution" in fault
 
@@ -274,10 +274,10 @@ def test_all_models_are_looked_at_first(home, place, tmp_path, monkeypatch):
 def test_one_model_is_in_memory_at_a_time(home, place, monkeypatch):
     import weakref
 
-    from compress.models import opening
+    from compress.models import stored_loading
 
     alive: list[Any] = []
-    opened = opening.open_model
+    opened = stored_loading.open_model
 
     def open_alone(*arguments: Any, **options: Any) -> Any:
         assert [each for each in alive if each() is not None] == []
@@ -285,7 +285,7 @@ def test_one_model_is_in_memory_at_a_time(home, place, monkeypatch):
         alive.append(weakref.ref(model))
         return model
 
-    monkeypatch.setattr(opening, "open_model", open_alone)
+    monkeypatch.setattr(stored_loading, "open_model", open_alone)
     words = texts(home, "--kl", home / "dense")
     succeeds("eval", "--compare", home / "dense", home / "sliced", home / "thin", *words)
     assert len(alive) == 4

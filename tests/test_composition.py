@@ -15,7 +15,7 @@ from compress import pipeline
 from compress.datasets.windows import calibration_windows
 from compress.models.hub import find_model
 from compress.models.loading import load_tokenizer
-from compress.models.opening import load
+from compress.models.stored_loading import load
 from compress.planning.prepare import Job
 from compress.recipe import parse_recipe
 from compress.stages._stage import StageConfig

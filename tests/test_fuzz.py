@@ -14,9 +14,7 @@ from hypothesis import strategies as st
 from cli_runner import snapshot
 from compress.cli.reporting import LONGEST, MOST_FAULTS, told
 from compress.errors import CheckpointError, UsageError
-from compress.models.json_text import parse_json
-from compress.models.typed_path import typed_path
-from compress.models.yaml_text import DEEPEST, parse_yaml
+from compress.models.untrusted import DEEPEST, parse_json, parse_yaml, typed_path
 from fuzzing import TARGETS, Fuzzer, Target, write_home
 from spoiling import BOMB, DEEP, spoiled_json, spoiled_yaml
 

@@ -110,7 +110,7 @@ def test_imports_point_down():
 def test_the_package_itself_imports_its_version_and_what_load_calls():
     assert {imported for importer, imported in OWN if importer == "compress"} == {
         "compress.version",
-        "compress.models.opening",
+        "compress.models.stored_loading",
     }
 
 

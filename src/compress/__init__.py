@@ -30,7 +30,7 @@ def load(model: str | Path, *, dtype: "torch.dtype | None" = None, device: "torc
     """
     import torch
 
-    from compress.models.opening import load as open_named
+    from compress.models.stored_loading import load as open_named
 
     return open_named(str(model), dtype, torch.device(device))
 

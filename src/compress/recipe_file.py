@@ -10,9 +10,7 @@ import yaml
 from compress import presets
 from compress.checkpoints.metadata import METADATA
 from compress.errors import UsageError
-from compress.models.json_text import parse_json
-from compress.models.libraries import reading
-from compress.models.yaml_text import parse_yaml
+from compress.models.untrusted import parse_json, parse_yaml, reading
 from compress.recipe import Recipe, Where, dotted
 
 LARGEST = 10**7  # bytes of a compress.json; a large model's has a few million

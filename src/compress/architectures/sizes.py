@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from compress.models.counting import num_parameters
+from compress.models.storage import num_parameters
 
 # A safetensors header says a tensor's name, dtype, shape and place: what that takes beside the name, at most.
 HEADER_BYTES_PER_TENSOR = 128

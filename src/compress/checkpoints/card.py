@@ -18,7 +18,7 @@ from compress.checkpoints.metadata import AdapterMetadata, Metadata
 from compress.checkpoints.quality import Quality
 from compress.errors import OutputError
 from compress.io import atomic_write
-from compress.models.yaml_text import parse_yaml
+from compress.models.untrusted import parse_yaml
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData

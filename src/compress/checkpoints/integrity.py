@@ -5,11 +5,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from compress.checkpoints.adapter import WEIGHTS
-from compress.checkpoints.metadata import METADATA, Metadata, read_json
+from compress.checkpoints.metadata import METADATA, Metadata
 from compress.errors import CheckpointError, Faults
 from compress.io import sha256
 from compress.models.stored_files import ADAPTER
 from compress.models.tensor_files import INDEX, StoredTensor, indexed_names, is_own_name, read_header
+from compress.models.untrusted import read_json
 from compress.progress import Progress, Steps
 
 ADAPTER_WEIGHTS = f"{ADAPTER}/{WEIGHTS}"

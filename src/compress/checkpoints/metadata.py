@@ -14,13 +14,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from compress.checkpoints.files import write_json
 from compress.errors import CheckpointError
-from compress.models.json_text import parse_json
 from compress.models.loading import check_format
+from compress.models.untrusted import read_json
 from compress.streaming.weights import LazyWeights
 from compress.version import __version__
 
 METADATA = "compress.json"
-LARGEST = 2**26  # bytes of a JSON file; a report on 10 000 linears takes a twentieth
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(gt=0)]
 R = TypeVar("R", bound="Record")
@@ -226,21 +225,6 @@ def validated(kind: type[R], found: dict[str, Any], file: Path, remedy: str) -> 
         first = error.errors(include_url=False, include_input=False)[0]
         where, what = ".".join(map(str, first["loc"])), f"{first['msg'][:1].lower()}{first['msg'][1:]}"
         raise CheckpointError(f"{file} is damaged: {where!r}: {what}. {remedy}") from error
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object of a sensible size. Raises CheckpointError."""
-    try:
-        if not file.is_file():
-            raise CheckpointError(f"{file} is missing. Get it again.")
-        if file.stat().st_size > LARGEST:
-            raise CheckpointError(f"{file} is larger than any that is written ({LARGEST:,} bytes). Get it again.")
-        found = parse_json(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} is damaged: it cannot be read as JSON. Get it again.") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{file} is damaged: it is no JSON object. Get it again.")
-    return found
 
 
 # What a checkpoint was made from and by.

@@ -11,9 +11,10 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from compress.checkpoints.files import write_json
-from compress.checkpoints.metadata import Record, read_json, validated
+from compress.checkpoints.metadata import Record, validated
 from compress.errors import OutputError
 from compress.io import atomic_write, exclusive
+from compress.models.untrusted import read_json
 
 QUALITY = "quality.json"
 Share = Annotated[float, Field(ge=0, le=1)]

@@ -29,8 +29,8 @@ from compress.checkpoints.metadata import METADATA, Metadata, is_ours, read_meta
 from compress.checkpoints.output_folder import LOCK, Output, locked, publish
 from compress.errors import CheckpointError, UsageError
 from compress.io import WrittenFile, atomic_write, fsync_tree, sha256, write_tensors
-from compress.models.json_text import parse_json
 from compress.models.tensor_files import is_own_name
+from compress.models.untrusted import parse_json
 from compress.progress import Progress, silent
 from compress.streaming.processes import ALONE, Processes
 

@@ -143,7 +143,8 @@ def base_of(source: "ModelSource") -> "ModelSource":
 
 def facts_of(folder: Path) -> dict[str, Any]:
     """What compress.json says; nothing where there is none, or where it is damaged."""
-    from compress.checkpoints.metadata import METADATA, read_json
+    from compress.checkpoints.metadata import METADATA
+    from compress.models.untrusted import read_json
 
     with suppress(CompressError):
         return read_json(folder / METADATA)

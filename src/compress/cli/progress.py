@@ -6,6 +6,7 @@ compressing: 7/34, 19:07 left, 44.0 s/step, block 6 (0:41 so far), 4.1 GB memory
 import sys
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
@@ -87,7 +88,7 @@ class Phase:
         return ", ".join([*count, *rest, *pace, *([" ".join(step)] if step else []), f"{memory_in_use()} memory"])
 
 
-class Shown:
+class Shown(ABC):
     """Follows the phases of a run and shows them."""
 
     def __init__(self, clock: Clock) -> None:
@@ -110,11 +111,11 @@ class Shown:
             self.phase.seconds = self.clock() - self.phase.started
             self.show(self.phase, is_new=False)
 
-    def show(self, phase: Phase, *, is_new: bool) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def show(self, phase: Phase, *, is_new: bool) -> None: ...
 
-    def running(self) -> AbstractContextManager[None]:
-        raise NotImplementedError
+    @abstractmethod
+    def running(self) -> AbstractContextManager[None]: ...
 
 
 class Lines(Shown):

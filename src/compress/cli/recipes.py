@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from compress import presets
 from compress.cli.options import flag_of, parse_size
 from compress.errors import Faults, UsageError, unknown_name
-from compress.models.json_text import parse_json
+from compress.models.untrusted import parse_json
 
 if TYPE_CHECKING:
     from compress.recipe import Place, Recipe, Where

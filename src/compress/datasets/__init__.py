@@ -13,7 +13,7 @@ from types import ModuleType
 
 from compress.datasets._files import is_file, read_rows
 from compress.errors import UsageError, unknown_name
-from compress.models.typed_path import typed_path
+from compress.models.untrusted import typed_path
 
 SEPARATOR = "\n\n"
 DATA_DIR_VARIABLE = "COMPRESS_DATA_DIR"

@@ -9,8 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from compress.errors import UsageError
-from compress.models.json_text import parse_json
-from compress.models.typed_path import typed_path
+from compress.models.untrusted import parse_json, typed_path
 
 SUFFIXES = (".txt", ".jsonl")
 FIELD = "text"

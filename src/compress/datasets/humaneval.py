@@ -9,7 +9,7 @@ from pathlib import Path
 
 from compress.datasets._hub import column, hub_table, plain_files
 from compress.errors import Unavailable
-from compress.models.json_text import parse_json
+from compress.models.untrusted import parse_json
 
 REPOSITORY = "openai/openai_humaneval"
 PLAIN = ("humaneval/HumanEval.jsonl.gz", "humaneval/HumanEval.jsonl")

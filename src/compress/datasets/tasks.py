@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import Unavailable
-from compress.models.json_text import parse_json
+from compress.models.untrusted import parse_json
 
 LAYOUTS: tuple[dict[str, type], ...] = (
     {"query": str, "choices": list, "gold": int},

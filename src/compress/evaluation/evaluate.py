@@ -16,7 +16,7 @@ from compress.evaluation.divergence import Reference, divergence, remember
 from compress.evaluation.perplexity import perplexity
 from compress.evaluation.subject import Request, Subject
 from compress.evaluation.tasks import averages, score_tasks
-from compress.models.counting import num_parameters
+from compress.models.storage import num_parameters
 from compress.progress import Progress, Steps
 
 

@@ -15,7 +15,7 @@ from compress.datasets.windows import evaluation_windows, fingerprint
 from compress.errors import Faults, UsageError
 from compress.evaluation.humaneval import Sampling
 from compress.evaluation.tasks import LoadedTask, check_installed, load_hub_task, load_local_task
-from compress.models import opening
+from compress.models import stored_loading
 from compress.models.gguf_opening import load_gguf, load_gguf_config, load_gguf_tokenizer
 from compress.models.loading import check_positions, check_vocabulary, load_config, load_tokenizer
 from compress.streaming.weights import LazyWeights
@@ -77,7 +77,7 @@ class Subject:
     def load(self, dtype: torch.dtype, device: torch.device, *, trust_remote_code: bool) -> PreTrainedModel:
         if self.gguf is not None:
             return load_gguf(self.gguf, dtype=dtype, device=device)
-        return opening.open_model(self.folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        return stored_loading.open_model(self.folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
 
     @property
     def bytes(self) -> int:

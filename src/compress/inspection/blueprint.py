@@ -7,13 +7,13 @@ from transformers import PreTrainedModel
 
 from compress.checkpoints.metadata import METADATA, Metadata
 from compress.errors import CheckpointError
-from compress.models.counting import num_parameters
 from compress.models.expert_names import own_name
-from compress.models.libraries import reading
 from compress.models.loading import empty_model, load_config
+from compress.models.storage import num_parameters
 from compress.models.stored_files import Lora, StoredTensors, read_lora, read_scheme
 from compress.models.stored_loading import put_linears
 from compress.models.tensor_files import StoredTensor
+from compress.models.untrusted import reading
 from compress.own_model.modeling_compress import unfuse_experts
 
 ENDS = 2  # parts that are no block: the embeddings and the head

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from compress.checkpoints.metadata import LinearMetadata
 from compress.errors import CheckpointError
-from compress.models.counting import num_parameters
 from compress.models.packed import ByteLinear, FloatLinear, LoraLinear, PackedLinear
+from compress.models.storage import num_parameters
 from compress.models.tensor_files import BITS, StoredTensor, open_safetensors
 from compress.numerics.sparsity import Pattern
 from compress.own_model.modeling_compress import AdaptedLinear, CompactLinear, LowRankLinear, PivotLinear

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from compress.checkpoints.integrity import ADAPTER_WEIGHTS, check_integrity, check_mapped
-from compress.checkpoints.metadata import Metadata, Point, is_ours, read_json, read_metadata
+from compress.checkpoints.metadata import Metadata, Point, is_ours, read_metadata
 from compress.checkpoints.quality import Quality, read_quality
 from compress.checkpoints.run_folder import check_folder
 from compress.inspection.blueprint import blueprint, check_against, named
 from compress.inspection.linears import StoredLinear, Zeros, block_of, foreign_linears, linears_of, zeros_of
 from compress.models.stored_files import read_lora
 from compress.models.tensor_files import INDEX, StoredTensor, checkpoint_files, read_header
+from compress.models.untrusted import read_json
 from compress.progress import Progress, Steps
 
 ENDS = ("lm_head.", "embed_out.", ".norm.", "final_layer_norm.", "final_layernorm.", "ln_f.")

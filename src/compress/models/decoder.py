@@ -19,8 +19,8 @@ from transformers.initialization import no_init_weights
 
 from compress.families import BranchTable, Family, Units
 from compress.models.branch import Branch, Writer
-from compress.models.libraries import reading
 from compress.models.soundness import check_sound, first_unsound
+from compress.models.untrusted import reading
 from compress.own_model.modeling_compress import (
     SparseMLP,
     as_residual_block,

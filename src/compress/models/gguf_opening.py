@@ -14,9 +14,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from compress.errors import CheckpointError, UnsupportedModel, UsageError
-from compress.models.counting import num_parameters
-from compress.models.libraries import reading
 from compress.models.loading import check_sizes
+from compress.models.storage import num_parameters
+from compress.models.untrusted import reading
 
 ROPE_FACTORS = "rope_freqs.weight"  # by what the rotary frequencies are divided
 FOLDER_INSTEAD = "Name the folder it was written from: the weights are the same."

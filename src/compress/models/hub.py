@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 
 from compress.errors import Unavailable, UsageError, unknown_name
-from compress.models.typed_path import typed_path
+from compress.models.untrusted import typed_path
 
 DEMO = "demo"
 ALIASES = {

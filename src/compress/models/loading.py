@@ -9,8 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from compress.errors import CheckpointError, UnsupportedModel, UsageError
-from compress.models.json_text import parse_json
-from compress.models.libraries import one_line, reading
+from compress.models.untrusted import one_line, parse_json, reading
 from compress.version import FORMAT
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from compress.models.packed import Beside, ByteLinear, FloatLinear, InputNumbers, PackedLinear
 from compress.models.packing import Kept, pack_bits, pack_words, unsigned
@@ -179,3 +179,11 @@ def adapter_tensors(storage: Storage, A: Float[Tensor, "r n"], B: Float[Tensor, 
 
 def below(part: str, tensors: Tensors) -> Tensors:
     return {f"{part}.{name}": tensor for name, tensor in tensors.items()}
+
+
+def num_parameters(module: nn.Module) -> int:
+    """A tied weight counts once. Of a linear stored in fewer bits, what it keeps of its weight and adapter."""
+    stored = [part for part in module.modules() if isinstance(part, AdaptedLinear)]
+    counted = {id(parameter) for part in stored for parameter in part.parameters()}
+    plain = (parameter.numel() for parameter in module.parameters() if id(parameter) not in counted)
+    return sum(part.num_parameters for part in stored) + sum(plain)

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import CheckpointError
-from compress.models.json_text import parse_json
 from compress.models.storage import Storage
 from compress.models.tensor_files import SafetensorsFolder, read_header
+from compress.models.untrusted import read_json
 from compress.numerics.grids import Sharing
 
 METHOD = "compressed-tensors"
@@ -30,19 +30,9 @@ LORA_EXTRAS = (
 )
 
 
-def json_object(file: Path) -> dict[str, Any]:
-    try:
-        found = parse_json(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} is missing or no JSON. Get it again.") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{file} is damaged: it is no JSON object. Get it again.")
-    return found
-
-
 def read_scheme(folder: Path) -> Storage | None:
     """Read the quantization scheme from config.json; None where there is none."""
-    found = json_object(folder / "config.json").get("quantization_config")
+    found = read_json(folder / "config.json").get("quantization_config")
     if found is None:
         return None
     try:
@@ -118,7 +108,7 @@ def read_lora(folder: Path) -> Lora | None:
     if not (folder / ADAPTER).is_dir():
         return None
     config_file, file = folder / ADAPTER / "adapter_config.json", folder / ADAPTER / "adapter_model.safetensors"
-    config = json_object(config_file)
+    config = read_json(config_file)
     extras = [key for key in LORA_EXTRAS if config.get(key)]
     if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or extras:
         what = extras[0] if extras else "its peft_type or bias"

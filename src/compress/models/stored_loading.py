@@ -15,11 +15,12 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from compress.errors import CheckpointError
+from compress.models.hub import find_model
 from compress.models.int4 import use_kernels
-from compress.models.libraries import reading
-from compress.models.loading import load_config
+from compress.models.loading import load_config, load_model
 from compress.models.storage import Storage, empty_linear
-from compress.models.stored_files import ADAPTER, METHOD, Lora, StoredTensors, json_object, read_lora, read_scheme
+from compress.models.stored_files import ADAPTER, METHOD, Lora, StoredTensors, read_lora, read_scheme
+from compress.models.untrusted import read_json, reading
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -29,7 +30,7 @@ def is_stored(folder: Path) -> bool:
     config = folder / "config.json"
     if not config.is_file():
         return False
-    found = json_object(config).get("quantization_config")
+    found = read_json(config).get("quantization_config")
     by_compressed_tensors = isinstance(found, dict) and found.get("quant_method") == METHOD
     return by_compressed_tensors or (folder / ADAPTER).is_dir()
 
@@ -140,3 +141,21 @@ def scale_adapters(model: nn.Module, lora: Lora) -> None:
         factors = getattr(module, "lora_A", None), getattr(module, "lora_B", None)
         if factors[0] is not None and factors[1] is not None:
             factors[1].data *= lora.factor(path, len(factors[0]))
+
+
+def open_model(
+    folder: Path, *, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """Load a model. Checkpoints of ours stay packed in memory, adapter included; others are loaded by transformers."""
+    if (folder / "compress.json").is_file() and is_stored(folder):
+        return load_stored(folder, dtype=dtype, device=device)
+    return load_model(folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+
+
+def load(model: str, dtype: torch.dtype | None, device: torch.device) -> PreTrainedModel:
+    """
+    model: a folder, a hub id or an alias. dtype: by default the checkpoint's own.
+    """
+    folder = find_model(model).whole_folder()
+    own: torch.dtype = getattr(load_config(folder), "dtype", None) or torch.float32
+    return open_model(folder, dtype=dtype or own, device=device)

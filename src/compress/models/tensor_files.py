@@ -16,7 +16,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from compress.errors import CheckpointError, NumericalError
-from compress.models.json_text import parse_json
+from compress.models.untrusted import parse_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

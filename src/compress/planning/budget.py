@@ -8,11 +8,25 @@ from typing import Any
 
 from compress.architectures.architecture import ModelSpec
 from compress.architectures.sizes import Size
-from compress.errors import UsageError, report
+from compress.errors import Faults, UsageError, report
 from compress.recipe import Budget
 from compress.stages._stage import StageConfig
 
 Counts = Mapping[str, Any]
+
+
+def plan_stages(stages: Sequence[StageConfig], spec: ModelSpec) -> tuple[tuple[StageConfig, ...], ModelSpec]:
+    """Apply stages to a model's sizes, one after another.
+
+    Raises UsageError with what does not fit, a line for each fault of all stages.
+    """
+    faults, planned = Faults(), list[StageConfig]()
+    for stage in stages:
+        with faults.noted():
+            settled, spec = stage.plan(spec)
+            planned.append(settled)
+    faults.report()
+    return tuple(planned), spec
 
 
 @dataclass(frozen=True)
@@ -67,9 +81,7 @@ class WidthSpace:
     base: ModelSpec
 
     def spec(self, counts: Counts) -> ModelSpec:
-        spec = self.base
-        for stage in self.stages:
-            _, spec = stage.decided(counts).plan(spec)
+        _, spec = plan_stages([stage.decided(counts) for stage in self.stages], self.base)
         if not spec.is_decided:
             raise UsageError("A budget needs widths that are known beforehand: leave out explained_variance.")
         return spec

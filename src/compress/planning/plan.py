@@ -10,10 +10,10 @@ from compress.architectures.architecture import ModelSpec, dense_units
 from compress.architectures.own import Own
 from compress.architectures.sizes import Size
 from compress.architectures.stock import Stock
-from compress.errors import Faults, UsageError, report
+from compress.errors import UsageError, report
 from compress.families import Family, check_exact
 from compress.planning.alternatives import Alternative, alternatives
-from compress.planning.budget import Choice, WidthSpace, width_choices
+from compress.planning.budget import Choice, WidthSpace, plan_stages, width_choices
 from compress.planning.memory import Room, needs, surveyed
 from compress.planning.ranks import RankSpace, check_budget
 from compress.recipe import Recipe
@@ -144,20 +144,6 @@ def make_plan(
     )
     decided = len(choices) == 1 and recipe.budget is not None and recipe.budget.allocation == "uniform"
     return plan.chosen(choices[0]) if decided else plan
-
-
-def plan_stages(stages: Sequence[StageConfig], spec: ModelSpec) -> tuple[tuple[StageConfig, ...], ModelSpec]:
-    """Apply stages to a model's sizes, one after another.
-
-    Raises UsageError with what does not fit, a line for each fault of all stages.
-    """
-    faults, planned = Faults(), list[StageConfig]()
-    for stage in stages:
-        with faults.noted():
-            settled, spec = stage.plan(spec)
-            planned.append(settled)
-    faults.report()
-    return tuple(planned), spec
 
 
 def choose_base(recipe: Recipe, config: Any, family: Family, dtype: torch.dtype) -> ModelSpec:

@@ -50,7 +50,7 @@ class Part(BaseModel):
 class Prune(Part):
     """
     method: `magnitude`, `wanda`, `sparsegpt` or `admm`. pattern: 2:4 and its like, or the share deleted, 50%.
-    iterations: of ADMM, best a multiple of 8: its penalty grows every 8.
+    iterations: of ADMM, whose penalty grows every 8.
     """
 
     method: Pruner = "admm"

@@ -15,10 +15,10 @@ from jaxtyping import Int64
 from torch import Tensor, nn
 
 from compress.errors import NumericalError
-from compress.models.counting import num_parameters
 from compress.models.decoder import Arguments, Decoder
 from compress.models.packed import inputs_as_they_are
 from compress.models.soundness import check_sound
+from compress.models.storage import num_parameters
 from compress.numerics.frames import Frame
 from compress.streaming.layout import Layout
 from compress.streaming.loader import PartLoader

@@ -20,7 +20,7 @@ from compress.checkpoints.adapter import adapter_config, write_adapter
 from compress.checkpoints.card import CARD
 from compress.checkpoints.files import adapter_file, write_json
 from compress.checkpoints.integrity import ADAPTER_WEIGHTS
-from compress.checkpoints.metadata import METADATA, Metadata, Record, read_json
+from compress.checkpoints.metadata import METADATA, Metadata, Record
 from compress.checkpoints.push import own_files
 from compress.checkpoints.quality import QUALITY
 from compress.inspection.blueprint import blueprint
@@ -28,6 +28,7 @@ from compress.io import atomic_write, new_file_mode, sha256, write_tensors
 from compress.models.loading import load_config
 from compress.models.stored_files import ADAPTER, StoredTensors, read_lora
 from compress.models.tensor_files import INDEX
+from compress.models.untrusted import read_json
 from compress.streaming.layout import ADAPTER_PREFIX
 from compress.tuning.trained import Settled
 

@@ -18,7 +18,7 @@ import torch
 from compress.errors import CompressError
 from compress.evaluation.speed.generation import Workload, runner
 from compress.models.loading import empty_model, load_config
-from compress.models.opening import open_model
+from compress.models.stored_loading import open_model
 
 LOADS = 3
 

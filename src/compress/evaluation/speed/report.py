@@ -18,9 +18,9 @@ from compress.evaluation.speed.generation import Speeds, Workload, compare_gener
 from compress.evaluation.speed.layerwise import Inputs, LinearSpeed, compare_linears, matched
 from compress.evaluation.speed.memory import attempted, bytes_in_memory, free_bytes
 from compress.evaluation.speed.timing import Comparison
-from compress.models.counting import num_parameters
-from compress.models.opening import open_model
 from compress.models.soundness import check_sound, first_unsound
+from compress.models.storage import num_parameters
+from compress.models.stored_loading import open_model
 from compress.progress import Progress, Steps, silent
 
 
