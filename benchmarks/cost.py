@@ -31,10 +31,10 @@ import marked
 import torch
 from transformers import AutoModelForCausalLM
 
+from compress.calibration.survey import survey_samples
 from compress.datasets.windows import calibration_windows
 from compress.models.hub import find_model
 from compress.models.loading import load_config, load_tokenizer
-from compress.streaming.survey import survey_samples
 
 COMPRESS = Path(sys.executable).with_name("compress")
 KINDS = ("survey", "trials", "forward", "statistics", "solve", "eigensolve", "rotate", "write", "verify")

@@ -32,7 +32,7 @@ from compress.tuning.trained import open_folder, open_teacher, open_trained
 from compress.tuning.training import Training
 
 CPU = torch.device("cpu")
-COLUMNS = ["checkpoint", "trained", "towards", "step, s", "unit, s", "step", "against all weights", "look, s", "run"]
+COLUMNS = ["checkpoint", "trained", "toward", "step, s", "unit, s", "step", "against all weights", "look, s", "run"]
 STEPS, WINDOWS = 400, 16  # of a run at the defaults
 LONG = 60.0
 

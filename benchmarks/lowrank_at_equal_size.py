@@ -1,9 +1,9 @@
-"""Perplexity of factorised models at equal parameters: every method with every allocation of its ranks.
+"""Perplexity of factorized models at equal parameters: every method with every allocation of its ranks.
 
     python benchmarks/lowrank_at_equal_size.py --model MODEL --calib CALIBRATION.txt --test TEST.txt
 
 `--keep` is the share of the block linears' parameters that stays; biases count. For each share a row a way: parameters
-of the whole model, how many linears are factorised, perplexity on held-out text, the excess ln(perplexity / dense), and
+of the whole model, how many linears are factorized, perplexity on held-out text, the excess ln(perplexity / dense), and
 that as a share of LoRD's with uniform ranks. LoRD gets the better of one share of the parameters for each matrix, as
 it is compared in the literature, and one share of each matrix's rank. `pivot` ways are the same methods in pivot form,
 which keeps higher ranks in as many numbers. With --ranks, the ranks that the default came to.
@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from compress.calibration.survey import Survey
 from compress.datasets.windows import evaluation_windows
 from compress.errors import UsageError
 from compress.evaluation.perplexity import perplexity
@@ -38,10 +39,9 @@ from compress.planning.prepare import Job, Prepared, prepare
 from compress.planning.ranks import rank_choices
 from compress.progress import Steps, silent
 from compress.recipe import parse_recipe
-from compress.streaming.survey import Survey
 
 PAPERS = ("lord", "svd-llm", "asvd", "svd")
-# What each way of factorising is: its method and its options.
+# What each way of factorizing is: its method and its options.
 WAYS: dict[str, dict[str, Any]] = {method: {"method": method, "form": "factors"} for method in PAPERS}
 WAYS |= {"lord, pivot": {"method": "lord"}}
 WAYS |= {"anchored": {"method": "anchored", "gradient_weight": 0.9}}
@@ -97,8 +97,8 @@ class Bench:
     def survey(self, prepared: Prepared, way: str) -> Survey | None:
         """Taken once for all ways that measure outputs by the same and ask for as many passes."""
         how = WAYS[way]
-        centring = how["method"] if how["method"] in ("lord", "anchored") else ""
-        key = f"{centring} {how.get('gradient_weight')} {how.get('target')} {prepared.plan.survey}"
+        centering = how["method"] if how["method"] in ("lord", "anchored") else ""
+        key = f"{centering} {how.get('gradient_weight')} {how.get('target')} {prepared.plan.survey}"
         if key not in self.surveys:
             self.surveys[key] = take_survey(prepared, lambda name: None)
         return self.surveys[key]
@@ -178,7 +178,7 @@ def main() -> None:
     with full_precision():
         bench = Bench(options)
         dense = bench.dense()
-        print("| blocks kept | way | allocation | parameters | factorised | perplexity | excess | of LoRD's | s |")
+        print("| blocks kept | way | allocation | parameters | factorized | perplexity | excess | of LoRD's | s |")
         print("|---|---|---|---|---|---|---|---|---|")
         print(f"| | dense | | {bench.parameters:,} | | {dense:.2f} | | | |", flush=True)
         for share in options.keep:

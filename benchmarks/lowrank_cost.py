@@ -1,4 +1,4 @@
-"""What factorising costs: seconds and peak memory of `compress lord`, against LoRD written down plainly.
+"""What factorizing costs: seconds and peak memory of `compress lord`, against LoRD written down plainly.
 
     python benchmarks/lowrank_cost.py
 

@@ -1,11 +1,11 @@
-"""Is a factorised Llama faster, not only smaller? Prefill and decoding, dense and factorised, interleaved.
+"""Is a factorized Llama faster, not only smaller? Prefill and decoding, dense and factorized, interleaved.
 
     python benchmarks/lowrank_speed.py
 
 A Llama of hidden size 1024 and 8 layers with random weights (times do not depend on them), and the model that
 `compress lord` would write for it when so much of the block linears' parameters is kept, in pivot form and in plain
-factors. Every round runs both once, in turns; stated is the median of the rounds' ratios dense / factorised, and the
-range that holds the middle half of them. Above 1, factorised is faster.
+factors. Every round runs both once, in turns; stated is the median of the rounds' ratios dense / factorized, and the
+range that holds the middle half of them. Above 1, factorized is faster.
 
 With --forms, single linears instead: the time of plain factors over that of pivot form at the same rank, where pivot
 form has fewer numbers but has to bring its outputs into order. Above 1, pivot form is faster.
@@ -76,7 +76,7 @@ def timed(linear: Any, x: torch.Tensor) -> float:
 
 
 def row(share: float, form: str, config: LlamaConfig, options: argparse.Namespace) -> str:
-    models = [model.eval() for model in (AutoModelForCausalLM.from_config(config), factorised(config, share, form))]
+    models = [model.eval() for model in (AutoModelForCausalLM.from_config(config), factorized(config, share, form))]
     counts = [sum(parameter.numel() for parameter in model.parameters()) for model in models]
     prefill = paired(models, lambda model: run_prefill(model, options.prefill), options.rounds)
     decode = paired(models, lambda model: run_decode(model, options.decode), options.rounds)
@@ -84,7 +84,7 @@ def row(share: float, form: str, config: LlamaConfig, options: argparse.Namespac
     return f"| {share} | {form} | {counts[1] / counts[0]:.2f} | {' | '.join(speeds)} |"
 
 
-def factorised(config: LlamaConfig, share: float, form: str) -> Any:
+def factorized(config: LlamaConfig, share: float, form: str) -> Any:
     stages = [{"stage": "factorize", "method": "lord", "rank_frac": share, "form": form, "bias": False}]
     recipe = parse_recipe({"method": "lord", "stages": stages, "calibration": CALIBRATION})
     family = families.find(config)

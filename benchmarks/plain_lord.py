@@ -66,7 +66,7 @@ def main() -> None:
     for name, linear in named.items():
         gatherers[name].handle.remove()
         parent, _, attribute = name.rpartition(".")
-        setattr(model.model.get_submodule(parent), attribute, factorised(linear, gatherers[name], options.rank_frac))
+        setattr(model.model.get_submodule(parent), attribute, factorized(linear, gatherers[name], options.rank_frac))
     options.out.mkdir(parents=True)
     save_file(
         {name: tensor.contiguous() for name, tensor in model.state_dict().items()}, options.out / "model.safetensors"
@@ -74,7 +74,7 @@ def main() -> None:
     print(json.dumps({"seconds": time.perf_counter() - start}))
 
 
-def factorised(linear: nn.Linear, gatherer: Gatherer, share: float) -> nn.Module:
+def factorized(linear: nn.Linear, gatherer: Gatherer, share: float) -> nn.Module:
     m, n = linear.weight.shape
     rank = int(share * min(m, n))
     if rank * (m + n) >= m * n:

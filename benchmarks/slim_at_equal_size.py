@@ -51,7 +51,7 @@ def pruned(method: str, pattern: str, **rest: Any) -> Way:
 
 
 GROUP = 64
-OURS: Way = {"refit": True, "polish": 3, "centre": True}
+OURS: Way = {"refit": True, "polish": 3, "center": True}
 WHITENED: Way = {"method": "whitened", "rank": 0.1}
 ROUNDS: Way = WHITENED | {"rounds": 3}
 GPTQ = rounded("gptq", 4, "channel")

@@ -27,7 +27,7 @@ WHOLE_RUNS = {
     "test_composition",
     "test_every_family",
     "test_experts_world",
-    "test_factorised_runs",
+    "test_factorized_runs",
     "test_family_table",
     "test_faults",
     "test_fuzz",

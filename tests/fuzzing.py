@@ -112,14 +112,14 @@ def look_at_model(home: Path, choose: Random) -> None:
     """The commands that measure a model, before they read its weights; and `inspect`."""
     from compress.cli.bench import look_at_pair, shortest, workloads
     from compress.cli.inspect import inspect_outputs
-    from compress.errors import Faults
+    from compress.errors import Problems
     from compress.evaluation.speed.report import Named
     from compress.evaluation.subject import Request, prepare
 
     folder = home / "opt"
     pair = (Named("dense", folder), Named("opt", folder))
     commands = [
-        lambda: workloads({}, None, shortest(look_at_pair(Faults(), pair, trust_remote_code=False))),
+        lambda: workloads({}, None, shortest(look_at_pair(Problems(), pair, trust_remote_code=False))),
         lambda: prepare("opt", folder, None, Request(texts=(str(home / "text.txt"),), limit=2)),
         lambda: inspect_outputs([folder], fast=True),
     ]
@@ -131,9 +131,9 @@ def read_config(home: Path, choose: Random) -> None:
 
 
 def read_weights(home: Path, choose: Random) -> None:
+    from compress.calibration.weights import LazyWeights
     from compress.cli.inspect import inspect_outputs
     from compress.models.loading import load_model
-    from compress.streaming.weights import LazyWeights
 
     folder = home / "llama"
     commands = [

@@ -18,6 +18,13 @@ from transformers import PreTrainedModel
 from compress import families
 from compress.architectures.architecture import ModelSpec
 from compress.architectures.own import Own
+from compress.calibration.layout import Layout
+from compress.calibration.loader import PartLoader
+from compress.calibration.spectra import LinearObserver
+from compress.calibration.streams import CacheFolder, split_windows
+from compress.calibration.survey import Survey, Surveyor
+from compress.calibration.walk import FinishedPart, Walk, WalkSettings
+from compress.calibration.weights import LazyWeights
 from compress.families import Family
 from compress.models.decoder import Decoder
 from compress.models.loading import load_config
@@ -26,13 +33,6 @@ from compress.stages._stage import StageConfig
 from compress.stages.fold_norms import FoldNorms
 from compress.stages.rotate import Rotate
 from compress.stages.slice import Slice
-from compress.streaming.layout import Layout
-from compress.streaming.loader import PartLoader
-from compress.streaming.spectra import LinearObserver
-from compress.streaming.streams import CacheFolder, split_windows
-from compress.streaming.survey import Survey, Surveyor
-from compress.streaming.walk import FinishedPart, Walk, WalkSettings
-from compress.streaming.weights import LazyWeights
 from tiny import VOCAB_SIZE
 
 UNLIMITED = 2**40

@@ -20,7 +20,7 @@ from compress.architectures.packed import quantization_config
 from compress.checkpoints.adapter import adapter_config
 from compress.checkpoints.files import carry_modeling
 from compress.models.storage import Storage, stored_linear
-from compress.numerics.grids import Grid, Numbers
+from compress.numerics.grids import Grid, QuantType
 from compress.numerics.sparsity import keep_mask
 from compress.numerics.steps import make_grid
 from compress.own_model.configuration_compress import CompressConfig
@@ -58,9 +58,9 @@ def parts_of(W: Tensor, storage: Storage, dtype: torch.dtype, *, bias: Tensor | 
     grid = None
     if storage.bits is not None:
         finer = 1.0 + (torch.arange(n) % 5 == 0).double() if storage.finer else None
-        numbers, symmetric = Numbers(storage.bits, storage.floating), storage.symmetric
+        quant_type, symmetric = QuantType(storage.bits, storage.floating), storage.symmetric
         grid = make_grid(
-            S, numbers, group=storage.group, method="absmax", symmetric=symmetric, stored=dtype, finer=finer
+            S, quant_type, group=storage.group, method="absmax", symmetric=symmetric, stored=dtype, finer=finer
         )
         S = grid.nearest(S) if mask is None else grid.nearest(S) * mask
     A = torch.randn(storage.rank, n, dtype=torch.float64) / n**0.5 if storage.rank else None

@@ -15,11 +15,11 @@ from matrices import cut, difference, measured, random, rows
 WHERE = "block 3 mlp.down_proj"
 SHAPES = {"m < n": (5, 9), "m > n": (9, 5), "m = n": (6, 6)}
 EVERY_SHAPE = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-EVERY_CENTRING = pytest.mark.parametrize("centred", [False, True], ids=["about 0", "about the mean"])
+EVERY_CENTRING = pytest.mark.parametrize("centered", [False, True], ids=["about 0", "about the mean"])
 
 
-def fitted(method: str, E: Tensor, X: Tensor, rank: int, *, centred: bool = False) -> Factors:
-    return fit_adapter(method, E, measured(X), rank, centred=centred, name=WHERE)  # type: ignore[arg-type]
+def fitted(method: str, E: Tensor, X: Tensor, rank: int, *, centered: bool = False) -> Factors:
+    return fit_adapter(method, E, measured(X), rank, centered=centered, name=WHERE)  # type: ignore[arg-type]
 
 
 def loss(E: Tensor, product: Tensor, X: Tensor) -> float:
@@ -72,14 +72,14 @@ def test_slim_with_dead_inputs_shifts_by_the_least_that_moves():
 
 @EVERY_CENTRING
 @EVERY_SHAPE
-def test_whitened_is_the_formula_by_any_root(shape, centred):
+def test_whitened_is_the_formula_by_any_root(shape, centered):
     """The SVD of E R with R R^T the inputs' second moment, or covariance, and R divided out again."""
     E, X = random(*shape), rows(shape[1])
-    C = (X - X.mean(0)).T @ (X - X.mean(0)) / len(X) if centred else X.T @ X / len(X)
+    C = (X - X.mean(0)).T @ (X - X.mean(0)) / len(X) if centered else X.T @ X / len(X)
     values, Q = torch.linalg.eigh(C)
     for R in (torch.linalg.cholesky(C), Q @ torch.diag(values.sqrt()), Q @ torch.diag(values.sqrt()) @ Q.T):
         for rank in ranks(shape):
-            found = fitted("whitened", E, X, rank, centred=centred)
+            found = fitted("whitened", E, X, rank, centered=centered)
             assert difference(found.product, cut(E @ R, rank) @ torch.linalg.inv(R)) < 1e-8
 
 
@@ -87,14 +87,14 @@ def test_whitened_is_the_formula_by_any_root(shape, centred):
 def test_whitened_about_the_mean_keeps_it_by_the_bias_and_loses_least_of_all(shape):
     E, X = random(*shape), rows(shape[1])
     for rank in ranks(shape):
-        found = fitted("whitened", E, X, rank, centred=True)
+        found = fitted("whitened", E, X, rank, centered=True)
         missed = X @ E.T - (X @ found.product.T + found.bias)
         assert float(missed.mean(0).abs().max()) < 1e-12
         least = float(missed.square().sum()) / len(X)
         assert least <= loss(E, fitted("whitened", E, X, rank).product, X) + 1e-12
-        centre = X - X.mean(0)
+        center = X - X.mean(0)
         for method in ("naive", "slim", "whitened"):
-            assert loss(E, fitted(method, E, X, rank).product, centre) >= least - 1e-12
+            assert loss(E, fitted(method, E, X, rank).product, center) >= least - 1e-12
 
 
 def test_fewer_tokens_than_inputs():
@@ -112,4 +112,4 @@ def test_whitened_names_the_linear_whose_inputs_are_not_finite(fault):
     moments.second[2, 2] = fault
     message = f"{WHERE} or its inputs have a NaN or Inf. Check the weights before it and the text."
     with pytest.raises(NumericalError, match=f"^{re.escape(message)}$"):
-        fit_adapter("whitened", random(5, 9), moments, 2, centred=False, name=WHERE)
+        fit_adapter("whitened", random(5, 9), moments, 2, centered=False, name=WHERE)

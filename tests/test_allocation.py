@@ -9,10 +9,10 @@ from transformers import AutoModelForCausalLM
 import compress  # noqa: F401 (registers the architecture)
 from cli_runner import invoke, succeeds
 from compress import families
+from compress.calibration.survey import Survey
 from compress.numerics.frames import OrthogonalFrame
 from compress.planning.search import Cost, Forecast
 from compress.stages.prune_units import PruneUnits
-from compress.streaming.survey import Survey
 from tiny import NUM_BLOCKS, write_model, write_text
 
 KINDS = ["opt", "phi3"]
@@ -91,7 +91,7 @@ def test_the_stream_s_loss_is_that_of_what_slicing_takes_from_it():
     ],
 )
 def test_numbers_that_do_not_fit_the_model(keep, fault):
-    (said,) = PruneUnits(units="neurons", keep=keep).faults(48, NUM_BLOCKS)
+    (said,) = PruneUnits(units="neurons", keep=keep).problems(48, NUM_BLOCKS)
     assert fault in said
 
 

@@ -73,7 +73,7 @@ class Bill:
         return disk_bytes(model, dtype) if self.budget.target_size else size_of(model, dtype).parameters
 
     def is_legal(self, counts: Counts) -> bool:
-        return not self.space.spec(counts).faults()
+        return not self.space.spec(counts).problems()
 
     def fits(self, counts: Counts) -> bool:
         return self.cost(counts) <= self.limit

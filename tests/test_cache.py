@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from compress.streaming.cache import ActivationCache, Interner
+from compress.calibration.cache import ActivationCache, Interner
 
 CPU = torch.device("cpu")
 SHAPES = [(2, 3), (2, 3), (1, 3)]
@@ -29,14 +29,14 @@ def test_batches_come_back(cache):
 
 
 def test_batches_are_replaced_at_other_widths(cache):
-    """Narrower and wide again: each batch stays its own, whatever its neighbours do."""
+    """Narrower and wide again: each batch stays its own, whatever its neighbors do."""
     for i in range(3):
         cache.put(i, batch(i, 8))
     for seed, width in enumerate((5, 8, 1, 8), 1):
         for i in range(3):
             cache.put(i, batch(i, width, seed=seed))
-            neighbours = [(j, width, seed) if j <= i else (j, (8, 5, 8, 1, 8)[seed - 1], seed - 1) for j in range(3)]
-            for j, stored_width, stored_seed in neighbours:
+            neighbors = [(j, width, seed) if j <= i else (j, (8, 5, 8, 1, 8)[seed - 1], seed - 1) for j in range(3)]
+            for j, stored_width, stored_seed in neighbors:
                 assert torch.equal(cache.get(j, CPU), batch(j, stored_width, seed=stored_seed))
 
 

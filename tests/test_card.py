@@ -89,7 +89,7 @@ def test_what_is_no_id_of_the_hub_is_not_called_one(base):
 
 def named(name: str, **changes: Any) -> str:
     """The card of a model that has every section, with `name` wherever a user or another file gives a string."""
-    tuning = TUNING | {"command": name, "teacher": name, "data": TUNING["data"] | {"source": name, "licence": name}}
+    tuning = TUNING | {"command": name, "teacher": name, "data": TUNING["data"] | {"source": name, "license": name}}
     tuning["other_text"] = {"source": name, "windows": 1, "before": 1.0, "after": 2.0, "worse": True}
     everything: dict[str, Any] = {
         **{key: name for key in ("name", "base_model", "command", "not_for_vllm")},
@@ -129,7 +129,7 @@ MEASURED: dict[str, Any] = {
 TUNING: dict[str, Any] = {
     "command": "compress finetune x",
     "data": {
-        **{"source": "alpaca", "repository": "owner/alpaca", "licence": None, "fingerprint": "0"},
+        **{"source": "alpaca", "repository": "owner/alpaca", "license": None, "fingerprint": "0"},
         **{"windows": 1000, "seq_len": 256},
     },
     "trained": "factors",
@@ -258,7 +258,7 @@ def inner(text: str) -> list[list[str]]:
                 "tuning": TUNING
                 | {
                     "other_text": {"source": "c4", "windows": 9, "before": 1.0, "after": 1.1, "worse": True},
-                    "data": TUNING["data"] | {"licence": "cc-by-nc-4.0"},
+                    "data": TUNING["data"] | {"license": "cc-by-nc-4.0"},
                 }
             },
             [
@@ -283,7 +283,7 @@ def write_card(folder: Path, text: str) -> Path:
     return folder
 
 
-def test_licence_and_language_come_from_the_input(tmp_path):
+def test_license_and_language_come_from_the_input(tmp_path):
     text = "---\nlicense: other\nlicense_name: l\nlicense_link: L.md\nlanguage:\n- en\n- code\ntags: [x]\n---\n# x\n"
     assert read_origin(write_card(tmp_path, text)) == {
         "license": "other",

@@ -154,7 +154,7 @@ def test_quantize_is_slim_without_sparsity_and_adapters(place, made):
 def test_a_branch_whose_writers_inputs_are_kept_is_not_run_again(place, monkeypatch, kind):
     """The result is that of running it again, to the bit."""
     for room in (True, False):
-        monkeypatch.setattr("compress.streaming.streams.Streams.have_room_for", lambda *_, room=room: room)
+        monkeypatch.setattr("compress.calibration.streams.Streams.have_room_for", lambda *_, room=room: room)
         succeeds("quantize", "--model", kind, *SHORT, "--out", f"{kind}-room-{room}", "--overwrite")
     assert weights(place / f"{kind}-room-True") == weights(place / f"{kind}-room-False") != {}
 

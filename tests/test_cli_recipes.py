@@ -91,7 +91,7 @@ RECIPES: dict[str, tuple[list[str], dict[str, dict[str, Any]]]] = {
                     **{"act_order": False, "important_inputs": False},
                 },
                 "adapt": {"method": "whitened", "rank": 0.1, "rounds": 2, "group": 128},
-                **{"polish": 2, "centre": True, "form": "packed", "target": ["all"]},
+                **{"polish": 2, "center": True, "form": "packed", "target": ["all"]},
             }
         },
     ),
@@ -101,7 +101,7 @@ RECIPES: dict[str, tuple[list[str], dict[str, dict[str, Any]]]] = {
             "slim": {
                 "prune": {"method": "wanda", "pattern": "2:4", "iterations": 48},
                 "adapt": {"method": "slim", "rank": 0.1, "rounds": 1, "group": 128},
-                **{"polish": 0, "centre": False},
+                **{"polish": 0, "center": False},
             }
         },
     ),
@@ -225,8 +225,8 @@ def test_set_reaches_what_is_no_stage(home):
         ),
         ("slim --set slim.polishes=3", ["--set slim.polishes=3: Unknown key 'polishes'. Did you mean 'polish'?"]),
         (
-            "slim --set slim.quantise.bits=3",
-            ["--set slim.quantise.bits=3: Unknown key 'quantise'. Did you mean 'quantize'?"],
+            "slim --set slim.quantize.bits=3",
+            ["--set slim.quantize.bits=3: Unknown key 'quantize'. Did you mean 'quantize'?"],
         ),
         ("slim --set slim.polish=many", ["--set slim.polish=many: Input should be a valid integer"]),
         ("slim --set slim.polish=-1", ["--set slim.polish=-1: Input should be greater than or equal to 0"]),

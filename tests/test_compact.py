@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import compress  # noqa: F401 (registers the architecture)
 from compress.models.storage import Storage
-from compress.numerics.grids import Numbers
+from compress.numerics.grids import QuantType
 from compress.numerics.sparsity import Pattern
 from compress.numerics.steps import make_grid
 from compress.own_model import modeling_compress
@@ -41,8 +41,8 @@ def dense(parts: Parts, storage: Storage, dtype: torch.dtype) -> Tensor:
         return parts.S
     factors = [parts.A, parts.B.T]
     if storage.adapter_bits is not None:
-        numbers, group = Numbers(storage.adapter_bits), storage.adapter_group
-        grids = [make_grid(factor, numbers, group=group, method="mse", stored=dtype) for factor in factors]
+        quant_type, group = QuantType(storage.adapter_bits), storage.adapter_group
+        grids = [make_grid(factor, quant_type, group=group, method="mse", stored=dtype) for factor in factors]
         factors = [grid.nearest(factor) for grid, factor in zip(grids, factors, strict=True)]
     return parts.S + factors[1].T @ factors[0]
 

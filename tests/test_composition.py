@@ -1,4 +1,4 @@
-"""Storing linears after they were sliced and factorised, in one walk: the form they are written in, what they lose."""
+"""Storing linears after they were sliced and factorized, in one walk: the form they are written in, what they lose."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 import oracles
 import tiny
 from compress import pipeline
+from compress.calibration.linears import LinearSite
 from compress.datasets.windows import calibration_windows
 from compress.models.hub import find_model
 from compress.models.loading import load_tokenizer
@@ -19,7 +20,6 @@ from compress.models.stored_loading import load
 from compress.planning.prepare import Job
 from compress.recipe import parse_recipe
 from compress.stages._stage import StageConfig
-from compress.streaming.linears import LinearSite
 
 Stages = Sequence[StageConfig | dict[str, Any]]
 SLICE: Stages = [
@@ -108,7 +108,7 @@ def test_the_walk_goes_on_with_what_will_be_written(model_type, tmp_path):
 
 
 def test_factors_are_stored_each_by_what_it_is_given(tmp_path):
-    """8 bits change little of a factorised model, 2 bits much."""
+    """8 bits change little of a factorized model, 2 bits much."""
     factors = [FACTORS[0], FACTORS[1] | {"form": "pivot"}]
     plain = pipeline.run(job_of(tmp_path, "llama", factors, "plain"))
     logits, windows = {}, windows_of(job_of(tmp_path, "llama", factors, "plain"))
@@ -131,7 +131,7 @@ def logits_on(folder: Path, windows: Tensor) -> Tensor:
 TOGETHER: dict[str, Stages] = {
     "slicegpt": [{"stage": "fold_norms"}, {"stage": "rotate"}, {"stage": "slice", "ratio": 0.25}],
     "sliced": SLICE,
-    "factorised": FACTORS,
+    "factorized": FACTORS,
     "both": [*SLICE, FACTORS[1]],
 }
 
@@ -142,12 +142,12 @@ TOGETHER: dict[str, Stages] = {
         ("slicegpt", "opt", "compact"),
         ("sliced", "llama", "packed"),
         ("sliced", "opt", "compact"),
-        ("factorised", "opt", "dense"),
+        ("factorized", "opt", "dense"),
         ("both", "llama", "compact"),
     ],
 )
 def test_8_bits_keep_what_was_there_before(before, model_type, form, tmp_path):
-    """Sliced and factorised models, stock and ours, in every form: loaded again they compute what they did."""
+    """Sliced and factorized models, stock and ours, in every form: loaded again they compute what they did."""
     job = job_of(tmp_path, model_type, TOGETHER[before], "plain")
     plain = pipeline.run(job)
     slim = {"stage": "slim", "quantize": {"bits": 8, "group": "channel"}, "form": form}

@@ -20,7 +20,7 @@ from compress.numerics.decomposition import (
     decompose,
     decompose_together,
 )
-from compress.numerics.grids import Numbers
+from compress.numerics.grids import QuantType
 from compress.numerics.hessian import Hessian
 from compress.numerics.rescale import rescaled
 from compress.numerics.sparsity import Pattern
@@ -37,8 +37,8 @@ def pruning(method: Pruner, text: str = "2:4", *, iterations: int = 200) -> Prun
     return Pruning(method=method, pattern=Pattern.parse(text), iterations=iterations)
 
 
-NEAREST = Rounding(numbers=Numbers(4), group="channel", steps="mse", sweeps=False)
-SWEPT = Rounding(numbers=Numbers(4), group="channel", steps="mse", sweeps=True)
+NEAREST = Rounding(quant_type=QuantType(4), group="channel", steps="mse", sweeps=False)
+SWEPT = Rounding(quant_type=QuantType(4), group="channel", steps="mse", sweeps=True)
 COARSE = dataclasses.replace(SWEPT, steps="absmax")
 ROUNDINGS = (
     None,
@@ -46,22 +46,22 @@ ROUNDINGS = (
     dataclasses.replace(NEAREST, group=5, steps="slim"),
     dataclasses.replace(NEAREST, symmetric=False, stored=torch.bfloat16),
     COARSE,
-    dataclasses.replace(COARSE, numbers=Numbers(2), group=12, symmetric=False),
+    dataclasses.replace(COARSE, quant_type=QuantType(2), group=12, symmetric=False),
     dataclasses.replace(COARSE, act_order=True, stored=torch.float16, group=5),
-    dataclasses.replace(COARSE, numbers=Numbers(8, floating=True)),
+    dataclasses.replace(COARSE, quant_type=QuantType(8, floating=True)),
 )
 SLIM = Adapting(method="slim", rank=2)
 ADAPTINGS = (None, Adapting(method="naive", rank=2), SLIM, Adapting(method="whitened", rank=2, rounds=2))
 PAPERS = Decomposition(
     prune=pruning("wanda"),
-    quantize=Rounding(numbers=Numbers(4), group="tensor", steps="slim", sweeps=False),
+    quantize=Rounding(quant_type=QuantType(4), group="tensor", steps="slim", sweeps=False),
     adapt=SLIM,
 )
 
 
-def made(W: Tensor, X: Tensor, how: Decomposition, *, centred: bool = False, single: bool = False) -> Decomposed:
+def made(W: Tensor, X: Tensor, how: Decomposition, *, centered: bool = False, single: bool = False) -> Decomposed:
     dtype = torch.float32 if single else torch.float64
-    return decompose(W, measured(X), how, centred=centred, dtype=dtype, name=WHERE)
+    return decompose(W, measured(X), how, centered=centered, dtype=dtype, name=WHERE)
 
 
 def missed(W: Tensor, found: Decomposed, X: Tensor) -> Tensor:
@@ -133,7 +133,7 @@ def keeps_to_mask_and_grid(found: Decomposed, how: Decomposition, text: str) -> 
             assert found.mask.sum() == found.mask.numel() / 2
     assert (found.grid is None) == (how.quantize is None)
     if found.grid is not None and how.quantize is not None:
-        assert found.grid.numbers == how.quantize.numbers
+        assert found.grid.quant_type == how.quantize.quant_type
         assert (found.grid.zero is None) == how.quantize.symmetric
         if how.quantize.stored is not None:
             assert torch.equal(found.grid.step.to(how.quantize.stored).double(), found.grid.step)
@@ -175,7 +175,7 @@ def test_in_single_precision_and_with_dead_inputs_they_keep_to_them_as_well():
 def test_a_bias_keeps_the_mean_of_the_outputs():
     W, X = random(4, FEW), rows(FEW)
     for index, (how, text) in enumerate(some(2)):
-        found = made(W, X, how, centred=True, single=index % 2 == 1)
+        found = made(W, X, how, centered=True, single=index % 2 == 1)
         keeps_to_mask_and_grid(found, how, text)
         assert difference(missed(W, found, X).mean(0), torch.zeros(4).double()) < 1e-11
         assert difference(found.shift, (W - found.product) @ X.mean(0)) < 1e-11
@@ -226,7 +226,7 @@ def test_sparsegpt_with_gptq_is_one_sweep_then_descent_then_the_adapter(adapted)
     assert torch.equal(found.mask, mask)
     assert difference(found.S, S) < 1e-12
     if adapted:
-        expected = fit_adapter("slim", W - S, measured(X), 2, centred=False, name=WHERE)
+        expected = fit_adapter("slim", W - S, measured(X), 2, centered=False, name=WHERE)
         assert difference(found.adapter.product, expected.product) < 1e-10
 
 
@@ -236,7 +236,7 @@ def test_each_round_fits_the_weights_to_what_the_adapter_leaves_and_the_adapter_
     rest, moments = W, measured(X)
     for _ in range(3):
         once = made(rest, X, Decomposition(quantize=SWEPT))
-        adapter = fit_adapter("whitened", W - once.S, moments, 2, centred=False, name=WHERE)
+        adapter = fit_adapter("whitened", W - once.S, moments, 2, centered=False, name=WHERE)
         rest = W - adapter.product
     assert difference(found.S, once.S) < 1e-12
     assert difference(found.product, once.S + adapter.product) < 1e-10

@@ -15,6 +15,14 @@ from transformers import AutoModelForCausalLM
 import oracles
 import tiny
 from compress import families
+from compress.calibration.experts import Regularized, gather_experts, regularized, short_of_tokens
+from compress.calibration.groups import EquationSums, Writers, writer_matrix
+from compress.calibration.loader import PartLoader
+from compress.calibration.processes import ALONE
+from compress.calibration.rewriting import LinearRewriter
+from compress.calibration.spectra import GradientFiles, LinearObserver
+from compress.calibration.streams import Batch, Streams, rows
+from compress.calibration.weights import LazyWeights
 from compress.errors import UnsupportedModel
 from compress.models.branch import Branch, read_through, write_through
 from compress.models.expert_names import file_name, own_name
@@ -22,14 +30,6 @@ from compress.numerics.lowrank import InputMoments
 from compress.numerics.ridge import NormalEquations, ridge
 from compress.own_model.modeling_compress import SparseMLP, unfuse_experts
 from compress.stages.factorize import Factorize
-from compress.streaming.experts import Filled, filled_up, gather_experts, short_of_tokens
-from compress.streaming.groups import EquationSums, Writers, writer_matrix
-from compress.streaming.loader import PartLoader
-from compress.streaming.processes import ALONE
-from compress.streaming.rewriting import LinearRewriter
-from compress.streaming.spectra import GradientFiles, LinearObserver
-from compress.streaming.streams import Batch, Streams, rows
-from compress.streaming.weights import LazyWeights
 from matrices import random
 
 pytestmark = pytest.mark.usefixtures("exact_norms")
@@ -131,7 +131,7 @@ def same(found: InputMoments, second: Tensor, mean: Tensor) -> None:
 def test_missing_tokens_are_white_and_as_strong_as_the_others():
     U = random(3, 8)
     sums = sums_of(U)
-    filled = filled_up(sums, ALONE)
+    filled = regularized(sums, ALONE)
     variance = U.square().sum() / (3 * 8)
     found = filled.moments()
     same(found, (U.T @ U + 5 * variance * torch.eye(8).double()) / 8, U.sum(0) / 8)
@@ -143,7 +143,7 @@ def test_what_missing_tokens_give_is_what_the_weights_make_of_them():
     """Least squares with the missing ones stays at the weights where the given ones say nothing."""
     U, W, weights = random(2, 6), random(6, 3, seed=1), torch.tensor([[0.5], [2.0]]).double()
     sums = sums_of(U, U @ W, weights)
-    filled = filled_up(sums, ALONE, matrix=W)
+    filled = regularized(sums, ALONE, matrix=W)
     assert torch.allclose(torch.linalg.solve(filled.fit.G, filled.fit.B), W)
     assert filled.fit.tokens == pytest.approx(2.5 * 6 / 2)
 
@@ -270,7 +270,7 @@ class Problem:
     streams: Given
     encode: Tensor
 
-    def equations(self, numbers: range) -> list[tuple[Filled, NormalEquations]]:
+    def equations(self, numbers: range) -> list[tuple[Regularized, NormalEquations]]:
         return gather_experts(self.branch, numbers, 0, self.streams, weigh, self.encode)
 
     def dense(self, batch: Batch) -> Tensor:
@@ -362,7 +362,7 @@ def test_fitted_experts_are_never_worse_than_the_weights_they_had(model_type, da
         assert given.error() < after
 
 
-def fit(expert: Branch, equations: tuple[Filled, NormalEquations], damping: float) -> None:
+def fit(expert: Branch, equations: tuple[Regularized, NormalEquations], damping: float) -> None:
     filled, held_out = equations
     matrix = ridge(filled.fit, writer_matrix(expert), damping, name="a test")
     Writers("a test", 0, expert, filled.fit, held_out, filled.inputs, matrix).write()

@@ -13,7 +13,7 @@ from compress.errors import UsageError
 from compress.planning.memory import Room
 from compress.planning.plan import Plan, make_plan
 from compress.recipe import parse_recipe
-from factorising import HALF, Stages, slicing
+from factorizing import HALF, Stages, slicing
 from recipes import anchored, lowrank
 
 # ---- plans of the published ladder ----

@@ -1,4 +1,4 @@
-"""Factorised models out of the walk, against the methods written out on whole models."""
+"""Factorized models out of the walk, against the methods written out on whole models."""
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
@@ -16,14 +16,14 @@ import tiny
 from compress import families
 from compress.architectures.own import as_own
 from compress.architectures.stock import Stock
+from compress.calibration.spectra import GradientFiles, LinearObserver
+from compress.calibration.survey import SurveyNeed
 from compress.models.loading import load_config
 from compress.own_model.modeling_compress import LowRankLinear, PivotLinear, factorize_linears
 from compress.stages._stage import StageConfig
 from compress.stages.factorize import Factorize
 from compress.stages.refit import Refit
-from compress.streaming.spectra import GradientFiles, LinearObserver
-from compress.streaming.survey import SurveyNeed
-from factorising import FORMS, RANK, Whole, block_linears, reports, same_function
+from factorizing import FORMS, RANK, Whole, block_linears, reports, same_function
 
 pytestmark = pytest.mark.usefixtures("exact_norms")
 D, NEURONS = tiny.HIDDEN, 48

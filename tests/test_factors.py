@@ -1,4 +1,4 @@
-"""Factorised linears as modules: the same function in every form, trained, quantized part by part, saved and loaded."""
+"""Factorized linears as modules: the same function in every form, trained, quantized part by part, saved and loaded."""
 
 import copy
 import json
@@ -16,6 +16,7 @@ import tiny
 from compress import families
 from compress.architectures.architecture import ModelSpec
 from compress.architectures.own import AUTO_MAP, CLASS, Own
+from compress.calibration.linears import LinearShape, LinearSite, linear_shape
 from compress.models.factors import (
     AnyLinear,
     Form,
@@ -33,7 +34,6 @@ from compress.own_model.modeling_compress import (
     LowRankLinear,
     PivotLinear,
 )
-from compress.streaming.linears import LinearShape, LinearSite, linear_shape
 from matrices import random
 
 FORMS: tuple[Form, ...] = get_args(Form)
@@ -164,7 +164,7 @@ def holder_of(has_bias: bool) -> nn.ModuleDict:
     return nn.ModuleDict({"fc": nn.Linear(N, M, bias=has_bias).double(), "other": nn.Linear(M, N).double()})
 
 
-def factorised(holder: nn.ModuleDict, form: Form, X: Tensor) -> LinearSite:
+def factorized(holder: nn.ModuleDict, form: Form, X: Tensor) -> LinearSite:
     site = site_of(holder, X)
     factors = lord(site.weight, site.bias, site.inputs, RANK, name=site.name)
     site.replace(factor_module(factors, form, site.dtype))
@@ -177,7 +177,7 @@ def factorised(holder: nn.ModuleDict, form: Form, X: Tensor) -> LinearSite:
 def test_each_part_knows_its_own_inputs(form, has_bias):
     """Against what the modules are really given."""
     holder, X = holder_of(has_bias), rows()
-    site = factorised(holder, form, X)
+    site = factorized(holder, form, X)
     seen: dict[str, Tensor] = {}
     for name, part in holder["fc"].named_children():
         part.register_forward_pre_hook(lambda _, inputs, name=name: seen.update({name: inputs[0].detach()}))

@@ -265,7 +265,7 @@ REMEDY = "Use compress lord or compress slim, which leave its stream as it is."
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        (tiny.OPT_350M, "it normalises the stream after each branch (do_layer_norm_before=false, as OPT-350m)."),
+        (tiny.OPT_350M, "it normalizes the stream after each branch (do_layer_norm_before=false, as OPT-350m)."),
         ({"word_embed_proj_dim": 16}, "its embeddings are projected to the hidden size (word_embed_proj_dim differs)."),
         (
             {"_remove_final_layer_norm": True},
@@ -281,7 +281,7 @@ def test_some_kinds_of_opt_cannot_be_sliced(changes, reason):
 @pytest.mark.parametrize("model_type", ["gemma2", "gemma3_text", "olmo2", "olmo3", "glm4"])
 def test_norms_of_what_is_written_cannot_be_rotated(model_type):
     assert inexact(AutoConfig.for_model(model_type)) == (
-        f"This {model_type} model cannot be sliced exactly: it normalises what a branch writes (post-norm), which a "
+        f"This {model_type} model cannot be sliced exactly: it normalizes what a branch writes (post-norm), which a "
         f"rotation of the stream does not pass. {REMEDY}"
     )
 

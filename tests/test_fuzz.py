@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cli_runner import snapshot
-from compress.cli.reporting import LONGEST, MOST_FAULTS, told
+from compress.cli.reporting import LONGEST, MOST_PROBLEMS, told
 from compress.errors import CheckpointError, UsageError
 from compress.models.untrusted import DEEPEST, parse_json, parse_yaml, typed_path
 from fuzzing import TARGETS, Fuzzer, Target, write_home
@@ -172,5 +172,5 @@ def test_a_message_is_some_lines_that_can_be_printed():
     lines = told(error)
     assert lines[0] == "red \ufffd[31m, \ufffd, \ufffd, é"
     assert lines[1] == "x" * LONGEST + "..."
-    assert len(lines) == MOST_FAULTS + 1
-    assert lines[-1] == f"And {102 - MOST_FAULTS} more."
+    assert len(lines) == MOST_PROBLEMS + 1
+    assert lines[-1] == f"And {102 - MOST_PROBLEMS} more."

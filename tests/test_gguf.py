@@ -14,11 +14,11 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
+from compress.calibration.weights import LazyWeights
 from compress.checkpoints.gguf import check_exportable, reader_notes, verify_gguf, write_gguf
 from compress.checkpoints.gguf.tokenizer import BYTE_PIECES, SPLITS
 from compress.checkpoints.verify import SAMPLE
 from compress.errors import CheckpointError, UnsupportedModel, UsageError, VerificationError
-from compress.streaming.weights import LazyWeights
 from runs import proved_here
 from tiny import HIDDEN, NUM_BLOCKS, POSITIONS, VOCAB_SIZE, tiny_config, tiny_model, tiny_tokenizer
 
@@ -176,7 +176,7 @@ def test_what_the_file_says_of_the_model(tmp_path):
 
 
 def test_rows_are_interleaved_for_the_rotation(small):
-    """Row i of a head and the one it is rotated with, half a head further, are neighbours in the file."""
+    """Row i of a head and the one it is rotated with, half a head further, are neighbors in the file."""
     _, file, model = small
     tensors = read_tensors(file)
     for name, part, heads in (("attn_q", "q_proj", 4), ("attn_k", "k_proj", 2)):

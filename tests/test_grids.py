@@ -4,40 +4,40 @@ import pytest
 import torch
 from torch import Tensor
 
-from compress.numerics.grids import FLOAT8, Grid, Numbers
+from compress.numerics.grids import FLOAT8, Grid, QuantType
 from matrices import random
 
 M, N = 4, 22
-FLOATING = Numbers(8, floating=True)
-# How many neighbouring inputs share a step, how many rows have one of their own. The last group of 8 is ragged.
+FLOATING = QuantType(8, floating=True)
+# How many neighboring inputs share a step, how many rows have one of their own. The last group of 8 is ragged.
 SHARINGS = {"tensor": (N, 1), "channel": (N, M), "groups of 8": (8, M), "groups of 11": (11, M)}
-EVERY_SHARING = pytest.mark.parametrize("sharing", SHARINGS)
+EVERY_SHARING = pytest.mark.parametrize("granularity", SHARINGS)
 EVERY_WIDTH = pytest.mark.parametrize("bits", range(2, 9))
 EVERY_KIND = pytest.mark.parametrize("kind", ["symmetric", "zero points", "finer", "float8", "finer float8"])
 
 
-def all_numbers(numbers: Numbers) -> list[float]:
+def all_numbers(quant_type: QuantType) -> list[float]:
     """As they are written down: two's complement; a sign, 4 bits of exponent, 3 of mantissa."""
-    if not numbers.floating:
-        return [float(code) for code in range(-(2 ** (numbers.bits - 1)), 2 ** (numbers.bits - 1))]
+    if not quant_type.floating:
+        return [float(code) for code in range(-(2 ** (quant_type.bits - 1)), 2 ** (quant_type.bits - 1))]
     positive = [mantissa / 8 * 2.0**-6 for mantissa in range(8)]
     positive += [(1 + mantissa / 8) * 2.0 ** (exponent - 7) for exponent in range(1, 16) for mantissa in range(8)]
     positive.pop()  # of exponent 15 and mantissa 7, which is NaN
     return sorted({-x for x in positive} | set(positive))
 
 
-def grid(kind: str, sharing: str, bits: int = 4, *, seed: int = 0) -> Grid:
+def grid(kind: str, granularity: str, bits: int = 4, *, seed: int = 0) -> Grid:
     """With steps such that some weights of a normal distribution are clipped."""
-    group, rows = SHARINGS[sharing]
-    numbers = FLOATING if "float8" in kind else Numbers(bits)
+    group, rows = SHARINGS[granularity]
+    quant_type = FLOATING if "float8" in kind else QuantType(bits)
     groups = -(-N // group)
-    step = (1.5 + random(rows, groups, seed=seed).abs()) / numbers.highest
+    step = (1.5 + random(rows, groups, seed=seed).abs()) / quant_type.highest
     finer = torch.where(random(N, seed=seed + 1) > 0, 2.0, 1.0).double() if "finer" in kind else None
     zero = None
     if kind == "zero points":
-        low, high = int(numbers.lowest), int(numbers.highest)
+        low, high = int(quant_type.lowest), int(quant_type.highest)
         zero = torch.randint(low, high + 1, step.shape, generator=torch.Generator().manual_seed(seed)).double()
-    return Grid(numbers, group, step, zero, finer)
+    return Grid(quant_type, group, step, zero, finer)
 
 
 def choices(made: Grid, row: int, column: int) -> Tensor:
@@ -45,7 +45,7 @@ def choices(made: Grid, row: int, column: int) -> Tensor:
     place = min(row, len(made.step) - 1), column // made.group
     zero = 0.0 if made.zero is None else float(made.zero[place])
     finer = 1.0 if made.finer is None else float(made.finer[column])
-    return (torch.tensor(all_numbers(made.numbers)).double() - zero) * made.step[place] / finer
+    return (torch.tensor(all_numbers(made.quant_type)).double() - zero) * made.step[place] / finer
 
 
 def assert_nearest(found: Tensor, made: Grid, W: Tensor) -> None:
@@ -55,7 +55,7 @@ def assert_nearest(found: Tensor, made: Grid, W: Tensor) -> None:
             assert (values - found[row, column]).abs().min() <= 1e-14 * values.abs().max()
             best = (values - w).abs().min()
             # torch rounds to 8-bit floats by way of 32 bits: what lies within those of halfway may go either way.
-            assert (found[row, column] - w).abs() <= best + (1e-6 * w.abs() if made.numbers.floating else 1e-14)
+            assert (found[row, column] - w).abs() <= best + (1e-6 * w.abs() if made.quant_type.floating else 1e-14)
 
 
 def weights(made: Grid, *, seed: int = 5) -> Tensor:
@@ -75,17 +75,17 @@ def test_the_numbers_are_those_of_torch():
 
 @EVERY_SHARING
 @EVERY_WIDTH
-def test_nearest_is_the_nearest_of_all_values(bits, sharing):
+def test_nearest_is_the_nearest_of_all_values(bits, granularity):
     for kind in ("symmetric", "zero points"):
-        made = grid(kind, sharing, bits)
+        made = grid(kind, granularity, bits)
         W = weights(made)
         assert_nearest(made.nearest(W), made, W)
 
 
 @EVERY_SHARING
 @pytest.mark.parametrize("kind", ["finer", "float8", "finer float8"])
-def test_nearest_with_finer_inputs_and_float8(kind, sharing):
-    made = grid(kind, sharing)
+def test_nearest_with_finer_inputs_and_float8(kind, granularity):
+    made = grid(kind, granularity)
     W = weights(made)
     assert_nearest(made.nearest(W), made, W)
 
@@ -101,13 +101,13 @@ def test_float8_numbers_come_back_and_what_is_between_goes_to_the_nearer():
 
 @EVERY_SHARING
 @EVERY_KIND
-def test_codes_and_values_go_round(kind, sharing):
-    made = grid(kind, sharing)
+def test_codes_and_values_go_round(kind, granularity):
+    made = grid(kind, granularity)
     W = weights(made)
     codes = made.codes(W)
     assert codes.dtype == (FLOAT8 if "float8" in kind else torch.int8)
     assert codes.shape == W.shape
-    assert set(codes.double().flatten().tolist()) <= set(all_numbers(made.numbers))
+    assert set(codes.double().flatten().tolist()) <= set(all_numbers(made.quant_type))
     values = made.values(codes)
     assert torch.equal(values, made.nearest(W))
     assert torch.equal(made.codes(values).double(), codes.double())
@@ -116,10 +116,10 @@ def test_codes_and_values_go_round(kind, sharing):
 
 @EVERY_SHARING
 @EVERY_KIND
-def test_in_another_dtype_it_is_the_same_grid(kind, sharing):
-    made = grid(kind, sharing)
+def test_in_another_dtype_it_is_the_same_grid(kind, granularity):
+    made = grid(kind, granularity)
     W, single = weights(made), made.to(torch.float32)
-    assert (single.numbers, single.group) == (made.numbers, made.group)
+    assert (single.quant_type, single.group) == (made.quant_type, made.group)
     assert single.step.dtype == torch.float32
     assert (single.zero is None) == (made.zero is None)
     assert (single.finer is None) == (made.finer is None)

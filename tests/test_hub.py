@@ -119,7 +119,7 @@ def local_api(port: int):
 
 
 @pytest.mark.parametrize(
-    ("error_name", "words"), [("GatedRepoError", "accept its licence"), ("RepositoryNotFoundError", "has no model")]
+    ("error_name", "words"), [("GatedRepoError", "accept its license"), ("RepositoryNotFoundError", "has no model")]
 )
 def test_what_the_hub_answers(monkeypatch, error_name, words):
     from huggingface_hub import errors

@@ -1,4 +1,4 @@
-"""Imports point one way, read from the source: errors < numerics < families < models < streaming < what uses them."""
+"""Imports point one way, read from the source: errors < numerics < families < models < calibration < what uses them."""
 
 import ast
 import sys
@@ -18,7 +18,7 @@ LAYERS = [
     ("numerics", "own_model", "presets"),
     ("families",),
     ("models",),
-    ("streaming",),
+    ("calibration",),
     ("architectures",),
     ("stages", "datasets", "checkpoints"),
     ("evaluation",),

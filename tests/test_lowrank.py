@@ -31,7 +31,7 @@ EVERY_SHAPE = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 
 
 def covariance(Y: Tensor) -> Tensor:
-    """Centred row by row."""
+    """Centered row by row."""
     total = torch.zeros(Y.shape[1], Y.shape[1]).double()
     for y in Y - Y.mean(0):
         total += torch.outer(y, y)
@@ -133,7 +133,7 @@ def test_svd_llm_finds_a_way_where_inputs_are_no_basis(shape, count, dead):
     S = least_damped_cholesky(moments.second, name=WHERE)
     assert difference(S @ S.T, moments.second) < 1e-10 * float(moments.second.diagonal().max())
     for rank in ranks(shape):
-        exact = lord(W, None, moments, rank, name=WHERE, centred=False)
+        exact = lord(W, None, moments, rank, name=WHERE, centered=False)
         found = svd_llm(W, moments.second, rank, name=WHERE)
         assert loss(found, X, W, None) == pytest.approx(loss(exact, X, W, None), rel=1e-6, abs=1e-8)
 
@@ -190,12 +190,12 @@ def test_lord_where_inputs_are_no_basis(shape, count, dead):
 
 
 @EVERY_SHAPE
-@pytest.mark.parametrize("centred", [True, False], ids=["centred", "uncentred"])
-def test_full_rank_is_the_linear_itself(centred, shape):
+@pytest.mark.parametrize("centered", [True, False], ids=["centered", "uncentered"])
+def test_full_rank_is_the_linear_itself(centered, shape):
     W, b, X = random(*shape), random(shape[0], seed=3), rows(shape[1])
     G = covariance(random(40, shape[0], seed=4))
     for metric in (None, gradient_metric(G, 0.9, name=WHERE), gradient_metric(G.diagonal(), 0.9, name=WHERE)):
-        found = weighted(W, b, measured(X), min(shape), metric, name=WHERE, centred=centred)
+        found = weighted(W, b, measured(X), min(shape), metric, name=WHERE, centered=centered)
         assert difference(found.product, W) < 1e-10
         assert difference(found.bias, b) < 1e-10
     for full in (
@@ -256,13 +256,13 @@ def test_what_is_lost_is_the_rest_of_the_whitened_singular_values(shape, kind):
 # ---- energies ----
 
 
-@pytest.mark.parametrize("centred", [True, False], ids=["centred", "uncentred"])
+@pytest.mark.parametrize("centered", [True, False], ids=["centered", "uncentered"])
 @EVERY_SHAPE
-def test_energies_are_the_outputs_eigenvalues(shape, centred):
+def test_energies_are_the_outputs_eigenvalues(shape, centered):
     W, b, X = random(*shape), random(shape[0], seed=3), rows(shape[1])
-    Y = outputs(X, W, b if centred else None)
-    C = covariance(Y) if centred else sum(torch.outer(y, y) for y in Y) / len(Y)
-    found = output_energies(W, measured(X).spread(centred=centred))
+    Y = outputs(X, W, b if centered else None)
+    C = covariance(Y) if centered else sum(torch.outer(y, y) for y in Y) / len(Y)
+    found = output_energies(W, measured(X).spread(centered=centered))
     expected = torch.linalg.eigvalsh(C).flip(0)
     assert found.shape == (min(shape),)
     assert difference(found, expected[: min(shape)]) < 1e-10
@@ -358,7 +358,7 @@ def test_without_independent_rows_there_are_no_pivots(kind):
 
 @pytest.mark.parametrize("fault", [float("nan"), float("inf")], ids=["nan", "inf"])
 @pytest.mark.parametrize("place", ["weight", "moments of an input"])
-@pytest.mark.parametrize("method", ["lord", "uncentred lord", "weighted", "svd_llm"])
+@pytest.mark.parametrize("method", ["lord", "uncentered lord", "weighted", "svd_llm"])
 @EVERY_SHAPE
 def test_no_number_is_an_error_that_names_the_place(shape, method, place, fault):
     W, X = random(*shape), rows(shape[1])
@@ -371,7 +371,7 @@ def test_no_number_is_an_error_that_names_the_place(shape, method, place, fault)
     metric = gradient_metric(covariance(random(40, shape[0])), 0.9, name=WHERE)
     methods = {
         "lord": lambda: lord(W, None, moments, 2, name=WHERE),
-        "uncentred lord": lambda: lord(W, None, moments, 2, name=WHERE, centred=False),
+        "uncentered lord": lambda: lord(W, None, moments, 2, name=WHERE, centered=False),
         "weighted": lambda: weighted(W, None, moments, 2, metric, name=WHERE),
         "svd_llm": lambda: svd_llm(W, moments.second, 2, name=WHERE),
     }

@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 import oracles
 import tiny
 from compress import families
+from compress.calibration.spectra import GradientFiles, LinearFilter, LinearObserver
+from compress.calibration.survey import Survey
 from compress.stages.factorize import Factorize
-from compress.streaming.spectra import GradientFiles, LinearObserver, LinearWatch
-from compress.streaming.survey import Survey
 
 pytestmark = pytest.mark.usefixtures("exact_norms")
 D = tiny.HIDDEN
@@ -25,7 +25,7 @@ IN_FILES = 1e-6
 EVERY_KIND = pytest.mark.parametrize("model_type", ["llama", "opt", "gpt_bigcode", "mixtral"])
 
 
-def surveyed(folder: Path, watch: LinearWatch, findings: Path, *, gradient: bool, **options: Any) -> Survey:
+def surveyed(folder: Path, watch: LinearFilter, findings: Path, *, gradient: bool, **options: Any) -> Survey:
     options = {"batch_size": 2, **options}
     surveyor = oracles.surveyor(
         folder,
@@ -67,9 +67,9 @@ class InMemory:
             self.outputs[path] = output.detach().reshape(-1, output.shape[-1])
             self.gradients[path] = g.reshape(-1, g.shape[-1])
 
-    def spread(self, path: str, *, centred: bool) -> Tensor:
+    def spread(self, path: str, *, centered: bool) -> Tensor:
         Y = self.outputs[path]
-        Y = Y - Y.mean(0) if centred else Y
+        Y = Y - Y.mean(0) if centered else Y
         return Y.T @ Y / len(Y)
 
     def moment(self, path: str) -> Tensor:
@@ -101,7 +101,7 @@ def test_energies_are_those_of_the_outputs(model_type, gradient, models, tmp_pat
     assert found.spectra.keys() == plain.linears.keys()
     for path, spectrum in found.spectra.items():
         linear = plain.linears[path]
-        expected = eigenvalues(plain.spread(path, centred=linear.bias is not None))[: rank_of(linear)]
+        expected = eigenvalues(plain.spread(path, centered=linear.bias is not None))[: rank_of(linear)]
         assert_close(spectrum.energy, expected, 1e-9)
         assert (spectrum.felt is not None) == gradient
 
@@ -159,7 +159,7 @@ def test_outputs_and_gradients_where_the_stock_model_does_more(model_type, chang
         for path, moment in load_file(tmp_path / f"finding-gradients-{block:05d}.safetensors").items():
             expected = plain.moment(path)
             assert_close(moment, expected.diagonal() if len(expected) > 2 * D else expected, 1e-5)
-            expected = eigenvalues(plain.spread(path, centred=plain.linears[path].bias is not None))
+            expected = eigenvalues(plain.spread(path, centered=plain.linears[path].bias is not None))
             assert_close(found.spectra[path].energy, expected[: rank_of(plain.linears[path])], 1e-5)
 
 
@@ -176,7 +176,7 @@ def test_what_the_loss_feels(model_type, weight, models, tmp_path):
         G = torch.diag(G.diagonal()) if len(G) > 2 * D else G
         scale = G.diagonal().mean()
         M = scale * ((1 - weight) * torch.eye(len(G)).double() + weight * G / scale)
-        C = plain.spread(path, centred=linear.bias is not None)
+        C = plain.spread(path, centered=linear.bias is not None)
         expected = torch.linalg.eigvals(M @ C).real.sort(descending=True).values[: rank_of(linear)]
         assert_close(spectrum.felt, expected, 1e-7)
 

@@ -1,4 +1,4 @@
-"""What others do with a factorised model: train it, adapt it, quantise it, generate, each by its own tools.
+"""What others do with a factorized model: train it, adapt it, quantize it, generate, each by its own tools.
 
 The model is the shipped demo, which has been trained: on random weights a loss says little.
 """
@@ -29,9 +29,9 @@ FORMS = ["pivot"]
 
 
 @pytest.fixture(scope="module")
-def factorised(tmp_path_factory) -> dict[str, Path]:
+def factorized(tmp_path_factory) -> dict[str, Path]:
     """Cut so hard that there is something to win back."""
-    root, made = tmp_path_factory.mktemp("factorised"), {}
+    root, made = tmp_path_factory.mktemp("factorized"), {}
     for form in FORMS:
         stages = lowrank("lord", {"rank_frac": 0.3}, form=form)
         calibration = {"source": "stdlib", "samples": 16, "seq_len": 64}
@@ -74,8 +74,8 @@ def thin(model: nn.Module) -> list[LowRankLinear | PivotLinear]:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_the_factors_themselves_can_be_trained(factorised, ids, form):
-    model = load(factorised[form]).train().requires_grad_(False)
+def test_the_factors_themselves_can_be_trained(factorized, ids, form):
+    model = load(factorized[form]).train().requires_grad_(False)
     parameters = [parameter.requires_grad_() for module in thin(model) for parameter in module.parameters()]
     losses = trained(model, parameters, ids, lr=1e-3)
     assert losses[-1] < 0.9 * losses[0]
@@ -83,11 +83,11 @@ def test_the_factors_themselves_can_be_trained(factorised, ids, form):
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks for it
 @pytest.mark.parametrize("form", FORMS)
-def test_adapters_on_the_factors_can_be_trained_and_merged(factorised, ids, form, tmp_path):
+def test_adapters_on_the_factors_can_be_trained_and_merged(factorized, ids, form, tmp_path):
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
     config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["first", "second"], task_type="CAUSAL_LM")
-    model = load(factorised[form])
+    model = load(factorized[form])
     size = sum(parameter.numel() for parameter in model.parameters())
     adapted: Any = peft.get_peft_model(model, config).train()
     parameters = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
@@ -106,7 +106,7 @@ def test_adapters_on_the_factors_can_be_trained_and_merged(factorised, ids, form
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_the_factors_are_quantised_by_compressed_tensors(factorised, ids, form, tmp_path):
+def test_the_factors_are_quantized_by_compressed_tensors(factorized, ids, form, tmp_path):
     """8-bit integers, packed, reloaded by transformers: the thin linears are linears like any other."""
     pytest.importorskip("compressed_tensors")
     from compressed_tensors import ModelCompressor
@@ -121,15 +121,15 @@ def test_the_factors_are_quantised_by_compressed_tensors(factorised, ids, form, 
 
     weights = QuantizationArgs(num_bits=8, type="int", symmetric=True, strategy="channel")
     scheme = QuantizationScheme(targets=["Linear"], weights=weights)
-    model = load(factorised[form])
+    model = load(factorized[form])
     precise = logits_of(model, ids[:2])
     config = QuantizationConfig(config_groups={"group_0": scheme}, ignore=["re:.*lm_head"])
     apply_quantization_config(model, config, show_progress=False)
-    quantised = [module for module in model.modules() if is_module_quantized(module)]
-    assert {id(linear) for linear in quantised} == {
+    quantized = [module for module in model.modules() if is_module_quantized(module)]
+    assert {id(linear) for linear in quantized} == {
         id(linear) for module in thin(model) for linear in (module.first, module.second)
     }
-    for linear in quantised:
+    for linear in quantized:
         rows = linear.weight.detach()
         scale, _ = calculate_qparams(rows.amin(-1, keepdim=True), rows.amax(-1, keepdim=True), weights)
         linear.weight_scale.data.copy_(scale)
@@ -142,7 +142,7 @@ def test_the_factors_are_quantised_by_compressed_tensors(factorised, ids, form, 
     model.save_pretrained(tmp_path)
     compressor.update_config(str(tmp_path))
     tensors = load_file(tmp_path / "model.safetensors")
-    assert sum(name.endswith("weight_packed") for name in tensors) == len(quantised)
+    assert sum(name.endswith("weight_packed") for name in tensors) == len(quantized)
     again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert type(again) is CompressForCausalLM
     assert distance(logits_of(again, ids[:2]), fake) < 1e-5

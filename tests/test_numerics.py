@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from compress.calibration.statistics import RelativeError, SecondMoment
 from compress.errors import NumericalError
 from compress.numerics.linalg import pca, random_orthogonal, width_for_energy
 from compress.numerics.norms import center_rows, fold_gain, fold_offset
-from compress.streaming.statistics import RelativeError, SecondMoment
 from matrices import identity, random
 
 D = 12

@@ -15,12 +15,12 @@ from compress import families
 from compress.architectures.architecture import ModelSpec
 from compress.architectures.own import Own, as_own
 from compress.architectures.stock import Stock
+from compress.calibration.linears import FactorShape
 from compress.checkpoints.metadata import read_metadata
 from compress.errors import CheckpointError
 from compress.models.loading import load_config
 from compress.own_model.configuration_compress import CompressConfig
 from compress.own_model.modeling_compress import CompressForCausalLM, unfuse_experts
-from compress.streaming.linears import FactorShape
 from compress.version import FORMAT
 
 IDS = oracles.random_ids(2, 12, seed=5).clamp_min(3)

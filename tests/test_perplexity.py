@@ -34,8 +34,8 @@ def slow_losses(model: nn.Module, windows: torch.Tensor) -> list[float]:
         for position in range(1, len(window)):
             with torch.no_grad():
                 logits = model(input_ids=window[None, :position]).logits[0, -1].tolist()
-            normaliser = math.log(math.fsum(math.exp(logit) for logit in logits))
-            total += normaliser - logits[window[position]]
+            normalizer = math.log(math.fsum(math.exp(logit) for logit in logits))
+            total += normalizer - logits[window[position]]
         losses.append(total / (len(window) - 1))
     return losses
 

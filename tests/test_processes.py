@@ -22,12 +22,12 @@ from safetensors.torch import load_file
 from torch import Tensor, distributed
 
 from cli_runner import Disturbance, Ran, Request, run_warm, snapshot
+from compress.calibration.groups import EquationSums
+from compress.calibration.processes import ALONE, FailedElsewhere, Group, Processes, is_running, joined
+from compress.calibration.streams import own_batches, split_windows
 from compress.cli.options import own_gpu
 from compress.errors import CompressError, NumericalError, UsageError
 from compress.launch import Launch
-from compress.streaming.groups import EquationSums
-from compress.streaming.processes import ALONE, FailedElsewhere, Group, Processes, is_running, joined
-from compress.streaming.streams import own_batches, split_windows
 from tiny import write_model, write_text
 
 COMMANDS = {
@@ -128,7 +128,7 @@ def test_as_many_processes_write_the_same_bytes_again(root, made):
 
 KILLS = {
     "between states and their record": (0, "compress.checkpoints.run_folder:RunFolder._save", 5),
-    "in the survey": (1, "compress.streaming.spectra:LinearObserver._mean_gradients", 2),
+    "in the survey": (1, "compress.calibration.spectra:LinearObserver._mean_gradients", 2),
 }
 
 
@@ -252,7 +252,7 @@ def test_a_failure_is_told_once_and_ends_all():
 
 def test_a_process_that_is_gone_is_noticed():
     def waits(group: Group) -> None:
-        group.neighbours = {1: 2**22 + 1}  # above all process ids
+        group.neighbors = {1: 2**22 + 1}  # above all process ids
         if group.rank == 0:
             group.gathered(None)
 

@@ -16,6 +16,7 @@ from transformers import LlamaConfig
 import tiny
 from compress import families, pipeline
 from compress.architectures.sizes import disk_bytes
+from compress.calibration.spectra import Spectrum
 from compress.planning import search
 from compress.planning.assembly import take_survey
 from compress.planning.memory import Room
@@ -23,7 +24,6 @@ from compress.planning.plan import Plan, make_plan
 from compress.planning.prepare import Job, prepare
 from compress.planning.ranks import RankSpace, rank_choices
 from compress.recipe import Recipe, parse_recipe
-from compress.streaming.spectra import Spectrum
 from orders import Made, maker, planned, refusal
 from recipes import lowrank
 from runs import unproved
@@ -105,7 +105,7 @@ def came_to(run: Made) -> int:
 
 
 def steps_up(run: Made) -> dict[str, int]:
-    """What the next rank, or being dense where there is none, would cost each factorised linear in parameters."""
+    """What the next rank, or being dense where there is none, would cost each factorized linear in parameters."""
     found, space = {}, run.plan.ranks
     for linear, ladder in space.targets.items():
         if linear.path in run.result.ranks:

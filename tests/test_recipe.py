@@ -39,7 +39,7 @@ def test_a_dumped_recipe_parses_back(rule):
 
 
 SLIM = {
-    "ours": slim(prune={}, quantize={"group": 64}, adapt={"rounds": 3, "rank": 64}, refit=True, polish=3, centre=True),
+    "ours": slim(prune={}, quantize={"group": 64}, adapt={"rounds": 3, "rank": 64}, refit=True, polish=3, center=True),
     "the paper's": slim(
         prune={"method": "wanda"},
         quantize={"method": "slim", "group": "tensor"},

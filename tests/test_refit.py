@@ -21,6 +21,9 @@ from compress import families
 from compress.architectures.architecture import Architecture, ModelSpec
 from compress.architectures.own import Own
 from compress.architectures.stock import Stock
+from compress.calibration.sites import Stage
+from compress.calibration.survey import Survey, SurveyNeed
+from compress.calibration.walk import FinishedPart, Walk
 from compress.datasets.windows import cut, encode
 from compress.models.expert_names import own_name
 from compress.models.loading import load_config, load_tokenizer
@@ -36,9 +39,6 @@ from compress.stages.refit import Refit
 from compress.stages.rotate import Rotate
 from compress.stages.rotate_shared import RotateShared
 from compress.stages.slice import Slice
-from compress.streaming.sites import Stage
-from compress.streaming.survey import Survey, SurveyNeed
-from compress.streaming.walk import FinishedPart, Walk
 
 pytestmark = pytest.mark.usefixtures("exact_norms")
 D, NEURONS = tiny.HIDDEN, 48
@@ -396,17 +396,17 @@ class Unit:
     after: str
 
 
-def neighbours(count: int, size: int, start: int = 0) -> Tensor:
+def neighbors(count: int, size: int, start: int = 0) -> Tensor:
     return torch.arange(start, start + count * size).view(count, size)
 
 
-NEURON = neighbours(NEURONS, 1)
-GATE_AND_UP = torch.cat([NEURON, neighbours(NEURONS, 1, NEURONS)], dim=1)
+NEURON = neighbors(NEURONS, 1)
+GATE_AND_UP = torch.cat([NEURON, neighbors(NEURONS, 1, NEURONS)], dim=1)
 MLP = {"mlp.gate_proj": NEURON, "mlp.up_proj": NEURON}
 # Two groups, each of a key head and a value head and the two query heads that share them.
 HEADS = {
-    "self_attn.q_proj": neighbours(2, D // 2),
-    **dict.fromkeys(("self_attn.k_proj", "self_attn.v_proj"), neighbours(2, D // 4)),
+    "self_attn.q_proj": neighbors(2, D // 2),
+    **dict.fromkeys(("self_attn.k_proj", "self_attn.v_proj"), neighbors(2, D // 4)),
 }
 NEXT, BESIDE = "1.input_layernorm", "0.post_attention_layernorm"
 UNITS = {
@@ -451,7 +451,7 @@ def test_units_are_deleted_as_written_out(case, models):
     G = torch.zeros(len(W), len(W)).double()
     for u, x in zip(U, stream, strict=True):
         G += torch.outer(u, u) / (x.square().mean() + families.find(model.config).epsilon(model.config))
-    inputs = neighbours(unit.count, dense[f"{blocks}.0.{unit.writer}.weight"].shape[1] // unit.count)
+    inputs = neighbors(unit.count, dense[f"{blocks}.0.{unit.writer}.weight"].shape[1] // unit.count)
     kept, expected = prune_units(W, G, inputs, KEPT[unit.kind], damping=0.01, name="a test")
 
     for name, rows in unit.rows.items():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from compress.numerics.grids import Grid, Numbers, Sharing
+from compress.numerics.grids import Granularity, Grid, QuantType
 from compress.numerics.hessian import Hessian
 from compress.numerics.rescale import rescaled
 from compress.numerics.steps import make_grid
@@ -28,8 +28,8 @@ def error(W: Tensor, Q: Tensor, hessian: Hessian) -> float:
     return float(((W - Q) @ hessian.damped * (W - Q)).sum())
 
 
-def grid_of(W: Tensor, sharing: Sharing, *, bits: int = 3, **how: object) -> Grid:
-    return make_grid(W, Numbers(bits), group=sharing, method="mse", **how)  # type: ignore[arg-type]
+def grid_of(W: Tensor, granularity: Granularity, *, bits: int = 3, **how: object) -> Grid:
+    return make_grid(W, QuantType(bits), group=granularity, method="mse", **how)  # type: ignore[arg-type]
 
 
 GRIDS = {
@@ -43,9 +43,9 @@ GRIDS = {
 
 @pytest.mark.parametrize("name", GRIDS)
 def test_the_same_codes_and_no_larger_error(name):
-    sharing, how = GRIDS[name]
+    granularity, how = GRIDS[name]
     W, H = problem()
-    grid = grid_of(W, sharing, **how)
+    grid = grid_of(W, granularity, **how)
     Q = grid.nearest(W)
     found, better = rescaled(Q, W, H, grid)
     assert torch.equal(better.codes(found), grid.codes(Q))
@@ -87,13 +87,13 @@ def test_a_step_does_not_run_away():
     assert torch.equal(better.step, grid.step / 2)
 
 
-@pytest.mark.parametrize("sharing", ["channel", 8])
-def test_steps_and_codes_in_turns_lose_less_than_codes_alone(sharing):
+@pytest.mark.parametrize("granularity", ["channel", 8])
+def test_steps_and_codes_in_turns_lose_less_than_codes_alone(granularity):
     """In the mean of ten problems: each by itself may end in another minimum."""
     alone = both = 0.0
     for seed in range(10):
         W, H = problem(seed)
-        grid = grid_of(W, sharing)
+        grid = grid_of(W, granularity)
         Q = grid.nearest(W)
         alone += error(W, descend(Q, W, H, grid=grid, rounds=6), H)
         for _ in range(6):

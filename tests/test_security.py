@@ -260,7 +260,7 @@ def test_an_index_names_files_of_its_own_folder(name, place):
 
 
 def test_a_link_out_of_the_model_is_not_copied(place):
-    """A licence that is a link to a key would be published with the checkpoint."""
+    """A license that is a link to a key would be published with the checkpoint."""
     (place / "secret").write_text("the key")
     (place / "tiny" / "LICENSE").symlink_to(place / "secret")
     ran = invoke(*SLICE, *TEXT, "--model", "tiny")

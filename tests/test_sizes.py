@@ -10,12 +10,12 @@ from transformers import LlamaConfig, OPTConfig, PhiConfig
 from compress import families
 from compress.architectures.architecture import ModelSpec
 from compress.architectures.stock import Stock
+from compress.calibration.sites import Basis, StreamPoint, stream_points
 from compress.numerics.frames import OrthogonalFrame
 from compress.planning.memory import Room
 from compress.planning.plan import Plan, make_plan
 from compress.recipe import Recipe, parse_recipe
 from compress.stages.slice import Slice
-from compress.streaming.sites import Basis, StreamPoint, stream_points
 from recipes import slicegpt
 
 # ---- widths ----
@@ -113,21 +113,21 @@ def test_values_out_of_range_are_refused(wrong):
 
 def test_faults_say_what_to_do():
     places = points(64, 3)
-    assert Slice(ratio=0.25).faults(places) == []
-    assert Slice(explained_variance=0.9).faults(places) == []
-    assert Slice(block_ratios=(0.1, 0.2)).faults(places) == [
+    assert Slice(ratio=0.25).problems(places) == []
+    assert Slice(explained_variance=0.9).problems(places) == []
+    assert Slice(block_ratios=(0.1, 0.2)).problems(places) == [
         "2 ratios are given for 3 blocks. Give one for each block."
     ]
-    assert Slice(ratio=0.9, round_to=8).faults(places) == [
+    assert Slice(ratio=0.9, round_to=8).problems(places) == [
         "The ratio 0.9 leaves less than 8 of 64 dimensions (widths are multiples of 8). "
         "Use a smaller ratio or --round-to."
     ]
-    assert Slice(ratio=0.9, round_to=2).faults(places) == []
-    assert Slice(width=72).faults(places) == ["The width 72 is more than the model's hidden size of 64. Use less."]
-    assert Slice(linear_ratios=(0, 0)).faults(places) == [
+    assert Slice(ratio=0.9, round_to=2).problems(places) == []
+    assert Slice(width=72).problems(places) == ["The width 72 is more than the model's hidden size of 64. Use less."]
+    assert Slice(linear_ratios=(0, 0)).problems(places) == [
         "The ratio 0.0 deletes nothing of 64 dimensions. Use a larger one."
     ]
-    assert Slice(block_ratios=(0, 0, 0.5)).faults(places) == []
+    assert Slice(block_ratios=(0, 0, 0.5)).problems(places) == []
 
 
 # ---- sizes ----

@@ -33,7 +33,7 @@ from compress.recipe import parse_recipe
 from compress.stages._stage import StageConfig
 from compress.stages.refit import Refit
 from compress.stages.slim import Adapt, Prune, Quantize, Slim
-from factorising import block_linears, reports, same_function
+from factorizing import block_linears, reports, same_function
 from runs import tensors_of, unproved
 
 WINDOWS = oracles.random_ids(8, 16, seed=2)
@@ -123,7 +123,7 @@ OURS = Slim(
     quantize=Quantize(group="channel"),
     adapt=Adapt(rank=0.1, rounds=2),
     polish=1,
-    centre=True,
+    center=True,
 )
 
 
@@ -287,7 +287,7 @@ def faces(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("faces")
     parts = {"prune": WANDA, "quantize": FOUR | {"group": 16}, "adapt": {"method": "whitened", "rank": 0.25}}
     for form in FORMS:
-        stages = [{"stage": "refit"}, stage(form, **parts, centre=True)]
+        stages = [{"stage": "refit"}, stage(form, **parts, center=True)]
         job = job_of(folder, "llama", stages, changes={"dtype": torch.float64}, out=f"as-{form}")
         with unproved():
             pipeline.run(job)
@@ -428,7 +428,7 @@ def test_what_is_planned_is_what_is_written(name, tmp_path):
     job = job_of(tmp_path, "opt", [stage(form, **parts)], dtype="bfloat16")
     plan, result = run_unproved(job)
     is_as_planned(plan, result)
-    # Numbers: those that are kept, and the adapter's.
+    # QuantType: those that are kept, and the adapter's.
     dense = tiny.tiny_model("opt", num_hidden_layers=1)
     numbers = sum(parameter.numel() for parameter in dense.parameters())
     kept = 0.5 if form == "compact" and "prune" in parts else 1
@@ -513,7 +513,7 @@ STRANGE = ("a matrix of zeros", "dead neurons", "constant neurons", "an outlier"
 RECIPES: dict[str, Stages] = {
     "ours": [
         {"stage": "refit"},
-        stage(prune={"iterations": 5}, quantize={}, adapt={"rounds": 2}, polish=1, centre=True),
+        stage(prune={"iterations": 5}, quantize={}, adapt={"rounds": 2}, polish=1, center=True),
     ],
     "slim": [
         stage(prune=WANDA, quantize={"method": "slim", "group": "tensor"}, adapt={"method": "slim"}),

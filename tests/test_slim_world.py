@@ -28,7 +28,7 @@ WANDA = {"method": "wanda", "pattern": "2:4"}
 FOUR = {"method": "mse", "bits": 4, "group": "channel"}
 EIGHT = {"method": "absmax", "bits": 8, "group": "channel"}
 ADAPTER = {"method": "whitened", "rank": 0.25}
-OURS = {"prune": WANDA, "quantize": FOUR, "adapt": ADAPTER, "centre": True}
+OURS = {"prune": WANDA, "quantize": FOUR, "adapt": ADAPTER, "center": True}
 # Of each the family, what the stage is told, the dtype that is written, and a head of its own or not.
 Made = tuple[str, dict[str, Any], str, bool]
 CHECKPOINTS: dict[str, Made] = {

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from compress.numerics.grids import Grid, Numbers, Sharing
+from compress.numerics.grids import Granularity, Grid, QuantType
 from compress.numerics.steps import StepTrials, finer_inputs, make_grid, pieces_of
 
 DENSE = 20_000  # steps that the slow search tries
 WIDTHS = (2, 8)
-FLOATING = Numbers(8, floating=True)
+FLOATING = QuantType(8, floating=True)
 EVERY_WIDTH = pytest.mark.parametrize("bits", WIDTHS)
 METHODS = ("absmax", "slim", "mse")
 
@@ -43,26 +43,26 @@ DRAWS = {"gauss": random, "laplace": laplace, "student 2": student}
 EVERY_DRAW = pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS)
 
 
-def errors(pieces: Tensor, step: Tensor, numbers: Numbers) -> Tensor:
+def errors(pieces: Tensor, step: Tensor, quant_type: QuantType) -> Tensor:
     """Of pieces (pieces, weights), each by its steps (pieces, steps)."""
     w, s = pieces[:, None, :], step[:, :, None]
-    return ((w / s).round_().clamp_(numbers.lowest, numbers.highest).mul_(s).sub_(w)).square_().sum(-1)
+    return ((w / s).round_().clamp_(quant_type.lowest, quant_type.highest).mul_(s).sub_(w)).square_().sum(-1)
 
 
-def least_by_trying(pieces: Tensor, numbers: Numbers, *, count: int = DENSE) -> Tensor:
+def least_by_trying(pieces: Tensor, quant_type: QuantType, *, count: int = DENSE) -> Tensor:
     """The least error of `count` steps up to one with which no weight is clipped and the largest is a small code."""
-    largest = pieces.abs().amax(-1, keepdim=True) / numbers.highest
+    largest = pieces.abs().amax(-1, keepdim=True) / quant_type.highest
     shares = torch.linspace(2 / count, 2, count, dtype=torch.float64)
     chunks = shares.split(max(2**18 // pieces.numel(), 1))
-    return torch.cat([errors(pieces, largest * chunk, numbers) for chunk in chunks], dim=1).amin(-1)
+    return torch.cat([errors(pieces, largest * chunk, quant_type) for chunk in chunks], dim=1).amin(-1)
 
 
 def lost(W: Tensor, grid: Grid) -> float:
     return float((grid.nearest(W) - W).square().sum())
 
 
-def made(W: Tensor, bits: int, method: str, group: Sharing = "channel", **options: object) -> Grid:
-    return make_grid(W, Numbers(bits), group=group, method=method, **options)  # type: ignore[arg-type]
+def made(W: Tensor, bits: int, method: str, group: Granularity = "channel", **options: object) -> Grid:
+    return make_grid(W, QuantType(bits), group=group, method=method, **options)  # type: ignore[arg-type]
 
 
 # ---- SLiM-Quant ----
@@ -75,17 +75,17 @@ NEAR = {2: 1.001, 3: 1.001, 4: 1.001, 8: 1.08}
 @EVERY_WIDTH
 @EVERY_DRAW
 def test_slim_is_as_good_as_the_best_of_very_many_steps(draw, bits):
-    W, numbers = draw(30, 41, seed=bits), Numbers(bits)
-    least = least_by_trying(W.reshape(1, -1), numbers)
+    W, quant_type = draw(30, 41, seed=bits), QuantType(bits)
+    least = least_by_trying(W.reshape(1, -1), quant_type)
     assert lost(W, made(W, bits, "slim", "tensor")) <= NEAR[bits] * float(least)
 
 
 @pytest.mark.parametrize(("bits", "shape"), [(2, (12, 64)), (3, (4, 128)), (4, (2, 1000))], ids=str)
 @EVERY_DRAW
 def test_slim_is_as_good_for_each_of_many_pieces(draw, bits, shape):
-    pieces, numbers = draw(*shape, seed=bits), Numbers(bits)
-    found = errors(pieces, made(pieces, bits, "slim").step, numbers)[:, 0]
-    least = least_by_trying(pieces, numbers, count=5000)
+    pieces, quant_type = draw(*shape, seed=bits), QuantType(bits)
+    found = errors(pieces, made(pieces, bits, "slim").step, quant_type)[:, 0]
+    least = least_by_trying(pieces, quant_type, count=5000)
     assert (found <= 1.01 * least).all()
     assert found.sum() <= NEAR[bits] * least.sum()
 
@@ -93,9 +93,9 @@ def test_slim_is_as_good_for_each_of_many_pieces(draw, bits, shape):
 @pytest.mark.parametrize("bits", [3, 4])
 @EVERY_DRAW
 def test_mse_is_nearly_as_good_for_groups_of_64(draw, bits):
-    pieces, numbers = draw(40, 64, seed=bits), Numbers(bits)
-    found = errors(pieces, made(pieces, bits, "mse").step, numbers)[:, 0]
-    assert found.sum() <= 1.01 * least_by_trying(pieces, numbers, count=2000).sum()
+    pieces, quant_type = draw(40, 64, seed=bits), QuantType(bits)
+    found = errors(pieces, made(pieces, bits, "mse").step, quant_type)[:, 0]
+    assert found.sum() <= 1.01 * least_by_trying(pieces, quant_type, count=2000).sum()
 
 
 @pytest.mark.parametrize("zero", [False, True], ids=["symmetric", "zero points"])
@@ -103,9 +103,9 @@ def test_mse_is_nearly_as_good_for_groups_of_64(draw, bits):
 def test_a_trial_takes_the_best_step_for_the_codes_of_the_one_that_is_tried(monkeypatch, chunk, zero):
     """In chunks of groups or of their weights: by least squares, piece by piece."""
     monkeypatch.setattr("compress.numerics.steps.CHUNK", chunk)
-    pieces, numbers = random(3, 7, 5), Numbers(4)
+    pieces, quant_type = random(3, 7, 5), QuantType(4)
     offset = torch.tensor([-2.0, 0.0, 3.0]).double()[:, None].expand(3, 5) if zero else None
-    trials, best = StepTrials(pieces, numbers, offset), torch.full((3, 5), math.inf).double()
+    trials, best = StepTrials(pieces, quant_type, offset), torch.full((3, 5), math.inf).double()
     for number, tried in enumerate((0.3, 0.2, 0.9, 0.25)):
         better = trials.test(torch.full((3, 5), tried).double())
         for group in range(3):
@@ -131,8 +131,8 @@ def test_slim_finds_the_minimum_for_numbers_of_bins_at_which_its_code_finds_none
     """Its histogram has a bin for every 1000 weights; divisible by 10, the least error may be in no bin it looks at."""
     W = draw(*shape, seed=1)
     found = made(W, bits, "slim", "tensor")
-    shares = torch.linspace(0.4, 1.05, 30, dtype=torch.float64) * W.abs().max() / Numbers(bits).highest
-    least = min(lost(W, Grid(found.numbers, found.group, share.view(1, 1))) for share in shares)
+    shares = torch.linspace(0.4, 1.05, 30, dtype=torch.float64) * W.abs().max() / QuantType(bits).highest
+    least = min(lost(W, Grid(found.quant_type, found.group, share.view(1, 1))) for share in shares)
     assert lost(W, found) <= 1.001 * least
 
 
@@ -154,10 +154,10 @@ def test_no_search_is_worse_than_absmax(draw, bits):
 @pytest.mark.parametrize("group", ["tensor", "channel", 5])
 def test_absmax_puts_the_largest_weight_on_the_end(group):
     W = random(3, 15)
-    for numbers in (Numbers(4), FLOATING):
-        grid = make_grid(W, numbers, group=group, method="absmax")
+    for quant_type in (QuantType(4), FLOATING):
+        grid = make_grid(W, quant_type, group=group, method="absmax")
         pieces = pieces_of(W, group)
-        assert torch.allclose(grid.step.T * numbers.highest, pieces.abs().amax(1), rtol=1e-12)
+        assert torch.allclose(grid.step.T * quant_type.highest, pieces.abs().amax(1), rtol=1e-12)
 
 
 @EVERY_WIDTH

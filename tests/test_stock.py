@@ -21,14 +21,14 @@ import oracles
 import tiny
 from compress import pipeline
 from compress.architectures.stock import Stock
+from compress.calibration.survey import Survey
+from compress.calibration.walk import shared_frame
 from compress.errors import UsageError
 from compress.models.hub import find_model
 from compress.numerics.frames import Frame
 from compress.planning.assembly import take_survey
 from compress.planning.prepare import Job, Prepared
 from compress.recipe import parse_recipe
-from compress.streaming.survey import Survey
-from compress.streaming.walk import shared_frame
 from recipes import anchored
 from runs import tensors_of
 
@@ -129,7 +129,7 @@ FALLBACKS = {
     ),
     "phi, qk_layernorm": (
         Variant("phi", {"layer_norm_eps": 1e-2, "qk_layernorm": True}),
-        f"{OURS}it normalises queries and keys at hidden_size / heads (qk_layernorm).",
+        f"{OURS}it normalizes queries and keys at hidden_size / heads (qk_layernorm).",
     ),
     "starcoder2, no biases": (
         Variant("starcoder2", {"norm_epsilon": 1e-2, "use_bias": False}),

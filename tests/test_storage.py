@@ -9,14 +9,14 @@ import torch
 from compress.models.packed import unpacked
 from compress.models.packing import Kept, pack_bits, pack_words
 from compress.models.storage import Storage, empty_linear
-from compress.numerics.grids import Sharing
+from compress.numerics.grids import Granularity
 from compress.numerics.sparsity import Pattern
 from compress.own_model.modeling_compress import unpack_bits
 from stored import label, random_parts
 
 M, N = 37, 240
 BITS = range(2, 9)
-GROUPS: list[Sharing] = ["tensor", "channel", 16]
+GROUPS: list[Granularity] = ["tensor", "channel", 16]
 PATTERNS = [None, Pattern(2.0, 4), Pattern(4.0, 8), Pattern(3.0, 5), Pattern(8.0, 16)]
 PACKED = [
     *(Storage("packed", bits, group=group, rank=3) for bits in BITS for group in GROUPS),

@@ -12,13 +12,13 @@ from torch.utils._pytree import tree_leaves
 
 import oracles
 import tiny
+from compress.calibration.groups import EquationSums
+from compress.calibration.processes import ALONE
+from compress.calibration.spectra import GradientFiles, LinearFilter, LinearObserver
 from compress.numerics import sums
 from compress.numerics.sums import DiagonalSum, GramSum, add_product
 from compress.stages.measure_error import MeasureError
 from compress.stages.refit import Refit
-from compress.streaming.groups import EquationSums
-from compress.streaming.processes import ALONE
-from compress.streaming.spectra import GradientFiles, LinearObserver, LinearWatch
 
 CPU = torch.device("cpu")
 WIDTH = 300  # more than one block of rows
@@ -139,7 +139,7 @@ def test_nothing_that_grows_with_the_tokens_is_in_float64_in_a_walk(model_type, 
 @pytest.mark.parametrize("model_type", ["llama", "opt"])
 def test_nothing_that_grows_with_the_tokens_is_in_float64_in_a_survey(model_type, tmp_path):
     tiny.tiny_model(model_type).save_pretrained(tmp_path)
-    watch = LinearWatch(lambda _name, _part: True, 0.9, lambda has_bias: has_bias)
+    watch = LinearFilter(lambda _name, _part: True, 0.9, lambda has_bias: has_bias)
     surveyor = oracles.surveyor(
         tmp_path,
         WINDOWS,

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 import oracles
 import tiny
-from compress.streaming.survey import Survey, Surveyor, num_steps
+from compress.calibration.survey import Survey, Surveyor, num_steps
 
 pytestmark = pytest.mark.usefixtures("exact_norms")
 D = tiny.HIDDEN

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import NumericalError
-from compress.numerics.grids import Grid, Numbers, Sharing
+from compress.numerics.grids import Granularity, Grid, QuantType
 from compress.numerics.hessian import Hessian
 from compress.numerics.sparsity import Pattern, keep_mask
 from compress.numerics.steps import make_grid
@@ -18,7 +18,7 @@ M, N, TOKENS = 5, 24, 80
 WHERE = "block 3 mlp.down_proj"
 DAMPING = 0.01
 PATTERNS = (None, "2:4", "4:8", "50%")
-GRIDS: dict[str, Sharing | None] = {"no grid": None, "by row": "channel", "ragged groups": 7}
+GRIDS: dict[str, Granularity | None] = {"no grid": None, "by row": "channel", "ragged groups": 7}
 EVERY_PATTERN = pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 EVERY_GRID = pytest.mark.parametrize("group", GRIDS.values(), ids=GRIDS)
 EVERY_BLOCK = pytest.mark.parametrize("block", [3, 128])
@@ -36,8 +36,8 @@ def hessian(X: Tensor, *, damping: float = DAMPING) -> Hessian:
     return Hessian(X.T @ X / len(X), damping, WHERE)
 
 
-def grid_for(W: Tensor, group: Sharing | None, *, bits: int = 3, symmetric: bool = True) -> Grid | None:
-    return None if group is None else make_grid(W, Numbers(bits), group=group, method="mse", symmetric=symmetric)
+def grid_for(W: Tensor, group: Granularity | None, *, bits: int = 3, symmetric: bool = True) -> Grid | None:
+    return None if group is None else make_grid(W, QuantType(bits), group=group, method="mse", symmetric=symmetric)
 
 
 def parsed(text: str | None) -> Pattern | None:
@@ -183,7 +183,7 @@ def descended_slowly(Q: Tensor, W: Tensor, H: Tensor, grid: Grid | None, mask: T
 
 
 def every_code(grid: Grid) -> Tensor:
-    return torch.arange(grid.numbers.lowest, grid.numbers.highest + 1).double()
+    return torch.arange(grid.quant_type.lowest, grid.quant_type.highest + 1).double()
 
 
 @pytest.mark.parametrize(
@@ -232,7 +232,7 @@ def test_without_a_grid_descent_comes_to_least_squares_on_the_mask():
 def finite_and_no_worse(W: Tensor, X: Tensor) -> None:
     """The outputs on the text are no worse than with rounding to nearest of what the same mask leaves."""
     H = hessian(X)
-    grids = [make_grid(W, Numbers(3), group=group, method="absmax") for group in (N, 8)]
+    grids = [make_grid(W, QuantType(3), group=group, method="absmax") for group in (N, 8)]
     for text, grid in itertools.product(PATTERNS, grids):
         found, mask = sweep(W, H, grid=grid, pattern=parsed(text))
         found = descend(found, W, H, grid=grid, mask=mask, rounds=2)

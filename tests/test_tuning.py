@@ -78,9 +78,9 @@ def test_losses_are_those_of_a_loop_over_tokens():
             p = dense[window, place].exp() / dense[window, place].exp().sum()
             told.append(-q[ids[window, place + 1]].log())
             away.append(sum(p[token] * (p[token] / q[token]).log() for token in range(7)))
-    flat, towards = logits[:, :-1].flatten(0, 1), dense[:, :-1].flatten(0, 1)
+    flat, toward = logits[:, :-1].flatten(0, 1), dense[:, :-1].flatten(0, 1)
     torch.testing.assert_close(cross_entropy_and_gradient(ids[:, 1:].flatten(), flat)[0], torch.stack(told).sum())
-    torch.testing.assert_close(kl_and_gradient(towards, flat)[0], torch.stack(away).sum())
+    torch.testing.assert_close(kl_and_gradient(toward, flat)[0], torch.stack(away).sum())
     assert float(kl_and_gradient(flat, flat)[0]) == 0
 
 

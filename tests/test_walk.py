@@ -9,10 +9,10 @@ from torch import Tensor
 
 import oracles
 import tiny
+from compress.calibration.walk import FinishedPart
+from compress.calibration.weights import LazyWeights
 from compress.errors import NumericalError
 from compress.stages.measure_error import MeasureError
-from compress.streaming.walk import FinishedPart
-from compress.streaming.weights import LazyWeights
 
 D = tiny.HIDDEN
 LAST = {"opt": 2 * tiny.NUM_BLOCKS, "llama": 2 * tiny.NUM_BLOCKS, "phi": tiny.NUM_BLOCKS}

@@ -16,11 +16,11 @@ from transformers import AutoModelForCausalLM
 import oracles
 import tiny
 from compress import families
+from compress.calibration.weights import LazyWeights
 from compress.errors import CheckpointError, NumericalError, UnsupportedModel
 from compress.models.decoder import Decoder
 from compress.models.tensor_files import INDEX, SINGLE, SafetensorsFolder
 from compress.own_model.modeling_compress import unfuse_experts
-from compress.streaming.weights import LazyWeights
 
 
 def write(folder: Path, tensors: dict[str, Tensor], name: str = SINGLE) -> Path:
@@ -124,7 +124,7 @@ def test_a_wrong_shape_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("dtype", "stored"), [(torch.int8, "I8"), (torch.uint8, "U8"), (torch.float8_e4m3fn, "F8_E4M3")]
 )
-def test_a_quantised_checkpoint_is_refused(dtype, stored, tmp_path):
+def test_a_quantized_checkpoint_is_refused(dtype, stored, tmp_path):
     write(tmp_path, tensors() | {"b": torch.ones(3, 4).to(dtype)})
     shapes = dict.fromkeys(tensors(), torch.Size([3, 4]))
     assert complaint(lambda: LazyWeights(tmp_path).check_against(shapes), UnsupportedModel) == (

@@ -12,6 +12,8 @@ from transformers import PreTrainedModel
 import oracles
 import tiny
 from compress import families
+from compress.calibration.groups import LinearGroup, Readers, Writers
+from compress.calibration.sites import Requirements, Site
 from compress.families import BranchTable, Family
 from compress.models.loading import load_config
 from compress.numerics.ridge import NormalEquations, ridge
@@ -19,8 +21,6 @@ from compress.stages.fold_norms import FoldNorms
 from compress.stages.measure_error import MeasureError
 from compress.stages.rotate import Rotate
 from compress.stages.slice import Slice
-from compress.streaming.groups import LinearGroup, Readers, Writers
-from compress.streaming.sites import Requirements, Site
 
 pytestmark = pytest.mark.usefixtures("exact_norms")
 WINDOWS = oracles.random_ids(6, 24, seed=2)

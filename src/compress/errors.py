@@ -5,7 +5,7 @@
     ├── UnsupportedModel     exit 3   the model cannot be compressed exactly, and why
     ├── Unavailable          exit 4   a model or data set is not on this machine and cannot be fetched
     ├── CheckpointError      exit 1   the input checkpoint is damaged or unsafe
-    ├── NumericalError       exit 1   NaN, Inf or a failed factorisation, with the tensor's name
+    ├── NumericalError       exit 1   NaN, Inf or a failed factorization, with the tensor's name
     ├── OutputError          exit 1   the output cannot be written
     └── VerificationError    exit 1   the written checkpoint does not reload as it was computed
 
@@ -38,7 +38,7 @@ class CheckpointError(CompressError):
 
 
 class NumericalError(CompressError):
-    """A NaN, an Inf or a factorisation that failed."""
+    """A NaN, an Inf or a factorization that failed."""
 
 
 class OutputError(CompressError):
@@ -49,24 +49,24 @@ class VerificationError(CompressError):
     """The written checkpoint does not reload as it was computed."""
 
 
-class Faults:
-    """Faults that are looked for one after another and told all at once."""
+class Problems:
+    """Problems that are looked for one after another and told all at once."""
 
     def __init__(self) -> None:
         self.found: list[CompressError] = []
 
     @contextmanager
-    def noted(self) -> Iterator[None]:
+    def collect(self) -> Iterator[None]:
         """What is raised in here is kept for `report`."""
         try:
             yield
-        except CompressError as fault:
-            self.found.append(fault)
+        except CompressError as problem:
+            self.found.append(problem)
 
     def report(self) -> None:
-        """Raise what was found as one error, a line a fault, of the first one's kind."""
+        """Raise what was found as one error, a line a problem, of the first one's kind."""
         if self.found:
-            raise type(self.found[0])("\n".join(str(fault) for fault in self.found))
+            raise type(self.found[0])("\n".join(str(problem) for problem in self.found))
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
@@ -77,7 +77,7 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
     return f"Unknown {kind} {name!r}.{guess} Available: {', '.join(names)}."
 
 
-def report(faults: Sequence[str]) -> None:
-    """Raises UsageError with all faults, a line each, where there are any."""
-    if faults:
-        raise UsageError("\n".join(dict.fromkeys(faults)))
+def report(problems: Sequence[str]) -> None:
+    """Raises UsageError with all problems, a line each, where there are any."""
+    if problems:
+        raise UsageError("\n".join(dict.fromkeys(problems)))

@@ -139,7 +139,7 @@ Place = Callable[[Where], str]
 
 
 @dataclass(frozen=True)
-class Fault:
+class Problem:
     where: Where
     what: str
 
@@ -149,43 +149,43 @@ def dotted(where: Where) -> str:
 
 
 def parse_recipe(data: Any, place: Place = dotted) -> Recipe:
-    """A recipe from plain data. `place` says where a fault is. Raises UsageError with every fault, a line each."""
-    faults: list[Fault] = []
+    """A recipe from plain data. `place` says where a problem is. Raises UsageError with every problem, a line each."""
+    problems: list[Problem] = []
     if isinstance(data, dict) and isinstance(data.get("stages"), list | tuple):
-        data = data | {"stages": parse_stages(data["stages"], faults)}
-    in_stages = bool(faults)
+        data = data | {"stages": parse_stages(data["stages"], problems)}
+    in_stages = bool(problems)
     try:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
         # With a stage missing, nothing can be said about their order.
-        faults += [fault for fault in described(error, Recipe) if not in_stages or fault.where]
-    if faults:
-        lines = dict.fromkeys((place(fault.where), fault.what) for fault in faults)
+        problems += [problem for problem in described(error, Recipe) if not in_stages or problem.where]
+    if problems:
+        lines = dict.fromkeys((place(problem.where), problem.what) for problem in problems)
         raise UsageError("\n".join(f"{where}: {what}" if where else what for where, what in lines))
     return recipe
 
 
-def parse_stages(entries: Sequence[Any], faults: list[Fault]) -> list[StageConfig]:
-    """The stages that can be parsed; what is wrong with the others goes to `faults`."""
+def parse_stages(entries: Sequence[Any], problems: list[Problem]) -> list[StageConfig]:
+    """The stages that can be parsed; what is wrong with the others goes to `problems`."""
     parsed = []
     for position, entry in enumerate(entries):
         try:
             parsed.append(entry if isinstance(entry, StageConfig) else parse_stage(entry))
         except ValidationError as error:
             found = described(error, stages.stage_class(entry["stage"]))
-            faults += [Fault(("stages", position, *fault.where), fault.what) for fault in found]
+            problems += [Problem(("stages", position, *problem.where), problem.what) for problem in found]
         except ValueError as error:
-            faults.append(Fault(("stages", position), str(error)))
+            problems.append(Problem(("stages", position), str(error)))
     return parsed
 
 
-def described(error: ValidationError, model: type[BaseModel]) -> list[Fault]:
+def described(error: ValidationError, model: type[BaseModel]) -> list[Problem]:
     found = []
-    for fault in error.errors():
-        what, where = fault["msg"].removeprefix("Value error, "), fault["loc"]
-        if fault["type"] == "extra_forbidden":
+    for problem in error.errors():
+        what, where = problem["msg"].removeprefix("Value error, "), problem["loc"]
+        if problem["type"] == "extra_forbidden":
             what = unknown_name("key", str(where[-1]), fields_at(model, where[:-1]))
-        found.append(Fault(where, what))
+        found.append(Problem(where, what))
     return found
 
 

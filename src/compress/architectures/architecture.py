@@ -19,14 +19,14 @@ from transformers import PreTrainedModel
 
 from compress.architectures.packed import put_packed, quantization_config
 from compress.architectures.sizes import Size, by_depth, disk_bytes, size_of
+from compress.calibration.layout import Layout
+from compress.calibration.linears import FactorShape, LinearShape, linear_shape
+from compress.calibration.sites import Count, StreamPoint, stream_points
 from compress.errors import UsageError
 from compress.families import Family
 from compress.models.loading import empty_model
 from compress.models.storage import Storage
 from compress.own_model.modeling_compress import unfuse_experts
-from compress.streaming.layout import Layout
-from compress.streaming.linears import FactorShape, LinearShape, linear_shape
-from compress.streaming.sites import Count, StreamPoint, stream_points
 
 
 def dense_units(config: Any, family: Family) -> dict[str, int]:
@@ -102,12 +102,12 @@ class ModelSpec:
         """Raise UsageError with `message` where sizes are still open, or with what the architecture has no room for."""
         if not self.is_decided:
             raise UsageError(message)
-        if faults := self.faults():
-            raise UsageError("\n".join(faults))
+        if problems := self.problems():
+            raise UsageError("\n".join(problems))
 
-    def faults(self) -> list[str]:
+    def problems(self) -> list[str]:
         """Say why the architecture has no room for these sizes."""
-        return self.architecture.faults(self)
+        return self.architecture.problems(self)
 
     @property
     def packed(self) -> dict[str, Storage]:
@@ -237,13 +237,13 @@ class Architecture(ABC):
         """Multiples that widths of each kind, and ranks, are rounded to."""
 
     @abstractmethod
-    def faults(self, spec: ModelSpec) -> list[str]:
+    def problems(self, spec: ModelSpec) -> list[str]:
         """Say why the architecture has no room for these sizes."""
 
 
 ONE_WIDTH = "One basis for the whole stream has one width. Give one ratio for all blocks, or use --rotation per-layer."
 
-# What kernels and group-wise quantisation are made for: Marlin's K % 128, group size 128.
+# What kernels and group-wise quantization are made for: Marlin's K % 128, group size 128.
 KERNEL_STEP = 128
 
 

@@ -21,8 +21,8 @@ from compress.architectures.architecture import (
     usual_step,
 )
 from compress.architectures.stock import Stock
+from compress.calibration.layout import Layout
 from compress.own_model.configuration_compress import CompressConfig
-from compress.streaming.layout import Layout
 
 CLASS = "CompressForCausalLM"
 AUTO_MAP = {
@@ -111,9 +111,9 @@ class Own(Architecture):
         neurons = usual_step(dense_units(self.dense, self.family)["neurons"], 1, at_least=64)
         return {"hidden": hidden, "neurons": neurons, "kv_groups": 1, "rank": rank_step(self.dense)}
 
-    def faults(self, spec: ModelSpec) -> list[str]:
+    def problems(self, spec: ModelSpec) -> list[str]:
         if self.inside is not None:
-            return self.inside.faults(spec)
+            return self.inside.problems(spec)
         if not self.shortcuts and len(set(spec.stream_widths)) > 1:
             return [ONE_WIDTH]
         if self.family.first_width_last and spec.stream_widths[0] != spec.stream_widths[-1]:

@@ -13,7 +13,7 @@ from torch import nn
 from compress.models.storage import Storage, empty_linear
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank may be
-MADE_ANEW = ("falcon", "gpt_bigcode")  # whose classes initialise linears by hand, which packed ones do not survive
+MADE_ANEW = ("falcon", "gpt_bigcode")  # whose classes initialize linears by hand, which packed ones do not survive
 
 
 def put_packed(model: nn.Module, packed: Mapping[str, Storage]) -> None:

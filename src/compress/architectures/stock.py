@@ -24,12 +24,12 @@ from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from compress.architectures.architecture import ONE_WIDTH, Architecture, ModelSpec, dense_units, rank_step, usual_step
+from compress.calibration.layout import Layout
 from compress.families import Family, StockShape
 from compress.models.branch import Branch, ReaderGroup, set_weight
 from compress.models.written import WrittenForm, in_form
 from compress.numerics.frames import zero_mean_basis
 from compress.numerics.lift import Lift
-from compress.streaming.layout import Layout
 
 GROUPED = 8  # numbers in 16 bytes, to which torch's grouped products want rows of experts' weights aligned
 
@@ -113,7 +113,7 @@ class Stock(Architecture):
         neurons = usual_step(units["neurons"], grouped, at_least=64)
         return {"hidden": hidden, "kv_groups": 1, "neurons": neurons, "rank": rank_step(self.dense)}
 
-    def faults(self, spec: ModelSpec) -> list[str]:
+    def problems(self, spec: ModelSpec) -> list[str]:
         if not self.narrows:
             return []
         if len(set(spec.stream_widths)) > 1:

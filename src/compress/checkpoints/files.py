@@ -38,7 +38,7 @@ def adapter_file(index: int) -> str:
 
 
 def companions(source: Path) -> list[Path]:
-    """Tokenizer, chat template, generation config and licence.
+    """Tokenizer, chat template, generation config and license.
 
     Raises CheckpointError for a link that leads elsewhere: what is copied from there would be published with the rest.
     """

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from compress.checkpoints.adapter import WEIGHTS
 from compress.checkpoints.metadata import METADATA, Metadata
-from compress.errors import CheckpointError, Faults
+from compress.errors import CheckpointError, Problems
 from compress.io import sha256
 from compress.models.stored_files import ADAPTER
 from compress.models.tensor_files import INDEX, StoredTensor, indexed_names, is_own_name, read_header
@@ -14,7 +14,7 @@ from compress.models.untrusted import read_json
 from compress.progress import Progress, Steps
 
 ADAPTER_WEIGHTS = f"{ADAPTER}/{WEIGHTS}"
-SHOWN = 8  # faults that are told one by one
+SHOWN = 8  # problems that are told one by one
 AGAIN = "Get it again."
 
 
@@ -23,36 +23,36 @@ def check_integrity(folder: Path, metadata: Metadata, *, checksums: bool, progre
 
     checksums: whether the weights are read too, to compare their sha256.
     """
-    faults = Faults()
-    with faults.noted():
+    problems = Problems()
+    with problems.collect():
         check_config(folder, metadata)
-    with faults.noted():
+    with problems.collect():
         check_parts_named(folder, metadata)
     headers = {}
     names = [name for name in metadata.parts if is_plain(name)]
     steps = Steps(progress, "checking files", len(names))
     for name in names:
         steps.next(name)
-        with faults.noted():
+        with problems.collect():
             headers[name] = check_file(folder, name, metadata.parts[name] if checksums else None)
     steps.end()
-    with faults.noted():
+    with problems.collect():
         check_adapter(folder, metadata)
-    if not faults.found:
+    if not problems.found:
         weights = [tensor for name, found in headers.items() if name != ADAPTER_WEIGHTS for tensor in found]
-        with faults.noted():
+        with problems.collect():
             check_mapped(folder, weights)
-        with faults.noted():
+        with problems.collect():
             check_totals(folder, metadata, weights)
-        with faults.noted():
+        with problems.collect():
             check_carried(folder, metadata)
-    report(folder, faults)
+    report(folder, problems)
 
 
-def report(folder: Path, faults: Faults) -> None:
-    if not faults.found:
+def report(folder: Path, problems: Problems) -> None:
+    if not problems.found:
         return
-    told = list(dict.fromkeys(str(fault) for fault in faults.found))  # an adapter's weights are a part, too
+    told = list(dict.fromkeys(str(problem) for problem in problems.found))  # an adapter's weights are a part, too
     more = [f"And {len(told) - SHOWN} more."] if len(told) > SHOWN else []
     raise CheckpointError("\n".join([f"{folder} is not as it was written:", *told[:SHOWN], *more]))
 

@@ -12,11 +12,11 @@ import torch
 import transformers
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from compress.calibration.weights import LazyWeights
 from compress.checkpoints.files import write_json
 from compress.errors import CheckpointError
 from compress.models.loading import check_format
 from compress.models.untrusted import read_json
-from compress.streaming.weights import LazyWeights
 from compress.version import __version__
 
 METADATA = "compress.json"
@@ -107,7 +107,7 @@ class Origin(Record):
 class TuningData(Record):
     source: str
     repository: str | None = None
-    licence: str | None = None
+    license: str | None = None
     fingerprint: str
     windows: Positive
     seq_len: Positive
@@ -218,7 +218,7 @@ def is_ours(folder: Path) -> bool:
 
 
 def validated(kind: type[R], found: dict[str, Any], file: Path, remedy: str) -> R:
-    """Raises CheckpointError that says where the first fault is, and what should be there."""
+    """Raises CheckpointError that says where the first problem is, and what should be there."""
     try:
         return kind.model_validate(found)
     except ValidationError as error:

@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict
 from safetensors.torch import load_file
 from torch import Tensor
 
+from compress.calibration.processes import ALONE, Processes
 from compress.checkpoints.integrity import check_integrity
 from compress.checkpoints.metadata import METADATA, Metadata, is_ours, read_metadata
 from compress.checkpoints.output_folder import LOCK, Output, locked, publish
@@ -32,7 +33,6 @@ from compress.io import WrittenFile, atomic_write, fsync_tree, sha256, write_ten
 from compress.models.tensor_files import is_own_name
 from compress.models.untrusted import parse_json
 from compress.progress import Progress, silent
-from compress.streaming.processes import ALONE, Processes
 
 RUN, CHECKPOINT = "run.json", "checkpoint"
 logger = logging.getLogger("compress")

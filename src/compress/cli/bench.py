@@ -23,7 +23,7 @@ from compress.cli.options import (
 )
 from compress.cli.progress import progress_bar
 from compress.cli.reporting import print_json, quiet_libraries, reporting_errors
-from compress.errors import CompressError, Faults, UsageError
+from compress.errors import CompressError, Problems, UsageError
 
 if TYPE_CHECKING:
     from compress.evaluation.speed.generation import Workload
@@ -61,27 +61,27 @@ def bench(
 
     Example: compress bench compressed/opt-125m-anchored-kp0.75 --against opt-125m
     """
-    faults, lists = Faults(), {"batch-sizes": batch_sizes, "prompt": prompt, "tokens": tokens}
-    numbers = {name: parse_numbers(faults, name, text) for name, text in lists.items() if text is not None}
-    with faults.noted():
+    problems, lists = Problems(), {"batch-sizes": batch_sizes, "prompt": prompt, "tokens": tokens}
+    numbers = {name: parse_numbers(problems, name, text) for name, text in lists.items() if text is not None}
+    with problems.collect():
         if tokens is not None and not layerwise:
             raise UsageError("--tokens has no effect without --layerwise. Add it, or leave --tokens out.")
-    with faults.noted():
+    with problems.collect():
         check_dtype(dtype)
-    pair = find_pair(faults, out, against)
-    if device is not None or not faults.found:
-        with faults.noted():
+    pair = find_pair(problems, out, against)
+    if device is not None or not problems.found:
+        with problems.collect():
             target = pick_device(device)
-    faults.report()
+    problems.report()
 
     from compress.evaluation.speed.report import Asked, measure
 
     quiet_libraries()
-    dense, compressed = named_pair(faults, pair)
-    configs = look_at_pair(faults, (dense, compressed), trust_remote_code=trust_remote_code)
-    with faults.noted():
+    dense, compressed = named_pair(problems, pair)
+    configs = look_at_pair(problems, (dense, compressed), trust_remote_code=trust_remote_code)
+    with problems.collect():
         loads = workloads(numbers, new, shortest(configs))
-    faults.report()
+    problems.report()
     asked = Asked(
         workloads=loads,
         rounds=rounds,
@@ -99,26 +99,26 @@ def bench(
         show(report)
 
 
-def parse_numbers(faults: Faults, option: str, text: str) -> list[int]:
+def parse_numbers(problems: Problems, option: str, text: str) -> list[int]:
     words = [word.strip() for word in text.split(",")]
-    with faults.noted():
+    with problems.collect():
         if not all(re.fullmatch(r"[1-9]\d*", word) for word in words):
             raise UsageError(f"--{option} takes whole numbers from 1 on, with commas between, got {text!r}. Try 1,8.")
         return list(dict.fromkeys(map(int, words)))
     return []
 
 
-def find_pair(faults: Faults, out: str | None, against: str | None) -> "list[ModelSource]":
+def find_pair(problems: Problems, out: str | None, against: str | None) -> "list[ModelSource]":
     """The dense model and the compressed one, as far as they are found."""
     from compress.models.hub import find_model
 
     found = []
-    with faults.noted():
+    with problems.collect():
         name = out or newest_output()
         if name is None:
             raise UsageError("There is no output under ./compressed. Name a model: compress bench OUT.")
         found.append(find_model(str(name)))
-    with faults.noted():
+    with problems.collect():
         if against is not None:
             found.insert(0, find_model(against))
         elif found:
@@ -151,29 +151,29 @@ def facts_of(folder: Path) -> dict[str, Any]:
     return {}
 
 
-def named_pair(faults: Faults, pair: "list[ModelSource]") -> "tuple[Named, Named]":
+def named_pair(problems: Problems, pair: "list[ModelSource]") -> "tuple[Named, Named]":
     from compress.evaluation.speed.report import Named
 
     found = []
     for source in pair:
-        with faults.noted():
+        with problems.collect():
             found.append(Named(source.name, source.whole_folder()))
-    faults.report()
+    problems.report()
     return found[0], found[1]
 
 
-def look_at_pair(faults: Faults, pair: "tuple[Named, Named]", *, trust_remote_code: bool) -> list[Any]:
+def look_at_pair(problems: Problems, pair: "tuple[Named, Named]", *, trust_remote_code: bool) -> list[Any]:
     """Both configs, when nothing speaks against measuring the two together."""
     from compress.evaluation.speed.memory import bytes_on_disk
     from compress.models.loading import load_config
 
     configs = []
     for model in pair:
-        with faults.noted():
+        with problems.collect():
             configs.append(load_config(model.folder, trust_remote_code=trust_remote_code))
-        with faults.noted():
+        with problems.collect():
             bytes_on_disk(model.folder)
-    faults.report()
+    problems.report()
     sizes = [config.get_text_config().vocab_size for config in configs]
     if sizes[0] != sizes[1]:
         raise UsageError(
@@ -208,8 +208,8 @@ def workloads(numbers: dict[str, list[int]], new: int | None, positions: int | N
 
 def other_source(dense: "Named", compressed: "Named") -> list[str]:
     """A note where the compressed model was made from other weights than those that it is compared with."""
+    from compress.calibration.weights import LazyWeights
     from compress.checkpoints.metadata import input_fingerprint
-    from compress.streaming.weights import LazyWeights
 
     made_from = facts_of(compressed.folder).get("fingerprints", {}).get("model")
     if made_from is None:

@@ -26,7 +26,7 @@ from compress.cli.progress import progress_bar
 from compress.cli.recipes import Draft, apply_settings
 from compress.cli.reporting import print_lines, print_text, quiet_libraries, seeing_interrupts
 from compress.cli.tables import show_plan, show_result
-from compress.errors import Faults
+from compress.errors import Problems
 
 if TYPE_CHECKING:
     from compress.models.hub import ModelSource
@@ -65,7 +65,7 @@ class RunOptions(WritingOptions):
     def compress(
         self,
         draft: Draft,
-        faults: Faults,
+        problems: Problems,
         *,
         verb: str,
         amount: "Callable[[Recipe], str]",
@@ -76,20 +76,20 @@ class RunOptions(WritingOptions):
     ) -> None:
         """Check all that was typed, then run the recipe, or show what it would do.
 
-        faults: those so far. amount: of the default output's name. model, batch_size: where none was typed. like: the
+        problems: those so far. amount: of the default output's name. model, batch_size: where none was typed. like: the
         compress.json of the checkpoint that is to be made again.
         """
         check = None
-        if not faults.found:
-            with faults.noted():
+        if not problems.found:
+            with problems.collect():
                 self.change(draft)
-            check = None if faults.found else lambda: draft.recipe(**usual_calibration())
+            check = None if problems.found else lambda: draft.recipe(**usual_calibration())
         sizes: dict[str, int | None] = {}
         for name, text in (("cache_memory", self.cache_memory), ("max_memory", self.max_memory)):
-            with faults.noted():
+            with problems.collect():
                 sizes[name] = None if text is None else parse_size(text, flag_of(name))
-        found = look_at(faults, [model or self.model], data_dir=self.data_dir, device=self.device, check=check)
-        faults.report()
+        found = look_at(problems, [model or self.model], data_dir=self.data_dir, device=self.device, check=check)
+        problems.report()
 
         from compress.models.loading import load_config
         from compress.planning.prepare import Job
@@ -175,9 +175,9 @@ def usual_calibration(source: "ModelSource | None" = None, config: object = None
 
 def run_with_progress(job: "Job") -> "Result | None":
     """The result; None in all but the first of several processes, which keep silent."""
+    from compress.calibration.processes import joined
     from compress.checkpoints.run_folder import RUN
     from compress.pipeline import run_together
-    from compress.streaming.processes import joined
 
     with (
         keeping_what_is_done("what was finished is kept", (job.partial / RUN).exists),

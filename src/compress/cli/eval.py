@@ -26,7 +26,7 @@ from compress.cli.options import (
 from compress.cli.progress import progress_bar
 from compress.cli.quality_tables import show_comparison, show_quality
 from compress.cli.reporting import quiet_libraries, reporting_errors
-from compress.errors import Faults, UsageError
+from compress.errors import Problems, UsageError
 from compress.numerics import DTYPES
 
 if TYPE_CHECKING:
@@ -84,22 +84,22 @@ class EvalOptions:
     ] = False
     json: Json = False
 
-    def check(self, faults: Faults, others: list[str] | None) -> tuple[int, ...]:
+    def check(self, problems: Problems, others: list[str] | None) -> tuple[int, ...]:
         """Note what does not go together. The ks of pass@k."""
         for text, what in ((self.ppl, "--ppl names no data set. Try --ppl wikitext2."), (self.tasks, NO_TASK)):
-            with faults.noted():
+            with problems.collect():
                 if text is not None and not words(text):
                     raise UsageError(what)
         ks: tuple[int, ...] = (1,)
-        with faults.noted():
+        with problems.collect():
             if self.ppl is self.kl is self.tasks is None and not self.humaneval:
                 raise UsageError(NOTHING)
-        with faults.noted():
+        with problems.collect():
             if self.humaneval and not self.allow_code_execution:
                 raise UsageError(NOT_ALLOWED)
-        with faults.noted():
+        with problems.collect():
             ks = self.pass_ks()
-        with faults.noted():
+        with problems.collect():
             if others and not self.compare:
                 raise UsageError(f"{others[0]!r} is no option. Name a model with --model, or several with --compare.")
             if self.model and self.compare:
@@ -141,23 +141,23 @@ def evaluate(
 
     Example: compress eval --ppl wikitext2 --model opt-125m
     """
-    faults = Faults()
-    ks = options.check(faults, others)
+    problems = Problems()
+    ks = options.check(problems, others)
     compared = [*options.compare, *(others or [])] if options.compare else None
     named = compared or [options.model or str(newest_output() or "demo")]
     found = look_at(
-        faults,
+        problems,
         [*named, *([options.kl] if options.kl else [])],
         dtype=options.dtype,
         data_dir=options.data_dir,
         device=options.device,
         find=find_place,
     )
-    with faults.noted():
+    with problems.collect():
         check_computing_dtype(options.dtype, found)
     if options.save:
-        check_places_to_save(faults, found.models[: len(named)])
-    request = gather(faults, options, found, ks)
+        check_places_to_save(problems, found.models[: len(named)])
+    request = gather(problems, options, found, ks)
     subjects, dense = prepare_all(found.models, request, with_dense=options.kl is not None)
     evaluations = measure_all(subjects, dense, request, options.dtype, found.device)
     if options.save:
@@ -207,19 +207,19 @@ def check_computing_dtype(dtype: str | None, found: Found) -> None:
         check_computing(getattr(torch, dtype), found.device)
 
 
-def check_places_to_save(faults: Faults, places: Sequence[Place]) -> None:
+def check_places_to_save(problems: Problems, places: Sequence[Place]) -> None:
     for place in places:
-        with faults.noted():
+        with problems.collect():
             if place.source is None or place.source.folder is None or place.source.is_demo:
                 raise UsageError(f"--save keeps quality.json in a checkpoint's folder; {place.name} is none of yours.")
 
 
-def gather(faults: Faults, options: EvalOptions, found: Found, ks: tuple[int, ...]) -> "Request":
-    """What is to be measured, with its documents and problems. All faults so far are told here."""
+def gather(problems: Problems, options: EvalOptions, found: Found, ks: tuple[int, ...]) -> "Request":
+    """What is to be measured, with its documents and problems. All problems so far are told here."""
     texts, tasks = words(options.ppl), words(options.tasks)
     runs_programs = options.humaneval and options.allow_code_execution
     if not tasks and not runs_programs:
-        faults.report()
+        problems.report()
     quiet_libraries()
     from compress.datasets import load_rows
     from compress.datasets.humaneval import load_problems
@@ -236,16 +236,16 @@ def gather(faults: Faults, options: EvalOptions, found: Found, ks: tuple[int, ..
         data_dir=found.data_dir,
         trust_remote_code=options.trust_remote_code,
     )
-    with faults.noted():
+    with problems.collect():
         request = replace(request, tasks=load_tasks(tasks, found.data_dir))
-    with faults.noted():
+    with problems.collect():
         if runs_programs:
             check_can_run()
             request = replace(request, problems=load_problems(found.data_dir, options.limit))
-    for text in texts if faults.found else []:
-        with faults.noted():
+    for text in texts if problems.found else []:
+        with problems.collect():
             load_rows(text, "test", found.data_dir)
-    faults.report()
+    problems.report()
     return request
 
 
@@ -263,14 +263,14 @@ def usual_text(places: Sequence[Place]) -> str:
 def prepare_all(
     places: Sequence[Place], request: "Request", *, with_dense: bool
 ) -> "tuple[list[Subject], Subject | None]":
-    """The models to be measured, and the dense one, which was named last. All faults of all of them at once."""
+    """The models to be measured, and the dense one, which was named last. All problems of all of them at once."""
     from compress.evaluation.subject import check_same_tokens, prepare
 
-    faults, prepared = Faults(), []
+    problems, prepared = Problems(), []
     for place in places:
-        with faults.noted():
+        with problems.collect():
             prepared.append(prepare(place.name, place.folder(), place.gguf, request))
-    faults.report()
+    problems.report()
     subjects, dense = (prepared[:-1], prepared[-1]) if with_dense else (prepared, None)
     if dense is not None:
         check_same_tokens(dense, subjects)

@@ -23,7 +23,7 @@ from compress.cli.profiling import profiled
 from compress.cli.progress import progress_bar
 from compress.cli.reporting import gigabytes, print_json, print_lines, print_values, quiet_libraries, reporting_errors
 from compress.cli.tables import reloads
-from compress.errors import Faults, UsageError
+from compress.errors import Problems, UsageError
 
 if TYPE_CHECKING:
     from compress.checkpoints.metadata import Metadata
@@ -102,15 +102,15 @@ class FinetuneOptions(WritingOptions):
         ),
     ] = None
 
-    def check(self, faults: Faults) -> None:
+    def check(self, problems: Problems) -> None:
         lengths = [name for name in ("steps", "tokens", "epochs") if getattr(self, name) is not None]
-        with faults.noted():
+        with problems.collect():
             if len(lengths) > 1:
                 raise UsageError(f"{' and '.join(f'--{name}' for name in lengths)} all say how long. Use one of them.")
-        with faults.noted():
+        with problems.collect():
             if self.lr is not None and not 0 < self.lr < 1:
                 raise UsageError(f"--lr must be between 0 and 1, got {self.lr:g}.")
-        with faults.noted():
+        with problems.collect():
             if self.teacher is not None and self.distill == "none":
                 raise UsageError("--teacher has no effect with --distill none. Leave one out.")
 
@@ -134,10 +134,10 @@ def finetune(
 
     Example: compress finetune compressed/llama-2-7b-anchored-kp0.75 --data alpaca
     """
-    faults = Faults()
-    run.check(faults)
-    found = look_at(faults, [str(folder)], dtype=run.dtype, data_dir=run.data_dir, device=run.device)
-    faults.report()
+    problems = Problems()
+    run.check(problems)
+    found = look_at(problems, [str(folder)], dtype=run.dtype, data_dir=run.data_dir, device=run.device)
+    problems.report()
 
     import torch
 

@@ -11,7 +11,7 @@ from compress.cli.inspect_tables import show, show_sizes
 from compress.cli.options import Json, newest_output
 from compress.cli.progress import progress_bar
 from compress.cli.reporting import print_json, print_lines, quiet_libraries, reporting_errors
-from compress.errors import Faults, UsageError
+from compress.errors import Problems, UsageError
 
 if TYPE_CHECKING:
     from compress.inspection.summary import Inspection
@@ -80,15 +80,15 @@ def check_plots(folder: Path) -> None:
 
 
 def look_into(folders: Sequence[Path], *, fast: bool) -> "list[Inspection]":
-    """All of them; what is wrong with any is told with the faults of the others."""
+    """All of them; what is wrong with any is told with the problems of the others."""
     from compress.inspection.summary import inspect
 
-    faults, seen = Faults(), []
+    problems, seen = Problems(), []
     with progress_bar("reading") as progress:
         for folder in folders:
-            with faults.noted():
+            with problems.collect():
                 seen.append(inspect(folder, fast=fast, progress=progress))
-    faults.report()
+    problems.report()
     return seen
 
 

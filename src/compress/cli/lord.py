@@ -6,7 +6,7 @@ from compress.cli.compressing import RunOptions
 from compress.cli.options import Amounts, Method, Output, in_panel, with_options
 from compress.cli.recipes import RANKS, Amount, Draft, check_method, names_in
 from compress.cli.reporting import reporting_errors
-from compress.errors import Faults
+from compress.errors import Problems
 
 FRAC = "Share of each matrix's full rank to keep. A matrix whose factors would be no smaller stays dense."
 RANK = "Rank of every matrix."
@@ -22,7 +22,7 @@ TARGET = (
 )
 FORM = "pivot: the same function in fewer parameters than factors. auto: pivot where it is no slower. Default: auto."
 MATERIALIZE = "Multiply the factors out again: a stock model of the old size."
-REFIT = "anchored: solve every linear again, towards the dense model, before its rank is cut. Default: --refit."
+REFIT = "anchored: solve every linear again, toward the dense model, before its rank is cut. Default: --refit."
 BIAS = (
     "Add the bias that keeps the mean of the outputs to linears without one. Default: --bias for lord, as in the paper."
 )
@@ -50,13 +50,13 @@ def factorize_model(
 
     Example: compress lord --model starcoder --rank-frac 0.6
     """
-    faults, draft = Faults(), Draft.preset("lord-anchored" if method == "anchored" else "lord")
-    with faults.noted():
+    problems, draft = Problems(), Draft.preset("lord-anchored" if method == "anchored" else "lord")
+    with problems.collect():
         amount = Amount.of(RANKS, rank_frac=rank_frac, rank=rank, keep_params=keep_params, target_size=target_size)
-    with faults.noted():
+    with problems.collect():
         check_method("anchored", method, refit=refit)
-    if not faults.found:
-        with faults.noted():
+    if not problems.found:
+        with problems.collect():
             draft.data["method"] = f"lord-{method}"
             stage = draft.stage("factorize")
             stage["method"] = method
@@ -71,4 +71,4 @@ def factorize_model(
             draft.set("factorize.bias", bias, "--bias" if bias else "--no-bias")
             if refit is False:
                 draft.remove_stage("refit")
-    run.compress(draft, faults, verb="lord", amount=lambda _: amount.in_name)
+    run.compress(draft, problems, verb="lord", amount=lambda _: amount.in_name)

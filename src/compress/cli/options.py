@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from compress.errors import Faults, UsageError, unknown_name
+from compress.errors import Problems, UsageError, unknown_name
 from compress.launch import launch
 from compress.numerics import DTYPES
 
@@ -157,7 +157,7 @@ class Found:
 
 
 def look_at(
-    faults: Faults,
+    problems: Problems,
     names: Sequence[str],
     *,
     data_dir: Path | None,
@@ -177,17 +177,17 @@ def look_at(
     models: list[Any] = []
     folder, target = None, None
     for name in names:
-        with faults.noted():
+        with problems.collect():
             models.append((find or find_model)(name))
-    with faults.noted():
+    with problems.collect():
         check_dtype(dtype)
-    with faults.noted():
+    with problems.collect():
         folder = data_directory(data_dir)
     if check is not None and (device is not None or len(models) == len(names)):
-        with faults.noted():
+        with problems.collect():
             check()
-    if device is not None or not faults.found:
-        with faults.noted():
+    if device is not None or not problems.found:
+        with problems.collect():
             target = pick_device(device)
     return Found(models, folder, target)
 

@@ -18,7 +18,7 @@ from compress.cli.storing import (
     put_bits,
     put_storage,
 )
-from compress.errors import Faults
+from compress.errors import Problems
 
 BITS = "Weight precision: 2 to 8 bits, or fp8. Default: 4."
 METHOD = "gptq, or round-to-nearest with scales of least squared error (mse) or by the maximum (absmax). Default: gptq."
@@ -40,14 +40,14 @@ def quantize_model(
     compact: Annotated[bool, in_panel(Output, COMPACT, flag="--compact")] = False,
     materialize: Annotated[bool, in_panel(Output, MATERIALIZE, flag="--materialize")] = False,
 ) -> None:
-    """Quantize linear layers, each fitted towards the dense model (GPTQ and past it).
+    """Quantize linear layers, each fitted toward the dense model (GPTQ and past it).
 
     Example: compress quantize --model llama-2-7b --bits 4 --group 128
     """
-    faults, draft = Faults(), Draft.preset("quantize")
-    with faults.noted():
+    problems, draft = Problems(), Draft.preset("quantize")
+    with problems.collect():
         put_bits(draft, bits)
         draft.set("slim.quantize.method", method, f"--method {method}")
         switches = {"act_order": act_order, "asymmetric": asymmetric, "compact": compact, "materialize": materialize}
         put_storage(draft, group=group, inputs=inputs, refit=refit, target=target, **switches)
-    run.compress(draft, faults, verb="quantize", amount=amount_of)
+    run.compress(draft, problems, verb="quantize", amount=amount_of)

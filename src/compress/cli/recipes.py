@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress import presets
 from compress.cli.options import flag_of, parse_size
-from compress.errors import Faults, UsageError, unknown_name
+from compress.errors import Problems, UsageError, unknown_name
 from compress.models.untrusted import parse_json
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class Draft:
         owner[field] = value
 
     def remove(self, address: str, flag: str) -> None:
-        """Leave out what is at an address; to set something below it afterwards is a fault."""
+        """Leave out what is at an address; to set something below it afterwards is a problem."""
         owner, key, field = self._find(address, flag)
         owner.pop(field, None)
         self.removed[key] = flag
@@ -108,7 +108,7 @@ class Draft:
         return owner, (root, tuple(fields)), last
 
     def place(self, where: "Where") -> str:
-        """What a fault is about: the flag that set it, else its line in the file, else its address."""
+        """What a problem is about: the flag that set it, else its line in the file, else its address."""
         root, fields, name = None, tuple(where), []
         if len(where) > 1 and where[0] == "stages" and isinstance(where[1], int) and where[1] < len(self.stages):
             stage = self.stages[where[1]]
@@ -128,15 +128,18 @@ class Draft:
 
 
 def apply_settings(draft: Draft, settings: Sequence[str]) -> None:
-    """Put in what --set says, each `ADDRESS=VALUE`; a value is JSON, or the word itself. Raises all faults at once."""
-    faults = Faults()
+    """Put in what --set says, each `ADDRESS=VALUE`; a value is JSON, or the word itself.
+
+    Raises all problems at once.
+    """
+    problems = Problems()
     for text in settings:
-        with faults.noted():
+        with problems.collect():
             address, equals, value = text.partition("=")
             if not equals:
                 raise UsageError(f"--set {text}: write STAGE.FIELD=VALUE, such as {EXAMPLE}.")
             draft.set(address.strip(), plain_value(value.strip()), f"--set {text}")
-    faults.report()
+    problems.report()
 
 
 def plain_value(text: str) -> Any:

@@ -19,7 +19,7 @@ from compress.errors import CompressError
 from compress.launch import launch
 
 INTERRUPTED = 130
-MOST_FAULTS = 20  # that are told, a line each
+MOST_PROBLEMS = 20  # that are told, a line each
 LONGEST = 1000  # characters of a line
 FIRST_WORD = 5.0  # seconds
 P = ParamSpec("P")
@@ -51,7 +51,7 @@ def seeing_interrupts() -> Iterator[None]:
 
 
 def reporting_errors(command: Callable[P, None]) -> Callable[P, None]:
-    """Print a CompressError as `error: ...` on stderr, a line a fault, and leave with its exit code."""
+    """Print a CompressError as `error: ...` on stderr, a line a problem, and leave with its exit code."""
 
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -76,9 +76,9 @@ def reporting_errors(command: Callable[P, None]) -> Callable[P, None]:
 
 def told(error: CompressError) -> list[str]:
     """The lines of a message. Files and users may have put anything into it."""
-    faults = str(error).split("\n")
-    more = [f"And {len(faults) - MOST_FAULTS} more."] if len(faults) > MOST_FAULTS else []
-    lines = [visible(fault) for fault in faults[:MOST_FAULTS]]
+    problems = str(error).split("\n")
+    more = [f"And {len(problems) - MOST_PROBLEMS} more."] if len(problems) > MOST_PROBLEMS else []
+    lines = [visible(problem) for problem in problems[:MOST_PROBLEMS]]
     return [line if len(line) <= LONGEST else f"{line[:LONGEST]}..." for line in lines] + more
 
 
@@ -102,7 +102,7 @@ def print_json(data: Mapping[str, Any]) -> None:
 
 
 def print_text(text: str) -> None:
-    """For other programs to read: no colours, no wrapping."""
+    """For other programs to read: no colors, no wrapping."""
     sys.stdout.write(text)
 
 

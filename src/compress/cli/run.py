@@ -9,7 +9,7 @@ from compress.cli.compressing import RunOptions
 from compress.cli.options import Output, in_panel, with_options
 from compress.cli.recipes import Draft
 from compress.cli.reporting import reporting_errors
-from compress.errors import Faults, UsageError
+from compress.errors import Problems, UsageError
 
 if TYPE_CHECKING:
     from compress.recipe_file import RecipeFile
@@ -39,7 +39,7 @@ def run_recipe(
     facts = file.facts or {}
     run.compress(
         Draft({"method": file.file.stem, **file.data}, file.place),
-        Faults(),
+        Problems(),
         verb=f"run {file.file.name}",
         amount=lambda _: "recipe",
         export=export or ("gguf" if facts.get("export") == "gguf" else "hf"),

@@ -6,7 +6,7 @@ from compress.cli.compressing import RunOptions
 from compress.cli.options import Amounts, Method, Output, in_panel, with_options
 from compress.cli.recipes import SLICING, Amount, Draft, check_method
 from compress.cli.reporting import reporting_errors
-from compress.errors import Faults
+from compress.errors import Problems
 
 RATIO = "Share of the hidden size to delete: 0.25; from first to last block, 0.1:0.3; or one a block, 0.1,0.2"
 KEEP = "Share of all parameters to keep at most; hidden size and MLP width are chosen."
@@ -14,7 +14,7 @@ SIZE = "Size of the weights on disk at most: 4GB. Chosen as with --keep-params."
 ENERGY = "Keep the principal components that hold this share of the stream's variance."
 METHOD = "anchored: ours, refitted to the dense model. slicegpt: the paper's, a rotation per layer."
 ROTATION = "One rotation for the whole stream (a stock architecture), or one per layer with shortcuts. Default: shared."
-REFIT = "Solve the layers that read and write the stream again, towards the dense model. Default: --refit."
+REFIT = "Solve the layers that read and write the stream again, toward the dense model. Default: --refit."
 MLP = "Share of the MLP neurons to delete; chosen under a budget."
 KV = "Share of the KV groups to delete, with their query heads."
 ALLOCATION = "Under a budget: as many neurons in every block, or free, without a stock architecture. Default: uniform."
@@ -43,8 +43,8 @@ def slice_model(
 
     Example: compress slice --model llama-2-7b --keep-params 0.75
     """
-    faults, draft = Faults(), Draft.preset(method)
-    with faults.noted():
+    problems, draft = Problems(), Draft.preset(method)
+    with problems.collect():
         amount = Amount.of(
             SLICING,
             ratio=ratio,
@@ -52,11 +52,11 @@ def slice_model(
             target_size=target_size,
             explained_variance=explained_variance,
         )
-    with faults.noted():
+    with problems.collect():
         ours = {"rotation": rotation, "refit": refit, "mlp_ratio": mlp_ratio, "kv_ratio": kv_ratio}
         check_method("anchored", method, **ours, allocation=allocation)
-    if not faults.found:
-        with faults.noted():
+    if not problems.found:
+        with problems.collect():
             draft.stage("slice").pop("ratio", None)
             amount.put(draft, "slice")
             draft.set("slice.round_to", round_to, f"--round-to {round_to}")
@@ -64,7 +64,7 @@ def slice_model(
             if method == "anchored":
                 change_stages(draft, amount, per_layer=rotation == "per-layer", refit=refit is not False)
                 prune(draft, mlp_ratio, kv_ratio)
-    run.compress(draft, faults, verb="slice", amount=lambda _: amount.in_name, export=export)
+    run.compress(draft, problems, verb="slice", amount=lambda _: amount.in_name, export=export)
 
 
 def change_stages(draft: Draft, amount: Amount, *, per_layer: bool, refit: bool) -> None:

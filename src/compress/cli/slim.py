@@ -18,7 +18,7 @@ from compress.cli.storing import (
     put_bits,
     put_storage,
 )
-from compress.errors import Faults
+from compress.errors import Problems
 
 BITS = "Weight precision: 2 to 8 bits, fp8, or none. Default: 4."
 SPARSITY = "Weight sparsity: 2:4 and its like, an unstructured share such as 50%, or none. Default: 2:4."
@@ -54,8 +54,8 @@ def slim_model(
 
     Example: compress slim --model llama-2-7b --bits 4 --sparsity 2:4 --adapter-rank 0.1
     """
-    faults, draft = Faults(), Draft.preset("slim-anchored" if method == "anchored" else "slim")
-    with faults.noted():
+    problems, draft = Problems(), Draft.preset("slim-anchored" if method == "anchored" else "slim")
+    with problems.collect():
         check_method("anchored", method, fast=fast)
         put_bits(draft, bits)
         put_sparsity(draft, sparsity)
@@ -64,7 +64,7 @@ def slim_model(
         put_storage(draft, group=group, inputs=inputs, refit=refit, target=target, **switches)
         if fast:
             hurry(draft)
-    run.compress(draft, faults, verb="slim", amount=amount_of)
+    run.compress(draft, problems, verb="slim", amount=amount_of)
 
 
 def put_sparsity(draft: Draft, sparsity: str | None) -> None:

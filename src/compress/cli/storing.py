@@ -15,7 +15,7 @@ ASYMMETRIC = "Asymmetric quantization, with zero points."
 TARGET = (
     "Linear layers to compress: all, attention, mlp, or name patterns such as *.down_proj, with commas. Default: all."
 )
-REFIT = "Solve every linear again, towards the dense model, before it is compressed. Default: --refit for our methods."
+REFIT = "Solve every linear again, toward the dense model, before it is compressed. Default: --refit for our methods."
 MATERIALIZE = "Write the compressed weights as dense ones: a stock model of the old size, for any engine."
 
 

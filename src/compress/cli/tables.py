@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 from compress.cli.reporting import gigabytes, print_json, print_lines, print_table
 
 if TYPE_CHECKING:
+    from compress.calibration.sites import Count
     from compress.pipeline.result import Result
     from compress.planning.plan import Plan
     from compress.planning.prepare import Job
-    from compress.streaming.sites import Count
 
 BLOCK = re.compile(r"\.(\d+)\.(.*)")  # its number, and what is below it
 KINDS = {"hidden": "hidden size", "neurons": "MLP neurons a block", "kv_groups": "KV groups a block"}

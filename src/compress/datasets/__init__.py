@@ -41,9 +41,9 @@ def load_rows(source: str, split: str, data_dir: Path | None) -> list[str]:
 
 
 def about(source: str) -> dict[str, str | None]:
-    """Of a data set its repository on the hub and, where it is one to be told of, its licence; None of a file."""
+    """Of a data set its repository on the hub and, where it is one to be told of, its license; None of a file."""
     module = None if is_file(source) else _module(source)
-    return {"repository": getattr(module, "REPOSITORY", None), "licence": getattr(module, "LICENCE", None)}
+    return {"repository": getattr(module, "REPOSITORY", None), "license": getattr(module, "LICENSE", None)}
 
 
 def data_directory(option: Path | None) -> Path | None:

@@ -11,7 +11,7 @@ from compress.datasets._hub import column, hub_table, json_table, one_line, plai
 
 REPOSITORY = "tatsu-lab/alpaca"
 PLAIN = ("alpaca/*.json", "alpaca/*.jsonl")
-LICENCE = "CC BY-NC 4.0"  # its answers are a model's of OpenAI, and not for commercial use
+LICENSE = "CC BY-NC 4.0"  # its answers are a model's of OpenAI, and not for commercial use
 SEED = 42
 
 

@@ -10,15 +10,15 @@ from jaxtyping import Int64
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from compress.calibration.weights import LazyWeights
 from compress.datasets.tasks import local_tasks, read_documents
 from compress.datasets.windows import evaluation_windows, fingerprint
-from compress.errors import Faults, UsageError
+from compress.errors import Problems, UsageError
 from compress.evaluation.humaneval import Sampling
 from compress.evaluation.tasks import LoadedTask, check_installed, load_hub_task, load_local_task
 from compress.models import stored_loading
 from compress.models.gguf_opening import load_gguf, load_gguf_config, load_gguf_tokenizer
 from compress.models.loading import check_positions, check_vocabulary, load_config, load_tokenizer
-from compress.streaming.weights import LazyWeights
 
 USUAL_SEQ_LEN = 2048
 Windows = dict[str, Int64[Tensor, "windows seq_len"]]
@@ -47,19 +47,19 @@ class Request:
 
 
 def load_tasks(names: Sequence[str], data_dir: Path | None) -> list[LoadedTask]:
-    """The tasks with their data, from a file where there is one, else from the hub. Raises all faults at once."""
+    """The tasks with their data, from a file where there is one, else from the hub. Raises all problems at once."""
     if not names:
         return []
     check_installed()
     files = local_tasks(data_dir)
-    faults, loaded = Faults(), []
+    problems, loaded = Problems(), []
     for name in names:
-        with faults.noted():
+        with problems.collect():
             if name in files:
                 loaded.append(load_local_task(name, read_documents(files[name])))
             else:
                 loaded += load_hub_task(name, sorted(files))
-    faults.report()
+    problems.report()
     return loaded
 
 
@@ -89,44 +89,44 @@ class Subject:
 
 
 def prepare(name: str, folder: Path, gguf: Path | None, request: Request) -> Subject:
-    """The checkpoint with its texts cut into windows. Raises all faults of its config, files, tokenizer and texts."""
-    faults = Faults()
+    """The checkpoint with its texts cut into windows. Raises all problems of its config, files, tokenizer and texts."""
+    problems = Problems()
     config = load_gguf_config(gguf) if gguf else load_config(folder, trust_remote_code=request.trust_remote_code)
     text_config = config.get_text_config()
     length = request.seq_len or min(USUAL_SEQ_LEN, getattr(text_config, "max_position_embeddings", USUAL_SEQ_LEN))
     if request.windows_of:
-        with faults.noted():
+        with problems.collect():
             check_positions(text_config, length)
     if gguf is None:
-        with faults.noted():
+        with problems.collect():
             LazyWeights(folder)
     windows: Windows = {}
-    with faults.noted():
+    with problems.collect():
         options = {"trust_remote_code": request.trust_remote_code}
         tokenizer = load_gguf_tokenizer(gguf) if gguf else load_tokenizer(folder, **options)
         windows = read_windows(request, tokenizer, length)
         for each in windows.values():
             check_vocabulary(each, config, folder)
-    faults.report()
+    problems.report()
     return Subject(name, folder, gguf, config, tokenizer, windows)
 
 
 def read_windows(request: Request, tokenizer: Any, seq_len: int) -> Windows:
-    faults, windows = Faults(), {}
+    problems, windows = Problems(), {}
     for name in request.windows_of:
-        with faults.noted():
+        with problems.collect():
             windows[name] = evaluation_windows(
                 name, tokenizer, seq_len=seq_len, data_dir=request.data_dir, limit=request.limit
             )
-    faults.report()
+    problems.report()
     return windows
 
 
 def check_same_tokens(dense: Subject, subjects: Sequence[Subject]) -> None:
     """That a divergence means something: the same vocabulary, and the texts cut alike."""
-    faults = Faults()
+    problems = Problems()
     for subject in subjects:
-        with faults.noted():
+        with problems.collect():
             sizes = [each.config.get_text_config().vocab_size for each in (dense, subject)]
             cut_alike = all(torch.equal(subject.windows[name], dense.windows[name]) for name in dense.windows)
             if sizes[0] != sizes[1] or not cut_alike:
@@ -135,7 +135,7 @@ def check_same_tokens(dense: Subject, subjects: Sequence[Subject]) -> None:
                     f"--kl: {dense.name} and {subject.name} have {what} for the same text, so their next-token "
                     "distributions do not compare. Name the dense model that was compressed."
                 )
-    faults.report()
+    problems.report()
 
 
 def cut_otherwise(subjects: Sequence[Subject]) -> list[str]:

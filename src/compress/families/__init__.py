@@ -20,7 +20,7 @@ class Units:
 
     kind: `neurons` or `kv_groups`. count: the config's key for how many there are; None there is four times the width.
     readers: which linears produce them, and in how many stacks: 2 where gate and up are one linear.
-    writer: the linear that reads them; each unit is as many neighbouring inputs of it.
+    writer: the linear that reads them; each unit is as many neighboring inputs of it.
     """
 
     kind: Literal["neurons", "kv_groups"]

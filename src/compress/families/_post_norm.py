@@ -4,4 +4,4 @@ from typing import Any
 
 
 def not_exact(config: Any) -> str:
-    return "it normalises what a branch writes (post-norm), which a rotation of the stream does not pass."
+    return "it normalizes what a branch writes (post-norm), which a rotation of the stream does not pass."

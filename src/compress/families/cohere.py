@@ -7,7 +7,7 @@ from compress.families._parallel import PARALLEL
 
 
 def not_stock(config: Any) -> str | None:
-    return "it normalises queries and keys with the stream's epsilon (use_qk_norm)." if config.use_qk_norm else None
+    return "it normalizes queries and keys with the stream's epsilon (use_qk_norm)." if config.use_qk_norm else None
 
 
 FAMILY = Family(

@@ -1,4 +1,4 @@
-"""OLMo 2: branches read the stream as it is, and what they write is normalised; so are queries and keys."""
+"""OLMo 2: branches read the stream as it is, and what they write is normalized; so are queries and keys."""
 
 from dataclasses import replace
 

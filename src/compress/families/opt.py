@@ -1,4 +1,4 @@
-"""OPT: LayerNorm, learned positions, an MLP without a module of its own; OPT-350m normalises behind each branch."""
+"""OPT: LayerNorm, learned positions, an MLP without a module of its own; OPT-350m normalizes behind each branch."""
 
 from dataclasses import replace
 from typing import Any
@@ -25,7 +25,7 @@ MLP = BranchTable(
 
 def not_exact(config: Any) -> str | None:
     if not config.do_layer_norm_before:
-        return "it normalises the stream after each branch (do_layer_norm_before=false, as OPT-350m)."
+        return "it normalizes the stream after each branch (do_layer_norm_before=false, as OPT-350m)."
     if config.word_embed_proj_dim != config.hidden_size:
         return "its embeddings are projected to the hidden size (word_embed_proj_dim differs)."
     if config._remove_final_layer_norm:

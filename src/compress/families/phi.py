@@ -7,7 +7,7 @@ from compress.families._sequential import QKV, kv_groups, neurons
 
 
 def not_stock(config: Any) -> str | None:
-    return "it normalises queries and keys at hidden_size / heads (qk_layernorm)." if config.qk_layernorm else None
+    return "it normalizes queries and keys at hidden_size / heads (qk_layernorm)." if config.qk_layernorm else None
 
 
 PARALLEL = BranchTable(

@@ -43,7 +43,7 @@ NEEDED_FILES = (
     "*.model",
     "merges.txt",
     "LICENSE*",
-    "README.md",  # which says under what licence it is
+    "README.md",  # which says under what license it is
 )
 
 
@@ -117,7 +117,7 @@ def fetch(repository: str, patterns: tuple[str, ...]) -> Path:
     except HFValidationError as error:
         raise UsageError(f"There is no model folder {repository!r}, and no id of the hub looks like that.") from error
     except GatedRepoError as error:
-        raise Unavailable(f"{repository} is gated: accept its licence on the hub, then set HF_TOKEN.") from error
+        raise Unavailable(f"{repository} is gated: accept its license on the hub, then set HF_TOKEN.") from error
     except RepositoryNotFoundError as error:
         raise Unavailable(f"The hub has no model {repository!r}, or HF_TOKEN may not read it.") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:

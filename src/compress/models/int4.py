@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from compress.models.packed import Beside, LoraLinear, PackedLinear, QuantizedLinear
+from compress.models.packed import LinearExtras, LoraLinear, PackedLinear, QuantizedLinear
 
 logger = logging.getLogger("compress")
 
@@ -49,13 +49,15 @@ class Int4Linear(LoraLinear):
 
     def __init__(self, linear: PackedLinear, group: int) -> None:
         with torch.device("meta"):
-            super().__init__(linear.in_features, linear.out_features, Beside(bias=False, rank=0, inputs=linear.inputs))
+            super().__init__(
+                linear.in_features, linear.out_features, LinearExtras(bias=False, rank=0, inputs=linear.inputs)
+            )
         self.bias, self.lora_A, self.lora_B = linear.bias, linear.lora_A, linear.lora_B
         self.group = group
         m, groups = linear.out_features, linear.in_features // group
         blocks = [linear.codes(start, min(start + ROWS, m)) for start in range(0, m, ROWS)]
         self.layout = nn.Buffer(torch.cat([as_layout(codes) for codes in blocks]))
-        scale = linear.weight_scale.view(-1, 1) if linear.sharing == "tensor" else linear.weight_scale
+        scale = linear.weight_scale.view(-1, 1) if linear.granularity == "tensor" else linear.weight_scale
         scale = scale.repeat_interleave(groups // scale.shape[1], 1).expand(m, groups).T
         self.scales_and_zeros = nn.Buffer(torch.stack([scale, torch.zeros_like(scale)], -1).contiguous())
 
@@ -98,7 +100,7 @@ def kernel_group(linear: QuantizedLinear) -> int | None:
     return next((group for group in GROUPS if shared % group == 0), None)
 
 
-def fault(linear: QuantizedLinear) -> str | None:
+def problem(linear: QuantizedLinear) -> str | None:
     """Why the kernel cannot run a linear; None where it can."""
     device, dtype = linear.weight_scale.device, linear.weight_scale.dtype
     if not isinstance(linear, PackedLinear) or linear.bits != 4:
@@ -124,7 +126,7 @@ def use_kernels(model: nn.Module) -> None:
     for path in [path for path, module in model.named_modules() if isinstance(module, QuantizedLinear)]:
         linear = model.get_submodule(path)
         assert isinstance(linear, QuantizedLinear)
-        why, group = fault(linear), kernel_group(linear)
+        why, group = problem(linear), kernel_group(linear)
         if why is None and group is not None and isinstance(linear, PackedLinear):
             model.set_submodule(path, Int4Linear(linear, group))
         else:

@@ -82,7 +82,7 @@ def check_sizes(file: Path, config: Any) -> None:
 
 def empty_model(config: Any) -> PreTrainedModel:
     """Build a model from its config on the meta device."""
-    # Under torch's own context transformers leaves out the initialisation, most of the time it takes.
+    # Under torch's own context transformers leaves out the initialization, most of the time it takes.
     with reading("The model's config.json makes no model"), torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     return model

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from compress.numerics.grids import FLOAT8, Numbers, Sharing
+from compress.numerics.grids import FLOAT8, Granularity, QuantType
 from compress.own_model.modeling_compress import AdaptedLinear, unpack_bits
 
 InputNumbers = Literal["fp8", "int8"]
@@ -30,7 +30,7 @@ WORD = 32  # bits
 
 
 @dataclass(frozen=True)
-class Beside:
+class LinearExtras:
     """The parts of a linear besides its weight.
 
     inputs: what the weight's inputs are rounded to, each token's for itself; the adapter's stay as they are.
@@ -46,10 +46,10 @@ class RoundedInputs(torch.autograd.Function):
 
     @staticmethod
     def forward(_ctx: Any, x: Tensor, kind: InputNumbers) -> Tensor:
-        numbers = Numbers(8, floating=kind == "fp8")
-        step = x.abs().amax(-1, keepdim=True) / ((numbers.highest - numbers.lowest) / 2)
+        quant_type = QuantType(8, floating=kind == "fp8")
+        step = x.abs().amax(-1, keepdim=True) / ((quant_type.highest - quant_type.lowest) / 2)
         step = torch.where(step == 0, torch.finfo(x.dtype).eps, step)
-        return numbers.nearest(x / step) * step
+        return quant_type.nearest(x / step) * step
 
     @staticmethod
     @once_differentiable
@@ -60,18 +60,18 @@ class RoundedInputs(torch.autograd.Function):
 class LoraLinear(AdaptedLinear):
     """A linear with a weight in any form and a float adapter."""
 
-    def __init__(self, in_features: int, out_features: int, beside: Beside) -> None:
-        super().__init__(in_features, out_features, beside.bias)
-        self.inputs = beside.inputs
+    def __init__(self, in_features: int, out_features: int, extras: LinearExtras) -> None:
+        super().__init__(in_features, out_features, extras.bias)
+        self.inputs = extras.inputs
         self.lora_A = self.lora_B = None
-        if beside.rank:
-            self.lora_A = nn.Parameter(torch.zeros(beside.rank, in_features), requires_grad=False)
-            self.lora_B = nn.Parameter(torch.zeros(out_features, beside.rank), requires_grad=False)
+        if extras.rank:
+            self.lora_A = nn.Parameter(torch.zeros(extras.rank, in_features), requires_grad=False)
+            self.lora_B = nn.Parameter(torch.zeros(out_features, extras.rank), requires_grad=False)
 
     @property
     def num_parameters(self) -> int:
-        beside = (self.lora_A, self.lora_B, self.bias)
-        return self.in_features * self.out_features + sum(part.numel() for part in beside if part is not None)
+        extras = (self.lora_A, self.lora_B, self.bias)
+        return self.in_features * self.out_features + sum(part.numel() for part in extras if part is not None)
 
     def adapter(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
         if self.lora_A is None or self.lora_B is None:
@@ -88,8 +88,8 @@ class LoraLinear(AdaptedLinear):
 
 
 class FloatLinear(LoraLinear):
-    def __init__(self, in_features: int, out_features: int, beside: Beside) -> None:
-        super().__init__(in_features, out_features, beside)
+    def __init__(self, in_features: int, out_features: int, extras: LinearExtras) -> None:
+        super().__init__(in_features, out_features, extras)
         self.weight = nn.Parameter(torch.zeros(out_features, in_features), requires_grad=False)
 
     def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
@@ -101,16 +101,16 @@ class FloatLinear(LoraLinear):
 
 class QuantizedLinear(LoraLinear):
     """
-    sharing: what shares a scale along the inputs.
+    granularity: what shares a scale along the inputs.
     """
 
     weight_zero_point: Tensor | None
 
-    def __init__(self, in_features: int, out_features: int, beside: Beside, sharing: Sharing) -> None:
-        super().__init__(in_features, out_features, beside)
-        self.sharing = sharing
-        self.groups = 1 if isinstance(sharing, str) else in_features // sharing
-        shape = (1,) if sharing == "tensor" else (out_features, self.groups)
+    def __init__(self, in_features: int, out_features: int, extras: LinearExtras, granularity: Granularity) -> None:
+        super().__init__(in_features, out_features, extras)
+        self.granularity = granularity
+        self.groups = 1 if isinstance(granularity, str) else in_features // granularity
+        shape = (1,) if granularity == "tensor" else (out_features, self.groups)
         self.weight_scale = nn.Buffer(torch.zeros(shape))
 
     def codes(self, start: int, stop: int) -> Tensor:
@@ -126,7 +126,7 @@ class QuantizedLinear(LoraLinear):
         zeros = self.zeros(start, stop)
         if zeros is not None:
             groups -= zeros.to(dtype)[..., None]
-        scale = self.weight_scale if self.sharing == "tensor" else self.weight_scale[start:stop]
+        scale = self.weight_scale if self.granularity == "tensor" else self.weight_scale[start:stop]
         return groups.mul_(scale.to(dtype)[..., None]).flatten(1)
 
 
@@ -136,9 +136,16 @@ class PackedLinear(QuantizedLinear):
     """
 
     def __init__(
-        self, in_features: int, out_features: int, beside: Beside, sharing: Sharing, *, symmetric: bool, bits: int
+        self,
+        in_features: int,
+        out_features: int,
+        extras: LinearExtras,
+        granularity: Granularity,
+        *,
+        symmetric: bool,
+        bits: int,
     ) -> None:
-        super().__init__(in_features, out_features, beside, sharing)
+        super().__init__(in_features, out_features, extras, granularity)
         self.bits = bits
         self.weight_packed = nn.Buffer(torch.zeros(out_features, words(in_features, bits), dtype=torch.int32))
         self.weight_shape = nn.Buffer(torch.tensor([out_features, in_features]))
@@ -146,7 +153,7 @@ class PackedLinear(QuantizedLinear):
         if not symmetric:
             one = torch.zeros(1, dtype=torch.int8)
             packed = torch.zeros(words(out_features, bits), self.groups, dtype=torch.int32)
-            zeros = one if sharing == "tensor" else packed
+            zeros = one if granularity == "tensor" else packed
         self.register_buffer("weight_zero_point", zeros)
 
     def codes(self, start: int, stop: int) -> Tensor:
@@ -154,7 +161,7 @@ class PackedLinear(QuantizedLinear):
 
     def zeros(self, start: int, stop: int) -> Tensor | None:
         zeros = self.weight_zero_point
-        if zeros is None or self.sharing == "tensor":
+        if zeros is None or self.granularity == "tensor":
             return zeros
         first = start // WORD * WORD  # rows whose codes begin a word
         packed = zeros[first // WORD * self.bits : words(stop, self.bits)].T.contiguous()
@@ -167,9 +174,16 @@ class ByteLinear(QuantizedLinear):
     weight: Tensor
 
     def __init__(
-        self, in_features: int, out_features: int, beside: Beside, sharing: Sharing, *, symmetric: bool, floating: bool
+        self,
+        in_features: int,
+        out_features: int,
+        extras: LinearExtras,
+        granularity: Granularity,
+        *,
+        symmetric: bool,
+        floating: bool,
     ) -> None:
-        super().__init__(in_features, out_features, beside, sharing)
+        super().__init__(in_features, out_features, extras, granularity)
         kind = FLOAT8 if floating else torch.int8
         self.weight = nn.Buffer(torch.zeros(out_features, in_features, dtype=kind))
         zeros = None if symmetric else torch.zeros_like(self.weight_scale, dtype=torch.int8)
@@ -180,7 +194,7 @@ class ByteLinear(QuantizedLinear):
 
     def zeros(self, start: int, stop: int) -> Tensor | None:
         zeros = self.weight_zero_point
-        return zeros if zeros is None or self.sharing == "tensor" else zeros[start:stop]
+        return zeros if zeros is None or self.granularity == "tensor" else zeros[start:stop]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ByteLinear":
         # To torch an 8-bit float is a float like any other, which .to(dtype) would make wide.

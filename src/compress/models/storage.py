@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from compress.models.packed import Beside, ByteLinear, FloatLinear, InputNumbers, PackedLinear
+from compress.models.packed import ByteLinear, FloatLinear, InputNumbers, LinearExtras, PackedLinear
 from compress.models.packing import Kept, pack_bits, pack_words, unsigned
-from compress.numerics.grids import Grid, Numbers, Sharing
+from compress.numerics.grids import Granularity, Grid, QuantType
 from compress.numerics.sparsity import Pattern
 from compress.numerics.steps import make_grid
 from compress.own_model.modeling_compress import AdaptedLinear, CompactLinear
@@ -38,7 +38,7 @@ class Storage:
     form: Literal["packed", "compact"]
     bits: int | None
     floating: bool = False
-    group: Sharing = "channel"
+    group: Granularity = "channel"
     symmetric: bool = True
     pattern: Pattern | None = None
     rank: int = 0
@@ -88,16 +88,16 @@ def empty_linear(
 ) -> AdaptedLinear:
     """Build an empty module with every stored tensor in its shape and dtype, on torch's default device."""
     n, m = in_features, out_features
-    beside = Beside(bias, storage.rank, storage.inputs)
+    extras = LinearExtras(bias, storage.rank, storage.inputs)
     linear: AdaptedLinear
     if storage.form == "compact":
         linear = CompactLinear(n, m, storage.entry(), bias=bias)
     elif storage.bits is None:
-        linear = FloatLinear(n, m, beside)
+        linear = FloatLinear(n, m, extras)
     elif storage.in_bytes:
-        linear = ByteLinear(n, m, beside, storage.group, symmetric=storage.symmetric, floating=storage.floating)
+        linear = ByteLinear(n, m, extras, storage.group, symmetric=storage.symmetric, floating=storage.floating)
     else:
-        linear = PackedLinear(n, m, beside, storage.group, symmetric=storage.symmetric, bits=storage.bits)
+        linear = PackedLinear(n, m, extras, storage.group, symmetric=storage.symmetric, bits=storage.bits)
     return linear.to(dtype)
 
 
@@ -130,7 +130,7 @@ def stored_linear(  # noqa: PLR0913 (all that a linear consists of)
 def packed_tensors(storage: Storage, weight: Tensor, grid: Grid | None, dtype: torch.dtype) -> Tensors:
     if grid is None:
         return {"weight": weight.to(dtype)}
-    scale, codes, bits = grid.step.to(dtype), grid.codes(weight), grid.numbers.bits
+    scale, codes, bits = grid.step.to(dtype), grid.codes(weight), grid.quant_type.bits
     zero = None if grid.zero is None else grid.zero.to(torch.int8)
     if storage.group == "tensor":
         scale, zero = scale.view(1), None if zero is None else zero.view(1)
@@ -157,9 +157,9 @@ def matrix_tensors(matrix: Float[Tensor, "m n"], grid: Grid | None, kept: Kept |
     """The tensors that a `StoredMatrix` stores for a matrix's values."""
     if grid is None:
         return {"values": (matrix if kept is None else kept.of(matrix)).to(dtype)}
-    bits, codes = grid.numbers.bits, grid.codes(matrix)
+    bits, codes = grid.quant_type.bits, grid.codes(matrix)
     codes = codes if kept is None else kept.of(codes)
-    numbers = codes.view(torch.uint8) if grid.numbers.floating else unsigned(codes, bits)
+    numbers = codes.view(torch.uint8) if grid.quant_type.floating else unsigned(codes, bits)
     shares = {} if grid.finer is None else {"shares": (1 / grid.finer).to(dtype)}
     return shares | {"codes": pack_bits(numbers, bits), "scale": grid.step.to(dtype)}
 
@@ -171,8 +171,8 @@ def adapter_tensors(storage: Storage, A: Float[Tensor, "r n"], B: Float[Tensor, 
     for name, factor in (("first", A), ("second", B.T)):
         grid = None
         if storage.adapter_bits is not None:
-            numbers, group = Numbers(storage.adapter_bits), storage.adapter_group
-            grid = make_grid(factor, numbers, group=group, method="mse", stored=dtype)
+            quant_type, group = QuantType(storage.adapter_bits), storage.adapter_group
+            grid = make_grid(factor, quant_type, group=group, method="mse", stored=dtype)
         tensors |= below(name, matrix_tensors(factor, grid, None, dtype))
     return tensors
 

@@ -12,7 +12,7 @@ from compress.errors import CheckpointError
 from compress.models.storage import Storage
 from compress.models.tensor_files import SafetensorsFolder, read_header
 from compress.models.untrusted import read_json
-from compress.numerics.grids import Sharing
+from compress.numerics.grids import Granularity
 
 METHOD = "compressed-tensors"
 ADAPTER = "adapter"
@@ -63,13 +63,13 @@ def scheme(found: dict[str, Any]) -> Storage:
         "packed",
         bits,
         floating=kind == "float",
-        group=sharing(weights),
+        group=granularity(weights),
         symmetric=bool(weights.get("symmetric", True)),
         inputs=None if group.get("input_activations") is None else inputs(group["input_activations"]),
     )
 
 
-def sharing(weights: dict[str, Any]) -> Sharing:
+def granularity(weights: dict[str, Any]) -> Granularity:
     strategy, size = weights.get("strategy"), weights.get("group_size")
     if strategy == "tensor" or strategy == "channel":
         return strategy

@@ -24,7 +24,7 @@ class WrittenForm:
     has_bias: bool = False
 
     @property
-    def is_the_walks(self) -> bool:
+    def is_identity(self) -> bool:
         return self.inputs.is_identity and self.outputs.is_identity and not self.has_bias
 
 
@@ -43,7 +43,7 @@ class Written(nn.Module):
 
 def in_form(module: AnyLinear, form: WrittenForm) -> AnyLinear:
     """Convert a linear, low-rank or not, to the checkpoint's inputs and outputs; in place where outputs stay."""
-    if form.is_the_walks:
+    if form.is_identity:
         return module
     if not form.outputs.is_identity:
         module = with_outputs(module, form.outputs.rows)

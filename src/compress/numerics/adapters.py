@@ -27,17 +27,17 @@ def fit_adapter(
     moments: InputMoments,
     rank: int,
     *,
-    centred: bool,
+    centered: bool,
     name: str,
 ) -> Factors:
-    """centred: for `whitened`, errors about the mean count, and the factors' bias is what keeps the mean."""
+    """centered: for `whitened`, errors about the mean count, and the factors' bias is what keeps the mean."""
     if method == "naive":
         return cut_off(E, rank, name=name)
     if method == "slim":
         x = saliency(moments.mean_abs, name=name)
         scaled = cut_off(E * x, rank, name=name)
         return Factors(scaled.B, scaled.A / x, None)
-    return weighted(E, None, moments, rank, None, name=name, centred=centred)
+    return weighted(E, None, moments, rank, None, name=name, centered=centered)
 
 
 def cut_off(E: Float64[Tensor, "m n"], rank: int, *, name: str) -> Factors:

@@ -26,7 +26,7 @@ from torch import Tensor
 from compress.errors import NumericalError
 from compress.numerics.adapters import AdapterMethod, fit_adapter
 from compress.numerics.admm import sparse_plus_lowrank
-from compress.numerics.grids import Grid, Numbers, Sharing
+from compress.numerics.grids import Granularity, Grid, QuantType
 from compress.numerics.hessian import Hessian
 from compress.numerics.lowrank import Factors, InputMoments
 from compress.numerics.rescale import rescaled
@@ -54,8 +54,8 @@ class Rounding:
     finer: SLiM-Quant^O. stored: the dtype of the steps.
     """
 
-    numbers: Numbers
-    group: Sharing
+    quant_type: QuantType
+    group: Granularity
     steps: StepMethod
     sweeps: bool
     symmetric: bool = True
@@ -127,14 +127,15 @@ def decompose(
     moments: InputMoments,
     how: Decomposition,
     *,
-    centred: bool = False,
+    centered: bool = False,
     dtype: torch.dtype = torch.float64,
     name: str,
 ) -> Decomposed:
     """
-    centred: a bias keeps the outputs' mean, so that errors count about it. dtype: that all but the adapter computes in.
+    centered: a bias keeps the outputs' mean, so that errors count about it.
+    dtype: that all but the adapter computes in.
     """
-    (found,) = decompose_together([W], moments, [how], centred=centred, dtype=dtype, names=[name])
+    (found,) = decompose_together([W], moments, [how], centered=centered, dtype=dtype, names=[name])
     return found
 
 
@@ -143,7 +144,7 @@ def decompose_together(
     moments: InputMoments,
     hows: Sequence[Decomposition],
     *,
-    centred: bool = False,
+    centered: bool = False,
     dtype: torch.dtype = torch.float64,
     names: Sequence[str],
 ) -> list[Decomposed]:
@@ -151,9 +152,9 @@ def decompose_together(
 
     Where rows are independent, the weights are swept as one matrix: a column takes hardly longer for more rows.
     """
-    hessian = moments.spread(centred=centred).hessian(DAMPING, name=names[0])
+    hessian = moments.spread(centered=centered).hessian(DAMPING, name=names[0])
     solvers = [
-        Solver(W, how, moments, hessian, centred=centred, dtype=dtype, name=name)
+        Solver(W, how, moments, hessian, centered=centered, dtype=dtype, name=name)
         for W, how, name in zip(weights, hows, names, strict=True)
     ]
     how = hows[0]
@@ -211,12 +212,12 @@ class Solver:
         moments: InputMoments,
         hessian: Hessian,
         *,
-        centred: bool,
+        centered: bool,
         dtype: torch.dtype,
         name: str,
     ) -> None:
         self.W, self.how, self.moments, self.hessian = W, how, moments, hessian
-        self.centred, self.name = centred, name
+        self.centered, self.name = centered, name
         self.adapter: Factors | None = None
         self.target = stack_rows([W.to(dtype)])
         self.mask = self.scored_mask()
@@ -248,7 +249,7 @@ class Solver:
         """Fit the adapter to the error of S; the new target is what the adapter leaves."""
         assert self.how.adapt is not None
         missing, rank = self.W - self.exact()[0], self.how.adapt.rank
-        self.adapter = fit_adapter(method, missing, self.moments, rank, centred=self.centred, name=self.name)
+        self.adapter = fit_adapter(method, missing, self.moments, rank, centered=self.centered, name=self.name)
         self.target = stack_rows([(self.W - self.adapter.product).to(self.target.dtype)])
 
     def exact(self) -> tuple[Float64[Tensor, "m n"], Grid | None]:
@@ -262,7 +263,7 @@ class Solver:
     def decomposed(self) -> Decomposed:
         S, grid = self.exact()
         found = Decomposed(S, self.current.mask, grid, self.adapter, None)
-        return replace(found, shift=(self.W - found.product) @ self.moments.mean) if self.centred else found
+        return replace(found, shift=(self.W - found.product) @ self.moments.mean) if self.centered else found
 
     def grid(self, W: Float[Tensor, "m n"]) -> Grid:
         assert self.how.quantize is not None
@@ -270,7 +271,7 @@ class Solver:
         finer = finer_inputs(W, self.moments.mean_abs.to(W.dtype)) if how.finer else None
         grid = make_grid(
             W,
-            how.numbers,
+            how.quant_type,
             group=how.group,
             method=how.steps,
             symmetric=how.symmetric,

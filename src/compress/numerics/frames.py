@@ -84,7 +84,7 @@ def balanced_frame(
 ) -> Frame:
     """Balanced truncation: order directions by the stream's energy and the loss's gradient in them.
 
-    C: second moment of the normalised stream. G: that of the loss's gradient there. With both scaled to trace D and
+    C: second moment of the normalized stream. G: that of the loss's gradient there. With both scaled to trace D and
     C = L L^T, the frame keeps the top eigenvectors V of L^T ((1 - w) I + w G) L, w the gradient weight: Dec = L V,
     Enc = L^-T V. For w = 0 these are C's principal components and the frame is orthogonal.
     """

@@ -1,6 +1,6 @@
 """Quantization grids: integers of 2 to 8 bits or 8-bit floats, times a step.
 
-One step for the whole matrix, for each output channel, or for each group of neighbouring inputs of a channel. Integers
+One step for the whole matrix, for each output channel, or for each group of neighboring inputs of a channel. Integers
 are -2^(b-1) .. 2^(b-1) - 1, as engines store them; symmetric about 0 unless a grid has zero points. How steps are
 chosen is in `numerics/steps.py`.
 
@@ -16,12 +16,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 FLOAT8 = torch.float8_e4m3fn
-# What shares a step along the inputs: everything, a row, or so many neighbours in it.
-Sharing = int | Literal["tensor", "channel"]
+# What shares a step along the inputs: everything, a row, or so many neighbors in it.
+Granularity = int | Literal["tensor", "channel"]
 
 
 @dataclass(frozen=True)
-class Numbers:
+class QuantType:
     """The number type of a grid, before scaling by its step.
 
     bits: of each. floating: 8-bit floats (e4m3) rather than integers.
@@ -59,7 +59,7 @@ class Grid:
     finer: (n,) what an input's weights are multiplied by before they are rounded, and divided by after; None for 1.
     """
 
-    numbers: Numbers
+    quant_type: QuantType
     group: int
     step: Float[Tensor, "_ groups"]
     zero: Float[Tensor, "_ groups"] | None = None
@@ -67,7 +67,7 @@ class Grid:
 
     def to(self, dtype: torch.dtype) -> "Grid":
         zero, finer = (None if tensor is None else tensor.to(dtype) for tensor in (self.zero, self.finer))
-        return Grid(self.numbers, self.group, self.step.to(dtype), zero, finer)
+        return Grid(self.quant_type, self.group, self.step.to(dtype), zero, finer)
 
     @classmethod
     def stacked(cls, grids: Sequence["Grid"]) -> "Grid":
@@ -82,7 +82,7 @@ class Grid:
 
     def codes(self, W: Float[Tensor, "m n"]) -> Tensor:
         """Integer codes (m, n), in the dtype they are stored in."""
-        return self._codes(W).to(self.numbers.stored)
+        return self._codes(W).to(self.quant_type.stored)
 
     def values(self, codes: Tensor) -> Float[Tensor, "m n"]:
         offset, codes = self.offset(codes.shape[1]), codes.to(self.step.dtype)
@@ -94,7 +94,7 @@ class Grid:
 
     def _codes(self, W: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
         offset, x = self.offset(W.shape[1]), W / self.scale(W.shape[1])
-        return self.numbers.nearest_(x if offset is None else x.add_(offset))
+        return self.quant_type.nearest_(x if offset is None else x.add_(offset))
 
     def scale(self, n: int) -> Float[Tensor, "_ n"]:
         """The scale of each weight's code less its offset; stored column by column."""

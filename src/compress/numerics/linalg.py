@@ -1,7 +1,7 @@
 """Principal components of the residual stream.
 
 SliceGPT (arXiv 2401.15024, section 3.3): C = sum over tokens of x x^T, its eigenvectors by decreasing eigenvalue are
-the rotation Q. C is a second moment, not a covariance: the stream is not centred. Ours is the mean per token (the
+the rotation Q. C is a second moment, not a covariance: the stream is not centered. Ours is the mean per token (the
 eigenvectors are the same), in float64; the reference adds 1% of the mean diagonal, which changes no eigenvector.
 
 Dimensions: D the dense width, d <= D a kept width.

@@ -8,7 +8,7 @@ Each keeps r directions of the output: y' = B (A x) + b'. The methods differ in 
     lord      E ||(W - W')(x - E x)||^2, with b'  LoRD (arXiv 2309.14021, section 3): the outputs' principal components
     weighted  the same, an error of the output measured by the loss's gradient there
 
-LoRD without its centring is SVD-LLM, written differently: [W S]_r S^-1 = U_r U_r^T W for any S S^T = E x x^T, with U
+LoRD without its centering is SVD-LLM, written differently: [W S]_r S^-1 = U_r U_r^T W for any S S^T = E x x^T, with U
 the eigenvectors of W E[x x^T] W^T. No inverse is needed and an input may be dead, so that all but `svd_llm`, which is
 here as its paper has it, are computed this way.
 
@@ -70,19 +70,19 @@ class InputMoments:
     mean: Float64[Tensor, "n"]
     mean_abs: Float64[Tensor, "n"]
 
-    def spread(self, *, centred: bool) -> "Spread":
+    def spread(self, *, centered: bool) -> "Spread":
         """The covariance, or the second moment, cached for all linears that share the inputs."""
-        return self._centred if centred else self._uncentred
+        return self._centered if centered else self._uncentered
 
     @cached_property
-    def _centred(self) -> "Spread":
+    def _centered(self) -> "Spread":
         C = self.second - torch.outer(self.mean, self.mean)
         if C.diagonal().sum() <= 1e-12 * self.second.diagonal().sum():  # what is left of a constant by rounding
             return Spread(torch.zeros_like(C))
         return Spread(C)
 
     @cached_property
-    def _uncentred(self) -> "Spread":
+    def _uncentered(self) -> "Spread":
         return Spread(self.second)
 
     def lifted(self, lift: Lift) -> "InputMoments":
@@ -154,13 +154,13 @@ def lord(
     rank: int,
     *,
     name: str,
-    centred: bool = True,
+    centered: bool = True,
 ) -> Factors:
     """U_r of the outputs' covariance: B = U_r, A = U_r^T W, b' = U_r U_r^T b + (I - U_r U_r^T) E y.
 
-    Not centred, the outputs' second moment takes the covariance's place and the bias stays as it is.
+    Not centered, the outputs' second moment takes the covariance's place and the bias stays as it is.
     """
-    return weighted(W, bias, moments, rank, None, name=name, centred=centred)
+    return weighted(W, bias, moments, rank, None, name=name, centered=centered)
 
 
 def weighted(
@@ -171,15 +171,15 @@ def weighted(
     metric: "Metric | None",
     *,
     name: str,
-    centred: bool = True,
+    centered: bool = True,
 ) -> Factors:
     """Least E ||L^T (y - y')||^2 with the metric L L^T: U the top left singular vectors of L^T W C^(1/2),
     B = L^-T U_r, A = U_r^T L^T W, and the bias keeps the outputs' mean."""
     seen = W if metric is None else metric.apply(W)
-    U = output_directions(seen, moments.spread(centred=centred), rank, name=name)
+    U = output_directions(seen, moments.spread(centered=centered), rank, name=name)
     B = U if metric is None else metric.take_back(U)
     A = U.T @ seen
-    if not centred:
+    if not centered:
         return Factors(B, A, bias)
     shift = W @ moments.mean - B @ (A @ moments.mean)
     return Factors(B, A, shift if bias is None else bias + shift)

@@ -1,4 +1,4 @@
-"""Ridge regression from second moments, regularized towards a known matrix.
+"""Ridge regression from second moments, regularized toward a known matrix.
 
     min over W of  E ||u W - t||^2 + damping * mean(diag G) * ||W - W0||^2        G = E u u^T, B = E u t^T
 

@@ -1,6 +1,6 @@
 """Sparsity patterns, scores and masks.
 
-A pattern keeps so many of every group of neighbouring inputs (2:4, 4:8), or a share of all weights wherever they are.
+A pattern keeps so many of every group of neighboring inputs (2:4, 4:8), or a share of all weights wherever they are.
 Scores: `magnitude` |w|, and Wanda's |w| ||x|| (arXiv 2306.11695), x the inputs of the linear. A mask is True for what
 stays. SparseGPT's mask is chosen while its sweep compensates (`numerics/sweep.py`).
 

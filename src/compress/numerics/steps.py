@@ -20,16 +20,16 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from compress.numerics.grids import Grid, Numbers, Sharing
+from compress.numerics.grids import Granularity, Grid, QuantType
 
 StepMethod = Literal["absmax", "slim", "mse"]
 
 
 def make_grid(
     W: Float[Tensor, "m n"],
-    numbers: Numbers,
+    quant_type: QuantType,
     *,
-    group: Sharing,
+    group: Granularity,
     method: StepMethod,
     symmetric: bool = True,
     stored: torch.dtype | None = None,
@@ -40,14 +40,14 @@ def make_grid(
     finer: what inputs' weights are multiplied by before they are rounded; the step is chosen without it.
     """
     pieces, size = pieces_of(W, group), W.shape[1] if isinstance(group, str) else group
-    step, zero = (absmax_steps(pieces, numbers), None) if symmetric else spread_steps(pieces, numbers)
+    step, zero = (absmax_steps(pieces, quant_type), None) if symmetric else spread_steps(pieces, quant_type)
     if method != "absmax":
-        step = searched_steps(pieces, numbers, step, zero, SEARCHES[method])
+        step = searched_steps(pieces, quant_type, step, zero, SEARCHES[method])
     step = rounded(positive(step), stored).T.contiguous()
-    return Grid(numbers, size, step, None if zero is None else zero.T.contiguous(), finer=finer)
+    return Grid(quant_type, size, step, None if zero is None else zero.T.contiguous(), finer=finer)
 
 
-def pieces_of(W: Float[Tensor, "m n"], group: Sharing) -> Float[Tensor, "groups weights rows"]:
+def pieces_of(W: Float[Tensor, "m n"], group: Granularity) -> Float[Tensor, "groups weights rows"]:
     """Split W into pieces that share a step, the last group padded with zeros."""
     if group == "tensor":
         return W.reshape(1, -1, 1)
@@ -68,15 +68,15 @@ def rounded(step: Tensor, stored: torch.dtype | None) -> Tensor:
     return step.clamp_min(torch.finfo(stored).tiny * torch.finfo(stored).eps).to(stored).to(step.dtype)
 
 
-def absmax_steps(pieces: Float[Tensor, "g w r"], numbers: Numbers) -> Float[Tensor, "g r"]:
-    return pieces.abs().amax(1) / numbers.highest
+def absmax_steps(pieces: Float[Tensor, "g w r"], quant_type: QuantType) -> Float[Tensor, "g r"]:
+    return pieces.abs().amax(1) / quant_type.highest
 
 
-def spread_steps(pieces: Float[Tensor, "g w r"], numbers: Numbers) -> tuple[Tensor, Tensor]:
+def spread_steps(pieces: Float[Tensor, "g w r"], quant_type: QuantType) -> tuple[Tensor, Tensor]:
     """Asymmetric steps from the least to the largest weight, 0 included, and the zero points."""
     low, high = pieces.amin(1).clamp_max(0), pieces.amax(1).clamp_min(0)
-    step = (high - low) / (numbers.highest - numbers.lowest)
-    zero = (numbers.lowest - low / positive(step)).round_().clamp_(numbers.lowest, numbers.highest)
+    step = (high - low) / (quant_type.highest - quant_type.lowest)
+    zero = (quant_type.lowest - low / positive(step)).round_().clamp_(quant_type.lowest, quant_type.highest)
     return step, zero
 
 
@@ -103,7 +103,7 @@ SEARCHES = {
 
 def searched_steps(
     pieces: Float[Tensor, "g w r"],
-    numbers: Numbers,
+    quant_type: QuantType,
     full: Float[Tensor, "g r"],
     zero: Float[Tensor, "g r"] | None,
     search: Search,
@@ -115,9 +115,9 @@ def searched_steps(
     """
     full = positive(full)
     mean = pieces.abs().sum(1) / (pieces != 0).sum(1).clamp_min(1)
-    low = search.low * full if search.low else positive(mean / (-3 * numbers.lowest))
+    low = search.low * full if search.low else positive(mean / (-3 * quant_type.lowest))
     start, ratio, gap = low.log2(), (search.high * full / low).log2_(), 1 / (search.coarse - 1)
-    trials, place = StepTrials(pieces, numbers, zero), torch.ones_like(full)
+    trials, place = StepTrials(pieces, quant_type, zero), torch.ones_like(full)
     trials.test(full)
     for number in reversed(range(search.coarse)):
         better = trials.test((start + ratio * (number * gap)).exp2_())
@@ -138,9 +138,11 @@ class StepTrials:
     zero: the code of 0; None for 0 itself.
     """
 
-    def __init__(self, pieces: Float[Tensor, "g w r"], numbers: Numbers, zero: Float[Tensor, "g r"] | None) -> None:
+    def __init__(
+        self, pieces: Float[Tensor, "g w r"], quant_type: QuantType, zero: Float[Tensor, "g r"] | None
+    ) -> None:
         groups, weights, rows = pieces.shape
-        self.pieces, self.numbers, self.zero = pieces, numbers, zero
+        self.pieces, self.quant_type, self.zero = pieces, quant_type, zero
         self.best = pieces.new_ones(groups, rows)
         self.error = torch.full_like(self.best, torch.inf)
         self.groups_at_once, self.weights_at_once = max(CHUNK // (weights * rows), 1), max(CHUNK // rows, 1)
@@ -158,7 +160,7 @@ class StepTrials:
                 torch.div(part, step[groups, None], out=codes)
                 if zero is not None:
                     codes.add_(zero)
-                self.numbers.nearest_(codes)
+                self.quant_type.nearest_(codes)
                 if zero is not None:
                     codes.sub_(zero)
                 torch.addcmul(part, codes, step[groups, None], value=-1, out=missed)

@@ -126,7 +126,7 @@ class ColumnRounding:
     def __init__(
         self, grid: Grid | None, mask: Bool[Tensor, "m n"] | None, order: Tensor | None, n: int, dtype: torch.dtype
     ) -> None:
-        self.numbers = None if grid is None else grid.numbers
+        self.quant_type = None if grid is None else grid.quant_type
         if grid is not None:
             size, scale, offset = grid.group, grid.step, grid.zero
             if grid.finer is not None:  # each input has a scale of its own
@@ -154,14 +154,14 @@ class ColumnRounding:
 
     def round(self, j: int, w: Float[Tensor, "m"], *, out: Float[Tensor, "m"]) -> None:
         """Write the allowed values nearest to w into `out`."""
-        if self.numbers is None:
+        if self.quant_type is None:
             out.copy_(w)
         else:
             scale, offset = self.scale[self.group[j]], None if self.offset is None else self.offset[self.group[j]]
             torch.div(w, scale, out=out)
             if offset is not None:
                 out.add_(offset)
-            self.numbers.nearest_(out)
+            self.quant_type.nearest_(out)
             if offset is not None:
                 out.sub_(offset)
             out.mul_(scale)

@@ -461,7 +461,7 @@ class StoredMatrix(nn.Module):
     """A matrix (rows, columns) of which some numbers are stored, and the others are zero.
 
     codes   (rows, bytes) uint8: of each number code + 2^(bits - 1), or its byte where it is an 8-bit float
-    scale   (rows or 1, groups): what the codes of `scale_group` neighbouring columns are multiplied by; the last group
+    scale   (rows or 1, groups): what the codes of `scale_group` neighboring columns are multiplied by; the last group
             may be smaller
     values  (rows, kept): in place of both, the numbers themselves
     places  (rows, bytes) uint8: of each group of the pattern the number of its combination; without a pattern none

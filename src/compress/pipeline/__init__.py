@@ -14,6 +14,9 @@ from typing import Any
 
 import psutil
 
+from compress.calibration.processes import ALONE, Processes
+from compress.calibration.survey import Survey, SurveyNeed, num_steps
+from compress.calibration.walk import FinishedPart, Walk
 from compress.checkpoints import files
 from compress.checkpoints.metadata import Metadata, input_fingerprint, read_metadata, versions
 from compress.checkpoints.run_folder import Part, RunFolder, open_run
@@ -31,9 +34,6 @@ from compress.planning.plan import Plan
 from compress.planning.prepare import Job, Prepared, plan_job, prepare
 from compress.planning.ranks import rank_choices
 from compress.progress import Progress, Steps, silent
-from compress.streaming.processes import ALONE, Processes
-from compress.streaming.survey import Survey, SurveyNeed, num_steps
-from compress.streaming.walk import FinishedPart, Walk
 from compress.version import FORMAT
 
 SMALL = 5 * 10**8  # bytes: a model below this is reloaded whole, whatever the walk needed

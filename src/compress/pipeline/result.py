@@ -5,18 +5,18 @@ from pathlib import Path
 from typing import Any
 
 from compress.architectures.sizes import Size
+from compress.calibration.experts import short_of_tokens
+from compress.calibration.sites import Count
 from compress.checkpoints.metadata import Metadata
 from compress.checkpoints.verify import why_own
 from compress.planning.prepare import Job, Prepared
-from compress.streaming.experts import short_of_tokens
-from compress.streaming.sites import Count
 
 
 @dataclass(frozen=True)
 class Result:
     """
     seconds: by kind of work; `total` is the whole run's, imports left out.
-    units: how many of each kind a block keeps. ranks: of the factorised linears, by path; of `num_blocks` blocks.
+    units: how many of each kind a block keeps. ranks: of the factorized linears, by path; of `num_blocks` blocks.
     alternatives: ways to store the same linears, this one first. lost: of the linears' outputs on the calibration text,
         the share of their energy that the stored ones do not give, the mean over linears; None where none is stored.
     divergence: from the dense model on held-out calibration windows, in nats a token, where it was measured.

@@ -8,8 +8,8 @@ import torch
 
 from compress.architectures.architecture import ModelSpec
 from compress.architectures.sizes import size_of
+from compress.calibration.linears import LinearShape
 from compress.models.storage import Storage, empty_linear
-from compress.streaming.linears import LinearShape
 
 
 @dataclass(frozen=True)

@@ -4,15 +4,15 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
+from compress.calibration.loader import PartLoader
+from compress.calibration.spectra import GradientFiles, LinearObserver
+from compress.calibration.streams import CacheFolder, own_batches, split_windows, spread
+from compress.calibration.survey import Survey, SurveyNeed, Surveyor, survey_samples
+from compress.calibration.unit_costs import UnitObserver
+from compress.calibration.walk import Walk, WalkSettings
 from compress.models.decoder import Decoder
 from compress.planning.prepare import Prepared
 from compress.stages._stage import StageConfig
-from compress.streaming.loader import PartLoader
-from compress.streaming.spectra import GradientFiles, LinearObserver
-from compress.streaming.streams import CacheFolder, own_batches, split_windows, spread
-from compress.streaming.survey import Survey, SurveyNeed, Surveyor, survey_samples
-from compress.streaming.unit_costs import UnitObserver
-from compress.streaming.walk import Walk, WalkSettings
 
 PROBE_TOKENS = 64
 FREE_SHARE = 0.25  # of a uniform allocation's neurons: a free one leaves no block less

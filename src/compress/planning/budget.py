@@ -8,7 +8,7 @@ from typing import Any
 
 from compress.architectures.architecture import ModelSpec
 from compress.architectures.sizes import Size
-from compress.errors import Faults, UsageError, report
+from compress.errors import Problems, UsageError, report
 from compress.recipe import Budget
 from compress.stages._stage import StageConfig
 
@@ -18,14 +18,14 @@ Counts = Mapping[str, Any]
 def plan_stages(stages: Sequence[StageConfig], spec: ModelSpec) -> tuple[tuple[StageConfig, ...], ModelSpec]:
     """Apply stages to a model's sizes, one after another.
 
-    Raises UsageError with what does not fit, a line for each fault of all stages.
+    Raises UsageError with what does not fit, a line for each problem of all stages.
     """
-    faults, planned = Faults(), list[StageConfig]()
+    problems, planned = Problems(), list[StageConfig]()
     for stage in stages:
-        with faults.noted():
+        with problems.collect():
             settled, spec = stage.plan(spec)
             planned.append(settled)
-    faults.report()
+    problems.report()
     return tuple(planned), spec
 
 
@@ -113,9 +113,9 @@ def width_choices(space: WidthSpace, budget: Budget, dense: Size) -> list[Choice
 def why_nothing_fits(space: WidthSpace, limit: Limit) -> list[str]:
     """Say what the smallest legal shape comes to; where there is none, why."""
     specs = [space.spec(counts) for counts in combinations([*space.ladders.items()])]
-    smallest = next((spec for spec in reversed(specs) if not spec.faults()), None)
+    smallest = next((spec for spec in reversed(specs) if not spec.problems()), None)
     if smallest is None:
-        return specs[0].faults()
+        return specs[0].problems()
     return [
         f"The budget of {limit.most:,} {limit.unit} cannot be kept: the least this recipe can come to is "
         f"{limit.measure(smallest):,}. Allow more."
@@ -135,7 +135,7 @@ def largest_fitting(space: WidthSpace, limit: Limit) -> Iterator[tuple[dict[str,
         if is_contained({**counts, kind: ladder[-1]}):
             continue
         specs = [(count, space.spec({**counts, kind: count})) for count in ladder]
-        legal = [(count, spec) for count, spec in specs if not spec.faults()]
+        legal = [(count, spec) for count, spec in specs if not spec.problems()]
         number = bisect_right(legal, False, key=lambda rung: not limit.allows(rung[1]))
         if number and not is_contained(largest := {**counts, kind: legal[number - 1][0]}):
             found.append(largest)

@@ -18,19 +18,25 @@ import psutil
 import torch
 
 from compress.architectures.architecture import dense_units
+from compress.calibration.branch_pass import (
+    has_groups,
+    has_linears,
+    keeps_before_post_norms,
+    num_streams,
+    rotates_points,
+)
+from compress.calibration.cache import cache_bytes
+from compress.calibration.divergence import LOGITS_AT_ONCE
+from compress.calibration.experts import lot_bytes
+from compress.calibration.sites import WholeModel
+from compress.calibration.spectra import WIDEST
+from compress.calibration.survey import TOKENS_AT_ONCE, SurveyNeed, survey_samples
 from compress.errors import UsageError
 from compress.families import Family
 from compress.models.decoder import Decoder
 from compress.numerics.sums import ROWS_AT_ONCE
 from compress.recipe import Recipe
 from compress.stages._stage import StageConfig
-from compress.streaming.cache import cache_bytes
-from compress.streaming.divergence import LOGITS_AT_ONCE
-from compress.streaming.experts import lot_bytes
-from compress.streaming.passage import has_groups, has_linears, keeps_before_post_norms, num_streams, rotates_points
-from compress.streaming.sites import WholeModel
-from compress.streaming.spectra import WIDEST
-from compress.streaming.survey import TOKENS_AT_ONCE, SurveyNeed, survey_samples
 
 TOKENS_PER_BATCH = 8192
 DOUBLE = 8  # bytes of a float64

@@ -10,6 +10,10 @@ from compress.architectures.architecture import ModelSpec, dense_units
 from compress.architectures.own import Own
 from compress.architectures.sizes import Size
 from compress.architectures.stock import Stock
+from compress.calibration.linears import FactorShape, LinearSite
+from compress.calibration.sites import Count, WholeModel
+from compress.calibration.spectra import LinearFilter
+from compress.calibration.survey import SurveyNeed
 from compress.errors import UsageError, report
 from compress.families import Family, check_exact
 from compress.planning.alternatives import Alternative, alternatives
@@ -18,10 +22,6 @@ from compress.planning.memory import Room, needs, surveyed
 from compress.planning.ranks import RankSpace, check_budget
 from compress.recipe import Recipe
 from compress.stages._stage import RankStage, StageConfig
-from compress.streaming.linears import FactorShape, LinearSite
-from compress.streaming.sites import Count, WholeModel
-from compress.streaming.spectra import LinearWatch
-from compress.streaming.survey import SurveyNeed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +75,7 @@ class Plan:
         return surveyed(self.stages)
 
     @property
-    def watch(self) -> LinearWatch | None:
+    def watch(self) -> LinearFilter | None:
         """The linears that the survey takes spectra of."""
         return next((watch for stage in self.stages if (watch := stage.requires.watch) is not None), None)
 
@@ -124,7 +124,7 @@ def make_plan(
     elif recipe.budget is not None:
         choices = width_choices(WidthSpace(stages, base), recipe.budget, dense)
     if spec.is_decided:
-        report(spec.faults())
+        report(spec.problems())
         on_linears = any(stage.site is LinearSite for stage in stages)
         if not on_linears and spec.deletes_nothing:
             raise UsageError("The recipe deletes nothing: every width stays as it is. Add a slice stage.")
@@ -185,23 +185,23 @@ def mixture_faults(stages: Sequence[StageConfig], *, has_budget: bool) -> list[s
     storing = [stage for stage in stages if stage.in_written_form]
     if not storing:
         return []
-    name, faults = storing[0].stage, list[str]()
+    name, problems = storing[0].stage, list[str]()
     if len(storing) > 1:
-        faults.append(f"{name} is there twice. Give one stage all of it.")
+        problems.append(f"{name} is there twice. Give one stage all of it.")
     late = [stage.stage for stage in stages[stages.index(storing[0]) + 1 :] if stage.site is LinearSite]
     if late and len(storing) == 1:
-        faults.append(f"{name} stores linears for good, so {late[0]} has to come before it.")
+        problems.append(f"{name} stores linears for good, so {late[0]} has to come before it.")
     if any(stage.stage == "prune_units" for stage in stages):
-        faults.append(
+        problems.append(
             f"prune_units deletes rows of what {name} has stored by then. Run it first, and {name} on its output."
         )
     open_ranks = any(isinstance(stage, RankStage) and stage.open_ranks for stage in stages)
     if has_budget or open_ranks or any(stage.opens for stage in stages):
-        faults.append(
+        problems.append(
             f"{name} has to know every width and rank beforehand, so a budget or ranks left open are not for this "
             "recipe. Say how much each stage keeps, or run two recipes."
         )
-    return faults
+    return problems
 
 
 def token_notes(recipe: Recipe, config: Any, family: Family) -> list[str]:

@@ -1,4 +1,4 @@
-"""Check a job before its first weight is read; report all faults at once."""
+"""Check a job before its first weight is read; report all problems at once."""
 
 import shutil
 from collections import Counter
@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from compress import families
+from compress.calibration.processes import ALONE, Processes
+from compress.calibration.weights import READABLE, LazyWeights
 from compress.checkpoints.files import companions
 from compress.checkpoints.output_folder import Output, check_output
 from compress.datasets.windows import calibration_windows
-from compress.errors import CheckpointError, Faults, OutputError, UnsupportedModel, UsageError
+from compress.errors import CheckpointError, OutputError, Problems, UnsupportedModel, UsageError
 from compress.models.decoder import Decoder
 from compress.models.loading import check_positions, check_vocabulary, load_config, load_tokenizer
 from compress.models.stored_files import ADAPTER
@@ -30,8 +32,6 @@ from compress.planning.memory import (
 )
 from compress.planning.plan import Plan, make_plan
 from compress.recipe import Recipe
-from compress.streaming.processes import ALONE, Processes
-from compress.streaming.weights import READABLE, LazyWeights
 
 # Bytes that the interpreter holds more in the midst of a run than before it: libraries that are imported on the way,
 # and small pieces of freed memory, which are not given back.
@@ -86,35 +86,35 @@ class Prepared:
 
 
 def prepare(job: Job, processes: Processes = ALONE) -> Prepared:
-    """Check everything. Raises a CompressError with a line for every fault and the exit code of the first."""
+    """Check everything. Raises a CompressError with a line for every problem and the exit code of the first."""
     folder = job.model.whole_folder()
     config = load_config(folder)
-    calibration, faults, before = job.recipe.calibration, Faults(), resident_bytes()
-    with faults.noted():
+    calibration, problems, before = job.recipe.calibration, Problems(), resident_bytes()
+    with problems.collect():
         family, plan = families.find(config), plan_job(job, folder, config, processes)
-    planned = not faults.found
-    with faults.noted():
+    planned = not problems.found
+    with problems.collect():
         check_output(job)
-    with faults.noted():
+    with problems.collect():
         check_batches(job, processes.count)
-    with faults.noted():
+    with problems.collect():
         check_positions(config, calibration.seq_len)
     if planned:
-        with faults.noted():
+        with problems.collect():
             check_disk(job.out, plan.disk_bytes)
-        with faults.noted():
+        with problems.collect():
             check_memory(plan.memory_bytes * processes.local_count)
-        with faults.noted():
+        with problems.collect():
             weights = open_weights(folder, config, family)
-        with faults.noted():
+        with problems.collect():
             companions(folder)
         if job.export == "gguf":
-            with faults.noted():
+            with problems.collect():
                 check_gguf(plan, folder)
-    with faults.noted():
+    with problems.collect():
         windows = read_windows(job, folder)
         check_vocabulary(windows, config, folder)
-    faults.report()
+    problems.report()
     return Prepared(
         job=job,
         folder=folder,

@@ -13,14 +13,14 @@ import torch
 from compress.architectures.architecture import ModelSpec
 from compress.architectures.own import as_own
 from compress.architectures.sizes import Size, header_bytes
+from compress.calibration.linears import FactorShape, LinearShape
+from compress.calibration.spectra import Spectrum
 from compress.errors import UsageError
 from compress.models.factors import tensor_names
 from compress.numerics.allocation import Ladder, spend
 from compress.planning.budget import Choice, Limit
 from compress.recipe import Budget
 from compress.stages._stage import RankStage
-from compress.streaming.linears import FactorShape, LinearShape
-from compress.streaming.spectra import Spectrum
 
 NOTHING = 1e-12  # of all energy: less is rounding, and no linear is kept dense for it
 Ranks = dict[str, int]

@@ -13,6 +13,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from compress.architectures.architecture import dense_units
+from compress.calibration.streams import spread
+from compress.calibration.survey import Survey
+from compress.calibration.unit_costs import cost_name
+from compress.calibration.walk import shared_frame
 from compress.errors import UsageError
 from compress.numerics.allocation import Ladder, spend
 from compress.numerics.frames import Frame
@@ -20,10 +24,6 @@ from compress.planning.assembly import new_walk
 from compress.planning.budget import Choice, Counts
 from compress.planning.prepare import Prepared
 from compress.progress import Steps
-from compress.streaming.streams import spread
-from compress.streaming.survey import Survey
-from compress.streaming.unit_costs import cost_name
-from compress.streaming.walk import shared_frame
 
 HELD_OUT = 4  # one window in so many
 MOST_TRIALS = 3

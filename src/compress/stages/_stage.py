@@ -5,8 +5,8 @@ from typing import Any, ClassVar, Self
 from pydantic import BaseModel, ConfigDict
 
 from compress.architectures.architecture import ModelSpec
-from compress.streaming.linears import FactorShape, LinearShape, LinearSite
-from compress.streaming.sites import Requirements, Site
+from compress.calibration.linears import FactorShape, LinearShape, LinearSite
+from compress.calibration.sites import Requirements, Site
 
 
 class StageConfig(BaseModel):

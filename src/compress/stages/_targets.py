@@ -3,14 +3,14 @@
 import fnmatch
 from collections.abc import Sequence
 
-from compress.streaming.linears import LinearShape
+from compress.calibration.linears import LinearShape
 
 
 def is_target(patterns: Sequence[str], name: str, part: str) -> bool:
     """
     name: of the linear below its block. part: of the block, `attention`, `mlp` or `router`, which `all` leaves out.
     """
-    name = name.removesuffix(".first").removesuffix(".second")  # of what is factorised
+    name = name.removesuffix(".first").removesuffix(".second")  # of what is factorized
     return any(
         pattern == part
         or (pattern == "all" and part != "router")

@@ -3,7 +3,7 @@
     anchored   ours: what `refit` made of the linear, which turns the compressed prefix's activations into the dense
                model's, is cut to its rank so that the outputs lose least, an error measured by the loss's gradient:
                with `refit` before it this is reduced-rank regression of the dense outputs on the compressed inputs
-    lord       LoRD (arXiv 2309.14021): principal components of the outputs, centred, with a bias
+    lord       LoRD (arXiv 2309.14021): principal components of the outputs, centered, with a bias
     svd-llm    SVD-LLM's whitening (arXiv 2403.07378), asvd: ASVD's scaling (2312.05821), svd: the weight alone
 
 All but the first go by what the dense model gives each linear, as their papers do; `inputs` says otherwise.
@@ -23,15 +23,15 @@ from torch import Tensor
 
 from compress.architectures.architecture import ModelSpec
 from compress.architectures.own import as_own
+from compress.calibration.linears import FactorShape, LinearShape, LinearSite
+from compress.calibration.sites import Requirements
+from compress.calibration.spectra import LinearFilter
+from compress.calibration.survey import SurveyNeed
 from compress.errors import report
 from compress.models.factors import Form, factor_module, multiplied_out
 from compress.numerics.lowrank import Factors, asvd, gradient_metric, lord, svd, svd_llm, weighted
 from compress.stages._stage import RankStage
 from compress.stages._targets import is_target, unmatched
-from compress.streaming.linears import FactorShape, LinearShape, LinearSite
-from compress.streaming.sites import Requirements
-from compress.streaming.spectra import LinearWatch
-from compress.streaming.survey import SurveyNeed
 
 Method = Literal["anchored", "lord", "svd-llm", "asvd", "svd"]
 CENTRED = ("anchored", "lord")
@@ -97,7 +97,7 @@ class Factorize(RankStage):
         survey = SurveyNeed.NONE
         if by_loss or (self.open_ranks and self.allocation != "uniform"):
             survey = SurveyNeed.LINEARS | (SurveyNeed.GRADIENT if by_loss else SurveyNeed.NONE)
-        watch = LinearWatch(self.is_target, self.gradient_weight, self.centres)
+        watch = LinearFilter(self.is_target, self.gradient_weight, self.centers)
         return Requirements(
             survey=survey,
             watch=watch if survey else None,
@@ -135,7 +135,7 @@ class Factorize(RankStage):
         spec.require_decided("Ranks go by widths that are known beforehand. Give slice and prune_units a ratio.")
         stage = self if self.multiple else self.model_copy(update={"multiple": spec.architecture.steps()["rank"]})
         linears = spec.linears
-        report(stage.faults(linears, spec.factors))
+        report(stage.problems(linears, spec.factors))
         if stage.writes_factors:
             spec = replace(spec, architecture=as_own(spec.architecture))
         if stage.open_ranks:
@@ -149,30 +149,30 @@ class Factorize(RankStage):
         return settled, replace(spec, factors={**spec.factors, **written}, notes=notes)
 
     def is_target(self, name: str, part: str) -> bool:
-        """Whether a linear is to be factorised, by its name below a block and the part it is of."""
+        """Whether a linear is to be factorized, by its name below a block and the part it is of."""
         return is_target(self.target, name, part)
 
-    def faults(self, linears: Sequence[LinearShape], factorized: Mapping[str, FactorShape]) -> list[str]:
+    def problems(self, linears: Sequence[LinearShape], factorized: Mapping[str, FactorShape]) -> list[str]:
         """What does not fit a model with these linears in its blocks, some of them factorized before."""
-        faults = unmatched(self.target, linears)
+        problems = unmatched(self.target, linears)
         twice = [linear.name for linear in linears if self.targets(linear) and linear.path in factorized]
-        faults += [f"Two stages would factorize {name}. Give each its own target." for name in twice[:1]]
+        problems += [f"Two stages would factorize {name}. Give each its own target." for name in twice[:1]]
         if self.open_ranks and factorized:
-            faults.append("Ranks can be left open for one factorizing stage, and then it has to be the only one.")
+            problems.append("Ranks can be left open for one factorizing stage, and then it has to be the only one.")
         if self.opens and not self.writes_factors:
-            faults.append(
+            problems.append(
                 "Multiplied out, the model keeps its size: a budget cannot be kept. Give --rank-frac or --rank."
             )
         ranks, full = self.ranks or {}, {linear.path: linear.full_rank for linear in linears}
         unknown = sorted(set(ranks) - set(full))
-        faults += [f"factorize gives a rank to {unknown[0]}, which the model has not."] if unknown else []
+        problems += [f"factorize gives a rank to {unknown[0]}, which the model has not."] if unknown else []
         above = [path for path, rank in ranks.items() if rank > full.get(path, rank)]
-        faults += [
+        problems += [
             f"factorize gives {path} a rank of {ranks[path]}, its full one is {full[path]}." for path in above[:1]
         ]
-        if not faults and not self.opens and self.ranks is None and not self.uniform_factors(linears):
-            faults.append("No linear would be smaller in factors of these ranks. Keep less, or choose --form pivot.")
-        return faults
+        if not problems and not self.opens and self.ranks is None and not self.uniform_factors(linears):
+            problems.append("No linear would be smaller in factors of these ranks. Keep less, or choose --form pivot.")
+        return problems
 
     def planned_factors(self, linears: Sequence[LinearShape]) -> dict[str, FactorShape]:
         ranks = ((linear, self.rank_of(linear)) for linear in linears)
@@ -232,7 +232,7 @@ class Factorize(RankStage):
         wanted = self.method == "lord" if self.bias is None else self.bias
         return wanted and self.form != "dense"
 
-    def centres(self, *, has_bias: bool) -> bool:
+    def centers(self, *, has_bias: bool) -> bool:
         """Whether the outputs' mean is kept by a bias, so that only what varies about it counts."""
         return self.method in CENTRED and (has_bias or self.adds_bias)
 
@@ -241,14 +241,14 @@ class Factorize(RankStage):
         if rank is None:
             return
         factors, form = self.factors(site, rank), self.factor_shape(site.shape, rank).form
-        lost = site.lost(factors.product, centred=self.centres(has_bias=site.shape.has_bias))
+        lost = site.lost(factors.product, centered=self.centers(has_bias=site.shape.has_bias))
         site.notes |= {"rank": rank, "full_rank": site.shape.full_rank, "form": form, "lost": lost}
         thin = factor_module(factors, form, site.dtype)
         site.replace(multiplied_out(thin) if self.form == "dense" else thin)
 
     def factors(self, site: LinearSite, rank: int) -> Factors:
         W, bias, inputs = site.weight, site.bias, site.inputs
-        centred = self.centres(has_bias=bias is not None)
+        centered = self.centers(has_bias=bias is not None)
         if self.method == "svd":
             return with_bias(svd(W, rank), bias)
         if self.method == "asvd":
@@ -256,11 +256,11 @@ class Factorize(RankStage):
         if self.method == "svd-llm":
             return with_bias(svd_llm(W, inputs.second, rank, name=site.name), bias)
         if self.method == "lord":
-            return lord(W, bias, inputs, rank, name=site.name, centred=centred)
+            return lord(W, bias, inputs, rank, name=site.name, centered=centered)
         metric = None
         if self.gradient_weight and (gradient := site.gradient) is not None:
             metric = gradient_metric(gradient, self.gradient_weight, name=site.name)
-        return weighted(W, bias, inputs, rank, metric, name=site.name, centred=centred)
+        return weighted(W, bias, inputs, rank, metric, name=site.name, centered=centered)
 
 
 def with_bias(factors: Factors, bias: Float64[Tensor, "m"] | None) -> Factors:

@@ -6,9 +6,9 @@ It costs a second pass of every block, the dense one, and a second activation ca
 
 from typing import ClassVar, Literal
 
+from compress.calibration.sites import Requirements, StreamPoint
+from compress.calibration.statistics import RelativeError
 from compress.stages._stage import StageConfig
-from compress.streaming.sites import Requirements, StreamPoint
-from compress.streaming.statistics import RelativeError
 
 
 class MeasureError(StageConfig):

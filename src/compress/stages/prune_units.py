@@ -4,7 +4,7 @@ The units whose loss the branch's writer can make up for best go first, one afte
 takes over what they did: structured Optimal Brain Surgeon on the group's own equations (`numerics/obs.py`). One count
 for all blocks, so that the model keeps the shape of a stock one.
 
-After `refit` the writer is the anchored solution, so units are judged by what they do towards the dense stream; without
+After `refit` the writer is the anchored solution, so units are judged by what they do toward the dense stream; without
 it, by what they do for the branch as it is.
 """
 
@@ -15,12 +15,12 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from compress.architectures.architecture import ModelSpec
+from compress.calibration.groups import Writers
+from compress.calibration.sites import Count, Requirements
+from compress.calibration.survey import SurveyNeed
 from compress.errors import UsageError, report
 from compress.numerics.obs import prune_units
 from compress.stages._stage import StageConfig
-from compress.streaming.groups import Writers
-from compress.streaming.sites import Count, Requirements
-from compress.streaming.survey import SurveyNeed
 
 Kept = Annotated[int, Field(ge=1)]
 
@@ -68,7 +68,7 @@ class PruneUnits(StageConfig):
         if count is None or before is None:
             raise UsageError(f"This model has no {self.units} that could be deleted.")
         stage = self if self.round_to else self.model_copy(update={"round_to": spec.architecture.steps()[self.units]})
-        report(stage.faults(count, spec.num_blocks))
+        report(stage.problems(count, spec.num_blocks))
         if stage.opens:
             return stage, replace(spec, undecided=spec.undecided | {self.units})
         kept = stage.kept(count)
@@ -84,7 +84,7 @@ class PruneUnits(StageConfig):
         kept = int((1 - self.ratio) * count)
         return max(kept - kept % self.step, self.step)
 
-    def faults(self, count: int, num_blocks: int) -> list[str]:
+    def problems(self, count: int, num_blocks: int) -> list[str]:
         """What does not fit a model whose blocks have `count` units."""
         if self.opens:
             return []

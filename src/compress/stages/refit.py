@@ -1,11 +1,11 @@
-"""The anchored refit: what reads and what writes the compressed stream is solved again, towards the dense model.
+"""The anchored refit: what reads and what writes the compressed stream is solved again, toward the dense model.
 
 Every group of linears is asked to make of what the compressed prefix gives it what the dense model had at its place,
-by ridge regression towards the weights it has (`streaming/groups.py` says what that means for readers and writers,
+by ridge regression toward the weights it has (`calibration/groups.py` says what that means for readers and writers,
 `numerics/ridge.py` how it is solved). Errors of the prefix are made up for by the groups behind it, which a method that
 lets each layer reproduce itself cannot do. Nothing changes where the compressed prefix is the dense one.
 
-How strongly a group is drawn towards its weights is chosen on windows that it is not fitted on; where no fit is better
+How strongly a group is drawn toward its weights is chosen on windows that it is not fitted on; where no fit is better
 there than the weights as they are, they stay. So do those of an expert that none of these windows' tokens reach.
 """
 
@@ -13,10 +13,10 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from compress.calibration.groups import LinearGroup
+from compress.calibration.sites import Requirements
 from compress.numerics.ridge import choose_damping, ridge
 from compress.stages._stage import StageConfig
-from compress.streaming.groups import LinearGroup
-from compress.streaming.sites import Requirements
 
 TRIAL_DAMPING = 0.03
 

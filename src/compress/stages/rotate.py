@@ -11,11 +11,11 @@ final_orientation: see `Basis`; the reference rotates at random without a seed, 
 
 from typing import ClassVar, Literal
 
+from compress.calibration.sites import Basis, Requirements, StreamPoint
+from compress.calibration.statistics import SecondMoment
 from compress.numerics.frames import OrthogonalFrame
 from compress.numerics.linalg import pca
 from compress.stages._stage import StageConfig
-from compress.streaming.sites import Basis, Requirements, StreamPoint
-from compress.streaming.statistics import SecondMoment
 
 
 class Rotate(StageConfig):

@@ -1,7 +1,7 @@
 """One basis for the whole stream, so that it passes every branch as it is and a sliced model is a plain, narrower one.
 
 SliceGPT (arXiv 2401.15024) gives each stretch of the stream a basis of its own and pays with shortcut matrices. Here
-the second moments of the normalised stream at all norms are added up, from one survey of the dense model, and one frame
+the second moments of the normalized stream at all norms are added up, from one survey of the dense model, and one frame
 is taken of the sum. Directions count by how much the stream moves in them and how much the loss feels it there:
 `balanced_frame` has the formula; `gradient_weight` 0 leaves the principal components, and no backward pass is made.
 """
@@ -10,10 +10,10 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from compress.calibration.sites import Requirements, WholeModel
+from compress.calibration.survey import SurveyNeed
 from compress.numerics.frames import balanced_frame, beside_the_mean, zero_mean_basis
 from compress.stages._stage import StageConfig
-from compress.streaming.sites import Requirements, WholeModel
-from compress.streaming.survey import SurveyNeed
 
 
 class RotateShared(StageConfig):

@@ -14,10 +14,10 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from compress.architectures.architecture import KERNEL_STEP, ModelSpec
+from compress.calibration.sites import Count, StreamPoint
 from compress.errors import report
 from compress.numerics.linalg import width_for_energy
 from compress.stages._stage import StageConfig
-from compress.streaming.sites import Count, StreamPoint
 
 Ratio = Annotated[float, Field(gt=0, lt=1)]
 RULES = ("ratio", "block_ratios", "linear_ratios", "explained_variance", "width")
@@ -60,7 +60,7 @@ class Slice(StageConfig):
             step = spec.architecture.steps()["hidden"]
             stage = self.model_copy(update={"round_to": step})
             spec = replace(spec, notes=(*spec.notes, *step_notes(step, is_stock=spec.architecture.is_stock)))
-        report(stage.faults(spec.points))
+        report(stage.problems(spec.points))
         if stage.opens:
             return stage, replace(spec, undecided=spec.undecided | {"hidden"})
         widths = (stage.planned_width(point) for point in spec.points)
@@ -98,23 +98,23 @@ class Slice(StageConfig):
         """Down to a multiple of `round_to`, but at least one of them; the full width is left as it is."""
         return width if width == dense_width else max(width - width % self.step, self.step)
 
-    def faults(self, points: Sequence[StreamPoint]) -> list[str]:
+    def problems(self, points: Sequence[StreamPoint]) -> list[str]:
         """What does not fit a model whose stream has these points."""
-        faults = []
+        problems = []
         num_blocks, dense_width = points[0].num_blocks, points[0].dense_width
         if self.block_ratios is not None and len(self.block_ratios) != num_blocks:
             return [f"{len(self.block_ratios)} ratios are given for {num_blocks} blocks. Give one for each block."]
         ratios = [ratio for ratio in map(self.ratio_at, points) if ratio is not None]
         if self.width is not None and self.width > dense_width:
-            faults.append(f"The width {self.width} is more than the model's hidden size of {dense_width}. Use less.")
+            problems.append(f"The width {self.width} is more than the model's hidden size of {dense_width}. Use less.")
         if ratios and int((1 - max(ratios)) * dense_width) < self.step:
-            faults.append(
+            problems.append(
                 f"The ratio {max(ratios)} leaves less than {self.round_to} of {dense_width} dimensions (widths are "
                 f"multiples of {self.round_to}). Use a smaller ratio or --round-to."
             )
         if ratios and all(self.planned_width(point) == dense_width for point in points):
-            faults.append(f"The ratio {max(ratios)} deletes nothing of {dense_width} dimensions. Use a larger one.")
-        return faults
+            problems.append(f"The ratio {max(ratios)} deletes nothing of {dense_width} dimensions. Use a larger one.")
+        return problems
 
 
 def step_notes(step: int, *, is_stock: bool) -> list[str]:

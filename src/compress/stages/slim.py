@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from compress.architectures.architecture import ModelSpec
 from compress.architectures.own import as_own
 from compress.architectures.packed import not_for_vllm
+from compress.calibration.linears import LinearShape, LinearSite, lost
+from compress.calibration.sites import Requirements
 from compress.errors import report
 from compress.models.expert_names import fused_piece
 from compress.models.factors import fill
@@ -32,13 +34,11 @@ from compress.numerics.decomposition import (
     Rounding,
     decompose_together,
 )
-from compress.numerics.grids import Numbers, Sharing
+from compress.numerics.grids import Granularity, QuantType
 from compress.numerics.sparsity import Pattern
 from compress.own_model.modeling_compress import AdaptedLinear
 from compress.stages._stage import StageConfig
 from compress.stages._targets import is_target, unmatched
-from compress.streaming.linears import LinearShape, LinearSite, lost
-from compress.streaming.sites import Requirements
 
 USUAL_GROUP = 128  # what engines' kernels are made for
 
@@ -93,7 +93,7 @@ class Quantize(Part):
         raise ValueError(f"group is tensor, channel or 2 inputs at least, got {value!r}")
 
     @property
-    def sharing(self) -> Sharing:
+    def granularity(self) -> Granularity:
         """What shares a step; a channel where that is still open."""
         return self.group if isinstance(self.group, int) else "tensor" if self.group == "tensor" else "channel"
 
@@ -142,7 +142,7 @@ class Slim(StageConfig):
     """
     target: which linears: `all`, `attention`, `mlp`, or patterns of names below a block such as `*.down_proj`.
     polish: rounds of coordinate descent after a sweep.
-    centre: a linear with a bias keeps the mean of its outputs by it, so that only what varies about it counts.
+    center: a linear with a bias keeps the mean of its outputs by it, so that only what varies about it counts.
     inputs: what each token's inputs are rounded to when the model runs.
     form: `packed`, for engines, `compact`, in as few bits as we can, or `dense`, merged again at the old size.
     dtype: of scales; settled when the model is known.
@@ -157,15 +157,15 @@ class Slim(StageConfig):
     quantize: Quantize | None = None
     adapt: Adapt | None = None
     polish: Annotated[int, Field(ge=0)] = 0
-    centre: bool = False
+    center: bool = False
     inputs: Literal["fp8", "int8"] | None = None
     dtype: str | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> "Slim":
-        faults = [rule for rule, broken in self._rules() if broken]
-        if faults:
-            raise ValueError("; ".join(faults))
+        problems = [rule for rule, broken in self._rules() if broken]
+        if problems:
+            raise ValueError("; ".join(problems))
         return self
 
     def _rules(self) -> list[tuple[str, bool]]:
@@ -225,7 +225,7 @@ class Slim(StageConfig):
     def plan(self, spec: ModelSpec) -> tuple["Slim", ModelSpec]:
         spec.require_decided("Storage goes by widths that are known beforehand. Give slice a ratio.")
         linears = spec.written_linears
-        report(self.faults(linears))
+        report(self.problems(linears))
         settled = self.settled(linears, spec.dtype)
         storage = settled.planned_storage(linears)
         if self.form == "compact":
@@ -238,25 +238,27 @@ class Slim(StageConfig):
         changes: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch.")}
         if self.quantize is not None and self.quantize.group is None:
             divides = all(linear.n % USUAL_GROUP == 0 for linear in linears if self.targets(linear))
-            group: Sharing = USUAL_GROUP if divides else "channel"
+            group: Granularity = USUAL_GROUP if divides else "channel"
             changes["quantize"] = self.quantize.model_copy(update={"group": group})
         return self.model_copy(update=changes)
 
-    def faults(self, linears: Sequence[LinearShape]) -> list[str]:
+    def problems(self, linears: Sequence[LinearShape]) -> list[str]:
         """What does not fit a model with these linears in its blocks."""
-        faults, targets = unmatched(self.target, linears), [linear for linear in linears if self.targets(linear)]
+        problems, targets = unmatched(self.target, linears), [linear for linear in linears if self.targets(linear)]
         if self.prune is not None and self.prune.parsed.is_grouped:
             group = self.prune.parsed.group
-            faults += uneven(targets, group, f"{self.prune.pattern} takes", "Leave it out with --target, or prune 50%")
+            problems += uneven(
+                targets, group, f"{self.prune.pattern} takes", "Leave it out with --target, or prune 50%"
+            )
         if self.quantize is not None and isinstance(self.quantize.group, int) and self.form == "packed":
-            faults += uneven(targets, self.quantize.group, "A scale takes", "Take another --group, or channel")
+            problems += uneven(targets, self.quantize.group, "A scale takes", "Take another --group, or channel")
         if self.form == "packed" and any(fused_piece(linear.path) for linear in linears):
-            faults.append(
+            problems.append(
                 "A model with experts cannot be packed: transformers fuses them while it loads, looks for the packed "
                 "parts of all, and has no linears for an adapter. Store it with --compact, or merge it with "
                 "--materialize."
             )
-        return faults
+        return problems
 
     def planned_storage(self, linears: Sequence[LinearShape]) -> dict[str, Storage]:
         """How it stores the linears that it works on, by path."""
@@ -268,7 +270,7 @@ class Slim(StageConfig):
         quantize, adapt = self.quantize, self.adapt
         options: dict[str, Any] = {}
         if quantize is not None:
-            options |= {"floating": quantize.floating, "group": quantize.sharing}
+            options |= {"floating": quantize.floating, "group": quantize.granularity}
             options |= {"symmetric": quantize.symmetric, "finer": quantize.important_inputs}
         if adapt is not None:
             options |= {"rank": adapt.rank_of(linear), "adapter_bits": adapt.bits, "adapter_group": adapt.group}
@@ -287,8 +289,8 @@ class Slim(StageConfig):
             pruning = Pruning(method=prune.method, pattern=prune.parsed, iterations=prune.iterations)
         if quantize is not None:
             rounding = Rounding(
-                numbers=Numbers(quantize.bits, quantize.floating),
-                group=quantize.sharing,
+                quant_type=QuantType(quantize.bits, quantize.floating),
+                group=quantize.granularity,
                 steps="mse" if quantize.method == "gptq" else quantize.method,
                 sweeps=quantize.method == "gptq",
                 symmetric=quantize.symmetric,
@@ -310,17 +312,17 @@ class Slim(StageConfig):
             for group in self.by_inputs([part for part in parts if part is not None]):
                 self.store(group)
         for site, product in zip(sites, products, strict=True):
-            site.notes["lost"] = lost(product, site.product, site.inputs, centred=self.centres(site))
+            site.notes["lost"] = lost(product, site.product, site.inputs, centered=self.centers(site))
 
     def by_inputs(self, sites: Sequence[LinearSite]) -> Iterable[list[LinearSite]]:
-        """Group linears by their inputs, and by whether these are centred."""
+        """Group linears by their inputs, and by whether these are centered."""
         found: dict[tuple[int, bool], list[LinearSite]] = {}
         for site in sites:
-            found.setdefault((id(site.inputs), self.centres(site)), []).append(site)
+            found.setdefault((id(site.inputs), self.centers(site)), []).append(site)
         return found.values()
 
-    def centres(self, site: LinearSite) -> bool:
-        return self.centre and site.shape.has_bias
+    def centers(self, site: LinearSite) -> bool:
+        return self.center and site.shape.has_bias
 
     def store(self, sites: Sequence[LinearSite]) -> None:
         first, hows = sites[0], [self.decomposition(site.shape) for site in sites]
@@ -328,7 +330,7 @@ class Slim(StageConfig):
             [site.weight for site in sites],
             first.inputs,
             hows,
-            centred=self.centres(first),
+            centered=self.centers(first),
             dtype=first.dtype,
             names=[site.name for site in sites],
         )

@@ -1,4 +1,4 @@
-"""Everything about a tuning is looked at before its first weight is read, and all faults are told at once."""
+"""Everything about a tuning is looked at before its first weight is read, and all problems are told at once."""
 
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -7,17 +7,17 @@ from typing import Any
 import psutil
 import torch
 
+from compress.calibration.weights import LazyWeights
 from compress.checkpoints.integrity import check_integrity
 from compress.checkpoints.metadata import Metadata, input_fingerprint, versions
 from compress.checkpoints.output_folder import check_output
 from compress.checkpoints.run_folder import own_metadata
 from compress.datasets.windows import fingerprint
-from compress.errors import Faults, UsageError
+from compress.errors import Problems, UsageError
 from compress.inspection.blueprint import blueprint
 from compress.models.loading import check_positions, check_vocabulary, load_config, load_tokenizer
 from compress.numerics.precision import check_computing
 from compress.progress import Progress, silent
-from compress.streaming.weights import LazyWeights
 from compress.tuning.linears import stored_in_codes
 from compress.tuning.settings import Rate, Settings, TuningJob, What, chosen_rate
 from compress.tuning.structure import chosen, num_trained, trainable, why_not_merged
@@ -78,31 +78,31 @@ def total_memory(device: torch.device) -> int:
 
 
 def look(job: TuningJob, progress: Progress = silent) -> Prepared:
-    """Raises a CompressError with a line for every fault, and the exit code of the first."""
+    """Raises a CompressError with a line for every problem, and the exit code of the first."""
     folder, settings = job.folder, job.settings
     metadata = own_metadata(folder, "tuned")
     check_integrity(folder, metadata, checksums=True, progress=progress)
     config, model = load_config(folder), blueprint(folder, metadata)
     teacher = None if job.teacher is None else job.teacher.whole_folder()
-    faults = Faults()
-    with faults.noted():
+    problems = Problems()
+    with problems.collect():
         what = chosen(settings.train, trainable(metadata, model))
         check_lora(settings, what)
         merge = merged_at_the_end(settings.merge, what, metadata)
-    with faults.noted():
+    with problems.collect():
         check_output(job)
     if job.dtype is not None:
-        with faults.noted():
+        with problems.collect():
             check_computing(job.dtype, job.device)
-    with faults.noted():
+    with problems.collect():
         check_positions(config.get_text_config(), settings.seq_len)
-    with faults.noted():
+    with problems.collect():
         texts = read_texts(job, metadata)
         check_vocabulary(texts.train, config, folder)
     if teacher is not None:
-        with faults.noted():
+        with problems.collect():
             check_teacher(folder, config, teacher)
-    faults.report()
+    problems.report()
     return Prepared(
         job=job,
         metadata=metadata,

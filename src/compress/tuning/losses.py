@@ -93,16 +93,16 @@ class Objective:
         """Hidden states of some predictions at a time, and the next tokens or the teacher's hidden states."""
         rows = max(FEWEST, LOGITS.get(ids.device.type, LOGITS_ELSEWHERE) // self.student.vocabulary)
         if self.teacher is None:
-            towards = ids[:, 1:].flatten()
+            toward = ids[:, 1:].flatten()
         else:
             with torch.no_grad(), self.autocast():
-                towards = self.teacher.hidden(ids)
-        return zip(hidden.split(rows), towards.split(rows), strict=True)
+                toward = self.teacher.hidden(ids)
+        return zip(hidden.split(rows), toward.split(rows), strict=True)
 
     @torch.no_grad()
-    def _compared(self, logits: Tensor, towards: Tensor) -> tuple[Tensor, Tensor]:
+    def _compared(self, logits: Tensor, toward: Tensor) -> tuple[Tensor, Tensor]:
         if self.teacher is None:
-            return cross_entropy_and_gradient(towards, logits)
+            return cross_entropy_and_gradient(toward, logits)
         with self.autocast():
-            wanted = self.teacher.logits(towards)
+            wanted = self.teacher.logits(toward)
         return kl_and_gradient(wanted, logits)

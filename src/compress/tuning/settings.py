@@ -1,4 +1,4 @@
-"""What is asked for: which text, how long, how fast, towards what.
+"""What is asked for: which text, how long, how fast, toward what.
 
 How far a step goes is a rate for everything alike, or for each tensor by its size (`Rate`).
 """
@@ -24,7 +24,7 @@ FEWEST_LOOKED_AT = 16
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """
-    distill: towards the text alone, or the dense model's distribution over next tokens.
+    distill: toward the text alone, or the dense model's distribution over next tokens.
     data: the text's name, or a file. steps, tokens, epochs: how long, one of the three. seq_len: tokens a window.
     batch_size: windows a step, of all processes together. train: None for what suits the checkpoint (`structure.py`).
     lora_rank, lora_alpha: of LoRA, whose product is multiplied by alpha / rank; alpha is the rank by default.

@@ -311,8 +311,8 @@ def notes(prepared: Prepared, tuning: TuningMetadata, added: int) -> list[str]:
             f"On {other.source}, which it was not trained on, its perplexity has risen by {rise:.0%}: the text is "
             "too narrow for general use."
         )
-    if tuning.data.licence:
-        found.append(f"The licence of {tuning.data.source} is {tuning.data.licence}.")
+    if tuning.data.license:
+        found.append(f"The license of {tuning.data.source} is {tuning.data.license}.")
     if prepared.metadata.export == "gguf":
         found.append("The GGUF file is of the weights before: it was left behind.")
     return [*found, *proof_notes(prepared.job.out)]

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compress.calibration.layout import ADAPTER_PREFIX
 from compress.checkpoints.adapter import adapter_config, write_adapter
 from compress.checkpoints.card import CARD
 from compress.checkpoints.files import adapter_file, write_json
@@ -29,7 +30,6 @@ from compress.models.loading import load_config
 from compress.models.stored_files import ADAPTER, StoredTensors, read_lora
 from compress.models.tensor_files import INDEX
 from compress.models.untrusted import read_json
-from compress.streaming.layout import ADAPTER_PREFIX
 from compress.tuning.trained import Settled
 
 # Of the checkpoint as it was: its metadata and card are written anew, and what was measured is true no more.

@@ -11,10 +11,10 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from compress.calibration.weights import READABLE, LazyWeights
 from compress.errors import UnsupportedModel
 from compress.models.gguf_opening import ROPE_FACTORS
 from compress.models.loading import empty_model, load_config
-from compress.streaming.weights import READABLE, LazyWeights
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
 ROPE_TYPES = ("default", "linear", "llama3")

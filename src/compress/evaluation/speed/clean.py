@@ -2,7 +2,7 @@
 
     python -P clean.py '{"folder": ..., "dtype": ..., "device": ..., ...}'
 
-Prints one JSON object: what `footprint.Footprint` is made of, or the fault of a model that does not load.
+Prints one JSON object: what `footprint.Footprint` is made of, or the problem of a model that does not load.
 """
 
 import gc
@@ -76,9 +76,9 @@ def answer(words: str) -> dict[str, Any]:
     try:
         return main(**json.loads(words))
     except CompressError as error:
-        return {"fault": str(error)}
+        return {"problem": str(error)}
     except torch.OutOfMemoryError:
-        return {"fault": None}
+        return {"problem": None}
 
 
 if __name__ == "__main__":

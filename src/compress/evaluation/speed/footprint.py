@@ -51,13 +51,13 @@ def footprint(
     quiet = {"PYTHONWARNINGS": "ignore", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     done = run_in_child("-P", clean.__file__, [json.dumps(asked)], quiet)
     found = answered(done, folder)
-    if found.get("fault", "") is None:
+    if found.get("problem", "") is None:
         raise UsageError(
             f"{folder} in {asked['dtype']} does not fit into the memory of {device}. "
             "Try --dtype bfloat16 or another --device."
         )
-    if "fault" in found:
-        raise CheckpointError(found["fault"])
+    if "problem" in found:
+        raise CheckpointError(found["problem"])
     peaks = {name: found[name] for name in ("before", "loading", "running")}
     return Footprint(bytes_on_disk(folder), Spread.of(found["seconds"]), **peaks)
 
@@ -65,7 +65,7 @@ def footprint(
 def answered(done: "subprocess.CompletedProcess[str]", folder: Path) -> dict[str, Any]:
     """What the process printed; that there was no memory where the system ended it."""
     if done.returncode == -signal.SIGKILL:
-        return {"fault": None}
+        return {"problem": None}
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1:] or ["no message"]
         raise CheckpointError(f"{folder} cannot be loaded and run in a process of its own: {last[0]}")

@@ -66,7 +66,7 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
 def in_turns(dense: Callable[[], T], compressed: Callable[[], T], rounds: int) -> list[tuple[T, T]]:
     """Both once a round, the first of the round by turns; one round before them warms up and is not counted.
 
-    So neither has the caches, the clock rate or the neighbours of a better moment to itself.
+    So neither has the caches, the clock rate or the neighbors of a better moment to itself.
     """
     dense(), compressed()
     pairs = []

@@ -23,11 +23,11 @@ def plot_spectra(seen: Inspection) -> list[Drawing]:
     import matplotlib as mpl
 
     figure, (plot,) = axes(8.0, 4.6, title=shortened(seen.name, 70))
-    colours = mpl.colormaps[MAP].resampled(len(points) + 1)
+    colors = mpl.colormaps[MAP].resampled(len(points) + 1)
     for number, point in enumerate(points):
         directions, shares = curve(point)
         label = {0: f"after {point.point}", len(points) - 1: f"after {points[-1].point}"}.get(number)
-        plot.plot(directions, shares, color=colours(number), linewidth=1.2, label=None if len(points) == 1 else label)
+        plot.plot(directions, shares, color=colors(number), linewidth=1.2, label=None if len(points) == 1 else label)
     for width in sorted({point.width for point in points if point.width < point.dense_width}):
         plot.axvline(width, color=ORANGE, linewidth=1.2, linestyle="--")
         plot.annotate(
@@ -116,9 +116,9 @@ def draw_losses(plot: "Axes", seen: Inspection) -> None:
     from matplotlib.ticker import LogLocator, MaxNLocator
 
     for number, (name, found) in enumerate(losses(seen).items()):
-        colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+        color, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
         line = "-" if number < len(COLOURS) else ":"
-        plot.plot(list(found), [100 * value for value in found.values()], line, color=colour, marker=marker, label=name)
+        plot.plot(list(found), [100 * value for value in found.values()], line, color=color, marker=marker, label=name)
     plot.set_yscale("log")
     plot.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     plot.yaxis.set_major_formatter("{x:g}")
@@ -140,7 +140,7 @@ def losses(seen: Inspection) -> dict[str, dict[int, float]]:
 
 
 def plot_ranks(seen: Inspection) -> list[Drawing]:
-    """Blocks by linears, coloured by the share of the full rank that factors or adapters have."""
+    """Blocks by linears, colored by the share of the full rank that factors or adapters have."""
     from matplotlib.ticker import PercentFormatter
 
     ranked = [linear for linear in seen.linears if linear.block is not None and linear.rank]
@@ -161,8 +161,8 @@ def plot_ranks(seen: Inspection) -> list[Drawing]:
     image = plot.imshow(shares, cmap=MAP, vmin=0, vmax=highest, aspect="auto")
     if len(written) <= WRITTEN:
         for (row, column), rank in written.items():
-            colour = "black" if shares[row][column] > 0.55 * highest else "white"
-            plot.text(column, row, str(rank), ha="center", va="center", color=colour, fontsize=9)
+            color = "black" if shares[row][column] > 0.55 * highest else "white"
+            plot.text(column, row, str(rank), ha="center", va="center", color=color, fontsize=9)
     plot.set_yticks(range(len(names)), names)
     plot.set_xticks(range(0, blocks, max(1, blocks // 16)))
     plot.set_xlabel("block")
@@ -177,7 +177,7 @@ def full_rank(linear: StoredLinear) -> int:
 
 
 def what(ranked: Sequence[StoredLinear]) -> str:
-    factorised = [bool(linear.metadata and linear.metadata.form) for linear in ranked]
-    if all(factorised):
+    factorized = [bool(linear.metadata and linear.metadata.form) for linear in ranked]
+    if all(factorized):
         return "rank of each linear"
-    return "rank of each linear, or of its adapter" if any(factorised) else "rank of each adapter"
+    return "rank of each linear, or of its adapter" if any(factorized) else "rank of each adapter"

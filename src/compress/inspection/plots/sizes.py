@@ -75,8 +75,8 @@ def draw_bytes(plot: "Axes", seen: Inspection) -> None:
 def draw_bits(plot: "Axes", seen: Inspection, names: list[str]) -> None:
     kinds = {name: [linear for linear in seen.linears if linear.name == name] for name in reversed(names)}
     found = {"all": seen.bits_per_weight or 0} | {name: bits_per_weight(each) or 0 for name, each in kinds.items()}
-    colours = [GREY if name == "all" else ORANGE for name in found]
-    bars = plot.barh(list(found), list(found.values()), color=colours)
+    colors = [GREY if name == "all" else ORANGE for name in found]
+    bars = plot.barh(list(found), list(found.values()), color=colors)
     plot.bar_label(bars, [f"{value:.2f}" for value in found.values()], padding=4, fontsize=10)
     plot.margins(x=0.12)
     plot.set_xlabel("stored [bits a weight]")

@@ -1,4 +1,4 @@
-"""How all plots look: one set of sizes, and colours that everybody can tell apart (Okabe and Ito's)."""
+"""How all plots look: one set of sizes, and colors that everybody can tell apart (Okabe and Ito's)."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

@@ -28,14 +28,9 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from compress.families import Family
-from compress.models.branch import Branch, ReaderGroup, captured_inputs, input_of, read_through, write_through
-from compress.models.decoder import Decoder
-from compress.numerics.frames import Frame
-from compress.numerics.ridge import NormalEquations
-from compress.streaming.divergence import copy_linears, mean_divergence
-from compress.streaming.experts import gather_experts, lots
-from compress.streaming.groups import (
+from compress.calibration.divergence import copy_linears, mean_divergence
+from compress.calibration.experts import chunks, gather_experts
+from compress.calibration.groups import (
     EquationSums,
     LinearGroup,
     Readers,
@@ -45,19 +40,24 @@ from compress.streaming.groups import (
     writer_linears,
     writer_matrix,
 )
-from compress.streaming.layout import Layout
-from compress.streaming.linears import LinearSite
-from compress.streaming.resources import Stopwatch
-from compress.streaming.rewriting import LinearRewriter, Report
-from compress.streaming.sites import Basis, Stage, StreamPoint
-from compress.streaming.statistics import Accumulator, Need
-from compress.streaming.streams import Batch, Streams, rows
-from compress.streaming.survey import Survey
+from compress.calibration.layout import Layout
+from compress.calibration.linears import LinearSite
+from compress.calibration.resources import Stopwatch
+from compress.calibration.rewriting import LinearRewriter, Report
+from compress.calibration.sites import Basis, Stage, StreamPoint
+from compress.calibration.statistics import Accumulator, Need
+from compress.calibration.streams import Batch, Streams, rows
+from compress.calibration.survey import Survey
+from compress.families import Family
+from compress.models.branch import Branch, ReaderGroup, captured_inputs, input_of, read_through, write_through
+from compress.models.decoder import Decoder
+from compress.numerics.frames import Frame
+from compress.numerics.ridge import NormalEquations
 
 Gathered = dict[Need, Accumulator]
 
 
-class Passage:
+class BranchPass:
     """
     survey: of the dense model, where a stage asked for one.
     frame: what the bases of all points are of, where they share one.
@@ -232,7 +232,7 @@ class Passage:
                 accumulator.add(wide, dense)
         self._decide(point, gathered)
         encode = self._write_in_basis(branch, point)
-        for numbers in lots(branch.experts, self.decoder.dense_width):
+        for numbers in chunks(branch.experts, self.decoder.dense_width):
             with self.clock("statistics"):
                 equations = gather_experts(branch, numbers, block, self.streams, self._weigh, encode)
             for number, (given, held_out) in zip(numbers, equations, strict=True):

@@ -9,7 +9,7 @@ those that came (or of variance 1 where none came). Nothing is changed at n = k;
 writers by their weights alone.
 
 **The anchored fit.** All experts' writers together are one least-squares problem of experts x inner unknown rows, too
-wide to solve. A token whose experts have the shares p_e (1 in sum) lacks r towards the dense stream; with changes D_e,
+wide to solve. A token whose experts have the shares p_e (1 in sum) lacks r toward the dense stream; with changes D_e,
 
     ||r - sum_e u_e D_e||^2  <=  sum_e ||p_e r - u_e D_e||^2 / p_e        (convexity; equal at D = 0)
 
@@ -26,12 +26,12 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor, nn
 
+from compress.calibration.groups import EquationSums, InputSums, mean_moments, writer_matrix
+from compress.calibration.processes import Processes
+from compress.calibration.streams import Streams, rows
 from compress.models.branch import Branch, captured_inputs
 from compress.numerics.lowrank import InputMoments, normal_moments
 from compress.numerics.ridge import NormalEquations
-from compress.streaming.groups import EquationSums, InputSums, mean_moments, writer_matrix
-from compress.streaming.processes import Processes
-from compress.streaming.streams import Streams, rows
 
 LOT_BYTES = 2**32  # of the equations of experts that are fitted together
 SMALLEST_PART = 1e-12
@@ -40,7 +40,7 @@ Weigh = Callable[[Tensor], Tensor]  # the dense stream's tokens (n, D) to how mu
 
 
 @dataclass(frozen=True)
-class Filled:
+class Regularized:
     """A linear's inputs over all processes, with the pseudo-tokens added. tokens: how many real ones there were."""
 
     fit: NormalEquations
@@ -51,12 +51,12 @@ class Filled:
         return mean_moments(self.fit, self.inputs)
 
 
-def filled_up(
+def regularized(
     sums: EquationSums,
     processes: Processes,
     like: InputMoments | None = None,
     matrix: Float64[Tensor, "k m"] | None = None,
-) -> Filled:
+) -> Regularized:
     """Add pseudo-tokens to a linear that was given fewer tokens than its k inputs, so that there are k.
 
     like: what their inputs are; by default white. matrix: what is made of them, where there are targets.
@@ -65,13 +65,13 @@ def filled_up(
     given, seen = int(processes.total(sums.fitted)), int(processes.total(sums.seen))
     width = len(fit.G)
     if given >= width:
-        return Filled(fit, inputs, seen)
+        return Regularized(fit, inputs, seen)
     weight = (width - given) * (fit.tokens / given if given else 1.0)
     like = white(fit) if like is None else like
     G = weight * like.second
     B = fit.B if matrix is None else fit.B + G @ matrix
     beside = InputSums(inputs.total + weight * like.mean, inputs.absolute + weight * like.mean_abs)
-    return Filled(NormalEquations(fit.G + G, B, fit.tokens + weight), beside, seen)
+    return Regularized(NormalEquations(fit.G + G, B, fit.tokens + weight), beside, seen)
 
 
 def white(fit: NormalEquations) -> InputMoments:
@@ -81,7 +81,7 @@ def white(fit: NormalEquations) -> InputMoments:
     return normal_moments(second, second.new_zeros(len(second)))
 
 
-def lots(experts: Sequence[Branch], targets: int) -> Iterator[range]:
+def chunks(experts: Sequence[Branch], targets: int) -> Iterator[range]:
     """Split the experts into chunks whose equations, held-out ones included, fit in memory together."""
     widest = max(writer_of(expert).in_features for expert in experts)
     size = max(1, LOT_BYTES // equation_bytes(widest, targets))
@@ -96,7 +96,7 @@ def gather_experts(
     streams: Streams,
     weigh: Weigh,
     encode: Float64[Tensor, "D d"] | None,
-) -> list[tuple[Filled, NormalEquations]]:
+) -> list[tuple[Regularized, NormalEquations]]:
     """Gather the normal equations of some of a branch's experts, to fit on (with pseudo-tokens) and held out.
 
     encode: of the basis that the branch writes in, None for the dense one.
@@ -121,7 +121,7 @@ def gather_experts(
             sums[place].add(u, meant, weights=weights[tokens] / part, held_out=batch.held_out)
     processes = streams.processes
     return [
-        (filled_up(its_sums, processes, matrix=matrix), its_sums.held_out(processes))
+        (regularized(its_sums, processes, matrix=matrix), its_sums.held_out(processes))
         for its_sums, matrix in zip(sums, matrices, strict=True)
     ]
 

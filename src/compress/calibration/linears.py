@@ -1,8 +1,8 @@
 """One linear layer of a block, for stages that work on linears one by one: factorizing, quantizing, pruning.
 
-Such a stage finds the linear as the stages before it left it (refitted towards the dense model, where `refit` is among
+Such a stage finds the linear as the stages before it left it (refitted toward the dense model, where `refit` is among
 them), what the calibration text gives it as inputs and, where a survey was asked for it, how the loss feels an error of
-its outputs. It puts another module, or other weights, in its place. What has been factorised is two linears, which
+its outputs. It puts another module, or other weights, in its place. What has been factorized is two linears, which
 later stages find one by one by `linears()`.
 """
 
@@ -98,11 +98,11 @@ class LinearSite:
     @property
     def _linear(self) -> nn.Linear:
         if not isinstance(self.module, nn.Linear):
-            raise TypeError(f"{self.name} is no plain linear any more; `linears()` gives a factorised one's parts.")
+            raise TypeError(f"{self.name} is no plain linear any more; `linears()` gives a factorized one's parts.")
         return self.module
 
-    def lost(self, product: Float64[Tensor, "m n"], *, centred: bool) -> float:
-        return lost(self.weight, product, self.inputs, centred=centred)
+    def lost(self, product: Float64[Tensor, "m n"], *, centered: bool) -> float:
+        return lost(self.weight, product, self.inputs, centered=centered)
 
     @property
     def product(self) -> Float64[Tensor, "m n"]:
@@ -151,9 +151,9 @@ class LinearSite:
         return {"linear": self.shape.path, **self.notes}
 
 
-def lost(W: Tensor, product: Tensor, inputs: InputMoments, *, centred: bool) -> float:
+def lost(W: Tensor, product: Tensor, inputs: InputMoments, *, centered: bool) -> float:
     """The share of the outputs' energy, or of their variance, that is lost with `product` (m, n) in place of W."""
-    C, missed = inputs.spread(centred=centred).C, W - product
+    C, missed = inputs.spread(centered=centered).C, W - product
     return float((missed @ C * missed).sum() / (W @ C * W).sum().clamp_min(1e-300))
 
 

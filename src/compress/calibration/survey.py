@@ -1,10 +1,10 @@
 """Survey the dense model before anything is changed: moments of its stream and of the loss's gradient.
 
-For a basis that all layers share, the second moment of the normalised stream at every norm of the model is needed, and
+For a basis that all layers share, the second moment of the normalized stream at every norm of the model is needed, and
 that of the loss's gradient at the same places. Both come from one pass forward and one backward, a block at a time: the
 inputs of all blocks are kept, in memory or on disk, and no weight is ever changed.
 
-The loss is the cross-entropy of the next token of the calibration text. The gradient is that by the normalised stream,
+The loss is the cross-entropy of the next token of the calibration text. The gradient is that by the normalized stream,
 n = x / rms(x): dL/dn = rms(x) dL/dx, with rms(x) taken as given. A LayerNorm model's stream is taken without its mean,
 which no LayerNorm lets pass.
 
@@ -21,17 +21,17 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
+from compress.calibration.cache import ActivationCache, Interner
+from compress.calibration.loader import PartLoader
+from compress.calibration.processes import ALONE, Processes
+from compress.calibration.resources import return_free_memory
+from compress.calibration.spectra import GradientFiles, LinearObserver, Spectrum, Watched
+from compress.calibration.streams import Batch, CacheFolder
+from compress.calibration.unit_costs import UnitObserver, WatchedUnits
 from compress.models.branch import Branch, captured_inputs
 from compress.models.decoder import Arguments, Decoder
 from compress.models.soundness import check_sound
 from compress.numerics.sums import GramSum, at_least_float32
-from compress.streaming.cache import ActivationCache, Interner
-from compress.streaming.loader import PartLoader
-from compress.streaming.processes import ALONE, Processes
-from compress.streaming.resources import return_free_memory
-from compress.streaming.spectra import GradientFiles, LinearObserver, Spectrum, Watched
-from compress.streaming.streams import Batch, CacheFolder
-from compress.streaming.unit_costs import UnitObserver, WatchedUnits
 
 # Tokens of each window whose logits are held at a time: a row of them is as wide as the vocabulary.
 TOKENS_AT_ONCE = 64

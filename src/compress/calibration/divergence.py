@@ -6,10 +6,10 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import nn
 
+from compress.calibration.streams import Streams, rows
 from compress.errors import NumericalError
 from compress.models.branch import Branch
 from compress.numerics.losses import kl_divergence
-from compress.streaming.streams import Streams, rows
 
 # Tokens whose logits are held at a time: a row of them is as wide as the vocabulary.
 LOGITS_AT_ONCE = 256

@@ -13,10 +13,10 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from compress.calibration.cache import ActivationCache, Interner, cache_bytes
+from compress.calibration.processes import ALONE, Processes
 from compress.models.branch import Branch
 from compress.models.decoder import Arguments, Decoder
-from compress.streaming.cache import ActivationCache, Interner, cache_bytes
-from compress.streaming.processes import ALONE, Processes
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Factorised models out of the pipeline: what is written is what was planned, reloads and computes what it should."""
+"""Factorized models out of the pipeline: what is written is what was planned, reloads and computes what it should."""
 
 import json
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ from compress.planning.plan import Plan
 from compress.planning.prepare import Job, read_windows
 from compress.recipe import parse_recipe
 from contract import Written
-from factorising import HALF, RANK, Whole, block_linears, job_of, run_unproved, same_function, slicing
+from factorizing import HALF, RANK, Whole, block_linears, job_of, run_unproved, same_function, slicing
 from recipes import lowrank
 from runs import tensors_of
 
@@ -111,7 +111,7 @@ def planned_and_made(tmp_path_factory) -> tuple[Mapping[str, Plan], Mapping[str,
 
 
 @pytest.mark.parametrize("name", COMPOSED)
-def test_a_sliced_model_is_factorised_as_it_was_planned(name, planned_and_made):
+def test_a_sliced_model_is_factorized_as_it_was_planned(name, planned_and_made):
     plan, result = planned_and_made[0][f"sliced: {name}"], planned_and_made[1][f"sliced: {name}"].result
     assert plan.size == result.size
     assert result.widths[0] == COMPOSED[name][2]
@@ -120,7 +120,7 @@ def test_a_sliced_model_is_factorised_as_it_was_planned(name, planned_and_made):
 
 
 @pytest.mark.parametrize("name", ["llama, fewer neurons", "opt, per layer, fewer neurons"])
-def test_a_sliced_and_factorised_config_comes_back_from_json(name, planned_and_made, tmp_path):
+def test_a_sliced_and_factorized_config_comes_back_from_json(name, planned_and_made, tmp_path):
     plan = planned_and_made[0][f"sliced: {name}"]
     config = plan.spec.config(torch.float32)
     (tmp_path / "saved").mkdir()

@@ -17,13 +17,13 @@ from jaxtyping import Float, Float64
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from compress.calibration.experts import regularized
+from compress.calibration.groups import EquationSums
+from compress.calibration.processes import ALONE, Processes
 from compress.io import WrittenFile, write_tensors
 from compress.models.decoder import Decoder
 from compress.numerics.lowrank import InputMoments, Spread, gradient_metric, output_energies
 from compress.numerics.sums import DiagonalSum, GramSum
-from compress.streaming.experts import filled_up
-from compress.streaming.groups import EquationSums
-from compress.streaming.processes import ALONE, Processes
 
 WIDEST = 2  # times the stream: up to that the gradient's moment is a whole matrix
 
@@ -41,16 +41,16 @@ class Spectrum:
 
 
 @dataclass(frozen=True)
-class LinearWatch:
+class LinearFilter:
     """Select the linears that a stage wants spectra of, and how they are measured.
 
-    gradient_weight: as `gradient_metric` has it. centres: whether the mean of the outputs does not count, with a bias
+    gradient_weight: as `gradient_metric` has it. centers: whether the mean of the outputs does not count, with a bias
         or without.
     """
 
     wanted: Callable[[str, str], bool]
     gradient_weight: float
-    centres: Callable[..., bool]
+    centers: Callable[..., bool]
 
 
 @dataclass
@@ -80,7 +80,7 @@ class LinearObserver:
     """Gather the moments block by block, each process from its own batches."""
 
     def __init__(
-        self, watch: LinearWatch, files: GradientFiles, decoder: Decoder, processes: Processes = ALONE
+        self, watch: LinearFilter, files: GradientFiles, decoder: Decoder, processes: Processes = ALONE
     ) -> None:
         self.processes = processes
         self.watch = watch
@@ -112,7 +112,7 @@ class LinearObserver:
         moments = {path: self._moments(path) for path in self.linears if sharing[path] == path}
         gradients = self._mean_gradients()
         for path, linear in self.linears.items():
-            spread = moments[sharing[path]].spread(centred=self.watch.centres(has_bias=linear.bias is not None))
+            spread = moments[sharing[path]].spread(centered=self.watch.centers(has_bias=linear.bias is not None))
             self.spectra[path] = self._spectrum(path, linear.weight.double(), spread, gradients)
             self.processes.follow(*self.spectra[path].tensors)
         if gradients and self.processes.is_first:
@@ -130,7 +130,7 @@ class LinearObserver:
         width, place = self.linears[path].in_features, self.shared.get(path)
         sums = EquationSums(width, 0, self.device) if place is None else self.sums[place]  # no token reached an expert
         if self.processes.total(sums.seen) < self.processes.total(self.tokens):
-            return filled_up(sums, self.processes).moments()
+            return regularized(sums, self.processes).moments()
         return sums.moments(self.processes)
 
     def _mean_gradients(self) -> dict[str, Tensor]:

@@ -86,7 +86,7 @@ class FailedElsewhere(CompressError):
 class Group(Processes):
     """The processes of one launch, by torch.distributed. store: the launcher's, which all reach."""
 
-    neighbours: Mapping[int, int] = {}  # process ids by ranks, of those on this machine
+    neighbors: Mapping[int, int] = {}  # process ids by ranks, of those on this machine
 
     def __init__(self, rank: int, count: int, local_count: int, store: Any) -> None:
         self.rank = rank
@@ -166,7 +166,7 @@ class Group(Processes):
 
     def _check(self) -> None:
         """Raise FailedElsewhere where another process has failed, or is gone without a message."""
-        gone = [rank for rank, pid in self.neighbours.items() if not is_running(pid)]
+        gone = [rank for rank, pid in self.neighbors.items() if not is_running(pid)]
         if self.store.check([FAILURE]):
             raise FailedElsewhere(*json.loads(self.store.get(FAILURE)))
         if gone:
@@ -176,7 +176,7 @@ class Group(Processes):
         """Find out which processes are on this machine."""
         here = platform.node()
         met = self.gathered([here, os.getpid()])
-        self.neighbours = {rank: pid for rank, (node, pid) in enumerate(met) if node == here and rank != self.rank}
+        self.neighbors = {rank: pid for rank, (node, pid) in enumerate(met) if node == here and rank != self.rank}
 
     @contextmanager
     def shared_fate(self) -> Iterator[None]:

@@ -16,14 +16,14 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
+from compress.calibration.groups import LinearGroup
+from compress.calibration.linears import LinearSite
+from compress.calibration.spectra import LinearFilter
+from compress.calibration.statistics import Need
+from compress.calibration.survey import Survey, SurveyNeed
 from compress.models.branch import Branch
 from compress.numerics.frames import Frame
 from compress.numerics.linalg import kept_energy, random_orthogonal, spectrum
-from compress.streaming.groups import LinearGroup
-from compress.streaming.linears import LinearSite
-from compress.streaming.spectra import LinearWatch
-from compress.streaming.statistics import Need
-from compress.streaming.survey import Survey, SurveyNeed
 
 
 @dataclass
@@ -148,7 +148,7 @@ class Requirements:
 
     statistics: tuple[Need, ...] = ()
     survey: SurveyNeed = SurveyNeed.NONE
-    watch: LinearWatch | None = None
+    watch: LinearFilter | None = None
     held_out: float = 0.0
     inputs: Literal["sequential", "single_pass", "dense"] = "sequential"
 

@@ -1,4 +1,4 @@
-"""Runs that factorise, of tiny models; what the tests of the stage, of its runs and of its plans share."""
+"""Runs that factorize, of tiny models; what the tests of the stage, of its runs and of its plans share."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -18,12 +18,12 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor, nn
 
+from compress.calibration.groups import EquationSums
+from compress.calibration.processes import Processes
+from compress.calibration.streams import rows
 from compress.models.branch import Branch
 from compress.numerics.obs import elimination
 from compress.numerics.ridge import cholesky, damped
-from compress.streaming.groups import EquationSums
-from compress.streaming.processes import Processes
-from compress.streaming.streams import rows
 
 DAMPING = 0.01  # of the mean diagonal of G
 FLOOR = 1e-3  # of the mean diagonal of M: keeps directions without a gradient from costing nothing

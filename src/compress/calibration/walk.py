@@ -1,7 +1,7 @@
 """Walk over a decoder: read every weight once, yield finished parts one by one.
 
-Part after part is read, taken through its stages (`passage.py` says in which order), rounded, handed out and emptied. A
-short probe passes through the rounded weights: what it comes to is what the written checkpoint must give.
+Part after part is read, taken through its stages (`branch_pass.py` says in which order), rounded, yielded and
+emptied. A short probe passes through the rounded weights: its logits are what the written checkpoint must give.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,22 +14,22 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor, nn
 
+from compress.calibration.branch_pass import BranchPass, keeps_before_post_norms, num_streams
+from compress.calibration.layout import Layout
+from compress.calibration.loader import PartLoader
+from compress.calibration.processes import ALONE, Processes
+from compress.calibration.resources import Stopwatch, return_free_memory
+from compress.calibration.rewriting import Report
+from compress.calibration.sites import Stage, StreamPoint, WholeModel, stream_points
+from compress.calibration.streams import CacheFolder, Streams, split_windows
+from compress.calibration.survey import Survey
+from compress.calibration.weights import LazyWeights
 from compress.errors import NumericalError
 from compress.models.decoder import Arguments, Decoder
 from compress.models.packed import inputs_as_they_are
 from compress.models.soundness import check_sound
 from compress.models.storage import num_parameters
 from compress.numerics.frames import Frame
-from compress.streaming.layout import Layout
-from compress.streaming.loader import PartLoader
-from compress.streaming.passage import Passage, keeps_before_post_norms, num_streams
-from compress.streaming.processes import ALONE, Processes
-from compress.streaming.resources import Stopwatch, return_free_memory
-from compress.streaming.rewriting import Report
-from compress.streaming.sites import Stage, StreamPoint, WholeModel, stream_points
-from compress.streaming.streams import CacheFolder, Streams, split_windows
-from compress.streaming.survey import Survey
-from compress.streaming.weights import LazyWeights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +115,7 @@ class Walk:
             memory=settings.cache_memory,
             processes=processes,
         )
-        self.passage = Passage(decoder, self.streams, stages, settings.layout, self.clock, survey, frame)
+        self.branch_pass = BranchPass(decoder, self.streams, stages, settings.layout, self.clock, survey, frame)
         self.probe_arguments: list[Arguments] = []
         self.probe: Tensor | None = None
         self.next_part = 0
@@ -136,7 +136,7 @@ class Walk:
             return_free_memory()
 
     def state(self) -> dict[str, Tensor]:
-        optional = {"decode": self.passage.decode, "probe": self.probe}
+        optional = {"decode": self.branch_pass.decode, "probe": self.probe}
         return self.streams.state() | {name: tensor.cpu() for name, tensor in optional.items() if tensor is not None}
 
     @torch.no_grad()
@@ -146,7 +146,7 @@ class Walk:
             self._record_probe()
         self.streams.restore(state)
         device = self.decoder.device
-        self.passage.decode = state["decode"].clone().to(device) if "decode" in state else None
+        self.branch_pass.decode = state["decode"].clone().to(device) if "decode" in state else None
         self.probe = state["probe"].clone().to(device)
         self.next_part = next_part
 
@@ -164,7 +164,7 @@ class Walk:
         branch, point = self.decoder.embedding_branch(), self.points[0]
         with self._loaded(self.loader.embeddings()):
             self._record_probe()
-            self.passage.embed(branch, point)
+            self.branch_pass.embed(branch, point)
             tables = dict[str, Tensor]()
             for name in self.decoder.family.embedding_parts:
                 tables |= named_tensors(f"{name}.", self.decoder.model.get_submodule(name))
@@ -179,7 +179,7 @@ class Walk:
             first = 1 + index * len(branches)
             points, groups = self.points[first : first + len(branches)], list[Report]()
             for branch, point in zip(branches, points, strict=True):
-                groups += self.passage.through(branch, point, index)
+                groups += self.branch_pass.through(branch, point, index)
             tensors = named_tensors(decoder.block_prefix(index), block)
             part = self._finish(index + 1, f"block {index}", tensors, points=points, groups=groups)
             part.parameters = num_parameters(block)
@@ -192,7 +192,7 @@ class Walk:
     def _walk_head(self) -> FinishedPart:
         decoder, branch = self.decoder, self.decoder.head_branch()
         with self._loaded(self.loader.head()):
-            groups, divergence = self.passage.read_out(branch)
+            groups, divergence = self.branch_pass.read_out(branch)
             tensors = dict[str, Tensor]()
             for name in decoder.family.head_parts:
                 tensors |= named_tensors(f"{name}.", decoder.model.get_submodule(name))

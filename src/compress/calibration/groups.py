@@ -26,12 +26,12 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor, nn
 
+from compress.calibration.processes import ALONE, Processes
 from compress.models.branch import Branch, set_bias, set_weight
 from compress.models.factors import with_outputs
 from compress.numerics.lowrank import InputMoments
 from compress.numerics.ridge import NormalEquations
 from compress.numerics.sums import TOKENS_AT_ONCE, GramSum, add_product, at_least_float32
-from compress.streaming.processes import ALONE, Processes
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class LinearGroup(ABC):
     block: the block it is in; past the last one for the head.
     matrix: (k, targets); what the group now makes of u. A stage replaces it, `write` puts it into the linears.
     tokens: how many an expert was given; None for a group that all tokens pass.
-    damping: how strongly the matrix was drawn towards what it was, in units of the mean of fit.G's diagonal; later
+    damping: how strongly the matrix was drawn toward what it was, in units of the mean of fit.G's diagonal; later
         stages judge changes by the same measure.
     processes: those that the equations come from; the first one decides.
     notes: what stages have to say about the group in the report.

@@ -7,20 +7,20 @@ from typing import Any
 
 from torch import nn
 
+from compress.calibration.experts import regularized
+from compress.calibration.groups import EquationSums, Readers, Writers
+from compress.calibration.layout import Layout
+from compress.calibration.linears import LinearSite, Rewritten, linear_shape, no_gradient
+from compress.calibration.processes import ALONE, Processes
+from compress.calibration.resources import Stopwatch
+from compress.calibration.sites import Stage
+from compress.calibration.streams import Streams, rows
+from compress.calibration.survey import Survey
 from compress.models.branch import Branch, captured_inputs
 from compress.models.decoder import Decoder
 from compress.models.factors import AnyLinear
 from compress.models.written import Written, WrittenForm, in_form
 from compress.numerics.lowrank import InputMoments
-from compress.streaming.experts import filled_up
-from compress.streaming.groups import EquationSums, Readers, Writers
-from compress.streaming.layout import Layout
-from compress.streaming.linears import LinearSite, Rewritten, linear_shape, no_gradient
-from compress.streaming.processes import ALONE, Processes
-from compress.streaming.resources import Stopwatch
-from compress.streaming.sites import Stage
-from compress.streaming.streams import Streams, rows
-from compress.streaming.survey import Survey
 
 Report = dict[str, Any]
 
@@ -120,7 +120,7 @@ class LinearRewriter:
         form, tokens = self.layout.form(branch, name), None
         with self.clock("statistics"):
             if name in branch.expert_linears:
-                given = filled_up(sums, self.processes, every if name in branch.readers else None)
+                given = regularized(sums, self.processes, every if name in branch.readers else None)
                 moments, tokens = given.moments(), given.tokens
             else:
                 moments = sums.moments(self.processes)
@@ -158,7 +158,7 @@ class LinearRewriter:
     def _in_written_form(self, branch: Branch, name: str, site: LinearSite, inputs: InputMoments) -> LinearSite:
         """Bring a linear into the checkpoint's form; the walk goes on with it through a change of form."""
         form = self.layout.form(branch, name)
-        if form.is_the_walks:
+        if form.is_identity:
             return site
         width = branch.in_features(name)
         assert isinstance(site.module, AnyLinear)

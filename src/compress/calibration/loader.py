@@ -5,8 +5,8 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
+from compress.calibration.weights import LazyWeights
 from compress.models.decoder import Decoder
-from compress.streaming.weights import LazyWeights
 
 
 class PartLoader:
