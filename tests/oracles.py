@@ -239,7 +239,7 @@ def sliced_model(result: Walked, dtype: torch.dtype = torch.float64) -> Compress
     model = empty_sliced_model(result.config, result.family, result.widths, dtype)
     tensors = dict(result.tensors)
     for name, parameter in model.named_parameters():
-        if name.endswith("_shortcut.weight") and result.walk.passage.decode is None:
+        if name.endswith("_shortcut.weight") and result.walk.branch_pass.decode is None:
             assert name not in tensors
             tensors[name] = torch.eye(len(parameter), dtype=dtype)
     model.load_state_dict(tensors)

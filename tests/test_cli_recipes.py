@@ -225,8 +225,8 @@ def test_set_reaches_what_is_no_stage(home):
         ),
         ("slim --set slim.polishes=3", ["--set slim.polishes=3: Unknown key 'polishes'. Did you mean 'polish'?"]),
         (
-            "slim --set slim.quantize.bits=3",
-            ["--set slim.quantize.bits=3: Unknown key 'quantize'. Did you mean 'quantize'?"],
+            "slim --set slim.quantized.bits=3",
+            ["--set slim.quantized.bits=3: Unknown key 'quantized'. Did you mean 'quantize'?"],
         ),
         ("slim --set slim.polish=many", ["--set slim.polish=many: Input should be a valid integer"]),
         ("slim --set slim.polish=-1", ["--set slim.polish=-1: Input should be greater than or equal to 0"]),

@@ -279,7 +279,7 @@ def test_the_first_branch_is_refitted_as_written_out(model_type, changes, rotati
     notes = dampings(result.parts[1:2])
     name = "parallel" if model_type == "phi" else "attention"
     biased = changes is not WITHOUT_BIASES
-    plain = FirstBranch(model, result.walk.passage.frame, biased=biased)
+    plain = FirstBranch(model, result.walk.branch_pass.frame, biased=biased)
     expected: dict[str, Tensor] = {}
 
     problem = plain.reader_problem()
@@ -365,7 +365,7 @@ def test_a_shared_rotation_is_the_dense_model_with_its_stream_projected(model_ty
     target = target_of(folder, "one basis")
     result = walked(folder, stages, target=target)
     assert result.widths == [NARROW] * len(result.widths)
-    frame = result.walk.passage.frame
+    frame = result.walk.branch_pass.frame
     P = frame.encode(NARROW) @ frame.decode(NARROW)
     dense, held_out = oracles.logits_of(model, UNSEEN), oracles.logits_of(model, WINDOWS[HELD_OUT])
     with projected(model, P):

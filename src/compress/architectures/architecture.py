@@ -111,8 +111,20 @@ class ModelSpec:
 
     @property
     def packed(self) -> dict[str, Storage]:
-        """The linears that are stored as compressed-tensors and PEFT read them."""
-        return {path: storage for path, storage in self.storage.items() if storage.form == "packed"}
+        """The linears and tables that engines' formats store: compressed-tensors, PEFT and GGUF."""
+        return {path: storage for path, storage in self.storage.items() if storage.form in ("packed", "gguf")}
+
+    @property
+    def is_gguf(self) -> bool:
+        """Whether the result is one GGUF file."""
+        return any(storage.form == "gguf" for storage in self.storage.values())
+
+    @cached_property
+    def tables(self) -> list[tuple[str, int]]:
+        """The paths of the embeddings' tables and of the head, where it is not tied; the length of their rows."""
+        family, config, model = self.architecture.family, self.config(), self.model()
+        paths = (*family.embeddings, *(() if config.tie_word_embeddings else (family.head,)))
+        return [(path, model.get_submodule(path).get_parameter("weight").shape[1]) for path in paths]
 
     def model(self, *, num_blocks: int | None = None) -> PreTrainedModel:
         """Build it without weights, on the meta device; with fewer blocks, if asked."""
@@ -216,8 +228,12 @@ class Architecture(ABC):
         """Build the model without weights, on the meta device; with fewer blocks, if asked."""
         config = self._config(spec, torch.float32)
         model = unfuse_experts(empty_model(config if num_blocks is None else self._shortened(config, num_blocks)))
-        put_packed(model, spec.packed)
+        put_packed(model, {path: how for path, how in spec.packed.items() if path not in self.family.embeddings})
         model.tie_weights()
+        if tables := {path: how for path, how in spec.packed.items() if path in self.family.embeddings}:
+            if config.tie_word_embeddings:
+                model.set_submodule(self.family.head, nn.Identity())
+            put_packed(model, tables)
         return model
 
     @abstractmethod

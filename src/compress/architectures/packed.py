@@ -17,14 +17,13 @@ MADE_ANEW = ("falcon", "gpt_bigcode")  # whose classes initialize linears by han
 
 
 def put_packed(model: nn.Module, packed: Mapping[str, Storage]) -> None:
-    """Replace plain linears by empty packed ones, by path, on the meta device."""
+    """Replace plain linears and tables by empty packed ones, by path, on the meta device."""
     for path, storage in packed.items():
-        linear = model.get_submodule(path)
-        assert isinstance(linear, nn.Linear)
-        has_bias, dtype = linear.bias is not None, linear.weight.dtype
+        linear: Any = model.get_submodule(path)
+        (m, n), dtype = linear.weight.shape, linear.weight.dtype
+        has_bias = getattr(linear, "bias", None) is not None
         with torch.device("meta"):
-            stored = empty_linear(storage, linear.in_features, linear.out_features, bias=has_bias, dtype=dtype)
-        model.set_submodule(path, stored)
+            model.set_submodule(path, empty_linear(storage, n, m, bias=has_bias, dtype=dtype))
 
 
 def quantization_config(storage: Storage, untouched: list[str]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from functools import partial
 
 import torch
 from jaxtyping import Float, Float64
-from torch import Tensor
+from torch import Tensor, nn
 
 from compress.calibration.divergence import copy_linears, mean_divergence
 from compress.calibration.experts import chunks, gather_experts
@@ -44,7 +44,7 @@ from compress.calibration.layout import Layout
 from compress.calibration.linears import LinearSite
 from compress.calibration.resources import Stopwatch
 from compress.calibration.rewriting import LinearRewriter, Report
-from compress.calibration.sites import Basis, Stage, StreamPoint
+from compress.calibration.sites import Basis, Stage, StreamPoint, Table
 from compress.calibration.statistics import Accumulator, Need
 from compress.calibration.streams import Batch, Streams, rows
 from compress.calibration.survey import Survey
@@ -81,6 +81,7 @@ class BranchPass:
         self.clock = clock
         self.frame = frame
         self.decode: Float64[Tensor, "d D"] | None = None
+        self.blocks: dict[str, Tensor] = {}  # of the tables quantized last, by path
         self.writer_inputs: list[Tensor] = []  # of the present branch, by batch; none where they are not kept
         self.processes = streams.processes
         self.rewriter = LinearRewriter(decoder, stages, layout, survey, clock, streams.processes)
@@ -102,6 +103,11 @@ class BranchPass:
         self._decide(point, gathered)
         self._change_basis(branch, point)
         self.layout.settle(branch)
+        names = self.decoder.family.embeddings
+        self.quantize_tables({name: self.decoder.model.get_submodule(name) for name in names})
+        if self.blocks and self.decode is None:
+            with self.clock("forward"):
+                self.streams.embed_again()
 
     def through(self, branch: Branch, point: StreamPoint, block: int) -> list[Report]:
         """Compress a branch of a block and advance the streams to `point`; return reports on groups and linears."""
@@ -132,12 +138,31 @@ class BranchPass:
         readers = self._readers(head, len(self.decoder.blocks)) if fitted else []
         dense = copy_linears(head.readers.values())
         reports = self._enter(head, readers)
+        family, is_written = self.decoder.family, self.decode is None
+        path = family.embeddings[0] if self.layout.ties_head else family.head
+        table = {path: self.decoder.model.get_submodule(family.head)}
+        if is_written:
+            self.quantize_tables(table)
         with self.clock("forward"):
             divergence = mean_divergence(head, dense, self.streams)
         self.layout.settle(head)
+        if not is_written:
+            self.quantize_tables(table)
         return reports, divergence
 
-    def _apply(self, site: Branch | LinearGroup | LinearSite | StreamPoint) -> None:
+    def quantize_tables(self, tables: Mapping[str, nn.Module]) -> None:
+        """Give tables, by their paths, to the stages that quantize them; what is stored of them goes to `blocks`."""
+        self.blocks = {}
+        for path, module in tables.items():
+            weight = module.get_parameter("weight")
+            site = Table(path, weight.detach())
+            with self.clock("solve"):
+                self._apply(site)
+            if site.blocks is not None and site.values is not None:
+                weight.copy_(site.values)
+                self.blocks[path] = site.blocks
+
+    def _apply(self, site: Branch | LinearGroup | LinearSite | StreamPoint | Table) -> None:
         for stage in self.stages:
             if isinstance(site, stage.site):
                 stage.apply(site)

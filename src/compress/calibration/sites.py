@@ -1,10 +1,10 @@
 """The sites that stages work on, and the interface of a stage.
 
-A walk meets five kinds of sites: the whole model before the first weight is changed, a branch when its weights have
+A walk meets six kinds of sites: the whole model before the first weight is changed, a branch when its weights have
 been read, a group of linears when it is known what the compressed prefix gives them and what the dense model gave
-them, a single linear when its group is done with, and a point of the residual stream when a branch has written it. A
-stage names the kind it takes, the statistics it needs there and the stages that must come before it; the walk calls it
-at each site of that kind and knows nothing else about it.
+them, a single linear when its group is done with, a point of the residual stream when a branch has written it, and the
+tables of embeddings and head in their written form. A stage names the kind it takes, the statistics it needs there and
+the stages that must come before it; the walk calls it at each site of that kind and knows nothing else about it.
 """
 
 import hashlib
@@ -110,6 +110,20 @@ class StreamPoint:
         return {"point": self.name, "width": self.width, "dense_width": self.dense_width, **kept, **self.notes}
 
 
+@dataclass
+class Table:
+    """The embeddings' table or the head, as it is written.
+
+    path: below the causal LM. weight: (vocabulary, d). blocks, values: set by a stage that quantizes it: the bytes that
+    are stored, and the weight that they stand for.
+    """
+
+    path: str
+    weight: Tensor
+    blocks: Tensor | None = None
+    values: Tensor | None = None
+
+
 def stream_points(dense_width: int, *, num_blocks: int, branch_names: list[str], seed: int) -> list[StreamPoint]:
     """List the points of a decoder's stream in order: after the embeddings, then after each branch of each block."""
     places = [(0, "embeddings")]
@@ -131,7 +145,7 @@ def stream_points(dense_width: int, *, num_blocks: int, branch_names: list[str],
 # How many units of a kind: in every block, or one number a block.
 Count = int | tuple[int, ...]
 
-Site = WholeModel | Branch | LinearGroup | LinearSite | StreamPoint
+Site = WholeModel | Branch | LinearGroup | LinearSite | StreamPoint | Table
 
 
 @dataclass(frozen=True)

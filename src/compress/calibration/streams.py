@@ -127,6 +127,11 @@ class Streams:
             if self.dense is not None:
                 self.dense.put(batch.index, stream.clone())
 
+    def embed_again(self) -> None:
+        """Start the compressed stream from embeddings that have changed since."""
+        for batch, stream in zip(self.batches, self._record(), strict=True):
+            self.compressed.put(batch.index, stream)
+
     def record_arguments(self) -> None:
         """Record the arguments that blocks are called with; the embeddings must be loaded."""
         for _ in self._record():

@@ -199,7 +199,8 @@ class Walk:
             if self.settings.layout.ties_head:
                 # Written with the embeddings; the probe sees it rounded as they are.
                 tied = tensors.pop(f"{decoder.family.head}.weight")
-                tied.copy_(self._rounded(tied))
+                if not self.branch_pass.blocks:
+                    tied.copy_(self._rounded(tied))
             part = self._finish(self.num_parts - 1, "head", tensors, groups=groups)
             part.divergence = divergence
             if self.probe is not None:
@@ -224,14 +225,15 @@ class Walk:
         groups: Sequence[Report] = (),
     ) -> FinishedPart:
         """Round a part's weights to the output dtype, in the module too: the probe sees what will be read back."""
-        rounded = {key: self._rounded(tensor).cpu().contiguous() for key, tensor in tensors.items()}
+        stored = self._with_blocks(tensors)
+        rounded = {key: self._rounded(tensor).cpu().contiguous() for key, tensor in stored.items()}
         for key, tensor in rounded.items():
             if is_wide_float(tensor) and not torch.isfinite(tensor).all():
                 raise NumericalError(
                     f"The compressed weight {key!r} has a NaN or Inf in {self.settings.output_dtype}. "
                     "Try --dtype bfloat16 or float32."
                 )
-            tensors[key].copy_(tensor)
+            stored[key].copy_(tensor)
         layout = self.settings.layout
         adapter = {key: to for key in rounded if (to := layout.in_adapter(key)) is not None}
         return FinishedPart(
@@ -239,10 +241,16 @@ class Walk:
             name,
             tensors={layout.file_name(key): tensor for key, tensor in rounded.items() if key not in adapter},
             adapter={to: rounded[key] for key, to in adapter.items()},
-            parameters=sum(tensor.numel() for tensor in rounded.values()),
+            parameters=sum(tensor.numel() for tensor in tensors.values()),
             points=[point.close() for point in points],
             groups=list(groups),
         )
+
+    def _with_blocks(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Put the blocks of quantized tables in the place of their weights."""
+        blocks = {f"{path}.weight": stored for path, stored in self.branch_pass.blocks.items()}
+        kept = {name: tensor for name, tensor in tensors.items() if name not in blocks}
+        return kept | {name.replace(".weight", ".qweight"): blocks[name] for name in tensors if name in blocks}
 
     def _rounded(self, tensor: Tensor) -> Tensor:
         """Cast floats to the output dtype; indices and codes stay as they are."""

@@ -23,6 +23,9 @@ def check_integrity(folder: Path, metadata: Metadata, *, checksums: bool, progre
 
     checksums: whether the weights are read too, to compare their sha256.
     """
+    if metadata.storage == "gguf":
+        check_gguf(folder, metadata, checksums=checksums)
+        return
     problems = Problems()
     with problems.collect():
         check_config(folder, metadata)
@@ -47,6 +50,19 @@ def check_integrity(folder: Path, metadata: Metadata, *, checksums: bool, progre
         with problems.collect():
             check_carried(folder, metadata)
     report(folder, problems)
+
+
+def check_gguf(folder: Path, metadata: Metadata, *, checksums: bool) -> None:
+    """That the folder's one file of weights is there, and as it was written."""
+    for name, checksum in metadata.parts.items():
+        file = folder / name
+        if not is_own_name(name) or not file.is_file():
+            raise CheckpointError(f"{folder / METADATA} names {name!r}, which is not there. {AGAIN}")
+        with readable(file):
+            if checksums and sha256(file) != checksum:
+                raise CheckpointError(
+                    f"{file} has other bytes than were written: its sha256 is not {METADATA}'s. {AGAIN}"
+                )
 
 
 def report(folder: Path, problems: Problems) -> None:

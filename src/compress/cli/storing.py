@@ -68,7 +68,8 @@ def amount_of(recipe: "Recipe") -> str:
     slim: Any = next(stage for stage in recipe.stages if stage.stage == "slim")
     words = []
     if slim.quantize is not None:
-        words.append("wfp8" if slim.quantize.floating else f"w{slim.quantize.bits}")
+        bits = "fp8" if slim.quantize.floating else slim.quantize.bits
+        words.append((slim.quantize.gguf_type or f"w{bits}").replace(",", "-").replace("=", "-").replace("*", "x"))
     if slim.prune is not None:
         words.append(slim.prune.pattern.replace(":", "-").replace("%", "pc"))
     if slim.adapt is not None:

@@ -2,6 +2,7 @@
 
     packed   what compressed-tensors and PEFT read, zeros included (`models/packed.py`)
     compact  our own: the kept weights alone, and which these are (`own_model/modeling_compress.py`)
+    gguf     llama.cpp's types (`models/block_linear.py`)
 
 Dimensions: W = S + B A, S (m, n), A (r, n), B (m, r); m outputs, n inputs.
 """
@@ -13,8 +14,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from compress.models.block_linear import BlockLinear
 from compress.models.packed import ByteLinear, FloatLinear, InputNumbers, LinearExtras, PackedLinear
 from compress.models.packing import Kept, pack_bits, pack_words, unsigned
+from compress.numerics.block_grid import BlockGrid
 from compress.numerics.grids import Granularity, Grid, QuantType
 from compress.numerics.sparsity import Pattern
 from compress.numerics.steps import make_grid
@@ -32,10 +35,10 @@ class Storage:
     symmetric: 0 has the code 0; compact knows no other. pattern: which weights are kept; of the others compact stores
     nothing, where it is a grouped one. rank: of the adapter. adapter_bits, adapter_group: its codes, compact only.
     inputs: what each token's inputs are rounded to as they come, packed only; the adapter gets them as they are.
-    finer: inputs have factors of their own (SLiM-Quant^O), compact only.
+    finer: inputs have factors of their own (SLiM-Quant^O), compact only. block_type: of llama.cpp, gguf only.
     """
 
-    form: Literal["packed", "compact"]
+    form: Literal["packed", "compact", "gguf"]
     bits: int | None
     floating: bool = False
     group: Granularity = "channel"
@@ -46,6 +49,7 @@ class Storage:
     adapter_group: int = 128
     inputs: InputNumbers | None = None
     finer: bool = False
+    block_type: str | None = None
 
     def __post_init__(self) -> None:
         """Raises ValueError for what no form has room for."""
@@ -90,7 +94,9 @@ def empty_linear(
     n, m = in_features, out_features
     extras = LinearExtras(bias, storage.rank, storage.inputs)
     linear: AdaptedLinear
-    if storage.form == "compact":
+    if storage.block_type is not None:
+        linear = BlockLinear(n, m, storage.block_type, bias=bias)
+    elif storage.form == "compact":
         linear = CompactLinear(n, m, storage.entry(), bias=bias)
     elif storage.bits is None:
         linear = FloatLinear(n, m, extras)
@@ -115,7 +121,11 @@ def stored_linear(  # noqa: PLR0913 (all that a linear consists of)
     m, n = weight.shape
     with torch.device("meta"):
         linear = empty_linear(storage, n, m, bias=bias is not None, dtype=dtype)
-    if storage.form == "compact":
+    if isinstance(linear, BlockLinear):
+        assert isinstance(grid, BlockGrid)
+        linear.put(grid.encoded(weight), grid.dequantized(weight))
+        tensors: Tensors = {"qweight": linear.qweight}
+    elif storage.form == "compact":
         tensors = compact_tensors(storage, weight, grid, mask, dtype)
     else:
         tensors = packed_tensors(storage, weight, grid, dtype)
@@ -130,6 +140,7 @@ def stored_linear(  # noqa: PLR0913 (all that a linear consists of)
 def packed_tensors(storage: Storage, weight: Tensor, grid: Grid | None, dtype: torch.dtype) -> Tensors:
     if grid is None:
         return {"weight": weight.to(dtype)}
+    assert isinstance(grid.quant_type, QuantType)
     scale, codes, bits = grid.step.to(dtype), grid.codes(weight), grid.quant_type.bits
     zero = None if grid.zero is None else grid.zero.to(torch.int8)
     if storage.group == "tensor":
@@ -157,6 +168,7 @@ def matrix_tensors(matrix: Float[Tensor, "m n"], grid: Grid | None, kept: Kept |
     """The tensors that a `StoredMatrix` stores for a matrix's values."""
     if grid is None:
         return {"values": (matrix if kept is None else kept.of(matrix)).to(dtype)}
+    assert isinstance(grid.quant_type, QuantType)
     bits, codes = grid.quant_type.bits, grid.codes(matrix)
     codes = codes if kept is None else kept.of(codes)
     numbers = codes.view(torch.uint8) if grid.quant_type.floating else unsigned(codes, bits)

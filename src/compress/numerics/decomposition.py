@@ -17,7 +17,7 @@ Dimensions: W (m, n), m outputs, n inputs, r the adapter's rank.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Float64, Shaped
@@ -26,6 +26,8 @@ from torch import Tensor
 from compress.errors import NumericalError
 from compress.numerics.adapters import AdapterMethod, fit_adapter
 from compress.numerics.admm import sparse_plus_lowrank
+from compress.numerics.block_grid import BlockGrid, fit_blocks, refit
+from compress.numerics.block_types import BlockType
 from compress.numerics.grids import Granularity, Grid, QuantType
 from compress.numerics.hessian import Hessian
 from compress.numerics.lowrank import Factors, InputMoments
@@ -51,7 +53,7 @@ class Pruning:
 class Rounding:
     """
     steps: how they are chosen. sweeps: by GPTQ rather than to nearest. act_order: its columns in that order.
-    finer: SLiM-Quant^O. stored: the dtype of the steps.
+    finer: SLiM-Quant^O. stored: the dtype of the steps. blocks: llama.cpp's type, in place of all these.
     """
 
     quant_type: QuantType
@@ -62,6 +64,7 @@ class Rounding:
     act_order: bool = False
     finer: bool = False
     stored: torch.dtype | None = None
+    blocks: BlockType | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +151,7 @@ def decompose_together(
     dtype: torch.dtype = torch.float64,
     names: Sequence[str],
 ) -> list[Decomposed]:
-    """Decompose weights with the same inputs, each as `decompose` does; `hows` differ in the adapter's rank at most.
+    """Decompose weights with the same inputs, each as `decompose` does; `hows` differ in ranks and grids at most.
 
     Where rows are independent, the weights are swept as one matrix: a column takes hardly longer for more rows.
     """
@@ -160,7 +163,7 @@ def decompose_together(
     how = hows[0]
     if how.prune is not None and how.prune.method == "admm":
         find_masks(solvers, how.prune)
-    batches = [solvers] if how.rows_are_independent else [[solver] for solver in solvers]
+    batches = swept_together(solvers)
     for number in range(how.adapt.rounds if how.adapt else 1):
         for batch in batches:
             solve(batch, from_start=number == 0 or not how.continues)
@@ -168,6 +171,15 @@ def decompose_together(
             for solver in solvers:
                 solver.fit_adapter(how.adapt.method)
     return [solver.decomposed() for solver in solvers]
+
+
+def swept_together(solvers: Sequence["Solver"]) -> list[list["Solver"]]:
+    """Batches of weights that are swept as one matrix: those on grids of one kind, where rows are independent."""
+    batches = dict[Any, list[Solver]]()
+    for place, solver in enumerate(solvers):
+        how = solver.how
+        batches.setdefault((how.quantize, None if how.rows_are_independent else place), []).append(solver)
+    return list(batches.values())
 
 
 @dataclass(frozen=True)
@@ -185,7 +197,7 @@ class Rounded:
         masks = [part.mask for part in parts if part.mask is not None]
         grids = [part.grid for part in parts if part.grid is not None]
         S, mask = stack_rows([part.S for part in parts]), stack_rows(masks) if masks else None
-        return cls(S, mask, Grid.stacked(grids) if grids else None)
+        return cls(S, mask, type(grids[0]).stacked(grids) if grids else None)
 
     def split(self, rows: Sequence[int]) -> list["Rounded"]:
         if len(rows) == 1:
@@ -268,6 +280,8 @@ class Solver:
     def grid(self, W: Float[Tensor, "m n"]) -> Grid:
         assert self.how.quantize is not None
         how = self.how.quantize
+        if how.blocks is not None:
+            return fit_blocks(W, how.blocks, self.hessian.damped.diagonal())
         finer = finer_inputs(W, self.moments.mean_abs.to(W.dtype)) if how.finer else None
         grid = make_grid(
             W,
@@ -314,7 +328,9 @@ def swept(
         act_order = how.quantize is not None and how.quantize.act_order
         S, mask = sweep(target, hessian, grid=grid, pattern=pattern, mask=mask, act_order=act_order)
     for _ in range(how.polish):
-        if grid is not None and how.quantize is not None:
+        if isinstance(grid, BlockGrid):
+            S, grid = refit(S, target, hessian, grid)
+        elif grid is not None and how.quantize is not None:
             S, grid = rescaled(S, target, hessian, grid, stored=how.quantize.stored)
         S = descend(S, target, hessian, grid=grid, mask=mask, rounds=1)
     return Rounded(S, mask, grid)

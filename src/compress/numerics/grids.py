@@ -9,11 +9,13 @@ Dimensions: W (m, n), m outputs, n inputs in groups of `group`.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from compress.numerics.block_types import BlockType
 
 FLOAT8 = torch.float8_e4m3fn
 # What shares a step along the inputs: everything, a row, or so many neighbors in it.
@@ -59,7 +61,7 @@ class Grid:
     finer: (n,) what an input's weights are multiplied by before they are rounded, and divided by after; None for 1.
     """
 
-    quant_type: QuantType
+    quant_type: QuantType | BlockType
     group: int
     step: Float[Tensor, "_ groups"]
     zero: Float[Tensor, "_ groups"] | None = None
@@ -70,7 +72,7 @@ class Grid:
         return Grid(self.quant_type, self.group, self.step.to(dtype), zero, finer)
 
     @classmethod
-    def stacked(cls, grids: Sequence["Grid"]) -> "Grid":
+    def stacked(cls, grids: Sequence[Any]) -> "Grid":
         """The grid of matrices stacked by rows, each with steps for its rows and without `finer`."""
         zeros = [grid.zero for grid in grids if grid.zero is not None]
         step = torch.cat([grid.step for grid in grids])

@@ -25,7 +25,7 @@ from compress.datasets.windows import fingerprint
 from compress.io import write_tensors
 from compress.models.loading import load_config
 from compress.numerics.precision import full_precision
-from compress.pipeline.output import TRIAL, export_gguf, write_companions
+from compress.pipeline.output import TRIAL, export_gguf, turn_into_gguf, write_companions
 from compress.pipeline.result import Result, result_of
 from compress.planning import search
 from compress.planning.assembly import new_walk, restored, take_survey
@@ -207,10 +207,14 @@ def _complete(prepared: Prepared, walk: Walk, folder: RunFolder, progress: Progr
         assert logits is not None
         verify_tokens(prepared.folder, target)
         memory = proof_memory(prepared)
-        difference = verify(target, ids, logits, memory=memory)
-        if job.export == "gguf":
-            if job.max_memory is None:
-                memory = max(memory, psutil.virtual_memory().available // 2)
+        writes_gguf = prepared.plan.spec.is_gguf or job.export == "gguf"
+        if not prepared.plan.spec.is_gguf:
+            difference = verify(target, ids, logits, memory=memory)
+        if writes_gguf and job.max_memory is None:
+            memory = max(memory, psutil.virtual_memory().available // 2)
+        if prepared.plan.spec.is_gguf:
+            difference = turn_into_gguf(prepared, folder, ids, logits, memory)
+        elif writes_gguf:
             steps.next("the GGUF file")
             export_gguf(target, job.out.name, ids, logits, memory=memory)
     folder.finish()

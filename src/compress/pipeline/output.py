@@ -10,8 +10,8 @@ from compress.architectures.packed import not_for_vllm, unpacks_while_loading
 from compress.checkpoints import files
 from compress.checkpoints.adapter import adapter_config, write_adapter
 from compress.checkpoints.card import read_origin, write_card
-from compress.checkpoints.metadata import Metadata
-from compress.checkpoints.run_folder import RunFolder
+from compress.checkpoints.metadata import Metadata, read_metadata
+from compress.checkpoints.run_folder import RunFolder, clear
 from compress.io import sha256
 from compress.planning.plan import Plan
 from compress.planning.prepare import Prepared
@@ -53,6 +53,32 @@ def export_gguf(folder: Path, name: str, ids: Tensor, logits: Tensor, *, memory:
     file = folder / f"{name}.gguf"
     write_gguf(folder, file, name=name)
     verify_gguf(folder, file, ids, logits, memory=memory)
+
+
+def turn_into_gguf(prepared: Prepared, folder: RunFolder, ids: Tensor, logits: Tensor, memory: int) -> float:
+    """Write a checkpoint in block types as one GGUF file, read it back, and leave only that; the difference of logits.
+
+    Of the folder stay the file, compress.json and the card.
+    """
+    from compress.checkpoints.gguf import verify_gguf, write_gguf
+
+    plan, target, metadata = prepared.plan, folder.checkpoint, read_metadata(folder.checkpoint)
+    file = target / f"{prepared.job.out.name}.gguf"
+    types = {path: str(storage.block_type) for path, storage in plan.spec.storage.items()}
+    write_gguf(target, file, name=metadata.name, types=types, file_type=gguf_file_type(plan))
+    difference = verify_gguf(target, file, ids, logits, memory=memory)
+    found = metadata.model_copy(update={"parts": {file.name: sha256(file)}})
+    clear(target, kept={file.name})
+    found.write(target)
+    write_card(target, found)
+    return difference
+
+
+def gguf_file_type(plan: Plan) -> str:
+    """The file's type as the recipe says it, without the types of single tensors."""
+    said = (stage.model_dump() for stage in plan.stages if stage.stage in ("slim", "quantize_embeddings"))
+    names = [str(data.get("gguf_type") or (data.get("quantize") or {}).get("gguf_type")) for data in said]
+    return names[0].partition(",")[0]
 
 
 def _metadata(prepared: Prepared, folder: RunFolder, adapter: dict[str, Any] | None, parts: dict[str, str]) -> Metadata:

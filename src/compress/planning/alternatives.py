@@ -28,6 +28,9 @@ def alternatives(spec: ModelSpec) -> list[Alternative]:
     """List the plan and unpruned formats: the largest two that are no larger than it, and the next larger one."""
     dense, dtype = replace(spec, storage={}), spec.dtype
     linears = {linear.path: linear for linear in dense.written_linears}
+    if spec.is_gguf:
+        stored = {path: storage for path, storage in spec.storage.items() if path in linears}
+        return [Alternative("this plan", bits_per_weight(linears, stored, dtype), spec.size.bytes)]
     weights = sum(linears[path].m * linears[path].n for path in spec.storage)
     elsewhere = dense.size.bytes - weights * dtype.itemsize
 

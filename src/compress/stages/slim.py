@@ -6,7 +6,7 @@ the weight that turns the compressed prefix's activations into the dense model's
 regression of what is still missing.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import zip_longest
 from typing import Annotated, Any, ClassVar, Literal
@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from torch import Tensor, nn
 
 from compress.architectures.architecture import ModelSpec
+from compress.architectures.gguf_types import FileType, resolve
 from compress.architectures.own import as_own
 from compress.architectures.packed import not_for_vllm
 from compress.calibration.linears import LinearShape, LinearSite, lost
@@ -25,6 +26,7 @@ from compress.models.expert_names import fused_piece
 from compress.models.factors import fill
 from compress.models.storage import Storage, stored_linear
 from compress.numerics.adapters import AdapterMethod
+from compress.numerics.block_types import TYPES
 from compress.numerics.decomposition import (
     Adapting,
     Decomposed,
@@ -73,6 +75,8 @@ class Quantize(Part):
     method: `absmax`, `slim` and `mse` round to nearest, `gptq` sweeps on the grid of `mse`.
     bits: of integers, or 8 with `floating`. group: what shares a scale: `tensor`, `channel` or so many inputs; by
         default 128, or a channel where the linears' inputs are no multiples of that.
+    gguf_type: of a GGUF file, such as Q4_K_M, in place of bits and group; with types by tensor Q4_K_M,ffn_down=Q6_K.
+    gguf_tensors: the type of each linear, by its path; settled when the model is known.
     act_order: gptq takes inputs by decreasing activation. important_inputs: SLiM-Quant^O, which rounds one input in
         a hundred twice as finely.
     """
@@ -81,6 +85,8 @@ class Quantize(Part):
     bits: Annotated[int, Field(ge=2, le=8)] = 4
     floating: bool = False
     group: int | str | None = None
+    gguf_type: str | None = None
+    gguf_tensors: Mapping[str, str] = Field(default_factory=dict)
     symmetric: bool = True
     act_order: bool = False
     important_inputs: bool = False
@@ -91,6 +97,13 @@ class Quantize(Part):
         if value in (None, "tensor", "channel") or (isinstance(value, int) and value >= 2):
             return value
         raise ValueError(f"group is tensor, channel or 2 inputs at least, got {value!r}")
+
+    @field_validator("gguf_type")
+    @classmethod
+    def _known_type(cls, value: str | None) -> str | None:
+        if value is not None:
+            FileType.parse(value)
+        return value
 
     @property
     def granularity(self) -> Granularity:
@@ -144,14 +157,15 @@ class Slim(StageConfig):
     polish: rounds of coordinate descent after a sweep.
     center: a linear with a bias keeps the mean of its outputs by it, so that only what varies about it counts.
     inputs: what each token's inputs are rounded to when the model runs.
-    form: `packed`, for engines, `compact`, in as few bits as we can, or `dense`, merged again at the old size.
+    form: `packed`, for engines, `compact`, in as few bits as we can, `gguf`, in llama.cpp's types, or `dense`, merged
+        again at the old size.
     dtype: of scales; settled when the model is known.
     """
 
     site: ClassVar = LinearSite
     in_written_form: ClassVar = True
     stage: Literal["slim"] = "slim"
-    form: Literal["packed", "compact", "dense"] = "packed"
+    form: Literal["packed", "compact", "gguf", "dense"] = "packed"
     target: tuple[str, ...] = ("all",)
     prune: Prune | None = None
     quantize: Quantize | None = None
@@ -176,6 +190,14 @@ class Slim(StageConfig):
         compact = self.form == "compact"
         return [
             ("slim needs prune or quantize; give it one", self.prune is None and quantize is None),
+            (
+                "form gguf and quantize.gguf_type go together; give both or neither",
+                (self.form == "gguf") != (quantize is not None and quantize.gguf_type is not None),
+            ),
+            (
+                "a GGUF file has no room for pruning, adapters or rounded inputs; leave them out",
+                self.form == "gguf" and (self.prune is not None or adapt is not None or rounds_inputs),
+            ),
             (
                 f"inputs {self.inputs} goes with packed form, not {self.form}; leave inputs out or take packed",
                 rounds_inputs and self.form != "packed",
@@ -220,23 +242,28 @@ class Slim(StageConfig):
         return Requirements(inputs="single_pass")
 
     def targets(self, linear: LinearShape) -> bool:
-        return is_target(self.target, linear.name, linear.part)
+        has_type = self.quantize is None or not self.quantize.gguf_tensors or linear.path in self.quantize.gguf_tensors
+        return has_type and is_target(self.target, linear.name, linear.part)
 
     def plan(self, spec: ModelSpec) -> tuple["Slim", ModelSpec]:
         spec.require_decided("Storage goes by widths that are known beforehand. Give slice a ratio.")
         linears = spec.written_linears
         report(self.problems(linears))
-        settled = self.settled(linears, spec.dtype)
+        settled = self.settled(linears, spec)
         storage = settled.planned_storage(linears)
         if self.form == "compact":
             spec = replace(spec, architecture=as_own(spec.architecture))
         notes = (*spec.notes, *storage_notes(storage.values()))
         return settled, replace(spec, storage=storage, notes=notes)
 
-    def settled(self, linears: Sequence[LinearShape], dtype: torch.dtype) -> "Slim":
+    def settled(self, linears: Sequence[LinearShape], spec: ModelSpec) -> "Slim":
         """With what goes by the model's linears and the dtype that is written said."""
-        changes: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch.")}
-        if self.quantize is not None and self.quantize.group is None:
+        changes: dict[str, Any] = {"dtype": str(spec.dtype).removeprefix("torch.")}
+        if self.quantize is not None and self.quantize.gguf_type is not None:
+            rows = [(linear.path, linear.n) for linear in linears if self.targets(linear)]
+            tensors = resolve(self.quantize.gguf_type, spec.config(), rows)
+            changes["quantize"] = self.quantize.model_copy(update={"gguf_tensors": tensors})
+        elif self.quantize is not None and self.quantize.group is None:
             divides = all(linear.n % USUAL_GROUP == 0 for linear in linears if self.targets(linear))
             group: Granularity = USUAL_GROUP if divides else "channel"
             changes["quantize"] = self.quantize.model_copy(update={"group": group})
@@ -268,6 +295,8 @@ class Slim(StageConfig):
 
     def storage(self, linear: LinearShape) -> Storage:
         quantize, adapt = self.quantize, self.adapt
+        if quantize is not None and self.form == "gguf":
+            return Storage(form="gguf", bits=None, block_type=quantize.gguf_tensors[linear.path])
         options: dict[str, Any] = {}
         if quantize is not None:
             options |= {"floating": quantize.floating, "group": quantize.granularity}
@@ -297,6 +326,7 @@ class Slim(StageConfig):
                 act_order=quantize.act_order,
                 finer=quantize.important_inputs,
                 stored=None if self.dtype is None else getattr(torch, self.dtype),
+                blocks=TYPES[quantize.gguf_tensors[linear.path]] if quantize.gguf_tensors else None,
             )
         if adapt is not None:
             adapting = Adapting(method=adapt.method, rank=adapt.rank_of(linear), rounds=adapt.rounds)
@@ -336,10 +366,15 @@ class Slim(StageConfig):
         )
         for site, how, found in zip(sites, hows, decomposed, strict=True):
             site.notes |= {"adapter_rank": how.adapt.rank} if how.adapt else {}
-            site.notes |= {"bits": self.quantize.bits} if self.quantize else {}
+            site.notes |= {"bits": self.bits_of(site.shape)} if self.quantize else {}
             site.notes |= {"pattern": self.prune.pattern} if self.prune else {}
             bias = site.bias if found.shift is None or site.bias is None else site.bias + found.shift
             site.replace(self.module(site, found, bias))
+
+    def bits_of(self, linear: LinearShape) -> int | str:
+        """As the report says it."""
+        assert self.quantize is not None
+        return self.quantize.gguf_tensors.get(linear.path, self.quantize.bits)
 
     def module(self, site: LinearSite, found: Decomposed, bias: Tensor | None) -> nn.Linear | AdaptedLinear:
         if self.form == "dense":

@@ -15,6 +15,7 @@ That the file reads back as its folder is proved by checkpoints/verify.py.
 """
 
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,23 +30,26 @@ from compress.models.gguf_opening import check_extra, read_header, rotary_scalin
 __all__ = ["check_exportable", "reader_notes", "verify_gguf", "write_gguf"]
 
 
-def write_gguf(folder: Path, file: Path, *, name: str | None = None) -> None:
+def write_gguf(
+    folder: Path, file: Path, *, name: str | None = None, types: Mapping[str, str] | None = None, file_type: str = ""
+) -> None:
     """The checkpoint `folder` as `file`, which is there whole or not at all and replaces what was there.
 
     Weights keep their dtype (float64 becomes float32), norms and biases are float32. Biases that are all zero are left
     out.
-    name: what the file calls the model, the folder's name by default.
+    name: what the file calls the model, the folder's name by default. types: the block types of tensors that are stored
+    as such, by path. file_type: the file's, such as Q4_K_M; by default its largest tensor's.
     Raises what `check_exportable` does, CheckpointError or NumericalError for a damaged folder, and OutputError when
     the disk is full or may not be written.
     """
     check_extra("Writing")
     from compress.checkpoints.gguf.container import write_container
 
-    model = read_model(folder)
+    model = read_model(folder, types or {})
     vocabulary = read_vocabulary(folder, model.config)
     try:
         with atomic_write(file) as unfinished:
-            write_container(unfinished, model, vocabulary, name or folder.resolve().name)
+            write_container(unfinished, model, vocabulary, name or folder.resolve().name, file_type)
     except OSError as error:
         raise OutputError(f"{file} cannot be written ({error}). Free space or choose another folder.") from error
 

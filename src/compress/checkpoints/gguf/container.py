@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy
 import torch
 from torch import Tensor
 
@@ -26,11 +27,11 @@ class Writer(gguf.GGUFWriter):
         return packed
 
 
-def write_container(file: Path, model: Model, vocabulary: Vocabulary, name: str) -> None:
+def write_container(file: Path, model: Model, vocabulary: Vocabulary, name: str, file_type: str) -> None:
     """Raises OSError when the file cannot be written; what there is of it then is the caller's to delete."""
     writer = Writer(file, "llama")
     try:
-        describe_model(writer, model, name)
+        describe_model(writer, model, name, file_type)
         describe_vocabulary(writer, vocabulary)
         for entry in model.entries:
             describe_tensor(writer, entry)
@@ -47,13 +48,15 @@ def write_container(file: Path, model: Model, vocabulary: Vocabulary, name: str)
             writer.close()
 
 
-def describe_model(writer: Writer, model: Model, name: str) -> None:
+def describe_model(writer: Writer, model: Model, name: str, file_type: str) -> None:
     config = model.config
     # transformers takes a model of this very name for its class Mistral, which its reader then does not know.
     writer.add_name("Mistral" if name == "mistral" else name)
     writer.add_type(gguf.GGUFType.MODEL)
     largest = max(model.entries, key=lambda entry: entry.shape.numel())  # of a dtype as most weights
-    writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[largest.dtype]])
+    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{file_type}" if file_type else FILE_TYPES[largest.dtype]])
+    if file_type:
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -86,10 +89,11 @@ def describe_vocabulary(writer: Writer, vocabulary: Vocabulary) -> None:
 
 
 def describe_tensor(writer: Writer, entry: Entry) -> None:
-    kind = gguf.GGMLQuantizationType[TENSOR_TYPES[entry.dtype]]
+    kind = gguf.GGMLQuantizationType[entry.block_type or TENSOR_TYPES[entry.dtype]]
     nbytes = entry.shape.numel() * entry.dtype.itemsize
-    unused: Any = None  # the type as numpy's, which has no bfloat16
-    writer.add_tensor_info(entry.name, tuple(entry.shape), unused, nbytes, raw_dtype=kind)
+    # The type as numpy's, which has no bfloat16; that of bytes says that the shape is theirs.
+    shown: Any = numpy.dtype("uint8") if entry.block_type else None
+    writer.add_tensor_info(entry.name, tuple(entry.shape), shown, nbytes, raw_dtype=kind)
 
 
 def write_tensor(writer: Writer, tensor: Tensor) -> None:

@@ -1,6 +1,6 @@
 """A llama-shaped checkpoint as the tensors of a GGUF file: their names, shapes and the order of rows in them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,12 +22,16 @@ ROPE_TYPES = ("default", "linear", "llama3")
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor of the file: what it is there, and how to read it when its turn comes."""
+    """A tensor of the file: what it is there, and how to read it when its turn comes.
+
+    shape: of its bytes where it has a block type. block_type: one of llama.cpp's, whose bytes are read as they are.
+    """
 
     name: str
     shape: torch.Size
     dtype: torch.dtype
     read: Callable[[], Tensor]
+    block_type: str | None = None
 
 
 @dataclass(frozen=True)
@@ -41,9 +45,10 @@ class Model:
     entries: list[Entry]
 
 
-def read_model(folder: Path) -> Model:
+def read_model(folder: Path, types: Mapping[str, str]) -> Model:
     """A llama-shaped checkpoint, of whose weights only the biases have been read.
 
+    types: the block types of the tensors that are stored as such, by path.
     Raises UnsupportedModel for any other model, CheckpointError for a folder that is damaged or incomplete.
     """
     import gguf
@@ -54,7 +59,8 @@ def read_model(folder: Path) -> Model:
     shapes = {name: parameter.shape for name, parameter in empty_model(config).state_dict().items()}
     if config.tie_word_embeddings:
         del shapes["lm_head.weight"]
-    weights.check_against(shapes)
+    quantized = {f"{path}.weight": f"{path}.qweight" for path in types}
+    weights.check_against({name: shape for name, shape in shapes.items() if name not in quantized})
     biases = [name for name in shapes if name.endswith(".bias")]
     # A zero bias is no bias: a sliced Qwen2 written as Llama has some.
     if not any(bool(weights.read([name])[name].any()) for name in biases):
@@ -62,11 +68,16 @@ def read_model(folder: Path) -> Model:
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     entries = []
     for name, shape in shapes.items():
+        theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert theirs is not None  # the map has every tensor of a Llama
+        if stored := quantized.get(name):
+            shape = torch.Size(weights.stored.tensors[stored].shape)
+            read = partial(read_rows, weights, stored, config, torch.uint8)
+            entries.append(Entry(theirs, shape, torch.uint8, read, types[name.removesuffix(".weight")]))
+            continue
         dtype = READABLE[weights.stored.tensors[str(weights.resolve(name))].dtype]
         # llama.cpp computes with norms and biases in float32; GGUF has float64 for none.
         dtype = torch.float32 if len(shape) == 1 or dtype == torch.float64 else dtype
-        theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        assert theirs is not None  # the map has every tensor of a Llama
         entries.append(Entry(theirs, shape, dtype, partial(read_rows, weights, name, config, dtype)))
     rope = {"rope_type": "default", "rope_theta": 1e4} | (config.rope_parameters or {})
     if rope["rope_type"] == "llama3":

@@ -1,0 +1,322 @@
+"""Grids of llama.cpp's block types: scales fitted to weights, within what a block can store.
+
+    fit_blocks   scales and minima of all groups by weighted least squares, then in few bits of their block's
+    refit        the same for codes that a sweep has found, by the full second moment of the inputs
+
+Both hold everything else fixed and move one number to its best value, rounded to what is stored; the error is a
+parabola in each of them. That scales are fixed before a sweep lets it take inputs in any order.
+
+Dimensions: W (m, n), n inputs in blocks and groups of the type.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int32, UInt8
+from torch import Tensor
+
+from compress.numerics.block_types import Block, BlockType, encode
+from compress.numerics.grids import Grid
+from compress.numerics.hessian import Hessian
+from compress.numerics.sweep import spans
+
+CHUNK = 2**18  # weights that scales are searched for at a time
+TRIALS = 12
+REFINEMENTS = 3
+SPAN = 256
+SMALLEST = 2.0**-24  # of float16
+LARGEST = 65504.0
+TINY = 1e-30
+Rule = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockGrid(Grid):
+    """
+    d: (m, blocks), and low, dmin or what is added. sc, mn: (m, groups), integers; None where the type has none.
+    """
+
+    kind: BlockType
+    d: Float[Tensor, "m blocks"]
+    low: Float[Tensor, "m blocks"] | None
+    sc: Float[Tensor, "m groups"] | None
+    mn: Float[Tensor, "m groups"] | None
+
+    @classmethod
+    def of(
+        cls, kind: BlockType, d: Tensor, low: Tensor | None = None, sc: Tensor | None = None, mn: Tensor | None = None
+    ) -> "BlockGrid":
+        step, zero = d.repeat_interleave(kind.per_block, 1), None
+        if sc is not None:
+            step = step * sc
+        if low is not None:
+            zero = (-low if mn is None else low.repeat_interleave(kind.per_block, 1) * mn) / step
+        return cls(kind, kind.group, step, zero, kind=kind, d=d, low=low, sc=sc, mn=mn)
+
+    @property
+    def parts(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        return self.d, self.low, self.sc, self.mn
+
+    def to(self, dtype: torch.dtype) -> "BlockGrid":
+        return self.of(self.kind, *(none_or(Tensor.to, part, dtype) for part in self.parts))
+
+    def rows(self, start: int, stop: int) -> "BlockGrid":
+        return self.of(self.kind, *(none_or(Tensor.__getitem__, part, slice(start, stop)) for part in self.parts))
+
+    @classmethod
+    def stacked(cls, grids: Sequence[Any]) -> "BlockGrid":
+        columns = zip(*(grid.parts for grid in grids), strict=True)
+        parts: list[Any] = [None if part[0] is None else torch.cat(part) for part in columns]
+        return cls.of(grids[0].kind, *parts)
+
+    def dequantized(self, W: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
+        """W's nearest values as decoders compute them: in float32, the scale first."""
+        single, per = self.to(torch.float32), self.kind.per_block
+        values = self._codes(W).float().unflatten(1, (-1, self.group)) * single.step[..., None]
+        if single.low is not None:
+            low = single.low.repeat_interleave(per, 1)
+            values = values + low[..., None] if single.mn is None else values - (low * single.mn)[..., None]
+        return values.flatten(1)
+
+    def encoded(self, W: Float[Tensor, "m n"]) -> UInt8[Tensor, "m bytes"]:
+        """W's nearest values as the type's bytes, row by row."""
+        kind, codes = self.kind, self._codes(W)
+        if kind.table is None:
+            q = codes - (0 if kind.name == "Q8_0" else kind.lowest)
+        else:
+            q = torch.bucketize(codes.contiguous(), codes.new_tensor(kind.table))
+        sc, mn = (none_or(integers, part, kind.per_block) for part in (self.sc, self.mn))
+        low = None if self.low is None else self.low.flatten()
+        return encode(kind, Block(integers(q, kind.block), self.d.flatten(), low, sc, mn)).view(len(W), -1)
+
+
+def none_or(function: Callable[..., Tensor], part: Tensor | None, *arguments: Any) -> Any:
+    return None if part is None else function(part, *arguments)
+
+
+def integers(x: Tensor, columns: int) -> Int32[Tensor, "_ columns"]:
+    return x.reshape(-1, columns).to(torch.int32)
+
+
+def fit_blocks(W: Float[Tensor, "m n"], kind: BlockType, weights: Float[Tensor, "n"] | None = None) -> BlockGrid:
+    """weights: of the inputs' squared errors; the diagonal of their second moment."""
+    w = torch.ones_like(W[0]) if weights is None else weights.to(W.dtype)
+    w = (w / w.mean().clamp_min(1e-30)).clamp_min(1e-6).view(1, -1, kind.group)
+    rows = max(CHUNK // W.shape[1], 1)
+    return BlockGrid.stacked([fit_rows(part.unflatten(1, (-1, kind.group)), kind, w) for part in W.split(rows)])
+
+
+def fit_rows(X: Float[Tensor, "m G g"], kind: BlockType, w: Float[Tensor, "1 G g"]) -> BlockGrid:
+    scale, low = shifted_scales(X, kind, w) if kind.has_min else (plain_scales(X, kind, w), None)
+    grid = in_blocks(kind, scale, low)
+    for _ in range(REFINEMENTS):
+        grid = refined(grid, X, w)
+    return grid
+
+
+def plain_scales(X: Float[Tensor, "m G g"], kind: BlockType, w: Tensor) -> Float[Tensor, "m G"]:
+    """The best scale of each group by itself; its sign puts either end of the grid on the largest weight."""
+    largest = X.gather(2, X.abs().argmax(2, keepdim=True))[..., 0]
+    ends = (kind.lowest, kind.highest) if kind.table is None else (kind.table[0], kind.table[-1])
+    best, scale = torch.zeros_like(largest), torch.zeros_like(largest)
+    for end, reach in product(ends, torch.linspace(0.76, 1.26, TRIALS).tolist()):
+        q = kind.nearest_(X / positive(largest / (end * reach))[..., None])
+        wq = w * q
+        along, square = (wq * X).sum(2), (wq * q).sum(2).clamp_min(TINY)
+        gain = along.square() / square
+        best, scale = (torch.where(gain > best, new, old) for new, old in ((gain, best), (along / square, scale)))
+    return scale
+
+
+def shifted_scales(X: Float[Tensor, "m G g"], kind: BlockType, w: Tensor) -> tuple[Tensor, Tensor]:
+    """The best scale and minimum of each group; the minimum as what is subtracted, or added without `mins`."""
+    high, least = X.amax(2), X.amin(2)
+    if kind.mins is not None:
+        least = least.clamp_max(0)
+    total, sx, sxx = w.sum(2), (w * X).sum(2), (w * X * X).sum(2)
+    best, scale, low = (torch.full_like(high, value) for value in (torch.inf, 0.0, 0.0))
+    for reach in torch.linspace(-1.0, 1.0, TRIALS).tolist():
+        inverse = (kind.highest + reach) / positive(high - least)
+        q = ((X - least[..., None]) * inverse[..., None]).round_().clamp_(0, kind.highest)
+        wq = w * q
+        sq, sqq, sqx = wq.sum(2), (wq * q).sum(2), (wq * X).sum(2)
+        det = total * sqq - sq.square()
+        s = torch.where(det > 0, (total * sqx - sx * sq) / det, 0)
+        b = torch.where(det > 0, (sqq * sx - sq * sqx) / det, sx / total)
+        if kind.mins is not None:
+            s, b = torch.where(b > 0, sqx / sqq.clamp_min(TINY), s), b.clamp_max(0)
+        error = s * s * sqq + b * b * total + sxx + 2 * s * b * sq - 2 * s * sqx - 2 * b * sx
+        better = error < best
+        best, scale, low = (torch.where(better, new, old) for new, old in ((error, best), (s, scale), (b, low)))
+    return scale, low if kind.mins is None else -low
+
+
+def in_blocks(kind: BlockType, scale: Float[Tensor, "m G"], low: Float[Tensor, "m G"] | None) -> BlockGrid:
+    """Round scales and minima to what their blocks can store."""
+    if kind.scales is None:
+        return BlockGrid.of(kind, halved(scale), None if low is None else low.half().to(low.dtype))
+    scales = scale.unflatten(1, (-1, kind.per_block))
+    if kind.scales[0] < 0:  # the largest gets the end that reaches farther
+        largest = scales.gather(2, scales.abs().argmax(2, keepdim=True))[..., 0]
+        d = halved(largest / kind.scales[0])
+    else:
+        d = halved(scales.amax(2) / kind.scales[1])
+    sc = never_zero(in_units(scale, d, kind.scales))
+    if low is None or kind.mins is None:
+        return BlockGrid.of(kind, d, None, sc)
+    dmin = halved(low.unflatten(1, (-1, kind.per_block)).amax(2) / kind.mins)
+    return BlockGrid.of(kind, d, dmin, sc, in_units(low, dmin, (0, kind.mins)))
+
+
+def in_units(x: Float[Tensor, "m G"], unit: Float[Tensor, "m B"], limits: tuple[int, int]) -> Float[Tensor, "m G"]:
+    """Round to whole multiples of a block's unit."""
+    return (x / unit.repeat_interleave(x.shape[1] // unit.shape[1], 1)).round_().clamp_(*limits)
+
+
+def halved(x: Tensor) -> Tensor:
+    """Round to float16, never to 0."""
+    rounded = x.clamp(-LARGEST, LARGEST).half().to(x.dtype)
+    return torch.where(rounded == 0, SMALLEST, rounded)
+
+
+def positive(x: Tensor) -> Tensor:
+    """Replace 0 by 1."""
+    return torch.where(x == 0, 1.0, x)
+
+
+def never_zero(sc: Tensor) -> Tensor:
+    """Replace 0: weights of such a group would have no codes."""
+    return torch.where(sc == 0, 1, sc)
+
+
+def refined(grid: BlockGrid, X: Float[Tensor, "m G g"], w: Float[Tensor, "1 G g"]) -> BlockGrid:
+    """Move scales and minima to their best for the present codes, where that lowers the error of their block."""
+    new, kind = moved(grid, X, w), grid.kind
+    better = error_of_blocks(new, X, w) < error_of_blocks(grid, X, w)
+    groups = better.repeat_interleave(kind.per_block, 1)
+    chosen = [
+        None if old is None or now is None else torch.where(better if old.shape == better.shape else groups, now, old)
+        for now, old in zip(new.parts, grid.parts, strict=True)
+    ]
+    return BlockGrid.of(kind, *chosen)  # type: ignore[arg-type]
+
+
+def moved(grid: BlockGrid, X: Float[Tensor, "m G g"], w: Float[Tensor, "1 G g"]) -> BlockGrid:
+    kind, q = grid.kind, grid._codes(X.flatten(1)).view(X.shape)
+    total, wq = w.sum(2), w * q
+    square, along, sums, weighed = (wq * q).sum(2), (wq * X).sum(2), wq.sum(2), (w * X).sum(2)
+    if grid.zero is not None:
+        along = along + grid.zero * grid.step * sums
+    ideal = along / square.clamp_min(TINY)
+    if grid.sc is None or kind.scales is None:
+        d, sc = halved(ideal), None
+        step = d
+    else:
+        d = halved(by_blocks(grid.sc * along, kind) / by_blocks(grid.sc.square() * square, kind).clamp_min(TINY))
+        sc = never_zero(in_units(ideal, d, kind.scales))
+        step = d.repeat_interleave(kind.per_block, 1) * sc
+    if grid.low is None:
+        return BlockGrid.of(kind, d, None, sc)
+    over = step * sums - weighed
+    if grid.mn is None or kind.mins is None:
+        return BlockGrid.of(kind, d, (-over / total).half().to(d.dtype), sc)
+    dmin = halved(by_blocks(grid.mn * over, kind) / by_blocks(grid.mn.square() * total, kind).clamp_min(TINY)).abs()
+    return BlockGrid.of(kind, d, dmin, sc, in_units(over / total, dmin, (0, kind.mins)))
+
+
+def by_blocks(x: Float[Tensor, "m G"], kind: BlockType) -> Float[Tensor, "m B"]:
+    return x.unflatten(1, (-1, kind.per_block)).sum(2)
+
+
+def error_of_blocks(grid: BlockGrid, X: Float[Tensor, "m G g"], w: Float[Tensor, "1 G g"]) -> Float[Tensor, "m B"]:
+    error = (X - grid.nearest(X.flatten(1)).view(X.shape)).square_().mul_(w).sum(2)
+    return by_blocks(error, grid.kind)
+
+
+def refit(
+    Q: Float[Tensor, "m n"], W: Float[Tensor, "m n"], hessian: Hessian, grid: BlockGrid
+) -> tuple[Float[Tensor, "m n"], BlockGrid]:
+    """Return Q with the same codes and better scales, and the grid with these: one round of coordinate descent."""
+    descent = ScaleDescent(Q, W, hessian.damped.to(W.dtype), grid)
+    return Q + descent.run().T, descent.grid()
+
+
+class ScaleDescent:
+    """Move one scale or minimum of every row at a time to its best, by E ||(W - Q) x||^2.
+
+    Everything is transposed: parts (blocks or groups, m), codes and slope (n, m). slope: H (W - Q)^T within the span of
+    columns that is worked on and after it. changes: of Q^T so far.
+    """
+
+    def __init__(self, Q: Tensor, W: Tensor, H: Tensor, grid: BlockGrid) -> None:
+        self.kind, self.H = grid.kind, H
+        self.codes, self.slope = grid._codes(Q).T.contiguous(), H @ (W - Q).T
+        self.changes = torch.zeros_like(self.slope)
+        self.d, self.low, self.sc, self.mn = (none_or(Tensor.contiguous, none_or(Tensor.t, p)) for p in grid.parts)
+
+    def grid(self) -> BlockGrid:
+        parts = (self.d, self.low, self.sc, self.mn)
+        return BlockGrid.of(self.kind, *(none_or(Tensor.contiguous, none_or(Tensor.t, part)) for part in parts))
+
+    def run(self) -> Float[Tensor, "n m"]:
+        """Return the change of Q^T."""
+        n, size = len(self.codes), self.kind.block
+        for start, stop in spans(0, n, max(SPAN // size, 1) * size):
+            self.span = slice(start, stop)
+            for first in range(start, stop, size):
+                self.move_scales(first)
+                self.move_minima(first)
+            self.slope[stop:].addmm_(self.H[stop:, start:stop], self.changes[start:stop], alpha=-1)
+        return self.changes
+
+    def groups(self, first: int) -> list[tuple[int, slice]]:
+        """The groups of the block whose first column is `first`: their numbers and columns."""
+        size = self.kind.group
+        return [(at // size, slice(at, at + size)) for at in range(first, first + self.kind.block, size)]
+
+    def spread(self, part: Float[Tensor, "groups m"], first: int) -> Float[Tensor, "columns m"]:
+        """A part of the groups of a block, for each of its columns."""
+        start = first // self.kind.group
+        return part[start : start + self.kind.per_block].repeat_interleave(self.kind.group, 0)
+
+    def move_scales(self, first: int) -> None:
+        block, b = slice(first, first + self.kind.block), first // self.kind.block
+        codes = self.codes[block]
+        if self.sc is None or self.kind.scales is None:
+            self.d[b] = self.moved(block, codes, self.d[b], halved)
+            return
+        self.d[b] = self.moved(block, self.spread(self.sc, first) * codes, self.d[b], halved)
+        for g, columns in self.groups(first):
+            self.sc[g] = self.moved(columns, self.d[b] * self.codes[columns], self.sc[g], within(self.kind.scales))
+
+    def move_minima(self, first: int) -> None:
+        if self.low is None:
+            return
+        block, b = slice(first, first + self.kind.block), first // self.kind.block
+        if self.mn is None or self.kind.mins is None:
+            ones = torch.ones_like(self.codes[block])
+            self.low[b] = self.moved(block, ones, self.low[b], lambda x: x.half().to(x.dtype))
+            return
+        self.low[b] = self.moved(block, -self.spread(self.mn, first), self.low[b], lambda x: halved(x.clamp_min(0)))
+        for g, columns in self.groups(first):
+            direction = -self.low[b].expand(self.kind.group, -1)
+            self.mn[g] = self.moved(columns, direction, self.mn[g], lambda x: x.round().clamp(0, self.kind.mins))
+
+    def moved(
+        self, columns: slice, direction: Float[Tensor, "c m"], old: Float[Tensor, "m"], rounded: Rule
+    ) -> Float[Tensor, "m"]:
+        """The best coefficient of a direction in some columns in place of `old`, rounded to what can be stored."""
+        gain = (direction * self.slope[columns]).sum(0)
+        curvature = (direction * (self.H[columns, columns] @ direction)).sum(0)
+        new = rounded(torch.where(curvature > 0, old + gain / curvature, old))
+        change = direction * (new - old)
+        self.slope[self.span].addmm_(self.H[self.span, columns], change, alpha=-1)
+        self.changes[columns] += change
+        return new
+
+
+def within(limits: tuple[int, int]) -> Rule:
+    return lambda x: never_zero(x.round().clamp(*limits))

@@ -1,0 +1,103 @@
+"""`compress quantize --type`: one GGUF file in llama.cpp's types, as readers find it."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import tiny
+from cli_runner import invoke, succeeds
+
+gguf = pytest.importorskip("gguf")
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 256,
+    "num_attention_heads": 4,
+    "head_dim": 16,
+    "num_key_value_heads": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("home")
+    tiny.write_model(folder / "llama", "llama", dtype=torch.float32, **SIZES)
+    tiny.write_text(folder / "text.txt")
+    return folder
+
+
+def quantize(home, out, *options):
+    words = ["quantize", "--model", home / "llama", "--calib", home / "text.txt", "--samples", 8, "--seq-len", 32]
+    return [*map(str, words), "--out", str(home / out), *options]
+
+
+@pytest.fixture(scope="module")
+def written(home):
+    succeeds(*quantize(home, "q4", "--type", "Q4_K_M,attn_k=Q8_0,ffn_down=Q3_K"))
+    return home / "q4"
+
+
+def test_the_folder_has_the_file_and_what_tells_of_it(written):
+    assert sorted(file.name for file in written.iterdir()) == ["README.md", "compress.json", "q4.gguf"]
+    assert "llama-cli -m PATH/q4.gguf" in (written / "README.md").read_text()
+
+
+def test_tensors_have_the_types_that_were_asked_for(written):
+    reader = gguf.GGUFReader(written / "q4.gguf")
+    types = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
+    assert types["blk.0.attn_q.weight"] == "Q5_0"
+    assert types["blk.1.attn_k.weight"] == "Q8_0"
+    assert types["blk.1.ffn_down.weight"] == "Q3_K"
+    assert types["token_embd.weight"] in ("Q5_0", "Q8_0")
+    assert types["output_norm.weight"] == "F32"
+
+
+def test_transformers_reads_a_model_near_the_dense_one(home, written):
+    ids = torch.arange(3, 27).view(1, -1)
+    with torch.no_grad():
+        dense = AutoModelForCausalLM.from_pretrained(home / "llama", dtype=torch.float32)(ids).logits
+        found = AutoModelForCausalLM.from_pretrained(written, gguf_file="q4.gguf", dtype=torch.float32)(ids).logits
+    assert float((found - dense).norm() / dense.norm()) < 0.2
+    same = AutoTokenizer.from_pretrained(written, gguf_file="q4.gguf")
+    assert same("The cat")["input_ids"] == AutoTokenizer.from_pretrained(home / "llama")("The cat")["input_ids"]
+
+
+def test_the_plan_and_the_file_agree(home, written):
+    planned = succeeds(*quantize(home, "dry", "--type", "Q4_K_M,attn_k=Q8_0,ffn_down=Q3_K", "--dry-run", "--json")).json
+    metadata = json.loads((written / "compress.json").read_text())
+    assert planned["bytes"] == metadata["size"]["bytes"]
+    assert planned["parameters"] == metadata["size"]["parameters"] == metadata["dense_size"]["parameters"]
+    assert metadata["size"]["bytes"] < (written / "q4.gguf").stat().st_size
+
+
+def test_the_same_command_gives_the_same_bytes(home, written):
+    succeeds(*quantize(home, "again", "--type", "Q4_K_M,attn_k=Q8_0,ffn_down=Q3_K"))
+    first, second = ((home / name / f"{name}.gguf").read_bytes() for name in ("q4", "again"))
+    assert len(first) == len(second)
+    assert first[-100_000:] == second[-100_000:]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--type", "Q4_KM"], ["--type Q4_KM", "Did you mean 'Q4_K_M'?"]),
+        (["--type", "Q4_K_M", "--bits", "4"], ["--bits has no effect with --type"]),
+        (["--type", "Q4_K_M", "--compact"], ["--compact has no effect with --type"]),
+        (["--type", "Q4_K_M,attn_v=Q9"], ["'Q9'"]),
+    ],
+)
+def test_what_cannot_be_is_said_in_a_line(home, options, words):
+    ran = invoke(*quantize(home, "never", *options))
+    assert ran.code == 2
+    assert all(word in " ".join(ran.faults) for word in words), ran.faults
+    assert not (home / "never").exists()
+
+
+def test_a_model_that_gguf_does_not_know_is_refused_before_the_work(home):
+    tiny.write_model(home / "opt", "opt")
+    words = [word.replace("/llama", "/opt") for word in quantize(home, "never", "--type", "Q8_0")]
+    ran = invoke(*words)
+    assert ran.code != 0
+    assert "opt" in " ".join(ran.faults)
+    assert not (home / "never").exists()
