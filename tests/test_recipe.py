@@ -74,7 +74,7 @@ def test_a_dumped_slim_recipe_parses_back(name):
         ({"prune": {}, "adapt": {"rank": 0}}, "stages.0.adapt.rank", ""),
         ({"prune": {}, "adapt": {"rank": 2.5}}, "stages.0.adapt.rank", "a share of the full one below 1, or a whole"),
         ({"prune": {}, "adapt": {"bits": 4}}, "stages.0", "adapters in few bits are for compact form"),
-        ({"prune": {}, "form": "sparse"}, "stages.0.form", "'packed', 'compact' or 'dense'"),
+        ({"prune": {}, "form": "sparse"}, "stages.0.form", "'packed', 'compact', 'gguf' or 'dense'"),
     ],
 )
 def test_each_fault_of_slim_is_one_line_that_says_where(stage, place, words):

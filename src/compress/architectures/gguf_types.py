@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from compress.errors import unknown_name
+from compress.errors import UnsupportedModel, unknown_name
 from compress.models.gguf_opening import check_extra
 from compress.numerics.block_types import TYPES
 
@@ -117,6 +117,10 @@ def tensor_names(model_type: str, num_blocks: int) -> Any:
     check_extra("Writing")
     import gguf
 
+    if model_type not in ARCHITECTURES:
+        raise UnsupportedModel(
+            f"GGUF is not written for model_type {model_type!r}, only for {', '.join(ARCHITECTURES)}. Use --bits."
+        )
     return gguf.get_tensor_name_map(gguf.MODEL_ARCH[ARCHITECTURES[model_type]], num_blocks)
 
 

@@ -86,7 +86,7 @@ class Quantize(Part):
     floating: bool = False
     group: int | str | None = None
     gguf_type: str | None = None
-    gguf_tensors: Mapping[str, str] = Field(default_factory=dict)
+    gguf_tensors: Mapping[str, str] | None = None
     symmetric: bool = True
     act_order: bool = False
     important_inputs: bool = False
@@ -242,8 +242,8 @@ class Slim(StageConfig):
         return Requirements(inputs="single_pass")
 
     def targets(self, linear: LinearShape) -> bool:
-        has_type = self.quantize is None or not self.quantize.gguf_tensors or linear.path in self.quantize.gguf_tensors
-        return has_type and is_target(self.target, linear.name, linear.part)
+        tensors = None if self.quantize is None else self.quantize.gguf_tensors
+        return (tensors is None or linear.path in tensors) and is_target(self.target, linear.name, linear.part)
 
     def plan(self, spec: ModelSpec) -> tuple["Slim", ModelSpec]:
         spec.require_decided("Storage goes by widths that are known beforehand. Give slice a ratio.")
@@ -295,7 +295,7 @@ class Slim(StageConfig):
 
     def storage(self, linear: LinearShape) -> Storage:
         quantize, adapt = self.quantize, self.adapt
-        if quantize is not None and self.form == "gguf":
+        if quantize is not None and quantize.gguf_tensors is not None:
             return Storage(form="gguf", bits=None, block_type=quantize.gguf_tensors[linear.path])
         options: dict[str, Any] = {}
         if quantize is not None:
@@ -374,7 +374,7 @@ class Slim(StageConfig):
     def bits_of(self, linear: LinearShape) -> int | str:
         """As the report says it."""
         assert self.quantize is not None
-        return self.quantize.gguf_tensors.get(linear.path, self.quantize.bits)
+        return (self.quantize.gguf_tensors or {}).get(linear.path, self.quantize.bits)
 
     def module(self, site: LinearSite, found: Decomposed, bias: Tensor | None) -> nn.Linear | AdaptedLinear:
         if self.form == "dense":
