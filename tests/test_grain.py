@@ -34,8 +34,8 @@ def test_files_and_functions_keep_their_size(record_property):
     for name, count in counts.items():
         record_property(name, count)
     print(counts)
-    assert counts["lines"] <= 25_400
-    assert counts["files"] <= 226
+    assert counts["lines"] <= 25_800
+    assert counts["files"] <= 228
     assert counts["root modules"] <= 11
     assert counts["90% of functions"] <= 30
     assert counts["files under 40 lines"] <= 16

@@ -20,6 +20,7 @@ from compress.models.gguf_header import Header
 from compress.models.loading import check_sizes, check_values
 from compress.models.untrusted import reading
 
+FOLDER_INSTEAD = "Name the folder it was written from."
 ROPE_FACTORS = "rope_freqs.weight"  # by what the rotary frequencies are divided
 
 
@@ -70,59 +71,64 @@ def architecture_of(header: Header) -> Architecture:
     name = header.fields.get("general.architecture")
     if name not in ARCHITECTURES:
         raise UnsupportedModel(
-            f"{header.file} is of the architecture {name!r}. GGUF is read of {', '.join(ARCHITECTURES)}. "
-            "Name the folder it was written from."
+            f"{header.file} is of the architecture {name!r}. Read are {', '.join(ARCHITECTURES)}. {FOLDER_INSTEAD}"
         )
     return ARCHITECTURES[name]
 
 
 def read_config(header: Header) -> Any:
     """Raises UnsupportedModel for what transformers' model would not compute, CheckpointError for what makes none."""
-    known, file = architecture_of(header), header.file
-    prefix = f"{header.fields['general.architecture']}."
+    known, prefix = architecture_of(header), f"{header.fields['general.architecture']}."
     said = {key.removeprefix(prefix): value for key, value in header.fields.items() if key.startswith(prefix)}
     check_keys(header, said, {*KEYS, *known.keys, *HEAD_SIZES, *ROPE, *WITHOUT_EFFECT})
-    values = {name: said[key] for key, name in (KEYS | known.keys).items() if key in said}
-    with reading(f"The header of {file} makes no model", "Get it again."):
-        absent = next((key for key in KEYS if key not in (*said, *OPTIONAL)), None)
-        if absent is not None:
-            raise ValueError(f"it does not say {prefix}{absent}")
-        values["vocab_size"] = header.tensors["token_embd.weight"].shape[0]
-        values.setdefault("num_key_value_heads", values["num_attention_heads"])
-        check_values(file, values)
-        head = values.setdefault("head_dim", values["hidden_size"] // values["num_attention_heads"])
-        if any(said.get(key, head) != head for key in HEAD_SIZES):
-            raise UnsupportedModel(f"{file} rotates only a part of each head, or has values of another size than keys.")
-        biases = {name.split(".")[-2].split("_")[0] for name in header.tensors if name.endswith(".bias")}
-        if known.model_type == "llama":
-            values |= {"attention_bias": "attn" in biases, "mlp_bias": "ffn" in biases}
-        if known.model_type == "gemma2":
-            is_largest = values["num_hidden_layers"] == GEMMA2_27B_BLOCKS
-            values["query_pre_attn_scalar"] = (
-                values["hidden_size"] // values["num_attention_heads"] if is_largest else head
-            )
-        ids = {name: header.fields.get(f"tokenizer.ggml.{key}_token_id") for key, name in SPECIAL.items()}
+    with reading(f"The header of {header.file} makes no model", "Get it again."):
         config = AutoConfig.for_model(
             known.model_type,
-            **values,
-            **ids,
+            **sizes(header, known, said),
+            **{name: header.fields.get(f"tokenizer.ggml.{key}_token_id") for key, name in SPECIAL.items()},
             dtype=written_dtype(header),
             tie_word_embeddings="output.weight" not in header.tensors,
             rope_parameters={"rope_type": "default", "rope_theta": float(said.get("rope.freq_base", 1e4))},
         )
-        check_sizes(file, config)
+        check_sizes(header.file, config)
         config.rope_parameters |= rotary_scaling(header, said, config)
     return config
 
 
+def sizes(header: Header, known: Architecture, said: Mapping[str, Any]) -> dict[str, Any]:
+    """What the config has of the model's shape, by its own names. said: by the header's."""
+    blocks = {name.split(".")[1] for name in header.tensors if name.startswith("blk.")}
+    if len(blocks) != said.get("block_count"):  # before as many are built
+        raise ValueError(f"it has {len(blocks)} blocks and says {said.get('block_count')}")
+    absent = next((key for key in KEYS if key not in (*said, *OPTIONAL)), None)
+    if absent is not None:
+        raise ValueError(f"it does not say {absent}")
+    found = {name: said[key] for key, name in (KEYS | known.keys).items() if key in said}
+    found["vocab_size"] = header.tensors["token_embd.weight"].shape[0]
+    found.setdefault("num_key_value_heads", found["num_attention_heads"])
+    check_values(header.file, found)
+    share = found["hidden_size"] // found["num_attention_heads"]
+    head = found.setdefault("head_dim", share)
+    if any(said.get(key, head) != head for key in HEAD_SIZES):
+        raise UnsupportedModel(
+            f"{header.file} rotates only a part of each head, or has values of another size than keys. {FOLDER_INSTEAD}"
+        )
+    if known.model_type == "llama":
+        biases = {name.split(".")[-2].partition("_")[0] for name in header.tensors if name.endswith(".bias")}
+        found |= {"attention_bias": "attn" in biases, "mlp_bias": "ffn" in biases}
+    if known.model_type == "gemma2":
+        found["query_pre_attn_scalar"] = share if found["num_hidden_layers"] == GEMMA2_27B_BLOCKS else head
+    return found
+
+
 def check_keys(header: Header, said: Mapping[str, Any], known: set[str]) -> None:
     if said.get("expert_count") or any("_exps." in name for name in header.tensors):
-        raise UnsupportedModel(f"{header.file} has experts. Name the folder it was written from.")
+        raise UnsupportedModel(f"{header.file} has experts. {FOLDER_INSTEAD}")
     unknown = min(said.keys() - known, default=None)
     if unknown is not None:
         raise UnsupportedModel(
-            f"{header.file} says {unknown} = {str(said[unknown])[:40]}, of which a model of transformers would know "
-            "nothing. Name the folder it was written from."
+            f"{header.file} says {unknown} = {str(said[unknown])[:40]}, of which transformers' model would know "
+            f"nothing. {FOLDER_INSTEAD}"
         )
 
 
@@ -150,7 +156,7 @@ def rotary_scaling(header: Header, said: Mapping[str, Any], config: Any) -> dict
             return found
     raise UnsupportedModel(
         f"The rotary embeddings of {header.file} are scaled in a way that does not go back into a config "
-        f"({kind if factors is None else ROPE_FACTORS}). Name the folder it was written from."
+        f"({kind if factors is None else ROPE_FACTORS}). {FOLDER_INSTEAD}"
     )
 
 

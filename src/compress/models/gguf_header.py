@@ -78,10 +78,13 @@ class Cursor:
     def take(self, code: str) -> tuple[Any, ...]:
         return struct.unpack_from(f"<{code}", self.data, self.advance(struct.calcsize(f"<{code}")))
 
-    def text(self) -> str:
+    def string(self) -> bytes:
         (length,) = self.take("Q")
         begin = self.advance(length)
-        return self.data[begin : self.place].decode(errors="replace")
+        return self.data[begin : self.place]
+
+    def text(self) -> str:
+        return self.string().decode(errors="replace")
 
     def value(self, kind: int) -> Any:
         if kind == STRING:
@@ -93,11 +96,14 @@ class Cursor:
         (found,) = self.take(SCALARS[kind])
         return shortest(found) if kind == FLOAT32 else found
 
-    def array(self) -> list[Any]:
+    def array(self) -> str:
+        """Go over an array, such as a vocabulary: what is needed of the header here are single values."""
         kind, count = self.take("IQ")
         if kind in SCALARS:
-            return list(self.take(f"{count}{SCALARS[kind]}"))
-        return [self.value(kind) for _ in range(count)]
+            self.advance(count * struct.calcsize(f"<{SCALARS[kind]}"))
+        for _ in range(0 if kind in SCALARS else count):
+            self.string() if kind == STRING else self.value(kind)
+        return f"an array of {count:,}"
 
 
 def shortest(number: float) -> float:

@@ -17,6 +17,7 @@ from tokenizers import pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from compress.errors import UnsupportedModel, UsageError
+from compress.models.gguf_config import FOLDER_INSTEAD
 from compress.models.gguf_header import read_header
 from compress.models.gguf_weights import gguf_model
 from compress.models.tensor_files import GGUF, version_of
@@ -54,12 +55,13 @@ def made_folder(file: Path, _version: tuple[int, ...]) -> Path:
     scratch = tempfile.mkdtemp(prefix="compress-gguf-")
     atexit.register(shutil.rmtree, scratch, ignore_errors=True)
     folder = Path(scratch) / file.stem  # which is what messages call it
-    folder.mkdir()
-    (folder / GGUF).symlink_to(file)
-    model.config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    if isinstance(license := model.header.fields.get("general.license"), str):
-        (folder / "README.md").write_text(f"---\nlicense: {json.dumps(license)}\n---\n", encoding="utf-8")
+    with reading(f"No folder can be made from the header of {file}"):
+        folder.mkdir()
+        (folder / GGUF).symlink_to(file)
+        model.config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        origin = {"license": model.header.fields.get("general.license")}
+        (folder / "README.md").write_text(f"---\n{json.dumps(origin)}\n---\n", encoding="utf-8")
     return folder
 
 
@@ -70,7 +72,7 @@ def load_gguf_tokenizer(file: Path) -> Any:
     if header.fields.get("tokenizer.ggml.model") == "gpt2" and cut not in CUTS:
         raise UnsupportedModel(
             f"The tokenizer of {file} cuts text in a way ({cut!r}) that transformers does not read from GGUF. "
-            "Name the folder it was written from."
+            f"{FOLDER_INSTEAD}"
         )
     with (
         tempfile.TemporaryDirectory() as scratch,

@@ -16,7 +16,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from compress.errors import CheckpointError, UnsupportedModel
-from compress.models.gguf_config import ROPE_FACTORS, architecture_of, read_config
+from compress.models.gguf_config import FOLDER_INSTEAD, ROPE_FACTORS, architecture_of, read_config
 from compress.models.gguf_header import GgufTensor, Header, read_header
 from compress.models.loading import empty_model
 
@@ -73,8 +73,7 @@ def read_model(file: Path, _version: tuple[int, ...]) -> GgufModel:
     stray = header.tensors.keys() - {weight.stored.name for weight in weights.values()} - {ROPE_FACTORS}
     if stray:
         raise UnsupportedModel(
-            f"{file} has {min(stray)!r}, which has no place in a {config.architectures[0]}. "
-            "Name the folder it was written from."
+            f"{file} has {min(stray)!r}, which has no place in a {config.architectures[0]}. {FOLDER_INSTEAD}"
         )
     return GgufModel(header, config, weights)
 
