@@ -285,15 +285,22 @@ def read_card(home: Path, choose: Random) -> None:
 
 
 def read_gguf(home: Path, choose: Random) -> None:
-    from compress.models.gguf_opening import load_gguf, load_gguf_config, load_gguf_tokenizer
+    from compress.calibration.weights import LazyWeights
+    from compress.models.gguf_opening import gguf_folder
+    from compress.models.loading import load_config, load_tokenizer
+    from compress.models.stored_loading import open_model
 
-    file = home / "model.gguf"
+    folder = gguf_folder(home / "model.gguf")
     commands = [
-        lambda: load_gguf_config(file),
-        lambda: load_gguf_tokenizer(file),
-        lambda: load_gguf(file, dtype=torch.float32, device=torch.device("cpu")),
+        lambda: load_config(folder),
+        lambda: load_tokenizer(folder),
+        lambda: list(LazyWeights(folder).samples()),
+        lambda: open_model(folder, dtype=torch.float32, device=torch.device("cpu")),
     ]
-    choose.choice(commands)()
+    try:
+        choose.choice(commands)()
+    finally:
+        shutil.rmtree(folder.parent)
 
 
 PART = "model-00002-of-00005.safetensors"

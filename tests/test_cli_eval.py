@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from cli_runner import flat, invoke, snapshot, succeeds, untouched
 from compress.checkpoints.gguf import write_gguf
 from compress.checkpoints.quality import QUALITY, read_quality
-from compress.cli.eval import find_place, usual_text
+from compress.cli.eval import usual_text
 from compress.evaluation._local_tasks import task_index
 from compress.evaluation.humaneval import Sampling, completions
+from compress.models.hub import find_model
 from compress.models.storage import Storage
 from compress.models.stored_loading import load
 from compress.numerics.sparsity import Pattern
@@ -128,7 +129,7 @@ def test_all_measures_at_once(home, place):
 
 def test_the_text_of_a_divergence_alone(home, place):
     """stdlib where there is the embedded model, else wikitext2."""
-    assert usual_text([find_place("demo"), find_place(str(home / "dense"))]) == "stdlib"
+    assert usual_text([find_model("demo"), find_model(str(home / "dense"))]) == "stdlib"
     assert "wikitext" in refused(4, "--kl", home / "dense", "--model", home / "dense")[0]
 
 
@@ -229,7 +230,7 @@ def test_a_comparison_of_every_kind_of_checkpoint(home, place):
         home, "--kl", home / "dense", "--tasks", "piqa,winogrande,lambada_openai", "--data-dir", home / "data"
     )
     found = succeeds("eval", "--compare", *(home / kind for kind in KINDS), *words, "--json").json
-    assert [each["model"] for each in found["models"]] == list(KINDS)
+    assert [each["model"] for each in found["models"]] == [kind.removesuffix(".gguf") for kind in KINDS]
     assert found["notes"] == []
     for kind, each in zip(KINDS, found["models"], strict=True):
         folder = home / kind
@@ -363,42 +364,33 @@ def test_a_gguf_file_is_its_folder(home, place, tmp_path):
     assert both[1]["parameters"] == both[0]["parameters"]
     (tmp_path / "export").mkdir()
     shutil.copy(home / "plain.gguf", tmp_path / "export" / "model.gguf")
-    alone = find_place("export")
-    assert alone.gguf is not None
-    assert (alone.name, alone.gguf.name) == ("export", "model.gguf")
+    assert find_model("export").name == "model"
     shutil.copy(home / "plain.gguf", tmp_path / "export" / "another.gguf")
     assert "export has 2 GGUF files. Name one" in refused(2, "--model", "export", *texts(home))[0]
-    assert "plain.gguf is none of yours" in refused(2, "--model", home / "plain.gguf", *texts(home), "--save")[0]
+    assert "plain is none of yours" in refused(2, "--model", home / "plain.gguf", *texts(home), "--save")[0]
 
 
-def test_a_gguf_file_that_would_be_read_as_another_model_is_refused(home, place, tmp_path):
-    """transformers leaves out biases and scaled rotary embeddings without a word."""
-    write_folder(tmp_path / "biased", attention_bias=True)
-    write_gguf(tmp_path / "biased", tmp_path / "biased.gguf")
-    (fault,) = refused(3, "--model", "biased.gguf", *texts(home))
-    assert "leaves out some of biased.gguf" in fault
-    assert "Name the folder it was written from" in fault
-    for kind in ("linear", "llama3"):
-        scaled = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0}
-        if kind == "llama3":
-            scaled |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
-        write_folder(tmp_path / kind, rope_parameters=scaled)
+def test_what_transformers_leaves_out_of_a_gguf_file_is_measured(home, place, tmp_path):
+    """Biases and scaled rotary embeddings."""
+    scaled = {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}
+    for kind, changes in (("biased", {"attention_bias": True}), ("linear", scaled)):
+        write_folder(tmp_path / kind, **changes)
         write_gguf(tmp_path / kind, tmp_path / f"{kind}.gguf")
-        (fault,) = refused(3, "--model", f"{kind}.gguf", *texts(home))
-        assert f"leaves out the scaled rotary embeddings of {kind}.gguf" in fault
+        found = succeeds("eval", "--compare", kind, f"{kind}.gguf", *texts(home), "--json").json["models"]
+        assert found[0]["perplexity"][0]["ppl"] == found[1]["perplexity"][0]["ppl"]
 
 
 def test_gguf_files_that_cannot_be_read(home, place, tmp_path, monkeypatch):
     (tmp_path / "no.gguf").write_bytes(b"GGUF")
-    assert "no.gguf" in refused(3, "--model", "no.gguf", *texts(home))[0]
+    assert "no.gguf is no GGUF file or damaged" in refused(1, "--model", "no.gguf", *texts(home))[0]
     content = (home / "plain.gguf").read_bytes()
     (tmp_path / "short.gguf").write_bytes(content[: len(content) // 2])
-    assert "short.gguf" in invoke("eval", "--model", "short.gguf", *texts(home)).faults[0]
+    assert "short.gguf is cut short" in refused(1, "--model", "short.gguf", *texts(home))[0]
     unknown = content.replace(b"\x05\x00\x00\x00\x00\x00\x00\x00llama", b"\x05\x00\x00\x00\x00\x00\x00\x00llamo", 1)
     assert unknown != content
     (tmp_path / "unknown.gguf").write_bytes(unknown)
     (fault,) = refused(3, "--model", "unknown.gguf", *texts(home))
-    assert "transformers cannot read unknown.gguf" in fault
+    assert "unknown.gguf is of the architecture 'llamo'" in fault
     monkeypatch.setitem(sys.modules, "gguf", None)
     (fault,) = refused(2, "--model", home / "plain.gguf", *texts(home))
     assert fault == "Reading GGUF needs the package gguf: pip install compress-llm[gguf]"

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from compress.planning.prepare import Job
     from compress.recipe import Recipe
 
-MODEL = "A hub id, an alias such as llama-2-7b or opt-125m, a folder, or demo."
+MODEL = "A hub id, an alias such as llama-2-7b or opt-125m, a folder, a GGUF file, or demo."
 CALIB = (
     "Calibration text: wikitext2, c4, ptb, alpaca, stdlib, or a .txt or .jsonl file. Default: wikitext2 (demo: stdlib)."
 )

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -151,7 +150,6 @@ def evaluate(
         dtype=options.dtype,
         data_dir=options.data_dir,
         device=options.device,
-        find=find_place,
     )
     with problems.collect():
         check_computing_dtype(options.dtype, found)
@@ -173,31 +171,6 @@ def words(text: str | None) -> list[str]:
     return list(dict.fromkeys(word.strip() for word in (text or "").split(",") if word.strip()))
 
 
-@dataclass(frozen=True)
-class Place:
-    """A model that was named: of the hub or a folder, or a GGUF file."""
-
-    name: str
-    source: "ModelSource | None"
-    gguf: Path | None
-
-    def folder(self) -> Path:
-        """Fetched, if it has to be."""
-        if self.gguf is not None:
-            return self.gguf.parent
-        assert self.source is not None
-        return self.source.whole_folder()
-
-
-def find_place(name: str) -> Place:
-    from compress.models.hub import find_gguf, find_model
-
-    if (gguf := find_gguf(name)) is not None:
-        return Place(Path(name).expanduser().resolve().name, None, gguf)
-    source = find_model(name)
-    return Place(source.name, source, None)
-
-
 def check_computing_dtype(dtype: str | None, found: Found) -> None:
     if dtype in DTYPES and found.device is not None:
         import torch
@@ -207,11 +180,11 @@ def check_computing_dtype(dtype: str | None, found: Found) -> None:
         check_computing(getattr(torch, dtype), found.device)
 
 
-def check_places_to_save(problems: Problems, places: Sequence[Place]) -> None:
-    for place in places:
+def check_places_to_save(problems: Problems, sources: "Sequence[ModelSource]") -> None:
+    for source in sources:
         with problems.collect():
-            if place.source is None or place.source.folder is None or place.source.is_demo:
-                raise UsageError(f"--save keeps quality.json in a checkpoint's folder; {place.name} is none of yours.")
+            if source.folder is None or source.is_demo:
+                raise UsageError(f"--save keeps quality.json in a checkpoint's folder; {source.name} is none of yours.")
 
 
 def gather(problems: Problems, options: EvalOptions, found: Found, ks: tuple[int, ...]) -> "Request":
@@ -255,21 +228,21 @@ def drawn_at(options: EvalOptions) -> float:
     return PAPERS_TEMPERATURE if options.samples_per_problem > 1 else 0.0
 
 
-def usual_text(places: Sequence[Place]) -> str:
+def usual_text(sources: "Sequence[ModelSource]") -> str:
     """As for calibration: wikitext2, and stdlib for demo."""
-    return "stdlib" if any(place.source and place.source.is_demo for place in places) else "wikitext2"
+    return "stdlib" if any(source.is_demo for source in sources) else "wikitext2"
 
 
 def prepare_all(
-    places: Sequence[Place], request: "Request", *, with_dense: bool
+    sources: "Sequence[ModelSource]", request: "Request", *, with_dense: bool
 ) -> "tuple[list[Subject], Subject | None]":
     """The models to be measured, and the dense one, which was named last. All problems of all of them at once."""
     from compress.evaluation.subject import check_same_tokens, prepare
 
     problems, prepared = Problems(), []
-    for place in places:
+    for source in sources:
         with problems.collect():
-            prepared.append(prepare(place.name, place.folder(), place.gguf, request))
+            prepared.append(prepare(source.name, source.whole_folder(), request))
     problems.report()
     subjects, dense = (prepared[:-1], prepared[-1]) if with_dense else (prepared, None)
     if dense is not None:

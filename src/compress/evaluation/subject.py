@@ -17,8 +17,8 @@ from compress.errors import Problems, UsageError
 from compress.evaluation.humaneval import Sampling
 from compress.evaluation.tasks import LoadedTask, check_installed, load_hub_task, load_local_task
 from compress.models import stored_loading
-from compress.models.gguf_opening import load_gguf, load_gguf_config, load_gguf_tokenizer
 from compress.models.loading import check_positions, check_vocabulary, load_config, load_tokenizer
+from compress.models.tensor_files import checkpoint_files
 
 USUAL_SEQ_LEN = 2048
 Windows = dict[str, Int64[Tensor, "windows seq_len"]]
@@ -69,46 +69,39 @@ class Subject:
 
     name: str
     folder: Path
-    gguf: Path | None
     config: Any
     tokenizer: Any
     windows: Windows
 
     def load(self, dtype: torch.dtype, device: torch.device, *, trust_remote_code: bool) -> PreTrainedModel:
-        if self.gguf is not None:
-            return load_gguf(self.gguf, dtype=dtype, device=device)
         return stored_loading.open_model(self.folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
 
     @property
     def bytes(self) -> int:
         """Of the files that hold its weights, adapters included."""
-        if self.gguf is not None:
-            return self.gguf.stat().st_size
-        files = [*self.folder.glob("*.safetensors"), *self.folder.glob("adapter/*.safetensors")]
+        files = [*checkpoint_files(self.folder), *self.folder.glob("adapter/*.safetensors")]
         return sum(file.stat().st_size for file in files)
 
 
-def prepare(name: str, folder: Path, gguf: Path | None, request: Request) -> Subject:
+def prepare(name: str, folder: Path, request: Request) -> Subject:
     """The checkpoint with its texts cut into windows. Raises all problems of its config, files, tokenizer and texts."""
     problems = Problems()
-    config = load_gguf_config(gguf) if gguf else load_config(folder, trust_remote_code=request.trust_remote_code)
+    config = load_config(folder, trust_remote_code=request.trust_remote_code)
     text_config = config.get_text_config()
     length = request.seq_len or min(USUAL_SEQ_LEN, getattr(text_config, "max_position_embeddings", USUAL_SEQ_LEN))
     if request.windows_of:
         with problems.collect():
             check_positions(text_config, length)
-    if gguf is None:
-        with problems.collect():
-            LazyWeights(folder)
+    with problems.collect():
+        LazyWeights(folder)
     windows: Windows = {}
     with problems.collect():
-        options = {"trust_remote_code": request.trust_remote_code}
-        tokenizer = load_gguf_tokenizer(gguf) if gguf else load_tokenizer(folder, **options)
+        tokenizer = load_tokenizer(folder, trust_remote_code=request.trust_remote_code)
         windows = read_windows(request, tokenizer, length)
         for each in windows.values():
             check_vocabulary(each, config, folder)
     problems.report()
-    return Subject(name, folder, gguf, config, tokenizer, windows)
+    return Subject(name, folder, config, tokenizer, windows)
 
 
 def read_windows(request: Request, tokenizer: Any, seq_len: int) -> Windows:

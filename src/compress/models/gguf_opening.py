@@ -1,25 +1,33 @@
-"""Load a GGUF file as a transformers model, its weights dequantized.
+"""A folder that stands for a GGUF file: a link to it, and what else a model's folder has, made from its header.
 
-transformers' reader leaves out what its own classes have no place for, biases and scaled rotary embeddings among it,
-and says nothing. Such a file is refused: it would be another model that is looked at. The package `gguf` (the extra of
-that name) reads the file's header.
+Whatever reads a model's folder reads it: config.json and the tokenizer are files there, and `models/tensor_files.py`
+reads the weights through the link. The package `gguf` (the extra of that name) dequantizes them.
 """
 
+import atexit
 import importlib
+import json
+import shutil
 import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from tokenizers import pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
-from compress.errors import CheckpointError, UnsupportedModel, UsageError
-from compress.models.loading import check_sizes
-from compress.models.storage import num_parameters
+from compress.errors import UnsupportedModel, UsageError
+from compress.models.gguf_config import FOLDER_INSTEAD
+from compress.models.gguf_header import read_header
+from compress.models.gguf_weights import gguf_model
+from compress.models.tensor_files import GGUF, version_of
 from compress.models.untrusted import reading
 
-ROPE_FACTORS = "rope_freqs.weight"  # by what the rotary frequencies are divided
-FOLDER_INSTEAD = "Name the folder it was written from: the weights are the same."
+# How a byte-level BPE cuts text before it merges, by llama.cpp's names, where transformers reads it as it was.
+CUTS = {
+    *("gpt-2", "smollm", "llama3", "llama-v3", "llama-bpe", "smaug-bpe", "dbrx", "falcon3"),
+    *("qwen2", "deepseek-r1-qwen", "tekken", "gpt-4o"),
+}
 
 
 def check_extra(what: str) -> None:
@@ -30,65 +38,50 @@ def check_extra(what: str) -> None:
         raise UsageError(f"{what} GGUF needs the package gguf: pip install compress-llm[gguf]") from error
 
 
-def load_gguf_config(file: Path) -> Any:
-    """Read the config from the file's header, through transformers.
+def gguf_folder(file: Path) -> Path:
+    """Return the folder that stands for a file, made once in this process and deleted at its end.
 
-    Raises UnsupportedModel for an architecture that it does not know, and for rotary scaling, which it leaves out.
+    Raises UnsupportedModel for a model or tokenizer that is not read, CheckpointError for a damaged file.
     """
     check_extra("Reading")
-    config = read_alone(AutoConfig, file)
-    check_sizes(file, config)
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rotary_scaling(read_header(file)) is not None and rope.get("rope_type", "default") == "default":
-        raise UnsupportedModel(
-            f"transformers' reader of GGUF leaves out the scaled rotary embeddings of {file}. {FOLDER_INSTEAD}"
-        )
-    return config
+    gguf_model(file)  # before anything is made
+    return made_folder(file.absolute(), version_of(file))
+
+
+@cache
+def made_folder(file: Path, _version: tuple[int, ...]) -> Path:
+    model = gguf_model(file)
+    tokenizer = load_gguf_tokenizer(file)
+    scratch = tempfile.mkdtemp(prefix="compress-gguf-")
+    atexit.register(shutil.rmtree, scratch, ignore_errors=True)
+    folder = Path(scratch) / file.stem  # which is what messages call it
+    with reading(f"No folder can be made from the header of {file}"):
+        folder.mkdir()
+        (folder / GGUF).symlink_to(file)
+        model.config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        origin = {"license": model.header.fields.get("general.license")}
+        (folder / "README.md").write_text(f"---\n{json.dumps(origin)}\n---\n", encoding="utf-8")
+    return folder
 
 
 def load_gguf_tokenizer(file: Path) -> Any:
-    return read_alone(AutoTokenizer, file)
-
-
-def load_gguf(file: Path, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """Load the whole model. Raises UnsupportedModel where a tensor of the file has no place in it."""
-    load_gguf_config(file)  # whose sizes are looked at there
-    model, info = read_alone(AutoModelForCausalLM, file, dtype=dtype, output_loading_info=True)
-    for kind in ("missing_keys", "mismatched_keys"):
-        if info[kind]:
-            first = min(map(str, info[kind]))
-            raise CheckpointError(f"{file} makes no whole model: {first} is {kind.partition('_')[0]}. Write it again.")
-    stored = sum(int(tensor.n_elements) for tensor in read_header(file).tensors if tensor.name != ROPE_FACTORS)
-    if stored != num_parameters(model):
+    """Load the tokenizer, by transformers' reader. Raises UnsupportedModel where it would cut text in another way."""
+    header = read_header(file)
+    cut = header.fields.get("tokenizer.ggml.pre")
+    if header.fields.get("tokenizer.ggml.model") == "gpt2" and cut not in CUTS:
         raise UnsupportedModel(
-            f"transformers' reader of GGUF leaves out some of {file}: of {stored:,} numbers it takes "
-            f"{num_parameters(model):,}. {FOLDER_INSTEAD}"
+            f"The tokenizer of {file} cuts text in a way ({cut!r}) that transformers does not read from GGUF. "
+            f"{FOLDER_INSTEAD}"
         )
-    ready: PreTrainedModel = model.to(device).eval()
-    return ready
-
-
-def read_alone(kind: Any, file: Path, **options: Any) -> Any:
-    """Call `kind.from_pretrained` on the file alone in a folder: transformers also reads files next to it.
-
-    Raises UnsupportedModel for whatever transformers raises.
-    """
-    what = f"the tokenizer of {file}" if kind is AutoTokenizer else str(file)
-    with tempfile.TemporaryDirectory() as scratch, reading(f"transformers cannot read {what}", kind=UnsupportedModel):
-        (Path(scratch) / file.name).symlink_to(file.resolve())
-        return kind.from_pretrained(scratch, gguf_file=file.name, local_files_only=True, **options)
-
-
-def read_header(file: Path) -> Any:
-    """Open gguf's GGUFReader, which leaves tensors on disk. Raises CheckpointError for a damaged file."""
-    import gguf
-
-    with reading(f"{file} is no GGUF file or damaged", "Get it again."):
-        return gguf.GGUFReader(file)
-
-
-def rotary_scaling(header: Any) -> str | None:
-    """Read how the rotary embeddings are scaled, if they are."""
-    said = (field.contents() for name, field in header.fields.items() if name.endswith(".rope.scaling.type"))
-    factors = any(tensor.name == ROPE_FACTORS for tensor in header.tensors)
-    return next((kind for kind in said if kind != "none"), "llama3" if factors else None)
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        reading(f"transformers cannot read the tokenizer of {file}", kind=UnsupportedModel),
+    ):
+        # Alone in a folder: transformers also reads what lies beside it.
+        (Path(scratch) / GGUF).symlink_to(file.resolve())
+        tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(scratch, gguf_file=GGUF, local_files_only=True)
+    if cut == "smollm":
+        digits, usual = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, usual])
+    return tokenizer

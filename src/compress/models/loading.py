@@ -71,13 +71,18 @@ def forget_code(config: Any) -> None:
 
 def check_sizes(file: Path, config: Any) -> None:
     for each in {id(config): config, id(config.get_text_config()): config.get_text_config()}.values():
-        try:
-            Sizes.model_validate(each)
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            raise CheckpointError(
-                f"{file} makes no model: {first['loc'][0]} is {str(first['input'])[:40]}. {first['msg']}."
-            ) from error
+        check_values(file, each)
+
+
+def check_values(file: Path, found: Any) -> None:
+    """found: a config, or what one is made from."""
+    try:
+        Sizes.model_validate(found)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise CheckpointError(
+            f"{file} makes no model: {first['loc'][0]} is {str(first['input'])[:40]}. {first['msg']}."
+        ) from error
 
 
 def empty_model(config: Any) -> PreTrainedModel:

@@ -1,4 +1,4 @@
-"""Load a folder with quantized linears, a LoRA adapter or both, keeping them as they are stored.
+"""Load a folder with quantized linears, a LoRA adapter or both, keeping them as they are stored; and a GGUF file.
 
 The folder is what compressed-tensors and PEFT read; neither has to be installed. No weight is ever dense: the model is
 built without its parameters, its linears become those of `models/packed.py`, and these get the tensors of the files.
@@ -20,13 +20,16 @@ from compress.models.int4 import use_kernels
 from compress.models.loading import load_config, load_model
 from compress.models.storage import Storage, empty_linear
 from compress.models.stored_files import ADAPTER, METHOD, Lora, StoredTensors, read_lora, read_scheme
+from compress.models.tensor_files import gguf_of
 from compress.models.untrusted import read_json, reading
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def is_stored(folder: Path) -> bool:
-    """Whether a checkpoint has linears that compressed-tensors quantized, or an adapter beside it."""
+    """Whether a checkpoint has linears that compressed-tensors quantized or an adapter beside it, or is a GGUF file."""
+    if gguf_of(folder) is not None:
+        return True
     config = folder / "config.json"
     if not config.is_file():
         return False
@@ -147,7 +150,7 @@ def open_model(
     folder: Path, *, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
 ) -> PreTrainedModel:
     """Load a model. Checkpoints of ours stay packed in memory, adapter included; others are loaded by transformers."""
-    if (folder / "compress.json").is_file() and is_stored(folder):
+    if gguf_of(folder) is not None or ((folder / "compress.json").is_file() and is_stored(folder)):
         return load_stored(folder, dtype=dtype, device=device)
     return load_model(folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
 

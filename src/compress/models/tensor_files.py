@@ -1,6 +1,7 @@
-"""Read the safetensors files of a checkpoint folder: their list, headers and tensors.
+"""Read the safetensors files of a checkpoint folder: their list, headers and tensors. In the folder that stands for a
+GGUF file (`models/gguf_opening.py`) it is read in the same way.
 
-Nothing but safetensors is opened, and an index can only name files of its own folder. Headers are read without torch.
+Nothing else is opened, and an index can only name files of its own folder. Safetensors' headers are read without torch.
 A file is open only while it is read: a mapped file counts as memory for as long as it stays open, and would make memory
 grow with depth. Each time it has to be the one whose header was read first.
 """
@@ -20,6 +21,7 @@ from compress.models.untrusted import parse_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+GGUF = "model.gguf"
 LARGEST_HEADER = 2**25  # bytes; a hundred thousand tensors take half of it
 LONGEST_NAME = 255  # bytes that file systems allow
 MAPPED = 2**25  # bytes of a file that are mapped at a time
@@ -90,7 +92,7 @@ class SafetensorsFolder:
     def opened(self, file: Path) -> Iterator[Any]:
         """Open a file. Raises CheckpointError where it has changed since, or cannot be read."""
         try:
-            with open_safetensors(file) as opened:
+            with open_tensors(file) as opened:
                 yield opened
             if version_of(file) != self._versions[file]:
                 raise CheckpointError(f"{file} has changed during the run. Start over with --overwrite.")
@@ -150,7 +152,7 @@ def read_header(file: Path) -> list[StoredTensor]:
     Raises CheckpointError for a damaged file or a type that is not known.
     """
     found = []
-    with open_safetensors(file, framework="np") as opened:
+    with open_tensors(file, framework="np") as opened:
         for name in opened.keys():  # noqa: SIM118 (no dict)
             view = opened.get_slice(name)
             dtype = str(view.get_dtype())
@@ -158,6 +160,15 @@ def read_header(file: Path) -> list[StoredTensor]:
                 raise CheckpointError(f"{file} has {name!r} in a type that is not known here ({dtype}).")
             found.append(StoredTensor(file, name, dtype, tuple(view.get_shape())))
     return found
+
+
+def open_tensors(file: Path, framework: str = "pt") -> Any:
+    """Open a safetensors or GGUF file. Raises CheckpointError for a damaged one."""
+    if file.suffix.lower() != ".gguf":
+        return open_safetensors(file, framework)
+    from compress.models.gguf_weights import OpenedGguf
+
+    return OpenedGguf(file)
 
 
 def open_safetensors(file: Path, framework: str = "pt") -> safe_open:
@@ -173,7 +184,7 @@ def open_safetensors(file: Path, framework: str = "pt") -> safe_open:
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, from its index where it has one."""
+    """The safetensors files of a checkpoint, from its index where it has one, or its GGUF file."""
     index = folder / INDEX
     if index.is_file():
         files = [folder / name for name in indexed_names(index)]
@@ -183,6 +194,8 @@ def checkpoint_files(folder: Path) -> list[Path]:
         return files
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
+    if (gguf := gguf_of(folder)) is not None:
+        return [gguf]
     pickles = [file.name for pattern in PICKLES for file in sorted(folder.glob(pattern))]
     if pickles:
         raise CheckpointError(
@@ -190,6 +203,15 @@ def checkpoint_files(folder: Path) -> list[Path]:
             "Convert it to safetensors: load it with transformers where you trust it, then save_pretrained()."
         )
     raise CheckpointError(f"{folder} has no weights: neither {SINGLE} nor {INDEX}.")
+
+
+def gguf_of(folder: Path) -> Path | None:
+    """The GGUF file that a folder stands for, by the name it was given with; None for a folder of safetensors."""
+    file = folder / GGUF
+    if not file.is_file() or (folder / INDEX).is_file() or (folder / SINGLE).is_file():
+        return None
+    given = folder / file.readlink() if file.is_symlink() else file
+    return given if given.suffix.lower() == ".gguf" else file
 
 
 def indexed_names(index: Path) -> list[str]:

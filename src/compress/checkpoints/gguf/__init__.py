@@ -25,7 +25,9 @@ from compress.checkpoints.gguf.tokenizer import read_vocabulary
 from compress.checkpoints.verify import verify_gguf
 from compress.errors import CompressError, OutputError
 from compress.io import atomic_write
-from compress.models.gguf_opening import check_extra, read_header, rotary_scaling
+from compress.models.gguf_config import ROPE_FACTORS
+from compress.models.gguf_header import read_header
+from compress.models.gguf_opening import check_extra
 
 __all__ = ["check_exportable", "reader_notes", "verify_gguf", "write_gguf"]
 
@@ -77,8 +79,8 @@ def check_exportable(config: Any, folder: Path) -> None:
 def reader_notes(file: Path) -> list[str]:
     """What to know of the readers of a GGUF file of ours, a sentence each; nothing if all read it alike."""
     header = read_header(file)
-    biases = {tensor.name: tensor.shape for tensor in header.tensors if tensor.name.endswith(".bias")}
-    scaling = rotary_scaling(header)
+    biases = {name: tensor.shape for name, tensor in header.tensors.items() if name.endswith(".bias")}
+    scaling = header.fields.get("llama.rope.scaling.type", "llama3" if ROPE_FACTORS in header.tensors else None)
     left_out = [("biases", "them")] if biases else []
     left_out += [(f"rotary scaling {scaling!r}", "it")] if scaling else []
     notes = [
@@ -86,7 +88,7 @@ def reader_notes(file: Path) -> list[str]:
     ]
     # llama.cpp took the hidden size for their width until its pull request 21245 (create_tensor_qkv).
     queries = biases.get("blk.0.attn_q.bias")
-    if queries is not None and queries[0] != header.fields["llama.embedding_length"].contents():
+    if queries is not None and queries[0] != header.fields["llama.embedding_length"]:
         notes.append(
             "llama.cpp from before April 2026 does not load the file, because its query biases have another width than "
             "the model."

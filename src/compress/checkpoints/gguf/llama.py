@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Float32
 from torch import Tensor
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from compress.calibration.weights import READABLE, LazyWeights
 from compress.errors import UnsupportedModel
-from compress.models.gguf_opening import ROPE_FACTORS
+from compress.models.gguf_config import ROPE_FACTORS, llama3_factors
+from compress.models.gguf_weights import interleaved
 from compress.models.loading import empty_model, load_config
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
@@ -91,23 +90,6 @@ def read_rows(weights: LazyWeights, name: str, config: Any, dtype: torch.dtype) 
     tensor = weights.read([name])[name].to(dtype)
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
     return tensor if heads is None else interleaved(tensor, heads)
-
-
-def interleaved(tensor: Float[Tensor, "rows *columns"], heads: int) -> Float[Tensor, "rows *columns"]:
-    """The rows of a query or key matrix, or its bias, in the order in which llama.cpp rotates them.
-
-    Row i of a head is rotated with row i + half in transformers; there the two follow each other.
-    """
-    halves = tensor.reshape(heads, 2, -1, *tensor.shape[1:])
-    return halves.transpose(1, 2).reshape(tensor.shape)
-
-
-def llama3_factors(config: Any) -> Float32[Tensor, " pairs"]:
-    """By what llama.cpp is to divide each rotary frequency, taken from the frequencies transformers computes."""
-    steps = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-    plain = 1.0 / config.rope_parameters["rope_theta"] ** steps
-    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
-    return plain / scaled
 
 
 def check_llama(config: Any) -> None:
