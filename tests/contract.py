@@ -21,7 +21,7 @@ from torch import Tensor
 import oracles
 import tiny
 from compress import families, pipeline
-from compress.checkpoints.gguf.llama import check_llama
+from compress.checkpoints.gguf.model import check_writable
 from compress.errors import UnsupportedModel, UsageError
 from compress.models.hub import find_model
 from compress.planning.memory import Room
@@ -155,7 +155,7 @@ def gguf_cell(row: Row) -> Cell:
     method = "materialized" if family_of(row).not_exact(config) else "one basis"
     plan = planned(config, METHODS[method].recipe())
     try:
-        check_llama(plan.spec.config(torch.float32))
+        check_writable(plan.spec.config(torch.float32))
     except UnsupportedModel as error:
         return Cell("refused", str(error))
     return Cell("written")

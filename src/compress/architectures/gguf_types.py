@@ -10,11 +10,10 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from compress.errors import UnsupportedModel, unknown_name
+from compress.models.gguf_config import WRITTEN, tensor_names
 from compress.models.gguf_opening import check_extra
 from compress.numerics.block_types import TYPES
 
-# llama.cpp's architecture for each model_type that a file is written for.
-ARCHITECTURES = {"llama": "LLAMA", "mistral": "LLAMA"}
 FILE_TYPES = (
     *("Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_0", "Q4_K_S", "Q4_K_M", "Q5_0", "Q5_K_S", "Q5_K_M", "Q6_K", "Q8_0"),
     *("IQ4_NL", "IQ4_XS"),
@@ -112,24 +111,18 @@ def raised(file_type: str, part: str, block: int, blocks: int, queries: int) -> 
     return rules.get(part, {}).get(file_type)
 
 
-def tensor_names(model_type: str, num_blocks: int) -> Any:
-    """gguf's map of a model's tensor names to those in a file."""
-    check_extra("Writing")
-    import gguf
-
-    if model_type not in ARCHITECTURES:
-        raise UnsupportedModel(
-            f"GGUF is not written for model_type {model_type!r}, only for {', '.join(ARCHITECTURES)}. Use --bits."
-        )
-    return gguf.get_tensor_name_map(gguf.MODEL_ARCH[ARCHITECTURES[model_type]], num_blocks)
-
-
 def resolve(text: str, config: Any, rows: Iterable[tuple[str, int]]) -> dict[str, str]:
     """The types of matrices, by path; those that no type fits left out.
 
     config: of the model that is written. rows: the paths of the matrices below the causal LM, and their inputs.
+    Raises UnsupportedModel for a model that files are not written for, UsageError without the extra.
     """
-    file_type, names = FileType.parse(text), tensor_names(config.model_type, config.num_hidden_layers)
+    check_extra("Writing")
+    if config.model_type not in WRITTEN:
+        raise UnsupportedModel(
+            f"GGUF is not written for model_type {config.model_type!r}, only for {', '.join(WRITTEN)}. Use --bits."
+        )
+    file_type, names = FileType.parse(text), tensor_names(WRITTEN[config.model_type], config.num_hidden_layers)
     queries = config.num_attention_heads // (getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
     options = {"blocks": config.num_hidden_layers, "queries": queries, "tied": config.tie_word_embeddings}
     found = {path: file_type.of(names.get_name(path), inputs, **options) for path, inputs in rows}

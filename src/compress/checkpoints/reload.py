@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch.utils._pytree import tree_map_only
-from transformers import AutoModelForCausalLM, CompressedTensorsConfig, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, CompressedTensorsConfig, LlamaConfig
 
 
 def main(folder: str, probe_file: str, memory: int, scratch: str, gguf_file: str = "") -> dict[str, object]:
@@ -91,7 +91,9 @@ def alone(file: Path, scratch: Path, config: dict[str, Any]) -> tuple[str, dict[
     header = gguf.GGUFReader(file)
     names = [*(tensor.name for tensor in header.tensors), *header.fields]
     options: dict[str, Any] = {"gguf_file": "model.gguf"}
-    if any(name.endswith((".bias", "rope_freqs.weight", "rope.scaling.type")) for name in names):
+    if config["model_type"] not in ("llama", "mistral"):
+        options["config"] = AutoConfig.for_model(**config)
+    elif any(name.endswith((".bias", "rope_freqs.weight", "rope.scaling.type")) for name in names):
         options["config"] = LlamaConfig(**{key: value for key, value in config.items() if key != "model_type"})
     return str(folder), options
 

@@ -47,6 +47,8 @@ ARCHITECTURES = {
     "gemma2": Architecture("gemma2", WINDOW | SOFTCAPS, norms_from_one=True),
     "phi3": Architecture("phi3", WINDOW | {"rope.scaling.original_context_length": "original_max_position_embeddings"}),
 }
+# The architecture that each model_type is written as. Gemma's is not: transformers does not read it back.
+WRITTEN = {known.model_type: name for name, known in ARCHITECTURES.items() if name != "gemma"} | {"mistral": "llama"}
 KEYS = {
     "context_length": "max_position_embeddings",
     "embedding_length": "hidden_size",
@@ -65,6 +67,14 @@ WITHOUT_EFFECT = ("vocab_size", "tensor_data_layout", "rope.scaling.finetuned", 
 SPECIAL = {"bos": "bos_token_id", "eos": "eos_token_id", "padding": "pad_token_id"}
 GEMMA2_27B_BLOCKS = 46  # llama.cpp too knows by them alone that its queries are scaled in another way
 LLAMA31 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+def tensor_names(architecture: str, num_blocks: int) -> Any:
+    """gguf's map of a model's tensor names to those in a file."""
+    import gguf
+
+    numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
+    return gguf.get_tensor_name_map(numbers[architecture], num_blocks)
 
 
 def architecture_of(header: Header) -> Architecture:

@@ -16,7 +16,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from compress.errors import CheckpointError, UnsupportedModel
-from compress.models.gguf_config import FOLDER_INSTEAD, ROPE_FACTORS, architecture_of, read_config
+from compress.models.gguf_config import FOLDER_INSTEAD, ROPE_FACTORS, architecture_of, read_config, tensor_names
 from compress.models.gguf_header import GgufTensor, Header, read_header
 from compress.models.loading import empty_model
 
@@ -80,11 +80,8 @@ def read_model(file: Path, _version: tuple[int, ...]) -> GgufModel:
 
 def named(header: Header, shapes: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, tuple[int, ...], str]]:
     """Names and shapes, with the names in the file."""
-    import gguf
-
-    numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
     architecture = header.fields["general.architecture"]
-    names = gguf.get_tensor_name_map(numbers[architecture], header.fields[f"{architecture}.block_count"])
+    names = tensor_names(architecture, header.fields[f"{architecture}.block_count"])
     for name, shape in shapes.items():
         # The name map leaves out Gemma's head, which is not tied in some files.
         theirs = (

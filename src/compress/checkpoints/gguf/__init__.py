@@ -1,13 +1,13 @@
-"""A finished checkpoint of a llama-shaped model as one GGUF file, which llama.cpp and the programs built on it load.
+"""A finished checkpoint as one GGUF file, which llama.cpp and the programs built on it load.
 
-GGUF's architecture `llama` covers Llama, and Mistral without a sliding window, sliced or not: widths, head size and
-head counts are stated one by one. What the file could not say is refused before anything is written, or before the
+For Llama, Mistral without a sliding window, Qwen2, Qwen3, Phi-3 and Gemma 2, sliced or not: widths, head size and head
+counts are stated one by one. What the file could not say is refused before anything is written, or before the
 model is compressed (`check_exportable`). The weights pass through memory one tensor at a time.
 
 The package `gguf` (the extra of that name) knows the format, the names of tensors and the special tokens; the rest
 follows the specification of GGUF (ggml, docs/gguf.md) and llama.cpp's own converter.
 
-    llama.py       the tensors
+    model.py       the tensors
     tokenizer.py   the tokenizer
     container.py   the file, by gguf's writer
 
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.checkpoints.files import copy_companions, write_json
-from compress.checkpoints.gguf.llama import check_llama, read_model
+from compress.checkpoints.gguf.model import check_writable, read_model
 from compress.checkpoints.gguf.tokenizer import read_vocabulary
 from compress.checkpoints.verify import verify_gguf
 from compress.errors import CompressError, OutputError
@@ -64,7 +64,7 @@ def check_exportable(config: Any, folder: Path) -> None:
     without a tokenizer or with another model's.
     """
     check_extra("Writing")
-    check_llama(config)
+    check_writable(config)
     # transformers chooses the tokenizer's class by the config beside it, and that is going to be another one.
     with tempfile.TemporaryDirectory() as scratch:
         to_come = Path(scratch)
@@ -79,6 +79,8 @@ def check_exportable(config: Any, folder: Path) -> None:
 def reader_notes(file: Path) -> list[str]:
     """What to know of the readers of a GGUF file of ours, a sentence each; nothing if all read it alike."""
     header = read_header(file)
+    if header.fields["general.architecture"] != "llama":
+        return []
     biases = {name: tensor.shape for name, tensor in header.tensors.items() if name.endswith(".bias")}
     scaling = header.fields.get("llama.rope.scaling.type", "llama3" if ROPE_FACTORS in header.tensors else None)
     left_out = [("biases", "them")] if biases else []

@@ -9,8 +9,9 @@ import numpy
 import torch
 from torch import Tensor
 
-from compress.checkpoints.gguf.llama import Entry, Model
+from compress.checkpoints.gguf.model import Entry, Model, head_size
 from compress.checkpoints.gguf.tokenizer import Vocabulary
+from compress.models.gguf_config import ARCHITECTURES, HEAD_SIZES, KEYS
 
 TENSOR_TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 FILE_TYPES = {torch.float32: "ALL_F32", torch.float16: "MOSTLY_F16", torch.bfloat16: "MOSTLY_BF16"}
@@ -29,7 +30,7 @@ class Writer(gguf.GGUFWriter):
 
 def write_container(file: Path, model: Model, vocabulary: Vocabulary, name: str, file_type: str) -> None:
     """Raises OSError when the file cannot be written; what there is of it then is the caller's to delete."""
-    writer = Writer(file, "llama")
+    writer = Writer(file, model.architecture)
     try:
         describe_model(writer, model, name, file_type)
         describe_vocabulary(writer, vocabulary)
@@ -58,17 +59,12 @@ def describe_model(writer: Writer, model: Model, name: str, file_type: str) -> N
     if file_type:
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(float(model.rope["rope_theta"]))
+    values = {key: getattr(config, name, None) for key, name in (KEYS | ARCHITECTURES[model.architecture].keys).items()}
+    values |= dict.fromkeys(("attention.key_length", *HEAD_SIZES), head_size(config))
+    for key, value in (values | {"rope.freq_base": float(model.rope["rope_theta"])}).items():
+        if value is not None:
+            add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
+            add(f"{model.architecture}.{key}", value)
     if model.rope["rope_type"] == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(float(model.rope["factor"]))

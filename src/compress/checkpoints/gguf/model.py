@@ -1,0 +1,140 @@
+"""A checkpoint as the tensors of a GGUF file: their names, shapes and the order of rows in them."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from compress.calibration.weights import READABLE, LazyWeights
+from compress.errors import UnsupportedModel
+from compress.models.gguf_config import ARCHITECTURES, ROPE_FACTORS, WRITTEN, llama3_factors, tensor_names
+from compress.models.gguf_weights import interleaved
+from compress.models.loading import empty_model, load_config
+
+ACTIVATIONS = {"gemma2": "gelu_pytorch_tanh"}  # where it is not silu
+ROPE_TYPES = {"llama": ("default", "linear", "llama3")}  # where not the default alone
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor of the file: what it is there, and how to read it when its turn comes.
+
+    shape: of its bytes where it has a block type. block_type: one of llama.cpp's, whose bytes are read as they are.
+    """
+
+    name: str
+    shape: torch.Size
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+    block_type: str | None = None
+
+
+@dataclass(frozen=True)
+class Model:
+    """
+    architecture: llama.cpp's name for it. rope: the rotary parameters.
+    """
+
+    architecture: str
+    config: Any
+    rope: dict[str, Any]
+    entries: list[Entry]
+
+
+def read_model(folder: Path, types: Mapping[str, str]) -> Model:
+    """A checkpoint, of whose weights only the biases have been read.
+
+    types: the block types of the tensors that are stored as such, by path.
+    Raises UnsupportedModel for a model that GGUF does not cover, CheckpointError for a folder that is damaged or
+    incomplete.
+    """
+    config = load_config(folder)
+    check_writable(config)
+    architecture, weights = WRITTEN[config.model_type], LazyWeights(folder)
+    known = ARCHITECTURES[architecture]
+    shapes = {name: parameter.shape for name, parameter in empty_model(config).state_dict().items()}
+    if config.tie_word_embeddings:
+        del shapes["lm_head.weight"]
+    quantized = {f"{path}.weight": f"{path}.qweight" for path in types}
+    weights.check_against({name: shape for name, shape in shapes.items() if name not in quantized})
+    biases = [name for name in shapes if name.endswith(".bias")]
+    # A zero bias is no bias: a sliced Qwen2 written as Llama has some.
+    if architecture == "llama" and not any(bool(weights.read([name])[name].any()) for name in biases):
+        shapes = {name: shape for name, shape in shapes.items() if name not in biases}
+    names = tensor_names(architecture, config.num_hidden_layers)
+    entries = []
+    for name, shape in shapes.items():
+        theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert theirs is not None  # the map has every tensor of these models
+        heads = heads_of(name, config) if known.interleaved else None
+        if stored := quantized.get(name):
+            size, read = torch.Size(weights.stored.tensors[stored].shape), partial(read_rows, weights, stored, heads)
+            block_type = types[name.removesuffix(".weight")]
+            entries.append(Entry(theirs, size, torch.uint8, partial(read, torch.uint8), block_type))
+            continue
+        dtype = READABLE[weights.stored.tensors[str(weights.resolve(name))].dtype]
+        # llama.cpp computes with norms and biases in float32; GGUF has float64 for none.
+        dtype = torch.float32 if len(shape) == 1 or dtype == torch.float64 else dtype
+        added = 1.0 if known.norms_from_one and name.endswith("norm.weight") else 0.0
+        entries.append(Entry(theirs, shape, dtype, partial(read_rows, weights, name, heads, dtype, added)))
+    rope = {"rope_type": "default", "rope_theta": 1e4} | (config.rope_parameters or {})
+    if rope["rope_type"] == "llama3":
+        factors = llama3_factors(config)
+        entries.append(Entry(ROPE_FACTORS, factors.shape, factors.dtype, lambda: factors))
+    return Model(architecture, config, rope, entries)
+
+
+def heads_of(name: str, config: Any) -> int | None:
+    """How many heads the rows of a query or key matrix, or its bias, are of."""
+    return {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
+
+
+def read_rows(weights: LazyWeights, name: str, heads: int | None, dtype: torch.dtype, added: float = 0.0) -> Tensor:
+    """A tensor, its rows in the file's order, with `added` where a norm's gain is stored as what it multiplies by."""
+    tensor = weights.read([name])[name].to(dtype)
+    if added:
+        tensor = tensor + added
+    return tensor if heads is None else interleaved(tensor, heads)
+
+
+def check_writable(config: Any) -> None:
+    """Raises UnsupportedModel for the config of a model that no architecture of GGUF covers."""
+    if reason := why_not_writable(config):
+        raise UnsupportedModel(
+            f"The model cannot be written as GGUF: {reason}. GGUF is written for {', '.join(WRITTEN)}. Leave GGUF out: "
+            "transformers loads the folder without it."
+        )
+
+
+def why_not_writable(config: Any) -> str | None:
+    """What of a config GGUF cannot say, if anything."""
+    kind = config.model_type
+    if kind not in WRITTEN:
+        return f"its model_type is {kind!r}"
+    architecture, expected = WRITTEN[kind], MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]
+    if expected not in (config.architectures or [expected]):
+        return f"its architecture is {', '.join(config.architectures)}, not {expected}"
+    activation = getattr(config, "hidden_activation", None) or config.hidden_act
+    if {"swish": "silu"}.get(activation, activation) != (usual := ACTIVATIONS.get(kind, "silu")):
+        return f"its activation is {activation!r}, not {usual!r}"
+    window = getattr(config, "sliding_window", None)
+    says_windows = "attention.sliding_window" in ARCHITECTURES[architecture].keys
+    if window is not None and window < config.max_position_embeddings and not says_windows:
+        return f"its sliding window of {window} is less than its {config.max_position_embeddings} positions"
+    rope, kinds = config.rope_parameters or {}, ROPE_TYPES.get(architecture, ("default",))
+    if rope.get("rope_type", "default") not in kinds:
+        return f"its rotary embeddings are scaled by {rope['rope_type']!r}, which is none of {', '.join(kinds)}"
+    if rope.get("partial_rotary_factor") not in (None, 1.0):
+        return f"it rotates only a part of each head (partial_rotary_factor {rope['partial_rotary_factor']})"
+    if getattr(config, "query_pre_attn_scalar", head_size(config)) != head_size(config):
+        return f"its queries are scaled by {config.query_pre_attn_scalar}, not by the size of a head"
+    return None
+
+
+def head_size(config: Any) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
