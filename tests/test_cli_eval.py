@@ -211,7 +211,7 @@ def test_programs_of_a_model(home, place, monkeypatch):
     monkeypatch.setattr("compress.evaluation.humaneval.run_programs", lambda programs, **_: ["passed"] * len(programs))
     table = flat(succeeds("eval", "--model", home / "dense", *words[:2], "--data-dir", home / "data").out)
     assert "HumanEval, pass@1" in table
-    assert "1, 1 problems, 1 programs each, greedy, 1 passed" in table
+    assert "1, 1 problems, 1 of 1 programs passed, greedy" in table
 
 
 # Several models.

@@ -118,7 +118,7 @@ class HumanEval(Record):
     @property
     def sample(self) -> str:
         how = f"at temperature {self.temperature:g}" if self.temperature else "greedy"
-        return f"{self.problems} problems, {self.samples} programs each, {how}, {self.passed} passed"
+        return f"{self.problems} problems, {self.passed} of {self.problems * self.samples} programs passed, {how}"
 
 
 class Quality(Record):
