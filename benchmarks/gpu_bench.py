@@ -167,7 +167,7 @@ def compress(session: Session, name: str) -> dict[str, Any]:
 def host_peak() -> int | None:
     from torch import device
 
-    from compress.evaluation.speed.clean import peak
+    from compress.evaluation.speed.footprint import peak
 
     return peak(device("cpu"))
 
@@ -185,7 +185,6 @@ def generation(session: Session, name: str) -> list[dict[str, Any]]:
     from cuda_graphs import recorded
 
     from compress.evaluation.speed.generation import Workload, compare_generation
-    from compress.evaluation.speed.report import generation_entry
 
     scale, models, found = session.scale, both(session, name), []
     for graphs in ways(session):
@@ -194,7 +193,7 @@ def generation(session: Session, name: str) -> list[dict[str, Any]]:
             with unsupported_is_said(found, {"batch": batch, "cuda_graphs": graphs}):
                 how = {"decoding": recorded(load.new)} if graphs else {}
                 speeds = compare_generation(*models, load, rounds=scale.rounds, **how)
-                found.append(generation_entry(speeds) | {"cuda_graphs": graphs})
+                found.append(speeds | {"cuda_graphs": graphs})
     return found
 
 
@@ -202,18 +201,18 @@ def linears(session: Session, name: str) -> list[dict[str, Any]]:
     import torch
     from cuda_graphs import captured
 
-    from compress.evaluation.speed.layerwise import Inputs, compare_linears, matched
-    from compress.evaluation.speed.report import linear_entry
+    from compress.evaluation.speed.layerwise import compare_linears, matched
 
     scale, found = session.scale, []
+    options = (torch.bfloat16, torch.device(session.device))
     places = matched(*both(session, name)).places
     for place in one_of_a_shape(places):
         for tokens in scale.tokens:
-            inputs = Inputs(tokens, torch.bfloat16, torch.device(session.device))
             for graphs in ways(session):
                 with unsupported_is_said(found, {"name": place.name, "tokens": tokens, "cuda_graphs": graphs}):
-                    speed = compare_linears(place, inputs, rounds=scale.rounds, record=captured if graphs else None)
-                    found.append(linear_entry(speed) | {"cuda_graphs": graphs})
+                    how = {"record": captured} if graphs else {}
+                    speed = compare_linears(place, tokens, *options, rounds=scale.rounds, **how)
+                    found.append(speed | {"cuda_graphs": graphs})
     return found
 
 

@@ -17,9 +17,7 @@ from typing import Literal
 import torch
 from transformers import PreTrainedModel
 
-from compress.evaluation.speed.generation import Decoding, Workload, prompts
-from compress.evaluation.speed.memory import attempted, has_room
-from compress.evaluation.speed.timing import seconds
+from compress.evaluation.speed.generation import Decoding, Workload, attempted, current, has_room, prompts, seconds
 from compress.models.stored_loading import open_model
 
 LENGTH = 128  # tokens
@@ -84,7 +82,7 @@ def median_step(model: PreTrainedModel, batch: int, length: int) -> float:
     times = []
     for place in range(length):
         decoding.token.copy_(ids[:, place : place + 1])
-        times.append(seconds(decoding.step, ids.device))
+        times.append(seconds(decoding.step))
     return statistics.median(times)
 
 
@@ -97,7 +95,9 @@ def main() -> None:
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     models = [open_model(folder, dtype=dtype, device=device) for folder in options.folders]
     print("| model | batch | tokens/s | no larger batch |\n|---|---|---|---|")
-    for folder, climb in zip(options.folders, most_throughput(models), strict=True):
+    with current(device):
+        climbs = most_throughput(models)
+    for folder, climb in zip(options.folders, climbs, strict=True):
         best = climb.best
         cells = ["no room", ""] if best is None else [f"{best}", f"{climb.throughput(best):,.0f}"]
         print(f"| {folder.name} | {' | '.join(cells)} | {climb.ended} |")

@@ -110,16 +110,15 @@ def plan(home: Path, choose: Random) -> None:
 
 def look_at_model(home: Path, choose: Random) -> None:
     """The commands that measure a model, before they read its weights; and `inspect`."""
-    from compress.cli.bench import look_at_pair, shortest, workloads
     from compress.cli.inspect import inspect_outputs
-    from compress.errors import Problems
-    from compress.evaluation.speed.report import Named
-    from compress.evaluation.subject import Request, prepare
+    from compress.evaluation.evaluate import Request, prepare
+    from compress.evaluation.speed.report import look_at_pair, workloads
+    from compress.models.hub import ModelSource
 
     folder = home / "opt"
-    pair = (Named("dense", folder), Named("opt", folder))
+    pair = (ModelSource("dense", folder), ModelSource("opt", folder))
     commands = [
-        lambda: workloads({}, None, shortest(look_at_pair(Problems(), pair, trust_remote_code=False))),
+        lambda: workloads(None, None, None, look_at_pair(pair, trust_remote_code=False)[1]),
         lambda: prepare("opt", folder, None, Request(texts=(str(home / "text.txt"),), limit=2)),
         lambda: inspect_outputs([folder], fast=True),
     ]
@@ -183,10 +182,10 @@ def inspect_packed(home: Path, choose: Random) -> None:
 def read_facts(home: Path, choose: Random) -> None:
     """All that read compress.json."""
     from compress.checkpoints.push import push
-    from compress.cli.bench import base_of, facts_of, other_source
+    from compress.cli.bench import base_of
     from compress.cli.inspect import inspect_outputs
     from compress.cli.run import run_recipe
-    from compress.evaluation.speed.report import Named
+    from compress.evaluation.speed.report import Named, facts_of, other_source
     from compress.models.hub import find_model
 
     folder = home / "packed"

@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM
 import compress  # noqa: F401 (registers the architecture)
 import tiny
 from compress.errors import CheckpointError, UnsupportedModel, UsageError
-from compress.evaluation.speed import generation, memory, report, timing
-from compress.evaluation.speed.footprint import footprint
-from compress.evaluation.speed.generation import Decoding, Workload, compare_generation
-from compress.evaluation.speed.layerwise import Form, linears_of, matched
+from compress.evaluation.speed import footprint as took
+from compress.evaluation.speed import generation, report
+from compress.evaluation.speed.generation import Decoding, Workload, compare_generation, compared
+from compress.evaluation.speed.layerwise import matched
 from compress.evaluation.speed.report import Asked, Named, measure
-from compress.evaluation.speed.timing import Comparison, Spread
+from compress.models.linear_forms import Form, linears_of
 from compress.models.storage import Storage, empty_linear
 from compress.models.stored_loading import open_model
 from compress.numerics.sparsity import Pattern
@@ -38,9 +38,11 @@ NEW = 6
 
 def test_a_speedup_is_of_pairs_not_of_medians():
     """A machine that is twice as slow in one round is so for both."""
-    pairs = [(1.0, 0.5), (10.0, 5.0), (100.0, 50.0)]
-    assert Comparison.of(pairs).speedup == Spread(2.0, 2.0, 2.0)
-    assert Comparison.of(pairs).dense.median == 10.0
+    found = compared([(1.0, 0.5), (10.0, 5.0), (100.0, 50.0)], tokens=20)
+    assert found["speedup"] == {"median": 2.0, "low": 2.0, "high": 2.0}
+    assert found["seconds"]["dense"] == {"median": 10.0, "low": 5.5, "high": 55.0}
+    assert found["tokens_per_second"]["dense"] == {"median": 2.0, "low": 20 / 55, "high": 20 / 5.5}
+    assert compared([(3.0, 1.0)])["seconds"]["dense"] == {"median": 3.0, "low": 3.0, "high": 3.0}
 
 
 def test_both_run_in_turns_after_one_round_that_is_not_counted():
@@ -53,7 +55,7 @@ def test_both_run_in_turns_after_one_round_that_is_not_counted():
 
         return once
 
-    pairs = timing.in_turns(run("d"), run("c"), 3)
+    pairs = generation.in_turns(run("d"), run("c"), 3)
     assert order == ["d", "c", "d", "c", "c", "d", "d", "c"]
     assert pairs == [("d2", "c2"), ("d3", "c3"), ("d4", "c4")]
 
@@ -122,7 +124,7 @@ def test_prefill_and_decoding_are_timed_each_for_itself(monkeypatch):
     model.register_forward_pre_hook(lambda *_: calls.append(1))
     taken: list[int] = []
 
-    def counting(work: Any, device: torch.device) -> float:
+    def counting(work: Any) -> float:
         before = len(calls)
         work()
         taken.append(len(calls) - before)
@@ -131,22 +133,22 @@ def test_prefill_and_decoding_are_timed_each_for_itself(monkeypatch):
     monkeypatch.setattr(generation, "seconds", counting)
     speeds = compare_generation(model, model, Workload(2, 5, 3), rounds=1)
     assert taken == [1, 3] * 4
-    assert speeds.prefill == Comparison.of([(1.0, 1.0)])
-    assert speeds.decode == Comparison.of([(3.0, 3.0)])
+    assert speeds["prefill"] == compared([(1.0, 1.0)], 2 * 5)
+    assert speeds["decode"] == compared([(3.0, 3.0)], 2 * 3)
 
 
 def test_a_workload_without_room_is_none(monkeypatch):
     model = tiny.tiny_model("llama")
     load = Workload(2, 5, 3)
-    monkeypatch.setattr(memory, "free_bytes", lambda device: 1000)
-    assert compare_generation(model, model, load, rounds=1).decode is None
+    monkeypatch.setattr(generation, "free_bytes", lambda device: 1000)
+    assert compare_generation(model, model, load, rounds=1)["decode"] is None
     monkeypatch.undo()
 
     def no_memory(*_: Any) -> None:
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(generation, "in_turns", no_memory)
-    assert compare_generation(model, model, load, rounds=1).prefill is None
+    assert compare_generation(model, model, load, rounds=1)["prefill"] is None
 
 
 # Memory.
@@ -158,32 +160,32 @@ def test_bytes_on_disk_and_in_memory(tmp_path):
     for name in ("dense", "packed"):
         folder = tmp_path / name
         files = [file.stat().st_size for file in folder.rglob("*.safetensors")]
-        assert memory.bytes_on_disk(folder) == sum(files)
+        assert took.bytes_on_disk(folder) == sum(files)
         # Headers besides; loaded in half the bits, floats take half the bytes and codes as many.
-        in_memory = memory.bytes_in_memory(folder, torch.float32)
+        in_memory = took.bytes_in_memory(folder, torch.float32)
         assert 0.8 * sum(files) < in_memory < sum(files)
-        assert memory.bytes_in_memory(folder, torch.bfloat16) < in_memory
+        assert took.bytes_in_memory(folder, torch.bfloat16) < in_memory
     dense = tmp_path / "dense"
-    assert memory.bytes_in_memory(dense, torch.bfloat16) * 2 == memory.bytes_in_memory(dense, torch.float32)
+    assert took.bytes_in_memory(dense, torch.bfloat16) * 2 == took.bytes_in_memory(dense, torch.float32)
 
 
 def test_a_workload_takes_keys_values_and_logits():
     config = tiny.tiny_config("llama")
     cache = 2 * tiny.NUM_BLOCKS * 2 * (tiny.HIDDEN // 4) * 10
-    assert memory.workload_bytes(config, 3, 10, torch.float32) == 3 * 4 * (cache + tiny.VOCAB_SIZE)
+    assert generation.workload_bytes(config, 3, 10, torch.float32) == 3 * 4 * (cache + tiny.VOCAB_SIZE)
 
 
 @on_linux
 def test_the_footprint_of_a_clean_process(tmp_path):
     """The peak while loading is at least the weights, mapped as they are, and the libraries are known apart."""
     tiny.write_model(tmp_path, "llama", dtype=torch.float32, vocab_size=150_000, shard_size="1GB")
-    size = memory.bytes_in_memory(tmp_path, torch.float32)
+    size = took.bytes_in_memory(tmp_path, torch.float32)
     assert size > 35e6
-    took = footprint(tmp_path, Workload(1, 4, 2), dtype=torch.float32, device=CPU)
-    assert took.disk == memory.bytes_on_disk(tmp_path)
-    assert 0.9 * size < took.loading - took.before < 4 * size
-    assert took.running >= took.loading
-    assert 0 < took.load.low <= took.load.high
+    found = took.footprint(tmp_path, Workload(1, 4, 2), dtype=torch.float32, device=CPU)
+    assert found["disk"] == took.bytes_on_disk(tmp_path)
+    assert 0.9 * size < found["loading"] - found["before"] < 4 * size
+    assert found["running"] >= found["loading"]
+    assert 0 < found["load"]["low"] <= found["load"]["high"]
 
 
 def ended(code: int, out: str = "", err: str = "") -> Any:
@@ -193,8 +195,8 @@ def ended(code: int, out: str = "", err: str = "") -> Any:
 @pytest.mark.parametrize(
     ("process", "error", "said"),
     [
-        (ended(0, '{"fault": "The config.json is damaged."}\n'), CheckpointError, r"^The config.json is damaged\.$"),
-        (ended(0, '{"fault": null}\n'), UsageError, "does not fit into the memory of cpu. Try --dtype bfloat16"),
+        (ended(0, '{"problem": "The config.json is damaged."}\n'), CheckpointError, r"^The config.json is damaged\.$"),
+        (ended(0, '{"problem": null}\n'), UsageError, "does not fit into the memory of cpu. Try --dtype bfloat16"),
         (ended(-signal.SIGKILL), UsageError, "does not fit into the memory of cpu"),
         (ended(1, "", "Traceback\nValueError: odd\n"), CheckpointError, "process of its own: ValueError: odd$"),
     ],
@@ -203,7 +205,7 @@ def test_a_model_that_does_not_load_in_the_clean_process(process, error, said, t
     tiny.write_model(tmp_path, "llama", dtype=torch.float32)
     monkeypatch.setattr(subprocess, "run", process)
     with pytest.raises(error, match=said):
-        footprint(tmp_path, Workload(1, 4, 2), dtype=torch.float32, device=CPU)
+        took.footprint(tmp_path, Workload(1, 4, 2), dtype=torch.float32, device=CPU)
 
 
 # Linears by themselves.
@@ -217,8 +219,8 @@ STORAGES = {
 }
 FORMS = {
     "packed": {"kind": "packed", "bits": 4, "rank": 3},
-    "eight bits": {"kind": "packed", "bits": 8},
-    "adapter alone": {"kind": "dense", "rank": 2},
+    "eight bits": {"kind": "bytes", "bits": 8},
+    "adapter alone": {"kind": "adapted", "rank": 2},
     "compact": {"kind": "compact", "bits": 4, "pattern": "2:4", "rank": 2},
 }
 
@@ -265,11 +267,11 @@ def folders(place: Path, *, storage: Storage) -> tuple[Named, Named]:
 
 
 def test_all_of_it_is_in_the_report(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "took", lambda *_: report.Footprint(1, Spread(1.0, 1.0, 1.0), 2, 3, None))
+    monkeypatch.setattr(report, "footprint", lambda *_, **__: {"disk": 1})
     heard: list[tuple[str, str, float, int]] = []
     asked = Asked(workloads=[Workload(1, 6, 2)], rounds=2, dtype=torch.float32, device=CPU, tokens=[1, 4])
     found = measure(*folders(tmp_path, storage=Storage("packed", 4)), asked, lambda *step: heard.append(step))
-    entry = json.loads(json.dumps(found.to_dict()))
+    entry = json.loads(json.dumps(found))
     assert entry["compressed"]["parameters"] == entry["dense"]["parameters"]
     (generated_entry,) = entry["generation"]
     prefill = generated_entry["prefill"]
@@ -285,7 +287,7 @@ def test_all_of_it_is_in_the_report(tmp_path, monkeypatch):
 
 
 def test_two_models_that_memory_does_not_hold_together(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "took", lambda *_: None)
+    monkeypatch.setattr(report, "footprint", lambda *_, **__: {})
     monkeypatch.setattr(report, "free_bytes", lambda device: 200_000)
     asked = Asked(workloads=[Workload(1, 6, 2)], rounds=2, dtype=torch.float32, device=CPU)
     with pytest.raises(UsageError, match=r"dense \(.* packed \(.* of which 0.0 GB are free. Try --dtype bfloat16"):

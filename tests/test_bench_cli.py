@@ -11,8 +11,6 @@ import torch
 
 from cli_runner import flat, invoke, succeeds
 from compress.evaluation.speed import report
-from compress.evaluation.speed.footprint import Footprint
-from compress.evaluation.speed.timing import Spread
 from compress.models.storage import Storage
 from stored import write_packed
 from tiny import POSITIONS, VOCAB_SIZE, write_model
@@ -42,7 +40,9 @@ def place(home, monkeypatch):
     """Where dense and compressed lie; clean processes are left out."""
     monkeypatch.chdir(home)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    monkeypatch.setattr(report, "took", lambda *_: Footprint(10**6, Spread(1.0, 0.5, 2.0), 2 * 10**6, 5 * 10**6, None))
+    load = {"median": 1.0, "low": 0.5, "high": 2.0}
+    found = {"disk": 10**6, "load": load, "before": 2 * 10**6, "loading": 5 * 10**6, "running": None}
+    monkeypatch.setattr(report, "footprint", lambda *_, **__: found)
     return home
 
 
@@ -104,7 +104,7 @@ def test_an_origin_that_is_not_found_and_no_output_at_all(place, monkeypatch, tm
     assert "packed was made from 'dense', which is no folder here" in fault
     assert fault.endswith("--against FOLDER.")
     (fault,) = invoke("bench").faults
-    assert fault == "There is no output under ./compressed. Name a model: compress bench OUT."
+    assert fault == "There is no output under ./compressed. Name a checkpoint: compress bench OUT."
 
 
 @pytest.mark.slow

@@ -531,7 +531,7 @@ def test_eval_of_several_texts(home, place):
     table = flat(
         succeeds("eval", "--ppl", "a.txt, [b].txt", "--model", home / "tiny", "--seq-len", 32, "--limit", 2).out
     )
-    for shown in ("a.txt", "[b].txt", "std. error"):
+    for shown in ("a.txt", "[b].txt", " ± "):
         assert shown in table
     assert {path.name for path in place.iterdir()} == {"a.txt", "[b].txt"}
 

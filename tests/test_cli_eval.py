@@ -123,20 +123,16 @@ def test_all_measures_at_once(home, place):
     done, total = ran.progress[-1][1].partition(", took ")[0].split("/")
     assert done == total
     table = flat(succeeds("eval", "--model", home / "sliced", *texts(home), *words).out)
-    for shown in ("divergence from dense", f"{divergence['kl']:.4f}", "piqa", "boolq", "Mean of acc:", "acc_norm"):
+    for shown in ("divergence from dense", f"{divergence['kl']:.4g}", "average of the tasks, acc_norm"):
         assert shown in table
+    assert "boolq, acc" in table
+    assert "2 documents from files" in table
 
 
 def test_the_text_of_a_divergence_alone(home, place):
     """stdlib where there is the embedded model, else wikitext2."""
     assert usual_text([find_model("demo"), find_model(str(home / "dense"))]) == "stdlib"
     assert "wikitext" in refused(4, "--kl", home / "dense", "--model", home / "dense")[0]
-
-
-def test_a_limit_is_of_documents_too(home, place):
-    words = ["--tasks", "piqa", "--data-dir", home / "data", "--limit", 1, "--json"]
-    found = succeeds("eval", "--model", home / "dense", *words).json
-    assert found["tasks"]["scores"][0]["documents"] == 1
 
 
 # Several faults.
@@ -174,7 +170,6 @@ def test_other_tokens_do_not_compare(home, place, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--humaneval"], "--humaneval runs programs that a model wrote, on this machine"),
         (["--allow-code-execution", "--ppl", "stdlib"], "are of --humaneval"),
         (["--k", "1,2", "--ppl", "stdlib"], "are of --humaneval"),
         (["--humaneval", "--allow-code-execution", "--k", "1,x"], "--k takes numbers from 1 to"),
@@ -199,6 +194,7 @@ def test_nothing_is_run_without_leave(home, place, monkeypatch):
     monkeypatch.setattr("compress.evaluation._programs.run_program", lambda *_: pytest.fail("a program was run"))
     monkeypatch.setattr("compress.models.stored_loading.open_model", lambda *_, **__: pytest.fail("a model was loaded"))
     (fault,) = refused(2, "--humaneval", "--model", home / "dense", "--data-dir", home / "data")
+    assert fault.startswith("--humaneval runs programs that a model wrote, on this machine")
     assert "say --allow-code-execution" in fault
 
 
@@ -215,8 +211,8 @@ def test_programs_of_a_model(home, place, monkeypatch):
     assert sum(found["failures"].values()) == 2
     monkeypatch.setattr("compress.evaluation.humaneval.run_programs", lambda programs, **_: ["passed"] * len(programs))
     table = flat(succeeds("eval", "--model", home / "dense", *words[:2], "--data-dir", home / "data").out)
-    for shown in ("pass@1", "100.00%", "greedy"):
-        assert shown in table
+    assert "HumanEval, pass@1" in table
+    assert "1, 1 problems, 1 of 1 programs passed, greedy" in table
 
 
 # Several models.
@@ -346,12 +342,6 @@ def test_a_full_disk_leaves_what_was_there(home, place, tmp_path, monkeypatch):
         ran = invoke("eval", "--model", "mine", *texts(home), "--save")
     assert ran.code == 1
     assert "quality.json cannot be written: No space left" in ran.faults[0]
-
-
-def test_programs_by_other_kinds_of_checkpoint(home, place):
-    words = ["--humaneval", "--allow-code-execution", "--data-dir", home / "data"]
-    found = succeeds("eval", "--compare", home / "compact", home / "plain.gguf", *words, "--json").json["models"]
-    assert [each["humaneval"]["problems"] for each in found] == [1] * 2
 
 
 # GGUF.

@@ -36,13 +36,10 @@ PLUGINS = ("families", "stages", "datasets", "cli")
 SHARED = {
     "datasets": {"windows"},
     "cli": {
-        "bench_tables",
         "compressing",
-        "inspect_tables",
         "options",
         "profiling",
         "progress",
-        "quality_tables",
         "recipes",
         "reporting",
         "storing",

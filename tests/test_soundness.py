@@ -98,7 +98,9 @@ def test_a_weight_that_is_none_is_named_by_a_measure(home, monkeypatch, tmp_path
 
 
 def test_a_speed_without_numbers_is_none(home, monkeypatch):
-    monkeypatch.setattr("compress.evaluation.speed.report.took", lambda *_: None)  # in a process of its own, in seconds
+    monkeypatch.setattr(
+        "compress.evaluation.speed.report.footprint", lambda *_, **__: {}
+    )  # in a process of its own, in seconds
     words = ["--prompt", 4, "--new", 2, "--rounds", 1, "--batch-sizes", 1, "--device", "cpu"]
     fault = fault_of(home, monkeypatch, "bench", "loud", "--against", "sound", *words)
     assert fault.startswith(

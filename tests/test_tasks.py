@@ -44,8 +44,8 @@ QUESTIONS = [
     {"query": "Question: same answers\n", "choices": ["a", "a"], "gold": 0},
 ]
 PASSAGES = [
-    {"query": "BranchPass: x is y.\nQuestion: is x y?", "choices": ["no", "yes"], "gold": 1},
-    {"query": "BranchPass: x is y.\nQuestion: is y x?", "choices": ["no", "yes"], "gold": 0},
+    {"query": "Passage: x is y.\nQuestion: is x y?", "choices": ["no", "yes"], "gold": 1},
+    {"query": "Passage: x is y.\nQuestion: is y x?", "choices": ["no", "yes"], "gold": 0},
 ]
 PRONOUNS = [
     {"context_options": ["Ann saw Bo because Ann", "Ann saw Bo because Bo"], "continuation": "looked.", "gold": 0},
@@ -77,7 +77,7 @@ def asked(task: str, document: dict[str, Any]) -> list[tuple[str, str]]:
         if task in ("piqa", "arc_easy", "arc_challenge"):
             context = context.removesuffix("\n") + ANSWERS
         if task == "boolq":
-            context = context.removeprefix("BranchPass: ") + ANSWERS
+            context = context.removeprefix("Passage: ") + ANSWERS
         return [(context, f" {choice}") for choice in document["choices"]]
     if "gold" in document:
         return [(context, f" {document['continuation']}") for context in document["context_options"]]
@@ -121,7 +121,7 @@ HUB: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "boolq": (
         "validation",
         {"passage": "x is y.\nQuestion: z?", "question": "is x y", "label": 1},
-        {"query": "BranchPass: x is y.\nQuestion: z?\nQuestion: is x y?", "choices": ["no", "yes"], "gold": 1},
+        {"query": "Passage: x is y.\nQuestion: z?\nQuestion: is x y?", "choices": ["no", "yes"], "gold": 1},
     ),
     "winogrande": (
         "validation",

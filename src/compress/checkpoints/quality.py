@@ -19,13 +19,14 @@ from compress.models.untrusted import read_json
 QUALITY = "quality.json"
 Share = Annotated[float, Field(ge=0, le=1)]
 NotNegative = Annotated[float, Field(ge=0)]
-LISTED = ("acc", "acc_norm", "exact_match", "perplexity")  # of a task's metrics
+LOWER_IS_BETTER = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte")  # of a task's metrics
 
 
 @dataclass(frozen=True)
 class Measure:
     """
     name: what was measured, and on what. unit: None for a number without. error: the standard error, where it is known.
+    sample: how much was measured.
     """
 
     name: str
@@ -33,11 +34,16 @@ class Measure:
     error: float | None
     unit: str | None = None
     lower_is_better: bool = True
+    sample: str = ""
 
     @property
     def text(self) -> str:
         unit = "" if self.unit is None else f" {self.unit}"
         return f"{self.value:.4g}" + ("" if self.error is None else f" ± {self.error:.2g}") + unit
+
+    @property
+    def text_and_sample(self) -> str:
+        return f"{self.text}, {self.sample}" if self.sample else self.text
 
 
 class OnText(Record):
@@ -57,6 +63,10 @@ class OnText(Record):
     def where(self) -> str:
         """The text, a file by its name alone."""
         return f"{PurePath(self.dataset).name}, windows of {self.seq_len}"
+
+    @property
+    def sample(self) -> str:
+        return f"{self.windows:,} windows"
 
 
 class Perplexity(OnText):
@@ -105,6 +115,11 @@ class HumanEval(Record):
     passed: int
     failures: dict[str, int]
 
+    @property
+    def sample(self) -> str:
+        how = f"at temperature {self.temperature:g}" if self.temperature else "greedy"
+        return f"{self.problems} problems, {self.passed} of {self.problems * self.samples} programs passed, {how}"
+
 
 class Quality(Record):
     """Only what was measured is set. settings: by the measure's name, what it depends on beside model and text."""
@@ -121,26 +136,30 @@ class Quality(Record):
 
     def _on_texts(self) -> Iterator[Measure]:
         for each in self.perplexity:
-            yield Measure(f"perplexity on {each.where}", each.ppl, each.standard_error)
+            yield Measure(f"perplexity on {each.where}", each.ppl, each.standard_error, sample=each.sample)
         for one in self.divergence:
-            yield Measure(f"divergence from dense on {one.where}", one.kl, one.standard_error, "nats a token")
-            name = f"same likeliest token as dense on {one.where}"
-            yield Measure(name, 100 * one.agreement, None, "%", lower_is_better=False)
+            name, sample = f"divergence from dense on {one.where}", one.sample
+            yield Measure(name, one.kl, one.standard_error, "nats a token", sample=sample)
+            name, share = f"same likeliest token as dense on {one.where}", 100 * one.agreement
+            yield Measure(name, share, None, "%", lower_is_better=False, sample=sample)
 
     def _on_tasks(self) -> Iterator[Measure]:
         for each in self.tasks.scores if self.tasks else []:
-            for name in LISTED:
-                if name in each.metrics:
-                    metric, lower = each.metrics[name], name == "perplexity"
-                    yield Measure(f"{each.task}, {name}", metric.value, metric.standard_error, lower_is_better=lower)
+            sample = f"{each.documents:,} documents from {'files' if each.source == 'files' else 'the hub'}"
+            for name, metric in each.metrics.items():
+                lower, error = name in LOWER_IS_BETTER, metric.standard_error
+                yield Measure(f"{each.task}, {name}", metric.value, error, lower_is_better=lower, sample=sample)
         if self.tasks and len(self.tasks.scores) > 1:
             for name, average in self.tasks.average.items():
                 if average is not None:
                     yield Measure(f"average of the tasks, {name}", average, None, lower_is_better=False)
 
     def _programs(self) -> Iterator[Measure]:
-        for name, rate in self.humaneval.rates.items() if self.humaneval else []:
-            yield Measure(f"HumanEval, {name}", rate.value, rate.standard_error, lower_is_better=False)
+        if self.humaneval:
+            sample = self.humaneval.sample
+            for name, rate in self.humaneval.rates.items():
+                error = rate.standard_error
+                yield Measure(f"HumanEval, {name}", rate.value, error, lower_is_better=False, sample=sample)
 
 
 def read_quality(folder: Path) -> Quality | None:

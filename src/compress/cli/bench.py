@@ -1,14 +1,11 @@
 """`compress bench`: speed, memory and size of a compressed model beside the dense one's, in one run."""
 
 import re
-from contextlib import suppress
-from itertools import product
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from compress.cli.bench_tables import show
 from compress.cli.options import (
     Device,
     Json,
@@ -18,16 +15,15 @@ from compress.cli.options import (
     check_dtype,
     computing_dtype,
     in_panel,
-    newest_output,
+    newest_or_refuse,
     pick_device,
 )
 from compress.cli.progress import progress_bar
-from compress.cli.reporting import print_json, quiet_libraries, reporting_errors
-from compress.errors import CompressError, Problems, UsageError
+from compress.cli.reporting import quiet_libraries, reporting_errors
+from compress.cli.tables import Row, gigabytes, print_json, print_lines, print_rows
+from compress.errors import Problems, UsageError
 
 if TYPE_CHECKING:
-    from compress.evaluation.speed.generation import Workload
-    from compress.evaluation.speed.report import Named
     from compress.models.hub import ModelSource
 
 OUT = "A compressed model, or any other. Default: the newest under ./compressed."
@@ -39,7 +35,8 @@ ROUNDS = "Repetitions of each measurement, the two models alternating."
 LAYERWISE = "Time single linear layers too, as SLiM reports speed."
 TOKENS = "Tokens per call of a linear layer, with --layerwise. Default: 1,16,128."
 DTYPE = "Dtype of both models. Default: OUT's own, on the CPU at least float32."
-PROMPT_TOKENS, NEW_TOKENS = 128, 32  # by default
+SIDES = ("dense", "compressed")
+SPEEDUP, NO_ROOM = "speedup (middle half)", "no room"
 
 
 @reporting_errors
@@ -68,22 +65,18 @@ def bench(
             raise UsageError("--tokens has no effect without --layerwise. Add it, or leave --tokens out.")
     with problems.collect():
         check_dtype(dtype)
-    pair = find_pair(problems, out, against)
+    sources = find_pair(problems, out, against)
     if device is not None or not problems.found:
         with problems.collect():
             target = pick_device(device)
     problems.report()
 
-    from compress.evaluation.speed.report import Asked, measure
+    from compress.evaluation.speed.report import Asked, look_at_pair, measure, other_source, workloads
 
     quiet_libraries()
-    dense, compressed = named_pair(problems, pair)
-    configs = look_at_pair(problems, (dense, compressed), trust_remote_code=trust_remote_code)
-    with problems.collect():
-        loads = workloads(numbers, new, shortest(configs))
-    problems.report()
+    pair, configs = look_at_pair(sources, trust_remote_code=trust_remote_code)
     asked = Asked(
-        workloads=loads,
+        workloads=workloads(numbers.get("batch-sizes"), numbers.get("prompt"), new, configs),
         rounds=rounds,
         dtype=computing_dtype(dtype, configs[1], target),
         device=target,
@@ -91,10 +84,10 @@ def bench(
         trust_remote_code=trust_remote_code,
     )
     with progress_bar("preparing") as progress:
-        report = measure(dense, compressed, asked, progress)
-    report.notes.extend(other_source(dense, compressed))
+        report = measure(*pair, asked, progress)
+    report["notes"] += other_source(*pair)
     if json:
-        print_json(report.to_dict())
+        print_json(report)
     else:
         show(report)
 
@@ -112,21 +105,17 @@ def find_pair(problems: Problems, out: str | None, against: str | None) -> "list
     """The dense model and the compressed one, as far as they are found."""
     from compress.models.hub import find_model
 
-    found = []
+    found: list[ModelSource] = []
     with problems.collect():
-        name = out or newest_output()
-        if name is None:
-            raise UsageError("There is no output under ./compressed. Name a model: compress bench OUT.")
-        found.append(find_model(str(name)))
+        found.append(find_model(out or str(newest_or_refuse("bench"))))
     with problems.collect():
-        if against is not None:
-            found.insert(0, find_model(against))
-        elif found:
-            found.insert(0, base_of(found[0]))
+        if against is not None or found:
+            found.insert(0, base_of(found[0]) if against is None else find_model(against))
     return found
 
 
 def base_of(source: "ModelSource") -> "ModelSource":
+    from compress.evaluation.speed.report import facts_of
     from compress.models.hub import find_model
 
     name = facts_of(source.folder).get("base_model") if source.folder else None
@@ -141,80 +130,93 @@ def base_of(source: "ModelSource") -> "ModelSource":
         ) from error
 
 
-def facts_of(folder: Path) -> dict[str, Any]:
-    """What compress.json says; nothing where there is none, or where it is damaged."""
-    from compress.checkpoints.metadata import METADATA
-    from compress.models.untrusted import read_json
-
-    with suppress(CompressError):
-        return read_json(folder / METADATA)
-    return {}
+# The report as tables.
 
 
-def named_pair(problems: Problems, pair: "list[ModelSource]") -> "tuple[Named, Named]":
-    from compress.evaluation.speed.report import Named
-
-    found = []
-    for source in pair:
-        with problems.collect():
-            found.append(Named(source.name, source.whole_folder()))
-    problems.report()
-    return found[0], found[1]
-
-
-def look_at_pair(problems: Problems, pair: "tuple[Named, Named]", *, trust_remote_code: bool) -> list[Any]:
-    """Both configs, when nothing speaks against measuring the two together."""
-    from compress.evaluation.speed.memory import bytes_on_disk
-    from compress.models.loading import load_config
-
-    configs = []
-    for model in pair:
-        with problems.collect():
-            configs.append(load_config(model.folder, trust_remote_code=trust_remote_code))
-        with problems.collect():
-            bytes_on_disk(model.folder)
-    problems.report()
-    sizes = [config.get_text_config().vocab_size for config in configs]
-    if sizes[0] != sizes[1]:
-        raise UsageError(
-            f"{pair[1].name} has a vocabulary of {sizes[1]:,} tokens and {pair[0].name} one of {sizes[0]:,}: "
-            "a token of one is not a token of the other. Name the model it was made from: --against M."
-        )
-    return configs
-
-
-def shortest(configs: list[Any]) -> int | None:
-    """Positions that both models have; None where neither says."""
-    counts = [getattr(config.get_text_config(), "max_position_embeddings", None) for config in configs]
-    return min((count for count in counts if count is not None), default=None)
-
-
-def workloads(numbers: dict[str, list[int]], new: int | None, positions: int | None) -> "list[Workload]":
-    """What was asked for. Defaults make way for a model with few positions, what was typed does not."""
-    from compress.evaluation.speed.generation import Workload
-
-    most = positions or PROMPT_TOKENS + NEW_TOKENS
-    decoded = new or max(1, min(NEW_TOKENS, most // 4))
-    lengths = numbers.get("prompt") or [max(1, min(PROMPT_TOKENS, most - decoded))]
-    if positions is not None and max(lengths) + decoded > positions:
-        raise UsageError(
-            f"A prompt of {max(lengths)} and {decoded} new tokens are more than the model's {positions} positions. "
-            f"Use --prompt {max(1, positions // 2)} --new {max(1, positions // 4)}, or less."
-        )
-    return [
-        Workload(batch, length, decoded) for length, batch in product(lengths, numbers.get("batch-sizes") or [1, 8])
+def show(report: dict[str, Any]) -> None:
+    dense, compressed = (report[side]["name"] for side in SIDES)
+    print_rows(f"{compressed} beside {dense}: {report['dtype']} on {report['machine']}", footprint_rows(report))
+    speeds = [row for each in report["generation"] for row in speed_rows(each)]
+    print_rows("In turns: tokens a second, ± half the distance of the quartiles", speeds)
+    places = {(each["name"], str(each["dense"]), str(each["compressed"])): each for each in report["linears"]}
+    forms = [
+        {"linears": f"{each['name']} ({each['linears']})", **{side: form(each[side]) for side in SIDES}}
+        for each in places.values()
     ]
+    print_rows("Linears: outputs x inputs", forms)
+    print_rows("A linear by itself: µs", [linear_row(each) for each in report["linears"]])
+    print_lines([f"Speedups are of times, {dense} / {compressed}: above 1, {compressed} is faster.", *report["notes"]])
 
 
-def other_source(dense: "Named", compressed: "Named") -> list[str]:
-    """A note where the compressed model was made from other weights than those that it is compared with."""
-    from compress.calibration.weights import LazyWeights
-    from compress.checkpoints.metadata import input_fingerprint
+def footprint_rows(report: dict[str, Any]) -> list[Row]:
+    """Memory is what is held beyond the libraries."""
+    load, sides = report["memory_at"], {side: report[side] for side in SIDES}
 
-    made_from = facts_of(compressed.folder).get("fingerprints", {}).get("model")
-    if made_from is None:
-        return []
-    with suppress(CompressError):
-        if input_fingerprint(dense.folder, LazyWeights(dense.folder)) == made_from:
-            return []
-    return [f"{compressed.name} was not made from {dense.name} as it is here."]
+    def row(label: str, shown: Callable[[int], str], **values: int | None) -> Row:
+        dense, compressed = values.values()
+        share = f"{compressed / dense:.2f}" if dense and compressed is not None else None
+        cells = {side: "not known" if value is None else shown(value) for side, value in values.items()}
+        return {"": label, **cells, "of dense": share}
+
+    def above(when: str) -> dict[str, int | None]:
+        return {
+            side: None if None in (found[when], found["before"]) else found[when] - found["before"]
+            for side, found in sides.items()
+        }
+
+    rows = [
+        row("parameters", "{:,}".format, **{side: found["parameters"] for side, found in sides.items()}),
+        row("bytes on disk", gigabytes, **{side: found["disk"] for side, found in sides.items()}),
+        {"": "seconds to load, cached files", **{side: near(found["load"], ".2f") for side, found in sides.items()}},
+        row("most memory, loading", gigabytes, **above("loading")),
+        row(f"and running {load['batch']} x ({load['prompt']} + {load['new']})", gigabytes, **above("running")),
+    ]
+    if report["machine"].startswith("cpu") and all(found["before"] for found in sides.values()):
+        libraries = {side: gigabytes(found["before"]) for side, found in sides.items()}
+        rows.append({"": "libraries, not counted there", **libraries})
+    return rows
+
+
+def speed_rows(speeds: Mapping[str, Any]) -> list[Row]:
+    rows = list[Row]()
+    for name, tokens in (("prefill", speeds["prompt"]), ("decode", speeds["new"])):
+        times, label = speeds[name], {"rows x tokens": f"{name} {speeds['batch']} x {tokens}"}
+        if times is None:
+            rows.append({**label, "dense": NO_ROOM})
+            continue
+        rates = {side: near(found, ",.0f") for side, found in times["tokens_per_second"].items()}
+        rows.append({**label, **rates, SPEEDUP: speedup(times)})
+        if name == "prefill":
+            latency = {side: f"{1e3 * found['median']:,.1f}" for side, found in times["seconds"].items()}
+            rows.append({"rows x tokens": "  first token, ms", **latency})
+    return rows
+
+
+def linear_row(each: Mapping[str, Any]) -> Row:
+    label = {"linears": f"{each['name']} ({each['linears']})", "tokens": f"{each['tokens']:,}"}
+    if each["seconds"] is None:
+        return {**label, "dense": NO_ROOM}
+    times = {side: f"{1e6 * found['median']:,.1f}" for side, found in each["seconds"].items()}
+    return {**label, **times, SPEEDUP: speedup(each)}
+
+
+def near(spread: Mapping[str, float], digits: str) -> str:
+    return f"{spread['median']:{digits}} ± {(spread['high'] - spread['low']) / 2:{digits}}"
+
+
+def speedup(times: Mapping[str, Any]) -> str:
+    return "{median:.2f} ({low:.2f}-{high:.2f})".format(**times["speedup"])
+
+
+def form(stored: Any) -> str:
+    """How linears are stored; where sizes or ranks differ by block, how far they go."""
+    forms = stored if isinstance(stored, list) else [stored]
+    words = [(each["kind"], each["bits"] and f"{each['bits']} bits", each["pattern"]) for each in forms]
+    kinds = dict.fromkeys(", ".join(filter(None, each)) for each in words)
+    m, n, rank = (span([each[name] for each in forms]) for name in ("m", "n", "rank"))
+    return f"{' or '.join(kinds)}, {m} x {n}" + (f", rank {rank}" if rank != "0" else "")
+
+
+def span(values: Sequence[int]) -> str:
+    low, high = min(values), max(values)
+    return f"{low}" if low == high else f"{low}-{high}"

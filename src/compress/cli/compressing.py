@@ -24,8 +24,8 @@ from compress.cli.options import (
 from compress.cli.profiling import profiled, show_seconds
 from compress.cli.progress import progress_bar
 from compress.cli.recipes import Draft, apply_settings
-from compress.cli.reporting import print_lines, print_text, quiet_libraries, seeing_interrupts
-from compress.cli.tables import show_plan, show_result
+from compress.cli.reporting import quiet_libraries, seeing_interrupts
+from compress.cli.tables import print_lines, print_text, show_plan, show_result
 from compress.errors import Problems
 
 if TYPE_CHECKING:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -23,16 +24,14 @@ from compress.cli.options import (
     with_options,
 )
 from compress.cli.progress import progress_bar
-from compress.cli.quality_tables import show_comparison, show_quality
 from compress.cli.reporting import quiet_libraries, reporting_errors
-from compress.errors import Problems, UsageError
+from compress.cli.tables import gigabytes, number, print_json, print_lines, print_rows
+from compress.errors import Problems, UsageError, report
 from compress.numerics import DTYPES
 
 if TYPE_CHECKING:
-    import torch
-
-    from compress.evaluation.evaluate import Evaluation
-    from compress.evaluation.subject import Request, Subject
+    from compress.evaluation.evaluate import Evaluation, Request
+    from compress.evaluation.humaneval import Sampling
     from compress.models.hub import ModelSource
 
 Measures = "What to measure"
@@ -83,51 +82,46 @@ class EvalOptions:
     ] = False
     json: Json = False
 
-    def check(self, problems: Problems, others: list[str] | None) -> tuple[int, ...]:
-        """Note what does not go together. The ks of pass@k."""
-        for text, what in ((self.ppl, "--ppl names no data set. Try --ppl wikitext2."), (self.tasks, NO_TASK)):
-            with problems.collect():
-                if text is not None and not words(text):
-                    raise UsageError(what)
-        ks: tuple[int, ...] = (1,)
-        with problems.collect():
-            if self.ppl is self.kl is self.tasks is None and not self.humaneval:
-                raise UsageError(NOTHING)
-        with problems.collect():
-            if self.humaneval and not self.allow_code_execution:
-                raise UsageError(NOT_ALLOWED)
-        with problems.collect():
-            ks = self.pass_ks()
-        with problems.collect():
-            if others and not self.compare:
-                raise UsageError(f"{others[0]!r} is no option. Name a model with --model, or several with --compare.")
-            if self.model and self.compare:
-                raise UsageError("--model and --compare both name models. Use one of them.")
-        return ks
+    def check(self, others: Sequence[str]) -> None:
+        """Raises UsageError with all that does not go together."""
+        ks, samples, broken = words(self.k), self.samples_per_problem, []
+        if self.ppl is not None and not words(self.ppl):
+            broken.append("--ppl names no data set. Try --ppl wikitext2.")
+        if self.tasks is not None and not words(self.tasks):
+            broken.append("--tasks names no task. Try --tasks piqa,winogrande.")
+        if self.ppl is self.kl is self.tasks is None and not self.humaneval:
+            broken.append(NOTHING)
+        if self.humaneval and not self.allow_code_execution:
+            broken.append(NOT_ALLOWED)
+        of_programs = self.allow_code_execution or samples > 1 or self.temperature is not None or ks != ["1"]
+        if of_programs and not self.humaneval:
+            broken.append(OF_PROGRAMS)
+        elif samples > 1 and self.temperature == 0:
+            broken.append("--temperature 0 writes the same program every time. Use --samples-per-problem 1.")
+        elif not ks or not all(each.isascii() and each.isdigit() and 0 < int(each) <= samples for each in ks):
+            most = f"--samples-per-problem ({samples})"
+            broken.append(f"--k takes numbers from 1 to {most}, with commas between; got {self.k!r}.")
+        if others and not self.compare:
+            broken.append(f"{others[0]!r} is no option. Name a model with --model, or several with --compare.")
+        if self.model and self.compare:
+            broken.append("--model and --compare both name models. Use one of them.")
+        report(broken)
 
-    def pass_ks(self) -> tuple[int, ...]:
-        ks, samples = words(self.k), self.samples_per_problem
-        if not self.humaneval:
-            if self.allow_code_execution or samples > 1 or self.temperature is not None or ks != ["1"]:
-                raise UsageError(
-                    "--allow-code-execution, --samples-per-problem, --temperature and --k are of --humaneval. Add it."
-                )
-            return (1,)
-        if samples > 1 and self.temperature == 0:
-            raise UsageError("--temperature 0 writes the same program every time. Use --samples-per-problem 1.")
-        if not ks or not all(each.isascii() and each.isdigit() and 0 < int(each) <= samples for each in ks):
-            raise UsageError(
-                f"--k takes numbers from 1 to --samples-per-problem ({samples}), with commas between; got {self.k!r}."
-            )
-        return tuple(sorted({int(each) for each in ks}))
+    def sampling(self) -> "Sampling":
+        """At the paper's temperature for several samples, which would all be the same one otherwise."""
+        from compress.evaluation.humaneval import Sampling
+
+        usual = PAPERS_TEMPERATURE if self.samples_per_problem > 1 else 0.0
+        temperature = usual if self.temperature is None else self.temperature
+        return Sampling(self.samples_per_problem, temperature, tuple(sorted(map(int, words(self.k)))), self.seed)
 
 
-NO_TASK = "--tasks names no task. Try --tasks piqa,winogrande."
 NOTHING = "Nothing to measure. Try --ppl wikitext2, --kl DENSE, --tasks piqa,winogrande or --humaneval, or several."
 NOT_ALLOWED = (
     "--humaneval runs programs that a model wrote, on this machine and as your user. Limits on their time and memory "
     "are no sandbox (docs/security.md): use a container, and say --allow-code-execution."
 )
+OF_PROGRAMS = "--allow-code-execution, --samples-per-problem, --temperature and --k are of --humaneval. Add it."
 
 
 @reporting_errors
@@ -141,27 +135,23 @@ def evaluate(
     Example: compress eval --ppl wikitext2 --model opt-125m
     """
     problems = Problems()
-    ks = options.check(problems, others)
+    with problems.collect():
+        options.check(others or [])
     compared = [*options.compare, *(others or [])] if options.compare else None
     named = compared or [options.model or str(newest_output() or "demo")]
-    found = look_at(
-        problems,
-        [*named, *([options.kl] if options.kl else [])],
-        dtype=options.dtype,
-        data_dir=options.data_dir,
-        device=options.device,
-    )
+    places = [*named, *([options.kl] if options.kl else [])]
+    asked: dict[str, Any] = {"dtype": options.dtype, "data_dir": options.data_dir, "device": options.device}
+    found = look_at(problems, places, **asked)
     with problems.collect():
         check_computing_dtype(options.dtype, found)
-    if options.save:
-        check_places_to_save(problems, found.models[: len(named)])
-    request = gather(problems, options, found, ks)
-    subjects, dense = prepare_all(found.models, request, with_dense=options.kl is not None)
-    evaluations = measure_all(subjects, dense, request, options.dtype, found.device)
-    if options.save:
-        save_all(subjects, evaluations)
+    for source in found.models[: len(named)] if options.save else []:
+        with problems.collect():
+            if source.folder is None or source.is_demo:
+                raise UsageError(f"--save keeps quality.json in a checkpoint's folder; {source.name} is none of yours.")
+    request = gather(problems, options, found)
+    evaluations, notes = measure_all(found, request, options)
     if compared:
-        show_comparison(evaluations, notes_on(subjects), as_json=options.json)
+        show_comparison(evaluations, notes, as_json=options.json)
     else:
         show_quality(evaluations[0], as_json=options.json)
 
@@ -180,14 +170,7 @@ def check_computing_dtype(dtype: str | None, found: Found) -> None:
         check_computing(getattr(torch, dtype), found.device)
 
 
-def check_places_to_save(problems: Problems, sources: "Sequence[ModelSource]") -> None:
-    for source in sources:
-        with problems.collect():
-            if source.folder is None or source.is_demo:
-                raise UsageError(f"--save keeps quality.json in a checkpoint's folder; {source.name} is none of yours.")
-
-
-def gather(problems: Problems, options: EvalOptions, found: Found, ks: tuple[int, ...]) -> "Request":
+def gather(problems: Problems, options: EvalOptions, found: Found) -> "Request":
     """What is to be measured, with its documents and problems. All problems so far are told here."""
     texts, tasks = words(options.ppl), words(options.tasks)
     runs_programs = options.humaneval and options.allow_code_execution
@@ -196,13 +179,12 @@ def gather(problems: Problems, options: EvalOptions, found: Found, ks: tuple[int
     quiet_libraries()
     from compress.datasets import load_rows
     from compress.datasets.humaneval import load_problems
-    from compress.evaluation.humaneval import Sampling, check_can_run
-    from compress.evaluation.subject import Request, load_tasks
+    from compress.evaluation.evaluate import Request, load_tasks
+    from compress.evaluation.humaneval import check_can_run
 
     request = Request(
         texts=tuple(texts),
         compared_on=(tuple(texts) or (usual_text(found.models),)) if options.kl else (),
-        sampling=Sampling(options.samples_per_problem, drawn_at(options), ks, options.seed),
         seq_len=options.seq_len,
         limit=options.limit,
         batch_size=options.batch_size or 8,
@@ -219,13 +201,7 @@ def gather(problems: Problems, options: EvalOptions, found: Found, ks: tuple[int
         with problems.collect():
             load_rows(text, "test", found.data_dir)
     problems.report()
-    return request
-
-
-def drawn_at(options: EvalOptions) -> float:
-    if options.temperature is not None:
-        return options.temperature
-    return PAPERS_TEMPERATURE if options.samples_per_problem > 1 else 0.0
+    return replace(request, sampling=options.sampling()) if runs_programs else request
 
 
 def usual_text(sources: "Sequence[ModelSource]") -> str:
@@ -233,60 +209,82 @@ def usual_text(sources: "Sequence[ModelSource]") -> str:
     return "stdlib" if any(source.is_demo for source in sources) else "wikitext2"
 
 
-def prepare_all(
-    sources: "Sequence[ModelSource]", request: "Request", *, with_dense: bool
-) -> "tuple[list[Subject], Subject | None]":
-    """The models to be measured, and the dense one, which was named last. All problems of all of them at once."""
-    from compress.evaluation.subject import check_same_tokens, prepare
+def measure_all(found: Found, request: "Request", options: EvalOptions) -> "tuple[list[Evaluation], list[str]]":
+    """One model in memory at a time, the dense one of --kl first; it was named last. And notes on what was measured."""
+    from compress.checkpoints.quality import save_quality
+    from compress.evaluation._inference import free_memory
+    from compress.evaluation.evaluate import (
+        Subject,
+        check_same_tokens,
+        cut_otherwise,
+        measure,
+        prepare,
+        remember_dense,
+    )
 
-    problems, prepared = Problems(), []
-    for source in sources:
+    problems, subjects = Problems(), list[Subject]()
+    for source in found.models:
         with problems.collect():
-            prepared.append(prepare(source.name, source.whole_folder(), request))
+            subjects.append(prepare(source.name, source.whole_folder(), request))
     problems.report()
-    subjects, dense = (prepared[:-1], prepared[-1]) if with_dense else (prepared, None)
+    dense = subjects.pop() if options.kl else None
     if dense is not None:
         check_same_tokens(dense, subjects)
-    return subjects, dense
-
-
-def measure_all(
-    subjects: "Sequence[Subject]",
-    dense: "Subject | None",
-    request: "Request",
-    dtype: str | None,
-    device: "torch.device",
-) -> "list[Evaluation]":
-    from compress.evaluation.evaluate import free_memory, measure, remember_dense
-
     evaluations = []
     with progress_bar("preparing") as progress:
 
-        def load(subject: "Subject") -> Any:
+        def load(subject: Subject) -> Any:
             progress(f"loading {subject.name}", "", 0, 0)
-            computing = computing_dtype(dtype, subject.config, device)
-            return subject.load(computing, device, trust_remote_code=request.trust_remote_code)
+            computing = computing_dtype(options.dtype, subject.config, found.device)
+            return subject.load(computing, found.device, trust_remote_code=options.trust_remote_code)
 
         references = remember_dense(dense, load(dense), request, progress) if dense is not None else {}
         for subject in subjects:
             free_memory()
             evaluations.append(measure(subject, load(subject), request, references, progress))
-    return evaluations
+    for subject, evaluation in zip(subjects, evaluations, strict=True) if options.save else ():
+        save_quality(subject.folder, evaluation.quality)
+    return evaluations, cut_otherwise(subjects)
 
 
-def save_all(subjects: "Sequence[Subject]", evaluations: "Sequence[Evaluation]") -> None:
-    from compress.checkpoints.quality import save_quality
-
-    for subject, found in zip(subjects, evaluations, strict=True):
-        save_quality(subject.folder, found.quality)
+# What was measured: of one model a row a measure, of several a row a model.
 
 
-def notes_on(subjects: "Sequence[Subject]") -> list[str]:
-    from compress.evaluation.subject import cut_otherwise
+def show_quality(found: "Evaluation", *, as_json: bool) -> None:
+    if as_json:
+        print_json(found.to_dict())
+        return
+    quality = found.quality
+    rows = [{"": each.name, "value": each.text_and_sample} for each in quality.measures]
+    print_rows(f"{found.model}: {found.parameters:,} parameters", rows)
+    failures = quality.humaneval.failures if quality.humaneval else {}
+    print_lines(f"{kind}: {count}" for kind, count in sorted(failures.items(), key=lambda each: -each[1]))
 
-    names = cut_otherwise(subjects)
-    if not names:
-        return []
-    return [
-        f"Of other windows than {subjects[0].name}'s, so not to be compared with it: perplexity of {', '.join(names)}."
-    ]
+
+def show_comparison(found: "Sequence[Evaluation]", notes: Sequence[str], *, as_json: bool) -> None:
+    if as_json:
+        print_json({"models": [{**each.to_dict(), "bytes": each.bytes} for each in found], "notes": list(notes)})
+        return
+    print_rows("Compared with the same settings", [compared(each) for each in found])
+    print_lines(notes)
+
+
+def compared(found: "Evaluation") -> dict[str, str | None]:
+    quality = found.quality
+    cells = {"model": found.model, "bytes": gigabytes(found.bytes), "params": f"{found.parameters:,}"}
+    cells |= by_text("ppl", {each.dataset: f"{each.ppl:.3f}" for each in quality.perplexity})
+    cells |= by_text("KL", {each.dataset: f"{each.kl:.4f}" for each in quality.divergence})
+    means = quality.tasks.average if quality.tasks else {}
+    rates = quality.humaneval.rates if quality.humaneval else {}
+    return {
+        **cells,
+        **{f"mean {name}": number(value, ".2%") for name, value in means.items()},
+        **{name: f"{each.value:.2%}" for name, each in rates.items()},
+    }
+
+
+def by_text(measure: str, cells: dict[str, str]) -> dict[str, str]:
+    """Under the text's name; a file's is short where that is enough."""
+    short = [PurePath(text).name for text in cells]
+    names = short if len(set(short)) == len(short) else list(cells)
+    return {f"{measure} {name}": cell for name, cell in zip(names, cells.values(), strict=True)}

@@ -21,8 +21,8 @@ from compress.cli.options import (
 )
 from compress.cli.profiling import profiled
 from compress.cli.progress import progress_bar
-from compress.cli.reporting import gigabytes, print_json, print_lines, print_values, quiet_libraries, reporting_errors
-from compress.cli.tables import reloads
+from compress.cli.reporting import quiet_libraries, reporting_errors
+from compress.cli.tables import gigabytes, print_json, print_lines, print_values, reloads
 from compress.errors import Problems, UsageError
 
 if TYPE_CHECKING:

@@ -1,20 +1,39 @@
 """`compress inspect`: what is in a checkpoint, verified and measured from its files."""
 
 import importlib.util
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from compress.cli.inspect_tables import show, show_sizes
-from compress.cli.options import Json, newest_output
+from compress.cli.options import Json, newest_or_refuse
 from compress.cli.progress import progress_bar
-from compress.cli.reporting import print_json, print_lines, quiet_libraries, reporting_errors
+from compress.cli.reporting import quiet_libraries, reporting_errors
+from compress.cli.tables import (
+    Row,
+    gigabytes,
+    loads_as,
+    number,
+    print_json,
+    print_lines,
+    print_rows,
+    print_values,
+    sizes,
+)
 from compress.errors import Problems, UsageError
 
 if TYPE_CHECKING:
+    from compress.checkpoints.metadata import Metadata
     from compress.inspection.summary import Inspection
+
+# Columns that are called otherwise than in the JSON, and how their numbers are shown.
+HEADINGS = {
+    **{"name": "", "linear": "", "widths": "width", "kv_groups": "KV", "ranks": "rank", "patterns": "pattern"},
+    **{"bits_per_weight": "bits a weight", "error": "stream error"},
+}
+FORMATS = {"bits_per_weight": ".2f", "zeros": ".1%", "error": ".2%", "lost": ".2%"}
 
 
 @reporting_errors
@@ -40,7 +59,7 @@ def inspect_outputs(
 
     Example: compress inspect compressed/llama-2-7b-anchored-kp0.75 --plot plots
     """
-    folders = outputs or [newest()]
+    folders = outputs or [newest_or_refuse("inspect")]
     if card and len(folders) > 1:
         raise UsageError(f"--card takes one checkpoint, got {len(folders)}. Leave out the others.")
     if plot is not None:
@@ -55,20 +74,13 @@ def inspect_outputs(
     if json:
         print_json(as_data(seen[0]) if len(seen) == 1 else {"checkpoints": [as_data(each) for each in seen]})
     elif len(seen) > 1:
-        show_sizes(seen)
+        print_rows("Checkpoints", [size_cells(each) for each in seen])
     else:
         show(seen[0], linears=linears)
     if plot is not None:
         drawn = draw(seen, plot)
         if not json:
             print_lines([f"wrote {file}" for file in drawn])
-
-
-def newest() -> Path:
-    found = newest_output()
-    if found is None:
-        raise UsageError("There is no output under ./compressed. Name a checkpoint: compress inspect OUT.")
-    return found
 
 
 def check_plots(folder: Path) -> None:
@@ -104,3 +116,107 @@ def draw(seen: "Sequence[Inspection]", folder: Path) -> list[Path]:
     from compress.inspection.plots import plot_comparison, plot_inspection
 
     return plot_inspection(seen[0], folder) if len(seen) == 1 else plot_comparison(seen, folder)
+
+
+def show(seen: "Inspection", *, linears: bool) -> None:
+    from compress.inspection.summary import as_data
+
+    data = as_data(seen)
+    types = sorted(data["dtypes"].items(), key=lambda item: -item[1]["bytes"])
+    said = {"types": ", ".join(f"{name} {gigabytes(entry['bytes'])}" for name, entry in types)}
+    if seen.metadata is not None:
+        values = origin(seen, seen.metadata, said)
+    else:
+        values = {
+            "what it is": "a checkpoint of another program",
+            "architecture": data["architecture"],
+            "quantized by": seen.quantized_by,
+            "parameters": number(seen.parameters, ",") or "packed in a way not read here",
+            "bytes": gigabytes(seen.bytes),
+            **said,
+        }
+    print_values(str(seen.folder), values)
+    print_rows("Blocks", [cells(entry) for entry in data["blocks"]])
+    print_rows("Linears", [cells(entry) for entry in data["linears"]] if linears else [])
+    print_lines(notes(seen))
+
+
+def origin(seen: "Inspection", metadata: "Metadata", said: Row) -> Row:
+    """What a checkpoint of ours says of itself."""
+    tuned, tuning = None, metadata.tuning
+    if tuning is not None:
+        before, after = math.exp(tuning.held_out.before), math.exp(tuning.held_out.after)
+        tuned = f"{tuning.data.source}, perplexity held out {before:.2f} to {after:.2f}"
+    parts = f"{sum('/' not in name for name in metadata.parts)} parts" + (" and an adapter" if metadata.adapter else "")
+    return {
+        "base model": metadata.base_model,
+        "method": metadata.recipe.method,
+        "written as": loads_as(metadata.architecture, is_stock=metadata.loads_without_our_code),
+        "loads with": loads_with(metadata),
+        "parameters, dense": f"{metadata.dense_size.parameters:,}",
+        **sizes(metadata.dense_size, metadata.size),
+        **said,
+        "bits a weight in the blocks": number(seen.bits_per_weight, ".2f", ", all counted"),
+        "tuned on": tuned,
+        "divergence from dense, held out": number(metadata.held_out_divergence, ".3f", " nats a token"),
+        **{each.name: each.text_and_sample for each in (seen.quality.measures if seen.quality else [])},
+        "versions": ", ".join(f"{name} {version}" for name, version in metadata.versions.items()),
+        "files": parts + (", as they were written (sha256)" if seen.verified else "; --fast verified no checksums"),
+    }
+
+
+def loads_with(metadata: "Metadata") -> str:
+    packed = metadata.quantized and metadata.storage == "packed"
+    beside = [name for name, needed in (("peft", metadata.adapter), ("compressed-tensors", packed)) if needed]
+    libraries = " and ".join(["transformers", *beside])
+    if not metadata.loads_without_our_code:
+        libraries += ", after `import compress` or with trust_remote_code"
+    return f"compress.load; {libraries}" if metadata.adapter else libraries
+
+
+def notes(seen: "Inspection") -> Iterator[str]:
+    from compress.checkpoints.integrity import ADAPTER_WEIGHTS
+
+    if seen.metadata is not None:
+        yield f"Made by: {seen.metadata.command}"
+        if seen.metadata.adapter and ADAPTER_WEIGHTS not in seen.metadata.parts:
+            yield "Of the adapter no checksum is recorded: its names, shapes and bytes are as they should be."
+    elif seen.quantized_by:
+        yield "Weights that another program has packed are counted in bytes and not decoded."
+
+
+def cells(entry: Mapping[str, Any]) -> Row:
+    """A row from a block's or a linear's entry in the JSON."""
+    found: dict[str, Any] = {}
+    for name, value in entry.items():
+        found |= value if name == "units" else {name: value}
+    if found.get("pattern") and not found.pop("pattern_kept"):
+        found["pattern"] += " broken"
+    found.pop("pattern_kept", None)
+    return {HEADINGS.get(name, name): cell(name, value) for name, value in found.items()}
+
+
+def cell(name: str, value: Any) -> str | None:
+    if isinstance(value, list):
+        distinct = list(dict.fromkeys(value))
+        is_range = len(distinct) > 2 and not isinstance(value[0], str)
+        return f"{min(value):,} to {max(value):,}" if is_range else ", ".join(map(str, distinct))
+    if value is None or isinstance(value, str):
+        return value
+    return gigabytes(value) if name == "bytes" else format(value, FORMATS.get(name, ","))
+
+
+def size_cells(seen: "Inspection") -> Row:
+    metadata = seen.metadata
+    parameters, stored = number(seen.parameters, ","), gigabytes(seen.bytes)
+    if metadata is not None:
+        size, dense = metadata.size, metadata.dense_size
+        parameters = f"{size.parameters:,} ({size.parameters / dense.parameters:.0%})"
+        stored += f" ({size.bytes / dense.bytes:.0%})"
+    return {
+        "": seen.name,
+        "parameters (of dense)": parameters,
+        "bytes (of dense)": stored,
+        "bits a weight": number(seen.bits_per_weight, ".2f"),
+        "divergence": number(metadata.held_out_divergence if metadata else None, ".3f"),
+    }

@@ -235,6 +235,13 @@ def newest_output() -> Path | None:
     return max(outputs, key=lambda folder: (folder / "compress.json").stat().st_mtime) if outputs else None
 
 
+def newest_or_refuse(command: str) -> Path:
+    found = newest_output()
+    if found is None:
+        raise UsageError(f"There is no output under ./compressed. Name a checkpoint: compress {command} OUT.")
+    return found
+
+
 def computing_dtype(asked: str | None, config: object, device: "torch.device") -> "torch.dtype":
     """What was asked for, or the model's own; on the CPU at least float32."""
     import torch

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import CodeType
 
-from compress.cli.reporting import print_table
+from compress.cli.tables import Row, print_rows
 from compress.launch import launch
 
 SHOWN = 10  # functions
@@ -36,10 +36,15 @@ def show_functions(profile: cProfile.Profile) -> None:
     modules = {getattr(module, "__file__", None): name for name, module in list(sys.modules.items())}
     found = sorted(profile.getstats(), key=lambda entry: entry.inlinetime, reverse=True)[:SHOWN]
     rows = [
-        [name_of(entry.code, modules), f"{entry.callcount:,}", f"{entry.inlinetime:.2f}", f"{entry.totaltime:.2f}"]
+        {
+            "function": name_of(entry.code, modules),
+            "calls": f"{entry.callcount:,}",
+            "own seconds": f"{entry.inlinetime:.2f}",
+            "with callees": f"{entry.totaltime:.2f}",
+        }
         for entry in found
     ]
-    print_table("Where the time went", ["function", "calls", "own seconds", "with callees"], rows, stderr=True)
+    print_rows("Where the time went", rows, stderr=True)
 
 
 def name_of(code: CodeType | str, modules: Mapping[str | None, str]) -> str:
@@ -54,6 +59,8 @@ def show_seconds(seconds: Mapping[str, float]) -> None:
     kinds = {kind: value for kind, value in seconds.items() if kind != "total"}
     kinds["the rest"] = seconds["total"] - sum(kinds.values())
     whole = seconds["total"] or 1.0  # 0 for a run that had nothing left to do
-    rows = [[kind, f"{value:.2f}", f"{value / whole:.0%}"] for kind, value in kinds.items()]
-    rows += [["total", f"{seconds['total']:.2f}", ""]]
-    print_table("Seconds by kind of work", ["kind", "seconds", "share"], rows, stderr=True)
+    rows: list[Row] = [
+        {"kind": kind, "seconds": f"{value:.2f}", "share": f"{value / whole:.0%}"} for kind, value in kinds.items()
+    ]
+    rows += [{"kind": "total", "seconds": f"{seconds['total']:.2f}", "share": None}]
+    print_rows("Seconds by kind of work", rows, stderr=True)

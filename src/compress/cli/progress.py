@@ -16,7 +16,8 @@ from rich.progress import Progress as RichProgress
 from rich.table import Column
 from rich.text import Text
 
-from compress.cli.reporting import gigabytes, visible
+from compress.cli.reporting import visible
+from compress.cli.tables import gigabytes
 from compress.launch import launch
 from compress.progress import Progress, silent
 

@@ -7,7 +7,8 @@ import typer
 
 from compress.cli.options import Json
 from compress.cli.progress import progress_bar
-from compress.cli.reporting import print_json, print_lines, reporting_errors
+from compress.cli.reporting import reporting_errors
+from compress.cli.tables import print_json, print_lines
 
 
 @reporting_errors

@@ -1,19 +1,15 @@
-"""Errors as one line and an exit code; results as tables for people, JSON for machines."""
+"""Errors as one line and an exit code; interrupts; text of others that is safe to print."""
 
 import functools
-import json
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, ParamSpec
+from typing import ParamSpec
 
 import typer
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from compress.errors import CompressError
 from compress.launch import launch
@@ -95,39 +91,3 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-
-
-def print_json(data: Mapping[str, Any]) -> None:
-    sys.stdout.write(json.dumps(data, indent=2) + "\n")
-
-
-def print_text(text: str) -> None:
-    """For other programs to read: no colors, no wrapping."""
-    sys.stdout.write(text)
-
-
-def print_table(title: str, columns: list[str], rows: list[list[str]], *, stderr: bool = False) -> None:
-    """Text, not rich's markup: what is in a name is shown as it is."""
-    table = Table(title=Text(visible(title)), title_justify="left")
-    for place, column in enumerate(columns):
-        table.add_column(Text(visible(column)), justify="left" if place == 0 else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(visible(cell)) for cell in row))
-    Console(stderr=stderr).print(table)
-
-
-def print_values(title: str, values: Mapping[str, str]) -> None:
-    """A table of labels and values."""
-    print_table(title, ["", "value"], [[label, value] for label, value in values.items()])
-
-
-def print_lines(lines: Iterable[str]) -> None:
-    for line in lines:
-        Console().print(Text(visible(line)))
-
-
-def gigabytes(count: int) -> str:
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= scale:
-            return f"{count / scale:.1f} {unit}"
-    return f"{count} B"

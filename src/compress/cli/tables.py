@@ -1,114 +1,178 @@
-"""A plan and a result as tables."""
+"""Results as tables for people and JSON for machines.
 
+A row is a dict of cells by column. A cell of None is empty; a column of empty cells is left out.
+"""
+
+import json
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from compress.cli.reporting import gigabytes, print_json, print_lines, print_table
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from compress.cli.reporting import visible
 
 if TYPE_CHECKING:
-    from compress.calibration.sites import Count
+    from compress.architectures.sizes import Size
+    from compress.checkpoints.metadata import ModelSize
     from compress.pipeline.result import Result
     from compress.planning.plan import Plan
     from compress.planning.prepare import Job
 
+Row = Mapping[str, str | None]
+BORDER = 3  # what a table draws around each column
 BLOCK = re.compile(r"\.(\d+)\.(.*)")  # its number, and what is below it
 KINDS = {"hidden": "hidden size", "neurons": "MLP neurons a block", "kv_groups": "KV groups a block"}
+
+
+def print_json(data: Mapping[str, Any]) -> None:
+    sys.stdout.write(json.dumps(data, indent=2) + "\n")
+
+
+def print_text(text: str) -> None:
+    """For other programs to read: no colors, no wrapping."""
+    sys.stdout.write(text)
+
+
+def print_lines(lines: Iterable[str]) -> None:
+    for line in lines:
+        Console().print(Text(visible(line)))
+
+
+def print_values(title: str, values: Row) -> None:
+    """A table of labels and values; what has no value is left out."""
+    print_rows(title, [{"": label, "value": value} for label, value in values.items() if value is not None])
+
+
+def print_rows(title: str, rows: Sequence[Row], *, stderr: bool = False) -> None:
+    """Text, not rich's markup: what is in a name is shown as it is. Of the columns, all those of the longest row."""
+    console = Console(stderr=stderr)
+    cells = [{visible(name): visible(cell or "") for name, cell in row.items()} for row in rows]
+    for number, names in enumerate(fitting(cells, console.width - 1)):
+        table = Table(title=Text(visible(title) + (", continued" if number else "")), title_justify="left")
+        for place, name in enumerate(names):
+            table.add_column(Text(name), justify="right" if place else "left", overflow="fold")
+        for row in cells:
+            table.add_row(*(Text(row.get(name, "")) for name in names))
+        console.print(table)
+
+
+def fitting(rows: Sequence[Mapping[str, str]], room: int) -> list[list[str]]:
+    """The columns of each table: those that there is no room for go into one below, again after the first column.
+
+    Of a long first column names are folded: to half of the room if all columns fit then, else to three fifths.
+    """
+    if not rows:
+        return []
+    names = max(rows, key=len)
+    first, *others = [name for name in names if any(row.get(name) for row in rows)] or [""]
+    widths = {name: BORDER + max(len(name), *(len(row.get(name, "")) for row in rows)) for name in (first, *others)}
+    most = room // 2 if sum(widths[name] for name in others) <= room - room // 2 else 3 * room // 5
+    tables: list[list[str]] = []
+    left = 0
+    for name in others:
+        left -= widths[name]
+        if not tables or left < 0:
+            tables.append([first])
+            left = room - min(widths[first], most) - widths[name]
+        tables[-1].append(name)
+    return tables
+
+
+# Cells.
+
+
+def number(value: int | float | None, form: str, unit: str = "") -> str | None:
+    return None if value is None else format(value, form) + unit
+
+
+def gigabytes(count: int) -> str:
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.1f} {unit}"
+    return f"{count} B"
+
+
+def spans(values: Sequence[int | str]) -> str:
+    """Values with repetitions counted: 96 x 8, 128."""
+    counts: list[tuple[int | str, int]] = []
+    for value in values:
+        last, times = counts.pop() if counts and counts[-1][0] == value else (value, 0)
+        counts.append((last, times + 1))
+    return ", ".join(f"{value}" + (f" x {times}" if times > 1 else "") for value, times in counts)
+
+
+# What a recipe will do to a model, and what it has done.
 
 
 def show_plan(job: "Job", plan: "Plan", *, as_json: bool) -> None:
     if as_json:
         print_json({"out": str(job.out), **plan.to_dict()})
         return
-    rows = [["written as", loads_as(plan.spec.architecture.class_name, is_stock=plan.spec.architecture.is_stock)]]
-    rows += [["parameters, dense", f"{plan.dense.parameters:,}"]]
-    if plan.choices:
-        rows += [["shapes that fit", f"{len(plan.choices)}, see below; predicted, then chosen by at most three trials"]]
-    elif plan.ranks is not None:
-        rows += [["ranks", f"found from the dense model, by {' or '.join(plan.ranks.stage.allocations)}"]]
-        rows += limit_rows(job, plan)
-    elif plan.size is None:
-        rows += [["widths", "decided by the data"]]
-    else:
-        if reshapes(job):
-            rows += [["widths", spans([width or 0 for width in plan.widths])], *unit_rows(plan.units)]
-        rows += size_rows(vars(plan.dense), vars(plan.size))
-    rows += bits_rows(vars(each) for each in plan.alternatives)
-    rows += [["memory, at most about", gigabytes(plan.memory_bytes)], ["disk, for the run", gigabytes(plan.disk_bytes)]]
-    print_table(f"Plan: {job.model.name} to {job.out}", ["", "value"], rows)
-    if plan.choices:
-        show_choices(plan)
-    show_ranks({path: factors.rank for path, factors in plan.factors.items()}, plan.spec.num_blocks)
-    show_alternatives([vars(each) for each in plan.alternatives])
+    alternatives = [vars(each) for each in plan.alternatives]
+    values = {
+        "written as": loads_as(plan.spec.architecture.class_name, is_stock=plan.spec.architecture.is_stock),
+        "parameters, dense": f"{plan.dense.parameters:,}",
+        **planned(job, plan),
+        "bits a weight, all counted": bits(alternatives),
+        "memory, at most about": gigabytes(plan.memory_bytes),
+        "disk, for the run": gigabytes(plan.disk_bytes),
+    }
+    print_values(f"Plan: {job.model.name} to {job.out}", values)
+    choices = [
+        {
+            **{KINDS[kind]: f"{count:,}" for kind, count in choice.counts.items()},
+            **{"parameters": f"{choice.size.parameters:,}", "bytes": gigabytes(choice.size.bytes)},
+        }
+        for choice in plan.choices
+    ]
+    print_rows("Shapes that fit", choices)
+    show_linears({path: factors.rank for path, factors in plan.factors.items()}, plan.spec.num_blocks, alternatives)
     print_lines(plan.notes)
 
 
-def bits_rows(alternatives: Iterable[Mapping[str, Any]]) -> list[list[str]]:
-    """Of the plan, which is the first."""
-    return [["bits a weight, all counted", f"{each['bits_per_weight']:.2f}"] for each in alternatives][:1]
+def planned(job: "Job", plan: "Plan") -> Row:
+    """The sizes, or what is to be found before they are known."""
+    if plan.choices:
+        return {"shapes that fit": f"{len(plan.choices)}, see below; predicted, then chosen by at most three trials"}
+    if plan.ranks is not None:
+        found = f"found from the dense model, by {' or '.join(plan.ranks.stage.allocations)}"
+        return {"ranks": found, **limit(job, plan.dense)}
+    if plan.size is None:
+        return {"widths": "decided by the data"}
+    return {**shape(job, [width or 0 for width in plan.widths], plan.units), **sizes(plan.dense, plan.size)}
 
 
-def show_alternatives(alternatives: Sequence[Mapping[str, Any]]) -> None:
-    if len(alternatives) < 2:
-        return
-    rows = [[each["name"], f"{each['bits_per_weight']:.2f}", gigabytes(each["bytes"])] for each in alternatives]
-    print_table("At about as many bytes", ["stored as", "bits a weight", "bytes"], rows)
-
-
-def reshapes(job: "Job") -> bool:
-    return any(stage.reshapes for stage in job.recipe.stages)
-
-
-def limit_rows(job: "Job", plan: "Plan") -> list[list[str]]:
+def limit(job: "Job", dense: "Size") -> Row:
     budget = job.recipe.budget
     if budget is None:
-        return []
+        return {}
     if budget.target_size is not None:
-        return [["bytes, at most", gigabytes(budget.target_size)]]
-    return [["parameters, at most", f"{int((budget.keep_params or 0) * plan.dense.parameters):,}"]]
-
-
-def show_ranks(ranks: Mapping[str, int], num_blocks: int) -> None:
-    """A row for each linear of a block: its ranks from the first block to the last."""
-    by_name: dict[str, list[int | str]] = {}
-    for path, rank in ranks.items():
-        match = BLOCK.search(path)
-        assert match is not None
-        by_name.setdefault(match[2], ["dense"] * num_blocks)[int(match[1])] = rank
-    if by_name:
-        print_table("Ranks", ["linear", "by block"], [[name, spans(each)] for name, each in by_name.items()])
-
-
-def show_choices(plan: "Plan") -> None:
-    kinds = list(plan.choices[0].counts)
-    rows = [
-        [*(f"{choice.counts[kind]:,}" for kind in kinds), f"{choice.size.parameters:,}", gigabytes(choice.size.bytes)]
-        for choice in plan.choices
-    ]
-    columns = [KINDS[kind] for kind in kinds]
-    print_table("Shapes that fit", [*columns, "parameters", "bytes"], rows)
+        return {"bytes, at most": gigabytes(budget.target_size)}
+    return {"parameters, at most": f"{int((budget.keep_params or 0) * dense.parameters):,}"}
 
 
 def show_result(job: "Job", result: "Result", *, as_json: bool) -> None:
     if as_json:
         print_json(result.to_dict())
         return
-    rows = [["written as", loads_as(result.architecture, is_stock=result.is_stock)]]
-    if reshapes(job):
-        rows += [["widths", spans(result.widths)], *unit_rows(result.units)]
-    rows += [["parameters, dense", f"{result.dense.parameters:,}"]]
-    rows += size_rows(vars(result.dense), vars(result.size))
-    rows += bits_rows(result.alternatives)
-    if result.lost is not None:
-        rows += [["outputs' energy lost, a linear", f"{result.lost:.2%}"]]
-    if result.divergence is not None:
-        rows += [["divergence from dense, held out", f"{result.divergence:.3f} nats a token"]]
-    seconds = result.seconds
-    shares = ", ".join(f"{kind} {value:.1f}" for kind, value in seconds.items() if kind != "total")
-    rows += [["seconds", f"{seconds['total']:.1f} ({shares})"], ["reloads", reloads(result.difference)]]
-    print_table(f"{job.model.name} compressed: {result.out}", ["", "value"], rows)
-    show_ranks(result.ranks, result.num_blocks)
-    show_alternatives(result.alternatives)
+    seconds = ", ".join(f"{kind} {value:.1f}" for kind, value in result.seconds.items() if kind != "total")
+    values = {
+        "written as": loads_as(result.architecture, is_stock=result.is_stock),
+        **shape(job, result.widths, result.units),
+        "parameters, dense": f"{result.dense.parameters:,}",
+        **sizes(result.dense, result.size),
+        "bits a weight, all counted": bits(result.alternatives),
+        "outputs' energy lost, a linear": number(result.lost, ".2%"),
+        "divergence from dense, held out": number(result.divergence, ".3f", " nats a token"),
+        "seconds": f"{result.seconds['total']:.1f} ({seconds})",
+        "reloads": reloads(result.difference),
+    }
+    print_values(f"{job.model.name} compressed: {result.out}", values)
+    show_linears(result.ranks, result.num_blocks, result.alternatives)
     print_lines(result.notes)
 
 
@@ -122,29 +186,40 @@ def reloads(difference: float | None) -> str:
     return "with the same logits" if difference == 0 else f"with logits within {difference:.0e} of the largest"
 
 
-def unit_rows(units: Mapping[str, "Count"]) -> list[list[str]]:
-    if "neurons" not in units:
-        return []
-    count = units["neurons"]
-    return [[KINDS["neurons"], spans(list(count)) if isinstance(count, tuple) else f"{count:,}"]]
+def shape(job: "Job", widths: Sequence[int], units: Mapping[str, Any]) -> Row:
+    """Of a recipe that changes it."""
+    if not any(stage.reshapes for stage in job.recipe.stages):
+        return {}
+    neurons = units.get("neurons")
+    counts = spans(neurons) if isinstance(neurons, tuple) else number(neurons, ",")
+    return {"widths": spans(widths), KINDS["neurons"]: counts}
 
 
-def size_rows(dense: Mapping[str, int], compressed: Mapping[str, int]) -> list[list[str]]:
-    removed = 1 - compressed["parameters"] / dense["parameters"]
+def sizes(dense: "Size | ModelSize", compressed: "Size | ModelSize") -> Row:
+    removed = 1 - compressed.parameters / dense.parameters
     share = f"{removed:.1%} removed" if removed >= 0 else f"{-removed:.1%} added"
-    return [
-        ["parameters, compressed", f"{compressed['parameters']:,} ({share})"],
-        ["bytes, dense", gigabytes(dense["bytes"])],
-        ["bytes, compressed", gigabytes(compressed["bytes"])],
+    return {
+        "parameters, compressed": f"{compressed.parameters:,} ({share})",
+        "bytes, dense": gigabytes(dense.bytes),
+        "bytes, compressed": gigabytes(compressed.bytes),
+    }
+
+
+def bits(alternatives: Sequence[Mapping[str, Any]]) -> str | None:
+    """Of the plan, which is the first."""
+    return f"{alternatives[0]['bits_per_weight']:.2f}" if alternatives else None
+
+
+def show_linears(ranks: Mapping[str, int], num_blocks: int, alternatives: Sequence[Mapping[str, Any]]) -> None:
+    """Of each linear of a block its ranks from the first block to the last; other ways to store the linears."""
+    by_name: dict[str, list[int | str]] = {}
+    for path, rank in ranks.items():
+        match = BLOCK.search(path)
+        assert match is not None
+        by_name.setdefault(match[2], ["dense"] * num_blocks)[int(match[1])] = rank
+    print_rows("Ranks", [{"linear": name, "by block": spans(each)} for name, each in by_name.items()])
+    rows = [
+        {"stored as": each["name"], "bits a weight": bits([each]), "bytes": gigabytes(each["bytes"])}
+        for each in alternatives
     ]
-
-
-def spans(widths: Sequence[int | str]) -> str:
-    """Widths with repetitions counted: 96 x 8, 128."""
-    parts: list[str] = []
-    start = 0
-    for i in range(1, len(widths) + 1):
-        if i == len(widths) or widths[i] != widths[start]:
-            parts.append(f"{widths[start]}" + (f" x {i - start}" if i - start > 1 else ""))
-            start = i
-    return ", ".join(parts)
+    print_rows("At about as many bytes", rows if len(rows) > 1 else [])

@@ -1,47 +1,81 @@
-"""What the measures share: a model in evaluation mode, its context length, and losses that must be numbers."""
+"""What the measures share: a model in evaluation mode, losses that must be numbers, their mean and its error."""
 
+import gc
 import math
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
-from torch import nn
+import torch
+from jaxtyping import Int64
+from torch import Tensor, nn
 
 from compress.errors import NumericalError
+from compress.models.soundness import first_unsound
 
 USUAL_CONTEXT = 2048
 NO_LIMIT = 10**9  # transformers gives a larger number where a tokenizer has none
 
 
+def ignore(_count: int) -> None:
+    """Tell nobody."""
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode; its modules are put back as they were."""
+    """The model in evaluation mode, without gradients; its modules are put back as they were."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        yield
+        with torch.inference_mode():
+            yield
     finally:
         for module in training:
             module.training = True
 
 
-def finite(
-    losses: list[float], dataset: str, first: int, where: Callable[[], str | None] = lambda: None
-) -> list[float]:
-    """The losses of windows from number `first` on, if none is NaN or Inf. where: the first such place in the model."""
+def free_memory() -> None:
+    """Free the memory of what nobody holds any more."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def finite(losses: list[float], dataset: str, first: int, model: nn.Module, ids: Tensor) -> list[float]:
+    """The losses of windows from number `first` on, if none is NaN or Inf. ids: what the model was given for them."""
     for window, loss in enumerate(losses, first):
         if not math.isfinite(loss):
-            place = "" if (found := where()) is None else f": a NaN or Inf comes up first in {found}"
-            raise NumericalError(
-                f"The loss on {dataset!r}, window {window}, is {loss}{place}. "
-                "Check the weights, or try --dtype float32."
-            )
+            raise no_number(f"The loss on {dataset!r}, window {window}, is {loss}", model, ids)
     return losses
 
 
-def without_nan(values: dict[str, Any]) -> dict[str, Any]:
-    """As JSON has it, which knows no NaN: an unknown standard error is None."""
-    return {key: None if value != value else value for key, value in values.items()}
+def no_number(what: str, model: nn.Module, ids: Tensor) -> NumericalError:
+    """The error that says where in the model's pass over `ids` a NaN or Inf comes up first."""
+    found = first_unsound(model, partial(model, input_ids=ids, use_cache=False))
+    place = "" if found is None else f": a NaN or Inf comes up first in {found}"
+    return NumericalError(f"{what}{place}. Check the weights, or try --dtype float32.")
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
+    """The mean, and its standard error: std(ddof=1) / sqrt(n), None for one value."""
+    numbers = torch.tensor(values, dtype=torch.float64)
+    error = numbers.std().item() / math.sqrt(len(numbers)) if len(numbers) > 1 else None
+    return numbers.mean().item(), error
+
+
+def on_text(dataset: str, windows: Int64[Tensor, "windows seq_len"], start: float) -> dict[str, Any]:
+    """What is said of every measure on a text. start: when it was begun, by `time.perf_counter`."""
+    count, seq_len = windows.shape
+    seconds = time.perf_counter() - start
+    return {
+        **{"dataset": dataset, "tokens": count * (seq_len - 1), "windows": count},
+        **{"seq_len": seq_len, "seconds": seconds},
+    }
 
 
 def context_length(config: Any, tokenizer: Any) -> int:

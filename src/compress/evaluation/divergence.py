@@ -7,12 +7,10 @@ The two models are never in memory together: of the dense one what its head read
 head. Softmax in float64, over a few tokens at a time.
 """
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, Float64, Int64
@@ -21,8 +19,7 @@ from transformers import PreTrainedModel
 
 from compress.checkpoints.quality import Divergence
 from compress.errors import UnsupportedModel, UsageError
-from compress.evaluation._inference import evaluating, finite
-from compress.models.soundness import first_unsound
+from compress.evaluation._inference import device_of, evaluating, finite, ignore, mean_and_error, on_text
 from compress.numerics.losses import kl_divergence
 
 # Numbers of a softmax that are held at a time: a row is as wide as the vocabulary.
@@ -46,18 +43,17 @@ def remember(
     *,
     name: str,
     batch_size: int,
-    on_batch: Callable[[int], None] | None = None,
+    on_batch: Callable[[int], None] = ignore,
 ) -> Reference:
     """What is needed of the dense model, which may then be freed."""
     if windows.shape[1] < 2:
         raise UsageError(f"Divergence needs windows of at least 2 tokens, --seq-len is {windows.shape[1]}.")
     states = []
-    with evaluating(dense), torch.inference_mode():
+    with evaluating(dense):
         head = checked_head(dense, windows[:1], name)
         for batch in windows.split(batch_size):
             states.append(read_by_head(dense, head, batch).cpu())
-            if on_batch:
-                on_batch(len(batch))
+            on_batch(len(batch))
     return Reference(name, head, torch.cat(states))
 
 
@@ -68,34 +64,28 @@ def divergence(
     *,
     dataset: str,
     batch_size: int,
-    on_batch: Callable[[int], None] | None = None,
+    on_batch: Callable[[int], None] = ignore,
 ) -> Divergence:
     """The model's divergence from the remembered one on the same windows."""
     start = time.perf_counter()
-    sums: list[float] = []
+    means: list[float] = []
     agreed = 0
     tokens = windows.shape[1] - 1
-    with evaluating(model), torch.inference_mode():
+    with evaluating(model):
         head = checked_head(model, windows[:1], dataset)
         for batch, dense_states in zip(windows.split(batch_size), reference.states.split(batch_size), strict=True):
             for z, x in zip(read_by_head(model, head, batch), dense_states, strict=True):
                 kl, same = compare(reference.head, head, x[:-1], z[:-1])
-                run = partial(model, input_ids=batch.to(device_of(model)), use_cache=False)
-                sums += finite([float(kl.sum())], dataset, len(sums), partial(first_unsound, model, run))
+                means += finite([float(kl.mean())], dataset, len(means), model, batch.to(device_of(model)))
                 agreed += int(same.sum())
-            if on_batch:
-                on_batch(len(batch))
-    means = torch.tensor(sums, dtype=torch.float64) / tokens
+            on_batch(len(batch))
+    kl_mean, error = mean_and_error(means)
     return Divergence(
-        dataset=dataset,
         dense=reference.dense,
-        kl=means.mean().item(),
-        standard_error=means.std().item() / math.sqrt(len(means)) if len(means) > 1 else None,
+        kl=kl_mean,
+        standard_error=error,
         agreement=agreed / (tokens * len(means)),
-        tokens=tokens * len(means),
-        windows=len(means),
-        seq_len=tokens + 1,
-        seconds=time.perf_counter() - start,
+        **on_text(dataset, windows, start),
     )
 
 
@@ -117,9 +107,9 @@ def checked_head(model: PreTrainedModel, window: Int64[Tensor, "1 seq_len"], nam
     head = model.get_output_embeddings()
     if head is None:
         raise UnsupportedModel(f"The divergence of {name} cannot be measured: the model has no head.")
-    run = partial(model, input_ids=window.to(device_of(model)), use_cache=False)
-    logits = run().logits[0, -1]
-    finite([float(logits.double().sum())], name, 0, partial(first_unsound, model, run))
+    ids = window.to(device_of(model))
+    logits = model(input_ids=ids, use_cache=False).logits[0, -1]
+    finite([float(logits.double().sum())], name, 0, model, ids)
     ours = head(read_by_head(model, head, window)[0, -1])
     if not torch.allclose(logits.double(), ours.double(), rtol=0, atol=HEAD_TOLERANCE * float(logits.abs().max())):
         raise UnsupportedModel(
@@ -149,7 +139,3 @@ def passing_on(head: nn.Module) -> Iterator[None]:
             del vars(head)["forward"]
         else:
             vars(head)["forward"] = own
-
-
-def device_of(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device

@@ -1,23 +1,161 @@
-"""All requested measures of a loaded model. Models come one after another: only one is in memory at a time."""
+"""Checkpoints that are measured: all that can be checked before a weight is read, then measure after measure.
 
-import gc
+Models come one after another: only one is in memory at a time.
+"""
+
 import importlib.metadata
-import platform
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Int64
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from compress.checkpoints.quality import Divergence, HumanEval, Perplexity, Quality, Tasks
+from compress.calibration.weights import LazyWeights
+from compress.checkpoints.metadata import versions
+from compress.checkpoints.quality import Quality, Tasks
+from compress.datasets.tasks import local_tasks, read_documents
+from compress.datasets.windows import evaluation_windows, fingerprint
+from compress.errors import Problems, UsageError
 from compress.evaluation import humaneval
 from compress.evaluation.divergence import Reference, divergence, remember
 from compress.evaluation.perplexity import perplexity
-from compress.evaluation.subject import Request, Subject
-from compress.evaluation.tasks import averages, score_tasks
+from compress.evaluation.speed.footprint import bytes_on_disk
+from compress.evaluation.tasks import (
+    LoadedTask,
+    averages,
+    check_installed,
+    load_hub_task,
+    load_local_task,
+    score_tasks,
+)
+from compress.models import stored_loading
+from compress.models.loading import check_positions, check_vocabulary, load_config, load_tokenizer
 from compress.models.storage import num_parameters
 from compress.progress import Progress, Steps
+
+USUAL_SEQ_LEN = 2048
+Windows = dict[str, Int64[Tensor, "windows seq_len"]]
+
+
+@dataclass(frozen=True)
+class Request:
+    """
+    texts: of perplexity; compared_on: of the divergence. limit: of windows a text, documents a task and problems.
+    """
+
+    texts: tuple[str, ...] = ()
+    compared_on: tuple[str, ...] = ()
+    tasks: Sequence[LoadedTask] = ()
+    problems: Sequence[Mapping[str, str]] = ()
+    sampling: humaneval.Sampling = field(default_factory=humaneval.Sampling)
+    seq_len: int | None = None
+    limit: int | None = None
+    batch_size: int = 8
+    data_dir: Path | None = None
+    trust_remote_code: bool = False
+
+    @property
+    def windows_of(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys([*self.texts, *self.compared_on]))
+
+
+def load_tasks(names: Sequence[str], data_dir: Path | None) -> list[LoadedTask]:
+    """The tasks with their data, from a file where there is one, else from the hub. Raises all problems at once."""
+    if not names:
+        return []
+    check_installed()
+    files = local_tasks(data_dir)
+    problems, loaded = Problems(), []
+    for name in names:
+        with problems.collect():
+            if name in files:
+                loaded.append(load_local_task(name, read_documents(files[name])))
+            else:
+                loaded += load_hub_task(name, sorted(files))
+    problems.report()
+    return loaded
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A checkpoint that can be measured. Its weights have not been read."""
+
+    name: str
+    folder: Path
+    config: Any
+    tokenizer: Any
+    windows: Windows
+
+    def load(self, dtype: torch.dtype, device: torch.device, *, trust_remote_code: bool) -> PreTrainedModel:
+        return stored_loading.open_model(self.folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+
+    @property
+    def bytes(self) -> int:
+        """Of the files that hold its weights, adapters included."""
+        return bytes_on_disk(self.folder)
+
+
+def prepare(name: str, folder: Path, request: Request) -> Subject:
+    """The checkpoint with its texts cut into windows. Raises all problems of its config, files, tokenizer and texts."""
+    problems = Problems()
+    config = load_config(folder, trust_remote_code=request.trust_remote_code)
+    text_config = config.get_text_config()
+    length = request.seq_len or min(USUAL_SEQ_LEN, getattr(text_config, "max_position_embeddings", USUAL_SEQ_LEN))
+    if request.windows_of:
+        with problems.collect():
+            check_positions(text_config, length)
+    with problems.collect():
+        LazyWeights(folder)
+    windows: Windows = {}
+    with problems.collect():
+        tokenizer = load_tokenizer(folder, trust_remote_code=request.trust_remote_code)
+        windows = read_windows(request, tokenizer, length)
+        for each in windows.values():
+            check_vocabulary(each, config, folder)
+    problems.report()
+    return Subject(name, folder, config, tokenizer, windows)
+
+
+def read_windows(request: Request, tokenizer: Any, seq_len: int) -> Windows:
+    problems, windows = Problems(), {}
+    for name in request.windows_of:
+        with problems.collect():
+            windows[name] = evaluation_windows(
+                name, tokenizer, seq_len=seq_len, data_dir=request.data_dir, limit=request.limit
+            )
+    problems.report()
+    return windows
+
+
+def check_same_tokens(dense: Subject, subjects: Sequence[Subject]) -> None:
+    """That a divergence means something: the same vocabulary, and the texts cut alike."""
+    problems = Problems()
+    for subject in subjects:
+        with problems.collect():
+            sizes = [each.config.get_text_config().vocab_size for each in (dense, subject)]
+            cut_alike = all(torch.equal(subject.windows[name], dense.windows[name]) for name in dense.windows)
+            if sizes[0] != sizes[1] or not cut_alike:
+                what = f"vocabularies of {sizes[0]:,} and {sizes[1]:,}" if sizes[0] != sizes[1] else "other tokens"
+                raise UsageError(
+                    f"--kl: {dense.name} and {subject.name} have {what} for the same text, so their next-token "
+                    "distributions do not compare. Name the dense model that was compressed."
+                )
+    problems.report()
+
+
+def cut_otherwise(subjects: Sequence[Subject]) -> list[str]:
+    """A note on those whose tokens for the same texts are other ones than the first's: perplexities do not compare."""
+    prints = [[fingerprint(each) for each in subject.windows.values()] for subject in subjects]
+    names = ", ".join(subject.name for subject, each in zip(subjects, prints, strict=True) if each != prints[0])
+    first = subjects[0].name
+    return [f"Of other windows than {first}'s, so not to be compared with it: perplexity of {names}."] if names else []
+
+
+# Measuring.
 
 
 @dataclass(frozen=True)
@@ -42,14 +180,9 @@ def remember_dense(
 ) -> dict[str, Reference]:
     """What a divergence needs of the dense model, by text. The model may be freed then."""
     steps = Steps(progress, f"running {dense.name}", sum(len(dense.windows[name]) for name in request.compared_on))
+    size = request.batch_size
     return {
-        name: remember(
-            model,
-            dense.windows[name],
-            name=dense.name,
-            batch_size=request.batch_size,
-            on_batch=counting(steps, name),
-        )
+        name: remember(model, dense.windows[name], name=dense.name, batch_size=size, on_batch=counting(steps, name))
         for name in request.compared_on
     }
 
@@ -59,24 +192,35 @@ def measure(
 ) -> Evaluation:
     """All that was requested, of a loaded model."""
     steps = Steps(progress, f"measuring {subject.name}", num_steps(subject, request))
+    windows, size = subject.windows, request.batch_size
     measured: dict[str, Any] = {}
-    if request.texts:
-        measured["perplexity"] = [perplexity_on(name, subject, model, request, steps) for name in request.texts]
-    if request.compared_on:
-        measured["divergence"] = [
-            divergence_on(references[name], name, subject, model, request, steps) for name in request.compared_on
-        ]
+    for name in request.texts:
+        found = perplexity(model, windows[name], dataset=name, batch_size=size, on_batch=counting(steps, name))
+        measured.setdefault("perplexity", []).append(found)
+    for name in request.compared_on:
+        on_batch = counting(steps, f"divergence on {name}")
+        far = divergence(model, references[name], windows[name], dataset=name, batch_size=size, on_batch=on_batch)
+        measured.setdefault("divergence", []).append(far)
     if request.tasks:
-        measured["tasks"] = scores_of(subject, model, request, steps)
+        on_answer, limit = counting(steps, "tasks"), request.limit
+        options: dict[str, Any] = {"batch_size": size, "limit": limit, "on_answer": on_answer}
+        scores = score_tasks(request.tasks, model, subject.tokenizer, **options)
+        measured["tasks"] = Tasks(scores=scores, average=averages(scores))
     if request.problems:
-        measured["humaneval"] = programs_of(subject, model, request, steps)
-    settings = dict.fromkeys(measured, settings_of(request, model))
+        measured["humaneval"] = humaneval.measure(
+            request.problems,
+            model,
+            subject.tokenizer,
+            request.sampling,
+            batch_size=size,
+            on_progress=lambda what, count: counting(steps, f"programs, {what}")(count),
+        )
     return Evaluation(
         model=subject.name,
         bytes=subject.bytes,
         parameters=num_parameters(model),
         dtype=str(model.dtype),
-        quality=Quality(**measured, settings=settings),
+        quality=Quality(**measured, settings=dict.fromkeys(measured, settings_of(request, model))),
     )
 
 
@@ -85,41 +229,6 @@ def num_steps(subject: Subject, request: Request) -> int:
     windows = sum(len(subject.windows[name]) for name in [*request.texts, *request.compared_on])
     requests = sum(task.num_requests(request.limit) for task in request.tasks)
     return windows + requests + 2 * len(request.problems) * request.sampling.samples
-
-
-def perplexity_on(name: str, subject: Subject, model: PreTrainedModel, request: Request, steps: Steps) -> Perplexity:
-    windows, on_batch = subject.windows[name], counting(steps, name)
-    return perplexity(model, windows, dataset=name, batch_size=request.batch_size, on_batch=on_batch)
-
-
-def divergence_on(
-    reference: Reference, name: str, subject: Subject, model: PreTrainedModel, request: Request, steps: Steps
-) -> Divergence:
-    windows, on_batch = subject.windows[name], counting(steps, f"divergence on {name}")
-    return divergence(model, reference, windows, dataset=name, batch_size=request.batch_size, on_batch=on_batch)
-
-
-def scores_of(subject: Subject, model: PreTrainedModel, request: Request, steps: Steps) -> Tasks:
-    scores = score_tasks(
-        request.tasks,
-        model,
-        subject.tokenizer,
-        batch_size=request.batch_size,
-        limit=request.limit,
-        on_answer=counting(steps, "tasks"),
-    )
-    return Tasks(scores=scores, average=averages(scores))
-
-
-def programs_of(subject: Subject, model: PreTrainedModel, request: Request, steps: Steps) -> HumanEval:
-    return humaneval.measure(
-        request.problems,
-        model,
-        subject.tokenizer,
-        request.sampling,
-        batch_size=request.batch_size,
-        on_progress=lambda what, count: counting(steps, f"programs, {what}")(count),
-    )
 
 
 def counting(steps: Steps, name: str) -> Callable[[int], None]:
@@ -133,26 +242,11 @@ def counting(steps: Steps, name: str) -> Callable[[int], None]:
 
 def settings_of(request: Request, model: PreTrainedModel) -> dict[str, Any]:
     """What a measure depends on besides the model and the text; the rest is in the measures themselves."""
-    packages = ("compress-llm", "torch", "transformers", "lm-eval")
-    versions = {name: version for name in packages if (version := installed_version(name))}
+    harness = {"lm-eval": importlib.metadata.version("lm-eval")} if request.tasks else {}
     return {
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": model.device.type,
         "batch_size": request.batch_size,
         "limit": request.limit,
-        "versions": {"python": platform.python_version()} | versions,
+        "versions": versions() | harness,
     }
-
-
-def installed_version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def free_memory() -> None:
-    """Free the memory of a model that nobody holds any more."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

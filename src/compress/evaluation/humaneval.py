@@ -8,7 +8,6 @@ problems, None for one. A completion ends before the first of the paper's stop s
 
 import math
 import os
-import statistics
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from transformers import (
 
 from compress.checkpoints.quality import HumanEval, Metric
 from compress.errors import UsageError
-from compress.evaluation._inference import context_length, evaluating
+from compress.evaluation._inference import context_length, evaluating, mean_and_error
 from compress.evaluation._programs import PASSED, run_programs
 from compress.models.soundness import check_sound, first_unsound
 
@@ -72,25 +71,24 @@ def measure(
     sampling: Sampling,
     *,
     batch_size: int,
-    on_progress: Callable[[str, int], None] | None = None,
+    on_progress: Callable[[str, int], None],
 ) -> HumanEval:
     """Writes the programs, then runs them. `on_progress` is told `writing` or `running`, and how many more are done."""
-    told = on_progress or (lambda _what, _count: None)
     programs = []
     for problem, completion in completions(problems, model, tokenizer, sampling, batch_size):
         programs.append(program_of(problem, completion))
-        told("writing", 1)
-    return judged(run_programs(programs, on_done=partial(told, "running")), sampling)
+        on_progress("writing", 1)
+    return judged(run_programs(programs, on_done=partial(on_progress, "running")), sampling)
 
 
 def judged(outcomes: Sequence[str], sampling: Sampling) -> HumanEval:
     """outcomes: of all samples of the first problem, then of the second, ..."""
     n = sampling.samples
     correct = [outcomes[i : i + n].count(PASSED) for i in range(0, len(outcomes), n)]
-    rates = {f"pass@{k}": rate_of([pass_at_k(n, each, k) for each in correct]) for k in sampling.ks}
+    rates = {k: mean_and_error([pass_at_k(n, each, k) for each in correct]) for k in sampling.ks}
     failures = Counter(outcome.partition(":")[0] for outcome in outcomes if outcome != PASSED)
     return HumanEval(
-        rates=rates,
+        rates={f"pass@{k}": Metric(value=value, standard_error=error) for k, (value, error) in rates.items()},
         problems=len(correct),
         samples=n,
         temperature=sampling.temperature,
@@ -99,18 +97,13 @@ def judged(outcomes: Sequence[str], sampling: Sampling) -> HumanEval:
     )
 
 
-def rate_of(values: Sequence[float]) -> Metric:
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-    return Metric(value=statistics.fmean(values), standard_error=error)
-
-
 def completions(
     problems: Sequence[Problem], model: PreTrainedModel, tokenizer: Any, sampling: Sampling, batch_size: int
 ) -> Iterator[tuple[Problem, str]]:
     """All samples of the first problem, then of the second, ...; the generator of torch is left as it was."""
     wanted = [problem for problem in problems for _ in range(sampling.samples)]
     devices = [model.device] if model.device.type == "cuda" else []
-    with evaluating(model), torch.inference_mode(), torch.random.fork_rng(devices):
+    with evaluating(model), torch.random.fork_rng(devices):
         torch.manual_seed(sampling.seed)
         for start in range(0, len(wanted), batch_size):
             batch = wanted[start : start + batch_size]
@@ -126,12 +119,13 @@ def complete(prompts: Sequence[str], model: PreTrainedModel, tokenizer: Any, sam
     if room < 1:
         raise UsageError(f"--humaneval: a problem has {length} tokens, which is all that the model can read or more.")
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-    ids = torch.tensor([[pad] * (length - len(each)) + each for each in encoded], device=model.device)
-    mask = torch.tensor([[0] * (length - len(each)) + [1] * len(each) for each in encoded], device=model.device)
+    blanks = [length - len(each) for each in encoded]
+    ids = [[pad] * blank + each for blank, each in zip(blanks, encoded, strict=True)]
+    mask = [[0] * blank + [1] * (length - blank) for blank in blanks]
     anything: Any = model  # to its mixin `generate` is no method
     written = anything.generate(
-        ids,
-        attention_mask=mask,
+        torch.tensor(ids, device=model.device),
+        attention_mask=torch.tensor(mask, device=model.device),
         generation_config=generation(model, tokenizer, sampling, min(sampling.max_new_tokens, room), pad),
         stopping_criteria=StoppingCriteriaList([StopInCompletion(tokenizer, length)]),
         logits_processor=LogitsProcessorList([Sound(model)]),

@@ -11,10 +11,8 @@ ppl * std(losses, ddof=1) / sqrt(windows). For one window it is None.
 The reference codes take the loss in the model's dtype; ours moves the logits to float32 first (float64 stays).
 """
 
-import math
 import time
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from jaxtyping import Float, Int64
@@ -22,8 +20,7 @@ from torch import Tensor, nn
 
 from compress.checkpoints.quality import Perplexity
 from compress.errors import UsageError
-from compress.evaluation._inference import evaluating, finite
-from compress.models.soundness import first_unsound
+from compress.evaluation._inference import device_of, evaluating, finite, ignore, mean_and_error, on_text
 
 
 def perplexity(
@@ -32,35 +29,22 @@ def perplexity(
     *,
     dataset: str,
     batch_size: int,
-    on_batch: Callable[[int], None] | None = None,
+    on_batch: Callable[[int], None] = ignore,
 ) -> Perplexity:
     """The model's perplexity on the windows. `on_batch` is told the number of windows in each batch done."""
-    num_windows, seq_len = windows.shape
-    if seq_len < 2:
-        raise UsageError(f"Perplexity needs windows of at least 2 tokens, --seq-len is {seq_len}.")
+    if windows.shape[1] < 2:
+        raise UsageError(f"Perplexity needs windows of at least 2 tokens, --seq-len is {windows.shape[1]}.")
     start = time.perf_counter()
     losses: list[float] = []
-    device = next(model.parameters()).device
-    with evaluating(model), torch.inference_mode():
+    with evaluating(model):
         for batch in windows.split(batch_size):
-            ids = batch.to(device)
-            where = partial(first_unsound, model, partial(model, input_ids=ids, use_cache=False))
-            losses += finite(window_losses(model, ids), dataset, len(losses), where)
-            if on_batch:
-                on_batch(len(batch))
-    loss = torch.tensor(losses, dtype=torch.float64)
-    ppl = loss.mean().exp().item()
-    error = ppl * loss.std().item() / math.sqrt(num_windows) if num_windows > 1 else None
-    return Perplexity(
-        dataset=dataset,
-        ppl=ppl,
-        standard_error=error,
-        nll=loss.mean().item(),
-        tokens=num_windows * (seq_len - 1),
-        windows=num_windows,
-        seq_len=seq_len,
-        seconds=time.perf_counter() - start,
-    )
+            ids = batch.to(device_of(model))
+            losses += finite(window_losses(model, ids), dataset, len(losses), model, ids)
+            on_batch(len(batch))
+    nll, error = mean_and_error(losses)
+    ppl = torch.tensor(nll, dtype=torch.float64).exp().item()
+    standard_error = None if error is None else ppl * error
+    return Perplexity(ppl=ppl, nll=nll, standard_error=standard_error, **on_text(dataset, windows, start))
 
 
 def window_losses(model: nn.Module, batch: Int64[Tensor, "batch seq_len"]) -> list[float]:

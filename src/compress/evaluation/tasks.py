@@ -13,7 +13,6 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -21,16 +20,14 @@ import torch
 from transformers import PreTrainedModel
 
 from compress.checkpoints.quality import Metric, TaskScore
-from compress.errors import CompressError, NumericalError, Unavailable, UsageError
-from compress.evaluation._inference import context_length, evaluating
+from compress.errors import CompressError, Unavailable, UsageError
+from compress.evaluation._inference import context_length, evaluating, ignore, no_number
 from compress.evaluation._local_tasks import KNOWN, Document, local_task, task_index
-from compress.models.soundness import first_unsound
 
 INSTALL = "pip install 'compress-llm[tasks]'"
 # Resamples for the standard error of what is no mean, such as a perplexity; lm-eval's own number takes minutes.
 BOOTSTRAPS = 1000
 FEWSHOT_SEED = 1234  # as in lm_eval.simple_evaluate
-OnAnswer = Callable[[int], None]
 
 
 def averages(scores: Sequence[TaskScore]) -> dict[str, float | None]:
@@ -108,11 +105,9 @@ def score_tasks(
     *,
     batch_size: int,
     limit: int | None = None,
-    on_answer: OnAnswer | None = None,
+    on_answer: Callable[[int], None] = ignore,
 ) -> list[TaskScore]:
     """In the order of the tasks. limit: documents of each. `on_answer` is told how many more requests are done."""
-    if not tasks:
-        return []
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
@@ -140,24 +135,16 @@ def score_tasks(
 class Answers:
     """lm-eval's hook for finished requests: counts them, and raises NumericalError for a likelihood that is none."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: Any, on_answer: OnAnswer | None) -> None:
+    def __init__(self, model: PreTrainedModel, tokenizer: Any, on_answer: Callable[[int], None]) -> None:
         self.model, self.tokenizer, self.on_answer = model, tokenizer, on_answer
 
     def add_partial(self, _kind: str, request: Sequence[Any], answer: Any) -> None:
         value = answer[0] if isinstance(answer, tuple) else answer
         if isinstance(value, float) and math.isnan(value):
-            self.refuse(request)
-        if self.on_answer:
-            self.on_answer(1)
-
-    def refuse(self, request: Sequence[str]) -> None:
-        tokens = self.tokenizer("".join(request), verbose=False)["input_ids"]
-        ids = torch.tensor([tokens[-context_length(self.model.config, self.tokenizer) :]], device=self.model.device)
-        place = first_unsound(self.model, partial(self.model, input_ids=ids, use_cache=False))
-        where = "" if place is None else f": a NaN or Inf comes up first in {place}"
-        raise NumericalError(
-            f"The likelihood of {request[-1][:40]!r} is no number{where}. Check the weights, or try --dtype float32."
-        )
+            tokens = self.tokenizer("".join(request), verbose=False)["input_ids"]
+            ids = torch.tensor([tokens[-context_length(self.model.config, self.tokenizer) :]], device=self.model.device)
+            raise no_number(f"The likelihood of {request[-1][:40]!r} is no number", self.model, ids)
+        self.on_answer(1)
 
 
 @contextmanager

@@ -14,23 +14,15 @@ from torch import Tensor, nn
 
 from compress.checkpoints.metadata import LinearMetadata
 from compress.errors import CheckpointError
-from compress.models.packed import ByteLinear, FloatLinear, LoraLinear, PackedLinear
+from compress.models.linear_forms import Form, Linear
+from compress.models.linear_forms import linears_of as modules_of
 from compress.models.storage import num_parameters
 from compress.models.tensor_files import BITS, StoredTensor, open_safetensors
 from compress.numerics.sparsity import Pattern
-from compress.own_model.modeling_compress import AdaptedLinear, CompactLinear, LowRankLinear, PivotLinear
+from compress.own_model.modeling_compress import AdaptedLinear, LowRankLinear, PivotLinear
 
 BLOCK = re.compile(r"\.(\d+)\.(.*)")  # its number, and what is below it
-Kind = nn.Linear | LowRankLinear | PivotLinear | AdaptedLinear
-FORMS: tuple[tuple[type[nn.Module], str], ...] = (
-    (LowRankLinear, "factors"),
-    (PivotLinear, "pivot"),
-    (CompactLinear, "compact"),
-    (PackedLinear, "packed"),
-    (ByteLinear, "bytes"),
-    (FloatLinear, "adapted"),
-    (nn.Linear, "dense"),
-)
+Weight = nn.Linear | AdaptedLinear
 FLOATS = ("F64", "F32", "F16", "BF16")
 NUMBERS_AT_ONCE = 2**22  # read while zeros are counted
 TWO_OF_FOUR = Pattern(2, 4)  # what is looked for where nothing is promised
@@ -44,7 +36,7 @@ class StoredLinear:
     """
 
     path: str
-    module: Kind
+    module: Linear
     tensors: Mapping[str, StoredTensor]
     metadata: LinearMetadata | None = None
 
@@ -66,33 +58,29 @@ class StoredLinear:
         return found[2] if found else self.path
 
     @property
-    def form(self) -> str:
-        return next(form for kind, form in FORMS if isinstance(self.module, kind))
+    def form(self) -> Form:
+        return Form.of(self.module)
 
     @property
     def rank(self) -> int | None:
         """Of the factors, multiplied out or not, or of the adapter; None without either."""
-        if isinstance(self.module, LowRankLinear | PivotLinear):
-            return int(self.module.rank)
-        if isinstance(self.module, CompactLinear):
-            return None if self.module.first is None else int(self.module.first.num_rows)
-        if isinstance(self.module, LoraLinear):
-            return None if self.module.lora_A is None else len(self.module.lora_A)
-        return self.metadata.rank if self.metadata and self.metadata.form else None
+        multiplied_out = self.metadata.rank if self.metadata and self.metadata.form else None
+        return self.form.rank or multiplied_out
 
     @property
     def bits(self) -> int:
         """Of a number of the weight; of the factors' where it is a product."""
-        module, tensors = self.weights[0]
-        if isinstance(module, PackedLinear):
-            return module.bits
-        if isinstance(module, CompactLinear) and module.weight.bits is not None:
-            return int(module.weight.bits)
-        weight = next(tensor for name, tensor in tensors.items() if name in ("weight", "weight.values"))
-        return BITS[weight.dtype]
+        if self.form.bits is not None:
+            return self.form.bits
+        _, tensors = self.weights[0]
+        return BITS[next(each.dtype for name, each in tensors.items() if name in ("weight", "weight.values"))]
 
     @property
-    def weights(self) -> list[tuple[nn.Linear | AdaptedLinear, dict[str, StoredTensor]]]:
+    def is_product(self) -> bool:
+        return isinstance(self.module, LowRankLinear | PivotLinear)
+
+    @property
+    def weights(self) -> "list[tuple[Weight, dict[str, StoredTensor]]]":
         """The modules that hold its weight, two where it is a product, and their tensors by names below them."""
         if not isinstance(self.module, LowRankLinear | PivotLinear):
             return [(self.module, dict(self.tensors))]
@@ -128,22 +116,13 @@ def linears_of(
     model: on the meta device. tensors: by their names in it.
     """
     told = {each.linear: each for each in metadata}
-    modules = dict(outermost(model))
+    modules = dict(modules_of(model))
     below: dict[str, dict[str, StoredTensor]] = {path: {} for path in modules}
     for name, tensor in tensors.items():
         path = next((path for path in prefixes(name) if path in below), None)
         if path is not None:
             below[path][name.removeprefix(f"{path}.")] = tensor
     return [StoredLinear(path, module, below[path], told.get(path)) for path, module in modules.items() if below[path]]
-
-
-def outermost(model: nn.Module) -> Iterable[tuple[str, Kind]]:
-    """The linears that are no part of another."""
-    seen: set[str] = set()
-    for path, module in model.named_modules():
-        if isinstance(module, Kind) and not any(prefix in seen for prefix in prefixes(path)):
-            seen.add(path)
-            yield path, module
 
 
 def prefixes(name: str) -> Iterable[str]:
@@ -195,19 +174,20 @@ class Zeros:
 def zeros_of(linear: StoredLinear) -> Zeros | None:
     """None where a product of two dense ones takes the weight's place. Raises CheckpointError for an odd pattern."""
     weights = [pair for pair in linear.weights if len(linear.weights) == 1 or isinstance(pair[0], AdaptedLinear)]
-    # A dense weight may have been pruned and its adapter multiplied into it: there nothing is promised.
-    promised = linear.metadata.pattern if linear.metadata and linear.form != "dense" else None
-    pattern = parsed(promised) if promised else TWO_OF_FOUR
-    found = [counted(module, tensors, pattern) for module, tensors in weights]
-    if not found:
+    if not weights:
         return None
-    count, total, kept = sum(each[0] for each in found), sum(each[1] for each in found), all(each[2] for each in found)
+    # A dense weight may have been pruned and its adapter multiplied into it: there nothing is promised.
+    promised = linear.metadata.pattern if linear.metadata and isinstance(linear.module, AdaptedLinear) else None
+    try:
+        pattern = Pattern.parse(promised) if promised else TWO_OF_FOUR
+    except ValueError as error:
+        raise CheckpointError(f"compress.json is damaged: {error}. Get it again.") from error
+    counts, wholes, keep = zip(*(counted(module, tensors, pattern) for module, tensors in weights), strict=True)
+    count, total, kept = sum(counts), sum(wholes), all(keep)
     return Zeros(count, total, promised or ("2:4" if kept and count < total else None), kept)
 
 
-def counted(
-    module: nn.Linear | AdaptedLinear, tensors: Mapping[str, StoredTensor], pattern: Pattern
-) -> tuple[int, int, bool]:
+def counted(module: Weight, tensors: Mapping[str, StoredTensor], pattern: Pattern) -> tuple[int, int, bool]:
     """Zeros, all numbers, and whether the pattern holds."""
     m, n = module.out_features, module.in_features
     zeros, kept = 0, not pattern.is_grouped or n % pattern.group == 0
@@ -219,20 +199,13 @@ def counted(
     return zeros, m * n, kept
 
 
-def parsed(text: str) -> Pattern:
-    try:
-        return Pattern.parse(text)
-    except ValueError as error:
-        raise CheckpointError(f"compress.json is damaged: {error}. Get it again.") from error
-
-
 def keeps(rows: Shaped[Tensor, "rows n"], pattern: Pattern) -> bool:
     if not pattern.is_grouped:
         return True
     return bool(((rows != 0).unflatten(1, (-1, pattern.group)).sum(-1) <= pattern.keep).all())
 
 
-def weight_rows(module: nn.Linear | AdaptedLinear, tensors: Mapping[str, StoredTensor]) -> Iterator[Tensor]:
+def weight_rows(module: Weight, tensors: Mapping[str, StoredTensor]) -> Iterator[Tensor]:
     """(rows, n) of the weight, a stretch after another."""
     m, step = module.out_features, max(1, NUMBERS_AT_ONCE // max(module.in_features, 1))
     if isinstance(module, nn.Linear):

@@ -1,8 +1,9 @@
 """A checkpoint looked at: verified against what it says of itself, its blocks and linears summed up from the files."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from compress.checkpoints.integrity import ADAPTER_WEIGHTS, check_integrity, check_mapped
@@ -52,6 +53,10 @@ class Inspection:
         return None if self.quantized_by else sum(tensor.numbers for tensor in self.tensors)
 
     @property
+    def points(self) -> list[Point]:
+        return [] if self.metadata is None else self.metadata.points
+
+    @property
     def quantized_by(self) -> str | None:
         found = self.config.get("quantization_config")
         return str(found.get("quant_method", "unnamed")) if isinstance(found, dict) else None
@@ -60,28 +65,6 @@ class Inspection:
     def bits_per_weight(self) -> float | None:
         """Of the linears in the blocks."""
         return bits_per_weight([linear for linear in self.linears if linear.block is not None])
-
-
-@dataclass(frozen=True)
-class BlockRow:
-    """A block, or what comes before the first or after the last of them.
-
-    widths: of the stream behind the embeddings or behind each branch. error: relative, of the stream behind the block.
-    lost: of the linears' outputs, the share of their energy that is gone, the mean over those that were changed.
-    """
-
-    name: str
-    widths: list[int]
-    units: dict[str, int]
-    ranks: list[int]
-    bits: list[int]
-    bits_per_weight: float | None
-    zeros: float | None
-    patterns: list[str]
-    error: float | None
-    lost: float | None
-    parameters: int | None
-    bytes: int
 
 
 def inspect(folder: Path, *, fast: bool, progress: Progress) -> Inspection:
@@ -135,60 +118,61 @@ def read_foreign(folder: Path) -> tuple[list[StoredTensor], list[StoredLinear]]:
     return found, foreign_linears({tensor.name: tensor for tensor in found})
 
 
-def block_rows(seen: Inspection) -> list[BlockRow]:
+def blocks(seen: Inspection) -> list[dict[str, Any]]:
     """The embeddings, each block, and what follows the last one."""
     places: dict[int | str, list[StoredTensor]] = {}
     for tensor in seen.tensors:
         places.setdefault(place_of(tensor), []).append(tensor)
-    blocks = sorted(place for place in places if isinstance(place, int))
-    order: list[int | str] = ["embeddings", *blocks, "head"]
-    return [row(seen, place, places[place]) for place in order if place in places]
+    numbers = sorted(place for place in places if isinstance(place, int))
+    order: list[int | str] = ["embeddings", *numbers, "head"]
+    return [block(seen, place, places[place]) for place in order if place in places]
 
 
 def place_of(tensor: StoredTensor) -> int | str:
-    block = block_of(tensor.name)
-    if block is not None:
-        return block
+    number = block_of(tensor.name)
+    if number is not None:
+        return number
     return "head" if any(end in tensor.name for end in ENDS) else "embeddings"
 
 
-def row(seen: Inspection, place: int | str, tensors: Sequence[StoredTensor]) -> BlockRow:
+def block(seen: Inspection, place: int | str, tensors: Sequence[StoredTensor]) -> dict[str, Any]:
+    """A block, or what comes before the first or after the last of them.
+
+    widths: of the stream behind the embeddings or behind each branch. error: relative, of the stream behind the block.
+    lost: of the linears' outputs, the share of their energy that is gone, the mean over those that were changed.
+    """
     linears = [linear for linear in seen.linears if linear.block == place]
-    points = [point for point in (seen.metadata.points if seen.metadata else []) if point_place(point) == place]
+    points = [point for point in seen.points if point_place(point) == place]
     errors = [point.relative_error for point in points if point.relative_error is not None]
     zeros = [found for linear in linears if (found := seen.zeros.get(linear.path)) is not None]
-    return BlockRow(
-        name=f"block {place}" if isinstance(place, int) else place,
-        widths=[point.width for point in points],
-        units=units_of(seen, place),
-        ranks=[linear.rank for linear in linears if linear.rank],
-        bits=sorted({linear.bits for linear in linears}),
-        bits_per_weight=bits_per_weight(linears),
-        zeros=sum(each.count for each in zeros) / sum(each.total for each in zeros) if zeros else None,
-        patterns=sorted({each.pattern if each.kept else f"{each.pattern} broken" for each in zeros if each.pattern}),
-        error=errors[-1] if errors else None,
-        lost=mean([linear.metadata.lost for linear in linears if linear.metadata and linear.metadata.lost is not None]),
-        parameters=parameters_of(seen, linears, tensors),
-        bytes=sum(tensor.bytes for tensor in tensors),
-    )
+    lost = [each.metadata.lost for each in linears if each.metadata and each.metadata.lost is not None]
+    return {
+        "name": f"block {place}" if isinstance(place, int) else place,
+        "widths": [point.width for point in points],
+        "units": units_of(seen, place) if isinstance(place, int) else {},
+        "ranks": [linear.rank for linear in linears if linear.rank],
+        "bits": sorted({linear.bits for linear in linears}),
+        "bits_per_weight": bits_per_weight(linears),
+        "zeros": sum(each.count for each in zeros) / sum(each.total for each in zeros) if zeros else None,
+        "patterns": sorted({each.pattern if each.kept else f"{each.pattern} broken" for each in zeros if each.pattern}),
+        "error": errors[-1] if errors else None,
+        "lost": fmean(lost) if lost else None,
+        "parameters": parameters_of(seen, linears, tensors),
+        "bytes": sum(tensor.bytes for tensor in tensors),
+    }
+
+
+def units_of(seen: Inspection, place: int) -> dict[str, int]:
+    """How many units of each kind a block has."""
+    counts = seen.metadata.units if seen.metadata else {}
+    known = {kind: n for kind, n in counts.items() if isinstance(n, int) or place < len(n)}
+    return {kind: n if isinstance(n, int) else n[place] for kind, n in known.items()}
 
 
 def point_place(point: Point) -> int | str:
     kind, _, rest = point.point.partition(" ")
     number = rest.partition(" ")[0]
     return int(number) if kind == "block" and number.isdecimal() else point.point
-
-
-def units_of(seen: Inspection, place: int | str) -> dict[str, int]:
-    """How many units of each kind a block has."""
-    if seen.metadata is None or not isinstance(place, int):
-        return {}
-    counts = seen.metadata.units.items()
-    return {kind: count if isinstance(count, int) else count[place] for kind, count in counts if fits(count, place)}
-
-
-def fits(count: int | list[int], place: int) -> bool:
-    return isinstance(count, int) or place < len(count)
 
 
 def parameters_of(seen: Inspection, linears: Sequence[StoredLinear], tensors: Sequence[StoredTensor]) -> int | None:
@@ -203,11 +187,6 @@ def parameters_of(seen: Inspection, linears: Sequence[StoredLinear], tensors: Se
 def bits_per_weight(linears: Sequence[StoredLinear]) -> float | None:
     weights = sum(linear.m * linear.n for linear in linears)
     return sum(linear.bits_per_weight * linear.m * linear.n for linear in linears) / weights if weights else None
-
-
-def mean(values: Iterable[float]) -> float | None:
-    found = list(values)
-    return sum(found) / len(found) if found else None
 
 
 # As plain data, for machines.
@@ -227,7 +206,7 @@ def as_data(seen: Inspection) -> dict[str, Any]:
         "dtypes": dtypes(seen),
         **({} if metadata is None else origin(metadata)),
         "quality": None if seen.quality is None else seen.quality.model_dump(),
-        "blocks": [asdict(row) for row in block_rows(seen)],
+        "blocks": blocks(seen),
         "linears": [linear_data(linear, seen) for linear in seen.linears],
     }
 
@@ -259,7 +238,7 @@ def linear_data(linear: StoredLinear, seen: Inspection) -> dict[str, Any]:
         "linear": linear.path,
         "outputs": linear.m,
         "inputs": linear.n,
-        "form": linear.form,
+        "form": linear.form.kind,
         "rank": linear.rank,
         "bits": linear.bits,
         "bits_per_weight": linear.bits_per_weight,

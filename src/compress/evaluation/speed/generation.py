@@ -1,22 +1,126 @@
-"""Prefill and decoding, each for itself, greedy and for so many tokens whatever these are.
+"""Two models in turns: seconds of the same work, and prefill and decoding, each for itself.
 
 Prefill is the prompt's pass, up to the first new token of every row; decoding the passes after it, one token of every
-row each, over the cache of keys and values.
+row each, greedy, over the cache of keys and values. What is found of two models is a dict, as `--json` prints it.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
 
+import psutil
 import torch
 from jaxtyping import Int64
 from torch import Tensor
+from torch.utils.benchmark import timer
 from transformers import PreTrainedModel
 
-from compress.evaluation.speed.memory import attempted, has_room
-from compress.evaluation.speed.timing import Comparison, in_turns, seconds
+from compress.evaluation._inference import free_memory
 
 SEED = 0
+QUARTILES = (0.5, 0.25, 0.75)
+T = TypeVar("T")
+
+
+def in_turns(dense: Callable[[], T], compressed: Callable[[], T], rounds: int) -> list[tuple[T, T]]:
+    """Both once a round, the first of the round by turns; one round before them warms up and is not counted.
+
+    So neither has the caches, the clock rate or the neighbors of a better moment to itself.
+    """
+    dense(), compressed()
+    pairs = []
+    for number in range(rounds):
+        if number % 2:
+            second = compressed()
+            pairs.append((dense(), second))
+        else:
+            pairs.append((dense(), compressed()))
+    return pairs
+
+
+def current(device: torch.device) -> AbstractContextManager[Any]:
+    """Make it the device whose work `seconds` waits for."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """The clock is read when all that the current device was given is done, before the work and after it."""
+    start = timer()
+    work()
+    return timer() - start
+
+
+def compared(pairs: Iterable[tuple[float, float]], tokens: int = 0) -> dict[str, Any]:
+    """Of pairs of seconds for the same work, and of its tokens a second.
+
+    speedup: dense / compressed, of each pair; above 1, compressed is faster.
+    """
+    dense, other = zip(*pairs, strict=True)
+    found = {"seconds": {"dense": spread(dense), "compressed": spread(other)}}
+    if tokens:
+        rates = {side: inverse(times, tokens) for side, times in found["seconds"].items()}
+        found["tokens_per_second"] = rates
+    return {**found, "speedup": spread([one / two for one, two in zip(dense, other, strict=True)])}
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """The median and the quartiles, so that the middle half lies between low and high."""
+    numbers = torch.tensor(values, dtype=torch.float64)
+    quartiles = numbers.quantile(torch.tensor(QUARTILES, dtype=torch.float64)).tolist()
+    return dict(zip(("median", "low", "high"), quartiles, strict=True))
+
+
+def inverse(times: dict[str, float], numerator: int) -> dict[str, float]:
+    """From seconds to something a second."""
+    return {
+        "median": numerator / times["median"],
+        "low": numerator / times["high"],
+        "high": numerator / times["low"],
+    }
+
+
+# Memory that work may not find.
+
+
+def free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def attempted(work: Callable[[], T]) -> T | None:
+    """What work gives, or None where the device's memory does not hold it."""
+    try:
+        return work()
+    except torch.OutOfMemoryError:
+        pass
+    # Not before the exception is gone: its traceback holds the tensors.
+    free_memory()
+    return None
+
+
+def has_room(model: PreTrainedModel, batch: int, length: int) -> bool:
+    """On the CPU, where a system out of memory ends the process: whether half of what is free holds the workload.
+
+    Elsewhere always: there it can be tried out (`attempted`).
+    """
+    if model.device.type != "cpu":
+        return True
+    # Keys and values are copied as they grow.
+    return 2 * workload_bytes(model.config, batch, length, model.dtype) < free_bytes(model.device) / 2
+
+
+def workload_bytes(config: Any, batch: int, length: int, dtype: torch.dtype) -> int:
+    """Of the keys and values of `length` tokens a row, and of one position's logits; about."""
+    text = config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    cache = 2 * text.num_hidden_layers * heads * head * length
+    return batch * dtype.itemsize * (cache + text.vocab_size)
+
+
+# Generation.
 
 
 @dataclass(frozen=True)
@@ -28,17 +132,8 @@ class Workload:
     new: int
 
 
-@dataclass(frozen=True)
-class Speeds:
-    """None where a model and the workload did not fit into memory."""
-
-    workload: Workload
-    prefill: Comparison | None
-    decode: Comparison | None
-
-
 class Decoding:
-    """Rows that grow by a token a step.
+    """Rows that grow by a token a step, whatever these are.
 
     ids: the prompts.
     """
@@ -82,34 +177,26 @@ def runner(model: PreTrainedModel, workload: Workload, decoding: Kind = Decoding
 
     decoding: gives what runs, from the model and the prompts; a new one with every call takes its cache with it.
     """
-    with torch.inference_mode():
-        ids = prompts(model, workload)
+    ids = prompts(model, workload)
 
     @torch.inference_mode()
     def run() -> tuple[float, float]:
         rows = decoding(model, ids)
-        prefill = seconds(rows.prefill, ids.device)
-        return prefill, seconds(lambda: rows.steps(workload.new), ids.device)
+        return seconds(rows.prefill), seconds(lambda: rows.steps(workload.new))
 
     return run
 
 
 def compare_generation(
-    dense: PreTrainedModel,
-    compressed: PreTrainedModel,
-    workload: Workload,
-    *,
-    rounds: int,
-    decoding: Kind = Decoding,
-) -> Speeds:
-    def pairs() -> list[tuple[tuple[float, float], tuple[float, float]]]:
-        runs = [runner(model, workload, decoding) for model in (dense, compressed)]
-        return in_turns(runs[0], runs[1], rounds)
-
+    dense: PreTrainedModel, compressed: PreTrainedModel, workload: Workload, *, rounds: int, decoding: Kind = Decoding
+) -> dict[str, Any]:
+    """prefill, decode: None where a model and the workload did not fit into memory."""
+    run, other = (runner(model, workload, decoding) for model in (dense, compressed))
     length = workload.prompt + workload.new
     room = all(has_room(model, workload.batch, length) for model in (dense, compressed))
-    found = attempted(pairs) if room else None
-    if found is None:
-        return Speeds(workload, None, None)
-    prefill, decode = (Comparison.of((one[part], other[part]) for one, other in found) for part in (0, 1))
-    return Speeds(workload, prefill, decode)
+    pairs = attempted(lambda: in_turns(run, other, rounds)) if room else None
+    prefill = decode = None
+    if pairs is not None:
+        prefill = compared([(one[0], two[0]) for one, two in pairs], workload.batch * workload.prompt)
+        decode = compared([(one[1], two[1]) for one, two in pairs], workload.batch * workload.new)
+    return {**asdict(workload), "prefill": prefill, "decode": decode}

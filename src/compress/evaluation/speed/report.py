@@ -1,9 +1,9 @@
-"""All that is measured of two models, and the measuring in its order."""
+"""Two models that are measured beside one another: that they can be, what is measured, and in which order."""
 
 import logging
 import platform
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -12,16 +12,21 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from compress.errors import UsageError
-from compress.evaluation.speed.footprint import Footprint, footprint
-from compress.evaluation.speed.generation import Speeds, Workload, compare_generation
-from compress.evaluation.speed.layerwise import Inputs, LinearSpeed, compare_linears, matched
-from compress.evaluation.speed.memory import attempted, bytes_in_memory, free_bytes
-from compress.evaluation.speed.timing import Comparison
+from compress.calibration.weights import LazyWeights
+from compress.checkpoints.metadata import METADATA, input_fingerprint
+from compress.errors import CompressError, Problems, UsageError
+from compress.evaluation.speed.footprint import bytes_in_memory, bytes_on_disk, footprint
+from compress.evaluation.speed.generation import Workload, attempted, compare_generation, current, free_bytes
+from compress.evaluation.speed.layerwise import compare_linears, matched
+from compress.models.hub import ModelSource
+from compress.models.loading import load_config
 from compress.models.soundness import check_sound, first_unsound
 from compress.models.storage import num_parameters
 from compress.models.stored_loading import open_model
+from compress.models.untrusted import read_json
 from compress.progress import Progress, Steps, silent
+
+PROMPT_TOKENS, NEW_TOKENS = 128, 32  # by default
 
 
 @dataclass(frozen=True)
@@ -50,135 +55,124 @@ class Asked:
         """At which memory is measured."""
         return max(self.workloads, key=lambda load: load.batch * (load.prompt + load.new))
 
-
-@dataclass(frozen=True)
-class Report:
-    """
-    models, parameters, footprints: of the dense one and the compressed one.
-    machine: what it ran on.
-    """
-
-    models: tuple[Named, Named]
-    parameters: tuple[int, int]
-    footprints: tuple[Footprint, Footprint]
-    asked: Asked
-    machine: str
-    speeds: list[Speeds]
-    linears: list[LinearSpeed]
-    notes: list[str]
-
-    def to_dict(self) -> dict[str, Any]:
-        sides = zip(("dense", "compressed"), self.models, self.parameters, self.footprints, strict=True)
-        return {
-            **{
-                side: {"name": model.name, "parameters": parameters, **asdict(took)}
-                for side, model, parameters, took in sides
-            },
-            "memory_at": asdict(self.asked.largest),
-            "dtype": str(self.asked.dtype).removeprefix("torch."),
-            "machine": self.machine,
-            "rounds": self.asked.rounds,
-            "generation": [generation_entry(speeds) for speeds in self.speeds],
-            "linears": [linear_entry(each) for each in self.linears],
-            "notes": self.notes,
-        }
+    @property
+    def options(self) -> dict[str, Any]:
+        """How models are loaded."""
+        return {"dtype": self.dtype, "device": self.device, "trust_remote_code": self.trust_remote_code}
 
 
-def generation_entry(speeds: Speeds) -> dict[str, Any]:
-    load = speeds.workload
-    return {
-        **asdict(load),
-        "prefill": rates(speeds.prefill, load.batch * load.prompt),
-        "decode": rates(speeds.decode, load.batch * load.new),
-    }
+# Before a weight is read.
 
 
-def rates(times: Comparison | None, tokens: int) -> dict[str, Any] | None:
-    if times is None:
-        return None
-    spreads = {"dense": times.dense, "compressed": times.compressed}
-    return {
-        "seconds": {side: asdict(spread) for side, spread in spreads.items()},
-        "tokens_per_second": {side: asdict(spread.inverse(tokens)) for side, spread in spreads.items()},
-        "speedup": asdict(times.speedup),
-    }
+def facts_of(folder: Path) -> dict[str, Any]:
+    """What compress.json says; nothing where there is none, or where it is damaged."""
+    with suppress(CompressError):
+        return read_json(folder / METADATA)
+    return {}
 
 
-def linear_entry(speed: LinearSpeed) -> dict[str, Any]:
-    dense, stored = speed.place.forms
-    times = speed.times
-    return {
-        "name": speed.place.name,
-        "linears": len(stored),
-        "tokens": speed.tokens,
-        "dense": asdict(dense),
-        "compressed": [asdict(form) for form in dict.fromkeys(stored)],
-        "seconds": None if times is None else {"dense": asdict(times.dense), "compressed": asdict(times.compressed)},
-        "speedup": None if times is None else asdict(times.speedup),
-    }
+def look_at_pair(sources: Sequence[ModelSource], *, trust_remote_code: bool) -> tuple[tuple[Named, Named], list[Any]]:
+    """Folders and configs of both, when nothing speaks against measuring the two together."""
+    problems, configs = Problems(), []
+    pair: list[Named] = []
+    for source in sources:
+        with problems.collect():
+            pair.append(Named(source.name, source.whole_folder()))
+            bytes_on_disk(pair[-1].folder)
+        with problems.collect():
+            configs.append(load_config(source.config_folder(), trust_remote_code=trust_remote_code))
+    problems.report()
+    sizes = [config.get_text_config().vocab_size for config in configs]
+    if sizes[0] != sizes[1]:
+        raise UsageError(
+            f"{pair[1].name} has a vocabulary of {sizes[1]:,} tokens and {pair[0].name} one of {sizes[0]:,}: "
+            "a token of one is not a token of the other. Name the model it was made from: --against M."
+        )
+    return (pair[0], pair[1]), configs
 
 
-def measure(dense: Named, compressed: Named, asked: Asked, progress: Progress = silent) -> Report:
-    """
-    Raises UsageError where the two do not fit into memory together.
-    """
+def workloads(
+    batches: Sequence[int] | None, prompts: Sequence[int] | None, new: int | None, configs: Sequence[Any]
+) -> list[Workload]:
+    """What was asked for. Defaults make way for a model with few positions, what was typed does not."""
+    counts = [getattr(config.get_text_config(), "max_position_embeddings", None) for config in configs]
+    positions = min((count for count in counts if count is not None), default=None)
+    most = positions or PROMPT_TOKENS + NEW_TOKENS
+    decoded = new or max(1, min(NEW_TOKENS, most // 4))
+    lengths = prompts or [max(1, min(PROMPT_TOKENS, most - decoded))]
+    if positions is not None and max(lengths) + decoded > positions:
+        raise UsageError(
+            f"A prompt of {max(lengths)} and {decoded} new tokens are more than the model's {positions} positions. "
+            f"Use --prompt {max(1, positions // 2)} --new {max(1, positions // 4)}, or less."
+        )
+    return [Workload(batch, length, decoded) for length in lengths for batch in batches or (1, 8)]
+
+
+def other_source(dense: Named, compressed: Named) -> list[str]:
+    """A note where the compressed model was made from other weights than those that it is compared with."""
+    made_from = facts_of(compressed.folder).get("fingerprints", {}).get("model")
+    if made_from is None:
+        return []
+    with suppress(CompressError):
+        if input_fingerprint(dense.folder, LazyWeights(dense.folder)) == made_from:
+            return []
+    return [f"{compressed.name} was not made from {dense.name} as it is here."]
+
+
+# Measuring.
+
+
+def measure(dense: Named, compressed: Named, asked: Asked, progress: Progress = silent) -> dict[str, Any]:
+    """The report, as `--json` prints it. Raises UsageError where the two do not fit into memory together."""
     steps = Steps(progress, "measuring", 4 + len(asked.workloads))
-    taken = []
-    for model in (dense, compressed):
+    named, sides = (dense, compressed), []
+    for model in named:
         steps.next(f"loading {model.name} in a clean process")
-        taken.append(took(model, asked))
-    with warnings_of_loading() as notes:
-        models = open_both((dense, compressed), asked, steps)
-    speeds = []
-    for load in asked.workloads:
-        steps.next(f"batch {load.batch}, prompt {load.prompt}")
-        speeds.append(compare_generation(*models, load, rounds=asked.rounds))
-    linears, further = layerwise(models, asked, steps) if asked.tokens else ([], [])
+        sides.append({"name": model.name, **footprint(model.folder, asked.largest, **asked.options)})
+    with warnings_of_loading() as notes, current(asked.device):
+        models = open_both(named, asked, steps)
+        speeds = []
+        for load in asked.workloads:
+            steps.next(f"batch {load.batch}, prompt {load.prompt}")
+            speeds.append(compare_generation(*models, load, rounds=asked.rounds))
+        linears = layerwise(models, asked, steps, notes) if asked.tokens else []
     steps.end()
-    return Report(
-        models=(dense, compressed),
-        parameters=(num_parameters(models[0]), num_parameters(models[1])),
-        footprints=(taken[0], taken[1]),
-        asked=asked,
-        machine=machine(asked.device),
-        speeds=speeds,
-        linears=linears,
-        notes=[*notes, *further],
-    )
-
-
-def took(model: Named, asked: Asked) -> Footprint:
-    trusted = asked.trust_remote_code
-    return footprint(model.folder, asked.largest, dtype=asked.dtype, device=asked.device, trust_remote_code=trusted)
+    for side, opened in zip(sides, models, strict=True):
+        side["parameters"] = num_parameters(opened)
+    return {
+        **dict(zip(("dense", "compressed"), sides, strict=True)),
+        "memory_at": asdict(asked.largest),
+        "dtype": str(asked.dtype).removeprefix("torch."),
+        "machine": machine(asked.device),
+        "rounds": asked.rounds,
+        "generation": speeds,
+        "linears": linears,
+        "notes": notes,
+    }
 
 
 def open_both(named: tuple[Named, Named], asked: Asked, steps: Steps) -> tuple[PreTrainedModel, PreTrainedModel]:
-    check_memory(named, asked)
+    """Raises UsageError where the weights of both are more than what is free."""
+    free = free_bytes(asked.device)
+    if sum(bytes_in_memory(model.folder, asked.dtype) for model in named) > free:
+        raise too_large(named, asked, free)
     opened = []
     for model in named:
         steps.next(f"loading {model.name}")
-        found = attempted(partial(opened_as, model, asked))
+        found = attempted(partial(open_sound, model, asked))
         if found is None:
             raise too_large(named, asked, free_bytes(asked.device))
         opened.append(found)
     return opened[0], opened[1]
 
 
-def opened_as(model: Named, asked: Asked) -> PreTrainedModel:
+def open_sound(model: Named, asked: Asked) -> PreTrainedModel:
     """Raises NumericalError for one that gives no numbers, whose speed says nothing."""
-    trusted = asked.trust_remote_code
-    opened = open_model(model.folder, dtype=asked.dtype, device=asked.device, trust_remote_code=trusted)
+    opened = open_model(model.folder, **asked.options)
     run: Any = partial(opened, input_ids=torch.arange(2, device=asked.device)[None], use_cache=False)
     with torch.inference_mode():
         check_sound(run().logits, f"the logits of {model.name}", partial(first_unsound, opened, run))
     return opened
-
-
-def check_memory(named: tuple[Named, Named], asked: Asked) -> None:
-    """Raises UsageError where the weights of both are more than what is free."""
-    free = free_bytes(asked.device)
-    if sum(bytes_in_memory(model.folder, asked.dtype) for model in named) > free:
-        raise too_large(named, asked, free)
 
 
 def too_large(named: tuple[Named, Named], asked: Asked, free: int) -> UsageError:
@@ -192,23 +186,21 @@ def too_large(named: tuple[Named, Named], asked: Asked, free: int) -> UsageError
 
 
 def layerwise(
-    models: tuple[PreTrainedModel, PreTrainedModel], asked: Asked, steps: Steps
-) -> tuple[list[LinearSpeed], list[str]]:
-    """The linears' speeds, and what to know of those that are not among them."""
+    models: tuple[PreTrainedModel, PreTrainedModel], asked: Asked, steps: Steps, notes: list[str]
+) -> list[dict[str, Any]]:
+    """The linears' speeds; to the notes, what is not among them."""
     found = matched(*models)
     steps.total += len(found.places) * len(asked.tokens)
     speeds = []
     for place in found.places:
         for tokens in asked.tokens:
             steps.next("linears by themselves")
-            inputs = Inputs(tokens, asked.dtype, asked.device)
-            speeds.append(compare_linears(place, inputs, rounds=asked.rounds))
-    notes = []
+            speeds.append(compare_linears(place, tokens, asked.dtype, asked.device, rounds=asked.rounds))
     if found.missing:
         notes.append(f"Of the dense model's linears, {len(found.missing)} have no counterpart: {found.missing[0]}, ...")
     if found.added:
         notes.append(f"The compressed model has {len(found.added)} linears besides: {found.added[0]}, ...")
-    return speeds, notes
+    return speeds
 
 
 @contextmanager

@@ -1,11 +1,10 @@
 """What happens along the depth: spectra, energy kept, errors of the stream and of linears, ranks."""
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from compress.checkpoints.metadata import Point
-from compress.inspection.linears import StoredLinear, linear_names
-from compress.inspection.plots.style import BLUE, COLOURS, GREY, MAP, MARKERS, ORANGE, Drawing, axes, shortened
+from compress.inspection.linears import linear_names
+from compress.inspection.plots.style import BLUE, GREY, MAP, ORANGE, Drawing, axes, legend_beside, look
 from compress.inspection.summary import Inspection, point_place
 
 if TYPE_CHECKING:
@@ -17,29 +16,22 @@ WRITTEN = 260  # cells of it up to which each says its rank
 
 def plot_spectra(seen: Inspection) -> list[Drawing]:
     """A curve a point, or one for all where they share a basis; the cut is where each has its width."""
-    points = [point for point in (seen.metadata.points if seen.metadata else []) if point.spectrum]
+    points = [point for point in seen.points if point.spectrum]
     if not points:
         return []
     import matplotlib as mpl
 
-    figure, (plot,) = axes(8.0, 4.6, title=shortened(seen.name, 70))
+    figure, (plot,) = axes(8.0, 4.6, title=seen.name)
     colors = mpl.colormaps[MAP].resampled(len(points) + 1)
+    ends = {0: f"after {points[0].point}", len(points) - 1: f"after {points[-1].point}"} if len(points) > 1 else {}
     for number, point in enumerate(points):
-        directions, shares = curve(point)
-        label = {0: f"after {point.point}", len(points) - 1: f"after {points[-1].point}"}.get(number)
-        plot.plot(directions, shares, color=colors(number), linewidth=1.2, label=None if len(points) == 1 else label)
+        plot.plot(*curve(point), color=colors(number), linewidth=1.2, label=ends.get(number))
     for width in sorted({point.width for point in points if point.width < point.dense_width}):
-        plot.axvline(width, color=ORANGE, linewidth=1.2, linestyle="--")
-        plot.annotate(
-            f"{width} kept", (width, 1), xycoords=("data", "axes fraction"), xytext=(4, -12), textcoords="offset points"
-        )
+        plot.axvline(width, color=ORANGE, linewidth=1.2, linestyle="--", label=f"{width} kept")
     dense = points[0].dense_width
     plot.axhline(100 / dense, color=GREY, linewidth=1, linestyle=":", label="all alike")
-    plot.set_yscale("log")
+    plot.set(xlim=(0, dense), xlabel="direction of the basis", yscale="log", ylabel="share of the energy [%]")
     plot.yaxis.set_major_formatter("{x:g}")
-    plot.set_xlim(0, dense)
-    plot.set_xlabel("direction of the basis")
-    plot.set_ylabel("share of the energy [%]")
     shared = "one basis for all points" if len(points) == 1 else f"{len(points)} points of the stream, early ones dark"
     plot.set_title(f"spectrum of the stream: {shared}")
     plot.legend(loc="lower left")
@@ -48,28 +40,28 @@ def plot_spectra(seen: Inspection) -> list[Drawing]:
 
 def curve(point: Point) -> tuple[list[float], list[float]]:
     """The middle of each stretch of directions, and a direction's share there in percent; none where it is zero."""
-    assert point.spectrum is not None
-    step = point.dense_width / len(point.spectrum)
-    found = [((place + 0.5) * step, 100 * share) for place, share in enumerate(point.spectrum) if share > 0]
-    return [place for place, _ in found], [share for _, share in found]
+    spectrum = point.spectrum or []
+    step = point.dense_width / len(spectrum)
+    found = {(place + 0.5) * step: 100 * share for place, share in enumerate(spectrum) if share > 0}
+    return list(found), list(found.values())
 
 
 def plot_energy(seen: Inspection) -> list[Drawing]:
     """Widths of the stream, and the share of its energy that the kept directions hold; where it was rotated."""
-    points = [point for point in (seen.metadata.points if seen.metadata else []) if point.kept_energy is not None]
+    points = [point for point in seen.points if point.kept_energy is not None]
     if not points:
         return []
-    figure, (upper, lower) = axes(8.0, 5.8, title=shortened(seen.name, 70), rows=(1, 1))
-    places, kept = list(range(len(points))), [100 * (point.kept_energy or 0) for point in points]
+    figure, (upper, lower) = axes(8.0, 5.8, title=seen.name, rows=(1, 1))
+    places, kept = range(len(points)), [100 * (point.kept_energy or 0) for point in points]
+    lowest = min(99.0, *kept)
     upper.plot(places, kept, color=BLUE, marker="o", clip_on=False)
-    upper.set_ylabel("energy kept [%]")
-    upper.set_ylim(min(99.0, *kept) - 0.1 * (100 - min(99.0, *kept)), 100)
+    upper.set(ylabel="energy kept [%]", ylim=(lowest - 0.1 * (100 - lowest), 100))
     upper.set_title("energy of the stream in the kept directions")
+    dense = [point.dense_width for point in points]
     lower.step(places, [point.width for point in points], where="mid", color=BLUE, label="kept")
-    lower.step(places, [point.dense_width for point in points], where="mid", color=GREY, linestyle="--", label="dense")
-    lower.set_ylabel("width [dimensions]")
+    lower.step(places, dense, where="mid", color=GREY, linestyle="--", label="dense")
+    lower.set(ylabel="width [dimensions]", ylim=(0, 1.12 * max(dense)))
     lower.set_title("width of the stream")
-    lower.set_ylim(0, 1.12 * max(point.dense_width for point in points))
     lower.legend(loc="lower right", ncols=2)
     for each in (upper, lower):
         label_points(each, points)
@@ -91,20 +83,18 @@ def label_points(plot: "Axes", points: list[Point]) -> None:
 
 def plot_errors(seen: Inspection) -> list[Drawing]:
     """How far the stream is from the dense model's along the depth, and what each linear lost; what is recorded."""
-    points = [point for point in (seen.metadata.points if seen.metadata else []) if point.relative_error is not None]
-    lost = losses(seen)
-    panels = [draw for draw, there in ((draw_stream, points), (draw_losses, lost)) if there]
+    has_points = any(point.relative_error is not None for point in seen.points)
+    panels = [draw for draw, there in ((draw_stream, has_points), (draw_losses, bool(losses(seen)))) if there]
     if not panels:
         return []
-    figure, plots = axes(8.0, 0.4 + 3.3 * len(panels), title=shortened(seen.name, 70), rows=[1] * len(panels))
+    figure, plots = axes(8.0, 0.4 + 3.3 * len(panels), title=seen.name, rows=[1] * len(panels))
     for draw, plot in zip(panels, plots, strict=True):
         draw(plot, seen)
     return [Drawing("errors", figure)]
 
 
 def draw_stream(plot: "Axes", seen: Inspection) -> None:
-    assert seen.metadata is not None
-    points = [point for point in seen.metadata.points if point.relative_error is not None]
+    points = [point for point in seen.points if point.relative_error is not None]
     plot.plot(range(len(points)), [100 * (point.relative_error or 0) for point in points], color=ORANGE, marker="o")
     plot.set_ylim(bottom=0)
     plot.set_ylabel("relative error [%]")
@@ -116,18 +106,14 @@ def draw_losses(plot: "Axes", seen: Inspection) -> None:
     from matplotlib.ticker import LogLocator, MaxNLocator
 
     for number, (name, found) in enumerate(losses(seen).items()):
-        color, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
-        line = "-" if number < len(COLOURS) else ":"
-        plot.plot(list(found), [100 * value for value in found.values()], line, color=color, marker=marker, label=name)
-    plot.set_yscale("log")
+        plot.plot(list(found), [100 * value for value in found.values()], **look(number), label=name)
+    plot.set(xlabel="block", yscale="log", ylabel="energy lost [%]")
     plot.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     plot.yaxis.set_major_formatter("{x:g}")
     plot.yaxis.set_minor_formatter("")
-    plot.set_ylabel("energy lost [%]")
-    plot.set_xlabel("block")
-    plot.set_title("energy of the outputs that each linear lost")
     plot.xaxis.set_major_locator(MaxNLocator(integer=True))
-    plot.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    plot.set_title("energy of the outputs that each linear lost")
+    legend_beside(plot)
 
 
 def losses(seen: Inspection) -> dict[str, dict[int, float]]:
@@ -148,36 +134,21 @@ def plot_ranks(seen: Inspection) -> list[Drawing]:
     if not names:
         return []
     blocks = 1 + max(linear.block or 0 for linear in seen.linears)
+    ranks = {(names.index(each.name), each.block or 0): each for each in ranked}
     shares = [[float("nan")] * blocks for _ in names]
-    figure, (plot,) = axes(
-        min(max(6.0, 2.6 + 0.42 * blocks), WIDEST), 1.6 + 0.3 * len(names), title=shortened(seen.name, 60)
-    )
-    written: dict[tuple[int, int], int] = {}
-    for linear in ranked:
-        row, column = names.index(linear.name), linear.block or 0
-        shares[row][column] = (linear.rank or 0) / full_rank(linear)
-        written[row, column] = linear.rank or 0
-    highest = max(share for row in shares for share in row if share == share)
+    for (row, column), each in ranks.items():
+        shares[row][column] = (each.rank or 0) / min(each.m, each.n)
+    width = min(max(6.0, 2.6 + 0.42 * blocks), WIDEST)
+    figure, (plot,) = axes(width, 1.6 + 0.3 * len(names), title=seen.name)
+    highest = max(shares[row][column] for row, column in ranks)
     image = plot.imshow(shares, cmap=MAP, vmin=0, vmax=highest, aspect="auto")
-    if len(written) <= WRITTEN:
-        for (row, column), rank in written.items():
-            color = "black" if shares[row][column] > 0.55 * highest else "white"
-            plot.text(column, row, str(rank), ha="center", va="center", color=color, fontsize=9)
+    for (row, column), each in ranks.items() if len(ranks) <= WRITTEN else ():
+        color = "black" if shares[row][column] > 0.55 * highest else "white"
+        plot.text(column, row, str(each.rank), ha="center", va="center", color=color, fontsize=9)
     plot.set_yticks(range(len(names)), names)
     plot.set_xticks(range(0, blocks, max(1, blocks // 16)))
     plot.set_xlabel("block")
     plot.grid(visible=False)
-    plot.set_title(what(ranked))
+    plot.set_title("rank of each linear that has factors or an adapter")
     figure.colorbar(image, ax=plot, label="of the full rank", pad=0.02, format=PercentFormatter(1))
     return [Drawing("ranks", figure)]
-
-
-def full_rank(linear: StoredLinear) -> int:
-    return min(linear.m, linear.n)
-
-
-def what(ranked: Sequence[StoredLinear]) -> str:
-    factorized = [bool(linear.metadata and linear.metadata.form) for linear in ranked]
-    if all(factorized):
-        return "rank of each linear"
-    return "rank of each linear, or of its adapter" if any(factorized) else "rank of each adapter"

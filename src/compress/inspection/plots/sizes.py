@@ -10,14 +10,14 @@ from compress.checkpoints.quality import Measure
 from compress.inspection.linears import StoredLinear, linear_names
 from compress.inspection.plots.style import (
     BLUE,
-    COLOURS,
     GREY,
-    MARKERS,
     ORANGE,
     Drawing,
     axes,
     byte_text,
     byte_unit,
+    legend_beside,
+    look,
     shortened,
 )
 from compress.inspection.summary import Inspection, bits_per_weight, place_of
@@ -28,32 +28,18 @@ if TYPE_CHECKING:
 
 HELD_OUT = "divergence from dense, held out while compressing"
 LONGEST = 100  # characters of a file's name
-# What a tensor is for, by the end of its name below its linear; the first that fits.
-PURPOSES = (
-    (
-        "adapters",
-        (
-            "lora_A",
-            "lora_B",
-            "first.codes",
-            "first.values",
-            "first.scale",
-            "second.codes",
-            "second.values",
-            "second.scale",
-        ),
-    ),
-    ("scales and zero points", ("scale", "weight_scale", "weight_zero_point", "weight_shape", "shares")),
-    ("places of kept weights", ("places",)),
-    ("order of outputs", ("order",)),
-    ("biases", ("bias",)),
-)
+ADAPTERS = ("lora_", "first.", "second.")
+# What else a tensor is for, by the end of its name.
+PURPOSES = {
+    **dict.fromkeys(("scale", "weight_scale", "weight_zero_point", "weight_shape", "shares"), "scales and zero points"),
+    **{"places": "places of kept weights", "order": "order of outputs", "bias": "biases"},
+}
 
 
 def plot_sizes(seen: Inspection) -> list[Drawing]:
     names = linear_names(seen.linears)
     bars = len(bytes_by_kind(seen)), len(names) + 1
-    figure, (upper, lower) = axes(8.5, 2.8 + 0.3 * sum(bars), title=shortened(seen.name, 70), rows=bars)
+    figure, (upper, lower) = axes(8.5, 2.8 + 0.3 * sum(bars), title=seen.name, rows=bars)
     draw_bytes(upper, seen)
     draw_bits(lower, seen, names)
     return [Drawing("sizes", figure)] if names else []
@@ -75,8 +61,7 @@ def draw_bytes(plot: "Axes", seen: Inspection) -> None:
 def draw_bits(plot: "Axes", seen: Inspection, names: list[str]) -> None:
     kinds = {name: [linear for linear in seen.linears if linear.name == name] for name in reversed(names)}
     found = {"all": seen.bits_per_weight or 0} | {name: bits_per_weight(each) or 0 for name, each in kinds.items()}
-    colors = [GREY if name == "all" else ORANGE for name in found]
-    bars = plot.barh(list(found), list(found.values()), color=colors)
+    bars = plot.barh(list(found), list(found.values()), color=[GREY] + [ORANGE] * len(names))
     plot.bar_label(bars, [f"{value:.2f}" for value in found.values()], padding=4, fontsize=10)
     plot.margins(x=0.12)
     plot.set_xlabel("stored [bits a weight]")
@@ -109,11 +94,12 @@ def kind_outside(tensor: StoredTensor) -> str:
 
 
 def kind_of(linear: StoredLinear, name: str) -> str:
-    if linear.form in ("factors", "pivot"):
+    if linear.is_product:
         name = name.removeprefix("first.").removeprefix("second.")
-    for purpose, ends in PURPOSES:
-        if name in ends or name.rpartition(".")[2] in ends:
-            return purpose
+    if name.startswith(ADAPTERS):
+        return "adapters"
+    if (purpose := PURPOSES.get(name.rpartition(".")[2])) is not None:
+        return purpose
     if linear.block is None:
         return "head"
     if "shortcut" in linear.name:
@@ -169,19 +155,11 @@ def draw(name: str, marks: Sequence[Mark]) -> Drawing:
     sizes, values = [mark.bytes / scale for mark in line], [mark.measure.value for mark in line]
     plot.plot(sizes, values, color=GREY, drawstyle="steps-post", zorder=1, label="none smaller is as good")
     for number, mark in enumerate(sorted(marks, key=lambda mark: mark.bytes)):
-        turn, place = divmod(number, len(COLOURS))
-        plot.errorbar(
-            mark.bytes / scale,
-            mark.measure.value,
-            yerr=mark.measure.error,
-            color=COLOURS[place],
-            marker=MARKERS[(place + turn) % len(MARKERS)],
-            linestyle="none",
-            capsize=3,
-            label=shortened(mark.name, 40),
-        )
+        place, value, error = mark.bytes / scale, mark.measure.value, mark.measure.error
+        label = shortened(mark.name, 40)
+        plot.errorbar(place, value, yerr=error, **look(number), linestyle="none", capsize=3, label=label)
     plot.margins(x=0.12, y=0.14)
     plot.set_xlabel(f"stored [{unit}]")
     plot.set_ylabel(name if marks[0].measure.unit is None else f"{name}\n[{marks[0].measure.unit}]")
-    plot.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    legend_beside(plot)
     return Drawing(re.sub(r"[^\w.]+", "-", f"size {name}").strip("-")[:LONGEST], figure)

@@ -1,18 +1,21 @@
-"""How all plots look: one set of sizes, and colors that everybody can tell apart (Okabe and Ito's)."""
+"""How all plots look, with colors that everybody can tell apart (Okabe and Ito's), and how they are saved."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from compress.errors import OutputError
+from compress.io import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-BLUE, ORANGE, GREEN, PINK = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
-SKY, AMBER, BLACK, GREY = "#56B4E9", "#E69F00", "#222222", "#8C8C8C"
-COLOURS = (BLUE, ORANGE, GREEN, PINK, SKY, AMBER, BLACK)
-MARKERS = "osD^vPX"
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#8C8C8C"
+COLORS = (BLUE, ORANGE, "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#222222")
+MARKERS = "osD^vP"  # one less than colors: lines look alike only after 42
 MAP = "cividis"
 DOTS_PER_INCH = 150
 RULES: dict[Any, Any] = {
@@ -67,9 +70,34 @@ def axes(width: float, height: float, *, title: str, rows: Sequence[int] = (1,))
 
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(title, x=0.02, horizontalalignment="left")
+    figure.suptitle(shortened(title, int(9 * width)), x=0.02, horizontalalignment="left")
     grid = figure.subplots(len(rows), squeeze=False, height_ratios=rows)
     return figure, list(grid.flat)
+
+
+def look(number: int) -> dict[str, Any]:
+    """Color and marker of a line among others."""
+    return {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)]}
+
+
+def legend_beside(plot: "Axes") -> None:
+    plot.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def save(drawings: Sequence[Drawing], folder: Path) -> list[Path]:
+    """Raises OutputError for a full disk."""
+    files = []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for drawing in drawings:
+            file = folder / f"{drawing.name}.png"
+            # Without the version in it, the same figure is the same bytes.
+            with atomic_write(file) as unfinished:
+                drawing.figure.savefig(unfinished, format="png", metadata={"Software": None})
+            files.append(file)
+    except OSError as error:
+        raise OutputError(f"{folder} cannot be written ({error}). Choose another --plot.") from error
+    return files
 
 
 def byte_unit(largest: int) -> tuple[str, float]:
