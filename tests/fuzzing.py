@@ -119,7 +119,7 @@ def look_at_model(home: Path, choose: Random) -> None:
     pair = (ModelSource("dense", folder), ModelSource("opt", folder))
     commands = [
         lambda: workloads(None, None, None, look_at_pair(pair, trust_remote_code=False)[1]),
-        lambda: prepare("opt", folder, None, Request(texts=(str(home / "text.txt"),), limit=2)),
+        lambda: prepare("opt", folder, Request(texts=(str(home / "text.txt"),), limit=2)),
         lambda: inspect_outputs([folder], fast=True),
     ]
     choose.choice(commands)()

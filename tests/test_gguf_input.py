@@ -19,7 +19,7 @@ from cli_runner import invoke, snapshot, succeeds
 from compress.calibration.weights import LazyWeights
 from compress.checkpoints.gguf import write_gguf
 from compress.errors import CheckpointError, CompressError, NumericalError, Unavailable, UnsupportedModel, UsageError
-from compress.evaluation.speed.memory import bytes_in_memory, bytes_on_disk
+from compress.evaluation.speed.footprint import bytes_in_memory, bytes_on_disk
 from compress.models import gguf_opening, hub
 from compress.models.gguf_weights import decoded, gguf_model
 from compress.models.hub import find_model

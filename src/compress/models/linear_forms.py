@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from compress.models.block_linear import BlockLinear
 from compress.models.int4 import Int4Linear
 from compress.models.packed import ByteLinear, FloatLinear, LoraLinear, PackedLinear
 from compress.own_model.modeling_compress import AdaptedLinear, CompactLinear, LowRankLinear, PivotLinear
@@ -20,6 +21,7 @@ KINDS = {  # `kernel`: packed, and multiplied as it is
     PackedLinear: "packed",
     ByteLinear: "bytes",
     FloatLinear: "adapted",
+    BlockLinear: "blocks",
 }
 
 
