@@ -147,7 +147,7 @@ OPTIONS = {
         *("--refit", "--bias", "--materialize"),
     },
     "slim": COMPRESSING | STORING | {"--sparsity", "--adapter-rank", "--fast"},
-    "quantize": COMPRESSING | STORING,
+    "quantize": COMPRESSING | STORING | {"--type"},
     "run": COMPRESSING - {"--measure-error"} | {"recipe", "--export"},
     "eval": {
         *("--ppl", "--kl", "--tasks", "--humaneval", "--model", "--compare", "others"),

@@ -396,7 +396,7 @@ def test_the_chat_template(tmp_path, templates):
 # Refused, before anything is written, and before anything is compressed.
 
 NO_LLAMA: dict[str, tuple[str, dict[str, Any], str]] = {
-    "qwen2": ("qwen2", {}, "its model_type is 'qwen2'"),
+    "olmo": ("olmo", {}, "its model_type is 'olmo'"),
     "gemma": ("gemma", {}, "its model_type is 'gemma'"),
     "activation": ("llama", {"hidden_act": "gelu"}, "its activation is 'gelu', not 'silu'"),
     "window": ("mistral", {}, "its sliding window of 16 is less than its 64 positions"),
@@ -417,8 +417,8 @@ NO_LLAMA: dict[str, tuple[str, dict[str, Any], str]] = {
 def test_other_models_are_refused(tmp_path, model_type, options, reason):
     write_folder(tmp_path / "m", model_type, **options)
     message = (
-        f"The model cannot be written as GGUF: {reason}. GGUF is written for Llama, and for Mistral without a sliding "
-        "window. Leave GGUF out: transformers loads the folder without it."
+        f"The model cannot be written as GGUF: {reason}. GGUF is written for Llama, Mistral without a sliding "
+        "window, Qwen2, Qwen3, Phi-3 and Gemma 2. Leave GGUF out: transformers loads the folder without it."
     )
     with pytest.raises(UnsupportedModel, match=f"^{re.escape(message)}$"):
         written(tmp_path / "m")

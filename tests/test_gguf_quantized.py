@@ -84,6 +84,17 @@ def test_the_same_command_gives_the_same_bytes(home, written):
     assert first[-100_000:] == second[-100_000:]
 
 
+def test_eval_measures_the_file_and_what_needs_safetensors_says_so(home, written):
+    found = succeeds(
+        "eval", "--model", written, "--ppl", home / "text.txt", "--seq-len", 32, "--limit", 4, "--json"
+    ).json
+    assert found["perplexity"][0]["ppl"] > 1
+    for command, words in (("inspect", "gguf-dump shows its tensors"), ("finetune", "before it is quantized")):
+        ran = invoke(command, written)
+        assert (ran.code, len(ran.faults)) == (2, 1)
+        assert words in ran.faults[0]
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

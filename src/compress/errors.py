@@ -66,7 +66,7 @@ class Problems:
     def report(self) -> None:
         """Raise what was found as one error, a line a problem, of the first one's kind."""
         if self.found:
-            raise type(self.found[0])("\n".join(str(problem) for problem in self.found))
+            raise type(self.found[0])("\n".join(dict.fromkeys(str(problem) for problem in self.found)))
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:

@@ -289,7 +289,12 @@ def own_metadata(folder: Path, verb: str) -> Metadata:
     check_folder(folder)
     if not is_ours(folder):
         raise UsageError(f"{folder} has no {METADATA}. Only checkpoints that compress has made are {verb}.")
-    return read_metadata(folder)
+    metadata = read_metadata(folder)
+    if verb == "tuned" and metadata.storage == "gguf":
+        raise UsageError(
+            f"{folder} is one GGUF file, whose weights are not {verb}. Tune the model before it is quantized."
+        )
+    return metadata
 
 
 def unfinished(partial: Path) -> str:

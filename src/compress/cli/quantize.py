@@ -45,9 +45,9 @@ def quantize_model(
     compact: Annotated[bool, in_panel(Output, COMPACT, flag="--compact")] = False,
     materialize: Annotated[bool, in_panel(Output, MATERIALIZE, flag="--materialize")] = False,
 ) -> None:
-    """Quantize linear layers, each fitted toward the dense model (GPTQ and past it).
+    """Quantize linear layers, each fitted toward the dense model (GPTQ and past it); --type writes one GGUF file.
 
-    Example: compress quantize --model llama-2-7b --bits 4 --group 128, or --type Q4_K_M for llama.cpp
+    Example: compress quantize --model llama-2-7b --bits 4 --group 128
     """
     problems, draft = Problems(), Draft.preset("quantize" if gguf_type is None else "gguf")
     switches = {"act_order": act_order, "asymmetric": asymmetric, "compact": compact, "materialize": materialize}

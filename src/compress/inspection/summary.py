@@ -10,6 +10,7 @@ from compress.checkpoints.integrity import ADAPTER_WEIGHTS, check_integrity, che
 from compress.checkpoints.metadata import Metadata, Point, is_ours, read_metadata
 from compress.checkpoints.quality import Quality, read_quality
 from compress.checkpoints.run_folder import check_folder
+from compress.errors import UsageError
 from compress.inspection.blueprint import blueprint, check_against, named
 from compress.inspection.linears import StoredLinear, Zeros, block_of, foreign_linears, linears_of, zeros_of
 from compress.models.stored_files import read_lora
@@ -75,6 +76,8 @@ def inspect(folder: Path, *, fast: bool, progress: Progress) -> Inspection:
     """
     check_folder(folder)
     metadata = read_metadata(folder) if is_ours(folder) else None
+    if metadata is not None and metadata.storage == "gguf":
+        raise UsageError(f"{folder} is one GGUF file, not a checkpoint of safetensors. gguf-dump shows its tensors.")
     if metadata is None:
         tensors, linears = read_foreign(folder)
     else:

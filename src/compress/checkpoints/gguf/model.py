@@ -106,8 +106,8 @@ def check_writable(config: Any) -> None:
     """Raises UnsupportedModel for the config of a model that no architecture of GGUF covers."""
     if reason := why_not_writable(config):
         raise UnsupportedModel(
-            f"The model cannot be written as GGUF: {reason}. GGUF is written for {', '.join(WRITTEN)}. Leave GGUF out: "
-            "transformers loads the folder without it."
+            f"The model cannot be written as GGUF: {reason}. GGUF is written for Llama, Mistral without a sliding "
+            "window, Qwen2, Qwen3, Phi-3 and Gemma 2. Leave GGUF out: transformers loads the folder without it."
         )
 
 

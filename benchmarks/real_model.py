@@ -1,0 +1,104 @@
+"""A real model in llama.cpp's types: our files beside llama-quantize's, at their bytes.
+
+    python benchmarks/real_model.py --model MODEL --data-dir DATA --types Q3_K_S Q4_K_M [--files Q3_K_S.gguf ...] \\
+        [--write docs/benchmarks.md]
+
+Each type is one `compress quantize --type`, 32 windows of 512 tokens of WikiText-2 to calibrate on, and one `compress
+eval` of the file: perplexity, and divergence from the dense model, on the first 20 windows of 512 tokens of the test
+text. --files: other GGUF files of it, such as those of llama-quantize, in rows by their names. Seconds are
+the whole run's without imports, and in forward passes of the calibration windows without the head, timed before it.
+"""
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import marked
+import torch
+from transformers import AutoModelForCausalLM
+
+from compress.datasets.windows import calibration_windows
+from compress.models.loading import load_tokenizer
+
+COMPRESS = Path(sys.executable).with_name("compress")
+SAMPLES, SEQ_LEN, TEST_WINDOWS = 32, 512, 20
+COLUMNS = ["file", "bytes", "perplexity", "divergence, nats", "same token", "seconds", "forward passes"]
+LABEL = "real model"
+
+
+def compress(*words: object) -> Any:
+    done = subprocess.run([str(COMPRESS), *map(str, words), "--json"], stdout=subprocess.PIPE, check=True)
+    return json.loads(done.stdout)
+
+
+def pass_seconds(model: Path, data_dir: Path) -> float:
+    """Seconds of a forward pass of the calibration windows, without the head: a quarter of them, times four."""
+    windows = calibration_windows(
+        "wikitext2", load_tokenizer(model), num_samples=SAMPLES, seq_len=SEQ_LEN, seed=42, data_dir=data_dir
+    )
+    decoder = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).base_model
+    some = windows[: SAMPLES // 4].split(2)
+    with torch.inference_mode():
+        decoder(some[0], use_cache=False)
+        start = time.perf_counter()
+        for batch in some:
+            decoder(batch, use_cache=False)
+    return 4 * (time.perf_counter() - start)
+
+
+def measured(file: Path, options: argparse.Namespace) -> list[str]:
+    texts = ["--ppl", "wikitext2", "--kl", options.model, "--seq-len", SEQ_LEN, "--limit", TEST_WINDOWS]
+    found = compress("eval", "--model", file, *texts, "--data-dir", options.data_dir)
+    divergence = found["divergence"][0]
+    return [
+        f"{file.stat().st_size:,}",
+        f"{found['perplexity'][0]['ppl']:.2f}",
+        f"{divergence['kl']:.4f}",
+        f"{divergence['agreement']:.1%}",
+    ]
+
+
+def rows(options: argparse.Namespace, scratch: Path) -> list[list[str]]:
+    found = [[file.stem, *measured(file, options), "", ""] for file in options.files]
+    sys.stderr.write("\n".join(map(" | ".join, found)) + "\n")
+    unit = pass_seconds(options.model, options.data_dir) if options.types else 0.0
+    for number, name in enumerate(options.types):
+        out = scratch / f"model-{number}"
+        words = ["--calib", "wikitext2", "--data-dir", options.data_dir, "--samples", SAMPLES, "--seq-len", SEQ_LEN]
+        seconds = compress("quantize", "--model", options.model, "--type", name, *words, "--out", out)["seconds"][
+            "total"
+        ]
+        cost = [f"{seconds:.0f}", f"{seconds / unit:.1f}"]
+        found.append([f"`--type {name}`", *measured(out / f"{out.name}.gguf", options), *cost])
+        sys.stderr.write(" | ".join(found[-1]) + "\n")
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--data-dir", type=Path, required=True)
+    parser.add_argument("--types", nargs="*", default=["Q3_K_S", "Q4_K_M"])
+    parser.add_argument("--files", nargs="*", type=Path, default=[])
+    parser.add_argument("--write", type=Path)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        table = [COLUMNS, ["---"] * len(COLUMNS), *rows(options, Path(scratch))]
+    versions = f"torch {version('torch')}, transformers {version('transformers')}, {torch.get_num_threads()} threads"
+    lines = [f"Date: {date.today()}. Python {platform.python_version()}, {versions}. {options.model.name}.", ""]
+    text = "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in table)])
+    sys.stdout.write(text + "\n")
+    if options.write:
+        marked.write(text + "\n", options.write, LABEL)
+
+
+if __name__ == "__main__":
+    main()
