@@ -8,7 +8,9 @@ import torch
 from compress.architectures.gguf_types import FileType
 from compress.numerics.block_grid import BlockGrid, fit_blocks, refit
 from compress.numerics.block_types import IQ4_TABLE, TYPES
+from compress.numerics.grids import QuantType
 from compress.numerics.hessian import Hessian
+from compress.numerics.steps import make_grid
 from compress.numerics.sweep import sweep
 from matrices import random
 
@@ -72,6 +74,16 @@ def test_scales_are_better_than_ggufs(name):
     else:
         back = torch.from_numpy(gguf.dequantize(theirs, gguf.GGMLQuantizationType[name]).copy())
         assert error < float((back - W).square().mean() / W.square().mean())
+
+
+@pytest.mark.parametrize(("name", "bits"), [("Q2_K", 2), ("Q3_K", 3), ("Q4_K", 4), ("IQ4_XS", 4)])
+def test_types_lose_less_than_integers_of_more_bits(name, bits):
+    """Than those with a 16-bit scale for 32 weights, round to nearest both. Q2_K has an eighth of a bit more."""
+    W = weights("usual")
+    integers = make_grid(W, QuantType(bits), group=32, method="mse", stored=torch.float16)
+    errors = [float((grid.nearest(W) - W).square().sum()) for grid in (fit_blocks(W, TYPES[name]), integers)]
+    assert 8 * TYPES[name].bytes / TYPES[name].block <= bits + 0.5 + 0.125
+    assert errors[0] < errors[1] / 1.35
 
 
 @EVERY_TYPE

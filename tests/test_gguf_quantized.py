@@ -80,8 +80,7 @@ def test_the_plan_and_the_file_agree(home, written):
 def test_the_same_command_gives_the_same_bytes(home, written):
     succeeds(*quantize(home, "again", "--type", "Q4_K_M,attn_k=Q8_0,ffn_down=Q3_K"))
     first, second = ((home / name / f"{name}.gguf").read_bytes() for name in ("q4", "again"))
-    assert len(first) == len(second)
-    assert first[-100_000:] == second[-100_000:]
+    assert first == second
 
 
 def test_eval_measures_the_file_and_what_needs_safetensors_says_so(home, written):
@@ -122,6 +121,22 @@ def test_families_come_back_from_their_file(family, tmp_path):
     found = open_model(folder, dtype=torch.float32, device=torch.device("cpu"))
     with torch.no_grad():
         assert torch.allclose(found(ids).logits, dense(ids).logits, atol=2e-5)
+
+
+def test_what_a_file_cannot_say_is_refused_before_the_work(home):
+    tiny.write_model(home / "window", "mistral", dtype=torch.float32)
+    ran = invoke(*[word.replace("/llama", "/window") for word in quantize(home, "never", "--type", "Q8_0")])
+    assert "sliding window of 16" in ran.faults[0]
+    assert "compressing" not in ran.err
+    assert not (home / "never").exists()
+
+
+def test_embeddings_are_quantized_with_a_file_alone(home):
+    recipe = home / "tables.yaml"
+    recipe.write_text("method: x\nstages:\n  - stage: slim\n    quantize: {bits: 4}\n  - stage: quantize_embeddings\n")
+    ran = invoke("run", recipe, "--model", home / "llama", "--calib", home / "text.txt", "--dry-run")
+    assert (ran.code, len(ran.faults)) == (2, 1)
+    assert "Give slim form: gguf" in ran.faults[0]
 
 
 def test_a_model_that_gguf_does_not_know_is_refused_before_the_work(home):

@@ -45,6 +45,7 @@ class ModelSpec:
     widths: of the stream after the embeddings and after each branch; None where the calibration data decides.
     units: how many of each kind in every block, or block by block.
     factors: what linears have become, by path. storage: how linears are stored, by path.
+    gguf_type: of the one GGUF file that is written in place of a folder, as `FileType` reads it.
     undecided: what a budget or the survey has yet to decide: `hidden`, a kind of unit, or `ranks`.
     notes: what the user should know of it.
     """
@@ -55,6 +56,7 @@ class ModelSpec:
     units: Mapping[str, Count]
     factors: Mapping[str, FactorShape] = field(default_factory=dict)
     storage: Mapping[str, Storage] = field(default_factory=dict)
+    gguf_type: str | None = None
     undecided: frozenset[str] = frozenset()
     notes: tuple[str, ...] = ()
 
@@ -117,7 +119,7 @@ class ModelSpec:
     @property
     def is_gguf(self) -> bool:
         """Whether the result is one GGUF file."""
-        return any(storage.form == "gguf" for storage in self.storage.values())
+        return self.gguf_type is not None
 
     @cached_property
     def tables(self) -> list[tuple[str, int]]:

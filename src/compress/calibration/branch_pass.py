@@ -21,7 +21,7 @@ Shapes: stream (windows, tokens, d) in the present basis, (windows, tokens, D) i
 encode (D, d).
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
@@ -44,11 +44,10 @@ from compress.calibration.layout import Layout
 from compress.calibration.linears import LinearSite
 from compress.calibration.resources import Stopwatch
 from compress.calibration.rewriting import LinearRewriter, Report
-from compress.calibration.sites import Basis, Stage, StreamPoint, Table
+from compress.calibration.sites import Basis, Stage, StreamPoint, Table, follows_dense, has_groups, rotates_points
 from compress.calibration.statistics import Accumulator, Need
 from compress.calibration.streams import Batch, Streams, rows
 from compress.calibration.survey import Survey
-from compress.families import Family
 from compress.models.branch import Branch, ReaderGroup, captured_inputs, input_of, read_through, write_through
 from compress.models.decoder import Decoder
 from compress.numerics.frames import Frame
@@ -420,45 +419,3 @@ class BranchPass:
 def encoded(equations: NormalEquations, encode: Float64[Tensor, "D d"]) -> NormalEquations:
     """Normal equations with the targets in the basis of `encode`'s columns."""
     return NormalEquations(equations.G, equations.B @ encode, equations.tokens)
-
-
-def rotates_points(stages: Iterable[Stage]) -> bool:
-    """Whether stages change the basis at points of the stream."""
-    return any(stage.site is StreamPoint and stage.reshapes for stage in stages)
-
-
-def num_streams(stages: Iterable[Stage]) -> int:
-    """Return 1 for the compressed stream alone, 2 where a stage compares with the dense one."""
-    stages = list(stages)
-    compared = any(need.dense for stage in stages for need in stage.requires.statistics)
-    return 2 if compared or (has_groups(stages) and not follows_dense(stages)) else 1
-
-
-def keeps_before_post_norms(stages: Iterable[Stage], family: Family) -> bool:
-    """Whether writers are fitted to what the norms behind them are given in the dense model."""
-    stages = list(stages)
-    return family.has_post_norms and has_groups(stages) and not follows_dense(stages)
-
-
-def has_linears(stages: Iterable[Stage]) -> bool:
-    """Whether stages see linears, one by one or in groups."""
-    return any(stage.site is LinearSite or issubclass(stage.site, LinearGroup) for stage in stages)
-
-
-def has_groups(stages: Iterable[Stage]) -> bool:
-    """Whether stages see groups of linears, or single ones in their groups' order and weights.
-
-    Where the basis changes, single ones are always met so: writers are encoded before they are rewritten.
-    """
-    stages = list(stages)
-    plain = not any(stage.reshapes for stage in stages)
-    return any(
-        issubclass(stage.site, LinearGroup)
-        or (stage.site is LinearSite and not (plain and stage.requires.inputs == "single_pass"))
-        for stage in stages
-    )
-
-
-def follows_dense(stages: Iterable[Stage]) -> bool:
-    """Whether the only inputs that stages see are the dense model's own."""
-    return any(stage.requires.inputs == "dense" for stage in stages)

@@ -8,7 +8,7 @@ the stages that must come before it; the walk calls it at each site of that kind
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
@@ -21,6 +21,7 @@ from compress.calibration.linears import LinearSite
 from compress.calibration.spectra import LinearFilter
 from compress.calibration.statistics import Need
 from compress.calibration.survey import Survey, SurveyNeed
+from compress.families import Family
 from compress.models.branch import Branch
 from compress.numerics.frames import Frame
 from compress.numerics.linalg import kept_energy, random_orthogonal, spectrum
@@ -181,3 +182,48 @@ class Stage(Protocol):
     def apply(self, site: Any) -> None: ...
 
     def apply_together(self, sites: Sequence[Any]) -> None: ...
+
+
+# What a walk needs, by all its stages.
+
+
+def rotates_points(stages: Iterable[Stage]) -> bool:
+    """Whether stages change the basis at points of the stream."""
+    return any(stage.site is StreamPoint and stage.reshapes for stage in stages)
+
+
+def num_streams(stages: Iterable[Stage]) -> int:
+    """Return 1 for the compressed stream alone, 2 where a stage compares with the dense one."""
+    stages = list(stages)
+    compared = any(need.dense for stage in stages for need in stage.requires.statistics)
+    return 2 if compared or (has_groups(stages) and not follows_dense(stages)) else 1
+
+
+def keeps_before_post_norms(stages: Iterable[Stage], family: Family) -> bool:
+    """Whether writers are fitted to what the norms behind them are given in the dense model."""
+    stages = list(stages)
+    return family.has_post_norms and has_groups(stages) and not follows_dense(stages)
+
+
+def has_linears(stages: Iterable[Stage]) -> bool:
+    """Whether stages see linears, one by one or in groups."""
+    return any(stage.site is LinearSite or issubclass(stage.site, LinearGroup) for stage in stages)
+
+
+def has_groups(stages: Iterable[Stage]) -> bool:
+    """Whether stages see groups of linears, or single ones in their groups' order and weights.
+
+    Where the basis changes, single ones are always met so: writers are encoded before they are rewritten.
+    """
+    stages = list(stages)
+    plain = not any(stage.reshapes for stage in stages)
+    return any(
+        issubclass(stage.site, LinearGroup)
+        or (stage.site is LinearSite and not (plain and stage.requires.inputs == "single_pass"))
+        for stage in stages
+    )
+
+
+def follows_dense(stages: Iterable[Stage]) -> bool:
+    """Whether the only inputs that stages see are the dense model's own."""
+    return any(stage.requires.inputs == "dense" for stage in stages)

@@ -14,13 +14,20 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor, nn
 
-from compress.calibration.branch_pass import BranchPass, keeps_before_post_norms, num_streams
+from compress.calibration.branch_pass import BranchPass
 from compress.calibration.layout import Layout
 from compress.calibration.loader import PartLoader
 from compress.calibration.processes import ALONE, Processes
 from compress.calibration.resources import Stopwatch, return_free_memory
 from compress.calibration.rewriting import Report
-from compress.calibration.sites import Stage, StreamPoint, WholeModel, stream_points
+from compress.calibration.sites import (
+    Stage,
+    StreamPoint,
+    WholeModel,
+    keeps_before_post_norms,
+    num_streams,
+    stream_points,
+)
 from compress.calibration.streams import CacheFolder, Streams, split_windows
 from compress.calibration.survey import Survey
 from compress.calibration.weights import LazyWeights

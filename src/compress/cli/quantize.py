@@ -65,5 +65,4 @@ def put_type(draft: Draft, gguf_type: str, **others: Any) -> None:
     """A GGUF file's type. Raises UsageError for options of other formats."""
     if given := [flag_of(name) for name, value in others.items() if value and name != "act_order"]:
         raise UsageError(f"{given[0]} has no effect with --type, which says all of that. Leave one out.")
-    for stage in ("slim.quantize", "quantize_embeddings"):
-        draft.set(f"{stage}.gguf_type", gguf_type, f"--type {gguf_type}")
+    draft.set("slim.quantize.gguf_type", gguf_type, f"--type {gguf_type}")

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from compress.planning.prepare import Job
 
 Row = Mapping[str, str | None]
+ONE_FILE = "one GGUF file, for llama.cpp"
 BORDER = 3  # what a table draws around each column
 BLOCK = re.compile(r"\.(\d+)\.(.*)")  # its number, and what is below it
 KINDS = {"hidden": "hidden size", "neurons": "MLP neurons a block", "kv_groups": "KV groups a block"}
@@ -114,7 +115,9 @@ def show_plan(job: "Job", plan: "Plan", *, as_json: bool) -> None:
         return
     alternatives = [vars(each) for each in plan.alternatives]
     values = {
-        "written as": loads_as(plan.spec.architecture.class_name, is_stock=plan.spec.architecture.is_stock),
+        "written as": ONE_FILE
+        if plan.spec.is_gguf
+        else loads_as(plan.spec.architecture.class_name, is_stock=plan.spec.architecture.is_stock),
         "parameters, dense": f"{plan.dense.parameters:,}",
         **planned(job, plan),
         "bits a weight, all counted": bits(alternatives),
@@ -161,7 +164,7 @@ def show_result(job: "Job", result: "Result", *, as_json: bool) -> None:
         return
     seconds = ", ".join(f"{kind} {value:.1f}" for kind, value in result.seconds.items() if kind != "total")
     values = {
-        "written as": loads_as(result.architecture, is_stock=result.is_stock),
+        "written as": ONE_FILE if result.is_gguf else loads_as(result.architecture, is_stock=result.is_stock),
         **shape(job, result.widths, result.units),
         "parameters, dense": f"{result.dense.parameters:,}",
         **sizes(result.dense, result.size),

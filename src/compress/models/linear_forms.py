@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from compress.models.block_linear import BlockLinear
 from compress.models.int4 import Int4Linear
 from compress.models.packed import ByteLinear, FloatLinear, LoraLinear, PackedLinear
+from compress.models.storage import BlockLinear
 from compress.own_model.modeling_compress import AdaptedLinear, CompactLinear, LowRankLinear, PivotLinear
 
 Linear = nn.Linear | LowRankLinear | PivotLinear | AdaptedLinear

@@ -2,7 +2,7 @@
 
     packed   what compressed-tensors and PEFT read, zeros included (`models/packed.py`)
     compact  our own: the kept weights alone, and which these are (`own_model/modeling_compress.py`)
-    gguf     llama.cpp's types (`models/block_linear.py`)
+    gguf     llama.cpp's types, as a GGUF file has them (`BlockLinear`)
 
 Dimensions: W = S + B A, S (m, n), A (r, n), B (m, r); m outputs, n inputs.
 """
@@ -14,10 +14,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from compress.models.block_linear import BlockLinear
 from compress.models.packed import ByteLinear, FloatLinear, InputNumbers, LinearExtras, PackedLinear
 from compress.models.packing import Kept, pack_bits, pack_words, unsigned
 from compress.numerics.block_grid import BlockGrid
+from compress.numerics.block_types import TYPES
 from compress.numerics.grids import Granularity, Grid, QuantType
 from compress.numerics.sparsity import Pattern
 from compress.numerics.steps import make_grid
@@ -87,6 +87,35 @@ class Storage:
         }
 
 
+class BlockLinear(AdaptedLinear):
+    """
+    qweight: uint8 (m, bytes a row). values: what these are, float32 (m, n); not stored, and None of an empty linear.
+    """
+
+    def __init__(self, in_features: int, out_features: int, type_name: str, *, bias: bool) -> None:
+        super().__init__(in_features, out_features, bias)
+        kind = TYPES[type_name]
+        size = in_features // kind.block * kind.bytes
+        self.qweight: Tensor = nn.Buffer(torch.zeros(out_features, size, dtype=torch.uint8))
+        self.values: Tensor | None
+        self.register_buffer("values", None, persistent=False)
+
+    @property
+    def num_parameters(self) -> int:
+        return self.in_features * self.out_features + (0 if self.bias is None else self.out_features)
+
+    def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        assert self.values is not None
+        return self.values[start:stop].to(dtype)
+
+    def adapter(self, _dtype: torch.dtype) -> None:
+        return None
+
+    def without_adapter(self, x: Tensor) -> Tensor:
+        assert self.values is not None
+        return nn.functional.linear(x, self.values.to(x.dtype), self.bias)
+
+
 def empty_linear(
     storage: Storage, in_features: int, out_features: int, *, bias: bool, dtype: torch.dtype
 ) -> AdaptedLinear:
@@ -123,8 +152,8 @@ def stored_linear(  # noqa: PLR0913 (all that a linear consists of)
         linear = empty_linear(storage, n, m, bias=bias is not None, dtype=dtype)
     if isinstance(linear, BlockLinear):
         assert isinstance(grid, BlockGrid)
-        linear.put(grid.encoded(weight), grid.dequantized(weight))
-        tensors: Tensors = {"qweight": linear.qweight}
+        linear.values = grid.dequantized(weight)
+        tensors: Tensors = {"qweight": grid.encoded(weight)}
     elif storage.form == "compact":
         tensors = compact_tensors(storage, weight, grid, mask, dtype)
     else:

@@ -18,15 +18,15 @@ import torch
 from jaxtyping import Float, Int32, UInt8
 from torch import Tensor
 
-from compress.numerics.block_types import Block, BlockType, encode
+from compress.numerics.block_types import Block, BlockType
 from compress.numerics.grids import Grid
 from compress.numerics.hessian import Hessian
 from compress.numerics.sweep import spans
 
 CHUNK = 2**18  # weights that scales are searched for at a time
-TRIALS = 12
-REFINEMENTS = 3
-SPAN = 256
+TRIALS = 12  # scales for each end of the grid
+REFINEMENTS = 3  # rounds of scales for codes and codes for scales
+SPAN = 256  # columns that changes are brought to one by one; to later ones by a product
 SMALLEST = 2.0**-24  # of float16
 LARGEST = 65504.0
 TINY = 1e-30
@@ -90,7 +90,7 @@ class BlockGrid(Grid):
             q = torch.bucketize(codes.contiguous(), codes.new_tensor(kind.table))
         sc, mn = (none_or(integers, part, kind.per_block) for part in (self.sc, self.mn))
         low = None if self.low is None else self.low.flatten()
-        return encode(kind, Block(integers(q, kind.block), self.d.flatten(), low, sc, mn)).view(len(W), -1)
+        return kind.encode(Block(integers(q, kind.block), self.d.flatten(), low, sc, mn)).view(len(W), -1)
 
 
 def none_or(function: Callable[..., Tensor], part: Tensor | None, *arguments: Any) -> Any:
@@ -104,7 +104,7 @@ def integers(x: Tensor, columns: int) -> Int32[Tensor, "_ columns"]:
 def fit_blocks(W: Float[Tensor, "m n"], kind: BlockType, weights: Float[Tensor, "n"] | None = None) -> BlockGrid:
     """weights: of the inputs' squared errors; the diagonal of their second moment."""
     w = torch.ones_like(W[0]) if weights is None else weights.to(W.dtype)
-    w = (w / w.mean().clamp_min(1e-30)).clamp_min(1e-6).view(1, -1, kind.group)
+    w = (w / w.mean().clamp_min(TINY)).clamp_min(1e-6).view(1, -1, kind.group)
     rows = max(CHUNK // W.shape[1], 1)
     return BlockGrid.stacked([fit_rows(part.unflatten(1, (-1, kind.group)), kind, w) for part in W.split(rows)])
 

@@ -24,88 +24,6 @@ IQ4_TABLE = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89
 
 
 @dataclass(frozen=True)
-class BlockType:
-    """
-    block: weights that share d. group: weights that share sc and mn; the block where there are none.
-    lowest, highest: of the integers q. scales: the range of sc, mins: the largest mn; None where there are none.
-    has_min: whether a group's weights are shifted. table: the values of q by its number.
-    """
-
-    name: str
-    block: int
-    group: int
-    lowest: int
-    highest: int
-    scales: tuple[int, int] | None = None
-    mins: int | None = None
-    has_min: bool = False
-    table: tuple[int, ...] | None = None
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of a block."""
-        return BYTES[self.name]
-
-    @property
-    def stored(self) -> torch.dtype:
-        return torch.int8
-
-    @property
-    def per_block(self) -> int:
-        """Groups in a block."""
-        return self.block // self.group
-
-    def nearest_(self, x: Tensor) -> Tensor:
-        """Round to the nearest q, in place."""
-        if self.table is None:
-            return x.clamp_(self.lowest, self.highest).round_()
-        nearest = nearest_values(self.table, x.dtype, x.device)
-        places = x.mul_(2).add_(len(nearest) // 2).clamp_(0, len(nearest) - 1).to(torch.int32)
-        return x.copy_(nearest.index_select(0, places.flatten()).view(x.shape))
-
-
-TYPES = {
-    each.name: each
-    for each in (
-        BlockType("Q4_0", 32, 32, -8, 7),
-        BlockType("Q4_1", 32, 32, 0, 15, has_min=True),
-        BlockType("Q5_0", 32, 32, -16, 15),
-        BlockType("Q5_1", 32, 32, 0, 31, has_min=True),
-        BlockType("Q8_0", 32, 32, -127, 127),
-        BlockType("IQ4_NL", 32, 32, 0, 15, table=IQ4_TABLE),
-        BlockType("IQ4_XS", 256, 32, 0, 15, scales=(-32, 31), table=IQ4_TABLE),
-        BlockType("Q2_K", 256, 16, 0, 3, scales=(0, 15), mins=15, has_min=True),
-        BlockType("Q3_K", 256, 16, -4, 3, scales=(-32, 31)),
-        BlockType("Q4_K", 256, 32, 0, 15, scales=(0, 63), mins=63, has_min=True),
-        BlockType("Q5_K", 256, 32, 0, 31, scales=(0, 63), mins=63, has_min=True),
-        BlockType("Q6_K", 256, 16, -32, 31, scales=(-128, 127)),
-    )
-}
-BYTES = {
-    "Q4_0": 18,
-    "Q4_1": 20,
-    "Q5_0": 22,
-    "Q5_1": 24,
-    "Q8_0": 34,
-    "IQ4_NL": 18,
-    "IQ4_XS": 136,
-    "Q2_K": 84,
-    "Q3_K": 110,
-    "Q4_K": 144,
-    "Q5_K": 176,
-    "Q6_K": 210,
-}
-
-
-@cache
-def nearest_values(table: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Float[Tensor, "_"]:
-    """The value of a table nearest to the numbers in each interval of 0.5 from -128 on; none of them changes within."""
-    values = torch.tensor(table, dtype=dtype, device=device)
-    middles = torch.arange(-256, 256, dtype=dtype, device=device) / 2 + 0.25
-    return values[(middles[:, None] - values).abs().argmin(1)]
-
-
-@dataclass(frozen=True)
 class Block:
     """The numbers of all blocks of a matrix.
 
@@ -202,21 +120,67 @@ def q6_k(b: Block) -> Tensor:
     return torch.cat([low.to(torch.uint8), planes(b.q >> 4, 2), scales, halves(b.d)], dim=1)
 
 
-ENCODERS: dict[str, Callable[[Block], Tensor]] = {
-    "Q4_0": four_bits,
-    "Q4_1": four_bits,
-    "Q5_0": five_bits,
-    "Q5_1": five_bits,
-    "Q8_0": q8_0,
-    "IQ4_NL": four_bits,
-    "IQ4_XS": iq4_xs,
-    "Q2_K": q2_k,
-    "Q3_K": q3_k,
-    "Q4_K": q4_k,
-    "Q5_K": q5_k,
-    "Q6_K": q6_k,
+@dataclass(frozen=True)
+class BlockType:
+    """
+    bytes: of a block. encode: makes them. block: weights that share d. group: weights that share sc and mn; the block
+        where there are none.
+    lowest, highest: of the integers q. scales: the range of sc, mins: the largest mn; None where there are none.
+    has_min: whether a group's weights are shifted. table: the values of q by its number.
+    """
+
+    name: str
+    bytes: int
+    encode: Callable[[Block], Tensor]
+    block: int
+    group: int
+    lowest: int
+    highest: int
+    scales: tuple[int, int] | None = None
+    mins: int | None = None
+    has_min: bool = False
+    table: tuple[int, ...] | None = None
+
+    @property
+    def stored(self) -> torch.dtype:
+        return torch.int8
+
+    @property
+    def per_block(self) -> int:
+        """Groups in a block."""
+        return self.block // self.group
+
+    def nearest_(self, x: Tensor) -> Tensor:
+        """Round to the nearest q, in place."""
+        if self.table is None:
+            return x.clamp_(self.lowest, self.highest).round_()
+        nearest = nearest_values(self.table, x.dtype, x.device)
+        places = x.mul_(2).add_(len(nearest) // 2).clamp_(0, len(nearest) - 1).to(torch.int32)
+        return x.copy_(nearest.index_select(0, places.flatten()).view(x.shape))
+
+
+@cache
+def nearest_values(table: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Float[Tensor, "_"]:
+    """The value of a table nearest to the numbers in each interval of 0.5 from -128 on; none of them changes within."""
+    values = torch.tensor(table, dtype=dtype, device=device)
+    middles = torch.arange(-256, 256, dtype=dtype, device=device) / 2 + 0.25
+    return values[(middles[:, None] - values).abs().argmin(1)]
+
+
+TYPES = {
+    each.name: each
+    for each in (
+        BlockType("Q4_0", 18, four_bits, 32, 32, -8, 7),
+        BlockType("Q4_1", 20, four_bits, 32, 32, 0, 15, has_min=True),
+        BlockType("Q5_0", 22, five_bits, 32, 32, -16, 15),
+        BlockType("Q5_1", 24, five_bits, 32, 32, 0, 31, has_min=True),
+        BlockType("Q8_0", 34, q8_0, 32, 32, -127, 127),
+        BlockType("IQ4_NL", 18, four_bits, 32, 32, 0, 15, table=IQ4_TABLE),
+        BlockType("IQ4_XS", 136, iq4_xs, 256, 32, 0, 15, scales=(-32, 31), table=IQ4_TABLE),
+        BlockType("Q2_K", 84, q2_k, 256, 16, 0, 3, scales=(0, 15), mins=15, has_min=True),
+        BlockType("Q3_K", 110, q3_k, 256, 16, -4, 3, scales=(-32, 31)),
+        BlockType("Q4_K", 144, q4_k, 256, 32, 0, 15, scales=(0, 63), mins=63, has_min=True),
+        BlockType("Q5_K", 176, q5_k, 256, 32, 0, 31, scales=(0, 63), mins=63, has_min=True),
+        BlockType("Q6_K", 210, q6_k, 256, 16, -32, 31, scales=(-128, 127)),
+    )
 }
-
-
-def encode(kind: BlockType, block: Block) -> UInt8[Tensor, "blocks bytes"]:
-    return ENCODERS[kind.name](block)

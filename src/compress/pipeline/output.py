@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from compress.architectures.gguf_types import FileType
 from compress.architectures.packed import not_for_vllm, unpacks_while_loading
 from compress.checkpoints import files
 from compress.checkpoints.adapter import adapter_config, write_adapter
@@ -65,20 +66,14 @@ def turn_into_gguf(prepared: Prepared, folder: RunFolder, ids: Tensor, logits: T
     plan, target, metadata = prepared.plan, folder.checkpoint, read_metadata(folder.checkpoint)
     file = target / f"{prepared.job.out.name}.gguf"
     types = {path: str(storage.block_type) for path, storage in plan.spec.storage.items()}
-    write_gguf(target, file, name=metadata.name, types=types, file_type=gguf_file_type(plan))
+    file_type = FileType.parse(str(plan.spec.gguf_type)).name
+    write_gguf(target, file, name=metadata.name, types=types, file_type=file_type)
     difference = verify_gguf(target, file, ids, logits, memory=memory)
     found = metadata.model_copy(update={"parts": {file.name: sha256(file)}})
     clear(target, kept={file.name})
     found.write(target)
     write_card(target, found)
     return difference
-
-
-def gguf_file_type(plan: Plan) -> str:
-    """The file's type as the recipe says it, without the types of single tensors."""
-    said = (stage.model_dump() for stage in plan.stages if stage.stage in ("slim", "quantize_embeddings"))
-    names = [str(data.get("gguf_type") or (data.get("quantize") or {}).get("gguf_type")) for data in said]
-    return names[0].partition(",")[0]
 
 
 def _metadata(prepared: Prepared, folder: RunFolder, adapter: dict[str, Any] | None, parts: dict[str, str]) -> Metadata:

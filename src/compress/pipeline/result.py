@@ -26,6 +26,7 @@ class Result:
     out: Path
     architecture: str
     is_stock: bool
+    is_gguf: bool
     dense: Size
     size: Size
     widths: list[int]
@@ -70,6 +71,7 @@ def result_of(
         out=prepared.job.out,
         architecture=metadata.architecture,
         is_stock=metadata.loads_without_our_code,
+        is_gguf=metadata.storage == "gguf",
         dense=prepared.plan.dense,
         size=Size(metadata.size.parameters, metadata.size.bytes),
         widths=[point.width for point in metadata.points],

@@ -18,17 +18,17 @@ import psutil
 import torch
 
 from compress.architectures.architecture import dense_units
-from compress.calibration.branch_pass import (
+from compress.calibration.cache import cache_bytes
+from compress.calibration.divergence import LOGITS_AT_ONCE
+from compress.calibration.experts import lot_bytes
+from compress.calibration.sites import (
+    WholeModel,
     has_groups,
     has_linears,
     keeps_before_post_norms,
     num_streams,
     rotates_points,
 )
-from compress.calibration.cache import cache_bytes
-from compress.calibration.divergence import LOGITS_AT_ONCE
-from compress.calibration.experts import lot_bytes
-from compress.calibration.sites import WholeModel
 from compress.calibration.spectra import WIDEST
 from compress.calibration.survey import TOKENS_AT_ONCE, SurveyNeed, survey_samples
 from compress.errors import UsageError

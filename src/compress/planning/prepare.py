@@ -100,15 +100,16 @@ def prepare(job: Job, processes: Processes = ALONE) -> Prepared:
     with problems.collect():
         check_positions(config, calibration.seq_len)
     if planned:
+        writes_gguf = job.export == "gguf" or plan.spec.is_gguf
         with problems.collect():
-            check_disk(job.out, plan.disk_bytes)
+            check_disk(job.out, plan.disk_bytes + (plan.spec.size.bytes if writes_gguf else 0))
         with problems.collect():
             check_memory(plan.memory_bytes * processes.local_count)
         with problems.collect():
             weights = open_weights(folder, config, family)
         with problems.collect():
             companions(folder)
-        if job.export == "gguf":
+        if writes_gguf:
             with problems.collect():
                 check_gguf(plan, folder)
     with problems.collect():

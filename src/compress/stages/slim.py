@@ -254,7 +254,8 @@ class Slim(StageConfig):
         if self.form == "compact":
             spec = replace(spec, architecture=as_own(spec.architecture))
         notes = (*spec.notes, *storage_notes(storage.values()))
-        return settled, replace(spec, storage=storage, notes=notes)
+        gguf_type = None if self.quantize is None else self.quantize.gguf_type
+        return settled, replace(spec, storage=storage, notes=notes, gguf_type=gguf_type)
 
     def settled(self, linears: Sequence[LinearShape], spec: ModelSpec) -> "Slim":
         """With what goes by the model's linears and the dtype that is written said."""
