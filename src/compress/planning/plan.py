@@ -11,7 +11,7 @@ from compress.architectures.own import Own
 from compress.architectures.sizes import Size
 from compress.architectures.stock import Stock
 from compress.calibration.linears import FactorShape, LinearSite
-from compress.calibration.sites import Count, WholeModel
+from compress.calibration.sites import Count, Table, WholeModel
 from compress.calibration.spectra import LinearFilter
 from compress.calibration.survey import SurveyNeed
 from compress.errors import UsageError, report
@@ -183,6 +183,9 @@ def rank_space(stages: Sequence[StageConfig], spec: ModelSpec) -> RankSpace | No
 def mixture_faults(stages: Sequence[StageConfig], *, has_budget: bool) -> list[str]:
     """Say what cannot be in one recipe with a stage that stores linears in fewer bits."""
     storing = [stage for stage in stages if stage.in_written_form]
+    tables = [stage.stage for stage in stages if stage.site is Table]
+    if tables and not any(stage.model_dump().get("form") == "gguf" for stage in storing):
+        return [f"{tables[0]} is for GGUF files. Give slim form: gguf, or leave it out."]
     if not storing:
         return []
     name, problems = storing[0].stage, list[str]()

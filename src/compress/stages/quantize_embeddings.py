@@ -12,7 +12,6 @@ from pydantic import Field
 from compress.architectures.architecture import ModelSpec
 from compress.architectures.gguf_types import resolve
 from compress.calibration.sites import Table
-from compress.errors import UsageError
 from compress.models.storage import Storage
 from compress.numerics.block_grid import fit_blocks
 from compress.numerics.block_types import TYPES
@@ -31,7 +30,7 @@ class QuantizeEmbeddings(StageConfig):
 
     def plan(self, spec: ModelSpec) -> tuple["QuantizeEmbeddings", ModelSpec]:
         if spec.gguf_type is None:
-            raise UsageError("quantize_embeddings is for GGUF files. Give slim form: gguf, or leave it out.")
+            return self, spec  # of a recipe that is refused
         types = resolve(spec.gguf_type, spec.config(), spec.tables)
         storage = {path: Storage(form="gguf", bits=None, block_type=name) for path, name in types.items()}
         return self.model_copy(update={"types": types}), replace(spec, storage={**spec.storage, **storage})
