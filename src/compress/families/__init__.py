@@ -6,6 +6,7 @@ built; everything else follows from the table. Names are those of the stock tran
 """
 
 import importlib
+import json
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -168,7 +169,8 @@ class Family:
             branch["neurons"] = (
                 {"readers": dict(neurons[0]["readers"]), "writer": neurons[0]["writer"]} if neurons else None
             )
-        return plain({**names, "branches": branches})
+        plain: dict[str, Any] = json.loads(json.dumps({**names, "branches": branches}))  # tuples become lists
+        return plain
 
     def part_of(self, name: str) -> str:
         """The part of a block that a linear belongs to: `attention`, `mlp` or `router`."""
@@ -178,13 +180,6 @@ class Family:
 
     def units(self, kind: str) -> list[Units]:
         return [units for branch in self.branches for units in branch.units if units.kind == kind]
-
-
-def plain(value: Any) -> Any:
-    """Turn tuples into lists, recursively, as JSON does."""
-    if isinstance(value, dict):
-        return {key: plain(entry) for key, entry in value.items()}
-    return [plain(entry) for entry in value] if isinstance(value, list | tuple) else value
 
 
 def names() -> list[str]:
