@@ -19,9 +19,9 @@ from transformers import PreTrainedModel
 
 from compress.architectures.packed import put_packed, quantization_config
 from compress.architectures.sizes import Size, by_depth, disk_bytes, size_of
-from compress.calibration.layout import Layout
-from compress.calibration.linears import FactorShape, LinearShape, linear_shape
+from compress.calibration.linears import FactorShape, LinearShape
 from compress.calibration.sites import Count, StreamPoint, stream_points
+from compress.calibration.weights import Layout
 from compress.errors import UsageError
 from compress.families import Family
 from compress.models.loading import empty_model
@@ -189,7 +189,7 @@ class ModelSpec:
                 for suffix, linear in below.items():
                     assert isinstance(linear, nn.Linear)
                     ending = f".{suffix}" if suffix else ""
-                    found.append(linear_shape(path + ending, name + ending, part, linear))
+                    found.append(LinearShape.of(path + ending, name + ending, part, linear))
         return found
 
 

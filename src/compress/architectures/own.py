@@ -21,7 +21,7 @@ from compress.architectures.architecture import (
     usual_step,
 )
 from compress.architectures.stock import Stock
-from compress.calibration.layout import Layout
+from compress.calibration.weights import Layout
 from compress.own_model.configuration_compress import CompressConfig
 
 CLASS = "CompressForCausalLM"

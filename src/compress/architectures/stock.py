@@ -24,7 +24,7 @@ from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from compress.architectures.architecture import ONE_WIDTH, Architecture, ModelSpec, dense_units, rank_step, usual_step
-from compress.calibration.layout import Layout
+from compress.calibration.weights import Layout
 from compress.families import Family, StockShape
 from compress.models.branch import Branch, ReaderGroup, set_weight
 from compress.models.written import WrittenForm, in_form

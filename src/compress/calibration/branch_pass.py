@@ -28,10 +28,8 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor, nn
 
-from compress.calibration.divergence import copy_linears, mean_divergence
 from compress.calibration.experts import chunks, gather_experts
 from compress.calibration.groups import (
-    EquationSums,
     LinearGroup,
     Readers,
     Writers,
@@ -40,20 +38,18 @@ from compress.calibration.groups import (
     writer_linears,
     writer_matrix,
 )
-from compress.calibration.layout import Layout
 from compress.calibration.linears import LinearSite
 from compress.calibration.resources import Stopwatch
 from compress.calibration.rewriting import LinearRewriter, Report
-from compress.calibration.sites import Basis, Stage, StreamPoint, Table, follows_dense, has_groups, rotates_points
-from compress.calibration.statistics import Accumulator, Need
-from compress.calibration.streams import Batch, Streams, rows
+from compress.calibration.sites import Basis, Stage, StreamPoint, Table, follows_dense, is_anchored, rotates_points
+from compress.calibration.statistics import EquationSums, PointStatistics, rows
+from compress.calibration.streams import Batch, Streams, copy_linears, mean_divergence
 from compress.calibration.survey import Survey
+from compress.calibration.weights import Layout
 from compress.models.branch import Branch, ReaderGroup, captured_inputs, input_of, read_through, write_through
 from compress.models.decoder import Decoder
 from compress.numerics.frames import Frame
 from compress.numerics.ridge import NormalEquations
-
-Gathered = dict[Need, Accumulator]
 
 
 class BranchPass:
@@ -86,7 +82,7 @@ class BranchPass:
         self.rewriter = LinearRewriter(decoder, stages, layout, survey, clock, streams.processes)
         self.rotates_points = frame is None and rotates_points(stages)
         self.follows_dense = follows_dense(stages)
-        self.is_anchored = not self.follows_dense and has_groups(stages)
+        self.is_anchored = is_anchored(stages)
         self.eps = decoder.family.epsilon(decoder.config)
 
     def embed(self, branch: Branch, point: StreamPoint) -> None:
@@ -94,19 +90,18 @@ class BranchPass:
         self._apply(branch)
         with self.clock("forward"):
             self.streams.embed()
-        gathered = self._accumulators(point)
+        found = self._statistics(point)
         with self.clock("statistics"):
-            for batch in self.streams.batches:
-                for accumulator in gathered.values():
-                    accumulator.add(*self.streams.now(batch))
-        self._decide(point, gathered)
+            for batch in self.streams.batches if found else ():
+                found.add(*self.streams.now(batch))
+        self._decide(point, found)
         self._change_basis(branch, point)
         self.layout.settle(branch)
         names = self.decoder.family.embeddings
         self.quantize_tables({name: self.decoder.model.get_submodule(name) for name in names})
         if self.blocks and self.decode is None:
             with self.clock("forward"):
-                self.streams.embed_again()
+                self.streams.embed(dense=False)
 
     def through(self, branch: Branch, point: StreamPoint, block: int) -> list[Report]:
         """Compress a branch of a block and advance the streams to `point`; return reports on groups and linears."""
@@ -123,9 +118,10 @@ class BranchPass:
         else:
             self._advance_dense(branch, block)
             reports = self._enter(branch, [])
-            if self.rewriter.stages:
-                reports += self.rewriter.rewrite_together(branch, block, self.streams, advance=False)
-            self._run_wide(branch, point, block)
+            reports += self.rewriter.rewrite_together(branch, block, self.streams)
+            found = self._statistics(point)
+            self._run_wide(branch, block, found, advance=True)
+            self._decide(point, found)
             self._change_basis(branch, point)
         self.layout.settle(branch)
         return reports
@@ -177,9 +173,7 @@ class BranchPass:
         decode = self.decode if self.decode is not None else torch.eye(width, dtype=torch.float64)
         sums = EquationSums(len(decode) + has_bias, width, self.decoder.device)
         with self.clock("statistics"):
-            for batch in self.streams.batches:
-                stream, dense = self.streams.now(batch)
-                assert dense is not None
+            for batch, stream, dense in self.streams.both():
                 u = with_constant([rows(behind.norm(stream))], bias=has_bias)
                 sums.add(u, rows(behind.norm(dense)), held_out=batch.held_out)
             fit, held_out = sums.fit(self.processes), sums.held_out(self.processes)
@@ -195,66 +189,59 @@ class BranchPass:
 
     def _enter(self, branch: Branch, groups: Sequence[Readers]) -> list[Report]:
         """Write the fitted readers, so that they take the compressed stream."""
-        reports = []
         if not groups and self.decode is not None:
             read_through(branch, self.decode)
-        for group in groups:
-            group.write()
-            reports += self.rewriter.rewrite_group(group)
-            reports.append(group.close())
-        return reports
+        return [report for group in groups for report in self._written(group)]
+
+    def _written(self, group: Readers | Writers) -> list[Report]:
+        """Write a fitted group and rewrite its linears."""
+        group.write()
+        return [*self.rewriter.rewrite_group(group), group.close()]
 
     def _advance_dense(self, branch: Branch, block: int) -> None:
-        if self.streams.dense is None or branch.run is None:
+        if self.streams.dense is None:
             return
         with self.clock("forward"):
-            for batch in self.streams.batches:
-                _, dense = self.streams.now(batch)
-                assert dense is not None
-                arguments = self.streams.arguments[batch.index][block]
+            for batch, _, dense in self.streams.both():
                 with captured_inputs(branch.norms_behind) as given:
-                    self.streams.dense.put(batch.index, dense + branch.run(dense, arguments))
+                    self.streams.dense.put(batch.index, dense + self.streams.update(branch, dense, batch, block))
                 if self.streams.before_post_norm is not None and given:
                     self.streams.before_post_norm.put(batch.index, given[0])
 
-    def _run_wide(self, branch: Branch, point: StreamPoint, block: int) -> None:
-        """Run the branch, its output in the dense basis, and decide the point's basis by what came out."""
-        gathered = self._accumulators(point)
+    def _run_wide(self, branch: Branch, block: int, found: PointStatistics, *, advance: bool = False) -> None:
+        """Run the branch, its output in the dense basis, for the statistics of what comes out."""
         for batch in self.streams.batches:
             stream, dense = self.streams.now(batch)
             with self.clock("forward"):
                 wide = self._wide(stream) + self.streams.update(branch, stream, batch, block)
-                self.streams.compressed.put(batch.index, wide)
+                if advance:
+                    self.streams.compressed.put(batch.index, wide)
             with self.clock("statistics"):
-                for accumulator in gathered.values():
-                    accumulator.add(wide, dense)
-        self._decide(point, gathered)
+                found.add(wide, dense)
 
     def _fit_writers(self, branch: Branch, point: StreamPoint, block: int) -> list[Report]:
         """Run the branch to see what its writers are given; encode and fit them."""
-        sums, gathered = self._gather_writers(branch, point, block)
-        self._decide(point, gathered)
+        sums, found = self._gather_writers(branch, point, block)
+        self._decide(point, found)
         encode = self._write_in_basis(branch, point)
         fit, held_out = sums.fit(self.processes), sums.held_out(self.processes)
         if self.rotates_points and encode is not None:
             fit, held_out = encoded(fit, encode), encoded(held_out, encode)
-        inputs = sums.inputs(self.processes)
-        name, matrix = f"{branch.name} writers", writer_matrix(branch)
-        group = Writers(name, block, branch, fit, held_out, inputs, matrix, processes=self.processes)
+        inputs, matrix = sums.inputs(self.processes), writer_matrix(branch)
+        group = Writers(
+            f"{branch.name} writers", block, branch, fit, held_out, inputs, matrix, processes=self.processes
+        )
         with self.clock("solve"):
             self._apply(group)
-        group.write()
-        return [*self.rewriter.rewrite_group(group), group.close()]
+        return self._written(group)
 
     def _fit_experts(self, branch: Branch, point: StreamPoint, block: int) -> list[Report]:
         """Encode the experts of a branch and fit them, each by its own tokens."""
-        reports, gathered = self.rewriter.rewrite_readers(branch, block, self.streams), self._accumulators(point)
-        for batch in self.streams.batches if gathered else ():
-            stream, dense = self.streams.now(batch)
-            wide = self._wide(stream) + self.streams.update(branch, stream, batch, block)
-            for accumulator in gathered.values():
-                accumulator.add(wide, dense)
-        self._decide(point, gathered)
+        reports = self.rewriter.rewrite_together(branch, block, self.streams, readers_only=True)
+        found = self._statistics(point)
+        if found:
+            self._run_wide(branch, block, found)
+        self._decide(point, found)
         encode = self._write_in_basis(branch, point)
         for numbers in chunks(branch.experts, self.decoder.dense_width):
             with self.clock("statistics"):
@@ -266,11 +253,10 @@ class BranchPass:
                 group.processes = self.processes
                 with self.clock("solve"):
                     self._apply(group)
-                group.write()
-                reports += [*self.rewriter.rewrite_group(group), group.close()]
+                reports += self._written(group)
         return reports
 
-    def _gather_writers(self, branch: Branch, point: StreamPoint, block: int) -> tuple[EquationSums, Gathered]:
+    def _gather_writers(self, branch: Branch, point: StreamPoint, block: int) -> tuple[EquationSums, PointStatistics]:
         """Gather the writers' normal equations and the point's statistics.
 
         Where each point is rotated by itself, the basis is not known yet: the stream, which passes by a shortcut, comes
@@ -282,11 +268,9 @@ class BranchPass:
         width = self.decoder.dense_width if encode is None else encode.shape[1]
         stream_width = self.streams.compressed.stored(0).shape[-1] if self.rotates_points else 0
         inputs = stream_width + sum(linear.in_features for linear in linears) + has_bias
-        sums, gathered = EquationSums(inputs, width, self.decoder.device), self._accumulators(point)
-        keeps = not gathered and self._can_keep_inputs(branch)
-        for batch in self.streams.batches:
-            stream, dense = self.streams.now(batch)
-            assert dense is not None
+        sums, found = EquationSums(inputs, width, self.decoder.device), self._statistics(point)
+        keeps = not found and self._can_keep_inputs(branch)
+        for batch, stream, dense in self.streams.both():
             with self.clock("forward"):
                 if keeps:
                     run = partial(self.streams.update, branch, stream, batch, block)
@@ -296,16 +280,13 @@ class BranchPass:
                     with captured_inputs(linears) as given:
                         update = self.streams.update(branch, stream, batch, block)
             with self.clock("statistics"):
-                if gathered:
-                    wide = self._wide(stream) + update
-                    for accumulator in gathered.values():
-                        accumulator.add(wide, dense)
-                columns = [rows(given[place]) for place in range(len(linears))]
+                if found:
+                    found.add(self._wide(stream) + update, dense)
                 z = [rows(stream) / branch.scale] if self.rotates_points else []
-                u = with_constant([*z, *columns], bias=has_bias)
-                t, weights = self._target(branch, batch, encode)
+                u = with_constant([*z, *(rows(given[place]) for place in range(len(linears)))], bias=has_bias)
+                t, weights = self._target(branch, batch, stream, dense, encode)
                 sums.add(u, t, weights=weights, held_out=batch.held_out)
-        return sums, gathered
+        return sums, found
 
     def _can_keep_inputs(self, branch: Branch) -> bool:
         """Whether all that a branch writes is one writer's output, and its inputs fit in memory."""
@@ -326,7 +307,7 @@ class BranchPass:
         return change[0].to(self.decoder.dtype)
 
     def _target(
-        self, branch: Branch, batch: Batch, encode: Float[Tensor, "D d"] | None
+        self, branch: Branch, batch: Batch, stream: Tensor, dense: Tensor, encode: Float[Tensor, "D d"] | None
     ) -> tuple[Float[Tensor, "tokens d"], Float[Tensor, "tokens 1"]]:
         """The targets of a branch's writers for a batch, and its token weights.
 
@@ -335,8 +316,6 @@ class BranchPass:
         the stream that has taken these in. Tokens weigh as the next norm will weigh them, and as the norm behind the
         branch does: an error e before a norm of y is of the order of e / rms(y) behind it.
         """
-        stream, dense = self.streams.now(batch)
-        assert dense is not None
         t = rows(dense)
         weights = self._weigh(t)
         if branch.post_norm is not None:
@@ -371,16 +350,14 @@ class BranchPass:
         mean: Tensor | float = t.mean(-1, keepdim=True) if self.decoder.family.norm == "layer" else 0.0
         return 1 / ((t - mean).square().mean(-1, keepdim=True) + self.eps)
 
-    def _accumulators(self, point: StreamPoint) -> Gathered:
+    def _statistics(self, point: StreamPoint) -> PointStatistics:
         stages = [stage for stage in self.stages if stage.site is StreamPoint]
         needs = dict.fromkeys(need for stage in stages for need in stage.requires.statistics)
-        return {need: need.accumulator(point.dense_width, self.eps, self.decoder.device) for need in needs}
+        return PointStatistics(needs, point.dense_width, self.eps, self.decoder.device)
 
-    def _decide(self, point: StreamPoint, gathered: Mapping[Need, Accumulator]) -> None:
+    def _decide(self, point: StreamPoint, found: PointStatistics) -> None:
         """Ask the stages for the point's basis."""
-        for accumulator in gathered.values():
-            self.processes.add_up(*accumulator.sums)
-        point.statistics = {need: accumulator.value() for need, accumulator in gathered.items()}
+        point.statistics = found.close(self.processes)
         if self.frame is not None:
             point.basis = Basis(self.frame, width=point.dense_width, is_shared=True)
         with self.clock("eigensolve"):

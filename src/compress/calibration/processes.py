@@ -52,19 +52,19 @@ class Processes:
     def add_up(self, *sums: Tensor) -> None:
         """Sum tensors over all processes, in place."""
 
-    def total(self, number: int) -> int:
-        return number
-
     def follow(self, *tensors: Tensor) -> None:
         """Broadcast the first process's tensors, in place."""
-
-    def from_first(self, data: Any) -> Any:
-        """Broadcast plain data from the first process."""
-        return data
 
     def gathered(self, data: Any) -> list[Any]:
         """Gather plain data from all processes, in the order of their ranks; also a barrier."""
         return [data]
+
+    def from_first(self, data: Any) -> Any:
+        """Broadcast plain data from the first process."""
+        return self.gathered(data)[0]
+
+    def total(self, number: int) -> int:
+        return sum(self.gathered(number))
 
     @contextmanager
     def shared_fate(self) -> Iterator[None]:
@@ -89,19 +89,13 @@ class Group(Processes):
     neighbors: Mapping[int, int] = {}  # process ids by ranks, of those on this machine
 
     def __init__(self, rank: int, count: int, local_count: int, store: Any) -> None:
-        self.rank = rank
-        self.count = count
-        self.local_count = local_count
-        self.store = store
+        self.rank, self.count, self.local_count, self.store = rank, count, local_count, store
         self.said = 0
 
     def add_up(self, *sums: Tensor) -> None:
         with self._together():
             for one in sums:
                 distributed.all_reduce(one)
-
-    def total(self, number: int) -> int:
-        return sum(self.gathered(number))
 
     def follow(self, *tensors: Tensor) -> None:
         with self._together():
@@ -110,15 +104,6 @@ class Group(Processes):
                 distributed.broadcast(whole.reshape(-1).view(torch.uint8), src=0)
                 if not tensor.is_contiguous():
                     tensor.copy_(whole)
-
-    def from_first(self, data: Any) -> Any:
-        key = self._new_key()
-        with self._noticing_deaths():
-            if self.is_first:
-                self.store.set(key, json.dumps(data))
-                return data
-            self._until(lambda: self.store.check([key]))
-            return json.loads(self.store.get(key))
 
     def gathered(self, data: Any) -> list[Any]:
         start = self._new_key()

@@ -13,13 +13,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float64
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from compress.calibration.experts import regularized
-from compress.calibration.groups import EquationSums
 from compress.calibration.processes import ALONE, Processes
+from compress.calibration.statistics import EquationSums, regularized, rows
 from compress.io import WrittenFile, write_tensors
 from compress.models.decoder import Decoder
 from compress.numerics.lowrank import InputMoments, Spread, gradient_metric, output_energies
@@ -77,47 +76,52 @@ class GradientFiles:
 
 
 class LinearObserver:
-    """Gather the moments block by block, each process from its own batches."""
+    """Gather the moments block by block, each process from its own batches. Without a `watch` nothing is gathered."""
 
     def __init__(
-        self, watch: LinearFilter, files: GradientFiles, decoder: Decoder, processes: Processes = ALONE
+        self, watch: LinearFilter | None, files: GradientFiles, decoder: Decoder, processes: Processes = ALONE
     ) -> None:
         self.processes = processes
         self.watch = watch
         self.files = files
         self.decoder = decoder
-        self.widest = WIDEST * decoder.dense_width
         self.device = decoder.device
         self.spectra: dict[str, Spectrum] = {}
-        self.linears: dict[str, nn.Linear] = {}
         self._forget()
 
     def _forget(self) -> None:
+        self.linears: dict[str, nn.Linear] = {}
+        self.inputs: dict[str, Tensor] = {}  # of the present batch
         self.sums: list[EquationSums] = []
         self.shared: dict[str, int] = {}
         self.gradients: dict[str, GramSum | DiagonalSum] = {}
         self.tokens = 0
 
     @contextmanager
-    def block(self, index: int) -> Iterator[None]:
+    def block(self, index: int, *, active: bool = True) -> Iterator[None]:
         """Watch a loaded block for as many batches as pass it, then compute its spectra."""
         prefix, part_of = self.decoder.block_prefix(index), self.decoder.family.part_of
-        self.linears = {
-            prefix + name: module
-            for name, module in self.decoder.blocks[index].named_modules()
-            if isinstance(module, nn.Linear) and self.watch.wanted(name, part_of(name))
-        }
+        if self.watch is not None and active:
+            self.linears = {
+                prefix + name: module
+                for name, module in self.decoder.blocks[index].named_modules()
+                if isinstance(module, nn.Linear) and self.watch.wanted(name, part_of(name))
+            }
         yield
+        if self.watch is not None and self.linears:
+            self._close(index, self.watch)
+        self._forget()
+
+    def _close(self, index: int, watch: LinearFilter) -> None:
         sharing = self._sharing()
         moments = {path: self._moments(path) for path in self.linears if sharing[path] == path}
         gradients = self._mean_gradients()
         for path, linear in self.linears.items():
-            spread = moments[sharing[path]].spread(centered=self.watch.centers(has_bias=linear.bias is not None))
-            self.spectra[path] = self._spectrum(path, linear.weight.double(), spread, gradients)
-            self.processes.follow(*self.spectra[path].tensors)
+            spread = moments[sharing[path]].spread(centered=watch.centers(has_bias=linear.bias is not None))
+            self.spectra[path] = found = spectrum_of(path, linear, spread, gradients, watch.gradient_weight)
+            self.processes.follow(*found.tensors)
         if gradients and self.processes.is_first:
             self.files.write(index, gradients)
-        self._forget()
 
     def _sharing(self) -> dict[str, str]:
         """Map each linear to the first one that is given the same inputs, over all processes."""
@@ -146,64 +150,58 @@ class LinearObserver:
 
     def _gradient_sum(self, path: str, m: int) -> GramSum | DiagonalSum:
         if path not in self.gradients:
-            self.gradients[path] = (GramSum if m <= self.widest else DiagonalSum)(m, self.device)
+            is_narrow = m <= WIDEST * self.decoder.dense_width
+            self.gradients[path] = (GramSum if is_narrow else DiagonalSum)(m, self.device)
         return self.gradients[path]
 
     @contextmanager
-    def batch(self) -> Iterator["Watched"]:
-        """Record the inputs and outputs of the linears during one pass through the block."""
-        watched = Watched()
-        handles = [linear.register_forward_hook(partial(watched.note, path)) for path, linear in self.linears.items()]
+    def batch(self) -> Iterator[dict[str, Tensor]]:
+        """Record the inputs of the linears during one pass through the block; yields their outputs, by path."""
+        outputs: dict[str, Tensor] = {}
+
+        def note(path: str, _module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+            self.inputs[path], outputs[path] = inputs[0], output
+            # A copy goes on where gradients are wanted: OLMo clips it in place, and what is noted would be clipped too.
+            return output.clone() if output.requires_grad else None
+
+        handles = [linear.register_forward_hook(partial(note, path)) for path, linear in self.linears.items()]
         try:
-            yield watched
+            yield outputs
         finally:
             for handle in handles:
                 handle.remove()
 
     @torch.no_grad()
-    def add(self, watched: "Watched", tokens: int, gradients: Mapping[str, Tensor] | None = None) -> None:
-        """A batch of so many tokens, of which experts see some: linears that are given the same tensor share its
-        moments."""
+    def add(self, tokens: int, gradients: Mapping[str, Tensor] | None = None) -> None:
+        """Take in the batch that has passed, of so many tokens, of which experts see some.
+
+        Linears that are given the same tensor share its moments. gradients: by the linears' outputs.
+        """
         seen: dict[int, int] = {}
-        for path, given in watched.inputs.items():
+        for path, given in self.inputs.items():
             if path not in self.shared:
                 self.shared[path] = seen.get(id(given), len(self.sums))
                 if self.shared[path] == len(self.sums):
                     self.sums.append(EquationSums(given.shape[-1], 0, self.device))
             if id(given) not in seen:
                 seen[id(given)] = self.shared[path]
-                self.sums[self.shared[path]].add(rows(given.detach()), None)
+                self.sums[self.shared[path]].add(rows(given.detach()))
         for path, gradient in (gradients or {}).items():
             self._gradient_sum(path, gradient.shape[-1]).add(rows(gradient))
         self.tokens += tokens
-
-    def _spectrum(
-        self, path: str, W: Float64[Tensor, "m n"], spread: Spread, gradients: Mapping[str, Tensor]
-    ) -> Spectrum:
-        """gradients: their second moments by linears' outputs, or the diagonals of these, where they were taken."""
-        energy = output_energies(W, spread)
-        if path not in gradients:
-            # Where others have a gradient, what no token reached has none to feel.
-            return Spectrum(energy, torch.zeros_like(energy) if gradients else None)
-        G = gradients[path]
-        scale = (G if G.ndim == 1 else G.diagonal()).mean()
-        metric = gradient_metric(G, self.watch.gradient_weight, name=path)
-        return Spectrum(energy, scale * (energy if metric is None else output_energies(metric.apply(W), spread)))
+        self.inputs = {}
 
 
-class Watched:
-    """Inputs and outputs of linears in one pass."""
-
-    def __init__(self) -> None:
-        self.inputs: dict[str, Tensor] = {}
-        self.outputs: dict[str, Tensor] = {}
-
-    def note(self, path: str, _module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        """A forward hook, for the linear at `path`."""
-        self.inputs[path], self.outputs[path] = inputs[0], output
-        # A copy goes on where gradients are wanted: OLMo clips it in place, and what is noted would be clipped too.
-        return output.clone() if output.requires_grad else None
-
-
-def rows(stream: Float[Tensor, "*tokens d"]) -> Float[Tensor, "_ d"]:
-    return stream.reshape(-1, stream.shape[-1])
+def spectrum_of(
+    path: str, linear: nn.Linear, spread: Spread, gradients: Mapping[str, Tensor], gradient_weight: float
+) -> Spectrum:
+    """gradients: their second moments by linears' outputs, or the diagonals of these, where they were taken."""
+    W = linear.weight.double()
+    energy = output_energies(W, spread)
+    if path not in gradients:
+        # Where others have a gradient, what no token reached has none to feel.
+        return Spectrum(energy, torch.zeros_like(energy) if gradients else None)
+    G = gradients[path]
+    scale = (G if G.ndim == 1 else G.diagonal()).mean()
+    metric = gradient_metric(G, gradient_weight, name=path)
+    return Spectrum(energy, scale * (energy if metric is None else output_energies(metric.apply(W), spread)))

@@ -4,12 +4,12 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from compress.calibration.loader import PartLoader
 from compress.calibration.spectra import GradientFiles, LinearObserver
 from compress.calibration.streams import CacheFolder, own_batches, split_windows, spread
 from compress.calibration.survey import Survey, SurveyNeed, Surveyor, survey_samples
 from compress.calibration.unit_costs import UnitObserver
 from compress.calibration.walk import Walk, WalkSettings
+from compress.calibration.weights import PartLoader
 from compress.models.decoder import Decoder
 from compress.planning.prepare import Prepared
 from compress.stages._stage import StageConfig

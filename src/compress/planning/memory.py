@@ -18,8 +18,6 @@ import psutil
 import torch
 
 from compress.architectures.architecture import dense_units
-from compress.calibration.cache import cache_bytes
-from compress.calibration.divergence import LOGITS_AT_ONCE
 from compress.calibration.experts import lot_bytes
 from compress.calibration.sites import (
     WholeModel,
@@ -30,6 +28,7 @@ from compress.calibration.sites import (
     rotates_points,
 )
 from compress.calibration.spectra import WIDEST
+from compress.calibration.streams import LOGITS_AT_ONCE, cache_bytes
 from compress.calibration.survey import TOKENS_AT_ONCE, SurveyNeed, survey_samples
 from compress.errors import UsageError
 from compress.families import Family
