@@ -202,7 +202,6 @@ def surveyor(
     """observe: what looks at single linears, made for the survey's decoder."""
     decoder = new_decoder(folder, dtype=dtype)
     return Surveyor(
-        decoder,
         PartLoader(decoder, LazyWeights(folder)),
         split_windows(windows, batch_size, held_out=0),
         CacheFolder(decoder, folder),

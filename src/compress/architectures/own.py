@@ -7,7 +7,7 @@ the heads' size to the hidden one (OPT); and linears that are factorized, or sto
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -17,7 +17,6 @@ from compress.architectures.architecture import (
     ModelSpec,
     dense_units,
     rank_step,
-    shortened,
     usual_step,
 )
 from compress.architectures.stock import Stock
@@ -42,20 +41,23 @@ class Own(Architecture):
     inside: Stock | None = None
     shortcuts: bool = True
 
-    @property
-    def class_name(self) -> str:
-        return CLASS
-
-    @property
-    def is_stock(self) -> bool:
-        return False
+    class_name: ClassVar = CLASS
+    is_stock: ClassVar = False
 
     @property
     def zero_biases(self) -> tuple[str, ...]:
         return () if self.inside is None else self.inside.zero_biases
 
-    def _config(self, spec: ModelSpec, dtype: torch.dtype) -> CompressConfig:
-        text_config = self._text_config(spec) if self.inside is None else self.inside._config(spec, dtype)
+    def base_config(self, spec: ModelSpec, dtype: torch.dtype) -> CompressConfig:
+        if self.inside is not None:
+            text_config = self.inside.base_config(spec, dtype)
+        else:  # the dense model's with another MLP width
+            text_config, neurons = copy.deepcopy(self.dense), spec.units.get("neurons")
+            # The embeddings and the head lie in different bases, so what was tied no longer is.
+            text_config.tie_word_embeddings = False
+            text_config.name_or_path = ""  # a path of the machine it was made on
+            for units in self.family.units("neurons"):
+                setattr(text_config, units.count, max(neurons) if isinstance(neurons, tuple) else neurons)
         config = CompressConfig(
             text_config=text_config,
             structure=self.family.structure(),
@@ -70,16 +72,6 @@ class Own(Architecture):
         config.dtype = dtype
         return config
 
-    def _text_config(self, spec: ModelSpec) -> Any:
-        """The dense model's config with another MLP width."""
-        config, neurons = copy.deepcopy(self.dense), spec.units.get("neurons")
-        # The embeddings and the head lie in different bases, so what was tied no longer is.
-        config.tie_word_embeddings = False
-        config.name_or_path = ""  # a path of the machine it was made on
-        for units in self.family.units("neurons"):
-            setattr(config, units.count, max(neurons) if isinstance(neurons, tuple) else neurons)
-        return config
-
     def _slicing(self, spec: ModelSpec) -> dict[str, Any]:
         neurons = spec.units.get("neurons")
         return {
@@ -91,8 +83,8 @@ class Own(Architecture):
             "reader_bias": self.family.norm == "layer" and self.family.norm_offset,
         }
 
-    def _shortened(self, config: CompressConfig, num_blocks: int) -> CompressConfig:
-        config.text_config = shortened(config.text_config, num_blocks)
+    def shortened(self, config: CompressConfig, num_blocks: int) -> CompressConfig:
+        config.text_config = super().shortened(config.text_config, num_blocks)
         if config.slicing is not None:
             # Blocks alike, up to the last point, which has the head's width.
             widths, points = config.slicing["stream_widths"], num_blocks * len(self.family.branches)

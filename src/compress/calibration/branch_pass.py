@@ -9,19 +9,17 @@ compressed before it. At each branch:
     the writers write in that basis; where stages work on groups of linears, they are fitted, and the branch runs again,
     or the writer alone where its inputs are kept
 
-Where stages work on single linears, readers are given to them before the branch runs, writers before it runs again.
-Without groups and linears nothing is run a second time. The reference code of SliceGPT runs each block twice.
-
-Two other passages are for stages on linears alone, where no basis changes. Those that go by plain inputs find all
-linears of a branch by what the compressed stream gives them in one pass of the branch as it is; no dense stream is
-needed. Those that ask for the dense model's own inputs find them the same way, but the stream goes on behind that pass
-and stays the dense model's.
+Single linears are rewritten with their group: readers before the branch runs, writers before it runs again. Without
+groups nothing is run a second time (SliceGPT's code runs each block twice), and linears that go by plain inputs are all
+rewritten by what one pass of the unchanged branch gives them. Where these are to be the dense model's own, the stream
+goes on behind that pass and stays the dense model's.
 
 Shapes: stream (windows, tokens, d) in the present basis, (windows, tokens, D) in the dense one, decode (d, D),
 encode (D, d).
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -46,44 +44,39 @@ from compress.calibration.statistics import EquationSums, PointStatistics, rows
 from compress.calibration.streams import Batch, Streams, copy_linears, mean_divergence
 from compress.calibration.survey import Survey
 from compress.calibration.weights import Layout
-from compress.models.branch import Branch, ReaderGroup, captured_inputs, input_of, read_through, write_through
+from compress.models.branch import Branch, captured_inputs, input_of, read_through, write_through
 from compress.models.decoder import Decoder
 from compress.numerics.frames import Frame
 from compress.numerics.ridge import NormalEquations
 
 
+@dataclass
 class BranchPass:
     """
     survey: of the dense model, where a stage asked for one.
     frame: what the bases of all points are of, where they share one.
     decode: takes the compressed stream where it is now back to the dense basis; None while it is in that basis.
+    blocks: of the tables quantized last, by path.
+    writer_inputs: of the present branch, by batch; none where they are not kept.
     """
 
-    def __init__(
-        self,
-        decoder: Decoder,
-        streams: Streams,
-        stages: Sequence[Stage],
-        layout: Layout,
-        clock: Stopwatch,
-        survey: Survey | None,
-        frame: Frame | None,
-    ) -> None:
-        self.decoder = decoder
-        self.streams = streams
-        self.stages = stages
-        self.layout = layout
-        self.clock = clock
-        self.frame = frame
-        self.decode: Float64[Tensor, "d D"] | None = None
-        self.blocks: dict[str, Tensor] = {}  # of the tables quantized last, by path
-        self.writer_inputs: list[Tensor] = []  # of the present branch, by batch; none where they are not kept
-        self.processes = streams.processes
-        self.rewriter = LinearRewriter(decoder, stages, layout, survey, clock, streams.processes)
-        self.rotates_points = frame is None and rotates_points(stages)
-        self.follows_dense = follows_dense(stages)
-        self.is_anchored = is_anchored(stages)
-        self.eps = decoder.family.epsilon(decoder.config)
+    decoder: Decoder
+    streams: Streams
+    stages: Sequence[Stage]
+    layout: Layout
+    clock: Stopwatch
+    survey: Survey | None
+    frame: Frame | None
+    decode: Float64[Tensor, "d D"] | None = None
+    blocks: dict[str, Tensor] = field(default_factory=dict)
+    writer_inputs: list[Tensor] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.processes = self.streams.processes
+        self.rewriter = LinearRewriter(self.decoder, self.stages, self.layout, self.survey, self.clock, self.processes)
+        self.rotates_points = self.frame is None and rotates_points(self.stages)
+        self.follows_dense, self.is_anchored = follows_dense(self.stages), is_anchored(self.stages)
+        self.eps = self.decoder.family.epsilon(self.decoder.config)
 
     def embed(self, branch: Branch, point: StreamPoint) -> None:
         """Compress the embeddings, which must be loaded, and start both streams."""
@@ -166,26 +159,24 @@ class BranchPass:
 
     def _readers(self, branch: Branch, block: int) -> list[Readers]:
         """Fit the readers' groups without writing them: the dense stream has yet to pass the branch."""
-        return [self._fitted_readers(branch, group, block) for group in branch.reader_groups()]
-
-    def _fitted_readers(self, branch: Branch, behind: ReaderGroup, block: int) -> Readers:
-        width, has_bias = self.decoder.dense_width, all_biased(behind.readers.values())
+        width, groups = self.decoder.dense_width, []
         decode = self.decode if self.decode is not None else torch.eye(width, dtype=torch.float64)
-        sums = EquationSums(len(decode) + has_bias, width, self.decoder.device)
-        with self.clock("statistics"):
-            for batch, stream, dense in self.streams.both():
-                u = with_constant([rows(behind.norm(stream))], bias=has_bias)
-                sums.add(u, rows(behind.norm(dense)), held_out=batch.held_out)
-            fit, held_out = sums.fit(self.processes), sums.held_out(self.processes)
-            inputs = sums.inputs(self.processes)
-        start = decode.to(fit.G.device)
-        if has_bias:
-            start = torch.cat([start, start.new_zeros(1, width)])
-        name = f"{branch.name} readers"
-        group = Readers(name, block, branch, fit, held_out, inputs, start, readers=behind.readers)
-        with self.clock("solve"):
-            self._apply(group)
-        return group
+        for behind in branch.reader_groups():
+            has_bias = all_biased(behind.readers.values())
+            sums = EquationSums(len(decode) + has_bias, width, self.decoder.device)
+            with self.clock("statistics"):
+                for batch, stream, dense in self.streams.both():
+                    u = with_constant([rows(behind.norm(stream))], bias=has_bias)
+                    sums.add(u, rows(behind.norm(dense)), held_out=batch.held_out)
+                equations = sums.close(self.processes)
+            start = decode.to(self.decoder.device)
+            if has_bias:
+                start = torch.cat([start, start.new_zeros(1, width)])
+            group = Readers(f"{branch.name} readers", block, branch, *equations, start, readers=behind.readers)
+            with self.clock("solve"):
+                self._apply(group)
+            groups.append(group)
+        return groups
 
     def _enter(self, branch: Branch, groups: Sequence[Readers]) -> list[Report]:
         """Write the fitted readers, so that they take the compressed stream."""
@@ -224,13 +215,12 @@ class BranchPass:
         sums, found = self._gather_writers(branch, point, block)
         self._decide(point, found)
         encode = self._write_in_basis(branch, point)
-        fit, held_out = sums.fit(self.processes), sums.held_out(self.processes)
+        fit, held_out, inputs = sums.close(self.processes)
         if self.rotates_points and encode is not None:
-            fit, held_out = encoded(fit, encode), encoded(held_out, encode)
-        inputs, matrix = sums.inputs(self.processes), writer_matrix(branch)
-        group = Writers(
-            f"{branch.name} writers", block, branch, fit, held_out, inputs, matrix, processes=self.processes
-        )
+            # Targets in the point's basis.
+            fit, held_out = (NormalEquations(each.G, each.B @ encode, each.tokens) for each in (fit, held_out))
+        name, matrix = f"{branch.name} writers", writer_matrix(branch)
+        group = Writers(name, block, branch, fit, held_out, inputs, matrix, processes=self.processes)
         with self.clock("solve"):
             self._apply(group)
         return self._written(group)
@@ -269,7 +259,9 @@ class BranchPass:
         stream_width = self.streams.compressed.stored(0).shape[-1] if self.rotates_points else 0
         inputs = stream_width + sum(linear.in_features for linear in linears) + has_bias
         sums, found = EquationSums(inputs, width, self.decoder.device), self._statistics(point)
-        keeps = not found and self._can_keep_inputs(branch)
+        # All that the branch writes is one writer's output, whose inputs fit in memory and last until it is fitted.
+        alone = len(linears) == len(branch.writers) == 1 and branch.post_norm is None and branch.shortcut is None
+        keeps = alone and not (found or self.rotates_points) and self.streams.have_room_for(linears[0].in_features)
         for batch, stream, dense in self.streams.both():
             with self.clock("forward"):
                 if keeps:
@@ -287,12 +279,6 @@ class BranchPass:
                 t, weights = self._target(branch, batch, stream, dense, encode)
                 sums.add(u, t, weights=weights, held_out=batch.held_out)
         return sums, found
-
-    def _can_keep_inputs(self, branch: Branch) -> bool:
-        """Whether all that a branch writes is one writer's output, and its inputs fit in memory."""
-        linears = writer_linears(branch)
-        alone = len(linears) == len(branch.writers) == 1 and branch.post_norm is None and branch.shortcut is None
-        return alone and not self.rotates_points and self.streams.have_room_for(linears[0].in_features)
 
     def _shared_encode(self, point: StreamPoint) -> Float64[Tensor, "D d"] | None:
         """The encode matrix of a point of a shared frame; None where there is none, or each point has its own."""
@@ -391,8 +377,3 @@ class BranchPass:
             for batch in self.streams.batches:
                 stream, _ = self.streams.now(batch)
                 self.streams.compressed.put(batch.index, stream @ narrow)
-
-
-def encoded(equations: NormalEquations, encode: Float64[Tensor, "D d"]) -> NormalEquations:
-    """Normal equations with the targets in the basis of `encode`'s columns."""
-    return NormalEquations(equations.G, equations.B @ encode, equations.tokens)

@@ -172,18 +172,14 @@ class Group(Processes):
                 raise SystemExit(130) from None
             raise
         except Exception as error:
+            said, code = f"Process {self.rank} ended by {type(error).__name__}: {error}", 1
+            if isinstance(error, CompressError):
+                said, code = str(error), error.exit_code
             with suppress(RuntimeError):  # of a store that is gone
-                self._tell(error)
+                self.store.compare_set(FAILURE, "", json.dumps([said, code]))  # all end with the first one
             if isinstance(error, CompressError) and not self._speaks():
-                raise SystemExit(error.exit_code) from error
+                raise SystemExit(code) from error
             raise
-
-    def _tell(self, error: Exception) -> None:
-        """Record a failure; the first one is the one that all end with."""
-        known = isinstance(error, CompressError)
-        message = str(error) if known else f"Process {self.rank} ended by {type(error).__name__}: {error}"
-        code = error.exit_code if isinstance(error, CompressError) else 1
-        self.store.compare_set(FAILURE, "", json.dumps([message, code]))
 
     def _speaks(self) -> bool:
         """Whether this process is the one to print the message: the first, unless it does not get to it."""

@@ -9,7 +9,7 @@ from torch import nn
 
 from compress.calibration.groups import Readers, Writers
 from compress.calibration.linears import LinearShape, LinearSite, Rewritten
-from compress.calibration.processes import ALONE, Processes
+from compress.calibration.processes import Processes
 from compress.calibration.resources import Stopwatch
 from compress.calibration.sites import Stage
 from compress.calibration.statistics import EquationSums, regularized, rows
@@ -41,27 +41,22 @@ class SharedInputs:
         return self.inputs.lifted(self.form.inputs)
 
 
+@dataclass
 class LinearRewriter:
     """
-    stages: those that work on single linears. layout: the form that linears are written in.
+    stages: of these, those that work on single linears are applied. layout: the form that linears are written in.
     survey: of the dense model, where a stage asked for one. processes: those that the inputs come from.
     """
 
-    def __init__(
-        self,
-        decoder: Decoder,
-        stages: Sequence[Stage],
-        layout: Layout,
-        survey: Survey | None,
-        clock: Stopwatch,
-        processes: Processes = ALONE,
-    ) -> None:
-        self.decoder = decoder
-        self.layout = layout
-        self.stages = [stage for stage in stages if stage.site is LinearSite]
-        self.survey = survey
-        self.clock = clock
-        self.processes = processes
+    decoder: Decoder
+    stages: Sequence[Stage]
+    layout: Layout
+    survey: Survey | None
+    clock: Stopwatch
+    processes: Processes
+
+    def __post_init__(self) -> None:
+        self.stages = [stage for stage in self.stages if stage.site is LinearSite]
 
     def rewrite_group(self, group: Readers | Writers) -> list[Report]:
         """Rewrite the linears of a group that has been written, by the inputs that it was fitted to.
@@ -116,7 +111,20 @@ class LinearRewriter:
             return SharedInputs(given.moments(), form, given.tokens)
 
     def rewrite(self, branch: Branch, block: int, names: Sequence[str], given: SharedInputs) -> list[Report]:
-        sites = [self._site(branch, block, name, given) for name in names]
+        decoder, survey, sites = self.decoder, self.survey, list[LinearSite]()
+        for name in names:
+            module, path = plain(branch.linear(name)), f"{decoder.block_prefix(block)}{name}"
+            gradient = None if survey is None else partial(survey.gradient_at, path, block, decoder.device)
+            site = LinearSite(
+                name=f"block {block} {name}",
+                shape=LinearShape.of(path, name, decoder.family.part_of(name), module),
+                module=module,
+                inputs=given.inputs,
+                put=partial(branch.replace_linear, name),
+                read_gradient=gradient,
+                notes={} if given.tokens is None else {"tokens": given.tokens, "wanted": module.in_features},
+            )
+            sites.append(site)
         with self.clock("solve"):
             for stage in self.stages:
                 if stage.in_written_form:
@@ -125,19 +133,6 @@ class LinearRewriter:
             for site in sites:
                 self.processes.follow(*site.module.state_dict().values())
         return [{"linear": site.shape.path, **site.notes} for site in sites]
-
-    def _site(self, branch: Branch, block: int, name: str, given: SharedInputs) -> LinearSite:
-        decoder, survey, module = self.decoder, self.survey, plain(branch.linear(name))
-        path, part = f"{decoder.block_prefix(block)}{name}", decoder.family.part_of(name)
-        return LinearSite(
-            name=f"block {block} {name}",
-            shape=LinearShape.of(path, name, part, module),
-            module=module,
-            inputs=given.inputs,
-            put=partial(branch.replace_linear, name),
-            read_gradient=None if survey is None else partial(survey.gradient_at, path, block, decoder.device),
-            notes={} if given.tokens is None else {"tokens": given.tokens, "wanted": module.in_features},
-        )
 
     def _in_written_form(self, branch: Branch, site: LinearSite, inputs: InputMoments) -> LinearSite:
         """Bring a linear into the checkpoint's form; the walk goes on with it through a change of form."""

@@ -75,18 +75,18 @@ class GradientFiles:
         return self.folder / f"finding-gradients-{block:05d}.safetensors"
 
 
+@dataclass
 class LinearObserver:
     """Gather the moments block by block, each process from its own batches. Without a `watch` nothing is gathered."""
 
-    def __init__(
-        self, watch: LinearFilter | None, files: GradientFiles, decoder: Decoder, processes: Processes = ALONE
-    ) -> None:
-        self.processes = processes
-        self.watch = watch
-        self.files = files
-        self.decoder = decoder
-        self.device = decoder.device
-        self.spectra: dict[str, Spectrum] = {}
+    watch: LinearFilter | None
+    files: GradientFiles
+    decoder: Decoder
+    processes: Processes = ALONE
+    spectra: dict[str, Spectrum] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.device = self.decoder.device
         self._forget()
 
     def _forget(self) -> None:
@@ -109,19 +109,17 @@ class LinearObserver:
             }
         yield
         if self.watch is not None and self.linears:
-            self._close(index, self.watch)
+            sharing = self._sharing()
+            moments = {path: self._moments(path) for path in self.linears if sharing[path] == path}
+            gradients = self._mean_gradients()
+            for path, linear in self.linears.items():
+                spread = moments[sharing[path]].spread(centered=self.watch.centers(has_bias=linear.bias is not None))
+                found = spectrum_of(path, linear, spread, gradients, self.watch.gradient_weight)
+                self.spectra[path] = found
+                self.processes.follow(*found.tensors)
+            if gradients and self.processes.is_first:
+                self.files.write(index, gradients)
         self._forget()
-
-    def _close(self, index: int, watch: LinearFilter) -> None:
-        sharing = self._sharing()
-        moments = {path: self._moments(path) for path in self.linears if sharing[path] == path}
-        gradients = self._mean_gradients()
-        for path, linear in self.linears.items():
-            spread = moments[sharing[path]].spread(centered=watch.centers(has_bias=linear.bias is not None))
-            self.spectra[path] = found = spectrum_of(path, linear, spread, gradients, watch.gradient_weight)
-            self.processes.follow(*found.tensors)
-        if gradients and self.processes.is_first:
-            self.files.write(index, gradients)
 
     def _sharing(self) -> dict[str, str]:
         """Map each linear to the first one that is given the same inputs, over all processes."""

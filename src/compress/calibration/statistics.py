@@ -192,6 +192,9 @@ class EquationSums:
         processes.add_up(self._total, self._absolute)
         return InputSums(self._total, self._absolute)
 
+    def close(self, processes: Processes) -> tuple[NormalEquations, NormalEquations, InputSums]:
+        return self.fit(processes), self.held_out(processes), self.inputs(processes)
+
     def moments(self, processes: Processes) -> InputMoments:
         """Moments of the inputs over the windows to fit on."""
         return mean_moments(self.fit(processes), self.inputs(processes))

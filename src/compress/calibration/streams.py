@@ -62,7 +62,7 @@ class ActivationCache:
     """One tensor (windows, tokens, width) a batch, replaced in place as the walk goes on.
 
     A batch's width may change, up to `max_width`; how many windows and tokens it has may not. Batches are kept on
-    `device`, or in `file` if one is given.
+    `device`, or in `file` if one is given. Raises OSError where the disk is full.
     """
 
     def __init__(
@@ -79,7 +79,11 @@ class ActivationCache:
         self.slots: list[Tensor] | None = None
         if file is not None:
             sizes = [windows * tokens * max_width for windows, tokens in batch_shapes]
-            reserve(file, sum(sizes) * dtype.itemsize)
+            with file.open("wb") as opened:
+                if hasattr(os, "posix_fallocate"):  # writing to a mapped file on a full disk would kill the process
+                    os.posix_fallocate(opened.fileno(), 0, sum(sizes) * dtype.itemsize)
+                else:
+                    opened.truncate(sum(sizes) * dtype.itemsize)
             storage = torch.from_file(str(file), shared=True, size=sum(sizes), dtype=dtype)
             # Unlinked while open: the space goes back when the process ends, however it ends.
             file.unlink()
@@ -111,18 +115,6 @@ class ActivationCache:
         else:
             slot = self.slots[index][: activations.numel()].view(activations.shape)
             self.batches[index] = slot.copy_(activations)
-
-
-def reserve(file: Path, size: int) -> None:
-    """Allocate the file's bytes on disk: writing to a mapped file on a full disk would kill the process.
-
-    Raises OSError.
-    """
-    with file.open("wb") as opened:
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(opened.fileno(), 0, size)
-        else:
-            opened.truncate(size)
 
 
 def cache_bytes(num_windows: int, seq_len: int, width: int, dtype: torch.dtype) -> int:
@@ -160,20 +152,16 @@ class Interner:
 
     def __call__(self, value: Any) -> Any:
         if isinstance(value, Tensor):
-            return self._first_equal(value)
+            known = self._seen[value.shape, value.dtype]
+            first = next((seen for seen in known if seen is value or torch.equal(seen, value)), None)
+            if first is None:
+                known.append(value)
+            return value if first is None else first
         if isinstance(value, dict):
             return {key: self(entry) for key, entry in value.items()}
         if isinstance(value, list | tuple):
             return type(value)(self(entry) for entry in value)
         return value
-
-    def _first_equal(self, tensor: Tensor) -> Tensor:
-        known = self._seen[tensor.shape, tensor.dtype]
-        for candidate in known:
-            if candidate is tensor or torch.equal(candidate, tensor):
-                return candidate
-        known.append(tensor)
-        return tensor
 
 
 class Streams:

@@ -25,11 +25,10 @@ from compress.calibration.processes import ALONE, Processes
 from compress.calibration.resources import return_free_memory
 from compress.calibration.spectra import GradientFiles, LinearObserver, Spectrum
 from compress.calibration.statistics import rows
-from compress.calibration.streams import ActivationCache, Batch, CacheFolder, Interner
+from compress.calibration.streams import ActivationCache, Batch, CacheFolder, Streams
 from compress.calibration.unit_costs import UnitObserver
 from compress.calibration.weights import PartLoader
 from compress.models.branch import Branch
-from compress.models.decoder import Arguments, Decoder
 from compress.models.soundness import check_sound
 from compress.numerics.sums import GramSum, at_least_float32
 
@@ -97,11 +96,11 @@ class Surveyor:
     """
     memory: bytes of activations to hold in memory; past it they go to disk.
     observer: of the blocks' linears, where they are to be watched. units: of the units whose costs are wanted.
+    processes: all survey in step, each its share of the batches; what they find is equal.
     """
 
     def __init__(
         self,
-        decoder: Decoder,
         loader: PartLoader,
         batches: list[Batch],
         caches: CacheFolder,
@@ -109,50 +108,47 @@ class Surveyor:
         memory: int,
         observer: LinearObserver | None = None,
         units: UnitObserver | None = None,
+        processes: Processes = ALONE,
     ) -> None:
-        self.decoder = decoder
         self.loader = loader
-        self.batches = batches
+        self.decoder = decoder = loader.decoder
+        copies = len(decoder.blocks) + 1
+        self.streams = Streams(decoder, batches, caches, dense=False, memory=memory // copies, processes=processes)
+        self.batches, self.stream = self.streams.batches, self.streams.compressed
+        self.new_cache = partial(caches.new, batches=self.batches, memory=memory // copies, copies=copies)
         self.observer = observer or LinearObserver(None, GradientFiles(caches.scratch), decoder)
         self.units = units or UnitObserver({}, decoder.device)
         self.counts_stream = True
-        self.arguments: list[list[Arguments]] = []
-        self.moment = GramSum(decoder.dense_width, decoder.device)
-        self.gradient = GramSum(decoder.dense_width, decoder.device)
-        copies = len(decoder.blocks) + 1
-        self.new_cache = partial(caches.new, batches=batches, memory=memory // copies, copies=copies)
+        self.moment, self.gradient = (GramSum(decoder.dense_width, decoder.device) for _ in range(2))
 
-    def run(
-        self,
-        *,
-        gradient: bool,
-        stream: bool = True,
-        begin: Callable[[str], None] = lambda _step: None,
-        processes: Processes = ALONE,
-    ) -> Survey:
+    def run(self, *, gradient: bool, stream: bool = True, begin: Callable[[str], None] = lambda _step: None) -> Survey:
         """
         stream: whether the stream's moments are wanted. begin: called with the name of each step that is begun
-            (`num_steps`). processes: all survey in step, each its own batches; what they find is equal.
+            (`num_steps`).
         """
         self.counts_stream, blocks = stream, range(len(self.decoder.blocks))
         inputs: list[ActivationCache] = []
         begin("embeddings")
-        walking = self._embed()
+        with self.loader.embeddings():
+            self.streams.embed()
+        for batch in self.batches:
+            self._count(self.stream.get(batch.index, self.decoder.device))
         for block in blocks:
             begin(f"block {block}")
             if gradient:
                 inputs.append(self.new_cache(f"kept-{block}"))
                 for batch in self.batches:
-                    inputs[-1].put(batch.index, walking.stored(batch.index))
-            self._forward(block, walking, watch=not gradient)
+                    inputs[-1].put(batch.index, self.stream.stored(batch.index))
+            self._forward(block, watch=not gradient)
             return_free_memory()
         if gradient:
             begin("head")
-            self._start_backward(walking)
+            self._start_backward()
             for block in reversed(blocks):
                 begin(f"block {block}, backward")
-                self._backward(block, inputs.pop(), walking)
+                self._backward(block, inputs.pop())
                 return_free_memory()
+        processes = self.streams.processes
         tokens = processes.total(sum(batch.ids.numel() for batch in self.batches))
         processes.add_up(self.moment.total, self.gradient.total)
         return Survey(
@@ -164,41 +160,30 @@ class Surveyor:
         )
 
     @torch.no_grad()
-    def _embed(self) -> ActivationCache:
-        stream, intern = self.new_cache("survey"), Interner()
-        with self.loader.embeddings():
-            for batch in self.batches:
-                embedded, arguments = self.decoder.embed(batch.ids)
-                stream.put(batch.index, embedded)
-                self.arguments.append(intern(arguments))
-                self._count(embedded)
-        return stream
-
-    @torch.no_grad()
-    def _forward(self, block: int, stream: ActivationCache, *, watch: bool) -> None:
+    def _forward(self, block: int, *, watch: bool) -> None:
         """Advance the stream through a block, counting its points in the moment; `watch` its linears."""
         with self.loader.block(block), self.observer.block(block, active=watch):
             branches = self.decoder.block_branches(block)
             for batch in self.batches:
-                x = stream.get(batch.index, self.decoder.device)
+                x = self.stream.get(batch.index, self.decoder.device)
                 with self.observer.batch():
                     for branch in branches:
-                        x = x + self._run(branch, x, batch.index, block)
+                        x = x + self.streams.update(branch, x, batch, block)
                         self._count(x)
-                stream.put(batch.index, x)
+                self.stream.put(batch.index, x)
                 self.observer.add(batch.ids.numel())
 
-    def _start_backward(self, stream: ActivationCache) -> None:
+    def _start_backward(self) -> None:
         """Turn the last stream into the loss's gradient by it, in place."""
         with self.loader.head():
             for batch in self.batches:
-                x = stream.get(batch.index, self.decoder.device)
+                x = self.stream.get(batch.index, self.decoder.device)
                 # Every token but a window's last predicts the next.
                 pieces = zip(x[:, :-1].split(TOKENS_AT_ONCE, 1), batch.ids[:, 1:].split(TOKENS_AT_ONCE, 1), strict=True)
                 found = [self._loss_gradient(*piece) for piece in pieces]
                 gradient = torch.cat([*found, x.new_zeros(x[:, -1:].shape)], 1)
                 self._count(x, gradient)
-                stream.put(batch.index, gradient)
+                self.stream.put(batch.index, gradient)
 
     def _loss_gradient(
         self, x: Float[Tensor, "windows tokens D"], following: Int64[Tensor, "windows tokens"]
@@ -209,15 +194,15 @@ class Surveyor:
             loss = torch.nn.functional.cross_entropy(logits, following, reduction="sum")
             return torch.autograd.grad(loss, x)[0]
 
-    def _backward(self, block: int, inputs: ActivationCache, gradients: ActivationCache) -> None:
+    def _backward(self, block: int, inputs: ActivationCache) -> None:
         """Take the gradients from a block's output to its input, counting them at each point on the way."""
         with self.loader.block(block), self.observer.block(block), torch.enable_grad():
             branches = self.decoder.block_branches(block)
             with self.units.block(block, branches):
                 for batch in self.batches:
                     x = inputs.get(batch.index, self.decoder.device)
-                    behind = gradients.get(batch.index, self.decoder.device)
-                    gradients.put(batch.index, self._backward_batch(batch, block, branches, x, behind))
+                    behind = self.stream.get(batch.index, self.decoder.device)
+                    self.stream.put(batch.index, self._backward_batch(batch, block, branches, x, behind))
 
     def _backward_batch(
         self, batch: Batch, block: int, branches: Sequence[Branch], x: Tensor, behind: Tensor
@@ -226,7 +211,7 @@ class Surveyor:
         points = [x.detach().requires_grad_()]
         with self.observer.batch() as outputs, self.units.batch() as given:
             for branch in branches:
-                points.append(points[-1] + self._run(branch, points[-1], batch.index, block))
+                points.append(points[-1] + self.streams.update(branch, points[-1], batch, block))
         found = torch.autograd.grad(points[-1], [*points[:-1], *outputs.values()], behind)
         before, by_outputs = found[: len(branches)], dict(zip(outputs, found[len(branches) :], strict=True))
         for point, gradient in zip(points[:-1], before, strict=True):
@@ -235,11 +220,6 @@ class Surveyor:
         self.units.add(given, [*before[1:], behind])
         check_sound(before[0], f"the loss's gradient before block {block}")
         return before[0].detach()
-
-    def _run(self, branch: Branch, x: Tensor, batch: int, block: int) -> Tensor:
-        assert branch.run is not None
-        update: Tensor = branch.run(x, self.arguments[batch][block])
-        return update
 
     @torch.no_grad()
     def _count(self, x: Float[Tensor, "*batch D"], gradient: Float[Tensor, "*batch D"] | None = None) -> None:

@@ -12,7 +12,8 @@ block gives the cost of every count, down to the smallest that is asked for.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import product
 
 import torch
 from jaxtyping import Float64
@@ -47,6 +48,7 @@ class WatchedUnits:
     gradient: EquationSums
 
 
+@dataclass
 class UnitObserver:
     """Gather the moments of one block after the other, each process from its own batches.
 
@@ -54,30 +56,27 @@ class UnitObserver:
     costs: by `cost_name`, what deleting 0, 1, 2, ... units costs the loss, in nats a token.
     """
 
-    def __init__(self, down_to: Mapping[str, int], device: torch.device, processes: Processes = ALONE) -> None:
-        self.down_to, self.device, self.processes = down_to, device, processes
-        self.costs: dict[str, Float64[Tensor, deleted]] = {}
-        self.watched: list[WatchedUnits] = []
+    down_to: Mapping[str, int]
+    device: torch.device
+    processes: Processes = ALONE
+    costs: dict[str, Float64[Tensor, "deleted"]] = field(default_factory=dict)
+    watched: list[WatchedUnits] = field(default_factory=list)
 
     @contextmanager
     def block(self, index: int, branches: Sequence[Branch]) -> Iterator[None]:
         """Watch a block's units for as many batches as pass it, then compute their costs."""
-        self.watched = [
-            self._watch(place, kind, branch)
-            for place, branch in enumerate(branches)
-            for kind in self.down_to
-            if kind in branch.units
-        ]
+        for (place, branch), kind in product(enumerate(branches), self.down_to):
+            if kind in branch.units:
+                writer = branch.writers[branch.units[kind][0].writer]
+                assert isinstance(writer, nn.Linear)
+                inputs, gradient = (
+                    EquationSums(width, 0, self.device) for width in (writer.in_features, writer.out_features)
+                )
+                self.watched.append(WatchedUnits(place, kind, branch, writer, inputs, gradient))
         yield
         for units in self.watched:
             self.costs[cost_name(units.kind, index)] = self._costs(units)
         self.watched = []
-
-    def _watch(self, place: int, kind: str, branch: Branch) -> WatchedUnits:
-        writer = branch.writers[branch.units[kind][0].writer]
-        assert isinstance(writer, nn.Linear)
-        inputs, gradient = (EquationSums(width, 0, self.device) for width in (writer.in_features, writer.out_features))
-        return WatchedUnits(place, kind, branch, writer, inputs, gradient)
 
     def batch(self) -> AbstractContextManager[dict[int, Tensor]]:
         """Capture the writers' inputs during one pass through the block, as `add` takes them."""

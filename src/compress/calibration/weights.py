@@ -102,12 +102,12 @@ class LazyWeights:
             raise CheckpointError(f"The checkpoint {self.folder} lacks {len(missing)} tensors of its model: {shown}.")
 
 
+@dataclass(frozen=True)
 class PartLoader:
     """Load weights for the duration of a `with loader.block(3): ...`."""
 
-    def __init__(self, decoder: Decoder, weights: LazyWeights) -> None:
-        self.decoder = decoder
-        self.weights = weights
+    decoder: Decoder
+    weights: LazyWeights
 
     def embeddings(self) -> AbstractContextManager[None]:
         return self._loaded(self.decoder.family.embedding_parts, self.decoder.embedding_names())
@@ -127,21 +127,18 @@ class PartLoader:
 
     @contextmanager
     def _loaded(self, parts: Iterable[str], names: list[str]) -> Iterator[None]:
-        tensors = self._read(names)
+        head, table = f"{self.decoder.family.head}.weight", self.decoder.embedding_names()[0]
+        if head in names and self.weights.resolve(head) is None:  # tied: the first table under its own name
+            tensors = self.weights.read([table, *(name for name in names if name != head)])
+            tensors[head] = tensors.pop(table)
+        else:
+            tensors = self.weights.read(names)
         for part in parts:
             self.decoder.fill_root(tensors, part=part)
         del tensors
         yield
         for part in parts:
             self.decoder.empty(self.decoder.model.get_submodule(part))
-
-    def _read(self, names: list[str]) -> dict[str, Tensor]:
-        """Read tensors; a tied head is the first embedding table under its own name."""
-        head, table = f"{self.decoder.family.head}.weight", self.decoder.embedding_names()[0]
-        if head not in names or self.weights.resolve(head) is not None:
-            return self.weights.read(names)
-        tensors = self.weights.read([table, *(name for name in names if name != head)])
-        return {head if name == table else name: tensor for name, tensor in tensors.items()}
 
 
 @dataclass(frozen=True, kw_only=True)

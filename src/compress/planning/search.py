@@ -20,9 +20,8 @@ from compress.calibration.walk import shared_frame
 from compress.errors import UsageError
 from compress.numerics.allocation import Ladder, spend
 from compress.numerics.frames import Frame
-from compress.planning.assembly import new_walk
 from compress.planning.budget import Choice, Counts
-from compress.planning.prepare import Prepared
+from compress.planning.prepare import Prepared, new_walk
 from compress.progress import Steps
 
 HELD_OUT = 4  # one window in so many
@@ -114,12 +113,17 @@ class Cost:
 
 def with_costs(prepared: Prepared, survey: Survey | None) -> tuple[list[Choice], list[Cost | None]]:
     """Return the plan's choices, with free neurons allocated, and the predicted cost of each."""
-    choices, budget = prepared.plan.choices, prepared.job.recipe.budget
-    forecast = None if survey is None else Forecast.of(prepared, survey)
-    if budget is not None and budget.allocation == "free" and forecast is not None:
+    choices, budget = list(prepared.plan.choices), prepared.job.recipe.budget
+    if survey is None:
+        return choices, [None] * len(choices)
+    forecast = Forecast.of(prepared, survey)
+    if budget is not None and budget.allocation == "free":
         step = prepared.plan.spec.architecture.steps()["neurons"]
-        choices = [with_free_neurons(choice, forecast, step) for choice in choices]
-    return choices, [None if forecast is None else forecast.of_counts(choice.counts) for choice in choices]
+        for place, choice in enumerate(choices):
+            neurons = forecast.free_neurons(choice.counts["neurons"], step)
+            spec = replace(choice.spec, units={**choice.spec.units, "neurons": neurons})
+            choices[place] = Choice({**choice.counts, "neurons": neurons}, spec)
+    return choices, [forecast.of_counts(choice.counts) for choice in choices]
 
 
 @dataclass(frozen=True)
@@ -136,7 +140,7 @@ class Forecast:
     def of(cls, prepared: Prepared, survey: Survey) -> "Forecast":
         layer_norm = prepared.family.norm == "layer"
         frame = shared_frame(prepared.plan.stages, survey, layer_norm=layer_norm)
-        blocks, points = prepared.plan.spec.num_blocks, len(prepared.plan.widths)
+        blocks, points = prepared.plan.spec.num_blocks, len(prepared.plan.spec.widths)
         return cls(survey, frame, blocks, points, dense_units(prepared.config, prepared.family))
 
     def of_counts(self, counts: Counts) -> Cost | None:
@@ -179,9 +183,3 @@ class Forecast:
         places = spend(ladders, uniform * self.num_blocks)
         assert places is not None
         return tuple(counts[places[str(block)]] for block in self.blocks)
-
-
-def with_free_neurons(choice: Choice, forecast: Forecast, step: int) -> Choice:
-    neurons = forecast.free_neurons(choice.counts["neurons"], step)
-    spec = replace(choice.spec, units={**choice.spec.units, "neurons": neurons})
-    return Choice({**choice.counts, "neurons": neurons}, spec)
