@@ -41,7 +41,7 @@ from compress.calibration.resources import Stopwatch
 from compress.calibration.rewriting import LinearRewriter, Report
 from compress.calibration.sites import Basis, Stage, StreamPoint, Table, follows_dense, is_anchored, rotates_points
 from compress.calibration.statistics import EquationSums, PointStatistics, rows
-from compress.calibration.streams import Batch, Streams, copy_linears, mean_divergence
+from compress.calibration.streams import Batch, Streams, mean_divergence
 from compress.calibration.survey import Survey
 from compress.calibration.weights import Layout
 from compress.models.branch import Branch, captured_inputs, input_of, read_through, write_through
@@ -124,7 +124,8 @@ class BranchPass:
         self._apply(head)
         fitted = self.is_anchored and not self.layout.ties_head
         readers = self._readers(head, len(self.decoder.blocks)) if fitted else []
-        dense = copy_linears(head.readers.values())
+        (reader,) = head.readers.values()
+        weight, bias = reader.weight, reader.bias  # replaced, never written in place
         reports = self._enter(head, readers)
         family, is_written = self.decoder.family, self.decode is None
         path = family.embeddings[0] if self.layout.ties_head else family.head
@@ -132,7 +133,7 @@ class BranchPass:
         if is_written:
             self.quantize_tables(table)
         with self.clock("forward"):
-            divergence = mean_divergence(head, dense, self.streams)
+            divergence = mean_divergence(head, weight, bias, self.streams)
         self.layout.settle(head)
         if not is_written:
             self.quantize_tables(table)

@@ -126,26 +126,21 @@ class LinearSite:
             return
         thin = self.module
         assert isinstance(thin, LowRankLinear | PivotLinear)
-        yield self._part(thin, "first", self.inputs, None)
+
+        def part(name: str, inputs: InputMoments, gradient: Callable[[], Tensor | None] | None) -> LinearSite:
+            linear: nn.Linear = getattr(thin, name)  # plain until its own turn comes
+            shape = LinearShape.of(f"{self.shape.path}.{name}", f"{self.shape.name}.{name}", self.shape.part, linear)
+            put = partial(setattr, thin, name)
+            return LinearSite(f"{self.name} {name}", shape, linear, inputs, put, gradient, self.notes)
+
+        yield part("first", self.inputs, None)
         # By the first as it is now: whoever quantized it sees what it gives.
         first: nn.Module = thin.first
         assert isinstance(first, nn.Linear | AdaptedLinear)
         between = self.inputs.through(weight_of(first))
         if first.bias is not None:
             between = between.shifted(first.bias.double())
-        yield self._part(thin, "second", between, self.read_gradient if isinstance(thin, LowRankLinear) else None)
-
-    def _part(
-        self,
-        thin: LowRankLinear | PivotLinear,
-        name: str,
-        inputs: InputMoments,
-        read_gradient: Callable[[], Tensor | None] | None,
-    ) -> "LinearSite":
-        linear: nn.Linear = getattr(thin, name)  # plain until its own turn comes
-        shape = LinearShape.of(f"{self.shape.path}.{name}", f"{self.shape.name}.{name}", self.shape.part, linear)
-        put = partial(setattr, thin, name)
-        return LinearSite(f"{self.name} {name}", shape, linear, inputs, put, read_gradient, self.notes)
+        yield part("second", between, self.read_gradient if isinstance(thin, LowRankLinear) else None)
 
 
 def lost(W: Tensor, product: Tensor, inputs: InputMoments, *, centered: bool) -> float:

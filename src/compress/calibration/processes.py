@@ -106,25 +106,18 @@ class Group(Processes):
                     tensor.copy_(whole)
 
     def gathered(self, data: Any) -> list[Any]:
-        start = self._new_key()
-        keys = [f"{start}/{rank}" for rank in range(self.count)]
+        self.said += 1  # all processes call in the same order, so they count alike
+        keys = [f"said/{self.said}/{rank}" for rank in range(self.count)]
         with self._noticing_deaths():
             self.store.set(keys[self.rank], json.dumps(data))
             self._until(lambda: self.store.check(keys))
             return [json.loads(self.store.get(key)) for key in keys]
 
-    def _new_key(self) -> str:
-        """All processes call in the same order, so they count alike."""
-        self.said += 1
-        return f"said/{self.said}"
-
     @contextmanager
     def _together(self) -> Iterator[None]:
         """Begin a transfer once all processes are here. Waiting is done in Python, to hear of signals and failures."""
-        key = self._new_key()
         with self._noticing_deaths():
-            self.store.add(key, 1)
-            self._until(lambda: self.store.add(key, 0) == self.count)
+            self.gathered(None)
             yield
 
     @contextmanager

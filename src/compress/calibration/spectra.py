@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from compress.calibration.processes import ALONE, Processes
 from compress.calibration.statistics import EquationSums, regularized, rows
 from compress.io import WrittenFile, write_tensors
-from compress.models.decoder import Decoder
-from compress.numerics.lowrank import InputMoments, Spread, gradient_metric, output_energies
+from compress.models.decoder import Decoder, linear
+from compress.numerics.lowrank import Spread, gradient_metric, output_energies
 from compress.numerics.sums import DiagonalSum, GramSum
 
 WIDEST = 2  # times the stream: up to that the gradient's moment is a whole matrix
@@ -90,57 +90,44 @@ class LinearObserver:
         self._forget()
 
     def _forget(self) -> None:
-        self.linears: dict[str, nn.Linear] = {}
-        self.inputs: dict[str, Tensor] = {}  # of the present batch
+        self.groups: list[dict[str, nn.Linear]] = []  # by what they are given, by path
         self.sums: list[EquationSums] = []
-        self.shared: dict[str, int] = {}
+        self.inputs: dict[str, Tensor] = {}  # of the present batch
         self.gradients: dict[str, GramSum | DiagonalSum] = {}
         self.tokens = 0
 
     @contextmanager
     def block(self, index: int, *, active: bool = True) -> Iterator[None]:
         """Watch a loaded block for as many batches as pass it, then compute its spectra."""
-        prefix, part_of = self.decoder.block_prefix(index), self.decoder.family.part_of
-        if self.watch is not None and active:
-            self.linears = {
-                prefix + name: module
-                for name, module in self.decoder.blocks[index].named_modules()
-                if isinstance(module, nn.Linear) and self.watch.wanted(name, part_of(name))
-            }
+        watch, decoder = self.watch if active else None, self.decoder
+        prefix, part_of = decoder.block_prefix(index), decoder.family.part_of
+        for names in (names for branch in decoder.block_branches(index) for names in branch.sharing()):
+            wanted = [name for name in names if watch is not None and watch.wanted(name, part_of(name))]
+            if wanted:
+                linears = {prefix + name: linear(decoder.blocks[index], name) for name in wanted}
+                self.groups.append(linears)
+                self.sums.append(EquationSums(linears[prefix + wanted[0]].in_features, 0, self.device))
         yield
-        if self.watch is not None and self.linears:
-            sharing = self._sharing()
-            moments = {path: self._moments(path) for path in self.linears if sharing[path] == path}
+        if watch is not None and self.groups:
             gradients = self._mean_gradients()
-            for path, linear in self.linears.items():
-                spread = moments[sharing[path]].spread(centered=self.watch.centers(has_bias=linear.bias is not None))
-                found = spectrum_of(path, linear, spread, gradients, self.watch.gradient_weight)
-                self.spectra[path] = found
-                self.processes.follow(*found.tensors)
+            for group, sums in zip(self.groups, self.sums, strict=True):
+                is_whole = self.processes.total(sums.seen) == self.processes.total(self.tokens)
+                moments = sums.moments(self.processes) if is_whole else regularized(sums, self.processes).moments()
+                for path, module in group.items():
+                    spread = moments.spread(centered=watch.centers(has_bias=module.bias is not None))
+                    self.spectra[path] = found = spectrum_of(path, module, spread, gradients, watch.gradient_weight)
+                    self.processes.follow(*found.tensors)
             if gradients and self.processes.is_first:
                 self.files.write(index, gradients)
         self._forget()
-
-    def _sharing(self) -> dict[str, str]:
-        """Map each linear to the first one that is given the same inputs, over all processes."""
-        first = {self.shared[path]: path for path in reversed(self.linears) if path in self.shared}
-        mine = {path: first[place] for path, place in self.shared.items()}
-        found = {path: shared for theirs in self.processes.gathered(mine) for path, shared in theirs.items()}
-        return {path: found.get(path, path) for path in self.linears}
-
-    def _moments(self, path: str) -> InputMoments:
-        width, place = self.linears[path].in_features, self.shared.get(path)
-        sums = EquationSums(width, 0, self.device) if place is None else self.sums[place]  # no token reached an expert
-        if self.processes.total(sums.seen) < self.processes.total(self.tokens):
-            return regularized(sums, self.processes).moments()
-        return sums.moments(self.processes)
 
     def _mean_gradients(self) -> dict[str, Tensor]:
         tokens = self.processes.total(self.tokens)
         reached = {path for theirs in self.processes.gathered(sorted(self.gradients)) for path in theirs}
         sums = {
-            path: self._gradient_sum(path, linear.out_features)
-            for path, linear in self.linears.items()
+            path: self._gradient_sum(path, module.out_features)
+            for group in self.groups
+            for path, module in group.items()
             if path in reached
         }
         self.processes.add_up(*(each.total for each in sums.values()))
@@ -162,7 +149,8 @@ class LinearObserver:
             # A copy goes on where gradients are wanted: OLMo clips it in place, and what is noted would be clipped too.
             return output.clone() if output.requires_grad else None
 
-        handles = [linear.register_forward_hook(partial(note, path)) for path, linear in self.linears.items()]
+        linears = [each for group in self.groups for each in group.items()]
+        handles = [module.register_forward_hook(partial(note, path)) for path, module in linears]
         try:
             yield outputs
         finally:
@@ -173,17 +161,11 @@ class LinearObserver:
     def add(self, tokens: int, gradients: Mapping[str, Tensor] | None = None) -> None:
         """Take in the batch that has passed, of so many tokens, of which experts see some.
 
-        Linears that are given the same tensor share its moments. gradients: by the linears' outputs.
+        gradients: by the linears' outputs.
         """
-        seen: dict[int, int] = {}
-        for path, given in self.inputs.items():
-            if path not in self.shared:
-                self.shared[path] = seen.get(id(given), len(self.sums))
-                if self.shared[path] == len(self.sums):
-                    self.sums.append(EquationSums(given.shape[-1], 0, self.device))
-            if id(given) not in seen:
-                seen[id(given)] = self.shared[path]
-                self.sums[self.shared[path]].add(rows(given.detach()))
+        for group, sums in zip(self.groups, self.sums, strict=True):
+            if (given := self.inputs.get(next(iter(group)))) is not None:
+                sums.add(rows(given.detach()))
         for path, gradient in (gradients or {}).items():
             self._gradient_sum(path, gradient.shape[-1]).add(rows(gradient))
         self.tokens += tokens
@@ -191,10 +173,10 @@ class LinearObserver:
 
 
 def spectrum_of(
-    path: str, linear: nn.Linear, spread: Spread, gradients: Mapping[str, Tensor], gradient_weight: float
+    path: str, module: nn.Linear, spread: Spread, gradients: Mapping[str, Tensor], gradient_weight: float
 ) -> Spectrum:
     """gradients: their second moments by linears' outputs, or the diagonals of these, where they were taken."""
-    W = linear.weight.double()
+    W = module.weight.double()
     energy = output_energies(W, spread)
     if path not in gradients:
         # Where others have a gradient, what no token reached has none to feel.

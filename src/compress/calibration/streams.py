@@ -11,7 +11,7 @@ import math
 import os
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -262,28 +262,21 @@ class Streams:
             cache.release()
 
 
-def copy_linears(linears: Iterable[nn.Linear]) -> list[nn.Linear]:
-    """Snapshot the linears. Weights are replaced and never written in place, so nothing is copied."""
-    copies = []
-    for linear in linears:
-        with torch.device("meta"):
-            copy = nn.Linear(linear.in_features, linear.out_features, bias=linear.bias is not None)
-        copy.weight, copy.bias = linear.weight, linear.bias
-        copies.append(copy)
-    return copies
+def mean_divergence(head: Branch, weight: Tensor, bias: Tensor | None, streams: Streams) -> float | None:
+    """Return KL(dense || compressed) of the next token in nats, averaged over held-out tokens; None without any.
 
-
-def mean_divergence(head: Branch, dense_readers: Sequence[nn.Linear], streams: Streams) -> float | None:
-    """Return KL(dense || compressed) of the next token in nats, averaged over held-out tokens; None without any."""
+    weight, bias: of the head's reader in the dense model.
+    """
     if streams.dense is None:
         return None
     total, tokens = torch.zeros((), dtype=torch.float64, device=streams.decoder.device), 0
-    (linear,), (dense_linear,) = head.readers.values(), dense_readers
+    (reader,) = head.readers.values()
     assert head.norm is not None
     logits_of = streams.decoder.logits_of
     for _, *both in streams.both(held_out=True):
         for z, x in zip(*(rows(stream).split(LOGITS_AT_ONCE) for stream in both), strict=True):
-            total += kl_divergence(logits_of(dense_linear(head.norm(x))), logits_of(linear(head.norm(z)))).sum()
+            dense = logits_of(nn.functional.linear(head.norm(x), weight, bias))
+            total += kl_divergence(dense, logits_of(reader(head.norm(z)))).sum()
             tokens += len(x)
     streams.processes.add_up(total)
     tokens, divergence = streams.processes.total(tokens), float(total)

@@ -82,10 +82,10 @@ class BranchTable:
         """Readers by the norm before them; None without a norm."""
         if len(self.norms) <= 1:
             return {next(iter(self.norms), None): self.readers}
-        return {norm: self._readers_on(path) for norm, path in zip(self.norms, self.paths, strict=True)}
-
-    def _readers_on(self, path: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(name for name in self.readers if any(f"{name}.".startswith(f"{step}.") for step in path))
+        behind = {norm: tuple(f"{step}." for step in path) for norm, path in zip(self.norms, self.paths, strict=True)}
+        return {
+            norm: tuple(name for name in self.readers if f"{name}.".startswith(steps)) for norm, steps in behind.items()
+        }
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ import psutil
 
 from compress.calibration.processes import ALONE, Processes
 from compress.calibration.resources import Stopwatch
+from compress.calibration.spectra import GradientFiles
 from compress.calibration.survey import Survey, SurveyNeed, num_steps
 from compress.calibration.walk import FinishedPart, Walk
 from compress.checkpoints import files
@@ -29,7 +30,7 @@ from compress.planning import search
 from compress.planning.budget import rank_choices
 from compress.planning.memory import resident_bytes, usual_batch_size
 from compress.planning.plan import Plan
-from compress.planning.prepare import Job, Prepared, new_walk, plan_job, prepare, restored, take_survey
+from compress.planning.prepare import Job, Prepared, new_walk, plan_job, prepare, take_survey
 from compress.progress import Progress, Steps, silent
 from compress.version import FORMAT
 
@@ -99,7 +100,8 @@ def _survey(prepared: Prepared, folder: RunFolder, progress: Progress) -> Survey
     if prepared.plan.survey is SurveyNeed.NONE:
         return None
     if "survey" in folder.findings:
-        return restored(prepared, folder.found_tensors("survey"))
+        device, files = prepared.job.device, GradientFiles(prepared.job.partial)
+        return Survey.of({name: each.to(device) for name, each in folder.found_tensors("survey").items()}, files)
     total = num_steps(prepared.config.num_hidden_layers, gradient=SurveyNeed.GRADIENT in prepared.plan.survey)
     steps = Steps(progress, "surveying the dense model", total)
     survey = take_survey(prepared, steps.next)
@@ -148,7 +150,7 @@ def identity(prepared: Prepared) -> dict[str, Any]:
         # Windows at a time, where it is not the usual number: as the user said it, or as memory allows.
         "batch size": job.batch_size if batch_size == usual_batch_size(job.recipe) else batch_size,
         "number of processes": prepared.processes.count,
-        "dtype": str(prepared.precision.written).removeprefix("torch."),
+        "dtype": str(prepared.written).removeprefix("torch."),
     }
 
 

@@ -107,7 +107,7 @@ def _metadata(prepared: Prepared, folder: RunFolder, adapter: dict[str, Any] | N
             "device": job.device.type,
             "batch_size": run["batch size"],
             "fingerprints": {key: run[key] for key in ("model", "calibration text")},
-            "itemsize": prepared.precision.written.itemsize,
+            "itemsize": prepared.written.itemsize,
             "dense_size": vars(plan.dense),
             "size": {
                 "parameters": sum(report["parameters"] for report in reports),

@@ -67,18 +67,11 @@ class Job(Output):
     data_dir: Path | None = None
 
 
-@dataclass(frozen=True)
-class Precision:
-    """The dtype weights are written in, and the one the walk computes in."""
-
-    written: torch.dtype
-    computing: torch.dtype
-
-
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
     """A job whose inputs have all been checked.
 
+    written, computing: the dtype weights are written in, and the one the walk computes in.
     processes: those that do it together. held: bytes that this one held before.
     """
 
@@ -86,7 +79,8 @@ class Prepared:
     folder: Path
     config: Any
     family: families.Family
-    precision: Precision
+    written: torch.dtype
+    computing: torch.dtype
     plan: Plan
     weights: LazyWeights
     windows: Tensor
@@ -116,12 +110,14 @@ def prepare(job: Job, processes: Processes = ALONE) -> Prepared:
     assert plan is not None
     assert weights is not None
     assert windows is not None
+    written, computing = choose_dtypes(job, folder, config)
     return Prepared(
         job=job,
         folder=folder,
         config=config,
         family=plan.spec.architecture.family,
-        precision=choose_precision(job, folder, config),
+        written=written,
+        computing=computing,
         plan=plan,
         weights=weights,
         windows=windows,
@@ -144,34 +140,34 @@ def read_windows(job: Job, folder: Path, config: Any) -> Tensor:
     return windows
 
 
-def choose_precision(job: Job, folder: Path, config: Any) -> Precision:
-    """float32 for the walk, whatever the weights are stored in; float64 for float64 models."""
+def choose_dtypes(job: Job, folder: Path, config: Any) -> tuple[torch.dtype, torch.dtype]:
+    """What is written, and for the walk float32 whatever the weights are stored in, float64 for float64 models."""
     if job.recipe.dtype:
         written = getattr(torch, job.recipe.dtype)
     else:
         written = config.dtype or stored_dtype(folder) or torch.float32
-    return Precision(written, torch.float64 if written == torch.float64 else torch.float32)
+    return written, (torch.float64 if written == torch.float64 else torch.float32)
 
 
 def plan_job(job: Job, folder: Path, config: Any, processes: Processes = ALONE) -> Plan:
     """Plan a job. Raises where the recipe does not fit the model, or the run does not fit the memory."""
     family = families.find(config)
     check_dense(folder, config)
-    precision, cache_memory = choose_precision(job, folder, config), job.cache_memory
+    (written, computing), cache_memory = choose_dtypes(job, folder, config), job.cache_memory
     if cache_memory is None:
         cache_memory = psutil.virtual_memory().available // 2 // processes.local_count
     room = Room(job.batch_size or usual_batch_size(job.recipe), cache_memory)
-    make = partial(make_plan, job.recipe, config, family, dtype=precision.written, computing=precision.computing)
+    make = partial(make_plan, job.recipe, config, family, dtype=written, computing=computing)
     plan = make(room=room)
     if job.max_memory is None:
         return plan
-    before, part = resident_bytes(), largest_part_bytes(config, family, precision.computing)
+    before, part = resident_bytes(), largest_part_bytes(config, family, computing)
     # The process that reloads the result takes it part by part, unless its form cannot stay on disk.
     whole = bool(plan.spec.packed) or job.export == "gguf"
     proof = 2 * plan.dense.bytes if whole else 2 * part
 
     def need(room: Room) -> int:
-        run, _ = needs(job.recipe, plan.stages, config, family, computing=precision.computing, room=room)
+        run, _ = needs(job.recipe, plan.stages, config, family, computing=computing, room=room)
         return max(run, before + proof)
 
     room = fit_to_limit(room, job.max_memory, before + GROWTH, need, fixed_batch=job.batch_size is not None)
@@ -251,7 +247,7 @@ def open_weights(folder: Path, config: Any, family: families.Family) -> LazyWeig
 
 
 def new_decoder(prepared: Prepared) -> Decoder:
-    return Decoder(prepared.config, prepared.family, dtype=prepared.precision.computing, device=prepared.job.device)
+    return Decoder(prepared.config, prepared.family, dtype=prepared.computing, device=prepared.job.device)
 
 
 def batch_size(prepared: Prepared, windows: Tensor) -> int:
@@ -286,10 +282,10 @@ def take_survey(prepared: Prepared, begin: Callable[[str], None]) -> Survey | No
 def new_walk(
     prepared: Prepared, stages: Sequence[StageConfig], windows: Tensor, held_out: int, survey: Survey | None
 ) -> Walk:
-    job, precision = prepared.job, prepared.precision
+    job = prepared.job
     settings = WalkSettings(
-        layout=prepared.plan.spec.architecture.layout(precision.written),
-        output_dtype=precision.written,
+        layout=prepared.plan.spec.architecture.layout(prepared.written),
+        output_dtype=prepared.written,
         batch_size=batch_size(prepared, windows),
         held_out=held_out,
         probe_tokens=PROBE_TOKENS,
@@ -298,9 +294,3 @@ def new_walk(
         scratch=job.partial,
     )
     return Walk(new_decoder(prepared), prepared.weights, windows, stages, settings, survey, prepared.processes)
-
-
-def restored(prepared: Prepared, tensors: dict[str, Tensor]) -> Survey:
-    """Restore the survey of an earlier run."""
-    on_device = {name: tensor.to(prepared.job.device) for name, tensor in tensors.items()}
-    return Survey.of(on_device, GradientFiles(prepared.job.partial))

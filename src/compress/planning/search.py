@@ -58,31 +58,24 @@ def try_out(prepared: Prepared, choice: Choice, survey: Survey | None, steps: St
 def choose(costs: Sequence["Cost | None"], measure: Callable[[int], float]) -> int:
     """Find the index of the least value by at most `MOST_TRIALS` measurements.
 
-    Without predicted costs those in the middle are measured.
+    Measure where the cost is predicted least, then its neighbor of less predicted cost. With what these two say of the
+    costs' two terms the prediction is corrected, and its least place is measured if it is another. Without predicted
+    costs those in the middle are measured.
     """
     known = [cost for cost in costs if cost is not None]
     if len(known) < len(costs):
         start = max(0, (len(costs) - MOST_TRIALS) // 2)
         return min(range(start, min(start + MOST_TRIALS, len(costs))), key=measure)
-    return choose_by_cost(known, measure)
-
-
-def choose_by_cost(costs: Sequence["Cost"], measure: Callable[[int], float]) -> int:
-    """Measure where the cost is predicted least, then its neighbor of less predicted cost.
-
-    With what these two say of the costs' two terms the prediction is corrected, and its least place is measured if it
-    is another.
-    """
-    predicted = [cost.total(LEFT) for cost in costs]
-    first = min(range(len(costs)), key=predicted.__getitem__)
+    predicted = [cost.total(LEFT) for cost in known]
+    first = min(range(len(known)), key=predicted.__getitem__)
     values = {first: measure(first)}
-    beside = [place for place in (first - 1, first + 1) if 0 <= place < len(costs)]
+    beside = [place for place in (first - 1, first + 1) if 0 <= place < len(known)]
     beside = [place for place in beside if predicted[place] <= REACH * predicted[first]]
     if beside:
         second = min(beside, key=predicted.__getitem__)
         values[second] = measure(second)
-        left = corrected([(costs[place], value) for place, value in values.items()])
-        third = min(range(len(costs)), key=lambda place: values.get(place, costs[place].total(left)))
+        left = corrected([(known[place], value) for place, value in values.items()])
+        third = min(range(len(known)), key=lambda place: values.get(place, known[place].total(left)))
         if third not in values:
             values[third] = measure(third)
     return min(values, key=values.__getitem__)
