@@ -34,7 +34,6 @@ class Steps:
         self._report(share)
 
     def advance(self, count: int = 1) -> None:
-        """Count steps that are done."""
         self.done += count
         self._report()
 
@@ -44,7 +43,6 @@ class Steps:
         self.begin(step)
 
     def end(self) -> None:
-        """Count all steps as done."""
         self.done, self.step = self.total, ""
         self._report()
 

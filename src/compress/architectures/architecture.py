@@ -41,37 +41,27 @@ class Size:
     bytes: int
 
 
+def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters, a tied one once, and persistent buffers."""
+    saved = model.state_dict(keep_vars=True).keys()
+    return dict(model.named_parameters()) | {name: each for name, each in model.named_buffers() if name in saved}
+
+
 def stored_bytes(model: nn.Module, dtype: torch.dtype) -> int:
     """Count the bytes of a model; floats are written in `dtype`, integers and 8-bit floats as they are."""
-    return sum(
-        tensor.numel() * (dtype if is_wide_float(tensor) else tensor.dtype).itemsize
-        for tensor in (*model.parameters(), *saved_buffers(model).values())
-    )
+    tensors = saved_tensors(model).values()
+    return sum(each.numel() * (dtype if is_wide_float(each) else each.dtype).itemsize for each in tensors)
 
 
 def header_bytes(name: str) -> int:
     return len(name) + HEADER_BYTES_PER_TENSOR
 
 
-def saved_buffers(model: nn.Module) -> dict[str, Tensor]:
-    saved = model.state_dict(keep_vars=True).keys()
-    return {name: buffer for name, buffer in model.named_buffers() if name in saved}
-
-
 def disk_bytes(model: PreTrainedModel, dtype: torch.dtype) -> int:
     """Upper bound on the bytes of the safetensors files, headers included, one file a part."""
-    names = [name for name, _ in model.named_parameters()] + list(saved_buffers(model))
-    headers = sum(header_bytes(name) for name in names)
+    headers = sum(header_bytes(name) for name in saved_tensors(model))
     files = model.config.get_text_config().num_hidden_layers + 2
     return stored_bytes(model, dtype) + headers + files * HEADER_BYTES_PER_FILE
-
-
-def dense_units(config: Any, family: Family) -> dict[str, int]:
-    """Count the units of each kind in a block of the dense model."""
-    found: dict[str, int] = {}
-    for branch in family.branches:
-        found |= {units.kind: units.number(config) for units in branch.units}
-    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +93,7 @@ class ModelSpec:
         config, family = architecture.dense, architecture.family
         points = 1 + config.num_hidden_layers * len(family.branches)
         widths = (config.hidden_size,) * points
-        return cls(architecture=architecture, dtype=dtype, widths=widths, units=dense_units(config, family))
+        return cls(architecture=architecture, dtype=dtype, widths=widths, units=family.dense_units(config))
 
     @property
     def num_blocks(self) -> int:
@@ -126,7 +116,7 @@ class ModelSpec:
 
     @property
     def dense_units(self) -> dict[str, int]:
-        return dense_units(self.architecture.dense, self.architecture.family)
+        return self.architecture.family.dense_units(self.architecture.dense)
 
     @property
     def is_decided(self) -> bool:
@@ -145,7 +135,6 @@ class ModelSpec:
             raise UsageError("\n".join(problems))
 
     def problems(self) -> list[str]:
-        """Say why the architecture has no room for these sizes."""
         return self.architecture.problems(self)
 
     @property
@@ -155,7 +144,6 @@ class ModelSpec:
 
     @property
     def is_gguf(self) -> bool:
-        """Whether the result is one GGUF file."""
         return self.gguf_type is not None
 
     @cached_property
@@ -180,7 +168,6 @@ class ModelSpec:
         return model
 
     def config(self, dtype: torch.dtype | None = None) -> Any:
-        """Build what the checkpoint's config.json says."""
         config, packed = self.architecture.base_config(self, dtype or self.dtype), self.packed
         storage = next(iter(packed.values()), None)
         if storage is not None and storage.bits is not None:

@@ -15,7 +15,6 @@ from compress.architectures.architecture import (
     ONE_WIDTH,
     Architecture,
     ModelSpec,
-    dense_units,
     rank_step,
     usual_step,
 )
@@ -100,7 +99,7 @@ class Own(Architecture):
             return self.inside.steps()
         # With shortcuts as the paper's code has it; without, as finely as for a stock shape.
         hidden = 8 if self.shortcuts else usual_step(self.dense.hidden_size, 1, at_least=16)
-        neurons = usual_step(dense_units(self.dense, self.family)["neurons"], 1, at_least=64)
+        neurons = usual_step(self.family.dense_units(self.dense)["neurons"], 1, at_least=64)
         return {"hidden": hidden, "neurons": neurons, "kv_groups": 1, "rank": rank_step(self.dense)}
 
     def problems(self, spec: ModelSpec) -> list[str]:
@@ -116,13 +115,12 @@ class Own(Architecture):
             ]
         if isinstance(spec.units.get("neurons"), tuple) and any(branch.experts for branch in self.family.branches):
             return ["Experts have as many neurons in every block. Give one number for all blocks."]
-        if spec.units.get("kv_groups", 0) != dense_units(self.dense, self.family).get("kv_groups", 0):
+        if spec.units.get("kv_groups", 0) != self.family.dense_units(self.dense).get("kv_groups", 0):
             return ["KV groups can be deleted only where the model keeps a stock shape."]
         return []
 
 
 def as_own(architecture: Architecture) -> Own:
-    """Wrap an architecture in our own."""
     if isinstance(architecture, Own):
         return architecture
     assert isinstance(architecture, Stock)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from compress.architectures.architecture import ONE_WIDTH, Architecture, ModelSpec, dense_units, rank_step, usual_step
+from compress.architectures.architecture import ONE_WIDTH, Architecture, ModelSpec, rank_step, usual_step
 from compress.calibration.weights import Layout
 from compress.families import Family, StockShape
 from compress.models.branch import Branch, ReaderGroup, set_weight
@@ -109,7 +109,7 @@ class Stock(Architecture):
         if not self.narrows:
             return {"rank": rank_step(self.dense)}
         heads = self.dense.num_attention_heads if self.rules.heads_divide_width else 1
-        units, grouped = dense_units(self.dense, self.family), GROUPED if self.has_experts else 1
+        units, grouped = self.family.dense_units(self.dense), GROUPED if self.has_experts else 1
         hidden = usual_step(self.dense.hidden_size, math.lcm(heads, grouped), at_least=16)
         neurons = usual_step(units["neurons"], grouped, at_least=64)
         return {"hidden": hidden, "kv_groups": 1, "neurons": neurons, "rank": rank_step(self.dense)}

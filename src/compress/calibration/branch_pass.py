@@ -186,7 +186,6 @@ class BranchPass:
         return [report for group in groups for report in self._written(group)]
 
     def _written(self, group: Readers | Writers) -> list[Report]:
-        """Write a fitted group and rewrite its linears."""
         group.write()
         return [*self.rewriter.rewrite_group(group), group.close()]
 
@@ -329,7 +328,6 @@ class BranchPass:
                 self.streams.compressed.put(batch.index, branch.carried(stream) + update)
 
     def _wide(self, stream: Tensor) -> Float[Tensor, "*batch D"]:
-        """Decode the compressed stream into the dense basis."""
         return stream if self.decode is None else stream @ self.decode.to(self.decoder.dtype)
 
     def _weigh(self, t: Float[Tensor, "tokens D"]) -> Float[Tensor, "tokens 1"]:
@@ -343,7 +341,6 @@ class BranchPass:
         return PointStatistics(needs, point.dense_width, self.eps, self.decoder.device)
 
     def _decide(self, point: StreamPoint, found: PointStatistics) -> None:
-        """Ask the stages for the point's basis."""
         point.statistics = found.close(self.processes)
         if self.frame is not None:
             point.basis = Basis(self.frame, width=point.dense_width, is_shared=True)

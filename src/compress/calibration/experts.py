@@ -114,7 +114,6 @@ def short_of_tokens(reports: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def lot_bytes(experts: int, inner: int, targets: int) -> int:
-    """Bytes that the equations of a chunk take at most."""
     one = equation_bytes(inner, targets)
     return min(experts * one, max(one, LOT_BYTES))
 

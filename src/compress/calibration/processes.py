@@ -60,7 +60,6 @@ class Processes:
         return [data]
 
     def from_first(self, data: Any) -> Any:
-        """Broadcast plain data from the first process."""
         return self.gathered(data)[0]
 
     def total(self, number: int) -> int:
@@ -151,7 +150,6 @@ class Group(Processes):
             raise CompressError(f"Process {gone[0]} of {self.count} has died. {KEPT}")
 
     def meet(self) -> None:
-        """Find out which processes are on this machine."""
         here = platform.node()
         met = self.gathered([here, os.getpid()])
         self.neighbors = {rank: pid for rank, (node, pid) in enumerate(met) if node == here and rank != self.rank}

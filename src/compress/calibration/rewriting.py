@@ -153,6 +153,5 @@ class LinearRewriter:
 
 
 def plain(module: nn.Module) -> nn.Linear:
-    """Assert that a linear is still a plain one."""
     assert isinstance(module, nn.Linear)
     return module

@@ -176,12 +176,10 @@ class Stage(Protocol):
 
 
 def rotates_points(stages: Iterable[Stage]) -> bool:
-    """Whether stages change the basis at points of the stream."""
     return any(stage.site is StreamPoint and stage.reshapes for stage in stages)
 
 
 def has_linears(stages: Iterable[Stage]) -> bool:
-    """Whether stages see linears, one by one or in groups."""
     return any(stage.site is LinearSite or issubclass(stage.site, LinearGroup) for stage in stages)
 
 

@@ -124,8 +124,6 @@ class InputSums:
 
 
 class RunningEquations:
-    """Running sums of u u^T and u t^T."""
-
     def __init__(self, inputs: int, targets: int, device: torch.device) -> None:
         self.G = GramSum(inputs, device)
         self.B = torch.zeros(inputs, targets, dtype=torch.float64, device=device)

@@ -54,7 +54,6 @@ def spread(windows: Int64[Tensor, "windows tokens"], count: int) -> Int64[Tensor
 
 
 def own_batches(batches: list[Batch], processes: Processes) -> list[Batch]:
-    """This process's share of the batches, renumbered."""
     return [replace(batch, index=index) for index, batch in enumerate(processes.share(batches))]
 
 
@@ -97,7 +96,6 @@ class ActivationCache:
         return 0 if self.slots is not None else sum(batch.nbytes for batch in self.batches if batch is not None)
 
     def stored(self, index: int) -> Float[Tensor, "windows tokens width"]:
-        """The stored batch, on the cache's device."""
         batch = self.batches[index]
         if batch is None:
             raise LookupError(f"batch {index} was never put into the cache")
@@ -257,7 +255,6 @@ class Streams:
                 self.caches[name].put(i, state[f"{name}.{i}"].clone())
 
     def release(self) -> None:
-        """Free the activations."""
         for cache in self.caches.values():
             cache.release()
 

@@ -82,7 +82,6 @@ class Survey:
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], gradients: GradientFiles | None) -> "Survey":
-        """Restore a survey from its tensors."""
         spectra = {
             name.removeprefix("energy "): Spectrum(energy, tensors.get(name.replace("energy ", "felt ", 1)))
             for name, energy in tensors.items()

@@ -213,7 +213,6 @@ class Walk:
 
     @contextmanager
     def _loaded(self, part: AbstractContextManager[None]) -> Iterator[None]:
-        """Load a part, timed as `read`."""
         with ExitStack() as stack:
             with self.clock("read"):
                 stack.enter_context(part)

@@ -32,23 +32,15 @@ class LazyWeights:
         self.folder = folder
         self.stored = SafetensorsFolder(folder)
 
+    def locate(self, name: str) -> tuple[str | None, Piece | None]:
+        """Name of the stored tensor that holds a parameter, and where in it: among other experts', or all of it."""
+        piece = fused_piece(name)
+        stored = self.stored.find(*stored_forms(name), *([piece.stored] if piece else []))
+        is_fused = piece is not None and str(stored).endswith(piece.stored.removeprefix("model."))
+        return stored, piece if is_fused else None
+
     def resolve(self, name: str) -> str | None:
-        """Name of the stored tensor that holds a parameter, alone or among other experts'."""
-        piece = fused_piece(name)
-        return self.stored.find(*stored_forms(name), *([piece.stored] if piece else []))
-
-    def piece(self, name: str) -> Piece | None:
-        """Where a parameter is in its stored tensor; None where it is all of it."""
-        piece = fused_piece(name)
-        is_fused = piece is not None and str(self.resolve(name)).endswith(piece.stored.removeprefix("model."))
-        return piece if is_fused else None
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a stored parameter."""
-        shape, piece = self.stored.tensors[str(self.resolve(name))].shape, self.piece(name)
-        if piece is None or len(shape) != FUSED_DIMENSIONS:
-            return shape
-        return len(range(shape[1])[piece.rows(shape[1])]), shape[2]
+        return self.locate(name)[0]
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Read tensors as they are stored, on the CPU.
@@ -57,7 +49,7 @@ class LazyWeights:
         """
         wanted, parts = {}, {}
         for name in names:
-            stored, piece = self.resolve(name), self.piece(name)
+            stored, piece = self.locate(name)
             if stored is None:
                 raise CheckpointError(f"The checkpoint {self.folder} has no tensor {name!r}.")
             wanted[name] = stored
@@ -82,13 +74,17 @@ class LazyWeights:
         """Check that every parameter of the model is stored, in its shape and in a float type. Reads no weights."""
         missing, optional = [], set(may_miss)
         for name, shape in shapes.items():
-            stored = self.resolve(name)
+            stored, piece = self.locate(name)
             if stored is None:
                 missing += [name] if name not in optional else []
                 continue
             tensor = self.stored.tensors[stored]
-            piece = self.piece(name)
-            if self.shape(name) != shape or (piece is not None and piece.expert >= tensor.shape[0]):
+            found = tensor.shape
+            if piece is not None and piece.expert >= found[0]:
+                found = ()
+            elif piece is not None and len(found) == FUSED_DIMENSIONS:
+                found = len(range(found[1])[piece.rows(found[1])]), found[2]
+            if found != shape:
                 raise CheckpointError(
                     f"The tensor {name!r} has shape {list(tensor.shape)}, but config.json says {list(shape)}."
                 )

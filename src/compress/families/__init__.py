@@ -30,7 +30,6 @@ class Units:
     writer: str
 
     def number(self, config: Any) -> int:
-        """Number of units in a block of the dense model."""
         count = getattr(config, self.count)
         return 4 * config.hidden_size if count is None else int(count)
 
@@ -150,6 +149,10 @@ class Family:
     @property
     def has_post_norms(self) -> bool:
         return any(branch.post_norm for branch in self.branches)
+
+    def dense_units(self, config: Any) -> dict[str, int]:
+        """Count the units of each kind in a block of the dense model."""
+        return {units.kind: units.number(config) for branch in self.branches for units in branch.units}
 
     def epsilon(self, config: Any) -> float:
         return getattr(config, self.norm_eps) if isinstance(self.norm_eps, str) else self.norm_eps

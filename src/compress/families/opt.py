@@ -21,7 +21,6 @@ def not_exact(config: Any) -> str | None:
 
 
 def behind(branch: BranchTable) -> BranchTable:
-    """With its norm behind it."""
     return replace(branch, norms=(), post_norm=branch.norms[0], post_norm_of="stream")
 
 

@@ -25,7 +25,7 @@ from compress.datasets.windows import fingerprint
 from compress.io import write_tensors
 from compress.models.loading import load_config
 from compress.numerics.precision import full_precision
-from compress.pipeline.output import TRIAL, Result, export_gguf, result_of, turn_into_gguf, write_companions
+from compress.pipeline.output import TRIAL, Result, result_of, write_companions, write_gguf_file
 from compress.planning import search
 from compress.planning.budget import rank_choices
 from compress.planning.memory import resident_bytes, usual_batch_size
@@ -184,22 +184,19 @@ def _complete(prepared: Prepared, walk: Walk, folder: RunFolder, progress: Progr
         ids, logits = walk.probe_ids, walk.probe
         assert logits is not None
         verify_tokens(prepared.folder, target)
-        memory = for_gguf = proof_memory(prepared)
-        if job.max_memory is None:
+        # What the process that reloads the result may take beside its interpreter, which is as large as ours.
+        memory = for_gguf = max(prepared.plan.memory_bytes, SMALL)
+        if job.max_memory is not None:
+            memory = for_gguf = max(0, job.max_memory - resident_bytes() - prepared.held)
+        else:
             for_gguf = max(memory, psutil.virtual_memory().available // 2)
         if prepared.plan.spec.is_gguf:
-            difference = turn_into_gguf(prepared, folder, ids, logits, for_gguf)
+            difference = write_gguf_file(prepared, folder, ids, logits, for_gguf)
         else:
             difference = verify(target, ids, logits, memory=memory)
             if job.export == "gguf":
                 steps.next("the GGUF file")
-                export_gguf(target, job.out.name, ids, logits, memory=for_gguf)
+                write_gguf_file(prepared, folder, ids, logits, for_gguf)
     folder.finish()
     steps.end()
     return metadata, difference
-
-
-def proof_memory(prepared: Prepared) -> int:
-    """Bytes that the process which reloads the result may take beside its interpreter, which is as large as ours."""
-    limit = prepared.job.max_memory
-    return max(prepared.plan.memory_bytes, SMALL) if limit is None else max(0, limit - resident_bytes() - prepared.held)

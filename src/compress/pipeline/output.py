@@ -29,7 +29,6 @@ TRIAL = "trial "  # before the place of a choice: a trial's name among the findi
 
 
 def write_companions(prepared: Prepared, folder: RunFolder) -> Metadata:
-    """All files of the checkpoint but its parts."""
     plan, target, reports = prepared.plan, folder.checkpoint, [part.report for part in folder.parts]
     adapter = adapter_metadata(prepared)
     parts = {part.weights.file: part.weights.sha256 for part in folder.parts if part.weights}
@@ -54,32 +53,26 @@ def write_companions(prepared: Prepared, folder: RunFolder) -> Metadata:
     return metadata
 
 
-def export_gguf(folder: Path, name: str, ids: Tensor, logits: Tensor, *, memory: int) -> None:
-    """A GGUF file of the finished checkpoint, in its folder, read back before it counts."""
-    from compress.checkpoints.gguf import verify_gguf, write_gguf
+def write_gguf_file(prepared: Prepared, folder: RunFolder, ids: Tensor, logits: Tensor, memory: int) -> float:
+    """Write the finished checkpoint as a GGUF file too, read back before it counts; return the difference of logits.
 
-    file = folder / f"{name}.gguf"
-    write_gguf(folder, file, name=name)
-    verify_gguf(folder, file, ids, logits, memory=memory)
-
-
-def turn_into_gguf(prepared: Prepared, folder: RunFolder, ids: Tensor, logits: Tensor, memory: int) -> float:
-    """Write a checkpoint in block types as one GGUF file, read it back, and leave only that; the difference of logits.
-
-    Of the folder stay the file, compress.json and the card.
+    Of a checkpoint in block types, only that file, compress.json and the card are left.
     """
     from compress.checkpoints.gguf import verify_gguf, write_gguf
 
-    plan, target, metadata = prepared.plan, folder.checkpoint, read_metadata(folder.checkpoint)
-    file = target / f"{prepared.job.out.name}.gguf"
-    types = {path: str(storage.block_type) for path, storage in plan.spec.storage.items()}
-    file_type = FileType.parse(str(plan.spec.gguf_type)).name
-    write_gguf(target, file, name=metadata.name, types=types, file_type=file_type)
+    spec, target, name = prepared.plan.spec, folder.checkpoint, prepared.job.out.name
+    file = target / f"{name}.gguf"
+    if not spec.is_gguf:
+        write_gguf(target, file, name=name)
+        return verify_gguf(target, file, ids, logits, memory=memory)
+    metadata = read_metadata(target)
+    types = {path: str(storage.block_type) for path, storage in spec.storage.items()}
+    write_gguf(target, file, name=metadata.name, types=types, file_type=FileType.parse(str(spec.gguf_type)).name)
     difference = verify_gguf(target, file, ids, logits, memory=memory)
-    found = metadata.model_copy(update={"parts": {file.name: sha256(file)}})
+    metadata = metadata.model_copy(update={"parts": {file.name: sha256(file)}})
     clear(target, kept={file.name})
-    found.write(target)
-    write_card(target, found)
+    metadata.write(target)
+    write_card(target, metadata)
     return difference
 
 

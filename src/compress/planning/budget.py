@@ -153,7 +153,6 @@ def largest_fitting(space: WidthSpace, limit: Limit) -> Iterator[tuple[dict[str,
 
 
 def combinations(ladders: Sequence[tuple[str, list[int]]]) -> Iterator[dict[str, int]]:
-    """Yield all combinations of counts, the largest first."""
     names = [kind for kind, _ in ladders]
     for values in itertools.product(*(ladder[::-1] for _, ladder in ladders)):
         yield dict(zip(names, values, strict=True))

@@ -17,7 +17,6 @@ from typing import Any
 import psutil
 import torch
 
-from compress.architectures.architecture import dense_units
 from compress.calibration.experts import lot_bytes
 from compress.calibration.sites import (
     WholeModel,
@@ -34,7 +33,7 @@ from compress.errors import UsageError
 from compress.families import Family
 from compress.models.decoder import Decoder
 from compress.numerics.sums import ROWS_AT_ONCE
-from compress.recipe import Recipe
+from compress.recipe import Calibration, Recipe
 from compress.stages._stage import StageConfig
 
 TOKENS_PER_BATCH = 8192
@@ -59,25 +58,6 @@ def surveyed(stages: Sequence[StageConfig]) -> SurveyNeed:
     return functools.reduce(operator.or_, (stage.requires.survey for stage in stages), SurveyNeed.NONE)
 
 
-def needs(
-    recipe: Recipe, stages: Sequence[StageConfig], config: Any, family: Family, *, computing: torch.dtype, room: Room
-) -> tuple[int, int]:
-    """Bytes of memory, without the interpreter and its libraries, and of disk, without the output."""
-    calibration, footprint = recipe.calibration, Footprint(stages, config, family, computing)
-    one = cache_bytes(calibration.samples, calibration.seq_len, config.hidden_size, computing)
-    caches = one * (num_streams(stages) + keeps_before_post_norms(stages, family))
-    if footprint.has_gradient:
-        windows = survey_samples(calibration.samples, calibration.seq_len, config.hidden_size)
-        caches = max(caches, one * windows // calibration.samples * (config.num_hidden_layers + 1))
-    tokens = min(room.batch_size, calibration.samples) * calibration.seq_len
-    memory = footprint.weights() + max(
-        footprint.forward(tokens) + footprint.statistics(), footprint.solver(), footprint.logits(room.batch_size)
-    )
-    spilled = caches if caches > room.cache_memory else 0
-    disk = 2 * one * num_streams(stages) + spilled + footprint.gradient_files()
-    return memory + min(caches, room.cache_memory), disk
-
-
 class Footprint:
     """Bytes that the walk and the survey of a model hold at once, by what they are doing.
 
@@ -87,9 +67,15 @@ class Footprint:
     """
 
     def __init__(self, stages: Sequence[StageConfig], config: Any, family: Family, computing: torch.dtype) -> None:
-        self.stages, self.survey, self.itemsize = stages, surveyed(stages), computing.itemsize
+        self.stages, self.survey, self.computing, self.itemsize = (
+            stages,
+            surveyed(stages),
+            computing,
+            computing.itemsize,
+        )
         self.has_gradient = SurveyNeed.GRADIENT in self.survey
         self.has_linears, self.has_groups = has_linears(stages), has_groups(stages)
+        self.num_streams, self.keeps_before = num_streams(stages), keeps_before_post_norms(stages, family)
         decoder = Decoder(config, family, dtype=torch.float32, device=torch.device("cpu"))
         shapes, block = decoder.parameter_shapes(), decoder.block_names(0)
         parts = [decoder.embedding_names(), block, decoder.head_names()]
@@ -97,11 +83,26 @@ class Footprint:
         self.matrix = max(shapes[name].numel() for part in parts for name in part)
         self.linears = [(shapes[name][0], shapes[name][1]) for name in block if len(shapes[name]) == 2]
         self.width, self.vocabulary, self.blocks = config.hidden_size, config.vocab_size, config.num_hidden_layers
-        self.inner = dense_units(config, family).get("neurons", 0)
+        self.inner = family.dense_units(config).get("neurons", 0)
         self.experts = max(len(branch.experts) for branch in family.branches)
         self.neurons = max(self.inner, self.width)
         shares_frame = any(stage.site is WholeModel for stage in stages)
         self.inputs = self.neurons + (self.width if rotates_points(stages) and not shares_frame else 0)
+
+    def needs(self, calibration: Calibration, room: Room) -> tuple[int, int]:
+        """Bytes of memory, without the interpreter and its libraries, and of disk, without the output."""
+        one = cache_bytes(calibration.samples, calibration.seq_len, self.width, self.computing)
+        caches = one * (self.num_streams + self.keeps_before)
+        if self.has_gradient:
+            windows = survey_samples(calibration.samples, calibration.seq_len, self.width)
+            caches = max(caches, one * windows // calibration.samples * (self.blocks + 1))
+        tokens = min(room.batch_size, calibration.samples) * calibration.seq_len
+        memory = self.weights() + max(
+            self.forward(tokens) + self.statistics(), self.solver(), self.logits(room.batch_size)
+        )
+        spilled = caches if caches > room.cache_memory else 0
+        disk = 2 * one * self.num_streams + spilled + self.gradient_files()
+        return memory + min(caches, room.cache_memory), disk
 
     def weights(self) -> int:
         """A part's weights, as they are stored and as they are computed with, and the statistics of its experts.
@@ -151,7 +152,6 @@ class Footprint:
         return statistics * DOUBLE + turned
 
     def logits(self, batch_size: int) -> int:
-        """Logits and what is computed from them."""
         held_out = LOGITS_AT_ONCE if any(stage.requires.held_out for stage in self.stages) else 0
         backward = TOKENS_AT_ONCE * batch_size if self.has_gradient else 0
         return self.vocabulary * max(held_out * 8, backward * 4) * self.itemsize
@@ -164,10 +164,6 @@ class Footprint:
         """The gradient moments of all blocks on disk, in float32."""
         both = SurveyNeed.LINEARS | SurveyNeed.GRADIENT
         return 4 * self.blocks * self.gradient_moments() if both in self.survey else 0
-
-
-def largest_part_bytes(config: Any, family: Family, computing: torch.dtype) -> int:
-    return Footprint((), config, family, computing).part * computing.itemsize
 
 
 def fit_to_limit(asked: Room, limit: int, base: int, need: Callable[[Room], int], *, fixed_batch: bool) -> Room:

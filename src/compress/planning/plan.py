@@ -8,19 +8,18 @@ from typing import Any
 
 import torch
 
-from compress.architectures.architecture import ModelSpec, Size, dense_units, stored_bytes
+from compress.architectures.architecture import ModelSpec, Size, stored_bytes
 from compress.architectures.own import Own
 from compress.architectures.stock import Stock
 from compress.calibration.linears import LinearShape, LinearSite
 from compress.calibration.sites import Table, WholeModel
-from compress.calibration.spectra import LinearFilter
 from compress.calibration.survey import SurveyNeed
 from compress.checkpoints.metadata import Alternative
 from compress.errors import UsageError, report
 from compress.families import Family, check_exact
 from compress.models.storage import Storage, empty_linear
 from compress.planning.budget import Choice, RankSpace, WidthSpace, check_budget, plan_stages, width_choices
-from compress.planning.memory import Room, needs, surveyed
+from compress.planning.memory import Footprint, Room, surveyed
 from compress.recipe import Recipe
 from compress.stages._stage import RankStage, StageConfig
 
@@ -63,19 +62,7 @@ class Plan:
     def survey(self) -> SurveyNeed:
         return surveyed(self.stages)
 
-    @property
-    def watch(self) -> LinearFilter | None:
-        """The linears that the survey takes spectra of."""
-        return next((watch for stage in self.stages if (watch := stage.requires.watch) is not None), None)
-
-    @property
-    def fewest_units(self) -> dict[str, int]:
-        """The smallest count of each kind of unit that the choices have."""
-        kinds = [stage.opens for stage in self.stages if stage.opens in self.spec.units]
-        return {kind: min(int(choice.counts[kind]) for choice in self.choices) for kind in kinds if kind}
-
     def chosen(self, choice: Choice) -> "Plan":
-        """Make one of the plan's choices."""
         stages = tuple(stage.decided(choice.counts) for stage in self.stages)
         return replace(self, stages=stages, spec=choice.spec, ranks=None, choices=[])
 
@@ -119,7 +106,7 @@ def make_plan(
         if not on_linears and spec.deletes_nothing:
             raise UsageError("The recipe deletes nothing: every width stays as it is. Add a slice stage.")
     sizes = [spec.size] if spec.is_decided else [choice.size for choice in choices] or [dense]
-    memory, disk = needs(recipe, stages, config, family, computing=computing, room=room)
+    memory, disk = Footprint(stages, config, family, computing).needs(recipe.calibration, room)
     plan = Plan(
         stages=stages,
         spec=spec,
@@ -192,9 +179,8 @@ def mixture_faults(stages: Sequence[StageConfig], *, has_budget: bool) -> list[s
 
 
 def token_notes(recipe: Recipe, config: Any, family: Family) -> list[str]:
-    """Say where there is less calibration text than stages on linears need for the widest."""
     tokens = recipe.calibration.samples * recipe.calibration.seq_len
-    widest = max(dense_units(config, family).get("neurons", 0), config.hidden_size)
+    widest = max(family.dense_units(config).get("neurons", 0), config.hidden_size)
     if tokens >= 4 * widest or not any(stage.site is LinearSite for stage in recipe.stages):
         return []
     return [

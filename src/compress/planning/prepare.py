@@ -29,10 +29,9 @@ from compress.models.loading import check_positions, check_vocabulary, load_conf
 from compress.models.stored_files import ADAPTER
 from compress.models.tensor_files import SafetensorsFolder
 from compress.planning.memory import (
+    Footprint,
     Room,
     fit_to_limit,
-    largest_part_bytes,
-    needs,
     resident_bytes,
     usual_batch_size,
 )
@@ -161,14 +160,13 @@ def plan_job(job: Job, folder: Path, config: Any, processes: Processes = ALONE) 
     plan = make(room=room)
     if job.max_memory is None:
         return plan
-    before, part = resident_bytes(), largest_part_bytes(config, family, computing)
+    before, footprint = resident_bytes(), Footprint(plan.stages, config, family, computing)
     # The process that reloads the result takes it part by part, unless its form cannot stay on disk.
     whole = bool(plan.spec.packed) or job.export == "gguf"
-    proof = 2 * plan.dense.bytes if whole else 2 * part
+    proof = 2 * (plan.dense.bytes if whole else footprint.part * footprint.itemsize)
 
     def need(room: Room) -> int:
-        run, _ = needs(job.recipe, plan.stages, config, family, computing=computing, room=room)
-        return max(run, before + proof)
+        return max(footprint.needs(job.recipe.calibration, room)[0], before + proof)
 
     room = fit_to_limit(room, job.max_memory, before + GROWTH, need, fixed_batch=job.batch_size is not None)
     plan = make(room=room)
@@ -228,7 +226,6 @@ def check_memory(needed: int) -> None:
 
 
 def check_gguf(plan: Plan, folder: Path) -> None:
-    """Check that the result can be written as a GGUF file."""
     from compress.checkpoints.gguf import check_exportable
 
     spec = plan.choices[0].spec if plan.choices else plan.spec
@@ -266,14 +263,19 @@ def take_survey(prepared: Prepared, begin: Callable[[str], None]) -> Survey | No
     count, seq_len = prepared.windows.shape
     windows = spread(prepared.windows, max(survey_samples(count, seq_len, decoder.dense_width), processes.count))
     share = FREE_SHARE if budget is not None and budget.allocation == "free" else 1
-    fewest = {kind: max(1, int(share * count)) for kind, count in plan.fewest_units.items()}
+    fewest = dict[str, int]()  # the smallest count of each kind of unit that the choices have
+    if SurveyNeed.UNITS in need:
+        for kind in (stage.opens for stage in plan.stages):
+            if kind is not None and kind in plan.spec.units:
+                fewest[kind] = max(1, int(share * min(int(choice.counts[kind]) for choice in plan.choices)))
+    watch = next((watch for stage in plan.stages if (watch := stage.requires.watch) is not None), None)
     surveyor = Surveyor(
         PartLoader(decoder, prepared.weights),
         split_windows(windows, batch_size(prepared, windows), held_out=0),
         CacheFolder(decoder, prepared.job.partial),
         memory=plan.room.cache_memory,
-        observer=LinearObserver(plan.watch, files, decoder, processes),
-        units=UnitObserver(fewest if SurveyNeed.UNITS in need else {}, decoder.device, processes),
+        observer=LinearObserver(watch, files, decoder, processes),
+        units=UnitObserver(fewest, decoder.device, processes),
         processes=processes,
     )
     return surveyor.run(gradient=SurveyNeed.GRADIENT in need, stream=SurveyNeed.STREAM in need, begin=begin)

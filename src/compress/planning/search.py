@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
-from compress.architectures.architecture import dense_units
 from compress.calibration.streams import spread
 from compress.calibration.survey import Survey
 from compress.calibration.unit_costs import cost_name
@@ -134,20 +134,21 @@ class Forecast:
         layer_norm = prepared.family.norm == "layer"
         frame = shared_frame(prepared.plan.stages, survey, layer_norm=layer_norm)
         blocks, points = prepared.plan.spec.num_blocks, len(prepared.plan.spec.widths)
-        return cls(survey, frame, blocks, points, dense_units(prepared.config, prepared.family))
+        return cls(survey, frame, blocks, points, prepared.plan.spec.dense_units)
+
+    def costs(self, kind: str) -> list[Tensor]:
+        """What deleting 0, 1, 2, ... units costs in each block that the survey knows of."""
+        names = [cost_name(kind, block) for block in range(self.num_blocks)]
+        return [self.survey.unit_costs[name] for name in names if name in self.survey.unit_costs]
 
     def of_counts(self, counts: Counts) -> Cost | None:
         """Predict the cost of counts; None where the survey lacks a kind of them."""
         kinds = [kind for kind in counts if kind in self.units]
-        looked_at = all(cost_name(kind, block) in self.survey.unit_costs for kind in kinds for block in self.blocks)
-        if not kinds or not looked_at or (self.frame is None and "hidden" in counts):
+        lacks = any(len(self.costs(kind)) < self.num_blocks for kind in kinds)
+        if not kinds or lacks or (self.frame is None and "hidden" in counts):
             return None
         hidden = self.stream(int(counts["hidden"])) if "hidden" in counts else 0.0
         return Cost(hidden, sum(self._of_units(kind, counts[kind]) for kind in kinds))
-
-    @property
-    def blocks(self) -> range:
-        return range(self.num_blocks)
 
     def stream(self, width: int) -> float:
         """1/2 E (g . n R)^2 at all points, n R what the normalized stream n loses; n and the gradient g independent."""
@@ -159,20 +160,17 @@ class Forecast:
 
     def _of_units(self, kind: str, count: int | Sequence[int]) -> float:
         kept = [count] * self.num_blocks if isinstance(count, int) else count
-        return sum(self._cost(kind, block, each) for block, each in enumerate(kept))
-
-    def _cost(self, kind: str, block: int, kept: int) -> float:
-        return float(self.survey.unit_costs[cost_name(kind, block)][self.units[kind] - kept])
+        return sum(float(costs[self.units[kind] - each]) for costs, each in zip(self.costs(kind), kept, strict=True))
 
     def free_neurons(self, uniform: int, step: int) -> tuple[int, ...]:
         """Allocate as many neurons in all as `uniform` in each block, by the least predicted cost."""
-        most = self.units["neurons"]
-        least = most + 1 - min(len(self.survey.unit_costs[cost_name("neurons", block)]) for block in self.blocks)
+        most, costs = self.units["neurons"], self.costs("neurons")
+        least = most + 1 - min(map(len, costs))
         counts = [count for count in range(step, most + 1, step) if count >= least]
         ladders = {
-            str(block): Ladder(counts, [self._cost("neurons", block, count) for count in counts])
-            for block in self.blocks
+            str(block): Ladder(counts, [float(each[most - count]) for count in counts])
+            for block, each in enumerate(costs)
         }
         places = spend(ladders, uniform * self.num_blocks)
         assert places is not None
-        return tuple(counts[places[str(block)]] for block in self.blocks)
+        return tuple(counts[places[str(block)]] for block in range(self.num_blocks))
