@@ -122,8 +122,8 @@ class Bench:
             return
         compared = replace(prepared, plan=replace(plan, choices=choices))
         steps = Steps(silent, "trials", len(choices))
-        trials = [search.try_out(compared, choice, survey, steps) for choice in choices]
-        best = str(min(trials, key=lambda trial: trial.divergence).counts["allocation"])
+        chosen = min(choices, key=lambda choice: search.try_out(compared, choice, survey, steps))
+        best = str(chosen.label["allocation"])
         found = {}
         for choice in choices:
             start = time.perf_counter()

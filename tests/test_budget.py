@@ -426,4 +426,4 @@ def test_a_trial_is_the_whole_walk(made):
     for trial in run.facts["trials"]:
         divergence, _ = trial.pop("divergence"), trial.pop("predicted")
         (choice,) = [choice for choice in prepared.plan.choices if choice.counts == trial]
-        assert search.try_out(prepared, choice, survey, Steps(silent, "", 1)).divergence == divergence
+        assert search.try_out(prepared, choice, survey, Steps(silent, "", 1)) == divergence

@@ -10,7 +10,7 @@ the stages that must come before it; the walk calls it at each site of that kind
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from jaxtyping import Float64
@@ -156,7 +156,6 @@ class Requirements:
     inputs: Literal["sequential", "single_pass", "dense"] = "sequential"
 
 
-@runtime_checkable
 class Stage(Protocol):
     """A configuration and what it does at one site: all that the walk knows of a stage."""
 

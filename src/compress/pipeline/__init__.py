@@ -127,9 +127,10 @@ def _chosen(prepared: Prepared, folder: RunFolder, survey: Survey | None, progre
     def measured(place: int) -> float:
         name = f"{TRIAL}{place}"
         if name not in folder.findings:
-            trial, cost = search.try_out(prepared, choices[place], survey, steps), costs[place]
+            choice, cost = choices[place], costs[place]
             predicted = None if cost is None else cost.total(search.LEFT)
-            folder.note(name, {**trial.counts, "predicted": predicted, "divergence": trial.divergence})
+            divergence = search.try_out(prepared, choice, survey, steps)
+            folder.note(name, {**choice.label, "predicted": predicted, "divergence": divergence})
         return float(folder.findings[name].data["divergence"])
 
     place = search.choose(costs, measured) if len(choices) > 1 else 0
@@ -185,11 +186,10 @@ def _complete(prepared: Prepared, walk: Walk, folder: RunFolder, progress: Progr
         assert logits is not None
         verify_tokens(prepared.folder, target)
         # What the process that reloads the result may take beside its interpreter, which is as large as ours.
-        memory = for_gguf = max(prepared.plan.memory_bytes, SMALL)
+        memory = max(prepared.plan.memory_bytes, SMALL)
+        for_gguf = max(memory, psutil.virtual_memory().available // 2)
         if job.max_memory is not None:
             memory = for_gguf = max(0, job.max_memory - resident_bytes() - prepared.held)
-        else:
-            for_gguf = max(memory, psutil.virtual_memory().available // 2)
         if prepared.plan.spec.is_gguf:
             difference = write_gguf_file(prepared, folder, ids, logits, for_gguf)
         else:

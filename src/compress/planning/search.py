@@ -32,15 +32,8 @@ LEFT = (0.4, 1.0)
 FURTHEST = 4.0  # trials move these no further than by this factor
 
 
-@dataclass(frozen=True)
-class Trial:
-    """divergence: mean Kullback-Leibler divergence from the dense model's next-token distribution, in nats."""
-
-    counts: Counts
-    divergence: float
-
-
-def try_out(prepared: Prepared, choice: Choice, survey: Survey | None, steps: Steps) -> Trial:
+def try_out(prepared: Prepared, choice: Choice, survey: Survey | None, steps: Steps) -> float:
+    """Return the mean Kullback-Leibler divergence from the dense model's next-token distribution, in nats."""
     windows = spread(prepared.windows, prepared.job.recipe.trial_samples)
     stages = [stage.in_trials for stage in prepared.plan.chosen(choice).stages]
     walk = new_walk(prepared, stages, windows, max(1, len(windows) // HELD_OUT), survey)
@@ -52,7 +45,7 @@ def try_out(prepared: Prepared, choice: Choice, survey: Survey | None, steps: St
         raise UsageError(
             "Choices are compared by how far the anchored walk ends from the dense model. Add a refit stage."
         )
-    return Trial(choice.label, divergence)
+    return divergence
 
 
 def choose(costs: Sequence["Cost | None"], measure: Callable[[int], float]) -> int:
