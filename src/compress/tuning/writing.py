@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.calibration.layout import ADAPTER_PREFIX
+from compress.calibration.weights import ADAPTER_PREFIX
 from compress.checkpoints.adapter import adapter_config, write_adapter
 from compress.checkpoints.card import CARD
 from compress.checkpoints.files import adapter_file, write_json
