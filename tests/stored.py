@@ -19,7 +19,8 @@ from compress.architectures.own import AUTO_MAP, CLASS
 from compress.architectures.packed import quantization_config
 from compress.checkpoints.adapter import adapter_config
 from compress.checkpoints.files import carry_modeling
-from compress.models.storage import Storage, stored_linear
+from compress.models.packing import stored_linear
+from compress.models.storage import Storage
 from compress.numerics.grids import Grid, QuantType
 from compress.numerics.sparsity import keep_mask
 from compress.numerics.steps import make_grid

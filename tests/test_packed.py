@@ -16,8 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from compress.errors import CheckpointError, NumericalError
 from compress.models.int4 import Int4Linear, kernel_group, problem, use_kernels
-from compress.models.packed import ByteLinear, FloatLinear, PackedLinear, RoundedInputs
-from compress.models.storage import Storage, empty_linear
+from compress.models.storage import ByteLinear, FloatLinear, PackedLinear, RoundedInputs, Storage, empty_linear
 from compress.models.stored_loading import is_stored, load_stored
 from compress.numerics.sparsity import Pattern
 from oracles import random_ids

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from compress.models.branch import Branch
-from compress.models.expert_names import file_name
-from compress.models.written import WrittenForm
+from compress.models.factors import WrittenForm
+from compress.models.tensor_files import file_name
 
 ADAPTER_PREFIX = "base_model.model."  # what PEFT calls the model that an adapter is for
 LORA = (".lora_A", ".lora_B")

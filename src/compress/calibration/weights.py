@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import CheckpointError, UnsupportedModel
-from compress.models.expert_names import Piece, fused_piece, stored_forms
-from compress.models.tensor_files import SafetensorsFolder
+from compress.models.tensor_files import Piece, SafetensorsFolder, fused_piece, stored_forms
 
 FUSED_DIMENSIONS = 3
 READABLE = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}

@@ -11,7 +11,7 @@ from typing import Any
 
 from compress.checkpoints.files import write_json
 from compress.io import atomic_write, new_file_mode
-from compress.models.stored_files import ADAPTER
+from compress.models.tensor_files import ADAPTER
 
 WEIGHTS = "adapter_model.safetensors"
 COPY_BYTES = 2**24

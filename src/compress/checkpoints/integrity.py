@@ -8,8 +8,7 @@ from compress.checkpoints.adapter import WEIGHTS
 from compress.checkpoints.metadata import METADATA, Metadata
 from compress.errors import CheckpointError, Problems
 from compress.io import sha256
-from compress.models.stored_files import ADAPTER
-from compress.models.tensor_files import INDEX, StoredTensor, indexed_names, is_own_name, read_header
+from compress.models.tensor_files import ADAPTER, INDEX, StoredTensor, indexed_names, is_own_name, read_header
 from compress.models.untrusted import read_json
 from compress.progress import Progress, Steps
 

@@ -13,8 +13,7 @@ from compress.checkpoints.metadata import METADATA, Metadata
 from compress.checkpoints.quality import QUALITY, read_quality
 from compress.checkpoints.run_folder import own_metadata
 from compress.errors import Unavailable, UsageError
-from compress.models.stored_files import ADAPTER
-from compress.models.tensor_files import INDEX
+from compress.models.tensor_files import ADAPTER, INDEX
 from compress.progress import Progress, Steps, silent
 from compress.version import __version__
 

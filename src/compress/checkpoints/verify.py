@@ -19,7 +19,7 @@ from compress.child_process import run_in_child
 from compress.errors import VerificationError
 from compress.models.gguf_opening import load_gguf_tokenizer
 from compress.models.loading import load_config, load_tokenizer
-from compress.models.packed import inputs_as_they_are
+from compress.models.storage import inputs_as_they_are
 from compress.models.stored_loading import load_stored
 from compress.models.untrusted import read_json
 

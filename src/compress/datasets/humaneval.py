@@ -4,12 +4,11 @@ Hub: openai/openai_humaneval. In the folder of --data-dir: humaneval/HumanEval.j
 """
 
 import gzip
-import zlib
 from pathlib import Path
 
-from compress.datasets._hub import column, hub_table, plain_files
+from compress.datasets._sources import column, hub_table, json_lines, plain_files
 from compress.errors import Unavailable
-from compress.models.untrusted import parse_json
+from compress.models.untrusted import reading
 
 REPOSITORY = "openai/openai_humaneval"
 PLAIN = ("humaneval/HumanEval.jsonl.gz", "humaneval/HumanEval.jsonl")
@@ -28,16 +27,17 @@ def load_problems(data_dir: Path | None, limit: int | None = None) -> list[dict[
 
 
 def read_problems(file: Path) -> list[dict[str, str]]:
-    try:
+    with reading(f"{file} cannot be read", "Replace the file.", kind=Unavailable):
         with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as opened:
             content = opened.read(LARGEST + 1)
         if len(content) > LARGEST:
             raise ValueError(f"it has more than {LARGEST:,} bytes")
-        rows = [parse_json(line) for line in content.decode().split("\n") if line.strip()]
-        problems = [{field: row[field] for field in FIELDS} for row in rows]
-        if not problems or not all(isinstance(value, str) for each in problems for value in each.values()):
-            raise ValueError("it has no problems, or one whose fields are not text")
-    except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError) as error:
-        reason = f"a problem lacks {error}" if isinstance(error, KeyError) else str(error).rstrip(".")
-        raise Unavailable(f"{file} cannot be read: {reason}. Replace the file.") from error
+        text = content.decode()
+    problems = []
+    for where, row in json_lines(text, str(file)):
+        if not isinstance(row, dict) or not all(isinstance(row.get(field), str) for field in FIELDS):
+            raise Unavailable(f"{where} is no problem: it must have the texts {', '.join(FIELDS)}. Replace the file.")
+        problems.append({field: row[field] for field in FIELDS})
+    if not problems:
+        raise Unavailable(f"{file} has no problems. Replace the file.")
     return problems

@@ -6,7 +6,7 @@ script, which `datasets` no longer runs. In the folder of --data-dir: ptb/ptb.{t
 
 from pathlib import Path
 
-from compress.datasets._hub import column, hub_table, plain_files, plain_lines
+from compress.datasets._sources import column, hub_table, plain_files, plain_lines
 
 REPOSITORY = "ptb-text-only/ptb_text_only"
 REVISION = "refs/convert/parquet"

@@ -7,12 +7,12 @@ A line is a JSON object, and all lines of a file have one of llm-foundry's three
     context, continuation                 the next word (LAMBADA)
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
+from compress.datasets._sources import json_lines
 from compress.errors import Unavailable
-from compress.models.untrusted import parse_json
+from compress.models.untrusted import reading
 
 LAYOUTS: tuple[dict[str, type], ...] = (
     {"query": str, "choices": list, "gold": int},
@@ -28,12 +28,15 @@ def local_tasks(data_dir: Path | None) -> dict[str, Path]:
 
 def read_documents(file: Path) -> list[dict[str, Any]]:
     """The documents of a task, with the fields of their layout. Raises Unavailable for a damaged file."""
-    try:
-        # Not splitlines: a JSON string may hold a bare U+2028.
-        lines = file.read_bytes().decode("utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise Unavailable(f"{file} cannot be read: {error}. Replace the file.") from error
-    documents = [read_document(line, f"{file}, line {n}") for n, line in enumerate(lines, 1) if line.strip()]
+    with reading(f"{file} cannot be read", "Replace the file.", kind=Unavailable):
+        text = file.read_bytes().decode("utf-8")
+    documents = []
+    for where, found in json_lines(text, str(file)):
+        layout = next((each for each in LAYOUTS if isinstance(found, dict) and fits(found, each)), None)
+        if layout is None:
+            layouts = " or ".join(", ".join(each) for each in LAYOUTS)
+            raise Unavailable(f"{where} is no document of a task: it must have {layouts}. Replace the file.")
+        documents.append({field: found[field] for field in layout})
     if not documents:
         raise Unavailable(f"{file} has no documents. Replace the file.")
     if any(each.keys() != documents[0].keys() for each in documents):
@@ -41,28 +44,11 @@ def read_documents(file: Path) -> list[dict[str, Any]]:
     return documents
 
 
-def read_document(line: str, where: str) -> dict[str, Any]:
-    try:
-        found = parse_json(line)
-    except json.JSONDecodeError as error:
-        raise Unavailable(f"{where} is not JSON: {error.msg}. Replace the file.") from error
-    layout = next((each for each in LAYOUTS if isinstance(found, dict) and fits(found, each)), None)
-    if layout is None:
-        layouts = " or ".join(", ".join(each) for each in LAYOUTS)
-        raise Unavailable(f"{where} is no document of a task: it must have {layouts}. Replace the file.")
-    return {field: found[field] for field in layout}
-
-
 def fits(found: dict[str, Any], layout: dict[str, type]) -> bool:
-    if not all(type(found.get(key)) is kind for key, kind in layout.items()):
-        return False
-    if found.get("continuation") == "":
+    if any(type(found.get(key)) is not kind for key, kind in layout.items()) or found.get("continuation") == "":
         return False
     options = next((found[key] for key in ("choices", "context_options") if key in layout), None)
     if options is None:
         return True
-    return (
-        len(options) > 1
-        and all(isinstance(each, str) and each for each in options)
-        and found["gold"] in range(len(options))
-    )
+    are_texts = all(isinstance(each, str) and each for each in options)
+    return are_texts and len(options) > 1 and found["gold"] in range(len(options))

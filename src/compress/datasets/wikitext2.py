@@ -7,7 +7,7 @@ wikitext-2/wiki.{train,valid,test}*.raw (a part of the split).
 
 from pathlib import Path
 
-from compress.datasets._hub import column, hub_table, plain_files, plain_lines
+from compress.datasets._sources import column, hub_table, plain_files, plain_lines
 
 REPOSITORY = "Salesforce/wikitext"
 FILE_SPLIT = {"train": "train", "validation": "valid", "test": "test"}

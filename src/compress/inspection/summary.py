@@ -13,7 +13,7 @@ from compress.checkpoints.run_folder import check_folder
 from compress.errors import UsageError
 from compress.inspection.blueprint import blueprint, check_against, named
 from compress.inspection.linears import StoredLinear, Zeros, block_of, foreign_linears, linears_of, zeros_of
-from compress.models.stored_files import read_lora
+from compress.models.stored_loading import read_lora
 from compress.models.tensor_files import INDEX, StoredTensor, checkpoint_files, read_header
 from compress.models.untrusted import read_json
 from compress.progress import Progress, Steps

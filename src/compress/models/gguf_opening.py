@@ -44,14 +44,12 @@ def gguf_folder(file: Path) -> Path:
     Raises UnsupportedModel for a model or tokenizer that is not read, CheckpointError for a damaged file.
     """
     check_extra("Reading")
-    gguf_model(file)  # before anything is made
     return made_folder(file.absolute(), version_of(file))
 
 
 @cache
 def made_folder(file: Path, _version: tuple[int, ...]) -> Path:
-    model = gguf_model(file)
-    tokenizer = load_gguf_tokenizer(file)
+    model, tokenizer = gguf_model(file), load_gguf_tokenizer(file)
     scratch = tempfile.mkdtemp(prefix="compress-gguf-")
     atexit.register(shutil.rmtree, scratch, ignore_errors=True)
     folder = Path(scratch) / file.stem  # which is what messages call it

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from compress.models.packed import LinearExtras, LoraLinear, PackedLinear, QuantizedLinear
+from compress.models.storage import LoraLinear, PackedLinear, QuantizedLinear, Storage
 
 logger = logging.getLogger("compress")
 
@@ -47,17 +47,20 @@ class Int4Linear(LoraLinear):
     layout: codes as the kernel reads them. scales_and_zeros: (groups, m, 2), the zeros 0.
     """
 
+    kind = "kernel"
+    bits = 4
+
     def __init__(self, linear: PackedLinear, group: int) -> None:
         with torch.device("meta"):
             super().__init__(
-                linear.in_features, linear.out_features, LinearExtras(bias=False, rank=0, inputs=linear.inputs)
+                linear.in_features, linear.out_features, Storage("packed", 4, inputs=linear.inputs), bias=False
             )
         self.bias, self.lora_A, self.lora_B = linear.bias, linear.lora_A, linear.lora_B
         self.group = group
         m, groups = linear.out_features, linear.in_features // group
         blocks = [linear.codes(start, min(start + ROWS, m)) for start in range(0, m, ROWS)]
         self.layout = nn.Buffer(torch.cat([as_layout(codes) for codes in blocks]))
-        scale = linear.weight_scale.view(-1, 1) if linear.granularity == "tensor" else linear.weight_scale
+        scale = linear.weight_scale.view(-1, 1) if linear.group == "tensor" else linear.weight_scale
         scale = scale.repeat_interleave(groups // scale.shape[1], 1).expand(m, groups).T
         self.scales_and_zeros = nn.Buffer(torch.stack([scale, torch.zeros_like(scale)], -1).contiguous())
 
