@@ -17,8 +17,7 @@ from transformers import AutoModelForCausalLM
 from compress import families
 from compress.architectures.own import AUTO_MAP, CLASS
 from compress.architectures.packed import quantization_config
-from compress.checkpoints.adapter import adapter_config
-from compress.checkpoints.files import carry_modeling
+from compress.checkpoints.files import adapter_config, carry_modeling
 from compress.models.packing import stored_linear
 from compress.models.storage import Storage
 from compress.numerics.grids import Grid, QuantType

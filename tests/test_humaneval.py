@@ -16,7 +16,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from compress.datasets.humaneval import load_problems
+from compress.datasets.tasks import load_problems
 from compress.errors import Unavailable, UsageError
 from compress.evaluation import _programs, humaneval
 from compress.evaluation._programs import PASSED, run_programs

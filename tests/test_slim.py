@@ -20,8 +20,8 @@ import oracles
 import tiny
 from compress import families, pipeline
 from compress.architectures.stock import Stock
-from compress.checkpoints.adapter import adapter_config
 from compress.checkpoints.card import vllm_rank
+from compress.checkpoints.files import adapter_config
 from compress.checkpoints.metadata import AdapterMetadata
 from compress.errors import NumericalError, UsageError
 from compress.models.hub import find_model

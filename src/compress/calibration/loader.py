@@ -20,28 +20,23 @@ class PartLoader:
     def embeddings(self) -> Iterator[None]:
         decoder = self.decoder
         for part in decoder.family.embedding_parts:
-            decoder.fill_root(self.weights.read([f"{part}.weight"]), part=part)
+            decoder.fill(self.weights.read([f"{part}.weight"]))
         yield
         for part in decoder.family.embedding_parts:
             decoder.empty(decoder.model.get_submodule(part))
 
     @contextmanager
     def block(self, index: int) -> Iterator[None]:
-        decoder, prefix = self.decoder, self.decoder.block_prefix(index)
+        decoder = self.decoder
         for name in decoder.block_names(index):  # one at a time: they are held as stored and as computed with
-            tensor = self.weights.read([name])[name]
-            decoder.fill(decoder.blocks[index], {name.removeprefix(prefix): tensor})
-            del tensor
+            decoder.fill(self.weights.read([name]))
         yield
         decoder.empty(decoder.blocks[index])
 
     @contextmanager
     def head(self) -> Iterator[None]:
         decoder = self.decoder
-        tensors = self._head_tensors()
-        for part in decoder.family.head_parts:
-            decoder.fill_root(tensors, part=part)
-        del tensors
+        decoder.fill(self._head_tensors())
         yield
         for part in decoder.family.head_parts:
             decoder.empty(decoder.model.get_submodule(part))

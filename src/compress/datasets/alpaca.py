@@ -16,7 +16,6 @@ SEED = 42
 
 
 def load(split: str, data_dir: Path | None = None) -> list[str]:
-    """The instructions and answers of one split."""
     files = plain_files(data_dir, PLAIN)
     table = json_table(files) if files else hub_table(REPOSITORY, data_dir, plain=PLAIN, split="train")
     with obtained("The data set alpaca cannot be split", "Give it at least ten records."):

@@ -16,7 +16,6 @@ TEST_PAGES = 1100
 
 
 def load(split: str, data_dir: Path | None = None) -> list[str]:
-    """The pages of one shard."""
     part = "train" if split == "train" else "validation"
     plain = (f"c4/c4-{part}*.json.gz", f"c4/c4-{part}*.jsonl")
     files = plain_files(data_dir, plain)

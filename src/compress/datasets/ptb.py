@@ -14,7 +14,6 @@ FILE_SPLIT = {"train": "train", "validation": "valid", "test": "test"}
 
 
 def load(split: str, data_dir: Path | None = None) -> list[str]:
-    """The sentences of one split."""
     plain = (f"ptb/ptb.{FILE_SPLIT[split]}.txt",)
     files = plain_files(data_dir, plain)
     if files:

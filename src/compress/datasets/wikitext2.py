@@ -14,7 +14,6 @@ FILE_SPLIT = {"train": "train", "validation": "valid", "test": "test"}
 
 
 def load(split: str, data_dir: Path | None = None) -> list[str]:
-    """The lines of one split."""
     plain = tuple(f"wikitext-2/wiki.{FILE_SPLIT[split]}{suffix}" for suffix in (".raw", "*.raw"))
     files = plain_files(data_dir, plain)
     if files:

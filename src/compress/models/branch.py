@@ -171,20 +171,18 @@ class Reached(Exception):
 
 def input_of(module: nn.Module, run: Callable[[], Any]) -> Tensor:
     """Capture a module's input when `run` is called, without running the module or anything after it."""
-    found: list[Tensor] = []
 
     def stop(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        found.append(inputs[0])
-        raise Reached
+        raise Reached(inputs[0])
 
     handle = module.register_forward_pre_hook(stop)
     try:
         run()
-    except Reached:
-        pass
+    except Reached as reached:
+        return reached.args[0]
     finally:
         handle.remove()
-    return found[0]
+    raise RuntimeError("The module whose input is wanted was not run.")
 
 
 def read_through(branch: Branch, decode: Float[Tensor, "d D"]) -> None:
@@ -200,9 +198,7 @@ def write_through(branch: Branch, encode: Float[Tensor, "D d"]) -> None:
     for name, writer in branch.writers.items():
         if isinstance(writer, nn.Embedding):
             set_weight(writer, writer.weight.double() @ encode)
-            continue
-        linear = branch.linear(name)
-        if isinstance(linear, nn.Linear):
+        elif isinstance(linear := branch.linear(name), nn.Linear):
             set_weight(linear, encode.T @ linear.weight.double())
             if linear.bias is not None:
                 set_bias(linear, linear.bias.double() @ encode)

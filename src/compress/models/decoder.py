@@ -5,8 +5,7 @@ the head) are filled, used and emptied in turn. Stock code does all the computin
 """
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -57,6 +56,7 @@ class Decoder:
         self.dtype = dtype
         self.device = device
         self.structure = family.structure()
+        self.dense_width = int(config.hidden_size)
         self.model = unfuse_experts(hollow_model(self.config, dtype)).eval()
         self.blocks = list(self.model.get_submodule(family.blocks))
         for block in self.blocks:
@@ -66,10 +66,6 @@ class Decoder:
         for owner in self.model.modules():
             for name, buffer in owner.named_buffers(recurse=False):
                 setattr(owner, name, buffer.to(device))
-
-    @property
-    def dense_width(self) -> int:
-        return int(self.config.hidden_size)
 
     def parameter_shapes(self) -> dict[str, torch.Size]:
         """Shapes of the dense model's parameters; a tied head is listed under its own name."""
@@ -90,13 +86,10 @@ class Decoder:
     def block_prefix(self, index: int) -> str:
         return f"{self.family.blocks}.{index}."
 
-    def fill(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-        """Load a part's weights, by their names below it, in the compute dtype and on the device."""
+    def fill(self, tensors: Mapping[str, Tensor]) -> None:
+        """Load weights by their names, in the compute dtype and on the device."""
         for name, tensor in tensors.items():
-            replace(module, name, nn.Parameter(tensor.to(self.device, self.dtype), requires_grad=False))
-
-    def fill_root(self, tensors: Mapping[str, Tensor], *, part: str) -> None:
-        self.fill(self.model, {name: tensor for name, tensor in tensors.items() if name.startswith(f"{part}.")})
+            replace(self.model, name, nn.Parameter(tensor.to(self.device, self.dtype), requires_grad=False))
 
     def embedding_branch(self) -> Branch:
         return self._branch("embeddings", self.model, (), self.family.embeddings, kind=nn.Embedding)
@@ -110,8 +103,17 @@ class Decoder:
 
     def embed(self, ids: Int64[Tensor, "batch tokens"]) -> tuple[Float[Tensor, "batch tokens d"], list[Arguments]]:
         """Compute the stream before the first block and the other arguments of each block."""
-        with recording(self.model, self.family, self.recorders):
+        # Recorders in the places of the blocks, and nothing in those of the modules after them.
+        behind = [part for part in self.family.head_parts if part != self.family.head]
+        stand_ins = {self.family.blocks: nn.ModuleList(self.recorders), **{part: nn.Identity() for part in behind}}
+        kept = {name: self.model.get_submodule(name) for name in stand_ins}
+        for name, module in stand_ins.items():
+            replace(self.model, name, module)
+        try:
             self.model.base_model(input_ids=ids.to(self.device), use_cache=False)
+        finally:
+            for name, module in kept.items():
+                replace(self.model, name, module)
         hidden_states = self.recorders[0].hidden_states
         if hidden_states is None:
             raise RuntimeError("The stock model did not call its first block.")
@@ -126,7 +128,7 @@ class Decoder:
         return found
 
     def logits_of(self, read: Float[Tensor, "*tokens d"]) -> Float[Tensor, "*tokens vocabulary"]:
-        """Compute the logits from the output of the last reader of the stream."""
+        """read: the output of the last reader of the stream."""
         outputs = self.model.get_submodule(self.family.head)(read) if self.family.project_out else read
         return finished_logits(outputs, self.family.logits, self.config)
 
@@ -183,21 +185,6 @@ class Decoder:
 
     def _units(self, table: BranchTable) -> dict[str, tuple[Units, int]]:
         return {units.kind: (units, units.number(self.config)) for units in table.units}
-
-
-@contextmanager
-def recording(model: nn.Module, family: Family, recorders: Sequence[Recorder]) -> Iterator[None]:
-    """Replace a stock model's blocks by recorders and the modules after them by identities."""
-    behind = [part for part in family.head_parts if part != family.head]
-    kept = {name: model.get_submodule(name) for name in (family.blocks, *behind)}
-    replace(model, family.blocks, nn.ModuleList(recorders))
-    for name in behind:
-        replace(model, name, nn.Identity())
-    try:
-        yield
-    finally:
-        for name, module in kept.items():
-            replace(model, name, module)
 
 
 def run_branch(

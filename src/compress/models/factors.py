@@ -34,8 +34,7 @@ def factor_module(factors: Factors, form: Form, dtype: torch.dtype) -> LowRankLi
     fill(module.first, split.A, first, dtype)
     fill(module.second, split.C, second, dtype)
     module.order = nn.Buffer(torch.cat([split.rows, split.others]).argsort().to(torch.int32))
-    built: PivotLinear = module
-    return built
+    return module
 
 
 def as_factors(module: LowRankLinear | PivotLinear) -> Factors:

@@ -17,8 +17,7 @@ from tokenizers import pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from compress.errors import UnsupportedModel, UsageError
-from compress.models.gguf_config import FOLDER_INSTEAD
-from compress.models.gguf_header import read_header
+from compress.models.gguf_header import FOLDER_INSTEAD, read_header
 from compress.models.gguf_weights import gguf_model
 from compress.models.tensor_files import GGUF, version_of
 from compress.models.untrusted import reading

@@ -15,8 +15,16 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from compress.errors import CheckpointError, UnsupportedModel
-from compress.models.gguf_config import FOLDER_INSTEAD, ROPE_FACTORS, architecture_of, read_config, tensor_names
-from compress.models.gguf_header import GgufTensor, Header, read_header
+from compress.models.gguf_header import (
+    FOLDER_INSTEAD,
+    ROPE_FACTORS,
+    GgufTensor,
+    Header,
+    architecture_of,
+    read_config,
+    read_header,
+    tensor_names,
+)
 from compress.models.loading import empty_model
 
 CHUNK = 2**22  # numbers that are dequantized at a time

@@ -43,14 +43,14 @@ class KernelProduct(torch.autograd.Function):
 
 
 class Int4Linear(LoraLinear):
-    """
-    layout: codes as the kernel reads them. scales_and_zeros: (groups, m, 2), the zeros 0.
-    """
+    """layout: codes as the kernel reads them. scales_and_zeros: (groups, m, 2), the zeros 0."""
 
     kind = "kernel"
     bits = 4
 
-    def __init__(self, linear: PackedLinear, group: int) -> None:
+    def __init__(self, linear: PackedLinear) -> None:
+        group = kernel_group(linear)
+        assert group is not None
         with torch.device("meta"):
             super().__init__(
                 linear.in_features, linear.out_features, Storage("packed", 4, inputs=linear.inputs), bias=False
@@ -91,12 +91,6 @@ def as_layout(codes: Tensor) -> Tensor:
     return torch.ops.aten._convert_weight_to_int4pack(pairs, TILES)
 
 
-def has_kernel(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    return device.type == "cpu" and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
-
-
 def kernel_group(linear: QuantizedLinear) -> int | None:
     """The largest of the kernel's group sizes in which the linear's inputs share a scale."""
     shared = linear.in_features // linear.groups
@@ -112,7 +106,11 @@ def problem(linear: QuantizedLinear) -> str | None:
         return "the grid has zero points"
     if dtype != torch.bfloat16:
         return f"the dtype is {str(dtype).removeprefix('torch.')}, not bfloat16"
-    if not has_kernel(device):
+    if device.type == "cuda":
+        is_fast = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        is_fast = device.type == "cpu" and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+    if not is_fast:
         return f"torch has no fast kernel for this {device.type}"
     outputs, inputs = OUTPUTS[device.type], INPUTS[device.type]
     if kernel_group(linear) is None or linear.out_features % outputs or linear.in_features % inputs:
@@ -129,9 +127,9 @@ def use_kernels(model: nn.Module) -> None:
     for path in [path for path, module in model.named_modules() if isinstance(module, QuantizedLinear)]:
         linear = model.get_submodule(path)
         assert isinstance(linear, QuantizedLinear)
-        why, group = problem(linear), kernel_group(linear)
-        if why is None and group is not None and isinstance(linear, PackedLinear):
-            model.set_submodule(path, Int4Linear(linear, group))
+        why = problem(linear)
+        if why is None and isinstance(linear, PackedLinear):
+            model.set_submodule(path, Int4Linear(linear))
         else:
             slow[str(why)] += 1
     if slow:

@@ -78,9 +78,9 @@ def empty_model(config: Any) -> PreTrainedModel:
     return model
 
 
-def hollow_model(config: Any, dtype: torch.dtype) -> PreTrainedModel:
+def hollow_model(config: Any, dtype: torch.dtype, said: str = NO_MODEL) -> PreTrainedModel:
     """Build a model with parameters on the meta device and real buffers."""
-    with reading(NO_MODEL), no_init_weights(), init_empty_weights(include_buffers=False):
+    with reading(said), no_init_weights(), init_empty_weights(include_buffers=False):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
     return model
 
@@ -138,5 +138,4 @@ def load_model(
         keys = sorted(" ".join(map(str, key)) if isinstance(key, tuple) else str(key) for key in info[kind])
         if keys:
             raise CheckpointError(f"{said}: {shown(keys)}.")
-    ready: PreTrainedModel = model.to(device).eval()
-    return ready
+    return model.to(device).eval()

@@ -82,17 +82,11 @@ class Storage:
 
     def entry(self) -> dict[str, Any]:
         """The linear's entry in a compact model's config."""
-        pattern = self.left_out
-        return {
-            "bits": self.bits,
-            "floating": self.floating,
-            "scale_group": self.group,
-            "pattern": None if pattern is None else [int(pattern.keep), pattern.group],
-            "finer": self.finer,
-            "rank": self.rank,
-            "adapter_bits": self.adapter_bits,
-            "adapter_group": self.adapter_group,
+        same = {
+            name: getattr(self, name) for name in ("bits", "floating", "finer", "rank", "adapter_bits", "adapter_group")
         }
+        pattern = None if self.left_out is None else [int(self.left_out.keep), self.left_out.group]
+        return same | {"scale_group": self.group, "pattern": pattern}
 
 
 class RoundedInputs(torch.autograd.Function):
@@ -139,12 +133,10 @@ class LoraLinear(AdaptedLinear):
         return self.lora_A.to(dtype), self.lora_B.T.to(dtype)
 
     def rounded(self, x: Tensor) -> Tensor:
-        inputs: Tensor = x if self.inputs is None else RoundedInputs.apply(x, self.inputs)
-        return inputs
+        return x if self.inputs is None else RoundedInputs.apply(x, self.inputs)
 
     def without_adapter(self, x: Tensor) -> Tensor:
-        y: Tensor = super().without_adapter(self.rounded(x))
-        return y
+        return super().without_adapter(self.rounded(x))
 
 
 class FloatLinear(LoraLinear):
@@ -185,9 +177,7 @@ class BlockLinear(LoraLinear):
 
 
 class QuantizedLinear(LoraLinear):
-    """
-    group: what shares a scale along the inputs. groups: how many there are in a row.
-    """
+    """group: what shares a scale along the inputs. groups: how many there are in a row."""
 
     weight_zero_point: Tensor | None
 

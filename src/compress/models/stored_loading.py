@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from compress.errors import CheckpointError
@@ -150,7 +150,7 @@ def load_stored(folder: Path, *, dtype: torch.dtype, device: torch.device) -> Pr
     config = load_config(folder)
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # no library is to act on it
-    model: Any = hollow_model(config, dtype)
+    model: Any = hollow_model(config, dtype, f"The config.json of {folder} makes no model")
     put_linears(model, quantized, tensors, dtype)
     fill(model, tensors, dtype, device)
     for path, linear in model.named_modules():
@@ -161,8 +161,7 @@ def load_stored(folder: Path, *, dtype: torch.dtype, device: torch.device) -> Pr
             model.generation_config = GenerationConfig.from_pretrained(folder)
     model.to(device).eval()
     use_kernels(model)
-    loaded: PreTrainedModel = model
-    return loaded
+    return model
 
 
 def put_linears(model: nn.Module, quantized: Storage | None, tensors: SafetensorsFolder, dtype: torch.dtype) -> None:
@@ -207,7 +206,14 @@ def fill(model: PreTrainedModel, tensors: SafetensorsFolder, dtype: torch.dtype,
             "Load it with transformers and compressed-tensors."
         )
     for name, tensor in tensors.read(places):
-        check(name, tensor, expected[name])
+        kinds = FLOATS if expected[name].dtype in FLOATS else (expected[name].dtype,)
+        if tensor.shape != expected[name].shape or tensor.dtype not in kinds:
+            found, said = (
+                f"{str(each.dtype).removeprefix('torch.')} {list(each.shape)}" for each in (tensor, expected[name])
+            )
+            raise CheckpointError(
+                f"The tensor {name!r} is {found}, but config.json says {said}. The checkpoint is damaged: get it again."
+            )
         owner, attribute = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
         if attribute == "weight_shape" and tensor.tolist() != [owner.out_features, owner.in_features]:
             raise CheckpointError(
@@ -217,15 +223,6 @@ def fill(model: PreTrainedModel, tensors: SafetensorsFolder, dtype: torch.dtype,
         is_parameter = attribute in dict(owner.named_parameters(recurse=False))
         setattr(owner, attribute, nn.Parameter(value, requires_grad=False) if is_parameter else value)
     model.tie_weights()
-
-
-def check(name: str, tensor: Tensor, expected: Tensor) -> None:
-    kinds = FLOATS if expected.dtype in FLOATS else (expected.dtype,)
-    if tensor.shape != expected.shape or tensor.dtype not in kinds:
-        found, said = (f"{str(each.dtype).removeprefix('torch.')} {list(each.shape)}" for each in (tensor, expected))
-        raise CheckpointError(
-            f"The tensor {name!r} is {found}, but config.json says {said}. The checkpoint is damaged: get it again."
-        )
 
 
 def open_model(
@@ -238,9 +235,7 @@ def open_model(
 
 
 def load(model: str, dtype: torch.dtype | None, device: torch.device) -> PreTrainedModel:
-    """
-    model: a folder, a hub id or an alias. dtype: by default the checkpoint's own.
-    """
+    """model: a folder, a hub id or an alias. dtype: by default the checkpoint's own."""
     folder = find_model(model).whole_folder()
     own: torch.dtype = getattr(load_config(folder), "dtype", None) or torch.float32
     return open_model(folder, dtype=dtype or own, device=device)

@@ -17,10 +17,8 @@ import torch
 from torch import Tensor
 
 from compress.calibration.layout import ADAPTER_PREFIX
-from compress.checkpoints.adapter import adapter_config, write_adapter
 from compress.checkpoints.card import CARD
-from compress.checkpoints.files import adapter_file, write_json
-from compress.checkpoints.integrity import ADAPTER_WEIGHTS
+from compress.checkpoints.files import ADAPTER_WEIGHTS, adapter_config, adapter_file, write_adapter, write_json
 from compress.checkpoints.metadata import METADATA, Metadata, Record
 from compress.checkpoints.push import own_files
 from compress.checkpoints.quality import QUALITY
