@@ -9,7 +9,7 @@ finetune. A pruned or factorized model is to it a finetune; without the key it w
 
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,12 +27,6 @@ CARD = "README.md"
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 SPECIAL = re.compile(r"([\\`*_\[\]<>#|~&$!])")
 TICKS = re.compile("`+")
-TRAINED = {
-    "lora": "LoRA weights",
-    "factors": "The low-rank factors",
-    "adapters": "The low-rank adapters, with all other weights frozen,",
-    "all": "All weights",
-}
 # Of the classes NAMEForCausalLM that a result is written in: those that vLLM has, those for which it has no adapters.
 IN_VLLM = {"Gemma", "GPTBigCode", "GPTNeoX", "Llama", "Mistral", "OPT", "Phi", "Phi3", "Qwen2", "Qwen3", "Starcoder2"}
 WITHOUT_ADAPTERS = ("GPTNeoX", "Starcoder2")
@@ -98,8 +92,6 @@ def model_card(metadata: Metadata, quality: Quality | None = None) -> str:
         coded=untrusted([each.model_dump() for each in linears if each.bits or each.pattern]),
         not_for_vllm=Untrusted(why_not_vllm(metadata) or ""),
         vllm_rank=vllm_rank(metadata.adapter),
-        trained=TRAINED,
-        span=span,
         perplexity=perplexity,
     )
     return f"{card}\n"
@@ -143,11 +135,6 @@ def vllm_rank(adapter: AdapterMetadata | None) -> int | None:
         return None
     largest = max([adapter.r, *adapter.rank_pattern.values()])
     return next((rank for rank in VLLM_RANKS if rank >= largest), None)
-
-
-def span(values: Collection[int]) -> str:
-    least, largest = min(values), max(values)
-    return f"{least:,}" if least == largest else f"{least:,} to {largest:,}"
 
 
 def perplexity(nats: float) -> float:

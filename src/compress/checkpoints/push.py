@@ -28,12 +28,7 @@ WRITTEN = ("config.json", METADATA, INDEX, CARD, QUALITY, "configuration_*.py", 
 
 
 def push(
-    folder: Path,
-    repository: str,
-    *,
-    private: bool = True,
-    overwrite: bool = False,
-    progress: Progress = silent,
+    folder: Path, repository: str, *, private: bool = True, overwrite: bool = False, progress: Progress = silent
 ) -> str:
     """The address at which the checkpoint is then.
 
