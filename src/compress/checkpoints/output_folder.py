@@ -73,8 +73,9 @@ def locked(job: Output, *, will_publish: bool) -> Iterator[None]:
     with parent_folder(job.partial):
         try:
             with exclusive(job.partial.parent):
-                if not will_publish:
-                    restore_backup(job.out)
+                backup = backup_path(job.out)
+                if not will_publish and not job.out.exists() and backup.is_dir() and (backup / METADATA).is_file():
+                    backup.rename(job.out)  # a replacement was interrupted between its two renames
                 check_output(job)
                 job.partial.mkdir(exist_ok=True)
                 lock = take_lock(job.partial)
@@ -146,13 +147,6 @@ def publish(checkpoint: Path, out: Path, partial: Path) -> None:
 
 def backup_path(out: Path) -> Path:
     return out.with_name(f"{out.name}.replaced")
-
-
-def restore_backup(out: Path) -> None:
-    """Undo a replacement that was interrupted between its two renames."""
-    backup = backup_path(out)
-    if not out.exists() and backup.is_dir() and (backup / METADATA).is_file():
-        backup.rename(out)
 
 
 def delete_backup(out: Path, partial: Path) -> None:

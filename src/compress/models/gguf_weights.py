@@ -51,15 +51,11 @@ class GgufWeight:
         return self.stored.kind if self.stored.kind in DTYPES and not self.from_one else "F32"
 
     def __getitem__(self, index: slice) -> Tensor:
-        places = torch.arange(self.stored.shape[0]) if self.order is None else self.order
-        if len(self.stored.shape) == 1:
-            rows = decoded(self.header.read_rows(self.stored, 0, 1).copy(), self.stored.kind)[0, places[index]]
-        else:
-            rows = self._rows(places[index])
-        return rows.float() - 1 if self.from_one else rows
-
-    def _rows(self, places: Tensor) -> Tensor:
         stored = self.stored
+        places = (torch.arange(stored.shape[0]) if self.order is None else self.order)[index]
+        if len(stored.shape) == 1:
+            numbers = decoded(self.header.read_rows(stored, 0, 1).copy(), stored.kind)[0, places]
+            return numbers.float() - 1 if self.from_one else numbers
         found = torch.empty(len(places), *stored.shape[1:], dtype=DTYPES[self.get_dtype()])
         step = max(1, CHUNK // stored.shape[-1])
         for begin in range(0, len(places), step):
