@@ -178,7 +178,7 @@ def gather(problems: Problems, options: EvalOptions, found: Found) -> "Request":
         problems.report()
     quiet_libraries()
     from compress.datasets import load_rows
-    from compress.datasets.humaneval import load_problems
+    from compress.datasets.tasks import load_problems
     from compress.evaluation.evaluate import Request, load_tasks
     from compress.evaluation.humaneval import check_can_run
 

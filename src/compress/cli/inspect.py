@@ -175,7 +175,7 @@ def loads_with(metadata: "Metadata") -> str:
 
 
 def notes(seen: "Inspection") -> Iterator[str]:
-    from compress.checkpoints.integrity import ADAPTER_WEIGHTS
+    from compress.checkpoints.files import ADAPTER_WEIGHTS
 
     if seen.metadata is not None:
         yield f"Made by: {seen.metadata.command}"

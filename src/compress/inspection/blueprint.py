@@ -7,12 +7,10 @@ from transformers import PreTrainedModel
 
 from compress.checkpoints.metadata import METADATA, Metadata
 from compress.errors import CheckpointError
-from compress.models.expert_names import own_name
 from compress.models.loading import empty_model, load_config
 from compress.models.storage import num_parameters
-from compress.models.stored_files import Lora, StoredTensors, read_lora, read_scheme
-from compress.models.stored_loading import put_linears
-from compress.models.tensor_files import StoredTensor
+from compress.models.stored_loading import Lora, put_linears, read_lora, read_scheme, stored_tensors
+from compress.models.tensor_files import StoredTensor, own_name
 from compress.models.untrusted import reading
 from compress.own_model.modeling_compress import unfuse_experts
 
@@ -37,7 +35,7 @@ def built(folder: Path, metadata: Metadata) -> PreTrainedModel:
     model = unfuse_experts(empty_model(config))
     model.tie_weights()
     lora = read_lora(folder)
-    put_linears(model, read_scheme(folder), StoredTensors(folder, lora), torch.float32)
+    put_linears(model, read_scheme(folder), stored_tensors(folder, lora), torch.float32)
     return model
 
 

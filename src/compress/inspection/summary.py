@@ -6,14 +6,15 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from compress.checkpoints.integrity import ADAPTER_WEIGHTS, check_integrity, check_mapped
-from compress.checkpoints.metadata import Metadata, Point, is_ours, read_metadata
+from compress.checkpoints.files import ADAPTER_WEIGHTS
+from compress.checkpoints.integrity import check_integrity, check_mapped
+from compress.checkpoints.metadata import METADATA, Metadata, Point, read_metadata
 from compress.checkpoints.quality import Quality, read_quality
 from compress.checkpoints.run_folder import check_folder
 from compress.errors import UsageError
 from compress.inspection.blueprint import blueprint, check_against, named
 from compress.inspection.linears import StoredLinear, Zeros, block_of, foreign_linears, linears_of, zeros_of
-from compress.models.stored_files import read_lora
+from compress.models.stored_loading import read_lora
 from compress.models.tensor_files import INDEX, StoredTensor, checkpoint_files, read_header
 from compress.models.untrusted import read_json
 from compress.progress import Progress, Steps
@@ -75,7 +76,7 @@ def inspect(folder: Path, *, fast: bool, progress: Progress) -> Inspection:
     Raises UsageError for a folder that is no finished checkpoint, CheckpointError for a damaged one.
     """
     check_folder(folder)
-    metadata = read_metadata(folder) if is_ours(folder) else None
+    metadata = read_metadata(folder) if (folder / METADATA).exists() else None
     if metadata is not None and metadata.storage == "gguf":
         raise UsageError(f"{folder} is one GGUF file, not a checkpoint of safetensors. gguf-dump shows its tensors.")
     if metadata is None:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from compress.models.int4 import Int4Linear
-from compress.models.packed import LoraLinear, QuantizedLinear, RoundedInputs
 from compress.models.packing import pack_bits, unsigned
+from compress.models.storage import LoraLinear, QuantizedLinear, RoundedInputs
 from compress.own_model.modeling_compress import AdaptedLinear, CompactLinear, StoredMatrix
 
 STORED_IN_CODES = (QuantizedLinear, Int4Linear, CompactLinear)

@@ -8,7 +8,7 @@ from torch import nn
 from compress import families
 from compress.checkpoints.metadata import Metadata
 from compress.errors import UsageError
-from compress.models.packed import LoraLinear
+from compress.models.storage import LoraLinear
 from compress.own_model.modeling_compress import CompactLinear, LowRankLinear, PivotLinear
 from compress.tuning.settings import What
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compress.models.loading import load_model
-from compress.models.packed import LoraLinear
+from compress.models.storage import LoraLinear
 from compress.models.stored_loading import is_stored, load_stored
 from compress.tuning.linears import CompactAdapterLinear, FloatAdapterLinear, TrainedMatrix, dequantize
 from compress.tuning.looking import Prepared

@@ -17,18 +17,16 @@ import torch
 from torch import Tensor
 
 from compress.calibration.weights import ADAPTER_PREFIX
-from compress.checkpoints.adapter import adapter_config, write_adapter
 from compress.checkpoints.card import CARD
-from compress.checkpoints.files import adapter_file, write_json
-from compress.checkpoints.integrity import ADAPTER_WEIGHTS
+from compress.checkpoints.files import ADAPTER_WEIGHTS, adapter_config, adapter_file, write_adapter, write_json
 from compress.checkpoints.metadata import METADATA, Metadata, Record
 from compress.checkpoints.push import own_files
 from compress.checkpoints.quality import QUALITY
 from compress.inspection.blueprint import blueprint
 from compress.io import atomic_write, new_file_mode, sha256, write_tensors
 from compress.models.loading import load_config
-from compress.models.stored_files import ADAPTER, StoredTensors, read_lora
-from compress.models.tensor_files import INDEX
+from compress.models.stored_loading import read_lora, stored_tensors
+from compress.models.tensor_files import ADAPTER, INDEX
 from compress.models.untrusted import read_json
 from compress.tuning.trained import Settled
 
@@ -67,7 +65,7 @@ def write_tuned(source: Path, target: Path, metadata: Metadata, settled: Settled
 
 def write_weights(source: Path, target: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """The files of weights in which tensors are others now, each read when its turn comes; their sha256."""
-    stored = StoredTensors(source, read_lora(source))
+    stored = stored_tensors(source, read_lora(source))
     places: dict[Path, dict[str, str]] = defaultdict(dict)
     for name in tensors:
         place = stored.tensors[str(stored.find(name))]

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.benchmark import Timer
 
 from compress.evaluation.speed.generation import attempted, compared, in_turns
-from compress.models.linear_forms import Form, linears_of
+from compress.models.storage import Form, linears_of
 
 LEAST = 10e-3  # seconds of a measured stretch
 Recorder = Callable[[Callable[[], object], torch.device], Callable[[], object]]
