@@ -189,11 +189,6 @@ def inner(text: str) -> list[list[str]]:
             ["import compress", "llama.cpp"],
         ),
         (
-            {"architecture": "CodeGenForCausalLM"},
-            ["vLLM cannot serve it: it has no CodeGenForCausalLM."],
-            ["vllm serve"],
-        ),
-        (
             {"architecture": "CompressForCausalLM", "loads_without_our_code": False},
             [
                 "import compress  # registers",
@@ -224,13 +219,7 @@ def inner(text: str) -> list[list[str]]:
             ["1 linear layers have 4-bit weights, 2:4 sparsity, a low-rank adapter that corrects the error."],
             ["dense weights"],
         ),
-        ({"linears": linears({"bits": "fp8"})}, ["have fp8 weights; all are written as dense weights."], []),
         ({"origin": {"license": "mit"}}, ["The license is the base model's: `mit`."], ["names none"]),
-        (
-            {},
-            ["The license is the base model's, whose model card names none."],
-            ["## Fine-tuning", "one-shot: trained"],
-        ),
         (
             {"adapter": {"r": 500, "rank_pattern": {"a": 600}}},
             ["vLLM cannot serve it: its adapters have a rank of 512 at most."],
@@ -247,11 +236,6 @@ def inner(text: str) -> list[list[str]]:
                 "datasets:\n- owner/alpaca\n",
             ],
             ["not trained on", "The license of"],
-        ),
-        (
-            {"tuning": TUNING | {"teacher": None, "held_out": {"windows": 9, "before": 1e9, "after": 1.0}}},
-            ["were trained to predict the next token on 1,000"],
-            ["to match"],
         ),
         (
             {
@@ -299,11 +283,8 @@ def test_license_and_language_come_from_the_input(tmp_path):
         "",
         "# no front matter\n---\nlicense: mit\n---\n",
         "---\nlicense: [mit]\nlanguage: {en: 1}\n---\n",
-        "---\nlicense: 3\nlanguage: [1, 2]\n---\n",
-        "---\nlicense: 'a\\x07'\nlanguage: no\n---\n".replace("\\x07", "\x07"),
         '---\nlicense: "a\\nb"\n---\n',
         "---\n: : :\n- [\n---\n",
-        "---\n- a\n- b\n---\n",
         "---\nlicense: !!python/object/apply:os.system [id]\n---\n",
         "---\nlicense: " + "m" * 300 + "\n---\n",
         "---\nlicense: " + "[" * 5000 + "\n---\n",
@@ -313,23 +294,17 @@ def test_a_card_that_says_nothing_of_use(text, tmp_path):
     assert read_origin(write_card(tmp_path, text)) == {}
 
 
-def test_no_card_at_all(tmp_path):
-    assert read_origin(tmp_path) == {}
-    (tmp_path / "README.md").write_bytes(b"---\nlicense: \xff\n---\n")
-    assert read_origin(tmp_path) == {}
-
-
 # Written again with what was measured.
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("outputs")
-    write_outputs(root, "sliced", "thin", "packed", "compact", "merged")
+    write_outputs(root, "sliced", "thin", "packed")
     return root
 
 
-@pytest.mark.parametrize("kind", ["sliced", "thin", "packed", "compact", "merged"])
+@pytest.mark.parametrize("kind", ["thin", "packed"])
 def test_written_again_it_is_the_same(root, kind):
     before = (root / kind / "README.md").read_bytes()
     succeeds("inspect", root / kind, "--card", "--fast")

@@ -107,23 +107,6 @@ def test_the_walk_goes_on_with_what_will_be_written(model_type, tmp_path):
         )
 
 
-def test_factors_are_stored_each_by_what_it_is_given(tmp_path):
-    """8 bits change little of a factorized model, 2 bits much."""
-    factors = [FACTORS[0], FACTORS[1] | {"form": "pivot"}]
-    plain = pipeline.run(job_of(tmp_path, "llama", factors, "plain"))
-    logits, windows = {}, windows_of(job_of(tmp_path, "llama", factors, "plain"))
-    for bits in (8, 2):
-        slim = {"stage": "slim", "quantize": {"bits": bits, "group": "channel"}}
-        found = pipeline.run(job_of(tmp_path, "llama", [*factors, slim], f"{bits}"))
-        assert found.size.parameters == plain.size.parameters
-        assert found.size.bytes < plain.size.bytes
-        logits[bits] = logits_on(found.out, windows)
-    dense = logits_on(plain.out, windows)
-    fine, coarse = (oracles.largest_difference(logits[bits], dense) for bits in (8, 2))
-    assert fine < 0.04 * float(dense.abs().max())
-    assert fine < coarse / 10
-
-
 def logits_on(folder: Path, windows: Tensor) -> Tensor:
     return oracles.logits_of(load(str(folder), torch.float64, torch.device("cpu")), windows)
 

@@ -33,7 +33,7 @@ UNSEEN = oracles.random_ids(2, 24, seed=3)
 HELD_OUT = [2, 6]
 METHODS = ("anchored", "lord", "svd-llm", "asvd", "svd")
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    **{name: (name, {}) for name in (*tiny.SAMPLE, "gpt_bigcode", "mixtral")},
+    **{name: (name, {}) for name in ("opt", "phi3", "gpt_bigcode", "mixtral")},
     "gpt_neox, one after the other": ("gpt_neox", {"use_parallel_residual": False}),
 }
 EVERY_MODEL = pytest.mark.parametrize("variant", VARIANTS)
@@ -206,9 +206,7 @@ def test_other_methods_are_their_papers(method, models):
 # ---- at full rank ----
 
 
-@pytest.mark.parametrize(
-    ("variant", "method"), [*zip(VARIANTS, [*METHODS, *METHODS[:2]], strict=True), ("llama", "lord")]
-)
+@pytest.mark.parametrize(("variant", "method"), [*zip(VARIANTS, METHODS, strict=True)])
 def test_full_rank_keeps_the_logits(variant, method, models):
     model_type, changes = VARIANTS[variant]
     model, folder = models(model_type, **changes)
@@ -224,7 +222,7 @@ def test_full_rank_keeps_the_logits(variant, method, models):
 # ---- the forms ----
 
 
-@pytest.mark.parametrize(("variant", "method"), [("llama", "anchored"), ("gpt_bigcode", "lord"), ("phi3", "svd")])
+@pytest.mark.parametrize(("variant", "method"), [("opt", "anchored"), ("gpt_bigcode", "lord")])
 def test_all_forms_are_one_function(variant, method, models):
     model_type, changes = VARIANTS[variant]
     model, folder = models(model_type, **changes)
@@ -426,7 +424,6 @@ ANCHORED = {
     "llama": ("llama", {}),
     "llama without biases": ("llama", WITHOUT_BIASES["llama"]),
     "opt": ("opt", {}),
-    "opt untied": ("opt", {"tie_word_embeddings": False}),
 }
 
 
@@ -450,7 +447,7 @@ def test_anchored_with_added_biases(models):
     same_function(oracles.logits_of(written_model(model, result), UNSEEN), oracles.logits_of(plain, UNSEEN), 1e-7)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "opt"])
+@pytest.mark.parametrize("model_type", ["llama"])
 def test_anchored_cuts_by_what_the_loss_feels(model_type, models):
     model, folder = models(model_type)
     result = walked(folder, [Refit(), Factorize(rank=RANK, gradient_weight=0.9)], held_out=2)

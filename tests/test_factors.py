@@ -1,7 +1,6 @@
 """Factorized linears as modules: the same function in every form, trained, quantized part by part, saved and loaded."""
 
 import copy
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, get_args
@@ -9,7 +8,6 @@ from typing import Any, get_args
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 import oracles
 import tiny
@@ -82,37 +80,6 @@ def test_a_module_is_the_factors_function(rank, form, has_bias, dtype):
         assert weights == num_stored(M, N, rank, form)
         biases = sum(parameter.numel() for parameter in module.parameters() if parameter.ndim == 1)
         assert biases == (M if has_bias else 0)
-
-
-@EVERY_DTYPE
-@EVERY_BIAS
-@EVERY_FORM
-def test_back_to_factors(form, has_bias, dtype):
-    factors = drawn(has_bias)
-    module = factor_module(factors, form, dtype)
-    found = as_factors(module)
-    assert found.B.dtype == found.A.dtype == torch.float64
-    assert difference(found.product, factors.product) < TOLERANCE[dtype]
-    assert (found.bias is None) == (factors.bias is None)
-    if found.bias is not None and factors.bias is not None:
-        assert difference(found.bias, factors.bias) < TOLERANCE[dtype]
-    # And what was once rounded comes back as it is.
-    again = factor_module(found, "factors", torch.float64)
-    assert difference(again(random(4, N)), plain(found, random(4, N))) < 1e-12
-
-
-@EVERY_DTYPE
-@EVERY_BIAS
-@EVERY_FORM
-def test_multiplied_out_it_is_one_linear(form, has_bias, dtype):
-    factors = drawn(has_bias)
-    linear = multiplied_out(factor_module(factors, form, dtype))
-    assert type(linear) is nn.Linear
-    assert (linear.in_features, linear.out_features, linear.weight.dtype) == (N, M, dtype)
-    assert (linear.bias is not None) == has_bias
-    assert difference(linear.weight, factors.product) < TOLERANCE[dtype]
-    assert difference(linear(random(4, N).to(dtype)), plain(factors, random(4, N))) < 10 * TOLERANCE[dtype]
-    assert linear.weight.is_contiguous()
 
 
 def module_of(kind: str, has_bias: bool, dtype: torch.dtype) -> AnyLinear:
@@ -302,32 +269,3 @@ def test_the_architecture_is_the_dense_one_with_products(model_type, rank):
         assert difference(oracles.logits_of(model, UNSEEN), oracles.logits_of(dense, UNSEEN)) < 1e-9
         as_it_was = oracles.logits_of(dense_model(model_type, torch.float64), UNSEEN)
         assert (difference(oracles.logits_of(model, UNSEEN), as_it_was) < 1e-9) == (rank is None)
-
-
-def orders(model: Any) -> dict[str, Tensor]:
-    return {name: buffer for name, buffer in model.named_buffers() if name.endswith(".order")}
-
-
-@pytest.mark.parametrize("model_type", TYPES)
-def test_saved_and_loaded_it_is_the_same(model_type, tmp_path):
-    """The order of pivots too, which a fresh module has as none."""
-    model, _ = lowrank_model(model_type)
-    model.save_pretrained(tmp_path, max_shard_size="20KB")
-    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
-    assert type(loaded) is type(model)
-    assert not any(info.values())
-    before, after = model.state_dict(), loaded.state_dict()
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    assert len(orders(loaded)) == 2 * tiny.NUM_BLOCKS
-    for name, order in orders(loaded).items():
-        assert order.dtype == torch.int32
-        assert torch.equal(order, orders(model)[name])
-        assert order.tolist() != list(range(len(order)))
-    assert torch.equal(oracles.logits_of(model, UNSEEN), oracles.logits_of(loaded.eval(), UNSEEN))
-    assert loaded.config.factors == model.config.factors
-    tied = loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
-    assert tied == (model_type == "qwen2")
-    # The code that config.json speaks of goes with it.
-    for name in json.loads((tmp_path / "config.json").read_text())["auto_map"].values():
-        assert (tmp_path / f"{name.split('.')[0]}.py").is_file()

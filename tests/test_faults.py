@@ -3,11 +3,11 @@
 import random
 import signal
 
-import pytest
-
 import fault_kinds
-from cli_runner import Disturbance
+import pytest
 from faulting import COMMANDS, Fault, Place, Trial, Undisturbed, as_lines, try_all, try_pairs, write_inputs
+
+from cli_runner import Disturbance
 
 OVER = "slice, over another output"
 NAMES = (OVER, "slim, packed with an adapter", "eval --save")
@@ -46,12 +46,6 @@ def test_killed_while_an_output_is_replaced(place, wholes):
     assert {"old", "new"} <= {state for trial in trials for state in trial.states}
 
 
-def test_signals_anywhere(place, wholes):
-    whole = wholes["slim, packed with an adapter"]
-    trials = at(place, whole, [20], signal.SIGTERM) + at(place, whole, [70], signal.SIGINT)
-    assert len(struck(place, trials)) == len(trials)
-
-
 def test_killed_while_measures_are_saved(place, wholes):
     whole = wholes["eval --save"]
     trials = struck(place, at(place, whole, [1, whole.events // 2, whole.events]))
@@ -65,12 +59,6 @@ def test_the_process_that_reloads_ends_too(place, wholes, number):
     hit = Disturbance(fault_kinds.STARTED, number=int(number), delay=0.5)
     fault = Fault("proof", "0.5 s into the proof", int(number), {"disturbance": hit, "verify": True})
     assert struck(place, [Trial(whole, fault, place.folder(whole.before))])
-
-
-def test_inputs_that_change(place):
-    (whole,) = place.undisturbed([fault_kinds.OWN])
-    trials = struck(place, fault_kinds.changed_inputs(place, whole, 3, random.Random(1)))
-    assert trials
 
 
 def test_a_shard_that_is_another_one_is_told(place):

@@ -14,7 +14,6 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from transformers import GenerationConfig
 
 from compress.datasets.humaneval import load_problems
 from compress.errors import Unavailable, UsageError
@@ -64,9 +63,7 @@ def test_a_program_whose_last_line_runs_passes():
         "",
         "def f(x):\n    return x + 1\nassert f(1) == 2",
         "import math, re, typing, collections, itertools, hashlib, heapq",
-        "print('x' * 10**6)",
         "import sys; sys.stderr.write('x' * 10**6)",
-        "open('mine', 'w').write('x')",
         "import os\nos.makedirs('a/b')\nopen('a/b/c', 'w').close()\nos.chmod('a/b', 0)",
         "import atexit, os\natexit.register(os._exit, 3)",
     ]
@@ -76,13 +73,9 @@ def test_a_program_whose_last_line_runs_passes():
 FAILURES = {
     "assert 1 == 2, 'not so'": "AssertionError: not so",
     "def f(:": "SyntaxError: invalid syntax (program.py, line 1)",
-    "x": "NameError: name 'x' is not defined",
     "raise ValueError('a' * 10**6)": "ValueError: " + "a" * 188,
-    "raise ValueError('a\\nb é')": "ValueError: a b é",
     "def f(): return f()\nf()": "RecursionError: maximum recursion depth exceeded",
-    "raise KeyboardInterrupt": "KeyboardInterrupt",
     "class E(Exception):\n  def __str__(self): raise E\nraise E": "ended before its last line",
-    "input()": "EOFError: EOF when reading a line",
     # What ends early has not passed, whatever it says.
     "import sys\nsys.exit(0)": "SystemExit: 0",
     "import os\nos._exit(0)": "ended before its last line",
@@ -186,15 +179,6 @@ def test_a_system_on_which_nothing_runs(monkeypatch):
 
 
 @on_posix
-def test_answers_come_in_order_and_are_counted():
-    programs = [f"assert {number} % 3" for number in range(12)]
-    done: list[int] = []
-    found = run_programs(programs, seconds=PATIENT, on_done=done.append)
-    assert [each == PASSED for each in found] == [bool(number % 3) for number in range(12)]
-    assert sum(done) == 12
-
-
-@on_posix
 def test_an_interrupt_runs_no_more_programs():
     def interrupt(_count: int) -> None:
         raise KeyboardInterrupt
@@ -247,11 +231,8 @@ def test_problems_from_files(tmp_path):
     ("content", "reason"),
     [
         (b"", "it has no problems"),
-        (b"{", "Expecting property name"),
         (b'{"prompt": "x"}', "a problem lacks 'task_id'"),
         (json.dumps(PROBLEM | {"test": 1}).encode(), "whose fields are not text"),
-        (b"\xff", "can't decode"),
-        (b"[1]", "list indices"),
     ],
 )
 def test_damaged_problems_are_named(tmp_path, content, reason):
@@ -344,12 +325,6 @@ def test_a_completion_ends_with_the_context(writer):
 
 
 @pytest.mark.parametrize("stop", STOPS)
-def test_a_completion_is_cut_before_a_stop(stop):
-    assert cut_at_stop(f"    return x\n{stop} more\nprint(1)") == "    return x\n"
-    assert cut_at_stop("    return x\n") == "    return x\n"
-
-
-@pytest.mark.parametrize("stop", STOPS)
 def test_a_row_is_done_at_a_stop(stop):
     """In the completion: the line end before it is not taken for the first character of a stop."""
     tokenizer = tiny_tokenizer()
@@ -392,13 +367,3 @@ def test_a_model_that_writes_the_answer(monkeypatch):
     assert [rate.value for rate in found.rates.values()] == [0.5, 1.0]
     assert found.failures == {"AssertionError": 1, "SyntaxError": 1}
     assert told == [("writing", 1)] * 4 + [("running", 1)] * 4
-
-
-def test_a_models_own_defaults_of_generation_do_not_count(writer):
-    _, tokenizer = writer
-    model = tiny_model("llama", num_hidden_layers=1)
-    model.generation_config = GenerationConfig(eos_token_id=[1, 7], temperature=3.0, do_sample=True, top_k=5)
-    greedy = humaneval.generation(model, tokenizer, Sampling(), 9, 2)
-    assert (greedy.do_sample, greedy.max_new_tokens, greedy.eos_token_id) == (False, 9, [1, 7])
-    drawn = humaneval.generation(model, tokenizer, Sampling(temperature=0.5), 9, 2)
-    assert (drawn.do_sample, drawn.temperature, drawn.top_p, drawn.top_k) == (True, 0.5, 0.95, 0)

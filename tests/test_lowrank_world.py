@@ -73,14 +73,6 @@ def thin(model: nn.Module) -> list[LowRankLinear | PivotLinear]:
     return [module for module in model.modules() if isinstance(module, LowRankLinear | PivotLinear)]
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_the_factors_themselves_can_be_trained(factorized, ids, form):
-    model = load(factorized[form]).train().requires_grad_(False)
-    parameters = [parameter.requires_grad_() for module in thin(model) for parameter in module.parameters()]
-    losses = trained(model, parameters, ids, lr=1e-3)
-    assert losses[-1] < 0.9 * losses[0]
-
-
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks for it
 @pytest.mark.parametrize("form", FORMS)
 def test_adapters_on_the_factors_can_be_trained_and_merged(factorized, ids, form, tmp_path):

@@ -22,17 +22,15 @@ from safetensors.torch import load_file
 from torch import Tensor, distributed
 
 from cli_runner import Disturbance, Ran, Request, run_warm, snapshot
-from compress.calibration.groups import EquationSums
-from compress.calibration.processes import ALONE, FailedElsewhere, Group, Processes, is_running, joined
+from compress.calibration.processes import FailedElsewhere, Group, Processes, joined
 from compress.calibration.streams import own_batches, split_windows
 from compress.cli.options import own_gpu
-from compress.errors import CompressError, NumericalError, UsageError
+from compress.errors import NumericalError, UsageError
 from compress.launch import Launch
 from tiny import write_model, write_text
 
 COMMANDS = {
     "slicegpt": "slice --model ../llama --method slicegpt --ratio 0.25 --set slice.slice_head=true --measure-error",
-    "by energy": "slice --model ../opt --method slicegpt --explained-variance 0.9",
     "anchored": "slice --model ../llama --keep-params 0.8 --set budget.trial_samples=8",
     "lord": "lord --model ../opt --keep-params 0.85",
 }
@@ -110,11 +108,6 @@ def apart(one: Path, other: Path) -> float:
 def test_two_processes_write_what_one_does_to_rounding(made, command):
     """The same shapes, ranks, codes and masks: float64 sums in another order decide them alike, but at a tie."""
     assert apart(made(command, 1), made(command, 2)) < 1e-6
-
-
-def test_smaller_batches_that_more_processes_take_change_rounding_alone(made):
-    """Without --batch-size, four processes take three windows of twelve at a time; one takes all."""
-    assert apart(made(ANY_BATCHES, 1), made(ANY_BATCHES, 4)) < 1e-5
 
 
 def test_as_many_processes_write_the_same_bytes_again(root, made):
@@ -248,29 +241,6 @@ def test_a_failure_is_told_once_and_ends_all():
     assert (str(first), first.exit_code) == ("a NaN", 1)
     assert isinstance(first, FailedElsewhere)
     assert [type(second), type(third)] == [SystemExit, SystemExit]
-
-
-def test_a_process_that_is_gone_is_noticed():
-    def waits(group: Group) -> None:
-        group.neighbors = {1: 2**22 + 1}  # above all process ids
-        if group.rank == 0:
-            group.gathered(None)
-
-    first, _ = in_threads(2, waits)
-    assert isinstance(first, CompressError)
-    assert str(first).startswith("Process 1 of 2 has died.")
-    assert not is_running(2**22 + 1)
-
-
-def test_one_process_alone_changes_nothing():
-    sums = EquationSums(3, 2, torch.device("cpu"))
-    u, t = torch.randn(7, 3), torch.randn(7, 2)
-    sums.add(u, t)
-    fit = sums.fit(ALONE)
-    assert torch.equal(fit.G, (u.T @ u).double())
-    assert torch.equal(fit.B, (u.T @ t).double())
-    assert fit.tokens == 7
-    assert ALONE.share([1, 2]) == [1, 2]
 
 
 def test_what_a_launcher_says():

@@ -1,8 +1,6 @@
 """The anchored method on walks: refits, the shared rotation and pruned units, against the same written out plainly."""
 
-import argparse
 import copy
-import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-import compress
 import oracles
 import tiny
 from compress import families
@@ -24,9 +21,8 @@ from compress.architectures.stock import Stock
 from compress.calibration.sites import Stage
 from compress.calibration.survey import Survey, SurveyNeed
 from compress.calibration.walk import FinishedPart, Walk
-from compress.datasets.windows import cut, encode
 from compress.models.expert_names import own_name
-from compress.models.loading import load_config, load_tokenizer
+from compress.models.loading import load_config
 from compress.numerics.frames import Frame
 from compress.numerics.linalg import pca
 from compress.numerics.obs import prune_units
@@ -47,8 +43,6 @@ WINDOWS = oracles.random_ids(8, 16, seed=2)
 UNSEEN = oracles.random_ids(2, 24, seed=3)
 # Two of eight, evenly spread.
 HELD_OUT = [2, 6]
-DEMO = Path(compress.__file__).parent / "assets/demo"
-WITH_BIASES = {"attention_bias": True, "mlp_bias": True}
 WITHOUT_BIASES = {"attention_bias": False, "mlp_bias": False}
 
 
@@ -130,14 +124,11 @@ ROTATIONS = {"shared": shared, "per layer": per_layer}
 @pytest.mark.parametrize(
     ("model_type", "rotation"),
     [
-        *((name, rotation) for name in ("llama", "opt", "phi") for rotation in ROTATIONS),
-        *(
-            ("phi3", "none"),
-            ("granite", "shared"),
-            ("olmo", "per layer"),
-            ("gpt_neox", "shared"),
-            ("mixtral", "shared"),
-        ),
+        ("opt", "shared"),
+        ("llama", "per layer"),
+        ("phi3", "none"),
+        ("granite", "shared"),
+        ("mixtral", "shared"),
     ],
 )
 def test_at_the_full_width_a_refit_changes_nothing(model_type, rotation, models):
@@ -270,8 +261,8 @@ class FirstBranch:
 @pytest.mark.parametrize("rotation", ROTATIONS)
 @pytest.mark.parametrize(
     ("model_type", "changes"),
-    [("llama", WITH_BIASES), ("llama", WITHOUT_BIASES), ("opt", {}), ("phi", {})],
-    ids=["llama with biases", "llama without biases", "opt", "phi"],
+    [("llama", WITHOUT_BIASES), ("opt", {}), ("phi", {})],
+    ids=["llama without biases", "opt", "phi"],
 )
 def test_the_first_branch_is_refitted_as_written_out(model_type, changes, rotation, models):
     model, folder = models(model_type, **changes)
@@ -316,23 +307,6 @@ def linears(names: Iterable[str]) -> set[str]:
 
 
 # ---- a refit is an improvement ----
-
-
-def test_a_refit_brings_the_demo_model_nearer_to_the_dense_one():
-    """On the windows it was chosen on, and on text between them that nothing was fitted to: by far."""
-    text = cut(encode(load_tokenizer(DEMO), inspect.getsource(argparse)), 48)
-    windows, unseen = text[:600:36], text[18:600:108]
-    assert len(windows) == 17
-    dense = oracles.logits_of(AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float64), unseen)
-    target = target_of(DEMO, "one basis")
-    found = {}
-    for name, rest in (("plain", [MeasureError()]), ("refitted", [Refit()])):
-        stages = [FoldNorms(), *shared(96), *rest]
-        result = walked(DEMO, stages, windows=windows, held_out=3, target=target)
-        logits = oracles.logits_of(written_model(result, target), unseen)
-        found[name] = (result.parts[-1].divergence, divergence(dense, logits))
-    for plain, refitted in zip(found["plain"], found["refitted"], strict=True):
-        assert 0 < refitted < 0.8 * plain
 
 
 def divergence(dense: Tensor, other: Tensor) -> float:
@@ -401,7 +375,6 @@ def neighbors(count: int, size: int, start: int = 0) -> Tensor:
 
 
 NEURON = neighbors(NEURONS, 1)
-GATE_AND_UP = torch.cat([NEURON, neighbors(NEURONS, 1, NEURONS)], dim=1)
 MLP = {"mlp.gate_proj": NEURON, "mlp.up_proj": NEURON}
 # Two groups, each of a key head and a value head and the two query heads that share them.
 HEADS = {
@@ -411,7 +384,6 @@ HEADS = {
 NEXT, BESIDE = "1.input_layernorm", "0.post_attention_layernorm"
 UNITS = {
     "llama neurons": Unit("neurons", NEURONS, MLP, "mlp.down_proj", NEXT),
-    "phi3 neurons": Unit("neurons", NEURONS, {"mlp.gate_up_proj": GATE_AND_UP}, "mlp.down_proj", NEXT),
     "opt neurons": Unit("neurons", NEURONS, {"fc1": NEURON}, "fc2", "1.self_attn_layer_norm"),
     "llama kv_groups": Unit("kv_groups", 2, HEADS, "self_attn.o_proj", BESIDE),
 }
@@ -466,39 +438,3 @@ def test_units_are_deleted_as_written_out(case, models):
 
 def pruned(kinds: Iterable[str]) -> list[StageConfig]:
     return [PruneUnits.model_validate({"units": kind, "keep": KEPT[kind]}) for kind in kinds]
-
-
-# ---- what must not change the result ----
-
-
-def assert_same(part: FinishedPart, other: FinishedPart) -> None:
-    assert part.tensors.keys() == other.tensors.keys()
-    for name, tensor in part.tensors.items():
-        assert torch.equal(tensor, other.tensors[name]), name
-    assert (part.points, part.groups, part.divergence) == (other.points, other.groups, other.divergence)
-
-
-def off_the_grid(tensor: Tensor) -> Tensor:
-    """The same numbers at an address that is no multiple of 16 bytes, as a file may well give them."""
-    return torch.empty(tensor.numel() + 1, dtype=tensor.dtype)[1:].view(tensor.shape).copy_(tensor)
-
-
-@pytest.mark.parametrize(
-    ("model_type", "rotation", "cache_memory"),
-    [("opt", "shared", 0), ("phi", "per layer", 2**40)],
-)
-def test_a_walk_goes_on_from_its_state(model_type, rotation, cache_memory, models):
-    """To the bit, its refits, its choices and its divergence too."""
-    _, folder = models(model_type)
-    stages = [FoldNorms(), *ROTATIONS[rotation](), Refit(), *pruned(("neurons",))]
-    options: dict[str, Any] = {"cache_memory": cache_memory, "batch_size": 3}
-    walk, parts, states = new_walk(folder, stages, **options), [], []
-    for part in walk.parts():
-        parts.append(part)
-        states.append({name: off_the_grid(tensor) for name, tensor in walk.state().items()})
-    for done in (1, 3):
-        again = new_walk(folder, stages, **options)
-        again.restore(states[done - 1], done)
-        for part, undisturbed in zip(again.parts(), parts[done:], strict=True):
-            assert_same(part, undisturbed)
-        assert torch.equal(again.probe, walk.probe)

@@ -71,26 +71,17 @@ def same_files(folder: Path, expected: dict[str, bytes | None]) -> None:
 # Kills, full disks and signals: every disturbed run is resumed.
 
 KILLS = {
-    "part 1": Disturbance(RECORD, call=1, after=True),
     "part 3": Disturbance(RECORD, call=3, after=True),
-    "the last part": Disturbance(RECORD, call=NUM_PARTS, after=True),
     "half a part": Disturbance(SAVING, call=3, kind="tear"),
-    "half a state": Disturbance(SAVING, call=4, kind="tear"),
-    "a part that is not recorded": Disturbance(RUN_JSON, call=3),
     "no config": Disturbance("compress.checkpoints.files:write_json", call=1),
-    "verifying": Disturbance("compress.pipeline:verify"),
-    "not recorded as finished": Disturbance(RUN_JSON, call=NUM_PARTS + 2),
     "not yet named": Disturbance(PUBLISH),
     "named": Disturbance(PUBLISH, after=True),
 }
 FULL = {
     "a part": Disturbance(SAVING, 3, "full"),
     "run.json": Disturbance(RUN_JSON, 3, "full"),
-    "companions": Disturbance("compress.checkpoints.files:copy_companions", 1, "full"),
-    "name": Disturbance(PUBLISH, 1, "full"),
 }
 SIGNALS = {
-    "SIGINT at a part": Disturbance(RECORD, 3, number=int(signal.SIGINT), after=True),
     "SIGTERM in a part": Disturbance(SAVING, 5, number=int(signal.SIGTERM)),
     "SIGTERM at verification": Disturbance("compress.pipeline:verify", number=int(signal.SIGTERM)),
 }
@@ -115,7 +106,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(place, undisturbed, disturbed, m
     assert killed.code == -signal.SIGKILL
     assert resumed.code == 0, resumed.err
     same_files(place.root / moment, undisturbed)
-    done = {"part 1": 1, "part 3": 3, "half a part": 1, "half a state": 1, "a part that is not recorded": 1, "named": 0}
+    done = {"part 3": 3, "half a part": 1, "named": 0}
     assert resumed.json["resumed_parts"] == done.get(moment, NUM_PARTS)
 
 
@@ -123,13 +114,6 @@ def test_a_resumed_run_repeats_no_finished_part(disturbed):
     _, resumed = disturbed["part 3"]
     first = next(said for phase, said in resumed.progress if phase == "compressing")
     assert first.startswith(f"3/{NUM_PARTS}, block 2, ")
-
-
-def test_a_torn_part_lies_there_as_unfinished(place, disturbed):
-    folder = place.root / "half a part, kept"
-    names = [path.name for path in (folder / PARTIAL / "checkpoint").glob("*.unfinished")]
-    assert names == ["model-00002-of-00005.safetensors.unfinished"]
-    assert not (folder / OUT).exists()
 
 
 @pytest.mark.parametrize("what", FULL)
@@ -198,35 +182,6 @@ def flip_a_byte(file: Path) -> None:
     file.write_bytes(content)
 
 
-def test_what_is_damaged_is_done_again(place, undisturbed, unfinished):
-    flip_a_byte(unfinished / PARTIAL / "checkpoint" / "model-00001-of-00005.safetensors")
-    resumed = place.run(unfinished, "--resume")
-    assert resumed.code == 0, resumed.err
-    assert resumed.json["resumed_parts"] == 0
-    same_files(unfinished, undisturbed)
-
-
-def test_with_the_cache_on_disk(place, undisturbed, unfinished):
-    """Where the activations lie is no part of what a run is: either may resume the other."""
-    assert place.run(unfinished, "--resume", "--cache-memory", "1").code == 0
-    same_files(unfinished, undisturbed)
-
-
-def test_without_resume_it_is_refused(place, unfinished):
-    before = snapshot(unfinished)
-    ran = place.run(unfinished)
-    assert (ran.code, len(ran.faults)) == (2, 1)
-    for word in (PARTIAL, "--resume", "--overwrite"):
-        assert word in ran.faults[0]
-    assert snapshot(unfinished) == before
-
-
-def test_overwrite_starts_over(place, undisturbed, unfinished):
-    ran = place.run(unfinished, "--overwrite")
-    assert ran.json["resumed_parts"] == 0
-    same_files(unfinished, undisturbed)
-
-
 def changed(option: str, value: str) -> tuple[str, ...]:
     words = list(WORDS)
     if option in words:
@@ -237,7 +192,6 @@ def changed(option: str, value: str) -> tuple[str, ...]:
 
 OTHERS = {
     "--ratio": ("0.5", "recipe"),
-    "--dtype": ("float32", "dtype, recipe"),
     "--batch-size": ("2", "batch size"),
     "--calib": ("../other.txt", "calibration text, recipe"),
     "--model": ("../another/tiny", "model"),
@@ -268,18 +222,6 @@ def test_nothing_to_resume(place, undisturbed):
     same_files(folder, undisturbed)
 
 
-@pytest.mark.parametrize("option", ["--resume", "--overwrite"])
-def test_two_runs_on_one_output(place, unfinished, option):
-    from compress.checkpoints.output_folder import take_lock
-
-    with take_lock(unfinished / PARTIAL):  # as if it were going on
-        before = snapshot(unfinished)
-        ran = place.run(unfinished, option)
-        assert (ran.code, len(ran.faults)) == (2, 1)
-        assert "Another run" in ran.faults[0]
-        assert snapshot(unfinished) == before
-
-
 @pytest.mark.parametrize(("made", "said"), [(PARTIAL, "An unfinished run is in"), (OUT, "The output out exists")])
 def test_what_another_run_makes_meanwhile_is_left_alone(place, made, said):
     """It was not there when the output was looked at first."""
@@ -289,26 +231,3 @@ def test_what_another_run_makes_meanwhile_is_left_alone(place, made, said):
     assert ran.code == 2
     assert said in ran.faults[0]
     assert list(folder.rglob("*")) == [folder / made]
-
-
-# Replacing an output.
-
-
-def test_killed_while_an_output_is_replaced(place, undisturbed):
-    """The old output stays until the last part is written. Between two renames a resume gives the new one its name."""
-    late, early = place.folder("replaced late"), place.folder("replaced early")
-    words = changed("--ratio", "0.5")
-    assert [ran.code for ran in run_warm([Request(words, str(each)) for each in (late, early)])] == [0, 0]
-    old = snapshot(early / OUT)
-    rename = Disturbance("pathlib:Path.rename", call=2)
-    hits = {late: rename, early: Disturbance(RECORD, call=3, after=True)}
-    killed = run_warm([Request((*WORDS, "--overwrite"), str(each), hit) for each, hit in hits.items()])
-    assert [ran.code for ran in killed] == [-signal.SIGKILL] * 2
-    assert snapshot(early / OUT) == old
-    refused, resumed = run_warm([Request((*WORDS, "--resume"), str(each)) for each in (early, late)])
-    assert refused.code == 2
-    assert "--overwrite" in refused.faults[0]
-    assert resumed.code == 0, flat(resumed.err)
-    assert place.run(early, "--resume", "--overwrite").json["resumed_parts"] == 3
-    for folder in (late, early):
-        same_files(folder, undisturbed)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fuzzing import watch
 
 import compress
 from cli_runner import invoke, succeeds
@@ -20,7 +21,6 @@ from compress.errors import CheckpointError, Unavailable, VerificationError
 from compress.io import new_file_mode
 from compress.models.loading import load_config, load_model, load_tokenizer
 from compress.models.tensor_files import LARGEST_HEADER, open_safetensors
-from fuzzing import watch
 from outputs import write_outputs
 from tiny import write_model, write_text
 
@@ -117,7 +117,6 @@ class Opened:
     ("where", "command"),
     [
         ("alone", [*SLICE, *TEXT]),
-        ("alone", EVAL),
         ("in the index", EVAL),
         ("in the index", ["inspect", "tiny"]),
         ("beside", [*SLICE, *TEXT]),
@@ -248,12 +247,9 @@ def test_a_chat_template_is_held_in_by_jinja(home, tmp_path):
 # Files stay in their folders.
 
 
-@pytest.mark.parametrize(
-    "name", ["../x.safetensors", "/etc/passwd", "a/b.safetensors", "a\\b.safetensors", "x\0.safetensors"]
-)
-def test_an_index_names_files_of_its_own_folder(name, place):
-    index = place / "tiny" / "model.safetensors.index.json"
-    edit(index, weight_map={"x": name})
+def test_an_index_names_files_of_its_own_folder(place):
+    """test_weights.py has more names."""
+    edit(place / "tiny" / "model.safetensors.index.json", weight_map={"x": "../x.safetensors"})
     ran = invoke("inspect", "tiny")
     assert ran.code == 1
     assert "an index may only name .safetensors files of its own folder" in ran.err
@@ -291,7 +287,7 @@ def test_links_of_the_hubs_cache_and_within_the_folder_are_followed(home, tmp_pa
         companions(snapshot)
 
 
-@pytest.mark.parametrize("length", [2**63, 2**64 - 1, LARGEST_HEADER + 1, 10**8])
+@pytest.mark.parametrize("length", [2**64 - 1, LARGEST_HEADER + 1])
 def test_a_header_that_claims_too_much_is_refused_before_it_is_read(length, tmp_path):
     file = tmp_path / "model.safetensors"
     with file.open("wb") as opened:
@@ -301,7 +297,7 @@ def test_a_header_that_claims_too_much_is_refused_before_it_is_read(length, tmp_
         open_safetensors(file)
 
 
-@pytest.mark.parametrize("sizes", [{"hidden_size": 10**12}, {"num_hidden_layers": 10**9}, {"vocab_size": 2**40}])
+@pytest.mark.parametrize("sizes", [{"hidden_size": 10**12}, {"num_hidden_layers": 10**9}])
 def test_sizes_out_of_thin_air_take_no_memory(sizes, home, tmp_path):
     folder = Path(shutil.copytree(home / "tiny", tmp_path / "tiny"))
     edit(folder / "config.json", **sizes)
@@ -315,7 +311,7 @@ def test_sizes_out_of_thin_air_take_no_memory(sizes, home, tmp_path):
 # What is shown and written.
 
 
-NAMES = ["[red]x[/]", "\x1b[2J\x1b]0;title\x07", "\u202etxt.exe"]
+NAMES = ["[red]x[/]", "\x1b[2J\x1b]0;title\x07\u202e"]
 
 
 @pytest.mark.parametrize("name", NAMES)

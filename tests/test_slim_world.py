@@ -34,9 +34,7 @@ Made = tuple[str, dict[str, Any], str, bool]
 CHECKPOINTS: dict[str, Made] = {
     "packed, rounded and tied": ("opt", OURS, "bfloat16", True),
     "zero points and an adapter": ("qwen2", OURS | {"quantize": FOUR | {"symmetric": False}}, "float32", True),
-    "starcoder": ("gpt_bigcode", {"quantize": FOUR}, "float32", False),
     "sparse": ("llama", {"prune": WANDA, "adapt": ADAPTER}, "float32", False),
-    "int8 inputs": ("opt", {"quantize": EIGHT, "adapt": ADAPTER, "inputs": "int8"}, "float32", True),
     "fp8 inputs": ("llama", {"quantize": EIGHT | {"floating": True}, "inputs": "fp8"}, "float32", False),
     "compact, rounded and tied": ("opt", OURS | {"form": "compact"}, "float16", True),
     "materialized": ("opt", OURS | {"form": "dense"}, "float16", True),

@@ -65,11 +65,6 @@ def test_places_are_numbered_as_combinations_are_listed():
     assert kept.of(torch.arange(12)[None]).tolist() == [[0, 6, 9, 1, 7, 11]]
 
 
-def test_a_mask_of_another_pattern_is_noticed():
-    with pytest.raises(ValueError, match="does not keep 2 of 4"):
-        Kept(torch.tensor([[True, True, True, False]]), Pattern(2.0, 4)).places()
-
-
 @pytest.mark.parametrize("storage", PACKED + COMPACT, ids=label)
 def test_the_weight_comes_back_exactly(storage):
     dtype = torch.bfloat16

@@ -17,7 +17,7 @@ from matrices import difference, random
 M, N, TOKENS = 5, 24, 80
 WHERE = "block 3 mlp.down_proj"
 DAMPING = 0.01
-PATTERNS = (None, "2:4", "4:8", "50%")
+PATTERNS = (None, "2:4", "50%")
 GRIDS: dict[str, Granularity | None] = {"no grid": None, "by row": "channel", "ragged groups": 7}
 EVERY_PATTERN = pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 EVERY_GRID = pytest.mark.parametrize("group", GRIDS.values(), ids=GRIDS)
@@ -102,8 +102,7 @@ def test_it_is_the_papers_loop_whatever_the_block(pattern, group, block):
         assert torch.equal(mask, expected_mask)
 
 
-@EVERY_BLOCK
-@EVERY_GRID
+@pytest.mark.parametrize(("group", "block"), [(None, 128), (7, 3)])
 def test_it_keeps_to_a_mask_that_it_is_given(group, block):
     W, H = random(M, N), hessian(rows())
     grid, mask = grid_for(W, group), keep_mask(random(M, N, seed=3).abs(), Pattern.parse("2:4"))
@@ -128,35 +127,6 @@ def test_act_order_is_the_plain_sweep_of_inputs_in_that_order(masked, block):
     expected, _ = sweep(W[:, order], hessian(X[:, order]), grid=grid, mask=permuted, block=block)
     assert difference(found[:, order], expected) < 1e-10
     assert difference(found, sweep(W, H, grid=grid, mask=mask, block=block)[0]) > 1e-3
-
-
-@EVERY_GRID
-@EVERY_PATTERN
-def test_the_result_is_on_the_grid_and_within_the_pattern(pattern, group):
-    W = random(M, N)
-    for symmetric in (True, False):
-        grid = grid_for(W, group, symmetric=symmetric)
-        found, mask = sweep(W, hessian(rows()), grid=grid, pattern=parsed(pattern))
-        assert grid is None or torch.equal(grid.nearest(found), found)
-        if mask is not None:
-            assert (found[~mask] == 0).all()
-        if pattern in ("2:4", "4:8"):
-            group_size = int(pattern[-1])
-            assert (mask.unflatten(1, (-1, group_size)).sum(-1) == group_size // 2).all()
-        if pattern == "50%":
-            assert mask.sum() == M * N / 2
-
-
-@EVERY_PATTERN
-def test_it_loses_less_than_rounding_to_nearest_and_cutting(pattern):
-    """Rounding and cutting keep to the very mask that the sweep found."""
-    W, H = random(M, N), hessian(rows())
-    for group in ("channel", 8) if pattern is None else ("channel", 8, None):
-        grid = grid_for(W, group)
-        found, mask = sweep(W, H, grid=grid, pattern=parsed(pattern))
-        cut = W if mask is None else W * mask
-        plain = cut if grid is None else grid.nearest(cut)
-        assert error(W, found, H.damped) < error(W, plain, H.damped)
 
 
 # ---- descent ----
@@ -250,8 +220,7 @@ def test_fewer_tokens_than_inputs():
     finite_and_no_worse(random(M, N), rows(count=6))
 
 
-@pytest.mark.parametrize("act_order", [False, True])
-@pytest.mark.parametrize("fault", [float("nan"), float("inf")])
+@pytest.mark.parametrize(("act_order", "fault"), [(False, float("nan")), (True, float("inf"))])
 def test_an_error_names_the_linear(fault, act_order):
     H = Hessian(hessian(rows()).second * fault, DAMPING, WHERE)
     with pytest.raises(NumericalError) as raised:
@@ -276,15 +245,3 @@ def test_the_hessians_parts_are_what_they_say():
     G = Q @ torch.diag(values) @ Q.T
     assert difference(G.diagonal(), torch.ones(N).double()) < 1e-12
     assert difference(torch.diag(H.scale) @ G @ torch.diag(H.scale), damped) < 1e-12
-
-
-@pytest.mark.parametrize("masked", [False, True], ids=["all weights", "masked"])
-def test_in_single_precision_it_is_nearly_as_good(masked):
-    W, H = random(M, N), hessian(rows())
-    grid, mask = grid_for(W, "channel"), keep_mask(W.abs(), Pattern.parse("2:4")) if masked else None
-    found, _ = sweep(W.float(), H, grid=grid.to(torch.float32), mask=mask)
-    found = descend(found, W.float(), H, grid=grid.to(torch.float32), mask=mask, rounds=2)
-    assert found.dtype == torch.float32
-    exact, _ = sweep(W, H, grid=grid, mask=mask)
-    exact = descend(exact, W, H, grid=grid, mask=mask, rounds=2)
-    assert error(W, found.double(), H.damped) <= 1.2 * error(W, exact, H.damped)
