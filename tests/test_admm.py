@@ -113,20 +113,6 @@ def test_its_mask_is_better_than_those_of_others_with_their_best_weights(text, s
     assert error(W, least_squares(W, found.mask, H.damped), H.damped) < 0.97 * min(others)
 
 
-@pytest.mark.parametrize(("text", "rank", "seed"), [("2:4", 2, 0), ("50%", 1, 1)])
-def test_of_sparse_plus_as_large_a_low_rank_matrix_little_is_lost(text, rank, seed):
-    """Which of all splits is the exact one is a hard question: some other is found, that is nearly as good."""
-    pattern, H = Pattern.parse(text), hessian(rows(seed=seed))
-    sparse = random(M, N, seed=seed + 20)
-    W = sparse * keep_mask(sparse.abs(), pattern)
-    W = W + random(M, rank, seed=seed + 30) @ random(rank, N, seed=seed + 40)
-    found = sparse_plus_lowrank(W, H, pattern, rank, iterations=ITERATIONS)
-    assert error(W, found.S + found.L, H.damped) < 0.006
-    alone = sparse_plus_lowrank(W, H, pattern, 0, iterations=ITERATIONS)
-    after = alone.S + nearest_of_rank(W - alone.S, H.damped, rank)
-    assert error(W, found.S + found.L, H.damped) < 0.65 * error(W, after, H.damped)
-
-
 @pytest.mark.parametrize("rank", [0, 2])
 def test_dead_inputs_and_fewer_tokens_than_inputs(rank):
     W = random(M, N)

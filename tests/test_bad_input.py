@@ -282,10 +282,6 @@ def test_an_option(command, place):
         refused(place, USAGE, *said, command=command, changes=words.split())
 
 
-def test_no_text_to_evaluate_on(place):
-    refused(place, USAGE, "--ppl", "wikitext2", command=EVAL, changes=("--ppl", " , "))
-
-
 def test_not_enough_disk_or_memory(place, monkeypatch):
     """Said before anything is read: the walk would take hours to find out."""
     with monkeypatch.context() as patch:
@@ -363,11 +359,6 @@ def test_all_faults_of_the_inputs_at_once(place):
     last_file(Path.unlink)(place)
     words = ["--overwrite", "--seq-len 64", "Complete the download", "Copy"]
     refused_with(place, 4, *words, changes=("--seq-len", "100"))
-
-
-def test_every_text_that_is_missing_at_once(place):
-    changes = ("--ppl", "a.txt,text.txt,b.txt", "--seq-len", "100")
-    refused_with(place, 3, "'a.txt'", "'b.txt'", "--seq-len 64", command=EVAL, changes=changes)
 
 
 # Ctrl-C and bugs.

@@ -140,12 +140,6 @@ def test_bytes_on_disk_and_in_memory(tmp_path):
     assert took.bytes_in_memory(dense, torch.bfloat16) * 2 == took.bytes_in_memory(dense, torch.float32)
 
 
-def test_a_workload_takes_keys_values_and_logits():
-    config = tiny.tiny_config("llama")
-    cache = 2 * tiny.NUM_BLOCKS * 2 * (tiny.HIDDEN // 4) * 10
-    assert generation.workload_bytes(config, 3, 10, torch.float32) == 3 * 4 * (cache + tiny.VOCAB_SIZE)
-
-
 @on_linux
 def test_the_footprint_of_a_clean_process(tmp_path):
     """The peak while loading is at least the weights, mapped as they are, and the libraries are known apart."""

@@ -54,11 +54,6 @@ def write(path: Path, content: str | bytes) -> Path:
     return path
 
 
-def write_parquet(path: Path, columns: dict[str, list[str]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Dataset.from_dict(columns).to_parquet(path)
-
-
 # Names
 
 
@@ -160,24 +155,6 @@ def test_alpaca_is_split_as_in_the_reference(tmp_path):
     splits = [alpaca.load(split, tmp_path) for split in ("train", "validation", "test")]
     assert [len(split) for split in splits] == [40, 5, 5]
     assert sorted(text for split in splits for text in split) == sorted(texts)
-
-
-# Clones of hub repositories
-
-
-def test_wikitext2_clone(tmp_path):
-    clone = tmp_path / "Salesforce" / "wikitext"
-    for config in ("wikitext-2-raw-v1", "wikitext-103-raw-v1"):
-        for split in ("train", "validation", "test"):
-            rows = ["", f" = {config} {split} = \n"]
-            write_parquet(clone / config / f"{split}-00000-of-00001.parquet", {"text": rows})
-    card = "---\nconfigs:\n" + "".join(
-        f"- config_name: {config}\n  data_files:\n"
-        + "".join(f"  - split: {s}\n    path: {config}/{s}-*\n" for s in ("train", "validation", "test"))
-        for config in ("wikitext-103-raw-v1", "wikitext-2-raw-v1")
-    )
-    write(clone / "README.md", card + "---\n")
-    assert wikitext2.load("test", tmp_path) == ["", " = wikitext-2-raw-v1 test = \n"]
 
 
 # The hub

@@ -25,7 +25,7 @@ from compress.numerics.hessian import Hessian
 from compress.numerics.rescale import rescaled
 from compress.numerics.sparsity import Pattern
 from compress.numerics.sweep import descend, sweep
-from matrices import cut, difference, measured, random, rows
+from matrices import difference, measured, random, rows
 
 M, N, TOKENS = 12, 32, 300
 FEW = 16  # inputs, where every combination is made
@@ -68,43 +68,6 @@ def missed(W: Tensor, found: Decomposed, X: Tensor) -> Tensor:
     """Of the outputs, (tokens, m)."""
     given = X @ found.product.T
     return X @ W.T - (given if found.shift is None else given + found.shift)
-
-
-# ---- SLiM's order ----
-
-
-def best_step(W: Tensor, lowest: int, highest: int) -> float:
-    """Of very many, for the whole matrix."""
-    steps = [float(W.abs().max()) / highest * share for share in torch.linspace(0.2, 1.05, 1000).tolist()]
-    return min(steps, key=lambda step: float(((W / step).round().clamp(lowest, highest) * step - W).square().sum()))
-
-
-@pytest.mark.parametrize("seed", range(2))
-def test_the_papers_order(seed):
-    """Mask by Wanda, the step of the dense weight, the adapter of what both have taken: algorithms 1 and 2."""
-    W, X = random(M, N, seed=seed), rows(seed=seed)
-    found = made(W, X, PAPERS)
-    assert found.mask is not None
-    assert found.grid is not None
-    assert found.adapter is not None
-    assert found.shift is None
-
-    norms = torch.stack([X[:, j].square().sum().sqrt() for j in range(N)])
-    mask = torch.zeros(M, N, dtype=torch.bool)
-    for i, first in itertools.product(range(M), range(0, N, 4)):
-        scores = {j: float(W[i, j].abs() * norms[j]) for j in range(first, first + 4)}
-        for j in sorted(scores, key=lambda j: -scores[j])[:2]:
-            mask[i, j] = True
-    assert torch.equal(found.mask, mask)
-
-    step = float(found.grid.step)
-    assert step == pytest.approx(best_step(W, -8, 7), rel=1e-3)
-    S = torch.where(mask, (W / step).round().clamp(-8, 7) * step, 0.0)
-    assert difference(found.S, S) < 1e-14
-
-    x = X.abs().mean(0) + X.abs().mean(0).min()
-    assert difference(found.adapter.product, cut((W - S) * x, 2) / x) < 1e-10
-    assert difference(found.product, S + found.adapter.B @ found.adapter.A) == 0
 
 
 # ---- what holds for every combination ----

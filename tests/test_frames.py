@@ -9,12 +9,10 @@ from compress.numerics.frames import (
     FLOOR,
     Frame,
     ObliqueFrame,
-    OrthogonalFrame,
     balanced_frame,
     beside_the_mean,
     zero_mean_basis,
 )
-from compress.numerics.linalg import pca
 from matrices import identity, random
 
 D, ROWS = 12, 400
@@ -61,17 +59,6 @@ def test_what_is_kept_comes_back_whole(kind):
             assert (decode @ encode - identity(width)).abs().max() < 1e-9
             assert (encode.T @ decode.T - identity(width)).abs().max() < 1e-9
             assert (decode @ decode.T - identity(width)).abs().max() < 1e-12
-
-
-def test_without_a_gradient_they_are_the_principal_components():
-    C, G = moments()
-    Q, energy = pca(C, name=WHERE)
-    for frame in (balanced_frame(C, None, 0.9, name=WHERE), balanced_frame(C, G, 0.0, name=WHERE)):
-        assert isinstance(frame, OrthogonalFrame)
-        assert torch.equal(frame.Q, Q)
-        assert torch.equal(frame.energy, energy)
-        assert torch.equal(frame.encode(5), Q[:, :5])
-        assert torch.equal(frame.decode(5), Q[:, :5].T)
 
 
 def objective(C: Tensor, G: Tensor, weight: float) -> tuple[Tensor, Tensor]:

@@ -18,12 +18,12 @@ from cli_runner import invoke, snapshot, succeeds
 from compress.calibration.weights import LazyWeights
 from compress.checkpoints.gguf import write_gguf
 from compress.errors import CheckpointError, CompressError, Unavailable, UnsupportedModel, UsageError
+from compress.evaluation.speed.footprint import bytes_in_memory, bytes_on_disk
 from compress.models import gguf_opening, hub
 from compress.models.gguf_weights import gguf_model
 from compress.models.hub import find_model
 from compress.models.loading import load_config, load_tokenizer
 from compress.models.stored_loading import open_model
-from compress.tuning.trained import open_folder
 from test_gguf import ROOM, TEXTS, TOKENIZERS, sentencepiece, write_tokenizer
 from tiny import HIDDEN, VOCAB_SIZE, tiny_config, tiny_model, tiny_tokenizer, write_text
 
@@ -276,14 +276,6 @@ def test_types_of_weights(tmp_path, kind):
     assert load_config(weights.folder).dtype == (torch.bfloat16 if kind == "BF16" else torch.float16)
 
 
-def test_large_matrices_are_read_in_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr("compress.models.gguf_weights.CHUNK", 96)
-    model = tiny_model("llama", dtype=torch.float32, **PLAIN)
-    file = write_tiny(tmp_path / "small.gguf", model)
-    weights = LazyWeights(find_model(str(file)).whole_folder())
-    assert all(torch.equal(tensor, model.state_dict()[key]) for key, tensor in weights.read(model.state_dict()).items())
-
-
 def test_a_row_in_the_middle_tells_two_files_apart(tmp_path):
     models = [tiny_model("llama", dtype=torch.float32, seed=seed, **PLAIN) for seed in (0, 1)]
     files = [write_tiny(tmp_path / f"{number}.gguf", model, "Q8_0") for number, model in enumerate(models)]
@@ -402,17 +394,6 @@ def test_a_plan_reads_no_weight(place, tmp_path, monkeypatch):
     words = ["slice", "--ratio", 0.25, "--calib", "text.txt", "--dtype", "float16", "--dry-run", "--json"]
     plans = [succeeds(*words, "--model", kind).json for kind in ("llama.gguf", "llama")]
     assert plans[0]["size"] == plans[1]["size"]
-
-
-@pytest.mark.slow
-def test_a_file_is_the_teacher(place, tmp_path):
-    succeeds("slice", "--ratio", 0.25, "--model", "llama.gguf", *SHORT, "--out", tmp_path / "small")
-    words = ["--teacher", "llama.gguf", "--data", "text.txt", "--seq-len", 32, "--steps", 2, "--batch-size", 2]
-    plan = succeeds("finetune", tmp_path / "small", *words, "--dry-run", "--json", "--out", tmp_path / "tuned")
-    assert plan.json["teacher"] == "llama"
-    folders = [Path("llama"), find_model("llama.gguf").whole_folder()]
-    states = [open_folder(folder, torch.float32, torch.device("cpu")).state_dict() for folder in folders]
-    assert all(torch.equal(tensor, states[1][key]) for key, tensor in states[0].items())
 
 
 def test_what_bench_asks_of_a_file(place):

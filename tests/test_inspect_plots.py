@@ -14,7 +14,7 @@ from compress.checkpoints.quality import Measure
 from compress.inspection import plots
 from compress.inspection.plots.depth import losses, plot_energy, plot_errors, plot_ranks
 from compress.inspection.plots.sizes import Mark, bytes_by_kind, frontier, plot_sizes
-from compress.inspection.plots.style import shortened, style
+from compress.inspection.plots.style import style
 from compress.inspection.summary import Inspection, inspect
 from outputs import write_outputs
 from test_inspect import write_quality
@@ -158,10 +158,3 @@ def test_without_matplotlib_the_remedy_is_said(root, tmp_path, monkeypatch):
     assert ran.code == 2
     assert ran.faults == ["Plots need matplotlib. Install it: pip install 'compress-llm[plots]'."]
     assert not (tmp_path / "plots").exists()
-
-
-def test_names_are_shortened_in_their_midst():
-    assert shortened("abcdefgh", 8) == "abcdefgh"
-    assert len(shortened("abcdefghi", 8)) <= 8
-    assert shortened("abcdefghi", 8).startswith("abc")
-    assert shortened("abcdefghi", 8).endswith("ghi")

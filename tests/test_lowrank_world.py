@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -95,49 +94,6 @@ def test_adapters_on_the_factors_can_be_trained_and_merged(factorized, ids, form
     assert type(again) is CompressForCausalLM
     assert sum(parameter.numel() for parameter in again.parameters()) == size
     assert distance(logits_of(again, ids[:2]), expected) < 1e-5
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_the_factors_are_quantized_by_compressed_tensors(factorized, ids, form, tmp_path):
-    """8-bit integers, packed, reloaded by transformers: the thin linears are linears like any other."""
-    pytest.importorskip("compressed_tensors")
-    from compressed_tensors import ModelCompressor
-    from compressed_tensors.quantization import (
-        QuantizationArgs,
-        QuantizationConfig,
-        QuantizationScheme,
-        QuantizationStatus,
-        apply_quantization_config,
-    )
-    from compressed_tensors.quantization.utils import calculate_qparams, is_module_quantized
-
-    weights = QuantizationArgs(num_bits=8, type="int", symmetric=True, strategy="channel")
-    scheme = QuantizationScheme(targets=["Linear"], weights=weights)
-    model = load(factorized[form])
-    precise = logits_of(model, ids[:2])
-    config = QuantizationConfig(config_groups={"group_0": scheme}, ignore=["re:.*lm_head"])
-    apply_quantization_config(model, config, show_progress=False)
-    quantized = [module for module in model.modules() if is_module_quantized(module)]
-    assert {id(linear) for linear in quantized} == {
-        id(linear) for module in thin(model) for linear in (module.first, module.second)
-    }
-    for linear in quantized:
-        rows = linear.weight.detach()
-        scale, _ = calculate_qparams(rows.amin(-1, keepdim=True), rows.amax(-1, keepdim=True), weights)
-        linear.weight_scale.data.copy_(scale)
-        linear.quantization_status = QuantizationStatus.FROZEN
-    fake = logits_of(model, ids[:2])
-    assert 1e-4 < distance(fake, precise) < 0.05  # 8 bits are felt, a little
-
-    compressor = ModelCompressor.from_pretrained_model(model)
-    compressor.compress_model(model)
-    model.save_pretrained(tmp_path)
-    compressor.update_config(str(tmp_path))
-    tensors = load_file(tmp_path / "model.safetensors")
-    assert sum(name.endswith("weight_packed") for name in tensors) == len(quantized)
-    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    assert type(again) is CompressForCausalLM
-    assert distance(logits_of(again, ids[:2]), fake) < 1e-5
 
 
 def distance(logits: Tensor, expected: Tensor) -> float:

@@ -39,11 +39,6 @@ def reported(*calls: tuple[str, *tuple[object, ...]], total: int, done: int = 0)
 # Steps.
 
 
-def test_next_counts_the_step_before():
-    told = reported(("next", "a"), ("next", "b"), ("end",), total=2)
-    assert told == [("phase", "a", 0, 2), ("phase", "b", 1, 2), ("phase", "", 2, 2)]
-
-
 def test_a_run_that_goes_on_counts_from_where_it_was():
     told = reported(("next", "c"), ("next", "d"), total=4, done=2)
     assert told == [("phase", "c", 2, 4), ("phase", "d", 3, 4)]
@@ -66,12 +61,6 @@ def test_the_first_step_does_not_count_where_there_are_more():
     phase = phase_of((0, 0), (0.1, 1), (40.1, 2), (80.1, 3))
     assert phase.seconds_per_step() == 40
     assert phase.seconds_left(80.1) == 7 * 40
-
-
-def test_what_an_earlier_run_did_does_not_count():
-    phase = phase_of((0, 7), (3, 8), (13, 9))
-    assert phase.seconds_per_step() == 10
-    assert phase.seconds_left(13) == 10
 
 
 def test_time_runs_on_within_a_step_and_stands_where_it_is_overdue():

@@ -149,19 +149,6 @@ def test_each_piece_has_the_step_that_it_has_alone(method):
     assert torch.equal(made(W, 4, method, "channel").step, made(W, 4, method, 22).step)
 
 
-# ---- odd weights ----
-
-
-@pytest.mark.parametrize(("value", "shape", "bits"), [(0.3, (1, 1), 2), (-4e5, (3, 7), 8)])
-def test_weights_that_are_all_equal_are_exact(shape, value, bits):
-    W = torch.full(shape, value, dtype=torch.float64)
-    for group in ("tensor", "channel", 4):
-        for method in METHODS:
-            for symmetric in (True, False):
-                grid = made(W, bits, method, group, symmetric=symmetric)
-                assert lost(W, grid) <= 1e-24 * float(W.square().sum())
-
-
 # ---- as stored ----
 
 

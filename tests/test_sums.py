@@ -14,7 +14,7 @@ import oracles
 import tiny
 from compress.calibration.groups import EquationSums
 from compress.calibration.processes import ALONE
-from compress.numerics.sums import DiagonalSum, GramSum
+from compress.numerics.sums import GramSum
 from compress.stages.measure_error import MeasureError
 from compress.stages.refit import Refit
 
@@ -68,12 +68,6 @@ def test_a_gram_matrix_is_as_good_in_each_entry_as_float32_products_are(inputs):
     assert (found - exact).norm() < 1e-6 * exact.norm()
     size = exact.diagonal().sqrt()
     assert ((found - exact).abs() / torch.outer(size, size)).max() < 3e-6
-
-
-def test_a_diagonal_is_that_of_the_whole_matrix():
-    X, total = random(TOKENS, WIDTH), DiagonalSum(WIDTH, CPU)
-    total.add(X)
-    assert torch.allclose(total.close(), gram(X).diagonal(), rtol=1e-6)
 
 
 def test_equations_count_tokens_by_their_weights():

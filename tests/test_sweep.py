@@ -169,33 +169,6 @@ def test_descent_is_one_weight_after_another_at_its_best(masked, group, block):
         assert difference(found, descended_slowly(start, W, H.damped, grid, mask, rounds)) < 1e-8
 
 
-@EVERY_GRID
-@EVERY_PATTERN
-def test_descent_never_loses_and_keeps_mask_and_grid(pattern, group):
-    W, H = random(M, N), hessian(rows())
-    grid = grid_for(W, group)
-    now, mask = sweep(W, H, grid=grid, pattern=parsed(pattern))
-    start = now
-    for rounds in range(1, 5):
-        after = descend(start, W, H, grid=grid, mask=mask, rounds=rounds)
-        assert error(W, after, H.damped) <= error(W, now, H.damped) * (1 + 1e-12) + 1e-12
-        assert mask is None or (after[~mask] == 0).all()
-        assert grid is None or torch.equal(grid.nearest(after), after)
-        now = after
-    assert (grid is None and pattern is None) or error(W, now, H.damped) < error(W, start, H.damped)
-
-
-@pytest.mark.unchecked
-def test_without_a_grid_descent_comes_to_least_squares_on_the_mask():
-    W, H = random(2, 8), hessian(rows(8), damping=0.3)
-    mask = keep_mask(W.abs(), Pattern.parse("2:4"))
-    found = descend(W * mask, W, H, mask=mask, rounds=2000)
-    for i in range(2):
-        kept = mask[i].nonzero()[:, 0]
-        best = torch.linalg.solve(H.damped[kept][:, kept], H.damped[kept] @ W[i])
-        assert difference(found[i, kept], best) < 1e-8
-
-
 # ---- inputs that say little ----
 
 
@@ -210,10 +183,6 @@ def finite_and_no_worse(W: Tensor, X: Tensor) -> None:
         assert torch.isfinite(found).all()
         assert torch.equal(grid.nearest(found), found)
         assert error(W, found, H.damped) <= error(W, plain, H.damped) * (1 + 1e-12)
-
-
-def test_dead_inputs():
-    finite_and_no_worse(random(M, N), rows(dead=(0, 7, 8, 9, 23)))
 
 
 def test_fewer_tokens_than_inputs():

@@ -11,10 +11,10 @@ import torch
 
 from cli_runner import invoke
 from compress.checkpoints.quality import Metric, TaskScore
-from compress.datasets.tasks import local_tasks, read_documents
+from compress.datasets.tasks import read_documents
 from compress.errors import NumericalError, Unavailable, UsageError
-from compress.evaluation import _local_tasks, tasks
-from compress.evaluation._local_tasks import KNOWN, task_index
+from compress.evaluation import tasks
+from compress.evaluation._local_tasks import KNOWN
 from compress.evaluation.tasks import (
     averages,
     load_hub_task,
@@ -330,17 +330,6 @@ def write_task(folder: Path, name: str, documents: list[Any]) -> Path:
     return file
 
 
-def test_files_are_read(tmp_path):
-    for name, documents in TASKS.items():
-        assert read_documents(write_task(tmp_path, name, documents)) == documents
-    assert list(local_tasks(tmp_path)) == sorted(TASKS)
-    assert local_tasks(None) == {}
-    line_separator = [{"context": "a\u2028b", "continuation": "c"}]
-    assert read_documents(write_task(tmp_path, "separator", line_separator)) == line_separator
-    more = [WORDS[0] | {"source": "a book"}]
-    assert read_documents(write_task(tmp_path, "more", more)) == WORDS[:1]
-
-
 @pytest.mark.parametrize(
     "document",
     [
@@ -385,13 +374,3 @@ def test_the_published_files():
         assert [instance.args for instance in part.instances] == [
             (context, continuation) for context, continuation in expected
         ]
-
-
-def test_all_of_lm_evals_tasks_are_known_only_when_asked_for(monkeypatch):
-    """Reading them takes long: local tasks and the usual ones read one folder."""
-    monkeypatch.setattr(
-        tasks, "task_index", lambda folder: pytest.fail("all were read") if folder is None else task_index(folder)
-    )
-    monkeypatch.setattr(_local_tasks, "task_index", tasks.task_index)
-    for name in TASKS:
-        load_local_task(name, TASKS[name])
