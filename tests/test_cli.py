@@ -213,34 +213,6 @@ def test_misspelt_values_of_slice(words, place, option, typed, message):
 # A plan.
 
 
-def test_the_plan_of_llama_2_7b(home, place):
-    """From config.json alone. 3072 = 0.75 x 4096; the last of the 65 points keeps its full width."""
-    words = ["slice", "--model", home / "llama-2-7b-config", "--method", "slicegpt", "--ratio", 0.25, "--dry-run"]
-    ran = succeeds(*words, "--json")
-    plan = ran.json
-    assert plan["widths"] == [3072] * 64 + [4096]
-    assert plan["dense"]["parameters"] == 6_738_415_616
-    assert plan["dense"]["bytes"] == 2 * 6_738_415_616
-    assert round(plan["removed"], 3) == 0.153
-    table = flat(succeeds(*words).out)
-    assert "3072 x 64, 4096" in table
-    assert "15.3% removed" in table
-    assert ran.err == ""
-    assert snapshot(place) == {}
-
-
-def test_a_plan_is_what_the_run_then_gives(words, place):
-    plan = succeeds(*words, "--ratio", 0.25, "--dry-run", "--json").json
-    result = succeeds(*words, "--ratio", 0.25, "--json").json
-    assert plan["out"] == result["out"] == "compressed/tiny-slicegpt-0.25"
-    assert [path.name for path in (place / "compressed").iterdir()] == ["tiny-slicegpt-0.25"]
-    assert plan["widths"] == result["widths"] == [24] * (POINTS - 1) + [HIDDEN]
-    assert plan["size"] == {"parameters": result["parameters"], "bytes": result["bytes"]}
-    assert plan["removed"] == result["removed"]
-    written = sum(file.stat().st_size for file in (place / result["out"]).iterdir())
-    assert result["bytes"] < written <= plan["disk_bytes"]
-
-
 def test_explained_variance(words, place):
     plan = succeeds(*words, "--explained-variance", 0.9, "--dry-run", "--json").json
     assert plan["widths"] == [None] * (POINTS - 1) + [HIDDEN]

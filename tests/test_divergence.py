@@ -11,7 +11,7 @@ from compress.checkpoints.quality import Divergence
 from compress.errors import NumericalError, UnsupportedModel
 from compress.evaluation import divergence as module
 from compress.evaluation.divergence import divergence, remember
-from tiny import FAMILIES, VOCAB_SIZE, tiny_model
+from tiny import VOCAB_SIZE, tiny_model
 
 
 def windows(count: int = 4, seq_len: int = 6) -> torch.Tensor:
@@ -51,7 +51,7 @@ def test_a_sum_over_the_vocabulary_agrees():
     assert found.seconds > 0
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", ["opt", "qwen2", "mixtral"])
 def test_a_model_does_not_diverge_from_itself(model_type):
     model = tiny_model(model_type, num_hidden_layers=1)
     found = measured(model, model, windows())

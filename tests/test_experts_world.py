@@ -8,14 +8,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import tiny
 from compress import pipeline
 from compress.errors import CompressError
-from compress.models.hub import find_model
 from compress.planning.prepare import Job
-from compress.recipe import parse_recipe
 from recipes import anchored, lowrank
-from runs import proved_here, run_here
+from runs import job_of, proved_here, run_here
 
 pytestmark = pytest.mark.slow
 Stages = list[dict[str, Any]]
@@ -44,16 +41,9 @@ MADE = [("mixtral", name) for name in ("fewer neurons", "a basis a layer", "anch
 MADE += [("qwen3_moe", "multiplied out"), ("qwen2_moe", "merged"), ("qwen2_moe", "all of them")]
 
 
-def job_of(folder: Path, model_type: str, stages: Stages, *, samples: int = 24, model: Path | None = None) -> Job:
-    folder.mkdir(exist_ok=True)
-    if model is None:
-        model = folder / "dense"
-        options: dict[str, Any] = {"num_hidden_layers": 2, **FEW[model_type]}
-        tiny.write_model(model, model_type, dtype=torch.float32, **options)
-    source = tiny.write_text(folder / "text.txt", lines=100)
-    calibration = {"source": str(source), "samples": samples, "seq_len": 16}
-    recipe = parse_recipe({"method": "test", "stages": stages, "calibration": calibration, "dtype": "float32"})
-    return Job(model=find_model(str(model)), recipe=recipe, out=folder / "out", command="compress run")
+def few_experts(folder: Path, model_type: str, stages: Stages, *, samples: int = 24) -> Job:
+    changes = {"num_hidden_layers": 2, **FEW[model_type]}
+    return job_of(folder, model_type, stages, changes=changes, samples=samples, dtype="float32")
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +52,7 @@ def made(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("made")
     for number, (model_type, name) in enumerate(MADE):
         folder = root / str(number)
+        folder.mkdir()
 
         def overhear(_out: Path, ids: Tensor, logits: Tensor, folder: Path = folder, **_options: Any) -> float:
             save_file({"ids": ids.contiguous(), "logits": logits.contiguous()}, folder / "probe.safetensors")
@@ -69,7 +60,7 @@ def made(tmp_path_factory) -> Path:
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(pipeline, "verify", overhear)
-            result = pipeline.run(job_of(folder, model_type, RUNS[name][0]))
+            result = pipeline.run(few_experts(folder, model_type, RUNS[name][0]))
         assert result.is_stock == (RUNS[name][1])
     return root
 
@@ -95,9 +86,10 @@ def test_others_read_what_the_walk_computed(model_type, name, reloaded):
 def test_experts_that_few_tokens_reach_are_told_of_and_harm_nothing(tmp_path):
     """With a single window most experts see less than a handful."""
     for number, stages in enumerate((FEWER, ADAPTED)):
+        (tmp_path / str(number)).mkdir()
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(pipeline, "verify", lambda *_arguments, **_options: 0.0)
-            result = pipeline.run(job_of(tmp_path / str(number), "qwen3_moe", stages, samples=2))
+            result = pipeline.run(few_experts(tmp_path / str(number), "qwen3_moe", stages, samples=2))
         (note,) = (note for note in result.notes if "experts saw fewer" in note)
         assert note.startswith("10 of 10 experts saw fewer calibration tokens than they have inputs (the least, ")
         for file in result.out.glob("*.safetensors"):
@@ -126,5 +118,5 @@ REFUSED: dict[str, tuple[Stages, str]] = {
 def test_what_has_no_place_is_refused_beforehand(name, tmp_path):
     stages, reason = REFUSED[name]
     with pytest.raises(CompressError) as error:
-        pipeline.plan_only(job_of(tmp_path, "mixtral", stages))
+        pipeline.plan_only(few_experts(tmp_path, "mixtral", stages))
     assert str(error.value) == reason

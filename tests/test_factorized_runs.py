@@ -20,9 +20,9 @@ from compress.planning.plan import Plan
 from compress.planning.prepare import Job, read_windows
 from compress.recipe import parse_recipe
 from contract import Written
-from factorizing import HALF, RANK, Whole, block_linears, job_of, run_unproved, same_function, slicing
+from factorizing import HALF, RANK, Whole, block_linears, run_unproved, same_function, slicing
 from recipes import lowrank
-from runs import tensors_of
+from runs import job_of, tensors_of
 
 pytestmark = pytest.mark.usefixtures("exact_norms")
 D = tiny.HIDDEN

@@ -308,28 +308,3 @@ def test_a_killed_run_goes_on_to_the_same_bytes(moment, made, monkeypatch):
     assert snapshot(job.out) == snapshot(run.job.out)
     assert not job.partial.exists()
     assert not any("finding" in name for name in snapshot(job.out))
-
-
-FINDINGS = ["finding-survey.safetensors", "finding-gradients-00000.safetensors"]
-
-
-@pytest.mark.parametrize(("file", "damage"), [(FINDINGS[0], "changed"), (FINDINGS[1], "gone")])
-def test_a_finding_that_is_damaged_is_found_again(file, damage, made, monkeypatch):
-    """And what came of it is not gone on from."""
-    run = made(AUTO)
-    job = run.beside(f"damaged {file} {damage}")
-    kill(job, "after two parts")
-    path = job.partial / file
-    if damage == "gone":
-        path.unlink()
-    else:
-        content = bytearray(path.read_bytes())
-        content[-3] ^= 1
-        path.write_bytes(content)
-    surveys: list[Any] = []
-    taken = take_survey
-    monkeypatch.setattr(pipeline, "take_survey", lambda *given: surveys.append(taken(*given)) or surveys[-1])
-    result = pipeline.run(replace(job, resume=True))
-    assert len(surveys) == 1
-    assert result.resumed_parts == 0
-    assert snapshot(job.out) == snapshot(run.job.out)

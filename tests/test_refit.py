@@ -1,6 +1,5 @@
 """The anchored method on walks: refits, the shared rotation and pruned units, against the same written out plainly."""
 
-import copy
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -140,40 +139,14 @@ def test_at_the_full_width_a_refit_changes_nothing(model_type, rotation, models)
     assert result.parts[-1].divergence == pytest.approx(0, abs=1e-12)
 
 
-# ---- a refit of one branch, written out ----
+# Rows of inputs and targets of every calibration token, what the matrix was, what tokens and errors count by.
+Problem = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-@dataclass
-class Problem:
-    """Rows of inputs and targets of every calibration token, and what the matrix was; an error e counts ||e S||^2."""
-
-    U: Tensor
-    T: Tensor
-    W0: Tensor
-    weights: Tensor
-    S: Tensor
-
-    @property
-    def apart(self) -> Tensor:
-        return torch.isin(torch.arange(len(WINDOWS)), torch.tensor(HELD_OUT)).repeat_interleave(WINDOWS.shape[1])
-
-    def solution(self, damping: float | None) -> Tensor:
-        """min sum of w ||u W - t||^2 + damping mean(diag G) ||W - W0||^2 over the tokens fitted on, as stacked rows."""
-        if damping is None:
-            return self.W0
-        root = self.weights[~self.apart].sqrt()[:, None]
-        U, T = root * self.U[~self.apart], root * self.T[~self.apart]
-        pull = (damping * U.square().sum(0).mean()).sqrt()
-        rows = torch.cat([U, pull * identity(U.shape[1])])
-        return torch.linalg.lstsq(rows, torch.cat([T, pull * self.W0]), driver="gelsd").solution
-
-    def held_out_error(self, W: Tensor) -> float:
-        lost = (self.U[self.apart] @ W - self.T[self.apart]) @ self.S
-        return float((self.weights[self.apart] * lost.square().sum(1)).sum())
-
-    def best_damping(self) -> float | None:
-        """None where nothing is better than what there was."""
-        return oracles.best_damping(lambda damping: self.held_out_error(self.solution(damping)))
+def solved(problem: Problem) -> tuple[float | None, Tensor]:
+    """None where nothing is better than what there was."""
+    apart = torch.isin(torch.arange(len(WINDOWS)), torch.tensor(HELD_OUT)).repeat_interleave(WINDOWS.shape[1])
+    return oracles.refitted(*problem, apart)
 
 
 def identity(width: int) -> Tensor:
@@ -231,7 +204,7 @@ class FirstBranch:
         U = with_ones(flat(self.paper.rms_norm(self.narrow)), self.biased)
         start = torch.cat([self.decode, self.decode.new_zeros(1, D)]) if self.biased else self.decode
         S = torch.cat([reader.W.T for reader in self.readers], dim=1)
-        return Problem(U, flat(self.paper.rms_norm(self.dense)), start, torch.ones(len(U)).double(), S)
+        return U, flat(self.paper.rms_norm(self.dense)), start, torch.ones(len(U)).double(), S
 
     def turned(self, turn: Tensor) -> list[oracles.Affine]:
         """The readers behind a solution of their problem."""
@@ -253,9 +226,7 @@ class FirstBranch:
         if self.biased:
             start.append(torch.stack([writer.b for writer in self.writers]).sum(0, keepdim=True) @ self.encode_after)
         weights = 1 / (flat(self.after).square().mean(1) + self.paper.eps)
-        return Problem(
-            with_ones(torch.cat(given, dim=1), self.biased), target, torch.cat(start), weights, identity(NARROW)
-        )
+        return with_ones(torch.cat(given, dim=1), self.biased), target, torch.cat(start), weights, identity(NARROW)
 
 
 @pytest.mark.parametrize("rotation", ROTATIONS)
@@ -273,18 +244,15 @@ def test_the_first_branch_is_refitted_as_written_out(model_type, changes, rotati
     plain = FirstBranch(model, result.walk.branch_pass.frame, biased=biased)
     expected: dict[str, Tensor] = {}
 
-    problem = plain.reader_problem()
-    damping = problem.best_damping()
+    damping, turn = solved(plain.reader_problem())
     assert notes.get(f"block 0 {name} readers") == damping
-    readers = plain.turned(problem.solution(damping))
+    readers = plain.turned(turn)
     _, reader_names, writer_names = oracles.BRANCHES[model_type][0]
     for reader_name, reader in zip(reader_names, readers, strict=True):
         expected |= {f"{reader_name}.weight": reader.W} | ({f"{reader_name}.bias": reader.b} if biased else {})
 
-    problem = plain.writer_problem(readers)
-    damping = problem.best_damping()
+    damping, rest = solved(plain.writer_problem(readers))
     assert notes.get(f"block 0 {name} writers") == damping
-    rest = problem.solution(damping)
     if rotation == "per layer":
         expected[f"{name}_shortcut.weight"], rest = rest[:NARROW].T, rest[NARROW:]
     for writer_name, writer in zip(writer_names, plain.writers, strict=True):
@@ -390,18 +358,6 @@ UNITS = {
 KEPT = {"neurons": 29, "kv_groups": 1}
 
 
-@torch.no_grad()
-def inputs_of(model: PreTrainedModel, *names: str) -> list[Tensor]:
-    """What modules of the stock model are given on the calibration windows, a row a token."""
-    found: dict[str, Tensor] = {}
-    for name in names:
-        model.get_submodule(name).register_forward_pre_hook(
-            lambda _module, inputs, name=name: found.__setitem__(name, inputs[0].reshape(-1, inputs[0].shape[-1]))
-        )
-    model(input_ids=WINDOWS, use_cache=False)
-    return [found[name] for name in names]
-
-
 @pytest.mark.parametrize("case", UNITS)
 def test_units_are_deleted_as_written_out(case, models):
     """In the first branch that has them, before which nothing is changed: the same in all readers and the writer.
@@ -414,7 +370,9 @@ def test_units_are_deleted_as_written_out(case, models):
     dense = walked(folder, [FoldNorms()]).parts[1].tensors
     part = walked(folder, [FoldNorms(), *pruned((unit.kind,))], held_out=0).parts[1]
 
-    U, stream = inputs_of(copy.deepcopy(model), f"{blocks}.0.{unit.writer}", f"{blocks}.{unit.after}")
+    names = f"{blocks}.0.{unit.writer}", f"{blocks}.{unit.after}"
+    seen = oracles.passed_through(model, names, WINDOWS)
+    U, stream = (seen[name][0] for name in names)
     layer_norm = families.find(model.config).norm == "layer"
     stream = stream - stream.mean(1, keepdim=True) if layer_norm else stream
     W, bias = dense[f"{blocks}.0.{unit.writer}.weight"].T, dense.get(f"{blocks}.0.{unit.writer}.bias")

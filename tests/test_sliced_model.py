@@ -299,7 +299,7 @@ def test_the_ends_of_the_stream_are_alike_where_the_stock_code_has_it_so(model_t
     ],
 )
 def test_what_was_changed_fails_the_proof(tampering, said, made, tmp_path):
-    """test_stock.py has the proof in a process of its own, test_slim_world.py with little memory."""
+    """test_cli.py has the proof in a process of its own, test_slim_world.py with little memory."""
     checkpoint = made("opt", "float32")
     folder = tampered(checkpoint, tmp_path / "tampered", tampering)
     with proved_here(tmp_path / "modules"), pytest.raises(VerificationError) as error:

@@ -22,16 +22,14 @@ from compress import families, pipeline
 from compress.architectures.stock import Stock
 from compress.errors import NumericalError
 from compress.models.expert_names import own_name
-from compress.models.hub import find_model
 from compress.models.loading import load_config
 from compress.planning.plan import Plan
 from compress.planning.prepare import Job
-from compress.recipe import parse_recipe
 from compress.stages._stage import StageConfig
 from compress.stages.refit import Refit
 from compress.stages.slim import Adapt, Prune, Quantize, Slim
 from factorizing import block_linears, reports, same_function
-from runs import tensors_of, unproved
+from runs import job_of, tensors_of, unproved
 
 WINDOWS = oracles.random_ids(8, 16, seed=2)
 UNSEEN = oracles.random_ids(2, 24, seed=3)
@@ -155,20 +153,6 @@ def test_what_is_written_is_sparse_on_its_grid_and_what_the_walk_computes(varian
 # ---- SLiM, written out on a whole model ----
 
 
-def flat(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
-
-
-@torch.no_grad()
-def given_to(model: PreTrainedModel, path: str) -> Tensor:
-    """The rows that a linear or a norm is given."""
-    rows: list[Tensor] = []
-    handle = model.get_submodule(path).register_forward_hook(lambda _module, given, _out: rows.append(flat(given[0])))
-    model(input_ids=WINDOWS, use_cache=False)
-    handle.remove()
-    return rows[0]
-
-
 def rounding_error(W: Tensor, step: float) -> float:
     return float(((W / step).round().clamp(-8, 7) * step - W).square().sum())
 
@@ -207,7 +191,7 @@ def test_slim_is_its_paper_written_out_branch_by_branch(models):
     branches = [[f"self_attn.{name}_proj" for name in "qkvo"], [f"mlp.{name}_proj" for name in ("gate", "up", "down")]]
     for block, names in itertools.product(range(2), branches):
         paths = [f"model.layers.{block}.{name}" for name in names]
-        inputs = {path: given_to(made, path) for path in paths}
+        inputs = {path: X for path, (X, _) in oracles.passed_through(made, paths, WINDOWS).items()}
         for path in paths:
             linear = made.get_submodule(path)
             assert isinstance(linear, nn.Linear)
@@ -223,16 +207,6 @@ def test_slim_is_its_paper_written_out_branch_by_branch(models):
 
 
 Stages = Sequence[StageConfig | dict[str, Any]]
-
-
-def job_of(folder: Path, model_type: str, stages: Stages, *, changes: Any = None, out: str = "out", **more: Any) -> Job:
-    options = {"dtype": torch.float32, "num_hidden_layers": 1} | (changes or {})
-    if not (folder / "dense").exists():
-        tiny.write_model(folder / "dense", model_type, **options)
-        tiny.write_text(folder / "text.txt", lines=60)
-    calibration = {"source": str(folder / "text.txt"), "samples": 16, "seq_len": 16}
-    recipe = parse_recipe({"method": "test", "stages": list(stages), "calibration": calibration, **more})
-    return Job(model=find_model(str(folder / "dense")), recipe=recipe, out=folder / out, command="compress slim")
 
 
 def run_unproved(job: Job) -> tuple[Plan, pipeline.Result]:

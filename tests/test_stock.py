@@ -448,16 +448,3 @@ def test_groups_are_deleted_in_stock_shapes_alone(tmp_path):
     assert refusal("llama", tmp_path / "per layer", anchored({"width": 16}, rotation="per-layer", units=units)) == fault
     window = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
     assert refusal("qwen2", tmp_path / "window", anchored({"width": 16}, units=units), **window) == fault
-
-
-# ---- the pipeline's own proof ----
-
-
-def test_the_pipeline_proves_it(tmp_path):
-    """In a clean process of its own, which computes in float32 from the rounded weights."""
-    tiny.write_model(tmp_path / "dense", "gemma", dtype=torch.float32)
-    case = Case(Variant("gemma"), 16, "bfloat16", refit=True)
-    result = pipeline.run(
-        job_of(case, tmp_path / "dense", tmp_path / "out", tiny.write_text(tmp_path / "text.txt", lines=60))
-    )
-    assert result.difference < 1e-5
