@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import NumericalError
-from compress.numerics.admm import Solver, Split
+from compress.numerics.admm import Split
 from compress.numerics.admm import sparse_plus_lowrank as split_together
 from compress.numerics.hessian import Hessian
 from compress.numerics.sparsity import Pattern, keep_mask, magnitude, wanda
@@ -123,24 +123,6 @@ def test_dead_inputs_and_fewer_tokens_than_inputs(rank):
         assert torch.isfinite(found.S + found.L).all()
         cut = W * keep_mask(wanda(W, H.second), Pattern.parse(text))
         assert error(W, found.S + found.L, H.damped) < error(W, cut, H.damped)
-
-
-def test_steps_of_subspace_iteration_find_the_best_low_rank():
-    """L = Y V^T comes ever nearer to what the SVD gives for E = T - S."""
-    E, G = random(N, M) * torch.logspace(0, -2, M).double(), hessian(rows()).damped
-    best = nearest_of_rank(E.T, G, 3).T
-
-    def lost(L: Tensor) -> float:
-        return float(((E - L) * (G @ (E - L))).sum())
-
-    solver = Solver(E, Pattern.parse("2:4"), 3)
-    solver.chunks[0].E = E
-    found = []
-    for _ in range(40):
-        solver.find_lowrank(G)
-        found.append(lost(solver.Y @ solver.V.T))
-        assert difference(solver.V.T @ solver.V, torch.eye(3).double()) < 1e-12
-    assert found[-1] == pytest.approx(lost(best), rel=1e-6)
 
 
 @pytest.mark.parametrize(("text", "chunk"), [("2:4", 1), ("50%", 3 * N)])

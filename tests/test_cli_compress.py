@@ -224,9 +224,9 @@ def test_the_papers_ladder_of_starcoder_comes_from_its_config(place, rank, billi
 
 TABLES = {
     "slice --model llama --ratio 0.25": ["would be too coarse for this model"],
-    "slice --model 7b --keep-params 0.75": ["LlamaForCausalLM (stock: no code of ours)", "shapes that fit"],
+    "slice --model llama --keep-params 0.75": ["LlamaForCausalLM (stock: no code of ours)", "shapes that fit"],
     "lord --model 7b --rank-frac 0.5": ["(ours, its code is carried along)", "mlp.down_proj", "2048 x 32"],
-    "lord --model 7b --keep-params 0.8": ["found from the dense model, by fisher", "parameters, at most"],
+    "lord --model llama --keep-params 0.8": ["found from the dense model, by fisher", "parameters, at most"],
     "lord --model llama --rank-frac 0.55 --form factors": [
         "would be no smaller, so these stay dense: self_attn.q_proj"
     ],

@@ -182,19 +182,3 @@ def test_the_stream_is_the_dense_models(variant, dense):
                 expected = expected - expected.mean(-1, keepdim=True)
             found = torch.cat([walk.streams.now(batch)[0] for batch in walk.streams.batches])
             assert oracles.largest_difference(found, expected) < 1e-10
-
-
-@pytest.mark.parametrize("variant", ["gpt_neox", "gpt_neox, one after the other"])
-def test_each_norm_goes_into_its_own_readers(variant, dense):
-    """diag(gain) and the offset of a norm, into the readers on its path and no others, in float64 to the last bits."""
-    model, blocks = dense_model(variant), "gpt_neox.layers"
-    before = model.state_dict()
-    after = oracles.walked(dense(variant)[0], oracles.fold_only(), WINDOWS).tensors
-    behind = {"input_layernorm": "attention.query_key_value", "post_attention_layernorm": "mlp.dense_h_to_4h"}
-    for block in range(tiny.NUM_BLOCKS):
-        for norm, reader in behind.items():
-            gain, offset = (before[f"{blocks}.{block}.{norm}.{key}"] for key in ("weight", "bias"))
-            weight, bias = (before[f"{blocks}.{block}.{reader}.{key}"] for key in ("weight", "bias"))
-            folded = after[f"{blocks}.{block}.{reader}.weight"]
-            assert oracles.largest_difference(folded, weight * gain) < 1e-12
-            assert oracles.largest_difference(after[f"{blocks}.{block}.{reader}.bias"], bias + weight @ offset) < 1e-12

@@ -4,28 +4,23 @@ The processes are forks of a warm one with a launcher's environment, as `torchru
 starting and killing them.
 """
 
-import multiprocessing
-import os
 import shlex
 import signal
 import socket
-import threading
 import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, distributed
+from torch import Tensor
 
 from cli_runner import Disturbance, Ran, Request, run_warm, snapshot
-from compress.calibration.processes import FailedElsewhere, Group, Processes, joined
+from compress.calibration.processes import Processes
 from compress.calibration.streams import own_batches, split_windows
 from compress.cli.options import own_gpu
-from compress.errors import NumericalError, UsageError
+from compress.errors import UsageError
 from compress.launch import Launch
 from tiny import write_model, write_text
 
@@ -189,58 +184,6 @@ def test_batches_are_shared_out_whole_and_in_turns(count):
         assert given.held_out == batch.held_out
     assert sum(map(len, shares)) == len(batches)
     assert all([batch.index for batch in share] == list(range(len(share))) for share in shares)
-
-
-def in_threads(count: int, act: Callable[[Group], Any]) -> list[Any]:
-    """What each of so many groups around one store returns or raises."""
-    store, found = distributed.HashStore(), list[Any]([None] * count)
-
-    def run(rank: int) -> None:
-        try:
-            found[rank] = act(Group(rank, count, count, store))
-        except (Exception, SystemExit) as error:
-            found[rank] = error
-
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return found
-
-
-def terms(rank: int) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(rank)
-    return [torch.randn(shape, dtype=torch.float64, generator=generator) for shape in ((70, 50), (3,), ())]
-
-
-def added_up(environment: dict[str, str]) -> list[Tensor]:
-    os.environ.update(environment)
-    with joined(torch.device("cpu")) as processes:
-        sums = terms(processes.rank)
-        processes.add_up(*sums)
-        return sums
-
-
-def test_sums_are_those_over_all_processes_and_the_same_in_each():
-    with ProcessPoolExecutor(3, multiprocessing.get_context("fork")) as pool:
-        first, *others = pool.map(added_up, environments(3))
-    for place, parts in enumerate(zip(*map(terms, range(3)), strict=True)):
-        assert torch.allclose(first[place], torch.stack(parts).sum(0), rtol=1e-13, atol=1e-13)
-        assert all(torch.equal(other[place], first[place]) for other in others)
-
-
-def test_a_failure_is_told_once_and_ends_all():
-    def fails_in_the_second(group: Group) -> None:
-        with group.shared_fate():
-            if group.rank == 1:
-                raise NumericalError("a NaN")
-            group.gathered(None)
-
-    first, second, third = in_threads(3, fails_in_the_second)
-    assert (str(first), first.exit_code) == ("a NaN", 1)
-    assert isinstance(first, FailedElsewhere)
-    assert [type(second), type(third)] == [SystemExit, SystemExit]
 
 
 def test_what_a_launcher_says():

@@ -160,46 +160,10 @@ def test_a_file_that_grows_too_large_leaves_what_can_be_resumed(place):
 # A run that was killed after its third part.
 
 
-@pytest.fixture
-def unfinished(place, disturbed, request):
-    return shutil.copytree(place.root / "part 3, kept", place.root / request.node.name.replace("/", "-"))
-
-
 def flip_a_byte(file: Path) -> None:
     content = bytearray(file.read_bytes())
     content[-5] ^= 1
     file.write_bytes(content)
-
-
-def changed(option: str, value: str) -> tuple[str, ...]:
-    words = list(WORDS)
-    if option in words:
-        words[words.index(option) + 1] = value
-        return tuple(words)
-    return (*words, option, value)
-
-
-OTHERS = {
-    "--ratio": ("0.5", "recipe"),
-    "--batch-size": ("2", "batch size"),
-    "--calib": ("../other.txt", "calibration text, recipe"),
-    "--model": ("../another/tiny", "model"),
-}
-
-
-def test_another_run_does_not_resume_it(place, unfinished):
-    """Among others with another text, and another model of the very same shape."""
-    write_text(place.root / "other.txt", lines=60, seed=1)
-    write_model(place.root / "another" / "tiny", "opt", seed=1)
-    before = snapshot(unfinished)
-    words = [changed(option, value) for option, (value, _) in OTHERS.items()]
-    for (_, differing), ran in zip(
-        OTHERS.values(), run_warm([Request((*each, "--resume"), str(unfinished)) for each in words], 1), strict=True
-    ):
-        assert ran.code == 2
-        (fault,) = ran.faults
-        assert f"--resume: the run in {PARTIAL} had another {differing}. " in fault
-    assert snapshot(unfinished) == before
 
 
 def test_nothing_to_resume(place, undisturbed):

@@ -110,27 +110,6 @@ def test_the_fourth_damping_is_the_lowest_point_of_a_parabola(lowest):
     assert found == float(f"{found:.2g}")
 
 
-@pytest.mark.parametrize(
-    ("errors", "expected"),
-    [
-        ((1.0, 0.5, 0.01), RANGE[1]),
-        ((0.01, 0.5, 1.0), RANGE[0]),
-        ((0.0, 1.0, 1.5), 1e-3),
-        ((1.5, 1.0, 0.0), 10.0),
-        ((1.0, 0.0, 1.0), None),
-    ],
-    ids=[
-        "past the largest",
-        "past the smallest",
-        "no lowest point, falling",
-        "no lowest point, rising",
-        "tried already",
-    ],
-)
-def test_the_fourth_damping_where_the_parabola_has_no_new_lowest_point(errors, expected):
-    assert after(*errors) == expected
-
-
 @pytest.mark.parametrize(("fault", "call"), [("nan", ridge), ("inf", choose_damping), ("zero", ridge)])
 def test_an_error_names_the_place(call, fault):
     U, T, W0 = problem()

@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from cli_runner import snapshot
-from compress.checkpoints import run_folder as module
 from compress.checkpoints.output_folder import Output, backup_path, publish, removed_if_empty, take_lock
-from compress.checkpoints.run_folder import RUN, Part, Run, RunFolder, checksum, open_run, read_run
+from compress.checkpoints.run_folder import RUN, Part, RunFolder, checksum, open_run, read_run
 from compress.errors import UsageError
 from compress.io import write_tensors
 from compress.models.hub import ModelSource
@@ -270,36 +269,3 @@ def test_an_empty_folder_goes_with_its_lock(tmp_path, who):
         elif who == "something in it":
             (partial / RUN).touch()
     assert partial.is_dir() is (who != "nobody")
-
-
-# Several processes.
-
-
-class Second(module.Processes):
-    """The second of two; `said` is what the first says, one after the other."""
-
-    rank, count = 1, 2
-
-    def __init__(self, said):
-        self.said = list(said)
-
-    def from_first(self, data):
-        return self.said.pop(0)
-
-    def gathered(self, data):
-        return [self.said.pop(0), data]
-
-
-def test_another_process_goes_by_what_the_first_says_and_writes_only_its_state(out, partial):
-    run = read_run(partial)
-    assert run is not None
-    before = (partial / RUN).read_bytes()
-    told = [run.model_dump(), {"data": 1, "files": []}, run.states[0].model_dump()]
-    with open_run(job(out, resume=True), IDENTITY, Second(told)) as folder:
-        folder.note("trial", None)
-        assert folder.findings["trial"].data == 1
-        folder.record(Part(), {"stream": torch.full((1,), 7.0)})
-        assert folder.state_file.name == "state-00003-1.safetensors"
-        assert folder.state()["stream"] == 7
-    assert (partial / RUN).read_bytes() == before
-    assert isinstance(run, Run)

@@ -29,7 +29,7 @@ from compress.stages._stage import StageConfig
 from compress.stages.refit import Refit
 from compress.stages.slim import Adapt, Prune, Quantize, Slim
 from factorizing import block_linears, reports, same_function
-from runs import job_of, tensors_of, unproved
+from runs import job_of, unproved
 
 WINDOWS = oracles.random_ids(8, 16, seed=2)
 UNSEEN = oracles.random_ids(2, 24, seed=3)
@@ -280,22 +280,6 @@ def test_the_adapter_is_a_plain_lora_of_scale_one(faces):
     names = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
     assert config["target_modules"] == names
     assert len(tensors) == 14
-
-
-def test_compact_carries_its_code_and_keeps_no_pruned_weight(faces):
-    config, tensors = json_of(faces / "as-compact/config.json"), tensors_of(faces / "as-compact")
-    assert config["model_type"] == "compress"
-    assert sorted(config["auto_map"]) == ["AutoConfig", "AutoModelForCausalLM"]
-    assert {file.name for file in (faces / "as-compact").glob("*.py")} == {
-        "configuration_compress.py",
-        "modeling_compress.py",
-    }
-    assert not (faces / "as-compact/adapter").exists()
-    # 48 rows of 32 inputs: two bits a weight for the kept half, three for the places of every four.
-    path = "model.layers.0.mlp.up_proj"
-    assert tensors[f"{path}.weight.codes"].shape == (48, 32 * 2 // 8)
-    assert tensors[f"{path}.weight.places"].shape == (48, 32 // 4 * 3 // 8)
-    assert tensors[f"{path}.weight.scale"].shape == (48, 2)
 
 
 def loaded(folder: Path, **options: Any) -> Any:

@@ -1,13 +1,11 @@
 """Steps of grids against trying very many."""
 
-import math
-
 import pytest
 import torch
 from torch import Tensor
 
 from compress.numerics.grids import Granularity, Grid, QuantType
-from compress.numerics.steps import StepTrials, finer_inputs, make_grid, pieces_of
+from compress.numerics.steps import finer_inputs, make_grid, pieces_of
 
 DENSE = 20_000  # steps that the slow search tries
 WIDTHS = (2, 8)
@@ -83,30 +81,6 @@ def test_mse_is_nearly_as_good_for_groups_of_64(draw, bits):
     pieces, quant_type = draw(40, 64, seed=bits), QuantType(bits)
     found = errors(pieces, made(pieces, bits, "mse").step, quant_type)[:, 0]
     assert found.sum() <= 1.01 * least_by_trying(pieces, quant_type, count=2000).sum()
-
-
-@pytest.mark.parametrize("zero", [False, True], ids=["symmetric", "zero points"])
-@pytest.mark.parametrize("chunk", [1, 2**17])
-def test_a_trial_takes_the_best_step_for_the_codes_of_the_one_that_is_tried(monkeypatch, chunk, zero):
-    """In chunks of groups or of their weights: by least squares, piece by piece."""
-    monkeypatch.setattr("compress.numerics.steps.CHUNK", chunk)
-    pieces, quant_type = random(3, 7, 5), QuantType(4)
-    offset = torch.tensor([-2.0, 0.0, 3.0]).double()[:, None].expand(3, 5) if zero else None
-    trials, best = StepTrials(pieces, quant_type, offset), torch.full((3, 5), math.inf).double()
-    for number, tried in enumerate((0.3, 0.2, 0.9, 0.25)):
-        better = trials.test(torch.full((3, 5), tried).double())
-        for group in range(3):
-            for row in range(5):
-                w, at = pieces[group, :, row], 0 if offset is None else offset[group, row]
-                q = (w / tried + at).round().clamp(-8, 7) - at
-                step = torch.linalg.lstsq(q[:, None], w[:, None]).solution[0, 0]
-                error = (w - step * q).square().sum()
-                assert bool(better[group, row]) == bool(error < best[group, row])
-                if error < best[group, row]:
-                    best[group, row] = error
-                    assert float(trials.best[group, row]) == pytest.approx(float(step), rel=1e-9)
-        assert torch.allclose(trials.error, best, rtol=1e-9)
-        assert number > 0 or bool(better.all())
 
 
 # ---- the other ways ----

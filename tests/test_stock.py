@@ -190,10 +190,9 @@ def cases() -> dict[str, Case]:
         width, neurons = variant.width, {"neurons": {"keep": NEURONS - IDLE}}
         units = neurons | ({"kv_groups": {"keep": variant.groups - 1}} if variant.groups else {})
         fewer_heads = NARROW if width % HEADS == 0 else width  # no multiple of the dense model's heads
-        found |= {
-            f"{name}: sliced": Case(variant, width),
-            f"{name}: refitted, fewer units": Case(variant, fewer_heads, refit=True, units=units),
-        }
+        found[f"{name}: sliced"] = Case(variant, width)
+        if name in ("llama", "phi", "gemma"):
+            found[f"{name}: refitted, fewer units"] = Case(variant, fewer_heads, refit=True, units=units)
         if name in ("llama", "phi"):
             found[f"{name}: idle units"] = Case(variant, fewer_heads, units=units, idle=True)
         if name == "starcoder2":

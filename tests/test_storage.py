@@ -1,7 +1,6 @@
 """What is stored of a linear, number by number, and that it gives the linear's weight back exactly."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -99,19 +98,3 @@ def test_compact_takes_the_bytes_it_says():
         "second.scale": 2 * r * m // 128,
         "bias": 2 * m,
     }
-
-
-def test_what_no_form_has_room_for_is_refused():
-    compact, packed = Storage("compact", 4), Storage("packed", 4)
-    for storage, changes in (
-        (compact, {"symmetric": False}),
-        (compact, {"inputs": "int8"}),
-        (packed, {"adapter_bits": 4}),
-        (packed, {"finer": True}),
-        (packed, {"floating": True}),
-        (packed, {"inputs": "fp8"}),
-        (packed, {"bits": 8, "floating": True, "inputs": "int8"}),
-        (packed, {"bits": None, "inputs": "int8"}),
-    ):
-        with pytest.raises(ValueError, match=r"\.$"):
-            replace(storage, **changes)
