@@ -157,6 +157,7 @@ def another_tokenizer(place):
 FC1 = "model.decoder.layers.1.fc1.weight"
 MODELS = {
     "no config": (made("empty"), USAGE, ["empty", "config.json", "Name the folder"], ["--model", "empty"]),
+    "a file": (None, USAGE, ["'text.txt'", "folder"], ["--model", "text.txt"]),
     "hub out of reach": (None, UNAVAILABLE, ["facebook/opt-125m", "not on this machine"], ["--model", "opt-125m"]),
     "config cut off": (written("tiny/config.json", '{"model_type": "op'), FAILED, ["config.json", "tiny"], []),
     "odd heads": (edited(num_attention_heads=5), FAILED, ["config.json", "num_heads"], []),
@@ -223,6 +224,9 @@ SLICED = {
         ["out.partial", "no readable run.json", "--overwrite"],
         ["--resume"],
     ),
+    "a file as output": (written("out", "a file"), USAGE, ["out"], ["--overwrite"]),
+    "an output without a name": (None, USAGE, ["..", "--out"], ["--out", "..", "--overwrite"]),
+    "the root as output": (None, USAGE, ["/", "--out"], ["--out", "/"]),
     # --overwrite is for what this program wrote. A home folder named by mistake is not.
     "no output": (
         lambda place: (made("out")(place), written("out/thesis.tex", "years of work")(place)),

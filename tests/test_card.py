@@ -219,7 +219,14 @@ def inner(text: str) -> list[list[str]]:
             ["1 linear layers have 4-bit weights, 2:4 sparsity, a low-rank adapter that corrects the error."],
             ["dense weights"],
         ),
+        ({"linears": linears({"bits": "fp8"})}, ["have fp8 weights; all are written as dense weights."], []),
         ({"origin": {"license": "mit"}}, ["The license is the base model's: `mit`."], ["names none"]),
+        ({}, ["The license is the base model's, whose model card names none."], ["## Fine-tuning"]),
+        (
+            {"tuning": TUNING | {"teacher": None, "held_out": {"windows": 9, "before": 1e9, "after": 1.0}}},
+            ["were trained to predict the next token on 1,000"],
+            ["to match"],
+        ),
         (
             {"adapter": {"r": 500, "rank_pattern": {"a": 600}}},
             ["vLLM cannot serve it: its adapters have a rank of 512 at most."],

@@ -13,7 +13,7 @@ import pytest
 from datasets import Dataset
 
 from compress import datasets
-from compress.datasets import _hub, alpaca, ptb, stdlib, wikitext2
+from compress.datasets import _hub, alpaca, c4, ptb, stdlib, wikitext2
 from compress.errors import Unavailable, UsageError
 
 DEVELOPMENT_DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -155,6 +155,18 @@ def test_alpaca_is_split_as_in_the_reference(tmp_path):
     splits = [alpaca.load(split, tmp_path) for split in ("train", "validation", "test")]
     assert [len(split) for split in splits] == [40, 5, 5]
     assert sorted(text for split in splits for text in split) == sorted(texts)
+
+
+def test_damaged_plain_files(tmp_path):
+    file = write(tmp_path / "wikitext-2" / "wiki.test.raw", b"\xff\xfe")
+    with pytest.raises(Unavailable, match="cannot be read: 'utf-8' codec") as error:
+        wikitext2.load("test", tmp_path)
+    assert str(error.value).startswith(str(file))
+    file = write(tmp_path / "c4" / "c4-train.json.gz", b"no gzip")
+    with pytest.raises(Unavailable, match=r"cannot be read: .*gzip.*\. Replace the file\.$") as error:
+        c4.load("train", tmp_path)
+    assert str(error.value).startswith(str(file))
+    assert "\n" not in str(error.value)
 
 
 # The hub

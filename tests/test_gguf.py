@@ -188,6 +188,12 @@ def test_rows_are_interleaved_for_the_rotation(small):
     assert torch.equal(torch.tensor(tensors["blk.1.attn_v.weight"].data), values)
 
 
+def test_a_folder_called_mistral_reads_back(tmp_path):
+    """By that very name transformers takes a file for another class, and fails."""
+    model = write_folder(tmp_path / "mistral", "mistral", sliding_window=None)
+    assert torch.equal(logits(reread(written(tmp_path / "mistral"))), logits(model))
+
+
 # What llama.cpp reads and transformers leaves out.
 
 

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -17,13 +18,14 @@ from safetensors.torch import load_file
 from cli_runner import invoke, snapshot, succeeds
 from compress.calibration.weights import LazyWeights
 from compress.checkpoints.gguf import write_gguf
-from compress.errors import CheckpointError, CompressError, Unavailable, UnsupportedModel, UsageError
+from compress.errors import CheckpointError, CompressError, NumericalError, Unavailable, UnsupportedModel, UsageError
 from compress.evaluation.speed.footprint import bytes_in_memory, bytes_on_disk
 from compress.models import gguf_opening, hub
-from compress.models.gguf_weights import gguf_model
+from compress.models.gguf_weights import decoded, gguf_model
 from compress.models.hub import find_model
 from compress.models.loading import load_config, load_tokenizer
 from compress.models.stored_loading import open_model
+from compress.tuning.trained import open_folder
 from test_gguf import ROOM, TEXTS, TOKENIZERS, sentencepiece, write_tokenizer
 from tiny import HIDDEN, VOCAB_SIZE, tiny_config, tiny_model, tiny_tokenizer, write_text
 
@@ -276,6 +278,22 @@ def test_types_of_weights(tmp_path, kind):
     assert load_config(weights.folder).dtype == (torch.bfloat16 if kind == "BF16" else torch.float16)
 
 
+@pytest.mark.parametrize("kind", ["Q6_K", "IQ2_XXS", "TQ1_0"])
+def test_types_that_gguf_only_reads(kind):
+    number = gguf.GGMLQuantizationType[kind]
+    size = gguf.GGML_QUANT_SIZES[number][1]
+    rows = np.random.default_rng(0).integers(0, 60, (3, 2 * size), np.uint8)  # no byte of a scale makes it Inf
+    assert torch.equal(decoded(rows, kind), torch.from_numpy(gguf.quants.dequantize(rows, number)))
+
+
+def test_large_matrices_are_read_in_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr("compress.models.gguf_weights.CHUNK", 96)
+    model = tiny_model("llama", dtype=torch.float32, **PLAIN)
+    file = write_tiny(tmp_path / "small.gguf", model)
+    weights = LazyWeights(find_model(str(file)).whole_folder())
+    assert all(torch.equal(tensor, model.state_dict()[key]) for key, tensor in weights.read(model.state_dict()).items())
+
+
 def test_a_row_in_the_middle_tells_two_files_apart(tmp_path):
     models = [tiny_model("llama", dtype=torch.float32, seed=seed, **PLAIN) for seed in (0, 1)]
     files = [write_tiny(tmp_path / f"{number}.gguf", model, "Q8_0") for number, model in enumerate(models)]
@@ -326,6 +344,13 @@ def test_names_of_files(place, tmp_path, monkeypatch):
         find_model("one")
     with pytest.raises(UsageError, match=r"There is no GGUF file 'none\.gguf'"):
         find_model("none.gguf")
+
+
+def test_a_link_of_another_name_is_read(place, tmp_path):
+    """As in the hub's cache, where files are links to blobs without an ending."""
+    shutil.copy("llama.gguf", tmp_path / "blob")
+    (tmp_path / "linked.gguf").symlink_to(tmp_path / "blob")
+    assert LazyWeights(find_model(str(tmp_path / "linked.gguf")).whole_folder()).stored.tensors
 
 
 def test_a_model_in_a_package(place, tmp_path, monkeypatch):
@@ -396,6 +421,17 @@ def test_a_plan_reads_no_weight(place, tmp_path, monkeypatch):
     assert plans[0]["size"] == plans[1]["size"]
 
 
+@pytest.mark.slow
+def test_a_file_is_the_teacher(place, tmp_path):
+    succeeds("slice", "--ratio", 0.25, "--model", "llama.gguf", *SHORT, "--out", tmp_path / "small")
+    words = ["--teacher", "llama.gguf", "--data", "text.txt", "--seq-len", 32, "--steps", 2, "--batch-size", 2]
+    plan = succeeds("finetune", tmp_path / "small", *words, "--dry-run", "--json", "--out", tmp_path / "tuned")
+    assert plan.json["teacher"] == "llama"
+    folders = [Path("llama"), find_model("llama.gguf").whole_folder()]
+    states = [open_folder(folder, torch.float32, torch.device("cpu")).state_dict() for folder in folders]
+    assert all(torch.equal(tensor, states[1][key]) for key, tensor in states[0].items())
+
+
 def test_what_bench_asks_of_a_file(place):
     folder = find_model("llama.gguf").whole_folder()
     assert bytes_on_disk(folder) == Path("llama.gguf").stat().st_size
@@ -430,6 +466,15 @@ def test_a_file_that_changes_meanwhile(place, tmp_path):
     shutil.copy("qwen2.gguf", tmp_path / "x.gguf")
     with pytest.raises(CheckpointError, match=r"x\.gguf has changed during the run"):
         weights.read(["model.embed_tokens.weight"])
+
+
+def test_a_nan_is_named(tmp_path):
+    model = tiny_model("llama", dtype=torch.float32, **PLAIN)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 3] = float("nan")
+    weights = LazyWeights(find_model(str(write_tiny(tmp_path / "x.gguf", model))).whole_folder())
+    with pytest.raises(NumericalError, match=r"'model.layers.1.mlp.up_proj.weight' has a NaN or Inf\. .*x\.gguf"):
+        weights.read(["model.layers.1.mlp.up_proj.weight"])
 
 
 def replaced(old: bytes, new: bytes) -> Callable[[bytes], bytes]:

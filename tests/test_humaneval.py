@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from compress.datasets.humaneval import load_problems
 from compress.errors import Unavailable, UsageError
@@ -318,6 +319,12 @@ def test_a_completion_ends_with_the_context(writer):
 
 
 @pytest.mark.parametrize("stop", STOPS)
+def test_a_completion_is_cut_before_a_stop(stop):
+    assert cut_at_stop(f"    return x\n{stop} more\nprint(1)") == "    return x\n"
+    assert cut_at_stop("    return x\n") == "    return x\n"
+
+
+@pytest.mark.parametrize("stop", STOPS)
 def test_a_row_is_done_at_a_stop(stop):
     """In the completion: the line end before it is not taken for the first character of a stop."""
     tokenizer = tiny_tokenizer()
@@ -360,3 +367,13 @@ def test_a_model_that_writes_the_answer(monkeypatch):
     assert [rate.value for rate in found.rates.values()] == [0.5, 1.0]
     assert found.failures == {"AssertionError": 1, "SyntaxError": 1}
     assert told == [("writing", 1)] * 4 + [("running", 1)] * 4
+
+
+def test_a_models_own_defaults_of_generation_do_not_count(writer):
+    _, tokenizer = writer
+    model = tiny_model("llama", num_hidden_layers=1)
+    model.generation_config = GenerationConfig(eos_token_id=[1, 7], temperature=3.0, do_sample=True, top_k=5)
+    greedy = humaneval.generation(model, tokenizer, Sampling(), 9, 2)
+    assert (greedy.do_sample, greedy.max_new_tokens, greedy.eos_token_id) == (False, 9, [1, 7])
+    drawn = humaneval.generation(model, tokenizer, Sampling(temperature=0.5), 9, 2)
+    assert (drawn.do_sample, drawn.temperature, drawn.top_p, drawn.top_k) == (True, 0.5, 0.95, 0)

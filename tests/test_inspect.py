@@ -134,6 +134,21 @@ def test_fast_reads_no_weights(root, monkeypatch):
     assert "--fast verified no checksums" in flat(succeeds("inspect", root / "packed", "--fast").out)
 
 
+def test_of_a_large_linear_only_some_rows_are_read_at_a_time(tmp_path, monkeypatch):
+    from compress.inspection import linears
+
+    weight = torch.randn(64, 16)
+    weight[::3] = 0
+    write_foreign(tmp_path, {"model.layers.0.up.weight": weight})
+    monkeypatch.setattr(linears, "NUMBERS_AT_ONCE", 16 * 5)
+    sizes = []
+    keeps = linears.keeps
+    monkeypatch.setattr(linears, "keeps", lambda rows, pattern: sizes.append(len(rows)) or keeps(rows, pattern))
+    (linear,) = seen(tmp_path, ".")["linears"]
+    assert linear["zeros"] == (weight == 0).double().mean().item()
+    assert max(sizes) == 5
+
+
 def test_the_table_says_what_it_is(root, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     said = flat(succeeds("inspect", root / "packed", "--linears").out)
@@ -149,6 +164,16 @@ def test_the_table_says_what_it_is(root, monkeypatch):
     ):
         assert phrase in said
     assert "after `import compress` or with trust_remote_code" in flat(succeeds("inspect", root / "thin").out)
+
+
+def test_what_is_measured_is_told(root, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    shutil.copytree(root / "sliced", tmp_path / "sliced")
+    write_quality(tmp_path / "sliced", 12.5)
+    said = flat(succeeds("inspect", tmp_path / "sliced").out)
+    assert "perplexity on wikitext2, windows of 128" in said
+    assert "12.5 ± 0.25" in said
+    assert seen(tmp_path, "sliced")["quality"]["perplexity"][0]["ppl"] == 12.5
 
 
 def write_quality(folder: Path, ppl: float) -> None:

@@ -101,6 +101,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda out: change(out / INDEX, lambda index: index["weight_map"].update(more=FIRST)),
         "The tensor 'more' is in no file",
     ),
+    "an index with another total": (
+        lambda out: change(out / INDEX, lambda index: index["metadata"].update(total_size=7)),
+        "says total_size 7, but it is",
+    ),
+    "no config": (lambda out: (out / "config.json").unlink(), "config.json is missing"),
     "no index": (lambda out: (out / INDEX).unlink(), f"{INDEX} is missing"),
     "compress.json with another size": (
         lambda out: change(out / "compress.json", lambda facts: facts["size"].update(bytes=1)),

@@ -158,3 +158,12 @@ def test_without_matplotlib_the_remedy_is_said(root, tmp_path, monkeypatch):
     assert ran.code == 2
     assert ran.faults == ["Plots need matplotlib. Install it: pip install 'compress-llm[plots]'."]
     assert not (tmp_path / "plots").exists()
+
+
+def test_a_file_is_no_folder_for_plots(root, tmp_path):
+    (tmp_path / "plots").write_text("x")
+    ran = invoke("inspect", root / "sliced", "--plot", tmp_path / "plots")
+    assert (ran.code, len(ran.faults)) == (2, 1)
+    ran = invoke("inspect", root / "sliced", "--fast", "--plot", tmp_path / "plots" / "below")
+    assert ran.code == 1
+    assert "cannot be written" in ran.faults[0]

@@ -15,7 +15,7 @@ import torch
 from compress import io
 from compress.child_process import run_in_child
 from compress.errors import OutputError
-from compress.io import WrittenFile, atomic_write, exclusive, write_tensors
+from compress.io import WrittenFile, atomic_write, exclusive, fsync, write_tensors
 
 
 @pytest.fixture
@@ -80,6 +80,23 @@ def test_what_cannot_be_written_is_not_there(tmp_path, monkeypatch, step):
         write_tensors(file, {"weight": torch.ones(3)})
     assert list(tmp_path.iterdir()) == [file]
     assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EIO])
+def test_a_file_system_that_cannot_flush_folders(file, monkeypatch, number):
+    """But one that fails is told, and so is a file that cannot be flushed for whatever reason."""
+
+    def fails(_descriptor):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fails)
+    if number == errno.EINVAL:
+        fsync(file.parent)
+    else:
+        with pytest.raises(OSError, match="Input/output error"):
+            fsync(file.parent)
+    with pytest.raises(OSError, match=os.strerror(number)):
+        fsync(file)
 
 
 def test_one_at_a_time(tmp_path):

@@ -349,7 +349,12 @@ def of_lora(name: str) -> str:
 FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "another method": (quantized(quant_method="gptq"), "quant_method is 'gptq'"),
     "two groups": (quantized("config_groups", group_1={}), "more than one config group"),
+    "a cache scheme": (quantized(kv_cache_scheme={"num_bits": 8}), "kv_cache_scheme"),
     "blocks": (grouped("weights", strategy="block"), "strategy of weights is 'block'"),
+    "many bits": (grouped("weights", num_bits=16), "16-bit"),
+    "odd groups": (grouped("weights", group_size=7), "do not divide into the groups"),
+    "too many": (tensor(TENSORS, f"{Q}.weight_g_idx", lambda _: torch.zeros(3)), "has no place in its model"),
+    "no alpha": (changed(LORA_CONFIG, lora_alpha=None), "alphas"),
     "static inputs": (grouped(input_activations={"num_bits": 8}), "inputs are rounded in another way"),
     "no codes": (tensor(TENSORS, f"{Q}.weight_packed", lambda found: None), "lacks 1 tensors"),
     "another dtype": (tensor(TENSORS, f"{Q}.weight_packed", lambda found: found.long()), "is int64"),

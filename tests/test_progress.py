@@ -117,6 +117,19 @@ def test_a_line_after_half_a_minute_of_silence_within_a_step(clock, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_fast_steps_are_counted_by_the_second(clock, capsys):
+    lines = Lines(clock)
+    steps = Steps(lines, "measuring", 1000)
+    steps.begin("wikitext2")
+    for _ in range(3):
+        clock.now += 2
+        steps.advance(16)
+    lines.write(lines.phase)
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "measuring: 48/1000, 1:59 left, 8.0 steps/s, wikitext2, 1.0 GB memory"
+    )
+
+
 def test_a_thread_speaks_while_the_run_is_silent(clock, monkeypatch, capsys):
     monkeypatch.setattr(progress, "INTERVAL", 0.01)
     said, deadline = "", time.monotonic() + 20

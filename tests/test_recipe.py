@@ -122,3 +122,16 @@ def test_a_preset_parses_and_is_found_by_its_name(name):
 def test_a_preset_that_is_misspelt():
     with pytest.raises(UsageError, match=r"Unknown recipe 'anchord'. Did you mean 'anchored'"):
         read_recipe(Path("anchord"))
+
+
+def test_the_preset_slicegpt_is_the_papers():
+    shipped = parse_recipe(presets.load("slicegpt"))
+    assert list(shipped.stages) == list(parse_recipe(data(stages=slicegpt({"ratio": 0.25}))).stages)
+    assert shipped.calibration.source == "wikitext2"
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_a_number_that_is_none_is_a_fault(number):
+    stages = [{"stage": "slim", "adapt": {"rank": number}}]
+    with pytest.raises(UsageError, match="finite"):
+        parse_recipe({"method": "x", "stages": stages, "calibration": {"source": "stdlib"}})

@@ -62,6 +62,15 @@ def test_a_run_goes_on_from_its_last_part(out, partial):
     assert resumed(out) == ([*PARTS, "part 3"], 3.0)
 
 
+def test_what_is_not_listed_is_deleted(out, partial):
+    listed = snapshot(partial)
+    for name in ("config.json", "activations-stream-x", "checkpoint/model-3.safetensors", "checkpoint/README.md"):
+        (partial / name).write_text("left by a kill")
+    (partial / "checkpoint" / "scratch-x").mkdir()
+    assert resumed(out)[0] == PARTS
+    assert snapshot(partial) == listed
+
+
 def test_overwrite_starts_over(out, partial):
     with open_run(job(out, overwrite=True), IDENTITY) as folder:
         assert folder.run.is_empty

@@ -16,9 +16,11 @@ from compress.errors import NumericalError, Unavailable, UsageError
 from compress.evaluation import tasks
 from compress.evaluation._local_tasks import KNOWN
 from compress.evaluation.tasks import (
+    LoadedTask,
     averages,
     load_hub_task,
     load_local_task,
+    read_score,
     score_tasks,
 )
 from tiny import POSITIONS, tiny_model, tiny_tokenizer, write_model
@@ -219,6 +221,28 @@ def test_the_averages_of_the_papers():
     )
     assert averages([*scores, without]) == {"acc": None, "acc_norm": None}
     assert averages([]) == {"acc": None, "acc_norm": None}
+
+
+def test_what_is_read_of_lm_evals_result():
+    found = {
+        "results": {
+            "gsm": {"exact_match,strict": 0.5, "exact_match_stderr,strict": 0.1, "exact_match,flexible": 0.6},
+            "part": {"acc,none": 0.1},
+        },
+        "groups": {"all": {"acc,none": 0.25, "acc_stderr,none": 0.01, "alias": "all"}},
+        "n-samples": {name: {"effective": n} for name, n in (("gsm", 2), ("part", 4), ("other", 5))},
+    }
+
+    def score(name: str, *parts: str) -> TaskScore:
+        return read_score(LoadedTask(name, "hub", None, dict.fromkeys(parts or (name,))), found)
+
+    assert score("gsm").metrics == {
+        "exact_match (strict)": Metric(value=0.5, standard_error=0.1),
+        "exact_match (flexible)": Metric(value=0.6, standard_error=None),
+    }
+    assert score("all", "part", "other") == TaskScore(
+        task="all", source="hub", documents=9, metrics={"acc": Metric(value=0.25, standard_error=0.01)}
+    )
 
 
 # Groups and tags.

@@ -116,6 +116,15 @@ def test_the_rate_rises_straight_and_falls_as_a_half_cosine():
     assert share_of_rate(0, 3, 0.0) == 1
 
 
+def test_how_long_is_said_in_steps_tokens_or_epochs():
+    assert settings().num_steps(1000) == 6
+    assert settings(steps=None, tokens=2400).num_steps(1000) == 100
+    assert settings(steps=None, epochs=0.5).num_steps(1000) == 250
+    assert settings(steps=None, tokens=1).num_steps(1000) == 1
+    assert settings().num_windows == 12
+    assert settings(steps=None, epochs=2.0).num_windows is None
+
+
 # Texts.
 
 
@@ -254,6 +263,18 @@ def test_a_trained_matrix_begins_as_what_is_stored_and_is_stored_as_what_it_give
         assert tensor.shape == getattr(stored, name).shape
         setattr(stored, name, tensor)
     assert torch.equal(stored.rows(0, 3, F32), given)
+
+
+def test_the_gradient_passes_straight_through_the_rounding_and_stops_where_codes_end():
+    trained = TrainedMatrix(stored_matrix(4))
+    scale: Any = trained.scale
+    trained.weight.data[0, 0] = 20 * scale[0, 0]
+    trained.weight.data[0, 1] = 0.4 * scale[0, 1]
+    trained().sum().backward()
+    gradient = trained.weight.grad
+    assert gradient[0, 0] == 0
+    assert gradient[0, 1] == 1
+    assert torch.equal(gradient[1:], torch.ones(2, 20))
 
 
 @pytest.mark.parametrize("adapter_bits", [None, 4])

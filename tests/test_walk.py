@@ -69,6 +69,15 @@ RULES = [
 ]
 
 
+@pytest.mark.parametrize("model_type", MODELS)
+def test_the_oracle_at_full_width_is_the_dense_model(model_type):
+    model = tiny.tiny_model(model_type)
+    paper = oracles.PaperSliceGPT(model).slice(WINDOWS, lambda point, eigenvalues: D)
+    with oracles.exact_norms():
+        dense = oracles.logits_of(model, UNSEEN)
+    assert oracles.largest_difference(paper.logits(UNSEEN), dense) < 1e-9
+
+
 @pytest.mark.parametrize(
     ("rule", "signal"),
     [*((rule, "stream") for rule in RULES), (SLICED, "normed")],

@@ -154,6 +154,12 @@ def test_only_passages_of_a_large_text_are_tokenized(corpus, monkeypatch):
     assert sum(seen) < sum(len(row) for row in rows) / 10
 
 
+def test_a_tokenizer_that_knows_no_character_ends(corpus):
+    mute = with_special_tokens(Tokenizer(models.BPE(vocab={"<s>": 0, "</s>": 1}, merges=[])), "<s> $A")
+    with pytest.raises(UsageError, match=r"^'wikitext2' holds 0 windows of 4 tokens, needed: 1\."):
+        calibrate(corpus[1], mute, num_samples=1, seq_len=4)
+
+
 # Fingerprint
 
 
