@@ -22,7 +22,6 @@ RUNS: dict[str, tuple[str, str]] = {
     "turned": ("opt", "slice --ratio 0.25"),
     "budget": ("llama", "slice --keep-params 0.7 --set budget.trial_samples=8"),
     "thin": ("llama", "lord --rank-frac 0.5"),
-    "by-trial": ("llama", "lord --keep-params 0.7 --set budget.trial_samples=8 --allocation auto"),
     "pattern": ("llama", "lord --target *.down_proj,o_proj --rank 8 --materialize"),
     "slim": ("llama", "slim"),
     "compact": ("llama", "slim --fast --compact --adapter-rank 4"),
@@ -31,7 +30,7 @@ RUNS: dict[str, tuple[str, str]] = {
     "together": ("llama", "run slice-lord-slim"),
 }
 ARCHITECTURES = {"turned": "CompressForCausalLM", "quantized": "OPTForCausalLM"}
-ARCHITECTURES |= dict.fromkeys(("thin", "by-trial", "compact", "together"), "CompressForCausalLM")
+ARCHITECTURES |= dict.fromkeys(("thin", "compact", "together"), "CompressForCausalLM")
 
 
 @pytest.fixture(scope="module")
@@ -118,9 +117,6 @@ def test_budgets_are_kept_and_their_trials_are_told(place, made):
     best = min(trials, key=lambda trial: trial["divergence"])
     assert (best["hidden"], best["neurons"]) == (said["widths"][0], said["units"]["neurons"])
     assert len(trials) > 1
-    said, trials = made("by-trial"), facts(place, "by-trial")["trials"]
-    assert 0.68 * said["dense_parameters"] < said["parameters"] <= 0.7 * said["dense_parameters"]
-    assert [trial["allocation"] for trial in trials] == ["energy", "mixed", "fisher"]
 
 
 def test_ranks_and_patterns(place, made):
@@ -245,7 +241,7 @@ def test_a_plan_for_people(place, line):
 
 
 def test_a_result_for_people(place):
-    table = flat(succeeds("slim", "--fast", "--model", "llama", *SHORT, "--out", "shown", "--overwrite").out)
+    table = flat(succeeds("quantize", "--model", "llama", *SHORT, "--out", "shown", "--overwrite").out)
     for word in (
         "LlamaForCausalLM (stock",
         "bits a weight, all counted",

@@ -1,16 +1,15 @@
 """Kills and other faults, in short; `benchmarks/faults.py` has them by the hundred, over all commands."""
 
-import random
 import signal
 
 import fault_kinds
 import pytest
-from faulting import COMMANDS, Fault, Place, Trial, Undisturbed, as_lines, try_all, try_pairs, write_inputs
+from faulting import COMMANDS, Fault, Place, Trial, Undisturbed, as_lines, try_all, write_inputs
 
 from cli_runner import Disturbance
 
 OVER = "slice, over another output"
-NAMES = (OVER, "slim, packed with an adapter", "eval --save")
+NAMES = (OVER, "eval --save")
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +51,7 @@ def test_killed_while_measures_are_saved(place, wholes):
     assert len(trials) == 3
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGTERM])
 def test_the_process_that_reloads_ends_too(place, wholes, number):
     """Nothing is left of it, neither itself nor its files."""
     whole = wholes[OVER]
@@ -69,14 +68,3 @@ def test_a_shard_that_is_another_one_is_told(place):
     (ran,) = place.run([place.request(folder, whole.command.words, disturbance=hit)])
     assert ran.code == 1
     assert ran.faults == [f"{shard} has changed during the run. Start over with --overwrite."]
-
-
-def test_damaged_runs(place, wholes):
-    trials = fault_kinds.damaged(place, wholes["slim, packed with an adapter"], 2, random.Random(2))
-    assert len(struck(place, trials)) == 2
-
-
-def test_two_runs_at_once(place, wholes):
-    trials, options = fault_kinds.pairs(place, [wholes["slim, packed with an adapter"]], 2, random.Random(3))
-    try_pairs(place, trials, options)
-    assert as_lines(trials) == []

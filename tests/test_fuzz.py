@@ -17,7 +17,7 @@ from compress.cli.reporting import LONGEST, MOST_PROBLEMS, told
 from compress.errors import UsageError
 from compress.models.untrusted import DEEPEST, parse_json, parse_yaml, typed_path
 
-EXAMPLES = 6
+EXAMPLES = 3
 
 
 @pytest.fixture(scope="module")

@@ -29,13 +29,9 @@ M, N = 48, 96
 WRITTEN = {
     label(storage): (storage, inner)
     for storage, inner in [
-        *(
-            (Storage("packed", bits, group=group), 42)
-            for bits, group in ((2, "tensor"), (3, "channel"), (8, "channel"))
-        ),
-        *((Storage("packed", bits, group=16), 48) for bits in (3, 4)),
-        *((Storage("packed", 4, group=group, symmetric=False), 48) for group in ("tensor", 16)),
-        (Storage("packed", 3, symmetric=False), 42),
+        *((Storage("packed", bits, group=group), 42) for bits, group in ((2, "tensor"), (3, "channel"))),
+        (Storage("packed", 4, group=16), 48),
+        (Storage("packed", 4, group=16, symmetric=False), 48),
         (Storage("packed", 8, floating=True, inputs="fp8"), 42),
         (Storage("packed", 8, group=16, symmetric=False, inputs="int8"), 48),
         (Storage("packed", 4, group=16, pattern=Pattern(2.0, 4)), 48),
@@ -282,7 +278,7 @@ def test_the_dense_model_is_never_in_memory(tmp_path):
             storage = Storage("packed", 4, group=128, rank=64)
             model.set_submodule(path, empty_linear(storage, n, m, bias=False, dtype=torch.bfloat16))
     size = 2 * sum(linear.in_features * linear.out_features for linear in stored_linears(model).values())
-    assert size > 400e6
+    assert size > 200e6
     model.to_empty(device="cpu")
     for tensor in model.state_dict().values():
         tensor.zero_()
