@@ -30,7 +30,7 @@ from compress.errors import Problems
 
 if TYPE_CHECKING:
     from compress.models.hub import ModelSource
-    from compress.pipeline.result import Result
+    from compress.pipeline.output import Result
     from compress.planning.prepare import Job
     from compress.recipe import Recipe
 

@@ -16,9 +16,9 @@ from rich.text import Text
 from compress.cli.reporting import visible
 
 if TYPE_CHECKING:
-    from compress.architectures.sizes import Size
+    from compress.architectures.architecture import Size
     from compress.checkpoints.metadata import ModelSize
-    from compress.pipeline.result import Result
+    from compress.pipeline.output import Result
     from compress.planning.plan import Plan
     from compress.planning.prepare import Job
 
@@ -113,7 +113,7 @@ def show_plan(job: "Job", plan: "Plan", *, as_json: bool) -> None:
     if as_json:
         print_json({"out": str(job.out), **plan.to_dict()})
         return
-    alternatives = [vars(each) for each in plan.alternatives]
+    alternatives = [each.to_dict() for each in plan.alternatives]
     values = {
         "written as": ONE_FILE
         if plan.spec.is_gguf
@@ -133,7 +133,9 @@ def show_plan(job: "Job", plan: "Plan", *, as_json: bool) -> None:
         for choice in plan.choices
     ]
     print_rows("Shapes that fit", choices)
-    show_linears({path: factors.rank for path, factors in plan.factors.items()}, plan.spec.num_blocks, alternatives)
+    show_linears(
+        {path: factors.rank for path, factors in plan.spec.factors.items()}, plan.spec.num_blocks, alternatives
+    )
     print_lines(plan.notes)
 
 
@@ -146,7 +148,7 @@ def planned(job: "Job", plan: "Plan") -> Row:
         return {"ranks": found, **limit(job, plan.dense)}
     if plan.size is None:
         return {"widths": "decided by the data"}
-    return {**shape(job, [width or 0 for width in plan.widths], plan.units), **sizes(plan.dense, plan.size)}
+    return {**shape(job, [width or 0 for width in plan.spec.widths], plan.spec.units), **sizes(plan.dense, plan.size)}
 
 
 def limit(job: "Job", dense: "Size") -> Row:

@@ -124,7 +124,7 @@ def fit_rows(X: Float[Tensor, "m G g"], kind: BlockType, w: Float[Tensor, "1 G g
 def plain_scales(X: Float[Tensor, "m G g"], kind: BlockType, w: Tensor) -> Float[Tensor, "m G"]:
     """The best scale of each group by itself; its sign puts either end of the grid on the largest weight."""
     largest = X.gather(2, X.abs().argmax(2, keepdim=True))[..., 0]
-    ends = (kind.lowest, kind.highest) if kind.table is None else (kind.table[0], kind.table[-1])
+    ends = [kind.lowest, kind.highest] if kind.table is None else [kind.table[0], kind.table[-1]]
     reaches = torch.linspace(0.76, 1.26, TRIALS).tolist()
     if kind.highest - kind.lowest > FINE:
         ends, reaches = ends[:1], [0.95, 1.0, 1.05]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.calibration.layout import ADAPTER_PREFIX
+from compress.calibration.weights import ADAPTER_PREFIX
 from compress.checkpoints.card import CARD
 from compress.checkpoints.files import ADAPTER_WEIGHTS, adapter_config, adapter_file, write_adapter, write_json
 from compress.checkpoints.metadata import METADATA, Metadata, Record
