@@ -17,10 +17,9 @@ import compress  # noqa: F401 (registers the architecture)
 import tiny
 from compress.errors import CheckpointError, UnsupportedModel, UsageError
 from compress.evaluation.speed import footprint as took
-from compress.evaluation.speed import generation, report
-from compress.evaluation.speed.generation import Decoding, Workload, compare_generation, compared
-from compress.evaluation.speed.layerwise import matched
+from compress.evaluation.speed import report, turns
 from compress.evaluation.speed.report import Asked, Named, measure
+from compress.evaluation.speed.turns import Decoding, Workload, compare_generation, compared, matched
 from compress.models.linear_forms import Form, linears_of
 from compress.models.storage import Storage, empty_linear
 from compress.models.stored_loading import open_model
@@ -55,7 +54,7 @@ def test_both_run_in_turns_after_one_round_that_is_not_counted():
 
         return once
 
-    pairs = generation.in_turns(run("d"), run("c"), 3)
+    pairs = turns.in_turns(run("d"), run("c"), 3)
     assert order == ["d", "c", "d", "c", "c", "d", "d", "c"]
     assert pairs == [("d2", "c2"), ("d3", "c3"), ("d4", "c4")]
 
@@ -130,7 +129,7 @@ def test_prefill_and_decoding_are_timed_each_for_itself(monkeypatch):
         taken.append(len(calls) - before)
         return float(taken[-1])
 
-    monkeypatch.setattr(generation, "seconds", counting)
+    monkeypatch.setattr(turns, "seconds", counting)
     speeds = compare_generation(model, model, Workload(2, 5, 3), rounds=1)
     assert taken == [1, 3] * 4
     assert speeds["prefill"] == compared([(1.0, 1.0)], 2 * 5)
@@ -140,14 +139,14 @@ def test_prefill_and_decoding_are_timed_each_for_itself(monkeypatch):
 def test_a_workload_without_room_is_none(monkeypatch):
     model = tiny.tiny_model("llama")
     load = Workload(2, 5, 3)
-    monkeypatch.setattr(generation, "free_bytes", lambda device: 1000)
+    monkeypatch.setattr(turns, "free_bytes", lambda device: 1000)
     assert compare_generation(model, model, load, rounds=1)["decode"] is None
     monkeypatch.undo()
 
     def no_memory(*_: Any) -> None:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(generation, "in_turns", no_memory)
+    monkeypatch.setattr(turns, "in_turns", no_memory)
     assert compare_generation(model, model, load, rounds=1)["prefill"] is None
 
 
@@ -172,7 +171,7 @@ def test_bytes_on_disk_and_in_memory(tmp_path):
 def test_a_workload_takes_keys_values_and_logits():
     config = tiny.tiny_config("llama")
     cache = 2 * tiny.NUM_BLOCKS * 2 * (tiny.HIDDEN // 4) * 10
-    assert generation.workload_bytes(config, 3, 10, torch.float32) == 3 * 4 * (cache + tiny.VOCAB_SIZE)
+    assert turns.workload_bytes(config, 3, 10, torch.float32) == 3 * 4 * (cache + tiny.VOCAB_SIZE)
 
 
 @on_linux

@@ -12,10 +12,18 @@ import pytest
 from cli_runner import invoke, succeeds
 from compress.checkpoints.quality import Measure
 from compress.inspection import plots
-from compress.inspection.plots.depth import losses, plot_energy, plot_errors, plot_ranks, plot_spectra
-from compress.inspection.plots.sizes import Mark, bytes_by_kind, draw, frontier, plot_sizes
-from compress.inspection.plots.style import shortened, style
-from compress.inspection.summary import Inspection, inspect
+from compress.inspection.checkpoint import Inspection, inspect
+from compress.inspection.drawing import shortened, style
+from compress.inspection.frontier import Mark, draw, frontier
+from compress.inspection.plots import (
+    bytes_by_kind,
+    losses,
+    plot_energy,
+    plot_errors,
+    plot_ranks,
+    plot_sizes,
+    plot_spectra,
+)
 from outputs import write_outputs
 from test_inspect import write_quality
 

@@ -5,6 +5,7 @@ its softmax is told to be taken in float32.
 """
 
 import difflib
+import importlib.util
 import io
 import logging
 import math
@@ -14,17 +15,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from compress.checkpoints.quality import Metric, TaskScore
-from compress.errors import CompressError, Unavailable, UsageError
+from compress.datasets.tasks import local_tasks, read_documents
+from compress.errors import CompressError, Problems, Unavailable, UsageError
 from compress.evaluation._inference import context_length, evaluating, ignore, no_number
 from compress.evaluation._local_tasks import KNOWN, Document, local_task, task_index
 
-INSTALL = "pip install 'compress-llm[tasks]'"
 # Resamples for the standard error of what is no mean, such as a perplexity; lm-eval's own number takes minutes.
 BOOTSTRAPS = 1000
 FEWSHOT_SEED = 1234  # as in lm_eval.simple_evaluate
@@ -35,13 +37,11 @@ def averages(scores: Sequence[TaskScore]) -> dict[str, float | None]:
 
     None where a task has no accuracy at all.
     """
-    return {"acc": average(scores, "acc"), "acc_norm": average(scores, "acc_norm", "acc")}
-
-
-def average(scores: Sequence[TaskScore], *preferred: str) -> float | None:
-    found = [next((each.metrics[name].value for name in preferred if name in each.metrics), None) for each in scores]
-    values = [value for value in found if value is not None]
-    return statistics.fmean(values) if values and len(values) == len(found) else None
+    found: dict[str, float | None] = {}
+    for preferred in (("acc",), ("acc_norm", "acc")):
+        of_each = [[each.metrics[name].value for name in preferred if name in each.metrics] for each in scores]
+        found[preferred[0]] = statistics.fmean(values[0] for values in of_each) if of_each and all(of_each) else None
+    return found
 
 
 @dataclass(frozen=True)
@@ -63,18 +63,26 @@ class LoadedTask:
         return count
 
 
-def check_installed() -> None:
-    try:
-        import lm_eval  # noqa: F401
-    except ImportError as error:
-        raise UsageError(f"--tasks needs the package lm-eval: {INSTALL}") from error
+def load_tasks(names: Sequence[str], data_dir: Path | None) -> list[LoadedTask]:
+    """The tasks with their data, from a file where there is one, else from the hub. Raises all problems at once."""
+    if names and importlib.util.find_spec("lm_eval") is None:
+        raise UsageError("--tasks needs the package lm-eval: pip install 'compress-llm[tasks]'")
+    files = local_tasks(data_dir) if names else {}
+    problems, loaded = Problems(), list[LoadedTask]()
+    for name in names:
+        with problems.collect():
+            if name in files:
+                loaded.append(load_local_task(name, read_documents(files[name])))
+            else:
+                loaded += load_hub_task(name, sorted(files))
+    problems.report()
+    return loaded
 
 
 def load_local_task(name: str, documents: Sequence[Document]) -> LoadedTask:
     """A task on the documents of a local file."""
     with silent(), reported(name):
-        task = local_task(name, documents)
-    return LoadedTask(name, "files", None, {name: task})
+        return LoadedTask(name, "files", None, {name: local_task(name, documents)})
 
 
 def load_hub_task(name: str, local_names: Sequence[str]) -> list[LoadedTask]:

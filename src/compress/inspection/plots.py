@@ -1,17 +1,49 @@
-"""What happens along the depth: spectra, energy kept, errors of the stream and of linears, ranks."""
+"""Plots of one checkpoint: spectra, energy kept, errors and ranks along the depth; where the bytes are."""
 
+from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compress.checkpoints.metadata import Point
-from compress.inspection.linears import linear_names
-from compress.inspection.plots.style import BLUE, GREY, MAP, ORANGE, Drawing, axes, legend_beside, look
-from compress.inspection.summary import Inspection, point_place
+from compress.inspection.checkpoint import Inspection, place_of, point_place
+from compress.inspection.drawing import (
+    BLUE,
+    GREY,
+    MAP,
+    ORANGE,
+    Drawing,
+    axes,
+    byte_text,
+    byte_unit,
+    legend_beside,
+    look,
+    save,
+    style,
+)
+from compress.inspection.linears import StoredLinear, bits_per_weight, linear_names
+from compress.models.tensor_files import StoredTensor
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 WIDEST = 16.0  # inches, of a map of ranks
 WRITTEN = 260  # cells of it up to which each says its rank
+ADAPTERS = ("lora_", "first.", "second.")
+# What else a tensor is for, by the end of its name.
+PURPOSES = {
+    **dict.fromkeys(("scale", "weight_scale", "weight_zero_point", "weight_shape", "shares"), "scales and zero points"),
+    **{"places": "places of kept weights", "order": "order of outputs", "bias": "biases"},
+}
+
+
+def plot_inspection(seen: Inspection, folder: Path) -> list[Path]:
+    """What there is to draw of a checkpoint, as PNG files. Raises OutputError for a full disk."""
+    with style():
+        plots = (plot_spectra, plot_energy, plot_errors, plot_ranks, plot_sizes)
+        return save([drawing for plot in plots for drawing in plot(seen)], folder)
+
+
+# Along the depth.
 
 
 def plot_spectra(seen: Inspection) -> list[Drawing]:
@@ -25,7 +57,10 @@ def plot_spectra(seen: Inspection) -> list[Drawing]:
     colors = mpl.colormaps[MAP].resampled(len(points) + 1)
     ends = {0: f"after {points[0].point}", len(points) - 1: f"after {points[-1].point}"} if len(points) > 1 else {}
     for number, point in enumerate(points):
-        plot.plot(*curve(point), color=colors(number), linewidth=1.2, label=ends.get(number))
+        spectrum = point.spectrum or []
+        step = point.dense_width / len(spectrum)  # of directions, each stretch at its middle
+        curve = {(place + 0.5) * step: 100 * share for place, share in enumerate(spectrum) if share > 0}
+        plot.plot(list(curve), list(curve.values()), color=colors(number), linewidth=1.2, label=ends.get(number))
     for width in sorted({point.width for point in points if point.width < point.dense_width}):
         plot.axvline(width, color=ORANGE, linewidth=1.2, linestyle="--", label=f"{width} kept")
     dense = points[0].dense_width
@@ -36,14 +71,6 @@ def plot_spectra(seen: Inspection) -> list[Drawing]:
     plot.set_title(f"spectrum of the stream: {shared}")
     plot.legend(loc="lower left")
     return [Drawing("spectra", figure)]
-
-
-def curve(point: Point) -> tuple[list[float], list[float]]:
-    """The middle of each stretch of directions, and a direction's share there in percent; none where it is zero."""
-    spectrum = point.spectrum or []
-    step = point.dense_width / len(spectrum)
-    found = {(place + 0.5) * step: 100 * share for place, share in enumerate(spectrum) if share > 0}
-    return list(found), list(found.values())
 
 
 def plot_energy(seen: Inspection) -> list[Drawing]:
@@ -118,11 +145,11 @@ def draw_losses(plot: "Axes", seen: Inspection) -> None:
 
 def losses(seen: Inspection) -> dict[str, dict[int, float]]:
     """By a linear's name in its block: the share of its outputs' energy that is gone, by the block's number."""
-    found: dict[str, dict[int, float]] = {name: {} for name in linear_names(seen.linears)}
+    found: dict[str, dict[int, float]] = {}
     for linear in seen.linears:
-        if linear.block is not None and linear.metadata and linear.metadata.lost:
-            found[linear.name][linear.block] = max(linear.metadata.lost, 0.0)
-    return {name: by_block for name, by_block in found.items() if by_block}
+        if linear.block is not None and linear.lost:
+            found.setdefault(linear.name, {})[linear.block] = max(linear.lost, 0.0)
+    return found
 
 
 def plot_ranks(seen: Inspection) -> list[Drawing]:
@@ -137,7 +164,7 @@ def plot_ranks(seen: Inspection) -> list[Drawing]:
     ranks = {(names.index(each.name), each.block or 0): each for each in ranked}
     shares = [[float("nan")] * blocks for _ in names]
     for (row, column), each in ranks.items():
-        shares[row][column] = (each.rank or 0) / min(each.m, each.n)
+        shares[row][column] = (each.rank or 0) / min(each.form.m, each.form.n)
     width = min(max(6.0, 2.6 + 0.42 * blocks), WIDEST)
     figure, (plot,) = axes(width, 1.6 + 0.3 * len(names), title=seen.name)
     highest = max(shares[row][column] for row, column in ranks)
@@ -152,3 +179,73 @@ def plot_ranks(seen: Inspection) -> list[Drawing]:
     plot.set_title("rank of each linear that has factors or an adapter")
     figure.colorbar(image, ax=plot, label="of the full rank", pad=0.02, format=PercentFormatter(1))
     return [Drawing("ranks", figure)]
+
+
+# Sizes.
+
+
+def plot_sizes(seen: Inspection) -> list[Drawing]:
+    """Where the bytes are, and how many bits a weight takes."""
+    names, kinds = linear_names(seen.linears), bytes_by_kind(seen)
+    if not names:
+        return []
+    figure, (upper, lower) = axes(
+        8.5, 3.1 + 0.3 * (len(kinds) + len(names)), title=seen.name, rows=(len(kinds), len(names) + 1)
+    )
+    unit, scale = byte_unit(seen.bytes)
+    found = dict(sorted(kinds.items(), key=lambda item: item[1]))
+    bars = upper.barh(list(found), [count / scale for count in found.values()], color=BLUE)
+    labels = [f"{byte_text(count)}, {count / seen.bytes:.1%}" for count in found.values()]
+    upper.bar_label(bars, labels, padding=4, fontsize=10)
+    upper.margins(x=0.25)
+    upper.set_xlabel(f"stored [{unit}]")
+    dense = f"; dense it has {byte_text(seen.metadata.dense_size.bytes)}" if seen.metadata else ""
+    upper.set_title(f"where its {byte_text(seen.bytes)} are{dense}")
+    linears = {name: [linear for linear in seen.linears if linear.name == name] for name in reversed(names)}
+    bits = {"all": seen.bits_per_weight or 0} | {name: bits_per_weight(each) or 0 for name, each in linears.items()}
+    bars = lower.barh(list(bits), list(bits.values()), color=[GREY] + [ORANGE] * len(names))
+    lower.bar_label(bars, [f"{value:.2f}" for value in bits.values()], padding=4, fontsize=10)
+    lower.margins(x=0.12)
+    lower.set_xlabel("stored [bits a weight]")
+    lower.set_title("linears of the blocks, everything counted but biases")
+    for plot in (upper, lower):
+        plot.grid(visible=False)
+    return [Drawing("sizes", figure)]
+
+
+def bytes_by_kind(seen: Inspection) -> Counter[str]:
+    """By what they are for: weights of attention and of MLPs apart, and what is stored beside them."""
+    found: Counter[str] = Counter()
+    in_linears = set()
+    for linear in seen.linears:
+        for name, tensor in linear.tensors.items():
+            in_linears.add((tensor.file, tensor.name))
+            found[kind_of(linear, name)] += tensor.bytes
+    for tensor in seen.tensors:
+        if (tensor.file, tensor.name) not in in_linears:
+            found[kind_outside(tensor)] += tensor.bytes
+    return found
+
+
+def kind_outside(tensor: StoredTensor) -> str:
+    """Of a tensor that is no part of a linear."""
+    place = place_of(tensor)
+    if place == "embeddings":
+        return place
+    if len(tensor.shape) < 2:
+        return "norms"
+    return "head" if place == "head" else "other tensors"
+
+
+def kind_of(linear: StoredLinear, name: str) -> str:
+    if len(linear.weights) > 1:  # a product of two
+        name = name.removeprefix("first.").removeprefix("second.")
+    if name.startswith(ADAPTERS):
+        return "adapters"
+    if (purpose := PURPOSES.get(name.rpartition(".")[2])) is not None:
+        return purpose
+    if linear.block is None:
+        return "head"
+    if "shortcut" in linear.name:
+        return "shortcuts"
+    return "attention weights" if "att" in linear.name else "MLP weights"

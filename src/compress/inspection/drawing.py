@@ -102,10 +102,8 @@ def save(drawings: Sequence[Drawing], folder: Path) -> list[Path]:
 
 def byte_unit(largest: int) -> tuple[str, float]:
     """The unit to count bytes in, and what they are divided by."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if largest >= scale:
-            return unit, scale
-    return "bytes", 1.0
+    units = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
+    return next((each for each in units if largest >= each[1]), ("bytes", 1.0))
 
 
 def byte_text(count: int) -> str:
