@@ -238,7 +238,7 @@ def read_text(home: Path, choose: Random) -> None:
 
 def read_task(home: Path, choose: Random) -> None:
     from compress.datasets.tasks import read_documents
-    from compress.evaluation._local_tasks import fitted, piqa
+    from compress.evaluation.tasks import fitted, piqa
 
     for number, document in enumerate(read_documents(home / "data" / "tasks" / "piqa.jsonl"), 1):
         fitted(piqa, number, document)

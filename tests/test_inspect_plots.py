@@ -14,9 +14,11 @@ from compress.checkpoints.quality import Measure
 from compress.inspection import plots
 from compress.inspection.checkpoint import Inspection, inspect
 from compress.inspection.drawing import shortened, style
-from compress.inspection.frontier import Mark, draw, frontier
 from compress.inspection.plots import (
+    Mark,
     bytes_by_kind,
+    draw,
+    frontier,
     losses,
     plot_energy,
     plot_errors,

@@ -15,16 +15,17 @@ from cli_runner import invoke
 from compress.checkpoints.quality import Metric, TaskScore
 from compress.datasets.tasks import local_tasks, read_documents
 from compress.errors import NumericalError, Unavailable, UsageError
-from compress.evaluation import _local_tasks, tasks
+from compress.evaluation import tasks
 from compress.evaluation._inference import context_length
-from compress.evaluation._local_tasks import KNOWN, task_index
 from compress.evaluation.tasks import (
+    KNOWN,
     LoadedTask,
     averages,
     load_hub_task,
     load_local_task,
     read_score,
     score_tasks,
+    task_index,
 )
 from tiny import POSITIONS, tiny_config, tiny_model, tiny_tokenizer, write_model
 
@@ -486,6 +487,5 @@ def test_all_of_lm_evals_tasks_are_known_only_when_asked_for(monkeypatch):
     monkeypatch.setattr(
         tasks, "task_index", lambda folder: pytest.fail("all were read") if folder is None else task_index(folder)
     )
-    monkeypatch.setattr(_local_tasks, "task_index", tasks.task_index)
     for name in TASKS:
         load_local_task(name, TASKS[name])

@@ -85,8 +85,7 @@ def inspect_outputs(
     else:
         show(first, linears=linears)
     if plot is not None:
-        from compress.inspection.frontier import plot_comparison
-        from compress.inspection.plots import plot_inspection
+        from compress.inspection.plots import plot_comparison, plot_inspection
 
         drawn = plot_inspection(first, plot) if len(seen) == 1 else plot_comparison(seen, plot)
         print_lines([] if json else [f"wrote {file}" for file in drawn])

@@ -122,28 +122,38 @@ def complete(prompts: Sequence[str], model: PreTrainedModel, tokenizer: Any, sam
     blanks = [length - len(each) for each in encoded]
     ids = [[pad] * blank + each for blank, each in zip(blanks, encoded, strict=True)]
     mask = [[0] * blank + [1] * (length - blank) for blank in blanks]
-    drawn = {"temperature": sampling.temperature, "top_p": TOP_P, "top_k": 0} if sampling.temperature > 0 else {}
-    ends = getattr(model.generation_config, "eos_token_id", None)
-    # Nothing of the model's own: its defaults may sample, or punish repetition.
-    generation = GenerationConfig(
-        do_sample=bool(drawn),
-        max_new_tokens=min(sampling.max_new_tokens, room),
-        pad_token_id=pad,
-        eos_token_id=ends if ends is not None else tokenizer.eos_token_id,
-        **drawn,
-    )
     anything: Any = model  # to its mixin `generate` is no method
     written = anything.generate(
         torch.tensor(ids, device=model.device),
         attention_mask=torch.tensor(mask, device=model.device),
-        generation_config=generation,
+        generation_config=generation(model, tokenizer, sampling, min(sampling.max_new_tokens, room), pad),
         stopping_criteria=StoppingCriteriaList([StopInCompletion(tokenizer, length)]),
         logits_processor=LogitsProcessorList([Sound(model)]),
     )
-    # What the new tokens add to the text of the others: alone, some tokenizers' lose the space before them.
-    as_text = partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     rows = zip(encoded, written[:, length:].tolist(), strict=True)
-    return [cut_at_stop(as_text([*tokens, *new])[len(as_text(tokens)) :]) for tokens, new in rows]
+    return [cut_at_stop(continued(tokenizer, tokens, new)) for tokens, new in rows]
+
+
+def generation(
+    model: PreTrainedModel, tokenizer: Any, sampling: Sampling, max_new_tokens: int, pad: int
+) -> GenerationConfig:
+    """Nothing of the model's own: its defaults may sample, or punish repetition."""
+    drawn = {"temperature": sampling.temperature, "top_p": TOP_P, "top_k": 0} if sampling.temperature > 0 else {}
+    ends = getattr(model.generation_config, "eos_token_id", None)
+    return GenerationConfig(
+        do_sample=bool(drawn),
+        max_new_tokens=max_new_tokens,
+        pad_token_id=pad,
+        eos_token_id=ends if ends is not None else tokenizer.eos_token_id,
+        **drawn,
+    )
+
+
+def continued(tokenizer: Any, tokens: list[int], new: list[int]) -> str:
+    """What the new tokens add to the text of the others: alone, some tokenizers' lose the space before them."""
+    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    before, whole = tokenizer.decode(tokens, **options), tokenizer.decode([*tokens, *new], **options)
+    return str(whole)[len(before) :]
 
 
 def cut_at_stop(text: str) -> str:

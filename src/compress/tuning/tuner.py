@@ -105,7 +105,18 @@ def tune(job: TuningJob, progress: Progress = silent) -> Result | None:
                 folder.finish()
                 steps.end()
         accelerator.wait_for_everyone()
-        return result(prepared, read_metadata(job.out), difference, resumed, time.perf_counter() - start)
+        compressed, tuned = prepared.metadata, read_metadata(job.out)
+        assert tuned.tuning is not None
+        return Result(
+            out=job.out,
+            tuning=tuned.tuning,
+            compressed_bytes=compressed.size.bytes,
+            bytes=tuned.size.bytes,
+            difference=difference,
+            resumed_steps=tuned.tuning.steps if resumed is None else resumed,
+            seconds=time.perf_counter() - start,
+            notes=notes(prepared, tuned.tuning, tuned.size.bytes - compressed.size.bytes),
+        )
 
 
 def from_first(accelerator: Accelerator, data: Any) -> Any:
@@ -232,25 +243,6 @@ def prove(prepared: Prepared, metadata: Metadata, target: Path) -> float:
     with torch.inference_mode(), inputs_as_they_are(model):
         logits: Tensor = model(input_ids=ids, use_cache=False).logits
     return verify(target, ids, logits, memory=memory)
-
-
-def result(
-    prepared: Prepared, metadata: Metadata, difference: float | None, resumed: int | None, seconds: float
-) -> Result:
-    """
-    resumed: steps that an earlier run had done; None for all.
-    """
-    assert metadata.tuning is not None
-    return Result(
-        out=prepared.job.out,
-        tuning=metadata.tuning,
-        compressed_bytes=prepared.metadata.size.bytes,
-        bytes=metadata.size.bytes,
-        difference=difference,
-        resumed_steps=metadata.tuning.steps if resumed is None else resumed,
-        seconds=seconds,
-        notes=notes(prepared, metadata.tuning, metadata.size.bytes - prepared.metadata.size.bytes),
-    )
 
 
 def notes(prepared: Prepared, tuning: TuningMetadata, added: int) -> list[str]:
