@@ -28,8 +28,6 @@ OUT = "A compressed model, or any other. Default: the newest under ./compressed.
 AGAINST = "The model to compare with. Default: the base model of OUT, where it is found by its name."
 BATCH_SIZES = "Sequences per batch; several with commas. Default: 1,8."
 PROMPT = "Prompt length in tokens; several with commas. Default: 128."
-NEW = "New tokens per sequence. Default: 32."
-ROUNDS = "Repetitions of each measurement, the two models alternating."
 LAYERWISE = "Time single linear layers too, as SLiM reports speed."
 TOKENS = "Tokens per call of a linear layer, with --layerwise. Default: 1,16,128."
 DTYPE = "Dtype of both models. Default: OUT's own, on the CPU at least float32."
@@ -43,8 +41,8 @@ def bench(
     against: Annotated[str | None, typer.Option(help=AGAINST, show_default=False)] = None,
     batch_sizes: Annotated[str | None, in_panel(Method, BATCH_SIZES)] = None,
     prompt: Annotated[str | None, in_panel(Method, PROMPT)] = None,
-    new: Annotated[int | None, in_panel(Method, NEW, min=1)] = None,
-    rounds: Annotated[int, in_panel(Method, ROUNDS, min=1)] = 7,
+    new: Annotated[int | None, in_panel(Method, "New tokens per sequence. Default: 32.", min=1)] = None,
+    rounds: Annotated[int, in_panel(Method, "Repetitions of each measurement, the two models alternating.", min=1)] = 7,
     layerwise: Annotated[bool, in_panel(Method, LAYERWISE, flag="--layerwise")] = False,
     tokens: Annotated[str | None, in_panel(Method, TOKENS)] = None,
     dtype: Annotated[str | None, in_panel(Machine, DTYPE)] = None,

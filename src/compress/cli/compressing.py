@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from compress.pipeline.result import Result
     from compress.planning.prepare import Job
     from compress.recipe import Recipe
-    from compress.recipe_file import RecipeFile
 
 MODEL = "A hub id, an alias such as llama-2-7b or opt-125m, a folder, a GGUF file, or demo."
 CALIB = (
@@ -221,29 +220,20 @@ def run_recipe(
 
     file = read_recipe(recipe)
     facts = file.facts or {}
+    # The model that a checkpoint was made from; and its sequences per batch, because they have a say in its last bits.
+    base, batch_size = "demo" if file.facts is None else facts.get("base_model"), facts.get("batch_size")
+    if model is None and not isinstance(base, str):
+        raise UsageError(f"{file.file} does not say which model it was made from. Name it with --model.")
+    if run.batch_size is None and batch_size is not None and not (type(batch_size) is int and batch_size > 0):
+        what = f"{file.file} has the batch_size {batch_size!r}, which is not a number of sequences"
+        raise UsageError(f"{what}. Say --batch-size.")
     run.compress(
         Draft({"method": file.file.stem, **file.data}, file.place),
         Problems(),
         verb=f"run {file.file.name}",
         amount=lambda _: "recipe",
         export=export or ("gguf" if facts.get("export") == "gguf" else "hf"),
-        model=model or base_model(file),
-        batch_size=run.batch_size or kept_batch_size(file),
+        model=model or base,
+        batch_size=run.batch_size or batch_size,
         like=file.facts,
     )
-
-
-def base_model(file: "RecipeFile") -> str:
-    """The model that a checkpoint was made from; demo for a recipe alone."""
-    base = "demo" if file.facts is None else file.facts.get("base_model")
-    if not isinstance(base, str):
-        raise UsageError(f"{file.file} does not say which model it was made from. Name it with --model.")
-    return base
-
-
-def kept_batch_size(file: "RecipeFile") -> int | None:
-    """Sequences per batch that the checkpoint was made with, because they have a say in its last bits."""
-    found = (file.facts or {}).get("batch_size")
-    if found is None or (type(found) is int and found > 0):
-        return found
-    raise UsageError(f"{file.file} has the batch_size {found!r}, which is not a number of sequences. Say --batch-size.")

@@ -88,9 +88,7 @@ class Phase:
 
 
 class Lines:
-    """Follows the phases of a run. Shows a line where a phase of several steps begins, where any ends, and whenever
-    there was none for INTERVAL.
-    """
+    """The phases of a run in lines: where one of several steps begins, where any ends, after INTERVAL of silence."""
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock

@@ -18,8 +18,7 @@ Softmax in float64, over a few tokens at a time.
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -164,22 +163,15 @@ def checked_head(model: PreTrainedModel, window: Int64[Tensor, "1 seq_len"], nam
 def read_by_head(
     model: PreTrainedModel, head: nn.Module, batch: Int64[Tensor, "batch seq_len"]
 ) -> Float[Tensor, "batch seq_len hidden"]:
-    """The states that the head reads, in its dtype."""
-    with passing_on(head):
-        states: Tensor = model(input_ids=batch.to(device_of(model)), use_cache=False).logits
-    return states.to(next((p.dtype for p in head.parameters() if p.is_floating_point()), states.dtype))
-
-
-@contextmanager
-def passing_on(head: nn.Module) -> Iterator[None]:
-    """The head gives what it reads, so that the model's logits are never all there at once."""
+    """The states that the head reads, in its dtype; it passes them on, so the logits are never all there at once."""
     own = dict(vars(head))
     vars(head)["forward"] = lambda states: states
     try:
-        yield
+        states: Tensor = model(input_ids=batch.to(device_of(model)), use_cache=False).logits
     finally:
         del vars(head)["forward"]
         vars(head).update(own)
+    return states.to(next((p.dtype for p in head.parameters() if p.is_floating_point()), states.dtype))
 
 
 # Of both.

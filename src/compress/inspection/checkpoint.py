@@ -207,10 +207,14 @@ def block(seen: Inspection, place: int | str, tensors: Sequence[StoredTensor]) -
     of_linears = {(tensor.file, tensor.name) for linear in linears for tensor in linear.tensors.values()}
     rest = sum(tensor.numbers for tensor in tensors if (tensor.file, tensor.name) not in of_linears)
     parameters = sum(num_parameters(linear.module) for linear in linears) + rest
+    units = dict[str, int]()  # of each kind, how many the block has
+    for kind, n in seen.metadata.units.items() if seen.metadata else ():
+        if isinstance(place, int) and (isinstance(n, int) or place < len(n)):
+            units[kind] = n if isinstance(n, int) else n[place]
     return {
         "name": f"block {place}" if isinstance(place, int) else place,
         "widths": [point.width for point in points],
-        "units": units_of(seen, place) if isinstance(place, int) else {},
+        "units": units,
         "ranks": [linear.rank for linear in linears if linear.rank],
         "bits": sorted({linear.bits for linear in linears}),
         "bits_per_weight": bits_per_weight(linears),
@@ -221,13 +225,6 @@ def block(seen: Inspection, place: int | str, tensors: Sequence[StoredTensor]) -
         "parameters": None if seen.parameters is None else parameters,
         "bytes": sum(tensor.bytes for tensor in tensors),
     }
-
-
-def units_of(seen: Inspection, place: int) -> dict[str, int]:
-    """How many units of each kind a block has."""
-    counts = seen.metadata.units if seen.metadata else {}
-    known = {kind: n for kind, n in counts.items() if isinstance(n, int) or place < len(n)}
-    return {kind: n if isinstance(n, int) else n[place] for kind, n in known.items()}
 
 
 def point_place(point: Point) -> int | str:

@@ -128,11 +128,7 @@ def from_first(accelerator: Accelerator, data: Any) -> Any:
 
 
 def train(
-    prepared: Prepared,
-    device: torch.device,
-    accelerator: Accelerator,
-    folder: RunFolder | None,
-    progress: Progress,
+    prepared: Prepared, device: torch.device, accelerator: Accelerator, folder: RunFolder | None, progress: Progress
 ) -> tuple[Settled, Course, int]:
     """What training has come to at its best look, its course, and from which step it went on.
 

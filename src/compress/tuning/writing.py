@@ -17,15 +17,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from compress.calibration.layout import ADAPTER_PREFIX
-from compress.checkpoints.adapter import adapter_config, write_adapter
+from compress.checkpoints.adapter import adapter_config
 from compress.checkpoints.card import CARD
-from compress.checkpoints.files import adapter_file, write_json
+from compress.checkpoints.files import write_json
 from compress.checkpoints.integrity import ADAPTER_WEIGHTS
 from compress.checkpoints.metadata import METADATA, Metadata
 from compress.checkpoints.push import own_files
 from compress.checkpoints.quality import QUALITY
 from compress.inspection.checkpoint import blueprint
-from compress.io import sha256, write_tensors
+from compress.io import write_tensors
 from compress.models.loading import load_config
 from compress.models.stored_files import ADAPTER, StoredTensors, read_lora
 from compress.models.tensor_files import INDEX
@@ -60,8 +60,14 @@ def write_tuned(source: Path, target: Path, metadata: Metadata, settled: Settled
     for name in own_files(source, metadata):
         if name in LEFT_BEHIND or name.endswith(".gguf") or name in written:
             continue
+        # One file under two names where the disk allows it: files of weights are replaced, never changed.
         (target / name).parent.mkdir(exist_ok=True)
-        link_or_copy(source / name, target / name)
+        (target / name).unlink(missing_ok=True)
+        if name.endswith(".safetensors"):
+            with suppress(OSError):
+                (target / name).hardlink_to(source / name)
+                continue
+        shutil.copyfile(source / name, target / name)
     parts = metadata.parts | written
     if not settled.adapter:
         return Written(parts)
@@ -83,32 +89,21 @@ def put_tensors(source: Path, target: Path, new: Mapping[str, Tensor]) -> str:
     return write_tensors(target, tensors).sha256
 
 
-def link_or_copy(source: Path, target: Path) -> None:
-    """One file under two names where the disk allows it: files of weights are replaced, never changed."""
-    target.unlink(missing_ok=True)
-    if source.suffix == ".safetensors":
-        with suppress(OSError):
-            target.hardlink_to(source)
-            return
-    shutil.copyfile(source, target)
-
-
 def add_adapter(target: Path, parts: dict[str, str], adapter: Mapping[str, Tensor], config: dict[str, Any]) -> Written:
     """A PEFT folder beside the checkpoint, in the dtype of its other floats; the index counts it in."""
     dtype = load_config(target).dtype or torch.float32
     tensors = {
         f"{ADAPTER_PREFIX}{name}.weight": tensor.to("cpu", dtype).contiguous() for name, tensor in adapter.items()
     }
-    passing = target / adapter_file(0)
-    write_tensors(passing, tensors)
-    written = write_adapter(target, [passing], config)
-    passing.unlink()
+    (target / ADAPTER).mkdir(exist_ok=True)
+    write_json(target / ADAPTER / "adapter_config.json", config)
+    written = write_tensors(target / ADAPTER_WEIGHTS, tensors)
     numbers = sum(tensor.numel() for tensor in tensors.values())
     index = read_json(target / INDEX)
     index["metadata"]["total_parameters"] += numbers
     write_json(target / INDEX, index)
     size = sum(tensor.nbytes for tensor in tensors.values())
-    return Written(parts | {ADAPTER_WEIGHTS: sha256(written)}, config, numbers, size)
+    return Written(parts | {ADAPTER_WEIGHTS: written.sha256}, config, numbers, size)
 
 
 def tuned_metadata(compressed: Metadata, written: Written, tuning: Mapping[str, Any]) -> Metadata:

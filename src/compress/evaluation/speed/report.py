@@ -131,7 +131,7 @@ def other_source(dense: Named, compressed: Named) -> list[str]:
 
 def measure(dense: Named, compressed: Named, asked: Asked, progress: Progress = silent) -> dict[str, Any]:
     """The report, as `--json` prints it. Raises UsageError where the two do not fit into memory together."""
-    steps = Steps(progress, "measuring", 4 + len(asked.workloads))
+    steps, dtype = Steps(progress, "measuring", 4 + len(asked.workloads)), str(asked.dtype).removeprefix("torch.")
     named, sides, models = (dense, compressed), list[dict[str, Any]](), list[PreTrainedModel]()
     for model in named:
         steps.next(f"loading {model.name} in a clean process")
@@ -143,7 +143,11 @@ def measure(dense: Named, compressed: Named, asked: Asked, progress: Progress = 
             if (opened := attempted(partial(open_sound, model, asked))) is not None:
                 models.append(opened)
         if len(models) < len(named):
-            raise too_large(named, needed, asked)
+            of = [f"{each.name} ({count / 1e9:.1f} GB in {dtype})" for each, count in zip(named, needed, strict=True)]
+            raise UsageError(
+                f"{' and '.join(of)} are measured in turns and do not fit together into the memory of {asked.device}, "
+                f"of which {free_bytes(asked.device) / 1e9:.1f} GB are free. Try --dtype bfloat16 or another --device."
+            )
         speeds = []
         for load in asked.workloads:
             steps.next(f"batch {load.batch}, prompt {load.prompt}")
@@ -155,7 +159,7 @@ def measure(dense: Named, compressed: Named, asked: Asked, progress: Progress = 
     return {
         **dict(zip(("dense", "compressed"), sides, strict=True)),
         "memory_at": asdict(asked.largest),
-        "dtype": str(asked.dtype).removeprefix("torch."),
+        "dtype": dtype,
         "machine": machine(asked.device),
         "rounds": asked.rounds,
         "generation": speeds,
@@ -171,15 +175,6 @@ def open_sound(model: Named, asked: Asked) -> PreTrainedModel:
     with torch.inference_mode():
         check_sound(run().logits, f"the logits of {model.name}", partial(first_unsound, opened, run))
     return opened
-
-
-def too_large(named: Sequence[Named], needed: Sequence[int], asked: Asked) -> UsageError:
-    dtype = str(asked.dtype).removeprefix("torch.")
-    sizes = [f"{model.name} ({count / 1e9:.1f} GB in {dtype})" for model, count in zip(named, needed, strict=True)]
-    return UsageError(
-        f"{' and '.join(sizes)} are measured in turns and do not fit together into the memory of {asked.device}, "
-        f"of which {free_bytes(asked.device) / 1e9:.1f} GB are free. Try --dtype bfloat16 or another --device."
-    )
 
 
 def layerwise(models: Sequence[PreTrainedModel], asked: Asked, steps: Steps, notes: list[str]) -> list[dict[str, Any]]:
