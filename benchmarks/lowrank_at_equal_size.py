@@ -33,10 +33,9 @@ from compress.models.hub import find_model
 from compress.models.loading import load_model, load_tokenizer
 from compress.numerics.precision import full_precision
 from compress.planning import search
-from compress.planning.assembly import new_walk, take_survey
+from compress.planning.budget import rank_choices
 from compress.planning.plan import Plan
-from compress.planning.prepare import Job, Prepared, prepare
-from compress.planning.ranks import rank_choices
+from compress.planning.prepare import Job, Prepared, new_walk, prepare, take_survey
 from compress.progress import Steps, silent
 from compress.recipe import parse_recipe
 
@@ -123,8 +122,8 @@ class Bench:
             return
         compared = replace(prepared, plan=replace(plan, choices=choices))
         steps = Steps(silent, "trials", len(choices))
-        trials = [search.try_out(compared, choice, survey, steps) for choice in choices]
-        best = str(min(trials, key=lambda trial: trial.divergence).counts["allocation"])
+        chosen = min(choices, key=lambda choice: search.try_out(compared, choice, survey, steps))
+        best = str(chosen.label["allocation"])
         found = {}
         for choice in choices:
             start = time.perf_counter()
@@ -159,7 +158,7 @@ class Bench:
         assert not left.unexpected_keys
         model.tie_weights()
         assert plan.size is not None
-        ranks = {path: factors.rank for path, factors in plan.factors.items()}
+        ranks = {path: factors.rank for path, factors in plan.spec.factors.items()}
         return Found(plan.size.parameters, self.perplexity(model), seconds, ranks)
 
 

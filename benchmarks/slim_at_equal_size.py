@@ -28,9 +28,8 @@ from compress.evaluation.windows import perplexity
 from compress.models.hub import find_model
 from compress.models.loading import load_model, load_tokenizer
 from compress.numerics.precision import full_precision
-from compress.planning.assembly import new_walk
 from compress.planning.plan import Plan
-from compress.planning.prepare import Job, prepare
+from compress.planning.prepare import Job, new_walk, prepare
 from compress.recipe import parse_recipe
 
 Way = dict[str, Any]

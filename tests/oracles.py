@@ -18,13 +18,11 @@ from transformers import PreTrainedModel
 from compress import families
 from compress.architectures.architecture import ModelSpec
 from compress.architectures.own import Own
-from compress.calibration.layout import Layout
-from compress.calibration.loader import PartLoader
 from compress.calibration.spectra import LinearObserver
 from compress.calibration.streams import CacheFolder, split_windows
 from compress.calibration.survey import Survey, Surveyor
 from compress.calibration.walk import FinishedPart, Walk, WalkSettings
-from compress.calibration.weights import LazyWeights
+from compress.calibration.weights import Layout, LazyWeights, PartLoader
 from compress.families import Family
 from compress.models.decoder import Decoder
 from compress.models.loading import load_config
@@ -204,7 +202,6 @@ def surveyor(
     """observe: what looks at single linears, made for the survey's decoder."""
     decoder = new_decoder(folder, dtype=dtype)
     return Surveyor(
-        decoder,
         PartLoader(decoder, LazyWeights(folder)),
         split_windows(windows, batch_size, held_out=0),
         CacheFolder(decoder, folder),

@@ -11,16 +11,23 @@ import torch
 
 import tiny
 from compress import families
-from compress.architectures.architecture import Architecture, ModelSpec
+from compress.architectures.architecture import (
+    HEADER_BYTES_PER_FILE,
+    HEADER_BYTES_PER_TENSOR,
+    Architecture,
+    ModelSpec,
+    Size,
+    disk_bytes,
+    stored_bytes,
+)
 from compress.architectures.own import Own
-from compress.architectures.sizes import HEADER_BYTES_PER_FILE, HEADER_BYTES_PER_TENSOR, disk_bytes, size_of
 from compress.architectures.stock import Stock
 from compress.errors import UsageError
+from compress.models.storage import num_parameters
 from compress.planning import search
-from compress.planning.assembly import take_survey
 from compress.planning.budget import WidthSpace, plan_stages
 from compress.planning.plan import Plan, choose_base
-from compress.planning.prepare import prepare
+from compress.planning.prepare import prepare, take_survey
 from compress.planning.search import Cost
 from compress.progress import Steps, silent
 from compress.recipe import Recipe, parse_recipe
@@ -70,7 +77,7 @@ class Bill:
 
     def cost(self, counts: Counts) -> int:
         model, dtype = self.space.spec(counts).model(), self.space.base.dtype
-        return disk_bytes(model, dtype) if self.budget.target_size else size_of(model, dtype).parameters
+        return disk_bytes(model, dtype) if self.budget.target_size else num_parameters(model)
 
     def is_legal(self, counts: Counts) -> bool:
         return not self.space.spec(counts).problems()
@@ -103,7 +110,7 @@ def whole(counts: Mapping[str, Any]) -> Counts:
 
 def choices(plan: Plan, space: WidthSpace) -> list[Counts]:
     """Also the one that the plan has made, where there was no other."""
-    made = whole({"hidden": plan.widths[0] or 0, **plan.units})
+    made = whole({"hidden": plan.spec.widths[0] or 0, **plan.spec.units})
     return [whole(choice.counts) for choice in plan.choices] or [{kind: made[kind] for kind in space.ladders}]
 
 
@@ -151,8 +158,8 @@ def test_choices_say_their_size():
         assert choice.size.bytes == 2 * choice.size.parameters
         made = plan.chosen(choice)
         assert (made.size, made.choices) == (choice.size, [])
-        assert made.widths == [choice.counts["hidden"]] * (2 * tiny.NUM_BLOCKS + 1)
-        assert made.units == {"neurons": choice.counts["neurons"], "kv_groups": 2}
+        assert list(made.spec.widths) == [choice.counts["hidden"]] * (2 * tiny.NUM_BLOCKS + 1)
+        assert made.spec.units == {"neurons": choice.counts["neurons"], "kv_groups": 2}
         assert not any(stage.opens for stage in made.stages)
 
 
@@ -173,7 +180,8 @@ def test_a_deep_model_is_counted_by_shallow_ones(model_type):
         if kind == "a whole head":
             widths[-1] = tiny.HIDDEN
         spec = replace(dense, widths=tuple(widths), units=dense.dense_units | {"neurons": 40})
-        assert spec.size == size_of(spec.model(), torch.float16), kind
+        model = spec.model()
+        assert spec.size == Size(num_parameters(model), stored_bytes(model, torch.float16)), kind
         assert spec.disk_bytes == disk_bytes(spec.model(), torch.float16), kind
 
 
@@ -383,7 +391,7 @@ def test_what_is_planned_is_what_is_written(order, made):
     for choice in run.plan.choices:
         if dict(choice.counts) == {kind: counts_of(run)[kind] for kind in choice.counts}:
             plan = run.plan.chosen(choice)
-    assert (plan.widths, plan.units) == (result.widths, result.units)
+    assert (list(plan.spec.widths), plan.spec.units) == (result.widths, result.units)
     assert (plan.size, plan.dense) == (result.size, result.dense)
     assert plan.dense.parameters == sum(tensor.numel() for tensor in run.dense.values())
     model = replace(plan.spec, widths=tuple(result.widths), units=result.units).model()
@@ -418,4 +426,4 @@ def test_a_trial_is_the_whole_walk(made):
     for trial in run.facts["trials"]:
         divergence, _ = trial.pop("divergence"), trial.pop("predicted")
         (choice,) = [choice for choice in prepared.plan.choices if choice.counts == trial]
-        assert search.try_out(prepared, choice, survey, Steps(silent, "", 1)).divergence == divergence
+        assert search.try_out(prepared, choice, survey, Steps(silent, "", 1)) == divergence

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from compress.calibration.cache import ActivationCache, Interner
+from compress.calibration.streams import ActivationCache, Interner
 
 CPU = torch.device("cpu")
 SHAPES = [(2, 3), (2, 3), (1, 3)]

@@ -15,14 +15,14 @@ from transformers import AutoModelForCausalLM
 import oracles
 import tiny
 from compress import families
-from compress.calibration.experts import Regularized, gather_experts, regularized, short_of_tokens
-from compress.calibration.groups import EquationSums, Writers, writer_matrix
-from compress.calibration.loader import PartLoader
+from compress.calibration.experts import gather_experts, short_of_tokens
+from compress.calibration.groups import Writers, writer_matrix
 from compress.calibration.processes import ALONE
 from compress.calibration.rewriting import LinearRewriter
 from compress.calibration.spectra import GradientFiles, LinearObserver
-from compress.calibration.streams import Batch, Streams, rows
-from compress.calibration.weights import LazyWeights
+from compress.calibration.statistics import EquationSums, Regularized, regularized, rows
+from compress.calibration.streams import Batch, Streams
+from compress.calibration.weights import LazyWeights, PartLoader
 from compress.errors import UnsupportedModel
 from compress.models.branch import Branch, read_through, write_through
 from compress.models.expert_names import file_name, own_name

@@ -52,8 +52,8 @@ def test_starcoders_published_sizes(rank, billions):
     rule = {"rank": rank}
     plan = starcoder_plan(lowrank("lord", rule, target=["mlp"], form="factors", multiple=1))
     assert round(plan.size.parameters / 1e9, 2) == billions
-    assert {factors.rank for factors in plan.factors.values()} == {rank}
-    assert len(plan.factors) == 80
+    assert {factors.rank for factors in plan.spec.factors.values()} == {rank}
+    assert len(plan.spec.factors) == 80
 
 
 # ---- what is refused, and what is told ----
@@ -181,5 +181,5 @@ TARGETS: dict[str, tuple[Sequence[str], set[str]]] = {
 def test_targets(name):
     target, expected = TARGETS[name]
     plan = planned("gpt_bigcode", lowrank("lord", {"rank": 8}, target=target))
-    assert {path.split(".", 3)[-1] for path in plan.factors} == expected
-    assert len(plan.factors) == tiny.NUM_BLOCKS * len(expected)
+    assert {path.split(".", 3)[-1] for path in plan.spec.factors} == expected
+    assert len(plan.spec.factors) == tiny.NUM_BLOCKS * len(expected)

@@ -16,6 +16,7 @@ import oracles
 import tiny
 from compress import families, pipeline
 from compress.models.hub import find_model
+from compress.models.loading import load_config
 from compress.planning.plan import Plan
 from compress.planning.prepare import Job, read_windows
 from compress.recipe import parse_recipe
@@ -37,7 +38,9 @@ def test_what_is_planned_is_what_is_written_and_loaded(model_type, form, tmp_pat
     tensors = tensors_of(job.out)
     assert plan.size == result.size
     assert result.size.bytes == sum(tensor.nbytes for tensor in tensors.values())
-    assert {path: factors.rank for path, factors in plan.factors.items()} == (result.ranks if form != "dense" else {})
+    assert {path: factors.rank for path, factors in plan.spec.factors.items()} == (
+        result.ranks if form != "dense" else {}
+    )
     loaded: Any = AutoModelForCausalLM.from_pretrained(job.out)
     parameters = sum(parameter.numel() for parameter in loaded.parameters())
     assert result.size.parameters == parameters
@@ -115,7 +118,7 @@ def test_a_sliced_model_is_factorized_as_it_was_planned(name, planned_and_made):
     plan, result = planned_and_made[0][f"sliced: {name}"], planned_and_made[1][f"sliced: {name}"].result
     assert plan.size == result.size
     assert result.widths[0] == COMPOSED[name][2]
-    assert result.ranks == {path: factors.rank for path, factors in plan.factors.items()}
+    assert result.ranks == {path: factors.rank for path, factors in plan.spec.factors.items()}
     assert result.ranks
 
 
@@ -176,7 +179,7 @@ def test_anchored_ends_nearer_to_the_dense_model_than_lord(tmp_path):
         job = Job(model=find_model(str(DEMO)), recipe=chosen, out=tmp_path / method, command="compress lord")
         _, result = run_unproved(job)
         assert result.ranks
-        windows = read_windows(job, DEMO)
+        windows = read_windows(job, DEMO, load_config(DEMO))
         made: Any = AutoModelForCausalLM.from_pretrained(tmp_path / method, dtype=torch.float32).eval()
         there = last_stream(dense, dense.config, windows)
         here = last_stream(made, dense.config, windows)

@@ -16,7 +16,7 @@ import tiny
 from compress import families
 from compress.architectures.architecture import ModelSpec
 from compress.architectures.own import AUTO_MAP, CLASS, Own
-from compress.calibration.linears import LinearShape, LinearSite, linear_shape
+from compress.calibration.linears import LinearShape, LinearSite
 from compress.models.factors import (
     AnyLinear,
     Form,
@@ -155,7 +155,7 @@ def rows() -> Tensor:
 def site_of(holder: nn.Module, X: Tensor) -> LinearSite:
     linear = holder.get_submodule("fc")
     assert isinstance(linear, nn.Linear)
-    shape = linear_shape("model.layers.3.mlp.fc", "mlp.fc", "mlp", linear)
+    shape = LinearShape.of("model.layers.3.mlp.fc", "mlp.fc", "mlp", linear)
     return LinearSite("block 3 mlp.fc", shape, linear, measured(X), put=lambda module: setattr(holder, "fc", module))
 
 

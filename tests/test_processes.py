@@ -22,8 +22,8 @@ from safetensors.torch import load_file
 from torch import Tensor, distributed
 
 from cli_runner import Disturbance, Ran, Request, run_warm, snapshot
-from compress.calibration.groups import EquationSums
 from compress.calibration.processes import ALONE, FailedElsewhere, Group, Processes, is_running, joined
+from compress.calibration.statistics import EquationSums
 from compress.calibration.streams import own_batches, split_windows
 from compress.cli.options import own_gpu
 from compress.errors import CompressError, NumericalError, UsageError

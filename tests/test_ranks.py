@@ -15,14 +15,13 @@ from transformers import LlamaConfig
 
 import tiny
 from compress import families, pipeline
-from compress.architectures.sizes import disk_bytes
+from compress.architectures.architecture import disk_bytes
 from compress.calibration.spectra import Spectrum
 from compress.planning import search
-from compress.planning.assembly import take_survey
+from compress.planning.budget import RankSpace, rank_choices
 from compress.planning.memory import Room
 from compress.planning.plan import Plan, make_plan
-from compress.planning.prepare import Job, prepare
-from compress.planning.ranks import RankSpace, rank_choices
+from compress.planning.prepare import Job, prepare, take_survey
 from compress.recipe import Recipe, parse_recipe
 from orders import Made, maker, planned, refusal
 from recipes import lowrank

@@ -219,7 +219,7 @@ def test_parameters_written_out_for_opt_125m():
     last_mlp = (d * F + F) + (F * D + D) + d * D
     total = (V + P) * d + (L - 1) * (attention + mlp) + attention + last_mlp + (D * V + V)
     found = plan(OPT_125M, {"ratio": 0.2})
-    assert found.widths == [d] * (2 * L) + [D]
+    assert list(found.spec.widths) == [d] * (2 * L) + [D]
     assert found.size.parameters == total
     assert found.removed == pytest.approx(1 - total / 125_239_296, rel=1e-12)
 

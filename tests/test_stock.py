@@ -26,8 +26,7 @@ from compress.calibration.walk import shared_frame
 from compress.errors import UsageError
 from compress.models.hub import find_model
 from compress.numerics.frames import Frame
-from compress.planning.assembly import take_survey
-from compress.planning.prepare import Job, Prepared
+from compress.planning.prepare import Job, Prepared, take_survey
 from compress.recipe import parse_recipe
 from recipes import anchored
 from runs import tensors_of

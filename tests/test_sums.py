@@ -12,9 +12,9 @@ from torch.utils._pytree import tree_leaves
 
 import oracles
 import tiny
-from compress.calibration.groups import EquationSums
 from compress.calibration.processes import ALONE
 from compress.calibration.spectra import GradientFiles, LinearFilter, LinearObserver
+from compress.calibration.statistics import EquationSums
 from compress.numerics import sums
 from compress.numerics.sums import DiagonalSum, GramSum, add_product
 from compress.stages.measure_error import MeasureError

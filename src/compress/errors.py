@@ -13,8 +13,12 @@ A message gives the rule, the value, the name and the remedy.
 """
 
 import difflib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class CompressError(Exception):
@@ -62,6 +66,12 @@ class Problems:
             yield
         except CompressError as problem:
             self.found.append(problem)
+
+    def check(self, find: Callable[P, R], *arguments: P.args, **named: P.kwargs) -> R | None:
+        """Call `find`; None where it raises what is kept for `report`."""
+        with self.collect():
+            return find(*arguments, **named)
+        return None
 
     def report(self) -> None:
         """Raise what was found as one error, a line a problem, of the first one's kind."""

@@ -1,6 +1,7 @@
 """What a long run reports while it runs: the phase it is in, the step in progress, how many steps are done."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 # Called with
 #   phase   what is waited for, such as "compressing"
@@ -14,15 +15,18 @@ def silent(_phase: str, _step: str, _done: float, _total: int) -> None:
     """Report nothing."""
 
 
+@dataclass
 class Steps:
     """Counts the steps of a phase. `total` may grow with what is found out on the way.
 
     done: of a run that goes on, the steps that an earlier one finished.
     """
 
-    def __init__(self, progress: Progress, phase: str, total: int, done: int = 0) -> None:
-        self.progress, self.phase, self.total, self.done = progress, phase, total, done
-        self.step = ""
+    progress: Progress
+    phase: str
+    total: int
+    done: int = 0
+    step: str = ""
 
     def begin(self, step: str, share: float = 0.0) -> None:
         """Report the step in progress. share: of it that is done."""
@@ -30,7 +34,6 @@ class Steps:
         self._report(share)
 
     def advance(self, count: int = 1) -> None:
-        """Count steps that are done."""
         self.done += count
         self._report()
 
@@ -40,7 +43,6 @@ class Steps:
         self.begin(step)
 
     def end(self) -> None:
-        """Count all steps as done."""
         self.done, self.step = self.total, ""
         self._report()
 

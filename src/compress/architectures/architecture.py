@@ -11,30 +11,57 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import product
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compress.architectures.packed import put_packed, quantization_config
-from compress.architectures.sizes import Size, by_depth, disk_bytes, size_of
-from compress.calibration.layout import Layout
-from compress.calibration.linears import FactorShape, LinearShape, linear_shape
+from compress.calibration.linears import FactorShape, LinearShape
 from compress.calibration.sites import Count, StreamPoint, stream_points
+from compress.calibration.walk import is_wide_float
+from compress.calibration.weights import Layout
 from compress.errors import UsageError
 from compress.families import Family
 from compress.models.loading import empty_model
-from compress.models.storage import Storage
+from compress.models.storage import Storage, num_parameters
 from compress.own_model.modeling_compress import unfuse_experts
 
+# A safetensors header says a tensor's name, dtype, shape and place: what that takes beside the name, at most.
+HEADER_BYTES_PER_TENSOR = 128
+HEADER_BYTES_PER_FILE = 128
 
-def dense_units(config: Any, family: Family) -> dict[str, int]:
-    """Count the units of each kind in a block of the dense model."""
-    found: dict[str, int] = {}
-    for branch in family.branches:
-        found |= {units.kind: units.number(config) for units in branch.units}
-    return found
+
+@dataclass(frozen=True)
+class Size:
+    """Parameters as they are stored (a tied head counts once), and bytes of all stored tensors."""
+
+    parameters: int
+    bytes: int
+
+
+def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters, a tied one once, and persistent buffers."""
+    saved = model.state_dict(keep_vars=True).keys()
+    return dict(model.named_parameters()) | {name: each for name, each in model.named_buffers() if name in saved}
+
+
+def stored_bytes(model: nn.Module, dtype: torch.dtype) -> int:
+    """Count the bytes of a model; floats are written in `dtype`, integers and 8-bit floats as they are."""
+    tensors = saved_tensors(model).values()
+    return sum(each.numel() * (dtype if is_wide_float(each) else each.dtype).itemsize for each in tensors)
+
+
+def header_bytes(name: str) -> int:
+    return len(name) + HEADER_BYTES_PER_TENSOR
+
+
+def disk_bytes(model: PreTrainedModel, dtype: torch.dtype) -> int:
+    """Upper bound on the bytes of the safetensors files, headers included, one file a part."""
+    headers = sum(header_bytes(name) for name in saved_tensors(model))
+    files = model.config.get_text_config().num_hidden_layers + 2
+    return stored_bytes(model, dtype) + headers + files * HEADER_BYTES_PER_FILE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +93,7 @@ class ModelSpec:
         config, family = architecture.dense, architecture.family
         points = 1 + config.num_hidden_layers * len(family.branches)
         widths = (config.hidden_size,) * points
-        return cls(architecture=architecture, dtype=dtype, widths=widths, units=dense_units(config, family))
+        return cls(architecture=architecture, dtype=dtype, widths=widths, units=family.dense_units(config))
 
     @property
     def num_blocks(self) -> int:
@@ -89,7 +116,7 @@ class ModelSpec:
 
     @property
     def dense_units(self) -> dict[str, int]:
-        return dense_units(self.architecture.dense, self.architecture.family)
+        return self.architecture.family.dense_units(self.architecture.dense)
 
     @property
     def is_decided(self) -> bool:
@@ -108,7 +135,6 @@ class ModelSpec:
             raise UsageError("\n".join(problems))
 
     def problems(self) -> list[str]:
-        """Say why the architecture has no room for these sizes."""
         return self.architecture.problems(self)
 
     @property
@@ -118,7 +144,6 @@ class ModelSpec:
 
     @property
     def is_gguf(self) -> bool:
-        """Whether the result is one GGUF file."""
         return self.gguf_type is not None
 
     @cached_property
@@ -130,51 +155,56 @@ class ModelSpec:
 
     def model(self, *, num_blocks: int | None = None) -> PreTrainedModel:
         """Build it without weights, on the meta device; with fewer blocks, if asked."""
-        return self.architecture.model(self, num_blocks=num_blocks)
+        config, packed = self.architecture.base_config(self, torch.float32), self.packed
+        if num_blocks is not None:
+            config = self.architecture.shortened(config, num_blocks)
+        model, embeddings = unfuse_experts(empty_model(config)), self.architecture.family.embeddings
+        put_packed(model, {path: how for path, how in packed.items() if path not in embeddings})
+        model.tie_weights()
+        if tables := {path: how for path, how in packed.items() if path in embeddings}:
+            if config.tie_word_embeddings:
+                model.set_submodule(self.architecture.family.head, nn.Identity())
+            put_packed(model, tables)
+        return model
 
     def config(self, dtype: torch.dtype | None = None) -> Any:
-        """Build the checkpoint's config."""
-        return self.architecture.config(self, dtype or self.dtype)
+        config, packed = self.architecture.base_config(self, dtype or self.dtype), self.packed
+        storage = next(iter(packed.values()), None)
+        if storage is not None and storage.bits is not None:
+            modules = replace(self, storage={}).model().named_modules()
+            untouched = [name for name, module in modules if isinstance(module, nn.Linear) and name not in packed]
+            config.quantization_config = quantization_config(storage, untouched)
+        return config
 
     @cached_property
     def size(self) -> Size:
-        count = self._count
-        return Size(
-            count(lambda model: size_of(model, self.dtype).parameters),
-            count(lambda model: size_of(model, self.dtype).bytes),
-        )
+        return Size(self._count(num_parameters), self._count(lambda model: stored_bytes(model, self.dtype)))
 
     @cached_property
     def disk_bytes(self) -> int:
         """Upper bound on the bytes of the safetensors files."""
         return self._count(lambda model: disk_bytes(model, self.dtype))
 
-    @property
-    def has_equal_blocks(self) -> bool:
-        units_differ = any(isinstance(count, tuple) for count in self.units.values())
-        return not (units_differ or self.factors or self.storage) and len(set(self.widths[:-1])) == 1
-
     def _count(self, measure: Callable[[PreTrainedModel], int]) -> int:
-        if self.has_equal_blocks:
-            return by_depth(lambda depth: self.model(num_blocks=depth), self.num_blocks, measure)
-        return measure(self.model())
+        """Measure the model: one of equal blocks by those of one and two blocks, exact, and much faster to build."""
+        units_differ = any(isinstance(count, tuple) for count in self.units.values())
+        if units_differ or self.factors or self.storage or len(set(self.widths[:-1])) > 1 or self.num_blocks == 1:
+            return measure(self.model())
+        one, two = (measure(self.model(num_blocks=depth)) for depth in (1, 2))
+        return one + (self.num_blocks - 1) * (two - one)
 
     @cached_property
     def linears(self) -> list[LinearShape]:
         """The dense linears of the blocks that read and write the stream, as the walk has them."""
-        architecture, family = self.architecture, self.architecture.family
+        architecture, found = self.architecture, []
+        directions = architecture.layout(torch.float32).directions
+        readers = {name for branch in architecture.family.branches for name in branch.readers}
         plain = ModelSpec(architecture=architecture, dtype=self.dtype, widths=self.widths, units=self.units)
-        layout, found = architecture.layout(torch.float32), []
-        for index, block in enumerate(plain.model().get_submodule(family.blocks).children()):
-            for branch in family.branches:
-                for name in (*branch.readers, *branch.writers):
-                    linear = block.get_submodule(name)
-                    assert isinstance(linear, nn.Linear)
-                    m, n = linear.weight.shape
-                    m, n = (m, layout.directions(n)) if name in branch.readers else (layout.directions(m), n)
-                    has_bias = linear.bias is not None and name not in architecture.zero_biases
-                    path = f"{family.blocks}.{index}.{name}"
-                    found.append(LinearShape(path, name, family.part_of(name), m, n, has_bias))
+        for linear in plain.written_linears:
+            m, n = linear.m, linear.n
+            m, n = (m, directions(n)) if linear.name in readers else (directions(m), n)
+            has_bias = linear.has_bias and linear.name not in architecture.zero_biases
+            found.append(replace(linear, m=m, n=n, has_bias=has_bias))
         return found
 
     @cached_property
@@ -189,7 +219,7 @@ class ModelSpec:
                 for suffix, linear in below.items():
                     assert isinstance(linear, nn.Linear)
                     ending = f".{suffix}" if suffix else ""
-                    found.append(linear_shape(path + ending, name + ending, part, linear))
+                    found.append(LinearShape.of(path + ending, name + ending, part, linear))
         return found
 
 
@@ -202,49 +232,28 @@ class Architecture(ABC):
     dense: Any
     family: Family
 
-    @property
-    @abstractmethod
-    def class_name(self) -> str: ...
+    is_stock: ClassVar[bool]  # whether transformers loads it without our code
 
     @property
     @abstractmethod
-    def is_stock(self) -> bool:
-        """Whether transformers loads it without our code."""
+    def class_name(self) -> str: ...
 
     @property
     def zero_biases(self) -> tuple[str, ...]:
         """Linears of a block that have a bias in the class, of zeros, and none in the dense model."""
         return ()
 
-    def config(self, spec: ModelSpec, dtype: torch.dtype) -> Any:
-        """What the checkpoint's config.json says."""
-        config, packed = self._config(spec, dtype), spec.packed
-        storage = next(iter(packed.values()), None)
-        if storage is not None and storage.bits is not None:
-            modules = self.model(replace(spec, storage={})).named_modules()
-            untouched = [name for name, module in modules if isinstance(module, nn.Linear) and name not in packed]
-            config.quantization_config = quantization_config(storage, untouched)
-        return config
-
-    def model(self, spec: ModelSpec, *, num_blocks: int | None = None) -> PreTrainedModel:
-        """Build the model without weights, on the meta device; with fewer blocks, if asked."""
-        config = self._config(spec, torch.float32)
-        model = unfuse_experts(empty_model(config if num_blocks is None else self._shortened(config, num_blocks)))
-        put_packed(model, {path: how for path, how in spec.packed.items() if path not in self.family.embeddings})
-        model.tie_weights()
-        if tables := {path: how for path, how in spec.packed.items() if path in self.family.embeddings}:
-            if config.tie_word_embeddings:
-                model.set_submodule(self.family.head, nn.Identity())
-            put_packed(model, tables)
-        return model
-
     @abstractmethod
-    def _config(self, spec: ModelSpec, dtype: torch.dtype) -> Any:
-        """The config without the quantization config."""
+    def base_config(self, spec: ModelSpec, dtype: torch.dtype) -> Any:
+        """Build the checkpoint's config, without a quantization config."""
 
-    def _shortened(self, config: Any, num_blocks: int) -> Any:
-        """The config with fewer blocks; all blocks are alike."""
-        return shortened(config, num_blocks)
+    def shortened(self, config: Any, num_blocks: int) -> Any:
+        """The config of the same model with fewer blocks; all blocks are alike."""
+        short = copy.deepcopy(config)
+        short.num_hidden_layers = num_blocks
+        if getattr(short, "layer_types", None):
+            short.layer_types = short.layer_types[:num_blocks]
+        return short
 
     @abstractmethod
     def layout(self, dtype: torch.dtype) -> Layout:
@@ -279,12 +288,3 @@ def usual_step(width: int, divisor: int, *, at_least: int) -> int:
 def rank_step(config: Any) -> int:
     """Multiple that ranks are rounded to: 128 where the model is wide enough."""
     return usual_step(config.hidden_size, 1, at_least=32)
-
-
-def shortened(config: Any, num_blocks: int) -> Any:
-    """The config of the same model with fewer blocks."""
-    short = copy.deepcopy(config)
-    short.num_hidden_layers = num_blocks
-    if getattr(short, "layer_types", None):
-        short.layer_types = short.layer_types[:num_blocks]
-    return short

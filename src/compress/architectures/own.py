@@ -7,7 +7,7 @@ the heads' size to the hidden one (OPT); and linears that are factorized, or sto
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -15,13 +15,11 @@ from compress.architectures.architecture import (
     ONE_WIDTH,
     Architecture,
     ModelSpec,
-    dense_units,
     rank_step,
-    shortened,
     usual_step,
 )
 from compress.architectures.stock import Stock
-from compress.calibration.layout import Layout
+from compress.calibration.weights import Layout
 from compress.own_model.configuration_compress import CompressConfig
 
 CLASS = "CompressForCausalLM"
@@ -42,20 +40,23 @@ class Own(Architecture):
     inside: Stock | None = None
     shortcuts: bool = True
 
-    @property
-    def class_name(self) -> str:
-        return CLASS
-
-    @property
-    def is_stock(self) -> bool:
-        return False
+    class_name: ClassVar = CLASS
+    is_stock: ClassVar = False
 
     @property
     def zero_biases(self) -> tuple[str, ...]:
         return () if self.inside is None else self.inside.zero_biases
 
-    def _config(self, spec: ModelSpec, dtype: torch.dtype) -> CompressConfig:
-        text_config = self._text_config(spec) if self.inside is None else self.inside._config(spec, dtype)
+    def base_config(self, spec: ModelSpec, dtype: torch.dtype) -> CompressConfig:
+        if self.inside is not None:
+            text_config = self.inside.base_config(spec, dtype)
+        else:  # the dense model's with another MLP width
+            text_config, neurons = copy.deepcopy(self.dense), spec.units.get("neurons")
+            # The embeddings and the head lie in different bases, so what was tied no longer is.
+            text_config.tie_word_embeddings = False
+            text_config.name_or_path = ""  # a path of the machine it was made on
+            for units in self.family.units("neurons"):
+                setattr(text_config, units.count, max(neurons) if isinstance(neurons, tuple) else neurons)
         config = CompressConfig(
             text_config=text_config,
             structure=self.family.structure(),
@@ -70,16 +71,6 @@ class Own(Architecture):
         config.dtype = dtype
         return config
 
-    def _text_config(self, spec: ModelSpec) -> Any:
-        """The dense model's config with another MLP width."""
-        config, neurons = copy.deepcopy(self.dense), spec.units.get("neurons")
-        # The embeddings and the head lie in different bases, so what was tied no longer is.
-        config.tie_word_embeddings = False
-        config.name_or_path = ""  # a path of the machine it was made on
-        for units in self.family.units("neurons"):
-            setattr(config, units.count, max(neurons) if isinstance(neurons, tuple) else neurons)
-        return config
-
     def _slicing(self, spec: ModelSpec) -> dict[str, Any]:
         neurons = spec.units.get("neurons")
         return {
@@ -91,8 +82,8 @@ class Own(Architecture):
             "reader_bias": self.family.norm == "layer" and self.family.norm_offset,
         }
 
-    def _shortened(self, config: CompressConfig, num_blocks: int) -> CompressConfig:
-        config.text_config = shortened(config.text_config, num_blocks)
+    def shortened(self, config: CompressConfig, num_blocks: int) -> CompressConfig:
+        config.text_config = super().shortened(config.text_config, num_blocks)
         if config.slicing is not None:
             # Blocks alike, up to the last point, which has the head's width.
             widths, points = config.slicing["stream_widths"], num_blocks * len(self.family.branches)
@@ -108,7 +99,7 @@ class Own(Architecture):
             return self.inside.steps()
         # With shortcuts as the paper's code has it; without, as finely as for a stock shape.
         hidden = 8 if self.shortcuts else usual_step(self.dense.hidden_size, 1, at_least=16)
-        neurons = usual_step(dense_units(self.dense, self.family)["neurons"], 1, at_least=64)
+        neurons = usual_step(self.family.dense_units(self.dense)["neurons"], 1, at_least=64)
         return {"hidden": hidden, "neurons": neurons, "kv_groups": 1, "rank": rank_step(self.dense)}
 
     def problems(self, spec: ModelSpec) -> list[str]:
@@ -124,13 +115,12 @@ class Own(Architecture):
             ]
         if isinstance(spec.units.get("neurons"), tuple) and any(branch.experts for branch in self.family.branches):
             return ["Experts have as many neurons in every block. Give one number for all blocks."]
-        if spec.units.get("kv_groups", 0) != dense_units(self.dense, self.family).get("kv_groups", 0):
+        if spec.units.get("kv_groups", 0) != self.family.dense_units(self.dense).get("kv_groups", 0):
             return ["KV groups can be deleted only where the model keeps a stock shape."]
         return []
 
 
 def as_own(architecture: Architecture) -> Own:
-    """Wrap an architecture in our own."""
     if isinstance(architecture, Own):
         return architecture
     assert isinstance(architecture, Stock)

@@ -15,7 +15,7 @@ import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float64
@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from compress.architectures.architecture import ONE_WIDTH, Architecture, ModelSpec, dense_units, rank_step, usual_step
-from compress.calibration.layout import Layout
+from compress.architectures.architecture import ONE_WIDTH, Architecture, ModelSpec, rank_step, usual_step
+from compress.calibration.weights import Layout
 from compress.families import Family, StockShape
 from compress.models.branch import Branch, ReaderGroup, set_weight
 from compress.models.written import WrittenForm, in_form
@@ -42,14 +42,12 @@ class Stock(Architecture):
 
     narrows: bool = False
 
+    is_stock: ClassVar = True
+
     @property
     def class_name(self) -> str:
         name: str = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[self.model_type]
         return name
-
-    @property
-    def is_stock(self) -> bool:
-        return True
 
     @property
     def zero_biases(self) -> tuple[str, ...]:
@@ -69,7 +67,7 @@ class Stock(Architecture):
         assert self.family.stock is not None
         return self.family.stock
 
-    def _config(self, spec: ModelSpec, dtype: torch.dtype) -> Any:
+    def base_config(self, spec: ModelSpec, dtype: torch.dtype) -> Any:
         config = self._narrowed(spec) if self.narrows else copy.deepcopy(self.dense)
         config.name_or_path = ""  # a path of the machine it was made on
         config.architectures = [self.class_name]
@@ -79,6 +77,7 @@ class Stock(Architecture):
     def _narrowed(self, spec: ModelSpec) -> Any:
         dense, width = self.dense, spec.stream_widths[0]
         changes: dict[str, Any] = {
+            "model_type": self.model_type,
             "hidden_size": width,
             "head_dim": getattr(dense, "head_dim", None) or dense.hidden_size // dense.num_attention_heads,
             "num_attention_heads": self.num_heads(spec),
@@ -90,9 +89,11 @@ class Stock(Architecture):
         for branch in self.family.branches:
             changes |= {units.count: spec.units[units.kind] for units in branch.units}
         # Built anew, so that the config class sees the final values together; what it has no key for, it does not get.
-        known = AutoConfig.for_model(self.model_type).to_dict().keys() if self.rules.written_as else None
-        data = {key: value for key, value in dense.to_dict().items() if known is None or key in known}
-        return AutoConfig.for_model(**data | {"model_type": self.model_type} | changes)
+        data = dense.to_dict()
+        if self.rules.written_as:
+            known = AutoConfig.for_model(self.model_type).to_dict().keys()
+            data = {key: value for key, value in data.items() if key in known}
+        return AutoConfig.for_model(**data | changes)
 
     def num_heads(self, spec: ModelSpec) -> int:
         heads: int = self.dense.num_attention_heads
@@ -108,7 +109,7 @@ class Stock(Architecture):
         if not self.narrows:
             return {"rank": rank_step(self.dense)}
         heads = self.dense.num_attention_heads if self.rules.heads_divide_width else 1
-        units, grouped = dense_units(self.dense, self.family), GROUPED if self.has_experts else 1
+        units, grouped = self.family.dense_units(self.dense), GROUPED if self.has_experts else 1
         hidden = usual_step(self.dense.hidden_size, math.lcm(heads, grouped), at_least=16)
         neurons = usual_step(units["neurons"], grouped, at_least=64)
         return {"hidden": hidden, "kv_groups": 1, "neurons": neurons, "rank": rank_step(self.dense)}
@@ -148,25 +149,21 @@ class NarrowLayout(Layout):
     dtype: torch.dtype
 
     @property
-    def is_layer_norm(self) -> bool:
-        return self.family.norm == "layer"
-
-    @property
-    def has_constant(self) -> bool:
-        return self.family.stock is not None and self.family.stock.constant_channel
+    def rules(self) -> StockShape:
+        assert self.family.stock is not None
+        return self.family.stock
 
     def directions(self, width: int) -> int:
-        return width - self.is_layer_norm - self.has_constant
+        return width - (self.family.norm == "layer") - self.rules.constant_channel
 
     def form(self, branch: Branch, name: str) -> WrittenForm:
-        assert self.family.stock is not None
         width = self.stream_width(branch)
         columns, root = self.lift(width), (branch.dense_width / width) ** 0.5
         if name in branch.writers:
-            has_bias = name in self.family.stock.zero_biases
+            has_bias = name in self.rules.zero_biases
             return WrittenForm(outputs=Lift(columns, self._stream_scale(root)), has_bias=has_bias)
         # Where outputs pass a norm, its epsilon grows as the stream's does, and what it is given by as much.
-        is_normed = name in dict(self.family.stock.normed_readers)
+        is_normed = name in dict(self.rules.normed_readers)
         gain = self._norm_weight(branch, width) + self._norm_offset(branch)
         return WrittenForm(Lift(columns, gain / root), Lift(scale=root if is_normed else 1.0))
 
@@ -181,10 +178,19 @@ class NarrowLayout(Layout):
             branch.replace_linear(name, in_form(branch.linear(name), form) if stored is None else stored)
         for table in branch.writers.values():
             if isinstance(table, nn.Embedding):
-                self._settle_embeddings(table, lift, ratio**0.5)
+                weight = lift.up(table.weight.double())
+                # Gemma multiplies embeddings by the root of the hidden size, which is another one now.
+                if isinstance(embed_scale := getattr(table, "embed_scale", None), Tensor):
+                    weight = weight * ratio**0.5
+                    table.embed_scale = embed_scale / ratio**0.5
+                set_weight(table, weight)
         for group in branch.reader_groups():
             self._settle_norm(branch, group, width)
-        self._settle_readers_norms(branch, ratio)
+        for name, norm_name in self.rules.normed_readers:
+            if name in branch.readers:
+                assert branch.owner is not None
+                norm: Any = branch.owner.get_submodule(norm_name)
+                norm.variance_epsilon = branch.norm_eps * ratio
 
     def stream_width(self, branch: Branch) -> int:
         """The written hidden size, from the directions that a branch reads or writes."""
@@ -192,23 +198,14 @@ class NarrowLayout(Layout):
             directions = branch.in_features(next(iter(branch.readers)))
         else:
             directions = next(iter(branch.writers.values())).weight.shape[1]
-        return directions + self.is_layer_norm + self.has_constant
+        return directions - self.directions(0)
 
     def lift(self, width: int) -> Float64[Tensor, "width directions"] | None:
         """Orthonormal columns that sum to zero, and leave the last channel free where it is the constant one."""
-        if not self.is_layer_norm:
+        if self.family.norm != "layer":
             return None
-        basis = zero_mean_basis(width - self.has_constant)
-        return torch.cat([basis, basis.new_zeros(1, basis.shape[1])]) if self.has_constant else basis
-
-    @staticmethod
-    def _settle_embeddings(table: nn.Embedding, lift: Lift, root: float) -> None:
-        weight = lift.up(table.weight.double())
-        # Gemma multiplies embeddings by the root of the hidden size, which is another one now.
-        if isinstance(embed_scale := getattr(table, "embed_scale", None), Tensor):
-            weight = weight * root
-            table.embed_scale = embed_scale / root
-        set_weight(table, weight)
+        basis = zero_mean_basis(width - self.rules.constant_channel)
+        return torch.cat([basis, basis.new_zeros(1, basis.shape[1])]) if self.rules.constant_channel else basis
 
     def _stream_scale(self, root: float) -> float:
         """Scale of the stream, where norms have no gain to take it."""
@@ -233,28 +230,15 @@ class NarrowLayout(Layout):
         weight = torch.full((width,), self._norm_weight(branch, width), dtype=torch.float64)
         norm = norm_class(width, eps=branch.norm_eps * branch.dense_width / width)
         bias = torch.zeros_like(weight)
-        if self.has_constant and not branch.writers:
+        if self.rules.constant_channel and not branch.writers:
             weight[-1], bias[-1] = 0.0, 1.0
-            self._bias_as_column(branch)
+            # The head's bias turns into weights for the channel that is always 1.
+            for linear in branch.readers.values():
+                if linear.bias is not None:
+                    columns = [linear.weight.double()[:, :-1], linear.bias.double()[:, None]]
+                    linear.register_parameter("bias", None)
+                    set_weight(linear, torch.cat(columns, dim=1))
         norm.weight = branch.parameter(weight)
         if self.family.norm == "layer" and self.family.norm_offset:
             norm.bias = branch.parameter(bias)
         group.replace_norm(norm)
-
-    def _settle_readers_norms(self, branch: Branch, ratio: float) -> None:
-        assert self.family.stock is not None
-        for name, norm_name in self.family.stock.normed_readers:
-            if name in branch.readers:
-                assert branch.owner is not None
-                norm: Any = branch.owner.get_submodule(norm_name)
-                norm.variance_epsilon = branch.norm_eps * ratio
-
-    @staticmethod
-    def _bias_as_column(branch: Branch) -> None:
-        """Turn the head's bias into weights for the channel that is always 1."""
-        for linear in branch.readers.values():
-            weight = linear.weight.double()
-            if linear.bias is not None:
-                weight = torch.cat([weight[:, :-1], linear.bias.double()[:, None]], dim=1)
-                linear.register_parameter("bias", None)
-            set_weight(linear, weight)

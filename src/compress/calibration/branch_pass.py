@@ -9,29 +9,25 @@ compressed before it. At each branch:
     the writers write in that basis; where stages work on groups of linears, they are fitted, and the branch runs again,
     or the writer alone where its inputs are kept
 
-Where stages work on single linears, readers are given to them before the branch runs, writers before it runs again.
-Without groups and linears nothing is run a second time. The reference code of SliceGPT runs each block twice.
-
-Two other passages are for stages on linears alone, where no basis changes. Those that go by plain inputs find all
-linears of a branch by what the compressed stream gives them in one pass of the branch as it is; no dense stream is
-needed. Those that ask for the dense model's own inputs find them the same way, but the stream goes on behind that pass
-and stays the dense model's.
+Single linears are rewritten with their group: readers before the branch runs, writers before it runs again. Without
+groups nothing is run a second time (SliceGPT's code runs each block twice), and linears that go by plain inputs are all
+rewritten by what one pass of the unchanged branch gives them. Where these are to be the dense model's own, the stream
+goes on behind that pass and stays the dense model's.
 
 Shapes: stream (windows, tokens, d) in the present basis, (windows, tokens, D) in the dense one, decode (d, D),
 encode (D, d).
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor, nn
 
-from compress.calibration.divergence import copy_linears, mean_divergence
 from compress.calibration.experts import chunks, gather_experts
 from compress.calibration.groups import (
-    EquationSums,
     LinearGroup,
     Readers,
     Writers,
@@ -40,73 +36,65 @@ from compress.calibration.groups import (
     writer_linears,
     writer_matrix,
 )
-from compress.calibration.layout import Layout
 from compress.calibration.linears import LinearSite
 from compress.calibration.resources import Stopwatch
 from compress.calibration.rewriting import LinearRewriter, Report
-from compress.calibration.sites import Basis, Stage, StreamPoint, Table, follows_dense, has_groups, rotates_points
-from compress.calibration.statistics import Accumulator, Need
-from compress.calibration.streams import Batch, Streams, rows
+from compress.calibration.sites import Basis, Stage, StreamPoint, Table, follows_dense, is_anchored, rotates_points
+from compress.calibration.statistics import EquationSums, PointStatistics, rows
+from compress.calibration.streams import Batch, Streams, mean_divergence
 from compress.calibration.survey import Survey
-from compress.models.branch import Branch, ReaderGroup, captured_inputs, input_of, read_through, write_through
+from compress.calibration.weights import Layout
+from compress.models.branch import Branch, captured_inputs, input_of, read_through, write_through
 from compress.models.decoder import Decoder
 from compress.numerics.frames import Frame
 from compress.numerics.ridge import NormalEquations
 
-Gathered = dict[Need, Accumulator]
 
-
+@dataclass
 class BranchPass:
     """
     survey: of the dense model, where a stage asked for one.
     frame: what the bases of all points are of, where they share one.
     decode: takes the compressed stream where it is now back to the dense basis; None while it is in that basis.
+    blocks: of the tables quantized last, by path.
+    writer_inputs: of the present branch, by batch; none where they are not kept.
     """
 
-    def __init__(
-        self,
-        decoder: Decoder,
-        streams: Streams,
-        stages: Sequence[Stage],
-        layout: Layout,
-        clock: Stopwatch,
-        survey: Survey | None,
-        frame: Frame | None,
-    ) -> None:
-        self.decoder = decoder
-        self.streams = streams
-        self.stages = stages
-        self.layout = layout
-        self.clock = clock
-        self.frame = frame
-        self.decode: Float64[Tensor, "d D"] | None = None
-        self.blocks: dict[str, Tensor] = {}  # of the tables quantized last, by path
-        self.writer_inputs: list[Tensor] = []  # of the present branch, by batch; none where they are not kept
-        self.processes = streams.processes
-        self.rewriter = LinearRewriter(decoder, stages, layout, survey, clock, streams.processes)
-        self.rotates_points = frame is None and rotates_points(stages)
-        self.follows_dense = follows_dense(stages)
-        self.is_anchored = not self.follows_dense and has_groups(stages)
-        self.eps = decoder.family.epsilon(decoder.config)
+    decoder: Decoder
+    streams: Streams
+    stages: Sequence[Stage]
+    layout: Layout
+    clock: Stopwatch
+    survey: Survey | None
+    frame: Frame | None
+    decode: Float64[Tensor, "d D"] | None = None
+    blocks: dict[str, Tensor] = field(default_factory=dict)
+    writer_inputs: list[Tensor] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.processes = self.streams.processes
+        self.rewriter = LinearRewriter(self.decoder, self.stages, self.layout, self.survey, self.clock, self.processes)
+        self.rotates_points = self.frame is None and rotates_points(self.stages)
+        self.follows_dense, self.is_anchored = follows_dense(self.stages), is_anchored(self.stages)
+        self.eps = self.decoder.family.epsilon(self.decoder.config)
 
     def embed(self, branch: Branch, point: StreamPoint) -> None:
         """Compress the embeddings, which must be loaded, and start both streams."""
         self._apply(branch)
         with self.clock("forward"):
             self.streams.embed()
-        gathered = self._accumulators(point)
+        found = self._statistics(point)
         with self.clock("statistics"):
-            for batch in self.streams.batches:
-                for accumulator in gathered.values():
-                    accumulator.add(*self.streams.now(batch))
-        self._decide(point, gathered)
+            for batch in self.streams.batches if found else ():
+                found.add(*self.streams.now(batch))
+        self._decide(point, found)
         self._change_basis(branch, point)
         self.layout.settle(branch)
         names = self.decoder.family.embeddings
         self.quantize_tables({name: self.decoder.model.get_submodule(name) for name in names})
         if self.blocks and self.decode is None:
             with self.clock("forward"):
-                self.streams.embed_again()
+                self.streams.embed(dense=False)
 
     def through(self, branch: Branch, point: StreamPoint, block: int) -> list[Report]:
         """Compress a branch of a block and advance the streams to `point`; return reports on groups and linears."""
@@ -123,9 +111,10 @@ class BranchPass:
         else:
             self._advance_dense(branch, block)
             reports = self._enter(branch, [])
-            if self.rewriter.stages:
-                reports += self.rewriter.rewrite_together(branch, block, self.streams, advance=False)
-            self._run_wide(branch, point, block)
+            reports += self.rewriter.rewrite_together(branch, block, self.streams)
+            found = self._statistics(point)
+            self._run_wide(branch, block, found, advance=True)
+            self._decide(point, found)
             self._change_basis(branch, point)
         self.layout.settle(branch)
         return reports
@@ -135,7 +124,8 @@ class BranchPass:
         self._apply(head)
         fitted = self.is_anchored and not self.layout.ties_head
         readers = self._readers(head, len(self.decoder.blocks)) if fitted else []
-        dense = copy_linears(head.readers.values())
+        (reader,) = head.readers.values()
+        weight, bias = reader.weight, reader.bias  # replaced, never written in place
         reports = self._enter(head, readers)
         family, is_written = self.decoder.family, self.decode is None
         path = family.embeddings[0] if self.layout.ties_head else family.head
@@ -143,7 +133,7 @@ class BranchPass:
         if is_written:
             self.quantize_tables(table)
         with self.clock("forward"):
-            divergence = mean_divergence(head, dense, self.streams)
+            divergence = mean_divergence(head, weight, bias, self.streams)
         self.layout.settle(head)
         if not is_written:
             self.quantize_tables(table)
@@ -170,91 +160,78 @@ class BranchPass:
 
     def _readers(self, branch: Branch, block: int) -> list[Readers]:
         """Fit the readers' groups without writing them: the dense stream has yet to pass the branch."""
-        return [self._fitted_readers(branch, group, block) for group in branch.reader_groups()]
-
-    def _fitted_readers(self, branch: Branch, behind: ReaderGroup, block: int) -> Readers:
-        width, has_bias = self.decoder.dense_width, all_biased(behind.readers.values())
+        width, groups = self.decoder.dense_width, []
         decode = self.decode if self.decode is not None else torch.eye(width, dtype=torch.float64)
-        sums = EquationSums(len(decode) + has_bias, width, self.decoder.device)
-        with self.clock("statistics"):
-            for batch in self.streams.batches:
-                stream, dense = self.streams.now(batch)
-                assert dense is not None
-                u = with_constant([rows(behind.norm(stream))], bias=has_bias)
-                sums.add(u, rows(behind.norm(dense)), held_out=batch.held_out)
-            fit, held_out = sums.fit(self.processes), sums.held_out(self.processes)
-            inputs = sums.inputs(self.processes)
-        start = decode.to(fit.G.device)
-        if has_bias:
-            start = torch.cat([start, start.new_zeros(1, width)])
-        name = f"{branch.name} readers"
-        group = Readers(name, block, branch, fit, held_out, inputs, start, readers=behind.readers)
-        with self.clock("solve"):
-            self._apply(group)
-        return group
+        for behind in branch.reader_groups():
+            has_bias = all_biased(behind.readers.values())
+            sums = EquationSums(len(decode) + has_bias, width, self.decoder.device)
+            with self.clock("statistics"):
+                for batch, stream, dense in self.streams.both():
+                    u = with_constant([rows(behind.norm(stream))], bias=has_bias)
+                    sums.add(u, rows(behind.norm(dense)), held_out=batch.held_out)
+                equations = sums.close(self.processes)
+            start = decode.to(self.decoder.device)
+            if has_bias:
+                start = torch.cat([start, start.new_zeros(1, width)])
+            group = Readers(f"{branch.name} readers", block, branch, *equations, start, readers=behind.readers)
+            with self.clock("solve"):
+                self._apply(group)
+            groups.append(group)
+        return groups
 
     def _enter(self, branch: Branch, groups: Sequence[Readers]) -> list[Report]:
         """Write the fitted readers, so that they take the compressed stream."""
-        reports = []
         if not groups and self.decode is not None:
             read_through(branch, self.decode)
-        for group in groups:
-            group.write()
-            reports += self.rewriter.rewrite_group(group)
-            reports.append(group.close())
-        return reports
+        return [report for group in groups for report in self._written(group)]
+
+    def _written(self, group: Readers | Writers) -> list[Report]:
+        group.write()
+        return [*self.rewriter.rewrite_group(group), group.close()]
 
     def _advance_dense(self, branch: Branch, block: int) -> None:
-        if self.streams.dense is None or branch.run is None:
+        if self.streams.dense is None:
             return
         with self.clock("forward"):
-            for batch in self.streams.batches:
-                _, dense = self.streams.now(batch)
-                assert dense is not None
-                arguments = self.streams.arguments[batch.index][block]
+            for batch, _, dense in self.streams.both():
                 with captured_inputs(branch.norms_behind) as given:
-                    self.streams.dense.put(batch.index, dense + branch.run(dense, arguments))
+                    self.streams.dense.put(batch.index, dense + self.streams.update(branch, dense, batch, block))
                 if self.streams.before_post_norm is not None and given:
                     self.streams.before_post_norm.put(batch.index, given[0])
 
-    def _run_wide(self, branch: Branch, point: StreamPoint, block: int) -> None:
-        """Run the branch, its output in the dense basis, and decide the point's basis by what came out."""
-        gathered = self._accumulators(point)
+    def _run_wide(self, branch: Branch, block: int, found: PointStatistics, *, advance: bool = False) -> None:
+        """Run the branch, its output in the dense basis, for the statistics of what comes out."""
         for batch in self.streams.batches:
             stream, dense = self.streams.now(batch)
             with self.clock("forward"):
                 wide = self._wide(stream) + self.streams.update(branch, stream, batch, block)
-                self.streams.compressed.put(batch.index, wide)
+                if advance:
+                    self.streams.compressed.put(batch.index, wide)
             with self.clock("statistics"):
-                for accumulator in gathered.values():
-                    accumulator.add(wide, dense)
-        self._decide(point, gathered)
+                found.add(wide, dense)
 
     def _fit_writers(self, branch: Branch, point: StreamPoint, block: int) -> list[Report]:
         """Run the branch to see what its writers are given; encode and fit them."""
-        sums, gathered = self._gather_writers(branch, point, block)
-        self._decide(point, gathered)
+        sums, found = self._gather_writers(branch, point, block)
+        self._decide(point, found)
         encode = self._write_in_basis(branch, point)
-        fit, held_out = sums.fit(self.processes), sums.held_out(self.processes)
+        fit, held_out, inputs = sums.close(self.processes)
         if self.rotates_points and encode is not None:
-            fit, held_out = encoded(fit, encode), encoded(held_out, encode)
-        inputs = sums.inputs(self.processes)
+            # Targets in the point's basis.
+            fit, held_out = (NormalEquations(each.G, each.B @ encode, each.tokens) for each in (fit, held_out))
         name, matrix = f"{branch.name} writers", writer_matrix(branch)
         group = Writers(name, block, branch, fit, held_out, inputs, matrix, processes=self.processes)
         with self.clock("solve"):
             self._apply(group)
-        group.write()
-        return [*self.rewriter.rewrite_group(group), group.close()]
+        return self._written(group)
 
     def _fit_experts(self, branch: Branch, point: StreamPoint, block: int) -> list[Report]:
         """Encode the experts of a branch and fit them, each by its own tokens."""
-        reports, gathered = self.rewriter.rewrite_readers(branch, block, self.streams), self._accumulators(point)
-        for batch in self.streams.batches if gathered else ():
-            stream, dense = self.streams.now(batch)
-            wide = self._wide(stream) + self.streams.update(branch, stream, batch, block)
-            for accumulator in gathered.values():
-                accumulator.add(wide, dense)
-        self._decide(point, gathered)
+        reports = self.rewriter.rewrite_together(branch, block, self.streams, readers_only=True)
+        found = self._statistics(point)
+        if found:
+            self._run_wide(branch, block, found)
+        self._decide(point, found)
         encode = self._write_in_basis(branch, point)
         for numbers in chunks(branch.experts, self.decoder.dense_width):
             with self.clock("statistics"):
@@ -266,11 +243,10 @@ class BranchPass:
                 group.processes = self.processes
                 with self.clock("solve"):
                     self._apply(group)
-                group.write()
-                reports += [*self.rewriter.rewrite_group(group), group.close()]
+                reports += self._written(group)
         return reports
 
-    def _gather_writers(self, branch: Branch, point: StreamPoint, block: int) -> tuple[EquationSums, Gathered]:
+    def _gather_writers(self, branch: Branch, point: StreamPoint, block: int) -> tuple[EquationSums, PointStatistics]:
         """Gather the writers' normal equations and the point's statistics.
 
         Where each point is rotated by itself, the basis is not known yet: the stream, which passes by a shortcut, comes
@@ -282,11 +258,11 @@ class BranchPass:
         width = self.decoder.dense_width if encode is None else encode.shape[1]
         stream_width = self.streams.compressed.stored(0).shape[-1] if self.rotates_points else 0
         inputs = stream_width + sum(linear.in_features for linear in linears) + has_bias
-        sums, gathered = EquationSums(inputs, width, self.decoder.device), self._accumulators(point)
-        keeps = not gathered and self._can_keep_inputs(branch)
-        for batch in self.streams.batches:
-            stream, dense = self.streams.now(batch)
-            assert dense is not None
+        sums, found = EquationSums(inputs, width, self.decoder.device), self._statistics(point)
+        # All that the branch writes is one writer's output, whose inputs fit in memory and last until it is fitted.
+        alone = len(linears) == len(branch.writers) == 1 and branch.post_norm is None and branch.shortcut is None
+        keeps = alone and not (found or self.rotates_points) and self.streams.have_room_for(linears[0].in_features)
+        for batch, stream, dense in self.streams.both():
             with self.clock("forward"):
                 if keeps:
                     run = partial(self.streams.update, branch, stream, batch, block)
@@ -296,22 +272,13 @@ class BranchPass:
                     with captured_inputs(linears) as given:
                         update = self.streams.update(branch, stream, batch, block)
             with self.clock("statistics"):
-                if gathered:
-                    wide = self._wide(stream) + update
-                    for accumulator in gathered.values():
-                        accumulator.add(wide, dense)
-                columns = [rows(given[place]) for place in range(len(linears))]
+                if found:
+                    found.add(self._wide(stream) + update, dense)
                 z = [rows(stream) / branch.scale] if self.rotates_points else []
-                u = with_constant([*z, *columns], bias=has_bias)
-                t, weights = self._target(branch, batch, encode)
+                u = with_constant([*z, *(rows(given[place]) for place in range(len(linears)))], bias=has_bias)
+                t, weights = self._target(branch, batch, stream, dense, encode)
                 sums.add(u, t, weights=weights, held_out=batch.held_out)
-        return sums, gathered
-
-    def _can_keep_inputs(self, branch: Branch) -> bool:
-        """Whether all that a branch writes is one writer's output, and its inputs fit in memory."""
-        linears = writer_linears(branch)
-        alone = len(linears) == len(branch.writers) == 1 and branch.post_norm is None and branch.shortcut is None
-        return alone and not self.rotates_points and self.streams.have_room_for(linears[0].in_features)
+        return sums, found
 
     def _shared_encode(self, point: StreamPoint) -> Float64[Tensor, "D d"] | None:
         """The encode matrix of a point of a shared frame; None where there is none, or each point has its own."""
@@ -326,7 +293,7 @@ class BranchPass:
         return change[0].to(self.decoder.dtype)
 
     def _target(
-        self, branch: Branch, batch: Batch, encode: Float[Tensor, "D d"] | None
+        self, branch: Branch, batch: Batch, stream: Tensor, dense: Tensor, encode: Float[Tensor, "D d"] | None
     ) -> tuple[Float[Tensor, "tokens d"], Float[Tensor, "tokens 1"]]:
         """The targets of a branch's writers for a batch, and its token weights.
 
@@ -335,8 +302,6 @@ class BranchPass:
         the stream that has taken these in. Tokens weigh as the next norm will weigh them, and as the norm behind the
         branch does: an error e before a norm of y is of the order of e / rms(y) behind it.
         """
-        stream, dense = self.streams.now(batch)
-        assert dense is not None
         t = rows(dense)
         weights = self._weigh(t)
         if branch.post_norm is not None:
@@ -363,7 +328,6 @@ class BranchPass:
                 self.streams.compressed.put(batch.index, branch.carried(stream) + update)
 
     def _wide(self, stream: Tensor) -> Float[Tensor, "*batch D"]:
-        """Decode the compressed stream into the dense basis."""
         return stream if self.decode is None else stream @ self.decode.to(self.decoder.dtype)
 
     def _weigh(self, t: Float[Tensor, "tokens D"]) -> Float[Tensor, "tokens 1"]:
@@ -371,16 +335,13 @@ class BranchPass:
         mean: Tensor | float = t.mean(-1, keepdim=True) if self.decoder.family.norm == "layer" else 0.0
         return 1 / ((t - mean).square().mean(-1, keepdim=True) + self.eps)
 
-    def _accumulators(self, point: StreamPoint) -> Gathered:
+    def _statistics(self, point: StreamPoint) -> PointStatistics:
         stages = [stage for stage in self.stages if stage.site is StreamPoint]
         needs = dict.fromkeys(need for stage in stages for need in stage.requires.statistics)
-        return {need: need.accumulator(point.dense_width, self.eps, self.decoder.device) for need in needs}
+        return PointStatistics(needs, point.dense_width, self.eps, self.decoder.device)
 
-    def _decide(self, point: StreamPoint, gathered: Mapping[Need, Accumulator]) -> None:
-        """Ask the stages for the point's basis."""
-        for accumulator in gathered.values():
-            self.processes.add_up(*accumulator.sums)
-        point.statistics = {need: accumulator.value() for need, accumulator in gathered.items()}
+    def _decide(self, point: StreamPoint, found: PointStatistics) -> None:
+        point.statistics = found.close(self.processes)
         if self.frame is not None:
             point.basis = Basis(self.frame, width=point.dense_width, is_shared=True)
         with self.clock("eigensolve"):
@@ -414,8 +375,3 @@ class BranchPass:
             for batch in self.streams.batches:
                 stream, _ = self.streams.now(batch)
                 self.streams.compressed.put(batch.index, stream @ narrow)
-
-
-def encoded(equations: NormalEquations, encode: Float64[Tensor, "D d"]) -> NormalEquations:
-    """Normal equations with the targets in the basis of `encode`'s columns."""
-    return NormalEquations(equations.G, equations.B @ encode, equations.tokens)

@@ -1,12 +1,8 @@
 """Fit the experts of a mixture, each by the tokens that are routed to it.
 
 **Statistics** of an expert's linears are of the tokens that reach it alone, each once for what reads the stream. What
-writes it is given its inputs times the token's share, so that an error counts as it does in the stream.
-
-**Few tokens.** A linear with k inputs that was given n < k of them counts as if it had been given k - n more, which
-its weights map as they do now: for readers such as all tokens of the branch are, for writers white ones as strong as
-those that came (or of variance 1 where none came). Nothing is changed at n = k; at n = 0 readers go by all tokens, and
-writers by their weights alone.
+writes it is given its inputs times the token's share, so that an error counts as it does in the stream. Those that have
+too few are regularized (`statistics.py`).
 
 **The anchored fit.** All experts' writers together are one least-squares problem of experts x inner unknown rows, too
 wide to solve. A token whose experts have the shares p_e (1 in sum) lacks r toward the dense stream; with changes D_e,
@@ -19,66 +15,21 @@ fitted one lot after the other, each to what is then still missing, which keeps 
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor, nn
 
-from compress.calibration.groups import EquationSums, InputSums, mean_moments, writer_matrix
-from compress.calibration.processes import Processes
-from compress.calibration.streams import Streams, rows
+from compress.calibration.groups import writer_matrix
+from compress.calibration.statistics import EquationSums, Regularized, regularized, rows
+from compress.calibration.streams import Streams
 from compress.models.branch import Branch, captured_inputs
-from compress.numerics.lowrank import InputMoments, normal_moments
 from compress.numerics.ridge import NormalEquations
 
 LOT_BYTES = 2**32  # of the equations of experts that are fitted together
 SMALLEST_PART = 1e-12
 
 Weigh = Callable[[Tensor], Tensor]  # the dense stream's tokens (n, D) to how much each counts (n, 1)
-
-
-@dataclass(frozen=True)
-class Regularized:
-    """A linear's inputs over all processes, with the pseudo-tokens added. tokens: how many real ones there were."""
-
-    fit: NormalEquations
-    inputs: InputSums
-    tokens: int
-
-    def moments(self) -> InputMoments:
-        return mean_moments(self.fit, self.inputs)
-
-
-def regularized(
-    sums: EquationSums,
-    processes: Processes,
-    like: InputMoments | None = None,
-    matrix: Float64[Tensor, "k m"] | None = None,
-) -> Regularized:
-    """Add pseudo-tokens to a linear that was given fewer tokens than its k inputs, so that there are k.
-
-    like: what their inputs are; by default white. matrix: what is made of them, where there are targets.
-    """
-    fit, inputs = sums.fit(processes), sums.inputs(processes)
-    given, seen = int(processes.total(sums.fitted)), int(processes.total(sums.seen))
-    width = len(fit.G)
-    if given >= width:
-        return Regularized(fit, inputs, seen)
-    weight = (width - given) * (fit.tokens / given if given else 1.0)
-    like = white(fit) if like is None else like
-    G = weight * like.second
-    B = fit.B if matrix is None else fit.B + G @ matrix
-    beside = InputSums(inputs.total + weight * like.mean, inputs.absolute + weight * like.mean_abs)
-    return Regularized(NormalEquations(fit.G + G, B, fit.tokens + weight), beside, seen)
-
-
-def white(fit: NormalEquations) -> InputMoments:
-    """Moments of isotropic inputs with the power of the real ones."""
-    variance = float(fit.G.diagonal().mean() / fit.tokens) if fit.tokens else 1.0
-    second = torch.eye(len(fit.G), dtype=fit.G.dtype, device=fit.G.device) * (variance or 1.0)
-    return normal_moments(second, second.new_zeros(len(second)))
 
 
 def chunks(experts: Sequence[Branch], targets: int) -> Iterator[range]:
@@ -104,9 +55,7 @@ def gather_experts(
     writers = [writer_of(branch.experts[number]) for number in numbers]
     matrices = [writer_matrix(branch.experts[number]) for number in numbers]
     sums = [EquationSums(len(matrix), matrix.shape[1], matrix.device) for matrix in matrices]
-    for batch in streams.batches:
-        stream, dense = streams.now(batch)
-        assert dense is not None
+    for batch, stream, dense in streams.both():
         with captured_inputs(writers) as given:
             update = streams.update(branch, stream, batch, block)
         t = rows(dense)
@@ -165,7 +114,6 @@ def short_of_tokens(reports: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def lot_bytes(experts: int, inner: int, targets: int) -> int:
-    """Bytes that the equations of a chunk take at most."""
     one = equation_bytes(inner, targets)
     return min(experts * one, max(one, LOT_BYTES))
 

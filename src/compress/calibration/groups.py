@@ -19,7 +19,7 @@ Dimensions: k inputs, D the dense width, d the kept one. Matrices act from the r
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,101 +27,11 @@ from jaxtyping import Float, Float64, Int64
 from torch import Tensor, nn
 
 from compress.calibration.processes import ALONE, Processes
+from compress.calibration.statistics import InputSums
 from compress.models.branch import Branch, set_bias, set_weight
 from compress.models.factors import with_outputs
 from compress.numerics.lowrank import InputMoments
 from compress.numerics.ridge import NormalEquations
-from compress.numerics.sums import TOKENS_AT_ONCE, GramSum, add_product, at_least_float32
-
-
-@dataclass(frozen=True)
-class InputSums:
-    """Sums of u and of |u| over all windows."""
-
-    total: Float64[Tensor, "k"]
-    absolute: Float64[Tensor, "k"]
-
-    def only(self, inputs: Tensor | slice) -> "InputSums":
-        return InputSums(self.total[inputs], self.absolute[inputs])
-
-
-class RunningEquations:
-    """Running sums of u u^T and u t^T."""
-
-    def __init__(self, inputs: int, targets: int, device: torch.device) -> None:
-        self.G = GramSum(inputs, device)
-        self.B = torch.zeros(inputs, targets, dtype=torch.float64, device=device)
-        self.tokens = torch.zeros((), dtype=torch.float64, device=device)
-
-    def add(self, u: Float[Tensor, "tokens k"], t: Float[Tensor, "tokens m"], tokens: Float[Tensor, ""]) -> None:
-        self.G.add(u)
-        add_product(self.B, u, t)
-        self.tokens += tokens
-
-    def close(self, processes: Processes) -> NormalEquations:
-        processes.add_up(self.G.total, self.B, self.tokens)
-        return NormalEquations(self.G.close(), self.B, float(self.tokens))
-
-
-class EquationSums:
-    """Sums of u u^T and u t^T, separate for the windows to fit on and the held-out ones; of u and |u| over all.
-
-    Each of them is asked for once, in all processes, when everything is added.
-
-    fitted, seen: how many tokens there were in this process, of the windows to fit on and of all.
-    """
-
-    def __init__(self, inputs: int, targets: int, device: torch.device) -> None:
-        self._new = partial(RunningEquations, inputs, targets, device)
-        self._fit = self._new()
-        self._total, self._absolute = torch.zeros(2, inputs, dtype=torch.float64, device=device)
-        self.fitted = self.seen = 0
-
-    @cached_property
-    def _held_out(self) -> RunningEquations:
-        """The held-out sums, allocated on first use: they are as large as the others."""
-        return self._new()
-
-    def add(
-        self,
-        u: Float[Tensor, "tokens k"],
-        t: Float[Tensor, "tokens m"] | None,
-        *,
-        weights: Float[Tensor, "tokens 1"] | None = None,
-        held_out: bool = False,
-    ) -> None:
-        """Add a batch, weighted by token: as if u and t were multiplied by the weight's square root."""
-        self.seen += len(u)
-        self.fitted += 0 if held_out else len(u)
-        running = self._held_out if held_out else self._fit
-        u = at_least_float32(u)
-        t = u[:, :0] if t is None else t.to(u.dtype)
-        roots = u.new_ones(len(u), 1) if weights is None else weights.to(u.dtype).sqrt()
-        for inputs, targets, root in zip(*(x.split(TOKENS_AT_ONCE) for x in (u, t, roots)), strict=True):
-            if weights is not None:
-                inputs, targets = inputs * root, targets * root
-            self._total += (root.T @ inputs)[0]
-            self._absolute += (root.T @ inputs.abs())[0]
-            running.add(inputs, targets, root.square().sum())
-
-    def fit(self, processes: Processes) -> NormalEquations:
-        return self._fit.close(processes)
-
-    def held_out(self, processes: Processes) -> NormalEquations:
-        return self._held_out.close(processes)
-
-    def inputs(self, processes: Processes) -> InputSums:
-        processes.add_up(self._total, self._absolute)
-        return InputSums(self._total, self._absolute)
-
-    def moments(self, processes: Processes) -> InputMoments:
-        """Moments of the inputs over the windows to fit on."""
-        return mean_moments(self.fit(processes), self.inputs(processes))
-
-
-def mean_moments(fit: NormalEquations, inputs: InputSums) -> InputMoments:
-    """Means over tokens, from sums; the second moment takes the place of fit.G."""
-    return InputMoments(fit.G.div_(fit.tokens), inputs.total / fit.tokens, inputs.absolute / fit.tokens)
 
 
 def with_constant(inputs: Sequence[Float[Tensor, "tokens _"]], *, bias: bool) -> Float[Tensor, "tokens k"]:
@@ -164,9 +74,17 @@ class LinearGroup(ABC):
     def write(self) -> None:
         """Put the matrix into the linears."""
 
+    @abstractmethod
+    def places(self) -> dict[str, slice]:
+        """Slices of the group's inputs, by linear."""
+
     def moments(self, place: slice) -> InputMoments:
         """Moments of some of the inputs over all windows."""
-        return input_moments(self.fit, self.held_out, self.inputs, place)
+        tokens = self.fit.tokens + self.held_out.tokens
+        second = self.fit.G[place, place] / tokens
+        if self.held_out.tokens:
+            second += self.held_out.G[place, place] / tokens
+        return InputMoments(second, self.inputs.total[place] / tokens, self.inputs.absolute[place] / tokens)
 
     def close(self) -> dict[str, Any]:
         """Return the group's report and free its matrices, the largest besides a block's weights."""
@@ -190,7 +108,6 @@ class Readers(LinearGroup):
         return torch.stack([W.T @ W for W in weights]).sum(0)
 
     def places(self) -> dict[str, slice]:
-        """Slices of the group's inputs, by linear."""
         width = len(self.matrix) - all_biased(self.readers.values())
         return dict.fromkeys(self.readers, slice(0, width))
 
@@ -204,14 +121,6 @@ class Readers(LinearGroup):
             set_weight(linear, weight @ through.T)
 
 
-def input_moments(fit: NormalEquations, held_out: NormalEquations, sums: InputSums, place: slice) -> InputMoments:
-    tokens = fit.tokens + held_out.tokens
-    second = fit.G[place, place] / tokens
-    if held_out.tokens:
-        second += held_out.G[place, place] / tokens
-    return InputMoments(second, sums.total[place] / tokens, sums.absolute[place] / tokens)
-
-
 def all_biased(linears: Iterable[nn.Linear]) -> bool:
     """Whether a constant can be fitted: only if every linear has a bias to hold it."""
     return all(linear.bias is not None for linear in linears)
@@ -222,7 +131,6 @@ class Writers(LinearGroup):
     """The linears that write the stream, encoded already, and the shortcut before them where there is one. m = d."""
 
     def places(self) -> dict[str, slice]:
-        """Slices of the group's inputs, by writer."""
         places, start = {}, 0 if self.branch.shortcut is None else self.branch.shortcut.in_features
         for name, writer in self.branch.writers.items():
             assert isinstance(writer, nn.Linear)
@@ -245,14 +153,8 @@ class Writers(LinearGroup):
         if kind not in self.branch.units:
             return None
         units, count = self.branch.units[kind]
-        linear, start = self.branch.writers[units.writer], 0
-        for other in writer_linears(self.branch):
-            if other is linear:
-                break
-            start += other.in_features
-        assert isinstance(linear, nn.Linear)
-        inputs = torch.arange(start, start + linear.in_features, device=self.matrix.device)
-        return inputs.view(count, -1)
+        place = self.places()[units.writer]
+        return torch.arange(place.start, place.stop, device=self.matrix.device).view(count, -1)
 
     def keep(self, kind: str, kept: Int64[Tensor, "kept"]) -> None:
         """Delete all other units: from what produces them, from their writer and from the equations."""

@@ -37,6 +37,11 @@ class LinearShape:
     n: int
     has_bias: bool
 
+    @classmethod
+    def of(cls, path: str, name: str, part: str, linear: nn.Linear) -> "LinearShape":
+        m, n = linear.weight.shape
+        return cls(path, name, part, m, n, linear.bias is not None)
+
     @property
     def full_rank(self) -> int:
         return min(self.m, self.n)
@@ -56,10 +61,6 @@ class FactorShape:
         return num_stored(linear.m, linear.n, self.rank, self.form) + added
 
 
-def no_gradient() -> None:
-    """Stand in for a gradient where there was no survey."""
-
-
 @dataclass
 class LinearSite:
     """
@@ -75,7 +76,7 @@ class LinearSite:
     module: Rewritten
     inputs: InputMoments
     put: Callable[[Rewritten], None]
-    read_gradient: Callable[[], Tensor | None] = no_gradient
+    read_gradient: Callable[[], Tensor | None] | None = None
     notes: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -93,7 +94,7 @@ class LinearSite:
     @property
     def gradient(self) -> Tensor | None:
         """E g g^T, g the loss's gradient by the outputs in the dense model; only the diagonal for a wide linear."""
-        return self.read_gradient()
+        return None if self.read_gradient is None else self.read_gradient()
 
     @property
     def _linear(self) -> nn.Linear:
@@ -125,30 +126,21 @@ class LinearSite:
             return
         thin = self.module
         assert isinstance(thin, LowRankLinear | PivotLinear)
-        yield self._part(thin, "first", self.inputs)
+
+        def part(name: str, inputs: InputMoments, gradient: Callable[[], Tensor | None] | None) -> LinearSite:
+            linear: nn.Linear = getattr(thin, name)  # plain until its own turn comes
+            shape = LinearShape.of(f"{self.shape.path}.{name}", f"{self.shape.name}.{name}", self.shape.part, linear)
+            put = partial(setattr, thin, name)
+            return LinearSite(f"{self.name} {name}", shape, linear, inputs, put, gradient, self.notes)
+
+        yield part("first", self.inputs, None)
         # By the first as it is now: whoever quantized it sees what it gives.
         first: nn.Module = thin.first
         assert isinstance(first, nn.Linear | AdaptedLinear)
         between = self.inputs.through(weight_of(first))
         if first.bias is not None:
             between = between.shifted(first.bias.double())
-        yield self._part(thin, "second", between)
-
-    def _part(self, thin: LowRankLinear | PivotLinear, name: str, inputs: InputMoments) -> "LinearSite":
-        linear: nn.Linear = getattr(thin, name)  # plain until its own turn comes
-        gives_outputs = name == "second" and isinstance(thin, LowRankLinear)
-        return LinearSite(
-            name=f"{self.name} {name}",
-            shape=linear_shape(f"{self.shape.path}.{name}", f"{self.shape.name}.{name}", self.shape.part, linear),
-            module=linear,
-            inputs=inputs,
-            put=partial(setattr, thin, name),
-            read_gradient=self.read_gradient if gives_outputs else no_gradient,
-            notes=self.notes,
-        )
-
-    def report(self) -> dict[str, Any]:
-        return {"linear": self.shape.path, **self.notes}
+        yield part("second", between, self.read_gradient if isinstance(thin, LowRankLinear) else None)
 
 
 def lost(W: Tensor, product: Tensor, inputs: InputMoments, *, centered: bool) -> float:
@@ -164,8 +156,3 @@ def weight_of(module: nn.Linear | AdaptedLinear) -> Float64[Tensor, "m n"]:
     W = module.rows(0, module.out_features, torch.float64)
     adapter = module.adapter(torch.float64)
     return W if adapter is None else W + adapter[1].T @ adapter[0]
-
-
-def linear_shape(path: str, name: str, part: str, linear: nn.Linear) -> LinearShape:
-    m, n = linear.weight.shape
-    return LinearShape(path, name, part, m, n, linear.bias is not None)

@@ -52,19 +52,18 @@ class Processes:
     def add_up(self, *sums: Tensor) -> None:
         """Sum tensors over all processes, in place."""
 
-    def total(self, number: int) -> int:
-        return number
-
     def follow(self, *tensors: Tensor) -> None:
         """Broadcast the first process's tensors, in place."""
-
-    def from_first(self, data: Any) -> Any:
-        """Broadcast plain data from the first process."""
-        return data
 
     def gathered(self, data: Any) -> list[Any]:
         """Gather plain data from all processes, in the order of their ranks; also a barrier."""
         return [data]
+
+    def from_first(self, data: Any) -> Any:
+        return self.gathered(data)[0]
+
+    def total(self, number: int) -> int:
+        return sum(self.gathered(number))
 
     @contextmanager
     def shared_fate(self) -> Iterator[None]:
@@ -89,19 +88,13 @@ class Group(Processes):
     neighbors: Mapping[int, int] = {}  # process ids by ranks, of those on this machine
 
     def __init__(self, rank: int, count: int, local_count: int, store: Any) -> None:
-        self.rank = rank
-        self.count = count
-        self.local_count = local_count
-        self.store = store
+        self.rank, self.count, self.local_count, self.store = rank, count, local_count, store
         self.said = 0
 
     def add_up(self, *sums: Tensor) -> None:
         with self._together():
             for one in sums:
                 distributed.all_reduce(one)
-
-    def total(self, number: int) -> int:
-        return sum(self.gathered(number))
 
     def follow(self, *tensors: Tensor) -> None:
         with self._together():
@@ -111,35 +104,19 @@ class Group(Processes):
                 if not tensor.is_contiguous():
                     tensor.copy_(whole)
 
-    def from_first(self, data: Any) -> Any:
-        key = self._new_key()
-        with self._noticing_deaths():
-            if self.is_first:
-                self.store.set(key, json.dumps(data))
-                return data
-            self._until(lambda: self.store.check([key]))
-            return json.loads(self.store.get(key))
-
     def gathered(self, data: Any) -> list[Any]:
-        start = self._new_key()
-        keys = [f"{start}/{rank}" for rank in range(self.count)]
+        self.said += 1  # all processes call in the same order, so they count alike
+        keys = [f"said/{self.said}/{rank}" for rank in range(self.count)]
         with self._noticing_deaths():
             self.store.set(keys[self.rank], json.dumps(data))
             self._until(lambda: self.store.check(keys))
             return [json.loads(self.store.get(key)) for key in keys]
 
-    def _new_key(self) -> str:
-        """All processes call in the same order, so they count alike."""
-        self.said += 1
-        return f"said/{self.said}"
-
     @contextmanager
     def _together(self) -> Iterator[None]:
         """Begin a transfer once all processes are here. Waiting is done in Python, to hear of signals and failures."""
-        key = self._new_key()
         with self._noticing_deaths():
-            self.store.add(key, 1)
-            self._until(lambda: self.store.add(key, 0) == self.count)
+            self.gathered(None)
             yield
 
     @contextmanager
@@ -173,7 +150,6 @@ class Group(Processes):
             raise CompressError(f"Process {gone[0]} of {self.count} has died. {KEPT}")
 
     def meet(self) -> None:
-        """Find out which processes are on this machine."""
         here = platform.node()
         met = self.gathered([here, os.getpid()])
         self.neighbors = {rank: pid for rank, (node, pid) in enumerate(met) if node == here and rank != self.rank}
@@ -187,18 +163,14 @@ class Group(Processes):
                 raise SystemExit(130) from None
             raise
         except Exception as error:
+            said, code = f"Process {self.rank} ended by {type(error).__name__}: {error}", 1
+            if isinstance(error, CompressError):
+                said, code = str(error), error.exit_code
             with suppress(RuntimeError):  # of a store that is gone
-                self._tell(error)
+                self.store.compare_set(FAILURE, "", json.dumps([said, code]))  # all end with the first one
             if isinstance(error, CompressError) and not self._speaks():
-                raise SystemExit(error.exit_code) from error
+                raise SystemExit(code) from error
             raise
-
-    def _tell(self, error: Exception) -> None:
-        """Record a failure; the first one is the one that all end with."""
-        known = isinstance(error, CompressError)
-        message = str(error) if known else f"Process {self.rank} ended by {type(error).__name__}: {error}"
-        code = error.exit_code if isinstance(error, CompressError) else 1
-        self.store.compare_set(FAILURE, "", json.dumps([message, code]))
 
     def _speaks(self) -> bool:
         """Whether this process is the one to print the message: the first, unless it does not get to it."""

@@ -10,7 +10,7 @@ the stages that must come before it; the walk calls it at each site of that kind
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from jaxtyping import Float64
@@ -53,12 +53,6 @@ class Basis:
     orientation: Literal["pca", "random"] = "pca"
     is_shared: bool = False
 
-    def report(self, *, first: bool) -> dict[str, Any]:
-        energy = self.frame.energy
-        found: dict[str, Any] = {"kept_energy": kept_energy(energy, self.width)}
-        # What all points share is said once.
-        return found | ({} if self.is_shared and not first else {"spectrum": spectrum(energy)})
-
 
 @dataclass
 class StreamPoint:
@@ -83,7 +77,7 @@ class StreamPoint:
 
     @property
     def width(self) -> int:
-        return self.basis.width if self.basis else self.dense_width
+        return self.dense_width if self.basis is None else self.basis.width
 
     def change(self, directions: int) -> tuple[Float64[Tensor, "D d"], Float64[Tensor, "d D"]] | None:
         """Matrices into the basis of the first `directions` of the frame, and back to the dense stream."""
@@ -102,13 +96,14 @@ class StreamPoint:
 
     def close(self) -> dict[str, Any]:
         """Return the point's report and free its matrices, which would make memory grow with depth."""
-        report = self.report()
+        report: dict[str, Any] = {"point": self.name, "width": self.width, "dense_width": self.dense_width}
+        if self.basis is not None:
+            energy = self.basis.frame.energy
+            report |= {"kept_energy": kept_energy(energy, self.basis.width)}
+            if self.index == 0 or not self.basis.is_shared:  # what all points share is said once
+                report |= {"spectrum": spectrum(energy)}
         self.statistics, self.basis = {}, None
-        return report
-
-    def report(self) -> dict[str, Any]:
-        kept = self.basis.report(first=self.index == 0) if self.basis else {}
-        return {"point": self.name, "width": self.width, "dense_width": self.dense_width, **kept, **self.notes}
+        return report | self.notes
 
 
 @dataclass
@@ -129,16 +124,9 @@ def stream_points(dense_width: int, *, num_blocks: int, branch_names: list[str],
     """List the points of a decoder's stream in order: after the embeddings, then after each branch of each block."""
     places = [(0, "embeddings")]
     places += [(block, f"block {block} {name}") for block in range(num_blocks) for name in branch_names]
+    last = len(places) - 1
     return [
-        StreamPoint(
-            index=index,
-            block=block,
-            num_blocks=num_blocks,
-            is_last=index == len(places) - 1,
-            dense_width=dense_width,
-            name=name,
-            seed=seed,
-        )
+        StreamPoint(index, block, num_blocks, index == last, dense_width, name, seed)
         for index, (block, name) in enumerate(places)
     ]
 
@@ -168,7 +156,6 @@ class Requirements:
     inputs: Literal["sequential", "single_pass", "dense"] = "sequential"
 
 
-@runtime_checkable
 class Stage(Protocol):
     """A configuration and what it does at one site: all that the walk knows of a stage."""
 
@@ -188,38 +175,22 @@ class Stage(Protocol):
 
 
 def rotates_points(stages: Iterable[Stage]) -> bool:
-    """Whether stages change the basis at points of the stream."""
     return any(stage.site is StreamPoint and stage.reshapes for stage in stages)
 
 
-def num_streams(stages: Iterable[Stage]) -> int:
-    """Return 1 for the compressed stream alone, 2 where a stage compares with the dense one."""
-    stages = list(stages)
-    compared = any(need.dense for stage in stages for need in stage.requires.statistics)
-    return 2 if compared or (has_groups(stages) and not follows_dense(stages)) else 1
-
-
-def keeps_before_post_norms(stages: Iterable[Stage], family: Family) -> bool:
-    """Whether writers are fitted to what the norms behind them are given in the dense model."""
-    stages = list(stages)
-    return family.has_post_norms and has_groups(stages) and not follows_dense(stages)
-
-
 def has_linears(stages: Iterable[Stage]) -> bool:
-    """Whether stages see linears, one by one or in groups."""
     return any(stage.site is LinearSite or issubclass(stage.site, LinearGroup) for stage in stages)
 
 
-def has_groups(stages: Iterable[Stage]) -> bool:
+def has_groups(stages: Sequence[Stage]) -> bool:
     """Whether stages see groups of linears, or single ones in their groups' order and weights.
 
     Where the basis changes, single ones are always met so: writers are encoded before they are rewritten.
     """
-    stages = list(stages)
-    plain = not any(stage.reshapes for stage in stages)
+    reshapes = any(stage.reshapes for stage in stages)
     return any(
         issubclass(stage.site, LinearGroup)
-        or (stage.site is LinearSite and not (plain and stage.requires.inputs == "single_pass"))
+        or (stage.site is LinearSite and (reshapes or stage.requires.inputs != "single_pass"))
         for stage in stages
     )
 
@@ -227,3 +198,19 @@ def has_groups(stages: Iterable[Stage]) -> bool:
 def follows_dense(stages: Iterable[Stage]) -> bool:
     """Whether the only inputs that stages see are the dense model's own."""
     return any(stage.requires.inputs == "dense" for stage in stages)
+
+
+def is_anchored(stages: Sequence[Stage]) -> bool:
+    """Whether groups are fitted to what the dense model has in their place."""
+    return has_groups(stages) and not follows_dense(stages)
+
+
+def keeps_before_post_norms(stages: Sequence[Stage], family: Family) -> bool:
+    """Whether writers are fitted to what the norms behind them are given in the dense model."""
+    return family.has_post_norms and is_anchored(stages)
+
+
+def num_streams(stages: Sequence[Stage]) -> int:
+    """Return 1 for the compressed stream alone, 2 where a stage compares with the dense one."""
+    compared = any(need.dense for stage in stages for need in stage.requires.statistics)
+    return 2 if compared or is_anchored(stages) else 1

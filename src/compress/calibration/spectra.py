@@ -13,16 +13,15 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float64
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from compress.calibration.experts import regularized
-from compress.calibration.groups import EquationSums
 from compress.calibration.processes import ALONE, Processes
+from compress.calibration.statistics import EquationSums, regularized, rows
 from compress.io import WrittenFile, write_tensors
-from compress.models.decoder import Decoder
-from compress.numerics.lowrank import InputMoments, Spread, gradient_metric, output_energies
+from compress.models.decoder import Decoder, linear
+from compress.numerics.lowrank import Spread, gradient_metric, output_energies
 from compress.numerics.sums import DiagonalSum, GramSum
 
 WIDEST = 2  # times the stream: up to that the gradient's moment is a whole matrix
@@ -76,69 +75,59 @@ class GradientFiles:
         return self.folder / f"finding-gradients-{block:05d}.safetensors"
 
 
+@dataclass
 class LinearObserver:
-    """Gather the moments block by block, each process from its own batches."""
+    """Gather the moments block by block, each process from its own batches. Without a `watch` nothing is gathered."""
 
-    def __init__(
-        self, watch: LinearFilter, files: GradientFiles, decoder: Decoder, processes: Processes = ALONE
-    ) -> None:
-        self.processes = processes
-        self.watch = watch
-        self.files = files
-        self.decoder = decoder
-        self.widest = WIDEST * decoder.dense_width
-        self.device = decoder.device
-        self.spectra: dict[str, Spectrum] = {}
-        self.linears: dict[str, nn.Linear] = {}
+    watch: LinearFilter | None
+    files: GradientFiles
+    decoder: Decoder
+    processes: Processes = ALONE
+    spectra: dict[str, Spectrum] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.device = self.decoder.device
         self._forget()
 
     def _forget(self) -> None:
+        self.groups: list[dict[str, nn.Linear]] = []  # by what they are given, by path
         self.sums: list[EquationSums] = []
-        self.shared: dict[str, int] = {}
+        self.inputs: dict[str, Tensor] = {}  # of the present batch
         self.gradients: dict[str, GramSum | DiagonalSum] = {}
         self.tokens = 0
 
     @contextmanager
-    def block(self, index: int) -> Iterator[None]:
+    def block(self, index: int, *, active: bool = True) -> Iterator[None]:
         """Watch a loaded block for as many batches as pass it, then compute its spectra."""
-        prefix, part_of = self.decoder.block_prefix(index), self.decoder.family.part_of
-        self.linears = {
-            prefix + name: module
-            for name, module in self.decoder.blocks[index].named_modules()
-            if isinstance(module, nn.Linear) and self.watch.wanted(name, part_of(name))
-        }
+        watch, decoder = self.watch if active else None, self.decoder
+        prefix, part_of = decoder.block_prefix(index), decoder.family.part_of
+        for names in (names for branch in decoder.block_branches(index) for names in branch.sharing()):
+            wanted = [name for name in names if watch is not None and watch.wanted(name, part_of(name))]
+            if wanted:
+                linears = {prefix + name: linear(decoder.blocks[index], name) for name in wanted}
+                self.groups.append(linears)
+                self.sums.append(EquationSums(linears[prefix + wanted[0]].in_features, 0, self.device))
         yield
-        sharing = self._sharing()
-        moments = {path: self._moments(path) for path in self.linears if sharing[path] == path}
-        gradients = self._mean_gradients()
-        for path, linear in self.linears.items():
-            spread = moments[sharing[path]].spread(centered=self.watch.centers(has_bias=linear.bias is not None))
-            self.spectra[path] = self._spectrum(path, linear.weight.double(), spread, gradients)
-            self.processes.follow(*self.spectra[path].tensors)
-        if gradients and self.processes.is_first:
-            self.files.write(index, gradients)
+        if watch is not None and self.groups:
+            gradients = self._mean_gradients()
+            for group, sums in zip(self.groups, self.sums, strict=True):
+                is_whole = self.processes.total(sums.seen) == self.processes.total(self.tokens)
+                moments = sums.moments(self.processes) if is_whole else regularized(sums, self.processes).moments()
+                for path, module in group.items():
+                    spread = moments.spread(centered=watch.centers(has_bias=module.bias is not None))
+                    self.spectra[path] = found = spectrum_of(path, module, spread, gradients, watch.gradient_weight)
+                    self.processes.follow(*found.tensors)
+            if gradients and self.processes.is_first:
+                self.files.write(index, gradients)
         self._forget()
-
-    def _sharing(self) -> dict[str, str]:
-        """Map each linear to the first one that is given the same inputs, over all processes."""
-        first = {self.shared[path]: path for path in reversed(self.linears) if path in self.shared}
-        mine = {path: first[place] for path, place in self.shared.items()}
-        found = {path: shared for theirs in self.processes.gathered(mine) for path, shared in theirs.items()}
-        return {path: found.get(path, path) for path in self.linears}
-
-    def _moments(self, path: str) -> InputMoments:
-        width, place = self.linears[path].in_features, self.shared.get(path)
-        sums = EquationSums(width, 0, self.device) if place is None else self.sums[place]  # no token reached an expert
-        if self.processes.total(sums.seen) < self.processes.total(self.tokens):
-            return regularized(sums, self.processes).moments()
-        return sums.moments(self.processes)
 
     def _mean_gradients(self) -> dict[str, Tensor]:
         tokens = self.processes.total(self.tokens)
         reached = {path for theirs in self.processes.gathered(sorted(self.gradients)) for path in theirs}
         sums = {
-            path: self._gradient_sum(path, linear.out_features)
-            for path, linear in self.linears.items()
+            path: self._gradient_sum(path, module.out_features)
+            for group in self.groups
+            for path, module in group.items()
             if path in reached
         }
         self.processes.add_up(*(each.total for each in sums.values()))
@@ -146,64 +135,53 @@ class LinearObserver:
 
     def _gradient_sum(self, path: str, m: int) -> GramSum | DiagonalSum:
         if path not in self.gradients:
-            self.gradients[path] = (GramSum if m <= self.widest else DiagonalSum)(m, self.device)
+            is_narrow = m <= WIDEST * self.decoder.dense_width
+            self.gradients[path] = (GramSum if is_narrow else DiagonalSum)(m, self.device)
         return self.gradients[path]
 
     @contextmanager
-    def batch(self) -> Iterator["Watched"]:
-        """Record the inputs and outputs of the linears during one pass through the block."""
-        watched = Watched()
-        handles = [linear.register_forward_hook(partial(watched.note, path)) for path, linear in self.linears.items()]
+    def batch(self) -> Iterator[dict[str, Tensor]]:
+        """Record the inputs of the linears during one pass through the block; yields their outputs, by path."""
+        outputs: dict[str, Tensor] = {}
+
+        def note(path: str, _module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+            self.inputs[path], outputs[path] = inputs[0], output
+            # A copy goes on where gradients are wanted: OLMo clips it in place, and what is noted would be clipped too.
+            return output.clone() if output.requires_grad else None
+
+        linears = [each for group in self.groups for each in group.items()]
+        handles = [module.register_forward_hook(partial(note, path)) for path, module in linears]
         try:
-            yield watched
+            yield outputs
         finally:
             for handle in handles:
                 handle.remove()
 
     @torch.no_grad()
-    def add(self, watched: "Watched", tokens: int, gradients: Mapping[str, Tensor] | None = None) -> None:
-        """A batch of so many tokens, of which experts see some: linears that are given the same tensor share its
-        moments."""
-        seen: dict[int, int] = {}
-        for path, given in watched.inputs.items():
-            if path not in self.shared:
-                self.shared[path] = seen.get(id(given), len(self.sums))
-                if self.shared[path] == len(self.sums):
-                    self.sums.append(EquationSums(given.shape[-1], 0, self.device))
-            if id(given) not in seen:
-                seen[id(given)] = self.shared[path]
-                self.sums[self.shared[path]].add(rows(given.detach()), None)
+    def add(self, tokens: int, gradients: Mapping[str, Tensor] | None = None) -> None:
+        """Take in the batch that has passed, of so many tokens, of which experts see some.
+
+        gradients: by the linears' outputs.
+        """
+        for group, sums in zip(self.groups, self.sums, strict=True):
+            if (given := self.inputs.get(next(iter(group)))) is not None:
+                sums.add(rows(given.detach()))
         for path, gradient in (gradients or {}).items():
             self._gradient_sum(path, gradient.shape[-1]).add(rows(gradient))
         self.tokens += tokens
-
-    def _spectrum(
-        self, path: str, W: Float64[Tensor, "m n"], spread: Spread, gradients: Mapping[str, Tensor]
-    ) -> Spectrum:
-        """gradients: their second moments by linears' outputs, or the diagonals of these, where they were taken."""
-        energy = output_energies(W, spread)
-        if path not in gradients:
-            # Where others have a gradient, what no token reached has none to feel.
-            return Spectrum(energy, torch.zeros_like(energy) if gradients else None)
-        G = gradients[path]
-        scale = (G if G.ndim == 1 else G.diagonal()).mean()
-        metric = gradient_metric(G, self.watch.gradient_weight, name=path)
-        return Spectrum(energy, scale * (energy if metric is None else output_energies(metric.apply(W), spread)))
+        self.inputs = {}
 
 
-class Watched:
-    """Inputs and outputs of linears in one pass."""
-
-    def __init__(self) -> None:
-        self.inputs: dict[str, Tensor] = {}
-        self.outputs: dict[str, Tensor] = {}
-
-    def note(self, path: str, _module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        """A forward hook, for the linear at `path`."""
-        self.inputs[path], self.outputs[path] = inputs[0], output
-        # A copy goes on where gradients are wanted: OLMo clips it in place, and what is noted would be clipped too.
-        return output.clone() if output.requires_grad else None
-
-
-def rows(stream: Float[Tensor, "*tokens d"]) -> Float[Tensor, "_ d"]:
-    return stream.reshape(-1, stream.shape[-1])
+def spectrum_of(
+    path: str, module: nn.Linear, spread: Spread, gradients: Mapping[str, Tensor], gradient_weight: float
+) -> Spectrum:
+    """gradients: their second moments by linears' outputs, or the diagonals of these, where they were taken."""
+    W = module.weight.double()
+    energy = output_energies(W, spread)
+    if path not in gradients:
+        # Where others have a gradient, what no token reached has none to feel.
+        return Spectrum(energy, torch.zeros_like(energy) if gradients else None)
+    G = gradients[path]
+    scale = (G if G.ndim == 1 else G.diagonal()).mean()
+    metric = gradient_metric(G, gradient_weight, name=path)
+    return Spectrum(energy, scale * (energy if metric is None else output_energies(metric.apply(W), spread)))

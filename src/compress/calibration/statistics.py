@@ -1,42 +1,29 @@
-"""Statistics of calibration activations at points of the stream, declared by stages as needs.
+"""Statistics of the calibration activations, summed in float64 over tokens, batches and processes.
 
-A need is a small frozen value: equal needs of two stages are gathered once, and the walk keeps the dense model's
-activations beside the compressed ones only if some need asks for them. Sums are in float64, over batches and processes.
+At points of the stream stages declare what they need, by small frozen values: what two of them need is gathered once,
+and the walk keeps the dense model's activations only if one of them asks. Of linears two second moments are gathered,
+u u^T of the inputs and u t^T with their targets.
+
+A linear with k inputs that was given n < k tokens, as experts may be, counts as if it had been given k - n more, which
+its weights map as they do now: for readers such as all tokens of the branch are, for writers white ones as strong as
+those that came (or of variance 1 where none came). Nothing is changed at n = k; at n = 0 readers go by all tokens, and
+writers by their weights alone.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from functools import cached_property, partial
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from compress.calibration.processes import Processes
+from compress.numerics.lowrank import InputMoments, normal_moments
 from compress.numerics.norms import rms_normed
-from compress.numerics.sums import GramSum, at_least_float32
-
-
-@runtime_checkable
-class Accumulator(Protocol):
-    def add(self, stream: Tensor, dense: Tensor | None) -> None:
-        """Take in a batch: the stream of the compressed prefix in the dense basis, and the dense model's."""
-
-    @property
-    def sums(self) -> tuple[Tensor, ...]:
-        """The tensors to sum over processes, in place, before `value` is read."""
-
-    def value(self) -> Tensor: ...
-
-
-@runtime_checkable
-class Need(Protocol):
-    """dense: whether the dense model's stream is needed."""
-
-    @property
-    def dense(self) -> bool: ...
-
-    def __hash__(self) -> int: ...
-
-    def accumulator(self, width: int, eps: float, device: torch.device) -> Accumulator: ...
+from compress.numerics.ridge import NormalEquations
+from compress.numerics.sums import TOKENS_AT_ONCE, GramSum, add_product, at_least_float32
 
 
 @dataclass(frozen=True)
@@ -58,8 +45,7 @@ class SecondMoment:
 
 class MomentAccumulator:
     def __init__(self, need: SecondMoment, width: int, eps: float, device: torch.device) -> None:
-        self.need = need
-        self.eps = eps
+        self.need, self.eps = need, eps
         self.gram = GramSum(width, device)
         self.tokens = torch.zeros((), dtype=torch.float64, device=device)
 
@@ -69,13 +55,10 @@ class MomentAccumulator:
 
     def add(self, stream: Float[Tensor, "*batch D"], dense: Float[Tensor, "*batch D"] | None = None) -> None:
         signal = dense if self.need.dense else stream
-        if signal is None:
-            raise ValueError("This second moment is of the dense stream, which is not there.")
-        rows = at_least_float32(signal.reshape(-1, signal.shape[-1]))
-        if self.need.signal == "normed":
-            rows = rms_normed(rows, rows.shape[-1], self.eps)
-        self.gram.add(rows)
-        self.tokens += len(rows)
+        assert signal is not None
+        x = at_least_float32(rows(signal))
+        self.gram.add(rms_normed(x, x.shape[-1], self.eps) if self.need.signal == "normed" else x)
+        self.tokens += len(x)
 
     def value(self) -> Float64[Tensor, "D D"]:
         return self.gram.close() / self.tokens
@@ -85,9 +68,7 @@ class MomentAccumulator:
 class RelativeError:
     """sum ||x - x_dense||^2 / sum ||x_dense||^2 over all tokens, x the stream of the compressed prefix."""
 
-    @property
-    def dense(self) -> bool:
-        return True
+    dense: ClassVar = True
 
     def accumulator(self, width: int, eps: float, device: torch.device) -> "ErrorAccumulator":
         return ErrorAccumulator(device)
@@ -95,17 +76,174 @@ class RelativeError:
 
 class ErrorAccumulator:
     def __init__(self, device: torch.device) -> None:
-        self.error, self.energy = torch.zeros(2, dtype=torch.float64, device=device)
-
-    @property
-    def sums(self) -> tuple[Tensor, ...]:
-        return self.error, self.energy
+        self.sums = tuple(torch.zeros(2, dtype=torch.float64, device=device))
 
     def add(self, stream: Float[Tensor, "*batch D"], dense: Float[Tensor, "*batch D"] | None) -> None:
-        if dense is None:
-            raise ValueError("RelativeError needs the dense stream.")
-        self.error += (stream - dense).square().sum()
-        self.energy += dense.square().sum()
+        assert dense is not None
+        error, energy = self.sums
+        error += (stream - dense).square().sum()
+        energy += dense.square().sum()
 
     def value(self) -> Float64[Tensor, ""]:
-        return self.error / self.energy
+        error, energy = self.sums
+        return error / energy
+
+
+Need = SecondMoment | RelativeError
+
+
+class PointStatistics:
+    """What stages need at one point of the stream; empty where they need nothing."""
+
+    def __init__(self, needs: Iterable[Need], width: int, eps: float, device: torch.device) -> None:
+        self.accumulators = {need: need.accumulator(width, eps, device) for need in needs}
+
+    def __bool__(self) -> bool:
+        return bool(self.accumulators)
+
+    def add(self, stream: Float[Tensor, "*batch D"], dense: Float[Tensor, "*batch D"] | None) -> None:
+        """Take in a batch: the stream of the compressed prefix in the dense basis, and the dense model's."""
+        for accumulator in self.accumulators.values():
+            accumulator.add(stream, dense)
+
+    def close(self, processes: Processes) -> dict[Need, Tensor]:
+        for accumulator in self.accumulators.values():
+            processes.add_up(*accumulator.sums)
+        return {need: accumulator.value() for need, accumulator in self.accumulators.items()}
+
+
+@dataclass(frozen=True)
+class InputSums:
+    """Sums of u and of |u| over all windows."""
+
+    total: Float64[Tensor, "k"]
+    absolute: Float64[Tensor, "k"]
+
+    def only(self, inputs: Tensor) -> "InputSums":
+        return InputSums(self.total[inputs], self.absolute[inputs])
+
+
+class RunningEquations:
+    def __init__(self, inputs: int, targets: int, device: torch.device) -> None:
+        self.G = GramSum(inputs, device)
+        self.B = torch.zeros(inputs, targets, dtype=torch.float64, device=device)
+        self.tokens = torch.zeros((), dtype=torch.float64, device=device)
+
+    def add(self, u: Float[Tensor, "tokens k"], t: Float[Tensor, "tokens m"], tokens: Float[Tensor, ""]) -> None:
+        self.G.add(u)
+        add_product(self.B, u, t)
+        self.tokens += tokens
+
+    def close(self, processes: Processes) -> NormalEquations:
+        processes.add_up(self.G.total, self.B, self.tokens)
+        return NormalEquations(self.G.close(), self.B, float(self.tokens))
+
+
+class EquationSums:
+    """Sums of u u^T and u t^T, separate for the windows to fit on and the held-out ones; of u and |u| over all.
+
+    Each of them is asked for once, in all processes, when everything is added.
+
+    fitted, seen: how many tokens there were in this process, of the windows to fit on and of all.
+    """
+
+    def __init__(self, inputs: int, targets: int, device: torch.device) -> None:
+        self._new = partial(RunningEquations, inputs, targets, device)
+        self._fit = self._new()
+        self._total, self._absolute = torch.zeros(2, inputs, dtype=torch.float64, device=device)
+        self.fitted = self.seen = 0
+
+    @cached_property
+    def _held_out(self) -> RunningEquations:
+        """The held-out sums, allocated on first use: they are as large as the others."""
+        return self._new()
+
+    def add(
+        self,
+        u: Float[Tensor, "tokens k"],
+        t: Float[Tensor, "tokens m"] | None = None,
+        *,
+        weights: Float[Tensor, "tokens 1"] | None = None,
+        held_out: bool = False,
+    ) -> None:
+        """Add a batch, weighted by token: as if u and t were multiplied by the weight's square root."""
+        self.seen += len(u)
+        self.fitted += 0 if held_out else len(u)
+        running = self._held_out if held_out else self._fit
+        u = at_least_float32(u)
+        t = u[:, :0] if t is None else t.to(u.dtype)
+        roots = u.new_ones(len(u), 1) if weights is None else weights.to(u.dtype).sqrt()
+        for inputs, targets, root in zip(*(x.split(TOKENS_AT_ONCE) for x in (u, t, roots)), strict=True):
+            if weights is not None:
+                inputs, targets = inputs * root, targets * root
+            self._total += (root.T @ inputs)[0]
+            self._absolute += (root.T @ inputs.abs())[0]
+            running.add(inputs, targets, root.square().sum())
+
+    def fit(self, processes: Processes) -> NormalEquations:
+        return self._fit.close(processes)
+
+    def held_out(self, processes: Processes) -> NormalEquations:
+        return self._held_out.close(processes)
+
+    def inputs(self, processes: Processes) -> InputSums:
+        processes.add_up(self._total, self._absolute)
+        return InputSums(self._total, self._absolute)
+
+    def close(self, processes: Processes) -> tuple[NormalEquations, NormalEquations, InputSums]:
+        return self.fit(processes), self.held_out(processes), self.inputs(processes)
+
+    def moments(self, processes: Processes) -> InputMoments:
+        """Moments of the inputs over the windows to fit on."""
+        return mean_moments(self.fit(processes), self.inputs(processes))
+
+
+def mean_moments(fit: NormalEquations, inputs: InputSums) -> InputMoments:
+    """Means over tokens, from sums; the second moment takes the place of fit.G."""
+    return InputMoments(fit.G.div_(fit.tokens), inputs.total / fit.tokens, inputs.absolute / fit.tokens)
+
+
+@dataclass(frozen=True)
+class Regularized:
+    """A linear's inputs over all processes, with the pseudo-tokens added. tokens: how many real ones there were."""
+
+    fit: NormalEquations
+    inputs: InputSums
+    tokens: int
+
+    def moments(self) -> InputMoments:
+        return mean_moments(self.fit, self.inputs)
+
+
+def regularized(
+    sums: EquationSums,
+    processes: Processes,
+    like: InputMoments | None = None,
+    matrix: Float64[Tensor, "k m"] | None = None,
+) -> Regularized:
+    """Add pseudo-tokens to a linear that was given fewer tokens than its k inputs, so that there are k.
+
+    like: what their inputs are; by default white. matrix: what is made of them, where there are targets.
+    """
+    fit, inputs = sums.fit(processes), sums.inputs(processes)
+    given, seen = int(processes.total(sums.fitted)), int(processes.total(sums.seen))
+    width = len(fit.G)
+    if given >= width:
+        return Regularized(fit, inputs, seen)
+    weight = (width - given) * (fit.tokens / given if given else 1.0)
+    like = white(fit) if like is None else like
+    G = weight * like.second
+    B = fit.B if matrix is None else fit.B + G @ matrix
+    filled = InputSums(inputs.total + weight * like.mean, inputs.absolute + weight * like.mean_abs)
+    return Regularized(NormalEquations(fit.G + G, B, fit.tokens + weight), filled, seen)
+
+
+def white(fit: NormalEquations) -> InputMoments:
+    """Moments of isotropic inputs with the power of the real ones."""
+    variance = float(fit.G.diagonal().mean() / fit.tokens) if fit.tokens else 1.0
+    second = torch.eye(len(fit.G), dtype=fit.G.dtype, device=fit.G.device) * (variance or 1.0)
+    return normal_moments(second, second.new_zeros(len(second)))
+
+
+def rows(stream: Float[Tensor, "*tokens d"]) -> Float[Tensor, "_ d"]:
+    return stream.reshape(-1, stream.shape[-1])

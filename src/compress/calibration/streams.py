@@ -1,22 +1,34 @@
 """Activations of the calibration windows: the stream of the compressed prefix, and that of the dense model.
 
 Some windows, evenly spread, are held out: they walk along and count in the bases, but nothing is fitted on them.
+
+The activations are the largest thing in memory beside a block: windows x tokens x width numbers. Within the budget they
+stay in memory (the device's or the host's); past it they lie in a memory-mapped file, one slot a batch, and the system
+pages.
 """
 
+import math
 import os
 import tempfile
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
-from torch import Tensor
+from torch import Tensor, nn
 
-from compress.calibration.cache import ActivationCache, Interner, cache_bytes
 from compress.calibration.processes import ALONE, Processes
+from compress.calibration.statistics import rows
+from compress.errors import NumericalError
 from compress.models.branch import Branch
 from compress.models.decoder import Arguments, Decoder
+from compress.numerics.losses import kl_divergence
+
+# Tokens whose logits are held at a time: a row of them is as wide as the vocabulary.
+LOGITS_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
@@ -42,8 +54,69 @@ def spread(windows: Int64[Tensor, "windows tokens"], count: int) -> Int64[Tensor
 
 
 def own_batches(batches: list[Batch], processes: Processes) -> list[Batch]:
-    """This process's share of the batches, renumbered."""
     return [replace(batch, index=index) for index, batch in enumerate(processes.share(batches))]
+
+
+class ActivationCache:
+    """One tensor (windows, tokens, width) a batch, replaced in place as the walk goes on.
+
+    A batch's width may change, up to `max_width`; how many windows and tokens it has may not. Batches are kept on
+    `device`, or in `file` if one is given. Raises OSError where the disk is full.
+    """
+
+    def __init__(
+        self,
+        batch_shapes: list[tuple[int, int]],
+        max_width: int,
+        dtype: torch.dtype,
+        *,
+        device: torch.device,
+        file: Path | None = None,
+    ) -> None:
+        self.batches: list[Tensor | None] = [None] * len(batch_shapes)
+        self.device = device
+        self.slots: list[Tensor] | None = None
+        if file is not None:
+            sizes = [windows * tokens * max_width for windows, tokens in batch_shapes]
+            with file.open("wb") as opened:
+                if hasattr(os, "posix_fallocate"):  # writing to a mapped file on a full disk would kill the process
+                    os.posix_fallocate(opened.fileno(), 0, sum(sizes) * dtype.itemsize)
+                else:
+                    opened.truncate(sum(sizes) * dtype.itemsize)
+            storage = torch.from_file(str(file), shared=True, size=sum(sizes), dtype=dtype)
+            # Unlinked while open: the space goes back when the process ends, however it ends.
+            file.unlink()
+            self.slots = list(storage.split(sizes))
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    @property
+    def bytes_in_memory(self) -> int:
+        return 0 if self.slots is not None else sum(batch.nbytes for batch in self.batches if batch is not None)
+
+    def stored(self, index: int) -> Float[Tensor, "windows tokens width"]:
+        batch = self.batches[index]
+        if batch is None:
+            raise LookupError(f"batch {index} was never put into the cache")
+        return batch
+
+    def get(self, index: int, device: torch.device) -> Float[Tensor, "windows tokens width"]:
+        return self.stored(index).to(device)
+
+    def release(self) -> None:
+        self.batches, self.slots = [None] * len(self.batches), None
+
+    def put(self, index: int, activations: Float[Tensor, "windows tokens width"]) -> None:
+        if self.slots is None:
+            self.batches[index] = activations.to(self.device)
+        else:
+            slot = self.slots[index][: activations.numel()].view(activations.shape)
+            self.batches[index] = slot.copy_(activations)
+
+
+def cache_bytes(num_windows: int, seq_len: int, width: int, dtype: torch.dtype) -> int:
+    return math.prod((num_windows, seq_len, width, dtype.itemsize))
 
 
 @dataclass(frozen=True)
@@ -54,28 +127,39 @@ class CacheFolder:
     scratch: Path
 
     def new(self, name: str, batches: list[Batch], memory: int, *, copies: int = 1) -> ActivationCache:
-        decoder = self.decoder
+        decoder, device, file = self.decoder, self.decoder.device, None
         shapes = [(len(batch.ids), batch.ids.shape[1]) for batch in batches]
         needed = sum(cache_bytes(*shape, decoder.dense_width, decoder.dtype) for shape in shapes)
-        on_device = decoder.device.type == "cuda" and self._device_holds(needed * copies)
-        return ActivationCache(
-            shapes,
-            decoder.dense_width,
-            decoder.dtype,
-            device=decoder.device if on_device else torch.device("cpu"),
-            file=scratch_file(self.scratch, name) if needed > memory and not on_device else None,
-        )
-
-    def _device_holds(self, needed: int) -> bool:
-        free: int = torch.cuda.mem_get_info(self.decoder.device)[0]
-        return needed < free // 3
+        if device.type != "cuda" or 3 * needed * copies >= torch.cuda.mem_get_info(device)[0]:
+            device = torch.device("cpu")
+            if needed > memory:
+                handle, path = tempfile.mkstemp(prefix=f"activations-{name}-", dir=self.scratch)
+                os.close(handle)
+                file = Path(path)
+        return ActivationCache(shapes, decoder.dense_width, decoder.dtype, device=device, file=file)
 
 
-def scratch_file(folder: Path, name: str) -> Path:
-    """Create a new, unique file."""
-    handle, path = tempfile.mkstemp(prefix=f"activations-{name}-", dir=folder)
-    os.close(handle)
-    return Path(path)
+class Interner:
+    """Hold equal tensors once: blocks and batches are mostly called with the same positions and masks.
+
+    Call it with nested lists, tuples and dicts; it gives them back with equal tensors replaced by the first seen.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = defaultdict(list)
+
+    def __call__(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            known = self._seen[value.shape, value.dtype]
+            first = next((seen for seen in known if seen is value or torch.equal(seen, value)), None)
+            if first is None:
+                known.append(value)
+            return value if first is None else first
+        if isinstance(value, dict):
+            return {key: self(entry) for key, entry in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)(self(entry) for entry in value)
+        return value
 
 
 class Streams:
@@ -99,12 +183,12 @@ class Streams:
     ) -> None:
         self.decoder = decoder
         self.processes = processes
-        self.batches = batches = own_batches(batches, processes)
+        self.batches = own_batches(batches, processes)
         copies = 1 + dense + before_post_norms
-        options: dict[str, int] = {"memory": memory // copies, "copies": max(copies, 2)}
-        self.compressed = caches.new("stream", batches, **options)
-        self.dense = caches.new("dense", batches, **options) if dense else None
-        self.before_post_norm = caches.new("before", batches, **options) if before_post_norms else None
+        names = ["stream", *(["dense"] if dense else []), *(["before"] if before_post_norms else [])]
+        self.caches = {name: caches.new(name, self.batches, memory // copies, copies=max(copies, 2)) for name in names}
+        self.compressed = self.caches["stream"]
+        self.dense, self.before_post_norm = self.caches.get("dense"), self.caches.get("before")
         self.arguments: list[list[Arguments]] = []
         self.memory = memory
 
@@ -117,27 +201,17 @@ class Streams:
         needed = tokens * width * self.decoder.dtype.itemsize
         if device.type == "cuda":
             return 3 * needed < torch.cuda.mem_get_info(device)[0]
-        caches = (self.compressed, self.dense, self.before_post_norm)
-        return needed + sum(cache.bytes_in_memory for cache in caches if cache is not None) <= self.memory
+        return needed + sum(cache.bytes_in_memory for cache in self.caches.values()) <= self.memory
 
-    def embed(self) -> None:
-        """Start both streams from the embeddings, which must be loaded."""
-        for batch, stream in zip(self.batches, self._record(), strict=True):
+    def embed(self, *, dense: bool = True) -> None:
+        """Start the streams, or the compressed one alone, from the embeddings, which must be loaded."""
+        for batch, stream in zip(self.batches, self.record_arguments(), strict=True):
             self.compressed.put(batch.index, stream)
-            if self.dense is not None:
+            if self.dense is not None and dense:
                 self.dense.put(batch.index, stream.clone())
 
-    def embed_again(self) -> None:
-        """Start the compressed stream from embeddings that have changed since."""
-        for batch, stream in zip(self.batches, self._record(), strict=True):
-            self.compressed.put(batch.index, stream)
-
-    def record_arguments(self) -> None:
-        """Record the arguments that blocks are called with; the embeddings must be loaded."""
-        for _ in self._record():
-            pass
-
-    def _record(self) -> Iterator[Tensor]:
+    def record_arguments(self) -> Iterator[Tensor]:
+        """Record the arguments that blocks are called with, yielding embeddings; these must be loaded."""
         intern, self.arguments = Interner(), []
         for batch in self.batches:
             stream, arguments = self.decoder.embed(batch.ids)
@@ -150,6 +224,15 @@ class Streams:
         dense = None if self.dense is None else self.dense.get(batch.index, device)
         return self.compressed.get(batch.index, device), dense
 
+    def both(self, *, held_out: bool = False) -> Iterator[tuple[Batch, Tensor, Tensor]]:
+        """Yield all batches, or those held out, of the compressed stream and of the dense one, which must be there."""
+        for batch in self.batches:
+            if batch.held_out or not held_out:
+                stream, dense = self.now(batch)
+                assert dense is not None
+                yield batch, stream, dense
+                del stream, dense
+
     def update(self, branch: Branch, stream: Tensor, batch: Batch, block: int) -> Tensor:
         """Run a branch of a block on a batch; return what it adds to the stream."""
         if branch.run is None:
@@ -158,24 +241,42 @@ class Streams:
         return update
 
     def state(self) -> dict[str, Tensor]:
-        return {f"{name}.{i}": cache.stored(i).cpu() for name, cache in self._caches() for i in range(len(cache))}
+        return {
+            f"{name}.{i}": cache.stored(i).cpu()
+            for name, cache in self.caches.items()
+            if cache is not self.before_post_norm
+            for i in range(len(cache))
+        }
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        for name, cache in self._caches():
-            for i in range(len(cache)):
+        for name in self.caches.keys() - {"before"}:
+            for i in range(len(self.batches)):
                 # A copy: tensors of a file lie unaligned, and products of matrices round differently there.
-                cache.put(i, state[f"{name}.{i}"].clone())
+                self.caches[name].put(i, state[f"{name}.{i}"].clone())
 
     def release(self) -> None:
-        """Free the activations."""
-        for cache in (self.compressed, self.dense, self.before_post_norm):
-            if cache is not None:
-                cache.release()
-
-    def _caches(self) -> list[tuple[str, ActivationCache]]:
-        named = [("stream", self.compressed), ("dense", self.dense)]
-        return [(name, cache) for name, cache in named if cache is not None]
+        for cache in self.caches.values():
+            cache.release()
 
 
-def rows(stream: Float[Tensor, "*tokens d"]) -> Float[Tensor, "_ d"]:
-    return stream.reshape(-1, stream.shape[-1])
+def mean_divergence(head: Branch, weight: Tensor, bias: Tensor | None, streams: Streams) -> float | None:
+    """Return KL(dense || compressed) of the next token in nats, averaged over held-out tokens; None without any.
+
+    weight, bias: of the head's reader in the dense model.
+    """
+    if streams.dense is None:
+        return None
+    total, tokens = torch.zeros((), dtype=torch.float64, device=streams.decoder.device), 0
+    (reader,) = head.readers.values()
+    assert head.norm is not None
+    logits_of = streams.decoder.logits_of
+    for _, *both in streams.both(held_out=True):
+        for z, x in zip(*(rows(stream).split(LOGITS_AT_ONCE) for stream in both), strict=True):
+            dense = logits_of(nn.functional.linear(head.norm(x), weight, bias))
+            total += kl_divergence(dense, logits_of(reader(head.norm(z)))).sum()
+            tokens += len(x)
+    streams.processes.add_up(total)
+    tokens, divergence = streams.processes.total(tokens), float(total)
+    if not math.isfinite(divergence):
+        raise NumericalError("There is a NaN or Inf in the logits on held-out windows. Check the weights of the head.")
+    return divergence / tokens if tokens else None

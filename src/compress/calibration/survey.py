@@ -14,22 +14,21 @@ On the same passes the linears of the blocks can be watched (`spectra.py`).
 import enum
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
-from compress.calibration.cache import ActivationCache, Interner
-from compress.calibration.loader import PartLoader
 from compress.calibration.processes import ALONE, Processes
 from compress.calibration.resources import return_free_memory
-from compress.calibration.spectra import GradientFiles, LinearObserver, Spectrum, Watched
-from compress.calibration.streams import Batch, CacheFolder
-from compress.calibration.unit_costs import UnitObserver, WatchedUnits
-from compress.models.branch import Branch, captured_inputs
-from compress.models.decoder import Arguments, Decoder
+from compress.calibration.spectra import GradientFiles, LinearObserver, Spectrum
+from compress.calibration.statistics import rows
+from compress.calibration.streams import ActivationCache, Batch, CacheFolder, Streams
+from compress.calibration.unit_costs import UnitObserver
+from compress.calibration.weights import PartLoader
+from compress.models.branch import Branch
 from compress.models.soundness import check_sound
 from compress.numerics.sums import GramSum, at_least_float32
 
@@ -83,7 +82,6 @@ class Survey:
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], gradients: GradientFiles | None) -> "Survey":
-        """Restore a survey from its tensors."""
         spectra = {
             name.removeprefix("energy "): Spectrum(energy, tensors.get(name.replace("energy ", "felt ", 1)))
             for name, energy in tensors.items()
@@ -97,11 +95,11 @@ class Surveyor:
     """
     memory: bytes of activations to hold in memory; past it they go to disk.
     observer: of the blocks' linears, where they are to be watched. units: of the units whose costs are wanted.
+    processes: all survey in step, each its share of the batches; what they find is equal.
     """
 
     def __init__(
         self,
-        decoder: Decoder,
         loader: PartLoader,
         batches: list[Batch],
         caches: CacheFolder,
@@ -109,110 +107,82 @@ class Surveyor:
         memory: int,
         observer: LinearObserver | None = None,
         units: UnitObserver | None = None,
-    ) -> None:
-        self.decoder = decoder
-        self.loader = loader
-        self.batches = batches
-        self.caches = caches
-        self.observer, self.units = observer, units
-        self.counts_stream = True
-        self.tokens = sum(batch.ids.numel() for batch in batches)
-        self.copies = self.num_blocks + 1
-        self.share = memory // self.copies
-        self.arguments: list[list[Arguments]] = []
-        self.moment = GramSum(decoder.dense_width, decoder.device)
-        self.gradient = GramSum(decoder.dense_width, decoder.device)
-
-    @property
-    def num_blocks(self) -> int:
-        return len(self.decoder.blocks)
-
-    def run(
-        self,
-        *,
-        gradient: bool,
-        stream: bool = True,
-        begin: Callable[[str], None] = lambda _step: None,
         processes: Processes = ALONE,
-    ) -> Survey:
+    ) -> None:
+        self.loader = loader
+        self.decoder = decoder = loader.decoder
+        copies = len(decoder.blocks) + 1
+        self.streams = Streams(decoder, batches, caches, dense=False, memory=memory // copies, processes=processes)
+        self.batches, self.stream = self.streams.batches, self.streams.compressed
+        self.new_cache = partial(caches.new, batches=self.batches, memory=memory // copies, copies=copies)
+        self.observer = observer or LinearObserver(None, GradientFiles(caches.scratch), decoder)
+        self.units = units or UnitObserver({}, decoder.device)
+        self.counts_stream = True
+        self.moment, self.gradient = (GramSum(decoder.dense_width, decoder.device) for _ in range(2))
+
+    def run(self, *, gradient: bool, stream: bool = True, begin: Callable[[str], None] = lambda _step: None) -> Survey:
         """
         stream: whether the stream's moments are wanted. begin: called with the name of each step that is begun
-            (`num_steps`). processes: all survey in step, each its own batches; what they find is equal.
+            (`num_steps`).
         """
-        self.counts_stream = stream
+        self.counts_stream, blocks = stream, range(len(self.decoder.blocks))
         inputs: list[ActivationCache] = []
         begin("embeddings")
-        walking = self._embed()
-        for block in range(self.num_blocks):
+        with self.loader.embeddings():
+            self.streams.embed()
+        for batch in self.batches:
+            self._count(self.stream.get(batch.index, self.decoder.device))
+        for block in blocks:
             begin(f"block {block}")
             if gradient:
-                inputs.append(self._copy(walking, f"kept-{block}"))
-            self._forward(block, walking, watch=not gradient)
+                inputs.append(self.new_cache(f"kept-{block}"))
+                for batch in self.batches:
+                    inputs[-1].put(batch.index, self.stream.stored(batch.index))
+            self._forward(block, watch=not gradient)
             return_free_memory()
-        if not gradient:
-            return self._findings(processes, gradient=False)
-        begin("head")
-        self._start_backward(walking)
-        for block in reversed(range(self.num_blocks)):
-            begin(f"block {block}, backward")
-            self._backward(block, inputs.pop(), walking)
-            return_free_memory()
-        return self._findings(processes, gradient=True)
-
-    def _findings(self, processes: Processes, *, gradient: bool) -> Survey:
-        tokens = processes.total(self.tokens)
+        if gradient:
+            begin("head")
+            self._start_backward()
+            for block in reversed(blocks):
+                begin(f"block {block}, backward")
+                self._backward(block, inputs.pop())
+                return_free_memory()
+        processes = self.streams.processes
+        tokens = processes.total(sum(batch.ids.numel() for batch in self.batches))
         processes.add_up(self.moment.total, self.gradient.total)
-        moment, felt = self.moment.close() / tokens, self.gradient.close() / tokens if gradient else None
-        found = Survey(moment, felt, unit_costs={} if self.units is None else self.units.costs)
-        if self.observer is None:
-            return found
-        return replace(found, spectra=self.observer.spectra, gradients=self.observer.files)
+        return Survey(
+            self.moment.close() / tokens,
+            self.gradient.close() / tokens if gradient else None,
+            self.observer.spectra,
+            self.observer.files,
+            self.units.costs,
+        )
 
     @torch.no_grad()
-    def _embed(self) -> ActivationCache:
-        stream, intern = self._new_cache("survey"), Interner()
-        with self.loader.embeddings():
-            for batch in self.batches:
-                embedded, arguments = self.decoder.embed(batch.ids)
-                stream.put(batch.index, embedded)
-                self.arguments.append(intern(arguments))
-                self._count(embedded)
-        return stream
-
-    @torch.no_grad()
-    def _forward(self, block: int, stream: ActivationCache, *, watch: bool) -> None:
+    def _forward(self, block: int, *, watch: bool) -> None:
         """Advance the stream through a block, counting its points in the moment; `watch` its linears."""
-        observer = self.observer if watch else None
-        with self.loader.block(block), self._watching(observer, block):
+        with self.loader.block(block), self.observer.block(block, active=watch):
             branches = self.decoder.block_branches(block)
-            for i in range(len(self.batches)):
-                x = stream.get(i, self.decoder.device)
-                with self._watched(observer) as watched:
+            for batch in self.batches:
+                x = self.stream.get(batch.index, self.decoder.device)
+                with self.observer.batch():
                     for branch in branches:
-                        x = x + self._run(branch, x, i, block)
+                        x = x + self.streams.update(branch, x, batch, block)
                         self._count(x)
-                stream.put(i, x)
-                if observer is not None and watched is not None:
-                    observer.add(watched, self.batches[i].ids.numel())
+                self.stream.put(batch.index, x)
+                self.observer.add(batch.ids.numel())
 
-    def _watching(self, observer: LinearObserver | None, block: int) -> AbstractContextManager[None]:
-        return nullcontext() if observer is None else observer.block(block)
-
-    def _watched(self, observer: LinearObserver | None) -> AbstractContextManager[Watched | None]:
-        return nullcontext() if observer is None else observer.batch()
-
-    def _start_backward(self, stream: ActivationCache) -> None:
+    def _start_backward(self) -> None:
         """Turn the last stream into the loss's gradient by it, in place."""
         with self.loader.head():
             for batch in self.batches:
-                x = stream.get(batch.index, self.decoder.device)
+                x = self.stream.get(batch.index, self.decoder.device)
                 # Every token but a window's last predicts the next.
                 pieces = zip(x[:, :-1].split(TOKENS_AT_ONCE, 1), batch.ids[:, 1:].split(TOKENS_AT_ONCE, 1), strict=True)
-                gradient = torch.cat(
-                    [self._loss_gradient(*piece) for piece in pieces] + [x.new_zeros(x[:, -1:].shape)], 1
-                )
+                found = [self._loss_gradient(*piece) for piece in pieces]
+                gradient = torch.cat([*found, x.new_zeros(x[:, -1:].shape)], 1)
                 self._count(x, gradient)
-                stream.put(batch.index, gradient)
+                self.stream.put(batch.index, gradient)
 
     def _loss_gradient(
         self, x: Float[Tensor, "windows tokens D"], following: Int64[Tensor, "windows tokens"]
@@ -223,69 +193,46 @@ class Surveyor:
             loss = torch.nn.functional.cross_entropy(logits, following, reduction="sum")
             return torch.autograd.grad(loss, x)[0]
 
-    def _backward(self, block: int, inputs: ActivationCache, gradients: ActivationCache) -> None:
+    def _backward(self, block: int, inputs: ActivationCache) -> None:
         """Take the gradients from a block's output to its input, counting them at each point on the way."""
-        with self.loader.block(block), self._watching(self.observer, block), torch.enable_grad():
+        with self.loader.block(block), self.observer.block(block), torch.enable_grad():
             branches = self.decoder.block_branches(block)
-            watching: AbstractContextManager[list[WatchedUnits]] = nullcontext([])
-            with watching if self.units is None else self.units.block(block, branches) as units:
-                for i in range(len(self.batches)):
-                    self._backward_batch(i, block, branches, inputs, gradients, units)
+            with self.units.block(block, branches):
+                for batch in self.batches:
+                    x = inputs.get(batch.index, self.decoder.device)
+                    behind = self.stream.get(batch.index, self.decoder.device)
+                    self.stream.put(batch.index, self._backward_batch(batch, block, branches, x, behind))
 
     def _backward_batch(
-        self,
-        i: int,
-        block: int,
-        branches: Sequence[Branch],
-        inputs: ActivationCache,
-        gradients: ActivationCache,
-        units: Sequence[WatchedUnits],
-    ) -> None:
-        points = [inputs.get(i, self.decoder.device).detach().requires_grad_()]
-        with self._watched(self.observer) as watched, captured_inputs(each.writer for each in units) as given:
+        self, batch: Batch, block: int, branches: Sequence[Branch], x: Tensor, behind: Tensor
+    ) -> Float[Tensor, "windows tokens D"]:
+        """Return the gradient by a block's input x, from that by its output."""
+        points = [x.detach().requires_grad_()]
+        with self.observer.batch() as outputs, self.units.batch() as given:
             for branch in branches:
-                points.append(points[-1] + self._run(branch, points[-1], i, block))
-        outputs = {} if watched is None else watched.outputs
-        behind = gradients.get(i, self.decoder.device)
+                points.append(points[-1] + self.streams.update(branch, points[-1], batch, block))
         found = torch.autograd.grad(points[-1], [*points[:-1], *outputs.values()], behind)
         before, by_outputs = found[: len(branches)], dict(zip(outputs, found[len(branches) :], strict=True))
         for point, gradient in zip(points[:-1], before, strict=True):
             self._count(point.detach(), gradient)
-        if self.observer is not None and watched is not None:
-            self.observer.add(watched, self.batches[i].ids.numel(), by_outputs)
-        if self.units is not None:
-            self.units.add(units, given, [*before[1:], behind])
+        self.observer.add(batch.ids.numel(), by_outputs)
+        self.units.add(given, [*before[1:], behind])
         check_sound(before[0], f"the loss's gradient before block {block}")
-        gradients.put(i, before[0].detach())
-
-    def _run(self, branch: Branch, x: Tensor, batch: int, block: int) -> Tensor:
-        assert branch.run is not None
-        update: Tensor = branch.run(x, self.arguments[batch][block])
-        return update
+        return before[0].detach()
 
     @torch.no_grad()
     def _count(self, x: Float[Tensor, "*batch D"], gradient: Float[Tensor, "*batch D"] | None = None) -> None:
         """Add a point's tokens, or the gradients there, to the sums."""
         if not self.counts_stream:
             return
-        rows = at_least_float32(x.reshape(-1, x.shape[-1]))
+        x = at_least_float32(rows(x))
         if self.decoder.family.norm == "layer":
-            rows = rows - rows.mean(-1, keepdim=True)
-        rms = torch.sqrt(rows.square().mean(-1, keepdim=True) + self.decoder.family.epsilon(self.decoder.config))
+            x = x - x.mean(-1, keepdim=True)
+        rms = torch.sqrt(x.square().mean(-1, keepdim=True) + self.decoder.family.epsilon(self.decoder.config))
         if gradient is None:
-            rows, sums = rows / rms, self.moment
+            self.moment.add(x / rms)
         else:
-            rows, sums = gradient.reshape(rows.shape) * rms, self.gradient
-        sums.add(rows)
-
-    def _copy(self, stream: ActivationCache, name: str) -> ActivationCache:
-        copy = self._new_cache(name)
-        for i in range(len(stream)):
-            copy.put(i, stream.stored(i))
-        return copy
-
-    def _new_cache(self, name: str) -> ActivationCache:
-        return self.caches.new(name, self.batches, self.share, copies=self.copies)
+            self.gradient.add(rows(gradient) * rms)
 
 
 def num_steps(num_blocks: int, *, gradient: bool) -> int:

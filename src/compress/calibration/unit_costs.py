@@ -11,17 +11,17 @@ block gives the cost of every count, down to the smallest that is asked for.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from itertools import product
 
 import torch
 from jaxtyping import Float64
 from torch import Tensor, nn
 
-from compress.calibration.groups import EquationSums
-from compress.calibration.processes import Processes
-from compress.calibration.streams import rows
-from compress.models.branch import Branch
+from compress.calibration.processes import ALONE, Processes
+from compress.calibration.statistics import EquationSums, rows
+from compress.models.branch import Branch, captured_inputs
 from compress.numerics.obs import elimination
 from compress.numerics.ridge import cholesky, damped
 
@@ -48,42 +48,46 @@ class WatchedUnits:
     gradient: EquationSums
 
 
+@dataclass
 class UnitObserver:
     """Gather the moments of one block after the other, each process from its own batches.
 
-    down_to: the smallest count of each kind of unit that costs are wanted for.
+    down_to: the smallest count of each kind of unit that costs are wanted for; nothing is gathered of other kinds.
     costs: by `cost_name`, what deleting 0, 1, 2, ... units costs the loss, in nats a token.
     """
 
-    def __init__(self, down_to: Mapping[str, int], device: torch.device, processes: Processes) -> None:
-        self.down_to, self.device, self.processes = down_to, device, processes
-        self.costs: dict[str, Float64[Tensor, deleted]] = {}
+    down_to: Mapping[str, int]
+    device: torch.device
+    processes: Processes = ALONE
+    costs: dict[str, Float64[Tensor, "deleted"]] = field(default_factory=dict)
+    watched: list[WatchedUnits] = field(default_factory=list)
 
     @contextmanager
-    def block(self, index: int, branches: Sequence[Branch]) -> Iterator[list[WatchedUnits]]:
+    def block(self, index: int, branches: Sequence[Branch]) -> Iterator[None]:
         """Watch a block's units for as many batches as pass it, then compute their costs."""
-        watched = [
-            self._watch(place, kind, branch)
-            for place, branch in enumerate(branches)
-            for kind in self.down_to
-            if kind in branch.units
-        ]
-        yield watched
-        for units in watched:
+        for (place, branch), kind in product(enumerate(branches), self.down_to):
+            if kind in branch.units:
+                writer = branch.writers[branch.units[kind][0].writer]
+                assert isinstance(writer, nn.Linear)
+                inputs, gradient = (
+                    EquationSums(width, 0, self.device) for width in (writer.in_features, writer.out_features)
+                )
+                self.watched.append(WatchedUnits(place, kind, branch, writer, inputs, gradient))
+        yield
+        for units in self.watched:
             self.costs[cost_name(units.kind, index)] = self._costs(units)
+        self.watched = []
 
-    def _watch(self, place: int, kind: str, branch: Branch) -> WatchedUnits:
-        writer = branch.writers[branch.units[kind][0].writer]
-        assert isinstance(writer, nn.Linear)
-        inputs, gradient = (EquationSums(width, 0, self.device) for width in (writer.in_features, writer.out_features))
-        return WatchedUnits(place, kind, branch, writer, inputs, gradient)
+    def batch(self) -> AbstractContextManager[dict[int, Tensor]]:
+        """Capture the writers' inputs during one pass through the block, as `add` takes them."""
+        return captured_inputs(units.writer for units in self.watched)
 
     @torch.no_grad()
-    def add(self, watched: Sequence[WatchedUnits], inputs: Mapping[int, Tensor], gradients: Sequence[Tensor]) -> None:
-        """Take in a batch: the writers' inputs, by place in `watched`; gradients by the stream after each branch."""
-        for place, units in enumerate(watched):
-            units.inputs.add(rows(inputs[place].detach()), None)
-            units.gradient.add(rows(gradients[units.place].detach()), None)
+    def add(self, inputs: Mapping[int, Tensor], gradients: Sequence[Tensor]) -> None:
+        """Take in a batch: the writers' inputs, and the gradients by the stream after each branch."""
+        for place, units in enumerate(self.watched):
+            units.inputs.add(rows(inputs[place].detach()))
+            units.gradient.add(rows(gradients[units.place].detach()))
 
     def _costs(self, watched: WatchedUnits) -> Float64[Tensor, "deleted"]:
         G = watched.inputs.moments(self.processes).second

@@ -4,7 +4,7 @@ Part after part is read, taken through its stages (`branch_pass.py` says in whic
 emptied. A short probe passes through the rounded weights: its logits are what the written checkpoint must give.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +12,9 @@ from typing import Any
 
 import torch
 from jaxtyping import Int64
-from torch import Tensor, nn
+from torch import Tensor
 
 from compress.calibration.branch_pass import BranchPass
-from compress.calibration.layout import Layout
-from compress.calibration.loader import PartLoader
 from compress.calibration.processes import ALONE, Processes
 from compress.calibration.resources import Stopwatch, return_free_memory
 from compress.calibration.rewriting import Report
@@ -30,7 +28,7 @@ from compress.calibration.sites import (
 )
 from compress.calibration.streams import CacheFolder, Streams, split_windows
 from compress.calibration.survey import Survey
-from compress.calibration.weights import LazyWeights
+from compress.calibration.weights import Layout, LazyWeights, PartLoader
 from compress.errors import NumericalError
 from compress.models.decoder import Arguments, Decoder
 from compress.models.packed import inputs_as_they_are
@@ -135,8 +133,12 @@ class Walk:
     def parts(self, begin: Callable[[str], None] = lambda name: None) -> Iterator[FinishedPart]:
         """begin: called with the name of each part that is begun."""
         while self.next_part < self.num_parts:
-            begin(self._name(self.next_part))
-            part = self._walk_part(self.next_part)
+            block = self.next_part - 1
+            begin({-1: "embeddings", len(self.decoder.blocks): "head"}.get(block, f"block {block}"))
+            if block == -1:
+                part = self._walk_embeddings()
+            else:
+                part = self._walk_head() if block == len(self.decoder.blocks) else self._walk_block(block)
             self.next_part += 1
             yield part
             del part
@@ -149,32 +151,21 @@ class Walk:
     @torch.no_grad()
     def restore(self, state: Mapping[str, Tensor], next_part: int) -> None:
         with self.loader.embeddings():
-            self.streams.record_arguments()
-            self._record_probe()
+            for _ in self.streams.record_arguments():
+                pass
+            _, self.probe_arguments = self.decoder.embed(self.probe_ids)
         self.streams.restore(state)
         device = self.decoder.device
         self.branch_pass.decode = state["decode"].clone().to(device) if "decode" in state else None
         self.probe = state["probe"].clone().to(device)
         self.next_part = next_part
 
-    def _name(self, index: int) -> str:
-        return {0: "embeddings", self.num_parts - 1: "head"}.get(index, f"block {index - 1}")
-
-    def _walk_part(self, index: int) -> FinishedPart:
-        if index == 0:
-            return self._walk_embeddings()
-        if index == self.num_parts - 1:
-            return self._walk_head()
-        return self._walk_block(index - 1)
-
     def _walk_embeddings(self) -> FinishedPart:
         branch, point = self.decoder.embedding_branch(), self.points[0]
         with self._loaded(self.loader.embeddings()):
-            self._record_probe()
+            _, self.probe_arguments = self.decoder.embed(self.probe_ids)
             self.branch_pass.embed(branch, point)
-            tables = dict[str, Tensor]()
-            for name in self.decoder.family.embedding_parts:
-                tables |= named_tensors(f"{name}.", self.decoder.model.get_submodule(name))
+            tables = self._tensors_of(self.decoder.family.embedding_parts)
             part = self._finish(0, "embeddings", tables, points=[point])
             self.probe, _ = self.decoder.embed(self.probe_ids)
         return part
@@ -187,7 +178,7 @@ class Walk:
             points, groups = self.points[first : first + len(branches)], list[Report]()
             for branch, point in zip(branches, points, strict=True):
                 groups += self.branch_pass.through(branch, point, index)
-            tensors = named_tensors(decoder.block_prefix(index), block)
+            tensors = self._tensors_of([decoder.block_prefix(index).removesuffix(".")])
             part = self._finish(index + 1, f"block {index}", tensors, points=points, groups=groups)
             part.parameters = num_parameters(block)
             if self.probe is not None:
@@ -200,9 +191,7 @@ class Walk:
         decoder, branch = self.decoder, self.decoder.head_branch()
         with self._loaded(self.loader.head()):
             groups, divergence = self.branch_pass.read_out(branch)
-            tensors = dict[str, Tensor]()
-            for name in decoder.family.head_parts:
-                tensors |= named_tensors(f"{name}.", decoder.model.get_submodule(name))
+            tensors = self._tensors_of(decoder.family.head_parts)
             if self.settings.layout.ties_head:
                 # Written with the embeddings; the probe sees it rounded as they are.
                 tied = tensors.pop(f"{decoder.family.head}.weight")
@@ -214,9 +203,16 @@ class Walk:
                 self.probe = decoder.logits(self.probe)
         return part
 
+    def _tensors_of(self, modules: Iterable[str]) -> dict[str, Tensor]:
+        """Name the parameters and the persistent buffers of modules."""
+        return {
+            f"{module}.{name}": tensor
+            for module in modules
+            for name, tensor in self.decoder.model.get_submodule(module).state_dict(keep_vars=True).items()
+        }
+
     @contextmanager
     def _loaded(self, part: AbstractContextManager[None]) -> Iterator[None]:
-        """Load a part, timed as `read`."""
         with ExitStack() as stack:
             with self.clock("read"):
                 stack.enter_context(part)
@@ -232,7 +228,10 @@ class Walk:
         groups: Sequence[Report] = (),
     ) -> FinishedPart:
         """Round a part's weights to the output dtype, in the module too: the probe sees what will be read back."""
-        stored = self._with_blocks(tensors)
+        # The blocks of quantized tables take the place of their weights.
+        blocks = {f"{path}.weight": stored for path, stored in self.branch_pass.blocks.items()}
+        stored = {name: tensor for name, tensor in tensors.items() if name not in blocks}
+        stored |= {name.replace(".weight", ".qweight"): blocks[name] for name in tensors if name in blocks}
         rounded = {key: self._rounded(tensor).cpu().contiguous() for key, tensor in stored.items()}
         for key, tensor in rounded.items():
             if is_wide_float(tensor) and not torch.isfinite(tensor).all():
@@ -253,28 +252,14 @@ class Walk:
             groups=list(groups),
         )
 
-    def _with_blocks(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Put the blocks of quantized tables in the place of their weights."""
-        blocks = {f"{path}.weight": stored for path, stored in self.branch_pass.blocks.items()}
-        kept = {name: tensor for name, tensor in tensors.items() if name not in blocks}
-        return kept | {name.replace(".weight", ".qweight"): blocks[name] for name in tensors if name in blocks}
-
     def _rounded(self, tensor: Tensor) -> Tensor:
         """Cast floats to the output dtype; indices and codes stay as they are."""
         return tensor.to(self.settings.output_dtype) if is_wide_float(tensor) else tensor
-
-    def _record_probe(self) -> None:
-        _, self.probe_arguments = self.decoder.embed(self.probe_ids)
 
 
 def is_wide_float(tensor: Tensor) -> bool:
     """Whether a tensor holds floats; 8-bit floats are codes."""
     return tensor.is_floating_point() and tensor.dtype.itemsize > 1
-
-
-def named_tensors(prefix: str, module: nn.Module) -> dict[str, Tensor]:
-    """Name the parameters and the persistent buffers."""
-    return {prefix + name: tensor for name, tensor in module.state_dict(keep_vars=True).items()}
 
 
 def shared_frame(stages: Sequence[Stage], survey: Survey | None, *, layer_norm: bool) -> Frame | None:

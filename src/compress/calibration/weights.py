@@ -1,17 +1,27 @@
-"""Read the dense weights of a checkpoint lazily, by the names of a model whose experts are single linears."""
+"""From a checkpoint's weights to a decoder's parts, and from finished branches to the form that is written.
+
+Names are those of a model whose experts are single linears.
+"""
 
 import itertools
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from compress.errors import CheckpointError, UnsupportedModel
-from compress.models.expert_names import Piece, fused_piece, stored_forms
+from compress.models.branch import Branch
+from compress.models.decoder import Decoder
+from compress.models.expert_names import Piece, file_name, fused_piece, stored_forms
 from compress.models.tensor_files import SafetensorsFolder
+from compress.models.written import WrittenForm
 
 FUSED_DIMENSIONS = 3
+ADAPTER_PREFIX = "base_model.model."  # what PEFT calls the model that an adapter is for
+LORA = (".lora_A", ".lora_B")
 READABLE = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 
 
@@ -22,23 +32,15 @@ class LazyWeights:
         self.folder = folder
         self.stored = SafetensorsFolder(folder)
 
+    def locate(self, name: str) -> tuple[str | None, Piece | None]:
+        """Name of the stored tensor that holds a parameter, and where in it: among other experts', or all of it."""
+        piece = fused_piece(name)
+        stored = self.stored.find(*stored_forms(name), *([piece.stored] if piece else []))
+        is_fused = piece is not None and str(stored).endswith(piece.stored.removeprefix("model."))
+        return stored, piece if is_fused else None
+
     def resolve(self, name: str) -> str | None:
-        """Name of the stored tensor that holds a parameter, alone or among other experts'."""
-        piece = fused_piece(name)
-        return self.stored.find(*stored_forms(name), *([piece.stored] if piece else []))
-
-    def piece(self, name: str) -> Piece | None:
-        """Where a parameter is in its stored tensor; None where it is all of it."""
-        piece = fused_piece(name)
-        is_fused = piece is not None and str(self.resolve(name)).endswith(piece.stored.removeprefix("model."))
-        return piece if is_fused else None
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a stored parameter."""
-        shape, piece = self.stored.tensors[str(self.resolve(name))].shape, self.piece(name)
-        if piece is None or len(shape) != FUSED_DIMENSIONS:
-            return shape
-        return len(range(shape[1])[piece.rows(shape[1])]), shape[2]
+        return self.locate(name)[0]
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Read tensors as they are stored, on the CPU.
@@ -47,7 +49,7 @@ class LazyWeights:
         """
         wanted, parts = {}, {}
         for name in names:
-            stored, piece = self.resolve(name), self.piece(name)
+            stored, piece = self.locate(name)
             if stored is None:
                 raise CheckpointError(f"The checkpoint {self.folder} has no tensor {name!r}.")
             wanted[name] = stored
@@ -55,10 +57,6 @@ class LazyWeights:
                 parts[name] = piece.expert, piece.rows(self.stored.tensors[stored].shape[1])
         found = dict(self.stored.read(wanted, parts))
         return {name: found[name] for name in wanted}
-
-    def _has_expert(self, name: str) -> bool:
-        piece = self.piece(name)
-        return piece is None or piece.expert < self.stored.tensors[str(self.resolve(name))].shape[0]
 
     def samples(self) -> Iterator[tuple[str, bytes]]:
         """Yield a row from the middle of every tensor: enough to tell two models of one shape apart."""
@@ -76,12 +74,17 @@ class LazyWeights:
         """Check that every parameter of the model is stored, in its shape and in a float type. Reads no weights."""
         missing, optional = [], set(may_miss)
         for name, shape in shapes.items():
-            stored = self.resolve(name)
+            stored, piece = self.locate(name)
             if stored is None:
                 missing += [name] if name not in optional else []
                 continue
             tensor = self.stored.tensors[stored]
-            if self.shape(name) != shape or not self._has_expert(name):
+            found = tensor.shape
+            if piece is not None and piece.expert >= found[0]:
+                found = ()
+            elif piece is not None and len(found) == FUSED_DIMENSIONS:
+                found = len(range(found[1])[piece.rows(found[1])]), found[2]
+            if found != shape:
                 raise CheckpointError(
                     f"The tensor {name!r} has shape {list(tensor.shape)}, but config.json says {list(shape)}."
                 )
@@ -93,3 +96,73 @@ class LazyWeights:
         if missing:
             shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
             raise CheckpointError(f"The checkpoint {self.folder} lacks {len(missing)} tensors of its model: {shown}.")
+
+
+@dataclass(frozen=True)
+class PartLoader:
+    """Load weights for the duration of a `with loader.block(3): ...`."""
+
+    decoder: Decoder
+    weights: LazyWeights
+
+    def embeddings(self) -> AbstractContextManager[None]:
+        return self._loaded(self.decoder.family.embedding_parts, self.decoder.embedding_names())
+
+    def head(self) -> AbstractContextManager[None]:
+        return self._loaded(self.decoder.family.head_parts, self.decoder.head_names())
+
+    @contextmanager
+    def block(self, index: int) -> Iterator[None]:
+        decoder, prefix = self.decoder, self.decoder.block_prefix(index)
+        for name in decoder.block_names(index):  # one at a time: they are held as stored and as computed with
+            tensor = self.weights.read([name])[name]
+            decoder.fill(decoder.blocks[index], {name.removeprefix(prefix): tensor})
+            del tensor
+        yield
+        decoder.empty(decoder.blocks[index])
+
+    @contextmanager
+    def _loaded(self, parts: Iterable[str], names: list[str]) -> Iterator[None]:
+        head, table = f"{self.decoder.family.head}.weight", self.decoder.embedding_names()[0]
+        if head in names and self.weights.resolve(head) is None:  # tied: the first table under its own name
+            tensors = self.weights.read([table, *(name for name in names if name != head)])
+            tensors[head] = tensors.pop(table)
+        else:
+            tensors = self.weights.read(names)
+        for part in parts:
+            self.decoder.fill_root(tensors, part=part)
+        del tensors
+        yield
+        for part in parts:
+            self.decoder.empty(self.decoder.model.get_submodule(part))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Write branches as the walk leaves them: the form of the dense model and of our own architecture.
+
+    model_type: of the stock model that is written, whose files have other names for experts' linears; "" for ours.
+    ties_head: whether the head stays the embeddings' table.
+    """
+
+    model_type: str = ""
+    ties_head: bool = False
+
+    def directions(self, width: int) -> int:
+        """How many directions of the stream a hidden size of `width` has room for."""
+        return width
+
+    def form(self, branch: Branch, name: str) -> WrittenForm:
+        """The form that a reader or writer gets when its branch is finished."""
+        return WrittenForm()
+
+    def settle(self, branch: Branch) -> None:
+        """Bring a finished branch into the written form, in place."""
+
+    def file_name(self, name: str) -> str:
+        """The name in the checkpoint's files of a tensor of the model."""
+        return file_name(name, self.model_type) if self.model_type else name
+
+    def in_adapter(self, name: str) -> str | None:
+        """The name in the checkpoint's LoRA adapter; None for a tensor of the checkpoint itself."""
+        return f"{ADAPTER_PREFIX}{name}.weight" if name.endswith(LORA) else None

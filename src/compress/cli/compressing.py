@@ -31,7 +31,7 @@ from compress.launch import launch
 from compress.models.hub import ModelSource
 
 if TYPE_CHECKING:
-    from compress.pipeline.result import Result
+    from compress.pipeline.output import Result
     from compress.planning.prepare import Job
     from compress.recipe import Recipe
 

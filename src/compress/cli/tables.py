@@ -14,9 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from compress.architectures.sizes import Size
+    from compress.architectures.architecture import Size
     from compress.checkpoints.metadata import ModelSize
-    from compress.pipeline.result import Result
+    from compress.pipeline.output import Result
     from compress.planning.plan import Plan
     from compress.planning.prepare import Job
 
@@ -112,7 +112,7 @@ def show_plan(job: "Job", plan: "Plan", *, as_json: bool) -> None:
     if as_json:
         print_json({"out": str(job.out), **plan.to_dict()})
         return
-    alternatives, form = [vars(each) for each in plan.alternatives], plan.spec.architecture
+    alternatives, form = [each.to_dict() for each in plan.alternatives], plan.spec.architecture
     values = {
         "written as": ONE_FILE if plan.spec.is_gguf else loads_as(form.class_name, is_stock=form.is_stock),
         "parameters, dense": f"{plan.dense.parameters:,}",
@@ -125,7 +125,8 @@ def show_plan(job: "Job", plan: "Plan", *, as_json: bool) -> None:
     counts = [{KINDS[kind]: f"{count:,}" for kind, count in choice.counts.items()} for choice in plan.choices]
     totals = [{"parameters": f"{each.size.parameters:,}", "bytes": gigabytes(each.size.bytes)} for each in plan.choices]
     print_rows("Shapes that fit", [{**kept, **total} for kept, total in zip(counts, totals, strict=True)])
-    show_linears({path: factors.rank for path, factors in plan.factors.items()}, plan.spec.num_blocks, alternatives)
+    ranks = {path: factors.rank for path, factors in plan.spec.factors.items()}
+    show_linears(ranks, plan.spec.num_blocks, alternatives)
     print_lines(plan.notes)
 
 
@@ -142,7 +143,7 @@ def planned(job: "Job", plan: "Plan") -> Row:
         return {"ranks": f"found from the dense model, by {' or '.join(plan.ranks.stage.allocations)}", **most}
     if plan.size is None:
         return {"widths": "decided by the data"}
-    return {**shape(job, [width or 0 for width in plan.widths], plan.units), **sizes(plan.dense, plan.size)}
+    return {**shape(job, [width or 0 for width in plan.spec.widths], plan.spec.units), **sizes(plan.dense, plan.size)}
 
 
 def show_result(job: "Job", result: "Result", *, as_json: bool) -> None:

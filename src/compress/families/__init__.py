@@ -6,6 +6,7 @@ built; everything else follows from the table. Names are those of the stock tran
 """
 
 import importlib
+import json
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -29,7 +30,6 @@ class Units:
     writer: str
 
     def number(self, config: Any) -> int:
-        """Number of units in a block of the dense model."""
         count = getattr(config, self.count)
         return 4 * config.hidden_size if count is None else int(count)
 
@@ -81,10 +81,10 @@ class BranchTable:
         """Readers by the norm before them; None without a norm."""
         if len(self.norms) <= 1:
             return {next(iter(self.norms), None): self.readers}
-        return {norm: self._readers_on(path) for norm, path in zip(self.norms, self.paths, strict=True)}
-
-    def _readers_on(self, path: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(name for name in self.readers if any(f"{name}.".startswith(f"{step}.") for step in path))
+        behind = {norm: tuple(f"{step}." for step in path) for norm, path in zip(self.norms, self.paths, strict=True)}
+        return {
+            norm: tuple(name for name in self.readers if f"{name}.".startswith(steps)) for norm, steps in behind.items()
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +150,10 @@ class Family:
     def has_post_norms(self) -> bool:
         return any(branch.post_norm for branch in self.branches)
 
+    def dense_units(self, config: Any) -> dict[str, int]:
+        """Count the units of each kind in a block of the dense model."""
+        return {units.kind: units.number(config) for branch in self.branches for units in branch.units}
+
     def epsilon(self, config: Any) -> float:
         return getattr(config, self.norm_eps) if isinstance(self.norm_eps, str) else self.norm_eps
 
@@ -168,7 +172,8 @@ class Family:
             branch["neurons"] = (
                 {"readers": dict(neurons[0]["readers"]), "writer": neurons[0]["writer"]} if neurons else None
             )
-        return plain({**names, "branches": branches})
+        plain: dict[str, Any] = json.loads(json.dumps({**names, "branches": branches}))  # tuples become lists
+        return plain
 
     def part_of(self, name: str) -> str:
         """The part of a block that a linear belongs to: `attention`, `mlp` or `router`."""
@@ -178,13 +183,6 @@ class Family:
 
     def units(self, kind: str) -> list[Units]:
         return [units for branch in self.branches for units in branch.units if units.kind == kind]
-
-
-def plain(value: Any) -> Any:
-    """Turn tuples into lists, recursively, as JSON does."""
-    if isinstance(value, dict):
-        return {key: plain(entry) for key, entry in value.items()}
-    return [plain(entry) for entry in value] if isinstance(value, list | tuple) else value
 
 
 def names() -> list[str]:

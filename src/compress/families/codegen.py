@@ -1,20 +1,17 @@
 """CodeGen: one LayerNorm feeds attention and MLP, which run in parallel; blocks return a tuple."""
 
-from compress.families import BranchTable, Family
-from compress.families._sequential import neurons
+from compress.families import Family
+from compress.families._blocks import attention, mlp, parallel
 
-PARALLEL = BranchTable(
-    name="parallel",
-    norms=("ln_1",),
-    paths=(("attn",), ("mlp",)),
-    readers=("attn.qkv_proj", "mlp.fc_in"),
-    writers=("attn.out_proj", "mlp.fc_out"),
-    units=(neurons("mlp.fc_in", writer="mlp.fc_out", count="n_inner"),),
-)
 FAMILY = Family(
     embeddings=("transformer.wte",),
     blocks="transformer.h",
-    branches=(PARALLEL,),
+    branches=(
+        parallel(
+            attention("attn", "qkv_proj", writer="out_proj", norm="ln_1"),
+            mlp("mlp.fc_in", writer="mlp.fc_out", count="n_inner"),
+        ),
+    ),
     attention="attn",
     final_norm="transformer.ln_f",
     head_bias=True,

@@ -3,18 +3,12 @@
 from dataclasses import replace
 
 from compress.families import Family
-from compress.families._post_norm import not_exact
-from compress.families._sequential import ATTENTION, GATED_MLP, neurons
+from compress.families._blocks import ATTENTION, FUSED_MLP, behind_norm
 
 FAMILY = Family(
     branches=(
         replace(ATTENTION, post_norm="post_self_attn_layernorm"),
-        replace(
-            GATED_MLP,
-            readers=("mlp.gate_up_proj",),
-            units=(neurons("mlp.gate_up_proj", writer="mlp.down_proj", stacks=2),),
-            post_norm="post_mlp_layernorm",
-        ),
+        replace(FUSED_MLP, post_norm="post_mlp_layernorm"),
     ),
-    not_exact=not_exact,
+    not_exact=behind_norm,
 )

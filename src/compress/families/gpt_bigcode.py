@@ -2,24 +2,8 @@
 
 from typing import Any
 
-from compress.families import BranchTable, Family
-from compress.families._sequential import neurons
-
-ATTENTION = BranchTable(
-    name="attention",
-    norms=("ln_1",),
-    paths=(("attn",),),
-    readers=("attn.c_attn",),
-    writers=("attn.c_proj",),
-)
-MLP = BranchTable(
-    name="mlp",
-    norms=("ln_2",),
-    paths=(("mlp",),),
-    readers=("mlp.c_fc",),
-    writers=("mlp.c_proj",),
-    units=(neurons("mlp.c_fc", writer="mlp.c_proj", count="n_inner"),),
-)
+from compress.families import Family
+from compress.families._blocks import attention, mlp
 
 
 def refused(config: Any) -> str | None:
@@ -29,7 +13,10 @@ def refused(config: Any) -> str | None:
 FAMILY = Family(
     embeddings=("transformer.wte", "transformer.wpe"),
     blocks="transformer.h",
-    branches=(ATTENTION, MLP),
+    branches=(
+        attention("attn", "c_attn", writer="c_proj", norm="ln_1"),
+        mlp("mlp.c_fc", writer="mlp.c_proj", norm="ln_2", count="n_inner"),
+    ),
     attention="attn",
     final_norm="transformer.ln_f",
     norm="layer",

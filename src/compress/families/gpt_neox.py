@@ -3,32 +3,11 @@
 from dataclasses import replace
 from typing import Any
 
-from compress.families import BranchTable, Family
-from compress.families._sequential import neurons
+from compress.families import Family
+from compress.families._blocks import attention, mlp, parallel
 
-ATTENTION = BranchTable(
-    name="attention",
-    norms=("input_layernorm",),
-    paths=(("attention",),),
-    readers=("attention.query_key_value",),
-    writers=("attention.dense",),
-)
-MLP = BranchTable(
-    name="mlp",
-    norms=("post_attention_layernorm",),
-    paths=(("mlp",),),
-    readers=("mlp.dense_h_to_4h",),
-    writers=("mlp.dense_4h_to_h",),
-    units=(neurons("mlp.dense_h_to_4h", writer="mlp.dense_4h_to_h"),),
-)
-BOTH = BranchTable(
-    name="parallel",
-    norms=ATTENTION.norms + MLP.norms,
-    paths=ATTENTION.paths + MLP.paths,
-    readers=ATTENTION.readers + MLP.readers,
-    writers=ATTENTION.writers + MLP.writers,
-    units=MLP.units,
-)
+ATTENTION = attention("attention", "query_key_value", writer="dense")
+MLP = mlp("mlp.dense_h_to_4h", writer="mlp.dense_4h_to_h")
 SEQUENTIAL = Family(
     embeddings=("gpt_neox.embed_in",),
     blocks="gpt_neox.layers",
@@ -39,7 +18,7 @@ SEQUENTIAL = Family(
     norm_eps="layer_norm_eps",
     dropout="hidden_dropout",
 )
-PARALLEL = replace(SEQUENTIAL, branches=(BOTH,))
+PARALLEL = replace(SEQUENTIAL, branches=(parallel(ATTENTION, MLP, norms=ATTENTION.norms + MLP.norms),))
 
 
 def family(config: Any) -> Family:

@@ -1,7 +1,7 @@
 """Granite: Llama with multipliers on embeddings, attention scores, what branches write, and logits."""
 
 from compress.families import Family, StockShape
-from compress.families._sequential import ATTENTION, GATED_MLP
+from compress.families._blocks import ATTENTION, GATED_MLP
 
 FAMILY = Family(
     branches=(ATTENTION, GATED_MLP),

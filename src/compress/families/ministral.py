@@ -1,6 +1,6 @@
 """Ministral: Mistral with a kind of attention a layer."""
 
 from compress.families import Family, StockShape
-from compress.families._sequential import ATTENTION, GATED_MLP
+from compress.families._blocks import ATTENTION, GATED_MLP
 
 FAMILY = Family(branches=(ATTENTION, GATED_MLP), stock=StockShape())

@@ -3,8 +3,7 @@
 from typing import Any
 
 from compress.families import Family, StockShape
-from compress.families._experts import ROUTER, sparse_mlp
-from compress.families._sequential import ATTENTION
+from compress.families._blocks import ATTENTION, ROUTER, sparse_mlp
 
 
 def family(config: Any) -> Family:

@@ -1,7 +1,7 @@
 """OLMo: LayerNorm without parameters and with a fixed epsilon; queries, keys and values may be clipped."""
 
 from compress.families import Family, StockShape
-from compress.families._sequential import ATTENTION, GATED_MLP
+from compress.families._blocks import ATTENTION, GATED_MLP
 
 FAMILY = Family(
     branches=(ATTENTION, GATED_MLP),

@@ -4,23 +4,10 @@ from dataclasses import replace
 from typing import Any
 
 from compress.families import BranchTable, Family
-from compress.families._sequential import neurons
+from compress.families._blocks import attention, mlp
 
-ATTENTION = BranchTable(
-    name="attention",
-    norms=("self_attn_layer_norm",),
-    paths=(("self_attn",),),
-    readers=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    writers=("self_attn.out_proj",),
-)
-MLP = BranchTable(
-    name="mlp",
-    norms=("final_layer_norm",),
-    paths=(("fc1", "activation_fn", "fc2"),),
-    readers=("fc1",),
-    writers=("fc2",),
-    units=(neurons("fc1", writer="fc2", count="ffn_dim"),),
-)
+ATTENTION = attention("self_attn", "q_proj", "k_proj", "v_proj", writer="out_proj", norm="self_attn_layer_norm")
+MLP = mlp("fc1", writer="fc2", norm="final_layer_norm", path=("fc1", "activation_fn", "fc2"), count="ffn_dim")
 
 
 def not_exact(config: Any) -> str | None:
@@ -34,7 +21,6 @@ def not_exact(config: Any) -> str | None:
 
 
 def behind(branch: BranchTable) -> BranchTable:
-    """With its norm behind it."""
     return replace(branch, norms=(), post_norm=branch.norms[0], post_norm_of="stream")
 
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from compress.families import Family, StockShape
-from compress.families._sequential import ATTENTION, GATED_MLP, neurons
+from compress.families._blocks import ATTENTION, FUSED_MLP
 
 
 def not_stock(config: Any) -> str | None:
@@ -14,14 +14,7 @@ def not_stock(config: Any) -> str | None:
 
 
 FAMILY = Family(
-    branches=(
-        replace(ATTENTION, readers=("self_attn.qkv_proj",), units=()),
-        replace(
-            GATED_MLP,
-            readers=("mlp.gate_up_proj",),
-            units=(neurons("mlp.gate_up_proj", writer="mlp.down_proj", stacks=2),),
-        ),
-    ),
+    branches=(replace(ATTENTION, readers=("self_attn.qkv_proj",), units=()), FUSED_MLP),
     dropout="resid_pdrop",
     stock=StockShape(not_stock=not_stock),
 )

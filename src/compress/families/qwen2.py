@@ -7,7 +7,7 @@ hidden_size / heads, which no longer holds.
 from typing import Any
 
 from compress.families import Family, StockShape
-from compress.families._sequential import ATTENTION, GATED_MLP
+from compress.families._blocks import ATTENTION, GATED_MLP
 
 
 def not_stock(config: Any) -> str | None:

@@ -6,8 +6,7 @@ No engine takes its head_dim from the config, so a narrower one is no stock mode
 from typing import Any
 
 from compress.families import Family
-from compress.families._experts import ROUTER, SHARED_ROUTER, check_all_sparse, sparse_mlp
-from compress.families._sequential import ATTENTION
+from compress.families._blocks import ATTENTION, ROUTER, SHARED_ROUTER, check_all_sparse, sparse_mlp
 
 
 def family(config: Any) -> Family:

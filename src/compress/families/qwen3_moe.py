@@ -3,8 +3,7 @@
 from typing import Any
 
 from compress.families import Family, StockShape
-from compress.families._experts import ROUTER, check_all_sparse, sparse_mlp
-from compress.families._sequential import ATTENTION, NORMED_HEADS
+from compress.families._blocks import ATTENTION, NORMED_HEADS, ROUTER, check_all_sparse, sparse_mlp
 
 
 def family(config: Any) -> Family:

@@ -1,6 +1,6 @@
 """SmolLM3: Llama with some layers that have no rotary positions."""
 
 from compress.families import Family, StockShape
-from compress.families._sequential import ATTENTION, GATED_MLP
+from compress.families._blocks import ATTENTION, GATED_MLP
 
 FAMILY = Family(branches=(ATTENTION, GATED_MLP), stock=StockShape())

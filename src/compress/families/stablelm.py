@@ -4,8 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from compress.families import Family
-from compress.families._parallel import PARALLEL
-from compress.families._sequential import ATTENTION, GATED_MLP
+from compress.families._blocks import ATTENTION, GATED_MLP, PARALLEL
 
 MLP_PATH = ("mlp", "dropout")
 SEQUENTIAL_FAMILY = Family(

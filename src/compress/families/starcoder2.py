@@ -1,10 +1,9 @@
 """StarCoder2: LayerNorm before attention and before an MLP without a gate, biases, grouped-query attention."""
 
-from dataclasses import replace
 from typing import Any
 
 from compress.families import Family, StockShape
-from compress.families._sequential import ATTENTION, GATED_MLP, neurons
+from compress.families._blocks import ATTENTION, mlp
 
 
 def not_stock(config: Any) -> str | None:
@@ -12,15 +11,7 @@ def not_stock(config: Any) -> str | None:
 
 
 FAMILY = Family(
-    branches=(
-        ATTENTION,
-        replace(
-            GATED_MLP,
-            readers=("mlp.c_fc",),
-            writers=("mlp.c_proj",),
-            units=(neurons("mlp.c_fc", writer="mlp.c_proj"),),
-        ),
-    ),
+    branches=(ATTENTION, mlp("mlp.c_fc", writer="mlp.c_proj")),
     norm="layer",
     norm_eps="norm_epsilon",
     stock=StockShape(constant_channel=True, not_stock=not_stock),

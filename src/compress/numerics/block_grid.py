@@ -15,7 +15,7 @@ from itertools import product
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int32, UInt8
+from jaxtyping import Bool, Float, Int32, UInt8
 from torch import Tensor
 
 from compress.numerics.block_types import Block, BlockType
@@ -25,6 +25,7 @@ from compress.numerics.sweep import spans
 
 CHUNK = 2**18  # weights that scales are searched for at a time
 TRIALS = 12  # scales for each end of the grid
+FINE = 64  # steps of a grid; of finer ones the largest weight's place decides little
 REFINEMENTS = 3  # rounds of scales for codes and codes for scales
 SPAN = 256  # columns that changes are brought to one by one; to later ones by a product
 SMALLEST = 2.0**-24  # of float16
@@ -112,17 +113,23 @@ def fit_blocks(W: Float[Tensor, "m n"], kind: BlockType, weights: Float[Tensor, 
 def fit_rows(X: Float[Tensor, "m G g"], kind: BlockType, w: Float[Tensor, "1 G g"]) -> BlockGrid:
     scale, low = shifted_scales(X, kind, w) if kind.has_min else (plain_scales(X, kind, w), None)
     grid = in_blocks(kind, scale, low)
+    error = error_of_blocks(grid, X, w)
     for _ in range(REFINEMENTS):
-        grid = refined(grid, X, w)
+        new = moved(grid, X, w)
+        changed = error_of_blocks(new, X, w)
+        grid, error = chosen(changed < error, new, grid), torch.minimum(changed, error)
     return grid
 
 
 def plain_scales(X: Float[Tensor, "m G g"], kind: BlockType, w: Tensor) -> Float[Tensor, "m G"]:
     """The best scale of each group by itself; its sign puts either end of the grid on the largest weight."""
     largest = X.gather(2, X.abs().argmax(2, keepdim=True))[..., 0]
-    ends = (kind.lowest, kind.highest) if kind.table is None else (kind.table[0], kind.table[-1])
+    ends = [kind.lowest, kind.highest] if kind.table is None else [kind.table[0], kind.table[-1]]
+    reaches = torch.linspace(0.76, 1.26, TRIALS).tolist()
+    if kind.highest - kind.lowest > FINE:
+        ends, reaches = ends[:1], [0.95, 1.0, 1.05]
     best, scale = torch.zeros_like(largest), torch.zeros_like(largest)
-    for end, reach in product(ends, torch.linspace(0.76, 1.26, TRIALS).tolist()):
+    for end, reach in product(ends, reaches):
         q = kind.nearest_(X / positive(largest / (end * reach))[..., None])
         wq = w * q
         along, square = (wq * X).sum(2), (wq * q).sum(2).clamp_min(TINY)
@@ -192,19 +199,20 @@ def never_zero(sc: Tensor) -> Tensor:
     return torch.where(sc == 0, 1, sc)
 
 
-def refined(grid: BlockGrid, X: Float[Tensor, "m G g"], w: Float[Tensor, "1 G g"]) -> BlockGrid:
-    """Move scales and minima to their best for the present codes, where that lowers the error of their block."""
-    new, kind = moved(grid, X, w), grid.kind
-    better = error_of_blocks(new, X, w) < error_of_blocks(grid, X, w)
-    groups = better.repeat_interleave(kind.per_block, 1)
-    chosen = [
-        None if old is None or now is None else torch.where(better if old.shape == better.shape else groups, now, old)
-        for now, old in zip(new.parts, grid.parts, strict=True)
+def chosen(better: Bool[Tensor, "m B"], new: BlockGrid, old: BlockGrid) -> BlockGrid:
+    """The new numbers of blocks where they are better."""
+    groups = better.repeat_interleave(old.kind.per_block, 1)
+    parts = [
+        None
+        if before is None or now is None
+        else torch.where(better if now.shape == better.shape else groups, now, before)
+        for now, before in zip(new.parts, old.parts, strict=True)
     ]
-    return BlockGrid.of(kind, *chosen)  # type: ignore[arg-type]
+    return BlockGrid.of(old.kind, *parts)  # type: ignore[arg-type]
 
 
 def moved(grid: BlockGrid, X: Float[Tensor, "m G g"], w: Float[Tensor, "1 G g"]) -> BlockGrid:
+    """Scales and minima at their best for the present codes."""
     kind, q = grid.kind, grid._codes(X.flatten(1)).view(X.shape)
     total, wq = w.sum(2), w * q
     square, along, sums, weighed = (wq * q).sum(2), (wq * X).sum(2), wq.sum(2), (w * X).sum(2)

@@ -7,14 +7,14 @@ Nothing volatile (times, paths of this machine) goes into it: the same inputs gi
 """
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import psutil
 
 from compress.calibration.processes import ALONE, Processes
+from compress.calibration.resources import Stopwatch
+from compress.calibration.spectra import GradientFiles
 from compress.calibration.survey import Survey, SurveyNeed, num_steps
 from compress.calibration.walk import FinishedPart, Walk
 from compress.checkpoints import files
@@ -25,14 +25,12 @@ from compress.datasets.windows import fingerprint
 from compress.io import write_tensors
 from compress.models.loading import load_config
 from compress.numerics.precision import full_precision
-from compress.pipeline.output import TRIAL, export_gguf, turn_into_gguf, write_companions
-from compress.pipeline.result import Result, result_of
+from compress.pipeline.output import TRIAL, Result, result_of, write_companions, write_gguf_file
 from compress.planning import search
-from compress.planning.assembly import new_walk, restored, take_survey
+from compress.planning.budget import rank_choices
 from compress.planning.memory import resident_bytes, usual_batch_size
 from compress.planning.plan import Plan
-from compress.planning.prepare import Job, Prepared, plan_job, prepare
-from compress.planning.ranks import rank_choices
+from compress.planning.prepare import Job, Prepared, new_walk, plan_job, prepare, take_survey
 from compress.progress import Progress, Steps, silent
 from compress.version import FORMAT
 
@@ -62,18 +60,20 @@ def run_together(job: Job, processes: Processes, progress: Progress = silent) ->
         prepared = prepare(job, processes)
         processes.gathered(None)  # the others look at the output's place before the first makes anything there
         with open_run(job, identity(prepared), processes, progress) as folder:
-            if folder.run.finished:
-                return _give_name(prepared, folder) if processes.is_first else None
-            return _run(prepared, folder, progress, start)
+            if not folder.run.finished:
+                return _run(prepared, folder, progress, start)
+            if not processes.is_first:
+                return None
+            folder.publish()
+            return result_of(prepared, read_metadata(folder.out), {"total": 0.0}, None, len(folder.parts))
 
 
 def _run(prepared: Prepared, folder: RunFolder, progress: Progress, start: float) -> Result | None:
     """The run itself, or what is left of it; begun at `start`."""
-    job, processes = prepared.job, prepared.processes
-    seconds: dict[str, float] = {}
-    with timed(seconds, "survey"):
+    job, processes, clock = prepared.job, prepared.processes, Stopwatch(prepared.job.device)
+    with clock("survey"):
         survey = _survey(prepared, folder, progress)
-    with timed(seconds, "trials"):
+    with clock("trials"):
         prepared = _chosen(prepared, folder, survey, progress)
     stages, held_out = prepared.plan.stages, job.recipe.held_out_windows
     walk = new_walk(prepared, stages, prepared.windows, held_out, survey)
@@ -90,16 +90,9 @@ def _run(prepared: Prepared, folder: RunFolder, progress: Progress, start: float
     if not processes.is_first:
         return None
     metadata, difference = _complete(prepared, walk, folder, progress)
-    seconds |= dict(walk.clock.seconds) | {"total": time.perf_counter() - start}
+    before = {kind: value for kind, value in clock.seconds.items() if value > 0.001}
+    seconds = before | walk.clock.seconds | {"total": time.perf_counter() - start}
     return result_of(prepared, metadata, seconds, difference, resumed)
-
-
-@contextmanager
-def timed(seconds: dict[str, float], kind: str) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    if (elapsed := time.perf_counter() - start) > 0.001:
-        seconds[kind] = elapsed
 
 
 def _survey(prepared: Prepared, folder: RunFolder, progress: Progress) -> Survey | None:
@@ -107,7 +100,8 @@ def _survey(prepared: Prepared, folder: RunFolder, progress: Progress) -> Survey
     if prepared.plan.survey is SurveyNeed.NONE:
         return None
     if "survey" in folder.findings:
-        return restored(prepared, folder.found_tensors("survey"))
+        device, files = prepared.job.device, GradientFiles(prepared.job.partial)
+        return Survey.of({name: each.to(device) for name, each in folder.found_tensors("survey").items()}, files)
     total = num_steps(prepared.config.num_hidden_layers, gradient=SurveyNeed.GRADIENT in prepared.plan.survey)
     steps = Steps(progress, "surveying the dense model", total)
     survey = take_survey(prepared, steps.next)
@@ -119,8 +113,13 @@ def _survey(prepared: Prepared, folder: RunFolder, progress: Progress) -> Survey
 
 def _chosen(prepared: Prepared, folder: RunFolder, survey: Survey | None, progress: Progress) -> Prepared:
     """With the plan's choice made, by trial where there is more than one; a run that goes on reads trials back."""
-    prepared = _with_rank_choices(prepared, survey)
-    if not prepared.plan.choices:
+    plan = prepared.plan
+    if plan.ranks is not None:  # each allocation's, now that the dense model has been looked at
+        spectra = {} if survey is None else survey.spectra
+        found = rank_choices(plan.ranks, prepared.job.recipe.budget, plan.dense, spectra)
+        plan = plan.chosen(found[0]) if len(found) == 1 else replace(plan, choices=found)
+        prepared = replace(prepared, plan=plan)
+    if not plan.choices:
         return prepared
     choices, costs = search.with_costs(prepared, survey)
     steps = Steps(progress, "trying shapes", min(len(choices), search.MOST_TRIALS))
@@ -128,28 +127,19 @@ def _chosen(prepared: Prepared, folder: RunFolder, survey: Survey | None, progre
     def measured(place: int) -> float:
         name = f"{TRIAL}{place}"
         if name not in folder.findings:
-            trial, cost = search.try_out(prepared, choices[place], survey, steps), costs[place]
+            choice, cost = choices[place], costs[place]
             predicted = None if cost is None else cost.total(search.LEFT)
-            folder.note(name, {**trial.counts, "predicted": predicted, "divergence": trial.divergence})
+            divergence = search.try_out(prepared, choice, survey, steps)
+            folder.note(name, {**choice.label, "predicted": predicted, "divergence": divergence})
         return float(folder.findings[name].data["divergence"])
 
     place = search.choose(costs, measured) if len(choices) > 1 else 0
-    return replace(prepared, plan=prepared.plan.chosen(choices[place]))
-
-
-def _with_rank_choices(prepared: Prepared, survey: Survey | None) -> Prepared:
-    """With the ranks that each allocation comes to, now that the dense model has been looked at."""
-    plan = prepared.plan
-    if plan.ranks is None:
-        return prepared
-    spectra = {} if survey is None else survey.spectra
-    found = rank_choices(plan.ranks, prepared.job.recipe.budget, plan.dense, spectra)
-    return replace(prepared, plan=plan.chosen(found[0]) if len(found) == 1 else replace(plan, choices=found))
+    return replace(prepared, plan=plan.chosen(choices[place]))
 
 
 def identity(prepared: Prepared) -> dict[str, Any]:
     """All that the output's bytes depend on."""
-    job = prepared.job
+    job, batch_size = prepared.job, prepared.plan.room.batch_size
     return {
         "recipe": job.recipe.model_dump(mode="json"),
         "model": input_fingerprint(prepared.folder, prepared.weights),
@@ -158,22 +148,11 @@ def identity(prepared: Prepared) -> dict[str, Any]:
         "versions": versions(),
         "export": job.export,
         "device": job.device.type,
-        "batch size": batch_size(prepared),
+        # Windows at a time, where it is not the usual number: as the user said it, or as memory allows.
+        "batch size": job.batch_size if batch_size == usual_batch_size(job.recipe) else batch_size,
         "number of processes": prepared.processes.count,
-        "dtype": str(prepared.precision.written).removeprefix("torch."),
+        "dtype": str(prepared.written).removeprefix("torch."),
     }
-
-
-def batch_size(prepared: Prepared) -> int | None:
-    """Windows at a time, where it is not the usual number: as the user said it, or as memory allows."""
-    chosen, job = prepared.plan.room.batch_size, prepared.job
-    return job.batch_size if chosen == usual_batch_size(job.recipe) else chosen
-
-
-def _give_name(prepared: Prepared, folder: RunFolder) -> Result:
-    """Publish what an earlier run had finished."""
-    folder.publish()
-    return result_of(prepared, read_metadata(folder.out), {"total": 0.0}, None, len(folder.parts))
 
 
 def _write_part(folder: RunFolder, part: FinishedPart, walk: Walk) -> None:
@@ -206,23 +185,18 @@ def _complete(prepared: Prepared, walk: Walk, folder: RunFolder, progress: Progr
         ids, logits = walk.probe_ids, walk.probe
         assert logits is not None
         verify_tokens(prepared.folder, target)
-        memory = proof_memory(prepared)
-        writes_gguf = prepared.plan.spec.is_gguf or job.export == "gguf"
-        if not prepared.plan.spec.is_gguf:
-            difference = verify(target, ids, logits, memory=memory)
-        if writes_gguf and job.max_memory is None:
-            memory = max(memory, psutil.virtual_memory().available // 2)
+        # What the process that reloads the result may take beside its interpreter, which is as large as ours.
+        memory = max(prepared.plan.memory_bytes, SMALL)
+        for_gguf = max(memory, psutil.virtual_memory().available // 2)
+        if job.max_memory is not None:
+            memory = for_gguf = max(0, job.max_memory - resident_bytes() - prepared.held)
         if prepared.plan.spec.is_gguf:
-            difference = turn_into_gguf(prepared, folder, ids, logits, memory)
-        elif writes_gguf:
-            steps.next("the GGUF file")
-            export_gguf(target, job.out.name, ids, logits, memory=memory)
+            difference = write_gguf_file(prepared, folder, ids, logits, for_gguf)
+        else:
+            difference = verify(target, ids, logits, memory=memory)
+            if job.export == "gguf":
+                steps.next("the GGUF file")
+                write_gguf_file(prepared, folder, ids, logits, for_gguf)
     folder.finish()
     steps.end()
     return metadata, difference
-
-
-def proof_memory(prepared: Prepared) -> int:
-    """Bytes that the process which reloads the result may take beside its interpreter, which is as large as ours."""
-    limit = prepared.job.max_memory
-    return max(prepared.plan.memory_bytes, SMALL) if limit is None else max(0, limit - resident_bytes() - prepared.held)

@@ -1,18 +1,25 @@
-"""Write everything of a finished checkpoint but its parts: config, tokenizer, index, compress.json, card, adapter."""
+"""What a run writes last, and what it has to say.
 
-from dataclasses import replace
+Everything of a finished checkpoint but its parts: config, tokenizer, index, compress.json, card, adapter, GGUF file.
+"""
+
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from compress.architectures.architecture import Size
 from compress.architectures.gguf_types import FileType
 from compress.architectures.packed import not_for_vllm, unpacks_while_loading
+from compress.calibration.experts import short_of_tokens
+from compress.calibration.sites import Count
 from compress.checkpoints import files
 from compress.checkpoints.adapter import adapter_config, write_adapter
 from compress.checkpoints.card import read_origin, write_card
 from compress.checkpoints.metadata import Metadata, read_metadata
 from compress.checkpoints.run_folder import RunFolder, clear
+from compress.checkpoints.verify import why_own
 from compress.io import sha256
 from compress.planning.plan import Plan
 from compress.planning.prepare import Prepared
@@ -22,7 +29,6 @@ TRIAL = "trial "  # before the place of a choice: a trial's name among the findi
 
 
 def write_companions(prepared: Prepared, folder: RunFolder) -> Metadata:
-    """All files of the checkpoint but its parts."""
     plan, target, reports = prepared.plan, folder.checkpoint, [part.report for part in folder.parts]
     adapter = adapter_metadata(prepared)
     parts = {part.weights.file: part.weights.sha256 for part in folder.parts if part.weights}
@@ -31,7 +37,7 @@ def write_companions(prepared: Prepared, folder: RunFolder) -> Metadata:
         written = write_adapter(target, shares, adapter)
         parts[str(written.relative_to(target))] = sha256(written)
     metadata = _metadata(prepared, folder, adapter, parts)
-    config = replace(plan.spec, widths=tuple(point.width for point in metadata.points), units=plan.units).config()
+    config = replace(plan.spec, widths=tuple(point.width for point in metadata.points), units=plan.spec.units).config()
     files.write_json(target / "config.json", config.to_diff_dict())
     if not plan.spec.architecture.is_stock:
         files.carry_modeling(target)
@@ -47,32 +53,26 @@ def write_companions(prepared: Prepared, folder: RunFolder) -> Metadata:
     return metadata
 
 
-def export_gguf(folder: Path, name: str, ids: Tensor, logits: Tensor, *, memory: int) -> None:
-    """A GGUF file of the finished checkpoint, in its folder, read back before it counts."""
-    from compress.checkpoints.gguf import verify_gguf, write_gguf
+def write_gguf_file(prepared: Prepared, folder: RunFolder, ids: Tensor, logits: Tensor, memory: int) -> float:
+    """Write the finished checkpoint as a GGUF file too, read back before it counts; return the difference of logits.
 
-    file = folder / f"{name}.gguf"
-    write_gguf(folder, file, name=name)
-    verify_gguf(folder, file, ids, logits, memory=memory)
-
-
-def turn_into_gguf(prepared: Prepared, folder: RunFolder, ids: Tensor, logits: Tensor, memory: int) -> float:
-    """Write a checkpoint in block types as one GGUF file, read it back, and leave only that; the difference of logits.
-
-    Of the folder stay the file, compress.json and the card.
+    Of a checkpoint in block types, only that file, compress.json and the card are left.
     """
     from compress.checkpoints.gguf import verify_gguf, write_gguf
 
-    plan, target, metadata = prepared.plan, folder.checkpoint, read_metadata(folder.checkpoint)
-    file = target / f"{prepared.job.out.name}.gguf"
-    types = {path: str(storage.block_type) for path, storage in plan.spec.storage.items()}
-    file_type = FileType.parse(str(plan.spec.gguf_type)).name
-    write_gguf(target, file, name=metadata.name, types=types, file_type=file_type)
+    spec, target, name = prepared.plan.spec, folder.checkpoint, prepared.job.out.name
+    file = target / f"{name}.gguf"
+    if not spec.is_gguf:
+        write_gguf(target, file, name=name)
+        return verify_gguf(target, file, ids, logits, memory=memory)
+    metadata = read_metadata(target)
+    types = {path: str(storage.block_type) for path, storage in spec.storage.items()}
+    write_gguf(target, file, name=metadata.name, types=types, file_type=FileType.parse(str(spec.gguf_type)).name)
     difference = verify_gguf(target, file, ids, logits, memory=memory)
-    found = metadata.model_copy(update={"parts": {file.name: sha256(file)}})
+    metadata = metadata.model_copy(update={"parts": {file.name: sha256(file)}})
     clear(target, kept={file.name})
-    found.write(target)
-    write_card(target, found)
+    metadata.write(target)
+    write_card(target, metadata)
     return difference
 
 
@@ -93,14 +93,14 @@ def _metadata(prepared: Prepared, folder: RunFolder, adapter: dict[str, Any] | N
             "architecture": plan.spec.architecture.class_name,
             "loads_without_our_code": plan.spec.architecture.is_stock,
             "stages": [stage.model_dump(mode="json") for stage in plan.stages],
-            "trials": found_trials(folder),
+            "trials": [finding.data for name, finding in folder.findings.items() if name.startswith(TRIAL)],
             "versions": run["versions"],
             "origin": read_origin(prepared.folder),
             "export": job.export,
             "device": job.device.type,
             "batch_size": run["batch size"],
             "fingerprints": {key: run[key] for key in ("model", "calibration text")},
-            "itemsize": prepared.precision.written.itemsize,
+            "itemsize": prepared.written.itemsize,
             "dense_size": vars(plan.dense),
             "size": {
                 "parameters": sum(report["parameters"] for report in reports),
@@ -108,8 +108,8 @@ def _metadata(prepared: Prepared, folder: RunFolder, adapter: dict[str, Any] | N
             },
             "adapter": adapter,
             **storage_metadata(plan),
-            "alternatives": [vars(alternative) for alternative in plan.alternatives],
-            "units": {kind: n if isinstance(n, int) else list(n) for kind, n in plan.units.items()},
+            "alternatives": [alternative.to_dict() for alternative in plan.alternatives],
+            "units": {kind: n if isinstance(n, int) else list(n) for kind, n in plan.spec.units.items()},
             "held_out_divergence": reports[-1]["divergence"],
             "points": [point for report in reports for point in report["points"]],
             "groups": [group for group in groups if "group" in group],
@@ -141,6 +141,89 @@ def adapter_metadata(prepared: Prepared) -> dict[str, Any] | None:
     return adapter_config(f"{prepared.job.model.name}-{prepared.job.recipe.method}", ranks, modules)
 
 
-def found_trials(folder: RunFolder) -> list[dict[str, Any]]:
-    """What was tried, in its order."""
-    return [finding.data for name, finding in folder.findings.items() if name.startswith(TRIAL)]
+@dataclass(frozen=True)
+class Result:
+    """
+    seconds: by kind of work; `total` is the whole run's, imports left out.
+    units: how many of each kind a block keeps. ranks: of the factorized linears, by path; of `num_blocks` blocks.
+    alternatives: ways to store the same linears, this one first. lost: of the linears' outputs on the calibration text,
+        the share of their energy that the stored ones do not give, the mean over linears; None where none is stored.
+    divergence: from the dense model on held-out calibration windows, in nats a token, where it was measured.
+    difference: of the reloaded logits, as a share of the largest.
+    """
+
+    out: Path
+    architecture: str
+    is_stock: bool
+    is_gguf: bool
+    dense: Size
+    size: Size
+    widths: list[int]
+    units: dict[str, Count]
+    ranks: dict[str, int]
+    num_blocks: int
+    alternatives: list[dict[str, Any]]
+    lost: float | None
+    divergence: float | None
+    seconds: dict[str, float]
+    difference: float | None
+    resumed_parts: int
+    notes: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "out": str(self.out),
+            "architecture": self.architecture,
+            "loads_without_our_code": self.is_stock,
+            "dense_parameters": self.dense.parameters,
+            "parameters": self.size.parameters,
+            "removed": 1 - self.size.parameters / self.dense.parameters,
+            "dense_bytes": self.dense.bytes,
+            "bytes": self.size.bytes,
+            "widths": self.widths,
+            "units": self.units,
+            "ranks": self.ranks,
+            "alternatives": self.alternatives,
+            "lost_energy": self.lost,
+            "held_out_divergence": self.divergence,
+            "seconds": {kind: round(value, 3) for kind, value in self.seconds.items()},
+            "reload_difference": self.difference,
+            "resumed_parts": self.resumed_parts,
+            "notes": self.notes,
+        }
+
+
+def result_of(
+    prepared: Prepared, metadata: Metadata, seconds: dict[str, float], difference: float | None, resumed: int
+) -> Result:
+    job, exported = prepared.job, list[str]()
+    if job.export == "gguf":
+        from compress.checkpoints.gguf import reader_notes
+
+        exported = reader_notes(job.out / f"{job.out.name}.gguf")
+    lost = [linear.lost for linear in metadata.linears if linear.lost is not None]
+    reports = [linear.to_dict() for linear in metadata.linears] or metadata.groups
+    return Result(
+        out=job.out,
+        architecture=metadata.architecture,
+        is_stock=metadata.loads_without_our_code,
+        is_gguf=metadata.storage == "gguf",
+        dense=prepared.plan.dense,
+        size=Size(metadata.size.parameters, metadata.size.bytes),
+        widths=[point.width for point in metadata.points],
+        units={kind: tuple(n) if isinstance(n, list) else n for kind, n in metadata.units.items()},
+        num_blocks=prepared.plan.spec.num_blocks,
+        ranks={linear.linear: linear.rank for linear in metadata.linears if linear.rank is not None},
+        alternatives=[each.to_dict() for each in metadata.alternatives],
+        lost=sum(lost) / len(lost) if lost and metadata.alternatives else None,
+        divergence=metadata.held_out_divergence,
+        seconds=seconds,
+        difference=difference,
+        resumed_parts=resumed,
+        notes=[*prepared.plan.notes, *short_of_tokens(reports), *exported, *proof_notes(job.out)],
+    )
+
+
+def proof_notes(out: Path) -> list[str]:
+    reason = why_own(out)
+    return [] if reason is None else [f"Reloaded by this package's own reader, not by transformers: {reason}."]

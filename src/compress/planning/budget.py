@@ -1,18 +1,32 @@
-"""Find the widths that fit under a budget: the Pareto-largest combinations."""
+"""Find what fits under a budget: the Pareto-largest combinations of widths, or ranks.
+
+Every linear has a ladder of what it may become: factors of every rank that makes it smaller, each with its price and
+the error that it leaves, and dense, without an error. The budget is spent on all ladders together, by the survey's
+spectra; `uniform` gives all linears the same share of their parameters instead.
+"""
 
 import itertools
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from compress.architectures.architecture import ModelSpec
-from compress.architectures.sizes import Size
+import torch
+
+from compress.architectures.architecture import ModelSpec, Size, header_bytes
+from compress.architectures.own import as_own
+from compress.calibration.linears import FactorShape, LinearShape
+from compress.calibration.spectra import Spectrum
 from compress.errors import Problems, UsageError, report
+from compress.models.factors import tensor_names
+from compress.numerics.allocation import Ladder, spend
 from compress.recipe import Budget
-from compress.stages._stage import StageConfig
+from compress.stages._stage import RankStage, StageConfig
 
 Counts = Mapping[str, Any]
+Ranks = dict[str, int]
+NOTHING = 1e-12  # of all energy: less is rounding, and no linear is kept dense for it
+DELETES_NOTHING = "The budget deletes nothing: the whole model fits under it. Allow less."
 
 
 def plan_stages(stages: Sequence[StageConfig], spec: ModelSpec) -> tuple[tuple[StageConfig, ...], ModelSpec]:
@@ -104,22 +118,18 @@ def width_choices(space: WidthSpace, budget: Budget, dense: Size) -> list[Choice
     limit = Limit.of(budget, dense)
     fitting = [Choice(counts, spec) for counts, spec in largest_fitting(space, limit)]
     if not fitting:
-        report(why_nothing_fits(space, limit))
+        specs = [space.spec(counts) for counts in combinations([*space.ladders.items()])]
+        smallest = next((spec for spec in reversed(specs) if not spec.problems()), None)
+        if smallest is None:
+            report(specs[0].problems())
+        else:
+            raise UsageError(
+                f"The budget of {limit.most:,} {limit.unit} cannot be kept: the least this recipe can come to is "
+                f"{limit.measure(smallest):,}. Allow more."
+            )
     if fitting[0].spec.deletes_nothing:
-        raise UsageError("The budget deletes nothing: the whole model fits under it. Allow less.")
+        raise UsageError(DELETES_NOTHING)
     return sorted(fitting, key=lambda choice: sorted(choice.counts.items()))
-
-
-def why_nothing_fits(space: WidthSpace, limit: Limit) -> list[str]:
-    """Say what the smallest legal shape comes to; where there is none, why."""
-    specs = [space.spec(counts) for counts in combinations([*space.ladders.items()])]
-    smallest = next((spec for spec in reversed(specs) if not spec.problems()), None)
-    if smallest is None:
-        return specs[0].problems()
-    return [
-        f"The budget of {limit.most:,} {limit.unit} cannot be kept: the least this recipe can come to is "
-        f"{limit.measure(smallest):,}. Allow more."
-    ]
 
 
 def largest_fitting(space: WidthSpace, limit: Limit) -> Iterator[tuple[dict[str, int], ModelSpec]]:
@@ -143,7 +153,129 @@ def largest_fitting(space: WidthSpace, limit: Limit) -> Iterator[tuple[dict[str,
 
 
 def combinations(ladders: Sequence[tuple[str, list[int]]]) -> Iterator[dict[str, int]]:
-    """Yield all combinations of counts, the largest first."""
     names = [kind for kind, _ in ladders]
     for values in itertools.product(*(ladder[::-1] for _, ladder in ladders)):
         yield dict(zip(names, values, strict=True))
+
+
+@dataclass(frozen=True)
+class RankSpace:
+    """
+    stage: the one that leaves ranks open. spec: what the model is without its factors.
+    """
+
+    stage: RankStage
+    spec: ModelSpec
+
+    @property
+    def linears(self) -> Sequence[LinearShape]:
+        return self.spec.linears
+
+    @property
+    def targets(self) -> dict[LinearShape, list[int]]:
+        """The linears that may be factorized, and the ranks that make them smaller, increasing."""
+        ladders = {linear: self.stage.rank_ladder(linear) for linear in self.linears}
+        return {linear: ladder for linear, ladder in ladders.items() if ladder}
+
+    def factorized(self, ranks: Mapping[str, int]) -> ModelSpec:
+        """The model in factors of these ranks, even where the stage multiplies them out."""
+        found = [linear for linear in self.linears if linear.path in ranks]
+        return self.written({linear.path: self.stage.factor_shape(linear, ranks[linear.path]) for linear in found})
+
+    def written(self, factors: Mapping[str, FactorShape]) -> ModelSpec:
+        architecture = as_own(self.spec.architecture)
+        return replace(self.spec, architecture=architecture, factors=factors, undecided=frozenset())
+
+    def choice(self, allocation: str, ranks: Ranks) -> Choice:
+        """Make a choice of ranks, written in factors or multiplied out."""
+        spec = self.factorized(ranks)
+        forms = {path: factors.form for path, factors in spec.factors.items()}
+        if not self.stage.writes_factors:
+            spec = replace(self.spec, undecided=frozenset())
+        return Choice({"allocation": allocation, "ranks": ranks, "forms": forms}, spec)
+
+    def price(self, linear: LinearShape, rank: int | None, *, in_bytes: bool) -> int:
+        """Price of a linear in factors of a rank, or dense, in parameters or in bytes on disk."""
+        numbers, indices = linear.m if linear.has_bias else 0, 0
+        if rank is None:
+            numbers += linear.m * linear.n
+            names = ["weight", "bias"] if linear.has_bias else ["weight"]
+        else:
+            factors = self.stage.factor_shape(linear, rank)
+            numbers += factors.stored(linear)
+            indices = 4 * linear.m if factors.form == "pivot" else 0
+            names = tensor_names(factors.form, has_bias=factors.has_bias)
+        headers = sum(header_bytes(f"{linear.path}.{name}") for name in names)
+        return numbers * self.spec.dtype.itemsize + indices + headers if in_bytes else numbers
+
+
+def check_budget(space: RankSpace, budget: Budget, dense: Size) -> None:
+    """Raises UsageError where not even the lowest ranks fit, or where nothing has to be factorized."""
+    limit = Limit.of(budget, dense)
+    lowest = space.factorized({linear.path: ladder[0] for linear, ladder in space.targets.items()})
+    if limit.allows(space.factorized({})):
+        raise UsageError(DELETES_NOTHING)
+    if not limit.allows(lowest):
+        raise UsageError(
+            f"The budget of {limit.most:,} cannot be kept: the least that low-rank factors can come to is "
+            f"{limit.measure(lowest):,}. Allow more, or target more of the linears."
+        )
+
+
+def rank_choices(space: RankSpace, budget: Budget | None, dense: Size, spectra: Mapping[str, Spectrum]) -> list[Choice]:
+    """Allocate ranks by each of the stage's criteria, under the budget or the size of its uniform ranks."""
+    if budget is None:
+        uniform = space.written(space.stage.uniform_factors(space.linears))
+        limit = Limit(uniform.size.parameters, in_bytes=False)
+    else:
+        limit = Limit.of(budget, dense)
+    return [space.choice(each, allocated(space, each, spectra, limit)) for each in space.stage.allocations]
+
+
+def allocated(space: RankSpace, allocation: str, spectra: Mapping[str, Spectrum], limit: Limit) -> Ranks:
+    """Find the ranks of the highest price that the limit allows, by one criterion."""
+    targets = {linear.path: ladder for linear, ladder in space.targets.items()}
+    prices = {
+        linear.path: [space.price(linear, rank, in_bytes=limit.in_bytes) for rank in (*ladder, None)]
+        for linear, ladder in space.targets.items()
+    }
+    # The rest of the model costs what it costs.
+    total = limit.most - (limit.measure(space.factorized({})) - sum(costs[-1] for costs in prices.values()))
+    if allocation == "uniform":
+        places = uniform_places(prices, total)
+    else:
+        lost = {path: [*errors(spectra[path], allocation, ranks), 0.0] for path, ranks in targets.items()}
+        places = spend({path: Ladder(costs, lost[path]) for path, costs in prices.items()}, total)
+    found = {path: (*targets[path], None)[place] for path, place in (places or {}).items()}
+    ranks = {path: rank for path, rank in found.items() if rank is not None}
+    if places is None or not limit.allows(space.factorized(ranks)):
+        raise UsageError(f"No ranks were found within the budget of {limit.most:,}. Allow more.")
+    return ranks
+
+
+def uniform_places(prices: Mapping[str, Sequence[int]], total: int) -> dict[str, int] | None:
+    """Give every linear the largest common share of its dense price: a rung on each ladder, at least the cheapest."""
+
+    def bought(share: float) -> dict[str, int]:
+        return {path: max(0, sum(cost <= share * costs[-1] for cost in costs) - 1) for path, costs in prices.items()}
+
+    def cost(share: float) -> int:
+        return sum(prices[path][place] for path, place in bought(share).items())
+
+    if cost(0.0) > total:
+        return None
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if cost(middle) <= total else (low, middle)
+    return bought(1.0 if cost(1.0) <= total else low)
+
+
+def errors(spectrum: Spectrum, allocation: str, ranks: Sequence[int]) -> list[float]:
+    """Error at each rank, in the criterion's measure."""
+    values = spectrum.energy if allocation == "energy" or spectrum.felt is None else spectrum.felt
+    total = float(values.sum())
+    kept = torch.cat([values.new_zeros(1), values.cumsum(0)]).tolist()
+    scale = {"energy": 1 / max(total, 1e-300), "mixed": max(total, 1e-300) ** -0.5, "fisher": 1.0}[allocation]
+    lost = (total - kept[min(rank, len(values))] for rank in ranks)
+    return [energy * scale if energy > NOTHING * total else 0.0 for energy in lost]

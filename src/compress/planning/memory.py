@@ -9,7 +9,7 @@ parts of a run come one after another, so what counts is the one that takes most
 import functools
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,6 @@ from typing import Any
 import psutil
 import torch
 
-from compress.architectures.architecture import dense_units
-from compress.calibration.cache import cache_bytes
-from compress.calibration.divergence import LOGITS_AT_ONCE
 from compress.calibration.experts import lot_bytes
 from compress.calibration.sites import (
     WholeModel,
@@ -30,12 +27,13 @@ from compress.calibration.sites import (
     rotates_points,
 )
 from compress.calibration.spectra import WIDEST
+from compress.calibration.streams import LOGITS_AT_ONCE, cache_bytes
 from compress.calibration.survey import TOKENS_AT_ONCE, SurveyNeed, survey_samples
 from compress.errors import UsageError
 from compress.families import Family
 from compress.models.decoder import Decoder
 from compress.numerics.sums import ROWS_AT_ONCE
-from compress.recipe import Recipe
+from compress.recipe import Calibration, Recipe
 from compress.stages._stage import StageConfig
 
 TOKENS_PER_BATCH = 8192
@@ -56,146 +54,116 @@ def usual_batch_size(recipe: Recipe) -> int:
     return max(1, min(TOKENS_PER_BATCH // calibration.seq_len, calibration.samples))
 
 
-def needs(
-    recipe: Recipe, stages: Sequence[StageConfig], config: Any, family: Family, *, computing: torch.dtype, room: Room
-) -> tuple[int, int]:
-    """Bytes of memory, without the interpreter and its libraries, and of disk, without the output."""
-    calibration, sizes = recipe.calibration, Sizes.of(config, family, computing)
-    one = cache_bytes(calibration.samples, calibration.seq_len, config.hidden_size, computing)
-    caches = one * (num_streams(stages) + keeps_before_post_norms(stages, family))
-    if SurveyNeed.GRADIENT in surveyed(stages):
-        windows = survey_samples(calibration.samples, calibration.seq_len, config.hidden_size)
-        caches = max(caches, one * windows // calibration.samples * (config.num_hidden_layers + 1))
-    tokens = min(room.batch_size, calibration.samples) * calibration.seq_len
-    weights = 2 * sizes.part * sizes.itemsize
-    if has_linears(stages):
-        weights += expert_statistics(config, family)
-    memory = weights + max(
-        forward_bytes(stages, sizes, tokens) + statistics_bytes(stages, sizes),
-        solver_bytes(stages, sizes),
-        logits_bytes(stages, sizes, room.batch_size),
-    )
-    spilled = caches if caches > room.cache_memory else 0
-    disk = 2 * one * num_streams(stages) + spilled + gradient_files(stages, sizes)
-    return memory + min(caches, room.cache_memory), disk
+def surveyed(stages: Sequence[StageConfig]) -> SurveyNeed:
+    return functools.reduce(operator.or_, (stage.requires.survey for stage in stages), SurveyNeed.NONE)
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """Sizes of a dense model in numbers: its largest part, matrix and linear of a block, and its widths.
+class Footprint:
+    """Bytes that the walk and the survey of a model hold at once, by what they are doing.
 
-    linears: outputs and inputs of those of a block. itemsize: bytes of a number that is computed with.
+    part, matrix: numbers of the largest of the model. linears: outputs and inputs of those of a block. itemsize: bytes
+    of a number that is computed with. inner: neurons of an MLP or an expert. inputs: of the widest group of linears;
+    writers also read the stream where each point is rotated.
     """
 
-    itemsize: int
-    part: int
-    matrix: int
-    linears: Mapping[str, tuple[int, int]]
-    width: int
-    neurons: int
-    vocabulary: int
-    blocks: int
-
-    @classmethod
-    def of(cls, config: Any, family: Family, computing: torch.dtype) -> "Sizes":
+    def __init__(self, stages: Sequence[StageConfig], config: Any, family: Family, computing: torch.dtype) -> None:
+        self.stages, self.survey, self.computing, self.itemsize = (
+            stages,
+            surveyed(stages),
+            computing,
+            computing.itemsize,
+        )
+        self.has_gradient = SurveyNeed.GRADIENT in self.survey
+        self.has_linears, self.has_groups = has_linears(stages), has_groups(stages)
+        self.num_streams, self.keeps_before = num_streams(stages), keeps_before_post_norms(stages, family)
         decoder = Decoder(config, family, dtype=torch.float32, device=torch.device("cpu"))
         shapes, block = decoder.parameter_shapes(), decoder.block_names(0)
         parts = [decoder.embedding_names(), block, decoder.head_names()]
-        return cls(
-            itemsize=computing.itemsize,
-            part=max(sum(shapes[name].numel() for name in part) for part in parts),
-            matrix=max(shapes[name].numel() for part in parts for name in part),
-            linears={name: (shapes[name][0], shapes[name][1]) for name in block if len(shapes[name]) == 2},
-            width=config.hidden_size,
-            neurons=max(dense_units(config, family).get("neurons", 0), config.hidden_size),
-            vocabulary=config.vocab_size,
-            blocks=config.num_hidden_layers,
+        self.part = max(sum(shapes[name].numel() for name in part) for part in parts)
+        self.matrix = max(shapes[name].numel() for part in parts for name in part)
+        self.linears = [(shapes[name][0], shapes[name][1]) for name in block if len(shapes[name]) == 2]
+        self.width, self.vocabulary, self.blocks = config.hidden_size, config.vocab_size, config.num_hidden_layers
+        self.inner = family.dense_units(config).get("neurons", 0)
+        self.experts = max(len(branch.experts) for branch in family.branches)
+        self.neurons = max(self.inner, self.width)
+        shares_frame = any(stage.site is WholeModel for stage in stages)
+        self.inputs = self.neurons + (self.width if rotates_points(stages) and not shares_frame else 0)
+
+    def needs(self, calibration: Calibration, room: Room) -> tuple[int, int]:
+        """Bytes of memory, without the interpreter and its libraries, and of disk, without the output."""
+        one = cache_bytes(calibration.samples, calibration.seq_len, self.width, self.computing)
+        caches = one * (self.num_streams + self.keeps_before)
+        if self.has_gradient:
+            windows = survey_samples(calibration.samples, calibration.seq_len, self.width)
+            caches = max(caches, one * windows // calibration.samples * (self.blocks + 1))
+        tokens = min(room.batch_size, calibration.samples) * calibration.seq_len
+        memory = self.weights() + max(
+            self.forward(tokens) + self.statistics(), self.solver(), self.logits(room.batch_size)
         )
+        spilled = caches if caches > room.cache_memory else 0
+        disk = 2 * one * self.num_streams + spilled + self.gradient_files()
+        return memory + min(caches, room.cache_memory), disk
 
-    @property
-    def linear(self) -> int:
-        return max(m * n for m, n in self.linears.values())
+    def weights(self) -> int:
+        """A part's weights, as they are stored and as they are computed with, and the statistics of its experts.
 
+        These are second moments of all experts' inputs, and the equations of those that are fitted together.
+        """
+        found = 2 * self.part * self.itemsize
+        if self.has_linears and self.experts:
+            found += DOUBLE * self.experts * (self.width**2 + self.inner**2)
+            found += lot_bytes(self.experts, self.inner, self.width)
+        return found
 
-def inputs_at_once(stages: Sequence[StageConfig], sizes: Sizes) -> int:
-    """Number of inputs of the widest group of linears; writers also read the stream where each point is rotated."""
-    shares_frame = any(stage.site is WholeModel for stage in stages)
-    return sizes.neurons + (sizes.width if rotates_points(stages) and not shares_frame else 0)
+    def forward(self, tokens: int) -> int:
+        """A batch in a block: activations and the operands of their sums."""
+        activations = 8 * self.width + 4 * self.neurons
+        if self.has_gradient:
+            activations *= 2  # what the pass backward needs of the pass forward
+        summed = 3 * self.width + (3 * self.inputs if self.has_linears else 0)
+        return tokens * (activations + summed) * self.itemsize
 
+    def statistics(self) -> int:
+        """Running sums: at a point of the stream, of a group of linears, or of a block's linears."""
+        k, D = self.inputs, self.width
+        found = [D**2]
+        if self.has_groups:
+            found.append(2 * k * (k + D))  # to fit on and held out
+        elif self.has_linears:
+            found.append(k**2 + D**2)
+        if SurveyNeed.STREAM in self.survey:
+            found.append(2 * D**2)
+        if SurveyNeed.LINEARS in self.survey:
+            found.append(k**2 + 2 * D**2 + (self.gradient_moments() if self.has_gradient else 0))
+        return max(found) * DOUBLE + ROWS_AT_ONCE * k * (self.itemsize + DOUBLE)
 
-def forward_bytes(stages: Sequence[StageConfig], sizes: Sizes, tokens: int) -> int:
-    """Bytes of a batch in a block: activations and the operands of their sums."""
-    activations = 8 * sizes.width + 4 * sizes.neurons
-    if SurveyNeed.GRADIENT in surveyed(stages):
-        activations *= 2  # what the pass backward needs of the pass forward
-    summed = 3 * sizes.width + (3 * inputs_at_once(stages, sizes) if has_linears(stages) else 0)
-    return tokens * (activations + summed) * sizes.itemsize
+    def solver(self) -> int:
+        """Eigensolves and regressions, and weights in float64 while they are rotated."""
+        k, D = self.inputs, self.width
+        statistics = 6 * D**2
+        if self.has_groups:
+            statistics = max(statistics, 6 * k * (k + D))
+        elif self.has_linears:
+            statistics = max(statistics, 6 * k**2)
+        turned = self.matrix * (2 * DOUBLE + self.itemsize)
+        if any(stage.in_written_form for stage in self.stages):
+            # Sweeps and ADMM hold a linear a dozen times.
+            turned = max(turned, max(m * n for m, n in self.linears) * (8 * DOUBLE + 12 * self.itemsize))
+        return statistics * DOUBLE + turned
 
+    def logits(self, batch_size: int) -> int:
+        held_out = LOGITS_AT_ONCE if any(stage.requires.held_out for stage in self.stages) else 0
+        backward = TOKENS_AT_ONCE * batch_size if self.has_gradient else 0
+        return self.vocabulary * max(held_out * 8, backward * 4) * self.itemsize
 
-def statistics_bytes(stages: Sequence[StageConfig], sizes: Sizes) -> int:
-    """Bytes of running sums: at a point of the stream, of a group of linears, or of a block's linears."""
-    k, D = inputs_at_once(stages, sizes), sizes.width
-    found = [D**2]
-    if has_groups(stages):
-        found.append(2 * k * (k + D))  # to fit on and held out
-    elif has_linears(stages):
-        found.append(k**2 + D**2)
-    if SurveyNeed.STREAM in surveyed(stages):
-        found.append(2 * D**2)
-    if SurveyNeed.LINEARS in surveyed(stages):
-        gradients = gradient_moments(sizes) if SurveyNeed.GRADIENT in surveyed(stages) else 0
-        found.append(k**2 + 2 * D**2 + gradients)
-    return max(found) * DOUBLE + ROWS_AT_ONCE * k * (sizes.itemsize + DOUBLE)
+    def gradient_moments(self) -> int:
+        """Numbers of the second moments of gradients by the outputs of a block's linears."""
+        return sum(m * m if m <= WIDEST * self.width else m for m, _ in self.linears)
 
-
-def solver_bytes(stages: Sequence[StageConfig], sizes: Sizes) -> int:
-    """Bytes of eigensolves and regressions, and of weights in float64 while they are rotated."""
-    k, D = inputs_at_once(stages, sizes), sizes.width
-    statistics = 6 * D**2
-    if has_groups(stages):
-        statistics = max(statistics, 6 * k * (k + D))
-    elif has_linears(stages):
-        statistics = max(statistics, 6 * k**2)
-    turned = sizes.matrix * (2 * DOUBLE + sizes.itemsize)
-    if any(stage.in_written_form for stage in stages):
-        # Sweeps and ADMM hold a linear a dozen times.
-        turned = max(turned, sizes.linear * (8 * DOUBLE + 12 * sizes.itemsize))
-    return statistics * DOUBLE + turned
-
-
-def logits_bytes(stages: Sequence[StageConfig], sizes: Sizes, batch_size: int) -> int:
-    """Bytes of logits and of what is computed from them."""
-    held_out = LOGITS_AT_ONCE if any(stage.requires.held_out for stage in stages) else 0
-    backward = TOKENS_AT_ONCE * batch_size if SurveyNeed.GRADIENT in surveyed(stages) else 0
-    return sizes.vocabulary * max(held_out * 8, backward * 4) * sizes.itemsize
-
-
-def expert_statistics(config: Any, family: Family) -> int:
-    """Bytes of the second moments of all experts' inputs, and of the equations of those that are fitted together."""
-    width, inner = config.hidden_size, dense_units(config, family).get("neurons", 0)
-    experts = max(len(branch.experts) for branch in family.branches)
-    return DOUBLE * experts * (width**2 + inner**2) + lot_bytes(experts, inner, width) if experts else 0
-
-
-def surveyed(stages: Sequence[StageConfig]) -> SurveyNeed:
-    return functools.reduce(operator.or_, (stage.requires.survey for stage in stages))
-
-
-def gradient_moments(sizes: Sizes) -> int:
-    """Numbers of the second moments of gradients by the outputs of a block's linears."""
-    return sum(m * m if m <= WIDEST * sizes.width else m for m, _ in sizes.linears.values())
-
-
-def gradient_files(stages: Sequence[StageConfig], sizes: Sizes) -> int:
-    """Bytes of the gradient moments of all blocks, in float32."""
-    if SurveyNeed.LINEARS | SurveyNeed.GRADIENT not in surveyed(stages):
-        return 0
-    return 4 * sizes.blocks * gradient_moments(sizes)
-
-
-def largest_part_bytes(config: Any, family: Family, computing: torch.dtype) -> int:
-    sizes = Sizes.of(config, family, computing)
-    return sizes.part * sizes.itemsize
+    def gradient_files(self) -> int:
+        """The gradient moments of all blocks on disk, in float32."""
+        both = SurveyNeed.LINEARS | SurveyNeed.GRADIENT
+        return 4 * self.blocks * self.gradient_moments() if both in self.survey else 0
 
 
 def fit_to_limit(asked: Room, limit: int, base: int, need: Callable[[Room], int], *, fixed_batch: bool) -> Room:
@@ -210,17 +178,14 @@ def fit_to_limit(asked: Room, limit: int, base: int, need: Callable[[Room], int]
         if left >= 0:
             return Room(batch_size, min(asked.cache_memory, left))
         if batch_size == 1 or fixed_batch:
+            # Up to 10 MB and 10 MB more, because no two starts of Python hold the same.
+            least = (math.ceil((limit - left) / 1e7) + 1) / 100
             smaller = "a smaller --batch-size or a shorter --seq-len" if batch_size > 1 else "a shorter --seq-len"
             raise UsageError(
                 f"--max-memory {limit / 1e9:g} GB cannot be kept: with all activations on disk and {batch_size} "
-                f"windows at a time the run takes {minimum_gb(limit - left):.2f} GB. Allow that, or use {smaller}."
+                f"windows at a time the run takes {least:.2f} GB. Allow that, or use {smaller}."
             )
         batch_size //= 2
-
-
-def minimum_gb(needed: int) -> float:
-    """Round up to 10 MB and add 10 MB, because no two starts of Python hold the same."""
-    return (math.ceil(needed / 1e7) + 1) / 100
 
 
 def resident_bytes() -> int:

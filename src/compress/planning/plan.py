@@ -1,25 +1,25 @@
 """Plan what a recipe does to a model from its config.json alone: architecture, widths, sizes, memory, disk."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import torch
 
-from compress.architectures.architecture import ModelSpec, dense_units
+from compress.architectures.architecture import ModelSpec, Size, stored_bytes
 from compress.architectures.own import Own
-from compress.architectures.sizes import Size
 from compress.architectures.stock import Stock
-from compress.calibration.linears import FactorShape, LinearSite
-from compress.calibration.sites import Count, Table, WholeModel
-from compress.calibration.spectra import LinearFilter
+from compress.calibration.linears import LinearShape, LinearSite
+from compress.calibration.sites import Table, WholeModel
 from compress.calibration.survey import SurveyNeed
+from compress.checkpoints.metadata import Alternative
 from compress.errors import UsageError, report
 from compress.families import Family, check_exact
-from compress.planning.alternatives import Alternative, alternatives
-from compress.planning.budget import Choice, WidthSpace, plan_stages, width_choices
-from compress.planning.memory import Room, needs, surveyed
-from compress.planning.ranks import RankSpace, check_budget
+from compress.models.storage import Storage, empty_linear
+from compress.planning.budget import Choice, RankSpace, WidthSpace, check_budget, plan_stages, width_choices
+from compress.planning.memory import Footprint, Room, surveyed
 from compress.recipe import Recipe
 from compress.stages._stage import RankStage, StageConfig
 
@@ -59,46 +59,22 @@ class Plan:
         return None if self.size is None else 1 - self.size.parameters / self.dense.parameters
 
     @property
-    def widths(self) -> list[int | None]:
-        return list(self.spec.widths)
-
-    @property
-    def units(self) -> Mapping[str, Count]:
-        return self.spec.units
-
-    @property
-    def factors(self) -> Mapping[str, FactorShape]:
-        return self.spec.factors
-
-    @property
     def survey(self) -> SurveyNeed:
         return surveyed(self.stages)
 
-    @property
-    def watch(self) -> LinearFilter | None:
-        """The linears that the survey takes spectra of."""
-        return next((watch for stage in self.stages if (watch := stage.requires.watch) is not None), None)
-
-    @property
-    def fewest_units(self) -> dict[str, int]:
-        """The smallest count of each kind of unit that the choices have."""
-        kinds = [stage.opens for stage in self.stages if stage.opens in self.units]
-        return {kind: min(int(choice.counts[kind]) for choice in self.choices) for kind in kinds if kind}
-
     def chosen(self, choice: Choice) -> "Plan":
-        """Make one of the plan's choices."""
         stages = tuple(stage.decided(choice.counts) for stage in self.stages)
         return replace(self, stages=stages, spec=choice.spec, ranks=None, choices=[])
 
     def to_dict(self) -> dict[str, Any]:
-        open_widths = bool(self.choices)
+        spec = self.spec
         return {
-            "architecture": self.spec.architecture.class_name,
-            "loads_without_our_code": self.spec.architecture.is_stock,
-            "widths": None if open_widths else self.widths,
-            "units": None if open_widths else dict(self.units),
-            "ranks": None if self.ranks else {path: factors.rank for path, factors in self.factors.items()},
-            "alternatives": [vars(alternative) for alternative in self.alternatives],
+            "architecture": spec.architecture.class_name,
+            "loads_without_our_code": spec.architecture.is_stock,
+            "widths": None if self.choices else list(spec.widths),
+            "units": None if self.choices else dict(spec.units),
+            "ranks": None if self.ranks else {path: factors.rank for path, factors in spec.factors.items()},
+            "alternatives": [alternative.to_dict() for alternative in self.alternatives],
             "choices": [{**choice.label, **vars(choice.size)} for choice in self.choices],
             "dense": vars(self.dense),
             "size": None if self.size is None else vars(self.size),
@@ -117,7 +93,8 @@ def make_plan(
     base = choose_base(recipe, config, family, dtype)
     stages, spec = plan_stages(recipe.stages, base)
     dense = ModelSpec.dense(Stock(config, family), dtype).size
-    ranks = rank_space(stages, spec)
+    opened = next((stage for stage in stages if isinstance(stage, RankStage) and stage.open_ranks), None)
+    ranks = None if opened is None else RankSpace(opened, spec)
     choices = list[Choice]()
     if recipe.budget is not None and ranks is not None:
         check_budget(ranks, recipe.budget, dense)
@@ -129,7 +106,7 @@ def make_plan(
         if not on_linears and spec.deletes_nothing:
             raise UsageError("The recipe deletes nothing: every width stays as it is. Add a slice stage.")
     sizes = [spec.size] if spec.is_decided else [choice.size for choice in choices] or [dense]
-    memory, disk = needs(recipe, stages, config, family, computing=computing, room=room)
+    memory, disk = Footprint(stages, config, family, computing).needs(recipe.calibration, room)
     plan = Plan(
         stages=stages,
         spec=spec,
@@ -174,12 +151,6 @@ def why_own(recipe: Recipe, config: Any, family: Family) -> str | None:
     return f"The result is written in our architecture: {reason}" if reason else None
 
 
-def rank_space(stages: Sequence[StageConfig], spec: ModelSpec) -> RankSpace | None:
-    """The linears whose ranks a stage leaves open, if any."""
-    opened = next((stage for stage in stages if isinstance(stage, RankStage) and stage.open_ranks), None)
-    return None if opened is None else RankSpace(opened, spec)
-
-
 def mixture_faults(stages: Sequence[StageConfig], *, has_budget: bool) -> list[str]:
     """Say what cannot be in one recipe with a stage that stores linears in fewer bits."""
     storing = [stage for stage in stages if stage.in_written_form]
@@ -208,11 +179,54 @@ def mixture_faults(stages: Sequence[StageConfig], *, has_budget: bool) -> list[s
 
 
 def token_notes(recipe: Recipe, config: Any, family: Family) -> list[str]:
-    """Say where there is less calibration text than stages on linears need for the widest."""
     tokens = recipe.calibration.samples * recipe.calibration.seq_len
-    widest = max(dense_units(config, family).get("neurons", 0), config.hidden_size)
+    widest = max(family.dense_units(config).get("neurons", 0), config.hidden_size)
     if tokens >= 4 * widest or not any(stage.site is LinearSite for stage in recipe.stages):
         return []
     return [
         f"Calibration has {tokens:,} tokens for linears of {widest:,} inputs: expect a poor fit. Use more --samples."
     ]
+
+
+def alternatives(spec: ModelSpec) -> list[Alternative]:
+    """List the plan and unpruned formats: the largest two that are no larger than it, and the next larger one."""
+    dense, dtype = replace(spec, storage={}), spec.dtype
+    linears = {linear.path: linear for linear in dense.written_linears}
+    if spec.is_gguf:
+        in_blocks = {path: storage for path, storage in spec.storage.items() if path in linears}
+        bits = bits_per_weight(linears, in_blocks, dtype)
+        return [Alternative(name="this plan", bits_per_weight=bits, bytes=spec.size.bytes)]
+    weights = sum(linears[path].m * linears[path].n for path in spec.storage)
+    elsewhere = dense.size.bytes - weights * dtype.itemsize
+
+    def alternative(name: str, stored: Mapping[str, Storage]) -> Alternative:
+        bits = bits_per_weight(linears, stored, dtype)
+        return Alternative(name=name, bits_per_weight=bits, bytes=elsewhere + round(bits * weights / 8))
+
+    found = [alternative("this plan", spec.storage)]
+    if next(iter(spec.storage.values())).pattern is None:
+        return found
+    unpruned = []
+    for adapted, bits in product((True, False), range(2, 9)):
+        name, stored = f"{bits} bits, unpruned{', the same adapter' if adapted else ''}", dict[str, Storage]()
+        for path, each in spec.storage.items():
+            plain = Storage(form=each.form, bits=bits, group=each.group)
+            if adapted:
+                plain = replace(plain, rank=each.rank, adapter_bits=each.adapter_bits, adapter_group=each.adapter_group)
+            stored[path] = plain
+        unpruned.append(alternative(name, stored))
+    fitting = [each for each in unpruned if each.bytes <= found[0].bytes]
+    larger = [each for each in unpruned if each.bytes > found[0].bytes]
+    best = sorted(fitting, key=lambda each: each.bytes)[-2:]
+    return [*found, *best, *sorted(larger, key=lambda each: each.bytes)[:1]]
+
+
+def bits_per_weight(linears: Mapping[str, LinearShape], storage: Mapping[str, Storage], dtype: torch.dtype) -> float:
+    """Bits per weight of the stored linears, everything counted but biases."""
+    shapes = Counter((stored, linears[path].m, linears[path].n) for path, stored in storage.items())
+    with torch.device("meta"):
+        total = sum(
+            count * stored_bytes(empty_linear(stored, n, m, bias=False, dtype=dtype), dtype)
+            for (stored, m, n), count in shapes.items()
+        )
+    return 8 * total / sum(count * m * n for (_, m, n), count in shapes.items())

@@ -1,7 +1,8 @@
-"""Check a job before its first weight is read; report all problems at once."""
+"""Check a job before its first weight is read, and report all problems at once; build its survey and its walk."""
 
 import shutil
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,12 @@ from torch import Tensor
 
 from compress import families
 from compress.calibration.processes import ALONE, Processes
-from compress.calibration.weights import READABLE, LazyWeights
+from compress.calibration.spectra import GradientFiles, LinearObserver
+from compress.calibration.streams import CacheFolder, split_windows, spread
+from compress.calibration.survey import Survey, SurveyNeed, Surveyor, survey_samples
+from compress.calibration.unit_costs import UnitObserver
+from compress.calibration.walk import Walk, WalkSettings
+from compress.calibration.weights import READABLE, LazyWeights, PartLoader
 from compress.checkpoints.files import companions
 from compress.checkpoints.output_folder import Output, check_output
 from compress.datasets.windows import calibration_windows
@@ -23,19 +29,21 @@ from compress.models.loading import check_positions, check_vocabulary, load_conf
 from compress.models.stored_files import ADAPTER
 from compress.models.tensor_files import SafetensorsFolder
 from compress.planning.memory import (
+    Footprint,
     Room,
     fit_to_limit,
-    largest_part_bytes,
-    needs,
     resident_bytes,
     usual_batch_size,
 )
 from compress.planning.plan import Plan, make_plan
 from compress.recipe import Recipe
+from compress.stages._stage import StageConfig
 
 # Bytes that the interpreter holds more in the midst of a run than before it: libraries that are imported on the way,
 # and small pieces of freed memory, which are not given back.
 GROWTH = 64 * 10**6
+PROBE_TOKENS = 64
+FREE_SHARE = 0.25  # of a uniform allocation's neurons: a free one leaves no block less
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,18 +66,11 @@ class Job(Output):
     data_dir: Path | None = None
 
 
-@dataclass(frozen=True)
-class Precision:
-    """The dtype weights are written in, and the one the walk computes in."""
-
-    written: torch.dtype
-    computing: torch.dtype
-
-
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
     """A job whose inputs have all been checked.
 
+    written, computing: the dtype weights are written in, and the one the walk computes in.
     processes: those that do it together. held: bytes that this one held before.
     """
 
@@ -77,7 +78,8 @@ class Prepared:
     folder: Path
     config: Any
     family: families.Family
-    precision: Precision
+    written: torch.dtype
+    computing: torch.dtype
     plan: Plan
     weights: LazyWeights
     windows: Tensor
@@ -89,50 +91,43 @@ def prepare(job: Job, processes: Processes = ALONE) -> Prepared:
     """Check everything. Raises a CompressError with a line for every problem and the exit code of the first."""
     folder = job.model.whole_folder()
     config = load_config(folder)
-    calibration, problems, before = job.recipe.calibration, Problems(), resident_bytes()
-    with problems.collect():
-        family, plan = families.find(config), plan_job(job, folder, config, processes)
-    planned = not problems.found
-    with problems.collect():
-        check_output(job)
-    with problems.collect():
-        check_batches(job, processes.count)
-    with problems.collect():
-        check_positions(config, calibration.seq_len)
-    if planned:
+    problems, held, weights = Problems(), resident_bytes(), None
+    plan = problems.check(plan_job, job, folder, config, processes)
+    problems.check(check_output, job)
+    problems.check(check_batches, job, processes.count)
+    problems.check(check_positions, config, job.recipe.calibration.seq_len)
+    if plan is not None:
         writes_gguf = job.export == "gguf" or plan.spec.is_gguf
-        with problems.collect():
-            check_disk(job.out, plan.disk_bytes + (plan.spec.size.bytes if writes_gguf else 0))
-        with problems.collect():
-            check_memory(plan.memory_bytes * processes.local_count)
-        with problems.collect():
-            weights = open_weights(folder, config, family)
-        with problems.collect():
-            companions(folder)
+        problems.check(check_disk, job.out, plan.disk_bytes + (plan.spec.size.bytes if writes_gguf else 0))
+        problems.check(check_memory, plan.memory_bytes * processes.local_count)
+        weights = problems.check(open_weights, folder, config, plan.spec.architecture.family)
+        problems.check(companions, folder)
         if writes_gguf:
-            with problems.collect():
-                check_gguf(plan, folder)
-    with problems.collect():
-        windows = read_windows(job, folder)
-        check_vocabulary(windows, config, folder)
+            problems.check(check_gguf, plan, folder)
+    windows = problems.check(read_windows, job, folder, config)
     problems.report()
+    assert plan is not None
+    assert weights is not None
+    assert windows is not None
+    written, computing = choose_dtypes(job, folder, config)
     return Prepared(
         job=job,
         folder=folder,
         config=config,
-        family=family,
-        precision=choose_precision(job, folder, config),
+        family=plan.spec.architecture.family,
+        written=written,
+        computing=computing,
         plan=plan,
         weights=weights,
         windows=windows,
-        held=before,
+        held=held,
         processes=processes,
     )
 
 
-def read_windows(job: Job, folder: Path) -> Tensor:
+def read_windows(job: Job, folder: Path, config: Any) -> Tensor:
     calibration = job.recipe.calibration
-    return calibration_windows(
+    windows = calibration_windows(
         calibration.source,
         load_tokenizer(folder),
         num_samples=calibration.samples,
@@ -140,45 +135,46 @@ def read_windows(job: Job, folder: Path) -> Tensor:
         seed=job.recipe.seed,
         data_dir=job.data_dir,
     )
+    check_vocabulary(windows, config, folder)
+    return windows
 
 
-def choose_precision(job: Job, folder: Path, config: Any) -> Precision:
-    """float32 for the walk, whatever the weights are stored in; float64 for float64 models."""
+def choose_dtypes(job: Job, folder: Path, config: Any) -> tuple[torch.dtype, torch.dtype]:
+    """What is written, and for the walk float32 whatever the weights are stored in, float64 for float64 models."""
     if job.recipe.dtype:
         written = getattr(torch, job.recipe.dtype)
     else:
         written = config.dtype or stored_dtype(folder) or torch.float32
-    return Precision(written, torch.float64 if written == torch.float64 else torch.float32)
+    return written, (torch.float64 if written == torch.float64 else torch.float32)
 
 
 def plan_job(job: Job, folder: Path, config: Any, processes: Processes = ALONE) -> Plan:
     """Plan a job. Raises where the recipe does not fit the model, or the run does not fit the memory."""
+    family = families.find(config)
     check_dense(folder, config)
-    precision, family = choose_precision(job, folder, config), families.find(config)
-    room = Room(job.batch_size or usual_batch_size(job.recipe), cache_memory(job, processes))
-    make = partial(make_plan, job.recipe, config, family, dtype=precision.written, computing=precision.computing)
+    (written, computing), cache_memory = choose_dtypes(job, folder, config), job.cache_memory
+    if cache_memory is None:
+        cache_memory = psutil.virtual_memory().available // 2 // processes.local_count
+    room = Room(job.batch_size or usual_batch_size(job.recipe), cache_memory)
+    make = partial(make_plan, job.recipe, config, family, dtype=written, computing=computing)
     plan = make(room=room)
     if job.max_memory is None:
         return plan
-    before, part = resident_bytes(), largest_part_bytes(config, family, precision.computing)
+    before, footprint = resident_bytes(), Footprint(plan.stages, config, family, computing)
     # The process that reloads the result takes it part by part, unless its form cannot stay on disk.
     whole = bool(plan.spec.packed) or job.export == "gguf"
-    proof = 2 * plan.dense.bytes if whole else 2 * part
+    proof = 2 * (plan.dense.bytes if whole else footprint.part * footprint.itemsize)
 
     def need(room: Room) -> int:
-        run, _ = needs(job.recipe, plan.stages, config, family, computing=precision.computing, room=room)
-        return max(run, before + proof)
+        return max(footprint.needs(job.recipe.calibration, room)[0], before + proof)
 
     room = fit_to_limit(room, job.max_memory, before + GROWTH, need, fixed_batch=job.batch_size is not None)
     plan = make(room=room)
-    return replace(plan, notes=[*plan.notes, room_note(room, job.max_memory)])
-
-
-def room_note(room: Room, limit: int) -> str:
-    return (
-        f"Within {limit / 1e9:.1f} GB: {room.batch_size} windows at a time, activations beyond "
+    note = (
+        f"Within {job.max_memory / 1e9:.1f} GB: {room.batch_size} windows at a time, activations beyond "
         f"{room.cache_memory / 1e9:.1f} GB on disk."
     )
+    return replace(plan, notes=[*plan.notes, note])
 
 
 def check_dense(folder: Path, config: Any) -> None:
@@ -196,12 +192,6 @@ def stored_dtype(folder: Path) -> torch.dtype | None:
     except CheckpointError:
         return None
     return READABLE.get(stored.most_common(1)[0][0])
-
-
-def cache_memory(job: Job, processes: Processes) -> int:
-    if job.cache_memory is not None:
-        return job.cache_memory
-    return psutil.virtual_memory().available // 2 // processes.local_count
 
 
 def check_batches(job: Job, processes: int) -> None:
@@ -236,7 +226,6 @@ def check_memory(needed: int) -> None:
 
 
 def check_gguf(plan: Plan, folder: Path) -> None:
-    """Check that the result can be written as a GGUF file."""
     from compress.checkpoints.gguf import check_exportable
 
     spec = plan.choices[0].spec if plan.choices else plan.spec
@@ -249,3 +238,61 @@ def open_weights(folder: Path, config: Any, family: families.Family) -> LazyWeig
     tied = [f"{family.head}.weight"] if config.tie_word_embeddings else []
     weights.check_against(shapes, may_miss=tied)
     return weights
+
+
+# The survey and the walk of a prepared job.
+
+
+def new_decoder(prepared: Prepared) -> Decoder:
+    return Decoder(prepared.config, prepared.family, dtype=prepared.computing, device=prepared.job.device)
+
+
+def batch_size(prepared: Prepared, windows: Tensor) -> int:
+    """Windows per batch, few enough that every process gets one."""
+    share = len(windows) // prepared.processes.count
+    return max(1, min(prepared.plan.room.batch_size, share))
+
+
+def take_survey(prepared: Prepared, begin: Callable[[str], None]) -> Survey | None:
+    """Survey the dense model as the plan's stages require; None if none does."""
+    need = prepared.plan.survey
+    if need is SurveyNeed.NONE:
+        return None
+    decoder, processes = new_decoder(prepared), prepared.processes
+    plan, budget, files = prepared.plan, prepared.job.recipe.budget, GradientFiles(prepared.job.partial)
+    count, seq_len = prepared.windows.shape
+    windows = spread(prepared.windows, max(survey_samples(count, seq_len, decoder.dense_width), processes.count))
+    share = FREE_SHARE if budget is not None and budget.allocation == "free" else 1
+    fewest = dict[str, int]()  # the smallest count of each kind of unit that the choices have
+    if SurveyNeed.UNITS in need:
+        for kind in (stage.opens for stage in plan.stages):
+            if kind is not None and kind in plan.spec.units:
+                fewest[kind] = max(1, int(share * min(int(choice.counts[kind]) for choice in plan.choices)))
+    watch = next((watch for stage in plan.stages if (watch := stage.requires.watch) is not None), None)
+    surveyor = Surveyor(
+        PartLoader(decoder, prepared.weights),
+        split_windows(windows, batch_size(prepared, windows), held_out=0),
+        CacheFolder(decoder, prepared.job.partial),
+        memory=plan.room.cache_memory,
+        observer=LinearObserver(watch, files, decoder, processes),
+        units=UnitObserver(fewest, decoder.device, processes),
+        processes=processes,
+    )
+    return surveyor.run(gradient=SurveyNeed.GRADIENT in need, stream=SurveyNeed.STREAM in need, begin=begin)
+
+
+def new_walk(
+    prepared: Prepared, stages: Sequence[StageConfig], windows: Tensor, held_out: int, survey: Survey | None
+) -> Walk:
+    job = prepared.job
+    settings = WalkSettings(
+        layout=prepared.plan.spec.architecture.layout(prepared.written),
+        output_dtype=prepared.written,
+        batch_size=batch_size(prepared, windows),
+        held_out=held_out,
+        probe_tokens=PROBE_TOKENS,
+        seed=job.recipe.seed,
+        cache_memory=prepared.plan.room.cache_memory,
+        scratch=job.partial,
+    )
+    return Walk(new_decoder(prepared), prepared.weights, windows, stages, settings, survey, prepared.processes)

@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
-from compress.architectures.architecture import dense_units
 from compress.calibration.streams import spread
 from compress.calibration.survey import Survey
 from compress.calibration.unit_costs import cost_name
@@ -20,9 +20,8 @@ from compress.calibration.walk import shared_frame
 from compress.errors import UsageError
 from compress.numerics.allocation import Ladder, spend
 from compress.numerics.frames import Frame
-from compress.planning.assembly import new_walk
 from compress.planning.budget import Choice, Counts
-from compress.planning.prepare import Prepared
+from compress.planning.prepare import Prepared, new_walk
 from compress.progress import Steps
 
 HELD_OUT = 4  # one window in so many
@@ -33,15 +32,8 @@ LEFT = (0.4, 1.0)
 FURTHEST = 4.0  # trials move these no further than by this factor
 
 
-@dataclass(frozen=True)
-class Trial:
-    """divergence: mean Kullback-Leibler divergence from the dense model's next-token distribution, in nats."""
-
-    counts: Counts
-    divergence: float
-
-
-def try_out(prepared: Prepared, choice: Choice, survey: Survey | None, steps: Steps) -> Trial:
+def try_out(prepared: Prepared, choice: Choice, survey: Survey | None, steps: Steps) -> float:
+    """Return the mean Kullback-Leibler divergence from the dense model's next-token distribution, in nats."""
     windows = spread(prepared.windows, prepared.job.recipe.trial_samples)
     stages = [stage.in_trials for stage in prepared.plan.chosen(choice).stages]
     walk = new_walk(prepared, stages, windows, max(1, len(windows) // HELD_OUT), survey)
@@ -53,37 +45,30 @@ def try_out(prepared: Prepared, choice: Choice, survey: Survey | None, steps: St
         raise UsageError(
             "Choices are compared by how far the anchored walk ends from the dense model. Add a refit stage."
         )
-    return Trial(choice.label, divergence)
+    return divergence
 
 
 def choose(costs: Sequence["Cost | None"], measure: Callable[[int], float]) -> int:
     """Find the index of the least value by at most `MOST_TRIALS` measurements.
 
-    Without predicted costs those in the middle are measured.
+    Measure where the cost is predicted least, then its neighbor of less predicted cost. With what these two say of the
+    costs' two terms the prediction is corrected, and its least place is measured if it is another. Without predicted
+    costs those in the middle are measured.
     """
     known = [cost for cost in costs if cost is not None]
     if len(known) < len(costs):
         start = max(0, (len(costs) - MOST_TRIALS) // 2)
         return min(range(start, min(start + MOST_TRIALS, len(costs))), key=measure)
-    return choose_by_cost(known, measure)
-
-
-def choose_by_cost(costs: Sequence["Cost"], measure: Callable[[int], float]) -> int:
-    """Measure where the cost is predicted least, then its neighbor of less predicted cost.
-
-    With what these two say of the costs' two terms the prediction is corrected, and its least place is measured if it
-    is another.
-    """
-    predicted = [cost.total(LEFT) for cost in costs]
-    first = min(range(len(costs)), key=predicted.__getitem__)
+    predicted = [cost.total(LEFT) for cost in known]
+    first = min(range(len(known)), key=predicted.__getitem__)
     values = {first: measure(first)}
-    beside = [place for place in (first - 1, first + 1) if 0 <= place < len(costs)]
+    beside = [place for place in (first - 1, first + 1) if 0 <= place < len(known)]
     beside = [place for place in beside if predicted[place] <= REACH * predicted[first]]
     if beside:
         second = min(beside, key=predicted.__getitem__)
         values[second] = measure(second)
-        left = corrected([(costs[place], value) for place, value in values.items()])
-        third = min(range(len(costs)), key=lambda place: values.get(place, costs[place].total(left)))
+        left = corrected([(known[place], value) for place, value in values.items()])
+        third = min(range(len(known)), key=lambda place: values.get(place, known[place].total(left)))
         if third not in values:
             values[third] = measure(third)
     return min(values, key=values.__getitem__)
@@ -114,12 +99,17 @@ class Cost:
 
 def with_costs(prepared: Prepared, survey: Survey | None) -> tuple[list[Choice], list[Cost | None]]:
     """Return the plan's choices, with free neurons allocated, and the predicted cost of each."""
-    choices, budget = prepared.plan.choices, prepared.job.recipe.budget
-    forecast = None if survey is None else Forecast.of(prepared, survey)
-    if budget is not None and budget.allocation == "free" and forecast is not None:
+    choices, budget = list(prepared.plan.choices), prepared.job.recipe.budget
+    if survey is None:
+        return choices, [None] * len(choices)
+    forecast = Forecast.of(prepared, survey)
+    if budget is not None and budget.allocation == "free":
         step = prepared.plan.spec.architecture.steps()["neurons"]
-        choices = [with_free_neurons(choice, forecast, step) for choice in choices]
-    return choices, [None if forecast is None else forecast.of_counts(choice.counts) for choice in choices]
+        for place, choice in enumerate(choices):
+            neurons = forecast.free_neurons(choice.counts["neurons"], step)
+            spec = replace(choice.spec, units={**choice.spec.units, "neurons": neurons})
+            choices[place] = Choice({**choice.counts, "neurons": neurons}, spec)
+    return choices, [forecast.of_counts(choice.counts) for choice in choices]
 
 
 @dataclass(frozen=True)
@@ -136,21 +126,22 @@ class Forecast:
     def of(cls, prepared: Prepared, survey: Survey) -> "Forecast":
         layer_norm = prepared.family.norm == "layer"
         frame = shared_frame(prepared.plan.stages, survey, layer_norm=layer_norm)
-        blocks, points = prepared.plan.spec.num_blocks, len(prepared.plan.widths)
-        return cls(survey, frame, blocks, points, dense_units(prepared.config, prepared.family))
+        blocks, points = prepared.plan.spec.num_blocks, len(prepared.plan.spec.widths)
+        return cls(survey, frame, blocks, points, prepared.plan.spec.dense_units)
+
+    def costs(self, kind: str) -> list[Tensor]:
+        """What deleting 0, 1, 2, ... units costs in each block that the survey knows of."""
+        names = [cost_name(kind, block) for block in range(self.num_blocks)]
+        return [self.survey.unit_costs[name] for name in names if name in self.survey.unit_costs]
 
     def of_counts(self, counts: Counts) -> Cost | None:
         """Predict the cost of counts; None where the survey lacks a kind of them."""
         kinds = [kind for kind in counts if kind in self.units]
-        looked_at = all(cost_name(kind, block) in self.survey.unit_costs for kind in kinds for block in self.blocks)
-        if not kinds or not looked_at or (self.frame is None and "hidden" in counts):
+        lacks = any(len(self.costs(kind)) < self.num_blocks for kind in kinds)
+        if not kinds or lacks or (self.frame is None and "hidden" in counts):
             return None
         hidden = self.stream(int(counts["hidden"])) if "hidden" in counts else 0.0
         return Cost(hidden, sum(self._of_units(kind, counts[kind]) for kind in kinds))
-
-    @property
-    def blocks(self) -> range:
-        return range(self.num_blocks)
 
     def stream(self, width: int) -> float:
         """1/2 E (g . n R)^2 at all points, n R what the normalized stream n loses; n and the gradient g independent."""
@@ -162,26 +153,17 @@ class Forecast:
 
     def _of_units(self, kind: str, count: int | Sequence[int]) -> float:
         kept = [count] * self.num_blocks if isinstance(count, int) else count
-        return sum(self._cost(kind, block, each) for block, each in enumerate(kept))
-
-    def _cost(self, kind: str, block: int, kept: int) -> float:
-        return float(self.survey.unit_costs[cost_name(kind, block)][self.units[kind] - kept])
+        return sum(float(costs[self.units[kind] - each]) for costs, each in zip(self.costs(kind), kept, strict=True))
 
     def free_neurons(self, uniform: int, step: int) -> tuple[int, ...]:
         """Allocate as many neurons in all as `uniform` in each block, by the least predicted cost."""
-        most = self.units["neurons"]
-        least = most + 1 - min(len(self.survey.unit_costs[cost_name("neurons", block)]) for block in self.blocks)
+        most, costs = self.units["neurons"], self.costs("neurons")
+        least = most + 1 - min(map(len, costs))
         counts = [count for count in range(step, most + 1, step) if count >= least]
         ladders = {
-            str(block): Ladder(counts, [self._cost("neurons", block, count) for count in counts])
-            for block in self.blocks
+            str(block): Ladder(counts, [float(each[most - count]) for count in counts])
+            for block, each in enumerate(costs)
         }
         places = spend(ladders, uniform * self.num_blocks)
         assert places is not None
-        return tuple(counts[places[str(block)]] for block in self.blocks)
-
-
-def with_free_neurons(choice: Choice, forecast: Forecast, step: int) -> Choice:
-    neurons = forecast.free_neurons(choice.counts["neurons"], step)
-    spec = replace(choice.spec, units={**choice.spec.units, "neurons": neurons})
-    return Choice({**choice.counts, "neurons": neurons}, spec)
+        return tuple(counts[places[str(block)]] for block in range(self.num_blocks))

@@ -29,7 +29,7 @@ from compress.evaluation.windows import perplexity
 from compress.models.packed import inputs_as_they_are
 from compress.numerics.precision import full_precision
 from compress.pipeline import SMALL
-from compress.pipeline.result import proof_notes
+from compress.pipeline.output import proof_notes
 from compress.progress import Progress, Steps, silent
 from compress.tuning.looking import Prepared, look
 from compress.tuning.settings import TuningJob

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from compress.calibration.layout import ADAPTER_PREFIX
+from compress.calibration.weights import ADAPTER_PREFIX
 from compress.checkpoints.adapter import adapter_config
 from compress.checkpoints.card import CARD
 from compress.checkpoints.files import write_json

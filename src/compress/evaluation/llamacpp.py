@@ -1,0 +1,102 @@
+"""A GGUF file in llama.cpp itself: log-probabilities of given tokens, perplexity, and speed.
+
+The package xllamacpp (the extra `llamacpp`) runs llama.cpp's server in this process. A given text is written token by
+token, each forced by a bias; the log-probabilities are of the model's own distribution, before sampling.
+llama.cpp rounds the inputs of quantized linears to 8 bits, so they differ a little from those of dequantized weights.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from urllib.request import Request, urlopen
+
+import torch
+from jaxtyping import Float64, Int64
+from torch import Tensor
+
+from compress.errors import CheckpointError, NumericalError, UsageError
+
+FORCED = 1e6  # what is added to a logit
+
+
+class LlamaCpp:
+    """A file that llama.cpp has loaded, on the CPU.
+
+    context: tokens of the longest text. vocabulary: tokens that there are. Keys and values are kept in float32.
+    Raises UsageError where xllamacpp is missing, CheckpointError for a file that llama.cpp does not load.
+    """
+
+    def __init__(self, file: Path, *, context: int, vocabulary: int) -> None:
+        self.vocabulary = vocabulary
+        try:
+            import xllamacpp
+        except ImportError as error:
+            raise UsageError("llama.cpp needs the package xllamacpp: pip install compress-llm[llamacpp]") from error
+        params: Any = xllamacpp.CommonParams()
+        params.model.path, params.n_ctx, params.n_parallel = str(file), context, 1
+        params.cpuparams.n_threads = torch.get_num_threads()
+        params.n_gpu_layers, params.fit_params, params.warmup = 0, False, False
+        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        params.flash_attn_type = 0  # none: it computes in float16
+        params.swa_full = True  # keeps what a text shares with the one before also with sliding windows
+        params.verbosity = int(os.environ.get("LLAMA_LOG_VERBOSITY", "-1"))
+        try:
+            self._server: Any = xllamacpp.Server(params)
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"llama.cpp does not load {file}. LLAMA_LOG_VERBOSITY=1 in the environment shows why."
+            ) from error
+
+    def log_probs(self, ids: Sequence[int]) -> list[float]:
+        """Of every token but the first, in nats, given those before it."""
+        found = []
+        for place, token in enumerate(ids[1:], 1):
+            written = self._written(ids[:place], token, listed=1)
+            if written is None:  # a part of a character, which the server does not report: from the list of all
+                written = self._written(ids[:place], self._letter, listed=self.vocabulary)
+            listed = [] if written is None else [written, *written["top_logprobs"]]
+            if token not in (probabilities := {each["id"]: float(each["logprob"]) for each in listed}):
+                raise NumericalError(f"llama.cpp gives no probability for token {token} in place {place} of the text.")
+            found.append(probabilities[token])
+        return found
+
+    def window_losses(self, windows: Int64[Tensor, "windows tokens"]) -> Float64[Tensor, "windows"]:
+        """The mean negative log-probability of each window's tokens but the first, in nats."""
+        means = [-sum(self.log_probs(window)) / (len(window) - 1) for window in windows.tolist()]
+        return torch.tensor(means, dtype=torch.float64)
+
+    def generate(self, prompt: str, tokens: int) -> str:
+        """The likeliest continuation of a text."""
+        return str(self._reply(prompt, tokens=tokens)["choices"][0]["text"])
+
+    def speed(self, prompt: int, new: int) -> tuple[float, float]:
+        """Tokens a second that it reads of a prompt of so many, and that it writes of as many new ones."""
+        ids = torch.arange(prompt).remainder(64).add(3).tolist()
+        timings = self._reply(ids, tokens=new, ignore_eos=True, cache_prompt=False)["timings"]
+        return float(timings["prompt_per_second"]), float(timings["predicted_per_second"])
+
+    def tokenize(self, text: str) -> list[int]:
+        words = json.dumps({"content": text, "add_special": False}).encode()
+        request = Request(f"{self._server.listening_address}/tokenize", words, {"Content-Type": "application/json"})
+        with urlopen(request) as reply:
+            found: list[int] = json.load(reply)["tokens"]
+        return found
+
+    @cached_property
+    def _letter(self) -> int:
+        """A token that is whole characters."""
+        return self.tokenize("a")[-1]
+
+    def _written(self, ids: Sequence[int], token: int, *, listed: int) -> Any:
+        """The token after these, forced to be `token`, with so many of the likeliest; None where it is not reported."""
+        choice = self._reply(ids, tokens=1, logprobs=listed, logit_bias=[[token, FORCED]])["choices"][0]
+        return choice["logprobs"] and choice["logprobs"]["content"][0]
+
+    def _reply(self, prompt: str | Sequence[int], *, tokens: int, **options: Any) -> Any:
+        reply = self._server.handle_completions({"prompt": prompt, "n_predict": tokens, "temperature": 0.0, **options})
+        if "error" in reply:
+            raise UsageError(f"llama.cpp refuses: {reply['error']['message']}.")
+        return reply

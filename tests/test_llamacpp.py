@@ -1,0 +1,110 @@
+"""llama.cpp itself runs the files that are written: same tokens, same log-probabilities as our own reader's."""
+
+import pytest
+import torch
+
+import tiny
+from cli_runner import succeeds
+from compress.checkpoints.gguf import write_gguf
+from compress.errors import CheckpointError, UsageError
+from compress.evaluation.llamacpp import LlamaCpp
+from compress.models.hub import find_model
+from compress.models.loading import load_tokenizer
+from compress.models.stored_loading import open_model
+
+pytest.importorskip("gguf")
+pytest.importorskip("xllamacpp")
+WIDE = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "num_hidden_layers": 2,
+}
+# Two files that have all block types between them.
+TYPES = {
+    "q4": "Q4_K_M,attn_q=Q2_K,attn_k=Q3_K,attn_v=IQ4_NL,attn_output=Q4_0,ffn_gate=IQ4_XS,ffn_up=Q6_K,ffn_down=Q5_K",
+    "q8": "Q8_0,attn_q=Q4_1,attn_k=Q5_0,attn_v=Q5_1,ffn_up=Q4_K",
+}
+FAMILIES = {
+    "llama": {},
+    "mistral": {"sliding_window": None},
+    "qwen2": {"vocab_size": 264},
+    "qwen3": {},
+    "phi3": {},
+    "gemma2": {},
+}
+
+
+def expected(file, ids):
+    """Log-probabilities by transformers, of weights that gguf's decoder has read."""
+    model = open_model(find_model(str(file)).whole_folder(), dtype=torch.float32, device=torch.device("cpu"))
+    with torch.no_grad():
+        logits = model(torch.tensor([ids])).logits[0, :-1].double().log_softmax(-1)
+    return logits.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+
+
+def opened(file):
+    return LlamaCpp(file, context=64, vocabulary=264)
+
+
+def text_ids(length=48):
+    return torch.randint(3, tiny.VOCAB_SIZE, (length,), generator=torch.Generator().manual_seed(1)).tolist()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_in_full_precision(family, tmp_path):
+    # In a folder of another name: llama.cpp expects Phi-3's special tokens of a model called so.
+    tiny.write_model(tmp_path / "tiny", family, dtype=torch.float32, **FAMILIES[family])
+    write_gguf(tmp_path / "tiny", file := tmp_path / "model.gguf")
+    ids = text_ids()
+    found = torch.tensor(opened(file).log_probs(ids), dtype=torch.float64)
+    assert found.std() > 0.3
+    torch.testing.assert_close(
+        found, expected(file, ids), atol=5e-3 if family == "gemma2" else 1e-3, rtol=0
+    )  # its GELU is a table in float16
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wide")
+    tiny.write_model(folder / "wide", "llama", dtype=torch.float32, **WIDE)
+    tiny.write_text(folder / "text.txt")
+    return folder
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_every_type(name, wide):
+    options = ["--calib", wide / "text.txt", "--samples", 4, "--seq-len", 32]
+    succeeds("quantize", "--model", wide / "wide", "--type", TYPES[name], *options, "--out", wide / name)
+    file, ids = wide / name / f"{name}.gguf", text_ids()
+    found = torch.tensor(opened(file).log_probs(ids), dtype=torch.float64)
+    error = (found - expected(file, ids)).abs()
+    assert error.mean() < 0.03 * found.std()  # llama.cpp rounds the inputs of linears to 8 bits
+
+
+def test_the_tokens_are_the_tokenizers(wide, tmp_path):
+    write_gguf(wide / "wide", file := tmp_path / "model.gguf")
+    engine, tokenizer = opened(file), load_tokenizer(wide / "wide")
+    for text in ("The cat's 12 hats", "  def f(x):\n\treturn x", "naïve 東京"):
+        assert engine.tokenize(text) == tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def test_speed(wide, tmp_path):
+    write_gguf(wide / "wide", file := tmp_path / "model.gguf")
+    assert min(opened(file).speed(16, 4)) > 0
+
+
+def test_what_llamacpp_does_not_load_is_said_in_a_line(wide, tmp_path):
+    write_gguf(wide / "wide", file := tmp_path / "model.gguf")
+    file.write_bytes(file.read_bytes()[:20_000])
+    with pytest.raises(CheckpointError, match=r"llama\.cpp does not load"):
+        opened(file)
+
+
+def test_a_text_longer_than_the_context_is_refused(wide, tmp_path):
+    write_gguf(wide / "wide", file := tmp_path / "model.gguf")
+    with pytest.raises(UsageError, match="context"):
+        opened(file).generate("a" * 150, 1)
