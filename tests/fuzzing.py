@@ -245,7 +245,7 @@ def read_task(home: Path, choose: Random) -> None:
 
 
 def read_problems(home: Path, choose: Random) -> None:
-    from compress.datasets.humaneval import load_problems
+    from compress.datasets.tasks import load_problems
     from compress.evaluation.humaneval import program_of
 
     for problem in load_problems(home / "data"):

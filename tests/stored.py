@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM
 from compress import families
 from compress.architectures.own import AUTO_MAP, CLASS
 from compress.architectures.packed import quantization_config
-from compress.checkpoints.adapter import adapter_config
-from compress.checkpoints.files import carry_modeling
-from compress.models.storage import Storage, stored_linear
+from compress.checkpoints.files import adapter_config, carry_modeling
+from compress.models.packing import stored_linear
+from compress.models.storage import Storage
 from compress.numerics.grids import Grid, QuantType
 from compress.numerics.sparsity import keep_mask
 from compress.numerics.steps import make_grid

@@ -20,8 +20,7 @@ from compress.evaluation.speed import footprint as took
 from compress.evaluation.speed import report, turns
 from compress.evaluation.speed.report import Asked, Named, measure
 from compress.evaluation.speed.turns import Decoding, Workload, compare_generation, compared, matched
-from compress.models.linear_forms import Form, linears_of
-from compress.models.storage import Storage, empty_linear
+from compress.models.storage import Form, Storage, empty_linear, linears_of
 from compress.models.stored_loading import open_model
 from compress.numerics.sparsity import Pattern
 from compress.own_model.modeling_compress import LowRankLinear, PivotLinear

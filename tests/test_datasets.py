@@ -13,7 +13,7 @@ import pytest
 from datasets import Dataset
 
 from compress import datasets
-from compress.datasets import _hub, alpaca, c4, ptb, stdlib, wikitext2
+from compress.datasets import _sources, alpaca, c4, ptb, stdlib, wikitext2
 from compress.errors import Unavailable, UsageError
 
 DEVELOPMENT_DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -44,7 +44,7 @@ def hub(monkeypatch):
         hub.requests.append((path, options))
         return hub.table
 
-    monkeypatch.setattr(_hub, "probe", lambda repository: None)
+    monkeypatch.setattr(_sources, "probe", lambda repository: None)
     monkeypatch.setattr(hub_datasets, "load_dataset", load_dataset)
     return hub
 

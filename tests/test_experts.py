@@ -25,7 +25,7 @@ from compress.calibration.streams import Batch, Streams
 from compress.calibration.weights import LazyWeights, PartLoader
 from compress.errors import UnsupportedModel
 from compress.models.branch import Branch, read_through, write_through
-from compress.models.expert_names import file_name, own_name
+from compress.models.tensor_files import file_name, own_name
 from compress.numerics.lowrank import InputMoments
 from compress.numerics.ridge import NormalEquations, ridge
 from compress.own_model.modeling_compress import SparseMLP, unfuse_experts

@@ -625,6 +625,6 @@ def test_what_transformers_would_compute_otherwise(tmp_path, kind):
 
 def test_the_largest_gemma_scales_its_queries_otherwise(tmp_path, monkeypatch):
     """Of 46 blocks; nothing in the header says it."""
-    monkeypatch.setattr("compress.models.gguf_config.GEMMA2_27B_BLOCKS", 3)
+    monkeypatch.setattr("compress.models.gguf_header.GEMMA2_27B_BLOCKS", 3)
     file = write_tiny(tmp_path / "x.gguf", tiny_model("gemma2", dtype=torch.float32), said=MODELS["gemma2"][2])
     assert gguf_model(file).config.query_pre_attn_scalar == HIDDEN // tiny_config("gemma2").num_attention_heads

@@ -16,7 +16,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from compress.datasets.humaneval import load_problems
+from compress.datasets.tasks import load_problems
 from compress.errors import Unavailable, UsageError
 from compress.evaluation import _programs, humaneval
 from compress.evaluation._programs import PASSED, run_programs
@@ -246,17 +246,17 @@ def test_problems_from_files(tmp_path):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"", "it has no problems"),
-        (b"{", "Expecting property name"),
-        (b'{"prompt": "x"}', "a problem lacks 'task_id'"),
-        (json.dumps(PROBLEM | {"test": 1}).encode(), "whose fields are not text"),
-        (b"\xff", "can't decode"),
-        (b"[1]", "list indices"),
+        (b"", " has no problems"),
+        (b"{", ", line 1 is not JSON: Expecting property name"),
+        (b'{"prompt": "x"}', ", line 1 is no problem: it must have the texts task_id, prompt"),
+        (b"\n" + json.dumps(PROBLEM | {"test": 1}).encode(), ", line 2 is no problem"),
+        (b"\xff", " cannot be read: .*can't decode"),
+        (b"[1]", ", line 1 is no problem"),
     ],
 )
 def test_damaged_problems_are_named(tmp_path, content, reason):
     write_problems(tmp_path, content)
-    with pytest.raises(Unavailable, match=f"HumanEval.jsonl cannot be read: .*{reason}.* Replace the file"):
+    with pytest.raises(Unavailable, match=f"HumanEval.jsonl{reason}.* Replace the file"):
         load_problems(tmp_path)
 
 

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from compress.errors import CheckpointError, NumericalError
-from compress.models.int4 import Int4Linear, kernel_group, problem, use_kernels
-from compress.models.packed import ByteLinear, FloatLinear, PackedLinear, RoundedInputs
-from compress.models.storage import Storage, empty_linear
+from compress.models.int4 import Int4Linear, problem, use_kernels
+from compress.models.storage import ByteLinear, FloatLinear, PackedLinear, RoundedInputs, Storage, empty_linear
 from compress.models.stored_loading import is_stored, load_stored
 from compress.numerics.sparsity import Pattern
 from oracles import random_ids
@@ -179,7 +178,7 @@ def int4(m: int, n: int, group: Any, device: torch.device = CPU) -> tuple[Int4Li
     linear = parts.stored(storage, torch.bfloat16).to(device)
     assert isinstance(linear, PackedLinear)
     assert problem(linear) is None
-    return Int4Linear(linear, kernel_group(linear) or 0), parts
+    return Int4Linear(linear), parts
 
 
 def check_kernel(linear: Int4Linear, parts: Parts) -> None:

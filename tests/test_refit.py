@@ -25,8 +25,8 @@ from compress.calibration.sites import Stage
 from compress.calibration.survey import Survey, SurveyNeed
 from compress.calibration.walk import FinishedPart, Walk
 from compress.datasets.windows import cut, encode
-from compress.models.expert_names import own_name
 from compress.models.loading import load_config, load_tokenizer
+from compress.models.tensor_files import own_name
 from compress.numerics.frames import Frame
 from compress.numerics.linalg import pca
 from compress.numerics.obs import prune_units

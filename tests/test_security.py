@@ -19,7 +19,7 @@ from compress.checkpoints.verify import verify
 from compress.errors import CheckpointError, Unavailable, VerificationError
 from compress.io import new_file_mode
 from compress.models.loading import load_config, load_model, load_tokenizer
-from compress.models.tensor_files import LARGEST_HEADER, open_safetensors
+from compress.models.tensor_files import LARGEST_HEADER, open_tensors
 from fuzzing import watch
 from outputs import write_outputs
 from tiny import write_model, write_text
@@ -298,7 +298,7 @@ def test_a_header_that_claims_too_much_is_refused_before_it_is_read(length, tmp_
         opened.write(struct.pack("<Q", length))
         opened.truncate(2**28)  # so that it could be there
     with pytest.raises(CheckpointError, match="its header claims"):
-        open_safetensors(file)
+        open_tensors(file)
 
 
 @pytest.mark.parametrize("sizes", [{"hidden_size": 10**12}, {"num_hidden_layers": 10**9}, {"vocab_size": 2**40}])

@@ -20,13 +20,13 @@ import oracles
 import tiny
 from compress import families, pipeline
 from compress.architectures.stock import Stock
-from compress.checkpoints.adapter import adapter_config
 from compress.checkpoints.card import vllm_rank
+from compress.checkpoints.files import adapter_config
 from compress.checkpoints.metadata import AdapterMetadata
 from compress.errors import NumericalError, UsageError
-from compress.models.expert_names import own_name
 from compress.models.hub import find_model
 from compress.models.loading import load_config
+from compress.models.tensor_files import own_name
 from compress.planning.plan import Plan
 from compress.planning.prepare import Job
 from compress.recipe import parse_recipe

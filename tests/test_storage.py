@@ -6,9 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from compress.models.packed import unpacked
 from compress.models.packing import Kept, pack_bits, pack_words
-from compress.models.storage import Storage, empty_linear
+from compress.models.storage import Storage, empty_linear, unpacked
 from compress.numerics.grids import Granularity
 from compress.numerics.sparsity import Pattern
 from compress.own_model.modeling_compress import unpack_bits

@@ -27,7 +27,7 @@ from compress.architectures.architecture import ONE_WIDTH, Architecture, ModelSp
 from compress.calibration.weights import Layout
 from compress.families import Family, StockShape
 from compress.models.branch import Branch, ReaderGroup, set_weight
-from compress.models.written import WrittenForm, in_form
+from compress.models.factors import WrittenForm, in_form
 from compress.numerics.frames import zero_mean_basis
 from compress.numerics.lift import Lift
 

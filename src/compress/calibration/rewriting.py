@@ -18,8 +18,7 @@ from compress.calibration.survey import Survey
 from compress.calibration.weights import Layout
 from compress.models.branch import Branch, captured_inputs
 from compress.models.decoder import Decoder
-from compress.models.factors import AnyLinear
-from compress.models.written import Written, WrittenForm, in_form
+from compress.models.factors import AnyLinear, Written, WrittenForm, in_form
 from compress.numerics.lowrank import InputMoments
 
 Report = dict[str, Any]

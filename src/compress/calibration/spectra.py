@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from compress.calibration.processes import ALONE, Processes
 from compress.calibration.statistics import EquationSums, regularized, rows
 from compress.io import WrittenFile, write_tensors
-from compress.models.decoder import Decoder, linear
+from compress.models.decoder import Decoder, part_of
 from compress.numerics.lowrank import Spread, gradient_metric, output_energies
 from compress.numerics.sums import DiagonalSum, GramSum
 
@@ -100,11 +100,11 @@ class LinearObserver:
     def block(self, index: int, *, active: bool = True) -> Iterator[None]:
         """Watch a loaded block for as many batches as pass it, then compute its spectra."""
         watch, decoder = self.watch if active else None, self.decoder
-        prefix, part_of = decoder.block_prefix(index), decoder.family.part_of
+        prefix, part = decoder.block_prefix(index), decoder.family.part_of
         for names in (names for branch in decoder.block_branches(index) for names in branch.sharing()):
-            wanted = [name for name in names if watch is not None and watch.wanted(name, part_of(name))]
+            wanted = [name for name in names if watch is not None and watch.wanted(name, part(name))]
             if wanted:
-                linears = {prefix + name: linear(decoder.blocks[index], name) for name in wanted}
+                linears = {prefix + name: part_of(decoder.blocks[index], name, nn.Linear) for name in wanted}
                 self.groups.append(linears)
                 self.sums.append(EquationSums(linears[prefix + wanted[0]].in_features, 0, self.device))
         yield

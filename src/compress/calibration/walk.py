@@ -31,9 +31,8 @@ from compress.calibration.survey import Survey
 from compress.calibration.weights import Layout, LazyWeights, PartLoader
 from compress.errors import NumericalError
 from compress.models.decoder import Arguments, Decoder
-from compress.models.packed import inputs_as_they_are
 from compress.models.soundness import check_sound
-from compress.models.storage import num_parameters
+from compress.models.storage import inputs_as_they_are, num_parameters
 from compress.numerics.frames import Frame
 
 

@@ -15,9 +15,8 @@ from torch import Tensor
 from compress.errors import CheckpointError, UnsupportedModel
 from compress.models.branch import Branch
 from compress.models.decoder import Decoder
-from compress.models.expert_names import Piece, file_name, fused_piece, stored_forms
-from compress.models.tensor_files import SafetensorsFolder
-from compress.models.written import WrittenForm
+from compress.models.factors import WrittenForm
+from compress.models.tensor_files import Piece, SafetensorsFolder, file_name, fused_piece, stored_forms
 
 FUSED_DIMENSIONS = 3
 ADAPTER_PREFIX = "base_model.model."  # what PEFT calls the model that an adapter is for
@@ -113,11 +112,9 @@ class PartLoader:
 
     @contextmanager
     def block(self, index: int) -> Iterator[None]:
-        decoder, prefix = self.decoder, self.decoder.block_prefix(index)
+        decoder = self.decoder
         for name in decoder.block_names(index):  # one at a time: they are held as stored and as computed with
-            tensor = self.weights.read([name])[name]
-            decoder.fill(decoder.blocks[index], {name.removeprefix(prefix): tensor})
-            del tensor
+            decoder.fill(self.weights.read([name]))
         yield
         decoder.empty(decoder.blocks[index])
 
@@ -129,8 +126,7 @@ class PartLoader:
             tensors[head] = tensors.pop(table)
         else:
             tensors = self.weights.read(names)
-        for part in parts:
-            self.decoder.fill_root(tensors, part=part)
+        self.decoder.fill(tensors)
         del tensors
         yield
         for part in parts:

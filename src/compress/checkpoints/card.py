@@ -9,12 +9,12 @@ finetune. A pruned or factorized model is to it a finetune; without the key it w
 
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.architectures.packed import VLLM_RANKS
-from compress.checkpoints.metadata import AdapterMetadata, Metadata
+from compress.checkpoints.metadata import AdapterMetadata, Metadata, Origin
 from compress.checkpoints.quality import Quality
 from compress.errors import OutputError
 from compress.io import atomic_write
@@ -27,31 +27,12 @@ CARD = "README.md"
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 SPECIAL = re.compile(r"([\\`*_\[\]<>#|~&$!])")
 TICKS = re.compile("`+")
-TRAINED = {
-    "lora": "LoRA weights",
-    "factors": "The low-rank factors",
-    "adapters": "The low-rank adapters, with all other weights frozen,",
-    "all": "All weights",
-}
-# Of the classes that a result is written in: those that vLLM has, and those for which it has no adapters.
-IN_VLLM = (
-    "GemmaForCausalLM",
-    "GPTBigCodeForCausalLM",
-    "GPTNeoXForCausalLM",
-    "LlamaForCausalLM",
-    "MistralForCausalLM",
-    "OPTForCausalLM",
-    "PhiForCausalLM",
-    "Phi3ForCausalLM",
-    "Qwen2ForCausalLM",
-    "Qwen3ForCausalLM",
-    "Starcoder2ForCausalLM",
-)
-WITHOUT_ADAPTERS = ("GPTNeoXForCausalLM", "Starcoder2ForCausalLM")
-
+# Of the classes NAMEForCausalLM that a result is written in: those that vLLM has, those for which it has no adapters.
+IN_VLLM = {"Gemma", "GPTBigCode", "GPTNeoX", "Llama", "Mistral", "OPT", "Phi", "Phi3", "Qwen2", "Qwen3", "Starcoder2"}
+WITHOUT_ADAPTERS = ("GPTNeoX", "Starcoder2")
 FRONT_MATTER = re.compile(r"\A---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
-PASSED_ON = ("license", "license_name", "license_link", "language")
+PASSED_ON = tuple(Origin.model_fields)
 LOOKED_AT = 2**16  # characters of a card
 LONGEST = 200  # of a value
 
@@ -68,18 +49,16 @@ class Untrusted(str):
     @property
     def code(self) -> str:
         """A code span in one line; a bar would end a table's cell."""
-        line = " ".join(self.split()).replace("|", "\N{BROKEN BAR}")
-        fence = "`" * (1 + self._longest_ticks())
+        line, fence = " ".join(self.split()).replace("|", "\N{BROKEN BAR}"), self._fence(1)
         return f"{fence} {line} {fence}" if "`" in line else f"{fence}{line}{fence}"
 
     @property
     def block(self) -> str:
         """A fenced code block."""
-        fence = "`" * max(3, 1 + self._longest_ticks())
-        return f"{fence}\n{str.__str__(self)}\n{fence}"
+        return f"{self._fence(3)}\n{str.__str__(self)}\n{self._fence(3)}"
 
-    def _longest_ticks(self) -> int:
-        return max(map(len, TICKS.findall(self)), default=0)
+    def _fence(self, least: int) -> str:
+        return "`" * max([least, *(1 + len(ticks) for ticks in TICKS.findall(self))])
 
 
 def untrusted(value: Any) -> Any:
@@ -113,8 +92,6 @@ def model_card(metadata: Metadata, quality: Quality | None = None) -> str:
         coded=untrusted([each.model_dump() for each in linears if each.bits or each.pattern]),
         not_for_vllm=Untrusted(why_not_vllm(metadata) or ""),
         vllm_rank=vllm_rank(metadata.adapter),
-        trained=TRAINED,
-        span=span,
         perplexity=perplexity,
     )
     return f"{card}\n"
@@ -140,11 +117,12 @@ def card_data(metadata: Metadata) -> "ModelCardData":
 def why_not_vllm(metadata: Metadata) -> str | None:
     """Why vLLM does not serve it; None where it does."""
     architecture, adapter = metadata.architecture, metadata.adapter
-    if architecture not in IN_VLLM:
+    name = architecture.removesuffix("ForCausalLM")
+    if name not in IN_VLLM:
         return f"it has no {architecture}"
     if metadata.not_for_vllm:
         return metadata.not_for_vllm
-    if adapter and architecture in WITHOUT_ADAPTERS:
+    if adapter and name in WITHOUT_ADAPTERS:
         return f"it has no adapters for {architecture}"
     if adapter and vllm_rank(adapter) is None:
         return f"its adapters have a rank of {VLLM_RANKS[-1]} at most"
@@ -157,11 +135,6 @@ def vllm_rank(adapter: AdapterMetadata | None) -> int | None:
         return None
     largest = max([adapter.r, *adapter.rank_pattern.values()])
     return next((rank for rank in VLLM_RANKS if rank >= largest), None)
-
-
-def span(values: Collection[int]) -> str:
-    least, largest = min(values), max(values)
-    return f"{least:,}" if least == largest else f"{least:,} to {largest:,}"
 
 
 def perplexity(nats: float) -> float:

@@ -1,19 +1,17 @@
 """Whether a folder is the checkpoint that was written: each of its files against compress.json."""
 
-import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
-from compress.checkpoints.adapter import WEIGHTS
+from compress.checkpoints.files import ADAPTER_WEIGHTS, code_modules
 from compress.checkpoints.metadata import METADATA, Metadata
 from compress.errors import CheckpointError, Problems
 from compress.io import sha256
-from compress.models.stored_files import ADAPTER
-from compress.models.tensor_files import INDEX, StoredTensor, indexed_names, is_own_name, read_header
+from compress.models.tensor_files import ADAPTER, INDEX, StoredTensor, indexed_names, is_own_name, read_header
 from compress.models.untrusted import read_json
 from compress.progress import Progress, Steps
 
-ADAPTER_WEIGHTS = f"{ADAPTER}/{WEIGHTS}"
 SHOWN = 8  # problems that are told one by one
 AGAIN = "Get it again."
 
@@ -27,50 +25,37 @@ def check_integrity(folder: Path, metadata: Metadata, *, checksums: bool, progre
         check_gguf(folder, metadata, checksums=checksums)
         return
     problems = Problems()
-    with problems.collect():
-        check_config(folder, metadata)
-    with problems.collect():
-        check_parts_named(folder, metadata)
-    headers = {}
-    names = [name for name in metadata.parts if is_plain(name)]
+
+    def collect(check: Callable[..., Any], *given: Any) -> Any:
+        with problems.collect():
+            return check(folder, *given)
+
+    collect(check_config, metadata)
+    collect(check_parts_named, metadata)
+    names, headers = [name for name in metadata.parts if is_plain(name)], {}
     steps = Steps(progress, "checking files", len(names))
     for name in names:
         steps.next(name)
-        with problems.collect():
-            headers[name] = check_file(folder, name, metadata.parts[name] if checksums else None)
+        headers[name] = collect(check_file, name, metadata.parts[name] if checksums else None)
     steps.end()
-    with problems.collect():
-        check_adapter(folder, metadata)
+    collect(check_adapter, metadata)
     if not problems.found:
         weights = [tensor for name, found in headers.items() if name != ADAPTER_WEIGHTS for tensor in found]
-        with problems.collect():
-            check_mapped(folder, weights)
-        with problems.collect():
-            check_totals(folder, metadata, weights)
-        with problems.collect():
-            check_carried(folder, metadata)
-    report(folder, problems)
+        collect(check_mapped, weights)
+        collect(check_totals, metadata, weights)
+        collect(check_carried, metadata)
+    if problems.found:
+        told = list(dict.fromkeys(str(problem) for problem in problems.found))  # an adapter's weights are a part, too
+        more = [f"And {len(told) - SHOWN} more."] if len(told) > SHOWN else []
+        raise CheckpointError("\n".join([f"{folder} is not as it was written:", *told[:SHOWN], *more]))
 
 
 def check_gguf(folder: Path, metadata: Metadata, *, checksums: bool) -> None:
     """That the folder's one file of weights is there, and as it was written."""
     for name, checksum in metadata.parts.items():
-        file = folder / name
-        if not is_own_name(name) or not file.is_file():
+        if not is_own_name(name) or not (folder / name).is_file():
             raise CheckpointError(f"{folder / METADATA} names {name!r}, which is not there. {AGAIN}")
-        with readable(file):
-            if checksums and sha256(file) != checksum:
-                raise CheckpointError(
-                    f"{file} has other bytes than were written: its sha256 is not {METADATA}'s. {AGAIN}"
-                )
-
-
-def report(folder: Path, problems: Problems) -> None:
-    if not problems.found:
-        return
-    told = list(dict.fromkeys(str(problem) for problem in problems.found))  # an adapter's weights are a part, too
-    more = [f"And {len(told) - SHOWN} more."] if len(told) > SHOWN else []
-    raise CheckpointError("\n".join([f"{folder} is not as it was written:", *told[:SHOWN], *more]))
+        check_bytes(folder / name, checksum if checksums else None)
 
 
 def is_plain(name: str) -> bool:
@@ -79,14 +64,15 @@ def is_plain(name: str) -> bool:
 
 
 def check_config(folder: Path, metadata: Metadata) -> None:
-    config = read_json(folder / "config.json")
+    file = folder / "config.json"
+    config = read_json(file)
     named = config.get("architectures")
     if named != [metadata.architecture]:
-        raise CheckpointError(f"{folder / 'config.json'} says {named!r}, {METADATA} {metadata.architecture!r}. {AGAIN}")
+        raise CheckpointError(f"{file} says {named!r}, {METADATA} {metadata.architecture!r}. {AGAIN}")
     packed = metadata.storage == "packed" and metadata.quantized
     if packed != ("quantization_config" in config):
         has = "has no" if packed else "has a"
-        raise CheckpointError(f"{folder / 'config.json'} {has} quantization_config, unlike {METADATA}. {AGAIN}")
+        raise CheckpointError(f"{file} {has} quantization_config, unlike {METADATA}. {AGAIN}")
 
 
 def check_parts_named(folder: Path, metadata: Metadata) -> None:
@@ -108,22 +94,20 @@ def check_parts_named(folder: Path, metadata: Metadata) -> None:
 
 def check_file(folder: Path, name: str, checksum: str | None) -> list[StoredTensor]:
     """The tensors of a file that is as it was written."""
-    file = folder / name
-    if not file.is_file():
-        raise CheckpointError(f"{file} is missing. {AGAIN}")
-    found = read_header(file)
-    with readable(file):
-        if checksum is not None and sha256(file) != checksum:
-            raise CheckpointError(f"{file} has other bytes than were written: its sha256 is not {METADATA}'s. {AGAIN}")
+    if not (folder / name).is_file():
+        raise CheckpointError(f"{folder / name} is missing. {AGAIN}")
+    found = read_header(folder / name)
+    check_bytes(folder / name, checksum)
     return found
 
 
-@contextlib.contextmanager
-def readable(file: Path) -> Iterator[None]:
+def check_bytes(file: Path, checksum: str | None) -> None:
     try:
-        yield
+        differs = checksum is not None and sha256(file) != checksum
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read ({error}).") from error
+    if differs:
+        raise CheckpointError(f"{file} has other bytes than were written: its sha256 is not {METADATA}'s. {AGAIN}")
 
 
 def check_mapped(folder: Path, tensors: Iterable[StoredTensor]) -> None:
@@ -157,14 +141,12 @@ def check_totals(folder: Path, metadata: Metadata, tensors: Iterable[StoredTenso
 
 def check_adapter(folder: Path, metadata: Metadata) -> None:
     """That the adapter is the one that compress.json describes; its weights' checksum, if any, is among the parts'."""
-    beside = folder / ADAPTER
+    beside, file = folder / ADAPTER, folder / ADAPTER / "adapter_config.json"
     if metadata.adapter is None:
         if beside.exists():
             raise CheckpointError(f"{beside} is no part of the checkpoint. Move it elsewhere.")
-        return
-    config = read_json(beside / "adapter_config.json")
-    if config != metadata.adapter.to_dict():
-        raise CheckpointError(f"{beside / 'adapter_config.json'} is not the adapter's in {METADATA}. {AGAIN}")
+    elif read_json(file) != metadata.adapter.to_dict():
+        raise CheckpointError(f"{file} is not the adapter's in {METADATA}. {AGAIN}")
     adapter_tensors(folder, metadata)
 
 
@@ -174,13 +156,10 @@ def adapter_tensors(folder: Path, metadata: Metadata) -> list[StoredTensor]:
 
 def check_carried(folder: Path, metadata: Metadata) -> None:
     """That the code is there which the checkpoint says it brings along."""
-    named = read_json(folder / "config.json").get("auto_map", {})
-    classes = named.values() if isinstance(named, dict) else []
-    modules = {str(name).partition(".")[0] for name in classes}
+    file = folder / "config.json"
+    modules = code_modules(read_json(file).get("auto_map"))
     if metadata.loads_without_our_code is bool(modules):
-        raise CheckpointError(
-            f"{folder / 'config.json'} and {METADATA} differ on whether it brings code along. {AGAIN}"
-        )
+        raise CheckpointError(f"{file} and {METADATA} differ on whether it brings code along. {AGAIN}")
     for module in sorted(modules):
         if not module.isidentifier() or not (folder / f"{module}.py").is_file():
-            raise CheckpointError(f"{folder / 'config.json'} names the module {module!r}, which is not there. {AGAIN}")
+            raise CheckpointError(f"{file} names the module {module!r}, which is not there. {AGAIN}")

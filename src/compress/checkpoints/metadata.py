@@ -164,9 +164,7 @@ class TuningMetadata(Record):
 
 
 class Metadata(Record):
-    """
-    format: see `compress.version`. parts: the sha256 of the files of weights. trials: what a search has tried.
-    """
+    """format: see `compress.version`. parts: the sha256 of the files of weights. trials: what a search has tried."""
 
     format: int
     name: str
@@ -213,10 +211,6 @@ def read_metadata(folder: Path) -> Metadata:
     return validated(Metadata, found, folder / METADATA, "Get it again.")
 
 
-def is_ours(folder: Path) -> bool:
-    return (folder / METADATA).exists()
-
-
 def validated(kind: type[R], found: dict[str, Any], file: Path, remedy: str) -> R:
     """Raises CheckpointError that says where the first problem is, and what should be there."""
     try:
@@ -225,9 +219,6 @@ def validated(kind: type[R], found: dict[str, Any], file: Path, remedy: str) -> 
         first = error.errors(include_url=False, include_input=False)[0]
         where, what = ".".join(map(str, first["loc"])), f"{first['msg'][:1].lower()}{first['msg'][1:]}"
         raise CheckpointError(f"{file} is damaged: {where!r}: {what}. {remedy}") from error
-
-
-# What a checkpoint was made from and by.
 
 
 def versions() -> dict[str, str]:

@@ -51,7 +51,8 @@ def check_output(job: Output) -> None:
     if job.out.is_symlink() and not job.out.exists():
         raise UsageError(f"The output {job.out} is a link to nowhere. Choose another --out.")
     for folder in (job.out, backup_path(job.out)):
-        if job.overwrite and folder.exists() and not is_replaceable(folder):
+        is_empty = folder.is_dir() and not any(folder.iterdir())
+        if job.overwrite and folder.exists() and not is_empty and not (folder / METADATA).is_file():
             raise UsageError(
                 f"{folder} is not of this program (it has no {METADATA}), so --overwrite leaves it alone. "
                 "Choose another --out."
@@ -60,10 +61,6 @@ def check_output(job: Output) -> None:
         raise UsageError(f"The output {job.out} exists. Choose another --out, or replace it with --overwrite.")
     if job.partial.exists() and not (job.resume or job.overwrite):
         raise UsageError(f"An unfinished run is in {job.partial}. Go on with --resume, or start over with --overwrite.")
-
-
-def is_replaceable(folder: Path) -> bool:
-    return folder.is_dir() and ((folder / METADATA).is_file() or not any(folder.iterdir()))
 
 
 @contextmanager
@@ -76,8 +73,9 @@ def locked(job: Output, *, will_publish: bool) -> Iterator[None]:
     with parent_folder(job.partial):
         try:
             with exclusive(job.partial.parent):
-                if not will_publish:
-                    restore_backup(job.out)
+                backup = backup_path(job.out)
+                if not will_publish and not job.out.exists() and backup.is_dir() and (backup / METADATA).is_file():
+                    backup.rename(job.out)  # a replacement was interrupted between its two renames
                 check_output(job)
                 job.partial.mkdir(exist_ok=True)
                 lock = take_lock(job.partial)
@@ -134,37 +132,21 @@ def publish(checkpoint: Path, out: Path, partial: Path) -> None:
     Whenever the process is killed, OUT is the old output or the new one, or the next run restores the old one.
     """
     with exclusive(out.parent):
-        with moved_aside(out):
+        is_replaced = out.exists()
+        if is_replaced:
+            out.rename(backup_path(out))
+        try:
             checkpoint.rename(out)
+        except BaseException:
+            if is_replaced:
+                backup_path(out).rename(out)
+            raise
         fsync(out.parent)
         delete_backup(out, partial)
 
 
 def backup_path(out: Path) -> Path:
     return out.with_name(f"{out.name}.replaced")
-
-
-@contextmanager
-def moved_aside(out: Path) -> Iterator[None]:
-    """Rename an old output to its backup, and back if the block fails."""
-    backup = backup_path(out)
-    if not out.exists():
-        yield
-        return
-    try:
-        out.rename(backup)
-        yield
-    except BaseException:
-        if backup.exists() and not out.exists():
-            backup.rename(out)
-        raise
-
-
-def restore_backup(out: Path) -> None:
-    """Undo a replacement that was interrupted between its two renames."""
-    backup = backup_path(out)
-    if not out.exists() and backup.is_dir() and (backup / METADATA).is_file():
-        backup.rename(out)
 
 
 def delete_backup(out: Path, partial: Path) -> None:

@@ -7,27 +7,28 @@ from pathlib import Path
 from typing import Any
 
 from compress.checkpoints.card import CARD
-from compress.checkpoints.files import COPIED
-from compress.checkpoints.integrity import ADAPTER_WEIGHTS, check_integrity
+from compress.checkpoints.files import ADAPTER_WEIGHTS, COPIED
+from compress.checkpoints.integrity import check_integrity
 from compress.checkpoints.metadata import METADATA, Metadata
 from compress.checkpoints.quality import QUALITY, read_quality
 from compress.checkpoints.run_folder import own_metadata
 from compress.errors import Unavailable, UsageError
-from compress.models.stored_files import ADAPTER
-from compress.models.tensor_files import INDEX
+from compress.models.tensor_files import ADAPTER, INDEX
+from compress.models.untrusted import one_line
 from compress.progress import Progress, Steps, silent
 from compress.version import __version__
 
+# What the hub answers to a request that it refuses, by the status.
+REFUSED = {
+    401: "The hub does not know you: run `hf auth login`, or set HF_TOKEN to a token that may write.",
+    403: "Your token may not write {}. Give HF_TOKEN one that may, or name another owner.",
+    404: "The hub has no owner of {}, or your token may not see it. Check the name.",
+}
 WRITTEN = ("config.json", METADATA, INDEX, CARD, QUALITY, "configuration_*.py", "modeling_*.py", "*.gguf")
 
 
 def push(
-    folder: Path,
-    repository: str,
-    *,
-    private: bool = True,
-    overwrite: bool = False,
-    progress: Progress = silent,
+    folder: Path, repository: str, *, private: bool = True, overwrite: bool = False, progress: Progress = silent
 ) -> str:
     """The address at which the checkpoint is then.
 
@@ -87,35 +88,27 @@ def upload(folder: Path, repository: str, files: list[str], *, private: bool, ov
 @contextmanager
 def telling(repository: str) -> Iterator[None]:
     """What the hub has against it, in a line that says what to do."""
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub import errors
 
     # Its bases are what the HTTP library, whichever it is, raises for a connection that fails.
-    failures: tuple[type[BaseException], ...] = (HfHubHTTPError, *HfHubHTTPError.__bases__)
+    failures: tuple[type[Exception], ...] = (errors.HfHubHTTPError, *errors.HfHubHTTPError.__bases__)
     try:
         yield
-    except HFValidationError as error:
+    except errors.HFValidationError as error:
         raise UsageError(f"The hub has no place for {repository!r}: names are NAME or OWNER/NAME.") from error
-    except LocalTokenNotFoundError as error:
+    except errors.LocalTokenNotFoundError as error:
         raise Unavailable("The hub asks who you are: run `hf auth login`, or set HF_TOKEN.") from error
-    except OfflineModeIsEnabled as error:
+    except errors.OfflineModeIsEnabled as error:
         raise Unavailable("HF_HUB_OFFLINE is set, so nothing can be pushed. Unset it.") from error
     except failures as error:
-        raise refusal(repository, error) from error
-
-
-def refusal(repository: str, error: BaseException) -> Unavailable | UsageError:
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if status == 401:
-        return Unavailable("The hub does not know you: run `hf auth login`, or set HF_TOKEN to a token that may write.")
-    if status == 403:
-        return Unavailable(
-            f"Your token may not write {repository!r}. Give HF_TOKEN one that may, or name another owner."
-        )
-    if status == 404:
-        return Unavailable(f"The hub has no owner of {repository!r}, or your token may not see it. Check the name.")
-    if status == 409:
-        return UsageError(f"The hub has {repository!r} already. Name another repository, or replace it: --overwrite.")
-    said = " ".join(str(error).split()) or type(error).__name__
-    return Unavailable(
-        f"{repository!r} could not be pushed ({said[:200]}). Push again with --overwrite, should it be there in part."
-    )
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status == 409:
+            raise UsageError(
+                f"The hub has {repository!r} already. Name another repository, or replace it: --overwrite."
+            ) from error
+        if status in REFUSED:
+            raise Unavailable(REFUSED[status].format(repr(repository))) from error
+        raise Unavailable(
+            f"{repository!r} could not be pushed ({one_line(error)}). "
+            "Push again with --overwrite, should it be there in part."
+        ) from error

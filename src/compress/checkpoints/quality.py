@@ -132,9 +132,9 @@ class Quality(Record):
 
     @property
     def measures(self) -> list[Measure]:
-        return [*self._on_texts(), *self._on_tasks(), *self._programs()]
+        return list(self._measures())
 
-    def _on_texts(self) -> Iterator[Measure]:
+    def _measures(self) -> Iterator[Measure]:
         for each in self.perplexity:
             yield Measure(f"perplexity on {each.where}", each.ppl, each.standard_error, sample=each.sample)
         for one in self.divergence:
@@ -142,19 +142,15 @@ class Quality(Record):
             yield Measure(name, one.kl, one.standard_error, "nats a token", sample=sample)
             name, share = f"same likeliest token as dense on {one.where}", 100 * one.agreement
             yield Measure(name, share, None, "%", lower_is_better=False, sample=sample)
-
-    def _on_tasks(self) -> Iterator[Measure]:
-        for each in self.tasks.scores if self.tasks else []:
-            sample = f"{each.documents:,} documents from {'files' if each.source == 'files' else 'the hub'}"
-            for name, metric in each.metrics.items():
+        for score in self.tasks.scores if self.tasks else []:
+            sample = f"{score.documents:,} documents from {'files' if score.source == 'files' else 'the hub'}"
+            for name, metric in score.metrics.items():
                 lower, error = name in LOWER_IS_BETTER, metric.standard_error
-                yield Measure(f"{each.task}, {name}", metric.value, error, lower_is_better=lower, sample=sample)
+                yield Measure(f"{score.task}, {name}", metric.value, error, lower_is_better=lower, sample=sample)
         if self.tasks and len(self.tasks.scores) > 1:
             for name, average in self.tasks.average.items():
                 if average is not None:
                     yield Measure(f"average of the tasks, {name}", average, None, lower_is_better=False)
-
-    def _programs(self) -> Iterator[Measure]:
         if self.humaneval:
             sample = self.humaneval.sample
             for name, rate in self.humaneval.rates.items():

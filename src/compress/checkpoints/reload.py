@@ -131,12 +131,11 @@ def with_adapter(model: Any, folder: str) -> tuple[Any, set[str]]:
     adapted = PeftModel.from_pretrained(model, folder)
     found = get_peft_model_state_dict(adapted)
     written = load_file(f"{folder}/adapter_model.safetensors")
-    same = {
+    return adapted, {
         name
-        for name in written.keys() & found.keys()
-        if torch.equal(written[name], found[name].to(written[name].dtype))
+        for name, tensor in written.items()
+        if name not in found or not torch.equal(tensor, found[name].to(tensor.dtype))
     }
-    return adapted, written.keys() - same
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from compress.calibration.processes import ALONE, Processes
 from compress.checkpoints.integrity import check_integrity
-from compress.checkpoints.metadata import METADATA, Metadata, is_ours, read_metadata
+from compress.checkpoints.metadata import METADATA, Metadata, read_metadata
 from compress.checkpoints.output_folder import LOCK, Output, locked, publish
 from compress.errors import CheckpointError, UsageError
 from compress.io import WrittenFile, atomic_write, fsync_tree, sha256, write_tensors
@@ -93,16 +93,8 @@ class RunFolder:
     def __init__(self, job: Output, run: Run, processes: Processes = ALONE) -> None:
         self.out, self.partial = job.out, job.partial
         self.checkpoint = self.partial / CHECKPOINT
-        self.run = run
+        self.run, self.parts, self.findings = run, run.parts, run.findings
         self.processes = processes
-
-    @property
-    def parts(self) -> list[Part]:
-        return self.run.parts
-
-    @property
-    def findings(self) -> dict[str, Finding]:
-        return self.run.findings
 
     def note(
         self, name: str, data: Any, tensors: Mapping[str, Tensor] | None = None, files: Sequence[WrittenFile] = ()
@@ -138,8 +130,7 @@ class RunFolder:
         return self.partial / self.run.states[self.processes.rank].file
 
     def state(self) -> dict[str, Tensor]:
-        tensors: dict[str, Tensor] = load_file(self.state_file)
-        return tensors
+        return load_file(self.state_file)
 
     def finish(self) -> None:
         """Record that the checkpoint is complete and verified, then publish it."""
@@ -164,12 +155,11 @@ class RunFolder:
         places = [(self.checkpoint, file) for file in run.weights] + [(self.partial, file) for file in run.scratch]
         # Parts depend on all findings, and only the last state is there to resume from.
         if not all(is_intact(folder, file) for folder, file in places):
-            run.parts, run.states = [], []
-        run.findings = {
-            name: found
-            for name, found in run.findings.items()
-            if all(is_intact(self.partial, file) for file in found.files)
-        }
+            run.parts.clear()
+            run.states.clear()
+        for name, found in list(run.findings.items()):
+            if not all(is_intact(self.partial, file) for file in found.files):
+                del run.findings[name]
         self._save()
         self.checkpoint.mkdir(exist_ok=True)
         clear(self.checkpoint, kept={file.file for file in run.weights})
@@ -226,18 +216,14 @@ def resumed(partial: Path, identity: Mapping[str, Any]) -> Run | None:
     if run is None:
         raise UsageError(f"{partial} has no readable {RUN}. Start over with --overwrite.")
     mine, theirs = json.loads(json.dumps(dict(identity))), run.identity
-    differing = [described(key, theirs) for key in sorted(mine.keys() | theirs) if mine.get(key) != theirs.get(key)]
+    differing = {key: theirs.get(key) for key in sorted(mine.keys() | theirs) if mine.get(key) != theirs.get(key)}
     if differing:
+        named = (f"{key} ({value})" if isinstance(value, int) else key for key, value in differing.items())
         raise UsageError(
-            f"--resume: the run in {partial} had another {', '.join(differing)}. "
+            f"--resume: the run in {partial} had another {', '.join(named)}. "
             "Give the same options, or start over with --overwrite."
         )
     return run
-
-
-def described(key: str, identity: Mapping[str, Any]) -> str:
-    """A key of an identity, with its value where that is a number."""
-    return f"{key} ({identity[key]})" if isinstance(identity.get(key), int) else key
 
 
 def read_run(partial: Path) -> Run | None:
@@ -287,7 +273,7 @@ def check_folder(folder: Path) -> None:
 def own_metadata(folder: Path, verb: str) -> Metadata:
     """The metadata of a finished checkpoint. Raises UsageError for one of another program: only ours are VERBed."""
     check_folder(folder)
-    if not is_ours(folder):
+    if not (folder / METADATA).exists():
         raise UsageError(f"{folder} has no {METADATA}. Only checkpoints that compress has made are {verb}.")
     metadata = read_metadata(folder)
     if verb == "tuned" and metadata.storage == "gguf":

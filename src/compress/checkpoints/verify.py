@@ -19,7 +19,7 @@ from compress.child_process import run_in_child
 from compress.errors import VerificationError
 from compress.models.gguf_opening import load_gguf_tokenizer
 from compress.models.loading import load_config, load_tokenizer
-from compress.models.packed import inputs_as_they_are
+from compress.models.storage import inputs_as_they_are
 from compress.models.stored_loading import load_stored
 from compress.models.untrusted import read_json
 
@@ -107,9 +107,12 @@ def read_own(folder: Path, ids: Tensor, logits: Tensor) -> dict[str, Any]:
     model = load_stored(folder, dtype=torch.float32, device=torch.device("cpu"))
     with torch.inference_mode(), inputs_as_they_are(model):
         found: Tensor = model(input_ids=ids.cpu(), use_cache=False).logits
-    difference = float((found.double() - logits.cpu().double()).abs().max())
-    keys: dict[str, Any] = {"missing": [], "unexpected": [], "mismatched": []}
-    return {**keys, "difference": difference, "largest_logit": float(logits.abs().max()), "bits": 32}
+    return {
+        **dict.fromkeys(("missing", "unexpected", "mismatched"), ()),
+        "difference": float((found.double() - logits.cpu().double()).abs().max()),
+        "largest_logit": float(logits.abs().max()),
+        "bits": 32,
+    }
 
 
 # What tokenizers cut in different ways: spaces, digits, marks, scripts, code.

@@ -170,7 +170,7 @@ def gather(problems: Problems, options: EvalOptions, found: Found) -> "Request":
     if not tasks and not options.runs_programs:
         problems.report()
     quiet_libraries()
-    from compress.datasets.humaneval import load_problems
+    from compress.datasets.tasks import load_problems
     from compress.evaluation.evaluate import Request
     from compress.evaluation.humaneval import check_can_run
     from compress.evaluation.tasks import load_tasks

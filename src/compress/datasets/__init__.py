@@ -11,7 +11,7 @@ import pkgutil
 from pathlib import Path
 from types import ModuleType
 
-from compress.datasets._files import is_file, read_rows
+from compress.datasets._sources import is_file, read_rows
 from compress.errors import UsageError, unknown_name
 from compress.models.untrusted import typed_path
 

@@ -7,7 +7,7 @@ alpaca/*.jsonl, all records, each with a field `text`.
 
 from pathlib import Path
 
-from compress.datasets._hub import column, hub_table, json_table, one_line, plain_files
+from compress.datasets._sources import column, hub_table, json_table, obtained, plain_files
 
 REPOSITORY = "tatsu-lab/alpaca"
 PLAIN = ("alpaca/*.json", "alpaca/*.jsonl")
@@ -16,10 +16,9 @@ SEED = 42
 
 
 def load(split: str, data_dir: Path | None = None) -> list[str]:
-    """The instructions and answers of one split."""
     files = plain_files(data_dir, PLAIN)
     table = json_table(files) if files else hub_table(REPOSITORY, data_dir, plain=PLAIN, split="train")
-    with one_line("The data set alpaca cannot be split", "Give it at least ten records."):
+    with obtained("The data set alpaca cannot be split", "Give it at least ten records."):
         outer = table.train_test_split(test_size=0.2, seed=SEED)
         held_out = outer["test"].train_test_split(test_size=0.5, seed=SEED)
     splits = {"train": outer["train"], "test": held_out["train"], "validation": held_out["test"]}

@@ -8,7 +8,7 @@ In the folder of --data-dir: c4/c4-{train,validation}*.json.gz or .jsonl, of whi
 
 from pathlib import Path
 
-from compress.datasets._hub import column, hub_table, json_table, plain_files
+from compress.datasets._sources import column, hub_table, json_table, plain_files
 
 REPOSITORY = "allenai/c4"
 SHARD = {"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"}
@@ -16,7 +16,6 @@ TEST_PAGES = 1100
 
 
 def load(split: str, data_dir: Path | None = None) -> list[str]:
-    """The pages of one shard."""
     part = "train" if split == "train" else "validation"
     plain = (f"c4/c4-{part}*.json.gz", f"c4/c4-{part}*.jsonl")
     files = plain_files(data_dir, plain)

@@ -6,7 +6,7 @@ script, which `datasets` no longer runs. In the folder of --data-dir: ptb/ptb.{t
 
 from pathlib import Path
 
-from compress.datasets._hub import column, hub_table, plain_files, plain_lines
+from compress.datasets._sources import column, hub_table, plain_files, plain_lines
 
 REPOSITORY = "ptb-text-only/ptb_text_only"
 REVISION = "refs/convert/parquet"
@@ -14,7 +14,6 @@ FILE_SPLIT = {"train": "train", "validation": "valid", "test": "test"}
 
 
 def load(split: str, data_dir: Path | None = None) -> list[str]:
-    """The sentences of one split."""
     plain = (f"ptb/ptb.{FILE_SPLIT[split]}.txt",)
     files = plain_files(data_dir, plain)
     if files:

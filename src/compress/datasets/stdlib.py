@@ -19,8 +19,7 @@ LEFT_OUT = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packa
 
 def load(split: str, data_dir: Path | None = None) -> list[str]:
     """The files of one split, in the order of their paths."""
-    rows = []
-    root = library_root()
+    rows, root = [], library_root()
     for path in sorted(root.rglob("*.py")):
         relative = path.relative_to(root)
         if LEFT_OUT.isdisjoint(relative.parts) and split_of(relative.as_posix()) == split:
@@ -35,6 +34,5 @@ def library_root() -> Path:
 
 
 def split_of(relative_path: str) -> str:
-    """The split of a file, from the hash of its path below the library's root."""
     sixteenth = hashlib.sha256(relative_path.encode()).digest()[0] % 16
     return {0: "test", 1: "validation"}.get(sixteenth, "train")

@@ -7,14 +7,13 @@ wikitext-2/wiki.{train,valid,test}*.raw (a part of the split).
 
 from pathlib import Path
 
-from compress.datasets._hub import column, hub_table, plain_files, plain_lines
+from compress.datasets._sources import column, hub_table, plain_files, plain_lines
 
 REPOSITORY = "Salesforce/wikitext"
 FILE_SPLIT = {"train": "train", "validation": "valid", "test": "test"}
 
 
 def load(split: str, data_dir: Path | None = None) -> list[str]:
-    """The lines of one split."""
     plain = tuple(f"wikitext-2/wiki.{FILE_SPLIT[split]}{suffix}" for suffix in (".raw", "*.raw"))
     files = plain_files(data_dir, plain)
     if files:

@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from compress.datasets import SEPARATOR, load_rows
-from compress.datasets._files import is_file
+from compress.datasets._sources import is_file
 from compress.errors import UsageError
 
 # More characters than a token has on average in any text: so many hold the tokens that are needed.

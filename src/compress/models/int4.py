@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from compress.models.packed import LinearExtras, LoraLinear, PackedLinear, QuantizedLinear
+from compress.models.storage import LoraLinear, PackedLinear, QuantizedLinear, Storage
 
 logger = logging.getLogger("compress")
 
@@ -43,21 +43,24 @@ class KernelProduct(torch.autograd.Function):
 
 
 class Int4Linear(LoraLinear):
-    """
-    layout: codes as the kernel reads them. scales_and_zeros: (groups, m, 2), the zeros 0.
-    """
+    """layout: codes as the kernel reads them. scales_and_zeros: (groups, m, 2), the zeros 0."""
 
-    def __init__(self, linear: PackedLinear, group: int) -> None:
+    kind = "kernel"
+    bits = 4
+
+    def __init__(self, linear: PackedLinear) -> None:
+        group = kernel_group(linear)
+        assert group is not None
         with torch.device("meta"):
             super().__init__(
-                linear.in_features, linear.out_features, LinearExtras(bias=False, rank=0, inputs=linear.inputs)
+                linear.in_features, linear.out_features, Storage("packed", 4, inputs=linear.inputs), bias=False
             )
         self.bias, self.lora_A, self.lora_B = linear.bias, linear.lora_A, linear.lora_B
         self.group = group
         m, groups = linear.out_features, linear.in_features // group
         blocks = [linear.codes(start, min(start + ROWS, m)) for start in range(0, m, ROWS)]
         self.layout = nn.Buffer(torch.cat([as_layout(codes) for codes in blocks]))
-        scale = linear.weight_scale.view(-1, 1) if linear.granularity == "tensor" else linear.weight_scale
+        scale = linear.weight_scale.view(-1, 1) if linear.group == "tensor" else linear.weight_scale
         scale = scale.repeat_interleave(groups // scale.shape[1], 1).expand(m, groups).T
         self.scales_and_zeros = nn.Buffer(torch.stack([scale, torch.zeros_like(scale)], -1).contiguous())
 
@@ -88,12 +91,6 @@ def as_layout(codes: Tensor) -> Tensor:
     return torch.ops.aten._convert_weight_to_int4pack(pairs, TILES)
 
 
-def has_kernel(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    return device.type == "cpu" and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
-
-
 def kernel_group(linear: QuantizedLinear) -> int | None:
     """The largest of the kernel's group sizes in which the linear's inputs share a scale."""
     shared = linear.in_features // linear.groups
@@ -109,7 +106,11 @@ def problem(linear: QuantizedLinear) -> str | None:
         return "the grid has zero points"
     if dtype != torch.bfloat16:
         return f"the dtype is {str(dtype).removeprefix('torch.')}, not bfloat16"
-    if not has_kernel(device):
+    if device.type == "cuda":
+        is_fast = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        is_fast = device.type == "cpu" and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+    if not is_fast:
         return f"torch has no fast kernel for this {device.type}"
     outputs, inputs = OUTPUTS[device.type], INPUTS[device.type]
     if kernel_group(linear) is None or linear.out_features % outputs or linear.in_features % inputs:
@@ -126,9 +127,9 @@ def use_kernels(model: nn.Module) -> None:
     for path in [path for path, module in model.named_modules() if isinstance(module, QuantizedLinear)]:
         linear = model.get_submodule(path)
         assert isinstance(linear, QuantizedLinear)
-        why, group = problem(linear), kernel_group(linear)
-        if why is None and group is not None and isinstance(linear, PackedLinear):
-            model.set_submodule(path, Int4Linear(linear, group))
+        why = problem(linear)
+        if why is None and isinstance(linear, PackedLinear):
+            model.set_submodule(path, Int4Linear(linear))
         else:
             slow[str(why)] += 1
     if slow:

@@ -1,46 +1,38 @@
 """Load configs, tokenizers and whole models from a folder, with errors a user can act on."""
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from compress.errors import CheckpointError, UnsupportedModel, UsageError
-from compress.models.untrusted import one_line, parse_json, reading
+from compress.models.untrusted import one_line, read_json, reading, shown
 from compress.version import FORMAT
 
+NO_MODEL = "The model's config.json makes no model"
 
-class Sizes(BaseModel):
-    """What a model may come to: one that a damaged file made up would take all memory, or years to be built.
 
-    Each limit is some ten times what the largest models have.
-    """
-
-    model_config = ConfigDict(strict=True, from_attributes=True)
-    num_hidden_layers: Annotated[int, Field(ge=1, le=1000)] | None = None
-    hidden_size: Annotated[int, Field(ge=1, le=2**18)] | None = None
-    intermediate_size: Annotated[int, Field(ge=1, le=2**20)] | None = None
-    ffn_dim: Annotated[int, Field(ge=1, le=2**20)] | None = None
-    n_inner: Annotated[int, Field(ge=1, le=2**20)] | None = None
-    num_attention_heads: Annotated[int, Field(ge=1, le=2**12)] | None = None
-    head_dim: Annotated[int, Field(ge=1, le=2**14)] | None = None
-    vocab_size: Annotated[int, Field(ge=1, le=2**23)] | None = None
-    max_position_embeddings: Annotated[int, Field(ge=1, le=2**27)] | None = None
+# What a model may come to: one that a damaged file made up would take all memory, or years to be built. Each limit is
+# some ten times what the largest models have.
+LIMITS = {
+    "num_hidden_layers": 1000,
+    "hidden_size": 2**18,
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner"), 2**20),
+    "num_attention_heads": 2**12,
+    "head_dim": 2**14,
+    "vocab_size": 2**23,
+    "max_position_embeddings": 2**27,
+}
 
 
 def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """Raises UnsupportedModel for what transformers does not know, CheckpointError for what makes no model."""
     file = folder / "config.json"
-    try:
-        found = parse_json(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        found = None
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{file} is damaged: it is no JSON object. Get it again.")
-    if str(found.get("model_type")).startswith("compress_"):  # the architectures of format 1
+    if str(read_json(file).get("model_type")).startswith("compress_"):  # the architectures of format 1
         check_format(folder, 1)
     with reading(f"{file} makes no model"):
         try:
@@ -49,8 +41,8 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
             # transformers raises ValueError for a model_type it does not know and for code it was not allowed to run.
             raise UnsupportedModel(f"The config.json of {folder} cannot be used: {one_line(error)}") from error
     check_sizes(file, config)
-    if not trust_remote_code:
-        forget_code(config)
+    if not trust_remote_code and hasattr(config, "auto_map"):
+        del config.auto_map  # no output names code that was not run
     return config
 
 
@@ -63,33 +55,33 @@ def check_format(folder: Path, number: int) -> None:
         )
 
 
-def forget_code(config: Any) -> None:
-    """Drop references to remote code, so that no output names code that was not run."""
-    if hasattr(config, "auto_map"):
-        del config.auto_map
-
-
 def check_sizes(file: Path, config: Any) -> None:
     for each in {id(config): config, id(config.get_text_config()): config.get_text_config()}.values():
-        check_values(file, each)
+        check_values(file, {name: getattr(each, name, None) for name in LIMITS})
 
 
-def check_values(file: Path, found: Any) -> None:
-    """found: a config, or what one is made from."""
-    try:
-        Sizes.model_validate(found)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise CheckpointError(
-            f"{file} makes no model: {first['loc'][0]} is {str(first['input'])[:40]}. {first['msg']}."
-        ) from error
+def check_values(file: Path, found: Mapping[str, Any]) -> None:
+    """found: what a config is made from."""
+    for name, limit in LIMITS.items():
+        value = found.get(name)
+        if value is not None and not (type(value) is int and 1 <= value <= limit):
+            raise CheckpointError(
+                f"{file} makes no model: {name} is {str(value)[:40]}. It must be a number from 1 to {limit:,}."
+            )
 
 
 def empty_model(config: Any) -> PreTrainedModel:
     """Build a model from its config on the meta device."""
     # Under torch's own context transformers leaves out the initialization, most of the time it takes.
-    with reading("The model's config.json makes no model"), torch.device("meta"):
+    with reading(NO_MODEL), torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return model
+
+
+def hollow_model(config: Any, dtype: torch.dtype, said: str = NO_MODEL) -> PreTrainedModel:
+    """Build a model with parameters on the meta device and real buffers."""
+    with reading(said), no_init_weights(), init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
     return model
 
 
@@ -139,16 +131,11 @@ def load_model(
             output_loading_info=True,
         )
     model, info = loaded
-    if info["missing_keys"]:
-        raise CheckpointError(f"The checkpoint {folder} lacks tensors of its model: {shown(info['missing_keys'])}.")
-    if info["mismatched_keys"]:
-        raise CheckpointError(
-            f"Tensors of {folder} have other shapes than config.json says: {shown(info['mismatched_keys'])}."
-        )
-    ready: PreTrainedModel = model.to(device).eval()
-    return ready
-
-
-def shown(keys: Iterable[Any]) -> str:
-    names = sorted(" ".join(map(str, key)) if isinstance(key, tuple) else str(key) for key in keys)
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    for kind, said in (
+        ("missing_keys", f"The checkpoint {folder} lacks tensors of its model"),
+        ("mismatched_keys", f"Tensors of {folder} have other shapes than config.json says"),
+    ):
+        keys = sorted(" ".join(map(str, key)) if isinstance(key, tuple) else str(key) for key in info[kind])
+        if keys:
+            raise CheckpointError(f"{said}: {shown(keys)}.")
+    return model.to(device).eval()

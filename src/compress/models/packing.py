@@ -1,14 +1,20 @@
-"""Pack codes and sparsity patterns into bits."""
+"""Pack codes and sparsity patterns into bits, and a linear's weight and adapter into the tensors that are stored."""
 
 import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Int, Int32, Integer, Shaped, UInt8
+from jaxtyping import Bool, Float, Int, Int32, Integer, Shaped, UInt8
 from torch import Tensor
 
+from compress.models.storage import BlockLinear, Storage, empty_linear
+from compress.numerics.block_grid import BlockGrid
+from compress.numerics.grids import Grid, QuantType
 from compress.numerics.sparsity import Pattern
-from compress.own_model.modeling_compress import combinations, place_bits
+from compress.numerics.steps import make_grid
+from compress.own_model.modeling_compress import AdaptedLinear, combinations, place_bits
+
+Tensors = dict[str, Tensor]
 
 
 def pack_bits(numbers: Integer[Tensor, "rows count"], bits: int) -> UInt8[Tensor, "rows _"]:
@@ -66,3 +72,81 @@ class Kept:
         if (found < 0).any():
             raise ValueError(f"a group of the mask does not keep {keep} of {group}")
         return pack_bits(found, place_bits(keep, group))
+
+
+def stored_linear(  # noqa: PLR0913 (all that a linear consists of)
+    storage: Storage,
+    weight: Float[Tensor, "m n"],
+    grid: Grid | None,
+    mask: Bool[Tensor, "m n"] | None,
+    A: Float[Tensor, "r n"] | None,
+    B: Float[Tensor, "m r"] | None,
+    bias: Float[Tensor, "m"] | None,
+    dtype: torch.dtype,
+) -> AdaptedLinear:
+    """weight: S, the grid's own values, its step already rounded to `dtype`; zeros where the mask is False."""
+    m, n = weight.shape
+    with torch.device("meta"):
+        linear = empty_linear(storage, n, m, bias=bias is not None, dtype=dtype)
+    if isinstance(linear, BlockLinear):
+        assert isinstance(grid, BlockGrid)
+        linear.values = grid.dequantized(weight)
+        tensors: Tensors = {"qweight": grid.encoded(weight)}
+    elif storage.form == "compact":
+        kept = None if mask is None or storage.left_out is None else Kept(mask, storage.left_out)
+        places = {} if kept is None else {"places": kept.places()}
+        tensors = below("weight", places | matrix_tensors(weight, grid, kept, dtype))
+    else:
+        tensors = packed_tensors(storage, weight, grid, dtype)
+    if A is not None and B is not None:
+        tensors |= adapter_tensors(storage, A, B, dtype)
+    if bias is not None:
+        tensors["bias"] = bias.to(dtype)
+    linear.load_state_dict({name: tensor.contiguous() for name, tensor in tensors.items()}, assign=True)
+    return linear
+
+
+def packed_tensors(storage: Storage, weight: Tensor, grid: Grid | None, dtype: torch.dtype) -> Tensors:
+    if grid is None:
+        return {"weight": weight.to(dtype)}
+    assert isinstance(grid.quant_type, QuantType)
+    scale, codes, bits = grid.step.to(dtype), grid.codes(weight), grid.quant_type.bits
+    zero = None if grid.zero is None else grid.zero.to(torch.int8)
+    if storage.group == "tensor":
+        scale, zero = scale.view(1), None if zero is None else zero.view(1)
+    elif zero is not None and not storage.in_bytes:
+        zero = pack_words(zero.T, bits).T
+    zeros = {} if zero is None else {"weight_zero_point": zero}
+    if storage.in_bytes:
+        return zeros | {"weight": codes, "weight_scale": scale}
+    shape = torch.tensor(weight.shape)
+    return zeros | {"weight_packed": pack_words(codes, bits), "weight_scale": scale, "weight_shape": shape}
+
+
+def matrix_tensors(matrix: Float[Tensor, "m n"], grid: Grid | None, kept: Kept | None, dtype: torch.dtype) -> Tensors:
+    """The tensors that a `StoredMatrix` stores for a matrix's values."""
+    if grid is None:
+        return {"values": (matrix if kept is None else kept.of(matrix)).to(dtype)}
+    assert isinstance(grid.quant_type, QuantType)
+    bits, codes = grid.quant_type.bits, grid.codes(matrix)
+    codes = codes if kept is None else kept.of(codes)
+    numbers = codes.view(torch.uint8) if grid.quant_type.floating else unsigned(codes, bits)
+    shares = {} if grid.finer is None else {"shares": (1 / grid.finer).to(dtype)}
+    return shares | {"codes": pack_bits(numbers, bits), "scale": grid.step.to(dtype)}
+
+
+def adapter_tensors(storage: Storage, A: Float[Tensor, "r n"], B: Float[Tensor, "m r"], dtype: torch.dtype) -> Tensors:
+    if storage.form == "packed":
+        return {"lora_A": A.to(dtype), "lora_B": B.to(dtype)}
+    tensors: Tensors = {}
+    for name, factor in (("first", A), ("second", B.T)):
+        grid = None
+        if storage.adapter_bits is not None:
+            quant_type, group = QuantType(storage.adapter_bits), storage.adapter_group
+            grid = make_grid(factor, quant_type, group=group, method="mse", stored=dtype)
+        tensors |= below(name, matrix_tensors(factor, grid, None, dtype))
+    return tensors
+
+
+def below(part: str, tensors: Tensors) -> Tensors:
+    return {f"{part}.{name}": tensor for name, tensor in tensors.items()}

@@ -1,6 +1,7 @@
 """Find where a NaN or an Inf first appears, once there is one."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -31,32 +32,25 @@ def first_unsound(root: nn.Module, run: Callable[[], object]) -> str | None:
     """
     found: list[str] = []
 
-    def watch(name: str) -> Callable[[nn.Module, tuple[object, ...], object], None]:
-        def note(module: nn.Module, inputs: tuple[object, ...], output: object) -> None:
-            if not found and (what := unsound_at(module, inputs, output)) is not None:
-                found.append(what.format(name))
-
-        return note
+    def note(name: str, module: nn.Module, inputs: tuple[object, ...], output: object) -> None:
+        if found or not has_unsound(output):
+            return
+        assert isinstance(output, Tensor)
+        if any(map(has_unsound, module.parameters())):
+            found.append(f"the weights of {name}")
+        elif any(map(has_unsound, inputs)):
+            found.append(f"what {name} is given")
+        else:
+            found.append(f"what {name} gives in {str(output.dtype).removeprefix('torch.')}")
 
     parts = [(name, module) for name, module in root.named_modules() if not list(module.children())]
-    handles = [module.register_forward_hook(watch(name)) for name, module in parts]
+    handles = [module.register_forward_hook(partial(note, name)) for name, module in parts]
     try:
         run()
     finally:
         for handle in handles:
             handle.remove()
     return next(iter(found), None)
-
-
-def unsound_at(module: nn.Module, inputs: tuple[object, ...], output: object) -> str | None:
-    if not has_unsound(output):
-        return None
-    if any(map(has_unsound, module.parameters())):
-        return "the weights of {}"
-    if any(map(has_unsound, inputs)):
-        return "what {} is given"
-    assert isinstance(output, Tensor)
-    return f"what {{}} gives in {str(output.dtype).removeprefix('torch.')}"
 
 
 def has_unsound(value: object) -> bool:

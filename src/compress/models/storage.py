@@ -1,29 +1,37 @@
-"""Storage formats of linears with quantized or sparse weights and adapters, and the modules that hold them.
+"""How linears with quantized or sparse weights and adapters are stored, and the modules that hold them so.
 
-    packed   what compressed-tensors and PEFT read, zeros included (`models/packed.py`)
+    packed   what compressed-tensors and PEFT read, zeros included:
+               PackedLinear  weight_packed int32 (m, words): codes without gaps, low bits first (`pack-quantized`)
+               ByteLinear    weight int8 or float8 (m, n) (`int-quantized`, `float-quantized`)
+               FloatLinear   weight (m, n), not quantized
     compact  our own: the kept weights alone, and which these are (`own_model/modeling_compress.py`)
-    gguf     llama.cpp's types, as a GGUF file has them (`BlockLinear`)
+    gguf     llama.cpp's types, as a GGUF file has them (BlockLinear)
 
-Dimensions: W = S + B A, S (m, n), A (r, n), B (m, r); m outputs, n inputs.
+What is packed has the names, shapes and dtypes of compressed-tensors 0.20, so that its own code reads it: beside the
+codes weight_scale (m, groups), (m, 1) or (1,), and for grids that are not symmetric weight_zero_point. The adapter is
+lora_A (r, n) and lora_B (m, r), in a PEFT folder `lora_A.weight` and `lora_B.weight`.
+
+Dimensions: W = S + B A, S (m, n), A (r, n), B (m, r); m outputs, n inputs, r the adapter's rank.
 """
 
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from compress.models.packed import ByteLinear, FloatLinear, InputNumbers, LinearExtras, PackedLinear
-from compress.models.packing import Kept, pack_bits, pack_words, unsigned
-from compress.numerics.block_grid import BlockGrid
 from compress.numerics.block_types import TYPES
-from compress.numerics.grids import Granularity, Grid, QuantType
+from compress.numerics.grids import FLOAT8, Granularity, QuantType
 from compress.numerics.sparsity import Pattern
-from compress.numerics.steps import make_grid
-from compress.own_model.modeling_compress import AdaptedLinear, CompactLinear
+from compress.own_model.modeling_compress import AdaptedLinear, CompactLinear, LowRankLinear, PivotLinear, unpack_bits
 
-Tensors = dict[str, Tensor]
+InputNumbers = Literal["fp8", "int8"]
+Linear = nn.Linear | LowRankLinear | PivotLinear | AdaptedLinear
+WORD = 32  # bits
 
 
 @dataclass(frozen=True)
@@ -74,152 +82,243 @@ class Storage:
 
     def entry(self) -> dict[str, Any]:
         """The linear's entry in a compact model's config."""
-        pattern = self.left_out
-        return {
-            "bits": self.bits,
-            "floating": self.floating,
-            "scale_group": self.group,
-            "pattern": None if pattern is None else [int(pattern.keep), pattern.group],
-            "finer": self.finer,
-            "rank": self.rank,
-            "adapter_bits": self.adapter_bits,
-            "adapter_group": self.adapter_group,
+        same = {
+            name: getattr(self, name) for name in ("bits", "floating", "finer", "rank", "adapter_bits", "adapter_group")
         }
+        pattern = None if self.left_out is None else [int(self.left_out.keep), self.left_out.group]
+        return same | {"scale_group": self.group, "pattern": pattern}
 
 
-class BlockLinear(AdaptedLinear):
+class RoundedInputs(torch.autograd.Function):
+    """Quantize a linear's inputs with a scale for each token, as compressed-tensors does; gradients pass through."""
+
+    @staticmethod
+    def forward(_ctx: Any, x: Tensor, kind: InputNumbers) -> Tensor:
+        quant_type = QuantType(8, floating=kind == "fp8")
+        step = x.abs().amax(-1, keepdim=True) / ((quant_type.highest - quant_type.lowest) / 2)
+        step = torch.where(step == 0, torch.finfo(x.dtype).eps, step)
+        return quant_type.nearest(x / step) * step
+
+    @staticmethod
+    @once_differentiable
+    def backward(_ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+class LoraLinear(AdaptedLinear):
+    """A linear with a weight in any form and a float adapter.
+
+    inputs: what each token's are rounded to for the weight; the adapter's stay as they are. bits: of a weight's code.
+    """
+
+    kind: ClassVar[str]
+    bits: int | None = None
+
+    def __init__(self, in_features: int, out_features: int, storage: Storage, *, bias: bool) -> None:
+        super().__init__(in_features, out_features, bias)
+        self.inputs = storage.inputs
+        self.lora_A = self.lora_B = None
+        if storage.rank:
+            self.lora_A = nn.Parameter(torch.zeros(storage.rank, in_features), requires_grad=False)
+            self.lora_B = nn.Parameter(torch.zeros(out_features, storage.rank), requires_grad=False)
+
+    @property
+    def num_parameters(self) -> int:
+        extras = (self.lora_A, self.lora_B, self.bias)
+        return self.in_features * self.out_features + sum(part.numel() for part in extras if part is not None)
+
+    def adapter(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        if self.lora_A is None or self.lora_B is None:
+            return None
+        return self.lora_A.to(dtype), self.lora_B.T.to(dtype)
+
+    def rounded(self, x: Tensor) -> Tensor:
+        return x if self.inputs is None else RoundedInputs.apply(x, self.inputs)
+
+    def without_adapter(self, x: Tensor) -> Tensor:
+        return super().without_adapter(self.rounded(x))
+
+
+class FloatLinear(LoraLinear):
+    kind = "adapted"
+
+    def __init__(self, in_features: int, out_features: int, storage: Storage, *, bias: bool) -> None:
+        super().__init__(in_features, out_features, storage, bias=bias)
+        self.weight = nn.Parameter(torch.zeros(out_features, in_features), requires_grad=False)
+
+    def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        return self.weight[start:stop].to(dtype)
+
+    def without_adapter(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
+class BlockLinear(LoraLinear):
     """
     qweight: uint8 (m, bytes a row). values: what these are, float32 (m, n); not stored, and None of an empty linear.
     """
 
-    def __init__(self, in_features: int, out_features: int, type_name: str, *, bias: bool) -> None:
-        super().__init__(in_features, out_features, bias)
-        kind = TYPES[type_name]
-        size = in_features // kind.block * kind.bytes
+    kind = "blocks"
+
+    def __init__(self, in_features: int, out_features: int, storage: Storage, *, bias: bool) -> None:
+        super().__init__(in_features, out_features, storage, bias=bias)
+        block = TYPES[str(storage.block_type)]
+        size = in_features // block.block * block.bytes
         self.qweight: Tensor = nn.Buffer(torch.zeros(out_features, size, dtype=torch.uint8))
         self.values: Tensor | None
         self.register_buffer("values", None, persistent=False)
-
-    @property
-    def num_parameters(self) -> int:
-        return self.in_features * self.out_features + (0 if self.bias is None else self.out_features)
 
     def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         assert self.values is not None
         return self.values[start:stop].to(dtype)
 
-    def adapter(self, _dtype: torch.dtype) -> None:
-        return None
-
     def without_adapter(self, x: Tensor) -> Tensor:
-        assert self.values is not None
-        return nn.functional.linear(x, self.values.to(x.dtype), self.bias)
+        return nn.functional.linear(x, self.rows(0, self.out_features, x.dtype), self.bias)
+
+
+class QuantizedLinear(LoraLinear):
+    """group: what shares a scale along the inputs. groups: how many there are in a row."""
+
+    weight_zero_point: Tensor | None
+
+    def __init__(self, in_features: int, out_features: int, storage: Storage, *, bias: bool) -> None:
+        super().__init__(in_features, out_features, storage, bias=bias)
+        self.group = storage.group
+        self.groups = 1 if isinstance(storage.group, str) else in_features // storage.group
+        self.weight_scale = nn.Buffer(torch.zeros((1,) if self.group == "tensor" else (out_features, self.groups)))
+
+    def codes(self, start: int, stop: int) -> Tensor:
+        """(stop - start, n)."""
+        raise NotImplementedError
+
+    def zeros(self, start: int, stop: int) -> Tensor | None:
+        """Zero points: (stop - start, groups), or (1,) for a tensor; None where they are 0."""
+        raise NotImplementedError
+
+    def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        groups = self.codes(start, stop).to(dtype).view(stop - start, self.groups, -1)
+        zeros = self.zeros(start, stop)
+        if zeros is not None:
+            groups -= zeros.to(dtype)[..., None]
+        scale = self.weight_scale if self.group == "tensor" else self.weight_scale[start:stop]
+        return groups.mul_(scale.to(dtype)[..., None]).flatten(1)
+
+
+class PackedLinear(QuantizedLinear):
+    """
+    weight_shape: int64 (2,), m and n. weight_zero_point: int32 (words, groups), packed along m; int8 (1,) for a tensor.
+    """
+
+    kind = "packed"
+    bits: int
+
+    def __init__(self, in_features: int, out_features: int, storage: Storage, *, bias: bool) -> None:
+        super().__init__(in_features, out_features, storage, bias=bias)
+        assert storage.bits is not None
+        self.bits = storage.bits
+        self.weight_packed = nn.Buffer(torch.zeros(out_features, words(in_features, self.bits), dtype=torch.int32))
+        self.weight_shape = nn.Buffer(torch.tensor([out_features, in_features]))
+        zeros = None
+        if not storage.symmetric and self.group == "tensor":
+            zeros = torch.zeros(1, dtype=torch.int8)
+        elif not storage.symmetric:
+            zeros = torch.zeros(words(out_features, self.bits), self.groups, dtype=torch.int32)
+        self.register_buffer("weight_zero_point", zeros)
+
+    def codes(self, start: int, stop: int) -> Tensor:
+        return unpacked(self.weight_packed[start:stop], self.bits, self.in_features)
+
+    def zeros(self, start: int, stop: int) -> Tensor | None:
+        zeros = self.weight_zero_point
+        if zeros is None or self.group == "tensor":
+            return zeros
+        first = start // WORD * WORD  # rows whose codes begin a word
+        packed = zeros[first // WORD * self.bits : words(stop, self.bits)].T.contiguous()
+        return unpacked(packed, self.bits, stop - first)[:, start - first :].T
+
+
+class ByteLinear(QuantizedLinear):
+    """weight_zero_point: int8, of weight_scale's shape."""
+
+    kind = "bytes"
+    bits = 8
+    weight: Tensor
+
+    def __init__(self, in_features: int, out_features: int, storage: Storage, *, bias: bool) -> None:
+        super().__init__(in_features, out_features, storage, bias=bias)
+        dtype = FLOAT8 if storage.floating else torch.int8
+        self.weight = nn.Buffer(torch.zeros(out_features, in_features, dtype=dtype))
+        zeros = None if storage.symmetric else torch.zeros_like(self.weight_scale, dtype=torch.int8)
+        self.register_buffer("weight_zero_point", zeros)
+
+    def codes(self, start: int, stop: int) -> Tensor:
+        return self.weight[start:stop]
+
+    def zeros(self, start: int, stop: int) -> Tensor | None:
+        zeros = self.weight_zero_point
+        return zeros if zeros is None or self.group == "tensor" else zeros[start:stop]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ByteLinear":
+        # To torch an 8-bit float is a float like any other, which .to(dtype) would make wide.
+        stored = self.weight.dtype
+        self.weight = self.weight.view(torch.uint8)
+        super()._apply(fn, recurse)
+        self.weight = self.weight.view(stored)
+        return self
+
+
+def words(count: int, bits: int) -> int:
+    return math.ceil(count * bits / WORD)
+
+
+def unpacked(packed: Tensor, bits: int, count: int) -> Tensor:
+    """Unpack int32 (rows, words) into signed codes, int8 (rows, count)."""
+    stream = packed.view(torch.uint8)
+    if bits == 4:
+        halves = stream.to(torch.int16)
+        codes = ((halves | halves << 4) & 0x0F0F).view(torch.uint8)
+    elif bits == 8:
+        codes = stream.clone()
+    else:
+        # Each `bits` bytes hold eight numbers, one of every stretch.
+        padded = nn.functional.pad(stream, (0, -stream.shape[1] % bits)).view(len(stream), -1, bits)
+        numbers = unpack_bits(padded.transpose(1, 2).flatten(1), bits, 8 * padded.shape[1])
+        codes = numbers.view(len(stream), 8, -1).transpose(1, 2).flatten(1)
+    codes -= 1 << (bits - 1)  # wraps: the byte of a negative number
+    return codes.view(torch.int8)[:, :count]
+
+
+@contextmanager
+def inputs_as_they_are(module: nn.Module) -> Iterator[None]:
+    """Switch off input quantization for as long as the context is open.
+
+    It is a step function: what differs by the order of a sum before it can differ by a whole step behind it.
+    """
+    rounding = {part: part.inputs for part in module.modules() if isinstance(part, LoraLinear)}
+    try:
+        for part in rounding:
+            part.inputs = None
+        yield
+    finally:
+        for part, inputs in rounding.items():
+            part.inputs = inputs
 
 
 def empty_linear(
     storage: Storage, in_features: int, out_features: int, *, bias: bool, dtype: torch.dtype
 ) -> AdaptedLinear:
     """Build an empty module with every stored tensor in its shape and dtype, on torch's default device."""
-    n, m = in_features, out_features
-    extras = LinearExtras(bias, storage.rank, storage.inputs)
     linear: AdaptedLinear
-    if storage.block_type is not None:
-        linear = BlockLinear(n, m, storage.block_type, bias=bias)
-    elif storage.form == "compact":
-        linear = CompactLinear(n, m, storage.entry(), bias=bias)
-    elif storage.bits is None:
-        linear = FloatLinear(n, m, extras)
-    elif storage.in_bytes:
-        linear = ByteLinear(n, m, extras, storage.group, symmetric=storage.symmetric, floating=storage.floating)
+    if storage.form == "compact":
+        linear = CompactLinear(in_features, out_features, storage.entry(), bias=bias)
     else:
-        linear = PackedLinear(n, m, extras, storage.group, symmetric=storage.symmetric, bits=storage.bits)
+        kind: type[LoraLinear] = ByteLinear if storage.in_bytes else PackedLinear
+        if storage.block_type is not None:
+            kind = BlockLinear
+        elif storage.bits is None:
+            kind = FloatLinear
+        linear = kind(in_features, out_features, storage, bias=bias)
     return linear.to(dtype)
-
-
-def stored_linear(  # noqa: PLR0913 (all that a linear consists of)
-    storage: Storage,
-    weight: Float[Tensor, "m n"],
-    grid: Grid | None,
-    mask: Bool[Tensor, "m n"] | None,
-    A: Float[Tensor, "r n"] | None,
-    B: Float[Tensor, "m r"] | None,
-    bias: Float[Tensor, "m"] | None,
-    dtype: torch.dtype,
-) -> AdaptedLinear:
-    """weight: S, the grid's own values, its step already rounded to `dtype`; zeros where the mask is False."""
-    m, n = weight.shape
-    with torch.device("meta"):
-        linear = empty_linear(storage, n, m, bias=bias is not None, dtype=dtype)
-    if isinstance(linear, BlockLinear):
-        assert isinstance(grid, BlockGrid)
-        linear.values = grid.dequantized(weight)
-        tensors: Tensors = {"qweight": grid.encoded(weight)}
-    elif storage.form == "compact":
-        tensors = compact_tensors(storage, weight, grid, mask, dtype)
-    else:
-        tensors = packed_tensors(storage, weight, grid, dtype)
-    if A is not None and B is not None:
-        tensors |= adapter_tensors(storage, A, B, dtype)
-    if bias is not None:
-        tensors["bias"] = bias.to(dtype)
-    linear.load_state_dict({name: tensor.contiguous() for name, tensor in tensors.items()}, assign=True)
-    return linear
-
-
-def packed_tensors(storage: Storage, weight: Tensor, grid: Grid | None, dtype: torch.dtype) -> Tensors:
-    if grid is None:
-        return {"weight": weight.to(dtype)}
-    assert isinstance(grid.quant_type, QuantType)
-    scale, codes, bits = grid.step.to(dtype), grid.codes(weight), grid.quant_type.bits
-    zero = None if grid.zero is None else grid.zero.to(torch.int8)
-    if storage.group == "tensor":
-        scale, zero = scale.view(1), None if zero is None else zero.view(1)
-    elif zero is not None and not storage.in_bytes:
-        zero = pack_words(zero.T, bits).T
-    zeros = {} if zero is None else {"weight_zero_point": zero}
-    if storage.in_bytes:
-        return zeros | {"weight": codes, "weight_scale": scale}
-    shape = torch.tensor(weight.shape)
-    return zeros | {"weight_packed": pack_words(codes, bits), "weight_scale": scale, "weight_shape": shape}
-
-
-def compact_tensors(
-    storage: Storage, weight: Tensor, grid: Grid | None, mask: Tensor | None, dtype: torch.dtype
-) -> Tensors:
-    pattern = storage.left_out
-    if pattern is None or mask is None:
-        return below("weight", matrix_tensors(weight, grid, None, dtype))
-    kept = Kept(mask, pattern)
-    return below("weight", {"places": kept.places()} | matrix_tensors(weight, grid, kept, dtype))
-
-
-def matrix_tensors(matrix: Float[Tensor, "m n"], grid: Grid | None, kept: Kept | None, dtype: torch.dtype) -> Tensors:
-    """The tensors that a `StoredMatrix` stores for a matrix's values."""
-    if grid is None:
-        return {"values": (matrix if kept is None else kept.of(matrix)).to(dtype)}
-    assert isinstance(grid.quant_type, QuantType)
-    bits, codes = grid.quant_type.bits, grid.codes(matrix)
-    codes = codes if kept is None else kept.of(codes)
-    numbers = codes.view(torch.uint8) if grid.quant_type.floating else unsigned(codes, bits)
-    shares = {} if grid.finer is None else {"shares": (1 / grid.finer).to(dtype)}
-    return shares | {"codes": pack_bits(numbers, bits), "scale": grid.step.to(dtype)}
-
-
-def adapter_tensors(storage: Storage, A: Float[Tensor, "r n"], B: Float[Tensor, "m r"], dtype: torch.dtype) -> Tensors:
-    if storage.form == "packed":
-        return {"lora_A": A.to(dtype), "lora_B": B.to(dtype)}
-    tensors: Tensors = {}
-    for name, factor in (("first", A), ("second", B.T)):
-        grid = None
-        if storage.adapter_bits is not None:
-            quant_type, group = QuantType(storage.adapter_bits), storage.adapter_group
-            grid = make_grid(factor, quant_type, group=group, method="mse", stored=dtype)
-        tensors |= below(name, matrix_tensors(factor, grid, None, dtype))
-    return tensors
-
-
-def below(part: str, tensors: Tensors) -> Tensors:
-    return {f"{part}.{name}": tensor for name, tensor in tensors.items()}
 
 
 def num_parameters(module: nn.Module) -> int:
@@ -228,3 +327,46 @@ def num_parameters(module: nn.Module) -> int:
     counted = {id(parameter) for part in stored for parameter in part.parameters()}
     plain = (parameter.numel() for parameter in module.parameters() if id(parameter) not in counted)
     return sum(part.num_parameters for part in stored) + sum(plain)
+
+
+KINDS = {LowRankLinear: "factors", PivotLinear: "pivot", CompactLinear: "compact"}
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a linear of n inputs and m outputs is stored.
+
+    kind: `kernel` is packed, and multiplied as it is (`models/int4.py`). bits: of a weight's code; None for floats.
+    pattern: which weights are kept, where only these are stored. rank: of the factors, or of the adapter.
+    """
+
+    kind: str
+    m: int
+    n: int
+    bits: int | None = None
+    pattern: str | None = None
+    rank: int = 0
+
+    @classmethod
+    def of(cls, linear: Any) -> "Form":
+        kind, m, n = KINDS.get(type(linear), "dense"), linear.out_features, linear.in_features
+        if isinstance(linear, LowRankLinear | PivotLinear):
+            factor = cls.of(linear.first)
+            kind += "" if factor.kind == "dense" else f", {factor.kind}"
+            return cls(kind, m, n, factor.bits, factor.pattern, linear.rank)
+        if isinstance(linear, CompactLinear):
+            weight = linear.weight
+            pattern = f"{weight.keep}:{weight.group}" if weight.keep < weight.group else None
+            return cls(kind, m, n, weight.bits, pattern, 0 if linear.first is None else linear.first.num_rows)
+        if isinstance(linear, LoraLinear):
+            return cls(linear.kind, m, n, linear.bits, rank=0 if linear.lora_A is None else len(linear.lora_A))
+        return cls(kind, m, n)
+
+
+def linears_of(model: nn.Module) -> Iterator[tuple[str, Linear]]:
+    """Path and module of each linear; of one that consists of linears, the whole."""
+    whole: tuple[str, ...] = ()
+    for path, module in model.named_modules():
+        if isinstance(module, Linear) and not path.startswith(whole):
+            whole = (*whole, f"{path}.")
+            yield path, module

@@ -1,84 +1,177 @@
 """Load a folder with quantized linears, a LoRA adapter or both, keeping them as they are stored; and a GGUF file.
 
 The folder is what compressed-tensors and PEFT read; neither has to be installed. No weight is ever dense: the model is
-built without its parameters, its linears become those of `models/packed.py`, and these get the tensors of the files.
+built without its parameters, its linears become those of `models/storage.py`, and these get the tensors of the files.
+What is more than these can hold is refused.
 """
 
-from dataclasses import replace
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
-from transformers.initialization import no_init_weights
+from torch import nn
+from transformers import GenerationConfig, PreTrainedModel
 
 from compress.errors import CheckpointError
 from compress.models.hub import find_model
 from compress.models.int4 import use_kernels
-from compress.models.loading import load_config, load_model
-from compress.models.storage import Storage, empty_linear
-from compress.models.stored_files import ADAPTER, METHOD, Lora, StoredTensors, read_lora, read_scheme
-from compress.models.tensor_files import gguf_of
-from compress.models.untrusted import read_json, reading
+from compress.models.loading import hollow_model, load_config, load_model
+from compress.models.storage import LoraLinear, Storage, empty_linear
+from compress.models.tensor_files import ADAPTER, SafetensorsFolder, gguf_of, read_header
+from compress.models.untrusted import read_json, reading, shown
 
+METHOD = "compressed-tensors"
+LORA_NAME = re.compile(r"base_model\.model\.(.+)\.(lora_[AB])\.weight")
+BEYOND = ("kv_cache_scheme", "transform_config", "sparsity_config", "output_activations")
+# What makes more of a LoRA than two factors and a factor before them.
+LORA_EXTRAS = (
+    *("use_dora", "use_rslora", "use_qalora", "fan_in_fan_out"),
+    *("layer_replication", "alora_invocation_tokens", "trainable_token_indices"),
+)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def read_scheme(folder: Path) -> Storage | None:
+    """Read the quantization scheme from config.json; None where there is none."""
+    found = read_json(folder / "config.json").get("quantization_config")
+    if found is None:
+        return None
+    try:
+        return scheme(found)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        reason = f"lacks {error}" if isinstance(error, KeyError) else str(error).rstrip(".")
+        raise CheckpointError(
+            f"The quantization_config of {folder} cannot be read: {reason}. "
+            "Load it with transformers and compressed-tensors."
+        ) from error
+
+
+def scheme(found: dict[str, Any]) -> Storage:
+    """Raises ValueError for what is not understood, and what a damaged config makes of the look-ups."""
+    if found["quant_method"] != METHOD:
+        raise ValueError(f"quant_method is {found['quant_method']!r}, not {METHOD!r}")
+    if len(found["config_groups"]) != 1:
+        raise ValueError("it has more than one config group, or none")
+    (group,) = found["config_groups"].values()
+    beyond = [key for key in BEYOND if found.get(key) or group.get(key)]
+    if beyond:
+        raise ValueError(f"it has {beyond[0]}")
+    weights, inputs = group["weights"], group.get("input_activations")
+    bits, kind = weights["num_bits"], weights["type"]
+    if kind not in ("int", "float") or bits not in range(2, 9) or weights.get("dynamic"):
+        raise ValueError(f"weights are {bits}-bit {kind!r}")
+    strategy, size = weights.get("strategy"), weights.get("group_size")
+    in_groups = strategy == "group" and isinstance(size, int) and size > 0
+    if not in_groups and strategy not in ("tensor", "channel"):
+        raise ValueError(f"the strategy of weights is {strategy!r}")
+    if inputs is not None:
+        facts = {key: inputs.get(key) for key in ("num_bits", "symmetric", "dynamic", "strategy")}
+        if facts != {"num_bits": 8, "symmetric": True, "dynamic": True, "strategy": "token"}:
+            raise ValueError("inputs are rounded in another way than to 8 bits, each token's for itself as it comes")
+    return Storage(
+        "packed",
+        bits,
+        floating=kind == "float",
+        group=size if in_groups else strategy,
+        symmetric=bool(weights.get("symmetric", True)),
+        inputs=None if inputs is None else {"float": "fp8", "int": "int8"}[inputs["type"]],  # type: ignore[arg-type]
+    )
+
+
+@dataclass(frozen=True)
+class Lora:
+    """
+    names: by a parameter's name in a model (`path.lora_A`) that in the file. alpha, alphas: a product is multiplied by
+    the one and divided by the rank; paths that end as a pattern says have their own.
+    """
+
+    file: Path
+    names: dict[str, str]
+    alpha: float
+    alphas: dict[str, float]
+
+    def factor(self, path: str, rank: int) -> float:
+        """The scale of a linear's adapter, as PEFT computes it."""
+        own = (alpha for end, alpha in self.alphas.items() if re.match(rf"(.*\.)?({end})$", path))
+        return next(own, self.alpha) / rank
+
+
+def read_lora(folder: Path) -> Lora | None:
+    """Read a model's LoRA adapter; None where there is none."""
+    if not (folder / ADAPTER).is_dir():
+        return None
+    config_file, file = folder / ADAPTER / "adapter_config.json", folder / ADAPTER / "adapter_model.safetensors"
+    config = read_json(config_file)
+    extras = [key for key in LORA_EXTRAS if config.get(key)]
+    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or extras:
+        what = extras[0] if extras else "its peft_type or bias"
+        raise CheckpointError(f"{config_file} is no plain LoRA ({what}). Load it with peft.")
+    names = {}
+    for tensor in read_header(file):
+        match = LORA_NAME.fullmatch(tensor.name)
+        if match is None:
+            raise CheckpointError(f"{file} has {tensor.name!r}, which is no factor of a LoRA. Load it with peft.")
+        names[f"{match[1]}.{match[2]}"] = tensor.name
+    try:
+        alphas = {str(end): float(alpha) for end, alpha in (config.get("alpha_pattern") or {}).items()}
+        lora = Lora(file, names, float(config["lora_alpha"]), alphas)
+        lora.factor("", 1)  # compiles the patterns
+    except (KeyError, TypeError, ValueError, AttributeError, re.error) as error:
+        raise CheckpointError(
+            f"The alphas of {config_file} cannot be read ({error}). Write the adapter again."
+        ) from error
+    return lora
+
+
+def stored_tensors(folder: Path, lora: Lora | None) -> SafetensorsFolder:
+    """The tensors of a model's files and its adapter, by their names in a model of stored linears."""
+    found = SafetensorsFolder(folder)
+    if lora is not None:
+        found.add(lora.file, {stored: name for name, stored in lora.names.items()})
+    return found
 
 
 def is_stored(folder: Path) -> bool:
     """Whether a checkpoint has linears that compressed-tensors quantized or an adapter beside it, or is a GGUF file."""
     if gguf_of(folder) is not None:
         return True
-    config = folder / "config.json"
-    if not config.is_file():
+    if not (folder / "config.json").is_file():
         return False
-    found = read_json(config).get("quantization_config")
-    by_compressed_tensors = isinstance(found, dict) and found.get("quant_method") == METHOD
-    return by_compressed_tensors or (folder / ADAPTER).is_dir()
+    found = read_json(folder / "config.json").get("quantization_config")
+    return (folder / ADAPTER).is_dir() or (isinstance(found, dict) and found.get("quant_method") == METHOD)
 
 
 def load_stored(folder: Path, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """Load a model. Safetensors only; every tensor must be there and have its place."""
-    scheme, lora = read_scheme(folder), read_lora(folder)
-    tensors = StoredTensors(folder, lora)
-    model = hollow_model(folder, dtype)
-    put_linears(model, scheme, tensors, dtype)
+    quantized, lora = read_scheme(folder), read_lora(folder)
+    tensors = stored_tensors(folder, lora)
+    config = load_config(folder)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # no library is to act on it
+    model: Any = hollow_model(config, dtype, f"The config.json of {folder} makes no model")
+    put_linears(model, quantized, tensors, dtype)
     fill(model, tensors, dtype, device)
-    if lora is not None:
-        scale_adapters(model, lora)
-    give_generation_config(model, folder)
-    anything: Any = model  # to its decorator `to` is no method
-    anything.to(device).eval()
+    for path, linear in model.named_modules():
+        if lora is not None and isinstance(linear, LoraLinear) and linear.lora_B is not None:
+            linear.lora_B.data *= lora.factor(path, linear.lora_B.shape[1])
+    if (folder / "generation_config.json").is_file():
+        with reading(f"The generation_config.json of {folder} cannot be read", "Delete it or get it again."):
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+    model.to(device).eval()
     use_kernels(model)
     return model
 
 
-def give_generation_config(model: PreTrainedModel, folder: Path) -> None:
-    if (folder / "generation_config.json").is_file():
-        with reading(f"The generation_config.json of {folder} cannot be read", "Delete it or get it again."):
-            model.generation_config = GenerationConfig.from_pretrained(folder)
-
-
-def hollow_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """Build the dense model with parameters on the meta device and real buffers."""
-    config = load_config(folder)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config  # no library is to act on it
-    said = f"The config.json of {folder} makes no model"
-    with reading(said), no_init_weights(), init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    return model
-
-
-def put_linears(model: nn.Module, scheme: Storage | None, tensors: StoredTensors, dtype: torch.dtype) -> None:
+def put_linears(model: nn.Module, quantized: Storage | None, tensors: SafetensorsFolder, dtype: torch.dtype) -> None:
     """Replace linears that are quantized or have an adapter by modules that hold what is stored."""
     linears = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
     for path, linear in linears.items():
-        quantized, adapted = tensors.find(f"{path}.weight_scale"), tensors.find(f"{path}.lora_A")
-        if not quantized and not adapted:
+        is_quantized, adapter = tensors.find(f"{path}.weight_scale") is not None, tensors.find(f"{path}.lora_A")
+        if not is_quantized and adapter is None:
             continue
-        storage = scheme if quantized else Storage("packed", None)
+        storage = quantized if is_quantized else Storage("packed", None)
         if storage is None:
             raise CheckpointError(
                 f"{tensors.folder} has quantized weights ({path}), but its config.json no quantization_config. "
@@ -89,22 +182,22 @@ def put_linears(model: nn.Module, scheme: Storage | None, tensors: StoredTensors
                 f"The {linear.in_features} inputs of {path} do not divide into the groups of {storage.group} that "
                 "config.json says. The checkpoint is damaged: get it again."
             )
-        storage = replace(storage, rank=tensors.tensors[adapted].shape[0] if adapted else 0)
+        storage = replace(storage, rank=0 if adapter is None else tensors.tensors[adapter].shape[0])
         with torch.device("meta"):
             has_bias = linear.bias is not None
             put = empty_linear(storage, linear.in_features, linear.out_features, bias=has_bias, dtype=dtype)
         model.set_submodule(path, put)
 
 
-def fill(model: PreTrainedModel, tensors: StoredTensors, dtype: torch.dtype, device: torch.device) -> None:
+def fill(model: PreTrainedModel, tensors: SafetensorsFolder, dtype: torch.dtype, device: torch.device) -> None:
     """Load the stored tensors, integers as they are and floats in the dtype."""
     tied, expected = set(model.all_tied_weights_keys), model.state_dict()
     places = {name: stored for name in expected if (stored := tensors.find(name)) is not None}
     missing = [name for name in expected if name not in places and name not in tied and expected[name].is_meta]
     if missing:
-        shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise CheckpointError(
-            f"The checkpoint {tensors.folder} lacks {len(missing)} tensors of its model: {shown}. Get it again."
+            f"The checkpoint {tensors.folder} lacks {len(missing)} tensors of its model: {shown(missing)}. "
+            "Get it again."
         )
     unknown = tensors.tensors.keys() - set(places.values())
     if unknown:
@@ -113,7 +206,14 @@ def fill(model: PreTrainedModel, tensors: StoredTensors, dtype: torch.dtype, dev
             "Load it with transformers and compressed-tensors."
         )
     for name, tensor in tensors.read(places):
-        check(name, tensor, expected[name])
+        kinds = FLOATS if expected[name].dtype in FLOATS else (expected[name].dtype,)
+        if tensor.shape != expected[name].shape or tensor.dtype not in kinds:
+            found, said = (
+                f"{str(each.dtype).removeprefix('torch.')} {list(each.shape)}" for each in (tensor, expected[name])
+            )
+            raise CheckpointError(
+                f"The tensor {name!r} is {found}, but config.json says {said}. The checkpoint is damaged: get it again."
+            )
         owner, attribute = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
         if attribute == "weight_shape" and tensor.tolist() != [owner.out_features, owner.in_features]:
             raise CheckpointError(
@@ -123,27 +223,6 @@ def fill(model: PreTrainedModel, tensors: StoredTensors, dtype: torch.dtype, dev
         is_parameter = attribute in dict(owner.named_parameters(recurse=False))
         setattr(owner, attribute, nn.Parameter(value, requires_grad=False) if is_parameter else value)
     model.tie_weights()
-
-
-def check(name: str, tensor: Tensor, expected: Tensor) -> None:
-    kinds = FLOATS if expected.dtype in FLOATS else (expected.dtype,)
-    if tensor.shape != expected.shape or tensor.dtype not in kinds:
-        raise CheckpointError(
-            f"The tensor {name!r} is {described(tensor)}, but config.json says {described(expected)}. "
-            "The checkpoint is damaged: get it again."
-        )
-
-
-def described(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
-
-
-def scale_adapters(model: nn.Module, lora: Lora) -> None:
-    """Fold PEFT's scale into the adapter's second factor."""
-    for path, module in model.named_modules():
-        factors = getattr(module, "lora_A", None), getattr(module, "lora_B", None)
-        if factors[0] is not None and factors[1] is not None:
-            factors[1].data *= lora.factor(path, len(factors[0]))
 
 
 def open_model(
@@ -156,9 +235,7 @@ def open_model(
 
 
 def load(model: str, dtype: torch.dtype | None, device: torch.device) -> PreTrainedModel:
-    """
-    model: a folder, a hub id or an alias. dtype: by default the checkpoint's own.
-    """
+    """model: a folder, a hub id or an alias. dtype: by default the checkpoint's own."""
     folder = find_model(model).whole_folder()
     own: torch.dtype = getattr(load_config(folder), "dtype", None) or torch.float32
     return open_model(folder, dtype=dtype or own, device=device)

@@ -7,9 +7,10 @@ grow with depth. Each time it has to be the one whose header was read first.
 """
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from compress.errors import CheckpointError, NumericalError
 from compress.models.untrusted import parse_json
 
+ADAPTER = "adapter"  # the folder of a LoRA beside a model
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 GGUF = "model.gguf"
@@ -107,29 +109,26 @@ class SafetensorsFolder:
         wanted: stored names, by the names to give them. parts: by these, the index of what to read where it is not all.
         Raises NumericalError for a NaN or Inf.
         """
+        parts = parts or {}
         by_file: dict[Path, list[str]] = defaultdict(list)
         for name, stored in wanted.items():
             by_file[self.tensors[stored].file].append(name)
         for file, names in by_file.items():
             while names:
-                yield from self._read_some(file, names, wanted, parts or {})
-
-    def _read_some(
-        self, file: Path, names: list[str], wanted: Mapping[str, str], parts: Mapping[str, Any]
-    ) -> Iterator[tuple[str, Any]]:
-        """Read as many of the names as are in one file; removes them from the list."""
-        mapped = 0
-        with self.opened(file) as opened:
-            while names and mapped < MAPPED:
-                name = names.pop(0)
-                inside = self.tensors[wanted[name]].name
-                tensor = opened.get_slice(inside)[parts[name]] if name in parts else opened.get_tensor(inside)
-                mapped += tensor.nbytes
-                if not is_finite(tensor):
-                    raise NumericalError(f"The weight {name!r} has a NaN or Inf. {file} is broken: get it again.")
-                # A copy: what safetensors returns is a view of the mapped file. It would keep the file in memory and
-                # change with it, and lies unaligned, where products of matrices round differently.
-                yield name, tensor.clone()
+                mapped = 0
+                with self.opened(file) as opened:
+                    while names and mapped < MAPPED:
+                        name = names.pop(0)
+                        inside = self.tensors[wanted[name]].name
+                        tensor = opened.get_slice(inside)[parts[name]] if name in parts else opened.get_tensor(inside)
+                        mapped += tensor.nbytes
+                        if not is_finite(tensor):
+                            raise NumericalError(
+                                f"The weight {name!r} has a NaN or Inf. {file} is broken: get it again."
+                            )
+                        # A copy: what safetensors returns is a view of the mapped file. It would keep the file in
+                        # memory and change with it, and lies unaligned, where products of matrices round differently.
+                        yield name, tensor.clone()
 
 
 def is_finite(tensor: Any) -> bool:
@@ -164,15 +163,10 @@ def read_header(file: Path) -> list[StoredTensor]:
 
 def open_tensors(file: Path, framework: str = "pt") -> Any:
     """Open a safetensors or GGUF file. Raises CheckpointError for a damaged one."""
-    if file.suffix.lower() != ".gguf":
-        return open_safetensors(file, framework)
-    from compress.models.gguf_weights import OpenedGguf
+    if file.suffix.lower() == ".gguf":
+        from compress.models.gguf_weights import gguf_model
 
-    return OpenedGguf(file)
-
-
-def open_safetensors(file: Path, framework: str = "pt") -> safe_open:
-    """Raises CheckpointError for a damaged file."""
+        return nullcontext(gguf_model(file))
     try:
         with file.open("rb") as opened:
             length = int.from_bytes(opened.read(8), "little")
@@ -234,3 +228,55 @@ def is_own_name(name: Any) -> bool:
     """Whether a string is a plain file name, in the same folder."""
     is_name = isinstance(name, str) and name.isprintable() and len(name.encode()) <= LONGEST_NAME
     return is_name and Path(name).name == name and "\\" not in name
+
+
+# Names of experts' linears in files; transformers fuses them while loading. In a model of ours they are
+# `mlp.expert.3.gate_proj`: a name that is none of the files', so that transformers leaves them alone. Files have
+# `mlp.experts.3.gate_proj`, Mixtral's `block_sparse_moe.experts.3.w1`, and some hold all experts fused as transformers
+# has them: `mlp.experts.gate_up_proj` (experts, 2 inner, d), `mlp.experts.down_proj`.
+OURS = re.compile(r"\.mlp\.expert\.(\d+)\.(gate|up|down)_proj\b")
+APART = re.compile(r"\.mlp\.experts\.(\d+)\.")
+MIXTRAL = re.compile(r"\.block_sparse_moe\.experts\.(\d+)\.(w[123])\b")
+LETTERS = {"gate": "w1", "down": "w2", "up": "w3"}
+PARTS = {letter: part for part, letter in LETTERS.items()}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """An expert's weight in a fused tensor: `half` says which of the two that lie one below the other, None for all."""
+
+    stored: str
+    expert: int
+    half: int | None = None
+
+    def rows(self, height: int) -> slice:
+        return slice(None) if self.half is None else slice(self.half * height // 2, (self.half + 1) * height // 2)
+
+
+def file_name(name: str, model_type: str) -> str:
+    """The name in a stock model's files of a tensor of ours."""
+    if model_type != "mixtral":
+        return OURS.sub(r".mlp.experts.\1.\2_proj", name)
+    name = OURS.sub(lambda found: f".block_sparse_moe.experts.{found[1]}.{LETTERS[found[2]]}", name)
+    return name.replace(".mlp.gate.", ".block_sparse_moe.gate.")
+
+
+def stored_forms(name: str) -> list[str]:
+    """Names that a tensor may have in a file, fused ones left out."""
+    return list(dict.fromkeys((name, file_name(name, ""), file_name(name, "mixtral"))))
+
+
+def own_name(stored: str) -> str:
+    """Our name of a tensor of a file."""
+    name = MIXTRAL.sub(lambda found: f".mlp.expert.{found[1]}.{PARTS[found[2]]}_proj", stored)
+    return APART.sub(r".mlp.expert.\1.", name).replace(".block_sparse_moe.gate.", ".mlp.gate.")
+
+
+def fused_piece(name: str) -> Piece | None:
+    """Where an expert's weight is in a fused tensor; None for other tensors."""
+    found = OURS.search(name)
+    if found is None:
+        return None
+    half = {"gate": 0, "up": 1, "down": None}[found[2]]
+    stored = f"{name[: found.start()]}.mlp.experts.{'down_proj' if half is None else 'gate_up_proj'}"
+    return Piece(stored, int(found[1]), half)

@@ -5,7 +5,7 @@ line that names the file.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,36 @@ import yaml
 from compress.errors import CheckpointError, CompressError, UsageError
 
 LARGEST = 2**26  # bytes of a JSON file; a report on 10 000 linears takes a twentieth
+LONGEST = 300  # characters of a library's message: some repeat the value that they do not like
+DEEPEST = 50  # levels of YAML; the time that it takes grows with the square of them
+OPENING = (
+    *(yaml.tokens.BlockSequenceStartToken, yaml.tokens.BlockMappingStartToken),
+    *(yaml.tokens.FlowSequenceStartToken, yaml.tokens.FlowMappingStartToken),
+)
+CLOSING = (yaml.tokens.BlockEndToken, yaml.tokens.FlowSequenceEndToken, yaml.tokens.FlowMappingEndToken)
+
+
+@contextmanager
+def reading(what: str, remedy: str = "", *, kind: type[CompressError] = CheckpointError) -> Iterator[None]:
+    """what: the beginning of the sentence, such as "The tokenizer of FOLDER cannot be read"."""
+    try:
+        yield
+    except CompressError:
+        raise
+    except Exception as error:
+        said = one_line(error)
+        raise kind(f"{what}: {said.rstrip('. ')}. {remedy}" if remedy else f"{what}: {said}") from error
+
+
+def one_line(error: Exception) -> str:
+    said = " ".join(str(error).split()) or type(error).__name__
+    return said if len(said) <= LONGEST else f"{said[:LONGEST]}..."
+
+
+def shown(names: Iterable[str]) -> str:
+    """The first three names."""
+    first = list(names)
+    return ", ".join(first[:3]) + (", ..." if len(first) > 3 else "")
 
 
 def typed_path(name: str) -> Path:
@@ -57,50 +87,15 @@ def read_json(file: Path) -> dict[str, Any]:
     return found
 
 
-DEEPEST = 50  # levels; the time that yaml takes grows with the square of them
-OPENING = (
-    yaml.tokens.BlockSequenceStartToken,
-    yaml.tokens.BlockMappingStartToken,
-    yaml.tokens.FlowSequenceStartToken,
-    yaml.tokens.FlowMappingStartToken,
-)
-CLOSING = (yaml.tokens.BlockEndToken, yaml.tokens.FlowSequenceEndToken, yaml.tokens.FlowMappingEndToken)
-
-
 def parse_yaml(text: str) -> tuple[Any, yaml.Node | None]:
     """Return the data and its nodes, which know their lines. Raises ValueError for whatever cannot be read."""
     try:
-        check_depth(text)
+        depth = 0
+        for token in yaml.scan(text, Loader=yaml.SafeLoader):
+            depth += isinstance(token, OPENING) - isinstance(token, CLOSING)
+            if depth > DEEPEST:
+                raise ValueError(f"it is nested more than {DEEPEST} levels deep")
         return yaml.safe_load(text), yaml.compose(text, Loader=yaml.SafeLoader)
     # A value that is not what its tag calls it comes out of yaml as any error.
     except Exception as error:
         raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
-
-
-def check_depth(text: str) -> None:
-    depth = 0
-    for token in yaml.scan(text, Loader=yaml.SafeLoader):
-        depth += isinstance(token, OPENING) - isinstance(token, CLOSING)
-        if depth > DEEPEST:
-            raise ValueError(f"it is nested more than {DEEPEST} levels deep")
-
-
-LONGEST = 300  # characters of a library's message: some repeat the value that they do not like
-
-
-@contextmanager
-def reading(what: str, remedy: str = "", *, kind: type[CompressError] = CheckpointError) -> Iterator[None]:
-    """
-    what: the beginning of the sentence, such as "The tokenizer of FOLDER cannot be read".
-    """
-    try:
-        yield
-    except CompressError:
-        raise
-    except Exception as error:
-        raise kind(f"{what}: {one_line(error)}" + (f". {remedy}" if remedy else "")) from error
-
-
-def one_line(error: Exception) -> str:
-    said = " ".join(str(error).split()) or type(error).__name__
-    return said if len(said) <= LONGEST else f"{said[:LONGEST]}..."

@@ -15,8 +15,8 @@ from compress.architectures.packed import not_for_vllm, unpacks_while_loading
 from compress.calibration.experts import short_of_tokens
 from compress.calibration.sites import Count
 from compress.checkpoints import files
-from compress.checkpoints.adapter import adapter_config, write_adapter
 from compress.checkpoints.card import read_origin, write_card
+from compress.checkpoints.files import adapter_config, write_adapter
 from compress.checkpoints.metadata import Metadata, read_metadata
 from compress.checkpoints.run_folder import RunFolder, clear
 from compress.checkpoints.verify import why_own

@@ -26,8 +26,7 @@ from compress.datasets.windows import calibration_windows
 from compress.errors import CheckpointError, OutputError, Problems, UnsupportedModel, UsageError
 from compress.models.decoder import Decoder
 from compress.models.loading import check_positions, check_vocabulary, load_config, load_tokenizer
-from compress.models.stored_files import ADAPTER
-from compress.models.tensor_files import SafetensorsFolder
+from compress.models.tensor_files import ADAPTER, SafetensorsFolder
 from compress.planning.memory import (
     Footprint,
     Room,

@@ -22,9 +22,10 @@ from compress.architectures.packed import not_for_vllm
 from compress.calibration.linears import LinearShape, LinearSite, lost
 from compress.calibration.sites import Requirements
 from compress.errors import report
-from compress.models.expert_names import fused_piece
 from compress.models.factors import fill
-from compress.models.storage import Storage, stored_linear
+from compress.models.packing import stored_linear
+from compress.models.storage import Storage
+from compress.models.tensor_files import fused_piece
 from compress.numerics.adapters import AdapterMethod
 from compress.numerics.block_types import TYPES
 from compress.numerics.decomposition import (

@@ -22,9 +22,8 @@ from compress.datasets.windows import fingerprint
 from compress.errors import Problems, UsageError
 from compress.inspection.checkpoint import blueprint
 from compress.models.int4 import Int4Linear
-from compress.models.linear_forms import Form
 from compress.models.loading import check_positions, check_vocabulary, load_config, load_tokenizer
-from compress.models.packed import LoraLinear, QuantizedLinear
+from compress.models.storage import Form, LoraLinear, QuantizedLinear
 from compress.numerics.precision import check_computing
 from compress.own_model.modeling_compress import AdaptedLinear, CompactLinear, LowRankLinear, PivotLinear
 from compress.progress import Progress, silent

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from compress.datasets import SEPARATOR, load_rows
-from compress.datasets._files import is_file
+from compress.datasets._sources import is_file
 from compress.datasets.windows import CHARACTERS_PER_TOKEN, Text, cut, encode, sample, too_little_text
 from compress.errors import CompressError
 from compress.tuning.settings import NUM_HELD_OUT

@@ -25,8 +25,8 @@ from transformers import PreTrainedModel
 
 from compress.models.int4 import Int4Linear
 from compress.models.loading import load_model
-from compress.models.packed import LoraLinear, RoundedInputs
 from compress.models.packing import pack_bits, unsigned
+from compress.models.storage import LoraLinear, RoundedInputs
 from compress.models.stored_loading import is_stored, load_stored
 from compress.own_model.modeling_compress import AdaptedLinear, CompactLinear, StoredMatrix
 from compress.tuning.looking import Prepared, block_linears, found, stored_in_codes, thin_linears

@@ -26,7 +26,7 @@ from compress.datasets import about
 from compress.datasets.windows import fingerprint
 from compress.errors import UsageError
 from compress.evaluation.windows import perplexity
-from compress.models.packed import inputs_as_they_are
+from compress.models.storage import inputs_as_they_are
 from compress.numerics.precision import full_precision
 from compress.pipeline import SMALL
 from compress.pipeline.output import proof_notes

@@ -17,18 +17,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from compress.calibration.weights import ADAPTER_PREFIX
-from compress.checkpoints.adapter import adapter_config
 from compress.checkpoints.card import CARD
-from compress.checkpoints.files import write_json
-from compress.checkpoints.integrity import ADAPTER_WEIGHTS
+from compress.checkpoints.files import ADAPTER_WEIGHTS, adapter_config, write_json
 from compress.checkpoints.metadata import METADATA, Metadata
 from compress.checkpoints.push import own_files
 from compress.checkpoints.quality import QUALITY
 from compress.inspection.checkpoint import blueprint
 from compress.io import write_tensors
 from compress.models.loading import load_config
-from compress.models.stored_files import ADAPTER, StoredTensors, read_lora
-from compress.models.tensor_files import INDEX
+from compress.models.stored_loading import read_lora, stored_tensors
+from compress.models.tensor_files import ADAPTER, INDEX
 from compress.models.untrusted import read_json
 from compress.tuning.trained import Settled
 
@@ -52,7 +50,7 @@ class Written:
 def write_tuned(source: Path, target: Path, metadata: Metadata, settled: Settled) -> Written:
     """Everything but compress.json and the card."""
     shutil.rmtree(target / ADAPTER, ignore_errors=True)  # of an attempt that rounding has made worse
-    stored, changed = StoredTensors(source, read_lora(source)), defaultdict[Path, dict[str, Tensor]](dict)
+    stored, changed = stored_tensors(source, read_lora(source)), defaultdict[Path, dict[str, Tensor]](dict)
     for name, tensor in settled.tensors.items():
         place = stored.tensors[str(stored.find(name))]
         changed[place.file.relative_to(source)][place.name] = tensor

@@ -25,8 +25,7 @@ from compress.checkpoints.gguf.tokenizer import read_vocabulary
 from compress.checkpoints.verify import verify_gguf
 from compress.errors import CompressError, OutputError
 from compress.io import atomic_write
-from compress.models.gguf_config import ROPE_FACTORS
-from compress.models.gguf_header import read_header
+from compress.models.gguf_header import ROPE_FACTORS, read_header
 from compress.models.gguf_opening import check_extra
 
 __all__ = ["check_exportable", "reader_notes", "verify_gguf", "write_gguf"]

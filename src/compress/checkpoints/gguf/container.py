@@ -11,7 +11,7 @@ from torch import Tensor
 
 from compress.checkpoints.gguf.model import Entry, Model, head_size
 from compress.checkpoints.gguf.tokenizer import Vocabulary
-from compress.models.gguf_config import ARCHITECTURES, HEAD_SIZES, KEYS
+from compress.models.gguf_header import ARCHITECTURES, HEAD_SIZES, KEYS
 
 TENSOR_TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 FILE_TYPES = {torch.float32: "ALL_F32", torch.float16: "MOSTLY_F16", torch.bfloat16: "MOSTLY_BF16"}

@@ -12,7 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from compress.calibration.weights import READABLE, LazyWeights
 from compress.errors import UnsupportedModel
-from compress.models.gguf_config import ARCHITECTURES, ROPE_FACTORS, WRITTEN, llama3_factors, tensor_names
+from compress.models.gguf_header import ARCHITECTURES, ROPE_FACTORS, WRITTEN, llama3_factors, tensor_names
 from compress.models.gguf_weights import interleaved
 from compress.models.loading import empty_model, load_config
 

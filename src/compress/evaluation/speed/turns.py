@@ -21,7 +21,7 @@ from torch.utils.benchmark import Timer, timer
 from transformers import PreTrainedModel
 
 from compress.evaluation._inference import free_memory
-from compress.models.linear_forms import Form, linears_of
+from compress.models.storage import Form, linears_of
 
 SEED = 0
 QUARTILES = torch.tensor((0.5, 0.25, 0.75), dtype=torch.float64)
