@@ -3,8 +3,8 @@
     python benchmarks/fuzz.py --write docs/reliability.md
     python benchmarks/fuzz.py --inputs 2000 --seed 7 --target recipe
 
-Every input is a valid file that was spoiled (tests/spoiling.py) and is then read by the commands that read such a file,
-behind the command line's own boundary (tests/fuzzing.py). The inputs go over a few processes; one that dies, or hangs
+Every input is a valid file that was spoiled (spoiling.py) and is then read by the commands that read such a file,
+behind the command line's own boundary (fuzzing.py). The inputs go over a few processes; one that dies, or hangs
 where Python cannot stop it, counts against the input it was at and is replaced. `--write` replaces the text between the
 marks. Without faults the exit code is 0.
 """

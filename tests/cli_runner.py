@@ -25,8 +25,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
+from unittest.mock import patch
 
-TESTS = Path(__file__).parent
 INSTALLED = Path(sys.executable).with_name("compress")
 PROGRESS = re.compile(r"(.+?): (.* memory|.*took [\d:]+)")
 
@@ -66,10 +66,21 @@ def invoke(*words: object) -> Ran:
 
     from compress.cli import app
 
-    result = CliRunner().invoke(app, [str(word) for word in words])
+    with patch("typer.testing._get_command", lambda _app: built_command()):
+        result = CliRunner().invoke(app, [str(word) for word in words])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return Ran(result.exit_code, result.stdout, result.stderr)
+
+
+@functools.cache
+def built_command() -> Any:
+    """The command line, built once: Typer takes as long for that as a test's command takes."""
+    from typer.main import get_command
+
+    from compress.cli import app
+
+    return get_command(app)
 
 
 def succeeds(*words: object) -> Ran:

@@ -36,7 +36,6 @@ WHOLE_RUNS = {
     "test_inspect",
     "test_inspect_damage",
     "test_inspect_plots",
-    "test_lowrank_world",
     "test_max_memory",
     "test_processes",
     "test_ranks",

@@ -1,7 +1,6 @@
 """Runs that factorize, of tiny models; what the tests of the stage, of its runs and of its plans share."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,10 +10,8 @@ from transformers import PreTrainedModel
 import oracles
 import tiny
 from compress import families, pipeline
-from compress.models.hub import find_model
 from compress.planning.plan import Plan
 from compress.planning.prepare import Job
-from compress.recipe import Recipe, parse_recipe
 from compress.stages._stage import StageConfig
 from compress.stages.factorize import Factorize
 from recipes import anchored
@@ -24,19 +21,6 @@ RANK = 9
 FORMS = ("factors", "pivot", "dense")
 HALF = {"rank_frac": 0.5}
 Stages = Sequence[StageConfig | dict[str, Any]]
-
-
-def recipe_of(stages: Stages, source: str, **more: Any) -> Recipe:
-    calibration = {"source": source, "samples": 16, "seq_len": 16}
-    return parse_recipe({"method": "test", "stages": list(stages), "calibration": calibration, **more})
-
-
-def job_of(folder: Path, model_type: str, stages: Stages, *, changes: Any = None, **more: Any) -> Job:
-    options = {"dtype": torch.float32, "num_hidden_layers": 1} | (changes or {})
-    tiny.write_model(folder / "dense", model_type, **options)
-    text = tiny.write_text(folder / "text.txt", lines=60)
-    chosen = recipe_of(stages, str(text), **more)
-    return Job(model=find_model(str(folder / "dense")), recipe=chosen, out=folder / "out", command="compress lord")
 
 
 def run_unproved(job: Job) -> tuple[Plan, pipeline.Result]:

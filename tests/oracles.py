@@ -3,7 +3,7 @@
 import copy
 import importlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -129,6 +129,24 @@ def logits_of(model: Any, ids: Tensor) -> Tensor:
 def largest_difference(a: Tensor, b: Tensor) -> float:
     assert a.shape == b.shape
     return float((a.double() - b.double()).abs().max())
+
+
+@torch.no_grad()
+def passed_through(model: Any, paths: Iterable[str], ids: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """What modules are given and give while a model runs, by path, a row a token."""
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def note(path: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            found[path] = inputs[0].flatten(0, -2), output.flatten(0, -2)
+
+        return hook
+
+    handles = [model.get_submodule(path).register_forward_hook(note(path)) for path in paths]
+    model(input_ids=ids, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return found
 
 
 # ---- a walk held in memory ----
@@ -443,7 +461,30 @@ def scaled(model: PreTrainedModel, factor: float) -> PreTrainedModel:
     return model
 
 
-# ---- the damping of a ridge regression ----
+# ---- ridge regression ----
+
+
+def refitted(
+    U: Tensor, T: Tensor, W0: Tensor, weights: Tensor, S: Tensor, apart: Tensor
+) -> tuple[float | None, Tensor]:
+    """The damping that is best on the rows held out (`apart`), where an error e counts ||e S||^2, and its solution:
+    min sum of w ||u W - t||^2 + damping mean(diag G) ||W - W0||^2 over the other rows, as stacked rows.
+    """
+    root = weights[~apart].sqrt()[:, None]
+    U_fit, T_fit = root * U[~apart], root * T[~apart]
+
+    def solved(damping: float | None) -> Tensor:
+        if damping is None:
+            return W0
+        pull = (damping * U_fit.square().sum(0).mean()).sqrt()
+        rows = torch.cat([U_fit, pull * torch.eye(U.shape[1], dtype=torch.float64)])
+        return torch.linalg.lstsq(rows, torch.cat([T_fit, pull * W0]), driver="gelsd").solution
+
+    def error(damping: float | None) -> float:
+        return float((weights[apart] * ((U[apart] @ solved(damping) - T[apart]) @ S).square().sum(1)).sum())
+
+    damping = best_damping(error)
+    return damping, solved(damping)
 
 
 def best_damping(error: Callable[[float | None], float]) -> float | None:

@@ -24,7 +24,6 @@ KINDS: dict[str, tuple[str, list[object]]] = {
     "compact": ("llama", [*SLIM, "--adapter-rank", 4, "--compact"]),
     "bytes": ("llama", ["slim", "--fast", "--bits", "fp8", "--sparsity", "none", "--adapter-rank", 0]),
     "odd": ("llama", ["slim", "--fast", "--bits", 3, "--sparsity", "50%", "--adapter-rank", 0, "--asymmetric"]),
-    "merged": ("llama", [*SLIM, "--adapter-rank", 4, "--materialize"]),
 }
 
 

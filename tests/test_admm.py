@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import NumericalError
-from compress.numerics.admm import Solver, Split
+from compress.numerics.admm import Split
 from compress.numerics.admm import sparse_plus_lowrank as split_together
 from compress.numerics.hessian import Hessian
 from compress.numerics.sparsity import Pattern, keep_mask, magnitude, wanda
@@ -78,7 +78,7 @@ def counted(mask: Tensor, text: str) -> None:
         assert (mask.unflatten(1, (-1, group)).sum(-1) == keep).all()
 
 
-@pytest.mark.parametrize("text", [*PATTERNS, "4:8", "1:4"])
+@EVERY_PATTERN
 def test_without_a_low_rank_it_is_the_formulas(text):
     W, H = random(M, N, seed=9), hessian(rows())
     for iterations in (1, 4, 60):
@@ -101,21 +101,7 @@ def test_the_first_iteration_is_the_formulas_with_a_low_rank_too(monkeypatch, te
     assert difference(found.L, expected.L) < 1e-8
 
 
-@pytest.mark.unchecked
-def test_momentum_and_steps_of_subspace_iteration_do_as_well_as_decompositions():
-    """On average, with half the iterations: neither finds the minimum of all, they end in different ones."""
-    ours, exact = [], []
-    for seed in range(16):
-        W, H = random(M, N, seed=seed + 9), hessian(rows(seed=seed))
-        pattern = Pattern.parse("50%")
-        found = sparse_plus_lowrank(W, H, pattern, 3, iterations=50)
-        expected = slowly(W, H.damped, pattern, 3, 100)
-        ours.append(error(W, found.S + found.L, H.damped))
-        exact.append(error(W, expected.S + expected.L, H.damped))
-    assert sum(ours) <= 1.1 * sum(exact)
-
-
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", range(1))
 @EVERY_PATTERN
 def test_its_mask_is_better_than_those_of_others_with_their_best_weights(text, seed):
     W, X = random(M, N, seed=seed + 9), rows(seed=seed)
@@ -125,32 +111,6 @@ def test_its_mask_is_better_than_those_of_others_with_their_best_weights(text, s
     masks = (keep_mask(magnitude(W), pattern, by_row=False), keep_mask(wanda(W, H.second), pattern), swept)
     others = [error(W, least_squares(W, mask, H.damped), H.damped) for mask in masks]
     assert error(W, least_squares(W, found.mask, H.damped), H.damped) < 0.97 * min(others)
-
-
-@pytest.mark.parametrize(("text", "rank", "seed"), [("2:4", 1, 0), ("50%", 2, 1)])
-def test_a_sparse_and_a_small_low_rank_matrix_are_told_apart(text, rank, seed):
-    pattern, H = Pattern.parse(text), hessian(rows(seed=seed))
-    sparse = random(M, N, seed=seed + 20)
-    sparse = (sparse + sparse.sign()) * keep_mask(random(M, N, seed=seed + 3).abs(), pattern) / H.scale
-    low = 0.05 * random(M, rank, seed=seed + 30) @ random(rank, N, seed=seed + 40) / H.scale
-    found = sparse_plus_lowrank(sparse + low, H, pattern, rank, iterations=2 * ITERATIONS)
-    assert torch.equal(found.mask, sparse != 0)
-    assert error(sparse + low, found.S + found.L, H.damped) < 5e-6
-    assert error(low, found.L, H.damped) < 0.2
-
-
-@pytest.mark.parametrize(("text", "rank", "seed"), [("2:4", 2, 0), ("50%", 1, 1)])
-def test_of_sparse_plus_as_large_a_low_rank_matrix_little_is_lost(text, rank, seed):
-    """Which of all splits is the exact one is a hard question: some other is found, that is nearly as good."""
-    pattern, H = Pattern.parse(text), hessian(rows(seed=seed))
-    sparse = random(M, N, seed=seed + 20)
-    W = sparse * keep_mask(sparse.abs(), pattern)
-    W = W + random(M, rank, seed=seed + 30) @ random(rank, N, seed=seed + 40)
-    found = sparse_plus_lowrank(W, H, pattern, rank, iterations=ITERATIONS)
-    assert error(W, found.S + found.L, H.damped) < 0.006
-    alone = sparse_plus_lowrank(W, H, pattern, 0, iterations=ITERATIONS)
-    after = alone.S + nearest_of_rank(W - alone.S, H.damped, rank)
-    assert error(W, found.S + found.L, H.damped) < 0.65 * error(W, after, H.damped)
 
 
 @pytest.mark.parametrize("rank", [0, 2])
@@ -163,50 +123,6 @@ def test_dead_inputs_and_fewer_tokens_than_inputs(rank):
         assert torch.isfinite(found.S + found.L).all()
         cut = W * keep_mask(wanda(W, H.second), Pattern.parse(text))
         assert error(W, found.S + found.L, H.damped) < error(W, cut, H.damped)
-
-
-@pytest.mark.unchecked
-def test_in_single_precision_it_is_as_good():
-    """On average: where two places of the mask are nearly as good, a rounding decides."""
-    errors = []
-    for seed in range(30):
-        W, H = random(M, N, seed=seed), hessian(rows(seed=seed))
-        found, exact = (sparse_plus_lowrank(each, H, Pattern.parse("2:4"), 2, iterations=30) for each in (W.float(), W))
-        assert found.S.dtype == found.L.dtype == torch.float32
-        errors.append([error(W, (each.S + each.L).double(), H.damped) for each in (found, exact)])
-    single, double = torch.tensor(errors).sum(0)
-    assert float(single) <= 1.1 * float(double)
-
-
-def test_steps_of_subspace_iteration_find_the_best_low_rank():
-    """L = Y V^T comes ever nearer to what the SVD gives for E = T - S."""
-    E, G = random(N, M) * torch.logspace(0, -2, M).double(), hessian(rows()).damped
-    best = nearest_of_rank(E.T, G, 3).T
-
-    def lost(L: Tensor) -> float:
-        return float(((E - L) * (G @ (E - L))).sum())
-
-    solver = Solver(E, Pattern.parse("2:4"), 3)
-    solver.chunks[0].E = E
-    found = []
-    for _ in range(40):
-        solver.find_lowrank(G)
-        found.append(lost(solver.Y @ solver.V.T))
-        assert difference(solver.V.T @ solver.V, torch.eye(3).double()) < 1e-12
-    assert found[-1] == pytest.approx(lost(best), rel=1e-6)
-
-
-@pytest.mark.unchecked
-def test_momentum_halves_the_iterations(monkeypatch):
-    """On average over weights that are large enough for their low rank to be found slowly."""
-    errors = []
-    for seed in range(4):
-        W, H = random(48, 96, seed=seed + 9), hessian(rows(96, seed=seed))
-        for momentum, iterations in ((0.8, 40), (0.0, 80)):
-            monkeypatch.setattr("compress.numerics.admm.MOMENTUM", momentum)
-            found = sparse_plus_lowrank(W, H, Pattern.parse("2:4"), 5, iterations=iterations)
-            errors.append(error(W, found.S + found.L, H.damped))
-    assert sum(errors[::2]) <= sum(errors[1::2])
 
 
 @pytest.mark.parametrize(("text", "chunk"), [("2:4", 1), ("50%", 3 * N)])
@@ -222,9 +138,8 @@ def test_weights_together_and_in_chunks_are_split_as_if_alone(monkeypatch, text,
         assert difference(found.L, expected.L) < 1e-9
 
 
-@pytest.mark.parametrize("fault", [float("nan"), float("inf")])
-def test_an_error_names_the_linear(fault):
-    H = Hessian(hessian(rows()).second * fault, DAMPING, WHERE)
+def test_an_error_names_the_linear():
+    H = Hessian(hessian(rows()).second * float("nan"), DAMPING, WHERE)
     with pytest.raises(NumericalError) as raised:
         sparse_plus_lowrank(random(M, N), H, Pattern.parse("2:4"), 2, iterations=2)
     assert str(raised.value).startswith(f"The second moment of the inputs of {WHERE} has no Cholesky factor: ")

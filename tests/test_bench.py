@@ -6,16 +6,13 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import cuda_graphs
 import pytest
 import torch
-from cuda_graphs import GraphDecoding, StaticDecoding
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 import compress  # noqa: F401 (registers the architecture)
 import tiny
-from compress.errors import CheckpointError, UnsupportedModel, UsageError
+from compress.errors import CheckpointError, UsageError
 from compress.evaluation.speed import footprint as took
 from compress.evaluation.speed import report, turns
 from compress.evaluation.speed.report import Asked, Named, measure
@@ -79,40 +76,14 @@ def generated(model: Any, steps: int) -> torch.Tensor:
     return whole[:, IDS.shape[1] :]
 
 
-@pytest.mark.parametrize("kind", [Decoding, StaticDecoding])
 @pytest.mark.parametrize("model_type", ["opt", "mistral"])
-def test_decoding_is_what_transformers_generates(model_type, kind):
-    """Over either cache, and again from the start."""
+def test_decoding_is_what_transformers_generates(model_type):
+    """And again from the start."""
     model = tiny.tiny_model(model_type)
     expected = generated(model, NEW)
-    decoding = Decoding(model, IDS) if kind is Decoding else StaticDecoding(model, IDS, NEW)
+    decoding = Decoding(model, IDS)
     assert torch.equal(greedy(decoding, NEW), expected)
     assert torch.equal(greedy(decoding, NEW), expected)
-
-
-def test_a_recorded_step_is_the_step(monkeypatch):
-    """Its warm-up leaves no trace, however few tokens are decoded."""
-
-    def recorded(work: Any, device: torch.device) -> Any:
-        for _ in range(cuda_graphs.WARM_UP_STEPS):
-            work()
-        return work
-
-    monkeypatch.setattr(cuda_graphs, "captured", recorded)
-    model = tiny.tiny_model("llama")
-    for steps in (1, NEW):
-        with torch.inference_mode():
-            decoding = GraphDecoding(model, IDS, steps)
-        assert torch.equal(greedy(decoding, steps), generated(model, steps))
-
-
-def test_a_step_that_cannot_be_recorded_is_told(monkeypatch):
-    def fails(work: Any, device: torch.device) -> Any:
-        raise RuntimeError("operation not permitted when stream is capturing\nmore")
-
-    monkeypatch.setattr(cuda_graphs, "captured", fails)
-    with pytest.raises(UnsupportedModel, match=r"LlamaForCausalLM cannot .* capturing Leave out --cuda-graphs\.$"):
-        GraphDecoding(tiny.tiny_model("llama"), IDS, NEW)
 
 
 def test_prefill_and_decoding_are_timed_each_for_itself(monkeypatch):
@@ -167,12 +138,6 @@ def test_bytes_on_disk_and_in_memory(tmp_path):
     assert took.bytes_in_memory(dense, torch.bfloat16) * 2 == took.bytes_in_memory(dense, torch.float32)
 
 
-def test_a_workload_takes_keys_values_and_logits():
-    config = tiny.tiny_config("llama")
-    cache = 2 * tiny.NUM_BLOCKS * 2 * (tiny.HIDDEN // 4) * 10
-    assert turns.workload_bytes(config, 3, 10, torch.float32) == 3 * 4 * (cache + tiny.VOCAB_SIZE)
-
-
 @on_linux
 def test_the_footprint_of_a_clean_process(tmp_path):
     """The peak while loading is at least the weights, mapped as they are, and the libraries are known apart."""
@@ -212,13 +177,11 @@ def test_a_model_that_does_not_load_in_the_clean_process(process, error, said, t
 STORAGES = {
     "packed": Storage("packed", 4, rank=3),
     "eight bits": Storage("packed", 8, floating=True, inputs="fp8"),
-    "adapter alone": Storage("packed", None, rank=2),
     "compact": Storage("compact", 4, pattern=Pattern.parse("2:4"), rank=2),
 }
 FORMS = {
     "packed": {"kind": "packed", "bits": 4, "rank": 3},
     "eight bits": {"kind": "bytes", "bits": 8},
-    "adapter alone": {"kind": "adapted", "rank": 2},
     "compact": {"kind": "compact", "bits": 4, "pattern": "2:4", "rank": 2},
 }
 
@@ -290,13 +253,3 @@ def test_two_models_that_memory_does_not_hold_together(tmp_path, monkeypatch):
     asked = Asked(workloads=[Workload(1, 6, 2)], rounds=2, dtype=torch.float32, device=CPU)
     with pytest.raises(UsageError, match=r"dense \(.* packed \(.* of which 0.0 GB are free. Try --dtype bfloat16"):
         measure(*folders(tmp_path, storage=Storage("packed", 4)), asked)
-
-
-def test_our_own_architecture_is_measured_as_any_other(tmp_path):
-    """Logits of the last position alone are asked for, of a model inside of ours too."""
-    write_compact(tmp_path / "compact", STORAGES["compact"])
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "compact").eval()
-    seen: list[int] = []
-    model.register_forward_hook(lambda _, __, output: seen.append(output.logits.shape[1]))
-    compare_generation(model, model, Workload(2, 5, 3), rounds=1)
-    assert set(seen) == {1}

@@ -189,11 +189,6 @@ def inner(text: str) -> list[list[str]]:
             ["import compress", "llama.cpp"],
         ),
         (
-            {"architecture": "CodeGenForCausalLM"},
-            ["vLLM cannot serve it: it has no CodeGenForCausalLM."],
-            ["vllm serve"],
-        ),
-        (
             {"architecture": "CompressForCausalLM", "loads_without_our_code": False},
             [
                 "import compress  # registers",
@@ -226,10 +221,11 @@ def inner(text: str) -> list[list[str]]:
         ),
         ({"linears": linears({"bits": "fp8"})}, ["have fp8 weights; all are written as dense weights."], []),
         ({"origin": {"license": "mit"}}, ["The license is the base model's: `mit`."], ["names none"]),
+        ({}, ["The license is the base model's, whose model card names none."], ["## Fine-tuning"]),
         (
-            {},
-            ["The license is the base model's, whose model card names none."],
-            ["## Fine-tuning", "one-shot: trained"],
+            {"tuning": TUNING | {"teacher": None, "held_out": {"windows": 9, "before": 1e9, "after": 1.0}}},
+            ["were trained to predict the next token on 1,000"],
+            ["to match"],
         ),
         (
             {"adapter": {"r": 500, "rank_pattern": {"a": 600}}},
@@ -247,11 +243,6 @@ def inner(text: str) -> list[list[str]]:
                 "datasets:\n- owner/alpaca\n",
             ],
             ["not trained on", "The license of"],
-        ),
-        (
-            {"tuning": TUNING | {"teacher": None, "held_out": {"windows": 9, "before": 1e9, "after": 1.0}}},
-            ["were trained to predict the next token on 1,000"],
-            ["to match"],
         ),
         (
             {
@@ -299,11 +290,8 @@ def test_license_and_language_come_from_the_input(tmp_path):
         "",
         "# no front matter\n---\nlicense: mit\n---\n",
         "---\nlicense: [mit]\nlanguage: {en: 1}\n---\n",
-        "---\nlicense: 3\nlanguage: [1, 2]\n---\n",
-        "---\nlicense: 'a\\x07'\nlanguage: no\n---\n".replace("\\x07", "\x07"),
         '---\nlicense: "a\\nb"\n---\n',
         "---\n: : :\n- [\n---\n",
-        "---\n- a\n- b\n---\n",
         "---\nlicense: !!python/object/apply:os.system [id]\n---\n",
         "---\nlicense: " + "m" * 300 + "\n---\n",
         "---\nlicense: " + "[" * 5000 + "\n---\n",
@@ -313,23 +301,17 @@ def test_a_card_that_says_nothing_of_use(text, tmp_path):
     assert read_origin(write_card(tmp_path, text)) == {}
 
 
-def test_no_card_at_all(tmp_path):
-    assert read_origin(tmp_path) == {}
-    (tmp_path / "README.md").write_bytes(b"---\nlicense: \xff\n---\n")
-    assert read_origin(tmp_path) == {}
-
-
 # Written again with what was measured.
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("outputs")
-    write_outputs(root, "sliced", "thin", "packed", "compact", "merged")
+    write_outputs(root, "sliced", "thin", "packed")
     return root
 
 
-@pytest.mark.parametrize("kind", ["sliced", "thin", "packed", "compact", "merged"])
+@pytest.mark.parametrize("kind", ["thin", "packed"])
 def test_written_again_it_is_the_same(root, kind):
     before = (root / kind / "README.md").read_bytes()
     succeeds("inspect", root / kind, "--card", "--fast")
@@ -359,20 +341,6 @@ def test_what_was_measured_is_in_it(root, tmp_path):
     before = (root / "sliced" / "README.md").read_text()
     assert text.replace(text[text.index("\n## Evaluation") : text.index("\n## Usage")], "") == before
     assert succeeds("inspect", tmp_path / "sliced", "--json").json["verified"]
-
-
-def test_a_card_is_written_whole_or_not_at_all(root, tmp_path, monkeypatch):
-    shutil.copytree(root / "sliced", tmp_path / "sliced")
-    before = {file.name: file.read_bytes() for file in (tmp_path / "sliced").iterdir()}
-
-    def full(_self, _target):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Path, "replace", full)
-    ran = invoke("inspect", tmp_path / "sliced", "--card", "--fast")
-    assert ran.code == 1
-    assert "README.md cannot be written" in ran.faults[0]
-    assert {file.name: file.read_bytes() for file in (tmp_path / "sliced").iterdir()} == before
 
 
 def test_only_ours_gets_a_card(root):

@@ -12,11 +12,9 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
-from cli_runner import invoke, snapshot, succeeds
-from compress.checkpoints.files import copy_companions
+from cli_runner import invoke, succeeds
 from compress.pipeline import identity
 from compress.planning.prepare import Job, prepare
-from compress.recipe import parse_recipe
 from tiny import HIDDEN, NUM_BLOCKS, write_model, write_text
 
 INDEX = "model.safetensors.index.json"
@@ -114,18 +112,6 @@ def test_the_files(home, written):
     assert all((written / name).read_bytes() == (home / "tiny" / name).read_bytes() for name in COPIED)
 
 
-def test_a_companion_that_is_a_link_is_copied_as_a_file(home, tmp_path):
-    """As in the hub's cache, whose snapshots are links."""
-    linked, blobs, out = tmp_path / "models--a--b/snapshots/linked", tmp_path / "models--a--b/blobs", tmp_path / "out"
-    linked.mkdir(parents=True)
-    out.mkdir()
-    shutil.copytree(home / "tiny", blobs)
-    for file in blobs.iterdir():
-        (linked / file.name).symlink_to(file)
-    copy_companions(linked, out)
-    assert {path.name for path in out.iterdir() if not path.is_symlink()} == COPIED.keys()
-
-
 def test_the_index_is_every_tensor_once(written, metadata):
     index = json.loads((written / INDEX).read_text())
     assert index["weight_map"] == {name: file for name, (file, _, _) in tensors_of(written).items()}
@@ -140,13 +126,6 @@ def test_the_index_is_every_tensor_once(written, metadata):
 def test_the_dense_size_counts_a_tied_head_once(home, metadata):
     """The dense model has tied embeddings; its files hold them once."""
     assert metadata["dense_size"] == size_of(home / "tiny")
-
-
-def test_compress_json_has_the_recipe(metadata):
-    recipe = parse_recipe(metadata["recipe"])
-    assert recipe.model_dump(mode="json") == metadata["recipe"]
-    assert recipe.calibration.model_dump() == {"source": "text.txt", "samples": 4, "seq_len": 32}
-    assert recipe.stages[-1].model_dump()["ratio"] == 0.25
 
 
 def test_compress_json_reports_every_point(written, metadata):
@@ -206,56 +185,15 @@ def test_no_path_of_this_machine_and_no_time(home, written):
         assert not {"time", "date", "created", "seconds"} & set(re.findall(r'"(\w+)":', text)), name
 
 
-def test_a_typed_path_stays_as_it_was_typed(home, job, patched, tmp_path):
-    """Here the text by an absolute path. Of the model's folder only its name is kept, which the result is called by."""
-    patched.chdir(tmp_path)
-    asked = job("slice", "--model", home / "tiny", "--calib", home / "text.txt", *OPTIONS, "--out", "out")
-    assert asked.recipe.calibration.source == str(home / "text.txt")
-    assert asked.model.name == "tiny"
-    assert str(home / "tiny") not in asked.command
-    assert str(tmp_path) not in asked.command
-
-
-def test_the_card_has_the_numbers(written, metadata):
-    """So small a model grows by its shortcuts. A negative share is no share that was removed."""
-    card = (written / "README.md").read_text()
-    for part in ("size", "dense_size"):
-        assert f"{metadata[part]['parameters']:,}" in card
-        assert f"{metadata[part]['bytes']:,}" in card
-    assert "4 sequences of 32 tokens of\n`text.txt`" in card
-    assert metadata["size"]["parameters"] > metadata["dense_size"]["parameters"]
-    assert re.findall(r"-\d+\.\d% removed", card) == []
-    assert "% added" in card
-
-
 # The command that makes it again.
-
-
-def test_the_command_of_the_card_makes_it_again(home, written, metadata, patched, tmp_path):
-    """Typed where the model's folder and the text are, with an output elsewhere and of another name."""
-    card = (written / "README.md").read_text()
-    assert f"```\n{metadata['command']}\n```" in card
-    for name in ("tiny", "text.txt"):
-        (tmp_path / name).symlink_to(home / name)
-    patched.chdir(tmp_path)
-    program, *words = shlex.split(metadata["command"])
-    assert program == "compress"
-    succeeds(*words, "--out", "again/other-name")
-    assert snapshot(tmp_path / "again" / "other-name") == snapshot(written)
 
 
 AMOUNT = ["--ratio", "0.25"]
 SLICEGPT = ["--method", "slicegpt"]
 EVERY_OPTION = [
     [*SLICEGPT, *AMOUNT, "--set", "rotate.final_orientation=random", "--seed", "7"],
-    [*SLICEGPT, "--explained-variance", "0.9", "--set", "slice.slice_head=true", "--round-to", "4"],
-    [*SLICEGPT, *AMOUNT, "--set", "rotate.signal=normed", "--dtype", "bfloat16", "--batch-size", "2"],
-    [*SLICEGPT, "--ratio", "0.25,0.5,0.25"],
-    [*SLICEGPT, "--ratio", "0.1:0.3", "--round-to", "1"],
-    AMOUNT,
-    ["--keep-params", "0.6", "--set", "budget.trial_samples=8", "--samples", "8"],
-    ["--target-size", "40kB", "--mlp-ratio", "0.25"],
-    [*AMOUNT, "--no-refit", "--mlp-ratio", "0.5", "--set", "rotate_shared.gradient_weight=0"],
+    [*SLICEGPT, "--ratio", "0.25,0.5,0.25", "--dtype", "bfloat16", "--batch-size", "2", "--round-to", "4"],
+    ["--target-size", "40kB", "--mlp-ratio", "0.25", "--no-refit"],
     ["--ratio", "0.1:0.3", "--rotation", "per-layer", "--measure-error"],
 ]
 
@@ -270,16 +208,9 @@ def test_the_command_of_any_options_asks_for_the_same(home, job, patched, option
 
 
 NAMES = [
-    'quo"ted',
-    "it's: a #name",
-    "- [list]",
-    "trailing\\",
-    "grüße",
-    "模型",
-    "\U0001f999",
-    "a & b",
-    "{{ jinja }}",
-    "no",
+    'it\'s: a "#name"',
+    "- [list] trailing\\",
+    "模型 & {{ jinja }}",
 ]
 
 
@@ -293,13 +224,6 @@ def test_names_are_escaped_in_the_command(home, job, patched, tmp_path, name):
     typed = shlex.split(asked.command)
     assert typed[typed.index("--model") + 1].removeprefix("./") == name
     assert typed[typed.index("--calib") + 1] == f"./{name}.txt"
-
-
-def test_a_failed_command_prints_its_model_as_typed(patched, tmp_path):
-    patched.chdir(tmp_path)
-    ran = invoke("slice", "--model", "./[bold]x[/bold]", "--ratio", "0.25")
-    assert ran.code == 2
-    assert "'./[bold]x[/bold]'" in ran.faults[0]
 
 
 def test_a_tokenizer_that_cuts_otherwise_fails_the_run(home, patched, tmp_path):

@@ -2,13 +2,11 @@
 
 import json
 import shlex
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPTBigCodeConfig
 
 import compress
@@ -24,8 +22,6 @@ RUNS: dict[str, tuple[str, str]] = {
     "turned": ("opt", "slice --ratio 0.25"),
     "budget": ("llama", "slice --keep-params 0.7 --set budget.trial_samples=8"),
     "thin": ("llama", "lord --rank-frac 0.5"),
-    "thin-opt": ("opt", "lord --rank-frac 0.5"),
-    "by-trial": ("llama", "lord --keep-params 0.7 --set budget.trial_samples=8 --allocation auto"),
     "pattern": ("llama", "lord --target *.down_proj,o_proj --rank 8 --materialize"),
     "slim": ("llama", "slim"),
     "compact": ("llama", "slim --fast --compact --adapter-rank 4"),
@@ -34,7 +30,7 @@ RUNS: dict[str, tuple[str, str]] = {
     "together": ("llama", "run slice-lord-slim"),
 }
 ARCHITECTURES = {"turned": "CompressForCausalLM", "quantized": "OPTForCausalLM"}
-ARCHITECTURES |= dict.fromkeys(("thin", "thin-opt", "by-trial", "compact", "together"), "CompressForCausalLM")
+ARCHITECTURES |= dict.fromkeys(("thin", "compact", "together"), "CompressForCausalLM")
 
 
 @pytest.fixture(scope="module")
@@ -115,20 +111,12 @@ def test_units_are_deleted_as_asked(place, made):
     assert "import compress" not in card
 
 
-def test_opt_keeps_our_architecture_and_says_why(place, made):
-    assert any("opt ties the heads' size to the hidden one" in note for note in made("turned")["notes"])
-    assert json.loads((place / "turned" / "config.json").read_text())["slicing"]["shortcuts"] is False
-
-
 def test_budgets_are_kept_and_their_trials_are_told(place, made):
     said, trials = made("budget"), facts(place, "budget")["trials"]
     assert said["parameters"] <= 0.7 * said["dense_parameters"]
     best = min(trials, key=lambda trial: trial["divergence"])
     assert (best["hidden"], best["neurons"]) == (said["widths"][0], said["units"]["neurons"])
     assert len(trials) > 1
-    said, trials = made("by-trial"), facts(place, "by-trial")["trials"]
-    assert 0.68 * said["dense_parameters"] < said["parameters"] <= 0.7 * said["dense_parameters"]
-    assert [trial["allocation"] for trial in trials] == ["energy", "mixed", "fisher"]
 
 
 def test_ranks_and_patterns(place, made):
@@ -141,22 +129,6 @@ def test_ranks_and_patterns(place, made):
         AutoModelForCausalLM.from_pretrained(place / "pattern").get_submodule("model.layers.1.mlp.down_proj").weight
     )
     assert torch.linalg.matrix_rank(weight.double(), rtol=1e-5) == said["ranks"]["model.layers.1.mlp.down_proj"] == 8
-
-
-def test_quantize_is_slim_without_sparsity_and_adapters(place, made):
-    made("quantized")
-    line = "slim --bits 3 --group 16 --act-order --sparsity none --adapter-rank 0 --out same"
-    succeeds(*line.split(), "--model", "opt", *SHORT, "--overwrite")
-    assert weights(place / "quantized") == weights(place / "same") != {}
-
-
-@pytest.mark.parametrize("kind", ["llama", "opt"])
-def test_a_branch_whose_writers_inputs_are_kept_is_not_run_again(place, monkeypatch, kind):
-    """The result is that of running it again, to the bit."""
-    for room in (True, False):
-        monkeypatch.setattr("compress.calibration.streams.Streams.have_room_for", lambda *_, room=room: room)
-        succeeds("quantize", "--model", kind, *SHORT, "--out", f"{kind}-room-{room}", "--overwrite")
-    assert weights(place / f"{kind}-room-True") == weights(place / f"{kind}-room-False") != {}
 
 
 def test_gguf_lies_beside_the_checkpoint(place):
@@ -173,7 +145,7 @@ def test_gguf_lies_beside_the_checkpoint(place):
 # Made again.
 
 
-@pytest.mark.parametrize("name", ["compact", "turned", "quantized"])
+@pytest.mark.parametrize("name", ["turned", "quantized"])
 def test_the_command_in_the_card_makes_it_again(place, made, name):
     made(name)
     model, line = RUNS[name]
@@ -194,14 +166,6 @@ def test_a_checkpoints_own_recipe_gives_the_same_bytes(place, made):
     assert snapshot(place / "turned") == snapshot(place / "own" / "turned")
     words = ["--model", "opt", "--out", "own/other", "--overwrite", "--seed", 1, "--samples", 6]
     assert "unlike in calibration text, recipe" in flat(succeeds("run", "turned", *words).out)
-
-
-def test_a_checkpoint_of_a_local_model_does_not_know_where_that_lies(place, made, monkeypatch, tmp_path):
-    made("turned")
-    monkeypatch.chdir(tmp_path)
-    refused = invoke("run", place / "turned", "--out", "second")
-    assert refused.code in (2, 4)
-    assert "opt" in refused.faults[0]
 
 
 # Plans.
@@ -256,9 +220,9 @@ def test_the_papers_ladder_of_starcoder_comes_from_its_config(place, rank, billi
 
 TABLES = {
     "slice --model llama --ratio 0.25": ["would be too coarse for this model"],
-    "slice --model 7b --keep-params 0.75": ["LlamaForCausalLM (stock: no code of ours)", "shapes that fit"],
+    "slice --model llama --keep-params 0.75": ["LlamaForCausalLM (stock: no code of ours)", "shapes that fit"],
     "lord --model 7b --rank-frac 0.5": ["(ours, its code is carried along)", "mlp.down_proj", "2048 x 32"],
-    "lord --model 7b --keep-params 0.8": ["found from the dense model, by fisher", "parameters, at most"],
+    "lord --model llama --keep-params 0.8": ["found from the dense model, by fisher", "parameters, at most"],
     "lord --model llama --rank-frac 0.55 --form factors": [
         "would be no smaller, so these stay dense: self_attn.q_proj"
     ],
@@ -277,7 +241,7 @@ def test_a_plan_for_people(place, line):
 
 
 def test_a_result_for_people(place):
-    table = flat(succeeds("slim", "--fast", "--model", "llama", *SHORT, "--out", "shown", "--overwrite").out)
+    table = flat(succeeds("quantize", "--model", "llama", *SHORT, "--out", "shown", "--overwrite").out)
     for word in (
         "LlamaForCausalLM (stock",
         "bits a weight, all counted",
@@ -327,21 +291,7 @@ def test_the_card(place, made, name):
 # What is not compressed, and what is pushed.
 
 
-def test_a_nan_names_its_weight(place, tmp_path):
-    name = "model.layers.0.mlp.up_proj.weight"
-    folder = shutil.copytree(place / "llama", tmp_path / "llama")
-    shard = folder / json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"][name]
-    tensors = load_file(shard)
-    tensors[name][0, 0] = float("nan")
-    save_file(tensors, shard, metadata={"format": "pt"})
-    ran = invoke("slim", "--fast", "--model", tmp_path / "llama", *SHORT, "--out", tmp_path / "out")
-    assert ran.code == 1
-    (fault,) = ran.faults
-    assert "'model.layers.0.mlp.up_proj.weight' has a NaN or Inf" in fault
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("line", ["slim", "lord --rank 4", "slice --ratio 0.25"])
+@pytest.mark.parametrize("line", ["slim", "slice --ratio 0.25"])
 def test_what_is_quantized_is_not_compressed_again(place, made, line):
     """Without its codes a weight cannot be read."""
     made("quantized")

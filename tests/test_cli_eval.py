@@ -2,23 +2,19 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from cli_runner import flat, invoke, snapshot, succeeds, untouched
 from compress.checkpoints.gguf import write_gguf
 from compress.checkpoints.quality import QUALITY, read_quality
 from compress.cli.eval import usual_text
-from compress.evaluation.humaneval import Sampling, completions
 from compress.evaluation.tasks import task_index
 from compress.models.hub import find_model
 from compress.models.storage import Storage
-from compress.models.stored_loading import load
 from compress.numerics.sparsity import Pattern
 from stored import write_compact, write_packed
 from test_gguf import write_folder
@@ -95,11 +91,6 @@ def test_nothing_asked(home, place):
     for option in ("--ppl wikitext2", "--kl", "--tasks piqa", "--humaneval"):
         assert option in fault
     assert "--tasks names no task" in refused(2, "--model", home / "dense", "--tasks", ",")[0]
-
-
-def test_perplexity_alone_prints_what_it_did(home, place):
-    found = succeeds("eval", "--model", home / "dense", *texts(home), "--json").json
-    assert list(found) == ["model", "parameters", "dtype", "perplexity"]
 
 
 def test_all_measures_at_once(home, place):
@@ -329,21 +320,6 @@ def test_a_damaged_file_of_results_is_not_overwritten(home, place, tmp_path):
     assert "quality.json is damaged" in ran.faults[0]
 
 
-def test_a_full_disk_leaves_what_was_there(home, place, tmp_path, monkeypatch):
-    shutil.copytree(home / "dense", tmp_path / "mine")
-    (tmp_path / "mine" / QUALITY).write_text('{"settings": {}}')
-
-    def full(file: Path, _data: Any) -> None:
-        file.write_text("{")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("compress.checkpoints.quality.write_json", full)
-    with untouched(tmp_path / "mine"):
-        ran = invoke("eval", "--model", "mine", *texts(home), "--save")
-    assert ran.code == 1
-    assert "quality.json cannot be written: No space left" in ran.faults[0]
-
-
 # GGUF.
 
 
@@ -358,54 +334,3 @@ def test_a_gguf_file_is_its_folder(home, place, tmp_path):
     shutil.copy(home / "plain.gguf", tmp_path / "export" / "another.gguf")
     assert "export has 2 GGUF files. Name one" in refused(2, "--model", "export", *texts(home))[0]
     assert "plain is none of yours" in refused(2, "--model", home / "plain.gguf", *texts(home), "--save")[0]
-
-
-def test_what_transformers_leaves_out_of_a_gguf_file_is_measured(home, place, tmp_path):
-    """Biases and scaled rotary embeddings."""
-    scaled = {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}
-    for kind, changes in (("biased", {"attention_bias": True}), ("linear", scaled)):
-        write_folder(tmp_path / kind, **changes)
-        write_gguf(tmp_path / kind, tmp_path / f"{kind}.gguf")
-        found = succeeds("eval", "--compare", kind, f"{kind}.gguf", *texts(home), "--json").json["models"]
-        assert found[0]["perplexity"][0]["ppl"] == found[1]["perplexity"][0]["ppl"]
-
-
-def test_gguf_files_that_cannot_be_read(home, place, tmp_path, monkeypatch):
-    (tmp_path / "no.gguf").write_bytes(b"GGUF")
-    assert "no.gguf is no GGUF file or damaged" in refused(1, "--model", "no.gguf", *texts(home))[0]
-    content = (home / "plain.gguf").read_bytes()
-    (tmp_path / "short.gguf").write_bytes(content[: len(content) // 2])
-    assert "short.gguf is cut short" in refused(1, "--model", "short.gguf", *texts(home))[0]
-    unknown = content.replace(b"\x05\x00\x00\x00\x00\x00\x00\x00llama", b"\x05\x00\x00\x00\x00\x00\x00\x00llamo", 1)
-    assert unknown != content
-    (tmp_path / "unknown.gguf").write_bytes(unknown)
-    (fault,) = refused(3, "--model", "unknown.gguf", *texts(home))
-    assert "unknown.gguf is of the architecture 'llamo'" in fault
-    monkeypatch.setitem(sys.modules, "gguf", None)
-    (fault,) = refused(2, "--model", home / "plain.gguf", *texts(home))
-    assert fault == "Reading GGUF needs the package gguf: pip install compress-llm[gguf]"
-
-
-def test_weights_that_are_no_numbers(home, place, tmp_path):
-    shutil.copytree(home / "dense", tmp_path / "broken")
-    shard = sorted((tmp_path / "broken").glob("*.safetensors"))[0]
-    tensors = load_file(shard)
-    for tensor in tensors.values():
-        tensor.fill_(float("nan"))
-    save_file(tensors, shard, metadata={"format": "pt"})
-    for words in (texts(home), ["--tasks", "piqa", "--data-dir", home / "data"]):
-        assert "Check the weights" in refused(1, "--model", "broken", *words)[0]
-    assert "Check the weights" in refused(1, "--model", home / "dense", "--kl", "broken", *texts(home))[0]
-
-
-@pytest.mark.parametrize("kind", ["other", "sliced", "thin", "packed", "compact"])
-def test_programs_are_written_side_by_side_as_alone(home, kind):
-    """Prompts of unequal length, padded on the left."""
-    model = load(str(home / kind), torch.float32, torch.device("cpu"))
-    problems = [{"prompt": prompt} for prompt in ("def f(x):\n", "a", "some longer text")]
-    written = [
-        [text for _, text in completions(problems, model, tiny_tokenizer(), Sampling(max_new_tokens=8), batch_size)]
-        for batch_size in (1, 3)
-    ]
-    assert written[0] == written[1]
-    assert any(written[0])

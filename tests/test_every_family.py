@@ -12,7 +12,6 @@ import torch
 
 import contract
 import tiny
-from cli_runner import snapshot
 from compress import pipeline
 from compress.errors import CompressError
 from contract import METHODS, ROWS, Looked, Row, Written
@@ -87,23 +86,3 @@ def test_what_cannot_be_done_is_refused_before_it_begins(key, inputs, tmp_path):
         pipeline.run(contract.job_of(row, method, inputs, tmp_path / "out"))
     assert str(error.value) == expected.why
     assert not (tmp_path / "out.partial").exists()
-
-
-class Killed(BaseException):
-    pass
-
-
-@pytest.mark.parametrize("key", [key for key in WRITTEN if key[1] == "lord"][:2], ids=": ".join)
-def test_a_run_that_was_killed_goes_on_and_writes_the_same_bytes(key, written, inputs, tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline, "verify", contract.Noted())
-
-    def kill(phase: str, _step: str, done: float, _total: int) -> None:
-        if (phase, done) == ("compressing", 2):
-            raise Killed
-
-    row, method, out = CELLS[key], METHODS[key[1]], tmp_path / "out"
-    with pytest.raises(Killed):
-        pipeline.run(contract.job_of(row, method, inputs, out), kill)
-    resumed = pipeline.run(contract.job_of(row, method, inputs, out, resume=True))
-    assert resumed.resumed_parts == 2
-    assert snapshot(out) == snapshot(written[key].out)

@@ -25,58 +25,42 @@ GPT = {"layer_norm_epsilon": 1e-2}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "opt": ("opt", {SCALE: 0.01}),
     "opt, untied": ("opt", {"tie_word_embeddings": False, SCALE: 0.01}),
-    "opt, no biases": ("opt", {"enable_bias": False}),
     "opt, norms without affine": ("opt", {"layer_norm_elementwise_affine": False}),
     "opt, no biases, norms without affine": ("opt", {"enable_bias": False, "layer_norm_elementwise_affine": False}),
     "llama, biases": ("llama", RMS),
     "llama, no biases": ("llama", {"attention_bias": False, "mlp_bias": False, **RMS}),
-    "llama, tied": ("llama", {"tie_word_embeddings": True, **RMS}),
-    "llama, no shared heads": ("llama", {"num_key_value_heads": 4, **RMS}),
     "llama, one key head": ("llama", {"num_key_value_heads": 1, **RMS}),
     "llama, head_dim": ("llama", {"head_dim": 20, **RMS}),
     "mistral": ("mistral", RMS),
-    "mistral, no window": ("mistral", {"sliding_window": None, **RMS}),
     "qwen2": ("qwen2", RMS),
-    "qwen2, untied": ("qwen2", {"tie_word_embeddings": False, **RMS}),
     "qwen2, window in some blocks": (
         "qwen2",
         {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1, **RMS},
     ),
     "qwen3": ("qwen3", RMS),
-    "qwen3, biases": ("qwen3", {"attention_bias": True, "tie_word_embeddings": True, **RMS}),
     "phi": ("phi", LAYER),
-    "phi, shared heads": ("phi", {"num_key_value_heads": 2, **LAYER}),
     "phi, norms in the attention": ("phi", {"qk_layernorm": True, **LAYER}),
     "phi3": ("phi3", RMS),
-    "phi3, tied": ("phi3", {"tie_word_embeddings": True, **RMS}),
     "starcoder2": ("starcoder2", STARCODER),
     "starcoder2, untied, no biases": (
         "starcoder2",
         {"tie_word_embeddings": False, "use_bias": False, **STARCODER},
     ),
     "gemma": ("gemma", RMS),
-    "gemma, untied": ("gemma", {"tie_word_embeddings": False, **RMS}),
     "gpt_bigcode": ("gpt_bigcode", GPT),
     "gpt_bigcode, untied, no shared heads, the usual MLP": (
         "gpt_bigcode",
         {"tie_word_embeddings": False, "multi_query": False, "n_inner": None, **GPT},
     ),
     "codegen": ("codegen", GPT),
-    "codegen, tied, the usual MLP": ("codegen", {"tie_word_embeddings": True, "n_inner": None, **GPT}),
     "gpt_neox": ("gpt_neox", LAYER),
     "gpt_neox, one after the other": ("gpt_neox", {"use_parallel_residual": False, **LAYER}),
     "mixtral": ("mixtral", RMS),
     "mixtral, window, one expert a token": ("mixtral", {"sliding_window": 16, "num_experts_per_tok": 1, **RMS}),
     "qwen2_moe": ("qwen2_moe", RMS),
     "qwen3_moe": ("qwen3_moe", RMS),
-    "qwen3_moe, shares as they are": ("qwen3_moe", {"norm_topk_prob": False, **RMS}),
-    "gpt_neox, tied, no biases": ("gpt_neox", {"tie_word_embeddings": True, "attention_bias": False, **LAYER}),
     "falcon": ("falcon", GPT),
     "falcon, a norm each": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, **GPT}),
-    "falcon, new, one norm": (
-        "falcon",
-        {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1, **GPT},
-    ),
     "falcon, one after the other, alibi, biases": (
         "falcon",
         {"alibi": True, "bias": True, "parallel_attn": False, "multi_query": False, **GPT},
@@ -97,7 +81,6 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo": ("olmo", {SCALE: 0.01}),
     "olmo, biases, no clipping": ("olmo", {"attention_bias": True, "clip_qkv": None, SCALE: 0.01}),
 }
-ROTATED = tuple(name for name in tiny.EVERY if name in VARIANTS)
 
 
 # Taken as the module is imported, before they are replaced.
@@ -144,7 +127,7 @@ def test_exact_norms_are_the_stock_ones(model_type):
     assert exact.std() > 0.1
 
 
-@pytest.mark.parametrize("variant", ["llama, biases", *(name for name in ROTATED if name != "olmo")])
+@pytest.mark.parametrize("variant", ["llama, biases", "opt", "phi", "phi3", "cohere", "falcon"])
 def test_epsilon_counts(variant, dense):
     """A wrong epsilon would show below: with none at all the logits are far off."""
     model = dense_model(variant)
@@ -177,7 +160,7 @@ def test_logits_are_kept(variant, chain, dense):
     assert oracles.largest_difference(oracles.logits_of(oracles.sliced_model(result), IDS), logits) < 1e-9
 
 
-@pytest.mark.parametrize("variant", [*ROTATED, "gpt_neox, one after the other"])
+@pytest.mark.parametrize("variant", ["opt", "phi", "phi3", "granite", "mixtral", "gpt_neox, one after the other"])
 def test_the_stream_is_the_dense_models(variant, dense):
     """What statistics are taken of: after each block, what the stock block gives; its mean is gone for LayerNorm."""
     folder, _ = dense(variant)
@@ -199,47 +182,3 @@ def test_the_stream_is_the_dense_models(variant, dense):
                 expected = expected - expected.mean(-1, keepdim=True)
             found = torch.cat([walk.streams.now(batch)[0] for batch in walk.streams.batches])
             assert oracles.largest_difference(found, expected) < 1e-10
-
-
-@pytest.mark.parametrize(("variant", "rotation"), [("opt", ("stream", "random")), ("phi", ("normed", "pca"))], ids=str)
-def test_other_rotations_keep_logits_too(variant, rotation, dense):
-    folder, logits = dense(variant)
-    signal, final_orientation = rotation
-    stages = oracles.slicegpt({"linear_ratios": (0, 0)}, signal=signal, final_orientation=final_orientation)
-    result = oracles.walked(folder, stages, WINDOWS)
-    assert oracles.largest_difference(oracles.logits_of(oracles.sliced_model(result), IDS), logits) < 1e-9
-
-
-@pytest.mark.parametrize("variant", ["opt"])
-def test_slicing_at_full_width_is_rotating(variant, dense):
-    """To the bit, so that what holds of the one above holds of the other."""
-    folder, _ = dense(variant)
-    rotated = oracles.walked(folder, oracles.fold_and_rotate(), WINDOWS)
-    sliced = oracles.walked(folder, oracles.slicegpt({"linear_ratios": (0, 0), "slice_head": True}), WINDOWS)
-    assert rotated.tensors.keys() == sliced.tensors.keys()
-    assert all(torch.equal(rotated.tensors[name], sliced.tensors[name]) for name in sliced.tensors)
-
-
-@pytest.mark.parametrize("variant", ["phi"])
-def test_the_probe_is_what_the_written_model_says(variant, dense):
-    """The walk's own logits for its probe, which verification compares with, are those of its tensors."""
-    folder, _ = dense(variant)
-    result = oracles.walked(folder, oracles.slicegpt({"ratio": 0.3}), WINDOWS)
-    written = oracles.logits_of(oracles.sliced_model(result), WINDOWS[:1])
-    assert oracles.largest_difference(written, result.probe_logits) < 1e-10
-
-
-@pytest.mark.parametrize("variant", ["gpt_neox", "gpt_neox, one after the other"])
-def test_each_norm_goes_into_its_own_readers(variant, dense):
-    """diag(gain) and the offset of a norm, into the readers on its path and no others, in float64 to the last bits."""
-    model, blocks = dense_model(variant), "gpt_neox.layers"
-    before = model.state_dict()
-    after = oracles.walked(dense(variant)[0], oracles.fold_only(), WINDOWS).tensors
-    behind = {"input_layernorm": "attention.query_key_value", "post_attention_layernorm": "mlp.dense_h_to_4h"}
-    for block in range(tiny.NUM_BLOCKS):
-        for norm, reader in behind.items():
-            gain, offset = (before[f"{blocks}.{block}.{norm}.{key}"] for key in ("weight", "bias"))
-            weight, bias = (before[f"{blocks}.{block}.{reader}.{key}"] for key in ("weight", "bias"))
-            folded = after[f"{blocks}.{block}.{reader}.weight"]
-            assert oracles.largest_difference(folded, weight * gain) < 1e-12
-            assert oracles.largest_difference(after[f"{blocks}.{block}.{reader}.bias"], bias + weight @ offset) < 1e-12

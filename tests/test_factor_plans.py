@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GPTBigCodeConfig
 
 import tiny
 from compress import families
@@ -15,46 +14,6 @@ from compress.planning.plan import Plan, make_plan
 from compress.recipe import parse_recipe
 from factorizing import HALF, Stages, slicing
 from recipes import anchored, lowrank
-
-# ---- plans of the published ladder ----
-
-STARCODER: dict[str, Any] = {
-    "n_embd": 6144,
-    "n_layer": 40,
-    "n_head": 48,
-    "n_positions": 8192,
-    "vocab_size": 49152,
-    "multi_query": True,
-    "n_inner": 24576,
-}
-
-
-def starcoder_plan(stages: Stages, **more: Any) -> Plan:
-    config = GPTBigCodeConfig(**STARCODER)
-    calibration = {"source": "stdlib", "samples": 128, "seq_len": 2048}
-    chosen = parse_recipe({"method": "lord", "stages": list(stages), "calibration": calibration, **more})
-    return make_plan(
-        chosen,
-        config,
-        families.find(config),
-        dtype=torch.bfloat16,
-        computing=torch.float32,
-        room=Room(1, 8 * 10**9),
-    )
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("rank", "billions"), [(4672, 14.92), (4480, 14.45), (4224, 13.82), (3968, 13.19), (3712, 12.56)]
-)
-def test_starcoders_published_sizes(rank, billions):
-    """LoRD, arXiv 2309.14021, table 1: the MLPs of StarCoder 16B, two factors each."""
-    rule = {"rank": rank}
-    plan = starcoder_plan(lowrank("lord", rule, target=["mlp"], form="factors", multiple=1))
-    assert round(plan.size.parameters / 1e9, 2) == billions
-    assert {factors.rank for factors in plan.spec.factors.values()} == {rank}
-    assert len(plan.spec.factors) == 80
-
 
 # ---- what is refused, and what is told ----
 
@@ -75,12 +34,6 @@ def refusal(call: Callable[[], Any]) -> str:
 
 BUDGET = {"budget": {"keep_params": 0.7, "trial_samples": 8}}
 FAULTS: dict[str, tuple[Stages, dict[str, Any], str]] = {
-    "a pattern of no linear": (
-        lowrank("lord", HALF, target=["*.down_proj", "experts.*"]),
-        {},
-        "No linear matches the target 'experts.*'. There are mlp.down_proj, mlp.gate_proj, mlp.up_proj, "
-        "self_attn.k_proj, self_attn.o_proj, self_attn.q_proj, self_attn.v_proj.",
-    ),
     "a rank for no linear": (
         lowrank("lord", {"ranks": {"model.layers.0.mlp.down_proj": 8, "model.layers.7.mlp.down_proj": 8}}),
         {},
@@ -96,16 +49,6 @@ FAULTS: dict[str, tuple[Stages, dict[str, Any], str]] = {
         {},
         "Two stages would factorize self_attn.q_proj. Give each its own target.",
     ),
-    "two rules": (
-        lowrank("lord", {"rank": 8, "rank_frac": 0.5}),
-        {},
-        "stages.0: factorize takes one of rank_frac, rank, ranks; got rank_frac, rank",
-    ),
-    "a refit beside the dense model's inputs": (
-        [{"stage": "refit"}, *lowrank("lord", HALF)],
-        {},
-        "factorize goes by the dense model's inputs, so refit cannot be beside it; give factorize inputs: compressed",
-    ),
     "a slice beside the dense model's inputs": (
         [*slicing("llama", "shared", width=20, refit=False), *lowrank("svd", HALF)],
         {},
@@ -116,32 +59,6 @@ FAULTS: dict[str, tuple[Stages, dict[str, Any], str]] = {
         [*anchored({}), *lowrank("anchored", {}, refit=False)],
         BUDGET,
         "a budget is spent on widths or on ranks; tell slice how much to keep",
-    ),
-    "trials of lord": (
-        lowrank("lord", {}, allocation="auto"),
-        BUDGET,
-        "stages.0: allocation auto compares by trial, which lord cannot: name an allocation",
-    ),
-    "no rule and no budget": (
-        lowrank("lord", {}),
-        {},
-        "factorize is not told how much to keep; give it a ratio, or the recipe a budget",
-    ),
-    "a rule and a budget": (
-        lowrank("lord", HALF),
-        BUDGET,
-        "the recipe has a budget, but every stage says how much it keeps; leave one open",
-    ),
-    "gradients for lord": (
-        lowrank("lord", HALF, gradient_weight=0.5),
-        {},
-        "stages.0: gradient_weight is of method anchored, not of lord",
-    ),
-    "a bias for svd": (lowrank("svd", HALF, bias=True), {}, "stages.0: svd adds no bias"),
-    "nothing smaller": (
-        lowrank("lord", {"rank_frac": 0.9}, form="factors"),
-        {},
-        "No linear would be smaller in factors of these ranks. Keep less, or choose --form pivot.",
     ),
 }
 

@@ -21,17 +21,15 @@ from compress.planning.plan import Plan
 from compress.planning.prepare import Job, read_windows
 from compress.recipe import parse_recipe
 from contract import Written
-from factorizing import HALF, RANK, Whole, block_linears, job_of, run_unproved, same_function, slicing
+from factorizing import HALF, RANK, Whole, block_linears, run_unproved, same_function, slicing
 from recipes import lowrank
-from runs import tensors_of
+from runs import job_of, tensors_of
 
 pytestmark = pytest.mark.usefixtures("exact_norms")
 D = tiny.HIDDEN
 
 
-@pytest.mark.parametrize(
-    ("model_type", "form"), [("llama", "pivot"), ("qwen2", "factors"), ("gpt_bigcode", "dense"), ("mixtral", "pivot")]
-)
+@pytest.mark.parametrize(("model_type", "form"), [("qwen2", "factors"), ("gpt_bigcode", "dense"), ("mixtral", "pivot")])
 def test_what_is_planned_is_what_is_written_and_loaded(model_type, form, tmp_path):
     job = job_of(tmp_path, model_type, lowrank("lord", {"rank_frac": 0.4}, form=form), dtype="bfloat16")
     plan, result = run_unproved(job)
@@ -64,10 +62,7 @@ def test_what_is_planned_is_what_is_written_and_loaded(model_type, form, tmp_pat
 COMPOSED: dict[str, tuple[str, str, int, int | None]] = {
     "llama, fewer neurons": ("llama", "shared", 20, 12),
     "opt, per layer, fewer neurons": ("opt", "per-layer", 21, 12),
-    "qwen2, which becomes a llama": ("qwen2", "shared", 20, None),
-    "phi, fewer neurons": ("phi", "shared", 21, 12),
     "starcoder2, a high rank": ("starcoder2", "shared", 20, None),
-    "gpt_neox": ("gpt_neox", "shared", 21, 12),
 }
 
 
@@ -81,7 +76,7 @@ def composed(folder: Path, name: str) -> Job:
 
 @pytest.mark.parametrize(
     ("model_type", "rotation"),
-    [("llama", "shared"), ("opt", "per-layer"), ("phi3", "shared"), ("gpt_neox", "per-layer")],
+    [("llama", "shared"), ("gpt_neox", "per-layer")],
 )
 def test_full_width_and_full_rank_keep_the_logits(model_type, rotation, tmp_path):
     """Through the pipeline, whose own walk says what the written model gives; proved elsewhere."""
@@ -94,11 +89,9 @@ def test_full_width_and_full_rank_keep_the_logits(model_type, rotation, tmp_path
     same_function(logits, oracles.logits_of(dense, ids), 1e-8)
 
 
-# ---- what a process without our code loads ----
-
 # One with a head of its own, a tied one, blocks that return tuples.
-UNSLICED = ("llama", "opt", "codegen")
-MATERIALIZED = ("llama", "gpt_bigcode")
+UNSLICED = ("opt", "codegen")
+MATERIALIZED = ("llama",)
 
 
 @pytest.fixture(scope="module")

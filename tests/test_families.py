@@ -36,10 +36,7 @@ OTHERWISE: dict[str, tuple[str, dict[str, Any]]] = {
     "opt, norms behind": ("opt", {"do_layer_norm_before": False}),
     "opt, 350m": ("opt", tiny.OPT_350M),
     "opt, no final norm": ("opt", {"_remove_final_layer_norm": True}),
-    "opt, plain norms": ("opt", {"layer_norm_elementwise_affine": False}),
-    "mixtral, three experts": ("mixtral", {"num_local_experts": 3}),
     "qwen2_moe, three experts": ("qwen2_moe", {"num_experts": 3}),
-    "qwen3_moe, three experts": ("qwen3_moe", {"num_experts": 3}),
 }
 
 
@@ -69,19 +66,6 @@ def test_a_family_is_found_by_the_name_of_its_model(model_type):
 def test_a_family_may_depend_on_the_config(variant):
     model_type, changes = OTHERWISE[variant]
     assert make(model_type)[0] != make(model_type, **changes)[0]
-
-
-@pytest.mark.parametrize("one_norm", [True, False])
-def test_a_new_falcon_has_as_many_norms_as_its_config_says(one_norm):
-    family, _ = make("falcon", new_decoder_architecture=True, num_ln_in_parallel_attn=1 if one_norm else 2)
-    assert family.branches[0].norms == (("input_layernorm",) if one_norm else ("ln_attn", "ln_mlp"))
-
-
-def test_blocks_are_all_of_the_stock_models_blocks(pair):
-    family, model = pair
-    blocks = blocks_of(family, model)
-    assert len(blocks) == model.config.num_hidden_layers == tiny.NUM_BLOCKS
-    assert len({type(block) for block in blocks}) == 1
 
 
 def test_every_linear_of_a_block_is_a_reader_or_a_writer_exactly_once(pair):

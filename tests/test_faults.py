@@ -1,16 +1,15 @@
 """Kills and other faults, in short; `benchmarks/faults.py` has them by the hundred, over all commands."""
 
-import random
 import signal
 
-import pytest
-
 import fault_kinds
+import pytest
+from faulting import COMMANDS, Fault, Place, Trial, Undisturbed, as_lines, try_all, write_inputs
+
 from cli_runner import Disturbance
-from faulting import COMMANDS, Fault, Place, Trial, Undisturbed, as_lines, try_all, try_pairs, write_inputs
 
 OVER = "slice, over another output"
-NAMES = (OVER, "slim, packed with an adapter", "eval --save")
+NAMES = (OVER, "eval --save")
 
 
 @pytest.fixture(scope="module")
@@ -46,31 +45,19 @@ def test_killed_while_an_output_is_replaced(place, wholes):
     assert {"old", "new"} <= {state for trial in trials for state in trial.states}
 
 
-def test_signals_anywhere(place, wholes):
-    whole = wholes["slim, packed with an adapter"]
-    trials = at(place, whole, [20], signal.SIGTERM) + at(place, whole, [70], signal.SIGINT)
-    assert len(struck(place, trials)) == len(trials)
-
-
 def test_killed_while_measures_are_saved(place, wholes):
     whole = wholes["eval --save"]
     trials = struck(place, at(place, whole, [1, whole.events // 2, whole.events]))
     assert len(trials) == 3
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGTERM])
 def test_the_process_that_reloads_ends_too(place, wholes, number):
     """Nothing is left of it, neither itself nor its files."""
     whole = wholes[OVER]
     hit = Disturbance(fault_kinds.STARTED, number=int(number), delay=0.5)
     fault = Fault("proof", "0.5 s into the proof", int(number), {"disturbance": hit, "verify": True})
     assert struck(place, [Trial(whole, fault, place.folder(whole.before))])
-
-
-def test_inputs_that_change(place):
-    (whole,) = place.undisturbed([fault_kinds.OWN])
-    trials = struck(place, fault_kinds.changed_inputs(place, whole, 3, random.Random(1)))
-    assert trials
 
 
 def test_a_shard_that_is_another_one_is_told(place):
@@ -81,14 +68,3 @@ def test_a_shard_that_is_another_one_is_told(place):
     (ran,) = place.run([place.request(folder, whole.command.words, disturbance=hit)])
     assert ran.code == 1
     assert ran.faults == [f"{shard} has changed during the run. Start over with --overwrite."]
-
-
-def test_damaged_runs(place, wholes):
-    trials = fault_kinds.damaged(place, wholes["slim, packed with an adapter"], 2, random.Random(2))
-    assert len(struck(place, trials)) == 2
-
-
-def test_two_runs_at_once(place, wholes):
-    trials, options = fault_kinds.pairs(place, [wholes["slim, packed with an adapter"]], 2, random.Random(3))
-    try_pairs(place, trials, options)
-    assert as_lines(trials) == []

@@ -9,12 +9,10 @@ from compress.numerics.frames import (
     FLOOR,
     Frame,
     ObliqueFrame,
-    OrthogonalFrame,
     balanced_frame,
     beside_the_mean,
     zero_mean_basis,
 )
-from compress.numerics.linalg import pca
 from matrices import identity, random
 
 D, ROWS = 12, 400
@@ -63,36 +61,6 @@ def test_what_is_kept_comes_back_whole(kind):
             assert (decode @ decode.T - identity(width)).abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_all_of_the_space_is_itself(kind):
-    for seed in range(3):
-        frame = frames(kind, seed)
-        assert (projection(frame, D) - identity(D)).abs().max() < 1e-10
-        if isinstance(frame, ObliqueFrame):
-            # Said outright at the full width; the formula for all others comes to the same.
-            assert (frame.Enc @ frame.R.T @ frame.Q.T - identity(D)).abs().max() < 1e-8
-
-
-@pytest.mark.parametrize("weight", [0.0, 0.5, 0.9])
-def test_energy_is_the_streams_along_each_direction(weight):
-    C, G = moments()
-    frame = balanced_frame(C, G, weight, name=WHERE)
-    for direction, energy in zip(frame.decode(D), frame.energy, strict=True):
-        assert float(energy) == pytest.approx(float(direction @ C @ direction), rel=1e-9)
-    assert float(frame.energy.sum()) == pytest.approx(float(C.trace()), rel=1e-9)
-
-
-def test_without_a_gradient_they_are_the_principal_components():
-    C, G = moments()
-    Q, energy = pca(C, name=WHERE)
-    for frame in (balanced_frame(C, None, 0.9, name=WHERE), balanced_frame(C, G, 0.0, name=WHERE)):
-        assert isinstance(frame, OrthogonalFrame)
-        assert torch.equal(frame.Q, Q)
-        assert torch.equal(frame.energy, energy)
-        assert torch.equal(frame.encode(5), Q[:, :5])
-        assert torch.equal(frame.decode(5), Q[:, :5].T)
-
-
 def objective(C: Tensor, G: Tensor, weight: float) -> tuple[Tensor, Tensor]:
     """C and M = (1 - w) I + w G as the docstring has them, both scaled to trace D."""
     scaled = C / C.diagonal().mean() + FLOOR * identity(len(C))
@@ -117,7 +85,7 @@ def random_projection(width: int, seed: int) -> Tensor:
 
 
 @pytest.mark.parametrize("weight", WEIGHTS)
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(1))
 def test_no_projection_loses_less_of_what_counts(seed, weight):
     """What x -> x P loses in the metric M is least of all maps of its rank: X P M^1/2 is the truncated SVD of
     X M^1/2 (Eckart and Young), and what is lost is the rest of the singular values squared, the frame's own importance.
@@ -142,14 +110,6 @@ def test_no_projection_loses_less_of_what_counts(seed, weight):
         assert all(lost <= error(random_projection(width, trial), exact, M) for trial in range(200))
     width = D // 2
     assert error(projection(frame, width), exact, M) < 0.99 * error(projection(principal, width), exact, M)
-
-
-@pytest.mark.parametrize("width", [1, 2, 3, 7, 32, 64])
-def test_zero_mean_basis_is_one(width):
-    H = zero_mean_basis(width)
-    assert H.shape == (width, width - 1)
-    assert torch.allclose(H.T @ H, identity(width - 1), rtol=0, atol=1e-12)
-    assert (H.sum(0).abs() < 1e-12).all()
 
 
 @pytest.mark.parametrize("kind", KINDS[2:])

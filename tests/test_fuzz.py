@@ -7,18 +7,17 @@ from pathlib import Path
 from random import Random
 
 import pytest
-import typer
+from fuzzing import TARGETS, Fuzzer, Target, write_home
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from spoiling import BOMB, DEEP
 
 from cli_runner import snapshot
 from compress.cli.reporting import LONGEST, MOST_PROBLEMS, told
-from compress.errors import CheckpointError, UsageError
+from compress.errors import UsageError
 from compress.models.untrusted import DEEPEST, parse_json, parse_yaml, typed_path
-from fuzzing import TARGETS, Fuzzer, Target, write_home
-from spoiling import BOMB, DEEP, spoiled_json, spoiled_yaml
 
-EXAMPLES = 10
+EXAMPLES = 3
 
 
 @pytest.fixture(scope="module")
@@ -65,13 +64,6 @@ def run_away(_home, _choose):
         pass
 
 
-def swallow(_home, _choose):
-    try:
-        run_away(_home, _choose)
-    except Exception:
-        return
-
-
 def open_a_pickle(home, _choose):
     import pickle
 
@@ -87,11 +79,8 @@ def grow(_home, _choose):
     [
         (lambda home, _choose: 1 / 0, "traceback: ZeroDivisionError: division by zero"),
         (run_away, "hang: "),
-        (swallow, "hang: "),
         (grow, "memory: "),
-        (lambda home, _choose: bytearray(2**33), "traceback: MemoryError"),
         (lambda home, _choose: (home / "prose.txt").write_text("x"), "touched ['prose.txt']"),
-        (lambda home, _choose: (home / "new").mkdir(), "touched ['new']"),
         (lambda home, _choose: (home.parent / "beside").write_text("x"), "did "),
         (open_a_pickle, 'did ["pickle.find_class'),
     ],
@@ -105,43 +94,16 @@ def test_the_harness_finds(what, fault, fuzzer, home):
     assert snapshot(home) == before
 
 
-@pytest.mark.parametrize(
-    ("message", "fault"),
-    [("x", None), ("\x1b[31m", None), ("", "no message"), ("y" * 10**6, None)],
-)
-def test_a_refusal_is_no_fault(message, fault, fuzzer):
-    def refuse(_home, _choose):
-        if message:
-            raise CheckpointError(message)
-        raise typer.Exit(1)
-
-    verdict = fuzzer.judge(doing(refuse), b"spoiled", Random(0))
-    assert verdict.code == 1
-    assert (verdict.fault or "").startswith(fault or "")
-    assert (verdict.fault is None) is (fault is None)
-
-
-@pytest.mark.parametrize("spoil", [spoiled_json, spoiled_yaml])
-def test_spoiling_comes_from_the_choices_alone(spoil):
-    data = b'{"a": [1, 2.5, "x"], "b": {"c": null}}'
-    some = [spoil(data, Random(seed)) for seed in range(60)]
-    assert some == [spoil(data, Random(seed)) for seed in range(60)]
-    assert len(set(some)) > 30
-
-
 # What reads the words of strangers.
 
 
-@pytest.mark.parametrize("text", ["", "{", "[" * 10**5, "9" * 5000, '"\\ud800"', '{"a": "\\udc00x"}', "\ufeff{}"])
-def test_json_that_cannot_be_used_is_one_kind_of_error(text):
-    with pytest.raises(ValueError, match=r"."):
-        parse_json(text)
-
-
-@pytest.mark.parametrize("text", ["[" * DEEP, "- " * DEEP, "!!python/object:os.system x", "a: *b", "!!bool 3"])
-def test_yaml_that_cannot_be_used_is_one_kind_of_error(text):
-    with pytest.raises(ValueError, match=r"."):
-        parse_yaml(text)
+def test_what_cannot_be_used_is_one_kind_of_error():
+    for text in ("", "{", "[" * 10**5, "9" * 5000, '"\\ud800"', '{"a": "\\udc00x"}', "\ufeff{}"):
+        with pytest.raises(ValueError, match=r"."):
+            parse_json(text)
+    for text in ("[" * DEEP, "- " * DEEP, "!!python/object:os.system x", "a: *b", "!!bool 3"):
+        with pytest.raises(ValueError, match=r"."):
+            parse_yaml(text)
 
 
 def test_yaml_is_as_deep_as_is_said():

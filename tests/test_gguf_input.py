@@ -37,8 +37,6 @@ LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "origi
 # By name: model_type, changes of its tiny config, and what its header says besides.
 MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "llama": ("llama", PLAIN, {}),
-    "llama with biases": ("llama", {}, {}),
-    "llama, tied, wide heads": ("llama", PLAIN | {"tie_word_embeddings": True, "head_dim": 12}, {}),
     "llama, linear": (
         "llama",
         PLAIN | {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}},
@@ -48,7 +46,6 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "mistral": ("mistral", {"sliding_window": None}, {}),
     "qwen2": ("qwen2", {}, {}),
     "qwen3": ("qwen3", {}, {}),
-    "gemma": ("gemma", {}, {}),
     "gemma2": (
         "gemma2",
         {},
@@ -224,10 +221,8 @@ def test_a_model_is_its_original(tmp_path, name):
     assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (0, 1, 2)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma", "phi3"])
-def test_the_tokenizer_is_the_files(tmp_path, name):
-    model_type, changes, said = MODELS[name]
-    file = write_tiny(tmp_path / "small.gguf", tiny_model(model_type, dtype=torch.float32, **changes), said=said)
+def test_the_tokenizer_is_the_files(tmp_path):
+    file = write_tiny(tmp_path / "small.gguf", tiny_model("llama", dtype=torch.float32, **PLAIN))
     folder = find_model(str(file)).whole_folder()
     tokenizer, direct, original = load_tokenizer(folder), gguf_opening.load_gguf_tokenizer(file), tiny_tokenizer()
     for text in ("a b  c", "It's 2024,\n\tno?", "</s>x", "\u00e9\u4e2d"):
@@ -246,7 +241,7 @@ def test_a_tokenizer_that_was_exported_is_read_again(tmp_path, name):
         assert ours(text)["input_ids"] == theirs(text)["input_ids"], text
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "gemma", "gemma2", "phi3"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "phi3"])
 def test_pieces_are_merged_as_transformers_does(tmp_path, name):
     """Whatever class the folder's config stands for: the files made from a header say what is read from it."""
     model_type, changes, said = MODELS[name]
@@ -267,7 +262,7 @@ def test_digits_of_smollm_stand_alone(tmp_path):
     assert [piece for piece, _ in cut] == ["in", "\u0120", "2", "0", "2", "4"]
 
 
-@pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])
+@pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_1", "Q5_0"])
 def test_types_of_weights(tmp_path, kind):
     """What is quantized is read in float32, as gguf dequantizes it, the rows of queries in their places."""
     model = tiny_model("llama", dtype=torch.float32, **PLAIN | {"intermediate_size": 64})
@@ -283,9 +278,7 @@ def test_types_of_weights(tmp_path, kind):
     assert load_config(weights.folder).dtype == (torch.bfloat16 if kind == "BF16" else torch.float16)
 
 
-@pytest.mark.parametrize(
-    "kind", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "IQ2_XXS", "IQ3_S", "TQ1_0"]
-)
+@pytest.mark.parametrize("kind", ["Q6_K", "IQ2_XXS", "TQ1_0"])
 def test_types_that_gguf_only_reads(kind):
     number = gguf.GGMLQuantizationType[kind]
     size = gguf.GGML_QUANT_SIZES[number][1]
@@ -383,10 +376,8 @@ SHORT = ["--calib", "text.txt", "--samples", 8, "--seq-len", 32, "--dtype", "flo
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("llama", ["slice", "--ratio", "0.25"]),
         ("qwen2", ["slice", "--method", "slicegpt", "--ratio", "0.25"]),
         ("llama", ["quantize", "--bits", "4", "--group", "32"]),
-        ("llama", ["lord", "--rank-frac", "0.5"]),
     ],
 )
 def test_a_run_is_that_of_the_folder(place, tmp_path, name, words):
@@ -428,15 +419,6 @@ def test_a_plan_reads_no_weight(place, tmp_path, monkeypatch):
     words = ["slice", "--ratio", 0.25, "--calib", "text.txt", "--dtype", "float16", "--dry-run", "--json"]
     plans = [succeeds(*words, "--model", kind).json for kind in ("llama.gguf", "llama")]
     assert plans[0]["size"] == plans[1]["size"]
-
-
-@pytest.mark.slow
-def test_a_file_is_measured_and_compared(place, tmp_path):
-    words = ["--ppl", "text.txt", "--seq-len", 32, "--limit", 4, "--json"]
-    both = succeeds("eval", "--compare", "llama", "llama.Q4_1.gguf", *words, "--kl", "llama.gguf").json["models"]
-    assert both[0]["perplexity"][0]["ppl"] == both[1]["perplexity"][0]["ppl"]
-    assert [each["divergence"][0]["kl"] for each in both] == [0, 0]
-    assert both[1]["bytes"] == Path("llama.Q4_1.gguf").stat().st_size
 
 
 @pytest.mark.slow
@@ -524,15 +506,10 @@ def tensor_number(name: bytes, skip: int, code: str, value: int) -> Callable[[by
 
 
 DAMAGES: dict[str, tuple[Callable[[bytes], bytes], type[CompressError], str]] = {
-    "empty": (lambda _: b"", CheckpointError, "does not begin with GGUF"),
     "no GGUF": (replaced(b"GGUF", b"GGML"), CheckpointError, "does not begin with GGUF"),
     "version 1": (lambda data: data[:4] + struct.pack("<I", 1) + data[8:], CheckpointError, "its version is 1"),
-    "other byte order": (lambda data: data[:4] + struct.pack(">I", 3) + data[8:], CheckpointError, "its version is"),
-    "the magic alone": (lambda data: data[:4], CheckpointError, "its header claims 24 bytes"),
     "half a header": (lambda data: data[:2000], CheckpointError, "its header claims"),
-    "no last byte": (lambda data: data[:-40], CheckpointError, "is cut short: "),
     "many fields": (lambda data: data[:16] + struct.pack("<Q", 2**62) + data[24:], CheckpointError, "is no GGUF file"),
-    "many tensors": (lambda data: data[:8] + struct.pack("<Q", 2**62) + data[16:], CheckpointError, "is no GGUF file"),
     "a long text": (replaced(struct.pack("<Q", 20), struct.pack("<Q", 2**62)), CheckpointError, "its header claims"),
     "another architecture": (replaced(b"llama", b"llamb"), UnsupportedModel, "of the architecture 'llamb'"),
     "many blocks": (
@@ -543,40 +520,19 @@ DAMAGES: dict[str, tuple[Callable[[bytes], bytes], type[CompressError], str]] = 
     "no heads": (number_after(b"head_count", "I", 0), CheckpointError, "num_attention_heads is 0"),
     "other heads": (number_after(b"head_count_kv", "I", 4), CheckpointError, "'blk.0.attn_k.weight' of [16, 32]"),
     "more blocks": (number_after(b"llama.block_count", "I", 3), CheckpointError, "it has 2 blocks and says 3"),
-    "fewer blocks": (number_after(b"llama.block_count", "I", 1), CheckpointError, "it has 2 blocks and says 1"),
     "other widths": (number_after(b"forward_length", "I", 63), CheckpointError, "its header says [63, 32]"),
-    "part of a head": (number_after(b"value_length", "I", 4), UnsupportedModel, "values of another size than keys"),
     "an unknown key": (replaced(b"context_length", b"context_lengts"), UnsupportedModel, "says context_lengts = 64"),
-    "no epsilon": (
-        replaced(b"llama.attention.lay", b"lbama.attention.lay"),
-        CheckpointError,
-        "it does not say attention.layer_norm_rms_epsilon",
-    ),
     "an unknown type": (tensor_number(b"output.weight", 20, "I", 77), UnsupportedModel, "in the type 77"),
-    "a type without numbers": (tensor_number(b"output.weight", 20, "I", 24), UnsupportedModel, "in the type I8"),
-    "a wider type": (tensor_number(b"token_embd.weight", 20, "I", 28), UnsupportedModel, "in the type F64"),
     "no block fits": (tensor_number(b"output.weight", 20, "I", 12), CheckpointError, "no multiple of Q4_K's 256"),
     "far away": (tensor_number(b"output.weight", 24, "Q", 2**60), CheckpointError, "is cut short: 'output.weight'"),
-    "many dimensions": (tensor_number(b"output.weight", 0, "I", 2**31), CheckpointError, "has 2147483648 dimensions"),
-    "huge dimensions": (tensor_number(b"output.weight", 12, "Q", 2**60), CheckpointError, "is cut short: "),
     "no dimension": (tensor_number(b"output.weight", 12, "Q", 0), CheckpointError, "'output.weight' has no numbers"),
     "another shape": (tensor_number(b"output.weight", 12, "Q", 258), CheckpointError, "'output.weight' of [258, 32]"),
-    "twice the same": (
-        replaced(b"blk.1.attn_q.weight", b"blk.1.attn_k.weight"),
-        CheckpointError,
-        "'blk.1.attn_k.weight' tw",
-    ),
     "a renamed tensor": (
         replaced(b"blk.1.attn_q.weight", b"blk.1.attn_x.weight"),
         CheckpointError,
         "lacks 'blk.1.attn_q",
     ),
     "another way to cut": (replaced(b"gpt-2", b"cut-9"), UnsupportedModel, "('cut-9') that transformers does not read"),
-    "another tokenizer": (
-        replaced(b"\x04\0\0\0\0\0\0\0gpt2", b"\x04\0\0\0\0\0\0\0rwkv"),
-        UnsupportedModel,
-        "tokenizer of",
-    ),
 }
 
 
@@ -599,11 +555,6 @@ def test_damaged_files(place, tmp_path, kind):
 BEYOND: dict[str, tuple[dict[str, Any], dict[str, torch.Tensor], str]] = {
     "yarn": ({"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}, {}, r"scaled in a way .* \(yarn\)"),
     "other factors": ({}, {"rope_freqs.weight": torch.tensor([1.0, 1, 2, 3])}, r"\(rope_freqs.weight\)"),
-    "long factors": (
-        {},
-        {"rope_factors_long.weight": torch.ones(4)},
-        "has 'rope_factors_long.weight', which has no place",
-    ),
     "experts": ({"expert_count": 8}, {}, "has experts"),
     "a window": ({"attention.sliding_window": 16}, {}, "says attention.sliding_window = 16"),
     "one of three": ({"split.count": 3}, {}, "is one of 3 parts"),

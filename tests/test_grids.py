@@ -12,7 +12,7 @@ FLOATING = QuantType(8, floating=True)
 # How many neighboring inputs share a step, how many rows have one of their own. The last group of 8 is ragged.
 SHARINGS = {"tensor": (N, 1), "channel": (N, M), "groups of 8": (8, M), "groups of 11": (11, M)}
 EVERY_SHARING = pytest.mark.parametrize("granularity", SHARINGS)
-EVERY_WIDTH = pytest.mark.parametrize("bits", range(2, 9))
+EVERY_WIDTH = pytest.mark.parametrize("bits", [2, 3, 8])
 EVERY_KIND = pytest.mark.parametrize("kind", ["symmetric", "zero points", "finer", "float8", "finer float8"])
 
 
@@ -112,19 +112,3 @@ def test_codes_and_values_go_round(kind, granularity):
     assert torch.equal(values, made.nearest(W))
     assert torch.equal(made.codes(values).double(), codes.double())
     assert torch.equal(made.nearest(values), values)
-
-
-@EVERY_SHARING
-@EVERY_KIND
-def test_in_another_dtype_it_is_the_same_grid(kind, granularity):
-    made = grid(kind, granularity)
-    W, single = weights(made), made.to(torch.float32)
-    assert (single.quant_type, single.group) == (made.quant_type, made.group)
-    assert single.step.dtype == torch.float32
-    assert (single.zero is None) == (made.zero is None)
-    assert (single.finer is None) == (made.finer is None)
-    assert torch.equal(single.codes(W.float()).double(), made.codes(W).double())
-    values = single.nearest(W.float())
-    assert values.dtype == torch.float32
-    assert (values.double() - made.nearest(W)).abs().max() < 1e-6 * made.nearest(W).abs().max()
-    assert torch.equal(single.to(torch.float64).codes(W).double(), made.codes(W).double())

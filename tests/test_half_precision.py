@@ -24,10 +24,7 @@ LITTLE, PLENTY = 1000, 2**33
 TEXT = ["--calib", "text.txt", "--samples", 8, "--seq-len", 32]
 COMMANDS: dict[str, list[object]] = {
     "sliced": ["slice", "--keep-params", 0.8, "--set", "budget.trial_samples=8"],
-    "turned": ["slice", "--method", "slicegpt", "--ratio", 0.25, "--measure-error"],
-    "thin": ["lord", "--rank-frac", 0.5],
     "packed": ["slim", "--fast", "--group", 16, "--adapter-rank", 4],
-    "pruned": ["slim", "--fast", "--bits", "none", "--adapter-rank", 4],
     "compact": ["slim", "--fast", "--group", 16, "--adapter-rank", 4, "--compact"],
 }
 

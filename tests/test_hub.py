@@ -8,7 +8,7 @@ import pytest
 
 from compress.errors import Unavailable, UsageError
 from compress.models import hub
-from compress.models.hub import ALIASES, DEMO, find_model
+from compress.models.hub import ALIASES, find_model
 
 
 @pytest.fixture(autouse=True)
@@ -41,22 +41,11 @@ def test_a_folder(folder):
     assert source.config_folder() == source.whole_folder() == folder
 
 
-@pytest.mark.parametrize("typed", ["models/mine", "./models/mine", "models/mine/", "models/../models/mine"])
-def test_a_relative_folder_is_named_by_its_last_part(folder, typed):
-    assert find_model(typed).name == "mine"
-
-
 def test_a_folder_goes_before_an_alias_and_a_hub_id(tmp_path):
     for name in ("opt-125m", "facebook/opt-125m"):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "config.json").write_text("{}")
         assert find_model(name).repository is None
-
-
-def test_demo():
-    source = find_model(DEMO)
-    assert source.is_demo
-    assert source.folder.parent.name == "assets"
 
 
 @pytest.mark.parametrize("alias", ["opt-125m", "llama-2-7b", "qwen2.5-0.5b", "phi-2"])

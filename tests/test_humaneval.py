@@ -64,9 +64,7 @@ def test_a_program_whose_last_line_runs_passes():
         "",
         "def f(x):\n    return x + 1\nassert f(1) == 2",
         "import math, re, typing, collections, itertools, hashlib, heapq",
-        "print('x' * 10**6)",
         "import sys; sys.stderr.write('x' * 10**6)",
-        "open('mine', 'w').write('x')",
         "import os\nos.makedirs('a/b')\nopen('a/b/c', 'w').close()\nos.chmod('a/b', 0)",
         "import atexit, os\natexit.register(os._exit, 3)",
     ]
@@ -76,13 +74,9 @@ def test_a_program_whose_last_line_runs_passes():
 FAILURES = {
     "assert 1 == 2, 'not so'": "AssertionError: not so",
     "def f(:": "SyntaxError: invalid syntax (program.py, line 1)",
-    "x": "NameError: name 'x' is not defined",
     "raise ValueError('a' * 10**6)": "ValueError: " + "a" * 188,
-    "raise ValueError('a\\nb é')": "ValueError: a b é",
     "def f(): return f()\nf()": "RecursionError: maximum recursion depth exceeded",
-    "raise KeyboardInterrupt": "KeyboardInterrupt",
     "class E(Exception):\n  def __str__(self): raise E\nraise E": "ended before its last line",
-    "input()": "EOFError: EOF when reading a line",
     # What ends early has not passed, whatever it says.
     "import sys\nsys.exit(0)": "SystemExit: 0",
     "import os\nos._exit(0)": "ended before its last line",
@@ -186,15 +180,6 @@ def test_a_system_on_which_nothing_runs(monkeypatch):
 
 
 @on_posix
-def test_answers_come_in_order_and_are_counted():
-    programs = [f"assert {number} % 3" for number in range(12)]
-    done: list[int] = []
-    found = run_programs(programs, seconds=PATIENT, on_done=done.append)
-    assert [each == PASSED for each in found] == [bool(number % 3) for number in range(12)]
-    assert sum(done) == 12
-
-
-@on_posix
 def test_an_interrupt_runs_no_more_programs():
     def interrupt(_count: int) -> None:
         raise KeyboardInterrupt
@@ -258,13 +243,6 @@ def test_damaged_problems_are_named(tmp_path, content, reason):
     write_problems(tmp_path, content)
     with pytest.raises(Unavailable, match=f"HumanEval.jsonl{reason}.* Replace the file"):
         load_problems(tmp_path)
-
-
-def test_problems_out_of_reach(monkeypatch, tmp_path):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
-    with pytest.raises(Unavailable, match=r"humaneval/HumanEval\.jsonl\.gz or .* under --data-dir"):
-        load_problems(None)
 
 
 # pass@k.

@@ -104,13 +104,6 @@ def test_imports_point_down():
     assert wrong == []
 
 
-def test_the_package_itself_imports_its_version_and_what_load_calls():
-    assert {imported for importer, imported in OWN if importer == "compress"} == {
-        "compress.version",
-        "compress.models.stored_loading",
-    }
-
-
 @pytest.mark.parametrize("part", PLUGINS)
 def test_plugins_do_not_know_each_other(part):
     """Files of a folder may share its package and what begins with an underscore. A plugin may be a folder itself."""

@@ -82,33 +82,16 @@ def rename_a_tensor(folder: Path) -> None:
     set_checksum(folder, SECOND)
 
 
-def claim_size(file: Path) -> None:
-    file.write_bytes(struct.pack("<Q", 2**60) + file.read_bytes()[8:])
-
-
-def put_a_folder(place: Path) -> None:
-    place.unlink()
-    place.mkdir()
-
-
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a missing part": (lambda out: (out / SECOND).unlink(), f"{SECOND} is missing."),
     "a flipped byte": (lambda out: flip(out / SECOND, -5), f"{SECOND} has other bytes than were written"),
-    "a flipped byte of the header": (lambda out: flip(out / FIRST, 30), FIRST),
     "a truncated part": (lambda out: cut(out / FIRST, 0.6), f"{FIRST} is damaged"),
-    "an empty part": (lambda out: cut(out / FIRST, 0), f"{FIRST} is damaged"),
-    "a header larger than the file": (lambda out: claim_size(out / FIRST), f"{FIRST} is damaged"),
-    "a folder for a part": (lambda out: put_a_folder(out / FIRST), f"{FIRST} is missing."),
     "a part too many": (lambda out: shutil.copy(out / FIRST, out / "more.safetensors"), "more.safetensors is no part"),
     "a shape that lies": (lambda out: transpose_a_shape(out / SECOND), "has the shape"),
     "a tensor by another name": (rename_a_tensor, f"{INDEX} says"),
     "an index that names another file": (
         lambda out: change(out / INDEX, lambda index: index["weight_map"].update(x="other.safetensors")),
         f"other.safetensors is in {INDEX} and not in compress.json",
-    ),
-    "an index that leaves the folder": (
-        lambda out: change(out / INDEX, lambda index: index["weight_map"].update(x="../x.safetensors")),
-        "an index may only name .safetensors files of its own folder",
     ),
     "an index that puts a tensor elsewhere": (
         lambda out: change(out / INDEX, lambda index: index["weight_map"].update({"lm_head.weight": FIRST})),
@@ -122,7 +105,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda out: change(out / INDEX, lambda index: index["metadata"].update(total_size=7)),
         "says total_size 7, but it is",
     ),
-    "an index that is none": (lambda out: (out / INDEX).write_text("[]"), f"{INDEX} is damaged"),
+    "no config": (lambda out: (out / "config.json").unlink(), "config.json is missing"),
     "no index": (lambda out: (out / INDEX).unlink(), f"{INDEX} is missing"),
     "compress.json with another size": (
         lambda out: change(out / "compress.json", lambda facts: facts["size"].update(bytes=1)),
@@ -132,10 +115,6 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda out: change(out / "compress.json", lambda facts: facts["parts"].update({"../../x": "0"})),
         "compress.json names '../../x', which is no part in this folder",
     ),
-    "compress.json with an absolute path": (
-        lambda out: change(out / "compress.json", lambda facts: facts["parts"].update({"/etc/passwd": "0"})),
-        "compress.json names '/etc/passwd', which is no part in this folder",
-    ),
     "compress.json without its points": (
         lambda out: change(out / "compress.json", lambda facts: facts.pop("points")),
         "compress.json is damaged: 'points': field required",
@@ -144,31 +123,13 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda out: (out / "compress.json").write_text("no json"),
         "compress.json is damaged: it cannot be read as JSON",
     ),
-    "compress.json too deep": (
-        lambda out: (out / "compress.json").write_text("[" * 200_000),
-        "compress.json is damaged: it cannot be read as JSON",
-    ),
-    "compress.json of bytes": (lambda out: (out / "compress.json").write_bytes(b"\xff\x00\xfe"), "compress.json is"),
-    "compress.json a folder": (
-        lambda out: put_a_folder(out / "compress.json"),
-        "compress.json is missing",
-    ),
-    "no config": (lambda out: (out / "config.json").unlink(), "config.json is missing"),
     "another architecture": (
         lambda out: change(out / "config.json", lambda config: config.update(architectures=["OPTForCausalLM"])),
         "says ['OPTForCausalLM'], compress.json 'LlamaForCausalLM'",
     ),
-    "another width": (
-        lambda out: change(out / "config.json", lambda config: config.update(intermediate_size=64)),
-        "has the shape",
-    ),
     "no quantization": (
         lambda out: change(out / "config.json", lambda config: config.pop("quantization_config")),
         "has no quantization_config",
-    ),
-    "blocks without end": (
-        lambda out: change(out / "config.json", lambda config: config.update(num_hidden_layers=10**9)),
-        "makes no model: num_hidden_layers is 1000000000",
     ),
     "more blocks than there are": (
         lambda out: change(out / "config.json", lambda config: config.update(num_hidden_layers=500)),
@@ -176,7 +137,6 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "no adapter": (lambda out: shutil.rmtree(out / "adapter"), "adapter_config.json is missing"),
     "no weights of the adapter": (lambda out: (out / ADAPTER).unlink(), "adapter_model.safetensors is missing"),
-    "half an adapter": (lambda out: cut(out / ADAPTER, 0.5), "adapter_model.safetensors is damaged"),
     "another adapter's config": (
         lambda out: change(out / "adapter" / "adapter_config.json", lambda config: config.update(lora_alpha=99)),
         "is not the adapter's in compress.json",
@@ -215,24 +175,12 @@ def test_an_adapter_whose_checksum_is_recorded_is_verified_by_it(copy):
     assert any("adapter_model.safetensors has other bytes" in fault for fault in ran.faults)
 
 
-def test_fast_does_not_see_a_flipped_byte(copy):
-    flip(copy / SECOND, -5)
-    assert inspected(copy, "--fast").code == 0
-
-
 def test_carried_code_must_be_there(root, tmp_path):
     shutil.copytree(root / "thin", tmp_path / "thin")
     (tmp_path / "thin" / "modeling_compress.py").unlink()
     ran = inspected(tmp_path / "thin")
     assert ran.code == 1
     assert "names the module 'modeling_compress', which is not there" in ran.err
-
-
-def test_a_module_is_not_sought_elsewhere(root, tmp_path):
-    shutil.copytree(root / "thin", tmp_path / "thin")
-    (tmp_path / "evil.py").write_text("raise SystemExit")
-    change(tmp_path / "thin" / "config.json", lambda config: config["auto_map"].update(AutoModel="../evil.X"))
-    assert inspected(tmp_path / "thin").code == 1
 
 
 # What is no checkpoint, and what is not yet one.
@@ -252,16 +200,6 @@ def test_what_is_no_checkpoint(make, expected, tmp_path):
     assert ran.code == 2
     assert expected in ran.faults[0]
     assert len(ran.faults) == 1
-
-
-def test_a_foreign_folder_without_weights_or_with_pickles(tmp_path):
-    (tmp_path / "it").mkdir()
-    (tmp_path / "it" / "config.json").write_text("{}")
-    assert "has no weights" in inspected(tmp_path / "it").faults[0]
-    (tmp_path / "it" / "pytorch_model.bin").write_bytes(b"x")
-    ran = inspected(tmp_path / "it")
-    assert "only as a pickle" in ran.faults[0]
-    assert ran.code == 1
 
 
 def test_a_foreign_folder_that_is_damaged(root, tmp_path):
@@ -298,12 +236,3 @@ def test_a_run_that_lacks_its_name_says_so(copy):
 
 def write_run(partial: Path, run: Any) -> None:
     (partial / "run.json").write_text(json.dumps({"run": run, "checksum": checksum(run)}))
-
-
-@pytest.mark.parametrize("run", [3, {}, {"identity": {}}, {"identity": {}, "parts": [{"weights": {"file": 3}}]}])
-def test_any_run_folder_is_a_sentence(run, tmp_path):
-    (tmp_path / "it.partial").mkdir()
-    write_run(tmp_path / "it.partial", run)
-    ran = inspected(tmp_path / "it")
-    assert ran.code == 2
-    assert "is an unfinished run: no part is written yet" in ran.faults[0]

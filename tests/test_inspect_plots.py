@@ -13,18 +13,16 @@ from cli_runner import invoke, succeeds
 from compress.checkpoints.quality import Measure
 from compress.inspection import plots
 from compress.inspection.checkpoint import Inspection, inspect
-from compress.inspection.drawing import shortened, style
+from compress.inspection.drawing import style
 from compress.inspection.plots import (
     Mark,
     bytes_by_kind,
-    draw,
     frontier,
     losses,
     plot_energy,
     plot_errors,
     plot_ranks,
     plot_sizes,
-    plot_spectra,
 )
 from outputs import write_outputs
 from test_inspect import write_quality
@@ -71,30 +69,6 @@ def test_only_what_there_is_to_draw_is_drawn(kind, root, tmp_path, monkeypatch):
     monkeypatch.setattr(plots, "save", lambda drawings, _folder: names.extend(each.name for each in drawings))
     plots.plot_inspection(seen(root / kind), tmp_path)
     assert set(names) == PLOTS.get(kind, {"sizes"})
-
-
-@pytest.mark.parametrize(("kind", "curves"), [("sliced", 1), ("turned", 7)])
-def test_a_spectrum_is_of_every_basis_and_cut_at_its_width(kind, curves, root):
-    """What lies before the cut is the energy that is said to be kept."""
-    looked = seen(root / kind)
-    assert looked.metadata is not None
-    points = [point for point in looked.metadata.points if point.spectrum]
-    assert len(points) == curves
-    with style():
-        (drawing,) = plot_spectra(looked)
-    drawn_curves = drawing.figure.axes[0].lines[:curves]
-    for point, line in zip(points, drawn_curves, strict=True):
-        shares = line.get_ydata() / 100
-        assert sum(shares) == pytest.approx(1, abs=1e-3)
-        assert sum(shares[: point.width]) == pytest.approx(point.kept_energy, abs=1e-3)
-
-
-def test_the_same_checkpoint_gives_the_same_bytes(root, tmp_path):
-    files = []
-    for name in ("first", "second"):
-        with style():
-            files += plots.save(plot_ranks(seen(root / "thin")), tmp_path / name)
-    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def test_plots_show_the_numbers(root):
@@ -183,17 +157,6 @@ def test_the_frontier_is_of_those_that_none_beats():
     assert [each.name for each in frontier(accuracies)] == ["a", "c"]
 
 
-def test_every_checkpoint_is_in_the_legend_with_a_look_of_its_own():
-    marks = [mark(f"some-model-kp0.{number}", 10**9 + number, 10 + number % 5) for number in range(12)]
-    with style():
-        plot = draw("m", marks).figure.axes[0]
-        legend = plot.get_legend()
-    assert legend is not None
-    names = [text.get_text() for text in legend.get_texts()]
-    assert names == ["none smaller is as good", *(each.name for each in marks)]
-    assert len({(line.get_color(), line.get_marker()) for line, *_ in plot.containers}) == len(marks)
-
-
 # What cannot be.
 
 
@@ -212,10 +175,3 @@ def test_a_file_is_no_folder_for_plots(root, tmp_path):
     ran = invoke("inspect", root / "sliced", "--fast", "--plot", tmp_path / "plots" / "below")
     assert ran.code == 1
     assert "cannot be written" in ran.faults[0]
-
-
-def test_names_are_shortened_in_their_midst():
-    assert shortened("abcdefgh", 8) == "abcdefgh"
-    assert len(shortened("abcdefghi", 8)) <= 8
-    assert shortened("abcdefghi", 8).startswith("abc")
-    assert shortened("abcdefghi", 8).endswith("ghi")

@@ -15,7 +15,7 @@ import torch
 from compress import io
 from compress.child_process import run_in_child
 from compress.errors import OutputError
-from compress.io import WrittenFile, atomic_write, exclusive, fsync, fsync_tree, write_tensors
+from compress.io import WrittenFile, atomic_write, exclusive, fsync, write_tensors
 
 
 @pytest.fixture
@@ -80,15 +80,6 @@ def test_what_cannot_be_written_is_not_there(tmp_path, monkeypatch, step):
         write_tensors(file, {"weight": torch.ones(3)})
     assert list(tmp_path.iterdir()) == [file]
     assert file.read_bytes() == before
-
-
-def test_all_below_a_folder_is_flushed(tmp_path, monkeypatch):
-    told = []
-    (tmp_path / "sub").mkdir()
-    (tmp_path / "sub" / "file").write_text("x")
-    monkeypatch.setattr(io, "fsync", told.append)
-    fsync_tree(tmp_path)
-    assert told == [tmp_path / "sub", tmp_path / "sub" / "file", tmp_path]
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.EIO])

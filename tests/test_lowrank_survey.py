@@ -179,32 +179,3 @@ def test_what_the_loss_feels(model_type, weight, models, tmp_path):
         C = plain.spread(path, centered=linear.bias is not None)
         expected = torch.linalg.eigvals(M @ C).real.sort(descending=True).values[: rank_of(linear)]
         assert_close(spectrum.felt, expected, 1e-7)
-
-
-@pytest.mark.parametrize("model_type", ["codegen"])
-def test_neither_batches_nor_memory_change_what_is_found(model_type, models, tmp_path):
-    _, folder = models(model_type, num_hidden_layers=3)
-    watch = Factorize(gradient_weight=0.5).requires.watch
-    found = []
-    for number, options in enumerate([{}, {"batch_size": 5}, {"memory": 0}]):
-        (tmp_path / str(number)).mkdir()
-        found.append(surveyed(folder, watch, tmp_path / str(number), gradient=True, **options))
-    first, *others = found
-    for other in others:
-        assert other.spectra.keys() == first.spectra.keys()
-        for path, spectrum in other.spectra.items():
-            assert_close(spectrum.energy, first.spectra[path].energy, 1e-10)
-            assert_close(spectrum.felt, first.spectra[path].felt, 1e-10)
-
-
-def test_it_comes_back_from_its_tensors(models, tmp_path):
-    _, folder = models("opt")
-    found = surveyed(folder, Factorize(gradient_weight=0.5).requires.watch, tmp_path, gradient=True)
-    again = Survey.of(found.tensors(), found.gradients)
-    assert torch.equal(again.moment, found.moment)
-    assert torch.equal(again.gradient, found.gradient)
-    assert again.spectra.keys() == found.spectra.keys()
-    for path, spectrum in again.spectra.items():
-        assert torch.equal(spectrum.energy, found.spectra[path].energy)
-        felt = found.spectra[path].felt
-        assert torch.equal(spectrum.felt, felt)

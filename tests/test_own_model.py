@@ -1,6 +1,5 @@
 """Our own class beside the stock one: what it is without any part, its names, and the formats that are refused."""
 
-import copy
 import json
 from dataclasses import replace
 from typing import Any
@@ -70,15 +69,6 @@ def test_parameters_keep_the_stock_names():
     assert {name for name in sliced - stock if "_shortcut" not in name} == set()
 
 
-def test_a_part_that_is_not_there_is_empty_in_the_config():
-    config = tiny.tiny_config("llama")
-    own = as_own(Stock(config, families.find(config)))
-    written = ModelSpec.dense(own, torch.float16).config().to_diff_dict()
-    assert (written["slicing"], written["factors"], written["storage"]) == (None, {}, {})
-    assert written["model_type"] == "compress"
-    assert written["text_config"]["model_type"] == "llama"
-
-
 @pytest.mark.parametrize("kind", ["sliced", "lowrank", "compact_lowrank_sliced"])
 def test_a_checkpoint_of_the_first_format_is_to_be_made_again(kind, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": f"compress_{kind}", "text_config": {}}))
@@ -99,8 +89,3 @@ def test_what_a_checkpoint_says_of_itself_is_of_one_format(facts, said, tmp_path
     (tmp_path / "compress.json").write_text(json.dumps(facts))
     with pytest.raises(CheckpointError, match=said):
         read_metadata(tmp_path)
-
-
-def test_the_config_survives_a_copy():
-    config = without_parts(tiny.tiny_model("phi")).config
-    assert copy.deepcopy(config).to_dict() == config.to_dict()

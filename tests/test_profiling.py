@@ -44,20 +44,6 @@ def test_functions_by_their_own_seconds(capsys):
     assert any("'matmul' of 'torch._C.TensorBase'" in name for name in found)
 
 
-def test_nothing_is_said_unasked(capsys):
-    with profiled(False):
-        outer()
-    assert capsys.readouterr().err == ""
-
-
-def test_of_several_processes_the_first_is_looked_at(capsys, monkeypatch):
-    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):
-        monkeypatch.setenv(name, value)
-    with profiled(True):
-        outer()
-    assert capsys.readouterr().err == ""
-
-
 def test_kinds_of_work_add_up(capsys):
     show_seconds({"survey": 2.0, "solve": 5.0, "total": 10.0})
     said = capsys.readouterr()

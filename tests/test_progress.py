@@ -39,24 +39,9 @@ def reported(*calls: tuple[str, *tuple[object, ...]], total: int, done: int = 0)
 # Steps.
 
 
-def test_next_counts_the_step_before():
-    told = reported(("next", "a"), ("next", "b"), ("end",), total=2)
-    assert told == [("phase", "a", 0, 2), ("phase", "b", 1, 2), ("phase", "", 2, 2)]
-
-
 def test_a_run_that_goes_on_counts_from_where_it_was():
     told = reported(("next", "c"), ("next", "d"), total=4, done=2)
     assert told == [("phase", "c", 2, 4), ("phase", "d", 3, 4)]
-
-
-def test_a_share_of_a_step_counts_until_it_is_done():
-    told = reported(("begin", "x", 0.25), ("begin", "y", 0.75), ("advance",), ("begin", "x"), total=3)
-    assert [done for _, _, done, _ in told] == [0.25, 0.75, 1, 1]
-
-
-def test_several_are_done_at_a_time():
-    told = reported(("begin", "text"), ("advance", 8), ("advance", 8), total=20)
-    assert told[-1] == ("phase", "text", 16, 20)
 
 
 # Rates and times.
@@ -71,29 +56,11 @@ def phase_of(*marks: tuple[float, float], total: int = 10) -> Phase:
     return phase
 
 
-def test_no_rate_before_a_step_is_done():
-    phase = phase_of((0, 0), (5, 0))
-    assert phase.seconds_per_step() is None
-    assert phase.seconds_left(100) is None
-
-
-def test_the_first_step_alone_gives_a_rate():
-    phase = phase_of((0, 0), (5, 1))
-    assert phase.seconds_per_step() == 5
-    assert phase.seconds_left(5) == 45
-
-
 def test_the_first_step_does_not_count_where_there_are_more():
     """The embeddings take no time to speak of, a block takes 40 seconds."""
     phase = phase_of((0, 0), (0.1, 1), (40.1, 2), (80.1, 3))
     assert phase.seconds_per_step() == 40
     assert phase.seconds_left(80.1) == 7 * 40
-
-
-def test_what_an_earlier_run_did_does_not_count():
-    phase = phase_of((0, 7), (3, 8), (13, 9))
-    assert phase.seconds_per_step() == 10
-    assert phase.seconds_left(13) == 10
 
 
 def test_time_runs_on_within_a_step_and_stands_where_it_is_overdue():
@@ -102,10 +69,6 @@ def test_time_runs_on_within_a_step_and_stands_where_it_is_overdue():
     assert phase.seconds_left(70) == 290
     assert phase.seconds_left(80) == 280
     assert phase.seconds_left(500) == 280
-
-
-def test_without_a_total_there_is_no_time_left():
-    assert phase_of((0, 0), (5, 1), (10, 2), total=0).seconds_left(10) is None
 
 
 @pytest.mark.parametrize(
@@ -167,19 +130,6 @@ def test_fast_steps_are_counted_by_the_second(clock, capsys):
     )
 
 
-def test_a_count_that_begins_again_is_a_phase_of_its_own(clock, capsys):
-    with progress_bar("reading", clock=clock) as report:
-        for _ in range(2):
-            steps = Steps(report, "checking files", 2)
-            steps.next("a")
-            steps.next("b")
-            steps.end()
-    assert [line for line in capsys.readouterr().err.splitlines() if "took" not in line] == [
-        "checking files: 0/2, a, 1.0 GB memory",
-        "checking files: 0/2, a, 1.0 GB memory",
-    ]
-
-
 def test_a_thread_speaks_while_the_run_is_silent(clock, monkeypatch, capsys):
     monkeypatch.setattr(progress, "INTERVAL", 0.01)
     said, deadline = "", time.monotonic() + 20
@@ -207,13 +157,6 @@ def test_of_several_processes_the_first_speaks(monkeypatch, capsys):
         report("compressing", "block 0", 1, 4)
     assert report is silent
     assert capsys.readouterr().err == ""
-
-
-def test_a_log_is_no_terminal_although_colors_are_forced(clock, monkeypatch, capsys):
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    with progress_bar("preparing", clock=clock):
-        pass
-    assert capsys.readouterr().err == "preparing: took 0:00\n"
 
 
 # Bars, on a terminal.

@@ -9,7 +9,7 @@ from compress import presets
 from compress.errors import UsageError
 from compress.recipe import parse_recipe
 from compress.recipe_file import read_recipe
-from recipes import slicegpt, slim
+from recipes import slicegpt
 
 FOLD, ROTATE, SLICE = {"stage": "fold_norms"}, {"stage": "rotate"}, {"stage": "slice", "ratio": 0.25}
 
@@ -36,52 +36,6 @@ def test_a_dumped_recipe_parses_back(rule):
     dumped = recipe.model_dump(mode="json")
     assert parse_recipe(dumped) == recipe
     assert parse_recipe(yaml.safe_load(yaml.safe_dump(dumped))) == recipe
-
-
-SLIM = {
-    "ours": slim(prune={}, quantize={"group": 64}, adapt={"rounds": 3, "rank": 64}, refit=True, polish=3, center=True),
-    "the paper's": slim(
-        prune={"method": "wanda"},
-        quantize={"method": "slim", "group": "tensor"},
-        adapt={"method": "slim"},
-        refit=False,
-        measure_error=True,
-    ),
-    "compact": slim(prune={"pattern": "4:8"}, quantize=None, adapt={"bits": 4}, refit=False, form="compact"),
-    "fp8": slim(prune=None, quantize={"bits": 8, "floating": True}, adapt=None, refit=False, inputs="fp8"),
-}
-
-
-@pytest.mark.parametrize("name", SLIM)
-def test_a_dumped_slim_recipe_parses_back(name):
-    recipe = parse_recipe(data(stages=SLIM[name]))
-    dumped = recipe.model_dump(mode="json")
-    assert parse_recipe(dumped) == recipe
-    assert parse_recipe(yaml.safe_load(yaml.safe_dump(dumped))) == recipe
-
-
-@pytest.mark.parametrize(
-    ("stage", "place", "words"),
-    [
-        ({}, "stages.0", "slim needs prune or quantize"),
-        ({"prune": {"pattern": "1:1"}}, "stages.0.prune.pattern", "a pattern is keep:group such as 2:4"),
-        ({"prune": {"method": "random"}}, "stages.0.prune.method", "'magnitude', 'wanda', 'sparsegpt' or 'admm'"),
-        ({"prune": {"iterations": 0}}, "stages.0.prune.iterations", "greater than or equal to 1"),
-        ({"quantize": {"bits": 9}}, "stages.0.quantize.bits", "less than or equal to 8"),
-        ({"quantize": {"group": 1}}, "stages.0.quantize.group", ""),
-        ({"quantize": {"group": "row"}}, "stages.0.quantize.group", ""),
-        ({"quantize": {"bits": 4, "floating": True}}, "stages.0.quantize", "fp8 is symmetric, in 8 bits"),
-        ({"prune": {}, "adapt": {"rank": 0}}, "stages.0.adapt.rank", ""),
-        ({"prune": {}, "adapt": {"rank": 2.5}}, "stages.0.adapt.rank", "a share of the full one below 1, or a whole"),
-        ({"prune": {}, "adapt": {"bits": 4}}, "stages.0", "adapters in few bits are for compact form"),
-        ({"prune": {}, "form": "sparse"}, "stages.0.form", "'packed', 'compact', 'gguf' or 'dense'"),
-    ],
-)
-def test_each_fault_of_slim_is_one_line_that_says_where(stage, place, words):
-    (fault,) = faults(data(stages=[{"stage": "slim", **stage}]))
-    assert fault.startswith(f"{place}: ")
-    assert words in fault
-    assert "constrained" not in fault
 
 
 @pytest.mark.parametrize(
@@ -154,26 +108,6 @@ def test_all_faults_at_once():
 
 
 # Files.
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        ("method: [unclosed", "cannot be read"),
-        ("- a\n- list\n", "is no mapping"),
-        ("", "is no mapping"),
-        (b"\xff\xfe\x00", "cannot be read"),
-        ("method: !!python/object/apply:os.system ['true']", "cannot be read"),
-    ],
-)
-def test_a_file_that_is_no_recipe(tmp_path, content, words):
-    file = tmp_path / "recipe.yaml"
-    file.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(UsageError) as error:
-        read_recipe(file)
-    assert words in str(error.value)
-    assert str(file) in str(error.value)
-    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", presets.names())

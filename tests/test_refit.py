@@ -1,8 +1,5 @@
 """The anchored method on walks: refits, the shared rotation and pruned units, against the same written out plainly."""
 
-import argparse
-import copy
-import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-import compress
 import oracles
 import tiny
 from compress import families
@@ -24,8 +20,7 @@ from compress.architectures.stock import Stock
 from compress.calibration.sites import Stage
 from compress.calibration.survey import Survey, SurveyNeed
 from compress.calibration.walk import FinishedPart, Walk
-from compress.datasets.windows import cut, encode
-from compress.models.loading import load_config, load_tokenizer
+from compress.models.loading import load_config
 from compress.models.tensor_files import own_name
 from compress.numerics.frames import Frame
 from compress.numerics.linalg import pca
@@ -47,8 +42,6 @@ WINDOWS = oracles.random_ids(8, 16, seed=2)
 UNSEEN = oracles.random_ids(2, 24, seed=3)
 # Two of eight, evenly spread.
 HELD_OUT = [2, 6]
-DEMO = Path(compress.__file__).parent / "assets/demo"
-WITH_BIASES = {"attention_bias": True, "mlp_bias": True}
 WITHOUT_BIASES = {"attention_bias": False, "mlp_bias": False}
 
 
@@ -130,14 +123,11 @@ ROTATIONS = {"shared": shared, "per layer": per_layer}
 @pytest.mark.parametrize(
     ("model_type", "rotation"),
     [
-        *((name, rotation) for name in ("llama", "opt", "phi") for rotation in ROTATIONS),
-        *(
-            ("phi3", "none"),
-            ("granite", "shared"),
-            ("olmo", "per layer"),
-            ("gpt_neox", "shared"),
-            ("mixtral", "shared"),
-        ),
+        ("opt", "shared"),
+        ("llama", "per layer"),
+        ("phi3", "none"),
+        ("granite", "shared"),
+        ("mixtral", "shared"),
     ],
 )
 def test_at_the_full_width_a_refit_changes_nothing(model_type, rotation, models):
@@ -149,40 +139,14 @@ def test_at_the_full_width_a_refit_changes_nothing(model_type, rotation, models)
     assert result.parts[-1].divergence == pytest.approx(0, abs=1e-12)
 
 
-# ---- a refit of one branch, written out ----
+# Rows of inputs and targets of every calibration token, what the matrix was, what tokens and errors count by.
+Problem = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-@dataclass
-class Problem:
-    """Rows of inputs and targets of every calibration token, and what the matrix was; an error e counts ||e S||^2."""
-
-    U: Tensor
-    T: Tensor
-    W0: Tensor
-    weights: Tensor
-    S: Tensor
-
-    @property
-    def apart(self) -> Tensor:
-        return torch.isin(torch.arange(len(WINDOWS)), torch.tensor(HELD_OUT)).repeat_interleave(WINDOWS.shape[1])
-
-    def solution(self, damping: float | None) -> Tensor:
-        """min sum of w ||u W - t||^2 + damping mean(diag G) ||W - W0||^2 over the tokens fitted on, as stacked rows."""
-        if damping is None:
-            return self.W0
-        root = self.weights[~self.apart].sqrt()[:, None]
-        U, T = root * self.U[~self.apart], root * self.T[~self.apart]
-        pull = (damping * U.square().sum(0).mean()).sqrt()
-        rows = torch.cat([U, pull * identity(U.shape[1])])
-        return torch.linalg.lstsq(rows, torch.cat([T, pull * self.W0]), driver="gelsd").solution
-
-    def held_out_error(self, W: Tensor) -> float:
-        lost = (self.U[self.apart] @ W - self.T[self.apart]) @ self.S
-        return float((self.weights[self.apart] * lost.square().sum(1)).sum())
-
-    def best_damping(self) -> float | None:
-        """None where nothing is better than what there was."""
-        return oracles.best_damping(lambda damping: self.held_out_error(self.solution(damping)))
+def solved(problem: Problem) -> tuple[float | None, Tensor]:
+    """None where nothing is better than what there was."""
+    apart = torch.isin(torch.arange(len(WINDOWS)), torch.tensor(HELD_OUT)).repeat_interleave(WINDOWS.shape[1])
+    return oracles.refitted(*problem, apart)
 
 
 def identity(width: int) -> Tensor:
@@ -240,7 +204,7 @@ class FirstBranch:
         U = with_ones(flat(self.paper.rms_norm(self.narrow)), self.biased)
         start = torch.cat([self.decode, self.decode.new_zeros(1, D)]) if self.biased else self.decode
         S = torch.cat([reader.W.T for reader in self.readers], dim=1)
-        return Problem(U, flat(self.paper.rms_norm(self.dense)), start, torch.ones(len(U)).double(), S)
+        return U, flat(self.paper.rms_norm(self.dense)), start, torch.ones(len(U)).double(), S
 
     def turned(self, turn: Tensor) -> list[oracles.Affine]:
         """The readers behind a solution of their problem."""
@@ -262,16 +226,14 @@ class FirstBranch:
         if self.biased:
             start.append(torch.stack([writer.b for writer in self.writers]).sum(0, keepdim=True) @ self.encode_after)
         weights = 1 / (flat(self.after).square().mean(1) + self.paper.eps)
-        return Problem(
-            with_ones(torch.cat(given, dim=1), self.biased), target, torch.cat(start), weights, identity(NARROW)
-        )
+        return with_ones(torch.cat(given, dim=1), self.biased), target, torch.cat(start), weights, identity(NARROW)
 
 
 @pytest.mark.parametrize("rotation", ROTATIONS)
 @pytest.mark.parametrize(
     ("model_type", "changes"),
-    [("llama", WITH_BIASES), ("llama", WITHOUT_BIASES), ("opt", {}), ("phi", {})],
-    ids=["llama with biases", "llama without biases", "opt", "phi"],
+    [("llama", WITHOUT_BIASES), ("opt", {}), ("phi", {})],
+    ids=["llama without biases", "opt", "phi"],
 )
 def test_the_first_branch_is_refitted_as_written_out(model_type, changes, rotation, models):
     model, folder = models(model_type, **changes)
@@ -282,18 +244,15 @@ def test_the_first_branch_is_refitted_as_written_out(model_type, changes, rotati
     plain = FirstBranch(model, result.walk.branch_pass.frame, biased=biased)
     expected: dict[str, Tensor] = {}
 
-    problem = plain.reader_problem()
-    damping = problem.best_damping()
+    damping, turn = solved(plain.reader_problem())
     assert notes.get(f"block 0 {name} readers") == damping
-    readers = plain.turned(problem.solution(damping))
+    readers = plain.turned(turn)
     _, reader_names, writer_names = oracles.BRANCHES[model_type][0]
     for reader_name, reader in zip(reader_names, readers, strict=True):
         expected |= {f"{reader_name}.weight": reader.W} | ({f"{reader_name}.bias": reader.b} if biased else {})
 
-    problem = plain.writer_problem(readers)
-    damping = problem.best_damping()
+    damping, rest = solved(plain.writer_problem(readers))
     assert notes.get(f"block 0 {name} writers") == damping
-    rest = problem.solution(damping)
     if rotation == "per layer":
         expected[f"{name}_shortcut.weight"], rest = rest[:NARROW].T, rest[NARROW:]
     for writer_name, writer in zip(writer_names, plain.writers, strict=True):
@@ -316,23 +275,6 @@ def linears(names: Iterable[str]) -> set[str]:
 
 
 # ---- a refit is an improvement ----
-
-
-def test_a_refit_brings_the_demo_model_nearer_to_the_dense_one():
-    """On the windows it was chosen on, and on text between them that nothing was fitted to: by far."""
-    text = cut(encode(load_tokenizer(DEMO), inspect.getsource(argparse)), 48)
-    windows, unseen = text[:600:36], text[18:600:108]
-    assert len(windows) == 17
-    dense = oracles.logits_of(AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float64), unseen)
-    target = target_of(DEMO, "one basis")
-    found = {}
-    for name, rest in (("plain", [MeasureError()]), ("refitted", [Refit()])):
-        stages = [FoldNorms(), *shared(96), *rest]
-        result = walked(DEMO, stages, windows=windows, held_out=3, target=target)
-        logits = oracles.logits_of(written_model(result, target), unseen)
-        found[name] = (result.parts[-1].divergence, divergence(dense, logits))
-    for plain, refitted in zip(found["plain"], found["refitted"], strict=True):
-        assert 0 < refitted < 0.8 * plain
 
 
 def divergence(dense: Tensor, other: Tensor) -> float:
@@ -401,7 +343,6 @@ def neighbors(count: int, size: int, start: int = 0) -> Tensor:
 
 
 NEURON = neighbors(NEURONS, 1)
-GATE_AND_UP = torch.cat([NEURON, neighbors(NEURONS, 1, NEURONS)], dim=1)
 MLP = {"mlp.gate_proj": NEURON, "mlp.up_proj": NEURON}
 # Two groups, each of a key head and a value head and the two query heads that share them.
 HEADS = {
@@ -411,23 +352,10 @@ HEADS = {
 NEXT, BESIDE = "1.input_layernorm", "0.post_attention_layernorm"
 UNITS = {
     "llama neurons": Unit("neurons", NEURONS, MLP, "mlp.down_proj", NEXT),
-    "phi3 neurons": Unit("neurons", NEURONS, {"mlp.gate_up_proj": GATE_AND_UP}, "mlp.down_proj", NEXT),
     "opt neurons": Unit("neurons", NEURONS, {"fc1": NEURON}, "fc2", "1.self_attn_layer_norm"),
     "llama kv_groups": Unit("kv_groups", 2, HEADS, "self_attn.o_proj", BESIDE),
 }
 KEPT = {"neurons": 29, "kv_groups": 1}
-
-
-@torch.no_grad()
-def inputs_of(model: PreTrainedModel, *names: str) -> list[Tensor]:
-    """What modules of the stock model are given on the calibration windows, a row a token."""
-    found: dict[str, Tensor] = {}
-    for name in names:
-        model.get_submodule(name).register_forward_pre_hook(
-            lambda _module, inputs, name=name: found.__setitem__(name, inputs[0].reshape(-1, inputs[0].shape[-1]))
-        )
-    model(input_ids=WINDOWS, use_cache=False)
-    return [found[name] for name in names]
 
 
 @pytest.mark.parametrize("case", UNITS)
@@ -442,7 +370,9 @@ def test_units_are_deleted_as_written_out(case, models):
     dense = walked(folder, [FoldNorms()]).parts[1].tensors
     part = walked(folder, [FoldNorms(), *pruned((unit.kind,))], held_out=0).parts[1]
 
-    U, stream = inputs_of(copy.deepcopy(model), f"{blocks}.0.{unit.writer}", f"{blocks}.{unit.after}")
+    names = f"{blocks}.0.{unit.writer}", f"{blocks}.{unit.after}"
+    seen = oracles.passed_through(model, names, WINDOWS)
+    U, stream = (seen[name][0] for name in names)
     layer_norm = families.find(model.config).norm == "layer"
     stream = stream - stream.mean(1, keepdim=True) if layer_norm else stream
     W, bias = dense[f"{blocks}.0.{unit.writer}.weight"].T, dense.get(f"{blocks}.0.{unit.writer}.bias")
@@ -466,39 +396,3 @@ def test_units_are_deleted_as_written_out(case, models):
 
 def pruned(kinds: Iterable[str]) -> list[StageConfig]:
     return [PruneUnits.model_validate({"units": kind, "keep": KEPT[kind]}) for kind in kinds]
-
-
-# ---- what must not change the result ----
-
-
-def assert_same(part: FinishedPart, other: FinishedPart) -> None:
-    assert part.tensors.keys() == other.tensors.keys()
-    for name, tensor in part.tensors.items():
-        assert torch.equal(tensor, other.tensors[name]), name
-    assert (part.points, part.groups, part.divergence) == (other.points, other.groups, other.divergence)
-
-
-def off_the_grid(tensor: Tensor) -> Tensor:
-    """The same numbers at an address that is no multiple of 16 bytes, as a file may well give them."""
-    return torch.empty(tensor.numel() + 1, dtype=tensor.dtype)[1:].view(tensor.shape).copy_(tensor)
-
-
-@pytest.mark.parametrize(
-    ("model_type", "rotation", "cache_memory"),
-    [("opt", "shared", 0), ("phi", "per layer", 2**40)],
-)
-def test_a_walk_goes_on_from_its_state(model_type, rotation, cache_memory, models):
-    """To the bit, its refits, its choices and its divergence too."""
-    _, folder = models(model_type)
-    stages = [FoldNorms(), *ROTATIONS[rotation](), Refit(), *pruned(("neurons",))]
-    options: dict[str, Any] = {"cache_memory": cache_memory, "batch_size": 3}
-    walk, parts, states = new_walk(folder, stages, **options), [], []
-    for part in walk.parts():
-        parts.append(part)
-        states.append({name: off_the_grid(tensor) for name, tensor in walk.state().items()})
-    for done in (1, 3):
-        again = new_walk(folder, stages, **options)
-        again.restore(states[done - 1], done)
-        for part, undisturbed in zip(again.parts(), parts[done:], strict=True):
-            assert_same(part, undisturbed)
-        assert torch.equal(again.probe, walk.probe)

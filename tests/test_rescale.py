@@ -10,7 +10,6 @@ from compress.numerics.grids import Granularity, Grid, QuantType
 from compress.numerics.hessian import Hessian
 from compress.numerics.rescale import rescaled
 from compress.numerics.steps import make_grid
-from compress.numerics.sweep import descend
 
 M, N = 6, 24
 
@@ -85,19 +84,3 @@ def test_a_step_does_not_run_away():
     grid = grid_of(W, "channel")
     _, better = rescaled(-grid.nearest(W), W, H, grid)
     assert torch.equal(better.step, grid.step / 2)
-
-
-@pytest.mark.parametrize("granularity", ["channel", 8])
-def test_steps_and_codes_in_turns_lose_less_than_codes_alone(granularity):
-    """In the mean of ten problems: each by itself may end in another minimum."""
-    alone = both = 0.0
-    for seed in range(10):
-        W, H = problem(seed)
-        grid = grid_of(W, granularity)
-        Q = grid.nearest(W)
-        alone += error(W, descend(Q, W, H, grid=grid, rounds=6), H)
-        for _ in range(6):
-            Q, grid = rescaled(Q, W, H, grid)
-            Q = descend(Q, W, H, grid=grid, rounds=1)
-        both += error(W, Q, H)
-    assert both < 0.97 * alone

@@ -56,14 +56,6 @@ def test_it_is_the_stacked_least_squares_problem(damping, rows):
     assert (found - W0).abs().max() > 1e-3
 
 
-def test_tokens_count_by_their_weights():
-    U, T, W0 = problem()
-    weights = random(ROWS).abs()
-    root = weights.sqrt()[:, None]
-    found = ridge(equations(U, T, weights), W0, 0.1, name=WHERE)
-    assert (found - stacked(U * root, T * root, W0, 0.1)).abs().max() < 1e-9
-
-
 def mean_error(U: Tensor, T: Tensor, W: Tensor, S: Tensor) -> float:
     """Row by row."""
     return sum(float(((u @ W - t) @ S).square().sum()) for u, t in zip(U, T, strict=True)) / len(U)
@@ -107,24 +99,6 @@ def test_the_damping_is_the_one_that_is_best_on_what_was_held_out(metric):
     assert len(set(chosen)) >= 4, chosen
 
 
-def test_four_dampings_do_as_well_as_many():
-    """Of what the best of twenty takes off the held-out error, over problems whose best dampings lie far apart."""
-    gained, most, best = 0.0, 0.0, set()
-    for U, T, V, R, W0 in problems((0.1, 1.0, 3.0, 6.0, 12.0)):
-        fit, held_out = equations(U, T), equations(V, R)
-        unfitted = excess(held_out, W0)
-        gains = {
-            damping: unfitted - excess(held_out, ridge(fit, W0, damping, name=WHERE))
-            for damping in torch.logspace(-4, 1, 20).tolist()
-        }
-        found = choose_damping(fit, held_out, W0, name=WHERE)
-        best.add(max(gains, key=gains.__getitem__))
-        most += max(0.0, *gains.values()) / abs(unfitted)
-        gained += 0.0 if found is None else (unfitted - excess(held_out, found.W)) / abs(unfitted)
-    assert len(best) > 6
-    assert gained > 0.99 * most
-
-
 def after(*errors: float) -> float | None:
     return next_damping(dict(zip(DAMPINGS, errors, strict=False)))
 
@@ -136,29 +110,7 @@ def test_the_fourth_damping_is_the_lowest_point_of_a_parabola(lowest):
     assert found == float(f"{found:.2g}")
 
 
-@pytest.mark.parametrize(
-    ("errors", "expected"),
-    [
-        ((1.0, 0.5, 0.01), RANGE[1]),
-        ((0.01, 0.5, 1.0), RANGE[0]),
-        ((0.0, 1.0, 1.5), 1e-3),
-        ((1.5, 1.0, 0.0), 10.0),
-        ((1.0, 0.0, 1.0), None),
-    ],
-    ids=[
-        "past the largest",
-        "past the smallest",
-        "no lowest point, falling",
-        "no lowest point, rising",
-        "tried already",
-    ],
-)
-def test_the_fourth_damping_where_the_parabola_has_no_new_lowest_point(errors, expected):
-    assert after(*errors) == expected
-
-
-@pytest.mark.parametrize("fault", ["nan", "inf", "zero"])
-@pytest.mark.parametrize("call", [ridge, choose_damping])
+@pytest.mark.parametrize(("fault", "call"), [("nan", ridge), ("inf", choose_damping), ("zero", ridge)])
 def test_an_error_names_the_place(call, fault):
     U, T, W0 = problem()
     if fault == "zero":

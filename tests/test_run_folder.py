@@ -1,7 +1,6 @@
 """The folder of a run: what a kill, a damaged file, another run or a second process makes of it."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -9,9 +8,8 @@ import pytest
 import torch
 
 from cli_runner import snapshot
-from compress.checkpoints import run_folder as module
-from compress.checkpoints.output_folder import Output, backup_path, delete_backup, publish, removed_if_empty, take_lock
-from compress.checkpoints.run_folder import RUN, Part, Run, RunFolder, checksum, open_run, read_run
+from compress.checkpoints.output_folder import Output, backup_path, publish, removed_if_empty, take_lock
+from compress.checkpoints.run_folder import RUN, Part, RunFolder, checksum, open_run, read_run
 from compress.errors import UsageError
 from compress.io import write_tensors
 from compress.models.hub import ModelSource
@@ -73,13 +71,6 @@ def test_what_is_not_listed_is_deleted(out, partial):
     assert snapshot(partial) == listed
 
 
-def test_a_run_that_records_nothing_leaves_nothing(out):
-    with open_run(job(out.parent / "new" / "out"), IDENTITY) as folder:
-        (folder.checkpoint / "half").write_text("x")
-        (folder.partial / "activations").write_text("x")
-    assert list(out.parent.iterdir()) == []
-
-
 def test_overwrite_starts_over(out, partial):
     with open_run(job(out, overwrite=True), IDENTITY) as folder:
         assert folder.run.is_empty
@@ -87,8 +78,9 @@ def test_overwrite_starts_over(out, partial):
     assert not partial.exists()
 
 
-@pytest.mark.parametrize("damaged", ["model-0", "model-2", "state-00002-0", "finding-survey"])
-@pytest.mark.parametrize("how", ["flipped", "gone"])
+@pytest.mark.parametrize(
+    ("damaged", "how"), [("model-0", "gone"), ("state-00002-0", "flipped"), ("finding-survey", "flipped")]
+)
 def test_a_damaged_file_takes_the_parts_with_it(out, partial, damaged, how):
     """Only the last state is kept, so the walk starts over; a finding that is whole stays."""
     file = next(partial.rglob(f"{damaged}.safetensors"))
@@ -129,7 +121,6 @@ def test_killed_while_a_part_is_recorded(out, partial, monkeypatch, kill):
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"model": "0000"}, "model"),
         ({"processes": 4}, "processes (2)"),
         ({"recipe": {"ratio": 0.5}, "model": "0000"}, "model, recipe"),
         ({"device": "cuda"}, "device"),
@@ -164,7 +155,7 @@ def test_any_damage_to_run_json_is_refused(out, partial):
     assert resumed(out)[0] == PARTS
 
 
-@pytest.mark.parametrize("name", ["../model-0.safetensors", "/etc/hostname", "sub/model-0.safetensors", "", ".."])
+@pytest.mark.parametrize("name", ["../model-0.safetensors", "sub/model-0.safetensors", ""])
 def test_only_files_of_its_own_folder_count(out, partial, name):
     """Even where the checksum of run.json is good."""
     data = json.loads((partial / RUN).read_text())["run"]
@@ -174,11 +165,6 @@ def test_only_files_of_its_own_folder_count(out, partial, name):
     data["parts"][0]["weights"]["file"] = name
     (partial / RUN).write_text(json.dumps({"run": data, "checksum": checksum(data)}))
     assert resumed(out) == ([], None)
-
-
-def test_the_checksum_is_of_what_is_read_back():
-    odd = {"é\u2028": float("inf"), "numbers": {10: (1, 2), 9: 0.1}}
-    assert checksum(odd) == checksum(json.loads(json.dumps(odd)))
 
 
 @pytest.mark.parametrize("options", [{"resume": True}, {"overwrite": True}])
@@ -222,18 +208,6 @@ def test_finished_it_has_its_name_and_nothing_else_is_left(out, partial):
         folder.finish()
     assert list(out.parent.iterdir()) == [out]
     assert sorted(snapshot(out)) == [f"model-{number}.safetensors" for number in range(3)]
-
-
-def test_a_finished_run_that_was_not_published(out, partial, monkeypatch):
-    """It is published if every file is as it was written, and otherwise goes on from its last part."""
-    monkeypatch.setattr(RunFolder, "publish", lambda _: None)
-    with open_run(job(out, resume=True), IDENTITY) as folder:
-        folder.finish()
-    for whole in (True, False):
-        monkeypatch.setattr(RunFolder, "_is_whole", lambda _self, _progress, whole=whole: whole)
-        with open_run(job(out, resume=True), IDENTITY) as folder:
-            assert folder.run.finished is whole
-            assert len(folder.parts) == 3
 
 
 def test_a_link_is_replaced_and_what_it_leads_to_is_not(out, new):
@@ -292,29 +266,6 @@ def test_an_output_that_had_made_way_comes_back(out, options):
     assert found(out) == {"out": "old"}
 
 
-def test_an_output_that_has_made_way_comes_back_if_the_new_one_does_not_come(out, new, monkeypatch):
-    make(out, "old")
-    rename = Path.rename
-
-    def fails(self, target):
-        if self == new:
-            raise OSError(30, os.strerror(30))
-        return rename(self, target)
-
-    monkeypatch.setattr(Path, "rename", fails)
-    with pytest.raises(OSError, match="Read-only"):
-        publish(new, out, new.parent)
-    assert found(out) == {"out": "old", "checkpoint": "new"}
-
-
-def test_what_is_half_deleted_is_never_restored(out, monkeypatch):
-    make(backup_path(out), "old")
-    out.with_name("out.partial").mkdir()
-    monkeypatch.setattr("shutil.rmtree", lambda _folder: None)
-    delete_backup(out, out.with_name("out.partial"))
-    assert not backup_path(out).exists()
-
-
 @pytest.mark.parametrize("who", ["nobody", "something in it", "another run"])
 def test_an_empty_folder_goes_with_its_lock(tmp_path, who):
     partial = tmp_path / "out.partial"
@@ -327,36 +278,3 @@ def test_an_empty_folder_goes_with_its_lock(tmp_path, who):
         elif who == "something in it":
             (partial / RUN).touch()
     assert partial.is_dir() is (who != "nobody")
-
-
-# Several processes.
-
-
-class Second(module.Processes):
-    """The second of two; `said` is what the first says, one after the other."""
-
-    rank, count = 1, 2
-
-    def __init__(self, said):
-        self.said = list(said)
-
-    def from_first(self, data):
-        return self.said.pop(0)
-
-    def gathered(self, data):
-        return [self.said.pop(0), data]
-
-
-def test_another_process_goes_by_what_the_first_says_and_writes_only_its_state(out, partial):
-    run = read_run(partial)
-    assert run is not None
-    before = (partial / RUN).read_bytes()
-    told = [run.model_dump(), {"data": 1, "files": []}, run.states[0].model_dump()]
-    with open_run(job(out, resume=True), IDENTITY, Second(told)) as folder:
-        folder.note("trial", None)
-        assert folder.findings["trial"].data == 1
-        folder.record(Part(), {"stream": torch.full((1,), 7.0)})
-        assert folder.state_file.name == "state-00003-1.safetensors"
-        assert folder.state()["stream"] == 7
-    assert (partial / RUN).read_bytes() == before
-    assert isinstance(run, Run)

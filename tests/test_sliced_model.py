@@ -2,10 +2,7 @@
 
 import copy
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-import compress
 import oracles
 import tiny
 from compress import families, pipeline
@@ -38,7 +34,7 @@ UNSEEN = oracles.random_ids(2, 24, seed=3)
 SAMPLES, SEQ_LEN, SEED = 5, 32, 42
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 KINDS = [("opt", "float32"), ("llama", "float64"), ("phi", "float64")]
-EVERY_KIND = pytest.mark.parametrize("model_type", [*tiny.SAMPLE, "gpt_bigcode"])
+EVERY_KIND = pytest.mark.parametrize("model_type", ["opt", "phi3", "gpt_bigcode"])
 COMPANIONS = {
     "generation_config.json": b'{ "eos_token_id": 1,\n\n "top_k": 7, "do_sample": true }',
     "chat_template.jinja": b"{% for message in messages %}{{ message.content }}{% endfor %}\r\n",
@@ -152,14 +148,6 @@ def test_it_loads_and_says_what_the_paper_says(model_type, dtype, made):
         assert oracles.largest_difference(oracles.logits_of(checkpoint.dense, UNSEEN), expected) > 0.1
 
 
-@pytest.mark.parametrize(("model_type", "dtype"), KINDS)
-def test_it_says_what_the_walk_said(model_type, dtype, made):
-    checkpoint = made(model_type, dtype)
-    written = oracles.logits_of(checkpoint.load(), checkpoint.probe_ids)
-    assert torch.equal(checkpoint.probe_ids, checkpoint.windows[:1, :64])
-    assert oracles.largest_difference(written, checkpoint.probe_logits) < {"float64": 1e-11, "float32": 1e-4}[dtype]
-
-
 def test_the_config_says_what_it_is(made):
     checkpoint = made("opt", "float32")
     config = json.loads((checkpoint.out / "config.json").read_text())
@@ -191,60 +179,6 @@ def test_the_config_says_what_it_is(made):
     assert checkpoint.dense.config.tie_word_embeddings  # of the dense model; it was tied
 
 
-@pytest.mark.parametrize(("model_type", "dtype"), KINDS)
-def test_the_index_covers_exactly_the_state_dict(model_type, dtype, made):
-    checkpoint = made(model_type, dtype)
-    index = json.loads((checkpoint.out / "model.safetensors.index.json").read_text())
-    state = checkpoint.load().state_dict()
-    assert index["weight_map"].keys() == state.keys()
-    stored: dict[str, Tensor] = {}
-    for file in sorted(checkpoint.out.glob("*.safetensors")):
-        tensors = load_file(file)
-        assert {index["weight_map"][name] for name in tensors} == {file.name}
-        assert not tensors.keys() & stored.keys()
-        stored |= tensors
-    assert stored.keys() == state.keys()
-    assert all(torch.equal(stored[name], state[name]) for name in stored)
-    parameters = sum(tensor.numel() for tensor in stored.values())
-    assert index["metadata"] == {
-        "total_size": parameters * DTYPES[dtype].itemsize,
-        "total_parameters": parameters,
-    }
-    assert checkpoint.result.size.parameters == parameters
-
-
-def test_companions_are_copied_byte_for_byte(made):
-    checkpoint = made("llama", "float32")
-    names = {file.name for file in checkpoint.source.iterdir()} - {"config.json", "model.safetensors.index.json"}
-    names = {name for name in names if not name.endswith(".safetensors")}
-    assert names >= {"tokenizer.json", "tokenizer_config.json", *COMPANIONS}
-    for name in names:
-        assert (checkpoint.out / name).read_bytes() == (checkpoint.source / name).read_bytes(), name
-    words = "def alpha(x): return y"
-    tokenizers = [AutoTokenizer.from_pretrained(folder) for folder in (checkpoint.source, checkpoint.out)]
-    assert tokenizers[0](words)["input_ids"] == tokenizers[1](words)["input_ids"]
-    assert checkpoint.load().generation_config.top_k == 7
-
-
-def test_the_carried_modeling_files_are_this_packages(made):
-    folder = Path(compress.__file__).parent / "own_model"
-    for name in ("configuration_compress.py", "modeling_compress.py"):
-        assert (made("opt", "float32").out / name).read_bytes() == (folder / name).read_bytes()
-
-
-def test_files_beside_the_output_are_left_alone(made, text, tmp_path):
-    """Activations that do not fit into memory lie in a file; it is no file of the user's."""
-    source = tmp_path / "dense"
-    shutil.copytree(made("opt", "float32").source, source)
-    names = ("activations", "activations-stream", "activations-dense", "lock", "run.json")
-    for name in names:
-        (tmp_path / name).write_text("mine")
-    pipeline.run(job(source, tmp_path / "out", text, slicegpt(RULE), cache_memory=0))
-    assert {name: (tmp_path / name).exists() and (tmp_path / name).read_text() for name in names} == dict.fromkeys(
-        names, "mine"
-    )
-
-
 # ---- what it is good for ----
 
 
@@ -253,21 +187,6 @@ def generate(model: Any, ids: Tensor, tokens: int, **options: Any) -> Tensor:
         ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=2, **options
     )
     return generated
-
-
-@EVERY_KIND
-def test_cached_generation_is_uncached_generation(model_type, any_model):
-    """Past the sliding window too, where the family has one."""
-    model = any_model(model_type)
-    ids = oracles.random_ids(2, 6, seed=4).clamp_min(3)
-    cached = generate(model, ids, 14)
-    assert torch.equal(cached, generate(model, ids, 14, use_cache=False))
-    step_by_step = ids
-    for _ in range(14):
-        logits = oracles.logits_of(model, step_by_step)[:, -1]
-        logits[:, model.config.eos_token_id] = -torch.inf
-        step_by_step = torch.cat([step_by_step, logits.argmax(-1, keepdim=True)], dim=1)
-    assert torch.equal(cached, step_by_step)
 
 
 @EVERY_KIND
@@ -285,21 +204,6 @@ def test_padding_on_the_left_changes_nothing(model_type, any_model):
         generate(model, padded, 8, attention_mask=mask)[:, 4:],
         generate(model, ids, 8, attention_mask=torch.ones_like(ids)),
     )
-
-
-@pytest.mark.parametrize("model_type", ["llama", "gpt_bigcode"])
-def test_saved_again_it_is_the_same(model_type, made, tmp_path):
-    model = made(model_type).load()
-    model.save_pretrained(tmp_path, max_shard_size="20KB")
-    again, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
-    assert not any(info.values())
-    before, after = model.state_dict(), again.state_dict()
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    assert torch.equal(oracles.logits_of(model, UNSEEN), oracles.logits_of(again.eval(), UNSEEN))
-    # After finetuning, say: the code that config.json speaks of goes with it.
-    for name in json.loads((tmp_path / "config.json").read_text())["auto_map"].values():
-        assert (tmp_path / f"{name.split('.')[0]}.py").is_file()
 
 
 @EVERY_KIND
@@ -322,7 +226,7 @@ def test_every_parameter_learns(model_type, any_model):
         assert oracles.largest_difference(gradients[0][name], gradients[1][name]) < 1e-10, name
 
 
-@pytest.mark.parametrize("model_type", ["opt", "gpt_bigcode"])
+@pytest.mark.parametrize("model_type", ["opt"])
 def test_accelerate_may_place_it(model_type, made):
     checkpoint = made(model_type)
     model = checkpoint.load(device_map="auto")
@@ -337,7 +241,7 @@ def test_accelerate_may_place_it(model_type, made):
     assert all(name.removeprefix(blocks).count(".") == 0 for name in places if name.startswith(blocks))
 
 
-@pytest.mark.parametrize("model_type", [*tiny.SAMPLE, "gpt_bigcode", "gpt_neox"])
+@pytest.mark.parametrize("model_type", ["opt", "phi3", "gpt_neox"])
 def test_a_residual_block_is_the_stock_block(model_type):
     """With the stock weights and norms, and with dropout, which draws the same numbers in the same places."""
     dropout = {"opt": "dropout", "gpt_neox": "hidden_dropout"}.get(model_type, "resid_pdrop")
@@ -352,41 +256,10 @@ def test_a_residual_block_is_the_stock_block(model_type):
         torch.manual_seed(5)
         logits.append(oracles.logits_of(model.train(), UNSEEN))
     assert oracles.largest_difference(*logits) < 1e-12
-    has_dropout = oracles.largest_difference(logits[0], oracles.logits_of(stock.eval(), UNSEEN)) > 0.1
-    assert has_dropout == (model_type != "llama")
+    assert oracles.largest_difference(logits[0], oracles.logits_of(stock.eval(), UNSEEN)) > 0.1
 
 
 # ---- the proof, and strangers, each in a clean process ----
-
-STRANGER = """
-import json, sys
-import torch
-from transformers import AutoModelForCausalLM
-folder, ids = sys.argv[1], json.loads(sys.argv[2])
-try:
-    AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
-    refused = ""
-except ValueError as error:
-    refused = str(error)
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
-with torch.no_grad():
-    logits = model(input_ids=torch.tensor(ids)).logits
-print(json.dumps({
-    "refused": refused,
-    "logits": logits.tolist(),
-    "module": type(model).__module__,
-    "compress": sorted(name for name in sys.modules if name.split(".")[0] == "compress"),
-}))
-"""
-
-
-def stranger(folder: Path, scratch: Path) -> dict[str, Any]:
-    environment = os.environ | {"HF_MODULES_CACHE": str(scratch), "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "error"}
-    command = [sys.executable, "-I", "-c", STRANGER, str(folder), json.dumps(UNSEEN.tolist())]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=240)
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
 
 
 def tampered(checkpoint: Made, folder: Path, change: Callable[[dict[str, Tensor]], None]) -> Path:
@@ -407,48 +280,6 @@ def change_a_value(tensors: dict[str, Tensor]) -> None:
     tensors["model.decoder.embed_tokens.weight"] *= 1.01
 
 
-def nothing(tensors: dict[str, Tensor]) -> None:
-    pass
-
-
-TAMPERINGS = {
-    "sound": nothing,
-    "missing": lose_a_tensor,
-    "changed": change_a_value,
-}
-ENOUGH, TOO_LITTLE = 10**9, 1  # bytes of memory for the clean process
-
-
-@pytest.fixture(scope="module")
-def proofs(made, tmp_path_factory) -> dict[str, Any]:
-    """What verification says of each tampering; test_stock.py has it in a process of its own."""
-    checkpoint, root, said = made("opt", "float32"), tmp_path_factory.mktemp("proofs"), {}
-    for name, tampering in TAMPERINGS.items():
-        folder = tampered(checkpoint, root / name, tampering)
-        memory = TOO_LITTLE if name == "sound" else ENOUGH
-        try:
-            with proved_here(root / f"modules {name}".replace(" ", "-")):
-                said[name] = verify(folder, checkpoint.probe_ids, checkpoint.probe_logits, memory=memory)
-        except VerificationError as error:
-            said[name] = str(error)
-    return said
-
-
-def test_a_stranger_may_load_it_with_the_code_it_carries(made, tmp_path):
-    found = stranger(made("opt", "float32").out, tmp_path / "modules")
-    assert found["compress"] == []
-    assert found["module"].startswith("transformers_modules.")
-    assert "trust_remote_code=True" in found["refused"]
-    expected = oracles.logits_of(made("opt", "float32").load(), UNSEEN)
-    assert oracles.largest_difference(torch.tensor(found["logits"]), expected) < 1e-5
-
-
-def test_a_sound_checkpoint_is_proved(proofs):
-    """Block by block from disk, as it does not fit into the memory it is given."""
-    assert isinstance(proofs["sound"], float)
-    assert 0 <= proofs["sound"] < 1e-5
-
-
 @pytest.mark.parametrize("model_type", ["codegen"])
 def test_the_ends_of_the_stream_are_alike_where_the_stock_code_has_it_so(model_type, text, tmp_path):
     tiny.write_model(tmp_path / "dense", model_type)
@@ -460,12 +291,17 @@ def test_the_ends_of_the_stream_are_alike_where_the_stock_code_has_it_so(model_t
     )
 
 
-def test_a_missing_key_fails_the_proof(proofs):
-    assert proofs["missing"] == (
-        "The written checkpoint has missing keys on reload: model.decoder.embed_tokens.weight."
-    )
-
-
-def test_a_changed_value_fails_the_proof(proofs):
-    assert proofs["changed"].startswith("The written checkpoint reloads with other logits: they differ by ")
-    assert " of the largest, allowed is 1e-04. " in proofs["changed"]
+@pytest.mark.parametrize(
+    ("tampering", "said"),
+    [
+        (lose_a_tensor, "The written checkpoint has missing keys on reload: model.decoder.embed_tokens.weight."),
+        (change_a_value, "The written checkpoint reloads with other logits: they differ by "),
+    ],
+)
+def test_what_was_changed_fails_the_proof(tampering, said, made, tmp_path):
+    """test_cli.py has the proof in a process of its own, test_slim_world.py with little memory."""
+    checkpoint = made("opt", "float32")
+    folder = tampered(checkpoint, tmp_path / "tampered", tampering)
+    with proved_here(tmp_path / "modules"), pytest.raises(VerificationError) as error:
+        verify(folder, checkpoint.probe_ids, checkpoint.probe_logits, memory=10**9)
+    assert str(error.value).startswith(said)

@@ -17,10 +17,8 @@ import tiny
 from cli_runner import environment, succeeds
 from compress import pipeline
 from compress.checkpoints import reload
-from compress.models.hub import find_model
-from compress.planning.prepare import Job
-from compress.recipe import parse_recipe
 from oracles import logits_of, random_ids
+from runs import job_of
 
 pytestmark = pytest.mark.slow
 IDS = random_ids(1, 24, seed=3)
@@ -34,9 +32,7 @@ Made = tuple[str, dict[str, Any], str, bool]
 CHECKPOINTS: dict[str, Made] = {
     "packed, rounded and tied": ("opt", OURS, "bfloat16", True),
     "zero points and an adapter": ("qwen2", OURS | {"quantize": FOUR | {"symmetric": False}}, "float32", True),
-    "starcoder": ("gpt_bigcode", {"quantize": FOUR}, "float32", False),
     "sparse": ("llama", {"prune": WANDA, "adapt": ADAPTER}, "float32", False),
-    "int8 inputs": ("opt", {"quantize": EIGHT, "adapt": ADAPTER, "inputs": "int8"}, "float32", True),
     "fp8 inputs": ("llama", {"quantize": EIGHT | {"floating": True}, "inputs": "fp8"}, "float32", False),
     "compact, rounded and tied": ("opt", OURS | {"form": "compact"}, "float16", True),
     "materialized": ("opt", OURS | {"form": "dense"}, "float16", True),
@@ -45,21 +41,11 @@ ADAPTED = [name for name, (_, told, _, _) in CHECKPOINTS.items() if "adapt" in t
 OFFLOADED = ("packed, rounded and tied", "sparse", "compact, rounded and tied")
 
 
-def job_of(folder: Path, made: Made) -> Job:
-    model_type, told, dtype, tied = made
-    tiny.write_model(folder / "dense", model_type, dtype=torch.float32, num_hidden_layers=1, tie_word_embeddings=tied)
-    source = tiny.write_text(folder / "text.txt", lines=60)
-    stages = [{"stage": "refit"}, {"stage": "slim", **told}]
-    calibration = {"source": str(source), "samples": 16, "seq_len": 16}
-    recipe = parse_recipe({"method": "test", "stages": stages, "calibration": calibration, "dtype": dtype})
-    return Job(model=find_model(str(folder / "dense")), recipe=recipe, out=folder / "out", command="compress slim")
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
     """Every checkpoint, and beside it the probe that its walk computed."""
     root = tmp_path_factory.mktemp("made")
-    for number, checkpoint in enumerate(CHECKPOINTS.values()):
+    for number, (model_type, told, dtype, tied) in enumerate(CHECKPOINTS.values()):
         folder = root / str(number)
         folder.mkdir()
 
@@ -69,7 +55,8 @@ def made(tmp_path_factory) -> Path:
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(pipeline, "verify", overhear)
-            pipeline.run(job_of(folder, checkpoint))
+            stages = [{"stage": "refit"}, {"stage": "slim", **told}]
+            pipeline.run(job_of(folder, model_type, stages, changes={"tie_word_embeddings": tied}, dtype=dtype))
     return root
 
 
@@ -223,8 +210,8 @@ def test_ours_is_nearer_to_the_dense_model_than_the_papers_method(tmp_path, monk
     for name, options in {"dense": None, "slim": ["--method", "slim"], "ours": ["--fast"]}.items():
         model = "demo" if options is None else tmp_path / name
         if options is not None:
-            succeeds("slim", *options, "--samples", 64, "--seq-len", 64, "--out", model, "--device", "cpu")
-        words = ["--ppl", "stdlib", "--seq-len", 128, "--limit", 24, "--device", "cpu", "--json"]
+            succeeds("slim", *options, "--samples", 16, "--seq-len", 64, "--out", model, "--device", "cpu")
+        words = ["--ppl", "stdlib", "--seq-len", 128, "--limit", 8, "--device", "cpu", "--json"]
         (found,) = succeeds("eval", "--model", model, *words).json["perplexity"]
         losses[name] = found["nll"]
     assert losses["dense"] < losses["ours"]

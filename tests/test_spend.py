@@ -8,7 +8,7 @@ import torch
 
 from compress.numerics.allocation import Ladder, spend
 
-SEEDS = range(40)
+SEEDS = range(20)
 
 
 def drawn(seed: int, *shape: int, low: int, high: int) -> list[int]:
@@ -82,37 +82,22 @@ def largest_drop(ladders: Mapping[str, Ladder]) -> float:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_is_never_over_budget_and_none_where_nothing_fits(kind):
+def test_it_is_never_over_budget_and_the_best_way_but_for_one_step(kind):
+    """What no way can beat is the hull's steps with the last bought in part (Lagrange): that is what it can cost.
+
+    Nothing that helps and is affordable is left unbought.
+    """
     for seed in SEEDS:
-        ladders = problem(kind, seed)
-        least = sum(ladder.costs[0] for ladder in ladders.values())
-        assert spend(ladders, least - 1) is None
-        for budget in budgets(ladders):
-            places = spend(ladders, budget)
-            assert places.keys() == ladders.keys()
-            assert cost(ladders, places) <= budget
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_it_is_the_best_way_but_for_one_step(kind):
-    """What no way can beat is the hull's steps with the last bought in part (Lagrange): that is what it can cost."""
-    for seed in SEEDS[:25]:
         ladders = problem(kind, seed)
         every = ways(ladders)
-        for budget in budgets(ladders):
-            places = spend(ladders, budget)
-            above = error(ladders, places) - best(ladders, every, budget)
-            assert 0 <= above <= largest_drop(ladders)
-            assert above == 0 or above < largest_drop(ladders)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_nothing_that_helps_is_left_unbought(kind):
-    for seed in SEEDS:
-        ladders = problem(kind, seed)
+        assert spend(ladders, sum(ladder.costs[0] for ladder in ladders.values()) - 1) is None
         for budget in budgets(ladders):
             places = spend(ladders, budget)
             left = budget - cost(ladders, places)
+            assert places.keys() == ladders.keys()
+            assert left >= 0
+            above = error(ladders, places) - best(ladders, every, budget)
+            assert above == 0 or 0 < above < largest_drop(ladders)
             for name, ladder in ladders.items():
                 here = places[name]
                 for place in range(here + 1, len(ladder.costs)):

@@ -35,8 +35,6 @@ D, HEADS, NEURONS, BLOCKS = tiny.HIDDEN, 4, 48, 2
 NARROW = 22
 IDLE = 16  # of the neurons
 EXACT = 1e-9
-# Of the logits, root mean squares; the walk and the model that is loaded round at every step.
-TOLERANCE = 0.05
 # Longer than the sliding windows, so that they cut something off.
 IDS = oracles.random_ids(2, 24, seed=3)
 PROMPT = oracles.random_ids(2, 12, seed=4).clamp_min(3)
@@ -90,18 +88,9 @@ class Variant:
 
 # Epsilons are large and the rotary angles unusual, so that what is lost of them shows.
 RMS: dict[str, Any] = {"rms_norm_eps": 1e-2, "rope_parameters": {"rope_type": "default", "rope_theta": 300.0}}
-LLAMA_3 = {
-    "rope_type": "llama3",
-    "rope_theta": 300.0,
-    "factor": 4.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
-}
 TIED = {"tie_word_embeddings": True}
 VARIANTS = {
     "llama": Variant("llama", {**RMS, "attention_bias": False, "mlp_bias": False}, width=20),
-    "llama, biases, tied": Variant("llama", {**RMS, **TIED, "rope_parameters": LLAMA_3}, width=24, gradient_weight=0.0),
     "qwen2": Variant("qwen2", RMS, width=20),
     "phi": Variant("phi", {"layer_norm_eps": 1e-2}),
     "starcoder2": Variant("starcoder2", {**TIED, "norm_epsilon": 1e-2}),
@@ -129,10 +118,6 @@ FALLBACKS = {
     "phi, qk_layernorm": (
         Variant("phi", {"layer_norm_eps": 1e-2, "qk_layernorm": True}),
         f"{OURS}it normalizes queries and keys at hidden_size / heads (qk_layernorm).",
-    ),
-    "starcoder2, no biases": (
-        Variant("starcoder2", {"norm_epsilon": 1e-2, "use_bias": False}),
-        f"{OURS}its linears have no bias that could hold the norms' offsets (use_bias=false).",
     ),
     "opt": (
         Variant("opt"),
@@ -204,22 +189,20 @@ def cases() -> dict[str, Case]:
         width, neurons = variant.width, {"neurons": {"keep": NEURONS - IDLE}}
         units = neurons | ({"kv_groups": {"keep": variant.groups - 1}} if variant.groups else {})
         fewer_heads = NARROW if width % HEADS == 0 else width  # no multiple of the dense model's heads
-        found |= {
-            f"{name}: sliced": Case(variant, width),
-            f"{name}: refitted, fewer units": Case(variant, fewer_heads, refit=True, units=units),
-        }
+        found[f"{name}: sliced"] = Case(variant, width)
+        if name in ("llama", "phi", "gemma"):
+            found[f"{name}: refitted, fewer units"] = Case(variant, fewer_heads, refit=True, units=units)
         if name in ("llama", "phi"):
             found[f"{name}: idle units"] = Case(variant, fewer_heads, units=units, idle=True)
-        if name in ("llama", "starcoder2"):
+        if name == "starcoder2":
             found[f"{name}: full width"] = Case(variant, D, units=neurons, idle=True)
-        if name in ("starcoder2", "gemma"):
+        if name == "gemma":
             found[f"{name}: rounded gain"] = Case(variant, width, gain_dtype=torch.bfloat16)
-            found[f"{name}: bfloat16"] = Case(variant, width, "bfloat16")
     return found | {f"{name}: fallback": Case(variant, NARROW) for name, (variant, _) in FALLBACKS.items()}
 
 
 CASES = cases()
-STOCK = ("sliced", "refitted, fewer units", "idle units", "full width", "rounded gain", "bfloat16")
+STOCK = ("sliced", "refitted, fewer units", "idle units", "full width", "rounded gain")
 
 
 def named(*kinds: str) -> pytest.MarkDecorator:
@@ -346,33 +329,13 @@ def test_it_computes_the_projected_model(name, written, looked):
     assert oracles.largest_difference(made.projected, oracles.logits_of(made.dense, IDS)) > 0.1
 
 
-@named("sliced", "refitted, fewer units", "idle units", "rounded gain", "fallback")
-def test_it_computes_what_the_walk_said(name, written, looked):
-    ids, logits = written[name].probe
-    assert ids.shape == (1, 32)
-    assert oracles.largest_difference(looked.logits[f"{name}/probe"], logits) < EXACT
-
-
 @named("full width")
-def test_at_full_width_only_starcoder2_loses_anything(name, written, looked):
+def test_at_full_width_starcoder2_loses_a_direction(name, written, looked):
     """LayerNorm's stream has a direction less than channels; a head without a bias takes one away for its constant."""
     made = written[name]
     logits = looked.logits[f"{name}/ids"]
     assert oracles.largest_difference(logits, made.projected) < EXACT
-    lost = oracles.largest_difference(logits, oracles.logits_of(made.dense, IDS))
-    if made.case.variant.model_type == "starcoder2":
-        assert 1e-3 < lost < 10
-    else:
-        assert lost < EXACT
-
-
-@named("bfloat16")
-def test_rounded_it_is_close(name, written, looked):
-    made = written[name]
-    logits = looked.logits[f"{name}/ids"]
-    assert str(logits.dtype) == f"torch.{made.case.dtype}"
-    difference = (logits.double() - made.projected).square().mean().sqrt() / made.projected.square().mean().sqrt()
-    assert difference < TOLERANCE
+    assert 1e-3 < oracles.largest_difference(logits, oracles.logits_of(made.dense, IDS)) < 10
 
 
 # ---- what is written ----
@@ -431,34 +394,6 @@ def test_the_config_says_what_it_is(name, written, looked):
     assert str(made.out.parent) not in (made.out / "config.json").read_text(encoding="utf-8")
 
 
-def norms_of(tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor | None]]:
-    """The stream's norms, by name: weight and bias."""
-    names = [key.removesuffix(".weight") for key in tensors if key.endswith("norm.weight")]
-    names = [name for name in names if "self_attn" not in name]
-    return {name: (tensors[f"{name}.weight"], tensors.get(f"{name}.bias")) for name in names}
-
-
-@named("sliced", "refitted, fewer units", "bfloat16")
-def test_norms_hold_the_ratio_of_the_widths(name, written):
-    """And nothing else: their gains and offsets are in the linears behind them."""
-    made = written[name]
-    variant, width = made.case.variant, made.case.width
-    norms = norms_of(made.tensors)
-    assert len(norms) == BLOCKS * (1 if variant.model_type == "phi" else 2) + 1
-    gain = (D / width) ** 0.5 - (1 if variant.model_type == "gemma" else 0)
-    for key, (weight, bias) in norms.items():
-        ends_in_constant = variant.model_type == "starcoder2" and key == "model.norm"
-        expected = torch.full((width,), gain, dtype=torch.float64)
-        offset = torch.zeros(width, dtype=torch.float64)
-        if ends_in_constant:
-            expected[-1], offset[-1] = 0, 1
-        dtype = getattr(torch, made.case.dtype)
-        torch.testing.assert_close(weight, expected.to(dtype), rtol=1e-15, atol=0)
-        assert (bias is not None) == variant.is_layer_norm
-        if bias is not None:
-            assert torch.equal(bias, offset.to(dtype))
-
-
 # ---- what is refused ----
 
 
@@ -482,7 +417,7 @@ def test_a_width_that_the_heads_do_not_divide_is_refused(model_type, tmp_path):
     )
 
 
-@pytest.mark.parametrize("model_type", ["llama", "opt"])
+@pytest.mark.parametrize("model_type", ["llama"])
 def test_one_basis_takes_one_width(model_type, tmp_path):
     fault = "One basis for the whole stream has one width. Give one ratio for all blocks, or use --rotation per-layer."
     stages = anchored({"linear_ratios": [0.1, 0.5]}, round_to=4)
@@ -492,14 +427,14 @@ def test_one_basis_takes_one_width(model_type, tmp_path):
     assert refusal(model_type, tmp_path, head_left) == fault
 
 
-@pytest.mark.parametrize(("model_type", "width"), [("phi", 1), ("starcoder2", 2)])
+@pytest.mark.parametrize(("model_type", "width"), [("starcoder2", 2)])
 def test_a_width_without_a_direction_is_refused(model_type, width, tmp_path):
     assert refusal(model_type, tmp_path, anchored({"width": width})) == (
         f"A hidden size of {width} leaves no direction of the stream. Slice less."
     )
 
 
-@pytest.mark.parametrize("model_type", ["phi3", "opt"])
+@pytest.mark.parametrize("model_type", ["phi3"])
 def test_groups_of_fused_projections_cannot_be_deleted(model_type, tmp_path):
     stages = anchored({"width": 16}, units={"kv_groups": {"keep": 1}})
     assert refusal(model_type, tmp_path, stages) == "This model has no kv_groups that could be deleted."
@@ -511,16 +446,3 @@ def test_groups_are_deleted_in_stock_shapes_alone(tmp_path):
     assert refusal("llama", tmp_path / "per layer", anchored({"width": 16}, rotation="per-layer", units=units)) == fault
     window = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
     assert refusal("qwen2", tmp_path / "window", anchored({"width": 16}, units=units), **window) == fault
-
-
-# ---- the pipeline's own proof ----
-
-
-def test_the_pipeline_proves_it(tmp_path):
-    """In a clean process of its own, which computes in float32 from the rounded weights."""
-    tiny.write_model(tmp_path / "dense", "gemma", dtype=torch.float32)
-    case = Case(Variant("gemma"), 16, "bfloat16", refit=True)
-    result = pipeline.run(
-        job_of(case, tmp_path / "dense", tmp_path / "out", tiny.write_text(tmp_path / "text.txt", lines=60))
-    )
-    assert result.difference < 1e-5

@@ -1,7 +1,6 @@
 """What is stored of a linear, number by number, and that it gives the linear's weight back exactly."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -64,11 +63,6 @@ def test_places_are_numbered_as_combinations_are_listed():
     assert kept.of(torch.arange(12)[None]).tolist() == [[0, 6, 9, 1, 7, 11]]
 
 
-def test_a_mask_of_another_pattern_is_noticed():
-    with pytest.raises(ValueError, match="does not keep 2 of 4"):
-        Kept(torch.tensor([[True, True, True, False]]), Pattern(2.0, 4)).places()
-
-
 @pytest.mark.parametrize("storage", PACKED + COMPACT, ids=label)
 def test_the_weight_comes_back_exactly(storage):
     dtype = torch.bfloat16
@@ -103,19 +97,3 @@ def test_compact_takes_the_bytes_it_says():
         "second.scale": 2 * r * m // 128,
         "bias": 2 * m,
     }
-
-
-def test_what_no_form_has_room_for_is_refused():
-    compact, packed = Storage("compact", 4), Storage("packed", 4)
-    for storage, changes in (
-        (compact, {"symmetric": False}),
-        (compact, {"inputs": "int8"}),
-        (packed, {"adapter_bits": 4}),
-        (packed, {"finer": True}),
-        (packed, {"floating": True}),
-        (packed, {"inputs": "fp8"}),
-        (packed, {"bits": 8, "floating": True, "inputs": "int8"}),
-        (packed, {"bits": None, "inputs": "int8"}),
-    ):
-        with pytest.raises(ValueError, match=r"\.$"):
-            replace(storage, **changes)

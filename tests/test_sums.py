@@ -13,10 +13,8 @@ from torch.utils._pytree import tree_leaves
 import oracles
 import tiny
 from compress.calibration.processes import ALONE
-from compress.calibration.spectra import GradientFiles, LinearFilter, LinearObserver
 from compress.calibration.statistics import EquationSums
-from compress.numerics import sums
-from compress.numerics.sums import DiagonalSum, GramSum, add_product
+from compress.numerics.sums import GramSum
 from compress.stages.measure_error import MeasureError
 from compress.stages.refit import Refit
 
@@ -72,24 +70,6 @@ def test_a_gram_matrix_is_as_good_in_each_entry_as_float32_products_are(inputs):
     assert ((found - exact).abs() / torch.outer(size, size)).max() < 3e-6
 
 
-def test_a_diagonal_is_that_of_the_whole_matrix():
-    X, total = random(TOKENS, WIDTH), DiagonalSum(WIDTH, CPU)
-    total.add(X)
-    assert torch.allclose(total.close(), gram(X).diagonal(), rtol=1e-6)
-
-
-@pytest.mark.parametrize("at_once", [1, 7, 10**6])
-def test_pieces_of_any_size_make_one_sum(monkeypatch, at_once):
-    monkeypatch.setattr(sums, "TOKENS_AT_ONCE", at_once)
-    monkeypatch.setattr(sums, "ROWS_AT_ONCE", at_once)
-    A, B = random(20, 15).double(), random(20, 3, seed=1).double()
-    total = torch.zeros(15, 3, dtype=torch.float64)
-    add_product(total, A, B)
-    add_product(total, 2 * A, B)
-    assert (total - 3 * A.T @ B).abs().max() < 1e-13
-    assert (gram(A) - A.T @ A).abs().max() < 1e-13
-
-
 def test_equations_count_tokens_by_their_weights():
     U, T, weights = random(TOKENS, 40), random(TOKENS, 9, seed=1), random(TOKENS, 1, seed=2).exp()
     found, place = EquationSums(40, 9, CPU), slice(3000, None)
@@ -134,18 +114,3 @@ def test_nothing_that_grows_with_the_tokens_is_in_float64_in_a_walk(model_type, 
     walk = oracles.new_walk(tmp_path, stages, WINDOWS, dtype=torch.float32, batch_size=BATCH, held_out=BATCH)
     with NoDoubleByToken():
         assert list(walk.parts())[-1].divergence > 0
-
-
-@pytest.mark.parametrize("model_type", ["llama", "opt"])
-def test_nothing_that_grows_with_the_tokens_is_in_float64_in_a_survey(model_type, tmp_path):
-    tiny.tiny_model(model_type).save_pretrained(tmp_path)
-    watch = LinearFilter(lambda _name, _part: True, 0.9, lambda has_bias: has_bias)
-    surveyor = oracles.surveyor(
-        tmp_path,
-        WINDOWS,
-        batch_size=BATCH,
-        dtype=torch.float32,
-        observe=lambda decoder: LinearObserver(watch, GradientFiles(tmp_path), decoder),
-    )
-    with NoDoubleByToken():
-        assert surveyor.run(gradient=True).spectra

@@ -103,14 +103,6 @@ def test_without_the_gradient_it_stops_at_the_head(model_type, models):
     assert torch.equal(found.moment, surveyor(folder).run(gradient=True).moment)
 
 
-@pytest.mark.parametrize("model_type", ["llama"])
-def test_the_batch_size_changes_rounding_alone(model_type, models):
-    _, folder = models(model_type)
-    one, other = (surveyor(folder, batch_size=size).run(gradient=True) for size in (1, 3))
-    assert_close(other.moment, one.moment, 1e-11)
-    assert_close(other.gradient, one.gradient, OF_THE_LOSS)
-
-
 def stream_bytes(windows: Tensor = WINDOWS) -> int:
     return windows.numel() * D * 8
 

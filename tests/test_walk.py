@@ -136,13 +136,6 @@ def test_an_orientation_at_random_spans_the_same_space(model_type, folders):
             assert oracles.largest_difference(tensor, random[2].tensors[name]) > 0.1
 
 
-@pytest.mark.parametrize("model_type", ["llama"])
-def test_the_batch_size_changes_rounding_alone(model_type, folders):
-    results = [oracles.walked(folders[model_type], oracles.slicegpt(SLICED), WINDOWS, batch_size=n) for n in (1, 2, 5)]
-    logits = [oracles.logits_of(oracles.sliced_model(result), UNSEEN) for result in results]
-    assert max(oracles.largest_difference(logits[0], other) for other in logits[1:]) < 1e-9
-
-
 @pytest.mark.parametrize(("model_type", "streams"), [("opt", 1), ("phi", 2)])
 def test_activations_on_disk_give_the_same_bytes(model_type, streams, folders, monkeypatch):
     # An error is measured against the dense stream, a second one.

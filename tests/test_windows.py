@@ -1,7 +1,6 @@
 """Token windows against obvious oracles: a tokenizer whose tokens are the text's bytes shows every cut."""
 
 import hashlib
-import json
 import struct
 
 import pytest
@@ -88,13 +87,6 @@ def test_evaluation_is_one_string_with_one_bos_and_no_tail(corpus):
     assert len(expected) % 5 != 0
 
 
-def test_evaluation_of_json_lines_joins_the_rows(tmp_path):
-    file = tmp_path / "a.jsonl"
-    file.write_text(json.dumps({"text": "ab"}) + "\n" + json.dumps({"text": "cd"}) + "\n")
-    answer = evaluation_windows(str(file), byte_tokenizer("$A"), seq_len=6, data_dir=None)
-    assert answer.tolist() == [byte_tokens("ab\n\ncd")]
-
-
 def test_evaluation_with_too_little_text(tmp_path):
     file = tmp_path / "a.txt"
     file.write_text("abc")
@@ -116,16 +108,6 @@ def test_calibration_on_a_file_is_its_start(tmp_path):
         str(file), byte_tokenizer("<s> $A </s>"), num_samples=3, seq_len=7, seed=5, data_dir=None
     )
     assert answer.tolist() == [expected[0:7], expected[7:14], expected[14:21]]
-
-
-def test_calibration_on_a_file_with_too_little_text(tmp_path):
-    file = tmp_path / "a.txt"
-    file.write_text("abcdefgh")
-    with pytest.raises(UsageError) as error:
-        calibration_windows(str(file), byte_tokenizer(), num_samples=4, seq_len=4, seed=0, data_dir=None)
-    assert str(error.value) == (
-        f"{str(file)!r} holds 2 windows of 4 tokens, needed: 4. Use --samples 2, a smaller --seq-len or more text."
-    )
 
 
 # Calibration on a data set

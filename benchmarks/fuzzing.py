@@ -28,11 +28,6 @@ from unittest.mock import patch
 
 import torch
 import typer
-
-from cli_runner import succeeds
-from compress import presets
-from compress.cli.reporting import quiet_libraries, reporting_errors
-from outputs import write_outputs
 from spoiling import (
     Spoil,
     spoiled_card,
@@ -44,6 +39,11 @@ from spoiling import (
     spoiled_yaml,
     zipped,
 )
+
+from cli_runner import succeeds
+from compress import presets
+from compress.cli.reporting import quiet_libraries, reporting_errors
+from outputs import write_outputs
 from tiny import FAMILIES, tiny_config, write_model
 
 PRESETS = presets.FOLDER

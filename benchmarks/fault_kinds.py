@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cli_runner import Disturbance, act
 from faulting import PARTIAL, SLICE, TEXT, Command, Fault, Place, Trial, Undisturbed
+
+from cli_runner import Disturbance, act
 
 SIGNALS = [signal.SIGKILL, signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
 LONGEST = 12.0  # seconds into a command: what comes later is the same again
