@@ -22,7 +22,7 @@ TURNED = shlex.split(
     "slice --method slicegpt --ratio 0.25 --model tiny --calib text.txt --samples 4 --seq-len 32 --out turned"
 )
 TUNE = shlex.split("finetune ../turned --data ../longer.txt --data-dir ../data --seq-len 32 --batch-size 4 --steps 6")
-TUNE += shlex.split("--eval-every 3 --distill none --lr 0.003 --out out --json --device cpu")
+TUNE += shlex.split("--set eval_every=3 --distill none --lr 0.003 --out out --json --device cpu")
 RECORD = "compress.checkpoints.run_folder:RunFolder.record"
 SAVE = "compress.io:save_file"
 # By command and moment; what the run that goes on has of the killed one, parts or steps.
