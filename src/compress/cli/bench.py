@@ -8,6 +8,7 @@ import typer
 
 from compress.cli.options import (
     Device,
+    Engine,
     Json,
     Machine,
     Method,
@@ -30,6 +31,7 @@ BATCH_SIZES = "Sequences per batch; several with commas. Default: 1,8."
 PROMPT = "Prompt length in tokens; several with commas. Default: 128."
 LAYERWISE = "Time single linear layers too, as SLiM reports speed."
 TOKENS = "Tokens per call of a linear layer, with --layerwise. Default: 1,16,128."
+ENGINE = "What runs the models: transformers, or llamacpp for GGUF files, alone or --against another."
 DTYPE = "Dtype of both models. Default: OUT's own, on the CPU at least float32."
 SIDES = ("dense", "compressed")
 SPEEDUP, NO_ROOM = "speedup (middle half)", "no room"
@@ -45,6 +47,7 @@ def bench(
     rounds: Annotated[int, in_panel(Method, "Repetitions of each measurement, the two models alternating.", min=1)] = 7,
     layerwise: Annotated[bool, in_panel(Method, LAYERWISE, flag="--layerwise")] = False,
     tokens: Annotated[str | None, in_panel(Method, TOKENS)] = None,
+    engine: Annotated[Engine, in_panel(Machine, ENGINE)] = "transformers",
     dtype: Annotated[str | None, in_panel(Machine, DTYPE)] = None,
     device: Device = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -66,12 +69,21 @@ def bench(
     with problems.collect():
         sources.append(find_model(out or str(newest_or_refuse("bench"))))
     with problems.collect():
-        if against is not None or sources:
+        if against is not None or (sources and engine == "transformers"):
             sources.insert(0, base_of(sources[0]) if against is None else find_model(against))
     if device is not None or not problems.found:
         with problems.collect():
             target = pick_device(device)
+    with problems.collect():
+        if engine == "llamacpp" and (batch_sizes or layerwise or dtype):
+            raise UsageError(
+                "--engine llamacpp runs one sequence in the file's own types. "
+                "Leave --batch-sizes, --layerwise and --dtype out."
+            )
     problems.report()
+    if engine == "llamacpp":
+        show_llamacpp(sources, lists["prompt"], new, rounds, as_json=json)
+        return
 
     from compress.evaluation.speed.report import Asked, look_at_pair, measure, other_source, workloads
 
@@ -115,6 +127,43 @@ def base_of(source: ModelSource) -> ModelSource:
             f"{source.name} was made from {name!r}, which is no folder here, no alias and no id of the hub. "
             "Say where it is: --against FOLDER."
         ) from error
+
+
+def show_llamacpp(
+    sources: Sequence[ModelSource], prompts: Sequence[int], new: int | None, rounds: int, *, as_json: bool
+) -> None:
+    """Measure GGUF files in llama.cpp, one sequence at a time; the one to compare with comes first."""
+    from compress.evaluation.llamacpp import compare_speeds, gguf_file
+    from compress.evaluation.speed.report import workloads
+    from compress.models.loading import load_config
+
+    problems, files, configs = Problems(), [], []
+    for source in sources:
+        with problems.collect():
+            files.append(gguf_file(source.whole_folder(), source.name))
+            configs.append(load_config(source.whole_folder()))
+    problems.report()
+    names, sizes = [source.name for source in sources], [config.vocab_size for config in configs]
+    loads = workloads([1], prompts, new, configs)
+    speeds = [compare_speeds(files, sizes, load.prompt, load.new, rounds) for load in loads]
+    if as_json:
+        found = [
+            {"prompt": load.prompt, "new": load.new, "files": dict(zip(names, each, strict=True))}
+            for load, each in zip(loads, speeds, strict=True)
+        ]
+        print_json({"engine": "llamacpp", "rounds": rounds, "speeds": found})
+        return
+    for load, each in zip(loads, speeds, strict=True):
+        rows = [
+            {
+                **{"file": name, "bytes": gigabytes(found["bytes"])},
+                **{"prefill": near(found["prefill"], ",.0f"), "decode": near(found["decode"], ",.1f")},
+            }
+            for name, found in zip(names, each, strict=True)
+        ]
+        print_rows(
+            f"llama.cpp, {load.prompt} + {load.new} tokens: tokens a second, ± half the quartiles' distance", rows
+        )
 
 
 # The report as tables.

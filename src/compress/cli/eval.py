@@ -12,6 +12,7 @@ from compress.cli.options import (
     Data,
     DataDir,
     Device,
+    Engine,
     Found,
     Json,
     Machine,
@@ -49,6 +50,7 @@ SEQ_LEN = "Tokens per sequence. Default: 2048, or what the model has."
 LIMIT = "Only the first sequences, documents, problems, for a quick look."
 ALLOW = "Run the programs that the model writes on this machine."
 TEMPERATURE = "Sampling temperature. Default: 0, greedy; 0.8 for several samples."
+ENGINE = "What runs the models: transformers, or llamacpp for GGUF files (with --ppl)."
 DTYPE = "Dtype to compute in. Default: float32 on the CPU, the model's own on a GPU."
 SAVE = "Keep the result in quality.json in the checkpoint's folder."
 
@@ -79,6 +81,7 @@ class EvalOptions:
     k: Annotated[str, in_panel(Programs, "The k of pass@k, with commas between: 1,10.")] = "1"
     seed: Annotated[int, in_panel(Data, "Random seed of the programs.", min=0)] = 0
     batch_size: BatchSize = 8
+    engine: Annotated[Engine, in_panel(Machine, ENGINE)] = "transformers"
     dtype: Annotated[str | None, in_panel(Machine, DTYPE)] = None
     device: Device = None
     trust_remote_code: TrustRemoteCode = False
@@ -110,6 +113,12 @@ class EvalOptions:
             broken.append("--model and --compare both name models. Use one of them.")
         report(broken)
 
+    def check_engine(self) -> None:
+        if self.engine == "llamacpp" and (self.kl or self.tasks or self.humaneval or self.dtype):
+            raise UsageError(
+                "--engine llamacpp measures --ppl alone. Leave --kl, --tasks, --humaneval and --dtype out."
+            )
+
     @property
     def runs_programs(self) -> bool:
         return self.humaneval and self.allow_code_execution
@@ -138,6 +147,8 @@ def evaluate(
     problems = Problems()
     with problems.collect():
         options.check(others or [])
+    with problems.collect():
+        options.check_engine()
     named = (
         [*options.compare, *(others or [])] if options.compare else [options.model or str(newest_output() or "demo")]
     )
@@ -207,12 +218,15 @@ def measure_all(found: Found, request: "Request", options: EvalOptions) -> "tupl
     from compress.checkpoints.quality import save_quality
     from compress.evaluation import evaluate as evaluation
     from compress.evaluation._inference import free_memory
+    from compress.evaluation.llamacpp import gguf_file
     from compress.models import stored_loading
 
     problems, subjects = Problems(), list[evaluation.Subject]()
     for source in found.models:
         with problems.collect():
             subjects.append(evaluation.prepare(source.name, source.whole_folder(), request))
+            if options.engine == "llamacpp":
+                gguf_file(subjects[-1].folder, source.name)
     problems.report()
     dense = subjects.pop() if options.kl else None
     if dense is not None:
@@ -229,7 +243,10 @@ def measure_all(found: Found, request: "Request", options: EvalOptions) -> "tupl
 
         references = {} if dense is None else evaluation.remember_dense(dense, load(dense), request, progress)
         for subject in subjects:
-            evaluations.append(evaluation.measure(subject, load(subject), request, references, progress))
+            if options.engine == "llamacpp":
+                evaluations.append(evaluation.measure_in_llamacpp(subject, request, progress))
+            else:
+                evaluations.append(evaluation.measure(subject, load(subject), request, references, progress))
     for subject, measured in zip(subjects, evaluations, strict=True) if options.save else ():
         save_quality(subject.folder, measured.quality)
     return evaluations, evaluation.cut_otherwise(subjects)

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -38,6 +38,7 @@ DataDir = Annotated[
 ]
 Json = Annotated[bool, in_panel(Output, "Print the result as JSON.", flag="--json")]
 Device = Annotated[str | None, in_panel(Machine, "cuda, cuda:1, cpu. Default: a GPU if there is one.")]
+Engine = Literal["transformers", "llamacpp"]
 BatchSize = Annotated[int | None, in_panel(Machine, "Sequences per batch.", min=1)]
 TrustRemoteCode = Annotated[
     bool, in_panel(Machine, "Run modeling code that the model brings along.", flag="--trust-remote-code")

@@ -4,6 +4,8 @@ Models come one after another: only one is in memory at a time.
 """
 
 import importlib.metadata
+import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,9 +22,10 @@ from compress.checkpoints.quality import Quality, Tasks
 from compress.datasets.windows import evaluation_windows, fingerprint
 from compress.errors import Problems, UsageError
 from compress.evaluation import humaneval
+from compress.evaluation.llamacpp import LlamaCpp, gguf_file
 from compress.evaluation.speed.footprint import bytes_on_disk
 from compress.evaluation.tasks import LoadedTask, averages, score_tasks
-from compress.evaluation.windows import Reference, divergence, perplexity, remember
+from compress.evaluation.windows import Reference, divergence, perplexity, perplexity_of, remember
 from compress.models.loading import check_positions, check_vocabulary, load_config, load_tokenizer
 from compress.models.storage import num_parameters
 from compress.progress import Progress, Steps
@@ -170,10 +173,33 @@ def measure(
             batch_size=size,
             on_progress=lambda what, count: counting(steps, f"programs, {what}")(count),
         )
+    return evaluation_of(subject, request, measured, model.dtype, num_parameters(model), device=model.device.type)
+
+
+def measure_in_llamacpp(subject: Subject, request: Request, progress: Progress) -> Evaluation:
+    """Perplexity of a GGUF file as llama.cpp itself computes it, token by token."""
+    weights = LazyWeights(subject.folder)
+    file, size = gguf_file(subject.folder, subject.name), subject.config.vocab_size
+    steps = Steps(progress, f"measuring {subject.name}", sum(len(subject.windows[name]) for name in request.texts))
+    engine = LlamaCpp(file, context=max(each.shape[1] for each in subject.windows.values()), vocabulary=size)
+    found = []
+    for name in request.texts:
+        start, losses, on_window = time.perf_counter(), list[float](), counting(steps, name)
+        for window in subject.windows[name]:
+            losses.append(engine.loss(window))
+            on_window(1)
+        found.append(perplexity_of(losses, name, subject.windows[name], start))
+    parameters = sum(math.prod(tensor.shape) for tensor in weights.stored.tensors.values())
+    return evaluation_of(subject, request, {"perplexity": found}, "llama.cpp", parameters, device="cpu")
+
+
+def evaluation_of(
+    subject: Subject, request: Request, measured: Mapping[str, Any], dtype: object, parameters: int, *, device: str
+) -> Evaluation:
     # What a measure depends on besides the model and the text; the rest is in the measures themselves.
     settings = {
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": model.device.type,
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": device,
         "batch_size": request.batch_size,
         "limit": request.limit,
         "versions": versions() | ({"lm-eval": importlib.metadata.version("lm-eval")} if request.tasks else {}),
@@ -181,8 +207,8 @@ def measure(
     return Evaluation(
         model=subject.name,
         bytes=bytes_on_disk(subject.folder),
-        parameters=num_parameters(model),
-        dtype=str(model.dtype),
+        parameters=parameters,
+        dtype=str(dtype),
         quality=Quality(**measured, settings=dict.fromkeys(measured, settings)),
     )
 

@@ -59,6 +59,12 @@ def perplexity(
             found = [mean_nll(*each).item() for each in zip(logits, ids, strict=True)]
             losses += finite(found, dataset, len(losses), model, ids)
             on_batch(len(batch))
+    return perplexity_of(losses, dataset, windows, start)
+
+
+def perplexity_of(
+    losses: list[float], dataset: str, windows: Int64[Tensor, "windows seq_len"], start: float
+) -> Perplexity:
     nll, error = mean_and_error(losses)
     ppl = torch.tensor(nll, dtype=torch.float64).exp().item()
     standard_error = None if error is None else ppl * error
