@@ -30,7 +30,7 @@ MOMENTS: dict[str, tuple[list[str], Disturbance, int | None]] = {
     # Of embeddings a part and its state are written, of the first block a part, its share of the adapter and a state.
     "slim, part 2": (SLIM, Disturbance(RECORD, call=2, after=True), 2),
     "slim, half an adapter part": (SLIM, Disturbance(SAVE, call=4, kind="tear"), 1),
-    "slim, an unfinished adapter": (SLIM, Disturbance("compress.checkpoints.adapter:join", after=True), 3),
+    "slim, an unfinished adapter": (SLIM, Disturbance("compress.checkpoints.files:join", after=True), 3),
     "finetune, after three steps": (TUNE, Disturbance(RECORD, call=2, after=True), 3),
     "finetune, writing": (TUNE, Disturbance("compress.tuning.writing:put_tensors", after=True), 6),
 }
