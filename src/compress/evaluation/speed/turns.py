@@ -99,21 +99,16 @@ def attempted(work: Callable[[], T]) -> T | None:
 def has_room(model: PreTrainedModel, batch: int, length: int) -> bool:
     """On the CPU, where a system out of memory ends the process: whether half of what is free holds the workload.
 
-    Elsewhere always: there it can be tried out (`attempted`).
+    Elsewhere always: there it can be tried out (`attempted`). Counted are, about, keys and values of `length` tokens a
+    row, which are copied as they grow, and one position's logits.
     """
     if model.device.type != "cpu":
         return True
-    # Keys and values are copied as they grow.
-    return 2 * workload_bytes(model.config, batch, length, model.dtype) < free_bytes(model.device) / 2
-
-
-def workload_bytes(config: Any, batch: int, length: int, dtype: torch.dtype) -> int:
-    """Of the keys and values of `length` tokens a row, and of one position's logits; about."""
-    text = config.get_text_config()
+    text = model.config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     cache = 2 * text.num_hidden_layers * heads * head * length
-    return batch * dtype.itemsize * (cache + text.vocab_size)
+    return 2 * batch * model.dtype.itemsize * (cache + text.vocab_size) < free_bytes(model.device) / 2
 
 
 # Generation.
