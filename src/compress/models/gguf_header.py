@@ -186,26 +186,48 @@ class Architecture:
     """
     keys: what only this one says, by the header's names. interleaved: whether rows of queries and keys are in the order
     of llama.cpp. norms_from_one: whether gains are stored as what they multiply by, where transformers adds one.
+    biases: whether attention and MLP may have some. activation: of the MLP; llama.cpp knows it by the architecture.
     """
 
     model_type: str
     keys: dict[str, str] = field(default_factory=dict)
     interleaved: bool = False
     norms_from_one: bool = False
+    biases: bool = False
+    activation: str = "silu"
+
+    @property
+    def all_keys(self) -> dict[str, str]:
+        found = KEYS | self.keys
+        if LAYER_NORM in found:
+            del found[RMS_NORM]
+        return found
 
 
 WINDOW = {"attention.sliding_window": "sliding_window"}
 SOFTCAPS = {f"{name}_logit_softcapping": f"{name}_logit_softcapping" for name in ("attn", "final")}
+LAYER_NORM, RMS_NORM = "attention.layer_norm_epsilon", "attention.layer_norm_rms_epsilon"
+MULTIPLIERS = {
+    "attention.scale": "attention_multiplier",
+    "embedding_scale": "embedding_multiplier",
+    "residual_scale": "residual_multiplier",
+    "logit_scale": "logits_scaling",
+}
+TANH = "gelu_pytorch_tanh"
 ARCHITECTURES = {
-    "llama": Architecture("llama", interleaved=True),  # Mistral too
+    "llama": Architecture("llama", interleaved=True, biases=True),  # Mistral too
     "qwen2": Architecture("qwen2"),
     "qwen3": Architecture("qwen3"),
-    "gemma": Architecture("gemma", norms_from_one=True),
-    "gemma2": Architecture("gemma2", WINDOW | SOFTCAPS, norms_from_one=True),
+    "gemma": Architecture("gemma", norms_from_one=True, activation=TANH),
+    "gemma2": Architecture("gemma2", WINDOW | SOFTCAPS, norms_from_one=True, activation=TANH),
     "phi3": Architecture("phi3", WINDOW | {"rope.scaling.original_context_length": "original_max_position_embeddings"}),
+    "granite": Architecture("granite", MULTIPLIERS, interleaved=True, biases=True),
+    "smollm3": Architecture("smollm3", interleaved=True),
+    "olmo2": Architecture("olmo2"),
+    "starcoder2": Architecture("starcoder2", {LAYER_NORM: "norm_epsilon"}, activation=TANH),
 }
-# The architecture that each model_type is written as. Gemma's is not: transformers does not read it back.
-WRITTEN = {known.model_type: name for name, known in ARCHITECTURES.items() if name != "gemma"} | {"mistral": "llama"}
+# The architecture that each model_type is written as.
+WRITTEN = {known.model_type: name for name, known in ARCHITECTURES.items()} | {"mistral": "llama"}
 KEYS = {
     "context_length": "max_position_embeddings",
     "embedding_length": "hidden_size",
@@ -214,7 +236,7 @@ KEYS = {
     "attention.head_count": "num_attention_heads",
     "attention.head_count_kv": "num_key_value_heads",
     "attention.key_length": "head_dim",
-    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    RMS_NORM: "rms_norm_eps",
 }
 OPTIONAL = ("attention.head_count_kv", "attention.key_length")
 HEAD_SIZES = ("rope.dimension_count", "attention.value_length")  # which all have to be key_length
@@ -249,7 +271,7 @@ def read_config(header: Header) -> Any:
     said = {key.removeprefix(prefix): value for key, value in header.fields.items() if key.startswith(prefix)}
     if said.get("expert_count") or any("_exps." in name for name in header.tensors):
         raise UnsupportedModel(f"{header.file} has experts. {FOLDER_INSTEAD}")
-    unknown = min(said.keys() - {*KEYS, *known.keys, *HEAD_SIZES, *ROPE, *WITHOUT_EFFECT}, default=None)
+    unknown = min(said.keys() - {*known.all_keys, *HEAD_SIZES, *ROPE, *WITHOUT_EFFECT}, default=None)
     if unknown is not None:
         raise UnsupportedModel(
             f"{header.file} says {unknown} = {str(said[unknown])[:40]}, of which transformers' model would know "
@@ -274,10 +296,10 @@ def sizes(header: Header, known: Architecture, said: Mapping[str, Any]) -> dict[
     blocks = {name.split(".")[1] for name in header.tensors if name.startswith("blk.")}
     if len(blocks) != said.get("block_count"):  # before as many are built
         raise ValueError(f"it has {len(blocks)} blocks and says {said.get('block_count')}")
-    absent = next((key for key in KEYS if key not in (*said, *OPTIONAL)), None)
+    absent = next((key for key in (known.all_keys.keys() & {*KEYS, LAYER_NORM}) if key not in (*said, *OPTIONAL)), None)
     if absent is not None:
         raise ValueError(f"it does not say {absent}")
-    found = {name: said[key] for key, name in (KEYS | known.keys).items() if key in said}
+    found = {name: said[key] for key, name in known.all_keys.items() if key in said}
     found["vocab_size"] = header.tensors["token_embd.weight"].shape[0]
     found.setdefault("num_key_value_heads", found["num_attention_heads"])
     check_values(header.file, found)
@@ -287,7 +309,7 @@ def sizes(header: Header, known: Architecture, said: Mapping[str, Any]) -> dict[
         raise UnsupportedModel(
             f"{header.file} rotates only a part of each head, or has values of another size than keys. {FOLDER_INSTEAD}"
         )
-    if known.model_type == "llama":
+    if known.biases:
         biases = {name.split(".")[-2].partition("_")[0] for name in header.tensors if name.endswith(".bias")}
         found |= {"attention_bias": "attn" in biases, "mlp_bias": "ffn" in biases}
     if known.model_type == "gemma2":

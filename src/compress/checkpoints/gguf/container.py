@@ -11,7 +11,7 @@ from torch import Tensor
 
 from compress.checkpoints.gguf.model import Entry, Model, head_size
 from compress.checkpoints.gguf.tokenizer import Vocabulary
-from compress.models.gguf_header import ARCHITECTURES, HEAD_SIZES, KEYS
+from compress.models.gguf_header import ARCHITECTURES, HEAD_SIZES
 
 TENSOR_TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 FILE_TYPES = {torch.float32: "ALL_F32", torch.float16: "MOSTLY_F16", torch.bfloat16: "MOSTLY_BF16"}
@@ -59,12 +59,14 @@ def describe_model(writer: Writer, model: Model, name: str, file_type: str) -> N
     if file_type:
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_vocab_size(config.vocab_size)
-    values = {key: getattr(config, name, None) for key, name in (KEYS | ARCHITECTURES[model.architecture].keys).items()}
+    values = {key: getattr(config, name, None) for key, name in ARCHITECTURES[model.architecture].all_keys.items()}
     values |= dict.fromkeys(("attention.key_length", *HEAD_SIZES), head_size(config))
     for key, value in (values | {"rope.freq_base": float(model.rope["rope_theta"])}).items():
         if value is not None:
-            add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
-            add(f"{model.architecture}.{key}", value)
+            # llama.cpp wants multipliers as floats, also where a config has whole numbers.
+            is_float = isinstance(value, float) or key.endswith("scale")
+            add = writer.add_float32 if is_float else writer.add_uint32
+            add(f"{model.architecture}.{key}", float(value) if is_float else value)
     if model.rope["rope_type"] == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(float(model.rope["factor"]))

@@ -16,7 +16,7 @@ from compress.models.gguf_header import ARCHITECTURES, ROPE_FACTORS, WRITTEN, ll
 from compress.models.gguf_weights import interleaved
 from compress.models.loading import empty_model, load_config
 
-ACTIVATIONS = {"gemma2": "gelu_pytorch_tanh"}  # where it is not silu
+BIASES = ("attention_bias", "mlp_bias")
 ROPE_TYPES = {"llama": ("default", "linear", "llama3")}  # where not the default alone
 
 
@@ -106,8 +106,8 @@ def check_writable(config: Any) -> None:
     """Raises UnsupportedModel for the config of a model that no architecture of GGUF covers."""
     if reason := why_not_writable(config):
         raise UnsupportedModel(
-            f"The model cannot be written as GGUF: {reason}. GGUF is written for Llama, Mistral without a sliding "
-            "window, Qwen2, Qwen3, Phi-3 and Gemma 2. Leave GGUF out: transformers loads the folder without it."
+            f"The model cannot be written as GGUF: {reason}. GGUF is written for {', '.join(sorted(WRITTEN))}. "
+            "Leave GGUF out: transformers loads the folder without it."
         )
 
 
@@ -120,7 +120,7 @@ def why_not_writable(config: Any) -> str | None:
     if expected not in (config.architectures or [expected]):
         return f"its architecture is {', '.join(config.architectures)}, not {expected}"
     activation = getattr(config, "hidden_activation", None) or config.hidden_act
-    if {"swish": "silu"}.get(activation, activation) != (usual := ACTIVATIONS.get(kind, "silu")):
+    if {"swish": "silu"}.get(activation, activation) != (usual := ARCHITECTURES[architecture].activation):
         return f"its activation is {activation!r}, not {usual!r}"
     window = getattr(config, "sliding_window", None)
     says_windows = "attention.sliding_window" in ARCHITECTURES[architecture].keys
@@ -133,6 +133,10 @@ def why_not_writable(config: Any) -> str | None:
         return f"it rotates only a part of each head (partial_rotary_factor {rope['partial_rotary_factor']})"
     if getattr(config, "query_pre_attn_scalar", head_size(config)) != head_size(config):
         return f"its queries are scaled by {config.query_pre_attn_scalar}, not by the size of a head"
+    if kind == "smollm3" and any(bool(each) != (block % 4 != 3) for block, each in enumerate(config.no_rope_layers)):
+        return "other blocks than each fourth are without rotary embeddings"
+    if not ARCHITECTURES[architecture].biases and any(getattr(config, name, False) for name in BIASES):
+        return "its attention or MLP has biases"
     return None
 
 
