@@ -13,7 +13,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +24,8 @@ from torch import Tensor, nn
 from compress.models.hub import find_model
 from compress.models.loading import load_tokenizer
 from compress.own_model.modeling_compress import AdaptedLinear
-from compress.tuning.looking import Prepared, look
+from compress.tuning.looking import Prepared, block_linears, look, thin_linears
 from compress.tuning.settings import NUM_HELD_OUT, Settings, TuningJob, What
-from compress.tuning.structure import block_linears, thin_linears
 from compress.tuning.trained import open_folder, open_teacher, open_trained
 from compress.tuning.training import Training
 
@@ -66,7 +64,7 @@ def measure(
         rounds,
     )
     step, whole, look = found["step"], found["unit"], found["look"] / batch_size
-    usual = replace(settings, batch_size=WINDOWS)
+    usual = settings.model_copy(update={"batch_size": WINDOWS})
     looks = (STEPS // usual.eval_every + 1) * usual.num_looked_at(NUM_HELD_OUT)
     looks += (4 if teacher is None else 5) * NUM_HELD_OUT  # before and after, on two texts; the dense model on one
     return {
@@ -109,7 +107,7 @@ def plain_model(prepared: Prepared, *, what: What) -> Any:
     model = open_folder(prepared.job.folder, torch.float32, CPU).requires_grad_(False).train()
     ranks = {path: plain(model, path, each) for path, each in stored_linears(model).items()}
     if what in ("all", "factors"):
-        for part in [model] if what == "all" else [thin for _, thin in thin_linears(model)]:
+        for part in [model] if what == "all" else thin_linears(model).values():
             part.requires_grad_()
         return model
     if what == "lora":

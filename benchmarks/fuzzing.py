@@ -93,9 +93,8 @@ class Verdict:
 
 def plan(home: Path, choose: Random) -> None:
     """The commands that compress, as far as config.json goes."""
-    from compress.cli.lord import factorize_model
-    from compress.cli.slice import slice_model
-    from compress.cli.slim import slim_model
+    from compress.cli.slice_lord import factorize_model, slice_model
+    from compress.cli.slim_quantize import slim_model
 
     options: dict[str, Any] = {"model": str(home / "opt"), "dry_run": True, "device": "cpu"}
     commands = [
@@ -167,7 +166,7 @@ def read_tokenizer(home: Path, choose: Random) -> None:
 
 
 def run_recipe(home: Path, choose: Random) -> None:
-    from compress.cli.run import run_recipe
+    from compress.cli.compressing import run_recipe
 
     how: Any = choose.choice([{"show_recipe": True}, {"dry_run": True}])
     run_recipe(home / "recipe.yaml", model=str(home / "llama"), device="cpu", **how)
@@ -183,8 +182,8 @@ def read_facts(home: Path, choose: Random) -> None:
     """All that read compress.json."""
     from compress.checkpoints.push import push
     from compress.cli.bench import base_of
+    from compress.cli.compressing import run_recipe
     from compress.cli.inspect import inspect_outputs
-    from compress.cli.run import run_recipe
     from compress.evaluation.speed.report import Named, facts_of, other_source
     from compress.models.hub import find_model
 
@@ -239,7 +238,7 @@ def read_text(home: Path, choose: Random) -> None:
 
 def read_task(home: Path, choose: Random) -> None:
     from compress.datasets.tasks import read_documents
-    from compress.evaluation._local_tasks import fitted, piqa
+    from compress.evaluation.tasks import fitted, piqa
 
     for number, document in enumerate(read_documents(home / "data" / "tasks" / "piqa.jsonl"), 1):
         fitted(piqa, number, document)

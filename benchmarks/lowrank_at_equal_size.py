@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM
 from compress.calibration.survey import Survey
 from compress.datasets.windows import evaluation_windows
 from compress.errors import UsageError
-from compress.evaluation.perplexity import perplexity
+from compress.evaluation.windows import perplexity
 from compress.models.hub import find_model
 from compress.models.loading import load_model, load_tokenizer
 from compress.numerics.precision import full_precision

@@ -29,9 +29,9 @@ import torch
 from accelerate import Accelerator
 from compress.own_model import modeling_compress
 from compress.models.stored_loading import load_stored
+from compress.tuning.looking import block_linears
 from compress.tuning.settings import Rate, Settings
-from compress.tuning.structure import block_linears
-from compress.tuning.trained import Lora
+from compress.tuning.trained import lora
 from compress.tuning.training import Training
 from transformers.models.llama import modeling_llama
 def memory(kind):
@@ -42,7 +42,7 @@ model = load_stored(Path(folder), dtype=torch.bfloat16, device=torch.device("cpu
 loaded = memory("VmRSS") - before
 if checkpointing:
     model.gradient_checkpointing_enable({"use_reentrant": False})
-trained = Lora(model, block_linears(model, model.config), rank=rank, alpha=rank, merge=False)
+trained = lora(model, block_linears(model, model.config), rank=rank, alpha=rank, merge=False)
 windows = torch.randint(model.config.get_text_config().vocab_size, (4 * batch, seq_len))
 settings = Settings(data="random", steps=steps, seq_len=seq_len, batch_size=batch, eval_every=steps)
 rate = Rate(1e-4, relative=False)

@@ -24,7 +24,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from compress.datasets.windows import evaluation_windows
-from compress.evaluation.perplexity import perplexity
+from compress.evaluation.windows import perplexity
 from compress.models.hub import find_model
 from compress.models.loading import load_model, load_tokenizer
 from compress.numerics.precision import full_precision

@@ -47,9 +47,8 @@ def unproved() -> Iterator[None]:
         yield
 
 
-def run_here(folder: Path, probe: Path, memory: int, scratch: Path, gguf_file: Path | None = None) -> dict[str, Any]:
-    more = [] if gguf_file is None else [str(gguf_file)]
-    found: dict[str, Any] = json.loads(json.dumps(reload.main(str(folder), str(probe), memory, str(scratch), *more)))
+def run_here(folder: Path, probe: Path, memory: int, scratch: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(json.dumps(reload.main(str(folder), str(probe), memory, str(scratch))))
     return found
 
 

@@ -14,10 +14,9 @@ import compress  # noqa: F401 (registers the architecture)
 import tiny
 from compress.errors import CheckpointError, UsageError
 from compress.evaluation.speed import footprint as took
-from compress.evaluation.speed import generation, report
-from compress.evaluation.speed.generation import Decoding, Workload, compare_generation, compared
-from compress.evaluation.speed.layerwise import matched
+from compress.evaluation.speed import report, turns
 from compress.evaluation.speed.report import Asked, Named, measure
+from compress.evaluation.speed.turns import Decoding, Workload, compare_generation, compared, matched
 from compress.models.storage import Form, Storage, empty_linear, linears_of
 from compress.models.stored_loading import open_model
 from compress.numerics.sparsity import Pattern
@@ -51,7 +50,7 @@ def test_both_run_in_turns_after_one_round_that_is_not_counted():
 
         return once
 
-    pairs = generation.in_turns(run("d"), run("c"), 3)
+    pairs = turns.in_turns(run("d"), run("c"), 3)
     assert order == ["d", "c", "d", "c", "c", "d", "d", "c"]
     assert pairs == [("d2", "c2"), ("d3", "c3"), ("d4", "c4")]
 
@@ -100,7 +99,7 @@ def test_prefill_and_decoding_are_timed_each_for_itself(monkeypatch):
         taken.append(len(calls) - before)
         return float(taken[-1])
 
-    monkeypatch.setattr(generation, "seconds", counting)
+    monkeypatch.setattr(turns, "seconds", counting)
     speeds = compare_generation(model, model, Workload(2, 5, 3), rounds=1)
     assert taken == [1, 3] * 4
     assert speeds["prefill"] == compared([(1.0, 1.0)], 2 * 5)
@@ -110,14 +109,14 @@ def test_prefill_and_decoding_are_timed_each_for_itself(monkeypatch):
 def test_a_workload_without_room_is_none(monkeypatch):
     model = tiny.tiny_model("llama")
     load = Workload(2, 5, 3)
-    monkeypatch.setattr(generation, "free_bytes", lambda device: 1000)
+    monkeypatch.setattr(turns, "free_bytes", lambda device: 1000)
     assert compare_generation(model, model, load, rounds=1)["decode"] is None
     monkeypatch.undo()
 
     def no_memory(*_: Any) -> None:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(generation, "in_turns", no_memory)
+    monkeypatch.setattr(turns, "in_turns", no_memory)
     assert compare_generation(model, model, load, rounds=1)["prefill"] is None
 
 

@@ -12,7 +12,7 @@ from cli_runner import flat, invoke, snapshot, succeeds, untouched
 from compress.checkpoints.gguf import write_gguf
 from compress.checkpoints.quality import QUALITY, read_quality
 from compress.cli.eval import usual_text
-from compress.evaluation._local_tasks import task_index
+from compress.evaluation.tasks import task_index
 from compress.models.hub import find_model
 from compress.models.storage import Storage
 from compress.numerics.sparsity import Pattern

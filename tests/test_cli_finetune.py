@@ -19,7 +19,7 @@ from tiny import write_model, write_text
 
 pytestmark = pytest.mark.slow
 KINDS = ("sliced", "turned", "thin", "packed", "odd")
-SHORT = ["--data", "text.txt", "--seq-len", 32, "--batch-size", 4, "--steps", 6, "--eval-every", 3]
+SHORT = ["--data", "text.txt", "--seq-len", 32, "--batch-size", 4, "--steps", 6, "--set", "eval_every=3"]
 DATA = ["--data-dir", "data"]
 ALONE = ["--distill", "none", "--lr", 0.003]
 IDS = random_ids(2, 16)
@@ -221,7 +221,7 @@ def test_a_dry_run_says_what_would_be_trained(home, place, made):
 
 WRONG: dict[str, tuple[list[object], str]] = {
     "a dense model": (["llama"], "has no compress.json. Only checkpoints that compress has made are tuned."),
-    "two lengths": (["thin", "--tokens", 9], "--steps and --tokens all say how long. Use one of them."),
+    "two lengths": (["thin", "--tokens", 9], "steps and tokens all say how long. Use one of them."),
     "what it has not": (
         ["sliced", "--train", "factors"],
         "--train factors is not for this checkpoint. It has: lora, all.",
@@ -230,10 +230,10 @@ WRONG: dict[str, tuple[list[object], str]] = {
         ["odd", "--merge"],
         "--merge: this LoRA cannot go into the weights: its weights are stored in few bits",
     ),
-    "nothing to merge": (["thin", "--no-merge"], "--merge and --no-merge are of --train lora"),
+    "nothing to merge": (["thin", "--no-merge"], "merge: of --train lora; what is trained here is: factors"),
     "a LoRA that is none": (
         ["thin", "--lora-rank", 4],
-        "--lora-rank: of --train lora; what is trained here is: factors",
+        "lora_rank: of --train lora; what is trained here is: factors",
     ),
     "the same place": (["thin", "--out", "thin"], "would replace the model it is made from"),
     "16 bits on a CPU": (
@@ -245,7 +245,10 @@ WRONG: dict[str, tuple[list[object], str]] = {
         ["thin", "--distill", "logits", "--teacher", "other"],
         "--teacher other has a vocabulary of 300",
     ),
-    "too fast": (["thin", "--lr", 0], "--lr must be between 0 and 1, got 0."),
+    "too fast": (["thin", "--lr", 0], "--lr 0.0: Input should be greater than 0"),
+    "too long a warmup": (["thin", "--set", "warmup=1.5"], "--set warmup=1.5: Input should be less than or equal to 1"),
+    "no setting": (["thin", "--set", "wramup=0.1"], "--set wramup=0.1: Unknown key 'wramup'. Did you mean 'warmup'?"),
+    "nothing set": (["thin", "--set", "warmup"], "--set warmup: write FIELD=VALUE, such as --set warmup=0.1."),
 }
 
 

@@ -22,7 +22,7 @@ TURNED = shlex.split(
     "slice --method slicegpt --ratio 0.25 --model tiny --calib text.txt --samples 4 --seq-len 32 --out turned"
 )
 TUNE = shlex.split("finetune ../turned --data ../longer.txt --data-dir ../data --seq-len 32 --batch-size 4 --steps 6")
-TUNE += shlex.split("--eval-every 3 --distill none --lr 0.003 --out out --json --device cpu")
+TUNE += shlex.split("--set eval_every=3 --distill none --lr 0.003 --out out --json --device cpu")
 RECORD = "compress.checkpoints.run_folder:RunFolder.record"
 SAVE = "compress.io:save_file"
 # By command and moment; what the run that goes on has of the killed one, parts or steps.
@@ -30,7 +30,7 @@ MOMENTS: dict[str, tuple[list[str], Disturbance, int | None]] = {
     # Of embeddings a part and its state are written, of the first block a part, its share of the adapter and a state.
     "slim, part 2": (SLIM, Disturbance(RECORD, call=2, after=True), 2),
     "slim, half an adapter part": (SLIM, Disturbance(SAVE, call=4, kind="tear"), 1),
-    "slim, an unfinished adapter": (SLIM, Disturbance("compress.checkpoints.adapter:join", after=True), 3),
+    "slim, an unfinished adapter": (SLIM, Disturbance("compress.checkpoints.files:join", after=True), 3),
     "finetune, after three steps": (TUNE, Disturbance(RECORD, call=2, after=True), 3),
     "finetune, writing": (TUNE, Disturbance("compress.tuning.writing:put_tensors", after=True), 6),
 }

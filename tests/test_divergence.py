@@ -9,8 +9,8 @@ import torch
 
 from compress.checkpoints.quality import Divergence
 from compress.errors import NumericalError, UnsupportedModel
-from compress.evaluation import divergence as module
-from compress.evaluation.divergence import divergence, remember
+from compress.evaluation import windows as module
+from compress.evaluation.windows import divergence, remember
 from tiny import VOCAB_SIZE, tiny_model
 
 

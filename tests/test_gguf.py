@@ -24,7 +24,6 @@ from tiny import HIDDEN, NUM_BLOCKS, POSITIONS, VOCAB_SIZE, tiny_config, tiny_mo
 
 gguf = pytest.importorskip("gguf")
 
-MEMORY = 2**30
 PLAIN = {"attention_bias": False, "mlp_bias": False}
 # As a slice leaves it: heads that together are wider than the stream, a head of its own, few key-value heads.
 SLICED: dict[str, Any] = {
@@ -539,12 +538,12 @@ def in_this_process(tmp_path):
         yield
 
 
-def proved(folder: Path, model: Any, file: Path | None = None, *, memory: int = MEMORY) -> float:
+def proved(folder: Path, model: Any, file: Path | None = None) -> float:
     """The proof by a probe of the model."""
     probe = torch.arange(40)[None]
     with torch.inference_mode():
         expected = model.float()(input_ids=probe).logits
-    return verify_gguf(folder, file or written(folder), probe, expected, memory=memory)
+    return verify_gguf(folder, file or written(folder), probe, expected)
 
 
 def test_the_proof_sees_other_logits(small, in_this_process):
@@ -552,10 +551,10 @@ def test_the_proof_sees_other_logits(small, in_this_process):
     probe = torch.arange(40)[None]
     with torch.inference_mode():
         theirs = model(input_ids=probe).logits
-    assert verify_gguf(folder, file, probe, theirs, memory=MEMORY) == 0
+    assert verify_gguf(folder, file, probe, theirs) == 0
     message = r"GGUF file reloads with other logits: they differ by 9\.9e-03 of the largest, allowed is 1e-04"
     with pytest.raises(VerificationError, match=message):
-        verify_gguf(folder, file, probe, 1.01 * theirs, memory=MEMORY)
+        verify_gguf(folder, file, probe, 1.01 * theirs)
 
 
 def test_the_proof_sees_other_tokens(tmp_path, in_this_process):

@@ -46,7 +46,7 @@ def reloads(root, monkeypatch) -> list[dict[str, Any]]:
     """What each reloading finds."""
     found: list[dict[str, Any]] = []
 
-    def run_here(folder: Path, probe: Path, _memory: int, scratch: Path, _gguf_file: Path | None) -> dict[str, Any]:
+    def run_here(folder: Path, probe: Path, _memory: int, scratch: Path) -> dict[str, Any]:
         for memory in (LITTLE, PLENTY):
             found.append(json.loads(json.dumps(reload.main(str(folder), str(probe), memory, str(scratch)))))
         return found[-1]

@@ -127,7 +127,7 @@ def test_fast_reads_no_weights(root, monkeypatch):
 
     monkeypatch.setattr("compress.checkpoints.integrity.sha256", forbidden)
     monkeypatch.setattr("compress.inspection.linears.read", forbidden)
-    monkeypatch.setattr("compress.inspection.summary.zeros_of", forbidden)
+    monkeypatch.setattr("compress.inspection.checkpoint.zeros_of", forbidden)
     said = seen(root, "packed", "--fast")
     assert said["verified"] is False
     assert {each["zeros"] for each in said["linears"]} == {None}

@@ -12,10 +12,18 @@ import pytest
 from cli_runner import invoke, succeeds
 from compress.checkpoints.quality import Measure
 from compress.inspection import plots
-from compress.inspection.plots.depth import losses, plot_energy, plot_errors, plot_ranks
-from compress.inspection.plots.sizes import Mark, bytes_by_kind, frontier, plot_sizes
-from compress.inspection.plots.style import style
-from compress.inspection.summary import Inspection, inspect
+from compress.inspection.checkpoint import Inspection, inspect
+from compress.inspection.drawing import style
+from compress.inspection.plots import (
+    Mark,
+    bytes_by_kind,
+    frontier,
+    losses,
+    plot_energy,
+    plot_errors,
+    plot_ranks,
+    plot_sizes,
+)
 from outputs import write_outputs
 from test_inspect import write_quality
 

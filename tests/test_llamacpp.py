@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import tiny
-from cli_runner import succeeds
+from cli_runner import invoke, succeeds
 from compress.checkpoints.gguf import write_gguf
 from compress.errors import CheckpointError, UsageError
 from compress.evaluation.llamacpp import LlamaCpp
@@ -108,3 +108,32 @@ def test_a_text_longer_than_the_context_is_refused(wide, tmp_path):
     write_gguf(wide / "wide", file := tmp_path / "model.gguf")
     with pytest.raises(UsageError, match="context"):
         opened(file).generate("a" * 150, 1)
+
+
+def test_the_command_line_measures_there(wide, tmp_path):
+    write_gguf(wide / "wide", file := tmp_path / "model.gguf")
+    words = ["--ppl", wide / "text.txt", "--seq-len", 16, "--limit", 3, "--json"]
+    found = succeeds("eval", "--model", file, *words, "--engine", "llamacpp").json
+    theirs = succeeds("eval", "--model", file, *words).json
+    assert found["perplexity"][0]["ppl"] == pytest.approx(theirs["perplexity"][0]["ppl"], rel=1e-3)
+    assert found["parameters"] == theirs["parameters"]
+    speeds = succeeds("bench", file, "--engine", "llamacpp", "--prompt", 16, "--new", 4, "--rounds", 2, "--json").json
+    (speed,) = speeds["speeds"][0]["files"].values()
+    assert min(speed[kind]["median"] for kind in ("prefill", "decode")) > 0
+    assert speed["bytes"] == file.stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["eval", "--model", "wide", "--ppl", "text.txt", "--seq-len", 16], "llama.cpp reads GGUF files"),
+        (["eval", "--model", "wide", "--ppl", "text.txt", "--kl", "wide"], "--engine llamacpp measures --ppl alone"),
+        (["bench", "wide"], "llama.cpp reads GGUF files"),
+        (["bench", "wide", "--layerwise"], "Leave --batch-sizes, --layerwise and --dtype out"),
+    ],
+)
+def test_what_it_cannot_measure_is_said_in_a_line(words, reason, wide, monkeypatch):
+    monkeypatch.chdir(wide)
+    ran = invoke(*words, "--engine", "llamacpp")
+    assert (ran.code, len(ran.faults)) == (2, 1)
+    assert reason in ran.faults[0]

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from compress.errors import NumericalError, UsageError
-from compress.evaluation.perplexity import perplexity
+from compress.evaluation.windows import perplexity
 from tiny import VOCAB_SIZE, tiny_model
 
 

@@ -14,8 +14,8 @@ from compress.checkpoints.quality import Metric, TaskScore
 from compress.datasets.tasks import read_documents
 from compress.errors import NumericalError, Unavailable, UsageError
 from compress.evaluation import tasks
-from compress.evaluation._local_tasks import KNOWN
 from compress.evaluation.tasks import (
+    KNOWN,
     LoadedTask,
     averages,
     load_hub_task,

@@ -22,14 +22,27 @@ from compress.numerics.losses import cross_entropy_and_gradient, kl_and_gradient
 from compress.numerics.sparsity import Pattern
 from compress.own_model.configuration_compress import CompressConfig
 from compress.own_model.modeling_compress import CompressForCausalLM, StoredMatrix
-from compress.tuning.linears import DequantizedLinear, TrainedMatrix, dequantize, stored_in_codes
-from compress.tuning.looking import Prepared
-from compress.tuning.losses import Objective, SplitModel
+from compress.tuning.looking import (
+    Prepared,
+    block_linears,
+    chosen,
+    stored_in_codes,
+    trainable,
+    why_not_merged,
+)
 from compress.tuning.settings import Rate, Settings, share_of_rate
-from compress.tuning.structure import block_linears, chosen, trainable, why_not_merged
 from compress.tuning.texts import Reader
-from compress.tuning.trained import CompactAdapters, Lora, PackedAdapters
-from compress.tuning.training import Training
+from compress.tuning.trained import (
+    AdapterLinear,
+    DequantizedLinear,
+    Trained,
+    TrainedMatrix,
+    compact_adapters,
+    dequantize,
+    packed_adapters,
+)
+from compress.tuning.trained import lora as train_lora
+from compress.tuning.training import Objective, SplitModel, Training
 from compress.tuning.writing import put_tensors
 from oracles import logits_of, random_ids
 from stored import write_compact, write_packed
@@ -50,10 +63,10 @@ def training(model: Any, *, rate: float = 1e-2, teacher: Any = None, **changes: 
     )
 
 
-def lora(*, seed: int = 0, **options: Any) -> Lora:
+def lora(*, seed: int = 0, **options: Any) -> Trained:
     model = tiny_model("llama", dtype=F32, num_hidden_layers=1)
     torch.manual_seed(seed)
-    return Lora(model, block_linears(model, model.config), rank=2, alpha=4, **({"merge": True} | options))
+    return train_lora(model, block_linears(model, model.config), rank=2, alpha=4, **({"merge": True} | options))
 
 
 def drift(trained: Any) -> None:
@@ -89,8 +102,8 @@ def test_a_model_in_two_steps_gives_its_logits(model_type):
 
 @pytest.mark.parametrize(("model_type", "distilled"), [("qwen2", False), ("gemma2", True)])  # a tied head; a cap
 def test_some_predictions_at_a_time_give_the_loss_and_the_gradients_of_all(monkeypatch, model_type, distilled):
-    monkeypatch.setattr("compress.tuning.losses.FEWEST", 5)
-    monkeypatch.setattr("compress.tuning.losses.LOGITS", {"cpu": 7 * VOCAB_SIZE})
+    monkeypatch.setattr("compress.tuning.training.FEWEST", 5)
+    monkeypatch.setattr("compress.tuning.training.LOGITS", {"cpu": 7 * VOCAB_SIZE})
     model, dense = (tiny_model(model_type, dtype=torch.float64, num_hidden_layers=1, seed=seed) for seed in (0, 3))
     logits = model(input_ids=IDS, use_cache=False).logits[:, :-1].flatten(0, 1)
     if distilled:
@@ -180,8 +193,9 @@ def thin_model() -> CompressForCausalLM:
 
 def test_a_lora_is_on_every_linear_of_the_blocks_and_merges_exactly():
     trained = lora()
-    assert len(trained.layers) == 7
-    assert "lm_head" not in trained.layers
+    layers = [path for path, module in trained.model.named_modules() if isinstance(module, AdapterLinear)]
+    assert len(layers) == 7
+    assert "lm_head" not in layers
     drift(trained)
     expected = logits_of(trained.model.eval(), IDS)
     settled = trained.settled()
@@ -225,10 +239,10 @@ def test_what_can_be_trained_follows_from_how_it_is_stored(tmp_path):
     compact = write_compact(tmp_path / "compact", Storage("compact", 4))
     with pytest.raises(UsageError, match=r"has no adapters, .* Make one with adapters: compress slim"):
         trainable(metadata(storage="compact"), compact)
-    assert chosen(None, ("factors", "lora")) == "factors"
-    assert chosen("lora", ("factors", "lora")) == "lora"
+    assert chosen(settings(), ("factors", "lora")) == "factors"
+    assert chosen(settings(train="lora"), ("factors", "lora")) == "lora"
     with pytest.raises(UsageError, match=r"--train all is not for this checkpoint\. It has: lora\."):
-        chosen("all", ("lora",))
+        chosen(settings(train="all"), ("lora",))
 
 
 # Rounding.
@@ -282,7 +296,7 @@ def test_compact_adapters_are_trained_and_nothing_else_is_written(tmp_path, adap
     storage = Storage("compact", 4, pattern=Pattern(2, 4), rank=3, adapter_bits=adapter_bits, adapter_group=16)
     model: Any = write_compact(tmp_path / "compact", storage)
     before = logits_of(model, IDS)
-    trained = CompactAdapters(model)
+    trained = compact_adapters(model)
     assert torch.equal(logits_of(model, IDS), before)
     drift(trained)
     settled = trained.settled()
@@ -314,12 +328,12 @@ def test_weights_held_dense_give_the_same_logits_and_gradients(tmp_path, kind):
         storage = STORED[kind]
         torch.manual_seed(0)
         if storage.form == "compact":
-            return CompactAdapters(write_compact(folder, storage))
+            return compact_adapters(write_compact(folder, storage))
         write_packed(folder, storage, num_hidden_layers=1)
         model = load_stored(folder, dtype=F32, device=CPU)
         if storage.rank:
-            return PackedAdapters(model)
-        return Lora(model, block_linears(model, model.config), rank=2, alpha=2, merge=False)
+            return packed_adapters(model)
+        return train_lora(model, block_linears(model, model.config), rank=2, alpha=2, merge=False)
 
     stored, dense = opened(tmp_path / "stored"), opened(tmp_path / "dense")
     count = len(stored_in_codes(dense.model))
@@ -366,7 +380,7 @@ def test_a_loss_that_is_no_number_ends_the_run():
 
 def test_dropout_is_off():
     model = tiny_model("opt", dtype=F32, num_hidden_layers=1, dropout=0.5, attention_dropout=0.5, layerdrop=0.9)
-    trained = Lora(model, block_linears(model, model.config), rank=2, alpha=2, merge=True)
+    trained = train_lora(model, block_linears(model, model.config), rank=2, alpha=2, merge=True)
     steps = training(trained)
     assert trained.model.training
     assert float(steps.objective.loss(IDS)) == float(steps.objective.loss(IDS))
@@ -381,7 +395,7 @@ def test_new_numbers_take_the_place_of_the_old_ones_and_nothing_else_changes(tmp
     tensors = {"x": torch.randn(3, 5).to(torch.bfloat16), "y": torch.arange(7), "z": torch.randn(4)}
     save_file(tensors, source, metadata={"format": "pt"})
     new = torch.randn(3, 5)
-    put_tensors(source, target, {"x": "model.x"}, {"model.x": new})
+    put_tensors(source, target, {"x": new})
     found = load_file(target)
     assert torch.equal(found["x"], new.to(torch.bfloat16))
     assert torch.equal(found["y"], tensors["y"])

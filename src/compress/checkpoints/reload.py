@@ -1,14 +1,12 @@
 """Load a checkpoint as a stranger would and compare its logits. Run as a script, in a process without our package.
 
-    python -I reload.py FOLDER PROBE.safetensors MEMORY_BYTES SCRATCH [GGUF_FILE]
+    python -I reload.py FOLDER PROBE.safetensors MEMORY_BYTES SCRATCH
 
 Prints one JSON object: keys that were missing, unexpected or mismatched, and the largest difference of the logits
 beside the largest logit. A stock model is loaded by stock code alone, any other by the modeling file it carries. Where
-the model in float32 exceeds the memory given, its blocks stay on disk until they are needed; a packed one or a GGUF
-file, whose blocks cannot, is held in its own dtype. All compute in float32 at least, as a CPU multiplies 16-bit floats
+the model in float32 exceeds the memory given, its blocks stay on disk until they are needed; a packed one,
+whose blocks cannot, is held in its own dtype. All compute in float32 at least, as a CPU multiplies 16-bit floats
 far more slowly. An adapter beside the model is loaded by PEFT, as a user would.
-
-A GGUF file is read in the place of the folder that it was written from.
 """
 
 import functools
@@ -20,10 +18,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch.utils._pytree import tree_map_only
-from transformers import AutoConfig, AutoModelForCausalLM, CompressedTensorsConfig, LlamaConfig
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 
-def main(folder: str, probe_file: str, memory: int, scratch: str, gguf_file: str = "") -> dict[str, object]:
+def main(folder: str, probe_file: str, memory: int, scratch: str) -> dict[str, object]:
     probe = load_file(probe_file)
     facts, config = (
         json.loads((Path(folder) / name).read_text(encoding="utf-8")) for name in ("compress.json", "config.json")
@@ -34,21 +32,18 @@ def main(folder: str, probe_file: str, memory: int, scratch: str, gguf_file: str
     fits = fits_in_float32(facts["dense_size" if is_packed else "size"]["parameters"], memory)
     computing = torch.promote_types(torch.float32, probe["logits"].dtype)
     options: dict[str, Any] = {"dtype": computing}
-    source, bits = folder, 8 * computing.itemsize
-    if gguf_file:
-        source, options = alone(Path(gguf_file), Path(scratch), config)
-        options["dtype"] = computing if fits else getattr(torch, config["dtype"])
-    elif not fits and not is_packed:
+    bits = 8 * computing.itemsize
+    if not fits and not is_packed:
         options |= {"device_map": "auto", "max_memory": {"cpu": memory // 4}, "offload_folder": scratch}
     elif not fits:
         options = {"dtype": "auto"}  # packed weights cannot stay on disk
     if "quantization_config" in config and (not fits or facts["unpacks_while_loading"]):
         options["quantization_config"], bits = CompressedTensorsConfig(dequantize=True), 8 * facts["itemsize"]
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        source, trust_remote_code=carries_code, output_loading_info=True, local_files_only=True, **options
+        folder, trust_remote_code=carries_code, output_loading_info=True, local_files_only=True, **options
     )
     model, info = loaded
-    if not fits and (is_packed or gguf_file):
+    if not fits and is_packed:
         compute_in(model, computing)
     for module in model.modules():
         if (scheme := getattr(module, "quantization_scheme", None)) is not None:
@@ -75,27 +70,6 @@ def main(folder: str, probe_file: str, memory: int, scratch: str, gguf_file: str
 def fits_in_float32(parameters: int, memory: int) -> bool:
     """Whether a model of float32 computes in so many bytes, which takes half as much again."""
     return parameters * 4 * 1.5 < memory
-
-
-def alone(file: Path, scratch: Path, config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """A folder with a GGUF file alone, because transformers also reads what lies beside it, and how to read it there.
-
-    transformers' reader leaves out biases and rotary scaling, unless it gets a config that has them; and that of
-    Mistral's class, whose weights a file of the architecture `llama` holds too, it does not know.
-    """
-    import gguf
-
-    folder = scratch / "alone"
-    folder.mkdir()
-    (folder / "model.gguf").symlink_to(file.resolve())
-    header = gguf.GGUFReader(file)
-    names = [*(tensor.name for tensor in header.tensors), *header.fields]
-    options: dict[str, Any] = {"gguf_file": "model.gguf"}
-    if config["model_type"] not in ("llama", "mistral"):
-        options["config"] = AutoConfig.for_model(**config)
-    elif any(name.endswith((".bias", "rope_freqs.weight", "rope.scaling.type")) for name in names):
-        options["config"] = LlamaConfig(**{key: value for key, value in config.items() if key != "model_type"})
-    return str(folder), options
 
 
 def compute_in(model: torch.nn.Module, dtype: torch.dtype) -> None:
@@ -139,4 +113,4 @@ def with_adapter(model: Any, folder: str) -> tuple[Any, set[str]]:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps(main(sys.argv[1], sys.argv[2], int(sys.argv[3]), *sys.argv[4:])) + "\n")
+    sys.stdout.write(json.dumps(main(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4])) + "\n")

@@ -1,4 +1,4 @@
-"""The command line: one file a command. typer and rich are used here and nowhere else.
+"""The command line. typer and rich are used here and nowhere else.
 
 Commands import torch and transformers when they run, so that help and usage errors come at once.
 """
@@ -10,16 +10,13 @@ from typing import Annotated
 import typer
 
 from compress.cli.bench import bench
+from compress.cli.compressing import run_recipe
 from compress.cli.eval import evaluate
 from compress.cli.finetune import finetune
-from compress.cli.inspect import inspect_outputs
-from compress.cli.lord import factorize_model
-from compress.cli.push import push_output
-from compress.cli.quantize import quantize_model
+from compress.cli.inspect import inspect_outputs, push_output
 from compress.cli.reporting import INTERRUPTED, INTERRUPTS
-from compress.cli.run import run_recipe
-from compress.cli.slice import slice_model
-from compress.cli.slim import slim_model
+from compress.cli.slice_lord import factorize_model, slice_model
+from compress.cli.slim_quantize import quantize_model, slim_model
 from compress.version import __version__
 
 app = typer.Typer(

@@ -2,12 +2,13 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from compress.cli.options import (
     Device,
+    Engine,
     Json,
     Machine,
     Method,
@@ -22,18 +23,15 @@ from compress.cli.progress import progress_bar
 from compress.cli.reporting import quiet_libraries, reporting_errors
 from compress.cli.tables import Row, gigabytes, print_json, print_lines, print_rows
 from compress.errors import Problems, UsageError
-
-if TYPE_CHECKING:
-    from compress.models.hub import ModelSource
+from compress.models.hub import ModelSource, find_model
 
 OUT = "A compressed model, or any other. Default: the newest under ./compressed."
 AGAINST = "The model to compare with. Default: the base model of OUT, where it is found by its name."
 BATCH_SIZES = "Sequences per batch; several with commas. Default: 1,8."
 PROMPT = "Prompt length in tokens; several with commas. Default: 128."
-NEW = "New tokens per sequence. Default: 32."
-ROUNDS = "Repetitions of each measurement, the two models alternating."
 LAYERWISE = "Time single linear layers too, as SLiM reports speed."
 TOKENS = "Tokens per call of a linear layer, with --layerwise. Default: 1,16,128."
+ENGINE = "What runs the models: transformers, or llamacpp for GGUF files, alone or --against another."
 DTYPE = "Dtype of both models. Default: OUT's own, on the CPU at least float32."
 SIDES = ("dense", "compressed")
 SPEEDUP, NO_ROOM = "speedup (middle half)", "no room"
@@ -45,10 +43,11 @@ def bench(
     against: Annotated[str | None, typer.Option(help=AGAINST, show_default=False)] = None,
     batch_sizes: Annotated[str | None, in_panel(Method, BATCH_SIZES)] = None,
     prompt: Annotated[str | None, in_panel(Method, PROMPT)] = None,
-    new: Annotated[int | None, in_panel(Method, NEW, min=1)] = None,
-    rounds: Annotated[int, in_panel(Method, ROUNDS, min=1)] = 7,
+    new: Annotated[int | None, in_panel(Method, "New tokens per sequence. Default: 32.", min=1)] = None,
+    rounds: Annotated[int, in_panel(Method, "Repetitions of each measurement, the two models alternating.", min=1)] = 7,
     layerwise: Annotated[bool, in_panel(Method, LAYERWISE, flag="--layerwise")] = False,
     tokens: Annotated[str | None, in_panel(Method, TOKENS)] = None,
+    engine: Annotated[Engine, in_panel(Machine, ENGINE)] = "transformers",
     dtype: Annotated[str | None, in_panel(Machine, DTYPE)] = None,
     device: Device = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -58,29 +57,44 @@ def bench(
 
     Example: compress bench compressed/opt-125m-anchored-kp0.75 --against opt-125m
     """
-    problems, lists = Problems(), {"batch-sizes": batch_sizes, "prompt": prompt, "tokens": tokens}
-    numbers = {name: parse_numbers(problems, name, text) for name, text in lists.items() if text is not None}
+    problems, sources, lists = Problems(), list[ModelSource](), dict[str, list[int]]()
+    for name, text in (("batch-sizes", batch_sizes), ("prompt", prompt), ("tokens", tokens)):
+        with problems.collect():
+            lists[name] = numbers_in(name, text)
     with problems.collect():
         if tokens is not None and not layerwise:
             raise UsageError("--tokens has no effect without --layerwise. Add it, or leave --tokens out.")
     with problems.collect():
         check_dtype(dtype)
-    sources = find_pair(problems, out, against)
+    with problems.collect():
+        sources.append(find_model(out or str(newest_or_refuse("bench"))))
+    with problems.collect():
+        if against is not None or (sources and engine == "transformers"):
+            sources.insert(0, base_of(sources[0]) if against is None else find_model(against))
     if device is not None or not problems.found:
         with problems.collect():
             target = pick_device(device)
+    with problems.collect():
+        if engine == "llamacpp" and (batch_sizes or layerwise or dtype):
+            raise UsageError(
+                "--engine llamacpp runs one sequence in the file's own types. "
+                "Leave --batch-sizes, --layerwise and --dtype out."
+            )
     problems.report()
+    if engine == "llamacpp":
+        show_llamacpp(sources, lists["prompt"], new, rounds, as_json=json)
+        return
 
     from compress.evaluation.speed.report import Asked, look_at_pair, measure, other_source, workloads
 
     quiet_libraries()
     pair, configs = look_at_pair(sources, trust_remote_code=trust_remote_code)
     asked = Asked(
-        workloads=workloads(numbers.get("batch-sizes"), numbers.get("prompt"), new, configs),
+        workloads=workloads(lists["batch-sizes"], lists["prompt"], new, configs),
         rounds=rounds,
         dtype=computing_dtype(dtype, configs[1], target),
         device=target,
-        tokens=numbers.get("tokens", [1, 16, 128]) if layerwise else [],
+        tokens=(lists["tokens"] or [1, 16, 128]) if layerwise else [],
         trust_remote_code=trust_remote_code,
     )
     with progress_bar("preparing") as progress:
@@ -92,31 +106,16 @@ def bench(
         show(report)
 
 
-def parse_numbers(problems: Problems, option: str, text: str) -> list[int]:
-    words = [word.strip() for word in text.split(",")]
-    with problems.collect():
-        if not all(re.fullmatch(r"[1-9]\d*", word) for word in words):
-            raise UsageError(f"--{option} takes whole numbers from 1 on, with commas between, got {text!r}. Try 1,8.")
-        return list(dict.fromkeys(map(int, words)))
-    return []
+def numbers_in(option: str, text: str | None) -> list[int]:
+    """The numbers between commas, once each; none where nothing was typed."""
+    words = [] if text is None else [word.strip() for word in text.split(",")]
+    if not all(re.fullmatch(r"[1-9]\d*", word) for word in words):
+        raise UsageError(f"--{option} takes whole numbers from 1 on, with commas between, got {text!r}. Try 1,8.")
+    return list(dict.fromkeys(map(int, words)))
 
 
-def find_pair(problems: Problems, out: str | None, against: str | None) -> "list[ModelSource]":
-    """The dense model and the compressed one, as far as they are found."""
-    from compress.models.hub import find_model
-
-    found: list[ModelSource] = []
-    with problems.collect():
-        found.append(find_model(out or str(newest_or_refuse("bench"))))
-    with problems.collect():
-        if against is not None or found:
-            found.insert(0, base_of(found[0]) if against is None else find_model(against))
-    return found
-
-
-def base_of(source: "ModelSource") -> "ModelSource":
+def base_of(source: ModelSource) -> ModelSource:
     from compress.evaluation.speed.report import facts_of
-    from compress.models.hub import find_model
 
     name = facts_of(source.folder).get("base_model") if source.folder else None
     if not isinstance(name, str):
@@ -130,6 +129,43 @@ def base_of(source: "ModelSource") -> "ModelSource":
         ) from error
 
 
+def show_llamacpp(
+    sources: Sequence[ModelSource], prompts: Sequence[int], new: int | None, rounds: int, *, as_json: bool
+) -> None:
+    """Measure GGUF files in llama.cpp, one sequence at a time; the one to compare with comes first."""
+    from compress.evaluation.llamacpp import compare_speeds, gguf_file
+    from compress.evaluation.speed.report import workloads
+    from compress.models.loading import load_config
+
+    problems, files, configs = Problems(), [], []
+    for source in sources:
+        with problems.collect():
+            files.append(gguf_file(source.whole_folder(), source.name))
+            configs.append(load_config(source.whole_folder()))
+    problems.report()
+    names, sizes = [source.name for source in sources], [config.vocab_size for config in configs]
+    loads = workloads([1], prompts, new, configs)
+    speeds = [compare_speeds(files, sizes, load.prompt, load.new, rounds) for load in loads]
+    if as_json:
+        found = [
+            {"prompt": load.prompt, "new": load.new, "files": dict(zip(names, each, strict=True))}
+            for load, each in zip(loads, speeds, strict=True)
+        ]
+        print_json({"engine": "llamacpp", "rounds": rounds, "speeds": found})
+        return
+    for load, each in zip(loads, speeds, strict=True):
+        rows = [
+            {
+                **{"file": name, "bytes": gigabytes(found["bytes"])},
+                **{"prefill": near(found["prefill"], ",.0f"), "decode": near(found["decode"], ",.1f")},
+            }
+            for name, found in zip(names, each, strict=True)
+        ]
+        print_rows(
+            f"llama.cpp, {load.prompt} + {load.new} tokens: tokens a second, ± half the quartiles' distance", rows
+        )
+
+
 # The report as tables.
 
 
@@ -138,41 +174,40 @@ def show(report: dict[str, Any]) -> None:
     print_rows(f"{compressed} beside {dense}: {report['dtype']} on {report['machine']}", footprint_rows(report))
     speeds = [row for each in report["generation"] for row in speed_rows(each)]
     print_rows("In turns: tokens a second, ± half the distance of the quartiles", speeds)
-    places = {(each["name"], str(each["dense"]), str(each["compressed"])): each for each in report["linears"]}
-    forms = [
-        {"linears": f"{each['name']} ({each['linears']})", **{side: form(each[side]) for side in SIDES}}
-        for each in places.values()
-    ]
-    print_rows("Linears: outputs x inputs", forms)
+    forms = {
+        (each["name"], str(each["dense"]), str(each["compressed"])): {
+            "linears": f"{each['name']} ({each['linears']})",
+            **{side: form(each[side]) for side in SIDES},
+        }
+        for each in report["linears"]
+    }
+    print_rows("Linears: outputs x inputs", list(forms.values()))
     print_rows("A linear by itself: µs", [linear_row(each) for each in report["linears"]])
     print_lines([f"Speedups are of times, {dense} / {compressed}: above 1, {compressed} is faster.", *report["notes"]])
 
 
 def footprint_rows(report: dict[str, Any]) -> list[Row]:
     """Memory is what is held beyond the libraries."""
-    load, sides = report["memory_at"], {side: report[side] for side in SIDES}
+    load, dense, compressed = report["memory_at"], report["dense"], report["compressed"]
 
-    def row(label: str, shown: Callable[[int], str], **values: int | None) -> Row:
-        dense, compressed = values.values()
-        share = f"{compressed / dense:.2f}" if dense and compressed is not None else None
-        cells = {side: "not known" if value is None else shown(value) for side, value in values.items()}
-        return {"": label, **cells, "of dense": share}
+    def row(label: str, shown: Callable[[int], str], value: Callable[[dict[str, Any]], int | None]) -> Row:
+        one, two = value(dense), value(compressed)
+        cells = ["not known" if each is None else shown(each) for each in (one, two)]
+        share = f"{two / one:.2f}" if one and two is not None else None
+        return {"": label, **dict(zip(SIDES, cells, strict=True)), "of dense": share}
 
-    def above(when: str) -> dict[str, int | None]:
-        return {
-            side: None if None in (found[when], found["before"]) else found[when] - found["before"]
-            for side, found in sides.items()
-        }
+    def above(when: str) -> Callable[[dict[str, Any]], int | None]:
+        return lambda side: None if None in (side[when], side["before"]) else side[when] - side["before"]
 
     rows = [
-        row("parameters", "{:,}".format, **{side: found["parameters"] for side, found in sides.items()}),
-        row("bytes on disk", gigabytes, **{side: found["disk"] for side, found in sides.items()}),
-        {"": "seconds to load, cached files", **{side: near(found["load"], ".2f") for side, found in sides.items()}},
-        row("most memory, loading", gigabytes, **above("loading")),
-        row(f"and running {load['batch']} x ({load['prompt']} + {load['new']})", gigabytes, **above("running")),
+        row("parameters", "{:,}".format, lambda side: side["parameters"]),
+        row("bytes on disk", gigabytes, lambda side: side["disk"]),
+        {"": "seconds to load, cached files", **{side: near(report[side]["load"], ".2f") for side in SIDES}},
+        row("most memory, loading", gigabytes, above("loading")),
+        row(f"and running {load['batch']} x ({load['prompt']} + {load['new']})", gigabytes, above("running")),
     ]
-    if report["machine"].startswith("cpu") and all(found["before"] for found in sides.values()):
-        libraries = {side: gigabytes(found["before"]) for side, found in sides.items()}
+    if report["machine"].startswith("cpu") and dense["before"] and compressed["before"]:
+        libraries = {side: gigabytes(report[side]["before"]) for side in SIDES}
         rows.append({"": "libraries, not counted there", **libraries})
     return rows
 
@@ -187,8 +222,7 @@ def speed_rows(speeds: Mapping[str, Any]) -> list[Row]:
         rates = {side: near(found, ",.0f") for side, found in times["tokens_per_second"].items()}
         rows.append({**label, **rates, SPEEDUP: speedup(times)})
         if name == "prefill":
-            latency = {side: f"{1e3 * found['median']:,.1f}" for side, found in times["seconds"].items()}
-            rows.append({"rows x tokens": "  first token, ms", **latency})
+            rows.append({"rows x tokens": "  first token, ms", **medians(times, 1e3)})
     return rows
 
 
@@ -196,8 +230,11 @@ def linear_row(each: Mapping[str, Any]) -> Row:
     label = {"linears": f"{each['name']} ({each['linears']})", "tokens": f"{each['tokens']:,}"}
     if each["seconds"] is None:
         return {**label, "dense": NO_ROOM}
-    times = {side: f"{1e6 * found['median']:,.1f}" for side, found in each["seconds"].items()}
-    return {**label, **times, SPEEDUP: speedup(each)}
+    return {**label, **medians(each, 1e6), SPEEDUP: speedup(each)}
+
+
+def medians(times: Mapping[str, Any], unit: float) -> Row:
+    return {side: f"{unit * found['median']:,.1f}" for side, found in times["seconds"].items()}
 
 
 def near(spread: Mapping[str, float], digits: str) -> str:

@@ -1,4 +1,4 @@
-"""The options of every command that compresses a model, said once, and the run that they ask for."""
+"""The options of every command that compresses a model, said once, and the run that they ask for; `compress run`."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,16 +20,17 @@ from compress.cli.options import (
     look_at,
     parse_size,
     usual_seq_len,
+    with_options,
 )
-from compress.cli.profiling import profiled, show_seconds
 from compress.cli.progress import progress_bar
 from compress.cli.recipes import Draft, apply_settings
-from compress.cli.reporting import quiet_libraries, seeing_interrupts
+from compress.cli.reporting import profiled, quiet_libraries, reporting_errors, seeing_interrupts, show_seconds
 from compress.cli.tables import print_lines, print_text, show_plan, show_result
-from compress.errors import Problems
+from compress.errors import Problems, UsageError
+from compress.launch import launch
+from compress.models.hub import ModelSource
 
 if TYPE_CHECKING:
-    from compress.models.hub import ModelSource
     from compress.pipeline.output import Result
     from compress.planning.prepare import Job
     from compress.recipe import Recipe
@@ -44,6 +45,10 @@ PUSH = "Push the result to this private repository of the hub, OWNER/NAME."
 MOST = "Memory that the run may take at most: 8GB. Batches and activation caches are chosen under it."
 CACHE = "Memory for cached activations, 8GB; more goes to disk. Default: half of what is free."
 SET = "Change a field of the recipe that has no option: STAGE.FIELD=VALUE, several times; --show-recipe shows them."
+TARGET = (
+    "Linear layers to compress: all, attention, mlp, or name patterns such as *.down_proj, with commas. Default: all."
+)
+EXPORT = "gguf: also write a GGUF file for llama.cpp (Llama-like architectures)."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,11 +84,10 @@ class RunOptions(WritingOptions):
         problems: those so far. amount: of the default output's name. model, batch_size: where none was typed. like: the
         compress.json of the checkpoint that is to be made again.
         """
-        check = None
-        if not problems.found:
-            with problems.collect():
+        with problems.collect():
+            if not problems.found:
                 self.change(draft)
-            check = None if problems.found else lambda: draft.recipe(**usual_calibration())
+        check = None if problems.found else lambda: draft.recipe(**usual_calibration())
         sizes: dict[str, int | None] = {}
         for name, text in (("cache_memory", self.cache_memory), ("max_memory", self.max_memory)):
             with problems.collect():
@@ -98,7 +102,7 @@ class RunOptions(WritingOptions):
         (source,) = found.models
         recipe = draft.recipe(**usual_calibration(source, load_config(source.config_folder())))
         command = self.command(verb, model=source.repository or source.name)
-        if like is not None and not self.changed_recipe:
+        if like is not None and not {"calib", "samples", "seq_len", "seed", "dtype", "set_"} & self.typed.keys():
             command = str(like.get("command", command))
         job = Job(
             model=source,
@@ -115,18 +119,14 @@ class RunOptions(WritingOptions):
         )
         self.deliver(job, like)
 
-    @property
-    def changed_recipe(self) -> bool:
-        return any(name in self.typed for name in ("calib", "samples", "seq_len", "seed", "dtype", "set_"))
-
     def change(self, draft: Draft) -> None:
         """Put the shared options and --set into the recipe."""
-        for address, value, option in (
-            ("calibration.source", self.calib, "--calib"),
-            ("calibration.samples", self.samples, "--samples"),
-            ("calibration.seq_len", self.seq_len, "--seq-len"),
-            ("seed", self.seed, "--seed"),
-            ("dtype", self.dtype, "--dtype"),
+        for address, option, value in (
+            ("calibration.source", "--calib", self.calib),
+            ("calibration.samples", "--samples", self.samples),
+            ("calibration.seq_len", "--seq-len", self.seq_len),
+            ("seed", "--seed", self.seed),
+            ("dtype", "--dtype", self.dtype),
         ):
             draft.set(address, value, f"{option} {value}")
         if self.measure_error:
@@ -137,19 +137,16 @@ class RunOptions(WritingOptions):
     def deliver(self, job: "Job", like: Mapping[str, Any] | None) -> None:
         """Do what was asked for with a job. like: see `compress`."""
         from compress.checkpoints.push import check_repository, push
-        from compress.launch import launch
         from compress.pipeline import plan_only
         from compress.recipe_file import as_yaml, comparison, read_recipe
 
         if self.push_to_hub is not None:
             check_repository(self.push_to_hub)
-        if (self.show_recipe or self.dry_run) and not launch().is_first:
-            return
-        if self.show_recipe:
-            print_text(as_yaml(job.recipe))
-            return
-        if self.dry_run:
-            show_plan(job, plan_only(job), as_json=self.json)
+        if self.show_recipe or self.dry_run:
+            if launch().is_first and self.show_recipe:
+                print_text(as_yaml(job.recipe))
+            elif launch().is_first:
+                show_plan(job, plan_only(job), as_json=self.json)
             return
         with profiled(self.profile):
             result = run_with_progress(job)
@@ -167,7 +164,7 @@ class RunOptions(WritingOptions):
             print_lines([] if self.json else [f"pushed to {address}"])
 
 
-def usual_calibration(source: "ModelSource | None" = None, config: object = None) -> dict[str, Any]:
+def usual_calibration(source: ModelSource | None = None, config: object = None) -> dict[str, Any]:
     """What neither the recipe nor the user says: the demo's own text, sequences as long as the model takes."""
     text = "stdlib" if source is not None and source.is_demo else "wikitext2"
     return {"source": text, "seq_len": usual_seq_len(config, None)}
@@ -197,3 +194,46 @@ def keeping_what_is_done(said: str, is_kept: Callable[[], bool]) -> Iterator[Non
         if is_kept():
             raise KeyboardInterrupt(f"{said}; the same command with --resume goes on") from interrupt
         raise
+
+
+# A recipe from a file.
+
+FILE = "A YAML recipe, the name of a shipped one, a compress.json, or the folder of a checkpoint."
+FILES_MODEL = "A hub id, an alias, a folder or demo. Default: the base model of a compress.json; else demo."
+
+
+@reporting_errors
+@with_options(RunOptions, without=("measure_error",))
+def run_recipe(
+    run: RunOptions,
+    recipe: Annotated[Path, typer.Argument(help=FILE, show_default=False)],
+    model: Annotated[str | None, typer.Option(help=FILES_MODEL)] = None,
+    export: Annotated[
+        Literal["hf", "gguf"] | None, in_panel(Output, f"{EXPORT} Default: the checkpoint's own, else hf.")
+    ] = None,
+) -> None:
+    """Run a recipe: any stages that make sense together, in one walk.
+
+    Example: compress run slice-then-slim --model llama-2-7b
+    """
+    from compress.recipe_file import read_recipe
+
+    file = read_recipe(recipe)
+    facts = file.facts or {}
+    # The model that a checkpoint was made from; and its sequences per batch, because they have a say in its last bits.
+    base, batch_size = "demo" if file.facts is None else facts.get("base_model"), facts.get("batch_size")
+    if model is None and not isinstance(base, str):
+        raise UsageError(f"{file.file} does not say which model it was made from. Name it with --model.")
+    if run.batch_size is None and batch_size is not None and not (type(batch_size) is int and batch_size > 0):
+        what = f"{file.file} has the batch_size {batch_size!r}, which is not a number of sequences"
+        raise UsageError(f"{what}. Say --batch-size.")
+    run.compress(
+        Draft({"method": file.file.stem, **file.data}, file.place),
+        Problems(),
+        verb=f"run {file.file.name}",
+        amount=lambda _: "recipe",
+        export=export or ("gguf" if facts.get("export") == "gguf" else "hf"),
+        model=model or base,
+        batch_size=run.batch_size or batch_size,
+        like=file.facts,
+    )

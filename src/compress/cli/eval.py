@@ -12,6 +12,7 @@ from compress.cli.options import (
     Data,
     DataDir,
     Device,
+    Engine,
     Found,
     Json,
     Machine,
@@ -20,22 +21,23 @@ from compress.cli.options import (
     computing_dtype,
     in_panel,
     look_at,
+    names_in,
     newest_output,
     with_options,
 )
 from compress.cli.progress import progress_bar
 from compress.cli.reporting import quiet_libraries, reporting_errors
 from compress.cli.tables import gigabytes, number, print_json, print_lines, print_rows
+from compress.datasets import load_rows
 from compress.errors import Problems, UsageError, report
+from compress.models.hub import ModelSource
 from compress.numerics import DTYPES
 
 if TYPE_CHECKING:
     from compress.evaluation.evaluate import Evaluation, Request
     from compress.evaluation.humaneval import Sampling
-    from compress.models.hub import ModelSource
 
-Measures = "What to measure"
-Programs = "HumanEval"
+Measures, Programs = "What to measure", "HumanEval"
 PAPERS_TEMPERATURE = 0.8
 
 PPL = "Perplexity on data sets or text files, with commas between: wikitext2, c4, ptb, stdlib, FILE.txt"
@@ -43,8 +45,21 @@ KL = "KL divergence from this dense model, on the texts of --ppl."
 TASKS = "Tasks of lm-eval, with commas between: piqa,winogrande,arc_easy,arc_challenge,mmlu,..."
 HUMANEVAL = "Run HumanEval, which executes generated code, and report pass@k."
 MODEL = "A hub id, an alias, a folder, a GGUF file or demo. Default: newest under ./compressed, else demo."
+COMPARE = "Several models in one table: --compare A B C."
+SEQ_LEN = "Tokens per sequence. Default: 2048, or what the model has."
+LIMIT = "Only the first sequences, documents, problems, for a quick look."
 ALLOW = "Run the programs that the model writes on this machine."
 TEMPERATURE = "Sampling temperature. Default: 0, greedy; 0.8 for several samples."
+ENGINE = "What runs the models: transformers, or llamacpp for GGUF files (with --ppl)."
+DTYPE = "Dtype to compute in. Default: float32 on the CPU, the model's own on a GPU."
+SAVE = "Keep the result in quality.json in the checkpoint's folder."
+
+NOTHING = "Nothing to measure. Try --ppl wikitext2, --kl DENSE, --tasks piqa,winogrande or --humaneval, or several."
+NOT_ALLOWED = (
+    "--humaneval runs programs that a model wrote, on this machine and as your user. Limits on their time and memory "
+    "are no sandbox (docs/security.md): use a container, and say --allow-code-execution."
+)
+OF_PROGRAMS = "--allow-code-execution, --samples-per-problem, --temperature and --k are of --humaneval. Add it."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,15 +71,9 @@ class EvalOptions:
     tasks: Annotated[str | None, in_panel(Measures, TASKS)] = None
     humaneval: Annotated[bool, in_panel(Measures, HUMANEVAL, flag="--humaneval")] = False
     model: Annotated[str | None, typer.Option(help=MODEL)] = None
-    compare: Annotated[
-        list[str] | None, typer.Option(help="Several models in one table: --compare A B C.", metavar="MODEL")
-    ] = None
-    seq_len: Annotated[
-        int | None, in_panel(Data, "Tokens per sequence. Default: 2048, or what the model has.", min=2)
-    ] = None
-    limit: Annotated[
-        int | None, in_panel(Data, "Only the first sequences, documents, problems, for a quick look.", min=1)
-    ] = None
+    compare: Annotated[list[str] | None, typer.Option(help=COMPARE, metavar="MODEL")] = None
+    seq_len: Annotated[int | None, in_panel(Data, SEQ_LEN, min=2)] = None
+    limit: Annotated[int | None, in_panel(Data, LIMIT, min=1)] = None
     data_dir: DataDir = None
     allow_code_execution: Annotated[bool, in_panel(Programs, ALLOW, flag="--allow-code-execution")] = False
     samples_per_problem: Annotated[int, in_panel(Programs, "Samples (programs) per problem.", min=1)] = 1
@@ -72,22 +81,19 @@ class EvalOptions:
     k: Annotated[str, in_panel(Programs, "The k of pass@k, with commas between: 1,10.")] = "1"
     seed: Annotated[int, in_panel(Data, "Random seed of the programs.", min=0)] = 0
     batch_size: BatchSize = 8
-    dtype: Annotated[
-        str | None, in_panel(Machine, "Dtype to compute in. Default: float32 on the CPU, the model's own on a GPU.")
-    ] = None
+    engine: Annotated[Engine, in_panel(Machine, ENGINE)] = "transformers"
+    dtype: Annotated[str | None, in_panel(Machine, DTYPE)] = None
     device: Device = None
     trust_remote_code: TrustRemoteCode = False
-    save: Annotated[
-        bool, in_panel(Output, "Keep the result in quality.json in the checkpoint's folder.", flag="--save")
-    ] = False
+    save: Annotated[bool, in_panel(Output, SAVE, flag="--save")] = False
     json: Json = False
 
     def check(self, others: Sequence[str]) -> None:
         """Raises UsageError with all that does not go together."""
-        ks, samples, broken = words(self.k), self.samples_per_problem, []
-        if self.ppl is not None and not words(self.ppl):
+        ks, samples, broken = names_in(self.k) or [], self.samples_per_problem, []
+        if names_in(self.ppl) == []:
             broken.append("--ppl names no data set. Try --ppl wikitext2.")
-        if self.tasks is not None and not words(self.tasks):
+        if names_in(self.tasks) == []:
             broken.append("--tasks names no task. Try --tasks piqa,winogrande.")
         if self.ppl is self.kl is self.tasks is None and not self.humaneval:
             broken.append(NOTHING)
@@ -107,21 +113,25 @@ class EvalOptions:
             broken.append("--model and --compare both name models. Use one of them.")
         report(broken)
 
+    def check_engine(self) -> None:
+        if self.engine == "llamacpp" and (self.kl or self.tasks or self.humaneval or self.dtype):
+            raise UsageError(
+                "--engine llamacpp measures --ppl alone. Leave --kl, --tasks, --humaneval and --dtype out."
+            )
+
+    @property
+    def runs_programs(self) -> bool:
+        return self.humaneval and self.allow_code_execution
+
     def sampling(self) -> "Sampling":
         """At the paper's temperature for several samples, which would all be the same one otherwise."""
         from compress.evaluation.humaneval import Sampling
 
         usual = PAPERS_TEMPERATURE if self.samples_per_problem > 1 else 0.0
         temperature = usual if self.temperature is None else self.temperature
-        return Sampling(self.samples_per_problem, temperature, tuple(sorted(map(int, words(self.k)))), self.seed)
-
-
-NOTHING = "Nothing to measure. Try --ppl wikitext2, --kl DENSE, --tasks piqa,winogrande or --humaneval, or several."
-NOT_ALLOWED = (
-    "--humaneval runs programs that a model wrote, on this machine and as your user. Limits on their time and memory "
-    "are no sandbox (docs/security.md): use a container, and say --allow-code-execution."
-)
-OF_PROGRAMS = "--allow-code-execution, --samples-per-problem, --temperature and --k are of --humaneval. Add it."
+        return Sampling(
+            self.samples_per_problem, temperature, tuple(sorted(map(int, names_in(self.k) or ()))), self.seed
+        )
 
 
 @reporting_errors
@@ -137,54 +147,48 @@ def evaluate(
     problems = Problems()
     with problems.collect():
         options.check(others or [])
-    compared = [*options.compare, *(others or [])] if options.compare else None
-    named = compared or [options.model or str(newest_output() or "demo")]
-    places = [*named, *([options.kl] if options.kl else [])]
-    asked: dict[str, Any] = {"dtype": options.dtype, "data_dir": options.data_dir, "device": options.device}
-    found = look_at(problems, places, **asked)
     with problems.collect():
-        check_computing_dtype(options.dtype, found)
-    for source in found.models[: len(named)] if options.save else []:
-        with problems.collect():
-            if source.folder is None or source.is_demo:
-                raise UsageError(f"--save keeps quality.json in a checkpoint's folder; {source.name} is none of yours.")
-    request = gather(problems, options, found)
-    evaluations, notes = measure_all(found, request, options)
-    if compared:
-        show_comparison(evaluations, notes, as_json=options.json)
-    else:
-        show_quality(evaluations[0], as_json=options.json)
-
-
-def words(text: str | None) -> list[str]:
-    """What stands between the commas, once each."""
-    return list(dict.fromkeys(word.strip() for word in (text or "").split(",") if word.strip()))
-
-
-def check_computing_dtype(dtype: str | None, found: Found) -> None:
-    if dtype in DTYPES and found.device is not None:
+        options.check_engine()
+    named = (
+        [*options.compare, *(others or [])] if options.compare else [options.model or str(newest_output() or "demo")]
+    )
+    places = [*named, *([options.kl] if options.kl else [])]
+    found = look_at(problems, places, dtype=options.dtype, data_dir=options.data_dir, device=options.device)
+    if options.dtype in DTYPES and found.device is not None:
         import torch
 
         from compress.numerics.precision import check_computing
 
-        check_computing(getattr(torch, dtype), found.device)
+        with problems.collect():
+            check_computing(getattr(torch, options.dtype), found.device)
+    for source in found.models[: len(named)] if options.save else []:
+        with problems.collect():
+            if source.folder is None or source.is_demo:
+                raise UsageError(f"--save keeps quality.json in a checkpoint's folder; {source.name} is none of yours.")
+    evaluations, notes = measure_all(found, gather(problems, options, found), options)
+    if not options.compare:
+        show_quality(evaluations[0], as_json=options.json)
+    elif options.json:
+        print_json({"models": [{**each.to_dict(), "bytes": each.bytes} for each in evaluations], "notes": notes})
+    else:
+        print_rows("Compared with the same settings", [compared(each) for each in evaluations])
+        print_lines(notes)
 
 
 def gather(problems: Problems, options: EvalOptions, found: Found) -> "Request":
     """What is to be measured, with its documents and problems. All problems so far are told here."""
-    texts, tasks = words(options.ppl), words(options.tasks)
-    runs_programs = options.humaneval and options.allow_code_execution
-    if not tasks and not runs_programs:
+    texts, tasks = names_in(options.ppl) or [], names_in(options.tasks) or []
+    if not tasks and not options.runs_programs:
         problems.report()
     quiet_libraries()
-    from compress.datasets import load_rows
     from compress.datasets.tasks import load_problems
-    from compress.evaluation.evaluate import Request, load_tasks
+    from compress.evaluation.evaluate import Request
     from compress.evaluation.humaneval import check_can_run
+    from compress.evaluation.tasks import load_tasks
 
     request = Request(
-        texts=tuple(texts),
-        compared_on=(tuple(texts) or (usual_text(found.models),)) if options.kl else (),
+        texts=texts,
+        compared_on=(texts or [usual_text(found.models)]) if options.kl else [],
         seq_len=options.seq_len,
         limit=options.limit,
         batch_size=options.batch_size or 8,
@@ -194,17 +198,17 @@ def gather(problems: Problems, options: EvalOptions, found: Found) -> "Request":
     with problems.collect():
         request = replace(request, tasks=load_tasks(tasks, found.data_dir))
     with problems.collect():
-        if runs_programs:
+        if options.runs_programs:
             check_can_run()
             request = replace(request, problems=load_problems(found.data_dir, options.limit))
     for text in texts if problems.found else []:
         with problems.collect():
             load_rows(text, "test", found.data_dir)
     problems.report()
-    return replace(request, sampling=options.sampling()) if runs_programs else request
+    return replace(request, sampling=options.sampling()) if options.runs_programs else request
 
 
-def usual_text(sources: "Sequence[ModelSource]") -> str:
+def usual_text(sources: Sequence[ModelSource]) -> str:
     """As for calibration: wikitext2, and stdlib for demo."""
     return "stdlib" if any(source.is_demo for source in sources) else "wikitext2"
 
@@ -212,39 +216,40 @@ def usual_text(sources: "Sequence[ModelSource]") -> str:
 def measure_all(found: Found, request: "Request", options: EvalOptions) -> "tuple[list[Evaluation], list[str]]":
     """One model in memory at a time, the dense one of --kl first; it was named last. And notes on what was measured."""
     from compress.checkpoints.quality import save_quality
+    from compress.evaluation import evaluate as evaluation
     from compress.evaluation._inference import free_memory
-    from compress.evaluation.evaluate import (
-        Subject,
-        check_same_tokens,
-        cut_otherwise,
-        measure,
-        prepare,
-        remember_dense,
-    )
+    from compress.evaluation.llamacpp import gguf_file
+    from compress.models import stored_loading
 
-    problems, subjects = Problems(), list[Subject]()
+    problems, subjects = Problems(), list[evaluation.Subject]()
     for source in found.models:
         with problems.collect():
-            subjects.append(prepare(source.name, source.whole_folder(), request))
+            subjects.append(evaluation.prepare(source.name, source.whole_folder(), request))
+            if options.engine == "llamacpp":
+                gguf_file(subjects[-1].folder, source.name)
     problems.report()
     dense = subjects.pop() if options.kl else None
     if dense is not None:
-        check_same_tokens(dense, subjects)
+        evaluation.check_same_tokens(dense, subjects)
     evaluations = []
     with progress_bar("preparing") as progress:
 
-        def load(subject: Subject) -> Any:
+        def load(subject: evaluation.Subject) -> Any:
             progress(f"loading {subject.name}", "", 0, 0)
-            computing = computing_dtype(options.dtype, subject.config, found.device)
-            return subject.load(computing, found.device, trust_remote_code=options.trust_remote_code)
-
-        references = remember_dense(dense, load(dense), request, progress) if dense is not None else {}
-        for subject in subjects:
             free_memory()
-            evaluations.append(measure(subject, load(subject), request, references, progress))
-    for subject, evaluation in zip(subjects, evaluations, strict=True) if options.save else ():
-        save_quality(subject.folder, evaluation.quality)
-    return evaluations, cut_otherwise(subjects)
+            dtype = computing_dtype(options.dtype, subject.config, found.device)
+            how: dict[str, Any] = {"device": found.device, "trust_remote_code": options.trust_remote_code}
+            return stored_loading.open_model(subject.folder, dtype=dtype, **how)
+
+        references = {} if dense is None else evaluation.remember_dense(dense, load(dense), request, progress)
+        for subject in subjects:
+            if options.engine == "llamacpp":
+                evaluations.append(evaluation.measure_in_llamacpp(subject, request, progress))
+            else:
+                evaluations.append(evaluation.measure(subject, load(subject), request, references, progress))
+    for subject, measured in zip(subjects, evaluations, strict=True) if options.save else ():
+        save_quality(subject.folder, measured.quality)
+    return evaluations, evaluation.cut_otherwise(subjects)
 
 
 # What was measured: of one model a row a measure, of several a row a model.
@@ -261,23 +266,14 @@ def show_quality(found: "Evaluation", *, as_json: bool) -> None:
     print_lines(f"{kind}: {count}" for kind, count in sorted(failures.items(), key=lambda each: -each[1]))
 
 
-def show_comparison(found: "Sequence[Evaluation]", notes: Sequence[str], *, as_json: bool) -> None:
-    if as_json:
-        print_json({"models": [{**each.to_dict(), "bytes": each.bytes} for each in found], "notes": list(notes)})
-        return
-    print_rows("Compared with the same settings", [compared(each) for each in found])
-    print_lines(notes)
-
-
 def compared(found: "Evaluation") -> dict[str, str | None]:
     quality = found.quality
-    cells = {"model": found.model, "bytes": gigabytes(found.bytes), "params": f"{found.parameters:,}"}
-    cells |= by_text("ppl", {each.dataset: f"{each.ppl:.3f}" for each in quality.perplexity})
-    cells |= by_text("KL", {each.dataset: f"{each.kl:.4f}" for each in quality.divergence})
     means = quality.tasks.average if quality.tasks else {}
     rates = quality.humaneval.rates if quality.humaneval else {}
     return {
-        **cells,
+        **{"model": found.model, "bytes": gigabytes(found.bytes), "params": f"{found.parameters:,}"},
+        **by_text("ppl", {each.dataset: f"{each.ppl:.3f}" for each in quality.perplexity}),
+        **by_text("KL", {each.dataset: f"{each.kl:.4f}" for each in quality.divergence}),
         **{f"mean {name}": number(value, ".2%") for name, value in means.items()},
         **{name: f"{each.value:.2%}" for name, each in rates.items()},
     }
@@ -285,6 +281,5 @@ def compared(found: "Evaluation") -> dict[str, str | None]:
 
 def by_text(measure: str, cells: dict[str, str]) -> dict[str, str]:
     """Under the text's name; a file's is short where that is enough."""
-    short = [PurePath(text).name for text in cells]
-    names = short if len(set(short)) == len(short) else list(cells)
-    return {f"{measure} {name}": cell for name, cell in zip(names, cells.values(), strict=True)}
+    short = {PurePath(text).name: cell for text, cell in cells.items()}
+    return {f"{measure} {name}": cell for name, cell in (short if len(short) == len(cells) else cells).items()}

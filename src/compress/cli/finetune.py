@@ -1,7 +1,7 @@
 """`compress finetune`: what a compressed checkpoint has lost, won back by a little training."""
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -18,110 +18,73 @@ from compress.cli.options import (
     look_at,
     usual_seq_len,
     with_options,
+    words_of,
 )
-from compress.cli.profiling import profiled
 from compress.cli.progress import progress_bar
-from compress.cli.reporting import quiet_libraries, reporting_errors
+from compress.cli.recipes import plain_value
+from compress.cli.reporting import profiled, quiet_libraries, reporting_errors
 from compress.cli.tables import gigabytes, print_json, print_lines, print_values, reloads
 from compress.errors import Problems, UsageError
+from compress.models.hub import ModelSource, find_model
 
 if TYPE_CHECKING:
     from compress.checkpoints.metadata import Metadata
-    from compress.models.hub import ModelSource
     from compress.tuning.looking import Prepared
-    from compress.tuning.settings import TuningJob
+    from compress.tuning.settings import Settings
     from compress.tuning.tuner import Result
 
-Length = "How long"
-STEPS = 400
 SEQ_LEN = 1024
 TRAINED = {"lora": "a LoRA", "factors": "the factors", "adapters": "the adapters", "all": "all weights"}
+TYPED = ("data", "seq_len", "steps", "tokens", "train", "distill", "lora_rank", "lr", "merge", "batch_size", "seed")
+
+DATA = "alpaca, wikitext2, stdlib, c4, ptb, or a .txt or .jsonl file. Default: the calibration text."
+TRAIN = "Trainable parameters. Default: the adapters or the factors where there are any, else a LoRA."
+DISTILL = "logits: KL divergence from the dense model. none: cross-entropy of the text's next tokens. Default: logits."
+TEACHER = "The dense model to distill from. Default: the one that compress.json names."
+MERGE = "Merge a LoRA into the weights, or keep it as an adapter. Default: merge, where weights keep their form."
+SET = (
+    "Change a setting that has no option: epochs, eval_every (50), patience (5), lora_alpha (the rank), warmup (0.05), "
+    "gradient_checkpointing (false); several times."
+)
+DTYPE = "Dtype of frozen weights in memory. Default, and least, on the CPU: float32; on a GPU their own."
 
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneOptions(WritingOptions):
-    """Those with the name of a setting are its value."""
+    """Those of TYPED are the settings of their names."""
 
-    data: Annotated[
-        str | None,
-        in_panel(Data, "alpaca, wikitext2, stdlib, c4, ptb, or a .txt or .jsonl file. Default: the calibration text."),
-    ] = None
+    data: Annotated[str | None, in_panel(Data, DATA)] = None
     seq_len: Annotated[
-        int | None, in_panel(Data, f"Tokens per sequence. Default: {SEQ_LEN}, or what the model has.", min=2)
+        int | None, in_panel(Data, f"Tokens per sequence. Default: {SEQ_LEN}, or what the model has.")
     ] = None
-    steps: Annotated[int | None, in_panel(Length, f"Training length in steps. Default: {STEPS}.", min=1)] = None
-    tokens: Annotated[int | None, in_panel(Length, "Training length in tokens.", min=1)] = None
-    epochs: Annotated[float | None, in_panel(Length, "Training length in epochs.", min=0.001)] = None
-    eval_every: Annotated[
-        int, in_panel(Length, "Steps between evaluations on held-out sequences, where --resume goes on from.", min=1)
-    ] = 50
-    patience: Annotated[int, in_panel(Length, "Early stopping: evaluations without a better one.", min=1)] = 5
-    train: Annotated[
-        Literal["lora", "factors", "adapters", "all"] | None,
-        in_panel(
-            Method, "Trainable parameters. Default: the adapters or the factors where there are any, else a LoRA."
-        ),
-    ] = None
-    distill: Annotated[
-        Literal["none", "logits"],
-        in_panel(Method, "logits: KL divergence from the dense model. none: cross-entropy of the text's next tokens."),
-    ] = "logits"
-    teacher: Annotated[
-        str | None, in_panel(Method, "The dense model to distill from. Default: the one that compress.json names.")
-    ] = None
-    lora_rank: Annotated[int, in_panel(Method, "Rank of a new LoRA.", min=1)] = 32
-    lora_alpha: Annotated[
-        int | None, in_panel(Method, "The LoRA is scaled by alpha / rank. Default: the rank.", min=1)
-    ] = None
+    steps: Annotated[int | None, in_panel(Method, "Training length in steps. Default: 400.")] = None
+    tokens: Annotated[int | None, in_panel(Method, "Training length in tokens.")] = None
+    train: Annotated[Literal["lora", "factors", "adapters", "all"] | None, in_panel(Method, TRAIN)] = None
+    distill: Annotated[Literal["none", "logits"] | None, in_panel(Method, DISTILL)] = None
+    teacher: Annotated[str | None, in_panel(Method, TEACHER)] = None
+    lora_rank: Annotated[int | None, in_panel(Method, "Rank of a new LoRA. Default: 32.")] = None
     lr: Annotated[float | None, in_panel(Method, "Peak learning rate. Default: by what is trained and its size.")] = (
         None
     )
-    warmup: Annotated[float, in_panel(Method, "Share of the steps in which the learning rate rises.", min=0, max=1)] = (
-        0.05
-    )
-    merge: Annotated[
-        bool | None,
-        in_panel(
-            Method,
-            "Merge a LoRA into the weights, or keep it as an adapter. Default: merge, where weights keep their form.",
-            flag="--merge/--no-merge",
-        ),
-    ] = None
+    merge: Annotated[bool | None, in_panel(Method, MERGE, flag="--merge/--no-merge")] = None
+    set_: Annotated[list[str] | None, in_panel(Method, SET, flag="--set", metavar="FIELD=VALUE")] = None
     out: Annotated[Path | None, in_panel(Output, "Output folder. Default: ./compressed/NAME-tuned.")] = None
-    batch_size: Annotated[int, in_panel(Machine, "Sequences per step, over all processes.", min=1)] = 16
-    gradient_checkpointing: Annotated[
-        bool,
-        in_panel(
-            Machine, "Recompute activations in the backward pass to save memory.", flag="--gradient-checkpointing"
-        ),
-    ] = False
-    dtype: Annotated[
-        str | None,
-        in_panel(
-            Machine, "Dtype of frozen weights in memory. Default, and least, on the CPU: float32; on a GPU their own."
-        ),
-    ] = None
+    batch_size: Annotated[int | None, in_panel(Machine, "Sequences per step, over all processes. Default: 16.")] = None
+    dtype: Annotated[str | None, in_panel(Machine, DTYPE)] = None
 
-    def check(self, problems: Problems) -> None:
-        lengths = [name for name in ("steps", "tokens", "epochs") if getattr(self, name) is not None]
-        with problems.collect():
-            if len(lengths) > 1:
-                raise UsageError(f"{' and '.join(f'--{name}' for name in lengths)} all say how long. Use one of them.")
-        with problems.collect():
-            if self.lr is not None and not 0 < self.lr < 1:
-                raise UsageError(f"--lr must be between 0 and 1, got {self.lr:g}.")
-        with problems.collect():
-            if self.teacher is not None and self.distill == "none":
-                raise UsageError("--teacher has no effect with --distill none. Leave one out.")
+    def settings(self, usual_data: str = "", config: Any = None) -> "Settings":
+        """Raises UsageError with all that is wrong, each with what put it there."""
+        from compress.tuning.settings import parse_settings
 
-    def settings(self, usual_data: str, config: Any) -> Any:
-        from compress.tuning.settings import Settings
-
-        given = {each.name: getattr(self, each.name) for each in fields(Settings)}
-        if self.steps is self.tokens is self.epochs is None:
-            given["steps"] = STEPS
-        given |= {"data": self.data or usual_data, "seed": 42 if self.seed is None else self.seed}
-        return Settings(**given | {"seq_len": usual_seq_len(config, self.seq_len, SEQ_LEN)})
+        values: dict[str, Any] = {"data": usual_data, "seq_len": usual_seq_len(config, None, SEQ_LEN)}
+        typed = {name: getattr(self, name) for name in TYPED if getattr(self, name) is not None}
+        flags = {name: " ".join(words_of(name, value)) for name, value in typed.items()}
+        for text in self.set_ or []:
+            name, equals, value = text.partition("=")
+            if not equals:
+                raise UsageError(f"--set {text}: write FIELD=VALUE, such as --set warmup=0.1.")
+            typed[name.strip()], flags[name.strip()] = plain_value(value.strip()), f"--set {text}"
+        return parse_settings(values | typed, flags)
 
 
 @reporting_errors
@@ -135,8 +98,11 @@ def finetune(
     Example: compress finetune compressed/llama-2-7b-anchored-kp0.75 --data alpaca
     """
     problems = Problems()
-    run.check(problems)
-    found = look_at(problems, [str(folder)], dtype=run.dtype, data_dir=run.data_dir, device=run.device)
+    with problems.collect():
+        if run.teacher is not None and run.distill == "none":
+            raise UsageError("--teacher has no effect with --distill none. Leave one out.")
+    asked: dict[str, Any] = {"dtype": run.dtype, "data_dir": run.data_dir, "device": run.device}
+    found = look_at(problems, [str(folder)], **asked, check=run.settings)
     problems.report()
 
     import torch
@@ -145,6 +111,7 @@ def finetune(
     from compress.models.loading import load_config
     from compress.tuning.looking import look
     from compress.tuning.settings import TuningJob
+    from compress.tuning.tuner import tune
 
     quiet_libraries()
     metadata, (source,) = own_metadata(folder, "tuned"), found.models
@@ -163,32 +130,29 @@ def finetune(
     if run.dry_run:
         show_plan(look(job), as_json=run.json)
         return
-    with profiled(run.profile):
-        result = run_with_progress(job)
-    if result is not None:
-        show_tuning(result, as_json=run.json)
+    with (
+        profiled(run.profile),
+        keeping_what_is_done("what was trained is kept", job.partial.exists),
+        progress_bar("preparing") as progress,
+    ):
+        result = tune(job, progress)
+    if result is not None and run.json:
+        print_json(result.to_dict())
+    elif result is not None:
+        show_tuning(result)
 
 
-def find_teacher(asked: str | None, metadata: "Metadata") -> "ModelSource":
+def find_teacher(asked: str | None, metadata: "Metadata") -> ModelSource:
     """The dense model. Raises UsageError where the one that was compressed cannot be found by its name alone."""
-    from compress.models.hub import find_model
-
-    if asked is not None:
-        return find_model(asked)
     try:
-        return find_model(metadata.base_model)
+        return find_model(asked or metadata.base_model)
     except UsageError as error:
+        if asked:
+            raise
         raise UsageError(
             f"The dense model is not found by its name in compress.json, {metadata.base_model!r}. "
             "Name its folder with --teacher, or train on the text alone with --distill none."
         ) from error
-
-
-def run_with_progress(job: "TuningJob") -> "Result | None":
-    from compress.tuning.tuner import tune
-
-    with keeping_what_is_done("what was trained is kept", job.partial.exists), progress_bar("preparing") as progress:
-        return tune(job, progress)
 
 
 def show_plan(prepared: "Prepared", *, as_json: bool) -> None:
@@ -222,17 +186,14 @@ def show_plan(prepared: "Prepared", *, as_json: bool) -> None:
     print_values(f"Plan: {job.model.name} to {job.out}", values)
 
 
-def show_tuning(result: "Result", *, as_json: bool) -> None:
-    if as_json:
-        print_json(result.to_dict())
-        return
-    tuning = result.tuning.to_dict()
-    other = tuning["other_text"]
+def show_tuning(result: "Result") -> None:
+    tuning = result.tuning
+    held_out, other = tuning.held_out, tuning.other_text
     values = {
-        "trained": f"{TRAINED[tuning['trained']]}, {tuning['trained_parameters']:,} parameters",
-        "steps": f"{tuning['steps']:,} of {tuning['planned_steps']:,}, the best after {tuning['best_step']:,}",
-        "perplexity, held out": change(tuning["held_out"]),
-        **({} if other is None else {f"perplexity, {other['source']}": change(other)}),
+        "trained": f"{TRAINED[tuning.trained]}, {tuning.trained_parameters:,} parameters",
+        "steps": f"{tuning.steps:,} of {tuning.planned_steps:,}, the best after {tuning.best_step:,}",
+        "perplexity, held out": change(held_out.before, held_out.after, held_out.dense),
+        **({} if other is None else {f"perplexity, {other.source}": change(other.before, other.after)}),
         "bytes": gigabytes(result.bytes),
         "seconds": f"{result.seconds:.1f}",
         "reloads": reloads(result.difference),
@@ -241,11 +202,9 @@ def show_tuning(result: "Result", *, as_json: bool) -> None:
     print_lines(result.notes)
 
 
-def change(found: dict[str, Any]) -> str:
+def change(before: float, after: float, dense: float | None = None) -> str:
     """Perplexities before and after, and the share of the lost that has come back, where the dense model was asked."""
-    said = f"{math.exp(found['before']):.2f} to {math.exp(found['after']):.2f}"
-    dense = found.get("dense")
-    if dense is None or found["before"] <= dense:
+    said = f"{math.exp(before):.2f} to {math.exp(after):.2f}"
+    if dense is None or before <= dense:
         return said
-    share = (found["before"] - found["after"]) / (found["before"] - dense)
-    return f"{said}, dense {math.exp(dense):.2f}: {share:.0%} of the loss is won back"
+    return f"{said}, dense {math.exp(dense):.2f}: {(before - after) / (before - dense):.0%} of the loss is won back"

@@ -1,8 +1,8 @@
-"""`compress inspect`: what is in a checkpoint, verified and measured from its files."""
+"""`compress inspect`: what is in a checkpoint, verified and measured from its files. `compress push`: to the hub."""
 
 import importlib.util
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,7 +26,7 @@ from compress.errors import Problems, UsageError
 
 if TYPE_CHECKING:
     from compress.checkpoints.metadata import Metadata
-    from compress.inspection.summary import Inspection
+    from compress.inspection.checkpoint import Inspection
 
 # Columns that are called otherwise than in the JSON, and how their numbers are shown.
 HEADINGS = {
@@ -36,23 +36,19 @@ HEADINGS = {
 FORMATS = {"bits_per_weight": ".2f", "zeros": ".1%", "error": ".2%", "lost": ".2%"}
 
 
+OUTS = "Checkpoints' folders. Default: the newest under ./compressed."
+FAST = "Read headers alone: no checksums verified, no zeros counted."
+PLOT = "Folder for plots: errors, ranks and bytes of one checkpoint; size and quality of several."
+CARD = "Write the model card again, with what `compress eval --save` measured."
+
+
 @reporting_errors
 def inspect_outputs(
-    outputs: Annotated[
-        list[Path] | None,
-        typer.Argument(metavar="OUT", help="Checkpoints' folders. Default: the newest under ./compressed."),
-    ] = None,
+    outputs: Annotated[list[Path] | None, typer.Argument(metavar="OUT", help=OUTS)] = None,
     linears: Annotated[bool, typer.Option("--linears", help="A row for each linear.")] = False,
-    fast: Annotated[
-        bool, typer.Option("--fast", help="Read headers alone: no checksums verified, no zeros counted.")
-    ] = False,
-    plot: Annotated[
-        Path | None,
-        typer.Option(help="Folder for plots: errors, ranks and bytes of one checkpoint; size and quality of several."),
-    ] = None,
-    card: Annotated[
-        bool, typer.Option("--card", help="Write the model card again, with what `compress eval --save` measured.")
-    ] = False,
+    fast: Annotated[bool, typer.Option("--fast", help=FAST)] = False,
+    plot: Annotated[Path | None, typer.Option(help=PLOT)] = None,
+    card: Annotated[bool, typer.Option("--card", help=CARD)] = False,
     json: Json = False,
 ) -> None:
     """Show what is in a checkpoint: widths, ranks, bits, zeros, errors and bytes of each block, checksums verified.
@@ -62,70 +58,75 @@ def inspect_outputs(
     folders = outputs or [newest_or_refuse("inspect")]
     if card and len(folders) > 1:
         raise UsageError(f"--card takes one checkpoint, got {len(folders)}. Leave out the others.")
-    if plot is not None:
-        check_plots(plot)
+    if plot is not None and importlib.util.find_spec("matplotlib") is None:
+        raise UsageError("Plots need matplotlib. Install it: pip install 'compress-llm[plots]'.")
+    if plot is not None and plot.exists() and not plot.is_dir():
+        raise UsageError(f"--plot {plot} is a file. Name a folder for the plots.")
 
-    from compress.inspection.summary import as_data
+    from compress.checkpoints.card import write_card
+    from compress.inspection.checkpoint import as_data, inspect
 
     quiet_libraries()
-    seen = look_into(folders, fast=fast)
-    if card:
-        write_card(seen[0])
-    if json:
-        print_json(as_data(seen[0]) if len(seen) == 1 else {"checkpoints": [as_data(each) for each in seen]})
-    elif len(seen) > 1:
-        print_rows("Checkpoints", [size_cells(each) for each in seen])
-    else:
-        show(seen[0], linears=linears)
-    if plot is not None:
-        drawn = draw(seen, plot)
-        if not json:
-            print_lines([f"wrote {file}" for file in drawn])
-
-
-def check_plots(folder: Path) -> None:
-    """That plots can be drawn, before anything is read."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UsageError("Plots need matplotlib. Install it: pip install 'compress-llm[plots]'.")
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"--plot {folder} is a file. Name a folder for the plots.")
-
-
-def look_into(folders: Sequence[Path], *, fast: bool) -> "list[Inspection]":
-    """All of them; what is wrong with any is told with the problems of the others."""
-    from compress.inspection.summary import inspect
-
-    problems, seen = Problems(), []
+    problems, seen = Problems(), list["Inspection"]()
     with progress_bar("reading") as progress:
         for folder in folders:
             with problems.collect():
                 seen.append(inspect(folder, fast=fast, progress=progress))
     problems.report()
-    return seen
+    first = seen[0]
+    if card and first.metadata is None:
+        raise UsageError(f"--card writes the card of a checkpoint of ours, and {first.folder} has no compress.json.")
+    if card and first.metadata is not None:
+        write_card(first.folder, first.metadata, first.quality)
+    if json:
+        print_json(as_data(first) if len(seen) == 1 else {"checkpoints": [as_data(each) for each in seen]})
+    elif len(seen) > 1:
+        print_rows("Checkpoints", [size_cells(each) for each in seen])
+    else:
+        show(first, linears=linears)
+    if plot is not None:
+        from compress.inspection.plots import plot_comparison, plot_inspection
+
+        drawn = plot_inspection(first, plot) if len(seen) == 1 else plot_comparison(seen, plot)
+        print_lines([] if json else [f"wrote {file}" for file in drawn])
 
 
-def write_card(seen: "Inspection") -> None:
-    from compress.checkpoints.card import write_card
+@reporting_errors
+def push_output(
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="The checkpoint's folder.")],
+    repository: Annotated[str, typer.Argument(metavar="REPO", help="NAME or OWNER/NAME on the hub.")],
+    public: Annotated[bool, typer.Option("--public", help="Everybody may see it. Otherwise you alone.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the repository holds.")] = False,
+    json: Json = False,
+) -> None:
+    """Push a checkpoint to the hub, privately, once all its files are verified. The token is that of `hf auth login`.
 
-    if seen.metadata is None:
-        raise UsageError(f"--card writes the card of a checkpoint of ours, and {seen.folder} has no compress.json.")
-    write_card(seen.folder, seen.metadata, seen.quality)
+    Example: compress push compressed/llama-2-7b-anchored-kp0.75 me/llama-2-5b
+    """
+    from compress.checkpoints.push import push
+
+    with progress_bar("verifying") as progress:
+        address = push(output, repository, private=not public, overwrite=overwrite, progress=progress)
+    if json:
+        print_json({"folder": str(output), "repository": repository, "address": address})
+    else:
+        print_lines([f"pushed {output} to {address}"])
 
 
-def draw(seen: "Sequence[Inspection]", folder: Path) -> list[Path]:
-    from compress.inspection.plots import plot_comparison, plot_inspection
-
-    return plot_inspection(seen[0], folder) if len(seen) == 1 else plot_comparison(seen, folder)
+# A checkpoint as tables.
 
 
 def show(seen: "Inspection", *, linears: bool) -> None:
-    from compress.inspection.summary import as_data
+    from compress.inspection.checkpoint import as_data
 
-    data = as_data(seen)
+    data, metadata, notes = as_data(seen), seen.metadata, list[str]()
     types = sorted(data["dtypes"].items(), key=lambda item: -item[1]["bytes"])
     said = {"types": ", ".join(f"{name} {gigabytes(entry['bytes'])}" for name, entry in types)}
-    if seen.metadata is not None:
-        values = origin(seen, seen.metadata, said)
+    if metadata is not None:
+        values = origin(seen, metadata, said)
+        notes += [f"Made by: {metadata.command}"]
+        if metadata.adapter and not any("/" in name for name in metadata.parts):
+            notes += ["Of the adapter no checksum is recorded: its names, shapes and bytes are as they should be."]
     else:
         values = {
             "what it is": "a checkpoint of another program",
@@ -135,10 +136,12 @@ def show(seen: "Inspection", *, linears: bool) -> None:
             "bytes": gigabytes(seen.bytes),
             **said,
         }
+        if seen.quantized_by:
+            notes += ["Weights that another program has packed are counted in bytes and not decoded."]
     print_values(str(seen.folder), values)
     print_rows("Blocks", [cells(entry) for entry in data["blocks"]])
     print_rows("Linears", [cells(entry) for entry in data["linears"]] if linears else [])
-    print_lines(notes(seen))
+    print_lines(notes)
 
 
 def origin(seen: "Inspection", metadata: "Metadata", said: Row) -> Row:
@@ -147,12 +150,17 @@ def origin(seen: "Inspection", metadata: "Metadata", said: Row) -> Row:
     if tuning is not None:
         before, after = math.exp(tuning.held_out.before), math.exp(tuning.held_out.after)
         tuned = f"{tuning.data.source}, perplexity held out {before:.2f} to {after:.2f}"
+    packed = metadata.quantized and metadata.storage == "packed"
+    beside = [name for name, needed in (("peft", metadata.adapter), ("compressed-tensors", packed)) if needed]
+    libraries = " and ".join(["transformers", *beside])
+    if not metadata.loads_without_our_code:
+        libraries += ", after `import compress` or with trust_remote_code"
     parts = f"{sum('/' not in name for name in metadata.parts)} parts" + (" and an adapter" if metadata.adapter else "")
     return {
         "base model": metadata.base_model,
         "method": metadata.recipe.method,
         "written as": loads_as(metadata.architecture, is_stock=metadata.loads_without_our_code),
-        "loads with": loads_with(metadata),
+        "loads with": f"compress.load; {libraries}" if metadata.adapter else libraries,
         "parameters, dense": f"{metadata.dense_size.parameters:,}",
         **sizes(metadata.dense_size, metadata.size),
         **said,
@@ -163,26 +171,6 @@ def origin(seen: "Inspection", metadata: "Metadata", said: Row) -> Row:
         "versions": ", ".join(f"{name} {version}" for name, version in metadata.versions.items()),
         "files": parts + (", as they were written (sha256)" if seen.verified else "; --fast verified no checksums"),
     }
-
-
-def loads_with(metadata: "Metadata") -> str:
-    packed = metadata.quantized and metadata.storage == "packed"
-    beside = [name for name, needed in (("peft", metadata.adapter), ("compressed-tensors", packed)) if needed]
-    libraries = " and ".join(["transformers", *beside])
-    if not metadata.loads_without_our_code:
-        libraries += ", after `import compress` or with trust_remote_code"
-    return f"compress.load; {libraries}" if metadata.adapter else libraries
-
-
-def notes(seen: "Inspection") -> Iterator[str]:
-    from compress.checkpoints.files import ADAPTER_WEIGHTS
-
-    if seen.metadata is not None:
-        yield f"Made by: {seen.metadata.command}"
-        if seen.metadata.adapter and ADAPTER_WEIGHTS not in seen.metadata.parts:
-            yield "Of the adapter no checksum is recorded: its names, shapes and bytes are as they should be."
-    elif seen.quantized_by:
-        yield "Weights that another program has packed are counted in bytes and not decoded."
 
 
 def cells(entry: Mapping[str, Any]) -> Row:

@@ -7,12 +7,14 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from compress.datasets import data_directory
 from compress.errors import Problems, UsageError, unknown_name
 from compress.launch import launch
+from compress.models.hub import ModelSource, find_model
 from compress.numerics import DTYPES
 
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ DataDir = Annotated[
 ]
 Json = Annotated[bool, in_panel(Output, "Print the result as JSON.", flag="--json")]
 Device = Annotated[str | None, in_panel(Machine, "cuda, cuda:1, cpu. Default: a GPU if there is one.")]
+Engine = Literal["transformers", "llamacpp"]
 BatchSize = Annotated[int | None, in_panel(Machine, "Sequences per batch.", min=1)]
 TrustRemoteCode = Annotated[
     bool, in_panel(Machine, "Run modeling code that the model brings along.", flag="--trust-remote-code")
@@ -67,15 +70,12 @@ class WritingOptions:
         named: in place of what was typed, such as a model by its name and not by its folder.
         """
         told = {name: value for name, value in self.typed.items() if name not in WITHOUT_EFFECT}
-        words = ["compress", verb]
-        for name, value in {**named, **{name: value for name, value in told.items() if name not in named}}.items():
-            if isinstance(value, bool):
-                words.append(flag_of(name if value else f"no_{name}"))
-                continue
+        lines = ["compress", verb]
+        for name, value in (named | told | named).items():
             for each in value if isinstance(value, list) else [value]:
-                number = isinstance(each, float) and each.is_integer()
-                words += [flag_of(name), shlex.quote(str(int(each) if number else each))]
-        return " ".join(words)
+                is_whole = isinstance(each, float) and each.is_integer()
+                lines += map(shlex.quote, words_of(name, int(each) if is_whole else each))
+        return " ".join(lines)
 
 
 # Of the options above and of those that compress a model.
@@ -99,9 +99,11 @@ def with_options(group: type[Any], *, without: Sequence[str] = ()) -> Callable[.
             for each in fields(group)
             if each.name not in ("typed", *without)
         }
-        # The model first, then what is the command's own.
-        first = {name: each for name, each in shared.items() if name == "model" and name not in own}
-        parameters = {**first, **own, **{name: each for name, each in shared.items() if name not in own}}
+        # The model first, then what is the command's own, then what fewest commands share.
+        declared = [name for each in group.__mro__ for name in inspect.get_annotations(each)]
+        first = () if "model" in own else ("model",)
+        order = [name for name in dict.fromkeys([*first, *own, *declared]) if name in shared | own]
+        parameters = {name: (shared | own)[name] for name in order}
         signature = inspect.Signature([each.replace(kind=kind) for each in parameters.values()])
 
         @functools.wraps(body)
@@ -130,6 +132,20 @@ def flag_of(name: str) -> str:
     return f"--{name.rstrip('_').replace('_', '-')}"
 
 
+def words_of(name: str, value: Any) -> list[str]:
+    """What is typed to give a parameter this value."""
+    if isinstance(value, bool):
+        return [flag_of(name if value else f"no_{name}")]
+    return [flag_of(name), str(value)]
+
+
+def names_in(text: str | None) -> list[str] | None:
+    """The names between commas, once each."""
+    if text is None:
+        return None
+    return list(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
+
+
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)b?", re.IGNORECASE)
 SCALES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
@@ -149,9 +165,9 @@ def check_dtype(name: str | None) -> None:
 
 @dataclass(frozen=True)
 class Found:
-    """What the options name. models: as `find` gives them. device: None where it cannot be used."""
+    """What the options name. device: None where it cannot be used."""
 
-    models: list[Any]
+    models: list[ModelSource]
     data_dir: Path | None
     device: Any
 
@@ -163,7 +179,6 @@ def look_at(
     data_dir: Path | None,
     device: str | None,
     dtype: str | None = None,
-    find: Callable[[str], Any] | None = None,
     check: Callable[[], object] | None = None,
 ) -> Found:
     """Models, data folder and device; what is wrong is noted.
@@ -171,14 +186,10 @@ def look_at(
     What can be seen without torch comes first, so that it comes at once. check: what else is looked at, with torch: not
     where that would hold up that a model is misspelt.
     """
-    from compress.datasets import data_directory
-    from compress.models.hub import find_model
-
-    models: list[Any] = []
-    folder, target = None, None
+    models, folder, target = [], None, None
     for name in names:
         with problems.collect():
-            models.append((find or find_model)(name))
+            models.append(find_model(name))
     with problems.collect():
         check_dtype(dtype)
     with problems.collect():

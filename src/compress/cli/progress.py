@@ -6,9 +6,8 @@ compressing: 7/34, 19:07 left, 44.0 s/step, block 6 (0:41 so far), 4.1 GB memory
 import sys
 import threading
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, ProgressColumn, Task, TaskID, TextColumn
@@ -16,8 +15,7 @@ from rich.progress import Progress as RichProgress
 from rich.table import Column
 from rich.text import Text
 
-from compress.cli.reporting import visible
-from compress.cli.tables import gigabytes
+from compress.cli.tables import gigabytes, visible
 from compress.launch import launch
 from compress.progress import Progress, silent
 
@@ -89,21 +87,21 @@ class Phase:
         return ", ".join([*count, *rest, *pace, *([" ".join(step)] if step else []), f"{memory_in_use()} memory"])
 
 
-class Shown(ABC):
-    """Follows the phases of a run and shows them."""
+class Lines:
+    """The phases of a run in lines: where one of several steps begins, where any ends, after INTERVAL of silence."""
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
         self.phase: Phase | None = None
+        self.written = clock()
 
     def __call__(self, phase: str, step: str, done: float, total: int) -> None:
         """A Progress: another name, or a count that begins again, is another phase."""
         now = self.clock()
         is_new = self.phase is None or phase != self.phase.name or done < self.phase.done
-        if is_new:
+        if self.phase is None or is_new:
             self.end_phase()
             self.phase = Phase(phase, done, now)
-        assert self.phase is not None
         self.phase.update(step, done, total, now)
         self.show(self.phase, is_new=is_new)
 
@@ -111,21 +109,6 @@ class Shown(ABC):
         if self.phase is not None:
             self.phase.seconds = self.clock() - self.phase.started
             self.show(self.phase, is_new=False)
-
-    @abstractmethod
-    def show(self, phase: Phase, *, is_new: bool) -> None: ...
-
-    @abstractmethod
-    def running(self) -> AbstractContextManager[None]: ...
-
-
-class Lines(Shown):
-    """A line where a phase of several steps begins, where any ends, and whenever there was none for INTERVAL."""
-
-    def __init__(self, clock: Clock) -> None:
-        super().__init__(clock)
-        self.written = clock()
-        self._over = threading.Event()
 
     def show(self, phase: Phase, *, is_new: bool) -> None:
         if (is_new and phase.total) or phase.seconds is not None:
@@ -141,17 +124,19 @@ class Lines(Shown):
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        thread = threading.Thread(target=self._write_when_due, daemon=True)
+        over = threading.Event()
+
+        def write_when_due() -> None:
+            while not over.wait(max(0.0, self.written + INTERVAL - self.clock())):
+                self.write_if_due()
+
+        thread = threading.Thread(target=write_when_due, daemon=True)
         thread.start()
         try:
             yield
         finally:
-            self._over.set()
+            over.set()
             thread.join()
-
-    def _write_when_due(self) -> None:
-        while not self._over.wait(max(0.0, self.written + INTERVAL - self.clock())):
-            self.write_if_due()
 
 
 class Status(ProgressColumn):
@@ -165,7 +150,7 @@ class Status(ProgressColumn):
         return Text(task.fields["phase"].status(self.clock()))
 
 
-class Bars(Shown):
+class Bars(Lines):
     """A bar for each phase; those that are over stay, with the time they took."""
 
     def __init__(self, console: Console, clock: Clock) -> None:
@@ -177,12 +162,9 @@ class Bars(Shown):
     def show(self, phase: Phase, *, is_new: bool) -> None:
         if is_new:
             self.task = self.bars.add_task(visible(phase.name), phase=phase)
-        if phase.seconds is None:
-            self.bars.update(self.task, completed=phase.done, total=phase.total or None)
-        else:
-            self.bars.update(
-                self.task, completed=1, total=1
-            )  # full, although trials may end before all shapes are tried
+        # Full where it is over, although trials may end before all shapes are tried.
+        done, total = (phase.done, phase.total or None) if phase.seconds is None else (1, 1)
+        self.bars.update(self.task, completed=done, total=total)
 
     @contextmanager
     def running(self) -> Iterator[None]:

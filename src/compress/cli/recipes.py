@@ -5,14 +5,12 @@ a stage is there twice, `calibration.FIELD`, `budget.FIELD`, `seed` or `dtype`. 
 recipe and its stages alone: what they refuse is reported with the flag that put it there.
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from compress import presets
-from compress.cli.options import flag_of, parse_size
+from compress.cli.options import flag_of, words_of
 from compress.errors import Problems, UsageError, unknown_name
 from compress.models.untrusted import parse_json
 
@@ -21,20 +19,21 @@ if TYPE_CHECKING:
 
 TOP = ("budget", "calibration", "dtype", "seed")  # besides stages, what can be set
 EXAMPLE = "--set refit.held_out=0.25"
+Key = tuple[int | None, tuple[Any, ...]]  # of a value: its owner (a stage's identity, None for the recipe), the fields
 
 
 class Draft:
     """A recipe as plain data.
 
-    place: of a value in the file that the recipe is from. flags: what was typed for a value, by its owner (a stage's
-    identity, or None for the recipe) and the fields below that; removed: the same of what was taken out.
+    place: of a value in the file that the recipe is from. flags: what was typed for a value; removed: for what was
+    taken out.
     """
 
     def __init__(self, data: Mapping[str, Any], place: "Place | None" = None) -> None:
         self.data = deepcopy(dict(data))
         self.from_file = place
-        self.flags: dict[tuple[int | None, tuple[Any, ...]], str] = {}
-        self.removed: dict[tuple[int | None, tuple[Any, ...]], str] = {}
+        self.flags: dict[Key, str] = {}
+        self.removed: dict[Key, str] = {}
 
     @classmethod
     def preset(cls, name: str) -> "Draft":
@@ -72,6 +71,12 @@ class Draft:
         self.flags[key] = flag
         owner[field] = value
 
+    def put(self, stage: str, **values: Any) -> None:
+        """Set the fields of a stage that options are called like."""
+        for name, value in values.items():
+            typed = ",".join(value) if isinstance(value, list) else value
+            self.set(f"{stage}.{name}", value, " ".join(words_of(name, typed)))
+
     def remove(self, address: str, flag: str) -> None:
         """Leave out what is at an address; to set something below it afterwards is a problem."""
         owner, key, field = self._find(address, flag)
@@ -81,10 +86,10 @@ class Draft:
     def remove_stage(self, name: str) -> None:
         self.data["stages"] = [entry for entry in self.stages if entry["stage"] != name]
 
-    def _find(self, address: str, flag: str) -> tuple[dict[str, Any], tuple[int | None, tuple[Any, ...]], str]:
+    def _find(self, address: str, flag: str) -> tuple[dict[str, Any], Key, str]:
         """The mapping that a field is in, its key in `flags`, and the field."""
         first, *fields = address.split(".")
-        owner, root = self.data, None
+        owner = self.data
         if first == "stages" and fields and fields[0].isdigit():
             place = int(fields.pop(0))
             if place >= len(self.stages):
@@ -149,76 +154,8 @@ def plain_value(text: str) -> Any:
         return text
 
 
-def names_in(text: str | None) -> list[str] | None:
-    """The names between commas."""
-    return None if text is None else [word.strip() for word in text.split(",")]
-
-
-def check_method(wanted: str, method: str, **options: Any) -> None:
-    """Raises UsageError where options of one method were given with another."""
+def check_method(method: str, **options: Any) -> None:
+    """Raises UsageError where options of our own method were given with another."""
     given = [name for name, value in options.items() if value is not None and (value is not False or name == "refit")]
-    if given and method != wanted:
-        raise UsageError(f"{flag_of(given[0])} is an option of --method {wanted}, not of {method}. Leave it out.")
-
-
-# How much is to be deleted.
-
-BUDGETS = {"keep_params": "--keep-params 0.75", "target_size": "--target-size 4GB"}
-SLICING = {"ratio": "--ratio 0.25", **BUDGETS, "explained_variance": "--explained-variance 0.99"}
-RANKS = {"rank_frac": "--rank-frac 0.6", "rank": "--rank 1024", **BUDGETS}
-PREFIXES = {"keep_params": "kp", "explained_variance": "ev", "rank_frac": "rf", "rank": "r"}
-LONGEST_NAME = 40  # characters: a ratio for each of many blocks is longer than a file's name may be
-
-
-@dataclass(frozen=True)
-class Amount:
-    """The one option that says how much, as it was typed."""
-
-    option: str
-    value: Any
-
-    @classmethod
-    def of(cls, examples: Mapping[str, str], **typed: Any) -> "Amount":
-        """Raises UsageError unless exactly one is given. examples: of each of these options."""
-        given = {option: value for option, value in typed.items() if value is not None}
-        if len(given) != 1:
-            raise UsageError(f"Say how much to delete by one of {', '.join(examples.values())}; got {len(given)}.")
-        ((option, value),) = given.items()
-        return cls(option, value)
-
-    @property
-    def flag(self) -> str:
-        return f"{flag_of(self.option)} {self.value}"
-
-    @property
-    def is_budget(self) -> bool:
-        return self.option in BUDGETS
-
-    @property
-    def in_name(self) -> str:
-        """As the default output folder says it."""
-        name = f"{PREFIXES.get(self.option, '')}{self.value}"
-        if len(name) > LONGEST_NAME:
-            return f"ratios-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
-        return name.replace(":", "-").replace(" ", "")
-
-    def put(self, draft: Draft, stage: str) -> None:
-        """Into the recipe's budget, or as the stage's own rule in place of a budget."""
-        draft.data.pop("budget", None)
-        if self.option == "target_size":
-            draft.set("budget.target_size", parse_size(self.value, "--target-size"), self.flag)
-        elif self.is_budget:
-            draft.set(f"budget.{self.option}", self.value, self.flag)
-        else:
-            draft.remove("budget", self.flag)
-            rule, value = ratio_rule(self.value) if self.option == "ratio" else (self.option, self.value)
-            draft.set(f"{stage}.{rule}", value, self.flag)
-
-
-def ratio_rule(ratio: str) -> tuple[str, Any]:
-    """One share, FIRST:LAST from the first block to the last, or one a block with commas between."""
-    if ":" in ratio:
-        return "linear_ratios", [plain_value(word) for word in ratio.split(":")]
-    if "," in ratio:
-        return "block_ratios", [plain_value(word) for word in ratio.split(",")]
-    return "ratio", plain_value(ratio)
+    if given and method != "anchored":
+        raise UsageError(f"{flag_of(given[0])} is an option of --method anchored, not of {method}. Leave it out.")

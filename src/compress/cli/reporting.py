@@ -1,16 +1,19 @@
-"""Errors as one line and an exit code; interrupts; text of others that is safe to print."""
+"""What a command says on stderr: errors as one line with an exit code, interrupts, where the time went."""
 
+import cProfile
 import functools
+import pstats
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
 from typing import ParamSpec
 
 import typer
 
+from compress.cli.tables import Row, print_rows, visible
 from compress.errors import CompressError
 from compress.launch import launch
 
@@ -18,6 +21,7 @@ INTERRUPTED = 130
 MOST_PROBLEMS = 20  # that are told, a line each
 LONGEST = 1000  # characters of a line
 FIRST_WORD = 5.0  # seconds
+FUNCTIONS = 10  # of a profile that are shown
 P = ParamSpec("P")
 
 
@@ -78,11 +82,6 @@ def told(error: CompressError) -> list[str]:
     return [line if len(line) <= LONGEST else f"{line[:LONGEST]}..." for line in lines] + more
 
 
-def visible(text: object) -> str:
-    """Without the control characters, half characters and turns of direction that a file's text may hold."""
-    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in str(text))
-
-
 def quiet_libraries() -> None:
     """Keep the libraries' own bars and advice out of our output; their errors come through as ours."""
     from transformers.utils import logging
@@ -91,3 +90,33 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+
+# `--profile`.
+
+
+@contextmanager
+def profiled(wanted: bool) -> Iterator[None]:
+    """Print the functions that took most of the time, when what is inside is done. Of several processes the first's.
+
+    From Python 3.12 on cProfile sees every thread, and so the one that waits to report progress.
+    """
+    if not wanted or not launch().is_first:
+        yield
+        return
+    profile = cProfile.Profile()
+    with profile:
+        yield
+    pstats.Stats(profile, stream=sys.stderr).strip_dirs().sort_stats("tottime").print_stats(FUNCTIONS)
+
+
+def show_seconds(seconds: Mapping[str, float]) -> None:
+    """By kind of work, as in the result: each kind without those inside it."""
+    kinds = {kind: value for kind, value in seconds.items() if kind != "total"}
+    kinds["the rest"] = seconds["total"] - sum(kinds.values())
+    whole = seconds["total"] or 1.0  # 0 for a run that had nothing left to do
+    rows: list[Row] = [
+        {"kind": kind, "seconds": f"{value:.2f}", "share": f"{value / whole:.0%}"} for kind, value in kinds.items()
+    ]
+    rows += [{"kind": "total", "seconds": f"{seconds['total']:.2f}", "share": None}]
+    print_rows("Seconds by kind of work", rows, stderr=True)

@@ -3,8 +3,8 @@
 A row is a dict of cells by column. A cell of None is empty; a column of empty cells is left out.
 """
 
+import itertools
 import json
-import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-
-from compress.cli.reporting import visible
 
 if TYPE_CHECKING:
     from compress.architectures.architecture import Size
@@ -25,7 +23,6 @@ if TYPE_CHECKING:
 Row = Mapping[str, str | None]
 ONE_FILE = "one GGUF file, for llama.cpp"
 BORDER = 3  # what a table draws around each column
-BLOCK = re.compile(r"\.(\d+)\.(.*)")  # its number, and what is below it
 KINDS = {"hidden": "hidden size", "neurons": "MLP neurons a block", "kv_groups": "KV groups a block"}
 
 
@@ -86,6 +83,11 @@ def fitting(rows: Sequence[Mapping[str, str]], room: int) -> list[list[str]]:
 # Cells.
 
 
+def visible(text: object) -> str:
+    """Without the control characters, half characters and turns of direction that a file's text may hold."""
+    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in str(text))
+
+
 def number(value: int | float | None, form: str, unit: str = "") -> str | None:
     return None if value is None else format(value, form) + unit
 
@@ -99,10 +101,7 @@ def gigabytes(count: int) -> str:
 
 def spans(values: Sequence[int | str]) -> str:
     """Values with repetitions counted: 96 x 8, 128."""
-    counts: list[tuple[int | str, int]] = []
-    for value in values:
-        last, times = counts.pop() if counts and counts[-1][0] == value else (value, 0)
-        counts.append((last, times + 1))
+    counts = [(value, len(list(alike))) for value, alike in itertools.groupby(values)]
     return ", ".join(f"{value}" + (f" x {times}" if times > 1 else "") for value, times in counts)
 
 
@@ -113,11 +112,9 @@ def show_plan(job: "Job", plan: "Plan", *, as_json: bool) -> None:
     if as_json:
         print_json({"out": str(job.out), **plan.to_dict()})
         return
-    alternatives = [each.to_dict() for each in plan.alternatives]
+    alternatives, form = [each.to_dict() for each in plan.alternatives], plan.spec.architecture
     values = {
-        "written as": ONE_FILE
-        if plan.spec.is_gguf
-        else loads_as(plan.spec.architecture.class_name, is_stock=plan.spec.architecture.is_stock),
+        "written as": ONE_FILE if plan.spec.is_gguf else loads_as(form.class_name, is_stock=form.is_stock),
         "parameters, dense": f"{plan.dense.parameters:,}",
         **planned(job, plan),
         "bits a weight, all counted": bits(alternatives),
@@ -125,17 +122,11 @@ def show_plan(job: "Job", plan: "Plan", *, as_json: bool) -> None:
         "disk, for the run": gigabytes(plan.disk_bytes),
     }
     print_values(f"Plan: {job.model.name} to {job.out}", values)
-    choices = [
-        {
-            **{KINDS[kind]: f"{count:,}" for kind, count in choice.counts.items()},
-            **{"parameters": f"{choice.size.parameters:,}", "bytes": gigabytes(choice.size.bytes)},
-        }
-        for choice in plan.choices
-    ]
-    print_rows("Shapes that fit", choices)
-    show_linears(
-        {path: factors.rank for path, factors in plan.spec.factors.items()}, plan.spec.num_blocks, alternatives
-    )
+    counts = [{KINDS[kind]: f"{count:,}" for kind, count in choice.counts.items()} for choice in plan.choices]
+    totals = [{"parameters": f"{each.size.parameters:,}", "bytes": gigabytes(each.size.bytes)} for each in plan.choices]
+    print_rows("Shapes that fit", [{**kept, **total} for kept, total in zip(counts, totals, strict=True)])
+    ranks = {path: factors.rank for path, factors in plan.spec.factors.items()}
+    show_linears(ranks, plan.spec.num_blocks, alternatives)
     print_lines(plan.notes)
 
 
@@ -144,20 +135,15 @@ def planned(job: "Job", plan: "Plan") -> Row:
     if plan.choices:
         return {"shapes that fit": f"{len(plan.choices)}, see below; predicted, then chosen by at most three trials"}
     if plan.ranks is not None:
-        found = f"found from the dense model, by {' or '.join(plan.ranks.stage.allocations)}"
-        return {"ranks": found, **limit(job, plan.dense)}
+        budget, most = job.recipe.budget, dict[str, str]()
+        if budget is not None and budget.target_size is not None:
+            most = {"bytes, at most": gigabytes(budget.target_size)}
+        elif budget is not None:
+            most = {"parameters, at most": f"{int((budget.keep_params or 0) * plan.dense.parameters):,}"}
+        return {"ranks": f"found from the dense model, by {' or '.join(plan.ranks.stage.allocations)}", **most}
     if plan.size is None:
         return {"widths": "decided by the data"}
     return {**shape(job, [width or 0 for width in plan.spec.widths], plan.spec.units), **sizes(plan.dense, plan.size)}
-
-
-def limit(job: "Job", dense: "Size") -> Row:
-    budget = job.recipe.budget
-    if budget is None:
-        return {}
-    if budget.target_size is not None:
-        return {"bytes, at most": gigabytes(budget.target_size)}
-    return {"parameters, at most": f"{int((budget.keep_params or 0) * dense.parameters):,}"}
 
 
 def show_result(job: "Job", result: "Result", *, as_json: bool) -> None:
@@ -217,6 +203,8 @@ def bits(alternatives: Sequence[Mapping[str, Any]]) -> str | None:
 
 def show_linears(ranks: Mapping[str, int], num_blocks: int, alternatives: Sequence[Mapping[str, Any]]) -> None:
     """Of each linear of a block its ranks from the first block to the last; other ways to store the linears."""
+    from compress.inspection.linears import BLOCK
+
     by_name: dict[str, list[int | str]] = {}
     for path, rank in ranks.items():
         match = BLOCK.search(path)

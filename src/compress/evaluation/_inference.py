@@ -2,14 +2,12 @@
 
 import gc
 import math
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Int64
 from torch import Tensor, nn
 
 from compress.errors import NumericalError
@@ -46,14 +44,6 @@ def device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def finite(losses: list[float], dataset: str, first: int, model: nn.Module, ids: Tensor) -> list[float]:
-    """The losses of windows from number `first` on, if none is NaN or Inf. ids: what the model was given for them."""
-    for window, loss in enumerate(losses, first):
-        if not math.isfinite(loss):
-            raise no_number(f"The loss on {dataset!r}, window {window}, is {loss}", model, ids)
-    return losses
-
-
 def no_number(what: str, model: nn.Module, ids: Tensor) -> NumericalError:
     """The error that says where in the model's pass over `ids` a NaN or Inf comes up first."""
     found = first_unsound(model, partial(model, input_ids=ids, use_cache=False))
@@ -66,16 +56,6 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
     numbers = torch.tensor(values, dtype=torch.float64)
     error = numbers.std().item() / math.sqrt(len(numbers)) if len(numbers) > 1 else None
     return numbers.mean().item(), error
-
-
-def on_text(dataset: str, windows: Int64[Tensor, "windows seq_len"], start: float) -> dict[str, Any]:
-    """What is said of every measure on a text. start: when it was begun, by `time.perf_counter`."""
-    count, seq_len = windows.shape
-    seconds = time.perf_counter() - start
-    return {
-        **{"dataset": dataset, "tokens": count * (seq_len - 1), "windows": count},
-        **{"seq_len": seq_len, "seconds": seconds},
-    }
 
 
 def context_length(config: Any, tokenizer: Any) -> int:

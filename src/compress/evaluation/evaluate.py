@@ -4,6 +4,8 @@ Models come one after another: only one is in memory at a time.
 """
 
 import importlib.metadata
+import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,22 +19,13 @@ from transformers import PreTrainedModel
 from compress.calibration.weights import LazyWeights
 from compress.checkpoints.metadata import versions
 from compress.checkpoints.quality import Quality, Tasks
-from compress.datasets.tasks import local_tasks, read_documents
 from compress.datasets.windows import evaluation_windows, fingerprint
 from compress.errors import Problems, UsageError
 from compress.evaluation import humaneval
-from compress.evaluation.divergence import Reference, divergence, remember
-from compress.evaluation.perplexity import perplexity
+from compress.evaluation.llamacpp import LlamaCpp, gguf_file
 from compress.evaluation.speed.footprint import bytes_on_disk
-from compress.evaluation.tasks import (
-    LoadedTask,
-    averages,
-    check_installed,
-    load_hub_task,
-    load_local_task,
-    score_tasks,
-)
-from compress.models import stored_loading
+from compress.evaluation.tasks import LoadedTask, averages, score_tasks
+from compress.evaluation.windows import Reference, divergence, perplexity, perplexity_of, remember
 from compress.models.loading import check_positions, check_vocabulary, load_config, load_tokenizer
 from compress.models.storage import num_parameters
 from compress.progress import Progress, Steps
@@ -47,8 +40,8 @@ class Request:
     texts: of perplexity; compared_on: of the divergence. limit: of windows a text, documents a task and problems.
     """
 
-    texts: tuple[str, ...] = ()
-    compared_on: tuple[str, ...] = ()
+    texts: Sequence[str] = ()
+    compared_on: Sequence[str] = ()
     tasks: Sequence[LoadedTask] = ()
     problems: Sequence[Mapping[str, str]] = ()
     sampling: humaneval.Sampling = field(default_factory=humaneval.Sampling)
@@ -57,27 +50,6 @@ class Request:
     batch_size: int = 8
     data_dir: Path | None = None
     trust_remote_code: bool = False
-
-    @property
-    def windows_of(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys([*self.texts, *self.compared_on]))
-
-
-def load_tasks(names: Sequence[str], data_dir: Path | None) -> list[LoadedTask]:
-    """The tasks with their data, from a file where there is one, else from the hub. Raises all problems at once."""
-    if not names:
-        return []
-    check_installed()
-    files = local_tasks(data_dir)
-    problems, loaded = Problems(), []
-    for name in names:
-        with problems.collect():
-            if name in files:
-                loaded.append(load_local_task(name, read_documents(files[name])))
-            else:
-                loaded += load_hub_task(name, sorted(files))
-    problems.report()
-    return loaded
 
 
 @dataclass(frozen=True)
@@ -90,45 +62,28 @@ class Subject:
     tokenizer: Any
     windows: Windows
 
-    def load(self, dtype: torch.dtype, device: torch.device, *, trust_remote_code: bool) -> PreTrainedModel:
-        return stored_loading.open_model(self.folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-
-    @property
-    def bytes(self) -> int:
-        """Of the files that hold its weights, adapters included."""
-        return bytes_on_disk(self.folder)
-
 
 def prepare(name: str, folder: Path, request: Request) -> Subject:
     """The checkpoint with its texts cut into windows. Raises all problems of its config, files, tokenizer and texts."""
-    problems = Problems()
+    problems, windows = Problems(), Windows()
     config = load_config(folder, trust_remote_code=request.trust_remote_code)
     text_config = config.get_text_config()
     length = request.seq_len or min(USUAL_SEQ_LEN, getattr(text_config, "max_position_embeddings", USUAL_SEQ_LEN))
-    if request.windows_of:
+    texts = dict.fromkeys([*request.texts, *request.compared_on])
+    if texts:
         with problems.collect():
             check_positions(text_config, length)
     with problems.collect():
         LazyWeights(folder)
-    windows: Windows = {}
     with problems.collect():
         tokenizer = load_tokenizer(folder, trust_remote_code=request.trust_remote_code)
-        windows = read_windows(request, tokenizer, length)
-        for each in windows.values():
-            check_vocabulary(each, config, folder)
+        how: dict[str, Any] = {"seq_len": length, "data_dir": request.data_dir, "limit": request.limit}
+        for text in texts:
+            with problems.collect():
+                windows[text] = evaluation_windows(text, tokenizer, **how)
+                check_vocabulary(windows[text], config, folder)
     problems.report()
     return Subject(name, folder, config, tokenizer, windows)
-
-
-def read_windows(request: Request, tokenizer: Any, seq_len: int) -> Windows:
-    problems, windows = Problems(), {}
-    for name in request.windows_of:
-        with problems.collect():
-            windows[name] = evaluation_windows(
-                name, tokenizer, seq_len=seq_len, data_dir=request.data_dir, limit=request.limit
-            )
-    problems.report()
-    return windows
 
 
 def check_same_tokens(dense: Subject, subjects: Sequence[Subject]) -> None:
@@ -191,7 +146,11 @@ def measure(
     subject: Subject, model: PreTrainedModel, request: Request, references: Mapping[str, Reference], progress: Progress
 ) -> Evaluation:
     """All that was requested, of a loaded model."""
-    steps = Steps(progress, f"measuring {subject.name}", num_steps(subject, request))
+    # Windows, requests of tasks, programs that are written and run.
+    total = sum(len(subject.windows[name]) for name in [*request.texts, *request.compared_on])
+    total += sum(task.num_requests(request.limit) for task in request.tasks)
+    total += 2 * len(request.problems) * request.sampling.samples
+    steps = Steps(progress, f"measuring {subject.name}", total)
     windows, size = subject.windows, request.batch_size
     measured: dict[str, Any] = {}
     for name in request.texts:
@@ -202,9 +161,8 @@ def measure(
         far = divergence(model, references[name], windows[name], dataset=name, batch_size=size, on_batch=on_batch)
         measured.setdefault("divergence", []).append(far)
     if request.tasks:
-        on_answer, limit = counting(steps, "tasks"), request.limit
-        options: dict[str, Any] = {"batch_size": size, "limit": limit, "on_answer": on_answer}
-        scores = score_tasks(request.tasks, model, subject.tokenizer, **options)
+        how: dict[str, Any] = {"batch_size": size, "limit": request.limit, "on_answer": counting(steps, "tasks")}
+        scores = score_tasks(request.tasks, model, subject.tokenizer, **how)
         measured["tasks"] = Tasks(scores=scores, average=averages(scores))
     if request.problems:
         measured["humaneval"] = humaneval.measure(
@@ -215,20 +173,44 @@ def measure(
             batch_size=size,
             on_progress=lambda what, count: counting(steps, f"programs, {what}")(count),
         )
+    return evaluation_of(subject, request, measured, model.dtype, num_parameters(model), device=model.device.type)
+
+
+def measure_in_llamacpp(subject: Subject, request: Request, progress: Progress) -> Evaluation:
+    """Perplexity of a GGUF file as llama.cpp itself computes it, token by token."""
+    weights = LazyWeights(subject.folder)
+    file, size = gguf_file(subject.folder, subject.name), subject.config.vocab_size
+    steps = Steps(progress, f"measuring {subject.name}", sum(len(subject.windows[name]) for name in request.texts))
+    engine = LlamaCpp(file, context=max(each.shape[1] for each in subject.windows.values()), vocabulary=size)
+    found = []
+    for name in request.texts:
+        start, losses, on_window = time.perf_counter(), list[float](), counting(steps, name)
+        for window in subject.windows[name]:
+            losses.append(engine.loss(window))
+            on_window(1)
+        found.append(perplexity_of(losses, name, subject.windows[name], start))
+    parameters = sum(math.prod(tensor.shape) for tensor in weights.stored.tensors.values())
+    return evaluation_of(subject, request, {"perplexity": found}, "llama.cpp", parameters, device="cpu")
+
+
+def evaluation_of(
+    subject: Subject, request: Request, measured: Mapping[str, Any], dtype: object, parameters: int, *, device: str
+) -> Evaluation:
+    # What a measure depends on besides the model and the text; the rest is in the measures themselves.
+    settings = {
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": device,
+        "batch_size": request.batch_size,
+        "limit": request.limit,
+        "versions": versions() | ({"lm-eval": importlib.metadata.version("lm-eval")} if request.tasks else {}),
+    }
     return Evaluation(
         model=subject.name,
-        bytes=subject.bytes,
-        parameters=num_parameters(model),
-        dtype=str(model.dtype),
-        quality=Quality(**measured, settings=dict.fromkeys(measured, settings_of(request, model))),
+        bytes=bytes_on_disk(subject.folder),
+        parameters=parameters,
+        dtype=str(dtype),
+        quality=Quality(**measured, settings=dict.fromkeys(measured, settings)),
     )
-
-
-def num_steps(subject: Subject, request: Request) -> int:
-    """Steps of the progress: windows, requests of tasks, programs that are written and run."""
-    windows = sum(len(subject.windows[name]) for name in [*request.texts, *request.compared_on])
-    requests = sum(task.num_requests(request.limit) for task in request.tasks)
-    return windows + requests + 2 * len(request.problems) * request.sampling.samples
 
 
 def counting(steps: Steps, name: str) -> Callable[[int], None]:
@@ -238,15 +220,3 @@ def counting(steps: Steps, name: str) -> Callable[[int], None]:
     """
     steps.begin(name)
     return lambda count: steps.advance(min(count, int(steps.total - steps.done)))
-
-
-def settings_of(request: Request, model: PreTrainedModel) -> dict[str, Any]:
-    """What a measure depends on besides the model and the text; the rest is in the measures themselves."""
-    harness = {"lm-eval": importlib.metadata.version("lm-eval")} if request.tasks else {}
-    return {
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": model.device.type,
-        "batch_size": request.batch_size,
-        "limit": request.limit,
-        "versions": versions() | harness,
-    }

@@ -14,10 +14,12 @@ from typing import Any
 from urllib.request import Request, urlopen
 
 import torch
-from jaxtyping import Float64, Int64
+from jaxtyping import Int64
 from torch import Tensor
 
 from compress.errors import CheckpointError, NumericalError, UsageError
+from compress.evaluation.speed.turns import spread
+from compress.models.tensor_files import GGUF
 
 FORCED = 1e6  # what is added to a logit
 
@@ -25,11 +27,12 @@ FORCED = 1e6  # what is added to a logit
 class LlamaCpp:
     """A file that llama.cpp has loaded, on the CPU.
 
-    context: tokens of the longest text. vocabulary: tokens that there are. Keys and values are kept in float32.
+    context: tokens of the longest text. vocabulary: tokens that there are. exact: keys, values and attention in
+        float32, not in llama.cpp's usual float16.
     Raises UsageError where xllamacpp is missing, CheckpointError for a file that llama.cpp does not load.
     """
 
-    def __init__(self, file: Path, *, context: int, vocabulary: int) -> None:
+    def __init__(self, file: Path, *, context: int, vocabulary: int, exact: bool = True) -> None:
         self.vocabulary = vocabulary
         try:
             import xllamacpp
@@ -39,8 +42,9 @@ class LlamaCpp:
         params.model.path, params.n_ctx, params.n_parallel = str(file), context, 1
         params.cpuparams.n_threads = torch.get_num_threads()
         params.n_gpu_layers, params.fit_params, params.warmup = 0, False, False
-        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-        params.flash_attn_type = 0  # none: it computes in float16
+        if exact:
+            params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+            params.flash_attn_type = 0
         params.swa_full = True  # keeps what a text shares with the one before also with sliding windows
         params.verbosity = int(os.environ.get("LLAMA_LOG_VERBOSITY", "-1"))
         try:
@@ -63,10 +67,9 @@ class LlamaCpp:
             found.append(probabilities[token])
         return found
 
-    def window_losses(self, windows: Int64[Tensor, "windows tokens"]) -> Float64[Tensor, "windows"]:
-        """The mean negative log-probability of each window's tokens but the first, in nats."""
-        means = [-sum(self.log_probs(window)) / (len(window) - 1) for window in windows.tolist()]
-        return torch.tensor(means, dtype=torch.float64)
+    def loss(self, window: Int64[Tensor, "seq_len"]) -> float:
+        """The mean negative log-probability of a window's tokens but the first, in nats."""
+        return -sum(self.log_probs(window.tolist())) / (len(window) - 1)
 
     def generate(self, prompt: str, tokens: int) -> str:
         """The likeliest continuation of a text."""
@@ -100,3 +103,30 @@ class LlamaCpp:
         if "error" in reply:
             raise UsageError(f"llama.cpp refuses: {reply['error']['message']}.")
         return reply
+
+
+def gguf_file(folder: Path, name: str) -> Path:
+    """The file that a model's folder stands for. Raises UsageError where it is of another kind."""
+    if not (folder / GGUF).exists():
+        raise UsageError(
+            f"llama.cpp reads GGUF files, {name} is none. Write one: compress quantize --type Q4_K_M, or --export gguf."
+        )
+    return (folder / GGUF).resolve()
+
+
+def compare_speeds(
+    files: Sequence[Path], vocabularies: Sequence[int], prompt: int, new: int, rounds: int
+) -> list[dict[str, Any]]:
+    """Bytes of files, and their tokens a second in turns: medians and quartiles of `prefill` and `decode`."""
+    engines = [
+        LlamaCpp(file, context=prompt + new, vocabulary=size, exact=False)
+        for file, size in zip(files, vocabularies, strict=True)
+    ]
+    for engine in engines:  # caches and pages
+        engine.speed(prompt, new)
+    turns = [[engine.speed(prompt, new) for engine in engines] for _ in range(rounds)]
+    found = []
+    for file, rates in zip(files, zip(*turns, strict=True), strict=True):
+        prefill, decode = map(spread, zip(*rates, strict=True))
+        found.append({"bytes": file.stat().st_size, "prefill": prefill, "decode": decode})
+    return found

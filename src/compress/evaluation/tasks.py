@@ -1,10 +1,14 @@
 """Tasks by lm-evaluation-harness (the extra `tasks`): its prompts, log-likelihoods and metrics, on a loaded model.
 
-The documents are those of the hub, or of a local file (`_local_tasks.py`). The model runs through lm-eval's HFLM; only
-its softmax is told to be taken in float32.
+The documents are those of the hub, or of a local file in one of llm-foundry's three layouts (`datasets/tasks.py`). A
+task that lm-eval knows keeps its prompts, choices and metrics there: each document gets the columns of the hub's data
+set, and only the data are replaced. Any other name is a new task that asks what the document says, without a prompt of
+its own. The model runs through lm-eval's HFLM; only its softmax is told to be taken in float32.
 """
 
 import difflib
+import functools
+import importlib.util
 import io
 import logging
 import math
@@ -14,20 +18,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from compress.checkpoints.quality import Metric, TaskScore
-from compress.errors import CompressError, Unavailable, UsageError
+from compress.datasets.tasks import local_tasks, read_documents
+from compress.errors import CompressError, Problems, Unavailable, UsageError
 from compress.evaluation._inference import context_length, evaluating, ignore, no_number
-from compress.evaluation._local_tasks import KNOWN, Document, local_task, task_index
 
-INSTALL = "pip install 'compress-llm[tasks]'"
 # Resamples for the standard error of what is no mean, such as a perplexity; lm-eval's own number takes minutes.
 BOOTSTRAPS = 1000
 FEWSHOT_SEED = 1234  # as in lm_eval.simple_evaluate
+Document = Mapping[str, Any]
 
 
 def averages(scores: Sequence[TaskScore]) -> dict[str, float | None]:
@@ -35,13 +40,11 @@ def averages(scores: Sequence[TaskScore]) -> dict[str, float | None]:
 
     None where a task has no accuracy at all.
     """
-    return {"acc": average(scores, "acc"), "acc_norm": average(scores, "acc_norm", "acc")}
-
-
-def average(scores: Sequence[TaskScore], *preferred: str) -> float | None:
-    found = [next((each.metrics[name].value for name in preferred if name in each.metrics), None) for each in scores]
-    values = [value for value in found if value is not None]
-    return statistics.fmean(values) if values and len(values) == len(found) else None
+    found: dict[str, float | None] = {}
+    for preferred in (("acc",), ("acc_norm", "acc")):
+        of_each = [[each.metrics[name].value for name in preferred if name in each.metrics] for each in scores]
+        found[preferred[0]] = statistics.fmean(values[0] for values in of_each) if of_each and all(of_each) else None
+    return found
 
 
 @dataclass(frozen=True)
@@ -63,18 +66,26 @@ class LoadedTask:
         return count
 
 
-def check_installed() -> None:
-    try:
-        import lm_eval  # noqa: F401
-    except ImportError as error:
-        raise UsageError(f"--tasks needs the package lm-eval: {INSTALL}") from error
+def load_tasks(names: Sequence[str], data_dir: Path | None) -> list[LoadedTask]:
+    """The tasks with their data, from a file where there is one, else from the hub. Raises all problems at once."""
+    if names and importlib.util.find_spec("lm_eval") is None:
+        raise UsageError("--tasks needs the package lm-eval: pip install 'compress-llm[tasks]'")
+    files = local_tasks(data_dir) if names else {}
+    problems, loaded = Problems(), list[LoadedTask]()
+    for name in names:
+        with problems.collect():
+            if name in files:
+                loaded.append(load_local_task(name, read_documents(files[name])))
+            else:
+                loaded += load_hub_task(name, sorted(files))
+    problems.report()
+    return loaded
 
 
 def load_local_task(name: str, documents: Sequence[Document]) -> LoadedTask:
     """A task on the documents of a local file."""
     with silent(), reported(name):
-        task = local_task(name, documents)
-    return LoadedTask(name, "files", None, {name: task})
+        return LoadedTask(name, "files", None, {name: local_task(name, documents)})
 
 
 def load_hub_task(name: str, local_names: Sequence[str]) -> list[LoadedTask]:
@@ -202,3 +213,121 @@ def read_score(task: LoadedTask, found: Mapping[str, Any]) -> TaskScore:
         )
     documents = sum(found["n-samples"][part]["effective"] for part in task.parts)
     return TaskScore(task=task.name, source=task.source, documents=documents, metrics=metrics)
+
+
+# Documents from a local file.
+
+Columns = dict[str, Any]
+
+
+def piqa(query: str, choices: list[str], gold: int) -> Columns:
+    first, second = choices
+    return {"goal": question(query), "sol1": first, "sol2": second, "label": gold}
+
+
+def arc(query: str, choices: list[str], gold: int) -> Columns:
+    labels = [str(number) for number in range(len(choices))]
+    return {"question": question(query), "choices": {"text": choices, "label": labels}, "answerKey": labels[gold]}
+
+
+def question(query: str) -> str:
+    return query.removeprefix("Question: ").removesuffix("\n")
+
+
+def boolq(query: str, choices: list[str], gold: int) -> Columns:
+    """The answers are lm-eval's own."""
+    if choices != ["no", "yes"]:
+        raise ValueError("the choices must be no and yes")
+    passage, _, asked = query.removeprefix("Passage: ").rpartition("\nQuestion: ")
+    return {"passage": passage, "question": asked.removesuffix("?"), "label": gold}
+
+
+def hellaswag(query: str, choices: list[str], gold: int) -> Columns:
+    """What lm-eval makes of the hub's columns."""
+    return {"query": query, "choices": choices, "label": gold}
+
+
+def winogrande(context_options: list[str], continuation: str, gold: int) -> Columns:
+    """lm-eval puts each option in the place of the sentence's first `_`."""
+    first, second = context_options
+    return {"sentence": f"_ {continuation}", "option1": first, "option2": second, "answer": str(gold + 1)}
+
+
+def lambada(context: str, continuation: str) -> Columns:
+    """lm-eval splits the text at its last blank."""
+    if " " in continuation:
+        raise ValueError("the continuation must be one word")
+    return {"text": f"{context} {continuation}"}
+
+
+# By task: its folder in lm-eval/tasks, and the hub's columns of a document.
+KNOWN: dict[str, tuple[str, Callable[..., Columns]]] = {
+    "arc_challenge": ("arc", arc),
+    "arc_easy": ("arc", arc),
+    "boolq": ("super_glue/boolq", boolq),
+    "hellaswag": ("hellaswag", hellaswag),
+    "lambada_openai": ("lambada", lambada),
+    "piqa": ("piqa", piqa),
+    "winogrande": ("winogrande", winogrande),
+}
+ACC, ACC_NORM = ({"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm"))
+PERPLEXITY = {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False}
+# New tasks, by a field that tells the layout. An integer as doc_to_text means that the choices are contexts.
+NEW: dict[str, dict[str, Any]] = {
+    "query": {
+        "output_type": "multiple_choice",
+        "doc_to_text": "query",
+        "doc_to_choice": "choices",
+        "doc_to_target": "gold",
+        "metric_list": [ACC, ACC_NORM],
+    },
+    "context_options": {
+        "output_type": "multiple_choice",
+        "doc_to_text": "gold",
+        "doc_to_choice": "context_options",
+        "doc_to_target": "continuation",
+        "metric_list": [ACC],
+    },
+    "context": {
+        "output_type": "loglikelihood",
+        "doc_to_text": "context",
+        "doc_to_target": "{{' ' + continuation}}",
+        "metric_list": [PERPLEXITY, ACC],
+    },
+}
+
+
+def local_task(name: str, documents: Sequence[Document]) -> Any:
+    """lm-eval's task of this name, or a new one, on these documents. Raises ValueError for one that does not fit."""
+    import datasets
+    from lm_eval.api.task import ConfigurableTask
+
+    folder, columns = KNOWN.get(name, (None, dict))
+    table = datasets.Dataset.from_list([fitted(columns, *each) for each in enumerate(documents, 1)])
+    # In memory: `dataset_path: json` would leave a copy of the file in the cache of `datasets`.
+    data: dict[str, Any] = {"dataset_path": None, "dataset_name": None, "custom_dataset": lambda **_: {"test": table}}
+    data |= {"training_split": None, "validation_split": None, "test_split": "test", "process_docs": None}
+    if folder is None:
+        layout = next(field for field in NEW if field in documents[0])
+        return ConfigurableTask(config={"task": name, **NEW[layout], **data})
+    # A group's members are where lm-eval lets the definition of a task be changed.
+    loaded = task_index(folder).load([{"group": "local", "task": [{"task": name, **data}]}])
+    return loaded["tasks"][name]
+
+
+def fitted(columns: Callable[..., Columns], number: int, document: Document) -> Columns:
+    try:
+        return columns(**document)
+    except (TypeError, ValueError) as error:
+        reason = "it has another layout" if isinstance(error, TypeError) else str(error)
+        raise ValueError(f"document {number} does not fit the task: {reason}") from error
+
+
+@functools.cache
+def task_index(folder: str | None) -> Any:
+    """lm-eval's TaskManager for one of its folders of tasks, or for all: reading those takes 15 seconds or more."""
+    from lm_eval import tasks
+
+    if folder is None:
+        return tasks.TaskManager()
+    return tasks.TaskManager(include_path=f"{tasks.__path__[0]}/{folder}", include_defaults=False)

@@ -7,6 +7,7 @@ import copy
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Shaped
@@ -16,36 +17,41 @@ from compress.checkpoints.metadata import LinearMetadata
 from compress.errors import CheckpointError
 from compress.models.storage import Form, Linear, num_parameters
 from compress.models.storage import linears_of as modules_of
-from compress.models.tensor_files import BITS, StoredTensor, open_tensors
+from compress.models.tensor_files import BITS, FLOATS, StoredTensor, open_tensors
 from compress.numerics.sparsity import Pattern
 from compress.own_model.modeling_compress import AdaptedLinear, LowRankLinear, PivotLinear
 
 BLOCK = re.compile(r"\.(\d+)\.(.*)")  # its number, and what is below it
 Weight = nn.Linear | AdaptedLinear
-FLOATS = ("F64", "F32", "F16", "BF16")
 NUMBERS_AT_ONCE = 2**22  # read while zeros are counted
 TWO_OF_FOUR = Pattern(2, 4)  # what is looked for where nothing is promised
+
+
+@dataclass(frozen=True)
+class Zeros:
+    """Of a weight without its adapter. pattern: the one that it was pruned to, or 2:4 where that is found.
+
+    kept: whether the pattern holds everywhere.
+    """
+
+    count: int
+    total: int
+    pattern: str | None
+    kept: bool
 
 
 @dataclass(frozen=True)
 class StoredLinear:
     """
     path: in the model as it is written. module: on the meta device. tensors: by their names below the path.
-    metadata: what compress.json says of it.
+    metadata: what compress.json says of it. zeros: None where none were counted.
     """
 
     path: str
     module: Linear
     tensors: Mapping[str, StoredTensor]
     metadata: LinearMetadata | None = None
-
-    @property
-    def m(self) -> int:
-        return int(self.module.out_features)
-
-    @property
-    def n(self) -> int:
-        return int(self.module.in_features)
+    zeros: Zeros | None = None
 
     @property
     def block(self) -> int | None:
@@ -63,20 +69,18 @@ class StoredLinear:
     @property
     def rank(self) -> int | None:
         """Of the factors, multiplied out or not, or of the adapter; None without either."""
-        multiplied_out = self.metadata.rank if self.metadata and self.metadata.form else None
-        return self.form.rank or multiplied_out
+        return self.form.rank or (self.metadata.rank if self.metadata and self.metadata.form else None)
+
+    @property
+    def lost(self) -> float | None:
+        return self.metadata.lost if self.metadata else None
 
     @property
     def bits(self) -> int:
         """Of a number of the weight; of the factors' where it is a product."""
-        if self.form.bits is not None:
-            return self.form.bits
         _, tensors = self.weights[0]
-        return BITS[next(each.dtype for name, each in tensors.items() if name in ("weight", "weight.values"))]
-
-    @property
-    def is_product(self) -> bool:
-        return isinstance(self.module, LowRankLinear | PivotLinear)
+        floats = (each.dtype for name, each in tensors.items() if name in ("weight", "weight.values"))
+        return self.form.bits or BITS[next(floats)]
 
     @property
     def weights(self) -> "list[tuple[Weight, dict[str, StoredTensor]]]":
@@ -90,22 +94,44 @@ class StoredLinear:
         ]
 
     @property
-    def parameters(self) -> int:
-        return num_parameters(self.module)
+    def weight_bits(self) -> int:
+        """Everything that is stored of it but its bias."""
+        return 8 * sum(tensor.bytes for name, tensor in self.tensors.items() if name != "bias")
 
-    @property
-    def bytes(self) -> int:
-        return sum(tensor.bytes for tensor in self.tensors.values())
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Of the (m, n) weight that it stands for, everything counted but its bias."""
-        return 8 * sum(tensor.bytes for name, tensor in self.tensors.items() if name != "bias") / (self.m * self.n)
+    def to_dict(self) -> dict[str, Any]:
+        zeros, form = self.zeros, self.form
+        return {
+            "linear": self.path,
+            "outputs": form.m,
+            "inputs": form.n,
+            "form": form.kind,
+            "rank": self.rank,
+            "bits": self.bits,
+            "bits_per_weight": bits_per_weight([self]),
+            "zeros": None if zeros is None else zeros.count / max(zeros.total, 1),
+            "pattern": None if zeros is None else zeros.pattern,
+            "pattern_kept": None if zeros is None or zeros.pattern is None else zeros.kept,
+            "lost": self.lost,
+            "parameters": num_parameters(self.module),
+            "bytes": sum(tensor.bytes for tensor in self.tensors.values()),
+        }
 
 
 def block_of(name: str) -> int | None:
     found = BLOCK.search(name)
     return int(found[1]) if found else None
+
+
+def bits_per_weight(linears: Iterable[StoredLinear]) -> float | None:
+    """Of the (m, n) weights that they stand for, everything counted but biases."""
+    linears = list(linears)
+    weights = sum(linear.form.m * linear.form.n for linear in linears)
+    return sum(linear.weight_bits for linear in linears) / weights if weights else None
+
+
+def linear_names(linears: Iterable[StoredLinear]) -> list[str]:
+    """Of the linears in blocks, in the order of a block."""
+    return list(dict.fromkeys(linear.name for linear in linears if linear.block is not None))
 
 
 def linears_of(
@@ -118,16 +144,12 @@ def linears_of(
     modules = dict(modules_of(model))
     below: dict[str, dict[str, StoredTensor]] = {path: {} for path in modules}
     for name, tensor in tensors.items():
-        path = next((path for path in prefixes(name) if path in below), None)
+        parts = name.split(".")
+        paths = (".".join(parts[:end]) for end in range(1, len(parts)))
+        path = next((path for path in paths if path in below), None)
         if path is not None:
             below[path][name.removeprefix(f"{path}.")] = tensor
     return [StoredLinear(path, module, below[path], told.get(path)) for path, module in modules.items() if below[path]]
-
-
-def prefixes(name: str) -> Iterable[str]:
-    """The paths that a name lies below."""
-    parts = name.split(".")
-    return [".".join(parts[:end]) for end in range(1, len(parts))]
 
 
 def foreign_linears(tensors: Mapping[str, StoredTensor]) -> list[StoredLinear]:
@@ -136,38 +158,13 @@ def foreign_linears(tensors: Mapping[str, StoredTensor]) -> list[StoredLinear]:
     for name, tensor in tensors.items():
         path, _, last = name.rpartition(".")
         if last == "weight" and len(tensor.shape) == 2 and tensor.dtype in FLOATS and block_of(name) is not None:
-            beside = {"weight": tensor}
-            if (bias := tensors.get(f"{path}.bias")) is not None:
-                beside["bias"] = bias
-            with torch.device("meta"):
-                module = nn.Linear(tensor.shape[1], tensor.shape[0], bias=bias is not None)
-            found.append(StoredLinear(path, module, beside))
+            bias = {"bias": tensors[f"{path}.bias"]} if f"{path}.bias" in tensors else {}
+            module = nn.Linear(tensor.shape[1], tensor.shape[0], bias=bool(bias), device="meta")
+            found.append(StoredLinear(path, module, {"weight": tensor, **bias}))
     return found
 
 
-def linear_names(linears: Iterable[StoredLinear]) -> list[str]:
-    """Of the linears in blocks, in the order of a block."""
-    return list(dict.fromkeys(linear.name for linear in linears if linear.block is not None))
-
-
 # How sparse the stored weights are: counted, whatever was promised.
-
-
-@dataclass(frozen=True)
-class Zeros:
-    """Of a weight without its adapter. pattern: the one that it was pruned to, or 2:4 where that is found.
-
-    kept: whether the pattern holds everywhere.
-    """
-
-    count: int
-    total: int
-    pattern: str | None
-    kept: bool
-
-    @property
-    def share(self) -> float:
-        return self.count / max(self.total, 1)
 
 
 def zeros_of(linear: StoredLinear) -> Zeros | None:
@@ -181,13 +178,14 @@ def zeros_of(linear: StoredLinear) -> Zeros | None:
         pattern = Pattern.parse(promised) if promised else TWO_OF_FOUR
     except ValueError as error:
         raise CheckpointError(f"compress.json is damaged: {error}. Get it again.") from error
-    counts, wholes, keep = zip(*(counted(module, tensors, pattern) for module, tensors in weights), strict=True)
-    count, total, kept = sum(counts), sum(wholes), all(keep)
+    counts, keep = zip(*(counted(module, tensors, pattern) for module, tensors in weights), strict=True)
+    total = sum(module.out_features * module.in_features for module, _ in weights)
+    count, kept = sum(counts), all(keep)
     return Zeros(count, total, promised or ("2:4" if kept and count < total else None), kept)
 
 
-def counted(module: Weight, tensors: Mapping[str, StoredTensor], pattern: Pattern) -> tuple[int, int, bool]:
-    """Zeros, all numbers, and whether the pattern holds."""
+def counted(module: Weight, tensors: Mapping[str, StoredTensor], pattern: Pattern) -> tuple[int, bool]:
+    """Zeros, and whether the pattern holds."""
     m, n = module.out_features, module.in_features
     zeros, kept = 0, not pattern.is_grouped or n % pattern.group == 0
     for rows in weight_rows(module, tensors):
@@ -195,7 +193,7 @@ def counted(module: Weight, tensors: Mapping[str, StoredTensor], pattern: Patter
         kept = kept and keeps(rows, pattern)
     if not pattern.is_grouped:
         kept = zeros >= int(round((1 - pattern.density) * n, 6)) * m
-    return zeros, m * n, kept
+    return zeros, kept
 
 
 def keeps(rows: Shaped[Tensor, "rows n"], pattern: Pattern) -> bool:

@@ -10,8 +10,6 @@ import time
 from dataclasses import replace
 from typing import Any
 
-import psutil
-
 from compress.calibration.processes import ALONE, Processes
 from compress.calibration.resources import Stopwatch
 from compress.calibration.spectra import GradientFiles
@@ -187,16 +185,15 @@ def _complete(prepared: Prepared, walk: Walk, folder: RunFolder, progress: Progr
         verify_tokens(prepared.folder, target)
         # What the process that reloads the result may take beside its interpreter, which is as large as ours.
         memory = max(prepared.plan.memory_bytes, SMALL)
-        for_gguf = max(memory, psutil.virtual_memory().available // 2)
         if job.max_memory is not None:
-            memory = for_gguf = max(0, job.max_memory - resident_bytes() - prepared.held)
+            memory = max(0, job.max_memory - resident_bytes() - prepared.held)
         if prepared.plan.spec.is_gguf:
-            difference = write_gguf_file(prepared, folder, ids, logits, for_gguf)
+            difference = write_gguf_file(prepared, folder, ids, logits)
         else:
             difference = verify(target, ids, logits, memory=memory)
             if job.export == "gguf":
                 steps.next("the GGUF file")
-                write_gguf_file(prepared, folder, ids, logits, for_gguf)
+                write_gguf_file(prepared, folder, ids, logits)
     folder.finish()
     steps.end()
     return metadata, difference

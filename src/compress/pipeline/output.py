@@ -53,7 +53,7 @@ def write_companions(prepared: Prepared, folder: RunFolder) -> Metadata:
     return metadata
 
 
-def write_gguf_file(prepared: Prepared, folder: RunFolder, ids: Tensor, logits: Tensor, memory: int) -> float:
+def write_gguf_file(prepared: Prepared, folder: RunFolder, ids: Tensor, logits: Tensor) -> float:
     """Write the finished checkpoint as a GGUF file too, read back before it counts; return the difference of logits.
 
     Of a checkpoint in block types, only that file, compress.json and the card are left.
@@ -64,11 +64,11 @@ def write_gguf_file(prepared: Prepared, folder: RunFolder, ids: Tensor, logits: 
     file = target / f"{name}.gguf"
     if not spec.is_gguf:
         write_gguf(target, file, name=name)
-        return verify_gguf(target, file, ids, logits, memory=memory)
+        return verify_gguf(target, file, ids, logits)
     metadata = read_metadata(target)
     types = {path: str(storage.block_type) for path, storage in spec.storage.items()}
     write_gguf(target, file, name=metadata.name, types=types, file_type=FileType.parse(str(spec.gguf_type)).name)
-    difference = verify_gguf(target, file, ids, logits, memory=memory)
+    difference = verify_gguf(target, file, ids, logits)
     metadata = metadata.model_copy(update={"parts": {file.name: sha256(file)}})
     clear(target, kept={file.name})
     metadata.write(target)

@@ -1,12 +1,18 @@
-"""Everything about a tuning is looked at before its first weight is read, and all problems are told at once."""
+"""Everything about a tuning is looked at before its first weight is read, and all problems are told at once.
 
-from dataclasses import asdict, dataclass, fields
+What of a checkpoint can be trained, and which linears those are, follows from how it is stored and from its family's
+table.
+"""
+
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+from torch import nn
 
+from compress import families
 from compress.calibration.weights import LazyWeights
 from compress.checkpoints.integrity import check_integrity
 from compress.checkpoints.metadata import Metadata, input_fingerprint, versions
@@ -14,17 +20,19 @@ from compress.checkpoints.output_folder import check_output
 from compress.checkpoints.run_folder import own_metadata
 from compress.datasets.windows import fingerprint
 from compress.errors import Problems, UsageError
-from compress.inspection.blueprint import blueprint
+from compress.inspection.checkpoint import blueprint
+from compress.models.int4 import Int4Linear
 from compress.models.loading import check_positions, check_vocabulary, load_config, load_tokenizer
+from compress.models.storage import Form, LoraLinear, QuantizedLinear
 from compress.numerics.precision import check_computing
+from compress.own_model.modeling_compress import AdaptedLinear, CompactLinear, LowRankLinear, PivotLinear
 from compress.progress import Progress, silent
-from compress.tuning.linears import stored_in_codes
-from compress.tuning.settings import Rate, Settings, TuningJob, What, chosen_rate
-from compress.tuning.structure import chosen, num_trained, trainable, why_not_merged
+from compress.tuning.settings import RATES, Rate, Settings, TuningJob, What
 from compress.tuning.texts import Reader, Texts
 
 HELD_DENSE = 0.25  # of the memory that dense copies of stored weights may take
 ELSEWHERE = ("wikitext2", "stdlib")  # texts that may be unlike the one that is trained on
+HOW = "compress slim --adapter-rank 0.1"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,16 +58,12 @@ class Prepared:
     def steps(self) -> int:
         return self.job.settings.num_steps(len(self.texts.train))
 
-    @property
-    def own_dtype(self) -> torch.dtype:
-        return self.config.dtype or torch.float32
-
     def computing(self, device: torch.device) -> torch.dtype:
         """What frozen weights are held in; weights that are trained themselves are never held in 16 bits."""
         if self.job.dtype is not None:
             return self.job.dtype
-        wide = device.type == "cpu" or self.what in ("factors", "all")
-        return torch.promote_types(self.own_dtype, torch.float32) if wide else self.own_dtype
+        own, wide = self.config.dtype or torch.float32, device.type == "cpu" or self.what in ("factors", "all")
+        return torch.promote_types(own, torch.float32) if wide else own
 
     def is_dequantized(self, device: torch.device) -> bool:
         """Whether weights that are stored in codes are held dense while others are trained.
@@ -68,6 +72,20 @@ class Prepared:
         """
         size = self.num_in_codes * self.computing(device).itemsize
         return not self.job.settings.gradient_checkpointing and size <= HELD_DENSE * total_memory(device)
+
+    def identity(self, processes: int, device: torch.device) -> dict[str, Any]:
+        """What determines the output's bytes."""
+        return {
+            "settings": self.job.settings.model_dump() | asdict(self.rate),
+            "model": self.metadata.parts,
+            "teacher": None if self.teacher is None else input_fingerprint(self.teacher, LazyWeights(self.teacher)),
+            "text": fingerprint(self.texts.train),
+            "versions": versions(),
+            "processes": processes,
+            "device": device.type,
+            "dtype": str(self.computing(device)).removeprefix("torch."),
+            "dequantized": self.is_dequantized(device),
+        }
 
 
 def total_memory(device: torch.device) -> int:
@@ -86,9 +104,10 @@ def look(job: TuningJob, progress: Progress = silent) -> Prepared:
     teacher = None if job.teacher is None else job.teacher.whole_folder()
     problems = Problems()
     with problems.collect():
-        what = chosen(settings.train, trainable(metadata, model))
-        check_lora(settings, what)
-        merge = merged_at_the_end(settings.merge, what, metadata)
+        what = chosen(settings, trainable(metadata, model))
+        reason = why_not_merged(metadata) if what == "lora" else None
+        if settings.merge and reason is not None:
+            raise UsageError(f"--merge: this LoRA cannot go into the weights: {reason}. Use --no-merge.")
     with problems.collect():
         check_output(job)
     if job.dtype is not None:
@@ -97,11 +116,17 @@ def look(job: TuningJob, progress: Progress = silent) -> Prepared:
     with problems.collect():
         check_positions(config.get_text_config(), settings.seq_len)
     with problems.collect():
-        texts = read_texts(job, metadata)
+        reader = Reader(load_tokenizer(folder), settings.seq_len, settings.seed, job.data_dir)
+        others = (*ELSEWHERE, metadata.recipe.calibration.source)
+        texts = reader.texts(settings.data, settings.num_windows, others)
         check_vocabulary(texts.train, config, folder)
-    if teacher is not None:
-        with problems.collect():
-            check_teacher(folder, config, teacher)
+    with problems.collect():
+        sizes = [each.get_text_config().vocab_size for each in (load_config(teacher or folder), config)]
+        if sizes[0] != sizes[1]:
+            raise UsageError(
+                f"--teacher {teacher} has a vocabulary of {sizes[0]:,}, {folder} of {sizes[1]:,}. "
+                "Name the dense model that was compressed."
+            )
     problems.report()
     return Prepared(
         job=job,
@@ -109,65 +134,90 @@ def look(job: TuningJob, progress: Progress = silent) -> Prepared:
         config=config,
         texts=texts,
         what=what,
-        merge=merge,
+        merge=reason is None if settings.merge is None else settings.merge,
         num_trained=num_trained(what, model, config, settings.lora_rank),
         num_in_codes=sum(each.in_features * each.out_features for each in stored_in_codes(model).values()),
-        rate=chosen_rate(settings.lr, what),
+        rate=RATES[what] if settings.lr is None else Rate(settings.lr, relative=False),
         teacher=teacher,
     )
 
 
-def check_lora(settings: Settings, what: What) -> None:
-    """Raises UsageError where a LoRA is described that is not trained."""
-    usual = {each.name: each.default for each in fields(Settings)}
-    names = ("lora_rank", "lora_alpha")
-    asked = [f"--{name.replace('_', '-')}" for name in names if getattr(settings, name) != usual[name]]
-    if what != "lora" and asked:
+# What can be trained, and how it ends.
+
+
+def trainable(metadata: Metadata, model: nn.Module) -> tuple[What, ...]:
+    """What can be trained without another form or another size, but for a LoRA's; the usual one first.
+
+    model: it may be on the meta device. Raises UsageError where nothing can.
+    """
+    if metadata.storage == "compact":
+        if not any(linear.first is not None for linear in found(model, CompactLinear).values()):
+            raise UsageError(
+                "This compact checkpoint has no adapters, and its weights are kept as they are stored: nothing in it "
+                f"can be trained. Make one with adapters: {HOW} --compact."
+            )
+        return ("adapters",)
+    if metadata.adapter is not None:
+        return ("adapters",)
+    if metadata.storage == "packed":
+        return ("lora",)
+    return ("factors", "lora", "all") if thin_linears(model) else ("lora", "all")
+
+
+def chosen(settings: Settings, possible: tuple[What, ...]) -> What:
+    """Raises UsageError for what this checkpoint has not, and where a LoRA is described that is not trained."""
+    what = settings.train or possible[0]
+    if what not in possible:
+        raise UsageError(f"--train {what} is not for this checkpoint. It has: {', '.join(possible)}.")
+    of_lora = [name for name in ("lora_rank", "lora_alpha", "merge") if name in settings.model_fields_set]
+    if what != "lora" and of_lora:
         raise UsageError(
-            f"{' and '.join(asked)}: of --train lora; what is trained here is: {what}. "
+            f"{' and '.join(of_lora)}: of --train lora; what is trained here is: {what}. "
             "Leave it out, or say --train lora where that can be."
         )
+    return what
 
 
-def merged_at_the_end(asked: bool | None, what: What, metadata: Metadata) -> bool:
-    """Raises UsageError where there is nothing to merge, or where the sum would be of another kind."""
-    if what != "lora":
-        if asked is not None:
-            raise UsageError(f"--merge and --no-merge are of --train lora; what is trained here is: {what}.")
-        return True
-    reason = why_not_merged(metadata)
-    if asked and reason is not None:
-        raise UsageError(f"--merge: this LoRA cannot go into the weights: {reason}. Use --no-merge.")
-    return reason is None if asked is None else asked
+def why_not_merged(metadata: Metadata) -> str | None:
+    """Why what a LoRA adds cannot go into the weights; None where it can."""
+    if metadata.storage is not None:
+        return "its weights are stored in few bits"
+    if any(linear.pattern for linear in metadata.linears):
+        return "its weights are pruned, and the sum would fill the zeros"
+    if any(linear.bits for linear in metadata.linears):
+        return "its weights lie on a grid of few bits, and the sum would not"
+    if metadata.loads_without_our_code and any(linear.form for linear in metadata.linears):
+        return "its weights are multiplied out from low ranks, and the sum would have others"
+    return None
 
 
-def read_texts(job: TuningJob, metadata: Metadata) -> Texts:
-    settings = job.settings
-    reader = Reader(load_tokenizer(job.folder), settings.seq_len, settings.seed, job.data_dir)
-    return reader.texts(settings.data, settings.num_windows, (*ELSEWHERE, metadata.recipe.calibration.source))
+def found(model: nn.Module, *kinds: type[Any]) -> dict[str, Any]:
+    """The modules of these kinds, by their paths."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, kinds)}
 
 
-def check_teacher(folder: Path, config: Any, teacher: Path) -> None:
-    """That its distribution is over the same tokens."""
-    sizes = [each.get_text_config().vocab_size for each in (load_config(teacher), config)]
-    if sizes[0] != sizes[1]:
-        raise UsageError(
-            f"--teacher {teacher} has a vocabulary of {sizes[0]:,}, {folder} of {sizes[1]:,}. "
-            "Name the dense model that was compressed."
-        )
+def block_linears(model: nn.Module, config: Any) -> dict[str, nn.Linear | LoraLinear]:
+    """Every linear of the blocks by its path, shortcuts and the two of a product included."""
+    start = f"{families.find(config.get_text_config()).blocks}."
+    linears = found(model, nn.Linear, LoraLinear)
+    return {path: linear for path, linear in linears.items() if path.startswith(start)}
 
 
-def identity(prepared: Prepared, processes: int, device: torch.device) -> dict[str, Any]:
-    """What determines the output's bytes."""
-    teacher = prepared.teacher
-    return {
-        "settings": prepared.job.plain_settings() | asdict(prepared.rate),
-        "model": prepared.metadata.parts,
-        "teacher": None if teacher is None else input_fingerprint(teacher, LazyWeights(teacher)),
-        "text": fingerprint(prepared.texts.train),
-        "versions": versions(),
-        "processes": processes,
-        "device": device.type,
-        "dtype": str(prepared.computing(device)).removeprefix("torch."),
-        "dequantized": prepared.is_dequantized(device),
-    }
+def thin_linears(model: nn.Module) -> dict[str, LowRankLinear | PivotLinear]:
+    return found(model, LowRankLinear, PivotLinear)
+
+
+def num_trained(what: What, model: nn.Module, config: Any, rank: int) -> int:
+    """
+    model: on the meta device. rank: of a LoRA.
+    """
+    if what in ("factors", "all"):
+        parts = [model] if what == "all" else thin_linears(model).values()
+        return sum(parameter.numel() for part in parts for parameter in part.parameters())
+    linears: Any = (block_linears(model, config) if what == "lora" else found(model, AdaptedLinear)).values()
+    ranks = [rank if what == "lora" else Form.of(linear).rank for linear in linears]
+    return sum(r * (each.in_features + each.out_features) for r, each in zip(ranks, linears, strict=True))
+
+
+def stored_in_codes(model: nn.Module) -> dict[str, AdaptedLinear]:
+    return found(model, QuantizedLinear, Int4Linear, CompactLinear)

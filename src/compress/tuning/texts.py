@@ -47,7 +47,10 @@ class Reader:
         """
         count: windows to train on, None for all there are. others: texts that may be another kind, the best one first.
         """
-        train, held_out = self.of_file(source, count) if is_file(source) else self.of_data_set(source, count)
+        if is_file(source):
+            train, held_out = self.of_file(source, count)
+        else:
+            train, held_out = self.drawn(source, "train", count), self.drawn(source, "validation", NUM_HELD_OUT)
         return Texts(train, held_out, self.unlike(source, others))
 
     def of_file(self, source: str, count: int | None) -> tuple[Windows, Windows]:
@@ -57,12 +60,9 @@ class Reader:
         held_out = min(NUM_HELD_OUT, max(1, len(windows) // FILE_SHARE))
         return windows[:-held_out][:count], windows[-held_out:]
 
-    def of_data_set(self, source: str, count: int | None) -> tuple[Windows, Windows]:
-        train = self.drawn(source, load_rows(source, "train", self.data_dir), count)
-        return train, self.validation(source)
-
-    def drawn(self, source: str, rows: list[str], count: int | None) -> Windows:
+    def drawn(self, source: str, split: str, count: int | None) -> Windows:
         """From random places of a long text; all windows of one that is hardly longer than what is wanted."""
+        rows = load_rows(source, split, self.data_dir)
         text = Text(source, rows)
         if count is not None and text.length >= CHARACTERS_PER_TOKEN * count * self.seq_len:
             return sample(text, self.tokenizer, count, self.seq_len, self.seed)
@@ -79,14 +79,12 @@ class Reader:
             if other == source:
                 continue
             try:
-                held_out = self.of_file(other, 1)[1] if is_file(other) else self.validation(other)
+                if is_file(other):
+                    return other, self.of_file(other, 1)[1]
+                return other, self.drawn(other, "validation", NUM_HELD_OUT)
             except CompressError:
                 continue  # not on this machine, or too short: the next one will do
-            return other, held_out
         return None
-
-    def validation(self, source: str) -> Windows:
-        return self.drawn(source, load_rows(source, "validation", self.data_dir), NUM_HELD_OUT)
 
 
 def generator(seed: int) -> torch.Generator:

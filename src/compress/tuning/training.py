@@ -3,23 +3,31 @@
 Nothing of it is drawn at random but the first A of a LoRA: a step's windows follow from its number and the seed, and
 dropout is off, so that a run that goes on gives the same bits as one that was never interrupted. Several processes
 share a step's windows; each has the mean gradient of all of them, and so the same state.
+
+What is descended is the next token's cross-entropy, or the divergence from the dense model's distribution over it.
+Logits are the largest tensors of a step: a vocabulary of 49,152 takes 3 GB for 16 windows of 1,024 tokens, and a loss
+keeps several of that size. So they are made for some tokens at a time, and the head's gradients are taken before the
+next ones are made; only the hidden states behind the last block are kept for all tokens.
 """
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from jaxtyping import Int64
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from compress import families
 from compress.errors import NumericalError
+from compress.numerics.losses import cross_entropy_and_gradient, kl_and_gradient
+from compress.own_model.modeling_compress import CompressForCausalLM, finished_logits
 from compress.progress import Progress, Steps
-from compress.tuning.losses import Objective
 from compress.tuning.settings import Rate, Settings, share_of_rate
 from compress.tuning.texts import batch
 from compress.tuning.trained import Trained
@@ -27,6 +35,11 @@ from compress.tuning.trained import Trained
 LARGEST_GRADIENT = 1.0  # a step's gradient is made no longer than this
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
 BETAS = (0.9, 0.95)  # as SliceGPT's recovery fine-tuning has them
+# Logits made at a time: on a CPU what its caches and its allocator's heap hold, elsewhere so many that starting the
+# kernels does not count. But never for fewer tokens than a matrix product needs to be fast.
+LOGITS = {"cpu": 2**22}
+LOGITS_ELSEWHERE = 2**27
+FEWEST = 64
 
 
 @dataclass
@@ -75,32 +88,33 @@ class Training:
         self.num_steps = settings.num_steps(len(windows))
         self.course = Course()
         self.best: dict[str, Tensor] = {}
+        self.parameters = list(trained.parameters.values())
         self.objective = Objective(trained.model, teacher, accelerator.autocast)
         self.text_objective = Objective(trained.model, None, accelerator.autocast)
-        self.optimizer = new_optimizer(trained.parameters.values(), rate)
+        # AdamW in one call for all parameters that have the same rate.
+        groups: dict[float, list[nn.Parameter]] = defaultdict(list)
+        for parameter in self.parameters:
+            groups[rate.of(parameter)].append(parameter)
+        alike = [{"params": params, "highest": highest} for highest, params in groups.items()]
+        self.optimizer = torch.optim.AdamW(alike, betas=BETAS, weight_decay=0.0, fused=True)
         self._since_look: list[float] = []
         without_dropout(trained.model)
         trained.model.train()
 
     def run(self, on_look: Callable[["Training"], None], progress: Progress) -> None:
         """To the end, or until looks stop getting better. on_look: hears of every look, the one before training too."""
-        steps = Steps(progress, "training", self.num_steps, done=self.course.step)
-        if not self.course.losses:
-            steps.begin("held-out windows")
-            self.look()
-            on_look(self)
-        while not self.is_over:
-            steps.begin(f"held-out loss {self.course.losses[-1][2]:.3f}")
-            self._since_look.append(self.step())
-            steps.advance()
-            if self.course.step % self.settings.eval_every == 0 or self.course.step == self.num_steps:
+        steps, course = Steps(progress, "training", self.num_steps, done=self.course.step), self.course
+        while True:
+            due = course.step % self.settings.eval_every == 0 or course.step == self.num_steps
+            if due and (not course.losses or course.losses[-1][0] < course.step):
                 steps.begin("held-out windows")
                 self.look()
                 on_look(self)
-
-    @property
-    def is_over(self) -> bool:
-        return self.course.step >= self.num_steps or self.course.has_stalled(self.settings.patience)
+            if course.step >= self.num_steps or course.has_stalled(self.settings.patience):
+                return
+            steps.begin(f"held-out loss {course.losses[-1][2]:.3f}")
+            self._since_look.append(self.step())
+            steps.advance()
 
     def step(self) -> float:
         """One step; the loss before it, of all processes."""
@@ -111,8 +125,13 @@ class Training:
         ids = batch(self.windows, self.course.step, settings.batch_size, settings.seed)
         self.optimizer.zero_grad()
         loss = self.objective.backward(self._share(ids))
-        average_gradients(list(self.trained.parameters.values()), accelerator)
-        norm = nn.utils.clip_grad_norm_(self.trained.parameters.values(), LARGEST_GRADIENT)
+        if accelerator.num_processes > 1:
+            # In one message: what is trained is small beside what is frozen.
+            gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+            means = accelerator.reduce(torch.cat([each.flatten() for each in gradients]), "mean")
+            for gradient, part in zip(gradients, means.split([each.numel() for each in gradients]), strict=True):
+                gradient.copy_(part.view_as(gradient))
+        norm = nn.utils.clip_grad_norm_(self.parameters, LARGEST_GRADIENT)
         self.course.step += 1
         mean = float(accelerator.reduce(loss, "mean"))
         if not math.isfinite(mean) or not math.isfinite(float(norm)):
@@ -152,29 +171,6 @@ class Training:
         return ids[self.accelerator.process_index :: self.accelerator.num_processes].to(self.device)
 
 
-def new_optimizer(parameters: Iterable[nn.Parameter], rate: Rate) -> torch.optim.AdamW:
-    """AdamW in one call for all parameters that have the same rate."""
-    groups: dict[float, list[nn.Parameter]] = defaultdict(list)
-    for parameter in parameters:
-        groups[rate.of(parameter)].append(parameter)
-    return torch.optim.AdamW(
-        [{"params": params, "highest": highest} for highest, params in groups.items()],
-        betas=BETAS,
-        weight_decay=0.0,
-        fused=True,
-    )
-
-
-def average_gradients(parameters: list[nn.Parameter], accelerator: Accelerator) -> None:
-    """In one message: what is trained is small beside what is frozen."""
-    if accelerator.num_processes == 1:
-        return
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    mean = accelerator.reduce(torch.cat([each.flatten() for each in gradients]), "mean")
-    for gradient, part in zip(gradients, mean.split([each.numel() for each in gradients]), strict=True):
-        gradient.copy_(part.view_as(gradient))
-
-
 def without_dropout(model: nn.Module) -> None:
     """A few steps on little text need none, and what is distilled from has none."""
     for module in model.modules():
@@ -187,7 +183,7 @@ def without_dropout(model: nn.Module) -> None:
 
 def snapshot(training: Training) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Where a run is: as plain data, and as tensors."""
-    tensors: dict[str, Tensor] = {}
+    tensors = dict[str, Tensor]()
     for name, parameter in training.trained.parameters.items():
         moments = training.optimizer.state.get(parameter, {})
         tensors |= {f"now.{name}": parameter.detach(), f"best.{name}": training.best[name]}
@@ -206,3 +202,89 @@ def restore(training: Training, data: Mapping[str, Any], tensors: Mapping[str, T
             moments = {kind: tensors[f"{kind}.{name}"].to(on) for kind in MOMENTS}
             steps = torch.tensor(float(training.course.step), device=on)
             training.optimizer.state[parameter] = {"step": steps, **moments}
+
+
+# The loss.
+
+
+class SplitModel:
+    """A causal LM in two steps: to the hidden states behind its last block, and from there to logits."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.body, self.head, config = model.base_model, model.get_output_embeddings(), model.config
+        if isinstance(model, CompressForCausalLM):
+            self.rules, self.config = config.structure["logits"], config.text_config
+        else:
+            self.rules, self.config = families.find(config).logits, config
+        self.vocabulary: int = config.vocab_size
+
+    def hidden(self, ids: Int64[Tensor, "batch tokens"]) -> Float[Tensor, "predictions d"]:
+        """Of all tokens but each window's last, whose prediction no text checks."""
+        states: Tensor = self.body(input_ids=ids, use_cache=False).last_hidden_state
+        return states[:, :-1].flatten(0, 1)
+
+    def logits(self, hidden: Float[Tensor, "predictions d"]) -> Float[Tensor, "predictions vocabulary"]:
+        """In float32 at least."""
+        logits: Tensor = finished_logits(self.head(hidden), self.rules, self.config)
+        return logits.float() if logits.dtype.itemsize < 4 else logits
+
+
+class Objective:
+    """The mean over a batch's predictions of what is descended, in nats.
+
+    Without a teacher the cross-entropy of the next token. With one KL(teacher || student) of its distribution
+    (distillation at temperature 1; Hinton et al., arXiv 1503.02531). autocast: for products in 16 bits.
+    """
+
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        teacher: PreTrainedModel | None = None,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        self.student = SplitModel(student)
+        self.teacher = None if teacher is None else SplitModel(teacher)
+        self.autocast = autocast
+
+    @torch.no_grad()
+    def loss(self, ids: Int64[Tensor, "batch tokens"]) -> Float[Tensor, ""]:
+        with self.autocast():
+            hidden = self.student.hidden(ids)
+            parts = [self._compared(self.student.logits(own), other) for own, other in self._parts(hidden, ids)]
+        return torch.stack([loss for loss, _ in parts]).sum() / len(hidden)
+
+    def backward(self, ids: Int64[Tensor, "batch tokens"]) -> Float[Tensor, ""]:
+        """The loss; its gradients are added to those that the parameters have."""
+        with self.autocast():
+            hidden = self.student.hidden(ids)
+        losses, gradients = list[Tensor](), list[Tensor]()
+        for own, other in self._parts(hidden.detach(), ids):
+            own.requires_grad_()
+            with self.autocast():
+                logits = self.student.logits(own)
+            loss, gradient = self._compared(logits, other)
+            logits.backward(gradient.div_(len(hidden)))
+            losses.append(loss)
+            assert own.grad is not None
+            gradients.append(own.grad)
+        if hidden.requires_grad:  # not where the head alone is trained
+            hidden.backward(torch.cat(gradients))
+        return torch.stack(losses).sum() / len(hidden)
+
+    def _parts(self, hidden: Tensor, ids: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Hidden states of some predictions at a time, and the next tokens or the teacher's hidden states."""
+        rows = max(FEWEST, LOGITS.get(ids.device.type, LOGITS_ELSEWHERE) // self.student.vocabulary)
+        if self.teacher is None:
+            toward = ids[:, 1:].flatten()
+        else:
+            with torch.no_grad(), self.autocast():
+                toward = self.teacher.hidden(ids)
+        return zip(hidden.split(rows), toward.split(rows), strict=True)
+
+    @torch.no_grad()
+    def _compared(self, logits: Tensor, toward: Tensor) -> tuple[Tensor, Tensor]:
+        if self.teacher is None:
+            return cross_entropy_and_gradient(toward, logits)
+        with self.autocast():
+            wanted = self.teacher.logits(toward)
+        return kl_and_gradient(wanted, logits)

@@ -25,17 +25,17 @@ from compress.checkpoints.verify import verify, verify_tokens
 from compress.datasets import about
 from compress.datasets.windows import fingerprint
 from compress.errors import UsageError
-from compress.evaluation.perplexity import perplexity
+from compress.evaluation.windows import perplexity
 from compress.models.storage import inputs_as_they_are
 from compress.numerics.precision import full_precision
 from compress.pipeline import SMALL
 from compress.pipeline.output import proof_notes
 from compress.progress import Progress, Steps, silent
-from compress.tuning.looking import Prepared, identity, look
+from compress.tuning.looking import Prepared, look
 from compress.tuning.settings import TuningJob
 from compress.tuning.trained import Settled, open_folder, open_teacher, open_trained
 from compress.tuning.training import Course, Training, restore, snapshot
-from compress.tuning.writing import Written, tuned_metadata, write_tuned
+from compress.tuning.writing import tuned_metadata, write_tuned
 
 PROBE = 128  # tokens whose logits prove that the output reloads
 WORSE = 0.05  # of perplexity on another text: what is told
@@ -77,39 +77,46 @@ def tune(job: TuningJob, progress: Progress = silent) -> Result | None:
     """
     with full_precision():
         start = time.perf_counter()
-        accelerator = new_accelerator(job)
-        check_processes(job, accelerator)
-        if not accelerator.is_main_process:
-            help_to_train(job, accelerator)
-            return None
+        # bfloat16 where a GPU multiplies; the parameters that are trained stay in float32.
+        in_16_bits = job.device.type == "cuda" and torch.cuda.is_bf16_supported()
+        accelerator = Accelerator(cpu=job.device.type == "cpu", mixed_precision="bf16" if in_16_bits else "no")
+        device = job.device if accelerator.num_processes == 1 else accelerator.device
+        size, processes = job.settings.batch_size, accelerator.num_processes
+        if size % processes:
+            raise UsageError(
+                f"--batch-size {size} is of all {processes} processes together: make it a multiple of them."
+            )
         prepared = look(job, progress)
         accelerator.wait_for_everyone()  # all have looked at the output's place before anything is there
-        with open_run(job, run_identity(prepared, accelerator), progress=progress) as folder:
+        if not accelerator.is_main_process:
+            if not from_first(accelerator, None):
+                train(prepared, device, accelerator, None, silent)
+            accelerator.wait_for_everyone()
+            return None
+        with open_run(job, prepared.identity(processes, device), progress=progress) as folder:
             difference, resumed = None, None
             if from_first(accelerator, folder.run.finished):
                 folder.publish()
             else:
-                settled, course, resumed = train(prepared, accelerator, folder, progress)
+                settled, course, resumed = train(prepared, device, accelerator, folder, progress)
                 steps = Steps(progress, "verifying", 1)
                 steps.next("measuring and reloading")
-                difference = complete(prepared, settled, course, device_of(job, accelerator), folder.checkpoint)
+                difference = complete(prepared, settled, course, device, folder.checkpoint)
                 folder.finish()
                 steps.end()
         accelerator.wait_for_everyone()
-        return result(prepared, read_metadata(job.out), difference, resumed, time.perf_counter() - start)
-
-
-def help_to_train(job: TuningJob, accelerator: Accelerator) -> None:
-    """What every process but the first one does."""
-    prepared = look(job)
-    accelerator.wait_for_everyone()
-    if not from_first(accelerator, None):
-        train(prepared, accelerator, None, silent)
-    accelerator.wait_for_everyone()
-
-
-def run_identity(prepared: Prepared, accelerator: Accelerator) -> dict[str, Any]:
-    return identity(prepared, accelerator.num_processes, device_of(prepared.job, accelerator))
+        compressed, tuned = prepared.metadata, read_metadata(job.out)
+        assert tuned.tuning is not None
+        return Result(
+            out=job.out,
+            tuning=tuned.tuning,
+            compressed_bytes=compressed.size.bytes,
+            bytes=tuned.size.bytes,
+            difference=difference,
+            resumed_steps=tuned.tuning.steps if resumed is None else resumed,
+            seconds=time.perf_counter() - start,
+            notes=notes(prepared, tuned.tuning, tuned.size.bytes - compressed.size.bytes),
+        )
 
 
 def from_first(accelerator: Accelerator, data: Any) -> Any:
@@ -120,80 +127,52 @@ def from_first(accelerator: Accelerator, data: Any) -> Any:
     return found[0]
 
 
-def new_accelerator(job: TuningJob) -> Accelerator:
-    """bfloat16 where a GPU multiplies; the parameters that are trained stay in float32."""
-    in_16_bits = job.device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return Accelerator(cpu=job.device.type == "cpu", mixed_precision="bf16" if in_16_bits else "no")
-
-
-def device_of(job: TuningJob, accelerator: Accelerator) -> torch.device:
-    """This process's: the one that was asked for, or its own among several."""
-    return job.device if accelerator.num_processes == 1 else accelerator.device
-
-
-def check_processes(job: TuningJob, accelerator: Accelerator) -> None:
-    size, processes = job.settings.batch_size, accelerator.num_processes
-    if size % processes:
-        raise UsageError(f"--batch-size {size} is of all {processes} processes together: make it a multiple of them.")
-
-
 def train(
-    prepared: Prepared, accelerator: Accelerator, folder: RunFolder | None, progress: Progress
+    prepared: Prepared, device: torch.device, accelerator: Accelerator, folder: RunFolder | None, progress: Progress
 ) -> tuple[Settled, Course, int]:
-    """What training has come to at its best look, its course, and from which step it went on."""
-    device = device_of(prepared.job, accelerator)
-    trained = open_trained(prepared, device)
+    """What training has come to at its best look, its course, and from which step it went on.
+
+    folder: has the state to go on from, and gets that of every look; the first process's alone.
+    """
     settings, texts = prepared.job.settings, prepared.texts
+    trained = open_trained(prepared, device)
     looked_at = texts.held_out[: settings.num_looked_at(len(texts.held_out))]
     teacher = open_teacher(prepared, device)
     training = Training(trained, teacher, texts.train, looked_at, settings, prepared.rate, accelerator)
-    resumed = go_on(training, folder, accelerator)
-    training.run(lambda now: None if folder is None else note(now, folder), progress)
+    found = (folder.parts[-1].report, str(folder.state_file)) if folder is not None and folder.parts else None
+    if (found := from_first(accelerator, found)) is not None:
+        # Copies: tensors of a file lie unaligned, and products of matrices round differently there.
+        restore(training, found[0], {name: tensor.clone() for name, tensor in load_file(found[1]).items()})
+    resumed = training.course.step
+
+    def note(now: Training) -> None:
+        if folder is not None:
+            report, tensors = snapshot(now)
+            folder.record(Part(report=report), tensors)
+
+    training.run(note, progress)
     training.take_best()
     # What is trained is as it was: its files are, too.
     settled = trained.settled() if training.course.best[0] else Settled({}, {})
     return settled, training.course, resumed
 
 
-def note(training: Training, folder: RunFolder) -> None:
-    report, tensors = snapshot(training)
-    folder.record(Part(report=report), tensors)
-
-
-def go_on(training: Training, folder: RunFolder | None, accelerator: Accelerator) -> int:
-    """Put the training where the run folder says that it was. The step that it goes on from, in every process."""
-    found = (folder.parts[-1].report, str(folder.state_file)) if folder is not None and folder.parts else None
-    if (found := from_first(accelerator, found)) is None:
-        return 0
-    data, file = found
-    # Copies: tensors of a file lie unaligned, and products of matrices round differently there.
-    tensors: dict[str, Tensor] = {name: tensor.clone() for name, tensor in load_file(file).items()}
-    restore(training, data, tensors)
-    return training.course.step
-
-
 def complete(prepared: Prepared, settled: Settled, course: Course, device: torch.device, target: Path) -> float:
     """Write the checkpoint, measure and prove it. By how much its logits differ in a clean process (`prove`)."""
-    job = prepared.job
+    job, teacher = prepared.job, prepared.teacher
     before = measures(prepared, job.folder, device)
-    written, after = write_and_measure(prepared, settled, device, target)
+    written = write_tuned(job.folder, target, prepared.metadata, settled)
+    after = measures(prepared, target, device)
     if after["held_out"] > before["held_out"]:  # rounded to what is stored, it is no better than it was
-        settled, course = Settled({}, {}), replace(course, losses=course.losses[:1])
-        written, after = write_and_measure(prepared, settled, device, target)
-    teacher = prepared.teacher
+        course = replace(course, losses=course.losses[:1])
+        written = write_tuned(job.folder, target, prepared.metadata, Settled({}, {}))
+        after = measures(prepared, target, device)
     dense = None if teacher is None else measures(prepared, teacher, device, other_text=False)["held_out"]
-    metadata = tuned_metadata(prepared.metadata, written, record(prepared, course, (before, after, dense)))
+    metadata = tuned_metadata(prepared.metadata, written, record(prepared, course, before, after, dense))
     metadata.write(target)
     write_card(target, metadata)
     verify_tokens(job.folder, target)
     return prove(prepared, metadata, target)
-
-
-def write_and_measure(
-    prepared: Prepared, settled: Settled, device: torch.device, target: Path
-) -> tuple[Written, dict[str, float]]:
-    written = write_tuned(prepared.job.folder, target, prepared.metadata, settled)
-    return written, measures(prepared, target, device)
 
 
 def measures(prepared: Prepared, folder: Path, device: torch.device, *, other_text: bool = True) -> dict[str, float]:
@@ -207,13 +186,16 @@ def measures(prepared: Prepared, folder: Path, device: torch.device, *, other_te
 
 
 def record(
-    prepared: Prepared, course: Course, found: tuple[dict[str, float], dict[str, float], float | None]
+    prepared: Prepared, course: Course, before: dict[str, float], after: dict[str, float], dense: float | None
 ) -> dict[str, Any]:
-    """What compress.json says of the tuning.
-
-    found: the losses before, the losses after, and the dense model's on the held-out windows.
-    """
-    job, settings, (before, after, dense) = prepared.job, prepared.job.settings, found
+    """What compress.json says of the tuning. before, after: the losses. dense: the dense model's, held out."""
+    job, settings, other = prepared.job, prepared.job.settings, None
+    if prepared.texts.unlike is not None:
+        source, windows = prepared.texts.unlike
+        worse = after["other_text"] > before["other_text"] + math.log1p(WORSE)
+        other = {"source": source, "windows": len(windows), "worse": worse}
+        other |= {"before": before["other_text"], "after": after["other_text"]}
+    merged = {"rank": settings.lora_rank, "alpha": settings.alpha, "merged": prepared.merge}
     return {
         "command": job.command,
         "data": {
@@ -225,9 +207,7 @@ def record(
         },
         "trained": prepared.what,
         "trained_parameters": prepared.num_trained,
-        "lora": {"rank": settings.lora_rank, "alpha": settings.alpha, "merged": prepared.merge}
-        if prepared.what == "lora"
-        else None,
+        "lora": merged if prepared.what == "lora" else None,
         "distill": settings.distill,
         "teacher": None if job.teacher is None else job.teacher.repository or job.teacher.name,
         "learning_rate": prepared.rate.highest,
@@ -243,54 +223,22 @@ def record(
             "after": after["held_out"],
             "dense": dense,
         },
-        "other_text": on_other_text(prepared, before, after),
+        "other_text": other,
     }
-
-
-def on_other_text(prepared: Prepared, before: dict[str, float], after: dict[str, float]) -> dict[str, Any] | None:
-    """What became of another text. worse: its perplexity has risen by more than a twentieth."""
-    if prepared.texts.unlike is None:
-        return None
-    source, windows = prepared.texts.unlike
-    worse = after["other_text"] > before["other_text"] + math.log1p(WORSE)
-    found = {"before": before["other_text"], "after": after["other_text"], "worse": worse}
-    return {"source": source, "windows": len(windows), **found}
 
 
 def prove(prepared: Prepared, metadata: Metadata, target: Path) -> float:
     """By how much the logits of a clean process differ from those of this one, as a share of the largest."""
-    cpu = torch.device("cpu")
-    memory = max(psutil.virtual_memory().available // 2, SMALL)
-    computing = torch.promote_types(prepared.own_dtype, torch.float32)
+    memory, own = max(psutil.virtual_memory().available // 2, SMALL), prepared.config.dtype or torch.float32
+    computing = torch.promote_types(own, torch.float32)
     # What is packed stays so in memory. Another model that is too large in float32 is held in its own dtype.
     fits = metadata.storage == "packed" or fits_in_float32(metadata.size.parameters, memory)
-    model, ids = (
-        open_folder(target, computing if fits else prepared.own_dtype, cpu),
-        prepared.texts.held_out[:1, :PROBE],
-    )
+    model = open_folder(target, computing if fits else own, torch.device("cpu"))
     compute_in(model, computing)
+    ids = prepared.texts.held_out[:1, :PROBE]
     with torch.inference_mode(), inputs_as_they_are(model):
         logits: Tensor = model(input_ids=ids, use_cache=False).logits
     return verify(target, ids, logits, memory=memory)
-
-
-def result(
-    prepared: Prepared, metadata: Metadata, difference: float | None, resumed: int | None, seconds: float
-) -> Result:
-    """
-    resumed: steps that an earlier run had done; None for all.
-    """
-    assert metadata.tuning is not None
-    return Result(
-        out=prepared.job.out,
-        tuning=metadata.tuning,
-        compressed_bytes=prepared.metadata.size.bytes,
-        bytes=metadata.size.bytes,
-        difference=difference,
-        resumed_steps=metadata.tuning.steps if resumed is None else resumed,
-        seconds=seconds,
-        notes=notes(prepared, metadata.tuning, metadata.size.bytes - prepared.metadata.size.bytes),
-    )
 
 
 def notes(prepared: Prepared, tuning: TuningMetadata, added: int) -> list[str]:

@@ -9,7 +9,6 @@ import gc
 import json
 import re
 import signal
-import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch
 
 from compress.child_process import run_in_child
 from compress.errors import CheckpointError, CompressError, UsageError
-from compress.evaluation.speed.generation import Workload, attempted, current, runner, seconds, spread
+from compress.evaluation.speed.turns import Workload, attempted, current, runner, seconds, spread
 from compress.models.loading import empty_model, load_config
 from compress.models.stored_loading import open_model
 from compress.models.tensor_files import ADAPTER, FLOATS, checkpoint_files, read_header
@@ -61,8 +60,12 @@ def footprint(
                 pass
     options = {"folder": str(folder.absolute()), "dtype": str(dtype).removeprefix("torch."), "device": str(device)}
     asked = {**options, "workload": asdict(workload), "trust_remote_code": trust_remote_code}
-    found = answered(run_in_child("-P", __file__, [json.dumps(asked)], QUIET), folder)
-    if found.get("problem", "") is None:
+    done = run_in_child("-P", __file__, [json.dumps(asked)], QUIET)
+    if done.returncode not in (0, -signal.SIGKILL):
+        last = done.stderr.strip().splitlines()[-1:] or ["no message"]
+        raise CheckpointError(f"{folder} cannot be loaded and run in a process of its own: {last[0]}")
+    found: dict[str, Any] = {"problem": None} if done.returncode else json.loads(done.stdout.splitlines()[-1])
+    if found.get("problem", "") is None:  # the system ends a process that takes too much
         raise UsageError(
             f"{folder} in {options['dtype']} does not fit into the memory of {device}. "
             "Try --dtype bfloat16 or another --device."
@@ -70,17 +73,6 @@ def footprint(
     if "problem" in found:
         raise CheckpointError(found["problem"])
     return {"disk": bytes_on_disk(folder), "load": spread(found.pop("seconds")), **found}
-
-
-def answered(done: "subprocess.CompletedProcess[str]", folder: Path) -> dict[str, Any]:
-    """What the process printed; that there was no memory where the system ended it."""
-    if done.returncode == -signal.SIGKILL:
-        return {"problem": None}
-    if done.returncode:
-        last = done.stderr.strip().splitlines()[-1:] or ["no message"]
-        raise CheckpointError(f"{folder} cannot be loaded and run in a process of its own: {last[0]}")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
 
 
 # In the clean process.
@@ -113,18 +105,14 @@ def loaded_and_run(
         with current(target):
             found["seconds"].append(seconds(lambda: held.append(open_model(path, **options))))
         if number == 0:
-            # The first one's: later ones find the room that it left.
-            read_all(held[0])
+            # The first one's: later ones find the room that it left. A weight that is mapped from its file is in memory
+            # when it has been read: a number of every page.
+            for tensor in (*held[0].parameters(), *held[0].buffers()):
+                tensor.detach().flatten()[::256].clone()
             found["loading"] = peak(target)
             ran = attempted(runner(held[0], Workload(**workload)))
             found["running"] = None if ran is None else peak(target)
     return found
-
-
-def read_all(model: Any) -> None:
-    """A weight that is mapped from its file is in memory when it has been read: a number of every page."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        tensor.detach().flatten()[::256].clone()
 
 
 def peak(device: torch.device) -> int | None:

@@ -16,8 +16,15 @@ from compress.calibration.weights import LazyWeights
 from compress.checkpoints.metadata import METADATA, input_fingerprint
 from compress.errors import CompressError, Problems, UsageError
 from compress.evaluation.speed.footprint import bytes_in_memory, bytes_on_disk, footprint
-from compress.evaluation.speed.generation import Workload, attempted, compare_generation, current, free_bytes
-from compress.evaluation.speed.layerwise import compare_linears, matched
+from compress.evaluation.speed.turns import (
+    Workload,
+    attempted,
+    compare_generation,
+    compare_linears,
+    current,
+    free_bytes,
+    matched,
+)
 from compress.models.hub import ModelSource
 from compress.models.loading import load_config
 from compress.models.soundness import check_sound, first_unsound
@@ -124,17 +131,27 @@ def other_source(dense: Named, compressed: Named) -> list[str]:
 
 def measure(dense: Named, compressed: Named, asked: Asked, progress: Progress = silent) -> dict[str, Any]:
     """The report, as `--json` prints it. Raises UsageError where the two do not fit into memory together."""
-    steps = Steps(progress, "measuring", 4 + len(asked.workloads))
-    named, sides = (dense, compressed), []
+    steps, dtype = Steps(progress, "measuring", 4 + len(asked.workloads)), str(asked.dtype).removeprefix("torch.")
+    named, sides, models = (dense, compressed), list[dict[str, Any]](), list[PreTrainedModel]()
     for model in named:
         steps.next(f"loading {model.name} in a clean process")
         sides.append({"name": model.name, **footprint(model.folder, asked.largest, **asked.options)})
     with warnings_of_loading() as notes, current(asked.device):
-        models = open_both(named, asked, steps)
+        needed = [bytes_in_memory(model.folder, asked.dtype) for model in named]
+        for model in named if sum(needed) <= free_bytes(asked.device) else ():
+            steps.next(f"loading {model.name}")
+            if (opened := attempted(partial(open_sound, model, asked))) is not None:
+                models.append(opened)
+        if len(models) < len(named):
+            of = [f"{each.name} ({count / 1e9:.1f} GB in {dtype})" for each, count in zip(named, needed, strict=True)]
+            raise UsageError(
+                f"{' and '.join(of)} are measured in turns and do not fit together into the memory of {asked.device}, "
+                f"of which {free_bytes(asked.device) / 1e9:.1f} GB are free. Try --dtype bfloat16 or another --device."
+            )
         speeds = []
         for load in asked.workloads:
             steps.next(f"batch {load.batch}, prompt {load.prompt}")
-            speeds.append(compare_generation(*models, load, rounds=asked.rounds))
+            speeds.append(compare_generation(models[0], models[1], load, rounds=asked.rounds))
         linears = layerwise(models, asked, steps, notes) if asked.tokens else []
     steps.end()
     for side, opened in zip(sides, models, strict=True):
@@ -142,28 +159,13 @@ def measure(dense: Named, compressed: Named, asked: Asked, progress: Progress = 
     return {
         **dict(zip(("dense", "compressed"), sides, strict=True)),
         "memory_at": asdict(asked.largest),
-        "dtype": str(asked.dtype).removeprefix("torch."),
+        "dtype": dtype,
         "machine": machine(asked.device),
         "rounds": asked.rounds,
         "generation": speeds,
         "linears": linears,
         "notes": notes,
     }
-
-
-def open_both(named: tuple[Named, Named], asked: Asked, steps: Steps) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """Raises UsageError where the weights of both are more than what is free."""
-    free = free_bytes(asked.device)
-    if sum(bytes_in_memory(model.folder, asked.dtype) for model in named) > free:
-        raise too_large(named, asked, free)
-    opened = []
-    for model in named:
-        steps.next(f"loading {model.name}")
-        found = attempted(partial(open_sound, model, asked))
-        if found is None:
-            raise too_large(named, asked, free_bytes(asked.device))
-        opened.append(found)
-    return opened[0], opened[1]
 
 
 def open_sound(model: Named, asked: Asked) -> PreTrainedModel:
@@ -175,21 +177,9 @@ def open_sound(model: Named, asked: Asked) -> PreTrainedModel:
     return opened
 
 
-def too_large(named: tuple[Named, Named], asked: Asked, free: int) -> UsageError:
-    sizes = [bytes_in_memory(model.folder, asked.dtype) / 1e9 for model in named]
-    dtype = str(asked.dtype).removeprefix("torch.")
-    return UsageError(
-        f"{named[0].name} ({sizes[0]:.1f} GB in {dtype}) and {named[1].name} ({sizes[1]:.1f} GB) are measured in turns "
-        f"and do not fit together into the memory of {asked.device}, of which {free / 1e9:.1f} GB are free. "
-        "Try --dtype bfloat16 or another --device."
-    )
-
-
-def layerwise(
-    models: tuple[PreTrainedModel, PreTrainedModel], asked: Asked, steps: Steps, notes: list[str]
-) -> list[dict[str, Any]]:
+def layerwise(models: Sequence[PreTrainedModel], asked: Asked, steps: Steps, notes: list[str]) -> list[dict[str, Any]]:
     """The linears' speeds; to the notes, what is not among them."""
-    found = matched(*models)
+    found = matched(models[0], models[1])
     steps.total += len(found.places) * len(asked.tokens)
     speeds = []
     for place in found.places:
@@ -207,12 +197,8 @@ def layerwise(
 def warnings_of_loading() -> Iterator[list[str]]:
     """What this package warns of meanwhile, in a list."""
     notes: list[str] = []
-
-    class Noting(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            notes.append(record.getMessage())
-
-    logger, handler = logging.getLogger("compress"), Noting(logging.WARNING)
+    logger, handler = logging.getLogger("compress"), logging.Handler(logging.WARNING)
+    handler.emit = lambda record: notes.append(record.getMessage())  # type: ignore[method-assign]
     logger.addHandler(handler)
     try:
         yield notes

@@ -1,7 +1,7 @@
 """How all plots look, with colors that everybody can tell apart (Okabe and Ito's), and how they are saved."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,29 +17,7 @@ BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#8C8C8C"
 COLORS = (BLUE, ORANGE, "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#222222")
 MARKERS = "osD^vP"  # one less than colors: lines look alike only after 42
 MAP = "cividis"
-DOTS_PER_INCH = 150
-RULES: dict[Any, Any] = {
-    "font.size": 11,
-    "figure.titlesize": 12,
-    "figure.titleweight": "bold",
-    "axes.titlesize": 11,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#E3E3E3",
-    "legend.frameon": False,
-    "legend.fontsize": 10,
-    "lines.linewidth": 1.8,
-    "lines.markersize": 5.5,
-    "figure.dpi": DOTS_PER_INCH,
-    "savefig.dpi": DOTS_PER_INCH,
-    "savefig.bbox": "tight",
-    "savefig.pad_inches": 0.15,
-    # A name with dollars in it is no formula.
-    "text.parse_math": False,
-}
+STYLE = Path(__file__).with_name("plots.mplstyle")
 
 
 @dataclass(frozen=True)
@@ -50,14 +28,11 @@ class Drawing:
     figure: "Figure"
 
 
-@contextmanager
-def style() -> Iterator[None]:
-    import matplotlib as mpl
+def style() -> AbstractContextManager[None]:
+    """Our own settings, nobody else's, as long as something is drawn."""
+    from matplotlib.style import context
 
-    with mpl.rc_context():
-        mpl.rcdefaults()  # nobody's own settings
-        mpl.rcParams.update(RULES)
-        yield
+    return context(["default", STYLE])
 
 
 def axes(width: float, height: float, *, title: str, rows: Sequence[int] = (1,)) -> "tuple[Figure, list[Axes]]":
@@ -102,10 +77,8 @@ def save(drawings: Sequence[Drawing], folder: Path) -> list[Path]:
 
 def byte_unit(largest: int) -> tuple[str, float]:
     """The unit to count bytes in, and what they are divided by."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if largest >= scale:
-            return unit, scale
-    return "bytes", 1.0
+    units = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
+    return next((each for each in units if largest >= each[1]), ("bytes", 1.0))
 
 
 def byte_text(count: int) -> str:

@@ -1,33 +1,44 @@
 """A checkpoint looked at: verified against what it says of itself, its blocks and linears summed up from the files."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
+
+import torch
+from transformers import PreTrainedModel
 
 from compress.checkpoints.files import ADAPTER_WEIGHTS
 from compress.checkpoints.integrity import check_integrity, check_mapped
 from compress.checkpoints.metadata import METADATA, Metadata, Point, read_metadata
 from compress.checkpoints.quality import Quality, read_quality
 from compress.checkpoints.run_folder import check_folder
-from compress.errors import UsageError
-from compress.inspection.blueprint import blueprint, check_against, named
-from compress.inspection.linears import StoredLinear, Zeros, block_of, foreign_linears, linears_of, zeros_of
-from compress.models.stored_loading import read_lora
-from compress.models.tensor_files import INDEX, StoredTensor, checkpoint_files, read_header
-from compress.models.untrusted import read_json
+from compress.errors import CheckpointError, UsageError
+from compress.inspection.linears import (
+    StoredLinear,
+    bits_per_weight,
+    block_of,
+    foreign_linears,
+    linears_of,
+    zeros_of,
+)
+from compress.models.loading import empty_model, load_config
+from compress.models.storage import num_parameters
+from compress.models.stored_loading import put_linears, read_lora, read_scheme, stored_tensors
+from compress.models.tensor_files import INDEX, StoredTensor, checkpoint_files, own_name, read_header
+from compress.models.untrusted import read_json, reading
+from compress.own_model.modeling_compress import unfuse_experts
 from compress.progress import Progress, Steps
 
-ENDS = ("lm_head.", "embed_out.", ".norm.", "final_layer_norm.", "final_layernorm.", "ln_f.")
+HEAD = ("lm_head.", "embed_out.", ".norm.", "final_layer_norm.", "final_layernorm.", "ln_f.")
 
 
 @dataclass(frozen=True)
 class Inspection:
     """
     metadata: what it says of itself; None for a checkpoint that is not ours. config: config.json.
-    tensors: of the model and of its adapter. zeros: by the linear's path; empty where none were counted.
-    verified: whether the weights were compared with their checksums.
+    tensors: of the model and of its adapter. verified: whether the weights were compared with their checksums.
     """
 
     folder: Path
@@ -35,7 +46,6 @@ class Inspection:
     config: Mapping[str, Any]
     tensors: Sequence[StoredTensor]
     linears: Sequence[StoredLinear]
-    zeros: Mapping[str, Zeros | None]
     quality: Quality | None
     verified: bool
 
@@ -66,7 +76,7 @@ class Inspection:
     @property
     def bits_per_weight(self) -> float | None:
         """Of the linears in the blocks."""
-        return bits_per_weight([linear for linear in self.linears if linear.block is not None])
+        return bits_per_weight(linear for linear in self.linears if linear.block is not None)
 
 
 def inspect(folder: Path, *, fast: bool, progress: Progress) -> Inspection:
@@ -84,40 +94,82 @@ def inspect(folder: Path, *, fast: bool, progress: Progress) -> Inspection:
     else:
         check_integrity(folder, metadata, checksums=not fast, progress=progress)
         tensors, linears = read_ours(folder, metadata)
-    counted = [] if fast else linears
-    zeros, steps = {}, Steps(progress, "counting zeros", len(counted))
-    for linear in counted:
-        steps.next(linear.path)
-        zeros[linear.path] = zeros_of(linear)
-    steps.end()
+    if not fast:
+        steps = Steps(progress, "counting zeros", len(linears))
+        for place, linear in enumerate(linears):
+            steps.next(linear.path)
+            linears[place] = replace(linear, zeros=zeros_of(linear))
+        steps.end()
     return Inspection(
         folder=folder,
         metadata=metadata,
         config=read_json(folder / "config.json"),
         tensors=tensors,
         linears=linears,
-        zeros=zeros,
         quality=read_quality(folder),
         verified=metadata is not None and not fast,
     )
 
 
 def read_ours(folder: Path, metadata: Metadata) -> tuple[list[StoredTensor], list[StoredLinear]]:
+    """Raises CheckpointError where the files do not hold the tensors of the model of config.json, and no others."""
     files = [folder / name for name in metadata.parts if name != ADAPTER_WEIGHTS]
     files += [folder / ADAPTER_WEIGHTS] if metadata.adapter else []
     found = [tensor for file in files for tensor in read_header(file)]
+    lora = read_lora(folder) if metadata.adapter else None
+    inside = {} if lora is None else {stored: name for name, stored in lora.names.items()}
+    tensors = {own_name(inside.get(tensor.name, tensor.name)): tensor for tensor in found}
     model = blueprint(folder, metadata)
-    tensors = named(found, read_lora(folder) if metadata.adapter else None)
     check_against(model, tensors, metadata)
     return found, linears_of(model, tensors, metadata.linears)
 
 
+def blueprint(folder: Path, metadata: Metadata) -> PreTrainedModel:
+    """The model of config.json on the meta device, its linears as they are stored. Raises CheckpointError for none."""
+    parts = [name for name in metadata.parts if "/" not in name]
+    with reading(f"The config.json of {folder} makes no model", "Get it again."):
+        config = load_config(folder)
+        num_blocks = config.get_text_config().num_hidden_layers
+        # Before it is built: a count out of thin air would take forever. The embeddings and the head are parts, too.
+        if num_blocks != len(parts) - 2:
+            raise CheckpointError(f"config.json of {folder} says {num_blocks} blocks, {METADATA} {len(parts) - 2}.")
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config  # no library is to act on it
+        model = unfuse_experts(empty_model(config))
+        model.tie_weights()
+        put_linears(model, read_scheme(folder), stored_tensors(folder, read_lora(folder)), torch.float32)
+        return model
+
+
+def check_against(model: PreTrainedModel, tensors: dict[str, StoredTensor], metadata: Metadata) -> None:
+    """That the files hold the model's tensors in its shapes, and no others. Raises CheckpointError."""
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    tied = set(model.all_tied_weights_keys)
+    missing = sorted(expected.keys() - tensors.keys() - tied)
+    if missing:
+        raise CheckpointError(f"config.json describes a model with {missing[0]!r}, which is in no file. Get it again.")
+    unknown = sorted(tensors.keys() - expected.keys())
+    if unknown:
+        raise CheckpointError(f"The tensor {unknown[0]!r} has no place in the model of config.json. Get it again.")
+    for name, tensor in tensors.items():
+        if tensor.shape != expected[name]:
+            raise CheckpointError(
+                f"The tensor {name!r} has the shape {list(tensor.shape)}, config.json says {list(expected[name])}. "
+                "Get it again."
+            )
+    counted = num_parameters(model)
+    if counted != metadata.size.parameters:
+        raise CheckpointError(
+            f"{METADATA} says {metadata.size.parameters:,} parameters, the files hold {counted:,}. Get it again."
+        )
+
+
 def read_foreign(folder: Path) -> tuple[list[StoredTensor], list[StoredLinear]]:
-    read_json(folder / "config.json")
-    if (folder / INDEX).is_file():
-        read_json(folder / INDEX)
+    has_index = (folder / INDEX).is_file()
+    for name in ("config.json", INDEX) if has_index else ("config.json",):
+        read_json(folder / name)
     found = [tensor for file in checkpoint_files(folder) for tensor in read_header(file)]
-    if (folder / INDEX).is_file():
+    if has_index:
         check_mapped(folder, found)
     return found, foreign_linears({tensor.name: tensor for tensor in found})
 
@@ -136,7 +188,7 @@ def place_of(tensor: StoredTensor) -> int | str:
     number = block_of(tensor.name)
     if number is not None:
         return number
-    return "head" if any(end in tensor.name for end in ENDS) else "embeddings"
+    return "head" if any(end in tensor.name for end in HEAD) else "embeddings"
 
 
 def block(seen: Inspection, place: int | str, tensors: Sequence[StoredTensor]) -> dict[str, Any]:
@@ -148,12 +200,20 @@ def block(seen: Inspection, place: int | str, tensors: Sequence[StoredTensor]) -
     linears = [linear for linear in seen.linears if linear.block == place]
     points = [point for point in seen.points if point_place(point) == place]
     errors = [point.relative_error for point in points if point.relative_error is not None]
-    zeros = [found for linear in linears if (found := seen.zeros.get(linear.path)) is not None]
-    lost = [each.metadata.lost for each in linears if each.metadata and each.metadata.lost is not None]
+    zeros = [linear.zeros for linear in linears if linear.zeros is not None]
+    lost = [linear.lost for linear in linears if linear.lost is not None]
+    # The linears count themselves; besides them there are other tensors.
+    of_linears = {(tensor.file, tensor.name) for linear in linears for tensor in linear.tensors.values()}
+    rest = sum(tensor.numbers for tensor in tensors if (tensor.file, tensor.name) not in of_linears)
+    parameters = sum(num_parameters(linear.module) for linear in linears) + rest
+    units = dict[str, int]()  # of each kind, how many the block has
+    for kind, n in seen.metadata.units.items() if seen.metadata else ():
+        if isinstance(place, int) and (isinstance(n, int) or place < len(n)):
+            units[kind] = n if isinstance(n, int) else n[place]
     return {
         "name": f"block {place}" if isinstance(place, int) else place,
         "widths": [point.width for point in points],
-        "units": units_of(seen, place) if isinstance(place, int) else {},
+        "units": units,
         "ranks": [linear.rank for linear in linears if linear.rank],
         "bits": sorted({linear.bits for linear in linears}),
         "bits_per_weight": bits_per_weight(linears),
@@ -161,16 +221,9 @@ def block(seen: Inspection, place: int | str, tensors: Sequence[StoredTensor]) -
         "patterns": sorted({each.pattern if each.kept else f"{each.pattern} broken" for each in zeros if each.pattern}),
         "error": errors[-1] if errors else None,
         "lost": fmean(lost) if lost else None,
-        "parameters": parameters_of(seen, linears, tensors),
+        "parameters": None if seen.parameters is None else parameters,
         "bytes": sum(tensor.bytes for tensor in tensors),
     }
-
-
-def units_of(seen: Inspection, place: int) -> dict[str, int]:
-    """How many units of each kind a block has."""
-    counts = seen.metadata.units if seen.metadata else {}
-    known = {kind: n for kind, n in counts.items() if isinstance(n, int) or place < len(n)}
-    return {kind: n if isinstance(n, int) else n[place] for kind, n in known.items()}
 
 
 def point_place(point: Point) -> int | str:
@@ -179,77 +232,32 @@ def point_place(point: Point) -> int | str:
     return int(number) if kind == "block" and number.isdecimal() else point.point
 
 
-def parameters_of(seen: Inspection, linears: Sequence[StoredLinear], tensors: Sequence[StoredTensor]) -> int | None:
-    """Of the linears as they count themselves, and of what else there is."""
-    if seen.parameters is None:
-        return None
-    of_linears = {(tensor.file, tensor.name) for linear in linears for tensor in linear.tensors.values()}
-    rest = sum(tensor.numbers for tensor in tensors if (tensor.file, tensor.name) not in of_linears)
-    return sum(linear.parameters for linear in linears) + rest
-
-
-def bits_per_weight(linears: Sequence[StoredLinear]) -> float | None:
-    weights = sum(linear.m * linear.n for linear in linears)
-    return sum(linear.bits_per_weight * linear.m * linear.n for linear in linears) / weights if weights else None
-
-
 # As plain data, for machines.
 
 
 def as_data(seen: Inspection) -> dict[str, Any]:
-    metadata = seen.metadata
+    metadata, classes = seen.metadata, seen.config.get("architectures")
+    said = {"base_model", "command", "loads_without_our_code", "storage", "not_for_vllm", "held_out_divergence"}
+    said |= {"tuning", "dense_size", "versions", "points", "alternatives"}
+    dtypes: dict[str, dict[str, int]] = {}
+    for tensor in seen.tensors:
+        entry = dtypes.setdefault(tensor.dtype, {"tensors": 0, "bytes": 0})
+        entry["tensors"] += 1
+        entry["bytes"] += tensor.bytes
     return {
         "folder": str(seen.folder),
         "made_by_compress": metadata is not None,
         "verified": seen.verified,
-        "architecture": architecture(seen),
+        "architecture": str(
+            classes[0] if isinstance(classes, list) and classes else seen.config.get("model_type", "unknown")
+        ),
         "quantized_by": seen.quantized_by,
         "parameters": seen.parameters,
         "bytes": seen.bytes,
         "bits_per_weight": seen.bits_per_weight,
-        "dtypes": dtypes(seen),
-        **({} if metadata is None else origin(metadata)),
+        "dtypes": dtypes,
+        **({} if metadata is None else {"method": metadata.recipe.method, **metadata.model_dump(include=said)}),
         "quality": None if seen.quality is None else seen.quality.model_dump(),
         "blocks": blocks(seen),
-        "linears": [linear_data(linear, seen) for linear in seen.linears],
-    }
-
-
-def architecture(seen: Inspection) -> str:
-    found = seen.config.get("architectures")
-    return str(found[0] if isinstance(found, list) and found else seen.config.get("model_type", "unknown"))
-
-
-def origin(metadata: Metadata) -> dict[str, Any]:
-    said = {"base_model", "command", "loads_without_our_code", "storage", "not_for_vllm", "held_out_divergence"}
-    said |= {"tuning", "dense_size", "versions", "points", "alternatives"}
-    return {"method": metadata.recipe.method, **metadata.model_dump(include=said)}
-
-
-def dtypes(seen: Inspection) -> dict[str, dict[str, int]]:
-    """By the type of number: how many tensors have it, and their bytes."""
-    found: dict[str, dict[str, int]] = {}
-    for tensor in seen.tensors:
-        entry = found.setdefault(tensor.dtype, {"tensors": 0, "bytes": 0})
-        entry["tensors"] += 1
-        entry["bytes"] += tensor.bytes
-    return found
-
-
-def linear_data(linear: StoredLinear, seen: Inspection) -> dict[str, Any]:
-    zeros = seen.zeros.get(linear.path)
-    return {
-        "linear": linear.path,
-        "outputs": linear.m,
-        "inputs": linear.n,
-        "form": linear.form.kind,
-        "rank": linear.rank,
-        "bits": linear.bits,
-        "bits_per_weight": linear.bits_per_weight,
-        "zeros": None if zeros is None else zeros.share,
-        "pattern": None if zeros is None else zeros.pattern,
-        "pattern_kept": None if zeros is None or zeros.pattern is None else zeros.kept,
-        "lost": linear.metadata.lost if linear.metadata else None,
-        "parameters": linear.parameters,
-        "bytes": linear.bytes,
+        "linears": [linear.to_dict() for linear in seen.linears],
     }

@@ -1,9 +1,13 @@
-"""Two models in turns: seconds of the same work, and prefill and decoding, each for itself.
+"""Two models in turns: seconds of the same work, of prefill, of decoding, and of linears by themselves.
 
 Prefill is the prompt's pass, up to the first new token of every row; decoding the passes after it, one token of every
-row each, greedy, over the cache of keys and values. What is found of two models is a dict, as `--json` prints it.
+row each, greedy, over the cache of keys and values. Linears are timed as SLiM reports speed (arXiv 2410.09615,
+section 4), but over a model's own: those of one name and shape are called one after another, each with its own weights,
+so that a weight small enough for the caches is not found there. What is found is a dict, as `--json` prints it.
 """
 
+import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
@@ -12,14 +16,16 @@ from typing import Any, TypeVar
 import psutil
 import torch
 from jaxtyping import Int64
-from torch import Tensor
-from torch.utils.benchmark import timer
+from torch import Tensor, nn
+from torch.utils.benchmark import Timer, timer
 from transformers import PreTrainedModel
 
 from compress.evaluation._inference import free_memory
+from compress.models.storage import Form, linears_of
 
 SEED = 0
-QUARTILES = (0.5, 0.25, 0.75)
+QUARTILES = torch.tensor((0.5, 0.25, 0.75), dtype=torch.float64)
+LEAST = 10e-3  # seconds of a measured stretch of linears
 T = TypeVar("T")
 
 
@@ -57,27 +63,17 @@ def compared(pairs: Iterable[tuple[float, float]], tokens: int = 0) -> dict[str,
     speedup: dense / compressed, of each pair; above 1, compressed is faster.
     """
     dense, other = zip(*pairs, strict=True)
-    found = {"seconds": {"dense": spread(dense), "compressed": spread(other)}}
-    if tokens:
-        rates = {side: inverse(times, tokens) for side, times in found["seconds"].items()}
-        found["tokens_per_second"] = rates
-    return {**found, "speedup": spread([one / two for one, two in zip(dense, other, strict=True)])}
+    times = {"dense": spread(dense), "compressed": spread(other)}
+    turned = {"median": "median", "low": "high", "high": "low"}  # the longest time is the lowest rate
+    rates = {side: {name: tokens / each[of] for name, of in turned.items()} for side, each in times.items()}
+    speedup = spread([one / two for one, two in zip(dense, other, strict=True)])
+    return {"seconds": times, **({"tokens_per_second": rates} if tokens else {}), "speedup": speedup}
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
     """The median and the quartiles, so that the middle half lies between low and high."""
-    numbers = torch.tensor(values, dtype=torch.float64)
-    quartiles = numbers.quantile(torch.tensor(QUARTILES, dtype=torch.float64)).tolist()
+    quartiles = torch.tensor(values, dtype=torch.float64).quantile(QUARTILES).tolist()
     return dict(zip(("median", "low", "high"), quartiles, strict=True))
-
-
-def inverse(times: dict[str, float], numerator: int) -> dict[str, float]:
-    """From seconds to something a second."""
-    return {
-        "median": numerator / times["median"],
-        "low": numerator / times["high"],
-        "high": numerator / times["low"],
-    }
 
 
 # Memory that work may not find.
@@ -200,3 +196,94 @@ def compare_generation(
         prefill = compared([(one[0], two[0]) for one, two in pairs], workload.batch * workload.prompt)
         decode = compared([(one[1], two[1]) for one, two in pairs], workload.batch * workload.new)
     return {**asdict(workload), "prefill": prefill, "decode": decode}
+
+
+# Linears by themselves.
+
+Recorder = Callable[[Callable[[], object], torch.device], Callable[[], object]]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Linears of one name, shape and way to be stored, and what stands in their places."""
+
+    name: str
+    dense: Sequence[Any]
+    compressed: Sequence[Any]
+
+    @property
+    def forms(self) -> tuple[Form, list[Form]]:
+        """Of the dense ones, which have one; and of the others, whose sizes and ranks may differ by block."""
+        return Form.of(self.dense[0]), [Form.of(linear) for linear in self.compressed]
+
+
+@dataclass(frozen=True)
+class Matched:
+    """missing: dense linears in whose place there is none. added: linears that stand in no dense one's place."""
+
+    places: list[Place]
+    missing: list[str]
+    added: list[str]
+
+
+def matched(dense: nn.Module, compressed: nn.Module) -> Matched:
+    """What stands where in both models: our own architecture keeps the names of the stock one."""
+    own, stored = dict(linears_of(dense)), dict(linears_of(compressed))
+    groups: dict[Any, list[tuple[Any, Any]]] = defaultdict(list)
+    for path, linear in own.items():
+        if path in stored:
+            key = path.rpartition(".")[2], Form.of(linear), Form.of(stored[path]).kind
+            groups[key].append((linear, stored[path]))
+    places = [Place(name, *zip(*pairs, strict=True)) for (name, _, _), pairs in groups.items()]
+    return Matched(places, [path for path in own if path not in stored], [path for path in stored if path not in own])
+
+
+def compare_linears(
+    place: Place,
+    tokens: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    rounds: int,
+    record: Recorder = lambda work, _device: work,
+) -> dict[str, Any]:
+    """Seconds of one linear, the mean over the place's, on random inputs; None where memory did not hold it.
+
+    record: gives what does the same work, such as a replay of it as a CUDA graph.
+    """
+
+    def pairs() -> list[tuple[float, float]]:
+        # A graph reads the inputs that it was recorded with: they live as long as the pairs are measured.
+        widths = {linear.in_features for linear in (*place.dense, *place.compressed)}
+        inputs = {width: torch.randn(tokens, width, dtype=dtype, device=device) for width in widths}
+        dense, compressed = (caller(linears, inputs, device, record) for linears in (place.dense, place.compressed))
+        return in_turns(dense, compressed, rounds)
+
+    found = attempted(pairs)
+    dense, stored = place.forms
+    return {
+        "name": place.name,
+        "linears": len(stored),
+        "tokens": tokens,
+        "dense": asdict(dense),
+        "compressed": [asdict(form) for form in dict.fromkeys(stored)],
+        **({"seconds": None, "speedup": None} if found is None else compared(found)),
+    }
+
+
+@torch.inference_mode()
+def caller(
+    linears: Sequence[Any], inputs: dict[int, torch.Tensor], device: torch.device, record: Recorder
+) -> Callable[[], float]:
+    """What takes the mean seconds of one of the linears, again with every call."""
+
+    @torch.inference_mode()
+    def once() -> None:
+        for linear in linears:
+            linear(inputs[linear.in_features])
+
+    calls = {"all_of_them": record(once, device)}
+    timed = Timer("all_of_them()", globals=calls, num_threads=torch.get_num_threads())
+    # Each time after two calls at least that are not counted: kernels are chosen, tables made.
+    count = max(1, math.ceil(LEAST / timed.timeit(1).mean))
+    return lambda: timed.timeit(count).mean / len(linears)

@@ -1,0 +1,322 @@
+"""Plots of one checkpoint: spectra, energy kept, errors and ranks along the depth, where the bytes are; and of several:
+size against quality.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from compress.checkpoints.metadata import Point
+from compress.checkpoints.quality import Measure
+from compress.errors import UsageError
+from compress.inspection.checkpoint import Inspection, place_of, point_place
+from compress.inspection.drawing import (
+    BLUE,
+    GREY,
+    MAP,
+    ORANGE,
+    Drawing,
+    axes,
+    byte_text,
+    byte_unit,
+    legend_beside,
+    look,
+    save,
+    shortened,
+    style,
+)
+from compress.inspection.linears import StoredLinear, bits_per_weight, linear_names
+from compress.models.tensor_files import StoredTensor
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+WIDEST = 16.0  # inches, of a map of ranks
+WRITTEN = 260  # cells of it up to which each says its rank
+HELD_OUT = "divergence from dense, held out while compressing"
+LONGEST = 100  # characters of a file's name
+ADAPTERS = ("lora_", "first.", "second.")
+# What else a tensor is for, by the end of its name.
+PURPOSES = {
+    **dict.fromkeys(("scale", "weight_scale", "weight_zero_point", "weight_shape", "shares"), "scales and zero points"),
+    **{"places": "places of kept weights", "order": "order of outputs", "bias": "biases"},
+}
+
+
+def plot_inspection(seen: Inspection, folder: Path) -> list[Path]:
+    """What there is to draw of a checkpoint, as PNG files. Raises OutputError for a full disk."""
+    with style():
+        plots = (plot_spectra, plot_energy, plot_errors, plot_ranks, plot_sizes)
+        return save([drawing for plot in plots for drawing in plot(seen)], folder)
+
+
+# Along the depth.
+
+
+def plot_spectra(seen: Inspection) -> list[Drawing]:
+    """A curve a point, or one for all where they share a basis; the cut is where each has its width."""
+    points = [point for point in seen.points if point.spectrum]
+    if not points:
+        return []
+    import matplotlib as mpl
+
+    figure, (plot,) = axes(8.0, 4.6, title=seen.name)
+    colors = mpl.colormaps[MAP].resampled(len(points) + 1)
+    ends = {0: f"after {points[0].point}", len(points) - 1: f"after {points[-1].point}"} if len(points) > 1 else {}
+    for number, point in enumerate(points):
+        spectrum = point.spectrum or []
+        step = point.dense_width / len(spectrum)  # of directions, each stretch at its middle
+        curve = {(place + 0.5) * step: 100 * share for place, share in enumerate(spectrum) if share > 0}
+        plot.plot(list(curve), list(curve.values()), color=colors(number), linewidth=1.2, label=ends.get(number))
+    for width in sorted({point.width for point in points if point.width < point.dense_width}):
+        plot.axvline(width, color=ORANGE, linewidth=1.2, linestyle="--", label=f"{width} kept")
+    dense = points[0].dense_width
+    plot.axhline(100 / dense, color=GREY, linewidth=1, linestyle=":", label="all alike")
+    plot.set(xlim=(0, dense), xlabel="direction of the basis", yscale="log", ylabel="share of the energy [%]")
+    plot.yaxis.set_major_formatter("{x:g}")
+    shared = "one basis for all points" if len(points) == 1 else f"{len(points)} points of the stream, early ones dark"
+    plot.set_title(f"spectrum of the stream: {shared}")
+    plot.legend(loc="lower left")
+    return [Drawing("spectra", figure)]
+
+
+def plot_energy(seen: Inspection) -> list[Drawing]:
+    """Widths of the stream, and the share of its energy that the kept directions hold; where it was rotated."""
+    points = [point for point in seen.points if point.kept_energy is not None]
+    if not points:
+        return []
+    figure, (upper, lower) = axes(8.0, 5.8, title=seen.name, rows=(1, 1))
+    places, kept = range(len(points)), [100 * (point.kept_energy or 0) for point in points]
+    lowest = min(99.0, *kept)
+    upper.plot(places, kept, color=BLUE, marker="o", clip_on=False)
+    upper.set(ylabel="energy kept [%]", ylim=(lowest - 0.1 * (100 - lowest), 100))
+    upper.set_title("energy of the stream in the kept directions")
+    dense = [point.dense_width for point in points]
+    lower.step(places, [point.width for point in points], where="mid", color=BLUE, label="kept")
+    lower.step(places, dense, where="mid", color=GREY, linestyle="--", label="dense")
+    lower.set(ylabel="width [dimensions]", ylim=(0, 1.12 * max(dense)))
+    lower.set_title("width of the stream")
+    lower.legend(loc="lower right", ncols=2)
+    for each in (upper, lower):
+        label_points(each, points)
+    return [Drawing("energy", figure)]
+
+
+def label_points(plot: "Axes", points: list[Point]) -> None:
+    """A tick a block, at its first point."""
+    first: dict[int | str, int] = {}
+    for place, point in enumerate(points):
+        first.setdefault(point_place(point), place)
+    step = max(1, len(first) // 16)
+    shown = [place for place in first if (step == 1 if isinstance(place, str) else place % step == 0)]
+    names = [str(place).replace("embeddings", "emb.") for place in shown]
+    plot.set_xticks([first[place] for place in shown], names)
+    plot.set_xlabel("block, after each of its branches")
+    plot.grid(visible=False, axis="x")
+
+
+def plot_errors(seen: Inspection) -> list[Drawing]:
+    """How far the stream is from the dense model's along the depth, and what each linear lost; what is recorded."""
+    has_points = any(point.relative_error is not None for point in seen.points)
+    panels = [draw for draw, there in ((draw_stream, has_points), (draw_losses, bool(losses(seen)))) if there]
+    if not panels:
+        return []
+    figure, plots = axes(8.0, 0.4 + 3.3 * len(panels), title=seen.name, rows=[1] * len(panels))
+    for draw, plot in zip(panels, plots, strict=True):
+        draw(plot, seen)
+    return [Drawing("errors", figure)]
+
+
+def draw_stream(plot: "Axes", seen: Inspection) -> None:
+    points = [point for point in seen.points if point.relative_error is not None]
+    plot.plot(range(len(points)), [100 * (point.relative_error or 0) for point in points], color=ORANGE, marker="o")
+    plot.set_ylim(bottom=0)
+    plot.set_ylabel("relative error [%]")
+    plot.set_title("how far the stream is from the dense model's")
+    label_points(plot, points)
+
+
+def draw_losses(plot: "Axes", seen: Inspection) -> None:
+    from matplotlib.ticker import LogLocator, MaxNLocator
+
+    for number, (name, found) in enumerate(losses(seen).items()):
+        plot.plot(list(found), [100 * value for value in found.values()], **look(number), label=name)
+    plot.set(xlabel="block", yscale="log", ylabel="energy lost [%]")
+    plot.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    plot.yaxis.set_major_formatter("{x:g}")
+    plot.yaxis.set_minor_formatter("")
+    plot.xaxis.set_major_locator(MaxNLocator(integer=True))
+    plot.set_title("energy of the outputs that each linear lost")
+    legend_beside(plot)
+
+
+def losses(seen: Inspection) -> dict[str, dict[int, float]]:
+    """By a linear's name in its block: the share of its outputs' energy that is gone, by the block's number."""
+    found: dict[str, dict[int, float]] = {}
+    for linear in seen.linears:
+        if linear.block is not None and linear.lost:
+            found.setdefault(linear.name, {})[linear.block] = max(linear.lost, 0.0)
+    return found
+
+
+def plot_ranks(seen: Inspection) -> list[Drawing]:
+    """Blocks by linears, colored by the share of the full rank that factors or adapters have."""
+    from matplotlib.ticker import PercentFormatter
+
+    ranked = [linear for linear in seen.linears if linear.block is not None and linear.rank]
+    names = linear_names(ranked)
+    if not names:
+        return []
+    blocks = 1 + max(linear.block or 0 for linear in seen.linears)
+    ranks = {(names.index(each.name), each.block or 0): each for each in ranked}
+    shares = [[float("nan")] * blocks for _ in names]
+    for (row, column), each in ranks.items():
+        shares[row][column] = (each.rank or 0) / min(each.form.m, each.form.n)
+    width = min(max(6.0, 2.6 + 0.42 * blocks), WIDEST)
+    figure, (plot,) = axes(width, 1.6 + 0.3 * len(names), title=seen.name)
+    highest = max(shares[row][column] for row, column in ranks)
+    image = plot.imshow(shares, cmap=MAP, vmin=0, vmax=highest, aspect="auto")
+    for (row, column), each in ranks.items() if len(ranks) <= WRITTEN else ():
+        color = "black" if shares[row][column] > 0.55 * highest else "white"
+        plot.text(column, row, str(each.rank), ha="center", va="center", color=color, fontsize=9)
+    plot.set_yticks(range(len(names)), names)
+    plot.set_xticks(range(0, blocks, max(1, blocks // 16)))
+    plot.set_xlabel("block")
+    plot.grid(visible=False)
+    plot.set_title("rank of each linear that has factors or an adapter")
+    figure.colorbar(image, ax=plot, label="of the full rank", pad=0.02, format=PercentFormatter(1))
+    return [Drawing("ranks", figure)]
+
+
+# Sizes.
+
+
+def plot_sizes(seen: Inspection) -> list[Drawing]:
+    """Where the bytes are, and how many bits a weight takes."""
+    names, kinds = linear_names(seen.linears), bytes_by_kind(seen)
+    if not names:
+        return []
+    figure, (upper, lower) = axes(
+        8.5, 3.1 + 0.3 * (len(kinds) + len(names)), title=seen.name, rows=(len(kinds), len(names) + 1)
+    )
+    unit, scale = byte_unit(seen.bytes)
+    found = dict(sorted(kinds.items(), key=lambda item: item[1]))
+    bars = upper.barh(list(found), [count / scale for count in found.values()], color=BLUE)
+    labels = [f"{byte_text(count)}, {count / seen.bytes:.1%}" for count in found.values()]
+    upper.bar_label(bars, labels, padding=4, fontsize=10)
+    upper.margins(x=0.25)
+    upper.set_xlabel(f"stored [{unit}]")
+    dense = f"; dense it has {byte_text(seen.metadata.dense_size.bytes)}" if seen.metadata else ""
+    upper.set_title(f"where its {byte_text(seen.bytes)} are{dense}")
+    linears = {name: [linear for linear in seen.linears if linear.name == name] for name in reversed(names)}
+    bits = {"all": seen.bits_per_weight or 0} | {name: bits_per_weight(each) or 0 for name, each in linears.items()}
+    bars = lower.barh(list(bits), list(bits.values()), color=[GREY] + [ORANGE] * len(names))
+    lower.bar_label(bars, [f"{value:.2f}" for value in bits.values()], padding=4, fontsize=10)
+    lower.margins(x=0.12)
+    lower.set_xlabel("stored [bits a weight]")
+    lower.set_title("linears of the blocks, everything counted but biases")
+    for plot in (upper, lower):
+        plot.grid(visible=False)
+    return [Drawing("sizes", figure)]
+
+
+def bytes_by_kind(seen: Inspection) -> Counter[str]:
+    """By what they are for: weights of attention and of MLPs apart, and what is stored beside them."""
+    found: Counter[str] = Counter()
+    in_linears = set()
+    for linear in seen.linears:
+        for name, tensor in linear.tensors.items():
+            in_linears.add((tensor.file, tensor.name))
+            found[kind_of(linear, name)] += tensor.bytes
+    for tensor in seen.tensors:
+        if (tensor.file, tensor.name) not in in_linears:
+            found[kind_outside(tensor)] += tensor.bytes
+    return found
+
+
+def kind_outside(tensor: StoredTensor) -> str:
+    """Of a tensor that is no part of a linear."""
+    place = place_of(tensor)
+    if place == "embeddings":
+        return place
+    if len(tensor.shape) < 2:
+        return "norms"
+    return "head" if place == "head" else "other tensors"
+
+
+def kind_of(linear: StoredLinear, name: str) -> str:
+    if len(linear.weights) > 1:  # a product of two
+        name = name.removeprefix("first.").removeprefix("second.")
+    if name.startswith(ADAPTERS):
+        return "adapters"
+    if (purpose := PURPOSES.get(name.rpartition(".")[2])) is not None:
+        return purpose
+    if linear.block is None:
+        return "head"
+    if "shortcut" in linear.name:
+        return "shortcuts"
+    return "attention weights" if "att" in linear.name else "MLP weights"
+
+
+# Several checkpoints.
+
+
+@dataclass(frozen=True)
+class Mark:
+    name: str
+    bytes: int
+    measure: Measure
+
+    @property
+    def badness(self) -> float:
+        return self.measure.value if self.measure.lower_is_better else -self.measure.value
+
+
+def plot_comparison(seen: Sequence[Inspection], folder: Path) -> list[Path]:
+    """A file for each measure that two checkpoints or more have. Raises UsageError where there is none."""
+    # What was measured while compressing compares where all of ours did so on the same text, against the same model.
+    metadata = [each.metadata for each in seen if each.metadata is not None]
+    is_same = len({(str(each.fingerprints), str(each.recipe.calibration)) for each in metadata}) == 1
+    marks: dict[str, list[Mark]] = {}
+    for each in seen:
+        measures = list(each.quality.measures) if each.quality else []
+        if is_same and each.metadata is not None and each.metadata.held_out_divergence is not None:
+            measures.append(Measure(HELD_OUT, each.metadata.held_out_divergence, None, "nats a token"))
+        for measure in measures:
+            marks.setdefault(measure.name, []).append(Mark(each.name, each.bytes, measure))
+    shared = {name: found for name, found in marks.items() if len(found) > 1}
+    if not shared:
+        raise UsageError(
+            "There is no measure that two of these checkpoints have. Measure them alike: compress eval --save."
+        )
+    with style():
+        return save([draw(name, found) for name, found in shared.items()], folder)
+
+
+def frontier(marks: Sequence[Mark]) -> list[Mark]:
+    """Those that no other is at least as small as and better than, by size."""
+    best: list[Mark] = []
+    for mark in sorted(marks, key=lambda mark: (mark.bytes, mark.badness)):
+        if not best or mark.badness < best[-1].badness:
+            best.append(mark)
+    return best
+
+
+def draw(name: str, marks: Sequence[Mark]) -> Drawing:
+    figure, (plot,) = axes(10.0, 5.5, title="size and quality")
+    unit, scale = byte_unit(max(mark.bytes for mark in marks))
+    line = frontier(marks)
+    sizes, values = [mark.bytes / scale for mark in line], [mark.measure.value for mark in line]
+    plot.plot(sizes, values, color=GREY, drawstyle="steps-post", zorder=1, label="none smaller is as good")
+    for number, mark in enumerate(sorted(marks, key=lambda mark: mark.bytes)):
+        place, value, error = mark.bytes / scale, mark.measure.value, mark.measure.error
+        label = shortened(mark.name, 40)
+        plot.errorbar(place, value, yerr=error, **look(number), linestyle="none", capsize=3, label=label)
+    plot.margins(x=0.12, y=0.14)
+    plot.set_xlabel(f"stored [{unit}]")
+    plot.set_ylabel(name if marks[0].measure.unit is None else f"{name}\n[{marks[0].measure.unit}]")
+    legend_beside(plot)
+    return Drawing(re.sub(r"[^\w.]+", "-", f"size {name}").strip("-")[:LONGEST], figure)
