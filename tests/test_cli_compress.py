@@ -241,7 +241,7 @@ def test_a_plan_for_people(place, line):
 
 
 def test_a_result_for_people(place):
-    table = flat(succeeds("quantize", "--model", "llama", *SHORT, "--out", "shown", "--overwrite").out)
+    table = flat(succeeds("slim", "--fast", "--model", "llama", *SHORT, "--out", "shown", "--overwrite").out)
     for word in (
         "LlamaForCausalLM (stock",
         "bits a weight, all counted",
