@@ -19,6 +19,7 @@ from compress.checkpoints.gguf import check_exportable, reader_notes, verify_ggu
 from compress.checkpoints.gguf.tokenizer import BYTE_PIECES, SPLITS
 from compress.checkpoints.verify import SAMPLE
 from compress.errors import CheckpointError, UnsupportedModel, UsageError, VerificationError
+from compress.models.gguf_header import WRITTEN
 from runs import proved_here
 from tiny import HIDDEN, NUM_BLOCKS, POSITIONS, VOCAB_SIZE, tiny_config, tiny_model, tiny_tokenizer
 
@@ -409,8 +410,8 @@ NO_LLAMA: dict[str, tuple[str, dict[str, Any], str]] = {
 def test_other_models_are_refused(tmp_path, model_type, options, reason):
     write_folder(tmp_path / "m", model_type, **options)
     message = (
-        f"The model cannot be written as GGUF: {reason}. GGUF is written for Llama, Mistral without a sliding "
-        "window, Qwen2, Qwen3, Phi-3 and Gemma 2. Leave GGUF out: transformers loads the folder without it."
+        f"The model cannot be written as GGUF: {reason}. GGUF is written for {', '.join(sorted(WRITTEN))}. "
+        "Leave GGUF out: transformers loads the folder without it."
     )
     with pytest.raises(UnsupportedModel, match=f"^{re.escape(message)}$"):
         written(tmp_path / "m")

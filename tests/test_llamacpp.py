@@ -38,7 +38,7 @@ FAMILIES = {
     "gemma2": {},
     "granite": {},
     "smollm3": {"num_hidden_layers": 4, "no_rope_layer_interval": 4},
-    "olmo2": {},
+    "olmo2": {"head_dim": 8},
     "starcoder2": {"hidden_act": "gelu_pytorch_tanh"},
 }
 TANH = ("gemma", "gemma2", "starcoder2")  # whose GELU llama.cpp looks up in float16
@@ -67,7 +67,7 @@ def test_a_family_in_full_precision(family, tmp_path):
     write_gguf(tmp_path / "tiny", file := tmp_path / "model.gguf")
     ids = text_ids()
     found = torch.tensor(opened(file).log_probs(ids), dtype=torch.float64)
-    assert found.std() > 0.3
+    assert found.std() > 0.2
     torch.testing.assert_close(found, expected(file, ids), atol=1e-2 if family in TANH else 1e-3, rtol=0)
 
 

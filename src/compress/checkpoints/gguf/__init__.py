@@ -1,8 +1,8 @@
 """A finished checkpoint as one GGUF file, which llama.cpp and the programs built on it load.
 
-For Llama, Mistral without a sliding window, Qwen2, Qwen3, Phi-3 and Gemma 2, sliced or not: widths, head size and head
-counts are stated one by one. What the file could not say is refused before anything is written, or before the
-model is compressed (`check_exportable`). The weights pass through memory one tensor at a time.
+For the families of `models/gguf_header.ARCHITECTURES`, sliced or not: widths, head size and head counts are stated one
+by one. What the file could not say is refused before anything is written, or before the model is compressed
+(`check_exportable`). The weights pass through memory one tensor at a time.
 
 The package `gguf` (the extra of that name) knows the format, the names of tensors and the special tokens; the rest
 follows the specification of GGUF (ggml, docs/gguf.md) and llama.cpp's own converter.

@@ -63,10 +63,10 @@ def describe_model(writer: Writer, model: Model, name: str, file_type: str) -> N
     values |= dict.fromkeys(("attention.key_length", *HEAD_SIZES), head_size(config))
     for key, value in (values | {"rope.freq_base": float(model.rope["rope_theta"])}).items():
         if value is not None:
-            # llama.cpp wants multipliers as floats, also where a config has whole numbers.
-            is_float = isinstance(value, float) or key.endswith("scale")
-            add = writer.add_float32 if is_float else writer.add_uint32
-            add(f"{model.architecture}.{key}", float(value) if is_float else value)
+            if isinstance(value, float) or key.endswith("scale"):  # multipliers also where a config has whole numbers
+                writer.add_float32(f"{model.architecture}.{key}", float(value))
+            else:
+                writer.add_uint32(f"{model.architecture}.{key}", value)
     if model.rope["rope_type"] == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(float(model.rope["factor"]))

@@ -131,13 +131,31 @@ def why_not_writable(config: Any) -> str | None:
         return f"its rotary embeddings are scaled by {rope['rope_type']!r}, which is none of {', '.join(kinds)}"
     if rope.get("partial_rotary_factor") not in (None, 1.0):
         return f"it rotates only a part of each head (partial_rotary_factor {rope['partial_rotary_factor']})"
-    if getattr(config, "query_pre_attn_scalar", head_size(config)) != head_size(config):
-        return f"its queries are scaled by {config.query_pre_attn_scalar}, not by the size of a head"
-    if kind == "smollm3" and any(bool(each) != (block % 4 != 3) for block, each in enumerate(config.no_rope_layers)):
-        return "other blocks than each fourth are without rotary embeddings"
-    if not ARCHITECTURES[architecture].biases and any(getattr(config, name, False) for name in BIASES):
-        return "its attention or MLP has biases"
-    return None
+    return why_not_its_family(kind, ARCHITECTURES[architecture].biases, config)
+
+
+def why_not_its_family(kind: str, has_biases: bool, config: Any) -> str | None:
+    """What llama.cpp takes for granted in a family and a config may say otherwise."""
+    rules = [
+        (
+            getattr(config, "query_pre_attn_scalar", head_size(config)) != head_size(config),
+            "its queries are scaled by another number than the size of a head",
+        ),
+        (
+            kind == "smollm3" and any(bool(each) != (n % 4 != 3) for n, each in enumerate(config.no_rope_layers)),
+            "other blocks than each fourth are without rotary embeddings",
+        ),
+        (
+            kind == "olmo2" and head_size(config) * config.num_attention_heads != config.hidden_size,
+            "its heads together are not as wide as the stream",
+        ),
+        (kind == "starcoder2" and not config.use_bias, "its linears have no biases"),
+        (
+            not has_biases and any(getattr(config, name, False) for name in BIASES),
+            "its attention or MLP has biases",
+        ),
+    ]
+    return next((reason for broken, reason in rules if broken), None)
 
 
 def head_size(config: Any) -> int:
