@@ -8,8 +8,8 @@
 With magnitude or Wanda, rounding to nearest and one round this is SLiM's order (arXiv 2410.09615, algorithms 1 and 2);
 its code goes on to subtract the adapter from W and to prune and round that anew, which it does not say: it helps a
 little, a second round, which fits the adapter to that as well, more. ADMM, sweeps and rounds are ours to put together:
-mask, weights and adapter are fitted to one another. Later rounds of polished sweeps go on from S as it is: each adapter
-changes the target only a little.
+mask, weights and adapter are fitted to one another. Each round sweeps anew: to go on from S as it is saves a tenth of the
+time and loses up to a sixth of the divergence, most in few bits.
 
 Dimensions: W (m, n), m outputs, n inputs, r the adapter's rank.
 """
@@ -91,11 +91,6 @@ class Decomposition:
         return self.finds_mask or (self.quantize is not None and self.quantize.sweeps)
 
     @property
-    def continues(self) -> bool:
-        """Whether a later round goes on from S as it is: sweeps that are polished, not rounding to nearest."""
-        return self.polish > 0 and self.compensates and (self.quantize is None or self.quantize.sweeps)
-
-    @property
     def rows_are_independent(self) -> bool:
         """Whether S of a row is the same whatever other rows there are."""
         prune, quantize = self.prune, self.quantize
@@ -164,9 +159,9 @@ def decompose_together(
     if how.prune is not None and how.prune.method == "admm":
         find_masks(solvers, how.prune)
     batches = swept_together(solvers)
-    for number in range(how.adapt.rounds if how.adapt else 1):
+    for _ in range(how.adapt.rounds if how.adapt else 1):
         for batch in batches:
-            solve(batch, from_start=number == 0 or not how.continues)
+            solve(batch)
         if how.adapt is not None:
             for solver in solvers:
                 solver.fit_adapter(how.adapt.method)
@@ -309,24 +304,21 @@ def find_masks(solvers: Sequence[Solver], prune: Pruning) -> None:
         solver.target, solver.mask = solver.target - split.L, split.mask
 
 
-def solve(solvers: Sequence[Solver], *, from_start: bool) -> None:
-    """Fit S of each to its target, from the start or on from where it is."""
+def solve(solvers: Sequence[Solver]) -> None:
+    """Fit S of each to its target."""
     how, target = solvers[0].how, stack_rows([solver.target for solver in solvers])
-    found = Rounded.stacked([solver.start() if from_start else solver.current for solver in solvers])
+    found = Rounded.stacked([solver.start() for solver in solvers])
     if how.compensates:
-        found = swept(target, found, how, solvers[0].hessian, from_start=from_start)
+        found = swept(target, found, how, solvers[0].hessian)
     for solver, part in zip(solvers, found.split([len(solver.W) for solver in solvers]), strict=True):
         solver.take(part)
 
 
-def swept(
-    target: Float[Tensor, "m n"], start: Rounded, how: Decomposition, hessian: Hessian, *, from_start: bool
-) -> Rounded:
-    S, mask, grid = start.S, start.mask, start.grid
-    if from_start:
-        pattern = how.prune.pattern if how.prune is not None and mask is None else None
-        act_order = how.quantize is not None and how.quantize.act_order
-        S, mask = sweep(target, hessian, grid=grid, pattern=pattern, mask=mask, act_order=act_order)
+def swept(target: Float[Tensor, "m n"], start: Rounded, how: Decomposition, hessian: Hessian) -> Rounded:
+    mask, grid = start.mask, start.grid
+    pattern = how.prune.pattern if how.prune is not None and mask is None else None
+    act_order = how.quantize is not None and how.quantize.act_order
+    S, mask = sweep(target, hessian, grid=grid, pattern=pattern, mask=mask, act_order=act_order)
     for _ in range(how.polish):
         if isinstance(grid, BlockGrid):
             S, grid = refit(S, target, hessian, grid)
