@@ -148,7 +148,8 @@ class BranchPass:
             with self.clock("solve"):
                 self._apply(site)
             if site.blocks is not None and site.values is not None:
-                weight.copy_(site.values)
+                # Not in place: the dense model's head may be the same tensor.
+                module.register_parameter("weight", nn.Parameter(site.values.to(weight.dtype), requires_grad=False))
                 self.blocks[path] = site.blocks
 
     def _apply(self, site: Branch | LinearGroup | LinearSite | StreamPoint | Table) -> None:
