@@ -6,8 +6,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import runs
 import tiny
 from cli_runner import invoke, succeeds
+from compress import pipeline
 from compress.checkpoints.gguf import write_gguf
 from compress.models.hub import find_model
 from compress.models.stored_loading import open_model
@@ -92,6 +94,25 @@ def test_eval_measures_the_file_and_what_needs_safetensors_says_so(home, written
         ran = invoke(command, written)
         assert (ran.code, len(ran.faults)) == (2, 1)
         assert words in ran.faults[0]
+
+
+def test_the_held_out_divergence_is_from_the_dense_head(tmp_path, monkeypatch):
+    """Also where head and embeddings are one table, which is quantized."""
+    heads = []
+
+    def remember(_head, weight, *_rest):
+        heads.append(weight.clone())
+
+    monkeypatch.setattr("compress.calibration.branch_pass.mean_divergence", remember)
+    stages = [
+        {"stage": "refit"},
+        {"stage": "slim", "form": "gguf", "quantize": {"gguf_type": "Q4_0"}},
+        {"stage": "quantize_embeddings"},
+    ]
+    job = runs.job_of(tmp_path, "llama", stages, changes={**SIZES, "tie_word_embeddings": True})
+    pipeline.run(job)
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32)
+    assert torch.equal(heads[0], dense.lm_head.weight)
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import tiny
 from cli_runner import invoke, succeeds
-from compress.checkpoints.gguf import write_gguf
+from compress.checkpoints.gguf import reader_notes, write_gguf
 from compress.errors import CheckpointError, UsageError
 from compress.evaluation.llamacpp import LlamaCpp
 from compress.models.hub import find_model
@@ -71,6 +72,20 @@ def test_a_family_in_full_precision(family, tmp_path):
     torch.testing.assert_close(found, expected(file, ids), atol=1e-2 if family in TANH else 1e-3, rtol=0)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_notes_say_what_transformers_reads(family, tmp_path):
+    dense = tiny.write_model(tmp_path / "tiny", family, dtype=torch.float32, **FAMILIES[family])
+    (tmp_path / "alone").mkdir()
+    write_gguf(tmp_path / "tiny", file := tmp_path / "alone" / "model.gguf")
+    ids = torch.tensor([text_ids(16)])
+    try:
+        read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+        alike = torch.allclose(read(ids).logits, dense(ids).logits, atol=1e-4)
+    except (ValueError, RuntimeError):  # an architecture or sizes that it does not know
+        alike = False
+    assert alike == (not reader_notes(file))
+
+
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wide")
@@ -111,7 +126,7 @@ def test_what_llamacpp_does_not_load_is_said_in_a_line(wide, tmp_path):
 def test_a_text_longer_than_the_context_is_refused(wide, tmp_path):
     write_gguf(wide / "wide", file := tmp_path / "model.gguf")
     with pytest.raises(UsageError, match="context"):
-        opened(file).generate("a" * 150, 1)
+        opened(file).log_probs(text_ids(150))
 
 
 def test_the_command_line_measures_there(wide, tmp_path):
@@ -132,8 +147,9 @@ def test_the_command_line_measures_there(wide, tmp_path):
     [
         (["eval", "--model", "wide", "--ppl", "text.txt", "--seq-len", 16], "llama.cpp reads GGUF files"),
         (["eval", "--model", "wide", "--ppl", "text.txt", "--kl", "wide"], "--engine llamacpp measures --ppl alone"),
+        (["eval", "--model", "wide", "--ppl", "text.txt", "--device", "cpu"], "--engine llamacpp measures --ppl alone"),
         (["bench", "wide"], "llama.cpp reads GGUF files"),
-        (["bench", "wide", "--layerwise"], "Leave --batch-sizes, --layerwise and --dtype out"),
+        (["bench", "wide", "--layerwise"], "Leave --batch-sizes, --layerwise, --dtype and --device out"),
     ],
 )
 def test_what_it_cannot_measure_is_said_in_a_line(words, reason, wide, monkeypatch):

@@ -1,6 +1,6 @@
 """Our own architecture, for what no class of transformers can hold.
 
-That is a stream that has another basis behind each branch, as in SliceGPT, or that belongs to a family whose class ties
+That is a stream that has another basis after each branch, as in SliceGPT, or that belongs to a family whose class ties
 the heads' size to the hidden one (OPT); and linears that are factorized, or stored in few bits in our own way.
 """
 

@@ -2,7 +2,7 @@
 
 With one basis for the whole stream and RMSNorm(x) = x / sqrt(sum(x^2) / D + eps) at its dense width D, a hidden size of
 d is the stock class's own with norm weights sqrt(D / d) and epsilon eps D / d. What a norm weight loses by rounding to
-16 bits is made up for in the linears behind it.
+16 bits is made up for in the linears after it.
 
 LayerNorm stays LayerNorm (Phi, StarCoder2): the kept directions are laid into the vectors of R^d whose coordinates sum
 to zero, where LayerNorm subtracts nothing. That costs one channel; a head that has no bias for what the final norm's

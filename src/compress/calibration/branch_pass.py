@@ -12,7 +12,7 @@ compressed before it. At each branch:
 Single linears are rewritten with their group: readers before the branch runs, writers before it runs again. Without
 groups nothing is run a second time (SliceGPT's code runs each block twice), and linears that go by plain inputs are all
 rewritten by what one pass of the unchanged branch gives them. Where these are to be the dense model's own, the stream
-goes on behind that pass and stays the dense model's.
+goes on after that pass and stays the dense model's.
 
 Shapes: stream (windows, tokens, d) in the present basis, (windows, tokens, D) in the dense one, decode (d, D),
 encode (D, d).
@@ -163,18 +163,18 @@ class BranchPass:
         """Fit the readers' groups without writing them: the dense stream has yet to pass the branch."""
         width, groups = self.decoder.dense_width, []
         decode = self.decode if self.decode is not None else torch.eye(width, dtype=torch.float64)
-        for behind in branch.reader_groups():
-            has_bias = all_biased(behind.readers.values())
+        for part in branch.reader_groups():
+            has_bias = all_biased(part.readers.values())
             sums = EquationSums(len(decode) + has_bias, width, self.decoder.device)
             with self.clock("statistics"):
                 for batch, stream, dense in self.streams.both():
-                    u = with_constant([rows(behind.norm(stream))], bias=has_bias)
-                    sums.add(u, rows(behind.norm(dense)), held_out=batch.held_out)
+                    u = with_constant([rows(part.norm(stream))], bias=has_bias)
+                    sums.add(u, rows(part.norm(dense)), held_out=batch.held_out)
                 equations = sums.close(self.processes)
             start = decode.to(self.decoder.device)
             if has_bias:
                 start = torch.cat([start, start.new_zeros(1, width)])
-            group = Readers(f"{branch.name} readers", block, branch, *equations, start, readers=behind.readers)
+            group = Readers(f"{branch.name} readers", block, branch, *equations, start, readers=part.readers)
             with self.clock("solve"):
                 self._apply(group)
             groups.append(group)
@@ -195,7 +195,7 @@ class BranchPass:
             return
         with self.clock("forward"):
             for batch, _, dense in self.streams.both():
-                with captured_inputs(branch.norms_behind) as given:
+                with captured_inputs(branch.post_norms) as given:
                     self.streams.dense.put(batch.index, dense + self.streams.update(branch, dense, batch, block))
                 if self.streams.before_post_norm is not None and given:
                     self.streams.before_post_norm.put(batch.index, given[0])
@@ -299,9 +299,9 @@ class BranchPass:
         """The targets of a branch's writers for a batch, and its token weights.
 
         That is what takes the compressed stream to the dense one, over what the branch multiplies it by. Where a norm
-        is behind the branch, it is to be given what it is given in the dense model: the writer's own outputs there, or
-        the stream that has taken these in. Tokens weigh as the next norm will weigh them, and as the norm behind the
-        branch does: an error e before a norm of y is of the order of e / rms(y) behind it.
+        is after the branch, it is to be given what it is given in the dense model: the writer's own outputs there, or
+        the stream that has taken these in. Tokens weigh as the next norm will weigh them, and as the norm after the
+        branch does: an error e before a norm of y is of the order of e / rms(y) after it.
         """
         t = rows(dense)
         weights = self._weigh(t)

@@ -78,7 +78,7 @@ class LinearRewriter:
     ) -> list[Report]:
         """Rewrite the linears by their inputs in one pass of the unchanged branch.
 
-        advance: the stream goes on behind that pass, and sees nothing of what is rewritten.
+        advance: the stream goes on after that pass, and sees nothing of what is rewritten.
         """
         if not self.stages:
             return []

@@ -206,7 +206,7 @@ def is_anchored(stages: Sequence[Stage]) -> bool:
 
 
 def keeps_before_post_norms(stages: Sequence[Stage], family: Family) -> bool:
-    """Whether writers are fitted to what the norms behind them are given in the dense model."""
+    """Whether writers are fitted to what the norms after them are given in the dense model."""
     return family.has_post_norms and is_anchored(stages)
 
 

@@ -165,7 +165,7 @@ class Interner:
 class Streams:
     """
     compressed: in the present basis, (windows, tokens, d) a batch. dense: (windows, tokens, D), None where no stage
-    compares with it. before_post_norm: what the norm behind the present branch is given in the dense model; None where
+    compares with it. before_post_norm: what the norm after the present branch is given in the dense model; None where
     nobody asks. arguments: what each block is called with besides the stream, by batch.
     batches: this process's share of those that all `processes` know.
     """

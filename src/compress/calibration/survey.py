@@ -200,23 +200,23 @@ class Surveyor:
             with self.units.block(block, branches):
                 for batch in self.batches:
                     x = inputs.get(batch.index, self.decoder.device)
-                    behind = self.stream.get(batch.index, self.decoder.device)
-                    self.stream.put(batch.index, self._backward_batch(batch, block, branches, x, behind))
+                    after = self.stream.get(batch.index, self.decoder.device)
+                    self.stream.put(batch.index, self._backward_batch(batch, block, branches, x, after))
 
     def _backward_batch(
-        self, batch: Batch, block: int, branches: Sequence[Branch], x: Tensor, behind: Tensor
+        self, batch: Batch, block: int, branches: Sequence[Branch], x: Tensor, after: Tensor
     ) -> Float[Tensor, "windows tokens D"]:
         """Return the gradient by a block's input x, from that by its output."""
         points = [x.detach().requires_grad_()]
         with self.observer.batch() as outputs, self.units.batch() as given:
             for branch in branches:
                 points.append(points[-1] + self.streams.update(branch, points[-1], batch, block))
-        found = torch.autograd.grad(points[-1], [*points[:-1], *outputs.values()], behind)
+        found = torch.autograd.grad(points[-1], [*points[:-1], *outputs.values()], after)
         before, by_outputs = found[: len(branches)], dict(zip(outputs, found[len(branches) :], strict=True))
         for point, gradient in zip(points[:-1], before, strict=True):
             self._count(point.detach(), gradient)
         self.observer.add(batch.ids.numel(), by_outputs)
-        self.units.add(given, [*before[1:], behind])
+        self.units.add(given, [*before[1:], after])
         check_sound(before[0], f"the loss's gradient before block {block}")
         return before[0].detach()
 

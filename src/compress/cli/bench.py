@@ -33,6 +33,10 @@ LAYERWISE = "Time single linear layers too, as SLiM reports speed."
 TOKENS = "Tokens per call of a linear layer, with --layerwise. Default: 1,16,128."
 ENGINE = "What runs the models: transformers, or llamacpp for GGUF files, alone or --against another."
 DTYPE = "Dtype of both models. Default: OUT's own, on the CPU at least float32."
+NOT_FOR_LLAMACPP = (
+    "--engine llamacpp runs one sequence on the CPU, in the file's own types. "
+    "Leave --batch-sizes, --layerwise, --dtype and --device out."
+)
 SIDES = ("dense", "compressed")
 SPEEDUP, NO_ROOM = "speedup (middle half)", "no room"
 
@@ -67,6 +71,9 @@ def bench(
     with problems.collect():
         check_dtype(dtype)
     with problems.collect():
+        if engine == "llamacpp" and (batch_sizes or layerwise or dtype or device):
+            raise UsageError(NOT_FOR_LLAMACPP)
+    with problems.collect():
         sources.append(find_model(out or str(newest_or_refuse("bench"))))
     with problems.collect():
         if against is not None or (sources and engine == "transformers"):
@@ -74,12 +81,6 @@ def bench(
     if device is not None or not problems.found:
         with problems.collect():
             target = pick_device(device)
-    with problems.collect():
-        if engine == "llamacpp" and (batch_sizes or layerwise or dtype):
-            raise UsageError(
-                "--engine llamacpp runs one sequence in the file's own types. "
-                "Leave --batch-sizes, --layerwise and --dtype out."
-            )
     problems.report()
     if engine == "llamacpp":
         show_llamacpp(sources, lists["prompt"], new, rounds, as_json=json)

@@ -114,9 +114,9 @@ class EvalOptions:
         report(broken)
 
     def check_engine(self) -> None:
-        if self.engine == "llamacpp" and (self.kl or self.tasks or self.humaneval or self.dtype):
+        if self.engine == "llamacpp" and (self.kl or self.tasks or self.humaneval or self.dtype or self.device):
             raise UsageError(
-                "--engine llamacpp measures --ppl alone. Leave --kl, --tasks, --humaneval and --dtype out."
+                "--engine llamacpp measures --ppl alone. Leave --kl, --tasks, --humaneval, --dtype and --device out."
             )
 
     @property

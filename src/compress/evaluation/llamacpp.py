@@ -22,6 +22,7 @@ from compress.evaluation.speed.turns import spread
 from compress.models.tensor_files import GGUF
 
 FORCED = 1e6  # what is added to a logit
+VERBOSE = "COMPRESS_LLAMACPP_LOG"
 
 
 class LlamaCpp:
@@ -46,12 +47,12 @@ class LlamaCpp:
             params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
             params.flash_attn_type = 0
         params.swa_full = True  # keeps what a text shares with the one before also with sliding windows
-        params.verbosity = int(os.environ.get("LLAMA_LOG_VERBOSITY", "-1"))
+        params.verbosity = 1 if VERBOSE in os.environ else -1
         try:
             self._server: Any = xllamacpp.Server(params)
         except RuntimeError as error:
             raise CheckpointError(
-                f"llama.cpp does not load {file}. LLAMA_LOG_VERBOSITY=1 in the environment shows why."
+                f"llama.cpp does not load {file}. {VERBOSE}=1 in the environment shows why."
             ) from error
 
     def log_probs(self, ids: Sequence[int]) -> list[float]:
@@ -71,13 +72,9 @@ class LlamaCpp:
         """The mean negative log-probability of a window's tokens but the first, in nats."""
         return -sum(self.log_probs(window.tolist())) / (len(window) - 1)
 
-    def generate(self, prompt: str, tokens: int) -> str:
-        """The likeliest continuation of a text."""
-        return str(self._reply(prompt, tokens=tokens)["choices"][0]["text"])
-
     def speed(self, prompt: int, new: int) -> tuple[float, float]:
-        """Tokens a second that it reads of a prompt of so many, and that it writes of as many new ones."""
-        ids = torch.arange(prompt).remainder(64).add(3).tolist()
+        """Tokens a second of prefill and of decoding, for a prompt of `prompt` tokens and `new` ones after it."""
+        ids = torch.arange(prompt).remainder(self.vocabulary).tolist()
         timings = self._reply(ids, tokens=new, ignore_eos=True, cache_prompt=False)["timings"]
         return float(timings["prompt_per_second"]), float(timings["predicted_per_second"])
 
@@ -94,12 +91,14 @@ class LlamaCpp:
         return self.tokenize("a")[-1]
 
     def _written(self, ids: Sequence[int], token: int, *, listed: int) -> Any:
-        """The token after these, forced to be `token`, with so many of the likeliest; None where it is not reported."""
+        """The next token, forced to be `token`, with the `listed` likeliest; None where it is not reported."""
         choice = self._reply(ids, tokens=1, logprobs=listed, logit_bias=[[token, FORCED]])["choices"][0]
         return choice["logprobs"] and choice["logprobs"]["content"][0]
 
-    def _reply(self, prompt: str | Sequence[int], *, tokens: int, **options: Any) -> Any:
-        reply = self._server.handle_completions({"prompt": prompt, "n_predict": tokens, "temperature": 0.0, **options})
+    def _reply(self, ids: Sequence[int], *, tokens: int, **options: Any) -> Any:
+        reply = self._server.handle_completions(
+            {"prompt": list(ids), "n_predict": tokens, "temperature": 0.0, **options}
+        )
         if "error" in reply:
             raise UsageError(f"llama.cpp refuses: {reply['error']['message']}.")
         return reply

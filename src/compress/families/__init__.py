@@ -61,7 +61,7 @@ class BranchTable:
 
     paths: the chains of modules from norm to stream; more than one where attention and MLP run in parallel.
     norms: one for all paths, or one for each; none where the stream is read as it is.
-    post_norm: a norm behind the branch, of what it is about to write, or with `post_norm_of` "stream" of the stream
+    post_norm: a norm after the branch, of what it is about to write, or with `post_norm_of` "stream" of the stream
         that has taken that in. Such a branch has one writer.
     experts: the parts of it that have only some of the tokens each, as branches of their own without a norm; what they
         read and write is the branch's too.
@@ -81,9 +81,9 @@ class BranchTable:
         """Readers by the norm before them; None without a norm."""
         if len(self.norms) <= 1:
             return {next(iter(self.norms), None): self.readers}
-        behind = {norm: tuple(f"{step}." for step in path) for norm, path in zip(self.norms, self.paths, strict=True)}
+        after = {norm: tuple(f"{step}." for step in path) for norm, path in zip(self.norms, self.paths, strict=True)}
         return {
-            norm: tuple(name for name in self.readers if f"{name}.".startswith(steps)) for norm, steps in behind.items()
+            norm: tuple(name for name in self.readers if f"{name}.".startswith(steps)) for norm, steps in after.items()
         }
 
 

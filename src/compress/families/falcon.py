@@ -1,4 +1,4 @@
-"""Falcon: attention and MLP in parallel behind one LayerNorm (7B) or one each (40B), or one after the other (RW)."""
+"""Falcon: attention and MLP in parallel after one LayerNorm (7B) or one each (40B), or one after the other (RW)."""
 
 from dataclasses import replace
 from typing import Any

@@ -1,4 +1,4 @@
-"""Gemma 2: Gemma's blocks with a norm behind each branch too, and soft caps on attention scores and logits."""
+"""Gemma 2: Gemma's blocks with a norm after each branch too, and soft caps on attention scores and logits."""
 
 from compress.families._blocks import GEMMA2
 

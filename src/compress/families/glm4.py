@@ -1,4 +1,4 @@
-"""GLM-4 (0414): GLM with a norm behind each branch too."""
+"""GLM-4 (0414): GLM with a norm after each branch too."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""GPT-NeoX and Pythia: attention and MLP, each behind a LayerNorm of its own, in parallel or one after the other."""
+"""GPT-NeoX and Pythia: attention and MLP, each after a LayerNorm of its own, in parallel or one after the other."""
 
 from dataclasses import replace
 from typing import Any

@@ -1,4 +1,4 @@
-"""OPT: LayerNorm, learned positions, an MLP without a module of its own; OPT-350m normalizes behind each branch."""
+"""OPT: LayerNorm, learned positions, an MLP without a module of its own; OPT-350m normalizes after each branch."""
 
 from dataclasses import replace
 from typing import Any
@@ -20,7 +20,7 @@ def not_exact(config: Any) -> str | None:
     return None
 
 
-def behind(branch: BranchTable) -> BranchTable:
+def post_norm(branch: BranchTable) -> BranchTable:
     return replace(branch, norms=(), post_norm=branch.norms[0], post_norm_of="stream")
 
 
@@ -31,7 +31,7 @@ def family(config: Any) -> Family:
     return Family(
         embeddings=(f"{decoder}.embed_tokens", f"{decoder}.embed_positions"),
         blocks=f"{decoder}.layers",
-        branches=(ATTENTION, MLP) if pre_norm else (behind(ATTENTION), behind(MLP)),
+        branches=(ATTENTION, MLP) if pre_norm else (post_norm(ATTENTION), post_norm(MLP)),
         final_norm=f"{decoder}.final_layer_norm" if has_final_norm else None,
         project_in=f"{decoder}.project_in" if is_projected else None,
         project_out=f"{decoder}.project_out" if is_projected else None,

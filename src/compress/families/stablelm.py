@@ -1,4 +1,4 @@
-"""StableLM: LayerNorm, rotary positions on a part of each head, dropout behind the MLP."""
+"""StableLM: LayerNorm, rotary positions on a part of each head, dropout after the MLP."""
 
 from dataclasses import replace
 from typing import Any

@@ -194,7 +194,7 @@ def place_of(tensor: StoredTensor) -> int | str:
 def block(seen: Inspection, place: int | str, tensors: Sequence[StoredTensor]) -> dict[str, Any]:
     """A block, or what comes before the first or after the last of them.
 
-    widths: of the stream behind the embeddings or behind each branch. error: relative, of the stream behind the block.
+    widths: of the stream after the embeddings or after each branch. error: relative, of the stream after the block.
     lost: of the linears' outputs, the share of their energy that is gone, the mean over those that were changed.
     """
     linears = [linear for linear in seen.linears if linear.block == place]

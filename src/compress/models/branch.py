@@ -25,7 +25,7 @@ Writer = nn.Linear | nn.Embedding
 
 @dataclass(frozen=True)
 class ReaderGroup:
-    """The readers behind one norm of a branch, which is `norm_name` below `owner`; None where there is no norm."""
+    """The readers after one norm of a branch, which is `norm_name` below `owner`; None where there is no norm."""
 
     owner: nn.Module
     norm_name: str | None
@@ -43,11 +43,11 @@ class ReaderGroup:
 class Branch:
     """
     name: as a user should read it in an error, "block 3 mlp".
-    owner: the module that its parts are named below. norms: its norms there, each with the readers behind it.
+    owner: the module that its parts are named below. norms: its norms there, each with the readers after it.
     shortcut_name: where the owner has the stream's change of basis beside the branch, if it needs one.
     units: kinds of parts that can be deleted whole, and how many the dense branch has of each.
     scale: what all that it writes is multiplied by on the way to the stream.
-    post_norm: the name of the norm behind it, and whether that is of what it writes (`update`) or of the `stream`.
+    post_norm: the name of the norm after it, and whether that is of what it writes (`update`) or of the `stream`.
     experts: its parts that have only some of the tokens each. sparse: the module that they are of.
     run: from the stream (batch, tokens, d) and the block's keyword arguments to what the branch adds to it.
     """
@@ -101,7 +101,7 @@ class Branch:
         return self.post_norm is not None and self.post_norm_of == "update"
 
     @property
-    def norms_behind(self) -> list[nn.Module]:
+    def post_norms(self) -> list[nn.Module]:
         return [] if self.post_norm is None else [self.owner.get_submodule(self.post_norm)]
 
     def linear(self, name: str) -> AnyLinear:

@@ -104,8 +104,8 @@ class Decoder:
     def embed(self, ids: Int64[Tensor, "batch tokens"]) -> tuple[Float[Tensor, "batch tokens d"], list[Arguments]]:
         """Compute the stream before the first block and the other arguments of each block."""
         # Recorders in the places of the blocks, and nothing in those of the modules after them.
-        behind = [part for part in self.family.head_parts if part != self.family.head]
-        stand_ins = {self.family.blocks: nn.ModuleList(self.recorders), **{part: nn.Identity() for part in behind}}
+        after = [part for part in self.family.head_parts if part != self.family.head]
+        stand_ins = {self.family.blocks: nn.ModuleList(self.recorders), **{part: nn.Identity() for part in after}}
         kept = {name: self.model.get_submodule(name) for name in stand_ins}
         for name, module in stand_ins.items():
             replace(self.model, name, module)

@@ -239,6 +239,8 @@ KEYS = {
     RMS_NORM: "rms_norm_eps",
 }
 OPTIONAL = ("attention.head_count_kv", "attention.key_length")
+# Where the architecture has it: without a multiplier llama.cpp would take another one than transformers.
+REQUIRED = ({*KEYS} - {*OPTIONAL}) | {LAYER_NORM, *MULTIPLIERS}
 HEAD_SIZES = ("rope.dimension_count", "attention.value_length")  # which all have to be key_length
 ROPE = ("rope.freq_base", "rope.scaling.type", "rope.scaling.factor")
 # The vocabulary has as many rows as its table; the others say how the model came to be.
@@ -296,7 +298,7 @@ def sizes(header: Header, known: Architecture, said: Mapping[str, Any]) -> dict[
     blocks = {name.split(".")[1] for name in header.tensors if name.startswith("blk.")}
     if len(blocks) != said.get("block_count"):  # before as many are built
         raise ValueError(f"it has {len(blocks)} blocks and says {said.get('block_count')}")
-    absent = next((key for key in (known.all_keys.keys() & {*KEYS, LAYER_NORM}) if key not in (*said, *OPTIONAL)), None)
+    absent = next((key for key in known.all_keys if key in REQUIRED and key not in said), None)
     if absent is not None:
         raise ValueError(f"it does not say {absent}")
     found = {name: said[key] for key, name in known.all_keys.items() if key in said}

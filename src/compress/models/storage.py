@@ -292,7 +292,7 @@ def unpacked(packed: Tensor, bits: int, count: int) -> Tensor:
 def inputs_as_they_are(module: nn.Module) -> Iterator[None]:
     """Switch off input quantization for as long as the context is open.
 
-    It is a step function: what differs by the order of a sum before it can differ by a whole step behind it.
+    It is a step function: what differs by the order of a sum before it can differ by a whole step after it.
     """
     rounding = {part: part.inputs for part in module.modules() if isinstance(part, LoraLinear)}
     try:

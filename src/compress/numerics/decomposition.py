@@ -8,8 +8,8 @@
 With magnitude or Wanda, rounding to nearest and one round this is SLiM's order (arXiv 2410.09615, algorithms 1 and 2);
 its code goes on to subtract the adapter from W and to prune and round that anew, which it does not say: it helps a
 little, a second round, which fits the adapter to that as well, more. ADMM, sweeps and rounds are ours to put together:
-mask, weights and adapter are fitted to one another. Each round sweeps anew: to go on from S as it is saves a tenth of
-the time and loses up to a sixth of the divergence, most in few bits.
+mask, weights and adapter are fitted to one another. Each round sweeps anew: going on from S as it is loses
+more than it saves.
 
 Dimensions: W (m, n), m outputs, n inputs, r the adapter's rank.
 """

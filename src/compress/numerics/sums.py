@@ -28,8 +28,8 @@ class GramSum:
     def close(self) -> Float64[Tensor, "k k"]:
         """Mirror the upper blocks and return the whole matrix; ends the sum."""
         for start in range(0, len(self.total), ROWS_AT_ONCE):
-            rows, behind = slice(start, start + ROWS_AT_ONCE), slice(start + ROWS_AT_ONCE, None)
-            self.total[behind, rows] = self.total[rows, behind].T
+            rows, after = slice(start, start + ROWS_AT_ONCE), slice(start + ROWS_AT_ONCE, None)
+            self.total[after, rows] = self.total[rows, after].T
         return self.total
 
 

@@ -14,7 +14,7 @@ class CompressConfig(PretrainedConfig):
         outputs, with the keys of the numbers), `head_bias`, `returns_tuple` (whether stock blocks return a tuple).
     slicing: None, or
         `stream_widths`: the width of the residual stream after the embeddings and after each branch, in order.
-        `shortcuts`: whether the stream has another basis behind every branch and passes it by a matrix.
+        `shortcuts`: whether the stream has another basis after every branch and passes it by a matrix.
         `mlp_widths`: of the MLPs, one a block, where they are not all as `text_config` says; else None.
         `norm_width`, `norm_eps`: RMSNorm(x) = x / sqrt(sum(x^2) / norm_width + norm_eps), norm_width the dense width.
         `reader_bias`: whether norm offsets were folded into the readers, so that each has a bias.

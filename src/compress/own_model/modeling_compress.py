@@ -171,7 +171,7 @@ class SparseMLP(nn.Module):
     def assignments(self, x):
         """The number of each expert that has some of x (tokens, d), their indices (n,) and its shares of them (n, 1).
 
-        The shared expert comes behind the last one, with all tokens.
+        The shared expert comes after the last one, with all tokens.
         """
         shares, chosen = self.route(x)
         for number in chosen.unique().tolist():
@@ -363,7 +363,7 @@ class LowRankLinear(nn.Module):
 class PivotLinear(nn.Module):
     """r of the outputs are first(x), the others second of those: r (m + n - r) numbers and the bias, the same function.
 
-    order: where output i lies behind the two (PIFA, arXiv 2501.19090).
+    order: where output i lies after the two (PIFA, arXiv 2501.19090).
     """
 
     def __init__(self, in_features, out_features, rank, bias):

@@ -177,7 +177,7 @@ def _complete(prepared: Prepared, walk: Walk, folder: RunFolder, progress: Progr
     """The rest of the checkpoint, the proof that it reloads, and its name. What it says of itself, and the proof."""
     job, target = prepared.job, folder.checkpoint
     steps = Steps(progress, "verifying", 2 if job.export == "gguf" else 1)
-    steps.next("reloading in a clean process")
+    steps.next("reloading")
     metadata = write_companions(prepared, folder)
     with walk.clock("verify"):
         ids, logits = walk.probe_ids, walk.probe

@@ -197,7 +197,7 @@ def result_of(
     prepared: Prepared, metadata: Metadata, seconds: dict[str, float], difference: float | None, resumed: int
 ) -> Result:
     job, exported = prepared.job, list[str]()
-    if job.export == "gguf":
+    if job.export == "gguf" or metadata.storage == "gguf":
         from compress.checkpoints.gguf import reader_notes
 
         exported = reader_notes(job.out / f"{job.out.name}.gguf")

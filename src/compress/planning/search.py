@@ -62,10 +62,10 @@ def choose(costs: Sequence["Cost | None"], measure: Callable[[int], float]) -> i
     predicted = [cost.total(LEFT) for cost in known]
     first = min(range(len(known)), key=predicted.__getitem__)
     values = {first: measure(first)}
-    beside = [place for place in (first - 1, first + 1) if 0 <= place < len(known)]
-    beside = [place for place in beside if predicted[place] <= REACH * predicted[first]]
-    if beside:
-        second = min(beside, key=predicted.__getitem__)
+    neighbors = [place for place in (first - 1, first + 1) if 0 <= place < len(known)]
+    neighbors = [place for place in neighbors if predicted[place] <= REACH * predicted[first]]
+    if neighbors:
+        second = min(neighbors, key=predicted.__getitem__)
         values[second] = measure(second)
         left = corrected([(known[place], value) for place, value in values.items()])
         third = min(range(len(known)), key=lambda place: values.get(place, known[place].total(left)))

@@ -1,3 +1,4 @@
+import fnmatch
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
@@ -97,3 +98,30 @@ class RankStage(StageConfig):
     @abstractmethod
     def uniform_factors(self, linears: Sequence[LinearShape]) -> dict[str, FactorShape]:
         """What it would make of the linears, by path, without looking at the model; those that stay dense left out."""
+
+
+# Which linears a stage works on, as a user says it: `all`, a part of the block, or patterns of names below a block.
+
+
+def is_target(patterns: Sequence[str], name: str, part: str) -> bool:
+    """
+    name: of the linear below its block. part: of the block, `attention`, `mlp` or `router`, which `all` leaves out.
+    """
+    name = name.removesuffix(".first").removesuffix(".second")  # of what is factorized
+    return any(
+        pattern == part
+        or (pattern == "all" and part != "router")
+        or fnmatch.fnmatchcase(name, pattern)
+        or fnmatch.fnmatchcase(name, f"*.{pattern}")
+        for pattern in patterns
+    )
+
+
+def unmatched(patterns: Sequence[str], linears: Sequence[LinearShape]) -> list[str]:
+    """A sentence for each pattern that no linear matches."""
+    names = ", ".join(sorted({linear.name for linear in linears}))
+    return [
+        f"No linear matches the target {pattern!r}. There are {names}."
+        for pattern in patterns
+        if not any(is_target((pattern,), linear.name, linear.part) for linear in linears)
+    ]

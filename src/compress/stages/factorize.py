@@ -30,8 +30,7 @@ from compress.calibration.survey import SurveyNeed
 from compress.errors import report
 from compress.models.factors import Form, factor_module, multiplied_out
 from compress.numerics.lowrank import Factors, asvd, gradient_metric, lord, svd, svd_llm, weighted
-from compress.stages._stage import RankStage
-from compress.stages._targets import is_target, unmatched
+from compress.stages._stage import RankStage, is_target, unmatched
 
 Method = Literal["anchored", "lord", "svd-llm", "asvd", "svd"]
 CENTRED = ("anchored", "lord")

@@ -2,7 +2,7 @@
 
 Every group of linears is asked to make of what the compressed prefix gives it what the dense model had at its place,
 by ridge regression toward the weights it has (`calibration/groups.py` says what that means for readers and writers,
-`numerics/ridge.py` how it is solved). Errors of the prefix are made up for by the groups behind it, which a method that
+`numerics/ridge.py` how it is solved). Errors of the prefix are made up for by the groups after it, which a method that
 lets each layer reproduce itself cannot do. Nothing changes where the compressed prefix is the dense one.
 
 How strongly a group is drawn toward its weights is chosen on windows that it is not fitted on; where no fit is better

@@ -40,8 +40,7 @@ from compress.numerics.decomposition import (
 from compress.numerics.grids import Granularity, QuantType
 from compress.numerics.sparsity import Pattern
 from compress.own_model.modeling_compress import AdaptedLinear
-from compress.stages._stage import StageConfig
-from compress.stages._targets import is_target, unmatched
+from compress.stages._stage import StageConfig, is_target, unmatched
 
 USUAL_GROUP = 128  # what engines' kernels are made for
 

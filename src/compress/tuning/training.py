@@ -7,7 +7,7 @@ share a step's windows; each has the mean gradient of all of them, and so the sa
 What is descended is the next token's cross-entropy, or the divergence from the dense model's distribution over it.
 Logits are the largest tensors of a step: a vocabulary of 49,152 takes 3 GB for 16 windows of 1,024 tokens, and a loss
 keeps several of that size. So they are made for some tokens at a time, and the head's gradients are taken before the
-next ones are made; only the hidden states behind the last block are kept for all tokens.
+next ones are made; only the hidden states after the last block are kept for all tokens.
 """
 
 import math
@@ -208,7 +208,7 @@ def restore(training: Training, data: Mapping[str, Any], tensors: Mapping[str, T
 
 
 class SplitModel:
-    """A causal LM in two steps: to the hidden states behind its last block, and from there to logits."""
+    """A causal LM in two steps: to the hidden states after its last block, and from there to logits."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.body, self.head, config = model.base_model, model.get_output_embeddings(), model.config

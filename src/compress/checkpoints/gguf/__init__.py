@@ -28,6 +28,8 @@ from compress.io import atomic_write
 from compress.models.gguf_header import ROPE_FACTORS, read_header
 from compress.models.gguf_opening import check_extra
 
+IN_TRANSFORMERS = ("llama", "qwen2", "phi3", "starcoder2")  # architectures that its reader (5.23) reads alike
+
 __all__ = ["check_exportable", "reader_notes", "verify_gguf", "write_gguf"]
 
 
@@ -76,9 +78,14 @@ def check_exportable(config: Any, folder: Path) -> None:
 
 
 def reader_notes(file: Path) -> list[str]:
-    """What to know of the readers of a GGUF file of ours, a sentence each; nothing if all read it alike."""
+    """What to know of the readers of a written GGUF file, a sentence each; nothing if all read it alike."""
     header = read_header(file)
-    if header.fields["general.architecture"] != "llama":
+    architecture = header.fields["general.architecture"]
+    if architecture not in IN_TRANSFORMERS:
+        return [
+            f"transformers' reader of GGUF makes no {architecture} model, or another; llama.cpp and compress read it."
+        ]
+    if architecture != "llama":
         return []
     biases = {name: tensor.shape for name, tensor in header.tensors.items() if name.endswith(".bias")}
     scaling = header.fields.get("llama.rope.scaling.type", "llama3" if ROPE_FACTORS in header.tensors else None)

@@ -150,10 +150,7 @@ def why_not_its_family(kind: str, has_biases: bool, config: Any) -> str | None:
             "its heads together are not as wide as the stream",
         ),
         (kind == "starcoder2" and not config.use_bias, "its linears have no biases"),
-        (
-            not has_biases and any(getattr(config, name, False) for name in BIASES),
-            "its attention or MLP has biases",
-        ),
+        (not has_biases and any(getattr(config, name, False) for name in BIASES), "its attention or MLP has biases"),
     ]
     return next((reason for broken, reason in rules if broken), None)
 
