@@ -102,30 +102,35 @@ def integers(x: Tensor, columns: int) -> Int32[Tensor, "_ columns"]:
     return x.reshape(-1, columns).to(torch.int32)
 
 
-def fit_blocks(W: Float[Tensor, "m n"], kind: BlockType, weights: Float[Tensor, "n"] | None = None) -> BlockGrid:
-    """weights: of the inputs' squared errors; the diagonal of their second moment."""
+def fit_blocks(
+    W: Float[Tensor, "m n"], kind: BlockType, weights: Float[Tensor, "n"] | None = None, *, trials: int = TRIALS
+) -> BlockGrid:
+    """
+    weights: of the inputs' squared errors; the diagonal of their second moment. trials: scales for each end of the
+        grid; fewer than usual take less time and leave a few percent more error.
+    """
     w = torch.ones_like(W[0]) if weights is None else weights.to(W.dtype)
     w = (w / w.mean().clamp_min(TINY)).clamp_min(1e-6).view(1, -1, kind.group)
     rows = max(CHUNK // W.shape[1], 1)
-    return BlockGrid.stacked([fit_rows(part.unflatten(1, (-1, kind.group)), kind, w) for part in W.split(rows)])
+    return BlockGrid.stacked([fit_rows(part.unflatten(1, (-1, kind.group)), kind, w, trials) for part in W.split(rows)])
 
 
-def fit_rows(X: Float[Tensor, "m G g"], kind: BlockType, w: Float[Tensor, "1 G g"]) -> BlockGrid:
-    scale, low = shifted_scales(X, kind, w) if kind.has_min else (plain_scales(X, kind, w), None)
+def fit_rows(X: Float[Tensor, "m G g"], kind: BlockType, w: Float[Tensor, "1 G g"], trials: int = TRIALS) -> BlockGrid:
+    scale, low = shifted_scales(X, kind, w, trials) if kind.has_min else (plain_scales(X, kind, w, trials), None)
     grid = in_blocks(kind, scale, low)
     error = error_of_blocks(grid, X, w)
-    for _ in range(REFINEMENTS):
+    for _ in range(REFINEMENTS if trials >= TRIALS else 1):
         new = moved(grid, X, w)
         changed = error_of_blocks(new, X, w)
         grid, error = chosen(changed < error, new, grid), torch.minimum(changed, error)
     return grid
 
 
-def plain_scales(X: Float[Tensor, "m G g"], kind: BlockType, w: Tensor) -> Float[Tensor, "m G"]:
+def plain_scales(X: Float[Tensor, "m G g"], kind: BlockType, w: Tensor, trials: int) -> Float[Tensor, "m G"]:
     """The best scale of each group by itself; its sign puts either end of the grid on the largest weight."""
     largest = X.gather(2, X.abs().argmax(2, keepdim=True))[..., 0]
     ends = [kind.lowest, kind.highest] if kind.table is None else [kind.table[0], kind.table[-1]]
-    reaches = torch.linspace(0.76, 1.26, TRIALS).tolist()
+    reaches = torch.linspace(0.76, 1.26, trials).tolist()
     if kind.highest - kind.lowest > FINE:
         ends, reaches = ends[:1], [0.95, 1.0, 1.05]
     best, scale = torch.zeros_like(largest), torch.zeros_like(largest)
@@ -138,14 +143,14 @@ def plain_scales(X: Float[Tensor, "m G g"], kind: BlockType, w: Tensor) -> Float
     return scale
 
 
-def shifted_scales(X: Float[Tensor, "m G g"], kind: BlockType, w: Tensor) -> tuple[Tensor, Tensor]:
+def shifted_scales(X: Float[Tensor, "m G g"], kind: BlockType, w: Tensor, trials: int) -> tuple[Tensor, Tensor]:
     """The best scale and minimum of each group; the minimum as what is subtracted, or added without `mins`."""
     high, least = X.amax(2), X.amin(2)
     if kind.mins is not None:
         least = least.clamp_max(0)
     total, sx, sxx = w.sum(2), (w * X).sum(2), (w * X * X).sum(2)
     best, scale, low = (torch.full_like(high, value) for value in (torch.inf, 0.0, 0.0))
-    for reach in torch.linspace(-1.0, 1.0, TRIALS).tolist():
+    for reach in torch.linspace(-1.0, 1.0, trials).tolist():
         inverse = (kind.highest + reach) / positive(high - least)
         q = ((X - least[..., None]) * inverse[..., None]).round_().clamp_(0, kind.highest)
         wq = w * q

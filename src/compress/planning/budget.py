@@ -60,7 +60,7 @@ class Choice:
     @property
     def label(self) -> Counts:
         """The counts that distinguish it from other choices."""
-        return {kind: count for kind, count in self.counts.items() if kind not in ("ranks", "forms")}
+        return {kind: count for kind, count in self.counts.items() if kind not in ("ranks", "forms", "types", "tables")}
 
 
 @dataclass(frozen=True)

@@ -62,9 +62,15 @@ class Plan:
     def survey(self) -> SurveyNeed:
         return surveyed(self.stages)
 
+    @property
+    def opens_types(self) -> bool:
+        """Whether the types of a GGUF file are to be found."""
+        return "types" in self.spec.undecided
+
     def chosen(self, choice: Choice) -> "Plan":
         stages = tuple(stage.decided(choice.counts) for stage in self.stages)
-        return replace(self, stages=stages, spec=choice.spec, ranks=None, choices=[])
+        others = alternatives(choice.spec) if choice.spec.is_gguf else self.alternatives
+        return replace(self, stages=stages, spec=choice.spec, ranks=None, choices=[], alternatives=others)
 
     def to_dict(self) -> dict[str, Any]:
         spec = self.spec
@@ -98,7 +104,7 @@ def make_plan(
     choices = list[Choice]()
     if recipe.budget is not None and ranks is not None:
         check_budget(ranks, recipe.budget, dense)
-    elif recipe.budget is not None:
+    elif recipe.budget is not None and "types" not in spec.undecided:
         choices = width_choices(WidthSpace(stages, base), recipe.budget, dense)
     if spec.is_decided:
         report(spec.problems())
@@ -170,7 +176,10 @@ def mixture_faults(stages: Sequence[StageConfig], *, has_budget: bool) -> list[s
             f"prune_units deletes rows of what {name} has stored by then. Run it first, and {name} on its output."
         )
     open_ranks = any(isinstance(stage, RankStage) and stage.open_ranks for stage in stages)
-    if has_budget or open_ranks or any(stage.opens for stage in stages):
+    opens_types = storing[0].opens == "types"
+    if opens_types and any(stage.reshapes or isinstance(stage, RankStage) for stage in stages):
+        problems.append("Types under a budget are found for the dense model's own matrices. Run two recipes.")
+    elif not opens_types and (has_budget or open_ranks or any(stage.opens for stage in stages)):
         problems.append(
             f"{name} has to know every width and rank beforehand, so a budget or ranks left open are not for this "
             "recipe. Say how much each stage keeps, or run two recipes."

@@ -25,6 +25,7 @@ class Entry:
     """A tensor of the file: what it is there, and how to read it when its turn comes.
 
     shape: of its bytes where it has a block type. block_type: one of llama.cpp's, whose bytes are read as they are.
+    path: of the module that it is of, below the causal LM.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Entry:
     dtype: torch.dtype
     read: Callable[[], Tensor]
     block_type: str | None = None
+    path: str = ""
 
 
 @dataclass(frozen=True)
@@ -57,9 +59,7 @@ def read_model(folder: Path, types: Mapping[str, str]) -> Model:
     check_writable(config)
     architecture, weights = WRITTEN[config.model_type], LazyWeights(folder)
     known = ARCHITECTURES[architecture]
-    shapes = {name: parameter.shape for name, parameter in empty_model(config).state_dict().items()}
-    if config.tie_word_embeddings:
-        del shapes["lm_head.weight"]
+    shapes = stored_shapes(config)
     quantized = {f"{path}.weight": f"{path}.qweight" for path in types}
     weights.check_against({name: shape for name, shape in shapes.items() if name not in quantized})
     biases = [name for name in shapes if name.endswith(".bias")]
@@ -82,11 +82,44 @@ def read_model(folder: Path, types: Mapping[str, str]) -> Model:
         dtype = torch.float32 if len(shape) == 1 or dtype == torch.float64 else dtype
         added = 1.0 if known.norms_from_one and name.endswith("norm.weight") else 0.0
         entries.append(Entry(theirs, shape, dtype, partial(read_rows, weights, name, heads, dtype, added)))
-    rope = {"rope_type": "default", "rope_theta": 1e4} | (config.rope_parameters or {})
+    rope = rope_of(config)
     if rope["rope_type"] == "llama3":
-        factors = llama3_factors(config)
-        entries.append(Entry(ROPE_FACTORS, factors.shape, factors.dtype, lambda: factors))
+        entries.append(rope_factors(config))
     return Model(architecture, config, rope, entries)
+
+
+def model_to_come(config: Any, dtype: torch.dtype) -> Model:
+    """A model of this config, all matrices in `dtype`, before there are any weights to read. Raises UnsupportedModel."""
+    check_writable(config)
+    architecture, entries = WRITTEN[config.model_type], list[Entry]()
+    names = tensor_names(architecture, config.num_hidden_layers)
+    for name, shape in stored_shapes(config).items():
+        theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert theirs is not None
+        kept = torch.float32 if len(shape) == 1 or dtype == torch.float64 else dtype
+        path = name.rpartition(".")[0]
+        entries.append(Entry(theirs, shape, kept, partial(torch.empty, shape, dtype=kept), path=path))
+    rope = rope_of(config)
+    if rope["rope_type"] == "llama3":
+        entries.append(rope_factors(config))
+    return Model(architecture, config, rope, entries)
+
+
+def stored_shapes(config: Any) -> dict[str, torch.Size]:
+    """The shapes of a model's parameters and buffers, a tied one once."""
+    shapes = {name: parameter.shape for name, parameter in empty_model(config).state_dict().items()}
+    if config.tie_word_embeddings:
+        del shapes["lm_head.weight"]
+    return shapes
+
+
+def rope_of(config: Any) -> dict[str, Any]:
+    return {"rope_type": "default", "rope_theta": 1e4} | (config.rope_parameters or {})
+
+
+def rope_factors(config: Any) -> Entry:
+    factors = llama3_factors(config)
+    return Entry(ROPE_FACTORS, factors.shape, factors.dtype, lambda: factors)
 
 
 def heads_of(name: str, config: Any) -> int | None:
