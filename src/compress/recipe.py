@@ -89,15 +89,12 @@ class Recipe(BaseModel):
             for earlier in stage.after:
                 if not set(earlier.split(" or ")) & set(names[:position]):
                     raise ValueError(f"{stage.stage} needs {earlier} before it; the order is {', '.join(names)}")
-        opened, opens = [stage.stage for stage in self.stages if stage.opens], [stage.opens for stage in self.stages]
+        opened = [stage.stage for stage in self.stages if stage.opens]
         if opened and self.budget is None:
             raise ValueError(f"{opened[0]} is not told how much to keep; give it a ratio, or the recipe a budget")
         if self.budget is not None and not opened:
             raise ValueError("the recipe has a budget, but every stage says how much it keeps; leave one open")
-        if {"ranks", "types"} & {*opens} and len(opened) > 1:
-            raise ValueError(f"a budget is spent on widths, ranks or types; tell {opened[0]} how much to keep")
-        if "types" in opens and self.budget is not None and self.budget.target_size is None:
-            raise ValueError("types of a GGUF file are found under bytes; give the budget a target_size")
+        self._check_opens()
         self._check_inputs()
         free = self.budget is not None and self.budget.allocation == "free"
         if free and "neurons" not in [stage.opens for stage in self.stages]:
@@ -108,6 +105,15 @@ class Recipe(BaseModel):
         if self.held_out_windows >= self.calibration.samples:
             raise ValueError("a stage holds calibration windows out of its fit; it needs 2 samples at least")
         return self
+
+    def _check_opens(self) -> None:
+        """Raises ValueError where a budget cannot be spent on what stages leave open together."""
+        opened = {str(stage.opens): stage.stage for stage in self.stages if stage.opens}
+        if {"ranks", "types"} & {*opened} and len(opened) > 1:
+            name = next(iter(opened.values()))
+            raise ValueError(f"a budget is spent on widths, ranks or types; tell {name} how much to keep")
+        if "types" in opened and self.budget is not None and self.budget.target_size is None:
+            raise ValueError("types of a GGUF file are found under bytes; give the budget a target_size")
 
     def _check_inputs(self) -> None:
         """Raises ValueError where a stage goes by the dense model's inputs and another changes what these are."""

@@ -1,8 +1,8 @@
 """The dense model on a few windows with matrices rounded to llama.cpp's types: what types together cost, measured.
 
-Scales are fitted fast, nothing is swept: errors are made as small instead as a sweep will leave them (`roundings.py`), for
-to first order only their size counts (HIGGS, arXiv 2411.17525). A part is in memory at a time. The streams between the
-blocks of the best types so far are kept, so that a trial begins where its types differ from these.
+Scales are fitted fast and nothing is swept; instead errors are made as small as a sweep will leave them
+(`roundings.py`), for to first order only their size counts (HIGGS, arXiv 2411.17525). A part is in memory at a time.
+The streams between the blocks of the best types so far are kept: a trial begins where its types differ from these.
 """
 
 from collections.abc import Mapping
@@ -26,7 +26,8 @@ Types = Mapping[str, str]
 class RoundedModel:
     """
     roundings: as `RoundingObserver` finds them. memory: bytes of activations to hold in memory.
-    types, inputs: the best so far, and what each block and the head are given by them. tried: the same of the last trial.
+    types, inputs: the best so far, and what each block and the head are given by them. tried: the same of the last
+        trial.
     """
 
     def __init__(
@@ -43,9 +44,7 @@ class RoundedModel:
         self.caches, self.scratch = caches, caches.scratch
         self.copies = 2 * len(self.decoder.blocks) + 4
         self.memory = memory // self.copies
-        self.streams = Streams(
-            self.decoder, batches, caches, dense=True, memory=2 * self.memory, processes=processes
-        )
+        self.streams = Streams(self.decoder, batches, caches, dense=True, memory=2 * self.memory, processes=processes)
         self.types: Types = {}
         self.inputs: list[ActivationCache] = []
         with torch.no_grad():

@@ -1,12 +1,13 @@
 """Predict what rounding each matrix of a model to each of llama.cpp's types costs the loss, before any is rounded.
 
-To second order an error E of a linear's weight costs 1/2 E (g . E x)^2 nats a token, g the loss's gradient by its outputs.
-With errors of different weights uncorrelated, and what a sweep (GPTQ) makes up for taken off,
+To second order an error E of a linear's weight costs half the mean of (g . E x)^2 nats a token, g the loss's gradient
+by its outputs. With errors of different weights uncorrelated, and what a sweep (GPTQ) makes up for taken off,
 
     1/2 sum_r G_r sum_j D_j E_rj^2        G_r = E g_r^2,  D_j = 1 / U_jj^2,  U^T U = H^-1,  H = E x x^T
 
-D is the part of each input that those swept after it cannot make up for. That errors of all linears add up is the linearity theorem of HIGGS (arXiv 2411.17525). E is of a fit of the type's scales to some
-rows. Of the embeddings' table the rows are those of tokens of the text, of the head those of the likeliest next ones.
+D is the part of each input that those swept after it cannot make up for. That errors of all linears add up is the
+linearity theorem of HIGGS (arXiv 2411.17525). E is of a fit of the type's scales to some rows: of the embeddings' table
+those of tokens of the text, of the head those of the likeliest next ones.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -78,7 +79,7 @@ class RoundingObserver(LinearObserver):
 
     @torch.no_grad()
     def tables(self, loader: PartLoader, batches: Sequence[Batch], gradients: ActivationCache) -> None:
-        """Find the costs of the embeddings' table and of the head. gradients: of the loss by the embeddings' outputs."""
+        """Find the costs of the embeddings' table and of the head. gradients: by the embeddings' outputs."""
         decoder, family = loader.decoder, loader.decoder.family
         table, head, costs = family.embeddings[0], family.head, dict[str, Tensor]()
         with loader.embeddings():

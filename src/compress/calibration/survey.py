@@ -92,9 +92,7 @@ class Survey:
             if name.startswith("energy ")
         }
         costs = {name.removeprefix(UNITS): each for name, each in tensors.items() if name.startswith(UNITS)}
-        roundings = {
-            name.removeprefix(ROUNDINGS): each for name, each in tensors.items() if name.startswith(ROUNDINGS)
-        }
+        roundings = {name.removeprefix(ROUNDINGS): each for name, each in tensors.items() if name.startswith(ROUNDINGS)}
         return cls(tensors["moment"], tensors.get("gradient"), spectra, gradients, costs, roundings)
 
 

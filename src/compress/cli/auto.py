@@ -84,7 +84,9 @@ def auto_model(
     if not problems.found:
         with problems.collect():
             if target_size is not None:
-                draft.set("budget.target_size", parse_size(target_size, "--target-size"), f"--target-size {target_size}")
+                draft.set(
+                    "budget.target_size", parse_size(target_size, "--target-size"), f"--target-size {target_size}"
+                )
             else:
                 draft.set("budget.target_size", round((run.sizes[0] * run.sizes[1]) ** 0.5), "--frontier")
             draft.set("budget.trials", trials, f"--trials {trials}")

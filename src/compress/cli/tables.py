@@ -134,12 +134,11 @@ def planned(job: "Job", plan: "Plan") -> Row:
     """The sizes, or what is to be found before they are known."""
     if plan.choices:
         return {"shapes that fit": f"{len(plan.choices)}, see below; predicted, then chosen by at most three trials"}
-    if plan.opens_types and job.recipe.budget is not None:
-        budget = job.recipe.budget
-        most = gigabytes(budget.target_size or 0)
-        return {"types": f"found by a survey and {budget.trials} trials at most", "bytes, at most": most}
+    budget, most = job.recipe.budget, dict[str, str]()
+    if plan.opens_types and budget is not None:
+        size = gigabytes(budget.target_size or 0)
+        return {"types": f"found by a survey and {budget.trials} trials at most", "bytes, at most": size}
     if plan.ranks is not None:
-        budget, most = job.recipe.budget, dict[str, str]()
         if budget is not None and budget.target_size is not None:
             most = {"bytes, at most": gigabytes(budget.target_size)}
         elif budget is not None:

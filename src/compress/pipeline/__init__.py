@@ -24,7 +24,15 @@ from compress.io import write_tensors
 from compress.models.loading import load_config
 from compress.numerics.precision import full_precision
 from compress.pipeline.mixture import chosen_types, frontier_points
-from compress.pipeline.output import TRIAL, Result, result_of, trials_of, write_companions, write_gguf_file, write_trials
+from compress.pipeline.output import (
+    TRIAL,
+    Result,
+    result_of,
+    trials_of,
+    write_companions,
+    write_gguf_file,
+    write_trials,
+)
 from compress.planning import search
 from compress.planning.budget import rank_choices
 from compress.planning.frontier import Frontier

@@ -1,8 +1,8 @@
 """A frontier: which types a GGUF file's matrices get at many sizes, from one survey, and all that one of them needs.
 
-    FRONTIER/frontier.json    costs by matrix and type, what trials corrected, the sizes
-    FRONTIER/trials.jsonl     the trials
-    FRONTIER/frontier.png     the picture, where matplotlib is installed
+FRONTIER/frontier.json    costs by matrix and type, what trials corrected, the sizes
+FRONTIER/trials.jsonl     the trials
+FRONTIER/frontier.png     the picture, where matplotlib is installed
 """
 
 import importlib.util
@@ -80,7 +80,9 @@ class Frontier(Record):
 def read_frontier(folder: Path) -> Frontier:
     """Raises UsageError for a folder that has none, CheckpointError for a damaged file."""
     if not (folder / FRONTIER).is_file():
-        raise UsageError(f"{folder} has no {FRONTIER}. Make one: compress auto --model M --frontier 40MB:120MB --out F.")
+        raise UsageError(
+            f"{folder} has no {FRONTIER}. Make one: compress auto --model M --frontier 40MB:120MB --out F."
+        )
     try:
         found = Frontier.model_validate(read_json(folder / FRONTIER))
     except ValidationError as error:

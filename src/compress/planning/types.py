@@ -1,15 +1,15 @@
 """Choose the type of every matrix of a GGUF file under its bytes: predict by the survey, correct by trials.
 
-Each matrix has a ladder of types, each with its bytes and what it costs the loss (`calibration/roundings.py`); the bytes
-are spent on all ladders together. What the prediction gets wrong, it gets wrong for matrices of a kind and of a depth
-alike. So a trial takes one such group for more costly, or less, spends the same bytes again, which moves some matrices of
-the group up and others down, and is kept where the measured divergence falls (the swaps of EvoPress, arXiv 2410.14649, a
-group at a time). What is found holds for other sizes too.
+Each matrix has a ladder of types, each with its bytes and what it costs the loss (`calibration/roundings.py`); the
+bytes are spent on all ladders together. What the prediction gets wrong, it gets wrong for matrices of a kind and of a
+depth alike. So a trial takes one such group for more costly, or less, and spends the same bytes again, which moves some
+matrices of the group up and others down; it is kept where the measured divergence falls (the swaps of EvoPress, arXiv
+2410.14649, a group at a time). What is found holds for other sizes too.
 """
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +20,7 @@ from torch import Tensor
 from compress.architectures.gguf_types import candidates, row_bytes
 from compress.calibration.sites import Table
 from compress.errors import UsageError
+from compress.models.gguf_header import ALIGNMENT
 from compress.numerics.allocation import Ladder, spend
 from compress.planning.plan import Plan
 
@@ -46,7 +47,6 @@ class TypeSpace:
     def of(cls, plan: Plan, folder: Path, name: str) -> "TypeSpace":
         """folder: of the dense model. name: as the file will call it."""
         from compress.checkpoints.gguf import bytes_beside
-        from compress.checkpoints.gguf.container import ALIGNMENT
 
         spec, config = plan.spec, plan.spec.config()
         stage: Any = next(stage for stage in plan.stages if stage.opens == "types")
@@ -117,9 +117,7 @@ class TypeSearch:
 
     def allocated(self, limit: int) -> Types:
         """The types of least predicted cost within so many bytes."""
-        ladders = {
-            path: Ladder([*rungs.values()], self.costs_of(path)) for path, rungs in self.space.rungs.items()
-        }
+        ladders = {path: Ladder([*rungs.values()], self.costs_of(path)) for path, rungs in self.space.rungs.items()}
         places = spend(ladders, limit - self.space.beside)
         assert places is not None  # checked beforehand
         named = {path: [*rungs][places[path]] for path, rungs in self.space.rungs.items()}
@@ -148,38 +146,40 @@ Measure = Callable[[TypeSearch, Types, bool], float | None]
 def improved(search: TypeSearch, limit: int, measure: Measure) -> tuple[TypeSearch, Types]:
     """Find factors of groups, and types, of less measured divergence.
 
-    measure: the divergence of types, and whether the last ones were the best so far; None when no trials are left.
+    measure: the divergence of types, told whether the last ones were the best so far; None when no trials are left.
     """
     best, types, least, is_best = search, search.allocated(limit), math.inf, False
-    tried = list[tuple[Types, float]]()
-    for proposal in proposals(lambda: (best, types)):
-        allocated = proposal.allocated(limit)
-        if any(allocated == each for each, _ in tried):
-            continue
-        if (found := measure(proposal, allocated, is_best)) is None:
-            break
-        tried.append((allocated, found))
-        is_best = found < least
-        if is_best:
-            best, types, least = proposal, allocated, found
+    tried, ways = list[tuple[Types, float]](), proposals(search, limit)
+    proposal: TypeSearch | None = next(ways)
+    while proposal is not None:
+        allocated, is_better = proposal.allocated(limit), False
+        if all(allocated != each for each, _ in tried):
+            if (found := measure(proposal, allocated, is_best)) is None:
+                break
+            tried.append((allocated, found))
+            is_best = is_better = found < least
+            if is_better:
+                best, types, least = proposal, allocated, found
+        try:
+            proposal = ways.send(is_better)
+        except StopIteration:
+            proposal = None
     logs = [math.log(max(found, TINY) / max(best.predicted(each), TINY)) for each, found in tried]
     return replace(best, scale=math.exp(sum(logs) / max(len(logs), 1))), types
 
 
-def proposals(now: Callable[[], tuple[TypeSearch, Types]]) -> Iterator[TypeSearch]:
-    """What is to be tried: the prediction, then each group with another factor, until the steps are small.
+def proposals(best: TypeSearch, limit: int) -> Generator[TypeSearch, bool, None]:
+    """Say what is to be tried: the prediction, then each group with another factor, until the steps are small.
 
-    now: the best search so far, and its types.
+    It is sent whether the last one was better.
     """
-    yield now()[0]
+    yield best
     step = STEP
     while step > LEAST_STEP:
-        before = now()[0]
-        for group in before.groups(now()[1]):
+        improves = False
+        for group in best.groups(best.allocated(limit)):
             for factor in (step, 1 / step):
-                here = now()[0]
-                yield here.with_factor(group, factor)
-                if now()[0] is not here:  # it was better
+                if (yield best.with_factor(group, factor)):
+                    best, improves = best.with_factor(group, factor), True
                     break
-        if now()[0] is before:
-            step = math.sqrt(step)
+        step = step if improves else math.sqrt(step)

@@ -250,9 +250,7 @@ class Slim(StageConfig):
     def decided(self, choice: Mapping[str, Any]) -> "Slim":
         if self.quantize is None or "types" not in choice:
             return self
-        return self.model_copy(
-            update={"quantize": self.quantize.model_copy(update={"gguf_tensors": choice["types"]})}
-        )
+        return self.model_copy(update={"quantize": self.quantize.model_copy(update={"gguf_tensors": choice["types"]})})
 
     @property
     def requires(self) -> Requirements:

@@ -27,7 +27,7 @@ from compress.checkpoints.gguf.tokenizer import Vocabulary, read_vocabulary
 from compress.checkpoints.verify import verify_gguf
 from compress.errors import CompressError, OutputError
 from compress.io import atomic_write
-from compress.models.gguf_header import ROPE_FACTORS, read_header
+from compress.models.gguf_header import ALIGNMENT, ROPE_FACTORS, read_header
 from compress.models.gguf_opening import check_extra
 
 IN_TRANSFORMERS = ("llama", "qwen2", "phi3", "starcoder2")  # architectures that its reader (5.23) reads alike
@@ -77,7 +77,7 @@ def bytes_beside(config: Any, folder: Path, apart: Collection[str], *, name: str
     config, folder: as `check_exportable` has them. name: as the file calls the model. Exact, unless biases are left out
     because they are zero.
     """
-    from compress.checkpoints.gguf.container import ALIGNMENT, header_bytes
+    from compress.checkpoints.gguf.container import header_bytes
 
     model = model_to_come(config, dtype)
     beside = [entry for entry in model.entries if entry.path not in apart]

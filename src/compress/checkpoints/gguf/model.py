@@ -25,7 +25,7 @@ class Entry:
     """A tensor of the file: what it is there, and how to read it when its turn comes.
 
     shape: of its bytes where it has a block type. block_type: one of llama.cpp's, whose bytes are read as they are.
-    path: of the module that it is of, below the causal LM.
+    path: its name in the model, of a weight that of its module.
     """
 
     name: str
@@ -89,7 +89,7 @@ def read_model(folder: Path, types: Mapping[str, str]) -> Model:
 
 
 def model_to_come(config: Any, dtype: torch.dtype) -> Model:
-    """A model of this config, all matrices in `dtype`, before there are any weights to read. Raises UnsupportedModel."""
+    """A model of this config, matrices in `dtype`, before there are weights to read. Raises UnsupportedModel."""
     check_writable(config)
     architecture, entries = WRITTEN[config.model_type], list[Entry]()
     names = tensor_names(architecture, config.num_hidden_layers)
@@ -97,8 +97,8 @@ def model_to_come(config: Any, dtype: torch.dtype) -> Model:
         theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert theirs is not None
         kept = torch.float32 if len(shape) == 1 or dtype == torch.float64 else dtype
-        path = name.rpartition(".")[0]
-        entries.append(Entry(theirs, shape, kept, partial(torch.empty, shape, dtype=kept), path=path))
+        read = partial(torch.empty, shape, dtype=kept)
+        entries.append(Entry(theirs, shape, kept, read, path=name.removesuffix(".weight")))
     rope = rope_of(config)
     if rope["rope_type"] == "llama3":
         entries.append(rope_factors(config))
