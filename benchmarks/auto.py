@@ -6,8 +6,8 @@
 Sizes are bytes, or shares of the model's in 16 bits. For each: the best of our files of a single type that is no larger
 (`compress quantize --type`, all of --types are made), the best of --files, such as llama-quantize's, and `compress
 auto`, each measured by `compress eval` as its divergence from the dense model on the test text; seconds are the run's
-without imports, and in forward passes of the calibration windows without the head. Before the table, how well the survey
-predicts: over single matrices in their smallest type, the rank correlation (Spearman) of predicted and measured
+without imports, and in forward passes of the calibration windows without the head. Before the table, how well the
+survey predicts: over single matrices in their smallest type, the rank correlation (Spearman) of predicted and measured
 divergence.
 """
 

@@ -20,6 +20,7 @@ from compress.numerics.block_grid import BlockGrid, fit_blocks
 from compress.numerics.block_types import TYPES
 
 FEW = 3  # scales that are tried for each end of a grid
+AT_ONCE = 2**22  # weights
 Types = Mapping[str, str]
 
 
@@ -118,7 +119,7 @@ class RoundedModel:
                 self.decoder.fill({f"{path}.weight": self._rounded(path, types[path], weight)})
 
     def _rounded(self, path: str, name: str, W: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
-        """W with the error that is left of a type's."""
+        """W with as much of a type's error as a sweep leaves."""
         file = self.scratch / f"grid-{path}-{name}-{self.streams.processes.rank}.safetensors"
         if file.exists():
             grid = read_grid(file, name, W)
@@ -126,7 +127,12 @@ class RoundedModel:
             variance = self.roundings.get(f"variance {path}")
             grid = fit_blocks(W, TYPES[name], None if variance is None else variance.to(W.device), trials=FEW)
             write_grid(file, grid)
-        return W.lerp(grid.dequantized(W).to(W.dtype), float(self.roundings[f"left {path}"]))
+        left, found = float(self.roundings[f"left {path}"]), torch.empty_like(W)
+        for start in range(0, len(W), step := max(1, AT_ONCE // W.shape[1])):
+            some = W[start : start + step]
+            values = grid.rows(start, start + step).dequantized(some).to(W.dtype)
+            found[start : start + step] = some.lerp(values, left)
+        return found
 
 
 def write_grid(file: Path, grid: BlockGrid) -> None:

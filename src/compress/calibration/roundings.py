@@ -27,9 +27,9 @@ from compress.numerics.decomposition import DAMPING
 from compress.numerics.lowrank import InputMoments
 from compress.numerics.sums import DiagonalSum
 
-ROWS = 128  # of a linear, and
+ROWS = 64  # of a linear, and
 TABLE_ROWS = 1024  # of a table, that errors are taken of
-TOKENS = 512  # before the head
+TOKENS = 256  # before the head
 Candidates = Callable[[int], Sequence[str]]  # the types for rows of so many weights
 
 

@@ -1,8 +1,11 @@
 """`compress auto`: name a size, get the best model of that size."""
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
 
 from compress.cli.compressing import MODEL, RunOptions, keeping_what_is_done
 from compress.cli.options import Amounts, Method, Output, in_panel, parse_size, with_options
@@ -11,6 +14,7 @@ from compress.cli.recipes import Draft
 from compress.cli.reporting import reporting_errors, seeing_interrupts
 from compress.cli.tables import gigabytes, print_json, print_rows
 from compress.errors import Problems, UsageError
+from compress.launch import launch
 
 if TYPE_CHECKING:
     from compress.planning.frontier import Frontier
@@ -47,6 +51,8 @@ class AutoOptions(RunOptions):
         if self.frontier is None or self.show_recipe or self.dry_run:
             super().deliver(job, like)
             return
+        if launch().count > 1:
+            raise UsageError("--frontier runs in one process. Start it without torchrun.")
         from compress.checkpoints.run_folder import RUN
         from compress.pipeline import map_frontier
 
@@ -60,7 +66,7 @@ class AutoOptions(RunOptions):
 @with_options(AutoOptions)
 def auto_model(
     run: AutoOptions,
-    model: Annotated[str | None, in_panel("Options", f"{MODEL} Default: that of --from, else demo.")] = None,
+    model: Annotated[str | None, typer.Option(help=f"{MODEL} Default: that of --from, else demo.")] = None,
     target_size: Annotated[str | None, in_panel(Amounts, SIZE)] = None,
     for_: Annotated[Literal["llama.cpp", "vllm", "transformers"], in_panel(Output, FOR, flag="--for")] = "llama.cpp",
     trials: Annotated[int | None, in_panel(Method, TRIALS, min=0)] = None,
@@ -83,12 +89,9 @@ def auto_model(
     draft = Draft.preset("auto") if data is None else Draft(data["recipe"])
     if not problems.found:
         with problems.collect():
-            if target_size is not None:
-                draft.set(
-                    "budget.target_size", parse_size(target_size, "--target-size"), f"--target-size {target_size}"
-                )
-            else:
-                draft.set("budget.target_size", round((run.sizes[0] * run.sizes[1]) ** 0.5), "--frontier")
+            middle = None if target_size else round(math.sqrt(math.prod(run.sizes)))  # where a frontier's trials are
+            size = parse_size(target_size, "--target-size") if target_size else middle
+            draft.set("budget.target_size", size, f"--target-size {target_size}")
             draft.set("budget.trials", trials, f"--trials {trials}")
             draft.set("budget.trial_seconds", time, f"--time {time}")
     amount = target_size or "frontier"

@@ -110,7 +110,7 @@ def mixture_of(plan: Plan) -> list[dict[str, Any]]:
         name = str(dtype).removeprefix("torch.") if stored is None else str(stored.block_type)
         part = found.setdefault(kind, {"part": kind, "types": {}, "bytes": 0})
         part["types"][name] = part["types"].get(name, 0) + 1
-        part["bytes"] += m * (n * dtype.itemsize if stored is None else row_bytes(name, n))
+        part["bytes"] += m * (n * min(4, dtype.itemsize) if stored is None else row_bytes(name, n))
     return [*found.values()]
 
 

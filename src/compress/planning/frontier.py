@@ -7,7 +7,6 @@ FRONTIER/frontier.png     the picture, where matplotlib is installed
 
 import importlib.util
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +97,3 @@ def read_frontier(folder: Path) -> Frontier:
 def sizes_between(least: int, most: int) -> list[int]:
     """Sizes at equal ratios."""
     return [round(least * (most / least) ** (place / (POINTS - 1))) for place in range(POINTS)]
-
-
-def middle(least: int, most: int) -> int:
-    return round(math.sqrt(least * most))

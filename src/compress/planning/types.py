@@ -57,7 +57,7 @@ class TypeSpace:
         for path, (rows, inputs) in (shapes | tables).items():
             if types := candidates(inputs):
                 sizes = {each: rows * row_bytes(each, inputs) for each in types}
-                sizes[DENSE] = rows * inputs * spec.dtype.itemsize
+                sizes[DENSE] = rows * inputs * min(4, spec.dtype.itemsize)  # GGUF has no float64 weights
                 rungs[path] = {each: -(-size // ALIGNMENT) * ALIGNMENT for each, size in sizes.items()}
         beside = bytes_beside(config, folder, rungs, name=name, dtype=spec.dtype)
         return cls(rungs, beside, frozenset(tables))
