@@ -287,6 +287,34 @@ def test_types_that_a_recipe_gives_are_checked(home, tmp_path):
     assert "no whole blocks of Q4_K" in ran.faults[0]
 
 
+FRONTIER = {
+    **{"format": 1, "base_model": "x", "model": "x", "recipe": {"method": "auto", "stages": [], "calibration": {}}},
+    **{"costs": {"a": {"Q8_0": 1.0, "dense": 0.0}}, "factors": {}, "scale": 1.0, "points": []},
+}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", ["damaged"]),
+        ("[]", ["damaged"]),
+        (json.dumps({**FRONTIER, "costs": 3}), ["damaged", "costs"]),
+        (json.dumps({**FRONTIER, "scale": "x" * 50}), ["damaged", "scale"]),
+        (json.dumps({**FRONTIER, "factors": {"q_proj": -1.0}}), ["damaged"]),
+        (json.dumps({**FRONTIER, "format": 2}), ["another version"]),
+        (json.dumps({**FRONTIER, "recipe": {"budget": 3}}), ["budget"]),
+        (json.dumps(FRONTIER), ["stage"]),
+    ],
+)
+def test_a_spoiled_frontier_is_a_message(home, tmp_path, text, words):
+    (tmp_path / "map").mkdir()
+    (tmp_path / "map" / "frontier.json").write_text(text)
+    ran = invoke(*auto(home, "--from", tmp_path / "map", "--target-size", "200kB", "--out", tmp_path / "out"))
+    assert ran.code in (1, 2)
+    assert all(word in " ".join(ran.faults) for word in words), ran.err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("budget", [{"keep_params": 0.5}, {"target_size": 200_000}])
 def test_a_budget_of_types_is_of_bytes_and_of_the_dense_models_matrices(home, tmp_path, budget):
     stages = [{"stage": "slim", "form": "gguf", "quantize": {"gguf_type": "auto"}}]
