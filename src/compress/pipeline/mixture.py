@@ -62,7 +62,8 @@ class Trials:
                 self.model = new_rounded_model(self.prepared, self.survey)
             divergence = self.model.divergence(types)
             factors = {group: round(factor, 4) for group, factor in search.factors.items() if factor != 1}
-            said = {"bytes": search.space.bytes_of(types), "predicted": search.predicted(types), "factors": factors}
+            predicted = replace(search, factors={}).predicted(types)  # alike for all trials
+            said = {"bytes": search.space.bytes_of(types), "predicted": predicted, "factors": factors}
             self.folder.note(name, {**said, "divergence": divergence})
         return float(self.folder.findings[name].data["divergence"])
 
