@@ -4,7 +4,6 @@ A plan applies the recipe to a `ModelSpec`, a walk applies it to weights. `Stock
 model's own as it is, or narrower. `Own` is our class, for what no stock class can hold. Both can have packed linears.
 """
 
-import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -24,7 +23,7 @@ from compress.calibration.walk import is_wide_float
 from compress.calibration.weights import Layout
 from compress.errors import UsageError
 from compress.families import Family
-from compress.models.loading import empty_model
+from compress.models.loading import empty_model, with_blocks
 from compress.models.storage import Storage, num_parameters
 from compress.own_model.modeling_compress import unfuse_experts
 
@@ -249,11 +248,7 @@ class Architecture(ABC):
 
     def shortened(self, config: Any, num_blocks: int) -> Any:
         """The config of the same model with fewer blocks; all blocks are alike."""
-        short = copy.deepcopy(config)
-        short.num_hidden_layers = num_blocks
-        if getattr(short, "layer_types", None):
-            short.layer_types = short.layer_types[:num_blocks]
-        return short
+        return with_blocks(config, range(num_blocks))
 
     @abstractmethod
     def layout(self, dtype: torch.dtype) -> Layout:

@@ -11,6 +11,7 @@ import torch
 from compress.architectures.architecture import ModelSpec, Size, stored_bytes
 from compress.architectures.own import Own
 from compress.architectures.stock import Stock
+from compress.calibration.depth import Depth
 from compress.calibration.linears import LinearShape, LinearSite
 from compress.calibration.sites import Table, WholeModel
 from compress.calibration.survey import SurveyNeed
@@ -28,7 +29,8 @@ from compress.stages._stage import RankStage, StageConfig
 class Plan:
     """
     stages: as they will be run; with a budget, still open. spec: what the model becomes, as far as it is decided.
-    dense: the model's size. ranks: what ranks are to be found for, where a stage leaves them open.
+    base: the dense model, as the result is written. dense: its size. ranks: what ranks are to be found for, where a
+        stage leaves them open.
     choices: what fits under the recipe's budget, to be compared by trial; empty without one.
     alternatives: other ways to store the linears, the plan itself first; none where all is as before.
     notes: what the user should know of it.
@@ -40,6 +42,7 @@ class Plan:
 
     stages: tuple[StageConfig, ...]
     spec: ModelSpec
+    base: ModelSpec
     dense: Size
     ranks: RankSpace | None
     choices: list[Choice]
@@ -65,6 +68,20 @@ class Plan:
     def chosen(self, choice: Choice) -> "Plan":
         stages = tuple(stage.decided(choice.counts) for stage in self.stages)
         return replace(self, stages=stages, spec=choice.spec, ranks=None, choices=[])
+
+    @property
+    def most_dropped(self) -> int:
+        """How many blocks are left out, at most."""
+        specs = [choice.spec for choice in self.choices] or [self.spec]
+        return self.base.num_blocks - min(spec.num_blocks for spec in specs)
+
+    def without(self, dropped: Sequence[int]) -> "Plan":
+        """The plan once it is known which blocks are left out."""
+        decided = [stage.decided({"dropped": dropped}) if stage.site is Depth else stage for stage in self.stages]
+        stages, spec = plan_stages(decided, self.base)
+        ranks = None if self.ranks is None else replace(self.ranks, spec=spec)
+        note = f"Blocks left out, counted from 0: {', '.join(map(str, sorted(dropped)))}."
+        return replace(self, stages=stages, spec=spec, ranks=ranks, notes=[*self.notes, note])
 
     def to_dict(self) -> dict[str, Any]:
         spec = self.spec
@@ -103,13 +120,15 @@ def make_plan(
     if spec.is_decided:
         report(spec.problems())
         on_linears = any(stage.site is LinearSite for stage in stages)
-        if not on_linears and spec.deletes_nothing:
+        shallower = spec.num_blocks < base.num_blocks
+        if not (on_linears or shallower) and spec.deletes_nothing:
             raise UsageError("The recipe deletes nothing: every width stays as it is. Add a slice stage.")
     sizes = [spec.size] if spec.is_decided else [choice.size for choice in choices] or [dense]
     memory, disk = Footprint(stages, config, family, computing).needs(recipe.calibration, room)
     plan = Plan(
         stages=stages,
         spec=spec,
+        base=base,
         dense=dense,
         ranks=ranks,
         choices=choices,

@@ -39,6 +39,11 @@ class StageConfig(BaseModel):
         """Widths that it gives come in multiples of this."""
         return 1
 
+    @property
+    def dropped(self) -> tuple[int, ...]:
+        """The blocks of the dense model that it leaves out, as far as they are known."""
+        return ()
+
     def decided(self, choice: Mapping[str, Any]) -> Self:
         """Take what the budget came to: widths by kind, or `ranks` and `forms` by linear."""
         return self
