@@ -172,3 +172,37 @@ def test_the_command_line_leaves_blocks_out(tmp_path):
     done = succeeds("slice", *words, "--drop-blocks", 1, "--ratio", 0.5, "--out", tmp_path / "both")
     config = AutoModelForCausalLM.from_pretrained(tmp_path / "both").config
     assert (config.num_hidden_layers, config.hidden_size) == (BLOCKS - 1, tiny.HIDDEN // 2)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "qwen3", "opt"])
+def test_idle_units_go_and_the_stream_stays_as_it_is(tmp_path, model_type):
+    """Norms, a tied head and the class are the dense model's own where nothing changes the stream."""
+    model = tiny.tiny_model(model_type, dtype=torch.float32, num_hidden_layers=2, tie_word_embeddings=True)
+    writers = {"opt": "fc2"}.get(model_type, "mlp.down_proj")
+    layers = model.model.decoder.layers if model_type == "opt" else model.model.layers
+    with torch.no_grad():
+        for layer in layers:
+            layer.get_submodule(writers).weight[:, 16:] = 0
+    save(model, tmp_path)
+    with unproved():
+        stages = [REFIT, {"stage": "prune_units", "units": "neurons", "keep": 16}]
+        result = pipeline.run(job_of(tmp_path, model_type, stages, samples=64))
+    assert result.is_stock
+    assert result.units["neurons"] == 16
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert found.config.tie_word_embeddings
+    assert type(found) is type(model)
+    torch.testing.assert_close(logits(found), logits(model), rtol=0, atol=1e-3)
+
+
+def test_a_budget_may_leave_blocks_out_and_keep_the_head_tied(tmp_path):
+    model = tiny.tiny_model("llama", dtype=torch.float32, num_hidden_layers=BLOCKS, tie_word_embeddings=True)
+    idle(model, 1)
+    save(model, tmp_path)
+    stages = [{"stage": "drop_blocks"}, *anchored({}, units={"neurons": {}})]
+    with unproved():
+        result = pipeline.run(job_of(tmp_path, "llama", stages, samples=64, budget={"keep_params": 0.72}))
+    assert result.size.parameters <= 0.72 * result.dense.parameters
+    assert "Blocks left out, counted from 0: 1." in result.notes
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert (found.config.hidden_size, found.config.tie_word_embeddings) == (tiny.HIDDEN, True)

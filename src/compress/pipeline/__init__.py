@@ -100,10 +100,10 @@ def _run(prepared: Prepared, folder: RunFolder, progress: Progress, start: float
 def _shallower(prepared: Prepared, folder: RunFolder, progress: Progress) -> Prepared:
     """With the blocks chosen that are left out, where the recipe leaves that to the run."""
     stage = next((stage for stage in prepared.plan.stages if stage.site is Depth), None)
-    if stage is None or stage.dropped:
+    most = prepared.plan.most_dropped
+    if stage is None or stage.dropped or not most:
         return prepared
     if DEPTH not in folder.findings:
-        most = prepared.plan.most_dropped
         steps = Steps(progress, "choosing blocks", 1 + most)
         depth = depth_site(prepared, most, steps.next)
         stage.apply(depth)
@@ -132,21 +132,22 @@ def _chosen(prepared: Prepared, folder: RunFolder, survey: Survey | None, progre
     """With the plan's choice made, by trial where there is more than one; a run that goes on reads trials back."""
     plan = prepared.plan
     if plan.ranks is not None:  # each allocation's, now that the dense model has been looked at
-        kept = kept_blocks(plan.stages, plan.base.num_blocks)
+        kept = kept_blocks(plan.stages, plan.space.base.num_blocks)
         spectra = {} if survey is None else survey.of_blocks(kept).spectra
         found = rank_choices(plan.ranks, prepared.job.recipe.budget, plan.dense, spectra)
         plan = plan.chosen(found[0]) if len(found) == 1 else replace(plan, choices=found)
         prepared = replace(prepared, plan=plan)
     if not plan.choices:
         return prepared
-    choices, costs = search.with_costs(prepared, survey)
+    depth = folder.findings.get(DEPTH)
+    choices, costs = search.with_costs(prepared, survey, depth.data["divergences"] if depth else ())
     steps = Steps(progress, "trying shapes", min(len(choices), search.MOST_TRIALS))
 
     def measured(place: int) -> float:
         name = f"{TRIAL}{place}"
         if name not in folder.findings:
             choice, cost = choices[place], costs[place]
-            predicted = None if cost is None else cost.total(search.LEFT)
+            predicted = None if cost is None else cost.total()
             divergence = search.try_out(prepared, choice, survey, steps)
             folder.note(name, {**choice.label, "predicted": predicted, "divergence": divergence})
         return float(folder.findings[name].data["divergence"])

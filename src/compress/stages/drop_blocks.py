@@ -17,47 +17,51 @@ from compress.errors import UsageError
 from compress.models.loading import with_blocks
 from compress.stages._stage import StageConfig
 
+RULES = ("count", "keep", "blocks")
 FIRST_TRIED, THEN_TRIED = 8, 4
 
 
 class DropBlocks(StageConfig):
     """
-    count: how many to leave out, or blocks: which ones, counted from 0; neither of the two where a budget of the recipe
-        decides.
+    count: how many to leave out, keep: how many stay, or blocks: which ones to leave out, counted from 0; none of these
+        where a budget of the recipe decides.
     """
 
     site: ClassVar = Depth
     stage: Literal["drop_blocks"] = "drop_blocks"
     count: Annotated[int, Field(ge=1)] | None = None
+    keep: Annotated[int, Field(ge=1)] | None = None
     blocks: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(default=None, min_length=1)
 
     @model_validator(mode="after")
     def _one_rule(self) -> "DropBlocks":
-        if self.count is not None and self.blocks is not None:
-            raise ValueError("drop_blocks takes count or blocks, got both")
+        given = [rule for rule in RULES if getattr(self, rule) is not None]
+        if len(given) > 1:
+            raise ValueError(f"drop_blocks takes one of {', '.join(RULES)}; got {', '.join(given)}")
         return self
 
     @property
     def opens(self) -> str | None:
-        return "blocks" if self.count is None and self.blocks is None else None
+        return None if any(getattr(self, rule) is not None for rule in RULES) else "blocks"
 
     @property
     def dropped(self) -> tuple[int, ...]:
         return self.blocks or ()
 
     def decided(self, choice: Mapping[str, Any]) -> "DropBlocks":
-        return (
-            self.model_copy(update={"count": None, "blocks": tuple(choice["dropped"])}) if "dropped" in choice else self
-        )
+        if choice.get("dropped"):
+            return self.model_copy(update={"count": None, "keep": None, "blocks": tuple(choice["dropped"])})
+        return self.model_copy(update={"keep": choice["blocks"]}) if self.opens else self
 
     def plan(self, spec: ModelSpec) -> tuple["DropBlocks", ModelSpec]:
         if self.opens:
             return self, replace(spec, undecided=spec.undecided | {"blocks"})
         number = spec.num_blocks
-        dropped = set(self.blocks or range(number - (self.count or 0), number))  # which is known later, how many now
-        if max(dropped) >= number or len(dropped) >= number:
-            said = f"{self.count} blocks" if self.blocks is None else f"blocks {', '.join(map(str, self.blocks))}"
-            raise UsageError(f"drop_blocks leaves out {said}; the model has {number}, counted from 0. Leave out fewer.")
+        count = self.count if self.keep is None else number - self.keep
+        dropped = set(range(number - (count or 0), number) if self.blocks is None else self.blocks)
+        if len(dropped) >= number or max(dropped, default=0) >= number or (count or 0) < 0:
+            said = ", ".join(f"{rule} {getattr(self, rule)}" for rule in RULES if getattr(self, rule) is not None)
+            raise UsageError(f"drop_blocks has {said}; the model has {number} blocks, counted from 0. Leave out fewer.")
         architecture = spec.architecture
         kept = [block for block in range(number) if block not in dropped]
         shallower = replace(architecture, dense=with_blocks(architecture.dense, kept))
