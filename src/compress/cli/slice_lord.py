@@ -22,7 +22,9 @@ RANKS = {"rank_frac": "--rank-frac 0.6", "rank": "--rank 1024", **BUDGETS}
 PREFIXES = {"drop_blocks": "db", "keep_params": "kp", "explained_variance": "ev", "rank_frac": "rf", "rank": "r"}
 LONGEST_NAME = 40  # characters: a ratio for each of many blocks is longer than a file's name may be
 
-KEEP = "Share of all parameters to keep at most; hidden size and MLP width, or ranks, are chosen by what they lose."
+KEEP = (
+    "Share of all parameters to keep at most; depth, hidden size and MLP width, or ranks, are chosen by what they lose."
+)
 SIZE = "Size of the weights on disk at most: 4GB. Chosen as with --keep-params."
 
 
@@ -88,7 +90,7 @@ ROTATION = "One rotation for the whole stream (a stock architecture), or one per
 SLICE_REFIT = "Solve the layers that read and write the stream again, toward the dense model. Default: --refit."
 MLP = "Share of the MLP neurons to delete; chosen under a budget."
 KV = "Share of the KV groups to delete, with their query heads."
-DEPTH = "How many blocks to leave out whole, those that the model misses least; alone, or before the rest is sliced."
+DEPTH = "Number of blocks to leave out, those that the model misses least; chosen under a budget, 0 for none."
 NEURONS = "Under a budget: as many neurons in every block, or free, without a stock architecture. Default: uniform."
 ROUND = "Round widths down to a multiple. Default: what suits the architecture."
 
@@ -133,7 +135,9 @@ def slice_model(
                 draft.remove_stage("refit")
             prune(draft, "neurons", "--mlp-ratio", mlp_ratio)
             prune(draft, "kv_groups", "--kv-ratio", kv_ratio)
-            if drop_blocks is not None:
+            if drop_blocks is not None or not amount.is_budget:
+                draft.remove_stage("drop_blocks")
+            if drop_blocks:
                 draft.stages.insert(0, {"stage": "drop_blocks"})
                 draft.put("drop_blocks", count=drop_blocks)
     run.compress(draft, problems, verb="slice", amount=lambda _: amount.in_name, export=export)

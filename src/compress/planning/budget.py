@@ -7,8 +7,9 @@ spectra; `uniform` gives all linears the same share of their parameters instead.
 
 import itertools
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -158,12 +159,23 @@ def largest_fitting(space: WidthSpace, limit: Limit) -> Iterator[tuple[dict[str,
     for counts in combinations(outer):
         if is_contained({**counts, kind: ladder[-1]}):
             continue
-        specs = [(count, space.spec({**counts, kind: count})) for count in ladder]
-        legal = [(count, spec) for count, spec in specs if not spec.problems()]
-        number = bisect_right(legal, False, key=lambda rung: not limit.allows(rung[1]))
-        if number and not is_contained(largest := {**counts, kind: legal[number - 1][0]}):
+        rungs = [partial(space.spec, {**counts, kind: count}) for count in ladder]
+        legal = partial(last_legal, rungs)
+        number = bisect_right(range(len(ladder)), False, key=lambda rung: not fits(legal(rung), limit))
+        best = legal(number - 1)
+        if best is not None and not is_contained(largest := {**counts, kind: ladder[best[0]]}):
             found.append(largest)
-            yield largest, legal[number - 1][1]
+            yield largest, best[1]
+
+
+def last_legal(rungs: Sequence[Callable[[], ModelSpec]], most: int) -> tuple[int, ModelSpec] | None:
+    """The last of the rungs up to `most` that the architecture has room for, and its spec."""
+    specs = ((rung, rungs[rung]()) for rung in range(most, -1, -1))
+    return next(((rung, spec) for rung, spec in specs if not spec.problems()), None)
+
+
+def fits(found: tuple[int, ModelSpec] | None, limit: Limit) -> bool:
+    return found is None or limit.allows(found[1])
 
 
 def combinations(ladders: Sequence[tuple[str, list[int]]]) -> Iterator[dict[str, int]]:
