@@ -39,7 +39,7 @@ FORMATS = {"bits_per_weight": ".2f", "zeros": ".1%", "error": ".2%", "lost": ".2
 OUTS = "Checkpoints' folders. Default: the newest under ./compressed."
 FAST = "Read headers alone: no checksums verified, no zeros counted."
 PLOT = "Folder for plots: errors, ranks and bytes of one checkpoint; size and quality of several."
-CARD = "Write the model card again, with what `compress eval --save` measured."
+CARD = "Write the model card again, with what `compress eval --save` measured and the plots in OUT/plots."
 
 
 @reporting_errors
@@ -76,8 +76,6 @@ def inspect_outputs(
     first = seen[0]
     if card and first.metadata is None:
         raise UsageError(f"--card writes the card of a checkpoint of ours, and {first.folder} has no compress.json.")
-    if card and first.metadata is not None:
-        write_card(first.folder, first.metadata, first.quality)
     if json:
         print_json(as_data(first) if len(seen) == 1 else {"checkpoints": [as_data(each) for each in seen]})
     elif len(seen) > 1:
@@ -89,6 +87,8 @@ def inspect_outputs(
 
         drawn = plot_inspection(first, plot) if len(seen) == 1 else plot_comparison(seen, plot)
         print_lines([] if json else [f"wrote {file}" for file in drawn])
+    if card and first.metadata is not None:  # after the plots, which it shows where they lie beside it
+        write_card(first.folder, first.metadata, first.quality)
 
 
 @reporting_errors
