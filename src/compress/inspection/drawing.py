@@ -80,6 +80,7 @@ def save(drawings: Sequence[Drawing], folder: Path) -> list[Path]:
 
 # What a page says of colors in an SVG that is part of it.
 PAGE_COLORS = {"#000000": "currentColor", COLORS[-1]: "currentColor", "#e3e3e3": "var(--grid)"}
+FONT = re.compile(r"(?<=px); font-family: [^;\"<]*")
 NAMED = re.compile(r"(?<=\bid=\")|(?<=url\(#)|(?<=href=\"#)")
 
 
@@ -95,7 +96,7 @@ def as_svg(drawing: Drawing) -> str:
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": drawing.name}):
         drawing.figure.savefig(text, format="svg", transparent=True, metadata=nothing)
     found = text.getvalue()
-    found = NAMED.sub(f"{drawing.name}-", found[found.index("<svg") :])
+    found = NAMED.sub(f"{drawing.name}-", FONT.sub("", found[found.index("<svg") :]))
     for color, page in PAGE_COLORS.items():
         found = found.replace(f": {color.lower()}", f": {page}")
     return found

@@ -66,13 +66,14 @@ def plot_spectra(seen: Inspection) -> list[Drawing]:
     import matplotlib as mpl
 
     figure, (plot,) = axes(8.0, 4.6, title=seen.name)
-    colors = mpl.colormaps[MAP].resampled(len(points) + 1)
+    # Between the ends of the map, which are too near to dark and bright pages.
+    colors = [mpl.colormaps[MAP](0.25 + 0.6 * number / len(points)) for number in range(len(points))]
     ends = {0: f"after {points[0].point}", len(points) - 1: f"after {points[-1].point}"} if len(points) > 1 else {}
     for number, point in enumerate(points):
         spectrum = point.spectrum or []
         step = point.dense_width / len(spectrum)  # of directions, each stretch at its middle
         curve = {(place + 0.5) * step: 100 * share for place, share in enumerate(spectrum) if share > 0}
-        plot.plot(list(curve), list(curve.values()), color=colors(number), linewidth=1.2, label=ends.get(number))
+        plot.plot(list(curve), list(curve.values()), color=colors[number], linewidth=1.2, label=ends.get(number))
     for width in sorted({point.width for point in points if point.width < point.dense_width}):
         plot.axvline(width, color=ORANGE, linewidth=1.2, linestyle="--", label=f"{width} kept")
     dense = points[0].dense_width
