@@ -130,7 +130,8 @@ class Rate(Record):
 
     @property
     def text(self) -> str:
-        return f"{self.median:,.4g} ± {(self.high - self.low) / 2:,.2g}"
+        digits = ",.0f" if self.median >= 100 else ",.2f"
+        return f"{self.median:{digits}} ± {(self.high - self.low) / 2:{digits}}"
 
 
 class Speed(Record):

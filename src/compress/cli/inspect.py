@@ -12,6 +12,7 @@ from compress.cli.options import Json, newest_or_refuse
 from compress.cli.progress import progress_bar
 from compress.cli.reporting import quiet_libraries, reporting_errors
 from compress.cli.tables import (
+    ONE_FILE,
     Row,
     gigabytes,
     loads_as,
@@ -155,11 +156,14 @@ def origin(seen: "Inspection", metadata: "Metadata", said: Row) -> Row:
     libraries = " and ".join(["transformers", *beside])
     if not metadata.loads_without_our_code:
         libraries += ", after `import compress` or with trust_remote_code"
+    architecture = loads_as(metadata.architecture, is_stock=metadata.loads_without_our_code)
+    if seen.is_gguf:
+        architecture, libraries = ONE_FILE, "llama.cpp; compress, dequantized"
     parts = f"{sum('/' not in name for name in metadata.parts)} parts" + (" and an adapter" if metadata.adapter else "")
     return {
         "base model": metadata.base_model,
         "method": metadata.recipe.method,
-        "written as": loads_as(metadata.architecture, is_stock=metadata.loads_without_our_code),
+        "written as": architecture,
         "loads with": f"compress.load; {libraries}" if metadata.adapter else libraries,
         "parameters, dense": f"{metadata.dense_size.parameters:,}",
         **sizes(metadata.dense_size, metadata.size),

@@ -80,6 +80,8 @@ def save(drawings: Sequence[Drawing], folder: Path) -> list[Path]:
 
 # What a page says of colors in an SVG that is part of it.
 PAGE_COLORS = {"#000000": "currentColor", COLORS[-1]: "currentColor", "#e3e3e3": "var(--grid)"}
+SIZE = re.compile(r"<svg[^>]*?(?= viewBox)")
+LARGEST, LEAST = 1.2, 0.85  # of its own size, on a wide page and on a narrow one, which scrolls it
 FONT = re.compile(r"(?<=px); font-family: [^;\"<]*")
 NAMED = re.compile(r"(?<=\bid=\")|(?<=url\(#)|(?<=href=\"#)")
 
@@ -97,6 +99,8 @@ def as_svg(drawing: Drawing) -> str:
         drawing.figure.savefig(text, format="svg", transparent=True, metadata=nothing)
     found = text.getvalue()
     found = NAMED.sub(f"{drawing.name}-", FONT.sub("", found[found.index("<svg") :]))
+    width = 72 * drawing.figure.get_figwidth()
+    found = SIZE.sub(f'<svg style="width:{LARGEST * width:.0f}px;min-width:{LEAST * width:.0f}px"', found, count=1)
     for color, page in PAGE_COLORS.items():
         found = found.replace(f": {color.lower()}", f": {page}")
     return found

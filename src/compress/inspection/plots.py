@@ -197,7 +197,7 @@ def draw_map(seen: Inspection, cells: Cells, *, title: str, label: str) -> "Figu
     names = list(dict.fromkeys(name for name, _ in cells))
     blocks = 1 + max(block for _, block in cells)
     values = [[cells.get((name, block), (float("nan"), ""))[0] for block in range(blocks)] for name in names]
-    width = min(max(6.0, 2.6 + 0.42 * blocks), WIDEST)
+    width = min(max(6.0, 2.6 + 0.38 * blocks), WIDEST)
     figure, (plot,) = axes(width, 1.6 + 0.3 * len(names), title=seen.name)
     highest = max(value for value, _ in cells.values())
     image = plot.pcolormesh(values, cmap=MAP, vmin=0, vmax=highest, edgecolors="face", linewidth=0.1)

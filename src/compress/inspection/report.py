@@ -29,7 +29,7 @@ from compress.version import __version__
 REPORT = "report.html"
 TEMPLATE = "report.html.jinja"
 MARK = '<meta name="generator" content="compress '  # by which a report of ours is told from other files
-# The plots of each chapter. A chapter without any is left out.
+# What draws each chapter from a checkpoint and the files beside it; a chapter without drawings is left out.
 CHAPTERS: dict[str, Sequence[Callable[[Inspection], list[Drawing]]]] = {
     "Error by depth": (plot_errors, plot_energy, plot_spectra),
     "Bits and ranks by layer": (plot_bits, plot_ranks, plot_sizes),
@@ -93,6 +93,7 @@ def report_page(seen: Inspection, *, dense: Quality | None = None, notes: Sequen
         unmeasured=unmeasured(seen, metadata, quality),
         chapters=chapters(seen) if with_plots else {},
         with_plots=with_plots,
+        with_errors=any(point.relative_error is not None for point in metadata.points),
         blocks=block_rows(seen),
         continuations=quality.continuations,
         notes=notes,
@@ -116,7 +117,7 @@ def stage_in_words(stage: dict[str, Any]) -> dict[str, str]:
         words = " ".join((importlib.import_module(kind.__module__).__doc__ or "").partition("\n\n")[0].split())
         usual = {key: field.get_default(call_default_factory=True) for key, field in kind.model_fields.items()}
     told = {key: value for key, value in stage.items() if key != "stage" and value != usual.get(key)}
-    return {"name": name, "words": words.rstrip(":"), "settings": ", ".join(settings(told))}
+    return {"name": name, "words": words.replace("`", ""), "settings": ", ".join(settings(told))}
 
 
 def settings(values: dict[str, Any]) -> Iterator[str]:
