@@ -152,6 +152,8 @@ def measure_llamacpp(
             configs.append(load_config(source.whole_folder()))
     problems.report()
     names, sizes = [source.name for source in sources], [config.vocab_size for config in configs]
+    if len(set(names)) < len(names):  # files of one name in two folders
+        names = [str(file) for file in files]
     speeds = [
         {
             **{"prompt": load.prompt, "new": load.new},
