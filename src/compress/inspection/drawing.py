@@ -83,6 +83,7 @@ PAGE_COLORS = {"#000000": "currentColor", COLORS[-1]: "currentColor", "#e3e3e3":
 SIZE = re.compile(r"<svg[^>]*?(?= viewBox)")
 LARGEST, LEAST = 1.2, 0.85  # of its own size, on a wide page and on a narrow one, which scrolls it
 FONT = re.compile(r"(?<=px); font-family: [^;\"<]*")
+DIGITS = re.compile(r"(?<=\d\.\d\d)\d+(?=[^<>]*>)")  # of a tag's numbers, past the second
 NAMED = re.compile(r"(?<=\bid=\")|(?<=url\(#)|(?<=href=\"#)")
 
 
@@ -101,6 +102,7 @@ def as_svg(drawing: Drawing) -> str:
     found = NAMED.sub(f"{drawing.name}-", FONT.sub("", found[found.index("<svg") :]))
     width = 72 * drawing.figure.get_figwidth()
     found = SIZE.sub(f'<svg style="width:{LARGEST * width:.0f}px;min-width:{LEAST * width:.0f}px"', found, count=1)
+    found = DIGITS.sub("", found)
     for color, page in PAGE_COLORS.items():
         found = found.replace(f": {color.lower()}", f": {page}")
     return found

@@ -200,7 +200,7 @@ def draw_map(seen: Inspection, cells: Cells, *, title: str, label: str) -> "Figu
     width = min(max(6.0, 2.6 + 0.38 * blocks), WIDEST)
     figure, (plot,) = axes(width, 1.6 + 0.3 * len(names), title=seen.name)
     highest = max(value for value, _ in cells.values())
-    image = plot.pcolormesh(values, cmap=MAP, vmin=0, vmax=highest, edgecolors="face", linewidth=0.1)
+    image = plot.pcolormesh(values, cmap=MAP, vmin=0, vmax=highest, edgecolors="face", linewidth=0.1, clip_on=False)
     for (name, block), (value, text) in cells.items() if len(cells) <= WRITTEN else ():
         color = INK if value > 0.55 * highest else "white"
         plot.text(block + 0.5, names.index(name) + 0.5, text, ha="center", va="center", color=color, fontsize=9)

@@ -34,6 +34,7 @@ CHAPTERS: dict[str, Sequence[Callable[[Inspection], list[Drawing]]]] = {
     "Error by depth": (plot_errors, plot_energy, plot_spectra),
     "Bits and ranks by layer": (plot_bits, plot_ranks, plot_sizes),
 }
+LOOKED_AT = 1000  # bytes
 LONGEST = 60  # characters of a stage's setting
 LISTED = 12  # values of one
 
@@ -59,7 +60,10 @@ def check_target(file: Path) -> None:
     if not file.parent.is_dir():
         raise UsageError(f"There is no folder {file.parent} for the report. Make it, or choose another --out.")
     try:
-        is_other = file.exists() and MARK not in file.read_bytes()[:2000].decode(errors="replace")
+        is_other = False
+        if file.exists():
+            with file.open("rb") as opened:
+                is_other = MARK.encode() not in opened.read(LOOKED_AT)
     except OSError as error:
         raise UsageError(f"{file} cannot be read ({error.strerror}). Choose another --out.") from error
     if is_other:
