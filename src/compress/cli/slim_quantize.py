@@ -142,20 +142,20 @@ METHOD = "gptq, or round-to-nearest with scales of least squared error (mse) or 
 def quantize_model(
     run: StorageOptions,
     bits: Annotated[str | None, in_panel(Amounts, "Weight precision: 2 to 8 bits, or fp8. Default: 4.")] = None,
-    gguf_type: Annotated[str | None, in_panel(Amounts, TYPE, flag="--type")] = None,
+    type_: Annotated[str | None, in_panel(Amounts, TYPE, flag="--type")] = None,
     method: Annotated[Literal["gptq", "mse", "absmax"] | None, in_panel(Method, METHOD)] = None,
 ) -> None:
     """Quantize linear layers, each fitted toward the dense model (GPTQ and past it); --type writes one GGUF file.
 
     Example: compress quantize --model llama-2-7b --bits 4 --group 128
     """
-    problems, draft = Problems(), Draft.preset("quantize" if gguf_type is None else "gguf")
+    problems, draft = Problems(), Draft.preset("quantize" if type_ is None else "gguf")
     with problems.collect():
         others = ("group", "inputs", "asymmetric", "compact", "materialize")
         given = ["--bits"] if bits else [flag_of(name) for name in others if getattr(run, name)]
-        if gguf_type is not None and given:
+        if type_ is not None and given:
             raise UsageError(f"{given[0]} has no effect with --type, which says all of that. Leave one out.")
-        draft.set("slim.quantize.gguf_type", gguf_type, f"--type {gguf_type}")
+        draft.set("slim.quantize.gguf_type", type_, f"--type {type_}")
         put_bits(draft, bits)
         draft.put("slim.quantize", method=method)
         run.put(draft)
