@@ -356,13 +356,13 @@ def kept_blocks(stages: Sequence[StageConfig], num_blocks: int) -> list[int]:
 
 def new_rounded_model(prepared: Prepared, survey: Survey) -> RoundedModel:
     """The dense model on half of a trial's windows, to be rounded."""
-    decoder, processes = new_decoder(prepared), prepared.processes
+    loader, processes = new_loader(prepared), prepared.processes
     windows = spread(prepared.windows, max(prepared.job.recipe.trial_samples // 2, processes.count))
     parts = windows.split(batch_size(prepared, windows))
     return RoundedModel(
-        PartLoader(decoder, prepared.weights),
+        loader,
         [Batch(index, ids, held_out=True) for index, ids in enumerate(parts)],
-        CacheFolder(decoder, prepared.job.partial),
+        CacheFolder(loader.decoder, prepared.job.partial),
         survey.roundings,
         memory=prepared.plan.room.cache_memory,
         processes=processes,
