@@ -398,6 +398,12 @@ NO_LLAMA: dict[str, tuple[str, dict[str, Any], str]] = {
     "olmo": ("olmo", {}, "its model_type is 'olmo'"),
     "activation": ("llama", {"hidden_act": "gelu"}, "its activation is 'gelu', not 'silu'"),
     "window": ("mistral", {}, "its sliding window of 16 is less than its 64 positions"),
+    "soft cap": ("gemma3_text", {"attn_logit_softcapping": 2.0}, "its attention scores have a soft cap"),
+    "period": (
+        "gemma3_text",
+        {"sliding_window_pattern": 2},
+        "other blocks than each sixth are without a sliding window",
+    ),
     "dynamic": (
         "llama",
         {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},

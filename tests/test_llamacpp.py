@@ -29,6 +29,11 @@ TYPES = {
     "q4": "Q4_K_M,attn_q=Q2_K,attn_k=Q3_K,attn_v=IQ4_NL,attn_output=Q4_0,ffn_gate=IQ4_XS,ffn_up=Q6_K,ffn_down=Q5_K",
     "q8": "Q8_0,attn_q=Q4_1,attn_k=Q5_0,attn_v=Q5_1,ffn_up=Q4_K",
 }
+# Of blocks with a window, two in three of whose tokens lie before it, and of those without.
+GEMMA3_ROPE = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+    "full_attention": {"rope_type": "linear", "rope_theta": 400.0, "factor": 3.0},
+}
 FAMILIES = {
     "llama": {},
     "mistral": {"sliding_window": None},
@@ -37,12 +42,13 @@ FAMILIES = {
     "phi3": {},
     "gemma": {},
     "gemma2": {},
+    "gemma3_text": {"num_hidden_layers": 7, "rope_parameters": GEMMA3_ROPE, "final_logit_softcapping": 3.0},
     "granite": {},
     "smollm3": {"num_hidden_layers": 4, "no_rope_layer_interval": 4},
     "olmo2": {"head_dim": 8},
     "starcoder2": {"hidden_act": "gelu_pytorch_tanh"},
 }
-TANH = ("gemma", "gemma2", "starcoder2")  # whose GELU llama.cpp looks up in float16
+TANH = ("gemma", "gemma2", "gemma3_text", "starcoder2")  # whose GELU llama.cpp looks up in float16
 
 
 def expected(file, ids):

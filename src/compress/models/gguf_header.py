@@ -187,6 +187,7 @@ class Architecture:
     keys: what only this one says, by the header's names. interleaved: whether rows of queries and keys are in the order
     of llama.cpp. norms_from_one: whether gains are stored as what they multiply by, where transformers adds one.
     biases: whether attention and MLP may have some. activation: of the MLP; llama.cpp knows it by the architecture.
+    local_rope: whether blocks with a window have rotary embeddings of their own.
     """
 
     model_type: str
@@ -195,6 +196,7 @@ class Architecture:
     norms_from_one: bool = False
     biases: bool = False
     activation: str = "silu"
+    local_rope: bool = False
 
     @property
     def all_keys(self) -> dict[str, str]:
@@ -206,6 +208,10 @@ class Architecture:
 
 WINDOW = {"attention.sliding_window": "sliding_window"}
 SOFTCAPS = {f"{name}_logit_softcapping": f"{name}_logit_softcapping" for name in ("attn", "final")}
+GEMMA3 = WINDOW | {
+    "attention.sliding_window_pattern": "sliding_window_pattern",
+    "final_logit_softcapping": "final_logit_softcapping",
+}
 LAYER_NORM, RMS_NORM = "attention.layer_norm_epsilon", "attention.layer_norm_rms_epsilon"
 MULTIPLIERS = {
     "attention.scale": "attention_multiplier",
@@ -220,6 +226,7 @@ ARCHITECTURES = {
     "qwen3": Architecture("qwen3"),
     "gemma": Architecture("gemma", norms_from_one=True, activation=TANH),
     "gemma2": Architecture("gemma2", WINDOW | SOFTCAPS, norms_from_one=True, activation=TANH),
+    "gemma3": Architecture("gemma3_text", GEMMA3, norms_from_one=True, activation=TANH, local_rope=True),
     "phi3": Architecture("phi3", WINDOW | {"rope.scaling.original_context_length": "original_max_position_embeddings"}),
     "granite": Architecture("granite", MULTIPLIERS, interleaved=True, biases=True),
     "smollm3": Architecture("smollm3", interleaved=True),
@@ -243,10 +250,13 @@ OPTIONAL = ("attention.head_count_kv", "attention.key_length")
 REQUIRED = ({*KEYS} - {*OPTIONAL}) | {LAYER_NORM, *MULTIPLIERS}
 HEAD_SIZES = ("rope.dimension_count", "attention.value_length")  # which all have to be key_length
 ROPE = ("rope.freq_base", "rope.scaling.type", "rope.scaling.factor")
+LOCAL_BASE = "rope.freq_base_swa"
 # The vocabulary has as many rows as its table; the others say how the model came to be.
 WITHOUT_EFFECT = ("vocab_size", "tensor_data_layout", "rope.scaling.finetuned", "expert_count", "expert_used_count")
 SPECIAL = {"bos": "bos_token_id", "eos": "eos_token_id", "padding": "pad_token_id"}
-GEMMA2_27B_BLOCKS = 46  # llama.cpp too knows by them alone that its queries are scaled in another way
+# The blocks of Gemma's 27B: llama.cpp too knows by them alone that its queries are scaled in another way.
+GEMMA_27B_BLOCKS = {"gemma2": 46, "gemma3_text": 62}
+FULL, LOCAL = "full_attention", "sliding_attention"
 LLAMA31 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
@@ -273,7 +283,8 @@ def read_config(header: Header) -> Any:
     said = {key.removeprefix(prefix): value for key, value in header.fields.items() if key.startswith(prefix)}
     if said.get("expert_count") or any("_exps." in name for name in header.tensors):
         raise UnsupportedModel(f"{header.file} has experts. {FOLDER_INSTEAD}")
-    unknown = min(said.keys() - {*known.all_keys, *HEAD_SIZES, *ROPE, *WITHOUT_EFFECT}, default=None)
+    local = {LOCAL_BASE} if known.local_rope else set()
+    unknown = min(said.keys() - {*known.all_keys, *HEAD_SIZES, *ROPE, *local, *WITHOUT_EFFECT}, default=None)
     if unknown is not None:
         raise UnsupportedModel(
             f"{header.file} says {unknown} = {str(said[unknown])[:40]}, of which transformers' model would know "
@@ -286,11 +297,31 @@ def read_config(header: Header) -> Any:
             **{name: header.fields.get(f"tokenizer.ggml.{key}_token_id") for key, name in SPECIAL.items()},
             dtype=written_dtype(header),
             tie_word_embeddings="output.weight" not in header.tensors,
-            rope_parameters={"rope_type": "default", "rope_theta": float(said.get("rope.freq_base", 1e4))},
+            rope_parameters=rotary_bases(known, said),
         )
         check_sizes(header.file, config)
-        config.rope_parameters |= rotary_scaling(header, said, config)
+        if hasattr(config, "query_pre_attn_scalar"):
+            config.query_pre_attn_scalar = query_scale(config)
+        rope_of(config).update(rotary_scaling(header, said, config))
     return config
+
+
+def rotary_bases(known: Architecture, said: Mapping[str, Any]) -> dict[str, Any]:
+    bases = {FULL: "rope.freq_base"} | ({LOCAL: LOCAL_BASE} if known.local_rope else {})
+    found = {kind: {"rope_type": "default", "rope_theta": float(said.get(key, 1e4))} for kind, key in bases.items()}
+    return found if known.local_rope else found[FULL]
+
+
+def rope_of(config: Any, kind: str = FULL) -> dict[str, Any]:
+    """The rotary parameters of blocks of a kind, which most models have in common. The config's own, not a copy."""
+    found: dict[str, Any] = config.rope_parameters or {}
+    return found.get(kind, found)
+
+
+def query_scale(config: Any) -> int:
+    """The number by whose square root llama.cpp divides a Gemma's queries: but for the largest, the size of a head."""
+    is_27b = config.num_hidden_layers == GEMMA_27B_BLOCKS.get(config.model_type)
+    return int(config.hidden_size // config.num_attention_heads if is_27b else config.head_dim)
 
 
 def sizes(header: Header, known: Architecture, said: Mapping[str, Any]) -> dict[str, Any]:
@@ -314,8 +345,8 @@ def sizes(header: Header, known: Architecture, said: Mapping[str, Any]) -> dict[
     if known.biases:
         biases = {name.split(".")[-2].partition("_")[0] for name in header.tensors if name.endswith(".bias")}
         found |= {"attention_bias": "attn" in biases, "mlp_bias": "ffn" in biases}
-    if known.model_type == "gemma2":
-        found["query_pre_attn_scalar"] = share if found["num_hidden_layers"] == GEMMA2_27B_BLOCKS else head
+    if known.local_rope and not said.get("attention.sliding_window"):
+        raise UnsupportedModel(f"{header.file} has no sliding window. {FOLDER_INSTEAD}")
     return found
 
 
@@ -335,7 +366,8 @@ def rotary_scaling(header: Header, said: Mapping[str, Any], config: Any) -> dict
         return {}
     if factors is None and kind == "linear":
         return {"rope_type": "linear", "factor": float(said["rope.scaling.factor"])}
-    if factors is not None and kind == "none" and factors.kind == "F32" and factors.shape == (config.head_dim // 2,):
+    pairs = None if FULL in config.rope_parameters else (config.head_dim // 2,)
+    if factors is not None and kind == "none" and factors.kind == "F32" and factors.shape == pairs:
         stored = torch.from_numpy(header.read_rows(factors, 0, 1).view(np.float32)[0].copy())
         found = {"rope_type": "llama3", "factor": round(float(stored[-1]), 4), **LLAMA31}
         scaled = type(config)(**config.to_dict() | {"rope_parameters": config.rope_parameters | found})
