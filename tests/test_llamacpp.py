@@ -110,6 +110,14 @@ def test_every_type(name, wide):
     assert error.mean() < 0.03 * found.std()  # llama.cpp rounds the inputs of linears to 8 bits
 
 
+def test_sliced_and_quantized_in_one_walk(wide):
+    options = ["--calib", wide / "text.txt", "--samples", 4, "--seq-len", 32, "--round-to", 32]
+    succeeds("slice", "--model", wide / "wide", "--ratio", 0.25, "--type", "Q4_K_M", *options, "--out", wide / "narrow")
+    file, ids = wide / "narrow" / "narrow.gguf", text_ids()
+    found = torch.tensor(opened(file).log_probs(ids), dtype=torch.float64)
+    assert (found - expected(file, ids)).abs().mean() < 0.03 * found.std()
+
+
 def test_the_tokens_are_the_tokenizers(wide, tmp_path):
     write_gguf(wide / "wide", file := tmp_path / "model.gguf")
     engine, tokenizer = opened(file), load_tokenizer(wide / "wide")

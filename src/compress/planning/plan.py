@@ -169,6 +169,9 @@ def mixture_faults(stages: Sequence[StageConfig], *, has_budget: bool) -> list[s
         problems.append(
             f"prune_units deletes rows of what {name} has stored by then. Run it first, and {name} on its output."
         )
+    factors = any(isinstance(stage, RankStage) and stage.writes_factors for stage in stages)
+    if factors and storing[0].model_dump().get("form") == "gguf":
+        problems.append("A GGUF file has no factors. Give factorize form: dense (--materialize), or slim another form.")
     open_ranks = any(isinstance(stage, RankStage) and stage.open_ranks for stage in stages)
     if has_budget or open_ranks or any(stage.opens for stage in stages):
         problems.append(
