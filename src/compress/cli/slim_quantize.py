@@ -1,7 +1,7 @@
 """`compress slim`: linear layers in fewer bits, sparse, with adapters. `compress quantize`: in fewer bits alone."""
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from compress.cli.compressing import EXPORT, TARGET, TYPE, RunOptions, amount_of
 from compress.cli.options import Amounts, Method, Output, flag_of, in_panel, names_in, with_options
