@@ -105,7 +105,7 @@ def write_tiny(
     writer.add_rope_freq_base(rope_of(config)["rope_theta"])  # a window's is not said by all converters
     writer.add_license("mit")
     for key, value in (said or {}).items():
-        add = writer.add_string if isinstance(value, str) else writer.add_float32
+        add = {str: writer.add_string, list: writer.add_array}.get(type(value), writer.add_float32)
         (writer.add_uint32 if isinstance(value, int) else add)(f"{architecture}.{key}", value)
     (words or add_tokenizer)(writer)
     for name, tensor in (tensors_of(model, architecture) | more).items():
@@ -589,6 +589,24 @@ def test_the_largest_gemma_scales_its_queries_otherwise(tmp_path, monkeypatch):
     assert gguf_model(file).config.query_pre_attn_scalar == scalar
     assert why_not_writable(tiny_config("gemma2", query_pre_attn_scalar=scalar)) is None
     assert why_not_writable(tiny_config("gemma2")) == "its queries are scaled by another number than llama.cpp's"
+
+
+UNEVEN = {
+    "another count": ({"feed_forward_length": [48, 20, 33]}, CheckpointError, "it has 2 blocks and 3 widths of MLPs"),
+    "no width": ({"feed_forward_length": [48, 0]}, CheckpointError, "intermediate_size is 0"),
+    "heads": ({"feed_forward_length": [48, 20], "attention.head_count_kv": [2, 4]}, UnsupportedModel, "more heads in"),
+}
+
+
+@pytest.mark.parametrize("name", UNEVEN)
+def test_widths_of_blocks_that_make_no_model(tmp_path, name):
+    """In a file of the architecture deci; each width else is held against its tensors, as all shapes are."""
+    said, error, message = UNEVEN[name]
+    model = tiny_model("llama", dtype=torch.float32, **PLAIN)
+    model.config.model_type = "deci"
+    file = write_tiny(tmp_path / "x.gguf", model, said=said)
+    with pytest.raises(error, match=message):
+        gguf_model(file)
 
 
 def test_a_gemma3_without_windows_is_refused(tmp_path):

@@ -9,19 +9,20 @@ from cli_runner import invoke, succeeds
 from compress.checkpoints.gguf import reader_notes, write_gguf
 from compress.errors import CheckpointError, UsageError
 from compress.evaluation.llamacpp import LlamaCpp
+from compress.models.gguf_header import with_widths
 from compress.models.hub import find_model
 from compress.models.loading import load_tokenizer
 from compress.models.stored_loading import open_model
 
 pytest.importorskip("gguf")
 pytest.importorskip("xllamacpp")
+NO_BIASES = {"attention_bias": False, "mlp_bias": False}
 WIDE = {
+    **NO_BIASES,
     "hidden_size": 256,
     "intermediate_size": 512,
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
-    "attention_bias": False,
-    "mlp_bias": False,
     "num_hidden_layers": 2,
 }
 # Two files that have all block types between them.
@@ -92,6 +93,36 @@ def test_the_notes_say_what_transformers_reads(family, tmp_path):
     assert alike == (not reader_notes(file))
 
 
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+UNEVEN = {
+    "llama": {"attention_bias": True, "mlp_bias": True},
+    "mistral": {"sliding_window": None},
+    "llama 3.1": {**NO_BIASES, "rope_parameters": LLAMA3 | {"original_max_position_embeddings": 8192}},
+}
+
+
+@pytest.mark.parametrize("name", UNEVEN)
+def test_mlps_of_different_widths(name, tmp_path):
+    model_type = name.partition(" ")[0]
+    config = with_widths(tiny.tiny_config(model_type, **UNEVEN[name]), [48, 20, 33])
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            drawn = torch.randn_like(parameter)
+            parameter.copy_(1 + 0.3 * drawn if parameter.ndim == 1 else drawn / parameter.shape[-1] ** 0.5)
+    model.save_pretrained(tmp_path / "tiny")
+    tiny.tiny_tokenizer().save_pretrained(tmp_path / "tiny")
+    write_gguf(tmp_path / "tiny", file := tmp_path / "model.gguf")
+    ids = text_ids()
+    theirs = model.eval()(torch.tensor([ids])).logits[0, :-1].double().log_softmax(-1)
+    wanted = theirs.gather(1, torch.tensor(ids[1:])[:, None])[:, 0].detach()
+    torch.testing.assert_close(expected(file, ids), wanted)
+    found = torch.tensor(opened(file).log_probs(ids), dtype=torch.float64)
+    assert found.std() > 0.2
+    torch.testing.assert_close(found, wanted, atol=1e-3, rtol=0)
+
+
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wide")
@@ -116,6 +147,20 @@ def test_sliced_and_quantized_in_one_walk(wide):
     file, ids = wide / "narrow" / "narrow.gguf", text_ids()
     found = torch.tensor(opened(file).log_probs(ids), dtype=torch.float64)
     assert (found - expected(file, ids)).abs().mean() < 0.03 * found.std()
+
+
+def test_neurons_where_the_loss_feels_them(wide):
+    """What `slice --allocation free` writes beside its folder: the folder's own log-probabilities."""
+    options = ["--calib", wide / "text.txt", "--samples", 8, "--seq-len", 32, "--export", "gguf"]
+    options += ["--allocation", "free", "--set", "budget.trial_samples=8", "--out", wide / "free"]
+    said = succeeds("slice", "--model", wide / "wide", "--keep-params", 0.7, *options, "--json").json
+    assert len(set(said["units"]["neurons"])) > 1
+    ids = text_ids()
+    found = torch.tensor(opened(wide / "free" / "free.gguf").log_probs(ids), dtype=torch.float64)
+    model = AutoModelForCausalLM.from_pretrained(wide / "free", dtype=torch.float32)
+    with torch.no_grad():
+        theirs = model(torch.tensor([ids])).logits[0, :-1].double().log_softmax(-1)
+    torch.testing.assert_close(found, theirs.gather(1, torch.tensor(ids[1:])[:, None])[:, 0], atol=1e-3, rtol=0)
 
 
 def test_the_tokens_are_the_tokenizers(wide, tmp_path):

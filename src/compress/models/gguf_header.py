@@ -22,9 +22,11 @@ from torch import Tensor
 from transformers import AutoConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from compress import families
 from compress.errors import CheckpointError, UnsupportedModel
-from compress.models.loading import check_sizes, check_values
+from compress.models.loading import LIMITS, check_sizes, check_values
 from compress.models.untrusted import reading
+from compress.own_model.configuration_compress import CompressConfig
 
 VERSIONS = (2, 3)
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -104,9 +106,11 @@ class Cursor:
         # A float32 with as few digits as tell it apart: 1e-05, as the config had it before.
         return float(str(np.float32(found))) if kind == FLOAT32 else found
 
-    def array(self) -> str:
-        """Go over an array, such as a vocabulary: what is needed of the header here are single values."""
+    def array(self) -> list[Any] | str:
+        """Read a number for each block; go over longer arrays, such as a vocabulary."""
         kind, count = self.take("IQ")
+        if kind in SCALARS and count <= LIMITS["num_hidden_layers"]:
+            return list(self.take(f"{count}{SCALARS[kind]}"))
         if kind in SCALARS:
             self.advance(count * struct.calcsize(f"<{SCALARS[kind]}"))
         else:
@@ -188,6 +192,7 @@ class Architecture:
     of llama.cpp. norms_from_one: whether gains are stored as what they multiply by, where transformers adds one.
     biases: whether attention and MLP may have some. activation: of the MLP; llama.cpp knows it by the architecture.
     local_rope: whether blocks with a window have rotary embeddings of their own.
+    free_widths: whether MLPs may have a width in each block.
     """
 
     model_type: str
@@ -197,6 +202,7 @@ class Architecture:
     biases: bool = False
     activation: str = "silu"
     local_rope: bool = False
+    free_widths: bool = False
 
     @property
     def all_keys(self) -> dict[str, str]:
@@ -222,6 +228,7 @@ MULTIPLIERS = {
 TANH = "gelu_pytorch_tanh"
 ARCHITECTURES = {
     "llama": Architecture("llama", interleaved=True, biases=True),  # Mistral too
+    "deci": Architecture("llama", interleaved=True, biases=True, free_widths=True),
     "qwen2": Architecture("qwen2"),
     "qwen3": Architecture("qwen3"),
     "gemma": Architecture("gemma", norms_from_one=True, activation=TANH),
@@ -234,7 +241,8 @@ ARCHITECTURES = {
     "starcoder2": Architecture("starcoder2", {LAYER_NORM: "norm_epsilon"}, activation=TANH),
 }
 # The architecture that each model_type is written as.
-WRITTEN = {known.model_type: name for name, known in ARCHITECTURES.items()} | {"mistral": "llama"}
+WRITTEN = {known.model_type: name for name, known in ARCHITECTURES.items()} | {"llama": "llama", "mistral": "llama"}
+DECI = ("llama", "mistral")  # the model_types that `deci` is with a width of its own in each MLP
 KEYS = {
     "context_length": "max_position_embeddings",
     "embedding_length": "hidden_size",
@@ -280,7 +288,7 @@ def architecture_of(header: Header) -> Architecture:
 def read_config(header: Header) -> Any:
     """Raises UnsupportedModel for what transformers' model would not compute, CheckpointError for what makes none."""
     known, prefix = architecture_of(header), f"{header.fields['general.architecture']}."
-    said = {key.removeprefix(prefix): value for key, value in header.fields.items() if key.startswith(prefix)}
+    said = {key.removeprefix(prefix): alike(value) for key, value in header.fields.items() if key.startswith(prefix)}
     if said.get("expert_count") or any("_exps." in name for name in header.tensors):
         raise UnsupportedModel(f"{header.file} has experts. {FOLDER_INSTEAD}")
     local = {LOCAL_BASE} if known.local_rope else set()
@@ -303,7 +311,29 @@ def read_config(header: Header) -> Any:
         if hasattr(config, "query_pre_attn_scalar"):
             config.query_pre_attn_scalar = query_scale(config)
         rope_of(config).update(rotary_scaling(header, said, config))
-    return config
+        return with_widths(config, mlp_widths(header, said)) if known.free_widths else config
+
+
+def mlp_widths(header: Header, said: Mapping[str, Any]) -> list[int]:
+    """The width of each block's MLP. Raises ValueError for what makes none."""
+    found, count = said["feed_forward_length"], said["block_count"]
+    widths = found if isinstance(found, list) else [found] * count
+    if len(widths) != count:
+        raise ValueError(f"it has {count} blocks and {len(widths)} widths of MLPs")
+    for width in widths:
+        check_values(header.file, {"intermediate_size": width})
+    return widths
+
+
+def with_widths(config: Any, widths: list[int]) -> CompressConfig:
+    """The config of our class for a stock model with MLPs of these widths."""
+    structure, ends = families.find(config).structure(), {name: getattr(config, name) for name in SPECIAL.values()}
+    return CompressConfig(text_config=config, structure=structure, mlp_widths=widths, dtype=config.dtype, **ends)
+
+
+def alike(value: Any) -> Any:
+    """The one number that is said of each block, or what is said."""
+    return value[0] if isinstance(value, list) and len(set(value)) == 1 else value
 
 
 def rotary_bases(known: Architecture, said: Mapping[str, Any]) -> dict[str, Any]:
@@ -333,6 +363,10 @@ def sizes(header: Header, known: Architecture, said: Mapping[str, Any]) -> dict[
     if absent is not None:
         raise ValueError(f"it does not say {absent}")
     found = {name: said[key] for key, name in known.all_keys.items() if key in said}
+    if known.free_widths:
+        found["intermediate_size"] = max(mlp_widths(header, said))
+        if isinstance(found["num_attention_heads"], list) or isinstance(found.get("num_key_value_heads"), list):
+            raise UnsupportedModel(f"{header.file} has more heads in some blocks than in others. {FOLDER_INSTEAD}")
     found["vocab_size"] = header.tensors["token_embd.weight"].shape[0]
     found.setdefault("num_key_value_heads", found["num_attention_heads"])
     check_values(header.file, found)

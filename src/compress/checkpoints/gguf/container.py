@@ -65,9 +65,13 @@ def describe_model(writer: Writer, model: Model, name: str, file_type: str) -> N
     values["rope.freq_base"] = float(model.rope["rope_theta"])
     if known.local_rope:
         values[LOCAL_BASE] = float(rope_of(config, LOCAL)["rope_theta"])
+    if model.mlp_widths:
+        values["feed_forward_length"] = model.mlp_widths
     for key, value in values.items():
         if value is not None:
-            if isinstance(value, float) or key.endswith("scale"):  # multipliers also where a config has whole numbers
+            if isinstance(value, list):
+                writer.add_array(f"{model.architecture}.{key}", value)
+            elif isinstance(value, float) or key.endswith("scale"):  # multipliers also where a config has whole numbers
                 writer.add_float32(f"{model.architecture}.{key}", float(value))
             else:
                 writer.add_uint32(f"{model.architecture}.{key}", value)

@@ -14,6 +14,7 @@ from compress.calibration.weights import READABLE, LazyWeights
 from compress.errors import UnsupportedModel
 from compress.models.gguf_header import (
     ARCHITECTURES,
+    DECI,
     FULL,
     LOCAL,
     ROPE_FACTORS,
@@ -47,13 +48,14 @@ class Entry:
 @dataclass(frozen=True)
 class Model:
     """
-    architecture: llama.cpp's name for it. rope: the rotary parameters.
+    architecture: llama.cpp's name for it. rope: the rotary parameters. mlp_widths: one a block, where they differ.
     """
 
     architecture: str
     config: Any
     rope: dict[str, Any]
     entries: list[Entry]
+    mlp_widths: list[int] | None
 
 
 def read_model(folder: Path, types: Mapping[str, str]) -> Model:
@@ -65,16 +67,18 @@ def read_model(folder: Path, types: Mapping[str, str]) -> Model:
     """
     config = load_config(folder)
     check_writable(config)
-    architecture, weights = WRITTEN[config.model_type], LazyWeights(folder)
-    known = ARCHITECTURES[architecture]
+    widths, weights = mlp_widths(config), LazyWeights(folder)
     shapes = {name: parameter.shape for name, parameter in empty_model(config).state_dict().items()}
+    config = config.get_text_config()
+    architecture = "deci" if widths else WRITTEN[config.model_type]
+    known = ARCHITECTURES[architecture]
     if config.tie_word_embeddings:
         del shapes["lm_head.weight"]
     quantized = {f"{path}.weight": f"{path}.qweight" for path in types}
     weights.check_against({name: shape for name, shape in shapes.items() if name not in quantized})
     biases = [name for name in shapes if name.endswith(".bias")]
     # A zero bias is no bias: a sliced Qwen2 written as Llama has some.
-    if architecture == "llama" and not any(bool(weights.read([name])[name].any()) for name in biases):
+    if architecture in ("llama", "deci") and not any(bool(weights.read([name])[name].any()) for name in biases):
         shapes = {name: shape for name, shape in shapes.items() if name not in biases}
     names = tensor_names(architecture, config.num_hidden_layers)
     entries = []
@@ -96,7 +100,14 @@ def read_model(folder: Path, types: Mapping[str, str]) -> Model:
     if rope["rope_type"] == "llama3":
         factors = llama3_factors(config)
         entries.append(Entry(ROPE_FACTORS, factors.shape, factors.dtype, lambda: factors))
-    return Model(architecture, config, rope, entries)
+    return Model(architecture, config, rope, entries, widths)
+
+
+def mlp_widths(config: Any) -> list[int] | None:
+    """Of a checkpoint whose MLPs differ in width and which is stock but for that; None of any other."""
+    others = any(getattr(config, name, None) for name in ("slicing", "factors", "storage"))
+    widths: list[int] | None = None if others else getattr(config, "mlp_widths", None)
+    return widths
 
 
 def heads_of(name: str, config: Any) -> int | None:
@@ -123,6 +134,9 @@ def check_writable(config: Any) -> None:
 
 def why_not_writable(config: Any) -> str | None:
     """What of a config GGUF cannot say, if anything."""
+    if mlp_widths(config):
+        stock = config.get_text_config()
+        return why_not_writable(stock) if stock.model_type in DECI else "its MLPs differ in width"
     kind = config.model_type
     if kind not in WRITTEN:
         return f"its model_type is {kind!r}"
