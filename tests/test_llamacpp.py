@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM
 
 import tiny
@@ -13,6 +14,7 @@ from compress.models.gguf_header import with_widths
 from compress.models.hub import find_model
 from compress.models.loading import load_tokenizer
 from compress.models.stored_loading import open_model
+from test_gguf import ROOM, sentencepiece
 
 pytest.importorskip("gguf")
 pytest.importorskip("xllamacpp")
@@ -168,6 +170,19 @@ def test_the_tokens_are_the_tokenizers(wide, tmp_path):
     engine, tokenizer = opened(file), load_tokenizer(wide / "wide")
     for text in ("The cat's 12 hats", "  def f(x):\n\treturn x", "naïve 東京"):
         assert engine.tokenize(text) == tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize("family", ["gemma", "gemma3_text"])
+def test_the_tokens_are_gemmas(family, tmp_path):
+    changes = FAMILIES[family] | {"vocab_size": ROOM, "bos_token_id": 2, "pad_token_id": 0}
+    tokenizer = sentencepiece("gemma")
+    tokenizer.add_tokens([AddedToken("\n\n", normalized=False), AddedToken("<turn>", special=True)])
+    tiny.tiny_model(family, dtype=torch.float32, **changes).save_pretrained(tmp_path / "tiny")
+    tokenizer.save_pretrained(tmp_path / "tiny")
+    write_gguf(tmp_path / "tiny", file := tmp_path / "model.gguf")
+    engine, tokenizer = opened(file), load_tokenizer(tmp_path / "tiny")
+    for text in ("the test returns", "  def f(x):\n\treturn it", "na\u00efve \u6771\u4eac\n\n\n year"):
+        assert engine.tokenize(text) == tokenizer(text, add_special_tokens=False)["input_ids"], text
 
 
 def test_speed(wide, tmp_path):

@@ -141,7 +141,8 @@ def choose_base(recipe: Recipe, config: Any, family: Family, dtype: torch.dtype)
     own = Own(config, family, shortcuts=False)
     if is_free:
         reason = "MLPs of different widths have no stock shape, so the result is written in our architecture."
-        if why_own(config, family) is None and stock.model_type in DECI:
+        windowed = getattr(config, "sliding_window", None) is not None
+        if why_own(config, family) is None and stock.model_type in DECI and not windowed:
             own, reason = Own(config, family, stock, free_widths=True), f"{reason} llama.cpp runs it: --export gguf."
     return replace(ModelSpec.dense(own, dtype), notes=(str(reason),))
 

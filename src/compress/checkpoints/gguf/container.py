@@ -87,7 +87,7 @@ def describe_vocabulary(writer: Writer, vocabulary: Vocabulary) -> None:
     writer.add_token_types(vocabulary.types)
     if vocabulary.scores is not None:
         writer.add_token_scores(vocabulary.scores)
-        writer.add_add_space_prefix(True)
+        writer.add_add_space_prefix(vocabulary.prefixed)
     # SentencePiece's merges too: llama.cpp has the scores, transformers would have to guess the merges from them.
     if not vocabulary.special.merges:
         writer.add_key_value("tokenizer.ggml.merges", [], gguf.GGUFValueType.ARRAY)
