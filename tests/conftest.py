@@ -40,6 +40,7 @@ WHOLE_RUNS = {
     "test_processes",
     "test_ranks",
     "test_registration",
+    "test_report",
     "test_resume",
     "test_security",
     "test_sliced_model",

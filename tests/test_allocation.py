@@ -11,6 +11,7 @@ from cli_runner import succeeds
 from compress import families
 from compress.calibration.survey import Survey
 from compress.numerics.frames import OrthogonalFrame
+from compress.planning import search
 from compress.planning.search import Cost, Forecast
 from compress.stages.prune_units import PruneUnits
 from tiny import NUM_BLOCKS, write_model, write_text
@@ -65,12 +66,20 @@ def test_neurons_go_where_their_deletion_costs_least():
     """Two blocks of 4 neurons: the first's cost little, the second's more and more."""
     costs = {"neurons 0": torch.tensor([0.0, 0.1, 0.2, 0.3]), "neurons 1": torch.tensor([0.0, 1.0, 3.0, 9.0])}
     survey = Survey(torch.eye(2), unit_costs=costs)
-    forecast = Forecast(survey, None, 2, 5, {"neurons": 4})
-    assert forecast.free_neurons(3, step=1) == (2, 4)
-    assert forecast.free_neurons(2, step=1) == (1, 3)
+    forecast = Forecast(survey, None, (0.0,), 2, 5, {"neurons": 4})
+    assert forecast.free_neurons({"neurons": 3}, step=1) == (2, 4)
+    assert forecast.free_neurons({"neurons": 2}, step=1) == (1, 3)
     assert forecast.of_counts({"neurons": 3}) == Cost(0.0, pytest.approx(1.1))
     assert forecast.of_counts({"neurons": (1, 3)}) == Cost(0.0, pytest.approx(1.3))
     assert forecast.of_counts({"kv_groups": 3}) is None
+
+
+def test_blocks_left_out_cost_what_was_measured_and_their_units_nothing_more():
+    costs = {"neurons 0": torch.tensor([0.0, 0.1, 0.2, 0.3]), "neurons 1": torch.tensor([0.0, 1.0, 3.0, 9.0])}
+    forecast = Forecast(Survey(torch.eye(2), unit_costs=costs), None, (0.0, 0.8), 2, 5, {"neurons": 4})
+    counts = {"blocks": 1, "neurons": 3, "dropped": (1,)}
+    assert forecast.of_counts(counts) == Cost(pytest.approx(0.8 * search.LEFT_OF_BLOCKS), pytest.approx(0.1))
+    assert forecast.free_neurons(counts, step=1) == (3,)
 
 
 def test_the_stream_s_loss_is_that_of_what_slicing_takes_from_it():
@@ -78,7 +87,7 @@ def test_the_stream_s_loss_is_that_of_what_slicing_takes_from_it():
     n, g = torch.randn(500, 6, dtype=torch.float64), torch.randn(500, 6, dtype=torch.float64)
     C, G = n.T @ n / 500, g.T @ g / 500
     frame = OrthogonalFrame(torch.eye(6, dtype=torch.float64), C.diagonal())
-    forecast = Forecast(Survey(3 * C, 3 * G), frame, 1, 3, {})
+    forecast = Forecast(Survey(3 * C, 3 * G), frame, (0.0,), 1, 3, {})
     pairs = n[:, None, 4:] * g[None, :, 4:]  # each token with every other's gradient: independent
     assert forecast.stream(4) == pytest.approx(3 * float(pairs.sum(-1).square().mean()) / 2)
     assert forecast.stream(6) == 0

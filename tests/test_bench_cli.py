@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from cli_runner import flat, invoke, succeeds
+from compress.checkpoints.quality import read_quality
 from compress.evaluation.speed import report
 from compress.models.storage import Storage
 from stored import write_packed
@@ -59,6 +60,20 @@ def test_the_newest_output_beside_what_it_was_made_from(place):
     assert all(load["decode"]["speedup"]["median"] > 0 for load in found["generation"])
     assert found["notes"][-1] == "packed was not made from dense as it is here."
     assert found["linears"] == []
+
+
+def test_speeds_are_kept_for_the_report(place):
+    found = succeeds("bench", *QUICK, "--save", "--json").json
+    kept = read_quality(place / "compressed" / "packed")
+    (place / "compressed" / "packed" / "quality.json").unlink()
+    assert kept is not None
+    assert [(speed.dense, speed.batch, speed.prompt, speed.rounds) for speed in kept.speed] == [
+        ("dense", 1, 62, 2),
+        ("dense", 2, 62, 2),
+    ]
+    rates = found["generation"][1]["decode"]["tokens_per_second"]
+    assert {side: rate.to_dict() for side, rate in kept.speed[1].decode.items()} == rates
+    assert "is none of yours" in invoke("bench", "demo", "--against", "dense", "--save").faults[0]
 
 
 def test_tables(place):

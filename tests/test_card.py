@@ -1,6 +1,7 @@
 """The model card: front matter as the hub reads it, text that nothing breaks out of, measures, ways to load it."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -341,6 +342,20 @@ def test_what_was_measured_is_in_it(root, tmp_path):
     before = (root / "sliced" / "README.md").read_text()
     assert text.replace(text[text.index("\n## Evaluation") : text.index("\n## Usage")], "") == before
     assert succeeds("inspect", tmp_path / "sliced", "--json").json["verified"]
+
+
+def test_it_shows_the_plots_that_lie_beside_it(root, tmp_path):
+    out = Path(shutil.copytree(root / "sliced", tmp_path / "sliced"))
+    succeeds("inspect", out, "--fast", "--card", "--plot", out / "plots")
+    (out / "plots" / "x](http:y) .png").touch()
+    succeeds("inspect", out, "--card")
+    text = (out / "README.md").read_text()
+    assert re.findall(r"!\[.*\n", text) == [
+        f"![{name}](plots/{name}.png)\n" for name in ("energy", "errors", "sizes", "spectra")
+    ]
+    shutil.rmtree(out / "plots")
+    succeeds("inspect", out, "--card", "--fast")
+    assert (out / "README.md").read_bytes() == (root / "sliced" / "README.md").read_bytes()
 
 
 def test_only_ours_gets_a_card(root):

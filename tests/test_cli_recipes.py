@@ -45,8 +45,10 @@ def differs(stage: dict[str, Any], expected: dict[str, Any]) -> dict[str, Any]:
 
 # Of each command line the stages in their order, and of some of these what they say.
 RECIPES: dict[str, tuple[list[str], dict[str, dict[str, Any]]]] = {
+    "slice --drop-blocks 2": (["drop_blocks", "refit"], {"drop_blocks": {"count": 2}}),
+    "slice --keep-params 0.75 --drop-blocks 0": (["fold_norms", "rotate_shared", "slice", "refit", "prune_units"], {}),
     "slice --keep-params 0.75": (
-        ["fold_norms", "rotate_shared", "slice", "refit", "prune_units"],
+        ["drop_blocks", "fold_norms", "rotate_shared", "slice", "refit", "prune_units"],
         {"rotate_shared": {"gradient_weight": 0.9}, "slice": {"slice_head": True, "ratio": None}},
     ),
     "slice --ratio 0.25 --mlp-ratio 0.5 --no-refit --measure-error": (
@@ -231,7 +233,8 @@ def test_what_cannot_be_set(home, line, faults):
 # What is refused. The rules are the stages' own; a fault begins with the flag that it is about.
 
 REFUSED = {
-    "slice": "by one of --ratio 0.25, --keep-params 0.75, --target-size 4GB, --explained-variance 0.99; got 0.",
+    "slice": "by one of --ratio 0.25, --drop-blocks 4, --keep-params 0.75, --target-size 4GB, "
+    "--explained-variance 0.99; got 0.",
     "slice --ratio 0.25 --keep-params 0.5": "got 2.",
     "slice --ratio 2": "--ratio 2: Input should be less than 1",
     "slice --ratio x": "--ratio x: Input should be a valid number",

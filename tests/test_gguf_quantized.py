@@ -1,6 +1,7 @@
 """`compress quantize --type`: one GGUF file in llama.cpp's types, as readers find it."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import tiny
 from cli_runner import flat, invoke, succeeds
 from compress import pipeline
 from compress.checkpoints.gguf import write_gguf
+from compress.checkpoints.quality import read_quality
 from compress.models.hub import find_model
 from compress.models.stored_loading import open_model
 
@@ -90,10 +92,31 @@ def test_eval_measures_the_file_and_what_needs_safetensors_says_so(home, written
         "eval", "--model", written, "--ppl", home / "text.txt", "--seq-len", 32, "--limit", 4, "--json"
     ).json
     assert found["perplexity"][0]["ppl"] > 1
-    for command, words in (("inspect", "gguf-dump shows its tensors"), ("finetune", "before it is quantized")):
-        ran = invoke(command, written)
-        assert (ran.code, len(ran.faults)) == (2, 1)
-        assert words in ran.faults[0]
+    ran = invoke("finetune", written)
+    assert (ran.code, len(ran.faults)) == (2, 1)
+    assert "before it is quantized" in ran.faults[0]
+
+
+def test_it_is_looked_into(written):
+    found = succeeds("inspect", written, "--json").json
+    metadata = json.loads((written / "compress.json").read_text())
+    assert found["verified"]
+    assert found["bytes"] == sum(block["bytes"] for block in found["blocks"]) == metadata["size"]["bytes"]
+    assert found["parameters"] == sum(block["parameters"] for block in found["blocks"])
+    names = [block["name"] for block in found["blocks"]]
+    assert names == ["embeddings", "block 0", "block 1", "block 2", "head"]
+    lost = [linear["lost"] for linear in metadata["linears"] if ".layers.1." in linear["linear"]]
+    assert found["blocks"][2]["lost"] == pytest.approx(sum(lost) / len(lost))
+    assert 3 < found["bits_per_weight"] < 9
+    assert "one GGUF file, for llama.cpp" in flat(succeeds("inspect", written, "--fast").out)
+
+
+def test_what_was_measured_is_kept_beside_the_file(home, written, tmp_path):
+    out = shutil.copytree(written, tmp_path / "q4")
+    words = ["--ppl", home / "text.txt", "--seq-len", 32, "--limit", 4]
+    succeeds("eval", "--model", out, *words, "--save")
+    assert read_quality(out).perplexity[0].windows == 4
+    assert succeeds("inspect", out, "--json").json["quality"]["perplexity"]
 
 
 def test_sliced_and_quantized_in_one_walk(home):

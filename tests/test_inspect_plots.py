@@ -30,9 +30,9 @@ from test_inspect import write_quality
 PLOTS = {
     "sliced": {"spectra", "energy", "errors", "sizes"},
     "turned": {"spectra", "energy", "sizes"},
-    "thin": {"errors", "ranks", "sizes"},
-    "packed": {"errors", "ranks", "sizes"},
-    "compact": {"errors", "ranks", "sizes"},
+    "thin": {"errors", "bits", "ranks", "sizes"},
+    "packed": {"errors", "bits", "ranks", "sizes"},
+    "compact": {"errors", "bits", "ranks", "sizes"},
 }
 
 

@@ -1,5 +1,8 @@
 """llama.cpp itself runs the files that are written: same tokens, same log-probabilities as our own reader's."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from tokenizers import AddedToken
@@ -214,6 +217,13 @@ def test_the_command_line_measures_there(wide, tmp_path):
     (speed,) = speeds["speeds"][0]["files"].values()
     assert min(speed[kind]["median"] for kind in ("prefill", "decode")) > 0
     assert speed["bytes"] == file.stat().st_size
+    (tmp_path / "compress.json").write_text("{}")  # as if it were a result of ours
+    words = ["--prompt", 16, "--new", 4, "--rounds", 1]
+    other = str(shutil.copy(file, wide / "model.gguf"))
+    succeeds("bench", file, "--against", other, "--engine", "llamacpp", *words, "--save")
+    kept = json.loads((tmp_path / "quality.json").read_text())["speed"][0]
+    assert (kept["engine"], kept["dense"], kept["prompt"], kept["new"]) == ("llamacpp", other, 16, 4)
+    assert kept["prefill"].keys() == {"dense", "compressed"}
 
 
 @pytest.mark.parametrize(

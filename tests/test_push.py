@@ -73,6 +73,8 @@ def uploaded(hub: Hub, folder: Path) -> set[str]:
 def test_all_of_a_checkpoint_goes_up_and_nothing_else(kind, root, hub, tmp_path):
     out = Path(shutil.copytree(root / kind, tmp_path / kind))
     (out / "quality.json").write_text("{}")
+    (out / "plots").mkdir()
+    (out / "plots" / "errors.png").write_bytes(b"png")
     own = {str(file.relative_to(out)) for file in out.rglob("*") if file.is_file()}
     for foreign in (".env", "notes.txt", "id_rsa", "train.py", *(["adapter/secret"] if kind == "packed" else [])):
         (out / foreign).write_text("secret")

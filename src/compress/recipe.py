@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
 from compress import stages
+from compress.calibration.depth import Depth
 from compress.errors import UsageError, unknown_name
 from compress.numerics import DTYPES
 from compress.stages._stage import StageConfig
@@ -81,11 +82,7 @@ class Recipe(BaseModel):
     def _in_order(self) -> "Recipe":
         if not self.stages:
             raise ValueError("a recipe needs at least one stage")
-        names = [stage.stage for stage in self.stages]
-        for position, stage in enumerate(self.stages):
-            for earlier in stage.after:
-                if not set(earlier.split(" or ")) & set(names[:position]):
-                    raise ValueError(f"{stage.stage} needs {earlier} before it; the order is {', '.join(names)}")
+        self._check_order()
         opened = [stage.stage for stage in self.stages if stage.opens]
         if opened and self.budget is None:
             raise ValueError(f"{opened[0]} is not told how much to keep; give it a ratio, or the recipe a budget")
@@ -103,6 +100,16 @@ class Recipe(BaseModel):
         if self.held_out_windows >= self.calibration.samples:
             raise ValueError("a stage holds calibration windows out of its fit; it needs 2 samples at least")
         return self
+
+    def _check_order(self) -> None:
+        """Raises ValueError where a stage lacks another before it."""
+        names = [stage.stage for stage in self.stages]
+        for position, stage in enumerate(self.stages):
+            if position and stage.site is Depth:
+                raise ValueError(f"{stage.stage} comes first; the order is {', '.join(names)}")
+            for earlier in stage.after:
+                if not set(earlier.split(" or ")) & set(names[:position]):
+                    raise ValueError(f"{stage.stage} needs {earlier} before it; the order is {', '.join(names)}")
 
     def _check_inputs(self) -> None:
         """Raises ValueError where a stage goes by the dense model's inputs and another changes what these are."""

@@ -4,7 +4,6 @@ A plan applies the recipe to a `ModelSpec`, a walk applies it to weights. `Stock
 model's own as it is, or narrower. `Own` is our class, for what no stock class can hold. Both can have packed linears.
 """
 
-import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -24,7 +23,7 @@ from compress.calibration.walk import is_wide_float
 from compress.calibration.weights import Layout
 from compress.errors import UsageError
 from compress.families import Family
-from compress.models.loading import empty_model
+from compress.models.loading import empty_model, with_blocks
 from compress.models.storage import Storage, num_parameters
 from compress.own_model.modeling_compress import unfuse_experts
 
@@ -53,6 +52,10 @@ def stored_bytes(model: nn.Module, dtype: torch.dtype) -> int:
     return sum(each.numel() * (dtype if is_wide_float(each) else each.dtype).itemsize for each in tensors)
 
 
+def stored_parameters(model: nn.Module, _dtype: torch.dtype) -> int:
+    return num_parameters(model)
+
+
 def header_bytes(name: str) -> int:
     return len(name) + HEADER_BYTES_PER_TENSOR
 
@@ -62,6 +65,10 @@ def disk_bytes(model: PreTrainedModel, dtype: torch.dtype) -> int:
     headers = sum(header_bytes(name) for name in saved_tensors(model))
     files = model.config.get_text_config().num_hidden_layers + 2
     return stored_bytes(model, dtype) + headers + files * HEADER_BYTES_PER_FILE
+
+
+Measure = Callable[[PreTrainedModel, torch.dtype], int]
+SHALLOW: dict[tuple[Measure, torch.dtype, str], int] = {}  # measures of models of one and two blocks, by their config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,20 +185,28 @@ class ModelSpec:
 
     @cached_property
     def size(self) -> Size:
-        return Size(self._count(num_parameters), self._count(lambda model: stored_bytes(model, self.dtype)))
+        return Size(self._count(stored_parameters), self._count(stored_bytes))
 
     @cached_property
     def disk_bytes(self) -> int:
         """Upper bound on the bytes of the safetensors files."""
-        return self._count(lambda model: disk_bytes(model, self.dtype))
+        return self._count(disk_bytes)
 
-    def _count(self, measure: Callable[[PreTrainedModel], int]) -> int:
+    def _count(self, measure: Measure) -> int:
         """Measure the model: one of equal blocks by those of one and two blocks, exact, and much faster to build."""
         units_differ = any(isinstance(count, tuple) for count in self.units.values())
         if units_differ or self.factors or self.storage or len(set(self.widths[:-1])) > 1 or self.num_blocks == 1:
-            return measure(self.model())
-        one, two = (measure(self.model(num_blocks=depth)) for depth in (1, 2))
+            return measure(self.model(), self.dtype)
+        one, two = (self._shallow(measure, depth) for depth in (1, 2))
         return one + (self.num_blocks - 1) * (two - one)
+
+    def _shallow(self, measure: Measure, num_blocks: int) -> int:
+        """Measure the model of so many blocks, once for all specs that differ in depth alone."""
+        config = self.architecture.shortened(self.architecture.base_config(self, torch.float32), num_blocks)
+        key = (measure, self.dtype, config.to_json_string(use_diff=False))
+        if key not in SHALLOW:
+            SHALLOW[key] = measure(self.model(num_blocks=num_blocks), self.dtype)
+        return SHALLOW[key]
 
     @cached_property
     def linears(self) -> list[LinearShape]:
@@ -249,11 +264,7 @@ class Architecture(ABC):
 
     def shortened(self, config: Any, num_blocks: int) -> Any:
         """The config of the same model with fewer blocks; all blocks are alike."""
-        short = copy.deepcopy(config)
-        short.num_hidden_layers = num_blocks
-        if getattr(short, "layer_types", None):
-            short.layer_types = short.layer_types[:num_blocks]
-        return short
+        return with_blocks(config, range(num_blocks))
 
     @abstractmethod
     def layout(self, dtype: torch.dtype) -> Layout:

@@ -45,6 +45,10 @@ class Own(Architecture):
     class_name: ClassVar = CLASS
     is_stock: ClassVar = False
 
+    def __post_init__(self) -> None:
+        if self.inside is not None and self.inside.dense is not self.dense:  # blocks have been left out
+            object.__setattr__(self, "inside", replace(self.inside, dense=self.dense))
+
     @property
     def zero_biases(self) -> tuple[str, ...]:
         return () if self.inside is None else self.inside.zero_biases

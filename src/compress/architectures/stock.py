@@ -68,10 +68,20 @@ class Stock(Architecture):
         return self.family.stock
 
     def base_config(self, spec: ModelSpec, dtype: torch.dtype) -> Any:
-        config = self._narrowed(spec) if self.narrows else copy.deepcopy(self.dense)
+        config = self._narrowed(spec) if self.narrows else self._with_units(spec)
         config.name_or_path = ""  # a path of the machine it was made on
         config.architectures = [self.class_name]
         config.dtype = dtype
+        return config
+
+    def _with_units(self, spec: ModelSpec) -> Any:
+        """The dense config but for how many units a block has."""
+        config = copy.deepcopy(self.dense)
+        for units in (units for branch in self.family.branches for units in branch.units):
+            setattr(config, units.count, spec.units[units.kind])
+        if spec.units.get("kv_groups") != spec.dense_units.get("kv_groups"):
+            config.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+            config.num_attention_heads = self.num_heads(spec)
         return config
 
     def _narrowed(self, spec: ModelSpec) -> Any:
@@ -106,21 +116,21 @@ class Stock(Architecture):
         return NarrowLayout(model_type=self.model_type, family=self.family, dtype=dtype)
 
     def steps(self) -> Mapping[str, int]:
-        if not self.narrows:
-            return {"rank": rank_step(self.dense)}
-        heads = self.dense.num_attention_heads if self.rules.heads_divide_width else 1
-        units, grouped = self.family.dense_units(self.dense), GROUPED if self.has_experts else 1
-        hidden = usual_step(self.dense.hidden_size, math.lcm(heads, grouped), at_least=16)
-        neurons = usual_step(units["neurons"], grouped, at_least=64)
-        return {"hidden": hidden, "kv_groups": 1, "neurons": neurons, "rank": rank_step(self.dense)}
+        grouped, steps = GROUPED if self.has_experts else 1, {"kv_groups": 1, "rank": rank_step(self.dense)}
+        if neurons := self.family.dense_units(self.dense).get("neurons"):
+            steps["neurons"] = usual_step(neurons, grouped, at_least=64)
+        if self.narrows:
+            heads = self.dense.num_attention_heads if self.rules.heads_divide_width else 1
+            steps["hidden"] = usual_step(self.dense.hidden_size, math.lcm(heads, grouped), at_least=16)
+        return steps
 
     def problems(self, spec: ModelSpec) -> list[str]:
+        if any(isinstance(count, tuple) for count in spec.units.values()):
+            return [f"{self.class_name} has as many of each unit in every block. Give one number for all blocks."]
         if not self.narrows:
             return []
         if len(set(spec.stream_widths)) > 1:
             return [ONE_WIDTH]
-        if any(isinstance(count, tuple) for count in spec.units.values()):
-            return [f"{self.class_name} has as many of each unit in every block. Give one number for all blocks."]
         width, heads = spec.stream_widths[0], self.num_heads(spec)
         neurons = spec.units.get("neurons")
         if self.has_experts and isinstance(neurons, int) and (width % GROUPED or neurons % GROUPED):

@@ -26,6 +26,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor, nn
 
+from compress.calibration.depth import DroppedBlocks
 from compress.calibration.experts import chunks, gather_experts
 from compress.calibration.groups import (
     LinearGroup,
@@ -55,6 +56,7 @@ class BranchPass:
     """
     survey: of the dense model, where a stage asked for one.
     frame: what the bases of all points are of, where they share one.
+    dropped: blocks of the dense model that this one lacks.
     decode: takes the compressed stream where it is now back to the dense basis; None while it is in that basis.
     blocks: of the tables quantized last, by path.
     writer_inputs: of the present branch, by batch; none where they are not kept.
@@ -67,6 +69,7 @@ class BranchPass:
     clock: Stopwatch
     survey: Survey | None
     frame: Frame | None
+    dropped: DroppedBlocks | None = None
     decode: Float64[Tensor, "d D"] | None = None
     blocks: dict[str, Tensor] = field(default_factory=dict)
     writer_inputs: list[Tensor] = field(default_factory=list)
@@ -83,6 +86,7 @@ class BranchPass:
         self._apply(branch)
         with self.clock("forward"):
             self.streams.embed()
+        self._pass_dropped(-1)
         found = self._statistics(point)
         with self.clock("statistics"):
             for batch in self.streams.batches if found else ():
@@ -104,12 +108,20 @@ class BranchPass:
         elif self.is_anchored:
             readers = self._readers(branch, block)
             self._advance_dense(branch, block)
+            # What the writers are fitted to is the stream after the dropped blocks, unless a norm lies between.
+            ahead, is_last = branch.post_norm is None, point.index % len(self.decoder.family.branches) == 0
+            if is_last and ahead:
+                self._pass_dropped(block)
             reports = self._enter(branch, readers)
             fit_writers = self._fit_experts if branch.experts else self._fit_writers
             reports += fit_writers(branch, point, block)
+            if is_last and not ahead:
+                self._pass_dropped(block)
             self._advance(branch, block)
         else:
             self._advance_dense(branch, block)
+            if point.index % len(self.decoder.family.branches) == 0:
+                self._pass_dropped(block)
             reports = self._enter(branch, [])
             reports += self.rewriter.rewrite_together(branch, block, self.streams)
             found = self._statistics(point)
@@ -199,6 +211,11 @@ class BranchPass:
                     self.streams.dense.put(batch.index, dense + self.streams.update(branch, dense, batch, block))
                 if self.streams.before_post_norm is not None and given:
                     self.streams.before_post_norm.put(batch.index, given[0])
+
+    def _pass_dropped(self, block: int) -> None:
+        if self.dropped is not None:
+            with self.clock("forward"):
+                self.dropped.advance(self.streams, block)
 
     def _run_wide(self, branch: Branch, block: int, found: PointStatistics, *, advance: bool = False) -> None:
         """Run the branch, its output in the dense basis, for the statistics of what comes out."""

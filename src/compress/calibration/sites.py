@@ -1,10 +1,11 @@
 """The sites that stages work on, and the interface of a stage.
 
-A walk meets six kinds of sites: the whole model before the first weight is changed, a branch when its weights have
-been read, a group of linears when it is known what the compressed prefix gives them and what the dense model gave
-them, a single linear when its group is done with, a point of the residual stream when a branch has written it, and the
-tables of embeddings and head in their written form. A stage names the kind it takes, the statistics it needs there and
-the stages that must come before it; the walk calls it at each site of that kind and knows nothing else about it.
+A run meets seven kinds of sites: the dense model's blocks, of which some may be left out, and the whole model, before
+the first weight is changed; a branch when its weights have been read, a group of linears when it is known what the
+compressed prefix gives them and what the dense model gave them, a single linear when its group is done with, a point of
+the residual stream when a branch has written it, and the tables of embeddings and head in their written form. A stage
+names the kind it takes, the statistics it needs there and the stages that must come before it; the walk calls it at
+each site of that kind and knows nothing else about it.
 """
 
 import hashlib
@@ -16,6 +17,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
+from compress.calibration.depth import Depth
 from compress.calibration.groups import LinearGroup
 from compress.calibration.linears import LinearSite
 from compress.calibration.spectra import LinearFilter
@@ -134,7 +136,7 @@ def stream_points(dense_width: int, *, num_blocks: int, branch_names: list[str],
 # How many units of a kind: in every block, or one number a block.
 Count = int | tuple[int, ...]
 
-Site = WholeModel | Branch | LinearGroup | LinearSite | StreamPoint | Table
+Site = Depth | WholeModel | Branch | LinearGroup | LinearSite | StreamPoint | Table
 
 
 @dataclass(frozen=True)

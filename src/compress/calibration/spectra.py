@@ -6,7 +6,7 @@ costs the loss. The gradient's moments themselves lie in one file a block until 
 than twice the stream only the diagonal is kept.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from compress.calibration.processes import ALONE, Processes
 from compress.calibration.statistics import EquationSums, regularized, rows
+from compress.calibration.weights import renumbered
 from compress.io import WrittenFile, write_tensors
 from compress.models.decoder import Decoder, part_of
 from compress.numerics.lowrank import Spread, gradient_metric, output_energies
@@ -54,10 +55,14 @@ class LinearFilter:
 
 @dataclass
 class GradientFiles:
-    """Second moments of the gradients by the linears' outputs, in one file a block."""
+    """Second moments of the gradients by the linears' outputs, in one file a block.
+
+    kept: the blocks of the surveyed model that the one they are read for has; None for all.
+    """
 
     folder: Path
     written: list[WrittenFile] = field(default_factory=list)
+    kept: Sequence[int] | None = None
 
     def write(self, block: int, moments: Mapping[str, Tensor]) -> None:
         tensors = {path: moment.float().cpu() for path, moment in moments.items()}
@@ -65,6 +70,8 @@ class GradientFiles:
 
     def read(self, block: int, path: str) -> Tensor | None:
         """Read the moment of one linear; None where it was not watched."""
+        if self.kept is not None:
+            block, path = self.kept[block], renumbered(path, dict(enumerate(self.kept)))
         if not self.file(block).exists():
             return None
         with safe_open(self.file(block), framework="pt") as opened:

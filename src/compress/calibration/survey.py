@@ -14,7 +14,7 @@ On the same passes the linears of the blocks can be watched (`spectra.py`).
 import enum
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -26,8 +26,8 @@ from compress.calibration.resources import return_free_memory
 from compress.calibration.spectra import GradientFiles, LinearObserver, Spectrum
 from compress.calibration.statistics import rows
 from compress.calibration.streams import ActivationCache, Batch, CacheFolder, Streams
-from compress.calibration.unit_costs import UnitObserver
-from compress.calibration.weights import PartLoader
+from compress.calibration.unit_costs import UnitObserver, cost_name
+from compress.calibration.weights import PartLoader, block_number, renumbered
 from compress.models.branch import Branch
 from compress.models.soundness import check_sound
 from compress.numerics.sums import GramSum, at_least_float32
@@ -71,6 +71,17 @@ class Survey:
         """The second moment of the gradient by a linear's outputs; None where it was not taken."""
         moment = None if self.gradients is None else self.gradients.read(block, path)
         return None if moment is None else moment.to(device)
+
+    def of_blocks(self, kept: Sequence[int]) -> "Survey":
+        """The survey for the model that has only these of the blocks, by their numbers in that one."""
+        spectra, costs = dict[str, Spectrum](), dict[str, Tensor]()
+        for number, dense in enumerate(kept):
+            inside = [path for path in self.spectra if block_number(path) == dense]
+            spectra |= {renumbered(path, {dense: number}): self.spectra[path] for path in inside}
+            kinds = [name.rsplit(" ", 1)[0] for name in self.unit_costs if name.endswith(f" {dense}")]
+            costs |= {cost_name(kind, number): self.unit_costs[cost_name(kind, dense)] for kind in kinds}
+        gradients = None if self.gradients is None else replace(self.gradients, kept=kept)
+        return replace(self, spectra=spectra, unit_costs=costs, gradients=gradients)
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors but the gradients by linears, which are in files."""

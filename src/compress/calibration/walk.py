@@ -15,6 +15,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from compress.calibration.branch_pass import BranchPass
+from compress.calibration.depth import DroppedBlocks
 from compress.calibration.processes import ALONE, Processes
 from compress.calibration.resources import Stopwatch, return_free_memory
 from compress.calibration.rewriting import Report
@@ -43,6 +44,7 @@ class WalkSettings:
     batch_size: windows at a time. held_out: how many of the last windows nothing is fitted on at first.
     probe_tokens: how many tokens of the first window pass through the finished model.
     cache_memory: bytes of activations to hold in memory; past it they go to a file under `scratch`.
+    dropped: blocks of the dense model that the decoder lacks.
     """
 
     layout: Layout
@@ -53,6 +55,7 @@ class WalkSettings:
     seed: int
     cache_memory: int
     scratch: Path
+    dropped: DroppedBlocks | None = None
 
 
 @dataclass
@@ -119,7 +122,9 @@ class Walk:
             memory=settings.cache_memory,
             processes=processes,
         )
-        self.branch_pass = BranchPass(decoder, self.streams, stages, settings.layout, self.clock, survey, frame)
+        self.branch_pass = BranchPass(
+            decoder, self.streams, stages, settings.layout, self.clock, survey, frame, settings.dropped
+        )
         self.probe_arguments: list[Arguments] = []
         self.probe: Tensor | None = None
         self.next_part = 0

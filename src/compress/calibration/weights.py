@@ -3,10 +3,13 @@
 Names are those of a model whose experts are single linears.
 """
 
+import copy
 import itertools
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,8 +23,20 @@ from compress.models.tensor_files import Piece, SafetensorsFolder, file_name, fu
 
 FUSED_DIMENSIONS = 3
 ADAPTER_PREFIX = "base_model.model."  # what PEFT calls the model that an adapter is for
+BLOCK_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")  # the first is a block's
 LORA = (".lora_A", ".lora_B")
 READABLE = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+
+
+def renumbered(name: str, numbers: Mapping[int, int]) -> str:
+    """The name of a tensor or a module where blocks have other numbers; those outside of blocks keep theirs."""
+    return BLOCK_NUMBER.sub(lambda found: str(numbers[int(found[0])]), name, count=1)
+
+
+def block_number(name: str) -> int | None:
+    """The number of the block that a tensor or a module is in; None outside of blocks."""
+    found = BLOCK_NUMBER.search(name)
+    return None if found is None else int(found[0])
 
 
 class LazyWeights:
@@ -30,9 +45,17 @@ class LazyWeights:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.stored = SafetensorsFolder(folder)
+        self.dense_name: Callable[[str], str] = str  # of a parameter where blocks are left out
+
+    def of_blocks(self, kept: Sequence[int]) -> "LazyWeights":
+        """The weights of the model that has only these of the blocks, by their names in that one."""
+        found = copy.copy(self)
+        found.dense_name = partial(renumbered, numbers=dict(enumerate(kept)))
+        return found
 
     def locate(self, name: str) -> tuple[str | None, Piece | None]:
         """Name of the stored tensor that holds a parameter, and where in it: among other experts', or all of it."""
+        name = self.dense_name(name)
         piece = fused_piece(name)
         stored = self.stored.find(*stored_forms(name), *([piece.stored] if piece else []))
         is_fused = piece is not None and str(stored).endswith(piece.stored.removeprefix("model."))

@@ -9,7 +9,7 @@ finetune. A pruned or factorized model is to it a finetune; without the key it w
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
 
 CARD = "README.md"
+PLOTS = "plots"  # a folder beside it
+PICTURE = re.compile(r"[A-Za-z0-9-]+\.png")
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 SPECIAL = re.compile(r"([\\`*_\[\]<>#|~&$!])")
 TICKS = re.compile("`+")
@@ -70,10 +72,10 @@ def untrusted(value: Any) -> Any:
     return [untrusted(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
-def model_card(metadata: Metadata, quality: Quality | None = None) -> str:
+def model_card(metadata: Metadata, quality: Quality | None = None, pictures: Sequence[str] = ()) -> str:
     """Fill the template.
 
-    quality: what has been measured since.
+    quality: what has been measured since. pictures: files of the folder that are named by letters, digits and dashes.
     """
     from huggingface_hub import ModelCard
 
@@ -86,6 +88,7 @@ def model_card(metadata: Metadata, quality: Quality | None = None) -> str:
         metadata=untrusted(metadata.model_dump()),
         commands=Untrusted(metadata.command if tuning is None else f"{metadata.command}\n{tuning.command}"),
         measures=[{"name": Untrusted(each.name), "text": each.text} for each in measures],
+        pictures=[{"name": Path(each).stem.replace("-", " "), "file": each} for each in pictures],
         widths={point.width for point in narrowed},
         dense_widths={point.dense_width for point in metadata.points},
         ranks=[linear.rank for linear in linears if linear.form and linear.rank],
@@ -95,6 +98,25 @@ def model_card(metadata: Metadata, quality: Quality | None = None) -> str:
         perplexity=perplexity,
     )
     return f"{card}\n"
+
+
+def card_as_html(metadata: Metadata) -> dict[str, str]:
+    """The sections of the card as HTML, by their headings; "" is what comes before the first.
+
+    Nothing in it is a link, a picture or HTML of somebody else's, whatever the escaping does.
+    """
+    from markdown_it import MarkdownIt
+
+    reader = MarkdownIt("commonmark", {"html": False}).enable("table").disable(["link", "image", "autolink"])
+    tokens = reader.parse(FRONT_MATTER.sub("", model_card(metadata), count=1))
+    sections, heading = {"": list[Any]()}, ""
+    for place, token in enumerate(tokens):
+        if token.type == "inline" and tokens[place - 1].type == "heading_open":
+            heading = token.content if tokens[place - 1].tag == "h2" else heading
+            sections.setdefault(heading, [])
+        elif not token.type.startswith("heading"):
+            sections[heading].append(token)
+    return {name: reader.renderer.render(found, reader.options, {}) for name, found in sections.items()}
 
 
 def card_data(metadata: Metadata) -> "ModelCardData":
@@ -143,10 +165,15 @@ def perplexity(nats: float) -> float:
 
 
 def write_card(folder: Path, metadata: Metadata, quality: Quality | None = None) -> None:
-    """Write or replace the card, atomically. Raises OutputError where it cannot be written."""
+    """Write or replace the card, atomically, with the plots of the folder's `plots`.
+
+    Raises OutputError where it cannot be written.
+    """
+    names = sorted(file.name for file in (folder / PLOTS).glob("*.png") if PICTURE.fullmatch(file.name))
     try:
         with atomic_write(folder / CARD) as unfinished:
-            unfinished.write_text(model_card(metadata, quality), encoding="utf-8")
+            text = model_card(metadata, quality, [f"{PLOTS}/{name}" for name in names])
+            unfinished.write_text(text, encoding="utf-8")
     except OSError as error:
         raise OutputError(f"{folder / CARD} cannot be written ({error}). Free space, or mend its rights.") from error
 

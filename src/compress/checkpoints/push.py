@@ -24,7 +24,17 @@ REFUSED = {
     403: "Your token may not write {}. Give HF_TOKEN one that may, or name another owner.",
     404: "The hub has no owner of {}, or your token may not see it. Check the name.",
 }
-WRITTEN = ("config.json", METADATA, INDEX, CARD, QUALITY, "configuration_*.py", "modeling_*.py", "*.gguf")
+WRITTEN = (
+    "config.json",
+    METADATA,
+    INDEX,
+    CARD,
+    QUALITY,
+    "configuration_*.py",
+    "modeling_*.py",
+    "*.gguf",
+    "plots/*.png",
+)
 
 
 def push(
@@ -59,7 +69,12 @@ def check_repository(name: str) -> None:
 def own_files(folder: Path, metadata: Metadata) -> list[str]:
     """What of a folder is the checkpoint's. Raises UsageError for a link, which may lead anywhere."""
     beside = [f"{ADAPTER}/adapter_config.json", ADAPTER_WEIGHTS] if metadata.adapter else []
-    named = {file.name for pattern in (*WRITTEN, *COPIED) for file in folder.glob(pattern) if file.is_file()}
+    named = {
+        str(file.relative_to(folder))
+        for pattern in (*WRITTEN, *COPIED)
+        for file in folder.glob(pattern)
+        if file.is_file()
+    }
     found = sorted({*named, *metadata.parts, *beside})
     links = [name for name in found if (folder / name).is_symlink() or (folder / name).parent.is_symlink()]
     if links:

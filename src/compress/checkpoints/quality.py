@@ -1,17 +1,17 @@
-"""quality.json beside a checkpoint: what `compress eval --save` has measured of it.
+"""quality.json beside a checkpoint: what `compress eval`, `bench` and `report` with `--save` have measured of it.
 
-The measures of `evaluation` return these classes; the model card and the plots read them.
+The measures of `evaluation` return these classes; the model card, the report and the plots read them.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from compress.checkpoints.files import write_json
-from compress.checkpoints.metadata import Record, validated
+from compress.checkpoints.metadata import Positive, Record, validated
 from compress.errors import OutputError
 from compress.io import atomic_write, exclusive
 from compress.models.untrusted import read_json
@@ -121,6 +121,52 @@ class HumanEval(Record):
         return f"{self.problems} problems, {self.passed} of {self.problems * self.samples} programs passed, {how}"
 
 
+class Rate(Record):
+    """Tokens a second: the median and the quartiles of rounds."""
+
+    median: NotNegative
+    low: NotNegative
+    high: NotNegative
+
+    @property
+    def text(self) -> str:
+        digits = ",.0f" if self.median >= 100 else ",.2f"
+        return f"{self.median:{digits}} ± {(self.high - self.low) / 2:{digits}}"
+
+
+class Speed(Record):
+    """Of `batch` sequences, of a prompt and of new tokens after it. machine, dtype: None for llama.cpp.
+
+    dense: the model that was measured in turns with this one, None where this one was alone. prefill, decode: by
+    `dense` and `compressed`; empty where there was no room.
+    """
+
+    engine: Literal["transformers", "llamacpp"]
+    dense: str | None
+    batch: Positive
+    prompt: Positive
+    new: Positive
+    rounds: Positive
+    dtype: str | None
+    machine: str | None
+    prefill: dict[Literal["dense", "compressed"], Rate]
+    decode: dict[Literal["dense", "compressed"], Rate]
+
+
+class Continuation(Record):
+    prompt: str
+    dense: str
+    compressed: str
+
+
+class Continuations(Record):
+    """How two models go on with prompts, greedily. dense: the other one's name. tokens: at most as many are new."""
+
+    dense: str
+    tokens: Positive
+    texts: list[Continuation]
+
+
 class Quality(Record):
     """Only what was measured is set. settings: by the measure's name, what it depends on beside model and text."""
 
@@ -128,6 +174,8 @@ class Quality(Record):
     divergence: list[Divergence] = Field(default_factory=list)
     tasks: Tasks | None = None
     humaneval: HumanEval | None = None
+    speed: list[Speed] = Field(default_factory=list)
+    continuations: Continuations | None = None
     settings: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
     @property

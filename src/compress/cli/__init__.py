@@ -14,6 +14,7 @@ from compress.cli.compressing import run_recipe
 from compress.cli.eval import evaluate
 from compress.cli.finetune import finetune
 from compress.cli.inspect import inspect_outputs, push_output
+from compress.cli.report import write_report
 from compress.cli.reporting import INTERRUPTED, INTERRUPTS
 from compress.cli.slice_lord import factorize_model, slice_model
 from compress.cli.slim_quantize import quantize_model, slim_model
@@ -36,6 +37,7 @@ app.command("finetune")(finetune)
 app.command("eval")(evaluate)
 app.command("bench")(bench)
 app.command("inspect")(inspect_outputs)
+app.command("report")(write_report)
 app.command("push")(push_output)
 
 

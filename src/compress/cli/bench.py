@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,10 +12,12 @@ from compress.cli.options import (
     Json,
     Machine,
     Method,
+    Save,
     TrustRemoteCode,
     check_dtype,
     computing_dtype,
     in_panel,
+    kept_in,
     newest_or_refuse,
     pick_device,
 )
@@ -24,6 +26,9 @@ from compress.cli.reporting import quiet_libraries, reporting_errors
 from compress.cli.tables import Row, gigabytes, print_json, print_lines, print_rows
 from compress.errors import Problems, UsageError
 from compress.models.hub import ModelSource, find_model
+
+if TYPE_CHECKING:
+    from compress.checkpoints.quality import Speed
 
 OUT = "A compressed model, or any other. Default: the newest under ./compressed."
 AGAINST = "The model to compare with. Default: the base model of OUT, where it is found by its name."
@@ -55,6 +60,7 @@ def bench(
     dtype: Annotated[str | None, in_panel(Machine, DTYPE)] = None,
     device: Device = None,
     trust_remote_code: TrustRemoteCode = False,
+    save: Save = False,
     json: Json = False,
 ) -> None:
     """Measure speed, memory and size of a compressed model beside the dense one, in turns.
@@ -78,12 +84,16 @@ def bench(
     with problems.collect():
         if against is not None or (sources and engine == "transformers"):
             sources.insert(0, base_of(sources[0]) if against is None else find_model(against))
+    for source in sources[-1:] if save else ():
+        with problems.collect():
+            kept_in(source)
     if device is not None or not problems.found:
         with problems.collect():
             target = pick_device(device)
     problems.report()
     if engine == "llamacpp":
-        show_llamacpp(sources, lists["prompt"], new, rounds, as_json=json)
+        report = measure_llamacpp(sources, lists["prompt"], new, rounds)
+        tell(report, sources[-1] if save else None, as_json=json)
         return
 
     from compress.evaluation.speed.report import Asked, look_at_pair, measure, other_source, workloads
@@ -101,10 +111,7 @@ def bench(
     with progress_bar("preparing") as progress:
         report = measure(*pair, asked, progress)
     report["notes"] += other_source(*pair)
-    if json:
-        print_json(report)
-    else:
-        show(report)
+    tell(report, sources[-1] if save else None, as_json=json)
 
 
 def numbers_in(option: str, text: str | None) -> list[int]:
@@ -130,9 +137,9 @@ def base_of(source: ModelSource) -> ModelSource:
         ) from error
 
 
-def show_llamacpp(
-    sources: Sequence[ModelSource], prompts: Sequence[int], new: int | None, rounds: int, *, as_json: bool
-) -> None:
+def measure_llamacpp(
+    sources: Sequence[ModelSource], prompts: Sequence[int], new: int | None, rounds: int
+) -> dict[str, Any]:
     """Measure GGUF files in llama.cpp, one sequence at a time; the one to compare with comes first."""
     from compress.evaluation.llamacpp import compare_speeds, gguf_file
     from compress.evaluation.speed.report import workloads
@@ -145,32 +152,81 @@ def show_llamacpp(
             configs.append(load_config(source.whole_folder()))
     problems.report()
     names, sizes = [source.name for source in sources], [config.vocab_size for config in configs]
-    loads = workloads([1], prompts, new, configs)
-    speeds = [compare_speeds(files, sizes, load.prompt, load.new, rounds) for load in loads]
+    if len(set(names)) < len(names):  # files of one name in two folders
+        names = [str(file) for file in files]
+    speeds = [
+        {
+            **{"prompt": load.prompt, "new": load.new},
+            "files": dict(zip(names, compare_speeds(files, sizes, load.prompt, load.new, rounds), strict=True)),
+        }
+        for load in workloads([1], prompts, new, configs)
+    ]
+    return {"engine": "llamacpp", "rounds": rounds, "speeds": speeds}
+
+
+# What was measured, told and kept.
+
+
+def tell(report: Mapping[str, Any], source: ModelSource | None, *, as_json: bool) -> None:
+    """source: the model that is to keep the speeds."""
+    in_llamacpp = report.get("engine") == "llamacpp"
+    if source is not None:
+        from compress.checkpoints.quality import Quality, save_quality
+
+        speed, loads = (speed_in_llamacpp, report["speeds"]) if in_llamacpp else (speed_in_turns, report["generation"])
+        save_quality(kept_in(source), Quality(speed=[speed(report, load) for load in loads]))
     if as_json:
-        found = [
-            {"prompt": load.prompt, "new": load.new, "files": dict(zip(names, each, strict=True))}
-            for load, each in zip(loads, speeds, strict=True)
-        ]
-        print_json({"engine": "llamacpp", "rounds": rounds, "speeds": found})
-        return
-    for load, each in zip(loads, speeds, strict=True):
-        rows = [
-            {
-                **{"file": name, "bytes": gigabytes(found["bytes"])},
-                **{"prefill": near(found["prefill"], ",.0f"), "decode": near(found["decode"], ",.1f")},
-            }
-            for name, found in zip(names, each, strict=True)
-        ]
-        print_rows(
-            f"llama.cpp, {load.prompt} + {load.new} tokens: tokens a second, ± half the quartiles' distance", rows
-        )
+        print_json(report)
+    else:
+        show_llamacpp(report) if in_llamacpp else show(report)
+
+
+def speed_in_turns(report: Mapping[str, Any], load: Mapping[str, Any]) -> "Speed":
+    """load: an entry of the report's `generation`."""
+    from compress.checkpoints.quality import Speed
+
+    return Speed.model_validate(
+        {
+            **{"engine": "transformers", "dense": report["dense"]["name"], "rounds": report["rounds"]},
+            **{name: load[name] for name in ("batch", "prompt", "new")},
+            **{name: report[name] for name in ("dtype", "machine")},
+            **{name: load[name]["tokens_per_second"] if load[name] else {} for name in ("prefill", "decode")},
+        }
+    )
+
+
+def speed_in_llamacpp(report: Mapping[str, Any], load: Mapping[str, Any]) -> "Speed":
+    """load: an entry of the report's `speeds`, whose last file is the compressed model."""
+    from compress.checkpoints.quality import Speed
+
+    names = list(load["files"])
+    sides = {side: load["files"][name] for side, name in zip(SIDES[-len(names) :], names, strict=True)}
+    return Speed.model_validate(
+        {
+            **{"engine": "llamacpp", "dense": names[0] if len(names) > 1 else None, "rounds": report["rounds"]},
+            **{"batch": 1, "prompt": load["prompt"], "new": load["new"], "dtype": None, "machine": None},
+            **{name: {side: each[name] for side, each in sides.items()} for name in ("prefill", "decode")},
+        }
+    )
 
 
 # The report as tables.
 
 
-def show(report: dict[str, Any]) -> None:
+def show_llamacpp(report: Mapping[str, Any]) -> None:
+    for load in report["speeds"]:
+        rows = [
+            {
+                **{"file": name, "bytes": gigabytes(found["bytes"])},
+                **{"prefill": near(found["prefill"], ",.0f"), "decode": near(found["decode"], ",.1f")},
+            }
+            for name, found in load["files"].items()
+        ]
+        title = f"llama.cpp, {load['prompt']} + {load['new']} tokens: tokens a second, ± half the quartiles' distance"
+        print_rows(title, rows)
+
+
+def show(report: Mapping[str, Any]) -> None:
     dense, compressed = (report[side]["name"] for side in SIDES)
     print_rows(f"{compressed} beside {dense}: {report['dtype']} on {report['machine']}", footprint_rows(report))
     speeds = [row for each in report["generation"] for row in speed_rows(each)]
@@ -187,7 +243,7 @@ def show(report: dict[str, Any]) -> None:
     print_lines([f"Speedups are of times, {dense} / {compressed}: above 1, {compressed} is faster.", *report["notes"]])
 
 
-def footprint_rows(report: dict[str, Any]) -> list[Row]:
+def footprint_rows(report: Mapping[str, Any]) -> list[Row]:
     """Memory is what is held beyond the libraries."""
     load, dense, compressed = report["memory_at"], report["dense"], report["compressed"]
 

@@ -16,10 +16,11 @@ from compress.cli.options import (
     Found,
     Json,
     Machine,
-    Output,
+    Save,
     TrustRemoteCode,
     computing_dtype,
     in_panel,
+    kept_in,
     look_at,
     names_in,
     newest_output,
@@ -52,7 +53,6 @@ ALLOW = "Run the programs that the model writes on this machine."
 TEMPERATURE = "Sampling temperature. Default: 0, greedy; 0.8 for several samples."
 ENGINE = "What runs the models: transformers, or llamacpp for GGUF files (with --ppl)."
 DTYPE = "Dtype to compute in. Default: float32 on the CPU, the model's own on a GPU."
-SAVE = "Keep the result in quality.json in the checkpoint's folder."
 
 NOTHING = "Nothing to measure. Try --ppl wikitext2, --kl DENSE, --tasks piqa,winogrande or --humaneval, or several."
 NOT_ALLOWED = (
@@ -85,7 +85,7 @@ class EvalOptions:
     dtype: Annotated[str | None, in_panel(Machine, DTYPE)] = None
     device: Device = None
     trust_remote_code: TrustRemoteCode = False
-    save: Annotated[bool, in_panel(Output, SAVE, flag="--save")] = False
+    save: Save = False
     json: Json = False
 
     def check(self, others: Sequence[str]) -> None:
@@ -163,8 +163,7 @@ def evaluate(
             check_computing(getattr(torch, options.dtype), found.device)
     for source in found.models[: len(named)] if options.save else []:
         with problems.collect():
-            if source.folder is None or source.is_demo:
-                raise UsageError(f"--save keeps quality.json in a checkpoint's folder; {source.name} is none of yours.")
+            kept_in(source)
     evaluations, notes = measure_all(found, gather(problems, options, found), options)
     if not options.compare:
         show_quality(evaluations[0], as_json=options.json)
@@ -247,8 +246,8 @@ def measure_all(found: Found, request: "Request", options: EvalOptions) -> "tupl
                 evaluations.append(evaluation.measure_in_llamacpp(subject, request, progress))
             else:
                 evaluations.append(evaluation.measure(subject, load(subject), request, references, progress))
-    for subject, measured in zip(subjects, evaluations, strict=True) if options.save else ():
-        save_quality(subject.folder, measured.quality)
+    for source, measured in zip(found.models, evaluations, strict=False) if options.save else ():  # without --kl's
+        save_quality(kept_in(source), measured.quality)
     return evaluations, evaluation.cut_otherwise(subjects)
 
 

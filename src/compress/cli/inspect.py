@@ -12,6 +12,7 @@ from compress.cli.options import Json, newest_or_refuse
 from compress.cli.progress import progress_bar
 from compress.cli.reporting import quiet_libraries, reporting_errors
 from compress.cli.tables import (
+    ONE_FILE,
     Row,
     gigabytes,
     loads_as,
@@ -39,7 +40,7 @@ FORMATS = {"bits_per_weight": ".2f", "zeros": ".1%", "error": ".2%", "lost": ".2
 OUTS = "Checkpoints' folders. Default: the newest under ./compressed."
 FAST = "Read headers alone: no checksums verified, no zeros counted."
 PLOT = "Folder for plots: errors, ranks and bytes of one checkpoint; size and quality of several."
-CARD = "Write the model card again, with what `compress eval --save` measured."
+CARD = "Write the model card again, with what `compress eval --save` measured and the plots in OUT/plots."
 
 
 @reporting_errors
@@ -76,8 +77,6 @@ def inspect_outputs(
     first = seen[0]
     if card and first.metadata is None:
         raise UsageError(f"--card writes the card of a checkpoint of ours, and {first.folder} has no compress.json.")
-    if card and first.metadata is not None:
-        write_card(first.folder, first.metadata, first.quality)
     if json:
         print_json(as_data(first) if len(seen) == 1 else {"checkpoints": [as_data(each) for each in seen]})
     elif len(seen) > 1:
@@ -89,6 +88,8 @@ def inspect_outputs(
 
         drawn = plot_inspection(first, plot) if len(seen) == 1 else plot_comparison(seen, plot)
         print_lines([] if json else [f"wrote {file}" for file in drawn])
+    if card and first.metadata is not None:  # after the plots, which it shows where they lie beside it
+        write_card(first.folder, first.metadata, first.quality)
 
 
 @reporting_errors
@@ -155,11 +156,14 @@ def origin(seen: "Inspection", metadata: "Metadata", said: Row) -> Row:
     libraries = " and ".join(["transformers", *beside])
     if not metadata.loads_without_our_code:
         libraries += ", after `import compress` or with trust_remote_code"
+    architecture = loads_as(metadata.architecture, is_stock=metadata.loads_without_our_code)
+    if seen.is_gguf:
+        architecture, libraries = ONE_FILE, "llama.cpp; compress, dequantized"
     parts = f"{sum('/' not in name for name in metadata.parts)} parts" + (" and an adapter" if metadata.adapter else "")
     return {
         "base model": metadata.base_model,
         "method": metadata.recipe.method,
-        "written as": loads_as(metadata.architecture, is_stock=metadata.loads_without_our_code),
+        "written as": architecture,
         "loads with": f"compress.load; {libraries}" if metadata.adapter else libraries,
         "parameters, dense": f"{metadata.dense_size.parameters:,}",
         **sizes(metadata.dense_size, metadata.size),

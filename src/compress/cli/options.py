@@ -37,6 +37,7 @@ DataDir = Annotated[
     in_panel(Data, "Folder with data sets as plain files, for use offline.", envvar="COMPRESS_DATA_DIR"),
 ]
 Json = Annotated[bool, in_panel(Output, "Print the result as JSON.", flag="--json")]
+Save = Annotated[bool, in_panel(Output, "Keep the result in quality.json in the checkpoint's folder.", flag="--save")]
 Device = Annotated[str | None, in_panel(Machine, "cuda, cuda:1, cpu. Default: a GPU if there is one.")]
 Engine = Literal["transformers", "llamacpp"]
 BatchSize = Annotated[int | None, in_panel(Machine, "Sequences per batch.", min=1)]
@@ -232,6 +233,19 @@ def own_gpu(name: str, gpus: int) -> str:
             "Start one for each GPU, or add --device cpu."
         )
     return f"cuda:{here.local_rank}"
+
+
+def kept_in(source: ModelSource) -> Path:
+    """The folder that keeps a model's quality.json; of a GGUF file the checkpoint of ours that it is.
+
+    Raises UsageError where there is none.
+    """
+    beside = None if source.gguf is None else source.gguf.parent
+    if beside is not None and (beside / "compress.json").is_file() and not (beside / "config.json").exists():
+        return beside
+    if source.folder is None or source.is_demo:
+        raise UsageError(f"--save keeps quality.json in a checkpoint's folder; {source.name} is none of yours.")
+    return source.folder
 
 
 def usual_seq_len(config: object, asked: int | None, usual: int = 2048) -> int:

@@ -15,12 +15,19 @@ if TYPE_CHECKING:
     from compress.recipe import Recipe
 
 BUDGETS = {"keep_params": "--keep-params 0.75", "target_size": "--target-size 4GB"}
-SLICING = {"ratio": "--ratio 0.25", **BUDGETS, "explained_variance": "--explained-variance 0.99"}
+SLICING = {
+    "ratio": "--ratio 0.25",
+    "drop_blocks": "--drop-blocks 4",
+    **BUDGETS,
+    "explained_variance": "--explained-variance 0.99",
+}
 RANKS = {"rank_frac": "--rank-frac 0.6", "rank": "--rank 1024", **BUDGETS}
-PREFIXES = {"keep_params": "kp", "explained_variance": "ev", "rank_frac": "rf", "rank": "r"}
+PREFIXES = {"drop_blocks": "db", "keep_params": "kp", "explained_variance": "ev", "rank_frac": "rf", "rank": "r"}
 LONGEST_NAME = 40  # characters: a ratio for each of many blocks is longer than a file's name may be
 
-KEEP = "Share of all parameters to keep at most; hidden size and MLP width, or ranks, are chosen by what they lose."
+KEEP = (
+    "Share of all parameters to keep at most; depth, hidden size and MLP width, or ranks, are chosen by what they lose."
+)
 SIZE = "Size of the weights on disk at most: 4GB. Chosen as with --keep-params."
 
 
@@ -104,6 +111,7 @@ ROTATION = "One rotation for the whole stream (a stock architecture), or one per
 SLICE_REFIT = "Solve the layers that read and write the stream again, toward the dense model. Default: --refit."
 MLP = "Share of the MLP neurons to delete; chosen under a budget."
 KV = "Share of the KV groups to delete, with their query heads."
+DEPTH = "Number of blocks to leave out, those that the model misses least; chosen under a budget, 0 for none."
 NEURONS = "Under a budget: as many neurons in every block, or free, without a stock architecture. Default: uniform."
 ROUND = "Round widths down to a multiple. Default: what suits the architecture."
 
@@ -116,6 +124,7 @@ def slice_model(
     explained_variance: Annotated[float | None, in_panel(Amounts, ENERGY)] = None,
     mlp_ratio: Annotated[float | None, in_panel(Amounts, MLP)] = None,
     kv_ratio: Annotated[float | None, in_panel(Amounts, KV)] = None,
+    drop_blocks: Annotated[int | None, in_panel(Amounts, DEPTH)] = None,
     round_to: Annotated[int | None, in_panel(Amounts, ROUND)] = None,
     method: Annotated[Literal["anchored", "slicegpt"], in_panel(Method, SLICE_METHOD)] = "anchored",
     rotation: Annotated[Literal["shared", "per-layer"] | None, in_panel(Method, ROTATION)] = None,
@@ -128,27 +137,52 @@ def slice_model(
     """
     problems, draft = Problems(), Draft.preset(method)
     with problems.collect():
-        amount = run.amount(SLICING, ratio=ratio, explained_variance=explained_variance)
+        others = (ratio, explained_variance, run.keep_params, run.target_size, mlp_ratio, kv_ratio)
+        depth_alone = drop_blocks is not None and all(each is None for each in others)
+        depth = {"drop_blocks": drop_blocks} if depth_alone else {}
+        amount = run.amount(SLICING, ratio=ratio, explained_variance=explained_variance, **depth)
     with problems.collect():
         ours = {"rotation": rotation, "refit": refit, "mlp_ratio": mlp_ratio, "kv_ratio": kv_ratio}
-        check_method(method, **ours, allocation=allocation)
+        check_method(method, **ours, allocation=allocation, drop_blocks=drop_blocks)
     if not problems.found:
         with problems.collect():
-            draft.stage("slice").pop("ratio", None)
-            amount.put(draft, "slice")
-            draft.put("slice", round_to=round_to)
-            draft.put("budget", allocation=allocation)
-            if rotation == "per-layer":
-                rotate = {"stage": "rotate", "signal": "normed", "stream": "compressed" if refit is False else "dense"}
-                draft.stages[draft.stages.index(draft.stage("rotate_shared"))] = rotate
+            if depth_alone:
+                draft.data.pop("budget")
+                draft.data["stages"] = [entry for entry in draft.stages if entry["stage"] == "refit"]
+            else:
+                set_widths(draft, amount, rotation=rotation, refit=refit, round_to=round_to, allocation=allocation)
             if refit is False:
                 draft.remove_stage("refit")
-            if not amount.is_budget:
-                draft.remove_stage("prune_units")
             prune(draft, "neurons", "--mlp-ratio", mlp_ratio)
             prune(draft, "kv_groups", "--kv-ratio", kv_ratio)
+            if drop_blocks is not None or not amount.is_budget:
+                draft.remove_stage("drop_blocks")
+            if drop_blocks:
+                draft.stages.insert(0, {"stage": "drop_blocks"})
+                draft.put("drop_blocks", count=drop_blocks)
             run.put_type(draft, amount)
     run.compress(draft, problems, verb="slice", amount=lambda recipe: run.in_name(recipe, amount), export=run.export)
+
+
+def set_widths(
+    draft: Draft,
+    amount: Amount,
+    *,
+    rotation: str | None,
+    refit: bool | None,
+    round_to: int | None,
+    allocation: str | None,
+) -> None:
+    """Say how much of the stream stays and how it is rotated."""
+    draft.stage("slice").pop("ratio", None)
+    amount.put(draft, "slice")
+    draft.put("slice", round_to=round_to)
+    draft.put("budget", allocation=allocation)
+    if rotation == "per-layer":
+        rotate = {"stage": "rotate", "signal": "normed", "stream": "compressed" if refit is False else "dense"}
+        draft.stages[draft.stages.index(draft.stage("rotate_shared"))] = rotate
+    if not amount.is_budget:
+        draft.remove_stage("prune_units")
 
 
 def prune(draft: Draft, units: str, option: str, ratio: float | None) -> None:

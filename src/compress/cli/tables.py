@@ -23,7 +23,12 @@ if TYPE_CHECKING:
 Row = Mapping[str, str | None]
 ONE_FILE = "one GGUF file, for llama.cpp"
 BORDER = 3  # what a table draws around each column
-KINDS = {"hidden": "hidden size", "neurons": "MLP neurons a block", "kv_groups": "KV groups a block"}
+KINDS = {
+    "blocks": "blocks",
+    "hidden": "hidden size",
+    "neurons": "MLP neurons a block",
+    "kv_groups": "KV groups a block",
+}
 
 
 def print_json(data: Mapping[str, Any]) -> None:
@@ -122,7 +127,7 @@ def show_plan(job: "Job", plan: "Plan", *, as_json: bool) -> None:
         "disk, for the run": gigabytes(plan.disk_bytes),
     }
     print_values(f"Plan: {job.model.name} to {job.out}", values)
-    counts = [{KINDS[kind]: f"{count:,}" for kind, count in choice.counts.items()} for choice in plan.choices]
+    counts = [{KINDS[kind]: f"{count:,}" for kind, count in choice.label.items()} for choice in plan.choices]
     totals = [{"parameters": f"{each.size.parameters:,}", "bytes": gigabytes(each.size.bytes)} for each in plan.choices]
     print_rows("Shapes that fit", [{**kept, **total} for kept, total in zip(counts, totals, strict=True)])
     ranks = {path: factors.rank for path, factors in plan.spec.factors.items()}

@@ -169,9 +169,7 @@ class Sound(LogitsProcessor):  # type: ignore[misc,unused-ignore]
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         again = partial(self.model, input_ids=input_ids, use_cache=False)
         # What may not be drawn has a score of -inf.
-        check_sound(
-            scores.clamp_min(0), "the logits of a program's next token", partial(first_unsound, self.model, again)
-        )
+        check_sound(scores.clamp_min(0), "the logits of the next token", partial(first_unsound, self.model, again))
         return scores
 
 

@@ -1,6 +1,6 @@
 """A checkpoint looked at: verified against what it says of itself, its blocks and linears summed up from the files."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 
 from compress.checkpoints.files import ADAPTER_WEIGHTS
 from compress.checkpoints.integrity import check_integrity, check_mapped
-from compress.checkpoints.metadata import METADATA, Metadata, Point, read_metadata
+from compress.checkpoints.metadata import METADATA, LinearMetadata, Metadata, Point, read_metadata
 from compress.checkpoints.quality import Quality, read_quality
 from compress.checkpoints.run_folder import check_folder
-from compress.errors import CheckpointError, UsageError
+from compress.errors import CheckpointError
 from compress.inspection.linears import (
     StoredLinear,
     bits_per_weight,
@@ -23,6 +23,8 @@ from compress.inspection.linears import (
     linears_of,
     zeros_of,
 )
+from compress.models.gguf_header import read_header as read_gguf_header
+from compress.models.gguf_opening import check_extra
 from compress.models.loading import empty_model, load_config
 from compress.models.storage import num_parameters
 from compress.models.stored_loading import put_linears, read_lora, read_scheme, stored_tensors
@@ -31,14 +33,26 @@ from compress.models.untrusted import read_json, reading
 from compress.own_model.modeling_compress import unfuse_experts
 from compress.progress import Progress, Steps
 
-HEAD = ("lm_head.", "embed_out.", ".norm.", "final_layer_norm.", "final_layernorm.", "ln_f.")
+HEAD = ("lm_head.", "embed_out.", ".norm.", "final_layer_norm.", "final_layernorm.", "ln_f.", "output")
+
+
+@dataclass(frozen=True)
+class BlockTensor(StoredTensor):
+    """Of a GGUF file. bits: of a number, its block's scales included."""
+
+    bits: float
+
+    @property
+    def bytes(self) -> int:
+        return int(self.numbers * self.bits) // 8
 
 
 @dataclass(frozen=True)
 class Inspection:
     """
     metadata: what it says of itself; None for a checkpoint that is not ours. config: config.json.
-    tensors: of the model and of its adapter. verified: whether the weights were compared with their checksums.
+    tensors: of the model and of its adapter, or of a GGUF file, which has no linears here.
+    verified: whether the weights were compared with their checksums.
     """
 
     folder: Path
@@ -74,9 +88,22 @@ class Inspection:
         return str(found.get("quant_method", "unnamed")) if isinstance(found, dict) else None
 
     @property
+    def is_gguf(self) -> bool:
+        return self.metadata is not None and self.metadata.storage == "gguf"
+
+    @property
     def bits_per_weight(self) -> float | None:
         """Of the linears in the blocks."""
+        if self.is_gguf:
+            return bits_of_matrices(tensor for tensor in self.tensors if block_of(tensor.name) is not None)
         return bits_per_weight(linear for linear in self.linears if linear.block is not None)
+
+    @property
+    def reports(self) -> list[LinearMetadata]:
+        """What the run has said of the linears."""
+        if self.is_gguf and self.metadata is not None:
+            return self.metadata.linears
+        return [linear.metadata for linear in self.linears if linear.metadata is not None]
 
 
 def inspect(folder: Path, *, fast: bool, progress: Progress) -> Inspection:
@@ -87,13 +114,12 @@ def inspect(folder: Path, *, fast: bool, progress: Progress) -> Inspection:
     """
     check_folder(folder)
     metadata = read_metadata(folder) if (folder / METADATA).exists() else None
-    if metadata is not None and metadata.storage == "gguf":
-        raise UsageError(f"{folder} is one GGUF file, not a checkpoint of safetensors. gguf-dump shows its tensors.")
+    is_gguf = metadata is not None and metadata.storage == "gguf"
     if metadata is None:
         tensors, linears = read_foreign(folder)
     else:
         check_integrity(folder, metadata, checksums=not fast, progress=progress)
-        tensors, linears = read_ours(folder, metadata)
+        tensors, linears = (read_gguf(folder, metadata), []) if is_gguf else read_ours(folder, metadata)
     if not fast:
         steps = Steps(progress, "counting zeros", len(linears))
         for place, linear in enumerate(linears):
@@ -103,7 +129,9 @@ def inspect(folder: Path, *, fast: bool, progress: Progress) -> Inspection:
     return Inspection(
         folder=folder,
         metadata=metadata,
-        config=read_json(folder / "config.json"),
+        config={"architectures": [metadata.architecture]}
+        if metadata and is_gguf
+        else read_json(folder / "config.json"),
         tensors=tensors,
         linears=linears,
         quality=read_quality(folder),
@@ -122,6 +150,16 @@ def read_ours(folder: Path, metadata: Metadata) -> tuple[list[StoredTensor], lis
     model = blueprint(folder, metadata)
     check_against(model, tensors, metadata)
     return found, linears_of(model, tensors, metadata.linears)
+
+
+def read_gguf(folder: Path, metadata: Metadata) -> list[StoredTensor]:
+    check_extra("Reading")
+    headers = [read_gguf_header(folder / name) for name in metadata.parts]
+    return [
+        BlockTensor(header.file, each.name, each.kind, each.shape, 8 * each.row_bytes / each.shape[-1])
+        for header in headers
+        for each in header.tensors.values()
+    ]
 
 
 def blueprint(folder: Path, metadata: Metadata) -> PreTrainedModel:
@@ -201,7 +239,7 @@ def block(seen: Inspection, place: int | str, tensors: Sequence[StoredTensor]) -
     points = [point for point in seen.points if point_place(point) == place]
     errors = [point.relative_error for point in points if point.relative_error is not None]
     zeros = [linear.zeros for linear in linears if linear.zeros is not None]
-    lost = [linear.lost for linear in linears if linear.lost is not None]
+    lost = [each.lost for each in seen.reports if block_of(each.linear) == place and each.lost is not None]
     # The linears count themselves; besides them there are other tensors.
     of_linears = {(tensor.file, tensor.name) for linear in linears for tensor in linear.tensors.values()}
     rest = sum(tensor.numbers for tensor in tensors if (tensor.file, tensor.name) not in of_linears)
@@ -216,7 +254,7 @@ def block(seen: Inspection, place: int | str, tensors: Sequence[StoredTensor]) -
         "units": units,
         "ranks": [linear.rank for linear in linears if linear.rank],
         "bits": sorted({linear.bits for linear in linears}),
-        "bits_per_weight": bits_per_weight(linears),
+        "bits_per_weight": bits_of_matrices(tensors) if seen.is_gguf else bits_per_weight(linears),
         "zeros": sum(each.count for each in zeros) / sum(each.total for each in zeros) if zeros else None,
         "patterns": sorted({each.pattern if each.kept else f"{each.pattern} broken" for each in zeros if each.pattern}),
         "error": errors[-1] if errors else None,
@@ -224,6 +262,12 @@ def block(seen: Inspection, place: int | str, tensors: Sequence[StoredTensor]) -
         "parameters": None if seen.parameters is None else parameters,
         "bytes": sum(tensor.bytes for tensor in tensors),
     }
+
+
+def bits_of_matrices(tensors: Iterable[StoredTensor]) -> float | None:
+    found = [tensor for tensor in tensors if len(tensor.shape) == 2]
+    numbers = sum(tensor.numbers for tensor in found)
+    return 8 * sum(tensor.bytes for tensor in found) / numbers if numbers else None
 
 
 def point_place(point: Point) -> int | str:

@@ -1,5 +1,7 @@
 """How all plots look, with colors that everybody can tell apart (Okabe and Ito's), and how they are saved."""
 
+import io
+import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#8C8C8C"
 COLORS = (BLUE, ORANGE, "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#222222")
+INK = "#111111"  # on a bright color
 MARKERS = "osD^vP"  # one less than colors: lines look alike only after 42
 MAP = "cividis"
 STYLE = Path(__file__).with_name("plots.mplstyle")
@@ -73,6 +76,36 @@ def save(drawings: Sequence[Drawing], folder: Path) -> list[Path]:
     except OSError as error:
         raise OutputError(f"{folder} cannot be written ({error}). Choose another --plot.") from error
     return files
+
+
+# What a page says of colors in an SVG that is part of it.
+PAGE_COLORS = {"#000000": "currentColor", COLORS[-1]: "currentColor", "#e3e3e3": "var(--grid)"}
+SIZE = re.compile(r"<svg[^>]*?(?= viewBox)")
+LARGEST, LEAST = 1.2, 0.85  # of its own size, on a wide page and on a narrow one, which scrolls it
+FONT = re.compile(r"(?<=px); font-family: [^;\"<]*")
+DIGITS = re.compile(r"(?<=\d\.\d\d)\d+(?=[^<>]*>)")  # of a tag's numbers, past the second
+NAMED = re.compile(r"(?<=\bid=\")|(?<=url\(#)|(?<=href=\"#)")
+
+
+def as_svg(drawing: Drawing) -> str:
+    """The figure without its title as an SVG element of a page, which gives `--grid` and may be dark.
+
+    Text stays text. What the drawing's name has of letters goes before all ids, which a page may have once.
+    """
+    from matplotlib import rc_context
+
+    drawing.figure.suptitle("")
+    text, nothing = io.StringIO(), dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": drawing.name}):
+        drawing.figure.savefig(text, format="svg", transparent=True, metadata=nothing)
+    found = text.getvalue()
+    found = NAMED.sub(f"{drawing.name}-", FONT.sub("", found[found.index("<svg") :]))
+    width = 72 * drawing.figure.get_figwidth()
+    found = SIZE.sub(f'<svg style="width:{LARGEST * width:.0f}px;min-width:{LEAST * width:.0f}px"', found, count=1)
+    found = DIGITS.sub("", found)
+    for color, page in PAGE_COLORS.items():
+        found = found.replace(f": {color.lower()}", f": {page}")
+    return found
 
 
 def byte_unit(largest: int) -> tuple[str, float]:

@@ -4,7 +4,7 @@ size against quality.
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 from compress.checkpoints.metadata import Point
 from compress.checkpoints.quality import Measure
 from compress.errors import UsageError
-from compress.inspection.checkpoint import Inspection, place_of, point_place
+from compress.inspection.checkpoint import Inspection, bits_of_matrices, place_of, point_place
 from compress.inspection.drawing import (
     BLUE,
     GREY,
+    INK,
     MAP,
     ORANGE,
     Drawing,
@@ -28,11 +29,12 @@ from compress.inspection.drawing import (
     shortened,
     style,
 )
-from compress.inspection.linears import StoredLinear, bits_per_weight, linear_names
+from compress.inspection.linears import BLOCK, StoredLinear, bits_per_weight, linear_names
 from compress.models.tensor_files import StoredTensor
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 WIDEST = 16.0  # inches, of a map of ranks
 WRITTEN = 260  # cells of it up to which each says its rank
@@ -49,7 +51,7 @@ PURPOSES = {
 def plot_inspection(seen: Inspection, folder: Path) -> list[Path]:
     """What there is to draw of a checkpoint, as PNG files. Raises OutputError for a full disk."""
     with style():
-        plots = (plot_spectra, plot_energy, plot_errors, plot_ranks, plot_sizes)
+        plots = (plot_spectra, plot_energy, plot_errors, plot_bits, plot_ranks, plot_sizes)
         return save([drawing for plot in plots for drawing in plot(seen)], folder)
 
 
@@ -64,13 +66,14 @@ def plot_spectra(seen: Inspection) -> list[Drawing]:
     import matplotlib as mpl
 
     figure, (plot,) = axes(8.0, 4.6, title=seen.name)
-    colors = mpl.colormaps[MAP].resampled(len(points) + 1)
+    # Between the ends of the map, which are too near to dark and bright pages.
+    colors = [mpl.colormaps[MAP](0.25 + 0.6 * number / len(points)) for number in range(len(points))]
     ends = {0: f"after {points[0].point}", len(points) - 1: f"after {points[-1].point}"} if len(points) > 1 else {}
     for number, point in enumerate(points):
         spectrum = point.spectrum or []
         step = point.dense_width / len(spectrum)  # of directions, each stretch at its middle
         curve = {(place + 0.5) * step: 100 * share for place, share in enumerate(spectrum) if share > 0}
-        plot.plot(list(curve), list(curve.values()), color=colors(number), linewidth=1.2, label=ends.get(number))
+        plot.plot(list(curve), list(curve.values()), color=colors[number], linewidth=1.2, label=ends.get(number))
     for width in sorted({point.width for point in points if point.width < point.dense_width}):
         plot.axvline(width, color=ORANGE, linewidth=1.2, linestyle="--", label=f"{width} kept")
     dense = points[0].dense_width
@@ -156,39 +159,61 @@ def draw_losses(plot: "Axes", seen: Inspection) -> None:
 def losses(seen: Inspection) -> dict[str, dict[int, float]]:
     """By a linear's name in its block: the share of its outputs' energy that is gone, by the block's number."""
     found: dict[str, dict[int, float]] = {}
-    for linear in seen.linears:
-        if linear.block is not None and linear.lost:
-            found.setdefault(linear.name, {})[linear.block] = max(linear.lost, 0.0)
+    for linear in seen.reports:
+        if (place := BLOCK.search(linear.linear)) and linear.lost:
+            found.setdefault(place[2], {})[int(place[1])] = max(linear.lost, 0.0)
     return found
 
 
-def plot_ranks(seen: Inspection) -> list[Drawing]:
-    """Blocks by linears, colored by the share of the full rank that factors or adapters have."""
-    from matplotlib.ticker import PercentFormatter
+# By layer: maps, blocks by linears. Of a linear in a block a number, and the text that says it.
+Cells = Mapping[tuple[str, int], tuple[float, str]]
 
-    ranked = [linear for linear in seen.linears if linear.block is not None and linear.rank]
-    names = linear_names(ranked)
-    if not names:
+
+def plot_ranks(seen: Inspection) -> list[Drawing]:
+    """Colored by the share of the full rank that factors or adapters have."""
+    cells = {
+        (each.name, each.block): (each.rank / min(each.form.m, each.form.n), str(each.rank))
+        for each in seen.linears
+        if each.block is not None and each.rank
+    }
+    how = {"title": "rank of each linear that has factors or an adapter", "label": "share of the full rank"}
+    return [Drawing("ranks", draw_map(seen, cells, **how))] if cells else []
+
+
+def plot_bits(seen: Inspection) -> list[Drawing]:
+    """Bits of a weight, everything counted but biases; where they are not all alike."""
+    found = {(each.name, each.block): bits_per_weight([each]) for each in seen.linears if each.block is not None}
+    for tensor in seen.tensors if seen.is_gguf else ():
+        if (place := BLOCK.search(tensor.name)) and len(tensor.shape) == 2:
+            found[place[2].removesuffix(".weight"), int(place[1])] = bits_of_matrices([tensor])
+    cells = {place: (bits, f"{bits:.1f}") for place, bits in found.items() if bits is not None}
+    if len({text for _, text in cells.values()}) < 2:
         return []
-    blocks = 1 + max(linear.block or 0 for linear in seen.linears)
-    ranks = {(names.index(each.name), each.block or 0): each for each in ranked}
-    shares = [[float("nan")] * blocks for _ in names]
-    for (row, column), each in ranks.items():
-        shares[row][column] = (each.rank or 0) / min(each.form.m, each.form.n)
-    width = min(max(6.0, 2.6 + 0.42 * blocks), WIDEST)
+    how = {"title": "bits of a weight, everything counted but biases", "label": "bits"}
+    return [Drawing("bits", draw_map(seen, cells, **how))]
+
+
+def draw_map(seen: Inspection, cells: Cells, *, title: str, label: str) -> "Figure":
+    names = list(dict.fromkeys(name for name, _ in cells))
+    blocks = 1 + max(block for _, block in cells)
+    values = [[cells.get((name, block), (float("nan"), ""))[0] for block in range(blocks)] for name in names]
+    width = min(max(6.0, 2.6 + 0.38 * blocks), WIDEST)
     figure, (plot,) = axes(width, 1.6 + 0.3 * len(names), title=seen.name)
-    highest = max(shares[row][column] for row, column in ranks)
-    image = plot.imshow(shares, cmap=MAP, vmin=0, vmax=highest, aspect="auto")
-    for (row, column), each in ranks.items() if len(ranks) <= WRITTEN else ():
-        color = "black" if shares[row][column] > 0.55 * highest else "white"
-        plot.text(column, row, str(each.rank), ha="center", va="center", color=color, fontsize=9)
-    plot.set_yticks(range(len(names)), names)
-    plot.set_xticks(range(0, blocks, max(1, blocks // 16)))
+    highest = max(value for value, _ in cells.values())
+    image = plot.pcolormesh(values, cmap=MAP, vmin=0, vmax=highest, edgecolors="face", linewidth=0.1, clip_on=False)
+    for (name, block), (value, text) in cells.items() if len(cells) <= WRITTEN else ():
+        color = INK if value > 0.55 * highest else "white"
+        plot.text(block + 0.5, names.index(name) + 0.5, text, ha="center", va="center", color=color, fontsize=9)
+    plot.set_yticks([0.5 + place for place in range(len(names))], names)
+    shown = range(0, blocks, max(1, blocks // 16))
+    plot.set_xticks([0.5 + place for place in shown], [str(place) for place in shown])
+    plot.invert_yaxis()
     plot.set_xlabel("block")
     plot.grid(visible=False)
-    plot.set_title("rank of each linear that has factors or an adapter")
-    figure.colorbar(image, ax=plot, label="of the full rank", pad=0.02, format=PercentFormatter(1))
-    return [Drawing("ranks", figure)]
+    plot.set_title(title)
+    bar = figure.colorbar(image, ax=plot, label=label, pad=0.02)
+    bar.ax.yaxis.set_major_formatter("{x:.0%}" if highest <= 1 else "{x:g}")
+    return figure
 
 
 # Sizes.

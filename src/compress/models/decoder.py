@@ -120,7 +120,15 @@ class Decoder:
         check_sound(hidden_states, "the embeddings")
         return hidden_states, [recorder.arguments for recorder in self.recorders]
 
-    def logits(self, hidden_states: Float[Tensor, "batch tokens d"]) -> Float[Tensor, "batch tokens vocabulary"]:
+    def run_block(
+        self, index: int, hidden_states: Float[Tensor, "batch tokens d"], arguments: Sequence[Arguments]
+    ) -> Float[Tensor, "batch tokens d"]:
+        """Run a block. arguments: of all blocks, as `embed` gives them."""
+        found: Tensor = self.blocks[index](hidden_states, **arguments[index])
+        check_sound(found, f"the stream after block {index}")
+        return found
+
+    def logits(self, hidden_states: Float[Tensor, "*tokens d"]) -> Float[Tensor, "*tokens vocabulary"]:
         final_norm = self.family.final_norm
         normed = self.model.get_submodule(final_norm)(hidden_states) if final_norm else hidden_states
         found = self.logits_of(self.model.get_submodule(self.family.last_reader)(normed))

@@ -1,6 +1,7 @@
 """Load configs, tokenizers and whole models from a folder, with errors a user can act on."""
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ LIMITS = {
     "vocab_size": 2**23,
     "max_position_embeddings": 2**27,
 }
+
+BY_BLOCK = ("layer_types", "no_rope_layers")  # what a config has an entry of for each block
 
 
 def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
@@ -68,6 +71,16 @@ def check_values(file: Path, found: Mapping[str, Any]) -> None:
             raise CheckpointError(
                 f"{file} makes no model: {name} is {str(value)[:40]}. It must be a number from 1 to {limit:,}."
             )
+
+
+def with_blocks(config: Any, numbers: Sequence[int]) -> Any:
+    """Copy a config for the model that has only the blocks of these numbers."""
+    found = copy.deepcopy(config)
+    found.num_hidden_layers = len(numbers)
+    for name in BY_BLOCK:
+        if each := getattr(found, name, None):
+            setattr(found, name, [each[number] for number in numbers])
+    return found
 
 
 def empty_model(config: Any) -> PreTrainedModel:

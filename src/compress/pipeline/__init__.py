@@ -10,6 +10,7 @@ import time
 from dataclasses import replace
 from typing import Any
 
+from compress.calibration.depth import Depth
 from compress.calibration.processes import ALONE, Processes
 from compress.calibration.resources import Stopwatch
 from compress.calibration.spectra import GradientFiles
@@ -28,10 +29,11 @@ from compress.planning import search
 from compress.planning.budget import rank_choices
 from compress.planning.memory import resident_bytes, usual_batch_size
 from compress.planning.plan import Plan
-from compress.planning.prepare import Job, Prepared, new_walk, plan_job, prepare, take_survey
+from compress.planning.prepare import Job, Prepared, depth_site, kept_blocks, new_walk, plan_job, prepare, take_survey
 from compress.progress import Progress, Steps, silent
 from compress.version import FORMAT
 
+DEPTH = "depth"  # the finding
 SMALL = 5 * 10**8  # bytes: a model below this is reloaded whole, whatever the walk needed
 
 
@@ -69,6 +71,8 @@ def run_together(job: Job, processes: Processes, progress: Progress = silent) ->
 def _run(prepared: Prepared, folder: RunFolder, progress: Progress, start: float) -> Result | None:
     """The run itself, or what is left of it; begun at `start`."""
     job, processes, clock = prepared.job, prepared.processes, Stopwatch(prepared.job.device)
+    with clock("depth"):
+        prepared = _shallower(prepared, folder, progress)
     with clock("survey"):
         survey = _survey(prepared, folder, progress)
     with clock("trials"):
@@ -93,6 +97,21 @@ def _run(prepared: Prepared, folder: RunFolder, progress: Progress, start: float
     return result_of(prepared, metadata, seconds, difference, resumed)
 
 
+def _shallower(prepared: Prepared, folder: RunFolder, progress: Progress) -> Prepared:
+    """With the blocks chosen that are left out, where the recipe leaves that to the run."""
+    stage = next((stage for stage in prepared.plan.stages if stage.site is Depth), None)
+    most = prepared.plan.most_dropped
+    if stage is None or stage.dropped or not most:
+        return prepared
+    if DEPTH not in folder.findings:
+        steps = Steps(progress, "choosing blocks", 1 + most)
+        depth = depth_site(prepared, most, steps.next)
+        stage.apply(depth)
+        steps.end()
+        folder.note(DEPTH, {"dropped": depth.dropped, "divergences": depth.divergences})
+    return replace(prepared, plan=prepared.plan.without(folder.findings[DEPTH].data["dropped"]))
+
+
 def _survey(prepared: Prepared, folder: RunFolder, progress: Progress) -> Survey | None:
     """The survey that the plan asks for, taken once: a run that goes on reads it back."""
     if prepared.plan.survey is SurveyNeed.NONE:
@@ -113,20 +132,22 @@ def _chosen(prepared: Prepared, folder: RunFolder, survey: Survey | None, progre
     """With the plan's choice made, by trial where there is more than one; a run that goes on reads trials back."""
     plan = prepared.plan
     if plan.ranks is not None:  # each allocation's, now that the dense model has been looked at
-        spectra = {} if survey is None else survey.spectra
+        kept = kept_blocks(plan.stages, plan.space.base.num_blocks)
+        spectra = {} if survey is None else survey.of_blocks(kept).spectra
         found = rank_choices(plan.ranks, prepared.job.recipe.budget, plan.dense, spectra)
         plan = plan.chosen(found[0]) if len(found) == 1 else replace(plan, choices=found)
         prepared = replace(prepared, plan=plan)
     if not plan.choices:
         return prepared
-    choices, costs = search.with_costs(prepared, survey)
+    depth = folder.findings.get(DEPTH)
+    choices, costs = search.with_costs(prepared, survey, depth.data["divergences"] if depth else ())
     steps = Steps(progress, "trying shapes", min(len(choices), search.MOST_TRIALS))
 
     def measured(place: int) -> float:
         name = f"{TRIAL}{place}"
         if name not in folder.findings:
             choice, cost = choices[place], costs[place]
-            predicted = None if cost is None else cost.total(search.LEFT)
+            predicted = None if cost is None else cost.total()
             divergence = search.try_out(prepared, choice, survey, steps)
             folder.note(name, {**choice.label, "predicted": predicted, "divergence": divergence})
         return float(folder.findings[name].data["divergence"])

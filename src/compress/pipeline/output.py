@@ -220,8 +220,19 @@ def result_of(
         seconds=seconds,
         difference=difference,
         resumed_parts=resumed,
-        notes=[*prepared.plan.notes, *short_of_tokens(reports), *exported, *proof_notes(job.out)],
+        notes=[
+            *prepared.plan.notes,
+            *depth_notes(prepared.plan),
+            *short_of_tokens(reports),
+            *exported,
+            *proof_notes(job.out),
+        ],
     )
+
+
+def depth_notes(plan: Plan) -> list[str]:
+    dropped = sorted(block for stage in plan.stages for block in stage.dropped)
+    return [f"Blocks left out, counted from 0: {', '.join(map(str, dropped))}."] if dropped else []
 
 
 def proof_notes(out: Path) -> list[str]:

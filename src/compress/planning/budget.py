@@ -7,8 +7,9 @@ spectra; `uniform` gives all linears the same share of their parameters instead.
 
 import itertools
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ class Choice:
     @property
     def label(self) -> Counts:
         """The counts that distinguish it from other choices."""
-        return {kind: count for kind, count in self.counts.items() if kind not in ("ranks", "forms")}
+        return {kind: count for kind, count in self.counts.items() if kind not in ("ranks", "forms", "dropped")}
 
 
 @dataclass(frozen=True)
@@ -89,13 +90,27 @@ class Limit:
 
 @dataclass(frozen=True)
 class WidthSpace:
-    """The widths that stages left open, applied to the dense model `base`."""
+    """The widths that stages left open, applied to the dense model.
+
+    base: as a result whose stream changes is written. whole: as one that keeps all of the stream is, its norms and a
+    tied head with it; None where there is no such result.
+    """
 
     stages: Sequence[StageConfig]
     base: ModelSpec
+    whole: ModelSpec | None = None
+
+    def decided(self, counts: Counts) -> list[StageConfig]:
+        """The stages for these counts; where all of the stream is kept those that change it are left out."""
+        stages = [stage for stage in self.stages if not (self._keeps_stream(counts) and stage.changes_stream)]
+        return [stage.decided(counts) for stage in stages]
+
+    def _keeps_stream(self, counts: Counts) -> bool:
+        return self.whole is not None and counts.get("hidden") == self.base.dense_width
 
     def spec(self, counts: Counts) -> ModelSpec:
-        _, spec = plan_stages([stage.decided(counts) for stage in self.stages], self.base)
+        base = self.whole if self.whole is not None and self._keeps_stream(counts) else self.base
+        _, spec = plan_stages(self.decided(counts), base)
         if not spec.is_decided:
             raise UsageError("A budget needs widths that are known beforehand: leave out explained_variance.")
         return spec
@@ -103,10 +118,10 @@ class WidthSpace:
     @property
     def ladders(self) -> dict[str, list[int]]:
         """The counts of each open kind, increasing."""
-        dense = {"hidden": self.base.dense_width, **self.base.dense_units}
+        dense = {"blocks": self.base.num_blocks, "hidden": self.base.dense_width, **self.base.dense_units}
         steps = {kind: stage.step for stage in self.stages if (kind := stage.opens)}
         # Neurons come last: they are the finest, so that they can fill a budget up.
-        kinds = [kind for kind in ("kv_groups", "hidden", "neurons") if kind in steps]
+        kinds = [kind for kind in ("blocks", "kv_groups", "hidden", "neurons") if kind in steps]
         return {kind: sorted({*range(steps[kind], dense[kind] + 1, steps[kind]), dense[kind]}) for kind in kinds}
 
 
@@ -127,7 +142,7 @@ def width_choices(space: WidthSpace, budget: Budget, dense: Size) -> list[Choice
                 f"The budget of {limit.most:,} {limit.unit} cannot be kept: the least this recipe can come to is "
                 f"{limit.measure(smallest):,}. Allow more."
             )
-    if fitting[0].spec.deletes_nothing:
+    if fitting[0].spec.deletes_nothing and fitting[0].spec.num_blocks == space.base.num_blocks:
         raise UsageError(DELETES_NOTHING)
     return sorted(fitting, key=lambda choice: sorted(choice.counts.items()))
 
@@ -144,12 +159,23 @@ def largest_fitting(space: WidthSpace, limit: Limit) -> Iterator[tuple[dict[str,
     for counts in combinations(outer):
         if is_contained({**counts, kind: ladder[-1]}):
             continue
-        specs = [(count, space.spec({**counts, kind: count})) for count in ladder]
-        legal = [(count, spec) for count, spec in specs if not spec.problems()]
-        number = bisect_right(legal, False, key=lambda rung: not limit.allows(rung[1]))
-        if number and not is_contained(largest := {**counts, kind: legal[number - 1][0]}):
+        rungs = [partial(space.spec, {**counts, kind: count}) for count in ladder]
+        legal = partial(last_legal, rungs)
+        number = bisect_right(range(len(ladder)), False, key=lambda rung: not fits(legal(rung), limit))
+        best = legal(number - 1)
+        if best is not None and not is_contained(largest := {**counts, kind: ladder[best[0]]}):
             found.append(largest)
-            yield largest, legal[number - 1][1]
+            yield largest, best[1]
+
+
+def last_legal(rungs: Sequence[Callable[[], ModelSpec]], most: int) -> tuple[int, ModelSpec] | None:
+    """The last of the rungs up to `most` that the architecture has room for, and its spec."""
+    specs = ((rung, rungs[rung]()) for rung in range(most, -1, -1))
+    return next(((rung, spec) for rung, spec in specs if not spec.problems()), None)
+
+
+def fits(found: tuple[int, ModelSpec] | None, limit: Limit) -> bool:
+    return found is None or limit.allows(found[1])
 
 
 def combinations(ladders: Sequence[tuple[str, list[int]]]) -> Iterator[dict[str, int]]:

@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 import torch
 
+from compress.calibration.depth import Depth
 from compress.calibration.experts import lot_bytes
 from compress.calibration.sites import (
     WholeModel,
@@ -75,6 +76,7 @@ class Footprint:
         )
         self.has_gradient = SurveyNeed.GRADIENT in self.survey
         self.has_linears, self.has_groups = has_linears(stages), has_groups(stages)
+        self.is_shallower = any(stage.site is Depth for stage in stages)
         self.num_streams, self.keeps_before = num_streams(stages), keeps_before_post_norms(stages, family)
         decoder = Decoder(config, family, dtype=torch.float32, device=torch.device("cpu"))
         shapes, block = decoder.parameter_shapes(), decoder.block_names(0)
@@ -107,9 +109,10 @@ class Footprint:
     def weights(self) -> int:
         """A part's weights, as they are stored and as they are computed with, and the statistics of its experts.
 
+        Where blocks are left out, one of these is there with the one before it.
         These are second moments of all experts' inputs, and the equations of those that are fitted together.
         """
-        found = 2 * self.part * self.itemsize
+        found = (2 + self.is_shallower) * self.part * self.itemsize
         if self.has_linears and self.experts:
             found += DOUBLE * self.experts * (self.width**2 + self.inner**2)
             found += lot_bytes(self.experts, self.inner, self.width)

@@ -11,6 +11,7 @@ import torch
 from compress.architectures.architecture import ModelSpec, Size, stored_bytes
 from compress.architectures.own import Own
 from compress.architectures.stock import Stock
+from compress.calibration.depth import Depth
 from compress.calibration.linears import LinearShape, LinearSite
 from compress.calibration.sites import Table, WholeModel
 from compress.calibration.survey import SurveyNeed
@@ -29,7 +30,8 @@ from compress.stages._stage import RankStage, StageConfig
 class Plan:
     """
     stages: as they will be run; with a budget, still open. spec: what the model becomes, as far as it is decided.
-    dense: the model's size. ranks: what ranks are to be found for, where a stage leaves them open.
+    space: the dense model, and what the stages can make of it. dense: its size. ranks: what ranks are to be found for,
+        where a stage leaves them open.
     choices: what fits under the recipe's budget, to be compared by trial; empty without one.
     alternatives: other ways to store the linears, the plan itself first; none where all is as before.
     notes: what the user should know of it.
@@ -41,6 +43,7 @@ class Plan:
 
     stages: tuple[StageConfig, ...]
     spec: ModelSpec
+    space: WidthSpace
     dense: Size
     ranks: RankSpace | None
     choices: list[Choice]
@@ -64,8 +67,29 @@ class Plan:
         return surveyed(self.stages)
 
     def chosen(self, choice: Choice) -> "Plan":
-        stages = tuple(stage.decided(choice.counts) for stage in self.stages)
+        stages = tuple(self.space.decided(choice.counts))
         return replace(self, stages=stages, spec=choice.spec, ranks=None, choices=[])
+
+    @property
+    def most_dropped(self) -> int:
+        """How many blocks are left out, at most."""
+        specs = [choice.spec for choice in self.choices] or [self.spec]
+        return self.space.base.num_blocks - min(spec.num_blocks for spec in specs)
+
+    def without(self, dropped: Sequence[int]) -> "Plan":
+        """The plan once it is known which blocks are left out, in the order in which they go."""
+        if self.choices:
+            choices = [self._without(choice, dropped) for choice in self.choices]
+            return replace(self, choices=choices)
+        decided = [stage.decided({"dropped": dropped}) if stage.site is Depth else stage for stage in self.stages]
+        stages, spec = plan_stages(decided, self.space.base)
+        ranks = None if self.ranks is None else replace(self.ranks, spec=spec)
+        return replace(self, stages=stages, spec=spec, ranks=ranks)
+
+    def _without(self, choice: Choice, dropped: Sequence[int]) -> Choice:
+        first = tuple(dropped[: self.space.base.num_blocks - choice.spec.num_blocks])
+        counts = {**choice.counts, "dropped": first}
+        return Choice(counts, self.space.spec(counts))
 
     def to_dict(self) -> dict[str, Any]:
         spec = self.spec
@@ -93,24 +117,26 @@ def make_plan(
     report(mixture_faults(recipe.stages, has_budget=recipe.budget is not None))
     base = choose_base(recipe, config, family, dtype)
     stages, spec = plan_stages(recipe.stages, base)
-    dense = ModelSpec.dense(Stock(config, family), dtype).size
+    space, dense = width_space(recipe, stages, base), ModelSpec.dense(Stock(config, family), dtype).size
     opened = next((stage for stage in stages if isinstance(stage, RankStage) and stage.open_ranks), None)
     ranks = None if opened is None else RankSpace(opened, spec)
     choices = list[Choice]()
     if recipe.budget is not None and ranks is not None:
         check_budget(ranks, recipe.budget, dense)
     elif recipe.budget is not None:
-        choices = width_choices(WidthSpace(stages, base), recipe.budget, dense)
+        choices = width_choices(space, recipe.budget, dense)
     if spec.is_decided:
         report(spec.problems())
         on_linears = any(stage.site is LinearSite for stage in stages)
-        if not on_linears and spec.deletes_nothing:
+        shallower = spec.num_blocks < base.num_blocks
+        if not (on_linears or shallower) and spec.deletes_nothing:
             raise UsageError("The recipe deletes nothing: every width stays as it is. Add a slice stage.")
     sizes = [spec.size] if spec.is_decided else [choice.size for choice in choices] or [dense]
     memory, disk = Footprint(stages, config, family, computing).needs(recipe.calibration, room)
     plan = Plan(
         stages=stages,
         spec=spec,
+        space=space,
         dense=dense,
         ranks=ranks,
         choices=choices,
@@ -124,12 +150,24 @@ def make_plan(
     return plan.chosen(choices[0]) if decided else plan
 
 
+def width_space(recipe: Recipe, stages: Sequence[StageConfig], base: ModelSpec) -> WidthSpace:
+    """What the stages can make of a model.
+
+    Where the budget may be spent without changing the stream, that is written as the dense model is.
+    """
+    free = recipe.budget is not None and recipe.budget.allocation == "free"
+    if free or not any(stage.opens and not stage.changes_stream for stage in stages):
+        return WidthSpace(stages, base)
+    plain = Stock(base.architecture.dense, base.architecture.family)
+    return WidthSpace(stages, base, ModelSpec.dense(plain, base.dtype))
+
+
 def choose_base(recipe: Recipe, config: Any, family: Family, dtype: torch.dtype) -> ModelSpec:
     """Choose the architecture that the result is written in; return the dense model in it.
 
     Raises UnsupportedModel where the recipe changes the stream of a model that has to keep it.
     """
-    if not any(stage.reshapes for stage in recipe.stages):
+    if not any(stage.changes_stream for stage in recipe.stages):
         return ModelSpec.dense(Stock(config, family), dtype)
     check_exact(config, family)
     if not any(stage.site is WholeModel for stage in recipe.stages):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from compress import families
+from compress.calibration.depth import Depth, DroppedBlocks
 from compress.calibration.processes import ALONE, Processes
 from compress.calibration.spectra import GradientFiles, LinearObserver
 from compress.calibration.streams import CacheFolder, split_windows, spread
@@ -25,7 +26,7 @@ from compress.checkpoints.output_folder import Output, check_output
 from compress.datasets.windows import calibration_windows
 from compress.errors import CheckpointError, OutputError, Problems, UnsupportedModel, UsageError
 from compress.models.decoder import Decoder
-from compress.models.loading import check_positions, check_vocabulary, load_config, load_tokenizer
+from compress.models.loading import check_positions, check_vocabulary, load_config, load_tokenizer, with_blocks
 from compress.models.tensor_files import ADAPTER, SafetensorsFolder
 from compress.planning.memory import (
     Footprint,
@@ -42,6 +43,7 @@ from compress.stages._stage import StageConfig
 # and small pieces of freed memory, which are not given back.
 GROWTH = 64 * 10**6
 PROBE_TOKENS = 64
+DEPTH_SHARE = 16  # one calibration window in so many passes the model without each choice of blocks
 FREE_SHARE = 0.25  # of a uniform allocation's neurons: a free one leaves no block less
 
 
@@ -247,8 +249,18 @@ def open_weights(folder: Path, config: Any, family: families.Family) -> LazyWeig
 # The survey and the walk of a prepared job.
 
 
-def new_decoder(prepared: Prepared) -> Decoder:
-    return Decoder(prepared.config, prepared.family, dtype=prepared.computing, device=prepared.job.device)
+def new_loader(prepared: Prepared) -> PartLoader:
+    """Load parts of the dense model."""
+    device = prepared.job.device
+    decoder = Decoder(prepared.config, prepared.family, dtype=prepared.computing, device=device)
+    return PartLoader(decoder, prepared.weights)
+
+
+def depth_site(prepared: Prepared, wanted: int, begin: Callable[[str], None]) -> Depth:
+    """The dense model's blocks, of which so many are to go, some of the calibration windows passing through them."""
+    windows = spread(prepared.windows, max(len(prepared.windows) // DEPTH_SHARE, 2, prepared.processes.count))
+    batches = split_windows(windows, batch_size(prepared, windows), held_out=0)
+    return Depth(new_loader(prepared), batches, wanted, begin, prepared.processes)
 
 
 def batch_size(prepared: Prepared, windows: Tensor) -> int:
@@ -262,7 +274,8 @@ def take_survey(prepared: Prepared, begin: Callable[[str], None]) -> Survey | No
     need = prepared.plan.survey
     if need is SurveyNeed.NONE:
         return None
-    decoder, processes = new_decoder(prepared), prepared.processes
+    loader, processes = new_loader(prepared), prepared.processes
+    decoder = loader.decoder
     plan, budget, files = prepared.plan, prepared.job.recipe.budget, GradientFiles(prepared.job.partial)
     count, seq_len = prepared.windows.shape
     windows = spread(prepared.windows, max(survey_samples(count, seq_len, decoder.dense_width), processes.count))
@@ -274,7 +287,7 @@ def take_survey(prepared: Prepared, begin: Callable[[str], None]) -> Survey | No
                 fewest[kind] = max(1, int(share * min(int(choice.counts[kind]) for choice in plan.choices)))
     watch = next((watch for stage in plan.stages if (watch := stage.requires.watch) is not None), None)
     surveyor = Surveyor(
-        PartLoader(decoder, prepared.weights),
+        loader,
         split_windows(windows, batch_size(prepared, windows), held_out=0),
         CacheFolder(decoder, prepared.job.partial),
         memory=plan.room.cache_memory,
@@ -288,7 +301,13 @@ def take_survey(prepared: Prepared, begin: Callable[[str], None]) -> Survey | No
 def new_walk(
     prepared: Prepared, stages: Sequence[StageConfig], windows: Tensor, held_out: int, survey: Survey | None
 ) -> Walk:
-    job = prepared.job
+    job, loader, dropped = prepared.job, new_loader(prepared), None
+    decoder, weights = loader.decoder, prepared.weights
+    kept = kept_blocks(stages, len(decoder.blocks))
+    if len(kept) < len(decoder.blocks):
+        dropped = DroppedBlocks(loader, kept)
+        config, weights = with_blocks(prepared.config, kept), weights.of_blocks(kept)
+        decoder = Decoder(config, prepared.family, dtype=prepared.computing, device=job.device)
     settings = WalkSettings(
         layout=prepared.plan.spec.architecture.layout(prepared.written),
         output_dtype=prepared.written,
@@ -298,5 +317,14 @@ def new_walk(
         seed=job.recipe.seed,
         cache_memory=prepared.plan.room.cache_memory,
         scratch=job.partial,
+        dropped=dropped,
     )
-    return Walk(new_decoder(prepared), prepared.weights, windows, stages, settings, survey, prepared.processes)
+    if dropped is not None and survey is not None:
+        survey = survey.of_blocks(kept)
+    return Walk(decoder, weights, windows, stages, settings, survey, prepared.processes)
+
+
+def kept_blocks(stages: Sequence[StageConfig], num_blocks: int) -> list[int]:
+    """The numbers of the dense model's blocks that stages leave."""
+    dropped = {block for stage in stages for block in stage.dropped}
+    return [block for block in range(num_blocks) if block not in dropped]

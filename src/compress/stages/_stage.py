@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Self
 from pydantic import BaseModel, ConfigDict
 
 from compress.architectures.architecture import ModelSpec
+from compress.calibration.groups import LinearGroup
 from compress.calibration.linears import FactorShape, LinearShape, LinearSite
 from compress.calibration.sites import Requirements, Site
 
@@ -38,6 +39,16 @@ class StageConfig(BaseModel):
     def step(self) -> int:
         """Widths that it gives come in multiples of this."""
         return 1
+
+    @property
+    def changes_stream(self) -> bool:
+        """Whether it changes the basis or the norms of the stream."""
+        return self.reshapes and not issubclass(self.site, LinearGroup)
+
+    @property
+    def dropped(self) -> tuple[int, ...]:
+        """The blocks of the dense model that it leaves out, as far as they are known."""
+        return ()
 
     def decided(self, choice: Mapping[str, Any]) -> Self:
         """Take what the budget came to: widths by kind, or `ranks` and `forms` by linear."""

@@ -35,7 +35,6 @@ class PruneUnits(StageConfig):
 
     site: ClassVar = Writers
     reshapes: ClassVar = True
-    after: ClassVar = ("fold_norms",)
     stage: Literal["prune_units"] = "prune_units"
     units: Literal["neurons", "kv_groups"]
     ratio: Annotated[float, Field(gt=0, lt=1)] | None = None

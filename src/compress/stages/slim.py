@@ -1,9 +1,9 @@
-"""Quantization, sparsity and a low-rank adapter for what they lose: W becomes S + B A (`numerics/decomposition.py`).
+"""Quantization, sparsity and a low-rank adapter for what they lose: W becomes S + B A.
 
-Each of the three may be left out. SLiM (arXiv 2410.09615) is `prune: wanda`, `quantize: slim` for a whole matrix and
-`adapt: slim`. Ours is `admm`, `gptq` and `whitened` in some rounds, with `refit` before it: what is decomposed is then
-the weight that turns the compressed prefix's activations into the dense model's, and the adapter is the reduced-rank
-regression of what is still missing.
+`numerics/decomposition.py` has the formulas. Each of the three may be left out. SLiM (arXiv 2410.09615) is
+`prune: wanda`, `quantize: slim` for a whole matrix and `adapt: slim`. Ours is `admm`, `gptq` and `whitened` in some
+rounds, with `refit` before it: what is decomposed is then the weight that turns the compressed prefix's activations
+into the dense model's, and the adapter is the reduced-rank regression of what is still missing.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
