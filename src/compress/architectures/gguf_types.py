@@ -119,9 +119,8 @@ def resolve(text: str, config: Any, rows: Iterable[tuple[str, int]]) -> dict[str
     """
     check_extra("Writing")
     if config.model_type not in WRITTEN:
-        raise UnsupportedModel(
-            f"GGUF is not written for model_type {config.model_type!r}, only for {', '.join(WRITTEN)}. Use --bits."
-        )
+        kind = "our own architecture" if config.model_type == "compress" else f"model_type {config.model_type!r}"
+        raise UnsupportedModel(f"GGUF is not written for {kind}, only for {', '.join(WRITTEN)}. Use --bits.")
     file_type, names = FileType.parse(text), tensor_names(WRITTEN[config.model_type], config.num_hidden_layers)
     queries = config.num_attention_heads // (getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
     options = {"blocks": config.num_hidden_layers, "queries": queries, "tied": config.tie_word_embeddings}
