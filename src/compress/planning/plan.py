@@ -84,7 +84,7 @@ class Plan:
         decided = [stage.decided({"dropped": dropped}) if stage.site is Depth else stage for stage in self.stages]
         stages, spec = plan_stages(decided, self.space.base)
         ranks = None if self.ranks is None else replace(self.ranks, spec=spec)
-        return replace(self, stages=stages, spec=spec, ranks=ranks)
+        return replace(self, stages=stages, spec=spec, space=replace(self.space, stages=stages), ranks=ranks)
 
     def _without(self, choice: Choice, dropped: Sequence[int]) -> Choice:
         first = tuple(dropped[: self.space.base.num_blocks - choice.spec.num_blocks])
