@@ -131,7 +131,7 @@ def test_mlps_of_different_widths(name, tmp_path):
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wide")
-    tiny.write_model(folder / "wide", "llama", dtype=torch.float32, **WIDE)
+    tiny.write_model(folder / "wide", "llama", dtype=torch.float32, seed=1, **WIDE)
     tiny.write_text(folder / "text.txt")
     return folder
 
