@@ -92,7 +92,7 @@ class RunOptions(WritingOptions):
             if not problems.found:
                 self.change(draft)
         check = None if problems.found else lambda: draft.recipe(**usual_calibration())
-        sizes: dict[str, int | None] = {}
+        sizes: dict[str, Any] = {}
         for name, text in (("cache_memory", self.cache_memory), ("max_memory", self.max_memory)):
             with problems.collect():
                 sizes[name] = None if text is None else parse_size(text, flag_of(name))

@@ -102,23 +102,28 @@ def integers(x: Tensor, columns: int) -> Int32[Tensor, "_ columns"]:
     return x.reshape(-1, columns).to(torch.int32)
 
 
-def fit_blocks(W: Float[Tensor, "m n"], kind: BlockType, weights: Float[Tensor, "n"] | None = None) -> BlockGrid:
-    """weights: of the inputs' squared errors; the diagonal of their second moment."""
+def fit_blocks(
+    W: Float[Tensor, "m n"], kind: BlockType, weights: Float[Tensor, "n"] | None = None, *, trials: int = TRIALS
+) -> BlockGrid:
+    """
+    weights: of the inputs' squared errors; the diagonal of their second moment. trials: scales for each end of the
+        grid; fewer than usual take less time and leave a few percent more error.
+    """
     w = torch.ones_like(W[0]) if weights is None else weights.to(W.dtype)
     w = (w / w.mean().clamp_min(TINY)).clamp_min(1e-6).view(-1, kind.group, 1)
     rows = max(CHUNK // W.shape[1], 1)
     return BlockGrid.stacked(
-        [fit_rows(in_order(part, None).unflatten(0, (-1, kind.group)), kind, w) for part in W.split(rows)]
+        [fit_rows(in_order(part, None).unflatten(0, (-1, kind.group)), kind, w, trials) for part in W.split(rows)]
     )
 
 
-def fit_rows(X: Float[Tensor, "G g m"], kind: BlockType, w: Float[Tensor, "G g 1"]) -> BlockGrid:
+def fit_rows(X: Float[Tensor, "G g m"], kind: BlockType, w: Float[Tensor, "G g 1"], trials: int) -> BlockGrid:
     """Rows are last, so that sums over a group's weights are sums of vectors."""
-    scale, low = shifted_scales(X, kind, w) if kind.has_min else (plain_scales(X, kind, w), None)
+    scale, low = shifted_scales(X, kind, w, trials) if kind.has_min else (plain_scales(X, kind, w, trials), None)
     grid = in_blocks(kind, scale.T.contiguous(), None if low is None else low.T.contiguous())
     q, wX = codes_of(grid, X), w * X
     error = error_of_blocks(grid, q, X, w)
-    for _ in range(REFINEMENTS):
+    for _ in range(REFINEMENTS if trials >= TRIALS else 1):
         new = moved(grid, q, wX, w)
         codes = codes_of(new, X)
         changed = error_of_blocks(new, codes, X, w)
@@ -128,11 +133,11 @@ def fit_rows(X: Float[Tensor, "G g m"], kind: BlockType, w: Float[Tensor, "G g 1
     return grid
 
 
-def plain_scales(X: Float[Tensor, "G g m"], kind: BlockType, w: Tensor) -> Float[Tensor, "G m"]:
+def plain_scales(X: Float[Tensor, "G g m"], kind: BlockType, w: Tensor, trials: int) -> Float[Tensor, "G m"]:
     """The best scale of each group by itself; its sign puts either end of the grid on the largest weight."""
     largest = X.gather(1, X.abs().argmax(1, keepdim=True))[:, 0]
     ends = [kind.lowest, kind.highest] if kind.table is None else [kind.table[0], kind.table[-1]]
-    reaches = torch.linspace(0.76, 1.26, TRIALS).tolist()
+    reaches = torch.linspace(0.76, 1.26, trials).tolist()
     if kind.highest - kind.lowest > FINE:
         ends, reaches = ends[:1], [0.95, 1.0, 1.05]
     best, scale = torch.zeros_like(largest), torch.zeros_like(largest)
@@ -146,7 +151,7 @@ def plain_scales(X: Float[Tensor, "G g m"], kind: BlockType, w: Tensor) -> Float
     return scale
 
 
-def shifted_scales(X: Float[Tensor, "G g m"], kind: BlockType, w: Tensor) -> tuple[Tensor, Tensor]:
+def shifted_scales(X: Float[Tensor, "G g m"], kind: BlockType, w: Tensor, trials: int) -> tuple[Tensor, Tensor]:
     """The best scale and minimum of each group; the minimum as what is subtracted, or added without `mins`."""
     high, least = X.amax(1), X.amin(1)
     if kind.mins is not None:
@@ -155,7 +160,7 @@ def shifted_scales(X: Float[Tensor, "G g m"], kind: BlockType, w: Tensor) -> tup
     total, sx, sxx = w.sum(1), wX.sum(1), (wX * X).sum(1)
     best, scale, low = (torch.full_like(high, value) for value in (torch.inf, 0.0, 0.0))
     q, weighed = torch.empty_like(X), torch.empty_like(X)
-    for reach in torch.linspace(-1.0, 1.0, TRIALS).tolist():
+    for reach in torch.linspace(-1.0, 1.0, trials).tolist():
         inverse = (kind.highest + reach) / positive(high - least)
         torch.mul(above, inverse[:, None], out=q).round_().clamp_(0, kind.highest)
         sqx = torch.mul(q, wX, out=weighed).sum(1)

@@ -66,9 +66,15 @@ class Plan:
     def survey(self) -> SurveyNeed:
         return surveyed(self.stages)
 
+    @property
+    def opens_types(self) -> bool:
+        """Whether the types of a GGUF file are to be found."""
+        return "types" in self.spec.undecided
+
     def chosen(self, choice: Choice) -> "Plan":
         stages = tuple(self.space.decided(choice.counts))
-        return replace(self, stages=stages, spec=choice.spec, ranks=None, choices=[])
+        others = alternatives(choice.spec) if choice.spec.is_gguf else self.alternatives
+        return replace(self, stages=stages, spec=choice.spec, ranks=None, choices=[], alternatives=others)
 
     @property
     def most_dropped(self) -> int:
@@ -123,7 +129,7 @@ def make_plan(
     choices = list[Choice]()
     if recipe.budget is not None and ranks is not None:
         check_budget(ranks, recipe.budget, dense)
-    elif recipe.budget is not None:
+    elif recipe.budget is not None and "types" not in spec.undecided:
         choices = width_choices(space, recipe.budget, dense)
     if spec.is_decided:
         report(spec.problems())
@@ -217,7 +223,10 @@ def mixture_faults(stages: Sequence[StageConfig], *, has_budget: bool) -> list[s
     if factors and storing[0].model_dump().get("form") == "gguf":
         problems.append("A GGUF file has no factors. Give factorize form: dense (--materialize), or slim another form.")
     open_ranks = any(isinstance(stage, RankStage) and stage.open_ranks for stage in stages)
-    if has_budget or open_ranks or any(stage.opens for stage in stages):
+    opens_types = storing[0].opens == "types"
+    if opens_types and any(stage.reshapes or stage.site is Depth or isinstance(stage, RankStage) for stage in stages):
+        problems.append("Types under a budget are found for the dense model's own matrices. Run two recipes.")
+    elif not opens_types and (has_budget or open_ranks or any(stage.opens for stage in stages)):
         problems.append(
             f"{name} has to know every width and rank beforehand, so a budget or ranks left open are not for this "
             "recipe. Say how much each stage keeps, or run two recipes."

@@ -1,5 +1,6 @@
 """The file itself, by gguf's writer. Imported only where the package gguf is known to be."""
 
+import tempfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from compress.checkpoints.gguf.model import Entry, Model, head_size
 from compress.checkpoints.gguf.tokenizer import Vocabulary
-from compress.models.gguf_header import ARCHITECTURES, HEAD_SIZES, LOCAL, LOCAL_BASE, rope_of
+from compress.models.gguf_header import ALIGNMENT, ARCHITECTURES, HEAD_SIZES, LOCAL, LOCAL_BASE, rope_of
 
 TENSOR_TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 FILE_TYPES = {torch.float32: "ALL_F32", torch.float16: "MOSTLY_F16", torch.bfloat16: "MOSTLY_BF16"}
@@ -30,6 +31,20 @@ class Writer(gguf.GGUFWriter):
 
 def write_container(file: Path, model: Model, vocabulary: Vocabulary, name: str, file_type: str) -> None:
     """Raises OSError when the file cannot be written; what there is of it then is the caller's to delete."""
+    writer = write_header(file, model, vocabulary, name, file_type)
+    try:
+        for entry in model.entries:
+            # In a function of its own: a name here would keep one tensor while the next is read.
+            write_tensor(writer, entry.read().contiguous())
+        writer.close()
+    finally:
+        # After an error, what a full disk says again on closing is known.
+        with suppress(OSError):
+            writer.close()
+
+
+def write_header(file: Path, model: Model, vocabulary: Vocabulary, name: str, file_type: str) -> Writer:
+    """The writer, all before the tensors written. Raises OSError."""
     writer = Writer(file, model.architecture)
     try:
         describe_model(writer, model, name, file_type)
@@ -39,14 +54,19 @@ def write_container(file: Path, model: Model, vocabulary: Vocabulary, name: str,
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for entry in model.entries:
-            # In a function of its own: a name here would keep one tensor while the next is read.
-            write_tensor(writer, entry.read().contiguous())
-        writer.close()
-    finally:
-        # After an error, what a full disk says again on closing is known.
+    except BaseException:
         with suppress(OSError):
             writer.close()
+        raise
+    return writer
+
+
+def header_bytes(model: Model, vocabulary: Vocabulary, name: str) -> int:
+    """Bytes before the first tensor of a quantized file; types of its tensors do not change them."""
+    with tempfile.NamedTemporaryFile(suffix=".gguf") as scratch:
+        writer = write_header(Path(scratch.name), model, vocabulary, name, "Q8_0")
+        writer.close()
+        return -(-Path(scratch.name).stat().st_size // ALIGNMENT) * ALIGNMENT
 
 
 def describe_model(writer: Writer, model: Model, name: str, file_type: str) -> None:

@@ -27,6 +27,7 @@ from compress.models.gguf_header import (
 from compress.models.gguf_weights import interleaved
 from compress.models.loading import empty_model, load_config
 
+ROPE = {"rope_type": "default", "rope_theta": 1e4}  # where a config does not say
 BIASES = ("attention_bias", "mlp_bias")
 ROPE_TYPES = {"llama": ("default", "linear", "llama3"), "gemma3": ("default", "linear")}  # where not the default alone
 
@@ -36,6 +37,7 @@ class Entry:
     """A tensor of the file: what it is there, and how to read it when its turn comes.
 
     shape: of its bytes where it has a block type. block_type: one of llama.cpp's, whose bytes are read as they are.
+    path: its name in the model, of a weight that of its module.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Entry:
     dtype: torch.dtype
     read: Callable[[], Tensor]
     block_type: str | None = None
+    path: str = ""
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class Model:
     config: Any
     rope: dict[str, Any]
     entries: list[Entry]
-    mlp_widths: list[int] | None
+    mlp_widths: list[int] | None = None
 
 
 def read_model(folder: Path, types: Mapping[str, str]) -> Model:
@@ -68,12 +71,10 @@ def read_model(folder: Path, types: Mapping[str, str]) -> Model:
     config = load_config(folder)
     check_writable(config)
     widths, weights = mlp_widths(config), LazyWeights(folder)
-    shapes = {name: parameter.shape for name, parameter in empty_model(config).state_dict().items()}
+    shapes = stored_shapes(config)
     config = config.get_text_config()
     architecture = "deci" if widths else WRITTEN[config.model_type]
     known = ARCHITECTURES[architecture]
-    if config.tie_word_embeddings:
-        del shapes["lm_head.weight"]
     quantized = {f"{path}.weight": f"{path}.qweight" for path in types}
     weights.check_against({name: shape for name, shape in shapes.items() if name not in quantized})
     biases = [name for name in shapes if name.endswith(".bias")]
@@ -96,10 +97,9 @@ def read_model(folder: Path, types: Mapping[str, str]) -> Model:
         dtype = torch.float32 if len(shape) == 1 or dtype == torch.float64 else dtype
         added = 1.0 if known.norms_from_one and name.endswith("norm.weight") else 0.0
         entries.append(Entry(theirs, shape, dtype, partial(read_rows, weights, name, heads, dtype, added)))
-    rope = {"rope_type": "default", "rope_theta": 1e4} | rope_of(config)
+    rope = ROPE | rope_of(config)
     if rope["rope_type"] == "llama3":
-        factors = llama3_factors(config)
-        entries.append(Entry(ROPE_FACTORS, factors.shape, factors.dtype, lambda: factors))
+        entries.append(rope_factors(config))
     return Model(architecture, config, rope, entries, widths)
 
 
@@ -108,6 +108,36 @@ def mlp_widths(config: Any) -> list[int] | None:
     others = any(getattr(config, name, None) for name in ("slicing", "factors", "storage"))
     widths: list[int] | None = None if others else getattr(config, "mlp_widths", None)
     return widths
+
+
+def model_to_come(config: Any, dtype: torch.dtype) -> Model:
+    """A model of this config, matrices in `dtype`, before there are weights to read. Raises UnsupportedModel."""
+    check_writable(config)
+    architecture, entries = WRITTEN[config.model_type], list[Entry]()
+    names = tensor_names(architecture, config.num_hidden_layers)
+    for name, shape in stored_shapes(config).items():
+        theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert theirs is not None
+        kept = torch.float32 if len(shape) == 1 or dtype == torch.float64 else dtype
+        read = partial(torch.empty, shape, dtype=kept)
+        entries.append(Entry(theirs, shape, kept, read, path=name.removesuffix(".weight")))
+    rope = ROPE | rope_of(config)
+    if rope["rope_type"] == "llama3":
+        entries.append(rope_factors(config))
+    return Model(architecture, config, rope, entries)
+
+
+def stored_shapes(config: Any) -> dict[str, torch.Size]:
+    """The shapes of a model's parameters and buffers, a tied one once."""
+    shapes = {name: parameter.shape for name, parameter in empty_model(config).state_dict().items()}
+    if config.tie_word_embeddings:
+        del shapes["lm_head.weight"]
+    return shapes
+
+
+def rope_factors(config: Any) -> Entry:
+    factors = llama3_factors(config)
+    return Entry(ROPE_FACTORS, factors.shape, factors.dtype, lambda: factors)
 
 
 def heads_of(name: str, config: Any) -> int | None:
