@@ -16,7 +16,7 @@ from compress.planning.search import Cost, Forecast
 from compress.stages.prune_units import PruneUnits
 from tiny import NUM_BLOCKS, write_model, write_text
 
-KINDS = ["opt"]
+KINDS = ["opt", "llama"]
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,8 @@ def test_as_many_neurons_in_all_stand_where_the_survey_wants_them(home, place, m
     trials = json.loads((place / "out" / "compress.json").read_text())["trials"]
     assert neurons in [trial["neurons"] for trial in trials] or not trials
     config = json.loads((place / "out" / "config.json").read_text())
-    assert config["slicing"]["mlp_widths"] == neurons
+    assert (config if kind == "llama" else config["slicing"])["mlp_widths"] == neurons
+    assert (config["slicing"] is None) == (kind == "llama")  # which is stock but for that
     model = AutoModelForCausalLM.from_pretrained(place / "out")
     assert sum(parameter.numel() for parameter in model.parameters()) == said["parameters"]
     family = families.find(model.config.text_config)

@@ -151,9 +151,8 @@ def check_named(config: Any) -> None:
     """Raises UnsupportedModel for a model that files are not written for, UsageError without the extra."""
     check_extra("Writing")
     if config.model_type not in WRITTEN:
-        raise UnsupportedModel(
-            f"GGUF is not written for model_type {config.model_type!r}, only for {', '.join(WRITTEN)}. Use --bits."
-        )
+        kind = "our own architecture" if config.model_type == "compress" else f"model_type {config.model_type!r}"
+        raise UnsupportedModel(f"GGUF is not written for {kind}, only for {', '.join(WRITTEN)}. Use --bits.")
 
 
 def resolve(text: str, config: Any, rows: Iterable[tuple[str, int]]) -> dict[str, str]:

@@ -18,6 +18,7 @@ from compress.calibration.survey import SurveyNeed
 from compress.checkpoints.metadata import Alternative
 from compress.errors import UsageError, report
 from compress.families import Family, check_exact
+from compress.models.gguf_header import DECI
 from compress.models.storage import Storage, empty_linear
 from compress.planning.budget import Choice, RankSpace, WidthSpace, check_budget, plan_stages, width_choices
 from compress.planning.memory import Footprint, Room, surveyed
@@ -177,16 +178,21 @@ def choose_base(recipe: Recipe, config: Any, family: Family, dtype: torch.dtype)
     check_exact(config, family)
     if not any(stage.site is WholeModel for stage in recipe.stages):
         return ModelSpec.dense(Own(config, family), dtype)
-    reason = why_own(recipe, config, family)
-    if reason is None:
-        return ModelSpec.dense(Stock(config, family, narrows=True), dtype)
-    return replace(ModelSpec.dense(Own(config, family, shortcuts=False), dtype), notes=(reason,))
+    reason, is_free = why_own(config, family), recipe.budget is not None and recipe.budget.allocation == "free"
+    stock = Stock(config, family, narrows=True)
+    if reason is None and not is_free:
+        return ModelSpec.dense(stock, dtype)
+    own = Own(config, family, shortcuts=False)
+    if is_free:
+        reason = "MLPs of different widths have no stock shape, so the result is written in our architecture."
+        windowed = getattr(config, "sliding_window", None) is not None
+        if why_own(config, family) is None and stock.model_type in DECI and not windowed:
+            own, reason = Own(config, family, stock, free_widths=True), f"{reason} llama.cpp runs it: --export gguf."
+    return replace(ModelSpec.dense(own, dtype), notes=(str(reason),))
 
 
-def why_own(recipe: Recipe, config: Any, family: Family) -> str | None:
+def why_own(config: Any, family: Family) -> str | None:
     """Say why a model in one basis cannot be written as a class of transformers."""
-    if recipe.budget is not None and recipe.budget.allocation == "free":
-        return "MLPs of different widths have no stock shape, so the result is written in our architecture."
     if family.stock is None:
         return (
             f"{config.model_type} ties the heads' size to the hidden one, so the result is written in our architecture."
@@ -213,6 +219,9 @@ def mixture_faults(stages: Sequence[StageConfig], *, has_budget: bool) -> list[s
         problems.append(
             f"prune_units deletes rows of what {name} has stored by then. Run it first, and {name} on its output."
         )
+    factors = any(isinstance(stage, RankStage) and stage.writes_factors for stage in stages)
+    if factors and storing[0].model_dump().get("form") == "gguf":
+        problems.append("A GGUF file has no factors. Give factorize form: dense (--materialize), or slim another form.")
     open_ranks = any(isinstance(stage, RankStage) and stage.open_ranks for stage in stages)
     opens_types = storing[0].opens == "types"
     if opens_types and any(stage.reshapes or stage.site is Depth or isinstance(stage, RankStage) for stage in stages):

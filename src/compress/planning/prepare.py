@@ -245,6 +245,11 @@ def check_gguf(plan: Plan, folder: Path) -> None:
     from compress.checkpoints.gguf import check_exportable
 
     spec = plan.choices[0].spec if plan.choices else plan.spec
+    if spec.storage and not spec.is_gguf:
+        raise UnsupportedModel(
+            "A GGUF file has no linears as other engines pack them, and no adapters. Quantize into its own types "
+            "(compress quantize --type Q4_K_M), or merge them (--materialize)."
+        )
     check_exportable(spec.config(torch.float32), folder)
 
 

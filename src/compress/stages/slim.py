@@ -276,6 +276,8 @@ class Slim(StageConfig):
         if self.form == "compact":
             spec = replace(spec, architecture=as_own(spec.architecture))
         notes = (*spec.notes, *storage_notes(storage.values()))
+        if self.form == "gguf":
+            notes += tuple(left_notes([linear for linear in linears if self.targets(linear)], storage))
         gguf_type = None if self.quantize is None else self.quantize.gguf_type
         return settled, replace(spec, storage=storage, notes=notes, gguf_type=gguf_type)
 
@@ -421,6 +423,15 @@ def uneven(linears: Sequence[LinearShape], group: int, what: str, remedy: str) -
         return []
     names = ", ".join(f"{name} has {n}" for name, n in list(found.items())[:3])
     return [f"{what} inputs in groups of {group}, but {names}. {remedy}."]
+
+
+def left_notes(linears: Sequence[LinearShape], storage: Collection[str]) -> list[str]:
+    """Name the linears that no type of GGUF fits, and which their file has as they are."""
+    left = {linear.name: linear.n for linear in linears if linear.path not in storage}
+    if not left:
+        return []
+    names = ", ".join(f"{name} has {n}" for name, n in list(left.items())[:3])
+    return [f"llama.cpp's types take inputs in blocks of 32, so some linears stay in the model's dtype: {names}."]
 
 
 def storage_notes(storage: Collection[Storage]) -> list[str]:
