@@ -319,7 +319,7 @@ def test_a_spoiled_frontier_is_a_message(home, tmp_path, text, words):
 def test_a_budget_of_types_is_of_bytes_and_of_the_dense_models_matrices(home, tmp_path, budget):
     stages = [{"stage": "slim", "form": "gguf", "quantize": {"gguf_type": "auto"}}]
     if "target_size" in budget:
-        stages = [{"stage": "factorize", "rank_frac": 0.5}, *stages]
+        stages = [{"stage": "factorize", "rank_frac": 0.5, "form": "dense"}, *stages]
     recipe = {"method": "x", "stages": stages, "budget": budget}
     (tmp_path / "recipe.json").write_text(json.dumps({"recipe": recipe}))
     options = ["--model", home / "llama", "--calib", home / "text.txt", "--samples", 8, "--seq-len", 32]
