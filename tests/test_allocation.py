@@ -44,7 +44,9 @@ def words(home, kind, *more):
 @pytest.mark.parametrize("kind", KINDS)
 def test_as_many_neurons_in_all_stand_where_the_survey_wants_them(home, place, monkeypatch, kind):
     monkeypatch.setattr("compress.pipeline.verify", lambda *_arguments, **_options: 0.0)
-    said = succeeds(*words(home, kind, "--keep-params", 0.6, "--allocation", "free", "--out", "out", "--json")).json
+    said = succeeds(
+        *words(home, kind, "--keep-params", 0.6, "--allocation", "free", "--drop-blocks", 0, "--out", "out", "--json")
+    ).json
     assert said["architecture"] == "CompressForCausalLM"
     assert said["parameters"] <= 0.6 * said["dense_parameters"]
     neurons = said["units"]["neurons"]
