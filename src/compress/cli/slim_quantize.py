@@ -12,6 +12,7 @@ from compress.errors import Problems, UsageError
 if TYPE_CHECKING:
     from compress.recipe import Recipe
 
+FLOATS = {"fp8": (8, None), "nvfp4": (4, 16), "mxfp4": (4, 32)}  # bits, and inputs that share a scale
 FAST_ITERATIONS = 20
 POLISH = 3  # rounds without an adapter; with one, every round of it polishes again
 
@@ -57,16 +58,16 @@ class StorageOptions(RunOptions):
 
 
 def put_bits(draft: Draft, bits: str | None) -> None:
-    """2 to 8, `fp8`, or `none`, which leaves the weights as they are."""
+    """2 to 8, `fp8`, `nvfp4`, `mxfp4`, or `none`, which leaves the weights as they are."""
     flag = f"--bits {bits}"
     if bits == "none":
         draft.remove("slim.quantize", flag)
-    elif bits == "fp8":
+    elif bits in FLOATS:
         quantize = draft.stage("slim")["quantize"]
         if quantize["method"] == "slim":  # which is of integers
             quantize["method"] = "mse"
-        draft.set("slim.quantize.bits", 8, flag)
-        draft.set("slim.quantize.floating", True, flag)
+        for field, value in zip(("bits", "group", "floating"), (*FLOATS[bits], True), strict=True):
+            draft.set(f"slim.quantize.{field}", value, flag)
     else:
         draft.set("slim.quantize.bits", bits if bits is None else plain_value(bits), flag)
 
@@ -76,8 +77,12 @@ def amount_of(recipe: "Recipe") -> str:
     slim: Any = next(stage for stage in recipe.stages if stage.stage == "slim")
     words = []
     if slim.quantize is not None:
-        bits = "fp8" if slim.quantize.floating else slim.quantize.bits
-        words.append((slim.quantize.gguf_type or f"w{bits}").replace(",", "-").replace("=", "-").replace("*", "x"))
+        words.append(
+            (slim.quantize.gguf_type or f"w{slim.quantize.precision}")
+            .replace(",", "-")
+            .replace("=", "-")
+            .replace("*", "x")
+        )
     if slim.prune is not None:
         words.append(slim.prune.pattern.replace(":", "-").replace("%", "pc"))
     if slim.adapt is not None:
@@ -97,7 +102,9 @@ FAST = "anchored: 20 iterations of ADMM instead of 48, and one round of the adap
 @with_options(StorageOptions)
 def slim_model(
     run: StorageOptions,
-    bits: Annotated[str | None, in_panel(Amounts, "Weight precision: 2 to 8 bits, fp8, or none. Default: 4.")] = None,
+    bits: Annotated[
+        str | None, in_panel(Amounts, "Weight precision: 2 to 8 bits, fp8, nvfp4, mxfp4, or none. Default: 4.")
+    ] = None,
     sparsity: Annotated[str | None, in_panel(Amounts, SPARSITY)] = None,
     adapter_rank: Annotated[float | None, in_panel(Amounts, RANK)] = None,
     method: Annotated[Literal["anchored", "slim"], in_panel(Method, SLIM_METHOD)] = "anchored",
@@ -141,7 +148,9 @@ METHOD = "gptq, or round-to-nearest with scales of least squared error (mse) or 
 @with_options(StorageOptions)
 def quantize_model(
     run: StorageOptions,
-    bits: Annotated[str | None, in_panel(Amounts, "Weight precision: 2 to 8 bits, or fp8. Default: 4.")] = None,
+    bits: Annotated[
+        str | None, in_panel(Amounts, "Weight precision: 2 to 8 bits, fp8, nvfp4 or mxfp4. Default: 4.")
+    ] = None,
     type_: Annotated[str | None, in_panel(Amounts, TYPE, flag="--type")] = None,
     method: Annotated[Literal["gptq", "mse", "absmax"] | None, in_panel(Method, METHOD)] = None,
 ) -> None:
