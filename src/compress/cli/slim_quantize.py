@@ -112,6 +112,8 @@ def slim_model(
 ) -> None:
     """Quantize and prune linear layers, with low-rank adapters that correct the error (SLiM and past it).
 
+    No engine runs 2:4 faster any more: to serve a model, take compress quantize instead.
+
     Example: compress slim --model llama-2-7b --bits 4 --sparsity 2:4 --adapter-rank 0.1
     """
     problems, draft = Problems(), Draft.preset("slim-anchored" if method == "anchored" else "slim")

@@ -273,9 +273,17 @@ class Slim(StageConfig):
         storage = settled.planned_storage(linears)
         if self.form == "compact":
             spec = replace(spec, architecture=as_own(spec.architecture))
-        notes = (*spec.notes, *storage_notes(storage.values()))
+        notes = (*spec.notes, *storage_notes(storage.values()), *self.pattern_notes())
         gguf_type = None if self.quantize is None else self.quantize.gguf_type
         return settled, replace(spec, storage=storage, notes=notes, gguf_type=gguf_type)
+
+    def pattern_notes(self) -> list[str]:
+        if self.prune is None or not self.prune.parsed.is_grouped:
+            return []
+        return [
+            f"No engine runs {self.prune.pattern} faster any more: take `compress quantize` instead, unless you have "
+            "kernels for it."
+        ]
 
     def settled(self, linears: Sequence[LinearShape], spec: ModelSpec) -> "Slim":
         """With what goes by the model's linears and the dtype that is written said."""
@@ -427,9 +435,11 @@ def storage_notes(storage: Collection[Storage]) -> list[str]:
         return []
     reason = not_for_vllm(first, max(each.rank for each in storage))
     notes = [] if reason is None else [f"vLLM cannot serve this: {reason}. transformers and compress.load run it."]
+    if first.in_float4 and first.group == 32:
+        notes.append("vLLM runs MXFP4 weights in bfloat16 alone, and on Blackwell GPUs rounds their inputs to MXFP4 too.")
     if first.pattern is not None and first.bits is not None:
         notes.append(
-            "Packed for engines, pruned weights are stored as zeros: 2:4 takes as many bytes as unpruned and no engine "
-            "runs it faster any more. --compact stores them small; unpruned is better at these bytes."
+            "Packed for engines, pruned weights are stored as zeros, in as many bytes as unpruned ones. --compact stores "
+            "them small; unpruned is better at these bytes."
         )
     return notes
