@@ -436,7 +436,7 @@ def storage_notes(storage: Collection[Storage]) -> list[str]:
     reason = not_for_vllm(first, max(each.rank for each in storage))
     notes = [] if reason is None else [f"vLLM cannot serve this: {reason}. transformers and compress.load run it."]
     if first.in_float4 and first.group == 32:
-        notes.append("vLLM runs MXFP4 weights in bfloat16 alone, and on Blackwell GPUs rounds their inputs to MXFP4 too.")
+        notes.append("vLLM runs MXFP4 weights in bfloat16 alone; on Blackwell GPUs it may round inputs to MXFP4 too.")
     if first.pattern is not None and first.bits is not None:
         notes.append(
             "Packed for engines, pruned weights are stored as zeros, in as many bytes as unpruned ones. --compact stores "
