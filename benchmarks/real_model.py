@@ -1,17 +1,18 @@
-"""A real model in llama.cpp's types: our files beside llama-quantize's, at their bytes.
+"""A real model, compressed by our commands, beside files of other tools: bytes, perplexity, divergence, cost.
 
-    python benchmarks/real_model.py --model MODEL --data-dir DATA --types Q3_K_S Q4_K_M [--files Q3_K_S.gguf ...] \\
-        [--write docs/benchmarks.md]
+    python benchmarks/real_model.py --model MODEL --data-dir DATA --commands "quantize --type Q4_K_M" \\
+        "slice --keep-params 0.8" ... [--files Q3_K_S.gguf ...] [--label "real model"] [--write FILE.md]
 
-Each type is one `compress quantize --type`, 32 windows of 512 tokens of WikiText-2 to calibrate on, and one `compress
-eval` of the file: perplexity, and divergence from the dense model, on the first 20 windows of 512 tokens of the test
-text. --files: other GGUF files of it, such as those of llama-quantize, in rows by their names. Seconds are
-the whole run's without imports, and in forward passes of the calibration windows without the head, timed before it.
+Each command calibrates on 32 windows of 512 tokens of WikiText-2; its result is measured by `compress eval`:
+perplexity, and divergence from the dense model, on the first 20 windows of 512 tokens of the test text. --files: other
+GGUF files or folders of the model, in rows by their names. Seconds are the whole run's without imports, and in forward
+passes of the calibration windows without the head, timed before it.
 """
 
 import argparse
 import json
 import platform
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -30,8 +31,7 @@ from compress.models.loading import load_tokenizer
 
 COMPRESS = Path(sys.executable).with_name("compress")
 SAMPLES, SEQ_LEN, TEST_WINDOWS = 32, 512, 20
-COLUMNS = ["file", "bytes", "perplexity", "divergence, nats", "same token", "seconds", "forward passes"]
-LABEL = "real model"
+COLUMNS = ["result", "parameters", "bytes", "perplexity", "divergence, nats", "same token", "seconds", "forward passes"]
 
 
 def compress(*words: object) -> Any:
@@ -58,8 +58,10 @@ def measured(file: Path, options: argparse.Namespace) -> list[str]:
     texts = ["--ppl", "wikitext2", "--kl", options.model, "--seq-len", SEQ_LEN, "--limit", TEST_WINDOWS]
     found = compress("eval", "--model", file, *texts, "--data-dir", options.data_dir)
     divergence = found["divergence"][0]
+    files = [file] if file.is_file() else sorted(file.glob("*.safetensors"))
     return [
-        f"{file.stat().st_size:,}",
+        f"{found['parameters'] / 1e6:.1f}M",
+        f"{sum(each.stat().st_size for each in files):,}",
         f"{found['perplexity'][0]['ppl']:.2f}",
         f"{divergence['kl']:.4f}",
         f"{divergence['agreement']:.1%}",
@@ -69,15 +71,15 @@ def measured(file: Path, options: argparse.Namespace) -> list[str]:
 def rows(options: argparse.Namespace, scratch: Path) -> list[list[str]]:
     found = [[file.stem, *measured(file, options), "", ""] for file in options.files]
     sys.stderr.write("\n".join(map(" | ".join, found)) + "\n")
-    unit = pass_seconds(options.model, options.data_dir) if options.types else 0.0
-    for number, name in enumerate(options.types):
+    unit = pass_seconds(options.model, options.data_dir) if options.commands else 0.0
+    for number, command in enumerate(options.commands):
         out = scratch / f"model-{number}"
         words = ["--calib", "wikitext2", "--data-dir", options.data_dir, "--samples", SAMPLES, "--seq-len", SEQ_LEN]
-        seconds = compress("quantize", "--model", options.model, "--type", name, *words, "--out", out)["seconds"][
-            "total"
-        ]
+        done = compress(*shlex.split(command), "--model", options.model, *words, "--out", out)
+        file = out / f"{out.name}.gguf"
+        seconds = done["seconds"]["total"]
         cost = [f"{seconds:.0f}", f"{seconds / unit:.1f}"]
-        found.append([f"`--type {name}`", *measured(out / f"{out.name}.gguf", options), *cost])
+        found.append([f"`{command}`", *measured(file if file.exists() else out, options), *cost])
         sys.stderr.write(" | ".join(found[-1]) + "\n")
     return found
 
@@ -86,8 +88,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--data-dir", type=Path, required=True)
-    parser.add_argument("--types", nargs="*", default=["Q3_K_S", "Q4_K_M"])
+    parser.add_argument("--commands", nargs="*", default=["quantize --type Q3_K_S", "quantize --type Q4_K_M"])
     parser.add_argument("--files", nargs="*", type=Path, default=[])
+    parser.add_argument("--label", default="real model")
     parser.add_argument("--write", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
@@ -97,7 +100,7 @@ def main() -> None:
     text = "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in table)])
     sys.stdout.write(text + "\n")
     if options.write:
-        marked.write(text + "\n", options.write, LABEL)
+        marked.write(text + "\n", options.write, options.label)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from compress.planning.search import Cost, Forecast
 from compress.stages.prune_units import PruneUnits
 from tiny import NUM_BLOCKS, write_model, write_text
 
-KINDS = ["opt"]
+KINDS = ["opt", "llama"]
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,9 @@ def words(home, kind, *more):
 @pytest.mark.parametrize("kind", KINDS)
 def test_as_many_neurons_in_all_stand_where_the_survey_wants_them(home, place, monkeypatch, kind):
     monkeypatch.setattr("compress.pipeline.verify", lambda *_arguments, **_options: 0.0)
-    said = succeeds(*words(home, kind, "--keep-params", 0.6, "--allocation", "free", "--out", "out", "--json")).json
+    said = succeeds(
+        *words(home, kind, "--keep-params", 0.6, "--allocation", "free", "--drop-blocks", 0, "--out", "out", "--json")
+    ).json
     assert said["architecture"] == "CompressForCausalLM"
     assert said["parameters"] <= 0.6 * said["dense_parameters"]
     neurons = said["units"]["neurons"]
@@ -52,7 +54,8 @@ def test_as_many_neurons_in_all_stand_where_the_survey_wants_them(home, place, m
     trials = json.loads((place / "out" / "compress.json").read_text())["trials"]
     assert neurons in [trial["neurons"] for trial in trials] or not trials
     config = json.loads((place / "out" / "config.json").read_text())
-    assert config["slicing"]["mlp_widths"] == neurons
+    assert (config if kind == "llama" else config["slicing"])["mlp_widths"] == neurons
+    assert (config["slicing"] is None) == (kind == "llama")  # which is stock but for that
     model = AutoModelForCausalLM.from_pretrained(place / "out")
     assert sum(parameter.numel() for parameter in model.parameters()) == said["parameters"]
     family = families.find(model.config.text_config)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from compress.architectures.gguf_types import FileType
-from compress.numerics.block_grid import BlockGrid, fit_blocks, refit
+from compress.numerics.block_grid import BlockGrid, ScaleDescent, fit_blocks, polished
 from compress.numerics.block_types import IQ4_TABLE, TYPES
 from compress.numerics.grids import QuantType
 from compress.numerics.hessian import Hessian
@@ -103,12 +103,19 @@ def test_refitted_scales_never_lose_and_can_be_stored(name):
     W, H = weights("usual"), hessian()
     grid = fit_blocks(W, TYPES[name], H.damped.diagonal())
     Q, _ = sweep(W, H, grid=grid, act_order=True)
-    better, refitted = refit(Q, W, H, grid)
+    damped = H.damped.to(W.dtype)
+    slope = damped @ (W - Q).T
+    before = slope.norm()
+    descent = ScaleDescent(Q.T, slope, damped, grid)
+    better, refitted = Q + descent.run().T, descent.grid()
+    assert (slope - damped @ (W - better).T).norm() < 1e-5 * before
     assert loss(W, Q, H.damped) < loss(W, grid.nearest(W), H.damped)
     assert loss(W, better, H.damped) <= loss(W, Q, H.damped)
     assert torch.equal(refitted._codes(better), grid._codes(Q))
     assert torch.equal(decoded(refitted, better), refitted.dequantized(better))
     assert torch.allclose(refitted.dequantized(better), better, rtol=1e-4, atol=1e-6)
+    again, _ = polished(Q, W, H, grid, rounds=2)
+    assert loss(W, again, H.damped) <= loss(W, better, H.damped)
 
 
 @EVERY_TYPE

@@ -288,7 +288,7 @@ def test_json_is_all_that_stdout_has(words, place):
     assert set(result) == {
         *("out", "dense_parameters", "parameters", "removed", "dense_bytes", "bytes", "widths", "seconds"),
         *("reload_difference", "resumed_parts", "architecture", "loads_without_our_code", "units", "notes"),
-        *("held_out_divergence", "ranks", "alternatives", "lost_energy"),
+        *("held_out_divergence", "ranks", "alternatives", "lost_energy", "mixture"),
     }
     assert result["resumed_parts"] == 0
     phases = [phase for phase, _ in ran.progress]

@@ -293,7 +293,7 @@ REFUSED = {
     "quantize --bits nvfp4 --group 32": "--bits nvfp4 and --group 32 both set slim.quantize.group. Leave one out.",
     "quantize --bits nvfp4 --inputs fp8": "inputs fp8 does not fit the weights",
     "quantize --bits mxfp4 --asymmetric": "mxfp4 is symmetric, by absmax, mse or gptq; leave the others out",
-    "quantize --set slim.quantize.floating=true": "floats have 8 bits (fp8), or 4 in groups of 16 (nvfp4) or 32 (mxfp4)",
+    "quantize --set slim.quantize.floating=true": "floats have 8 bits (fp8), or 4 in groups of 16 (nvfp4)",
     "slim --compact --asymmetric": "leave asymmetric out or take packed form",
     "slim --compact --sparsity 50%": "prune 2:4 or take packed form",
     "slim --set slim.quantize.important_inputs=true": "important_inputs has no room in packed form",

@@ -135,10 +135,16 @@ def test_what_writes_before_the_gap_is_fitted_to_the_stream_after_it(tmp_path):
 @pytest.mark.parametrize(
     ("stages", "said"),
     [
-        ([{"stage": "drop_blocks", "count": 4}], "drop_blocks leaves out 4 blocks; the model has 4"),
-        ([{"stage": "drop_blocks", "blocks": [1, 7]}], "leaves out blocks 1, 7; the model has 4, counted from 0"),
+        (
+            [{"stage": "drop_blocks", "count": 4}],
+            "drop_blocks has count 4; the model has 4 blocks, counted from 0. Leave out fewer.",
+        ),
+        (
+            [{"stage": "drop_blocks", "blocks": [1, 7]}],
+            "drop_blocks has blocks .1, 7.; the model has 4 blocks, counted from 0",
+        ),
         ([REFIT, DROP], "drop_blocks comes first; the order is refit, drop_blocks"),
-        ([{**DROP, "blocks": [1]}], "drop_blocks takes count or blocks, got both"),
+        ([{**DROP, "blocks": [1]}], "drop_blocks takes one of count, keep, blocks; got count, blocks"),
     ],
 )
 def test_what_does_not_fit_is_said(tmp_path, stages, said):

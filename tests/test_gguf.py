@@ -12,14 +12,22 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GemmaTokenizer,
+    LlamaTokenizer,
+    PreTrainedTokenizerFast,
+)
 
 from compress.calibration.weights import LazyWeights
 from compress.checkpoints.gguf import check_exportable, reader_notes, verify_gguf, write_gguf
 from compress.checkpoints.gguf.tokenizer import BYTE_PIECES, SPLITS
-from compress.checkpoints.verify import SAMPLE
+from compress.checkpoints.verify import SAMPLE, verify_tokens
 from compress.errors import CheckpointError, UnsupportedModel, UsageError, VerificationError
 from compress.models.gguf_header import WRITTEN
+from compress.models.gguf_opening import load_gguf_tokenizer
 from runs import proved_here
 from tiny import HIDDEN, NUM_BLOCKS, POSITIONS, VOCAB_SIZE, tiny_config, tiny_model, tiny_tokenizer
 
@@ -292,13 +300,14 @@ def byte_level(split: str | None = None, *, size: int = 320, added: tuple[Any, .
 def sentencepiece(kind: str = "llama", *, drop: int = 0) -> Any:
     """Llama's SentencePiece: byte fallback, and every way to make a piece of two is a merge.
 
-    kind: by transformers' class, or as older files have it, with normalizers. drop: merges to leave out.
+    kind: by transformers' class, `gemma`'s too, or as older files have it, with normalizers. drop: merges to leave out.
     """
     words = ["the", "def", "return", "self", "in", "is", "te", "it", "ste", "st", "test", "year", "▁x", "ï", "京"]
     marked = [f"▁{word}" for word in words if word[0] != "▁"]
     pieces = dict.fromkeys(word[:end] for word in [*words, *marked] for end in range(2, len(word) + 1))
     characters = sorted({*"▁ \n\t.,'()*:", *"abcdefghijklmnopqrstuvwxyz0123456789", *"".join(pieces)} - {" "})
-    tokens = ["<unk>", "<s>", "</s>", *BYTE_PIECES, *pieces, *characters]
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"] if kind == "gemma" else ["<unk>", "<s>", "</s>"]
+    tokens = [*special, *BYTE_PIECES, *pieces, *characters]
     vocabulary = {token: number for number, token in enumerate(tokens)}
     merges = [
         (piece[:cut], piece[cut:])
@@ -306,8 +315,8 @@ def sentencepiece(kind: str = "llama", *, drop: int = 0) -> Any:
         for cut in range(1, len(piece))
         if piece[:cut] in vocabulary and piece[cut:] in vocabulary
     ][drop:]
-    if kind == "llama":
-        return LlamaTokenizer(vocab=vocabulary, merges=merges)
+    if kind != "older":
+        return {"llama": LlamaTokenizer, "gemma": GemmaTokenizer}[kind](vocab=vocabulary, merges=merges)
     backend = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
@@ -342,6 +351,21 @@ def test_the_tokenizer_reads_back(tmp_path, build, kind, cut):
             assert getattr(theirs, f"{name}_token_id") == getattr(ours, f"{name}_token_id")
     fields = read_fields(file)
     assert (fields["tokenizer.ggml.model"], fields["tokenizer.ggml.pre"]) == (kind, cut)
+
+
+@pytest.mark.parametrize("model_type", ["gemma", "gemma2", "gemma3_text"])
+def test_gemmas_pieces_begin_without_a_space(tmp_path, model_type):
+    tokenizer = sentencepiece("gemma")
+    tokenizer.add_tokens([AddedToken("\n\n", normalized=False), AddedToken("<start_of_turn>", special=True)])
+    changes = {"vocab_size": ROOM, "bos_token_id": 2, "pad_token_id": 0}
+    write_folder(tmp_path / "m", model_type, tokenizer=tokenizer, num_hidden_layers=1, **changes)
+    file = written(tmp_path / "m")
+    assert read_fields(file)["tokenizer.ggml.add_space_prefix"] is False
+    ours, theirs = AutoTokenizer.from_pretrained(tmp_path / "m"), load_gguf_tokenizer(file)
+    assert ours.tokenize("the test") == ["the", "\u2581test"]
+    for text in [*TEXTS, "<start_of_turn>the\n\ntest"]:
+        assert theirs.encode(text) == ours.encode(text), text
+    verify_tokens(tmp_path / "m", file)
 
 
 def test_the_vocabulary_has_a_token_for_every_embedding(tmp_path):
@@ -398,6 +422,12 @@ NO_LLAMA: dict[str, tuple[str, dict[str, Any], str]] = {
     "olmo": ("olmo", {}, "its model_type is 'olmo'"),
     "activation": ("llama", {"hidden_act": "gelu"}, "its activation is 'gelu', not 'silu'"),
     "window": ("mistral", {}, "its sliding window of 16 is less than its 64 positions"),
+    "soft cap": ("gemma3_text", {"attn_logit_softcapping": 2.0}, "its attention scores have a soft cap"),
+    "period": (
+        "gemma3_text",
+        {"sliding_window_pattern": 2},
+        "other blocks than each sixth are without a sliding window",
+    ),
     "dynamic": (
         "llama",
         {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
@@ -479,6 +509,10 @@ NO_TOKENIZERS: dict[str, tuple[Callable[[], Any], str]] = {
         with_backend(set_part("pre_tokenizer", pre_tokenizers.Whitespace())),
         "it is neither byte-level nor SentencePiece with byte fallback",
     ),
+    "another's spaces": (
+        lambda: sentencepiece("gemma"),
+        "it does not put '\u2581' for spaces and one before the text, as Llama's SentencePiece does",
+    ),
     "merges": (
         lambda: sentencepiece(drop=1),
         "its merges are not all that its vocabulary allows, which is what llama.cpp merges",
@@ -491,8 +525,8 @@ def test_other_tokenizers_are_refused(tmp_path, build, reason):
     write_tokenizer(tmp_path / "m", build(), vocab_size=ROOM)
     message = (
         f"The tokenizer of {tmp_path / 'm'} cannot be written as GGUF: {reason}. GGUF is written for the byte-level "
-        "BPE of GPT-2, Llama 3 and Qwen2 and for Llama's SentencePiece. Leave GGUF out: transformers loads the folder "
-        "without it."
+        "BPE of GPT-2, Llama 3 and Qwen2 and for the SentencePiece of Llama and Gemma. Leave GGUF out: transformers "
+        "loads the folder without it."
     )
     with pytest.raises(UnsupportedModel, match=f"^{re.escape(message)}$"):
         written(tmp_path / "m")

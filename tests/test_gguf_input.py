@@ -18,9 +18,11 @@ from safetensors.torch import load_file
 from cli_runner import invoke, snapshot, succeeds
 from compress.calibration.weights import LazyWeights
 from compress.checkpoints.gguf import write_gguf
+from compress.checkpoints.gguf.model import why_not_writable
 from compress.errors import CheckpointError, CompressError, NumericalError, Unavailable, UnsupportedModel, UsageError
 from compress.evaluation.speed.footprint import bytes_in_memory, bytes_on_disk
 from compress.models import gguf_opening, hub
+from compress.models.gguf_header import GEMMA_27B_BLOCKS, rope_of
 from compress.models.gguf_weights import decoded, gguf_model
 from compress.models.hub import find_model
 from compress.models.loading import load_config, load_tokenizer
@@ -51,13 +53,18 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {},
         {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 3.0, "attention.sliding_window": 16},
     ),
+    "gemma3": (
+        "gemma3_text",
+        {"num_hidden_layers": 6, "rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 8.0}}},
+        {"attention.sliding_window": 16, "rope.scaling.type": "linear", "rope.scaling.factor": 8.0},
+    ),
     "phi3": (
         "phi3",
         {"sliding_window": 20},
         {"attention.sliding_window": 20, "rope.scaling.original_context_length": 4096},
     ),
 }
-ARCHITECTURES = {"mistral": "llama"}
+ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3"}
 
 
 def as_converted(model_type: str, name: str, tensor: torch.Tensor, config: Any) -> torch.Tensor:
@@ -95,10 +102,10 @@ def write_tiny(
     if (head := getattr(config, "head_dim", None)) is not None:
         writer.add_key_length(head)
         writer.add_value_length(head)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_rope_freq_base(rope_of(config)["rope_theta"])  # a window's is not said by all converters
     writer.add_license("mit")
     for key, value in (said or {}).items():
-        add = writer.add_string if isinstance(value, str) else writer.add_float32
+        add = {str: writer.add_string, list: writer.add_array}.get(type(value), writer.add_float32)
         (writer.add_uint32 if isinstance(value, int) else add)(f"{architecture}.{key}", value)
     (words or add_tokenizer)(writer)
     for name, tensor in (tensors_of(model, architecture) | more).items():
@@ -122,7 +129,7 @@ def tensors_of(model: Any, architecture: str) -> dict[str, torch.Tensor]:
         )
         for name, tensor in state.items()
     }
-    rope = model.config.rope_parameters
+    rope = rope_of(model.config)
     if rope.get("rope_type") == "llama3":
         found["rope_freqs.weight"] = converters_factors(rope, model.config.head_dim)
     return found
@@ -576,6 +583,33 @@ def test_what_transformers_would_compute_otherwise(tmp_path, kind):
 
 def test_the_largest_gemma_scales_its_queries_otherwise(tmp_path, monkeypatch):
     """Of 46 blocks; nothing in the header says it."""
-    monkeypatch.setattr("compress.models.gguf_header.GEMMA2_27B_BLOCKS", 3)
+    monkeypatch.setitem(GEMMA_27B_BLOCKS, "gemma2", 3)
     file = write_tiny(tmp_path / "x.gguf", tiny_model("gemma2", dtype=torch.float32), said=MODELS["gemma2"][2])
-    assert gguf_model(file).config.query_pre_attn_scalar == HIDDEN // tiny_config("gemma2").num_attention_heads
+    scalar = HIDDEN // tiny_config("gemma2").num_attention_heads
+    assert gguf_model(file).config.query_pre_attn_scalar == scalar
+    assert why_not_writable(tiny_config("gemma2", query_pre_attn_scalar=scalar)) is None
+    assert why_not_writable(tiny_config("gemma2")) == "its queries are scaled by another number than llama.cpp's"
+
+
+UNEVEN = {
+    "another count": ({"feed_forward_length": [48, 20, 33]}, CheckpointError, "it has 2 blocks and 3 widths of MLPs"),
+    "no width": ({"feed_forward_length": [48, 0]}, CheckpointError, "intermediate_size is 0"),
+    "heads": ({"feed_forward_length": [48, 20], "attention.head_count_kv": [2, 4]}, UnsupportedModel, "more heads in"),
+}
+
+
+@pytest.mark.parametrize("name", UNEVEN)
+def test_widths_of_blocks_that_make_no_model(tmp_path, name):
+    """In a file of the architecture deci; each width else is held against its tensors, as all shapes are."""
+    said, error, message = UNEVEN[name]
+    model = tiny_model("llama", dtype=torch.float32, **PLAIN)
+    model.config.model_type = "deci"
+    file = write_tiny(tmp_path / "x.gguf", model, said=said)
+    with pytest.raises(error, match=message):
+        gguf_model(file)
+
+
+def test_a_gemma3_without_windows_is_refused(tmp_path):
+    file = write_tiny(tmp_path / "x.gguf", tiny_model("gemma3_text", dtype=torch.float32))
+    with pytest.raises(UnsupportedModel, match="has no sliding window"):
+        gguf_model(file)

@@ -36,8 +36,8 @@ def home(tmp_path_factory):
     return folder
 
 
-def quantize(home, out, *options):
-    words = ["quantize", "--model", home / "llama", "--calib", home / "text.txt", "--samples", 8, "--seq-len", 32]
+def quantize(home, out, *options, verb="quantize"):
+    words = [verb, "--model", home / "llama", "--calib", home / "text.txt", "--samples", 8, "--seq-len", 32]
     return [*map(str, words), "--out", str(home / out), *options]
 
 
@@ -117,6 +117,60 @@ def test_what_was_measured_is_kept_beside_the_file(home, written, tmp_path):
     succeeds("eval", "--model", out, *words, "--save")
     assert read_quality(out).perplexity[0].windows == 4
     assert succeeds("inspect", out, "--json").json["quality"]["perplexity"]
+
+
+def test_sliced_and_quantized_in_one_walk(home):
+    """Narrower and in block types; the command that the card has makes it again."""
+    words = ["--ratio", "0.25", "--type", "Q4_K_M,ffn_gate=Q8_0"]
+    said = flat(succeeds(*quantize(home, "narrow", *words, verb="slice")).out)
+    assert "so some linears stay in the model's dtype" in said
+    reader = gguf.GGUFReader(home / "narrow" / "narrow.gguf")
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    assert tensors["blk.0.ffn_gate.weight"].tensor_type.name == "F32"  # of 48 inputs, no whole blocks
+    assert list(tensors["blk.0.ffn_down.weight"].shape) == [256, 48]
+    assert tensors["blk.0.ffn_down.weight"].tensor_type.name in ("Q4_K", "Q6_K")
+    metadata = json.loads((home / "narrow" / "compress.json").read_text())
+    assert " --type Q4_K_M,ffn_gate=Q8_0 " in metadata["command"]
+    assert sorted(file.name for file in (home / "narrow").iterdir()) == ["README.md", "compress.json", "narrow.gguf"]
+
+
+def test_low_rank_multiplied_out_and_quantized(home):
+    words = ["--rank-frac", "0.5", "--materialize", "--type", "Q8_0"]
+    succeeds(*quantize(home, "low", *words, verb="lord"))
+    planned = succeeds(*quantize(home, "low2", *words, "--dry-run", "--json", verb="lord")).json
+    plain = succeeds(*quantize(home, "dry", "--type", "Q8_0", "--dry-run", "--json")).json
+    assert planned["size"] == plain["size"] == json.loads((home / "low" / "compress.json").read_text())["size"]
+
+
+NO_ROOM = "A GGUF file has no linears as other engines pack them"
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["slice", "--keep-params", 0.75, "--type", "Q8_0"], "or run compress quantize --type Q8_0 on the result"),
+        (["slice", "--ratio", 0.25, "--mlp-ratio", 0.25, "--type", "Q8_0"], "prune_units deletes rows"),
+        (["slice", "--ratio", 0.25, "--rotation", "per-layer", "--type", "Q8_0"], "not written for our own arch"),
+        (["lord", "--rank-frac", 0.5, "--type", "Q8_0"], "Give factorize form: dense (--materialize)"),
+        (["slim", "--type", "Q8_0"], "give --sparsity none --adapter-rank 0, which is compress quantize --type"),
+        (["slim", "--type", "Q8_0", "--method", "slim"], "--type is an option of --method anchored"),
+        (["slim", "--export", "gguf"], NO_ROOM),
+        (["run", "quantize", "--export", "gguf"], NO_ROOM),
+    ],
+)
+def test_what_has_no_room_in_a_file_is_refused_before_the_work(home, words, reason):
+    rest = quantize(home, "never")[1:]
+    ran = invoke(*words, *rest)
+    assert ran.code in (2, 3)
+    assert [reason in fault for fault in ran.faults] == [True], ran.faults
+    assert "compressing" not in ran.err
+    assert not list(home.glob("never*"))
+
+
+def test_without_sparsity_and_adapters_slim_is_quantize(home):
+    words = ["--type", "Q8_0", "--sparsity", "none", "--adapter-rank", "0", "--show-recipe"]
+    shown = succeeds(*quantize(home, "never", *words, verb="slim")).out
+    assert shown == succeeds(*quantize(home, "never", "--type", "Q8_0", "--show-recipe")).out
 
 
 def test_the_held_out_divergence_is_from_the_dense_head(tmp_path, monkeypatch):

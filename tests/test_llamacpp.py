@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM
 
 import tiny
@@ -12,25 +13,32 @@ from cli_runner import invoke, succeeds
 from compress.checkpoints.gguf import reader_notes, write_gguf
 from compress.errors import CheckpointError, UsageError
 from compress.evaluation.llamacpp import LlamaCpp
+from compress.models.gguf_header import with_widths
 from compress.models.hub import find_model
 from compress.models.loading import load_tokenizer
 from compress.models.stored_loading import open_model
+from test_gguf import ROOM, sentencepiece
 
 pytest.importorskip("gguf")
 pytest.importorskip("xllamacpp")
+NO_BIASES = {"attention_bias": False, "mlp_bias": False}
 WIDE = {
+    **NO_BIASES,
     "hidden_size": 256,
     "intermediate_size": 512,
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
-    "attention_bias": False,
-    "mlp_bias": False,
     "num_hidden_layers": 2,
 }
 # Two files that have all block types between them.
 TYPES = {
     "q4": "Q4_K_M,attn_q=Q2_K,attn_k=Q3_K,attn_v=IQ4_NL,attn_output=Q4_0,ffn_gate=IQ4_XS,ffn_up=Q6_K,ffn_down=Q5_K",
     "q8": "Q8_0,attn_q=Q4_1,attn_k=Q5_0,attn_v=Q5_1,ffn_up=Q4_K",
+}
+# Of blocks with a window, two in three of whose tokens lie before it, and of those without.
+GEMMA3_ROPE = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+    "full_attention": {"rope_type": "linear", "rope_theta": 400.0, "factor": 3.0},
 }
 FAMILIES = {
     "llama": {},
@@ -40,12 +48,13 @@ FAMILIES = {
     "phi3": {},
     "gemma": {},
     "gemma2": {},
+    "gemma3_text": {"num_hidden_layers": 7, "rope_parameters": GEMMA3_ROPE, "final_logit_softcapping": 3.0},
     "granite": {},
     "smollm3": {"num_hidden_layers": 4, "no_rope_layer_interval": 4},
     "olmo2": {"head_dim": 8},
     "starcoder2": {"hidden_act": "gelu_pytorch_tanh"},
 }
-TANH = ("gemma", "gemma2", "starcoder2")  # whose GELU llama.cpp looks up in float16
+TANH = ("gemma", "gemma2", "gemma3_text", "starcoder2")  # whose GELU llama.cpp looks up in float16
 
 
 def expected(file, ids):
@@ -89,10 +98,40 @@ def test_the_notes_say_what_transformers_reads(family, tmp_path):
     assert alike == (not reader_notes(file))
 
 
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+UNEVEN = {
+    "llama": {"attention_bias": True, "mlp_bias": True},
+    "mistral": {"sliding_window": None},
+    "llama 3.1": {**NO_BIASES, "rope_parameters": LLAMA3 | {"original_max_position_embeddings": 8192}},
+}
+
+
+@pytest.mark.parametrize("name", UNEVEN)
+def test_mlps_of_different_widths(name, tmp_path):
+    model_type = name.partition(" ")[0]
+    config = with_widths(tiny.tiny_config(model_type, **UNEVEN[name]), [48, 20, 33])
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            drawn = torch.randn_like(parameter)
+            parameter.copy_(1 + 0.3 * drawn if parameter.ndim == 1 else drawn / parameter.shape[-1] ** 0.5)
+    model.save_pretrained(tmp_path / "tiny")
+    tiny.tiny_tokenizer().save_pretrained(tmp_path / "tiny")
+    write_gguf(tmp_path / "tiny", file := tmp_path / "model.gguf")
+    ids = text_ids()
+    theirs = model.eval()(torch.tensor([ids])).logits[0, :-1].double().log_softmax(-1)
+    wanted = theirs.gather(1, torch.tensor(ids[1:])[:, None])[:, 0].detach()
+    torch.testing.assert_close(expected(file, ids), wanted)
+    found = torch.tensor(opened(file).log_probs(ids), dtype=torch.float64)
+    assert found.std() > 0.2
+    torch.testing.assert_close(found, wanted, atol=1e-3, rtol=0)
+
+
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wide")
-    tiny.write_model(folder / "wide", "llama", dtype=torch.float32, **WIDE)
+    tiny.write_model(folder / "wide", "llama", dtype=torch.float32, seed=1, **WIDE)
     tiny.write_text(folder / "text.txt")
     return folder
 
@@ -107,11 +146,46 @@ def test_every_type(name, wide):
     assert error.mean() < 0.03 * found.std()  # llama.cpp rounds the inputs of linears to 8 bits
 
 
+def test_sliced_and_quantized_in_one_walk(wide):
+    options = ["--calib", wide / "text.txt", "--samples", 4, "--seq-len", 32, "--round-to", 32]
+    succeeds("slice", "--model", wide / "wide", "--ratio", 0.25, "--type", "Q4_K_M", *options, "--out", wide / "narrow")
+    file, ids = wide / "narrow" / "narrow.gguf", text_ids()
+    found = torch.tensor(opened(file).log_probs(ids), dtype=torch.float64)
+    assert (found - expected(file, ids)).abs().mean() < 0.03 * found.std()
+
+
+def test_neurons_where_the_loss_feels_them(wide):
+    """What `slice --allocation free` writes beside its folder: the folder's own log-probabilities."""
+    options = ["--calib", wide / "text.txt", "--samples", 8, "--seq-len", 32, "--export", "gguf"]
+    options += ["--allocation", "free", "--set", "budget.trial_samples=8", "--out", wide / "free"]
+    said = succeeds("slice", "--model", wide / "wide", "--keep-params", 0.7, *options, "--json").json
+    assert len(set(said["units"]["neurons"])) > 1
+    ids = text_ids()
+    found = torch.tensor(opened(wide / "free" / "free.gguf").log_probs(ids), dtype=torch.float64)
+    model = AutoModelForCausalLM.from_pretrained(wide / "free", dtype=torch.float32)
+    with torch.no_grad():
+        theirs = model(torch.tensor([ids])).logits[0, :-1].double().log_softmax(-1)
+    torch.testing.assert_close(found, theirs.gather(1, torch.tensor(ids[1:])[:, None])[:, 0], atol=1e-3, rtol=0)
+
+
 def test_the_tokens_are_the_tokenizers(wide, tmp_path):
     write_gguf(wide / "wide", file := tmp_path / "model.gguf")
     engine, tokenizer = opened(file), load_tokenizer(wide / "wide")
     for text in ("The cat's 12 hats", "  def f(x):\n\treturn x", "naïve 東京"):
         assert engine.tokenize(text) == tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize("family", ["gemma", "gemma3_text"])
+def test_the_tokens_are_gemmas(family, tmp_path):
+    changes = FAMILIES[family] | {"vocab_size": ROOM, "bos_token_id": 2, "pad_token_id": 0}
+    tokenizer = sentencepiece("gemma")
+    tokenizer.add_tokens([AddedToken("\n\n", normalized=False), AddedToken("<turn>", special=True)])
+    tiny.tiny_model(family, dtype=torch.float32, **changes).save_pretrained(tmp_path / "tiny")
+    tokenizer.save_pretrained(tmp_path / "tiny")
+    write_gguf(tmp_path / "tiny", file := tmp_path / "model.gguf")
+    engine, tokenizer = opened(file), load_tokenizer(tmp_path / "tiny")
+    for text in ("the test returns", "  def f(x):\n\treturn it", "na\u00efve \u6771\u4eac\n\n\n year"):
+        assert engine.tokenize(text) == tokenizer(text, add_special_tokens=False)["input_ids"], text
 
 
 def test_speed(wide, tmp_path):

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from compress.calibration.statistics import RelativeError, SecondMoment
 from compress.errors import NumericalError
+from compress.numerics.hessian import SOLVED, triangular_inverse
 from compress.numerics.linalg import pca, random_orthogonal, width_for_energy
 from compress.numerics.norms import center_rows, fold_gain, fold_offset
 from matrices import identity, random
@@ -31,6 +32,14 @@ def test_pca_finds_the_components_it_was_made_of(seed):
     for column, vector in zip(Q.T, vectors.T, strict=True):
         sign = 1 if vector[vector.abs().argmax()] > 0 else -1
         assert (column - sign * vector).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("size", [1, SOLVED, 2 * SOLVED + 77])
+def test_a_triangle_is_inverted_by_halves(size):
+    R = torch.linalg.qr(random(2 * size, size, seed=1))[1]
+    found = triangular_inverse(R)
+    assert torch.equal(found, found.triu())
+    assert (found @ R - identity(size)).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

@@ -31,8 +31,9 @@ class Budget(BaseModel):
     """What the result may come to, a promise. Widths that the stages leave open are chosen under it.
 
     keep_params: a share of the dense model's parameters, a tied head counted once.
-    target_size: bytes of the safetensors files on disk.
+    target_size: bytes of the safetensors files on disk, or of the GGUF file.
     trial_samples: windows of each trial of a way to spend it, a quarter of them held out. Default: a quarter of all.
+    trials, trial_seconds: how many sets of types of a GGUF file are tried, and how long at most.
     allocation: `uniform`, as many neurons in every block, or `free`: as many in all, where the loss feels them most.
         The result then has no stock shape.
     """
@@ -41,6 +42,8 @@ class Budget(BaseModel):
     keep_params: Annotated[float, Field(gt=0, lt=1)] | None = None
     target_size: Annotated[int, Field(ge=1)] | None = None
     trial_samples: Annotated[int, Field(ge=8)] | None = None
+    trials: Annotated[int, Field(ge=0)] = 20
+    trial_seconds: Annotated[float, Field(gt=0)] | None = None
     allocation: Literal["uniform", "free"] = "uniform"
 
     @model_validator(mode="after")
@@ -88,8 +91,7 @@ class Recipe(BaseModel):
             raise ValueError(f"{opened[0]} is not told how much to keep; give it a ratio, or the recipe a budget")
         if self.budget is not None and not opened:
             raise ValueError("the recipe has a budget, but every stage says how much it keeps; leave one open")
-        if "ranks" in [stage.opens for stage in self.stages] and len(opened) > 1:
-            raise ValueError(f"a budget is spent on widths or on ranks; tell {opened[0]} how much to keep")
+        self._check_opens()
         self._check_inputs()
         free = self.budget is not None and self.budget.allocation == "free"
         if free and "neurons" not in [stage.opens for stage in self.stages]:
@@ -100,6 +102,15 @@ class Recipe(BaseModel):
         if self.held_out_windows >= self.calibration.samples:
             raise ValueError("a stage holds calibration windows out of its fit; it needs 2 samples at least")
         return self
+
+    def _check_opens(self) -> None:
+        """Raises ValueError where a budget cannot be spent on what stages leave open together."""
+        opened = {str(stage.opens): stage.stage for stage in self.stages if stage.opens}
+        if {"ranks", "types"} & {*opened} and len(opened) > 1:
+            name = next(iter(opened.values()))
+            raise ValueError(f"a budget is spent on widths, ranks or types; tell {name} how much to keep")
+        if "types" in opened and self.budget is not None and self.budget.target_size is None:
+            raise ValueError("types of a GGUF file are found under bytes; give the budget a target_size")
 
     def _check_order(self) -> None:
         """Raises ValueError where a stage lacks another before it."""

@@ -103,7 +103,10 @@ def comparison(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
     if isinstance(tuning, dict):
         untuned = comparison({**first, "tuning": None, "parts": tuning.get("compressed_parts")}, second)
         return f"The checkpoint was tuned afterwards, by compress finetune; this is the one before that. {untuned}"
-    if first.get("parts") == second.get("parts"):
+    parts = first.get("parts")
+    if isinstance(parts, dict) and [*parts.values()] == [
+        *second["parts"].values()
+    ]:  # a GGUF file is called as its folder
         return "The same bytes as those of the checkpoint that the recipe is of."
     known = first.get("fingerprints")
     before = known if isinstance(known, dict) else {}

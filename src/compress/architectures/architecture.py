@@ -80,7 +80,7 @@ class ModelSpec:
     units: how many of each kind in every block, or block by block.
     factors: what linears have become, by path. storage: how linears are stored, by path.
     gguf_type: of the one GGUF file that is written in place of a folder, as `FileType` reads it.
-    undecided: what a budget or the survey has yet to decide: `hidden`, a kind of unit, or `ranks`.
+    undecided: what a budget or the survey has yet to decide: `hidden`, a kind of unit, `ranks` or `types`.
     notes: what the user should know of it.
     """
 

@@ -4,7 +4,8 @@ The rules are those of llama-quantize with an importance matrix: tensors that ma
 are no whole blocks of 256 fall back to a type of blocks of 32.
 """
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -27,6 +28,12 @@ SMALLER_BLOCKS = {
     "Q5_K": "Q5_1",
     "Q6_K": "Q8_0",
 }
+AUTO = "auto"  # every tensor has a type of its own, found under a budget
+LADDERS = {  # the types that tensors whose rows are whole blocks may get then, from the smallest
+    256: ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0"),
+    32: ("IQ4_NL", "Q4_1", "Q5_0", "Q5_1", "Q8_0"),
+}
+MOSTLY = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}  # what a file is called that has most of a type
 MANY_QUERIES = 4  # query heads a key-value head
 EXAMPLE = "Q4_K_M, or Q4_K_M,ffn_down=Q6_K"
 
@@ -72,6 +79,35 @@ class FileType:
         return fitting(raised(self.name, part, int(tensor.split(".")[1]), blocks, queries) or usual, inputs)
 
 
+def candidates(inputs: int) -> tuple[str, ...]:
+    """The types that a tensor with rows of `inputs` weights may get where each has its own, from the smallest."""
+    return next((types for block, types in LADDERS.items() if inputs % block == 0), ())
+
+
+def row_bytes(name: str, inputs: int) -> int:
+    return TYPES[name].bytes * (inputs // TYPES[name].block)
+
+
+def file_type_of(text: str, types: Mapping[str, str]) -> str:
+    """What a file is called whose type was asked for by `text` and whose tensors have these; empty for plain ones."""
+    if text != AUTO:
+        return FileType.parse(text).name
+    common = Counter(types.values()).most_common(1)
+    return MOSTLY.get(common[0][0], common[0][0]) if common else ""
+
+
+def misfits(types: Mapping[str, str], rows: Mapping[str, int]) -> list[str]:
+    """What is wrong with types by path. rows: the inputs of the matrices that there are."""
+    unknown = [path for path in types if path not in rows]
+    problems = [f"There is no matrix {unknown[0]!r} to give a GGUF type."] if unknown else []
+    for path, name in types.items():
+        if name not in TYPES:
+            problems.append(unknown_name("GGUF tensor type", name, TYPES))
+        elif rows.get(path, 0) % TYPES[name].block:
+            problems.append(f"{path} has rows of {rows[path]}, which are no whole blocks of {name}. Take another type.")
+    return problems[:3]
+
+
 def fitting(wanted: str, inputs: int) -> str:
     """The type, or what replaces it for rows of `inputs` weights."""
     if inputs % TYPES[wanted].block:
@@ -111,17 +147,21 @@ def raised(file_type: str, part: str, block: int, blocks: int, queries: int) -> 
     return rules.get(part, {}).get(file_type)
 
 
+def check_named(config: Any) -> None:
+    """Raises UnsupportedModel for a model that files are not written for, UsageError without the extra."""
+    check_extra("Writing")
+    if config.model_type not in WRITTEN:
+        kind = "our own architecture" if config.model_type == "compress" else f"model_type {config.model_type!r}"
+        raise UnsupportedModel(f"GGUF is not written for {kind}, only for {', '.join(WRITTEN)}. Use --bits.")
+
+
 def resolve(text: str, config: Any, rows: Iterable[tuple[str, int]]) -> dict[str, str]:
     """The types of matrices, by path; those that no type fits left out.
 
     config: of the model that is written. rows: the paths of the matrices below the causal LM, and their inputs.
-    Raises UnsupportedModel for a model that files are not written for, UsageError without the extra.
+    Raises what `check_named` does.
     """
-    check_extra("Writing")
-    if config.model_type not in WRITTEN:
-        raise UnsupportedModel(
-            f"GGUF is not written for model_type {config.model_type!r}, only for {', '.join(WRITTEN)}. Use --bits."
-        )
+    check_named(config)
     file_type, names = FileType.parse(text), tensor_names(WRITTEN[config.model_type], config.num_hidden_layers)
     queries = config.num_attention_heads // (getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
     options = {"blocks": config.num_hidden_layers, "queries": queries, "tied": config.tie_word_embeddings}

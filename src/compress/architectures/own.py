@@ -34,14 +34,20 @@ TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 class Own(Architecture):
     """
     inside: the stock architecture whose linears are changed; None where the stream is sliced in a form of our own.
+    free_widths: its MLPs may have a width in each block.
     shortcuts: the points of that stream have bases of their own.
     """
 
     inside: Stock | None = None
     shortcuts: bool = True
+    free_widths: bool = False
 
     class_name: ClassVar = CLASS
     is_stock: ClassVar = False
+
+    def __post_init__(self) -> None:
+        if self.inside is not None and self.inside.dense is not self.dense:  # blocks have been left out
+            object.__setattr__(self, "inside", replace(self.inside, dense=self.dense))
 
     @property
     def zero_biases(self) -> tuple[str, ...]:
@@ -49,7 +55,7 @@ class Own(Architecture):
 
     def base_config(self, spec: ModelSpec, dtype: torch.dtype) -> CompressConfig:
         if self.inside is not None:
-            text_config = self.inside.base_config(spec, dtype)
+            text_config = self.inside.base_config(widest(spec), dtype)
         else:  # the dense model's with another MLP width
             text_config, neurons = copy.deepcopy(self.dense), spec.units.get("neurons")
             # The embeddings and the head lie in different bases, so what was tied no longer is.
@@ -61,6 +67,7 @@ class Own(Architecture):
             text_config=text_config,
             structure=self.family.structure(),
             slicing=self._slicing(spec) if self.inside is None else None,
+            mlp_widths=list(block_counts(spec, "neurons")) if self.free_widths else None,
             factors={path: {"rank": f.rank, "form": f.form, "bias": f.has_bias} for path, f in spec.factors.items()},
             storage={path: stored.entry() for path, stored in spec.storage.items() if stored.form == "compact"},
             architectures=[CLASS],
@@ -84,6 +91,8 @@ class Own(Architecture):
 
     def shortened(self, config: CompressConfig, num_blocks: int) -> CompressConfig:
         config.text_config = super().shortened(config.text_config, num_blocks)
+        if config.mlp_widths is not None:
+            config.mlp_widths = config.mlp_widths[:num_blocks]
         if config.slicing is not None:
             # Blocks alike, up to the last point, which has the head's width.
             widths, points = config.slicing["stream_widths"], num_blocks * len(self.family.branches)
@@ -104,7 +113,7 @@ class Own(Architecture):
 
     def problems(self, spec: ModelSpec) -> list[str]:
         if self.inside is not None:
-            return self.inside.problems(spec)
+            return self.inside.problems(widest(spec) if self.free_widths else spec)
         if not self.shortcuts and len(set(spec.stream_widths)) > 1:
             return [ONE_WIDTH]
         if self.family.first_width_last and spec.stream_widths[0] != spec.stream_widths[-1]:
@@ -118,6 +127,18 @@ class Own(Architecture):
         if spec.units.get("kv_groups", 0) != self.family.dense_units(self.dense).get("kv_groups", 0):
             return ["KV groups can be deleted only where the model keeps a stock shape."]
         return []
+
+
+def block_counts(spec: ModelSpec, kind: str) -> tuple[int, ...]:
+    """How many units of a kind each block has."""
+    count = spec.units[kind]
+    return count if isinstance(count, tuple) else (count,) * spec.num_blocks
+
+
+def widest(spec: ModelSpec) -> ModelSpec:
+    """The same with as many neurons in each block as in the widest."""
+    units = {kind: max(count) if isinstance(count, tuple) else count for kind, count in spec.units.items()}
+    return replace(spec, units=units)
 
 
 def as_own(architecture: Architecture) -> Own:

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from jaxtyping import Float64
+from jaxtyping import Float, Float64
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -22,7 +22,7 @@ from compress.calibration.statistics import EquationSums, regularized, rows
 from compress.calibration.weights import renumbered
 from compress.io import WrittenFile, write_tensors
 from compress.models.decoder import Decoder, part_of
-from compress.numerics.lowrank import Spread, gradient_metric, output_energies
+from compress.numerics.lowrank import InputMoments, Spread, gradient_metric, output_energies
 from compress.numerics.sums import DiagonalSum, GramSum
 
 WIDEST = 2  # times the stream: up to that the gradient's moment is a whole matrix
@@ -121,12 +121,21 @@ class LinearObserver:
                 is_whole = self.processes.total(sums.seen) == self.processes.total(self.tokens)
                 moments = sums.moments(self.processes) if is_whole else regularized(sums, self.processes).moments()
                 for path, module in group.items():
-                    spread = moments.spread(centered=watch.centers(has_bias=module.bias is not None))
-                    self.spectra[path] = found = spectrum_of(path, module, spread, gradients, watch.gradient_weight)
-                    self.processes.follow(*found.tensors)
+                    self.measure(path, module, moments, gradients, watch)
             if gradients and self.processes.is_first:
                 self.files.write(index, gradients)
         self._forget()
+
+    def measure(
+        self, path: str, module: nn.Linear, moments: InputMoments, gradients: Mapping[str, Tensor], watch: LinearFilter
+    ) -> None:
+        """Find what is wanted of a linear; gradients: as `spectrum_of` has them."""
+        spread = moments.spread(centered=watch.centers(has_bias=module.bias is not None))
+        self.spectra[path] = found = spectrum_of(path, module, spread, gradients, watch.gradient_weight)
+        self.processes.follow(*found.tensors)
+
+    def last(self, x: Float[Tensor, "windows tokens D"]) -> None:
+        """See a batch of the stream before the head."""
 
     def _mean_gradients(self) -> dict[str, Tensor]:
         tokens = self.processes.total(self.tokens)

@@ -35,7 +35,7 @@ from compress.numerics.sums import GramSum, at_least_float32
 # Tokens of each window whose logits are held at a time: a row of them is as wide as the vocabulary.
 TOKENS_AT_ONCE = 64
 TOKENS_PER_DIRECTION = 8
-UNITS = "units "  # before the names of unit costs among a survey's tensors
+UNITS, ROUNDINGS = "units ", "rounding "  # before the names of such costs among a survey's tensors
 
 
 class SurveyNeed(enum.Flag):
@@ -43,6 +43,7 @@ class SurveyNeed(enum.Flag):
 
     STREAM: the moments of its stream. LINEARS: how the outputs of its linears are spread. GRADIENT: of each of these
     what the loss feels there, by a pass backward. UNITS: what deleting neurons or KV groups costs the loss.
+    TYPES: in place of the linears' spectra, what rounding them and the tables to GGUF types costs.
     """
 
     NONE = 0
@@ -50,6 +51,7 @@ class SurveyNeed(enum.Flag):
     LINEARS = enum.auto()
     GRADIENT = enum.auto()
     UNITS = enum.auto()
+    TYPES = enum.auto()
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Survey:
     moment, gradient: of the stream, sums over all points of the mean per token, D the dense width; zeros where no stage
         asked for them.
     spectra: of the linears, by their names below the causal LM. gradients: by the outputs of linears.
-    unit_costs: what deleting units costs the loss (`unit_costs.py`).
+    unit_costs: what deleting units costs the loss (`unit_costs.py`). roundings: what rounding does (`roundings.py`).
     """
 
     moment: Float64[Tensor, "D D"]
@@ -66,6 +68,7 @@ class Survey:
     spectra: Mapping[str, Spectrum] = field(default_factory=dict)
     gradients: GradientFiles | None = None
     unit_costs: Mapping[str, Float64[Tensor, "deleted"]] = field(default_factory=dict)
+    roundings: Mapping[str, Tensor] = field(default_factory=dict)
 
     def gradient_at(self, path: str, block: int, device: torch.device) -> Tensor | None:
         """The second moment of the gradient by a linear's outputs; None where it was not taken."""
@@ -89,6 +92,7 @@ class Survey:
         for path, spectrum in self.spectra.items():
             named |= {f"energy {path}": spectrum.energy, f"felt {path}": spectrum.felt}
         named |= {f"{UNITS}{name}": costs for name, costs in self.unit_costs.items()}
+        named |= {f"{ROUNDINGS}{name}": each for name, each in self.roundings.items()}
         return {name: tensor.cpu() for name, tensor in named.items() if tensor is not None}
 
     @classmethod
@@ -99,7 +103,8 @@ class Survey:
             if name.startswith("energy ")
         }
         costs = {name.removeprefix(UNITS): each for name, each in tensors.items() if name.startswith(UNITS)}
-        return cls(tensors["moment"], tensors.get("gradient"), spectra, gradients, costs)
+        roundings = {name.removeprefix(ROUNDINGS): each for name, each in tensors.items() if name.startswith(ROUNDINGS)}
+        return cls(tensors["moment"], tensors.get("gradient"), spectra, gradients, costs, roundings)
 
 
 class Surveyor:
@@ -188,6 +193,7 @@ class Surveyor:
         with self.loader.head():
             for batch in self.batches:
                 x = self.stream.get(batch.index, self.decoder.device)
+                self.observer.last(x)
                 # Every token but a window's last predicts the next.
                 pieces = zip(x[:, :-1].split(TOKENS_AT_ONCE, 1), batch.ids[:, 1:].split(TOKENS_AT_ONCE, 1), strict=True)
                 found = [self._loss_gradient(*piece) for piece in pieces]

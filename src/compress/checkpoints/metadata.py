@@ -95,6 +95,14 @@ class Alternative(Record):
     bytes: Positive
 
 
+class Mixture(Record):
+    """Matrices of a kind in a GGUF file: how many have which type, and their bytes."""
+
+    part: str
+    types: dict[str, Count]
+    bytes: Count
+
+
 class Origin(Record):
     """From the model card of the dense model: what the card of the compressed one repeats."""
 
@@ -188,6 +196,7 @@ class Metadata(Record):
     unpacks_while_loading: bool = False
     not_for_vllm: str | None = None
     alternatives: list[Alternative] = []
+    mixture: list[Mixture] = []
     units: dict[str, Count | list[Count]] = {}
     held_out_divergence: float | None = None
     export: str = "hf"

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from compress.cli.auto import auto_model
 from compress.cli.bench import bench
 from compress.cli.compressing import run_recipe
 from compress.cli.eval import evaluate
@@ -28,6 +29,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     rich_markup_mode="rich",
 )
+app.command("auto")(auto_model)
 app.command("slice")(slice_model)
 app.command("lord")(factorize_model)
 app.command("slim")(slim_model)

@@ -48,6 +48,10 @@ SET = "Change a field of the recipe that has no option: STAGE.FIELD=VALUE, sever
 TARGET = (
     "Linear layers to compress: all, attention, mlp, or name patterns such as *.down_proj, with commas. Default: all."
 )
+TYPE = (
+    "Write one GGUF file in llama.cpp's types instead: Q4_K_M, IQ4_XS, Q3_K_S and the like. Other types for some "
+    "tensors: Q4_K_M,ffn_down=Q6_K."
+)
 EXPORT = "gguf: also write a GGUF file for llama.cpp (Llama-like architectures)."
 
 
@@ -88,7 +92,7 @@ class RunOptions(WritingOptions):
             if not problems.found:
                 self.change(draft)
         check = None if problems.found else lambda: draft.recipe(**usual_calibration())
-        sizes: dict[str, int | None] = {}
+        sizes: dict[str, Any] = {}
         for name, text in (("cache_memory", self.cache_memory), ("max_memory", self.max_memory)):
             with problems.collect():
                 sizes[name] = None if text is None else parse_size(text, flag_of(name))
@@ -168,6 +172,24 @@ def usual_calibration(source: ModelSource | None = None, config: object = None) 
     """What neither the recipe nor the user says: the demo's own text, sequences as long as the model takes."""
     text = "stdlib" if source is not None and source.is_demo else "wikitext2"
     return {"source": text, "seq_len": usual_seq_len(config, None)}
+
+
+def amount_of(recipe: "Recipe") -> str:
+    """Bits, sparsity and adapters, as the default output folder says them."""
+    slim: Any = next(stage for stage in recipe.stages if stage.stage == "slim")
+    words = []
+    if slim.quantize is not None:
+        words.append(
+            (slim.quantize.gguf_type or f"w{slim.quantize.precision}")
+            .replace(",", "-")
+            .replace("=", "-")
+            .replace("*", "x")
+        )
+    if slim.prune is not None:
+        words.append(slim.prune.pattern.replace(":", "-").replace("%", "pc"))
+    if slim.adapt is not None:
+        words.append(f"r{slim.adapt.rank:g}")
+    return "-".join(words)
 
 
 def run_with_progress(job: "Job") -> "Result | None":

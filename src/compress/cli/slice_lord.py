@@ -3,13 +3,16 @@
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from compress.cli.compressing import EXPORT, TARGET, RunOptions
+from compress.cli.compressing import EXPORT, TARGET, TYPE, RunOptions, amount_of
 from compress.cli.options import Amounts, Method, Output, flag_of, in_panel, names_in, parse_size, with_options
 from compress.cli.recipes import Draft, check_method, plain_value
 from compress.cli.reporting import reporting_errors
 from compress.errors import Problems, UsageError
+
+if TYPE_CHECKING:
+    from compress.recipe import Recipe
 
 BUDGETS = {"keep_params": "--keep-params 0.75", "target_size": "--target-size 4GB"}
 SLICING = {
@@ -32,6 +35,8 @@ SIZE = "Size of the weights on disk at most: 4GB. Chosen as with --keep-params."
 class BudgetOptions(RunOptions):
     keep_params: Annotated[float | None, in_panel(Amounts, KEEP)] = None
     target_size: Annotated[str | None, in_panel(Amounts, SIZE)] = None
+    type_: Annotated[str | None, in_panel(Output, TYPE, flag="--type")] = None
+    export: Annotated[Literal["hf", "gguf"], in_panel(Output, EXPORT)] = "hf"
 
     def amount(self, examples: Mapping[str, str], **others: Any) -> "Amount":
         """Raises UsageError unless exactly one option says how much. examples: of each of these options."""
@@ -40,6 +45,22 @@ class BudgetOptions(RunOptions):
         if len(given) != 1:
             raise UsageError(f"Say how much to delete by one of {', '.join(examples.values())}; got {len(given)}.")
         return Amount(*next(iter(given.items())))
+
+    def put_type(self, draft: Draft, amount: "Amount") -> None:
+        """With --type: quantize what the recipe gives, in the same walk, as `compress quantize --type` does."""
+        if self.type_ is None:
+            return
+        if amount.is_budget:
+            raise UsageError(
+                f"--type has to know every width beforehand, which {flag_of(amount.option)} leaves open. Give a ratio "
+                f"or a rank instead, or run compress quantize --type {self.type_} on the result."
+            )
+        stores = [stage for stage in Draft.preset("gguf").stages if stage["stage"] != "refit"]
+        draft.data["stages"] = [*draft.stages, *stores]
+        draft.set("slim.quantize.gguf_type", self.type_, f"--type {self.type_}")
+
+    def in_name(self, recipe: "Recipe", amount: "Amount") -> str:
+        return amount.in_name if self.type_ is None else f"{amount.in_name}-{amount_of(recipe)}"
 
 
 @dataclass(frozen=True)
@@ -109,7 +130,6 @@ def slice_model(
     rotation: Annotated[Literal["shared", "per-layer"] | None, in_panel(Method, ROTATION)] = None,
     refit: Annotated[bool | None, in_panel(Method, SLICE_REFIT, flag="--refit/--no-refit")] = None,
     allocation: Annotated[Literal["uniform", "free"] | None, in_panel(Method, NEURONS)] = None,
-    export: Annotated[Literal["hf", "gguf"], in_panel(Output, EXPORT)] = "hf",
 ) -> None:
     """Slice a model: fewer hidden dimensions, fewer MLP neurons (SliceGPT and past it).
 
@@ -140,7 +160,8 @@ def slice_model(
             if drop_blocks:
                 draft.stages.insert(0, {"stage": "drop_blocks"})
                 draft.put("drop_blocks", count=drop_blocks)
-    run.compress(draft, problems, verb="slice", amount=lambda _: amount.in_name, export=export)
+            run.put_type(draft, amount)
+    run.compress(draft, problems, verb="slice", amount=lambda recipe: run.in_name(recipe, amount), export=run.export)
 
 
 def set_widths(
@@ -229,4 +250,5 @@ def factorize_model(
             draft.set("factorize.form", "dense" if materialize else None, "--materialize")
             if refit is False:
                 draft.remove_stage("refit")
-    run.compress(draft, problems, verb="lord", amount=lambda _: amount.in_name)
+            run.put_type(draft, amount)
+    run.compress(draft, problems, verb="lord", amount=lambda recipe: run.in_name(recipe, amount), export=run.export)

@@ -1,16 +1,13 @@
 """`compress slim`: linear layers in fewer bits, sparse, with adapters. `compress quantize`: in fewer bits alone."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from compress.cli.compressing import TARGET, RunOptions
+from compress.cli.compressing import EXPORT, TARGET, TYPE, RunOptions, amount_of
 from compress.cli.options import Amounts, Method, Output, flag_of, in_panel, names_in, with_options
 from compress.cli.recipes import Draft, check_method, plain_value
 from compress.cli.reporting import reporting_errors
 from compress.errors import Problems, UsageError
-
-if TYPE_CHECKING:
-    from compress.recipe import Recipe
 
 FLOATS = {"fp8": (8, None), "nvfp4": (4, 16), "mxfp4": (4, 32)}  # bits, and inputs that share a scale
 FAST_ITERATIONS = 20
@@ -40,6 +37,7 @@ class StorageOptions(RunOptions):
     target: Annotated[str | None, in_panel(Method, TARGET)] = None
     compact: Annotated[bool, in_panel(Output, COMPACT, flag="--compact")] = False
     materialize: Annotated[bool, in_panel(Output, MATERIALIZE, flag="--materialize")] = False
+    type_: Annotated[str | None, in_panel(Amounts, TYPE, flag="--type")] = None
 
     def put(self, draft: Draft) -> None:
         draft.put("slim.quantize", group=None if self.group is None else plain_value(self.group))
@@ -51,10 +49,18 @@ class StorageOptions(RunOptions):
             ("materialize", "slim.form", "dense"),
         ):
             draft.set(address, value if getattr(self, name) else None, flag_of(name))
+        draft.set("slim.quantize.gguf_type", self.type_, f"--type {self.type_}")
         if self.refit and not any(entry["stage"] == "refit" for entry in draft.stages):
             draft.stages.insert(0, {"stage": "refit"})
         if self.refit is False:
             draft.remove_stage("refit")
+
+    def check_type(self, bits: str | None) -> None:
+        """Raises UsageError for options that say what --type says too."""
+        others = ("group", "inputs", "asymmetric", "compact", "materialize")
+        given = ["--bits"] if bits else [flag_of(name) for name in others if getattr(self, name)]
+        if self.type_ is not None and given:
+            raise UsageError(f"{given[0]} has no effect with --type, which says all of that. Leave one out.")
 
 
 def put_bits(draft: Draft, bits: str | None) -> None:
@@ -70,24 +76,6 @@ def put_bits(draft: Draft, bits: str | None) -> None:
             draft.set(f"slim.quantize.{field}", value, flag)
     else:
         draft.set("slim.quantize.bits", bits if bits is None else plain_value(bits), flag)
-
-
-def amount_of(recipe: "Recipe") -> str:
-    """Bits, sparsity and adapters, as the default output folder says them."""
-    slim: Any = next(stage for stage in recipe.stages if stage.stage == "slim")
-    words = []
-    if slim.quantize is not None:
-        words.append(
-            (slim.quantize.gguf_type or f"w{slim.quantize.precision}")
-            .replace(",", "-")
-            .replace("=", "-")
-            .replace("*", "x")
-        )
-    if slim.prune is not None:
-        words.append(slim.prune.pattern.replace(":", "-").replace("%", "pc"))
-    if slim.adapt is not None:
-        words.append(f"r{slim.adapt.rank:g}")
-    return "-".join(words)
 
 
 SPARSITY = "Weight sparsity: 2:4 and its like, an unstructured share such as 50%, or none. Default: 2:4."
@@ -109,6 +97,7 @@ def slim_model(
     adapter_rank: Annotated[float | None, in_panel(Amounts, RANK)] = None,
     method: Annotated[Literal["anchored", "slim"], in_panel(Method, SLIM_METHOD)] = "anchored",
     fast: Annotated[bool, in_panel(Method, FAST, flag="--fast")] = False,
+    export: Annotated[Literal["hf", "gguf"], in_panel(Output, EXPORT)] = "hf",
 ) -> None:
     """Quantize and prune linear layers, with low-rank adapters that correct the error (SLiM and past it).
 
@@ -116,10 +105,17 @@ def slim_model(
 
     Example: compress slim --model llama-2-7b --bits 4 --sparsity 2:4 --adapter-rank 0.1
     """
-    problems, draft = Problems(), Draft.preset("slim-anchored" if method == "anchored" else "slim")
+    ours = "slim-anchored" if run.type_ is None else "gguf"
+    problems, draft = Problems(), Draft.preset(ours if method == "anchored" else "slim")
     stage = draft.stage("slim")
     with problems.collect():
-        check_method(method, fast=fast)
+        check_method(method, fast=fast, type=run.type_)
+        run.check_type(bits)
+        if run.type_ is not None and (sparsity, adapter_rank) != ("none", 0):
+            raise UsageError(
+                "A GGUF file has no adapters, and pruned weights take as much room there as others. With --type, give "
+                "--sparsity none --adapter-rank 0, which is compress quantize --type."
+            )
         put_bits(draft, bits)
         if sparsity == "none":
             draft.remove("slim.prune", "--sparsity none")
@@ -136,13 +132,9 @@ def slim_model(
             stage["prune"]["iterations"] = FAST_ITERATIONS
         if fast and "adapt" in stage:
             stage["adapt"]["rounds"] = 1
-    run.compress(draft, problems, verb="slim", amount=amount_of)
+    run.compress(draft, problems, verb="slim", amount=amount_of, export=export)
 
 
-TYPE = (
-    "Write one GGUF file in llama.cpp's types instead: Q4_K_M, IQ4_XS, Q3_K_S and the like. Other types for some "
-    "tensors: Q4_K_M,ffn_down=Q6_K."
-)
 METHOD = "gptq, or round-to-nearest with scales of least squared error (mse) or by the maximum (absmax). Default: gptq."
 
 
@@ -153,20 +145,15 @@ def quantize_model(
     bits: Annotated[
         str | None, in_panel(Amounts, "Weight precision: 2 to 8 bits, fp8, nvfp4 or mxfp4. Default: 4.")
     ] = None,
-    type_: Annotated[str | None, in_panel(Amounts, TYPE, flag="--type")] = None,
     method: Annotated[Literal["gptq", "mse", "absmax"] | None, in_panel(Method, METHOD)] = None,
 ) -> None:
     """Quantize linear layers, each fitted toward the dense model (GPTQ and past it); --type writes one GGUF file.
 
     Example: compress quantize --model llama-2-7b --bits 4 --group 128
     """
-    problems, draft = Problems(), Draft.preset("quantize" if type_ is None else "gguf")
+    problems, draft = Problems(), Draft.preset("quantize" if run.type_ is None else "gguf")
     with problems.collect():
-        others = ("group", "inputs", "asymmetric", "compact", "materialize")
-        given = ["--bits"] if bits else [flag_of(name) for name in others if getattr(run, name)]
-        if type_ is not None and given:
-            raise UsageError(f"{given[0]} has no effect with --type, which says all of that. Leave one out.")
-        draft.set("slim.quantize.gguf_type", type_, f"--type {type_}")
+        run.check_type(bits)
         put_bits(draft, bits)
         draft.put("slim.quantize", method=method)
         run.put(draft)

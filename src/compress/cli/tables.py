@@ -139,8 +139,11 @@ def planned(job: "Job", plan: "Plan") -> Row:
     """The sizes, or what is to be found before they are known."""
     if plan.choices:
         return {"shapes that fit": f"{len(plan.choices)}, see below; predicted, then chosen by at most three trials"}
+    budget, most = job.recipe.budget, dict[str, str]()
+    if plan.opens_types and budget is not None:
+        size = gigabytes(budget.target_size or 0)
+        return {"types": f"found by a survey and {budget.trials} trials at most", "bytes, at most": size}
     if plan.ranks is not None:
-        budget, most = job.recipe.budget, dict[str, str]()
         if budget is not None and budget.target_size is not None:
             most = {"bytes, at most": gigabytes(budget.target_size)}
         elif budget is not None:
@@ -169,7 +172,19 @@ def show_result(job: "Job", result: "Result", *, as_json: bool) -> None:
     }
     print_values(f"{job.model.name} compressed: {result.out}", values)
     show_linears(result.ranks, result.num_blocks, result.alternatives)
+    print_rows("Types", mixture_rows(result.mixture))
     print_lines(result.notes)
+
+
+def mixture_rows(mixture: Sequence[Mapping[str, Any]]) -> list[Row]:
+    return [
+        {
+            "matrices": part["part"],
+            "types": ", ".join(f"{name} x {count}" for name, count in part["types"].items()),
+            "bytes": gigabytes(part["bytes"]),
+        }
+        for part in mixture
+    ]
 
 
 def loads_as(architecture: str, *, is_stock: bool) -> str:

@@ -22,9 +22,11 @@ from torch import Tensor
 from transformers import AutoConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from compress import families
 from compress.errors import CheckpointError, UnsupportedModel
-from compress.models.loading import check_sizes, check_values
+from compress.models.loading import LIMITS, check_sizes, check_values
 from compress.models.untrusted import reading
+from compress.own_model.configuration_compress import CompressConfig
 
 VERSIONS = (2, 3)
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -104,9 +106,11 @@ class Cursor:
         # A float32 with as few digits as tell it apart: 1e-05, as the config had it before.
         return float(str(np.float32(found))) if kind == FLOAT32 else found
 
-    def array(self) -> str:
-        """Go over an array, such as a vocabulary: what is needed of the header here are single values."""
+    def array(self) -> list[Any] | str:
+        """Read a number for each block; go over longer arrays, such as a vocabulary."""
         kind, count = self.take("IQ")
+        if kind in SCALARS and count <= LIMITS["num_hidden_layers"]:
+            return list(self.take(f"{count}{SCALARS[kind]}"))
         if kind in SCALARS:
             self.advance(count * struct.calcsize(f"<{SCALARS[kind]}"))
         else:
@@ -187,6 +191,8 @@ class Architecture:
     keys: what only this one says, by the header's names. interleaved: whether rows of queries and keys are in the order
     of llama.cpp. norms_from_one: whether gains are stored as what they multiply by, where transformers adds one.
     biases: whether attention and MLP may have some. activation: of the MLP; llama.cpp knows it by the architecture.
+    local_rope: whether blocks with a window have rotary embeddings of their own.
+    free_widths: whether MLPs may have a width in each block.
     """
 
     model_type: str
@@ -195,6 +201,8 @@ class Architecture:
     norms_from_one: bool = False
     biases: bool = False
     activation: str = "silu"
+    local_rope: bool = False
+    free_widths: bool = False
 
     @property
     def all_keys(self) -> dict[str, str]:
@@ -206,6 +214,10 @@ class Architecture:
 
 WINDOW = {"attention.sliding_window": "sliding_window"}
 SOFTCAPS = {f"{name}_logit_softcapping": f"{name}_logit_softcapping" for name in ("attn", "final")}
+GEMMA3 = WINDOW | {
+    "attention.sliding_window_pattern": "sliding_window_pattern",
+    "final_logit_softcapping": "final_logit_softcapping",
+}
 LAYER_NORM, RMS_NORM = "attention.layer_norm_epsilon", "attention.layer_norm_rms_epsilon"
 MULTIPLIERS = {
     "attention.scale": "attention_multiplier",
@@ -216,10 +228,12 @@ MULTIPLIERS = {
 TANH = "gelu_pytorch_tanh"
 ARCHITECTURES = {
     "llama": Architecture("llama", interleaved=True, biases=True),  # Mistral too
+    "deci": Architecture("llama", interleaved=True, biases=True, free_widths=True),
     "qwen2": Architecture("qwen2"),
     "qwen3": Architecture("qwen3"),
     "gemma": Architecture("gemma", norms_from_one=True, activation=TANH),
     "gemma2": Architecture("gemma2", WINDOW | SOFTCAPS, norms_from_one=True, activation=TANH),
+    "gemma3": Architecture("gemma3_text", GEMMA3, norms_from_one=True, activation=TANH, local_rope=True),
     "phi3": Architecture("phi3", WINDOW | {"rope.scaling.original_context_length": "original_max_position_embeddings"}),
     "granite": Architecture("granite", MULTIPLIERS, interleaved=True, biases=True),
     "smollm3": Architecture("smollm3", interleaved=True),
@@ -227,7 +241,8 @@ ARCHITECTURES = {
     "starcoder2": Architecture("starcoder2", {LAYER_NORM: "norm_epsilon"}, activation=TANH),
 }
 # The architecture that each model_type is written as.
-WRITTEN = {known.model_type: name for name, known in ARCHITECTURES.items()} | {"mistral": "llama"}
+WRITTEN = {known.model_type: name for name, known in ARCHITECTURES.items()} | {"llama": "llama", "mistral": "llama"}
+DECI = ("llama", "mistral")  # the model_types that `deci` is with a width of its own in each MLP
 KEYS = {
     "context_length": "max_position_embeddings",
     "embedding_length": "hidden_size",
@@ -243,10 +258,13 @@ OPTIONAL = ("attention.head_count_kv", "attention.key_length")
 REQUIRED = ({*KEYS} - {*OPTIONAL}) | {LAYER_NORM, *MULTIPLIERS}
 HEAD_SIZES = ("rope.dimension_count", "attention.value_length")  # which all have to be key_length
 ROPE = ("rope.freq_base", "rope.scaling.type", "rope.scaling.factor")
+LOCAL_BASE = "rope.freq_base_swa"
 # The vocabulary has as many rows as its table; the others say how the model came to be.
 WITHOUT_EFFECT = ("vocab_size", "tensor_data_layout", "rope.scaling.finetuned", "expert_count", "expert_used_count")
 SPECIAL = {"bos": "bos_token_id", "eos": "eos_token_id", "padding": "pad_token_id"}
-GEMMA2_27B_BLOCKS = 46  # llama.cpp too knows by them alone that its queries are scaled in another way
+# The blocks of Gemma's 27B: llama.cpp too knows by them alone that its queries are scaled in another way.
+GEMMA_27B_BLOCKS = {"gemma2": 46, "gemma3_text": 62}
+FULL, LOCAL = "full_attention", "sliding_attention"
 LLAMA31 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
@@ -270,10 +288,11 @@ def architecture_of(header: Header) -> Architecture:
 def read_config(header: Header) -> Any:
     """Raises UnsupportedModel for what transformers' model would not compute, CheckpointError for what makes none."""
     known, prefix = architecture_of(header), f"{header.fields['general.architecture']}."
-    said = {key.removeprefix(prefix): value for key, value in header.fields.items() if key.startswith(prefix)}
+    said = {key.removeprefix(prefix): alike(value) for key, value in header.fields.items() if key.startswith(prefix)}
     if said.get("expert_count") or any("_exps." in name for name in header.tensors):
         raise UnsupportedModel(f"{header.file} has experts. {FOLDER_INSTEAD}")
-    unknown = min(said.keys() - {*known.all_keys, *HEAD_SIZES, *ROPE, *WITHOUT_EFFECT}, default=None)
+    local = {LOCAL_BASE} if known.local_rope else set()
+    unknown = min(said.keys() - {*known.all_keys, *HEAD_SIZES, *ROPE, *local, *WITHOUT_EFFECT}, default=None)
     if unknown is not None:
         raise UnsupportedModel(
             f"{header.file} says {unknown} = {str(said[unknown])[:40]}, of which transformers' model would know "
@@ -286,11 +305,53 @@ def read_config(header: Header) -> Any:
             **{name: header.fields.get(f"tokenizer.ggml.{key}_token_id") for key, name in SPECIAL.items()},
             dtype=written_dtype(header),
             tie_word_embeddings="output.weight" not in header.tensors,
-            rope_parameters={"rope_type": "default", "rope_theta": float(said.get("rope.freq_base", 1e4))},
+            rope_parameters=rotary_bases(known, said),
         )
         check_sizes(header.file, config)
-        config.rope_parameters |= rotary_scaling(header, said, config)
-    return config
+        if hasattr(config, "query_pre_attn_scalar"):
+            config.query_pre_attn_scalar = query_scale(config)
+        rope_of(config).update(rotary_scaling(header, said, config))
+        return with_widths(config, mlp_widths(header, said)) if known.free_widths else config
+
+
+def mlp_widths(header: Header, said: Mapping[str, Any]) -> list[int]:
+    """The width of each block's MLP. Raises ValueError for what makes none."""
+    found, count = said["feed_forward_length"], said["block_count"]
+    widths = found if isinstance(found, list) else [found] * count
+    if len(widths) != count:
+        raise ValueError(f"it has {count} blocks and {len(widths)} widths of MLPs")
+    for width in widths:
+        check_values(header.file, {"intermediate_size": width})
+    return widths
+
+
+def with_widths(config: Any, widths: list[int]) -> CompressConfig:
+    """The config of our class for a stock model with MLPs of these widths."""
+    structure, ends = families.find(config).structure(), {name: getattr(config, name) for name in SPECIAL.values()}
+    return CompressConfig(text_config=config, structure=structure, mlp_widths=widths, dtype=config.dtype, **ends)
+
+
+def alike(value: Any) -> Any:
+    """The one number that is said of each block, or what is said."""
+    return value[0] if isinstance(value, list) and len(set(value)) == 1 else value
+
+
+def rotary_bases(known: Architecture, said: Mapping[str, Any]) -> dict[str, Any]:
+    bases = {FULL: "rope.freq_base"} | ({LOCAL: LOCAL_BASE} if known.local_rope else {})
+    found = {kind: {"rope_type": "default", "rope_theta": float(said.get(key, 1e4))} for kind, key in bases.items()}
+    return found if known.local_rope else found[FULL]
+
+
+def rope_of(config: Any, kind: str = FULL) -> dict[str, Any]:
+    """The rotary parameters of blocks of a kind, which most models have in common. The config's own, not a copy."""
+    found: dict[str, Any] = config.rope_parameters or {}
+    return found.get(kind, found)
+
+
+def query_scale(config: Any) -> int:
+    """The number by whose square root llama.cpp divides a Gemma's queries: but for the largest, the size of a head."""
+    is_27b = config.num_hidden_layers == GEMMA_27B_BLOCKS.get(config.model_type)
+    return int(config.hidden_size // config.num_attention_heads if is_27b else config.head_dim)
 
 
 def sizes(header: Header, known: Architecture, said: Mapping[str, Any]) -> dict[str, Any]:
@@ -302,6 +363,10 @@ def sizes(header: Header, known: Architecture, said: Mapping[str, Any]) -> dict[
     if absent is not None:
         raise ValueError(f"it does not say {absent}")
     found = {name: said[key] for key, name in known.all_keys.items() if key in said}
+    if known.free_widths:
+        found["intermediate_size"] = max(mlp_widths(header, said))
+        if isinstance(found["num_attention_heads"], list) or isinstance(found.get("num_key_value_heads"), list):
+            raise UnsupportedModel(f"{header.file} has more heads in some blocks than in others. {FOLDER_INSTEAD}")
     found["vocab_size"] = header.tensors["token_embd.weight"].shape[0]
     found.setdefault("num_key_value_heads", found["num_attention_heads"])
     check_values(header.file, found)
@@ -314,8 +379,8 @@ def sizes(header: Header, known: Architecture, said: Mapping[str, Any]) -> dict[
     if known.biases:
         biases = {name.split(".")[-2].partition("_")[0] for name in header.tensors if name.endswith(".bias")}
         found |= {"attention_bias": "attn" in biases, "mlp_bias": "ffn" in biases}
-    if known.model_type == "gemma2":
-        found["query_pre_attn_scalar"] = share if found["num_hidden_layers"] == GEMMA2_27B_BLOCKS else head
+    if known.local_rope and not said.get("attention.sliding_window"):
+        raise UnsupportedModel(f"{header.file} has no sliding window. {FOLDER_INSTEAD}")
     return found
 
 
@@ -335,7 +400,8 @@ def rotary_scaling(header: Header, said: Mapping[str, Any], config: Any) -> dict
         return {}
     if factors is None and kind == "linear":
         return {"rope_type": "linear", "factor": float(said["rope.scaling.factor"])}
-    if factors is not None and kind == "none" and factors.kind == "F32" and factors.shape == (config.head_dim // 2,):
+    pairs = None if FULL in config.rope_parameters else (config.head_dim // 2,)
+    if factors is not None and kind == "none" and factors.kind == "F32" and factors.shape == pairs:
         stored = torch.from_numpy(header.read_rows(factors, 0, 1).view(np.float32)[0].copy())
         found = {"rope_type": "llama3", "factor": round(float(stored[-1]), 4), **LLAMA31}
         scaled = type(config)(**config.to_dict() | {"rope_parameters": config.rope_parameters | found})

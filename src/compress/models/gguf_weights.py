@@ -102,7 +102,7 @@ def read_model(file: Path, _version: tuple[int, ...]) -> GgufModel:
     config = read_config(header)
     model = empty_model(config)
     config.architectures = [type(model).__name__]
-    names = tensor_names(header.fields["general.architecture"], config.num_hidden_layers)
+    names = tensor_names(header.fields["general.architecture"], config.get_text_config().num_hidden_layers)
     weights = {}
     for name, parameter in model.state_dict().items():
         if name != "lm_head.weight":
@@ -134,6 +134,7 @@ def weight_of(header: Header, config: Any, shape: tuple[int, ...], theirs: str) 
         raise UnsupportedModel(
             f"{file} has {theirs!r} in the type {stored.kind}, which the package gguf does not dequantize."
         ) from error
+    config = config.get_text_config()
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(theirs.split(".")[-2])
     order = interleaved(torch.arange(shape[0]), heads).argsort() if known.interleaved and heads else None
     return GgufWeight(header, stored, order, known.norms_from_one and theirs.endswith("norm.weight"))

@@ -1,7 +1,7 @@
 """Grids of llama.cpp's block types: scales fitted to weights, within what a block can store.
 
     fit_blocks   scales and minima of all groups by weighted least squares, then in few bits of their block's
-    refit        the same for codes that a sweep has found, by the full second moment of the inputs
+    polished     the same for codes that a sweep has found, and these again, by the full second moment of the inputs
 
 Both hold everything else fixed and move one number to its best value, rounded to what is stored; the error is a
 parabola in each of them. That scales are fixed before a sweep lets it take inputs in any order.
@@ -21,7 +21,7 @@ from torch import Tensor
 from compress.numerics.block_types import Block, BlockType
 from compress.numerics.grids import Grid
 from compress.numerics.hessian import Hessian
-from compress.numerics.sweep import spans
+from compress.numerics.sweep import ColumnRounding, descended, in_order, spans
 
 CHUNK = 2**18  # weights that scales are searched for at a time
 TRIALS = 12  # scales for each end of the grid
@@ -102,54 +102,70 @@ def integers(x: Tensor, columns: int) -> Int32[Tensor, "_ columns"]:
     return x.reshape(-1, columns).to(torch.int32)
 
 
-def fit_blocks(W: Float[Tensor, "m n"], kind: BlockType, weights: Float[Tensor, "n"] | None = None) -> BlockGrid:
-    """weights: of the inputs' squared errors; the diagonal of their second moment."""
+def fit_blocks(
+    W: Float[Tensor, "m n"], kind: BlockType, weights: Float[Tensor, "n"] | None = None, *, trials: int = TRIALS
+) -> BlockGrid:
+    """
+    weights: of the inputs' squared errors; the diagonal of their second moment. trials: scales for each end of the
+        grid; fewer than usual take less time and leave a few percent more error.
+    """
     w = torch.ones_like(W[0]) if weights is None else weights.to(W.dtype)
-    w = (w / w.mean().clamp_min(TINY)).clamp_min(1e-6).view(1, -1, kind.group)
+    w = (w / w.mean().clamp_min(TINY)).clamp_min(1e-6).view(-1, kind.group, 1)
     rows = max(CHUNK // W.shape[1], 1)
-    return BlockGrid.stacked([fit_rows(part.unflatten(1, (-1, kind.group)), kind, w) for part in W.split(rows)])
+    return BlockGrid.stacked(
+        [fit_rows(in_order(part, None).unflatten(0, (-1, kind.group)), kind, w, trials) for part in W.split(rows)]
+    )
 
 
-def fit_rows(X: Float[Tensor, "m G g"], kind: BlockType, w: Float[Tensor, "1 G g"]) -> BlockGrid:
-    scale, low = shifted_scales(X, kind, w) if kind.has_min else (plain_scales(X, kind, w), None)
-    grid = in_blocks(kind, scale, low)
-    error = error_of_blocks(grid, X, w)
-    for _ in range(REFINEMENTS):
-        new = moved(grid, X, w)
-        changed = error_of_blocks(new, X, w)
-        grid, error = chosen(changed < error, new, grid), torch.minimum(changed, error)
+def fit_rows(X: Float[Tensor, "G g m"], kind: BlockType, w: Float[Tensor, "G g 1"], trials: int) -> BlockGrid:
+    """Rows are last, so that sums over a group's weights are sums of vectors."""
+    scale, low = shifted_scales(X, kind, w, trials) if kind.has_min else (plain_scales(X, kind, w, trials), None)
+    grid = in_blocks(kind, scale.T.contiguous(), None if low is None else low.T.contiguous())
+    q, wX = codes_of(grid, X), w * X
+    error = error_of_blocks(grid, q, X, w)
+    for _ in range(REFINEMENTS if trials >= TRIALS else 1):
+        new = moved(grid, q, wX, w)
+        codes = codes_of(new, X)
+        changed = error_of_blocks(new, codes, X, w)
+        better = changed < error
+        grid, error = chosen(better, new, grid), torch.minimum(changed, error)
+        q = torch.where(better.T.repeat_interleave(kind.per_block, 0)[:, None], codes, q)
     return grid
 
 
-def plain_scales(X: Float[Tensor, "m G g"], kind: BlockType, w: Tensor) -> Float[Tensor, "m G"]:
+def plain_scales(X: Float[Tensor, "G g m"], kind: BlockType, w: Tensor, trials: int) -> Float[Tensor, "G m"]:
     """The best scale of each group by itself; its sign puts either end of the grid on the largest weight."""
-    largest = X.gather(2, X.abs().argmax(2, keepdim=True))[..., 0]
+    largest = X.gather(1, X.abs().argmax(1, keepdim=True))[:, 0]
     ends = [kind.lowest, kind.highest] if kind.table is None else [kind.table[0], kind.table[-1]]
-    reaches = torch.linspace(0.76, 1.26, TRIALS).tolist()
+    reaches = torch.linspace(0.76, 1.26, trials).tolist()
     if kind.highest - kind.lowest > FINE:
         ends, reaches = ends[:1], [0.95, 1.0, 1.05]
     best, scale = torch.zeros_like(largest), torch.zeros_like(largest)
+    q, wq = torch.empty_like(X), torch.empty_like(X)
     for end, reach in product(ends, reaches):
-        q = kind.nearest_(X / positive(largest / (end * reach))[..., None])
-        wq = w * q
-        along, square = (wq * X).sum(2), (wq * q).sum(2).clamp_min(TINY)
+        kind.nearest_(torch.div(X, positive(largest / (end * reach))[:, None], out=q))
+        torch.mul(w, q, out=wq)
+        square, along = q.mul_(wq).sum(1).clamp_min_(TINY), wq.mul_(X).sum(1)
         gain = along.square() / square
         best, scale = (torch.where(gain > best, new, old) for new, old in ((gain, best), (along / square, scale)))
     return scale
 
 
-def shifted_scales(X: Float[Tensor, "m G g"], kind: BlockType, w: Tensor) -> tuple[Tensor, Tensor]:
+def shifted_scales(X: Float[Tensor, "G g m"], kind: BlockType, w: Tensor, trials: int) -> tuple[Tensor, Tensor]:
     """The best scale and minimum of each group; the minimum as what is subtracted, or added without `mins`."""
-    high, least = X.amax(2), X.amin(2)
+    high, least = X.amax(1), X.amin(1)
     if kind.mins is not None:
         least = least.clamp_max(0)
-    total, sx, sxx = w.sum(2), (w * X).sum(2), (w * X * X).sum(2)
+    above, wX = X - least[:, None], w * X
+    total, sx, sxx = w.sum(1), wX.sum(1), (wX * X).sum(1)
     best, scale, low = (torch.full_like(high, value) for value in (torch.inf, 0.0, 0.0))
-    for reach in torch.linspace(-1.0, 1.0, TRIALS).tolist():
+    q, weighed = torch.empty_like(X), torch.empty_like(X)
+    for reach in torch.linspace(-1.0, 1.0, trials).tolist():
         inverse = (kind.highest + reach) / positive(high - least)
-        q = ((X - least[..., None]) * inverse[..., None]).round_().clamp_(0, kind.highest)
-        wq = w * q
-        sq, sqq, sqx = wq.sum(2), (wq * q).sum(2), (wq * X).sum(2)
+        torch.mul(above, inverse[:, None], out=q).round_().clamp_(0, kind.highest)
+        sqx = torch.mul(q, wX, out=weighed).sum(1)
+        sq = torch.mul(q, w, out=weighed).sum(1)
+        sqq = weighed.mul_(q).sum(1)
         det = total * sqq - sq.square()
         s = torch.where(det > 0, (total * sqx - sx * sq) / det, 0)
         b = torch.where(det > 0, (sqq * sx - sq * sqx) / det, sx / total)
@@ -211,11 +227,22 @@ def chosen(better: Bool[Tensor, "m B"], new: BlockGrid, old: BlockGrid) -> Block
     return BlockGrid.of(old.kind, *parts)  # type: ignore[arg-type]
 
 
-def moved(grid: BlockGrid, X: Float[Tensor, "m G g"], w: Float[Tensor, "1 G g"]) -> BlockGrid:
-    """Scales and minima at their best for the present codes."""
-    kind, q = grid.kind, grid._codes(X.flatten(1)).view(X.shape)
-    total, wq = w.sum(2), w * q
-    square, along, sums, weighed = (wq * q).sum(2), (wq * X).sum(2), wq.sum(2), (w * X).sum(2)
+def codes_of(grid: BlockGrid, X: Float[Tensor, "G g m"]) -> Float[Tensor, "G g m"]:
+    q = X / per_group(grid.step)
+    return grid.kind.nearest_(q if grid.zero is None else q.add_(per_group(grid.zero)))
+
+
+def per_group(part: Float[Tensor, "m G"]) -> Float[Tensor, "G 1 m"]:
+    return part.T.contiguous()[:, None]
+
+
+def moved(
+    grid: BlockGrid, q: Float[Tensor, "G g m"], wX: Float[Tensor, "G g m"], w: Float[Tensor, "G g 1"]
+) -> BlockGrid:
+    """Scales and minima at their best for the codes q. wX: w times the weights."""
+    kind, wq = grid.kind, w * q
+    total, sums, weighed = w.sum(1).T, wq.sum(1).T, wX.sum(1).T
+    square, along = wq.mul_(q).sum(1).T, (wX * q).sum(1).T
     if grid.zero is not None:
         along = along + grid.zero * grid.step * sums
     ideal = along / square.clamp_min(TINY)
@@ -239,29 +266,42 @@ def by_blocks(x: Float[Tensor, "m G"], kind: BlockType) -> Float[Tensor, "m B"]:
     return x.unflatten(1, (-1, kind.per_block)).sum(2)
 
 
-def error_of_blocks(grid: BlockGrid, X: Float[Tensor, "m G g"], w: Float[Tensor, "1 G g"]) -> Float[Tensor, "m B"]:
-    error = (X - grid.nearest(X.flatten(1)).view(X.shape)).square_().mul_(w).sum(2)
-    return by_blocks(error, grid.kind)
+def error_of_blocks(
+    grid: BlockGrid, q: Float[Tensor, "G g m"], X: Float[Tensor, "G g m"], w: Float[Tensor, "G g 1"]
+) -> Float[Tensor, "m B"]:
+    values = q.clone() if grid.zero is None else q - per_group(grid.zero)
+    return by_blocks(values.mul_(per_group(grid.step)).sub_(X).square_().mul_(w).sum(1).T, grid.kind)
 
 
-def refit(
-    Q: Float[Tensor, "m n"], W: Float[Tensor, "m n"], hessian: Hessian, grid: BlockGrid
+def polished(
+    Q: Float[Tensor, "m n"],
+    W: Float[Tensor, "m n"],
+    hessian: Hessian,
+    grid: BlockGrid,
+    *,
+    mask: Bool[Tensor, "m n"] | None = None,
+    rounds: int,
 ) -> tuple[Float[Tensor, "m n"], BlockGrid]:
-    """Return Q with the same codes and better scales, and the grid with these: one round of coordinate descent."""
-    descent = ScaleDescent(Q, W, hessian.damped.to(W.dtype), grid)
-    return Q + descent.run().T, descent.grid()
+    """Return Q with better scales and codes, and the grid with these: rounds of coordinate descent on each in turn."""
+    H, now = hessian.damped.to(W.dtype), in_order(Q, None)
+    slope = H @ (in_order(W, None) - now)
+    for _ in range(rounds):
+        descent = ScaleDescent(now, slope, H, grid)
+        now, grid = now + descent.run(), descent.grid()
+        now = descended(now, slope, H, ColumnRounding(grid, mask, None, len(now), now.dtype))
+    return now.T, grid
 
 
 class ScaleDescent:
-    """Move one scale or minimum of every row at a time to its best, by E ||(W - Q) x||^2.
+    """Move one scale or minimum of every row at a time to its best for the same codes, by E ||(W - Q) x||^2.
 
-    Everything is transposed: parts (blocks or groups, m), codes and slope (n, m). slope: H (W - Q)^T within the span of
-    columns that is worked on and after it. changes: of Q^T so far.
+    Everything is transposed: parts (blocks or groups, m), Q and codes (n, m). slope: H (W - Q)^T, brought up to date
+    in place; while a span of columns is worked on, within it alone. changes: of Q^T so far.
     """
 
-    def __init__(self, Q: Tensor, W: Tensor, H: Tensor, grid: BlockGrid) -> None:
-        self.kind, self.H = grid.kind, H
-        self.codes, self.slope = grid._codes(Q).T.contiguous(), H @ (W - Q).T
+    def __init__(self, Q: Tensor, slope: Tensor, H: Tensor, grid: BlockGrid) -> None:
+        self.kind, self.H, self.slope = grid.kind, H, slope
+        self.codes = grid._codes(Q.T).T.contiguous()
         self.changes = torch.zeros_like(self.slope)
         self.d, self.low, self.sc, self.mn = (none_or(Tensor.contiguous, none_or(Tensor.t, p)) for p in grid.parts)
 
@@ -277,7 +317,8 @@ class ScaleDescent:
             for first in range(start, stop, size):
                 self.move_scales(first)
                 self.move_minima(first)
-            self.slope[stop:].addmm_(self.H[stop:, start:stop], self.changes[start:stop], alpha=-1)
+            for others in (slice(0, start), slice(stop, n)):
+                self.slope[others].addmm_(self.H[others, self.span], self.changes[self.span], alpha=-1)
         return self.changes
 
     def groups(self, first: int) -> list[tuple[int, slice]]:

@@ -26,7 +26,7 @@ from torch import Tensor
 from compress.errors import NumericalError
 from compress.numerics.adapters import AdapterMethod, fit_adapter
 from compress.numerics.admm import sparse_plus_lowrank
-from compress.numerics.block_grid import BlockGrid, fit_blocks, refit
+from compress.numerics.block_grid import BlockGrid, fit_blocks, polished
 from compress.numerics.block_types import BlockType
 from compress.numerics.grids import FLOAT8, Granularity, Grid, QuantType
 from compress.numerics.hessian import Hessian
@@ -326,10 +326,11 @@ def swept(target: Float[Tensor, "m n"], start: Rounded, how: Decomposition, hess
     pattern = how.prune.pattern if how.prune is not None and mask is None else None
     act_order = how.quantize is not None and how.quantize.act_order
     S, mask = sweep(target, hessian, grid=grid, pattern=pattern, mask=mask, act_order=act_order)
+    if isinstance(grid, BlockGrid):
+        S, grid = polished(S, target, hessian, grid, mask=mask, rounds=how.polish)
+        return Rounded(S, mask, grid)
     for _ in range(how.polish):
-        if isinstance(grid, BlockGrid):
-            S, grid = refit(S, target, hessian, grid)
-        elif grid is not None and how.quantize is not None:
+        if grid is not None and how.quantize is not None:
             S, grid = rescaled(S, target, hessian, grid, stored=how.quantize.stored)
         S = descend(S, target, hessian, grid=grid, mask=mask, rounds=1)
     return Rounded(S, mask, grid)

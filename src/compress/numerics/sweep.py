@@ -71,13 +71,32 @@ def descend(
     Fewer than `rounds` where nothing changes any more.
     """
     H, rounding = hessian.damped.to(W.dtype), ColumnRounding(grid, mask, None, W.shape[1], W.dtype)
-    target, now, step_sizes = in_order(W, None), in_order(Q, None), (1 / H.diagonal()).tolist()
+    now = in_order(Q, None)
+    slope = H @ (in_order(W, None) - now)
     for _ in range(rounds):
-        slope = H @ (target - now)
-        before, now = now, fix_columns(slope, H, rounding, old=now, step_sizes=step_sizes, block=block)
+        before, now = now, descended(now, slope, H, rounding, block=block)
         if torch.equal(now, before):
             break
     return now.T
+
+
+def descended(
+    now: Float[Tensor, "n m"],
+    slope: Float[Tensor, "n m"],
+    H: Float[Tensor, "n n"],
+    rounding: "ColumnRounding",
+    *,
+    block: int = BLOCK,
+) -> Float[Tensor, "n m"]:
+    """One round of the descent on Q^T. slope: H (W - Q)^T, brought up to date in place."""
+    found, step_sizes = torch.empty_like(now), (1 / H.diagonal()).tolist()
+    for start, stop in spans(0, len(now), block):
+        part, change = slice(start, stop), slope[start:stop].clone()
+        found[part] = fix_columns(
+            change, H[part, part], rounding, old=now[part], step_sizes=step_sizes[part], first=start, block=block
+        )
+        slope.addmm_(H[:, part], change, alpha=-1)
+    return found
 
 
 def fix_columns(
@@ -87,12 +106,14 @@ def fix_columns(
     *,
     old: Float[Tensor, "n m"] | None = None,
     step_sizes: Sequence[float] = (),
+    first: int = 0,
     block: int,
 ) -> Float[Tensor, "n m"]:
     """Q, whose column j is rest_j rounded, or with `old`, old_j + step_sizes_j rest_j rounded.
 
     After each column, coupling[j, k] times its error is subtracted from rest_k for all later k. The error is
-    rest_j - q_j, or with `old`, q_j - old_j. In the end `rest` holds these errors.
+    rest_j - q_j, or with `old`, q_j - old_j. In the end `rest` holds these errors. first: the number of the first
+    column as `rounding` counts them.
     """
     n, unit = len(rest), rounding.unit
     small = SMALL if unit == 1 else unit
@@ -100,19 +121,19 @@ def fix_columns(
     columns, error = Q.unbind(), rest.unbind()
     for start, stop in spans(0, n, max(block // unit, 1) * unit):
         rounding.find_mask(rest, start, stop, grouped=False)
-        for first, last in spans(start, stop, small):
-            rounding.find_mask(rest, first, last, grouped=True)
-            for j in range(first, last):
-                if j > first:
-                    error[j].addmv_(rest[first:j].T, coupling[first:j, j], alpha=-1)
+        for begin, last in spans(start, stop, small):
+            rounding.find_mask(rest, begin, last, grouped=True)
+            for j in range(begin, last):
+                if j > begin:
+                    error[j].addmv_(rest[begin:j].T, coupling[begin:j, j], alpha=-1)
                 if old is None:
-                    rounding.round(j, error[j], out=columns[j])
+                    rounding.round(first + j, error[j], out=columns[j])
                     error[j].sub_(columns[j])
                 else:
                     target = torch.add(old[j], error[j], alpha=step_sizes[j], out=error[j])
-                    rounding.round(j, target, out=columns[j])
+                    rounding.round(first + j, target, out=columns[j])
                     torch.sub(columns[j], old[j], out=error[j])
-            rest[last:stop].addmm_(coupling[first:last, last:stop].T, rest[first:last], alpha=-1)
+            rest[last:stop].addmm_(coupling[begin:last, last:stop].T, rest[begin:last], alpha=-1)
         rest[stop:].addmm_(coupling[start:stop, stop:].T, rest[start:stop], alpha=-1)
     return Q
 

@@ -18,6 +18,8 @@ class CompressConfig(PretrainedConfig):
         `mlp_widths`: of the MLPs, one a block, where they are not all as `text_config` says; else None.
         `norm_width`, `norm_eps`: RMSNorm(x) = x / sqrt(sum(x^2) / norm_width + norm_eps), norm_width the dense width.
         `reader_bias`: whether norm offsets were folded into the readers, so that each has a bias.
+    mlp_widths: of the MLPs of a model that is not sliced so, one a block, where they are not all as `text_config` says;
+        else None.
     factors: by the name of each factorized linear: `rank`, `form` (`factors` or `pivot`) and `bias`.
     storage: by the name of each linear stored in few bits, factors apart: how, as `CompactLinear` reads it.
     """
@@ -26,13 +28,16 @@ class CompressConfig(PretrainedConfig):
     sub_configs = {"text_config": AutoConfig}  # noqa: RUF012 (transformers reads it as a plain class attribute)
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
 
-    def __init__(self, text_config=None, structure=None, slicing=None, factors=None, storage=None, **kwargs):
+    def __init__(
+        self, text_config=None, structure=None, slicing=None, mlp_widths=None, factors=None, storage=None, **kwargs
+    ):
         # transformers also makes a config without arguments.
         if isinstance(text_config, dict):
             text_config = AutoConfig.for_model(**text_config)
         self.text_config = text_config
         self.structure = structure
         self.slicing = slicing
+        self.mlp_widths = mlp_widths
         self.factors = factors or {}
         self.storage = storage or {}
         kwargs.setdefault("tie_word_embeddings", bool(text_config and text_config.tie_word_embeddings))

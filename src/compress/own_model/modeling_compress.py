@@ -46,6 +46,7 @@ class CompressForCausalLM(PreTrainedModel, GenerationMixin):
         setattr(self, self.base_model_prefix, unfuse_experts(AutoModel.from_config(config.text_config)))
         if config.slicing is None:
             width, bias = self.get_input_embeddings().embedding_dim, structure["head_bias"]
+            narrow_mlps(self, structure, config.mlp_widths)
         else:
             slice_stream(self, config)
             width, bias = config.slicing["stream_widths"][-1], config.slicing["reader_bias"] or structure["head_bias"]
@@ -252,6 +253,18 @@ def slice_stream(model, config):
             slice_branch(block, branch, slicing, widths[point : point + 2], mlp_widths and mlp_widths[index])
             point += 1
     replace(model, structure["final_norm"], GainlessRMSNorm(slicing["norm_width"], slicing["norm_eps"]))
+
+
+def narrow_mlps(model, structure, widths):
+    """Give the MLPs of `model` widths of their own, one a block, in place; None where they are as they should be."""
+    blocks = model.get_submodule(structure["blocks"])
+    for width, block in zip(widths or (), blocks if widths else (), strict=True):
+        for neurons in filter(None, (branch["neurons"] for branch in structure["branches"])):
+            for name, stacks in neurons["readers"].items():
+                reader = block.get_submodule(name)
+                replace(block, name, nn.Linear(reader.in_features, stacks * width, bias=reader.bias is not None))
+            writer = block.get_submodule(neurons["writer"])
+            replace(block, neurons["writer"], nn.Linear(width, writer.out_features, bias=writer.bias is not None))
 
 
 def slice_branch(block, branch, slicing, widths, mlp_width):

@@ -24,9 +24,19 @@ from compress.datasets.windows import fingerprint
 from compress.io import write_tensors
 from compress.models.loading import load_config
 from compress.numerics.precision import full_precision
-from compress.pipeline.output import TRIAL, Result, result_of, write_companions, write_gguf_file
+from compress.pipeline.mixture import chosen_types, frontier_points
+from compress.pipeline.output import (
+    TRIAL,
+    Result,
+    result_of,
+    trials_of,
+    write_companions,
+    write_gguf_file,
+    write_trials,
+)
 from compress.planning import search
 from compress.planning.budget import rank_choices
+from compress.planning.frontier import Frontier
 from compress.planning.memory import resident_bytes, usual_batch_size
 from compress.planning.plan import Plan
 from compress.planning.prepare import Job, Prepared, depth_site, kept_blocks, new_walk, plan_job, prepare, take_survey
@@ -66,6 +76,27 @@ def run_together(job: Job, processes: Processes, progress: Progress = silent) ->
                 return None
             folder.publish()
             return result_of(prepared, read_metadata(folder.out), {"total": 0.0}, None, len(folder.parts))
+
+
+def map_frontier(job: Job, between: tuple[int, int], progress: Progress = silent) -> Frontier:
+    """Find the types of a GGUF file at sizes from the first to the second, without writing any.
+
+    Raises a CompressError for what a user can mend.
+    """
+    with full_precision():
+        prepared = prepare(job)
+        assert prepared.types is not None
+        for size in between:
+            prepared.types.check(size)
+        with open_run(job, {**identity(prepared), "sizes": list(between)}, ALONE, progress) as folder:
+            survey = _survey(prepared, folder, progress)
+            assert survey is not None
+            found = frontier_points(prepared, folder, survey, between, progress)
+            found.write(folder.checkpoint)
+            write_trials(folder.checkpoint, trials_of(folder))
+            found.draw(folder.checkpoint)
+            folder.finish()
+    return found
 
 
 def _run(prepared: Prepared, folder: RunFolder, progress: Progress, start: float) -> Result | None:
@@ -114,7 +145,7 @@ def _shallower(prepared: Prepared, folder: RunFolder, progress: Progress) -> Pre
 
 def _survey(prepared: Prepared, folder: RunFolder, progress: Progress) -> Survey | None:
     """The survey that the plan asks for, taken once: a run that goes on reads it back."""
-    if prepared.plan.survey is SurveyNeed.NONE:
+    if prepared.plan.survey is SurveyNeed.NONE or prepared.job.frontier is not None:
         return None
     if "survey" in folder.findings:
         device, files = prepared.job.device, GradientFiles(prepared.job.partial)
@@ -131,6 +162,8 @@ def _survey(prepared: Prepared, folder: RunFolder, progress: Progress) -> Survey
 def _chosen(prepared: Prepared, folder: RunFolder, survey: Survey | None, progress: Progress) -> Prepared:
     """With the plan's choice made, by trial where there is more than one; a run that goes on reads trials back."""
     plan = prepared.plan
+    if prepared.types is not None:
+        return chosen_types(prepared, folder, survey, progress)
     if plan.ranks is not None:  # each allocation's, now that the dense model has been looked at
         kept = kept_blocks(plan.stages, plan.space.base.num_blocks)
         spectra = {} if survey is None else survey.of_blocks(kept).spectra

@@ -3,6 +3,8 @@
 Everything of a finished checkpoint but its parts: config, tokenizer, index, compress.json, card, adapter, GGUF file.
 """
 
+import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from compress.architectures.architecture import Size
-from compress.architectures.gguf_types import FileType
+from compress.architectures.gguf_types import file_type_of, row_bytes
 from compress.architectures.packed import not_for_vllm, unpacks_while_loading
 from compress.calibration.experts import short_of_tokens
 from compress.calibration.sites import Count
@@ -23,8 +25,10 @@ from compress.checkpoints.verify import why_own
 from compress.io import sha256
 from compress.planning.plan import Plan
 from compress.planning.prepare import Prepared
+from compress.recipe import Recipe
 from compress.version import FORMAT
 
+TRIALS = "trials.jsonl"
 TRIAL = "trial "  # before the place of a choice: a trial's name among the findings
 
 
@@ -67,13 +71,47 @@ def write_gguf_file(prepared: Prepared, folder: RunFolder, ids: Tensor, logits: 
         return verify_gguf(target, file, ids, logits)
     metadata = read_metadata(target)
     types = {path: str(storage.block_type) for path, storage in spec.storage.items()}
-    write_gguf(target, file, name=metadata.name, types=types, file_type=FileType.parse(str(spec.gguf_type)).name)
+    file_type = file_type_of(str(spec.gguf_type), types)
+    write_gguf(target, file, name=metadata.name, types=types, file_type=file_type)
     difference = verify_gguf(target, file, ids, logits)
     metadata = metadata.model_copy(update={"parts": {file.name: sha256(file)}})
     clear(target, kept={file.name})
     metadata.write(target)
     write_card(target, metadata)
+    if metadata.trials:
+        write_trials(target, metadata.trials)
     return difference
+
+
+def trials_of(folder: RunFolder) -> list[dict[str, Any]]:
+    return [finding.data for name, finding in folder.findings.items() if name.startswith(TRIAL)]
+
+
+def write_trials(folder: Path, trials: Iterable[Mapping[str, Any]]) -> None:
+    """A line of JSON for each."""
+    (folder / TRIALS).write_text("".join(f"{json.dumps(trial)}\n" for trial in trials), encoding="utf-8")
+
+
+def decided_recipe(prepared: Prepared) -> Recipe:
+    """The recipe with what the budget has come to in its stages: it makes the same bytes without another search."""
+    return prepared.job.recipe.model_copy(update={"stages": prepared.plan.stages, "budget": None})
+
+
+def mixture_of(plan: Plan) -> list[dict[str, Any]]:
+    """How many of the matrices of each kind have which type in a GGUF file, and the bytes of the kind."""
+    if not plan.spec.is_gguf:
+        return []
+    dense, dtype = replace(plan.spec, storage={}), plan.spec.dtype
+    rows = {linear.path: (linear.m, linear.n) for linear in dense.written_linears}
+    rows |= {path: (dense.config().vocab_size, width) for path, width in dense.tables}
+    found = dict[str, dict[str, Any]]()
+    for path, (m, n) in rows.items():
+        stored, kind = plan.spec.storage.get(path), path.rpartition(".")[2]
+        name = str(dtype).removeprefix("torch.") if stored is None else str(stored.block_type)
+        part = found.setdefault(kind, {"part": kind, "types": {}, "bytes": 0})
+        part["types"][name] = part["types"].get(name, 0) + 1
+        part["bytes"] += m * (n * min(4, dtype.itemsize) if stored is None else row_bytes(name, n))
+    return [*found.values()]
 
 
 def _metadata(prepared: Prepared, folder: RunFolder, adapter: dict[str, Any] | None, parts: dict[str, str]) -> Metadata:
@@ -86,14 +124,14 @@ def _metadata(prepared: Prepared, folder: RunFolder, adapter: dict[str, Any] | N
     return Metadata.model_validate(
         {
             "format": FORMAT,
-            "name": f"{job.model.name}-{job.recipe.method}",
+            "name": job.output_name,
             "base_model": job.model.repository or job.model.name,
             "command": job.command,
-            "recipe": run["recipe"],
+            "recipe": run["recipe"] if prepared.types is None else decided_recipe(prepared).model_dump(mode="json"),
             "architecture": plan.spec.architecture.class_name,
             "loads_without_our_code": plan.spec.architecture.is_stock,
             "stages": [stage.model_dump(mode="json") for stage in plan.stages],
-            "trials": [finding.data for name, finding in folder.findings.items() if name.startswith(TRIAL)],
+            "trials": trials_of(folder),
             "versions": run["versions"],
             "origin": read_origin(prepared.folder),
             "export": job.export,
@@ -108,6 +146,7 @@ def _metadata(prepared: Prepared, folder: RunFolder, adapter: dict[str, Any] | N
             },
             "adapter": adapter,
             **storage_metadata(plan),
+            "mixture": mixture_of(plan),
             "alternatives": [alternative.to_dict() for alternative in plan.alternatives],
             "units": {kind: n if isinstance(n, int) else list(n) for kind, n in plan.spec.units.items()},
             "held_out_divergence": reports[-1]["divergence"],
@@ -149,7 +188,7 @@ class Result:
     alternatives: ways to store the same linears, this one first. lost: of the linears' outputs on the calibration text,
         the share of their energy that the stored ones do not give, the mean over linears; None where none is stored.
     divergence: from the dense model on held-out calibration windows, in nats a token, where it was measured.
-    difference: of the reloaded logits, as a share of the largest.
+    difference: of the reloaded logits, as a share of the largest. mixture: as `mixture_of` has it.
     """
 
     out: Path
@@ -169,6 +208,7 @@ class Result:
     difference: float | None
     resumed_parts: int
     notes: list[str]
+    mixture: list[dict[str, Any]]
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -189,6 +229,7 @@ class Result:
             "seconds": {kind: round(value, 3) for kind, value in self.seconds.items()},
             "reload_difference": self.difference,
             "resumed_parts": self.resumed_parts,
+            "mixture": self.mixture,
             "notes": self.notes,
         }
 
@@ -227,6 +268,7 @@ def result_of(
             *exported,
             *proof_notes(job.out),
         ],
+        mixture=[part.to_dict() for part in metadata.mixture],
     )
 
 

@@ -27,6 +27,7 @@ from compress.stages._stage import RankStage, StageConfig
 Counts = Mapping[str, Any]
 Ranks = dict[str, int]
 NOTHING = 1e-12  # of all energy: less is rounding, and no linear is kept dense for it
+UNTOLD = ("ranks", "forms", "dropped", "types", "tables")  # counts that are a number for each matrix or block
 DELETES_NOTHING = "The budget deletes nothing: the whole model fits under it. Allow less."
 
 
@@ -61,7 +62,7 @@ class Choice:
     @property
     def label(self) -> Counts:
         """The counts that distinguish it from other choices."""
-        return {kind: count for kind, count in self.counts.items() if kind not in ("ranks", "forms", "dropped")}
+        return {kind: count for kind, count in self.counts.items() if kind not in UNTOLD}
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from compress.calibration.survey import SurveyNeed
 from compress.checkpoints.metadata import Alternative
 from compress.errors import UsageError, report
 from compress.families import Family, check_exact
+from compress.models.gguf_header import DECI
 from compress.models.storage import Storage, empty_linear
 from compress.planning.budget import Choice, RankSpace, WidthSpace, check_budget, plan_stages, width_choices
 from compress.planning.memory import Footprint, Room, surveyed
@@ -65,9 +66,15 @@ class Plan:
     def survey(self) -> SurveyNeed:
         return surveyed(self.stages)
 
+    @property
+    def opens_types(self) -> bool:
+        """Whether the types of a GGUF file are to be found."""
+        return "types" in self.spec.undecided
+
     def chosen(self, choice: Choice) -> "Plan":
         stages = tuple(self.space.decided(choice.counts))
-        return replace(self, stages=stages, spec=choice.spec, ranks=None, choices=[])
+        others = alternatives(choice.spec) if choice.spec.is_gguf else self.alternatives
+        return replace(self, stages=stages, spec=choice.spec, ranks=None, choices=[], alternatives=others)
 
     @property
     def most_dropped(self) -> int:
@@ -83,7 +90,7 @@ class Plan:
         decided = [stage.decided({"dropped": dropped}) if stage.site is Depth else stage for stage in self.stages]
         stages, spec = plan_stages(decided, self.space.base)
         ranks = None if self.ranks is None else replace(self.ranks, spec=spec)
-        return replace(self, stages=stages, spec=spec, ranks=ranks)
+        return replace(self, stages=stages, spec=spec, space=replace(self.space, stages=stages), ranks=ranks)
 
     def _without(self, choice: Choice, dropped: Sequence[int]) -> Choice:
         first = tuple(dropped[: self.space.base.num_blocks - choice.spec.num_blocks])
@@ -122,7 +129,7 @@ def make_plan(
     choices = list[Choice]()
     if recipe.budget is not None and ranks is not None:
         check_budget(ranks, recipe.budget, dense)
-    elif recipe.budget is not None:
+    elif recipe.budget is not None and "types" not in spec.undecided:
         choices = width_choices(space, recipe.budget, dense)
     if spec.is_decided:
         report(spec.problems())
@@ -171,16 +178,21 @@ def choose_base(recipe: Recipe, config: Any, family: Family, dtype: torch.dtype)
     check_exact(config, family)
     if not any(stage.site is WholeModel for stage in recipe.stages):
         return ModelSpec.dense(Own(config, family), dtype)
-    reason = why_own(recipe, config, family)
-    if reason is None:
-        return ModelSpec.dense(Stock(config, family, narrows=True), dtype)
-    return replace(ModelSpec.dense(Own(config, family, shortcuts=False), dtype), notes=(reason,))
+    reason, is_free = why_own(config, family), recipe.budget is not None and recipe.budget.allocation == "free"
+    stock = Stock(config, family, narrows=True)
+    if reason is None and not is_free:
+        return ModelSpec.dense(stock, dtype)
+    own = Own(config, family, shortcuts=False)
+    if is_free:
+        reason = "MLPs of different widths have no stock shape, so the result is written in our architecture."
+        windowed = getattr(config, "sliding_window", None) is not None
+        if why_own(config, family) is None and stock.model_type in DECI and not windowed:
+            own, reason = Own(config, family, stock, free_widths=True), f"{reason} llama.cpp runs it: --export gguf."
+    return replace(ModelSpec.dense(own, dtype), notes=(str(reason),))
 
 
-def why_own(recipe: Recipe, config: Any, family: Family) -> str | None:
+def why_own(config: Any, family: Family) -> str | None:
     """Say why a model in one basis cannot be written as a class of transformers."""
-    if recipe.budget is not None and recipe.budget.allocation == "free":
-        return "MLPs of different widths have no stock shape, so the result is written in our architecture."
     if family.stock is None:
         return (
             f"{config.model_type} ties the heads' size to the hidden one, so the result is written in our architecture."
@@ -207,8 +219,14 @@ def mixture_faults(stages: Sequence[StageConfig], *, has_budget: bool) -> list[s
         problems.append(
             f"prune_units deletes rows of what {name} has stored by then. Run it first, and {name} on its output."
         )
+    factors = any(isinstance(stage, RankStage) and stage.writes_factors for stage in stages)
+    if factors and storing[0].model_dump().get("form") == "gguf":
+        problems.append("A GGUF file has no factors. Give factorize form: dense (--materialize), or slim another form.")
     open_ranks = any(isinstance(stage, RankStage) and stage.open_ranks for stage in stages)
-    if has_budget or open_ranks or any(stage.opens for stage in stages):
+    opens_types = storing[0].opens == "types"
+    if opens_types and any(stage.reshapes or stage.site is Depth or isinstance(stage, RankStage) for stage in stages):
+        problems.append("Types under a budget are found for the dense model's own matrices. Run two recipes.")
+    elif not opens_types and (has_budget or open_ranks or any(stage.opens for stage in stages)):
         problems.append(
             f"{name} has to know every width and rank beforehand, so a budget or ranks left open are not for this "
             "recipe. Say how much each stage keeps, or run two recipes."

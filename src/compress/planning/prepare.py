@@ -13,10 +13,13 @@ import torch
 from torch import Tensor
 
 from compress import families
+from compress.architectures.gguf_types import candidates
 from compress.calibration.depth import Depth, DroppedBlocks
 from compress.calibration.processes import ALONE, Processes
+from compress.calibration.rounded_model import RoundedModel
+from compress.calibration.roundings import RoundingObserver
 from compress.calibration.spectra import GradientFiles, LinearObserver
-from compress.calibration.streams import CacheFolder, split_windows, spread
+from compress.calibration.streams import Batch, CacheFolder, split_windows, spread
 from compress.calibration.survey import Survey, SurveyNeed, Surveyor, survey_samples
 from compress.calibration.unit_costs import UnitObserver
 from compress.calibration.walk import Walk, WalkSettings
@@ -36,6 +39,7 @@ from compress.planning.memory import (
     usual_batch_size,
 )
 from compress.planning.plan import Plan, make_plan
+from compress.planning.types import TypeSpace
 from compress.recipe import Recipe
 from compress.stages._stage import StageConfig
 
@@ -55,6 +59,7 @@ class Job(Output):
     batch_size: windows at a time; None for about 8192 tokens.
     cache_memory: bytes of activations to hold in memory; None for half of what is free.
     max_memory: bytes that the run may hold at once, the process that reloads the result included; None for no limit.
+    frontier: a folder that says what types of a GGUF file cost, found before; None to find it.
     """
 
     recipe: Recipe
@@ -65,6 +70,12 @@ class Job(Output):
     cache_memory: int | None = None
     max_memory: int | None = None
     data_dir: Path | None = None
+    frontier: Path | None = None
+
+    @property
+    def output_name(self) -> str:
+        """What the result calls itself."""
+        return f"{self.model.name}-{self.recipe.method}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +84,7 @@ class Prepared:
 
     written, computing: the dtype weights are written in, and the one the walk computes in.
     processes: those that do it together. held: bytes that this one held before.
+    types: what a GGUF file can come to, where the types of its matrices are to be found.
     """
 
     job: Job
@@ -85,6 +97,7 @@ class Prepared:
     weights: LazyWeights
     windows: Tensor
     held: int
+    types: TypeSpace | None = None
     processes: Processes = ALONE
 
 
@@ -92,7 +105,7 @@ def prepare(job: Job, processes: Processes = ALONE) -> Prepared:
     """Check everything. Raises a CompressError with a line for every problem and the exit code of the first."""
     folder = job.model.whole_folder()
     config = load_config(folder)
-    problems, held, weights = Problems(), resident_bytes(), None
+    problems, held, weights, types = Problems(), resident_bytes(), None, None
     plan = problems.check(plan_job, job, folder, config, processes)
     problems.check(check_output, job)
     problems.check(check_batches, job, processes.count)
@@ -105,6 +118,7 @@ def prepare(job: Job, processes: Processes = ALONE) -> Prepared:
         problems.check(companions, folder)
         if writes_gguf:
             problems.check(check_gguf, plan, folder)
+            types = problems.check(find_types, job, plan, folder) if plan.opens_types else None
     windows = problems.check(read_windows, job, folder, config)
     problems.report()
     assert plan is not None
@@ -122,6 +136,7 @@ def prepare(job: Job, processes: Processes = ALONE) -> Prepared:
         weights=weights,
         windows=windows,
         held=held,
+        types=types,
         processes=processes,
     )
 
@@ -230,7 +245,20 @@ def check_gguf(plan: Plan, folder: Path) -> None:
     from compress.checkpoints.gguf import check_exportable
 
     spec = plan.choices[0].spec if plan.choices else plan.spec
+    if spec.storage and not spec.is_gguf:
+        raise UnsupportedModel(
+            "A GGUF file has no linears as other engines pack them, and no adapters. Quantize into its own types "
+            "(compress quantize --type Q4_K_M), or merge them (--materialize)."
+        )
     check_exportable(spec.config(torch.float32), folder)
+
+
+def find_types(job: Job, plan: Plan, folder: Path) -> TypeSpace:
+    """Raises UsageError where the budget is less than the smallest types come to, or all of the model."""
+    space = TypeSpace.of(plan, folder, job.output_name)
+    assert job.recipe.budget is not None
+    space.check(job.recipe.budget.target_size or 0)
+    return space
 
 
 def open_weights(folder: Path, config: Any, family: families.Family) -> LazyWeights:
@@ -281,16 +309,22 @@ def take_survey(prepared: Prepared, begin: Callable[[str], None]) -> Survey | No
             if kind is not None and kind in plan.spec.units:
                 fewest[kind] = max(1, int(share * min(int(choice.counts[kind]) for choice in plan.choices)))
     watch = next((watch for stage in plan.stages if (watch := stage.requires.watch) is not None), None)
+    observing = (watch, files, decoder, processes)
+    rounding = RoundingObserver(*observing, candidates=candidates) if SurveyNeed.TYPES in need else None
     surveyor = Surveyor(
         loader,
         split_windows(windows, batch_size(prepared, windows), held_out=0),
         CacheFolder(decoder, prepared.job.partial),
         memory=plan.room.cache_memory,
-        observer=LinearObserver(watch, files, decoder, processes),
+        observer=rounding or LinearObserver(*observing),
         units=UnitObserver(fewest, decoder.device, processes),
         processes=processes,
     )
-    return surveyor.run(gradient=SurveyNeed.GRADIENT in need, stream=SurveyNeed.STREAM in need, begin=begin)
+    survey = surveyor.run(gradient=SurveyNeed.GRADIENT in need, stream=SurveyNeed.STREAM in need, begin=begin)
+    if rounding is None:
+        return survey
+    rounding.tables(surveyor.loader, surveyor.batches, surveyor.stream)
+    return replace(survey, roundings=rounding.found)
 
 
 def new_walk(
@@ -323,3 +357,18 @@ def kept_blocks(stages: Sequence[StageConfig], num_blocks: int) -> list[int]:
     """The numbers of the dense model's blocks that stages leave."""
     dropped = {block for stage in stages for block in stage.dropped}
     return [block for block in range(num_blocks) if block not in dropped]
+
+
+def new_rounded_model(prepared: Prepared, survey: Survey) -> RoundedModel:
+    """The dense model on half of a trial's windows, to be rounded."""
+    loader, processes = new_loader(prepared), prepared.processes
+    windows = spread(prepared.windows, max(prepared.job.recipe.trial_samples // 2, processes.count))
+    parts = windows.split(batch_size(prepared, windows))
+    return RoundedModel(
+        loader,
+        [Batch(index, ids, held_out=True) for index, ids in enumerate(parts)],
+        CacheFolder(loader.decoder, prepared.job.partial),
+        survey.roundings,
+        memory=prepared.plan.room.cache_memory,
+        processes=processes,
+    )

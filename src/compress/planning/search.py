@@ -30,7 +30,7 @@ MOST_TRIALS = 3
 REACH = 2.0  # times the best prediction: a neighbor predicted to be worse is not tried
 # What the refit leaves of the costs of the stream, of units and of blocks that are predicted without it, before any
 # trial: a mean over small models; of blocks on SmolLM2-135M.
-LEFT_OF_STREAM, LEFT_OF_UNITS, LEFT_OF_BLOCKS = 0.4, 1.0, 0.75
+LEFT_OF_STREAM, LEFT_OF_UNITS, LEFT_OF_BLOCKS = 0.4, 1.0, 0.45
 FURTHEST = 4.0  # trials move these no further than by this factor
 
 

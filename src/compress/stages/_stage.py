@@ -32,7 +32,7 @@ class StageConfig(BaseModel):
 
     @property
     def opens(self) -> str | None:
-        """What it leaves to the recipe's budget: a kind of width, `hidden`, `neurons` or `kv_groups`, or `ranks`."""
+        """What it leaves to the recipe's budget: `hidden`, `neurons` or `kv_groups`, `ranks` or `types`."""
         return None
 
     @property
@@ -51,7 +51,7 @@ class StageConfig(BaseModel):
         return ()
 
     def decided(self, choice: Mapping[str, Any]) -> Self:
-        """Take what the budget came to: widths by kind, or `ranks` and `forms` by linear."""
+        """Take what the budget came to: widths by kind, `ranks` and `forms`, or `types` and those of `tables`."""
         return self
 
     def plan(self, spec: ModelSpec) -> tuple[Self, ModelSpec]:

@@ -8,6 +8,7 @@ into the dense model's, and the adapter is the reduced-rank regression of what i
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import zip_longest
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -16,11 +17,13 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from torch import Tensor, nn
 
 from compress.architectures.architecture import ModelSpec
-from compress.architectures.gguf_types import FileType, resolve
+from compress.architectures.gguf_types import AUTO, FileType, check_named, misfits, resolve
 from compress.architectures.own import as_own
 from compress.architectures.packed import not_for_vllm
 from compress.calibration.linears import LinearShape, LinearSite, lost
 from compress.calibration.sites import Requirements
+from compress.calibration.spectra import LinearFilter
+from compress.calibration.survey import SurveyNeed
 from compress.errors import report
 from compress.models.factors import fill
 from compress.models.packing import stored_linear
@@ -76,8 +79,9 @@ class Quantize(Part):
     bits: of integers, or of floats with `floating`: 8 (fp8), or 4 in groups of 16 (NVFP4) or 32 (MXFP4).
     group: what shares a scale: `tensor`, `channel` or so many inputs; by default 128, or a channel where the linears'
         inputs are no multiples of that.
-    gguf_type: of a GGUF file, such as Q4_K_M, in place of bits and group; with types by tensor Q4_K_M,ffn_down=Q6_K.
-    gguf_tensors: the type of each linear, by its path; settled when the model is known.
+    gguf_type: of a GGUF file, such as Q4_K_M, in place of bits and group; with types by tensor Q4_K_M,ffn_down=Q6_K;
+        or `auto`, types found under the recipe's budget.
+    gguf_tensors: the type of each linear, by its path; settled when the model is known, or given beside `auto`.
     act_order: gptq takes inputs by decreasing activation. important_inputs: SLiM-Quant^O, which rounds one input in
         a hundred twice as finely.
     """
@@ -102,7 +106,7 @@ class Quantize(Part):
     @field_validator("gguf_type")
     @classmethod
     def _known_type(cls, value: str | None) -> str | None:
-        if value is not None:
+        if value not in (None, AUTO):
             FileType.parse(value)
         return value
 
@@ -258,8 +262,23 @@ class Slim(StageConfig):
         return self.quantize is not None and self.quantize.important_inputs
 
     @property
+    def opens(self) -> str | None:
+        quantize = self.quantize
+        is_open = quantize is not None and quantize.gguf_type == AUTO and quantize.gguf_tensors is None
+        return "types" if is_open else None
+
+    def decided(self, choice: Mapping[str, Any]) -> "Slim":
+        if self.quantize is None or "types" not in choice:
+            return self
+        return self.model_copy(update={"quantize": self.quantize.model_copy(update={"gguf_tensors": choice["types"]})})
+
+    @property
     def requires(self) -> Requirements:
-        return Requirements(inputs="single_pass")
+        if self.opens is None:
+            return Requirements(inputs="single_pass")
+        need = SurveyNeed.LINEARS | SurveyNeed.GRADIENT | SurveyNeed.TYPES
+        watch = LinearFilter(partial(is_target, self.target), 0.0, lambda has_bias: self.center and has_bias)
+        return Requirements(inputs="single_pass", survey=need, watch=watch)
 
     def targets(self, linear: LinearShape) -> bool:
         tensors = None if self.quantize is None else self.quantize.gguf_tensors
@@ -271,9 +290,14 @@ class Slim(StageConfig):
         report(self.problems(linears))
         settled = self.settled(linears, spec)
         storage = settled.planned_storage(linears)
+        if self.opens:
+            undecided = spec.undecided | {"types"}
+            return settled, replace(spec, gguf_type=AUTO, undecided=undecided)
         if self.form == "compact":
             spec = replace(spec, architecture=as_own(spec.architecture))
         notes = (*spec.notes, *storage_notes(storage.values()), *self.pattern_notes())
+        if self.form == "gguf":
+            notes += tuple(left_notes([linear for linear in linears if self.targets(linear)], storage))
         gguf_type = None if self.quantize is None else self.quantize.gguf_type
         return settled, replace(spec, storage=storage, notes=notes, gguf_type=gguf_type)
 
@@ -288,7 +312,9 @@ class Slim(StageConfig):
     def settled(self, linears: Sequence[LinearShape], spec: ModelSpec) -> "Slim":
         """With what goes by the model's linears and the dtype that is written said."""
         changes: dict[str, Any] = {"dtype": str(spec.dtype).removeprefix("torch.")}
-        if self.quantize is not None and self.quantize.gguf_type is not None:
+        if self.quantize is not None and self.quantize.gguf_type == AUTO:
+            check_named(spec.config())
+        elif self.quantize is not None and self.quantize.gguf_type is not None:
             rows = [(linear.path, linear.n) for linear in linears if self.targets(linear)]
             tensors = resolve(self.quantize.gguf_type, spec.config(), rows)
             changes["quantize"] = self.quantize.model_copy(update={"gguf_tensors": tensors})
@@ -311,6 +337,8 @@ class Slim(StageConfig):
             if self.quantize.step_dtype is not None:
                 remedy = "Leave it out with --target, or take other --bits"
             problems += uneven(targets, self.quantize.group, "A scale takes", remedy)
+        if self.quantize is not None and self.quantize.gguf_type == AUTO:
+            problems += misfits(self.quantize.gguf_tensors or {}, {linear.path: linear.n for linear in linears})
         if self.form == "packed" and any(fused_piece(linear.path) for linear in linears):
             problems.append(
                 "A model with experts cannot be packed: transformers fuses them while it loads, looks for the packed "
@@ -428,6 +456,15 @@ def uneven(linears: Sequence[LinearShape], group: int, what: str, remedy: str) -
     return [f"{what} inputs in groups of {group}, but {names}. {remedy}."]
 
 
+def left_notes(linears: Sequence[LinearShape], storage: Collection[str]) -> list[str]:
+    """Name the linears that no type of GGUF fits, and which their file has as they are."""
+    left = {linear.name: linear.n for linear in linears if linear.path not in storage}
+    if not left:
+        return []
+    names = ", ".join(f"{name} has {n}" for name, n in list(left.items())[:3])
+    return [f"llama.cpp's types take inputs in blocks of 32, so some linears stay in the model's dtype: {names}."]
+
+
 def storage_notes(storage: Collection[Storage]) -> list[str]:
     """Say what packed linears ask of the engines that load them."""
     first = next(iter(storage), None)
@@ -439,7 +476,7 @@ def storage_notes(storage: Collection[Storage]) -> list[str]:
         notes.append("vLLM runs MXFP4 weights in bfloat16 alone; on Blackwell GPUs it may round inputs to MXFP4 too.")
     if first.pattern is not None and first.bits is not None:
         notes.append(
-            "Packed for engines, pruned weights are stored as zeros, in as many bytes as unpruned ones. --compact stores "
-            "them small; unpruned is better at these bytes."
+            "Packed for engines, pruned weights are stored as zeros, in as many bytes as unpruned ones. --compact "
+            "stores them small; unpruned is better at these bytes."
         )
     return notes

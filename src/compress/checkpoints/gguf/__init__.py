@@ -15,22 +15,24 @@ That the file reads back as its folder is proved by checkpoints/verify.py.
 """
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from compress.checkpoints.files import copy_companions, write_json
-from compress.checkpoints.gguf.model import check_writable, read_model
-from compress.checkpoints.gguf.tokenizer import read_vocabulary
+from compress.checkpoints.gguf.model import check_writable, model_to_come, read_model
+from compress.checkpoints.gguf.tokenizer import Vocabulary, read_vocabulary
 from compress.checkpoints.verify import verify_gguf
 from compress.errors import CompressError, OutputError
 from compress.io import atomic_write
-from compress.models.gguf_header import ROPE_FACTORS, read_header
+from compress.models.gguf_header import ALIGNMENT, ROPE_FACTORS, read_header
 from compress.models.gguf_opening import check_extra
 
 IN_TRANSFORMERS = ("llama", "qwen2", "phi3", "starcoder2")  # architectures that its reader (5.23) reads alike
 
-__all__ = ["check_exportable", "reader_notes", "verify_gguf", "write_gguf"]
+__all__ = ["bytes_beside", "check_exportable", "reader_notes", "verify_gguf", "write_gguf"]
 
 
 def write_gguf(
@@ -66,13 +68,32 @@ def check_exportable(config: Any, folder: Path) -> None:
     """
     check_extra("Writing")
     check_writable(config)
+    vocabulary_to_come(config, folder)
+
+
+def bytes_beside(config: Any, folder: Path, apart: Collection[str], *, name: str, dtype: torch.dtype) -> int:
+    """Bytes of a quantized file to come without the matrices `apart`, by path: all else in `dtype`, header and gaps.
+
+    config, folder: as `check_exportable` has them. name: as the file calls the model. Exact, unless biases are left out
+    because they are zero.
+    """
+    from compress.checkpoints.gguf.container import header_bytes
+
+    model = model_to_come(config, dtype)
+    beside = [entry for entry in model.entries if entry.path not in apart]
+    tensors = sum(-(-entry.shape.numel() * entry.dtype.itemsize // ALIGNMENT) * ALIGNMENT for entry in beside)
+    return header_bytes(model, vocabulary_to_come(config, folder), name) + tensors
+
+
+def vocabulary_to_come(config: Any, folder: Path) -> Vocabulary:
+    """Of a checkpoint of that config with the tokenizer that is in `folder`."""
     # transformers chooses the tokenizer's class by the config beside it, and that is going to be another one.
     with tempfile.TemporaryDirectory() as scratch:
         to_come = Path(scratch)
         copy_companions(folder, to_come)
         write_json(to_come / "config.json", config.to_diff_dict())
         try:
-            read_vocabulary(to_come, config)
+            return read_vocabulary(to_come, config)
         except CompressError as error:
             raise type(error)(str(error).replace(str(to_come), str(folder))) from error
 

@@ -1,5 +1,6 @@
 """The file itself, by gguf's writer. Imported only where the package gguf is known to be."""
 
+import tempfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from compress.checkpoints.gguf.model import Entry, Model, head_size
 from compress.checkpoints.gguf.tokenizer import Vocabulary
-from compress.models.gguf_header import ARCHITECTURES, HEAD_SIZES
+from compress.models.gguf_header import ALIGNMENT, ARCHITECTURES, HEAD_SIZES, LOCAL, LOCAL_BASE, rope_of
 
 TENSOR_TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 FILE_TYPES = {torch.float32: "ALL_F32", torch.float16: "MOSTLY_F16", torch.bfloat16: "MOSTLY_BF16"}
@@ -30,6 +31,20 @@ class Writer(gguf.GGUFWriter):
 
 def write_container(file: Path, model: Model, vocabulary: Vocabulary, name: str, file_type: str) -> None:
     """Raises OSError when the file cannot be written; what there is of it then is the caller's to delete."""
+    writer = write_header(file, model, vocabulary, name, file_type)
+    try:
+        for entry in model.entries:
+            # In a function of its own: a name here would keep one tensor while the next is read.
+            write_tensor(writer, entry.read().contiguous())
+        writer.close()
+    finally:
+        # After an error, what a full disk says again on closing is known.
+        with suppress(OSError):
+            writer.close()
+
+
+def write_header(file: Path, model: Model, vocabulary: Vocabulary, name: str, file_type: str) -> Writer:
+    """The writer, all before the tensors written. Raises OSError."""
     writer = Writer(file, model.architecture)
     try:
         describe_model(writer, model, name, file_type)
@@ -39,14 +54,19 @@ def write_container(file: Path, model: Model, vocabulary: Vocabulary, name: str,
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for entry in model.entries:
-            # In a function of its own: a name here would keep one tensor while the next is read.
-            write_tensor(writer, entry.read().contiguous())
-        writer.close()
-    finally:
-        # After an error, what a full disk says again on closing is known.
+    except BaseException:
         with suppress(OSError):
             writer.close()
+        raise
+    return writer
+
+
+def header_bytes(model: Model, vocabulary: Vocabulary, name: str) -> int:
+    """Bytes before the first tensor of a quantized file; types of its tensors do not change them."""
+    with tempfile.NamedTemporaryFile(suffix=".gguf") as scratch:
+        writer = write_header(Path(scratch.name), model, vocabulary, name, "Q8_0")
+        writer.close()
+        return -(-Path(scratch.name).stat().st_size // ALIGNMENT) * ALIGNMENT
 
 
 def describe_model(writer: Writer, model: Model, name: str, file_type: str) -> None:
@@ -59,11 +79,19 @@ def describe_model(writer: Writer, model: Model, name: str, file_type: str) -> N
     if file_type:
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_vocab_size(config.vocab_size)
-    values = {key: getattr(config, name, None) for key, name in ARCHITECTURES[model.architecture].all_keys.items()}
+    known = ARCHITECTURES[model.architecture]
+    values = {key: getattr(config, name, None) for key, name in known.all_keys.items()}
     values |= dict.fromkeys(("attention.key_length", *HEAD_SIZES), head_size(config))
-    for key, value in (values | {"rope.freq_base": float(model.rope["rope_theta"])}).items():
+    values["rope.freq_base"] = float(model.rope["rope_theta"])
+    if known.local_rope:
+        values[LOCAL_BASE] = float(rope_of(config, LOCAL)["rope_theta"])
+    if model.mlp_widths:
+        values["feed_forward_length"] = model.mlp_widths
+    for key, value in values.items():
         if value is not None:
-            if isinstance(value, float) or key.endswith("scale"):  # multipliers also where a config has whole numbers
+            if isinstance(value, list):
+                writer.add_array(f"{model.architecture}.{key}", value)
+            elif isinstance(value, float) or key.endswith("scale"):  # multipliers also where a config has whole numbers
                 writer.add_float32(f"{model.architecture}.{key}", float(value))
             else:
                 writer.add_uint32(f"{model.architecture}.{key}", value)
@@ -79,7 +107,7 @@ def describe_vocabulary(writer: Writer, vocabulary: Vocabulary) -> None:
     writer.add_token_types(vocabulary.types)
     if vocabulary.scores is not None:
         writer.add_token_scores(vocabulary.scores)
-        writer.add_add_space_prefix(True)
+        writer.add_add_space_prefix(vocabulary.prefixed)
     # SentencePiece's merges too: llama.cpp has the scores, transformers would have to guess the merges from them.
     if not vocabulary.special.merges:
         writer.add_key_value("tokenizer.ggml.merges", [], gguf.GGUFValueType.ARRAY)

@@ -12,12 +12,24 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from compress.calibration.weights import READABLE, LazyWeights
 from compress.errors import UnsupportedModel
-from compress.models.gguf_header import ARCHITECTURES, ROPE_FACTORS, WRITTEN, llama3_factors, tensor_names
+from compress.models.gguf_header import (
+    ARCHITECTURES,
+    DECI,
+    FULL,
+    LOCAL,
+    ROPE_FACTORS,
+    WRITTEN,
+    llama3_factors,
+    query_scale,
+    rope_of,
+    tensor_names,
+)
 from compress.models.gguf_weights import interleaved
 from compress.models.loading import empty_model, load_config
 
+ROPE = {"rope_type": "default", "rope_theta": 1e4}  # where a config does not say
 BIASES = ("attention_bias", "mlp_bias")
-ROPE_TYPES = {"llama": ("default", "linear", "llama3")}  # where not the default alone
+ROPE_TYPES = {"llama": ("default", "linear", "llama3"), "gemma3": ("default", "linear")}  # where not the default alone
 
 
 @dataclass(frozen=True)
@@ -25,6 +37,7 @@ class Entry:
     """A tensor of the file: what it is there, and how to read it when its turn comes.
 
     shape: of its bytes where it has a block type. block_type: one of llama.cpp's, whose bytes are read as they are.
+    path: its name in the model, of a weight that of its module.
     """
 
     name: str
@@ -32,18 +45,20 @@ class Entry:
     dtype: torch.dtype
     read: Callable[[], Tensor]
     block_type: str | None = None
+    path: str = ""
 
 
 @dataclass(frozen=True)
 class Model:
     """
-    architecture: llama.cpp's name for it. rope: the rotary parameters.
+    architecture: llama.cpp's name for it. rope: the rotary parameters. mlp_widths: one a block, where they differ.
     """
 
     architecture: str
     config: Any
     rope: dict[str, Any]
     entries: list[Entry]
+    mlp_widths: list[int] | None = None
 
 
 def read_model(folder: Path, types: Mapping[str, str]) -> Model:
@@ -55,16 +70,16 @@ def read_model(folder: Path, types: Mapping[str, str]) -> Model:
     """
     config = load_config(folder)
     check_writable(config)
-    architecture, weights = WRITTEN[config.model_type], LazyWeights(folder)
+    widths, weights = mlp_widths(config), LazyWeights(folder)
+    shapes = stored_shapes(config)
+    config = config.get_text_config()
+    architecture = "deci" if widths else WRITTEN[config.model_type]
     known = ARCHITECTURES[architecture]
-    shapes = {name: parameter.shape for name, parameter in empty_model(config).state_dict().items()}
-    if config.tie_word_embeddings:
-        del shapes["lm_head.weight"]
     quantized = {f"{path}.weight": f"{path}.qweight" for path in types}
     weights.check_against({name: shape for name, shape in shapes.items() if name not in quantized})
     biases = [name for name in shapes if name.endswith(".bias")]
     # A zero bias is no bias: a sliced Qwen2 written as Llama has some.
-    if architecture == "llama" and not any(bool(weights.read([name])[name].any()) for name in biases):
+    if architecture in ("llama", "deci") and not any(bool(weights.read([name])[name].any()) for name in biases):
         shapes = {name: shape for name, shape in shapes.items() if name not in biases}
     names = tensor_names(architecture, config.num_hidden_layers)
     entries = []
@@ -82,11 +97,47 @@ def read_model(folder: Path, types: Mapping[str, str]) -> Model:
         dtype = torch.float32 if len(shape) == 1 or dtype == torch.float64 else dtype
         added = 1.0 if known.norms_from_one and name.endswith("norm.weight") else 0.0
         entries.append(Entry(theirs, shape, dtype, partial(read_rows, weights, name, heads, dtype, added)))
-    rope = {"rope_type": "default", "rope_theta": 1e4} | (config.rope_parameters or {})
+    rope = ROPE | rope_of(config)
     if rope["rope_type"] == "llama3":
-        factors = llama3_factors(config)
-        entries.append(Entry(ROPE_FACTORS, factors.shape, factors.dtype, lambda: factors))
+        entries.append(rope_factors(config))
+    return Model(architecture, config, rope, entries, widths)
+
+
+def mlp_widths(config: Any) -> list[int] | None:
+    """Of a checkpoint whose MLPs differ in width and which is stock but for that; None of any other."""
+    others = any(getattr(config, name, None) for name in ("slicing", "factors", "storage"))
+    widths: list[int] | None = None if others else getattr(config, "mlp_widths", None)
+    return widths
+
+
+def model_to_come(config: Any, dtype: torch.dtype) -> Model:
+    """A model of this config, matrices in `dtype`, before there are weights to read. Raises UnsupportedModel."""
+    check_writable(config)
+    architecture, entries = WRITTEN[config.model_type], list[Entry]()
+    names = tensor_names(architecture, config.num_hidden_layers)
+    for name, shape in stored_shapes(config).items():
+        theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert theirs is not None
+        kept = torch.float32 if len(shape) == 1 or dtype == torch.float64 else dtype
+        read = partial(torch.empty, shape, dtype=kept)
+        entries.append(Entry(theirs, shape, kept, read, path=name.removesuffix(".weight")))
+    rope = ROPE | rope_of(config)
+    if rope["rope_type"] == "llama3":
+        entries.append(rope_factors(config))
     return Model(architecture, config, rope, entries)
+
+
+def stored_shapes(config: Any) -> dict[str, torch.Size]:
+    """The shapes of a model's parameters and buffers, a tied one once."""
+    shapes = {name: parameter.shape for name, parameter in empty_model(config).state_dict().items()}
+    if config.tie_word_embeddings:
+        del shapes["lm_head.weight"]
+    return shapes
+
+
+def rope_factors(config: Any) -> Entry:
+    factors = llama3_factors(config)
+    return Entry(ROPE_FACTORS, factors.shape, factors.dtype, lambda: factors)
 
 
 def heads_of(name: str, config: Any) -> int | None:
@@ -113,6 +164,9 @@ def check_writable(config: Any) -> None:
 
 def why_not_writable(config: Any) -> str | None:
     """What of a config GGUF cannot say, if anything."""
+    if mlp_widths(config):
+        stock = config.get_text_config()
+        return why_not_writable(stock) if stock.model_type in DECI else "its MLPs differ in width"
     kind = config.model_type
     if kind not in WRITTEN:
         return f"its model_type is {kind!r}"
@@ -126,11 +180,13 @@ def why_not_writable(config: Any) -> str | None:
     says_windows = "attention.sliding_window" in ARCHITECTURES[architecture].keys
     if window is not None and window < config.max_position_embeddings and not says_windows:
         return f"its sliding window of {window} is less than its {config.max_position_embeddings} positions"
-    rope, kinds = config.rope_parameters or {}, ROPE_TYPES.get(architecture, ("default",))
-    if rope.get("rope_type", "default") not in kinds:
-        return f"its rotary embeddings are scaled by {rope['rope_type']!r}, which is none of {', '.join(kinds)}"
-    if rope.get("partial_rotary_factor") not in (None, 1.0):
-        return f"it rotates only a part of each head (partial_rotary_factor {rope['partial_rotary_factor']})"
+    allowed = {FULL: ROPE_TYPES.get(architecture, ("default",))}
+    for blocks, kinds in (allowed | ({LOCAL: ("default",)} if ARCHITECTURES[architecture].local_rope else {})).items():
+        rope = rope_of(config, blocks)
+        if rope.get("rope_type", "default") not in kinds:
+            return f"its rotary embeddings are scaled by {rope['rope_type']!r}, which is none of {', '.join(kinds)}"
+        if rope.get("partial_rotary_factor") not in (None, 1.0):
+            return f"it rotates only a part of each head (partial_rotary_factor {rope['partial_rotary_factor']})"
     return why_not_its_family(kind, ARCHITECTURES[architecture].biases, config)
 
 
@@ -138,9 +194,18 @@ def why_not_its_family(kind: str, has_biases: bool, config: Any) -> str | None:
     """What llama.cpp takes for granted in a family and a config may say otherwise."""
     rules = [
         (
-            getattr(config, "query_pre_attn_scalar", head_size(config)) != head_size(config),
-            "its queries are scaled by another number than the size of a head",
+            hasattr(config, "query_pre_attn_scalar") and config.query_pre_attn_scalar != query_scale(config),
+            "its queries are scaled by another number than llama.cpp's",
         ),
+        (
+            kind == "gemma3_text" and any((each == FULL) != (n % 6 == 5) for n, each in enumerate(config.layer_types)),
+            "other blocks than each sixth are without a sliding window",
+        ),
+        (
+            kind == "gemma3_text" and (config.use_bidirectional_attention or not config.sliding_window),
+            "its attention is not causal, or has no sliding window",
+        ),
+        (kind == "gemma3_text" and config.attn_logit_softcapping is not None, "its attention scores have a soft cap"),
         (
             kind == "smollm3" and any(bool(each) != (n % 4 != 3) for n, each in enumerate(config.no_rope_layers)),
             "other blocks than each fourth are without rotary embeddings",

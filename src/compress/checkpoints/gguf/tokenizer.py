@@ -1,4 +1,4 @@
-"""A tokenizer as GGUF has it: three byte-level BPEs and Llama's SentencePiece. Any other is refused.
+"""A tokenizer as GGUF has it: three byte-level BPEs and the SentencePiece of Llama and Gemma. Any other is refused.
 
 `state` is what tokenizers writes of one, the content of its tokenizer.json.
 """
@@ -28,11 +28,14 @@ SPLITS = {
     r"|\s*[\r\n]+|\s+(?!\S)|\s+": "qwen2",
 }
 SPACE = "\u2581"  # SentencePiece's
+GEMMAS = ("gemma", "gemma2", "gemma3_text")  # whose SentencePiece puts no space before a text
 BYTE_PIECES = tuple(f"<0x{byte:02X}>" for byte in range(256))
 PREPENDED = [
     {"type": "Prepend", "prepend": SPACE},
     {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
 ]
+# After them there is nothing to cut.
+AT_SPACES = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class Vocabulary:
     """
     kind: `gpt2` for byte-level merges, `llama` for SentencePiece. With the latter llama.cpp puts a space before text
         after any special token, as older tokenizers do; newer ones and transformers' reader put it at the start alone.
+        Gemma's has none. prefixed: whether there is one.
     cut: llama.cpp's name for how text is cut before merging.
     scores: of a piece of SentencePiece, the higher the earlier it is merged.
     special: gguf's SpecialVocab, with the merges, the ids of special tokens, which of them are added, chat templates.
@@ -51,6 +55,7 @@ class Vocabulary:
     types: list[int]
     scores: list[float] | None
     special: Any
+    prefixed: bool
 
 
 def read_vocabulary(folder: Path, config: Any) -> Vocabulary:
@@ -61,14 +66,15 @@ def read_vocabulary(folder: Path, config: Any) -> Vocabulary:
     tokenizer = load_tokenizer(folder)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     state = {"model": {"type": type(tokenizer).__name__}} if backend is None else json.loads(backend.to_str())
-    reason, ends = why_not_sayable(state), None
+    prefixed = config.get_text_config().model_type not in GEMMAS
+    reason, ends = why_not_sayable(state, prefixed), None
     if reason is None and (ends := added_ends(tokenizer)) is None:
         reason = f"it makes {tokenizer.encode('a')} of 'a', more than a beginning and an end of text"
     if reason is not None:
         raise UnsupportedModel(
             f"The tokenizer of {folder} cannot be written as GGUF: {reason}. GGUF is written for the byte-level BPE of "
-            "GPT-2, Llama 3 and Qwen2 and for Llama's SentencePiece. Leave GGUF out: transformers loads the folder "
-            "without it."
+            "GPT-2, Llama 3 and Qwen2 and for the SentencePiece of Llama and Gemma. Leave GGUF out: transformers loads "
+            "the folder without it."
         )
     vocabulary, size = tokenizer.get_vocab(), config.vocab_size
     check_vocabulary(torch.tensor(list(vocabulary.values())), config, folder)
@@ -76,9 +82,9 @@ def read_vocabulary(folder: Path, config: Any) -> Vocabulary:
     special.add_special_token = ends  # SpecialVocab guesses them from the tokenizer's files
     tokens, types = tokens_and_types(state, vocabulary, size)
     if has_byte_level(state):
-        return Vocabulary("gpt2", str(cut_name(state)), tokens, types, None, special)
+        return Vocabulary("gpt2", str(cut_name(state)), tokens, types, None, special, prefixed)
     types = piece_types(types, state, special.special_token_ids.get("unk"))
-    return Vocabulary("llama", "default", tokens, types, piece_scores(state, size), special)
+    return Vocabulary("llama", "default", tokens, types, piece_scores(state, size), special, prefixed)
 
 
 def special_vocab(tokenizer: Any, config: Any) -> Any:
@@ -140,15 +146,15 @@ def piece_scores(state: Mapping[str, Any], size: int) -> list[float]:
     return list(scores.values())
 
 
-def why_not_sayable(state: Mapping[str, Any]) -> str | None:
-    """What of a tokenizer a GGUF file cannot say, if anything."""
+def why_not_sayable(state: Mapping[str, Any], prefixed: bool) -> str | None:
+    """What of a tokenizer a GGUF file cannot say, if anything. prefixed: see `Vocabulary`."""
     model = state["model"]
     if model["type"] != "BPE":
         return f"it is a {model['type']} model, not BPE"
     for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(option):
             return f"it has a {option}"
-    reason = why_not_byte_level(state) if has_byte_level(state) else why_not_sentencepiece(state)
+    reason = why_not_byte_level(state) if has_byte_level(state) else why_not_sentencepiece(state, prefixed)
     # Added tokens stand in the file without their options.
     return reason or next(
         (
@@ -201,26 +207,28 @@ def why_not_byte_level(state: Mapping[str, Any]) -> str | None:
     return None if odd is None else f"its added token {odd!r} has characters outside the byte alphabet"
 
 
-def why_not_sentencepiece(state: Mapping[str, Any]) -> str | None:
+def why_not_sentencepiece(state: Mapping[str, Any], prefixed: bool) -> str | None:
     model = state["model"]
     if not model["byte_fallback"] or model.get("ignore_merges"):
         return "it is neither byte-level nor SentencePiece with byte fallback"
     if absent := next((byte for byte in BYTE_PIECES if byte not in model["vocab"]), None):
         return f"it has byte fallback but no token {absent}"
-    if not marks_spaces(state):
-        return f"it does not put {SPACE!r} for spaces and one before the text, as Llama's SentencePiece does"
+    if not marks_spaces(state, prefixed):
+        before = "one before the text, as Llama's" if prefixed else "none before the text, as Gemma's"
+        return f"it does not put {SPACE!r} for spaces and {before} SentencePiece does"
     if not merges_any_piece(state):
         return "its merges are not all that its vocabulary allows, which is what llama.cpp merges"
     return None
 
 
-def marks_spaces(state: Mapping[str, Any]) -> bool:
-    """By a pre-tokenizer, or as older files have it by normalizers."""
+def marks_spaces(state: Mapping[str, Any], prefixed: bool) -> bool:
+    """By a pre-tokenizer, or by normalizers as older files and Gemma's have it."""
     normalizers, cuts = steps(state["normalizer"]), steps(state["pre_tokenizer"])
-    if not cuts:
-        return normalizers == PREPENDED
+    if cuts in ([], [AT_SPACES]):
+        return normalizers == (PREPENDED if prefixed else PREPENDED[1:])
     return (
-        not normalizers
+        prefixed
+        and not normalizers
         and [cut["type"] for cut in cuts] == ["Metaspace"]
         and cuts[0]["replacement"] == SPACE
         and cuts[0]["prepend_scheme"] in ("first", "always")

@@ -1,0 +1,137 @@
+"""Predict what rounding each matrix of a model to each of llama.cpp's types costs the loss, before any is rounded.
+
+To second order an error E of a linear's weight costs half the mean of (g . E x)^2 nats a token, g the loss's gradient
+by its outputs. With errors of different weights uncorrelated, and what a sweep (GPTQ) makes up for taken off,
+
+    1/2 sum_r G_r sum_j D_j E_rj^2        G_r = E g_r^2,  D_j = 1 / U_jj^2,  U^T U = H^-1,  H = E x x^T
+
+D is the part of each input that those swept after it cannot make up for. That errors of all linears add up is the
+linearity theorem of HIGGS (arXiv 2411.17525). E is of a fit of the type's scales to some rows: of the embeddings' table
+those of tokens of the text, of the head those of the likeliest next ones.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Float64, Int64
+from torch import Tensor, nn
+
+from compress.calibration.spectra import LinearFilter, LinearObserver
+from compress.calibration.statistics import rows
+from compress.calibration.streams import ActivationCache, Batch
+from compress.calibration.weights import PartLoader
+from compress.numerics.block_grid import fit_blocks
+from compress.numerics.block_types import TYPES
+from compress.numerics.decomposition import DAMPING
+from compress.numerics.lowrank import InputMoments
+from compress.numerics.sums import DiagonalSum
+
+ROWS = 64  # of a linear, and
+TABLE_ROWS = 1024  # of a table, that errors are taken of
+TOKENS = 256  # before the head
+Candidates = Callable[[int], Sequence[str]]  # the types for rows of so many weights
+
+
+class RoundingObserver(LinearObserver):
+    """Watch linears for their costs by type, in the order of `candidates`.
+
+    found: `cost PATH`, by type; `variance PATH`, of the inputs; `left PATH`, the share of an error that a sweep leaves,
+    as a factor of the weights' error.
+    """
+
+    def __init__(self, *arguments: Any, candidates: Candidates, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self.candidates = candidates
+        self.found: dict[str, Tensor] = {}
+        self.states: list[Tensor] = []
+
+    def _gradient_sum(self, path: str, m: int) -> DiagonalSum:
+        return self.gradients.setdefault(path, DiagonalSum(m, self.device))  # type: ignore[return-value]
+
+    def measure(
+        self, path: str, module: nn.Linear, moments: InputMoments, gradients: Mapping[str, Tensor], watch: LinearFilter
+    ) -> None:
+        if not (types := self.candidates(module.in_features)) or path not in gradients:
+            return
+        centered = watch.centers(has_bias=module.bias is not None)
+        hessian = moments.spread(centered=centered).hessian(DAMPING, name=path)
+        variance = hessian.damped.diagonal().clone()
+        pivots = torch.empty_like(variance)
+        pivots[hessian.order] = hessian.ordered_inverse_root.diagonal().square().reciprocal()
+        W, G = module.weight.detach(), gradients[path].double()
+        some = evenly(len(W), ROWS, W.device)
+        scale = G.sum() / G[some].sum().clamp_min(1e-300)
+        errors = [G[some] @ error_of(W[some], name, variance) for name in types]
+        costs = torch.stack([(each * pivots).sum() for each in errors]) * scale / 2
+        left = (costs.sum() / ((torch.stack(errors) * variance).sum() * scale / 2).clamp_min(1e-300)).sqrt()
+        self.note(path, costs, left.clamp_max(1.0), variance.float())
+
+    def note(self, path: str, costs: Tensor, left: Tensor, variance: Tensor | None = None) -> None:
+        named = {"cost": costs, "left": left.view(1)} | ({} if variance is None else {"variance": variance})
+        self.processes.follow(*named.values())
+        self.found |= {f"{kind} {path}": tensor for kind, tensor in named.items()}
+
+    def last(self, x: Float[Tensor, "windows tokens D"]) -> None:
+        """Keep some of the states before the head."""
+        if (room := TOKENS - sum(map(len, self.states))) > 0:
+            self.states.append(rows(x)[evenly(rows(x).shape[0], room, x.device)].detach().clone())
+
+    @torch.no_grad()
+    def tables(self, loader: PartLoader, batches: Sequence[Batch], gradients: ActivationCache) -> None:
+        """Find the costs of the embeddings' table and of the head. gradients: by the embeddings' outputs."""
+        decoder, family = loader.decoder, loader.decoder.family
+        table, head, costs = family.embeddings[0], family.head, dict[str, Tensor]()
+        with loader.embeddings():
+            W = decoder.model.get_submodule(table).get_parameter("weight")
+            costs[table] = self._of_embeddings(W, batches, gradients, decoder.embed)
+        with loader.head():
+            norm = decoder.head_branch().norm
+            states = torch.cat(self.states) if norm is None else norm(torch.cat(self.states))
+            W = decoder.model.get_submodule(head).get_parameter("weight")
+            costs[head] = self._of_head(W, states, decoder.logits_of)
+        if decoder.config.tie_word_embeddings:
+            costs[table] = costs[table] + costs.pop(head)
+        for path, each in costs.items():
+            self.processes.add_up(each)
+            if len(each):
+                self.note(path, each / self.processes.count, torch.ones((), dtype=each.dtype, device=each.device))
+
+    def _of_embeddings(
+        self, W: Tensor, batches: Sequence[Batch], gradients: ActivationCache, embed: Callable[..., Any]
+    ) -> Float64[Tensor, "types"]:
+        total = sum(gradients.get(batch.index, W.device).double().square().sum((0, 1)) for batch in batches)
+        G = total / sum(batch.ids.numel() for batch in batches)
+        ids = torch.cat([batch.ids.flatten() for batch in batches]).to(W.device)
+        ids = ids[evenly(len(ids), TABLE_ROWS, W.device)]
+        stream = embed(ids[:TOKENS][None])[0]
+        scale = float(stream.norm() / W[ids[:TOKENS]].norm()) ** 2  # some models multiply what they embed
+        costs = [(error_of(W[ids], name) @ G).mean() * scale / 2 for name in self.candidates(W.shape[1])]
+        return torch.stack(costs) if costs else W.new_zeros(0, dtype=torch.float64)
+
+    def _of_head(
+        self, W: Tensor, states: Float[Tensor, "tokens d"], logits_of: Callable[[Tensor], Tensor]
+    ) -> Float64[Tensor, "types"]:
+        """1/2 E sum_v p_v (1 - p_v) (E_v . x)^2: the divergence, with errors of rows uncorrelated."""
+        p = logits_of(states @ W.T).softmax(-1)
+        felt = p * (1 - p)
+        mass = felt.sum(0)
+        likely = mass.topk(min(TABLE_ROWS, len(mass))).indices
+        scale = float(mass.sum() / mass[likely].sum()) / len(states) / 2
+        costs = []
+        for name in self.candidates(W.shape[1]):
+            E = fit_blocks(W[likely], TYPES[name]).dequantized(W[likely]) - W[likely]
+            costs.append((felt[:, likely] * (states @ E.T).square()).double().sum() * scale)
+        return torch.stack(costs) if costs else W.new_zeros(0, dtype=torch.float64)
+
+
+def error_of(W: Float[Tensor, "m n"], name: str, variance: Tensor | None = None) -> Float64[Tensor, "m n"]:
+    """Squared errors of the nearest values in a type."""
+    found = fit_blocks(W, TYPES[name], variance).dequantized(W)
+    return (found.double() - W.double()).square()
+
+
+def evenly(total: int, count: int, device: torch.device) -> Int64[Tensor, "_"]:
+    """`count` numbers below `total`, evenly spread; all where there are no more."""
+    count = min(count, total)
+    return torch.arange(count, device=device) * total // max(count, 1)
