@@ -20,9 +20,9 @@ from compress.architectures.packed import quantization_config
 from compress.checkpoints.files import adapter_config, carry_modeling
 from compress.models.packing import stored_linear
 from compress.models.storage import Storage
-from compress.numerics.grids import Grid, QuantType
+from compress.numerics.grids import FLOAT4_STEPS, FLOAT8, Grid, QuantType
 from compress.numerics.sparsity import keep_mask
-from compress.numerics.steps import make_grid
+from compress.numerics.steps import make_grid, shared_divisor
 from compress.own_model.configuration_compress import CompressConfig
 from compress.own_model.modeling_compress import AdaptedLinear, CompressForCausalLM
 from tiny import tiny_config, tiny_model
@@ -59,9 +59,11 @@ def parts_of(W: Tensor, storage: Storage, dtype: torch.dtype, *, bias: Tensor | 
     if storage.bits is not None:
         finer = 1.0 + (torch.arange(n) % 5 == 0).double() if storage.finer else None
         quant_type, symmetric = QuantType(storage.bits, storage.floating), storage.symmetric
-        grid = make_grid(
-            S, quant_type, group=storage.group, method="absmax", symmetric=symmetric, stored=dtype, finer=finer
-        )
+        stored, divisor = dtype, 1.0
+        if storage.in_float4:
+            stored, divisor = FLOAT4_STEPS[storage.group], shared_divisor(float(S.abs().max()))
+        how: Any = {"group": storage.group, "method": "absmax", "symmetric": symmetric, "stored": stored}
+        grid = make_grid(S, quant_type, finer=finer, divisor=divisor if stored == FLOAT8 else 1.0, **how)
         S = grid.nearest(S) if mask is None else grid.nearest(S) * mask
     A = torch.randn(storage.rank, n, dtype=torch.float64) / n**0.5 if storage.rank else None
     B = torch.randn(m, storage.rank, dtype=torch.float64) / 4 if storage.rank else None

@@ -220,6 +220,16 @@ def inner(text: str) -> list[list[str]]:
             ["1 linear layers have 4-bit weights, 2:4 sparsity, a low-rank adapter that corrects the error."],
             ["dense weights"],
         ),
+        (
+            {"linears": linears({"bits": "mxfp4"}), "storage": "packed", "quantized": True},
+            ["have mxfp4 weights", "vllm serve PATH --dtype bfloat16\n", "Blackwell GPUs may round inputs"],
+            [],
+        ),
+        (
+            {"linears": linears({"bits": "nvfp4"}), "storage": "packed", "quantized": True},
+            ["have nvfp4 weights", "With vLLM:\n\n```\nvllm serve PATH\n"],
+            ["Blackwell"],
+        ),
         ({"linears": linears({"bits": "fp8"})}, ["have fp8 weights; all are written as dense weights."], []),
         ({"origin": {"license": "mit"}}, ["The license is the base model's: `mit`."], ["names none"]),
         ({}, ["The license is the base model's, whose model card names none."], ["## Fine-tuning"]),

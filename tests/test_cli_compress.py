@@ -261,6 +261,7 @@ def test_a_result_for_people(place):
         ("--bits fp8 --group 128", "its fp8 weights have a scale a channel or a tensor"),
         ("--inputs int8", "it rounds inputs beside 8-bit weights alone"),
         ("--bits none", None),
+        ("--bits nvfp4", None),
         ("--bits 8 --inputs int8 --group channel", None),
     ],
 )

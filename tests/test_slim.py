@@ -310,6 +310,7 @@ def test_every_form_is_one_function(logits, name):
 
 SIZED: dict[str, tuple[str, dict[str, Any]]] = {
     "packed, fp8 and its inputs": ("packed", {"quantize": {"bits": 8, "floating": True}, "inputs": "fp8"}),
+    "packed, nvfp4": ("packed", {"quantize": {"bits": 4, "floating": True, "group": 16}, "adapt": TENTH}),
     "compact, ragged groups": ("compact", {"prune": WANDA, "quantize": FOUR | {"group": 24, "bits": 3}}),
     "compact, 4 of 8 of floats": ("compact", {"prune": {"method": "wanda", "pattern": "4:8"}, "adapt": TENTH}),
     "compact, an adapter of codes": ("compact", {"quantize": FOUR, "adapt": TENTH | {"bits": 4, "group": 16}}),

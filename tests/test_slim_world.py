@@ -24,6 +24,7 @@ pytestmark = pytest.mark.slow
 IDS = random_ids(1, 24, seed=3)
 WANDA = {"method": "wanda", "pattern": "2:4"}
 FOUR = {"method": "mse", "bits": 4, "group": "channel"}
+NVFP4 = {"method": "gptq", "bits": 4, "floating": True, "group": 16}
 EIGHT = {"method": "absmax", "bits": 8, "group": "channel"}
 ADAPTER = {"method": "whitened", "rank": 0.25}
 OURS = {"prune": WANDA, "quantize": FOUR, "adapt": ADAPTER, "center": True}
@@ -34,6 +35,8 @@ CHECKPOINTS: dict[str, Made] = {
     "zero points and an adapter": ("qwen2", OURS | {"quantize": FOUR | {"symmetric": False}}, "float32", True),
     "sparse": ("llama", {"prune": WANDA, "adapt": ADAPTER}, "float32", False),
     "fp8 inputs": ("llama", {"quantize": EIGHT | {"floating": True}, "inputs": "fp8"}, "float32", False),
+    "nvfp4 and an adapter": ("opt", OURS | {"quantize": NVFP4, "prune": None}, "float16", True),
+    "mxfp4": ("opt", {"quantize": NVFP4 | {"group": 32}, "target": ["attention", "fc1"]}, "float32", False),
     "compact, rounded and tied": ("opt", OURS | {"form": "compact"}, "float16", True),
     "materialized": ("opt", OURS | {"form": "dense"}, "float16", True),
 }

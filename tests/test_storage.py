@@ -12,7 +12,7 @@ from compress.numerics.sparsity import Pattern
 from compress.own_model.modeling_compress import unpack_bits
 from stored import label, random_parts
 
-M, N = 37, 240
+M, N = 37, 480
 BITS = range(2, 9)
 GROUPS: list[Granularity] = ["tensor", "channel", 16]
 PATTERNS = [None, Pattern(2.0, 4), Pattern(4.0, 8), Pattern(3.0, 5), Pattern(8.0, 16)]
@@ -21,6 +21,7 @@ PACKED = [
     *(Storage("packed", bits, group=group, symmetric=False) for bits in (3, 4, 8) for group in GROUPS),
     *(Storage("packed", 8, floating=True, group=group, inputs="fp8") for group in GROUPS),
     *(Storage("packed", 8, group=group, symmetric=False, inputs="int8") for group in GROUPS),
+    *(Storage("packed", 4, floating=True, group=group, rank=3) for group in (16, 32)),
     Storage("packed", None, rank=3),
     Storage("packed", 4, pattern=Pattern(2.0, 4)),
     Storage("packed", 4, pattern=Pattern(0.5)),

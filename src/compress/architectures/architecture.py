@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from compress.architectures.packed import put_packed, quantization_config
 from compress.calibration.linears import FactorShape, LinearShape
 from compress.calibration.sites import Count, StreamPoint, stream_points
-from compress.calibration.walk import is_wide_float
+from compress.calibration.walk import written_dtype
 from compress.calibration.weights import Layout
 from compress.errors import UsageError
 from compress.families import Family
@@ -47,9 +47,9 @@ def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def stored_bytes(model: nn.Module, dtype: torch.dtype) -> int:
-    """Count the bytes of a model; floats are written in `dtype`, integers and 8-bit floats as they are."""
-    tensors = saved_tensors(model).values()
-    return sum(each.numel() * (dtype if is_wide_float(each) else each.dtype).itemsize for each in tensors)
+    """Count the bytes of a model as it is written, most floats in `dtype`."""
+    tensors = saved_tensors(model).items()
+    return sum(each.numel() * written_dtype(name, each, dtype).itemsize for name, each in tensors)
 
 
 def stored_parameters(model: nn.Module, _dtype: torch.dtype) -> int:

@@ -13,6 +13,7 @@ from torch import nn
 from compress.models.storage import Storage, empty_linear
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank may be
+NVFP4 = "nvfp4-pack-quantized"
 MADE_ANEW = ("falcon", "gpt_bigcode")  # whose classes initialize linears by hand, which packed ones do not survive
 
 
@@ -28,9 +29,9 @@ def put_packed(model: nn.Module, packed: Mapping[str, Storage]) -> None:
 
 def quantization_config(storage: Storage, untouched: list[str]) -> dict[str, Any]:
     """Write compressed-tensors' config: one group of linears, all alike."""
-    kind = "float" if storage.floating else "int"
+    kind, name = "float" if storage.floating else "int", storage_format(storage)
     strategy = storage.group if isinstance(storage.group, str) else "group"
-    weights = {
+    weights: dict[str, Any] = {
         "num_bits": storage.bits,
         "type": kind,
         "symmetric": storage.symmetric,
@@ -38,8 +39,10 @@ def quantization_config(storage: Storage, untouched: list[str]) -> dict[str, Any
         "group_size": storage.group if strategy == "group" else None,
         "dynamic": False,
     }
+    if storage.in_float4:
+        dtype = "torch.float8_e4m3fn" if name == NVFP4 else "torch.uint8"
+        weights |= {"strategy": "tensor_group" if name == NVFP4 else "group", "scale_dtype": dtype, "zp_dtype": dtype}
     inputs = {"num_bits": 8, "type": kind, "symmetric": True, "strategy": "token", "group_size": None, "dynamic": True}
-    name = storage_format(storage)
     group = {
         "targets": ["Linear"],
         "weights": weights,
@@ -61,10 +64,12 @@ def quantization_config(storage: Storage, untouched: list[str]) -> dict[str, Any
 def unpacks_while_loading(storage: Storage, model_type: str) -> bool:
     """Whether transformers has to unpack the weights while it loads them.
 
-    It has no room for packed zero points, and makes the weights of some classes anew before it has them.
+    It has no room for packed zero points, makes the weights of some classes anew before it has them, and leaves 4-bit
+    floats in bfloat16 once they are unpacked, whatever the model is in.
     """
     awkward = not storage.symmetric or model_type in MADE_ANEW
-    return storage.form == "packed" and storage_format(storage) == "pack-quantized" and awkward
+    is_packed = storage.form == "packed" and storage.bits is not None and not storage.in_bytes
+    return storage.in_float4 or (is_packed and awkward)
 
 
 def not_for_vllm(storage: Storage, largest_rank: int) -> str | None:
@@ -75,7 +80,7 @@ def not_for_vllm(storage: Storage, largest_rank: int) -> str | None:
         return None
     if storage.group == "tensor" and not storage.in_bytes:
         return "its packed integers have a scale a channel or a group"
-    if storage.floating and isinstance(storage.group, int):
+    if storage.in_bytes and storage.floating and isinstance(storage.group, int):
         return "its fp8 weights have a scale a channel or a tensor"
     if storage.inputs is not None and not storage.in_bytes:
         return "it rounds inputs beside 8-bit weights alone"
@@ -83,6 +88,8 @@ def not_for_vllm(storage: Storage, largest_rank: int) -> str | None:
 
 
 def storage_format(storage: Storage) -> str:
+    if storage.in_float4:
+        return NVFP4 if storage.group == 16 else "mxfp4-pack-quantized"
     if storage.floating:
         return "float-quantized"
     return "int-quantized" if storage.in_bytes else "pack-quantized"

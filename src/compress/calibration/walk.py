@@ -200,7 +200,7 @@ class Walk:
                 # Written with the embeddings; the probe sees it rounded as they are.
                 tied = tensors.pop(f"{decoder.family.head}.weight")
                 if not self.branch_pass.blocks:
-                    tied.copy_(self._rounded(tied))
+                    tied.copy_(self._rounded("", tied))
             part = self._finish(self.num_parts - 1, "head", tensors, groups=groups)
             part.divergence = divergence
             if self.probe is not None:
@@ -236,7 +236,7 @@ class Walk:
         blocks = {f"{path}.weight": stored for path, stored in self.branch_pass.blocks.items()}
         stored = {name: tensor for name, tensor in tensors.items() if name not in blocks}
         stored |= {name.replace(".weight", ".qweight"): blocks[name] for name in tensors if name in blocks}
-        rounded = {key: self._rounded(tensor).cpu().contiguous() for key, tensor in stored.items()}
+        rounded = {key: self._rounded(key, tensor).cpu().contiguous() for key, tensor in stored.items()}
         for key, tensor in rounded.items():
             if is_wide_float(tensor) and not torch.isfinite(tensor).all():
                 raise NumericalError(
@@ -256,14 +256,18 @@ class Walk:
             groups=list(groups),
         )
 
-    def _rounded(self, tensor: Tensor) -> Tensor:
-        """Cast floats to the output dtype; indices and codes stay as they are."""
-        return tensor.to(self.settings.output_dtype) if is_wide_float(tensor) else tensor
+    def _rounded(self, name: str, tensor: Tensor) -> Tensor:
+        return tensor.to(written_dtype(name, tensor, self.settings.output_dtype))
 
 
 def is_wide_float(tensor: Tensor) -> bool:
     """Whether a tensor holds floats; 8-bit floats are codes."""
     return tensor.is_floating_point() and tensor.dtype.itemsize > 1
+
+
+def written_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """`dtype` for floats; indices and codes, and the scale that NVFP4 has of a whole matrix, stay as they are."""
+    return dtype if is_wide_float(tensor) and not name.endswith("weight_global_scale") else tensor.dtype
 
 
 def shared_frame(stages: Sequence[Stage], survey: Survey | None, *, layer_norm: bool) -> Frame | None:

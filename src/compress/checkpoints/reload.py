@@ -38,7 +38,9 @@ def main(folder: str, probe_file: str, memory: int, scratch: str) -> dict[str, o
     elif not fits:
         options = {"dtype": "auto"}  # packed weights cannot stay on disk
     if "quantization_config" in config and (not fits or facts["unpacks_while_loading"]):
-        options["quantization_config"], bits = CompressedTensorsConfig(dequantize=True), 8 * facts["itemsize"]
+        options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
+        # 4-bit floats times a power of two or a few bits more are exact in any dtype.
+        bits = bits if "fp4" in config["quantization_config"]["format"] else 8 * facts["itemsize"]
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder, trust_remote_code=carries_code, output_loading_info=True, local_files_only=True, **options
     )

@@ -179,8 +179,12 @@ def amount_of(recipe: "Recipe") -> str:
     slim: Any = next(stage for stage in recipe.stages if stage.stage == "slim")
     words = []
     if slim.quantize is not None:
-        bits = "fp8" if slim.quantize.floating else slim.quantize.bits
-        words.append((slim.quantize.gguf_type or f"w{bits}").replace(",", "-").replace("=", "-").replace("*", "x"))
+        words.append(
+            (slim.quantize.gguf_type or f"w{slim.quantize.precision}")
+            .replace(",", "-")
+            .replace("=", "-")
+            .replace("*", "x")
+        )
     if slim.prune is not None:
         words.append(slim.prune.pattern.replace(":", "-").replace("%", "pc"))
     if slim.adapt is not None:

@@ -9,6 +9,7 @@ from compress.cli.recipes import Draft, check_method, plain_value
 from compress.cli.reporting import reporting_errors
 from compress.errors import Problems, UsageError
 
+FLOATS = {"fp8": (8, None), "nvfp4": (4, 16), "mxfp4": (4, 32)}  # bits, and inputs that share a scale
 FAST_ITERATIONS = 20
 POLISH = 3  # rounds without an adapter; with one, every round of it polishes again
 
@@ -63,16 +64,16 @@ class StorageOptions(RunOptions):
 
 
 def put_bits(draft: Draft, bits: str | None) -> None:
-    """2 to 8, `fp8`, or `none`, which leaves the weights as they are."""
+    """2 to 8, `fp8`, `nvfp4`, `mxfp4`, or `none`, which leaves the weights as they are."""
     flag = f"--bits {bits}"
     if bits == "none":
         draft.remove("slim.quantize", flag)
-    elif bits == "fp8":
+    elif bits in FLOATS:
         quantize = draft.stage("slim")["quantize"]
         if quantize["method"] == "slim":  # which is of integers
             quantize["method"] = "mse"
-        draft.set("slim.quantize.bits", 8, flag)
-        draft.set("slim.quantize.floating", True, flag)
+        for field, value in zip(("bits", "group", "floating"), (*FLOATS[bits], True), strict=True):
+            draft.set(f"slim.quantize.{field}", value, flag)
     else:
         draft.set("slim.quantize.bits", bits if bits is None else plain_value(bits), flag)
 
@@ -89,7 +90,9 @@ FAST = "anchored: 20 iterations of ADMM instead of 48, and one round of the adap
 @with_options(StorageOptions)
 def slim_model(
     run: StorageOptions,
-    bits: Annotated[str | None, in_panel(Amounts, "Weight precision: 2 to 8 bits, fp8, or none. Default: 4.")] = None,
+    bits: Annotated[
+        str | None, in_panel(Amounts, "Weight precision: 2 to 8 bits, fp8, nvfp4, mxfp4, or none. Default: 4.")
+    ] = None,
     sparsity: Annotated[str | None, in_panel(Amounts, SPARSITY)] = None,
     adapter_rank: Annotated[float | None, in_panel(Amounts, RANK)] = None,
     method: Annotated[Literal["anchored", "slim"], in_panel(Method, SLIM_METHOD)] = "anchored",
@@ -97,6 +100,8 @@ def slim_model(
     export: Annotated[Literal["hf", "gguf"], in_panel(Output, EXPORT)] = "hf",
 ) -> None:
     """Quantize and prune linear layers, with low-rank adapters that correct the error (SLiM and past it).
+
+    No engine runs 2:4 faster any more: to serve a model, take compress quantize instead.
 
     Example: compress slim --model llama-2-7b --bits 4 --sparsity 2:4 --adapter-rank 0.1
     """
@@ -137,7 +142,9 @@ METHOD = "gptq, or round-to-nearest with scales of least squared error (mse) or 
 @with_options(StorageOptions)
 def quantize_model(
     run: StorageOptions,
-    bits: Annotated[str | None, in_panel(Amounts, "Weight precision: 2 to 8 bits, or fp8. Default: 4.")] = None,
+    bits: Annotated[
+        str | None, in_panel(Amounts, "Weight precision: 2 to 8 bits, fp8, nvfp4 or mxfp4. Default: 4.")
+    ] = None,
     method: Annotated[Literal["gptq", "mse", "absmax"] | None, in_panel(Method, METHOD)] = None,
 ) -> None:
     """Quantize linear layers, each fitted toward the dense model (GPTQ and past it); --type writes one GGUF file.

@@ -43,7 +43,10 @@ LONGEST = 100  # characters of a file's name
 ADAPTERS = ("lora_", "first.", "second.")
 # What else a tensor is for, by the end of its name.
 PURPOSES = {
-    **dict.fromkeys(("scale", "weight_scale", "weight_zero_point", "weight_shape", "shares"), "scales and zero points"),
+    **dict.fromkeys(
+        ("scale", "weight_scale", "weight_global_scale", "weight_zero_point", "weight_shape", "shares"),
+        "scales and zero points",
+    ),
     **{"places": "places of kept weights", "order": "order of outputs", "bias": "biases"},
 }
 

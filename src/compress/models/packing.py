@@ -9,7 +9,7 @@ from torch import Tensor
 
 from compress.models.storage import BlockLinear, Storage, empty_linear
 from compress.numerics.block_grid import BlockGrid
-from compress.numerics.grids import Grid, QuantType
+from compress.numerics.grids import E2M1, FLOAT4_STEPS, FLOAT8, Grid, QuantType
 from compress.numerics.sparsity import Pattern
 from compress.numerics.steps import make_grid
 from compress.own_model.modeling_compress import AdaptedLinear, combinations, place_bits
@@ -110,6 +110,8 @@ def packed_tensors(storage: Storage, weight: Tensor, grid: Grid | None, dtype: t
     if grid is None:
         return {"weight": weight.to(dtype)}
     assert isinstance(grid.quant_type, QuantType)
+    if storage.in_float4:
+        return float4_tensors(weight, grid)
     scale, codes, bits = grid.step.to(dtype), grid.codes(weight), grid.quant_type.bits
     zero = None if grid.zero is None else grid.zero.to(torch.int8)
     if storage.group == "tensor":
@@ -121,6 +123,18 @@ def packed_tensors(storage: Storage, weight: Tensor, grid: Grid | None, dtype: t
         return zeros | {"weight": codes, "weight_scale": scale}
     shape = torch.tensor(weight.shape)
     return zeros | {"weight_packed": pack_words(codes, bits), "weight_scale": scale, "weight_shape": shape}
+
+
+def float4_tensors(weight: Float[Tensor, "m n"], grid: Grid) -> Tensors:
+    """The tensors of a `Float4Linear`."""
+    codes = grid.codes(weight).float().contiguous()
+    numbers = torch.bucketize(codes.abs(), codes.new_tensor(E2M1)) | (codes < 0).long() << 3
+    packed = (numbers[:, ::2] | numbers[:, 1::2] << 4).to(torch.uint8)
+    scale = (grid.step * grid.divisor).to(FLOAT4_STEPS[grid.group])
+    if scale.dtype != FLOAT8:
+        return {"weight_packed": packed, "weight_scale": scale.view(torch.uint8)}
+    divisor = torch.full((1,), grid.divisor, device=packed.device)
+    return {"weight_packed": packed, "weight_scale": scale, "weight_global_scale": divisor}
 
 
 def matrix_tensors(matrix: Float[Tensor, "m n"], grid: Grid | None, kept: Kept | None, dtype: torch.dtype) -> Tensors:

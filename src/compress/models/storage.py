@@ -3,6 +3,7 @@
     packed   what compressed-tensors and PEFT read, zeros included:
                PackedLinear  weight_packed int32 (m, words): codes without gaps, low bits first (`pack-quantized`)
                ByteLinear    weight int8 or float8 (m, n) (`int-quantized`, `float-quantized`)
+               Float4Linear  weight_packed uint8 (m, n / 2) (`nvfp4-pack-quantized`, `mxfp4-pack-quantized`)
                FloatLinear   weight (m, n), not quantized
     compact  our own: the kept weights alone, and which these are (`own_model/modeling_compress.py`)
     gguf     llama.cpp's types, as a GGUF file has them (BlockLinear)
@@ -25,20 +26,22 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from compress.numerics.block_types import TYPES
-from compress.numerics.grids import FLOAT8, Granularity, QuantType
+from compress.numerics.grids import E2M1, FLOAT4_STEPS, FLOAT8, Granularity, QuantType
 from compress.numerics.sparsity import Pattern
 from compress.own_model.modeling_compress import AdaptedLinear, CompactLinear, LowRankLinear, PivotLinear, unpack_bits
 
 InputNumbers = Literal["fp8", "int8"]
 Linear = nn.Linear | LowRankLinear | PivotLinear | AdaptedLinear
 WORD = 32  # bits
+INTEGERS = {1: torch.uint8, 4: torch.int32}  # by their bytes
 
 
 @dataclass(frozen=True)
 class Storage:
     """How a linear's weight and its adapter are stored.
 
-    bits: of a code; None for floats of the model's dtype. floating: 8-bit floats (e4m3) rather than integers.
+    bits: of a code; None for floats of the model's dtype. floating: floats rather than integers: in 8 bits e4m3, in 4
+        e2m1, in groups of 16 as NVFP4 has them or of 32 as MXFP4 does, packed only.
     group: what shares a scale along the inputs; in a compact row the last group may be smaller.
     symmetric: 0 has the code 0; compact knows no other. pattern: which weights are kept; of the others compact stores
     nothing, where it is a grouped one. rank: of the adapter. adapter_bits, adapter_group: its codes, compact only.
@@ -65,9 +68,9 @@ class Storage:
             raise ValueError("Compact linears have symmetric grids and inputs that are not rounded.")
         if self.form == "packed" and (self.adapter_bits is not None or self.finer):
             raise ValueError("Packed linears have adapters of floats, and no factors for single inputs.")
-        if self.floating and (self.bits != 8 or not self.symmetric):
-            raise ValueError("Grids of floats have 8 bits and are symmetric.")
-        if self.inputs is not None and (self.bits is None or self.floating != (self.inputs == "fp8")):
+        if self.floating and not (self.symmetric and (self.bits == 8 or self.in_float4)):
+            raise ValueError("Grids of floats have 8 bits, or packed 4 in groups of 16 or 32, and are symmetric.")
+        if self.inputs is not None and (self.bits is None or self.in_float4 or self.floating != (self.inputs == "fp8")):
             raise ValueError("Inputs are rounded to fp8 where weights are, and to int8 where weights are integers.")
 
     @property
@@ -78,7 +81,12 @@ class Storage:
     @property
     def in_bytes(self) -> bool:
         """Whether packed form gives each code a byte, as engines want that compute in 8 bits."""
-        return self.floating or (self.inputs is not None and self.bits == 8)
+        return self.bits == 8 and (self.floating or self.inputs is not None)
+
+    @property
+    def in_float4(self) -> bool:
+        """Whether it is NVFP4 or MXFP4."""
+        return self.form == "packed" and self.floating and self.bits == 4 and self.group in FLOAT4_STEPS
 
     def entry(self) -> dict[str, Any]:
         """The linear's entry in a compact model's config."""
@@ -177,9 +185,13 @@ class BlockLinear(LoraLinear):
 
 
 class QuantizedLinear(LoraLinear):
-    """group: what shares a scale along the inputs. groups: how many there are in a row."""
+    """
+    group: what shares a scale along the inputs. groups: how many there are in a row. as_stored: buffers of floats that
+    no .to(dtype) changes.
+    """
 
     weight_zero_point: Tensor | None
+    as_stored: tuple[str, ...] = ()
 
     def __init__(self, in_features: int, out_features: int, storage: Storage, *, bias: bool) -> None:
         super().__init__(in_features, out_features, storage, bias=bias)
@@ -202,6 +214,16 @@ class QuantizedLinear(LoraLinear):
             groups -= zeros.to(dtype)[..., None]
         scale = self.weight_scale if self.group == "tensor" else self.weight_scale[start:stop]
         return groups.mul_(scale.to(dtype)[..., None]).flatten(1)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedLinear":
+        # To torch an 8-bit float is a float like any other, which .to(dtype) would make wide.
+        dtypes = {name: self.get_buffer(name).dtype for name in self.as_stored}
+        for name, dtype in dtypes.items():
+            setattr(self, name, self.get_buffer(name).view(INTEGERS[dtype.itemsize]))
+        super()._apply(fn, recurse)
+        for name, dtype in dtypes.items():
+            setattr(self, name, self.get_buffer(name).view(dtype))
+        return self
 
 
 class PackedLinear(QuantizedLinear):
@@ -242,6 +264,7 @@ class ByteLinear(QuantizedLinear):
 
     kind = "bytes"
     bits = 8
+    as_stored = ("weight",)
     weight: Tensor
 
     def __init__(self, in_features: int, out_features: int, storage: Storage, *, bias: bool) -> None:
@@ -258,13 +281,34 @@ class ByteLinear(QuantizedLinear):
         zeros = self.weight_zero_point
         return zeros if zeros is None or self.group == "tensor" else zeros[start:stop]
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ByteLinear":
-        # To torch an 8-bit float is a float like any other, which .to(dtype) would make wide.
-        stored = self.weight.dtype
-        self.weight = self.weight.view(torch.uint8)
-        super()._apply(fn, recurse)
-        self.weight = self.weight.view(stored)
-        return self
+
+class Float4Linear(QuantizedLinear):
+    """
+    weight_packed: two e2m1 numbers a byte, the first in the low bits: 8 for the sign and a place in `E2M1`.
+    weight_scale: (m, groups); of NVFP4 float8, to be divided by weight_global_scale, float32 (1,); of MXFP4 uint8, the
+    exponent of 2, plus 127.
+    """
+
+    kind = "float4"
+    bits = 4
+    weight_global_scale: Tensor
+
+    def __init__(self, in_features: int, out_features: int, storage: Storage, *, bias: bool) -> None:
+        super().__init__(in_features, out_features, storage, bias=bias)
+        self.weight_packed = nn.Buffer(torch.zeros(out_features, in_features // 2, dtype=torch.uint8))
+        scales = torch.zeros(out_features, self.groups, dtype=torch.uint8)
+        if storage.group == 16:
+            self.as_stored = ("weight_scale", "weight_global_scale")
+            self.weight_global_scale = nn.Buffer(torch.ones(1))
+            scales = scales.view(FLOAT8)
+        self.weight_scale = nn.Buffer(scales)
+
+    def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        packed, scale = self.weight_packed[start:stop], self.weight_scale[start:stop]
+        table = torch.tensor((*E2M1, *(-number for number in E2M1)), device=packed.device)
+        values = table[torch.stack([packed & 15, packed >> 4], dim=2).int()].view(len(packed), self.groups, -1)
+        scale = scale.float() / self.weight_global_scale if self.as_stored else scale.view(FLOAT4_STEPS[32]).float()
+        return values.mul_(scale[..., None]).flatten(1).to(dtype)
 
 
 def words(count: int, bits: int) -> int:
@@ -313,7 +357,9 @@ def empty_linear(
         linear = CompactLinear(in_features, out_features, storage.entry(), bias=bias)
     else:
         kind: type[LoraLinear] = ByteLinear if storage.in_bytes else PackedLinear
-        if storage.block_type is not None:
+        if storage.in_float4:
+            kind = Float4Linear
+        elif storage.block_type is not None:
             kind = BlockLinear
         elif storage.bits is None:
             kind = FloatLinear

@@ -63,7 +63,8 @@ def scheme(found: dict[str, Any]) -> Storage:
     if kind not in ("int", "float") or bits not in range(2, 9) or weights.get("dynamic"):
         raise ValueError(f"weights are {bits}-bit {kind!r}")
     strategy, size = weights.get("strategy"), weights.get("group_size")
-    in_groups = strategy == "group" and isinstance(size, int) and size > 0
+    grouped = "tensor_group" if (kind, bits, size) == ("float", 4, 16) else "group"
+    in_groups = strategy == grouped and isinstance(size, int) and size > 0
     if not in_groups and strategy not in ("tensor", "channel"):
         raise ValueError(f"the strategy of weights is {strategy!r}")
     if inputs is not None:
@@ -219,7 +220,8 @@ def fill(model: PreTrainedModel, tensors: SafetensorsFolder, dtype: torch.dtype,
             raise CheckpointError(
                 f"{name!r} says {tensor.tolist()}, which config.json does not. Get the checkpoint again."
             )
-        value = tensor.to(device, dtype) if tensor.dtype in FLOATS else tensor.to(device)
+        is_fixed = attribute in getattr(owner, "as_stored", ()) or tensor.dtype not in FLOATS
+        value = tensor.to(device) if is_fixed else tensor.to(device, dtype)
         is_parameter = attribute in dict(owner.named_parameters(recurse=False))
         setattr(owner, attribute, nn.Parameter(value, requires_grad=False) if is_parameter else value)
     model.tie_weights()

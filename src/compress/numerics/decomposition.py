@@ -28,12 +28,12 @@ from compress.numerics.adapters import AdapterMethod, fit_adapter
 from compress.numerics.admm import sparse_plus_lowrank
 from compress.numerics.block_grid import BlockGrid, fit_blocks, polished
 from compress.numerics.block_types import BlockType
-from compress.numerics.grids import Granularity, Grid, QuantType
+from compress.numerics.grids import FLOAT8, Granularity, Grid, QuantType
 from compress.numerics.hessian import Hessian
 from compress.numerics.lowrank import Factors, InputMoments
 from compress.numerics.rescale import rescaled
 from compress.numerics.sparsity import Pattern, keep_mask, magnitude, wanda
-from compress.numerics.steps import StepMethod, finer_inputs, make_grid
+from compress.numerics.steps import StepMethod, finer_inputs, make_grid, shared_divisor
 from compress.numerics.sweep import descend, sweep
 
 Pruner = Literal["magnitude", "wanda", "sparsegpt", "admm"]
@@ -53,7 +53,8 @@ class Pruning:
 class Rounding:
     """
     steps: how they are chosen. sweeps: by GPTQ rather than to nearest. act_order: its columns in that order.
-    finer: SLiM-Quant^O. stored: the dtype of the steps. blocks: llama.cpp's type, in place of all these.
+    finer: SLiM-Quant^O. stored: the dtype of the steps. divisor: of all steps, see `Grid`; found with the weights.
+    blocks: llama.cpp's type, in place of all these.
     """
 
     quant_type: QuantType
@@ -64,6 +65,7 @@ class Rounding:
     act_order: bool = False
     finer: bool = False
     stored: torch.dtype | None = None
+    divisor: float = 1.0
     blocks: BlockType | None = None
 
 
@@ -148,9 +150,13 @@ def decompose_together(
 ) -> list[Decomposed]:
     """Decompose weights with the same inputs, each as `decompose` does; `hows` differ in ranks and grids at most.
 
-    Where rows are independent, the weights are swept as one matrix: a column takes hardly longer for more rows.
+    Where rows are independent, the weights are swept as one matrix: a column takes hardly longer for more rows. Steps
+    in 8-bit floats have one divisor for all: engines fuse weights with the same inputs, and keep one of their divisors.
     """
-    hessian = moments.spread(centered=centered).hessian(DAMPING, name=names[0])
+    hessian, rounding = moments.spread(centered=centered).hessian(DAMPING, name=names[0]), hows[0].quantize
+    if rounding is not None and rounding.stored == FLOAT8:
+        rounding = replace(rounding, divisor=shared_divisor(max(float(W.abs().max()) for W in weights)))
+        hows = [replace(how, quantize=rounding) for how in hows]
     solvers = [
         Solver(W, how, moments, hessian, centered=centered, dtype=dtype, name=name)
         for W, how, name in zip(weights, hows, names, strict=True)
@@ -286,6 +292,7 @@ class Solver:
             symmetric=how.symmetric,
             stored=how.stored,
             finer=finer,
+            divisor=how.divisor,
         )
         if not torch.isfinite(grid.step).all():
             raise NumericalError(

@@ -1,8 +1,11 @@
-"""Quantization grids: integers of 2 to 8 bits or 8-bit floats, times a step.
+"""Quantization grids: integers of 2 to 8 bits, 8-bit or 4-bit floats, times a step.
 
 One step for the whole matrix, for each output channel, or for each group of neighboring inputs of a channel. Integers
 are -2^(b-1) .. 2^(b-1) - 1, as engines store them; symmetric about 0 unless a grid has zero points. How steps are
 chosen is in `numerics/steps.py`.
+
+Microscaling formats say what a step can be: in MXFP4 a power of two for 32 inputs (OCP Microscaling Formats 1.0,
+section 5), in NVFP4 for 16 an 8-bit float over a divisor of the whole matrix.
 
 Dimensions: W (m, n), m outputs, n inputs in groups of `group`.
 """
@@ -18,6 +21,8 @@ from torch import Tensor
 from compress.numerics.block_types import BlockType
 
 FLOAT8 = torch.float8_e4m3fn
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # the 4-bit floats that have no sign, by their codes
+FLOAT4_STEPS = {16: FLOAT8, 32: torch.float8_e8m0fnu}  # the dtype of 4-bit floats' steps by their group: NVFP4, MXFP4
 # What shares a step along the inputs: everything, a row, or so many neighbors in it.
 Granularity = int | Literal["tensor", "channel"]
 
@@ -26,7 +31,7 @@ Granularity = int | Literal["tensor", "channel"]
 class QuantType:
     """The number type of a grid, before scaling by its step.
 
-    bits: of each. floating: 8-bit floats (e4m3) rather than integers.
+    bits: of each. floating: floats rather than integers, e4m3 in 8 bits, e2m1 in 4.
     """
 
     bits: int
@@ -38,7 +43,9 @@ class QuantType:
 
     @property
     def highest(self) -> float:
-        return torch.finfo(FLOAT8).max if self.floating else 2.0 ** (self.bits - 1) - 1
+        if not self.floating:
+            return 2.0 ** (self.bits - 1) - 1
+        return E2M1[-1] if self.bits == 4 else torch.finfo(FLOAT8).max
 
     def nearest(self, x: Tensor) -> Tensor:
         return self.nearest_(x.clone())
@@ -46,7 +53,13 @@ class QuantType:
     def nearest_(self, x: Tensor) -> Tensor:
         """Round to the nearest value of the grid, in place."""
         x.clamp_(self.lowest, self.highest)
-        return x.copy_(x.to(FLOAT8)) if self.floating else x.round_()
+        if not self.floating:
+            return x.round_()
+        if self.bits == 8:
+            return x.copy_(x.to(FLOAT8))
+        size = x.abs()
+        gap = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0)).to(x.dtype)  # between neighbors
+        return x.div_(gap).round_().mul_(gap)
 
     @property
     def stored(self) -> torch.dtype:
@@ -59,6 +72,7 @@ class Grid:
     group: how many adjacent inputs share a step; the last group of a row may be smaller.
     step: (m or 1, groups). zero: the code of 0, of the same shape; None for 0 itself.
     finer: (n,) what an input's weights are multiplied by before they are rounded, and divided by after; None for 1.
+    divisor: what steps are divided by after they have been rounded to the dtype that stores them.
     """
 
     quant_type: QuantType | BlockType
@@ -66,10 +80,11 @@ class Grid:
     step: Float[Tensor, "_ groups"]
     zero: Float[Tensor, "_ groups"] | None = None
     finer: Float[Tensor, "n"] | None = None
+    divisor: float = 1.0
 
     def to(self, dtype: torch.dtype) -> "Grid":
         zero, finer = (None if tensor is None else tensor.to(dtype) for tensor in (self.zero, self.finer))
-        return Grid(self.quant_type, self.group, self.step.to(dtype), zero, finer)
+        return replace(self, step=self.step.to(dtype), zero=zero, finer=finer)
 
     @classmethod
     def stacked(cls, grids: Sequence[Any]) -> "Grid":

@@ -47,7 +47,7 @@ def rescaled(
             if len(step) == 1:
                 gain, curvature = gain.sum(0, keepdim=True), curvature.sum(0, keepdim=True)
             new = torch.where(curvature > 0, step + gain / curvature, step)  # all codes zero: any step will do
-            new = rounded(torch.minimum(torch.maximum(new, step / FURTHEST), step * FURTHEST), stored)
+            new = rounded(torch.minimum(torch.maximum(new, step / FURTHEST), step * FURTHEST), stored, grid.divisor)
             torch.mul(q, new - step, out=changes[group])
             slope[last:stop].addmm_(H[last:stop, group], changes[group], alpha=-1)
             step.copy_(new)

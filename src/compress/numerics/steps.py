@@ -13,6 +13,7 @@ A piece is the weights that share a step: pieces (groups, weights, rows) have st
 that sums over a piece's weights are sums of vectors.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,12 +21,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from compress.numerics.grids import Granularity, Grid, QuantType
+from compress.numerics.grids import E2M1, FLOAT4_STEPS, FLOAT8, Granularity, Grid, QuantType
 
 StepMethod = Literal["absmax", "slim", "mse"]
 
 
-def make_grid(
+def make_grid(  # noqa: PLR0913 (all that a grid consists of)
     W: Float[Tensor, "m n"],
     quant_type: QuantType,
     *,
@@ -34,17 +35,21 @@ def make_grid(
     symmetric: bool = True,
     stored: torch.dtype | None = None,
     finer: Float[Tensor, "n"] | None = None,
+    divisor: float = 1.0,
 ) -> Grid:
     """Make a grid for W, computed in W's dtype, its steps rounded to the dtype that they are `stored` in.
 
     finer: what inputs' weights are multiplied by before they are rounded; the step is chosen without it.
+    divisor: of steps, once they are rounded.
     """
     pieces, size = pieces_of(W, group), W.shape[1] if isinstance(group, str) else group
     step, zero = (absmax_steps(pieces, quant_type), None) if symmetric else spread_steps(pieces, quant_type)
-    if method != "absmax":
+    if method != "absmax" and stored is not None and stored in FLOAT4_STEPS.values():
+        step = stored_steps(pieces, quant_type, step, stored, divisor)
+    elif method != "absmax":
         step = searched_steps(pieces, quant_type, step, zero, SEARCHES[method])
-    step = rounded(positive(step), stored).T.contiguous()
-    return Grid(quant_type, size, step, None if zero is None else zero.T.contiguous(), finer=finer)
+    step = rounded(positive(step), stored, divisor).T.contiguous()
+    return Grid(quant_type, size, step, None if zero is None else zero.T.contiguous(), finer=finer, divisor=divisor)
 
 
 def pieces_of(W: Float[Tensor, "m n"], group: Granularity) -> Float[Tensor, "groups weights rows"]:
@@ -61,11 +66,24 @@ def positive(step: Tensor) -> Tensor:
     return torch.where(step > 0, step, torch.ones_like(step))
 
 
-def rounded(step: Tensor, stored: torch.dtype | None) -> Tensor:
-    """Round to the stored dtype, never to 0."""
+def rounded(step: Tensor, stored: torch.dtype | None, divisor: float = 1.0) -> Tensor:
+    """Round to the stored dtype, never to 0, over a divisor."""
     if stored is None:
         return step
-    return step.clamp_min(torch.finfo(stored).tiny * torch.finfo(stored).eps).to(stored).to(step.dtype)
+    smallest = torch.finfo(stored).tiny * torch.finfo(stored).eps
+    return (step * divisor).clamp_min(smallest).to(stored).to(step.dtype) / divisor
+
+
+def shared_divisor(largest: float) -> float:
+    """The divisor of the 8-bit steps of 4-bit floats for matrices whose largest weight this is.
+
+    A power of two: with it every weight is exact in bfloat16 and float32. The largest step lies in the second octave
+    from the top, so that it can still grow.
+    """
+    if not 0 < largest < math.inf:
+        return 1.0
+    top = torch.finfo(FLOAT8).max / 2 * E2M1[-1]
+    return 2.0 ** min(max(math.floor(math.log2(top / largest)), -100), 100)
 
 
 def absmax_steps(pieces: Float[Tensor, "g w r"], quant_type: QuantType) -> Float[Tensor, "g r"]:
@@ -129,20 +147,46 @@ def searched_steps(
     return trials.best
 
 
+def stored_steps(
+    pieces: Float[Tensor, "g w r"],
+    quant_type: QuantType,
+    full: Float[Tensor, "g r"],
+    stored: torch.dtype,
+    divisor: float,
+) -> Float[Tensor, "g r"]:
+    """Search the best step of each piece among the few numbers that can be stored about `full`, the step of `absmax`.
+
+    4-bit floats have a wide gap below the largest: larger steps than `full` are tried too, with which the largest
+    weight becomes 4 in place of 6.
+    """
+    trials = StepTrials(pieces, quant_type, None, exact=True)
+    nearest = (rounded(positive(full), stored, divisor) * divisor).to(stored).view(torch.uint8).int()
+    places, last = (range(-4, 8), 126) if stored == FLOAT8 else (range(-1, 2), 254)
+    for place in places:  # the codes of positive numbers are in their order
+        code = (nearest + place).clamp(1, last).to(torch.uint8)
+        trials.test(code.view(stored).to(full.dtype) / divisor)
+    return trials.best
+
+
 CHUNK = 2**17  # weights that are rounded at a time: what is computed from them stays in the cache
 
 
 class StepTrials:
     """The best step so far of each piece, `best` (groups, rows), and its `error`.
 
-    zero: the code of 0; None for 0 itself.
+    zero: the code of 0; None for 0 itself. exact: a step that is tried is not moved to the best one for its codes.
     """
 
     def __init__(
-        self, pieces: Float[Tensor, "g w r"], quant_type: QuantType, zero: Float[Tensor, "g r"] | None
+        self,
+        pieces: Float[Tensor, "g w r"],
+        quant_type: QuantType,
+        zero: Float[Tensor, "g r"] | None,
+        *,
+        exact: bool = False,
     ) -> None:
         groups, weights, rows = pieces.shape
-        self.pieces, self.quant_type, self.zero = pieces, quant_type, zero
+        self.pieces, self.quant_type, self.zero, self.exact = pieces, quant_type, zero, exact
         self.best = pieces.new_ones(groups, rows)
         self.error = torch.full_like(self.best, torch.inf)
         self.groups_at_once, self.weights_at_once = max(CHUNK // (weights * rows), 1), max(CHUNK // rows, 1)
@@ -167,7 +211,7 @@ class StepTrials:
                 gain[groups] += torch.mul(codes, missed, out=product).sum(1)
                 lost[groups] += missed.square_().sum(1)
                 curvature[groups] += codes.square_().sum(1)
-        move = torch.where(curvature > 0, gain / curvature, 0)
+        move = torch.zeros_like(step) if self.exact else torch.where(curvature > 0, gain / curvature, 0)
         error = lost - move * gain
         better = error < self.error
         self.best = torch.where(better, step + move, self.best)

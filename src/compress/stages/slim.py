@@ -40,7 +40,7 @@ from compress.numerics.decomposition import (
     Rounding,
     decompose_together,
 )
-from compress.numerics.grids import Granularity, QuantType
+from compress.numerics.grids import FLOAT4_STEPS, Granularity, QuantType
 from compress.numerics.sparsity import Pattern
 from compress.own_model.modeling_compress import AdaptedLinear
 from compress.stages._stage import StageConfig, is_target, unmatched
@@ -76,8 +76,9 @@ class Prune(Part):
 class Quantize(Part):
     """
     method: `absmax`, `slim` and `mse` round to nearest, `gptq` sweeps on the grid of `mse`.
-    bits: of integers, or 8 with `floating`. group: what shares a scale: `tensor`, `channel` or so many inputs; by
-        default 128, or a channel where the linears' inputs are no multiples of that.
+    bits: of integers, or of floats with `floating`: 8 (fp8), or 4 in groups of 16 (NVFP4) or 32 (MXFP4).
+    group: what shares a scale: `tensor`, `channel` or so many inputs; by default 128, or a channel where the linears'
+        inputs are no multiples of that.
     gguf_type: of a GGUF file, such as Q4_K_M, in place of bits and group; with types by tensor Q4_K_M,ffn_down=Q6_K;
         or `auto`, types found under the recipe's budget.
     gguf_tensors: the type of each linear, by its path; settled when the model is known, or given beside `auto`.
@@ -114,10 +115,23 @@ class Quantize(Part):
         """What shares a step; a channel where that is still open."""
         return self.group if isinstance(self.group, int) else "tensor" if self.group == "tensor" else "channel"
 
+    @property
+    def precision(self) -> int | str:
+        """As the command says it: bits of integers, `fp8`, `nvfp4` or `mxfp4`."""
+        names = {(8, None): "fp8", (4, 16): "nvfp4", (4, 32): "mxfp4"}
+        return names[self.bits, self.group if self.bits == 4 else None] if self.floating else self.bits  # type: ignore[index]
+
+    @property
+    def step_dtype(self) -> torch.dtype | None:
+        """What the format has steps in; None where it is the model's dtype."""
+        return FLOAT4_STEPS[self.group] if self.floating and self.bits == 4 else None  # type: ignore[index]
+
     @model_validator(mode="after")
     def _consistent(self) -> "Quantize":
-        if self.floating and (self.bits != 8 or not self.symmetric or self.method == "slim"):
-            raise ValueError("fp8 is symmetric, in 8 bits, by absmax, mse or gptq; leave the others out")
+        if self.floating and self.bits != 8 and (self.bits != 4 or self.group not in FLOAT4_STEPS):
+            raise ValueError("floats have 8 bits (fp8), or 4 in groups of 16 (nvfp4) or 32 (mxfp4); take one of these")
+        if self.floating and (not self.symmetric or self.method == "slim"):
+            raise ValueError(f"{self.precision} is symmetric, by absmax, mse or gptq; leave the others out")
         if self.act_order and self.method != "gptq":
             raise ValueError(f"act_order is of method gptq, not of {self.method}")
         if self.method == "slim" and not self.symmetric:
@@ -210,7 +224,10 @@ class Slim(StageConfig):
                 f"inputs {self.inputs} does not fit the weights; it is int8 beside integers, fp8 beside fp8",
                 rounds_inputs and not self._inputs_fit,
             ),
-            ("compact form holds integers, not fp8; take bits: 8 or packed form", compact and floating),
+            (
+                "compact form holds integers, not fp8, nvfp4 or mxfp4; take integers or packed form",
+                compact and floating,
+            ),
             (
                 "compact form holds symmetric grids; leave asymmetric out or take packed form",
                 compact and quantize is not None and not quantize.symmetric,
@@ -231,7 +248,10 @@ class Slim(StageConfig):
 
     @property
     def _inputs_fit(self) -> bool:
-        return self.quantize is not None and self.quantize.floating == (self.inputs == "fp8")
+        quantize = self.quantize
+        if quantize is None or quantize.step_dtype is not None:
+            return False
+        return quantize.floating == (self.inputs == "fp8")
 
     @property
     def _is_grouped(self) -> bool:
@@ -275,11 +295,19 @@ class Slim(StageConfig):
             return settled, replace(spec, gguf_type=AUTO, undecided=undecided)
         if self.form == "compact":
             spec = replace(spec, architecture=as_own(spec.architecture))
-        notes = (*spec.notes, *storage_notes(storage.values()))
+        notes = (*spec.notes, *storage_notes(storage.values()), *self.pattern_notes())
         if self.form == "gguf":
             notes += tuple(left_notes([linear for linear in linears if self.targets(linear)], storage))
         gguf_type = None if self.quantize is None else self.quantize.gguf_type
         return settled, replace(spec, storage=storage, notes=notes, gguf_type=gguf_type)
+
+    def pattern_notes(self) -> list[str]:
+        if self.prune is None or not self.prune.parsed.is_grouped:
+            return []
+        return [
+            f"No engine runs {self.prune.pattern} faster any more: take `compress quantize` instead, unless you have "
+            "kernels for it."
+        ]
 
     def settled(self, linears: Sequence[LinearShape], spec: ModelSpec) -> "Slim":
         """With what goes by the model's linears and the dtype that is written said."""
@@ -305,7 +333,10 @@ class Slim(StageConfig):
                 targets, group, f"{self.prune.pattern} takes", "Leave it out with --target, or prune 50%"
             )
         if self.quantize is not None and isinstance(self.quantize.group, int) and self.form == "packed":
-            problems += uneven(targets, self.quantize.group, "A scale takes", "Take another --group, or channel")
+            remedy = "Take another --group, or channel"
+            if self.quantize.step_dtype is not None:
+                remedy = "Leave it out with --target, or take other --bits"
+            problems += uneven(targets, self.quantize.group, "A scale takes", remedy)
         if self.quantize is not None and self.quantize.gguf_type == AUTO:
             problems += misfits(self.quantize.gguf_tensors or {}, {linear.path: linear.n for linear in linears})
         if self.form == "packed" and any(fused_piece(linear.path) for linear in linears):
@@ -354,7 +385,7 @@ class Slim(StageConfig):
                 symmetric=quantize.symmetric,
                 act_order=quantize.act_order,
                 finer=quantize.important_inputs,
-                stored=None if self.dtype is None else getattr(torch, self.dtype),
+                stored=quantize.step_dtype or (None if self.dtype is None else getattr(torch, self.dtype)),
                 blocks=TYPES[quantize.gguf_tensors[linear.path]] if quantize.gguf_tensors else None,
             )
         if adapt is not None:
@@ -403,7 +434,7 @@ class Slim(StageConfig):
     def bits_of(self, linear: LinearShape) -> int | str:
         """As the report says it."""
         assert self.quantize is not None
-        return (self.quantize.gguf_tensors or {}).get(linear.path, self.quantize.bits)
+        return (self.quantize.gguf_tensors or {}).get(linear.path, self.quantize.precision)
 
     def module(self, site: LinearSite, found: Decomposed, bias: Tensor | None) -> nn.Linear | AdaptedLinear:
         if self.form == "dense":
@@ -441,9 +472,11 @@ def storage_notes(storage: Collection[Storage]) -> list[str]:
         return []
     reason = not_for_vllm(first, max(each.rank for each in storage))
     notes = [] if reason is None else [f"vLLM cannot serve this: {reason}. transformers and compress.load run it."]
+    if first.in_float4 and first.group == 32:
+        notes.append("vLLM runs MXFP4 weights in bfloat16 alone; on Blackwell GPUs it may round inputs to MXFP4 too.")
     if first.pattern is not None and first.bits is not None:
         notes.append(
-            "Packed for engines, pruned weights are stored as zeros: 2:4 takes as many bytes as unpruned and no engine "
-            "runs it faster any more. --compact stores them small; unpruned is better at these bytes."
+            "Packed for engines, pruned weights are stored as zeros, in as many bytes as unpruned ones. --compact "
+            "stores them small; unpruned is better at these bytes."
         )
     return notes
