@@ -118,8 +118,9 @@ class Quantize(Part):
     @property
     def precision(self) -> int | str:
         """As the command says it: bits of integers, `fp8`, `nvfp4` or `mxfp4`."""
-        names = {(8, None): "fp8", (4, 16): "nvfp4", (4, 32): "mxfp4"}
-        return names[self.bits, self.group if self.bits == 4 else None] if self.floating else self.bits  # type: ignore[index]
+        if not self.floating:
+            return self.bits
+        return "fp8" if self.bits == 8 else "nvfp4" if self.group == 16 else "mxfp4"
 
     @property
     def step_dtype(self) -> torch.dtype | None:
