@@ -159,7 +159,7 @@ def slice_model(
                 draft.remove_stage("drop_blocks")
             if drop_blocks:
                 draft.stages.insert(0, {"stage": "drop_blocks"})
-                draft.put("drop_blocks", count=drop_blocks)
+                draft.set("drop_blocks.count", drop_blocks, f"--drop-blocks {drop_blocks}")
             run.put_type(draft, amount)
     run.compress(draft, problems, verb="slice", amount=lambda recipe: run.in_name(recipe, amount), export=run.export)
 

@@ -74,8 +74,10 @@ def put_bits(draft: Draft, bits: str | None) -> None:
             quantize["method"] = "mse"
         for field, value in zip(("bits", "group", "floating"), (*FLOATS[bits], True), strict=True):
             draft.set(f"slim.quantize.{field}", value, flag)
-    else:
+    elif bits is None or bits.lstrip("-").isdigit():
         draft.set("slim.quantize.bits", bits if bits is None else plain_value(bits), flag)
+    else:
+        raise UsageError(f"{flag}: there are 2 to 8 bits, {', '.join(FLOATS)}. Name one of them.")
 
 
 SPARSITY = "Weight sparsity: 2:4 and its like, an unstructured share such as 50%, or none. Default: 2:4."
