@@ -58,7 +58,7 @@ FAULTS: dict[str, tuple[Stages, dict[str, Any], str]] = {
     "widths and ranks open": (
         [*anchored({}), *lowrank("anchored", {}, refit=False)],
         BUDGET,
-        "a budget is spent on widths or on ranks; tell slice how much to keep",
+        "a budget is spent on widths, ranks or types; tell slice how much to keep",
     ),
 }
 
