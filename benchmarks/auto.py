@@ -16,13 +16,13 @@ import json
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import marked
 import torch
+from real_model import pass_seconds
 from transformers import AutoModelForCausalLM
 
 from compress import presets
@@ -47,7 +47,7 @@ class Bench:
         self.folder = find_model(options.model).whole_folder()
         self.data = [] if options.data_dir is None else ["--data-dir", options.data_dir]
         self.text = ["--calib", options.calib, "--samples", options.samples, "--seq-len", options.seq_len, *self.data]
-        self.unit = self.pass_seconds()
+        self.unit = pass_seconds(self.folder, self.windows(), at_once=8192)
 
     def compress(self, *words: object) -> Any:
         command = [sys.executable, "-m", "compress", *map(str, words), "--json"]
@@ -63,17 +63,6 @@ class Bench:
             seed=42,
             data_dir=options.data_dir,
         )
-
-    def pass_seconds(self) -> float:
-        """Seconds of a forward pass of the calibration windows, without the head: a quarter of them, times four."""
-        decoder = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).base_model
-        some = self.windows()[: max(1, self.options.samples // 4)].split(max(1, 8192 // self.options.seq_len))
-        with torch.inference_mode():
-            decoder(some[0], use_cache=False)
-            start = time.perf_counter()
-            for batch in some:
-                decoder(batch, use_cache=False)
-        return 4 * (time.perf_counter() - start)
 
     def made(self, name: str, *words: object) -> dict[str, Any]:
         out = self.scratch / name

@@ -39,13 +39,10 @@ def compress(*words: object) -> Any:
     return json.loads(done.stdout)
 
 
-def pass_seconds(model: Path, data_dir: Path) -> float:
-    """Seconds of a forward pass of the calibration windows, without the head: a quarter of them, times four."""
-    windows = calibration_windows(
-        "wikitext2", load_tokenizer(model), num_samples=SAMPLES, seq_len=SEQ_LEN, seed=42, data_dir=data_dir
-    )
+def pass_seconds(model: Path, windows: torch.Tensor, at_once: int = 1024) -> float:
+    """Seconds of a forward pass of the windows, without the head: a quarter of them, times four. at_once: tokens."""
     decoder = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).base_model
-    some = windows[: SAMPLES // 4].split(2)
+    some = windows[: max(1, len(windows) // 4)].split(max(1, at_once // windows.shape[1]))
     with torch.inference_mode():
         decoder(some[0], use_cache=False)
         start = time.perf_counter()
@@ -71,7 +68,15 @@ def measured(file: Path, options: argparse.Namespace) -> list[str]:
 def rows(options: argparse.Namespace, scratch: Path) -> list[list[str]]:
     found = [[file.stem, *measured(file, options), "", ""] for file in options.files]
     sys.stderr.write("\n".join(map(" | ".join, found)) + "\n")
-    unit = pass_seconds(options.model, options.data_dir) if options.commands else 0.0
+    windows = calibration_windows(
+        "wikitext2",
+        load_tokenizer(options.model),
+        num_samples=SAMPLES,
+        seq_len=SEQ_LEN,
+        seed=42,
+        data_dir=options.data_dir,
+    )
+    unit = pass_seconds(options.model, windows) if options.commands else 0.0
     for number, command in enumerate(options.commands):
         out = scratch / f"model-{number}"
         words = ["--calib", "wikitext2", "--data-dir", options.data_dir, "--samples", SAMPLES, "--seq-len", SEQ_LEN]

@@ -326,3 +326,10 @@ def test_a_budget_of_types_is_of_bytes_and_of_the_dense_models_matrices(home, tm
     ran = invoke("run", tmp_path / "recipe.json", *options, "--out", tmp_path / "never")
     assert (ran.code, len(ran.faults)) == (2, 1), ran.err
     assert ("two recipes" if "target_size" in budget else "target_size") in ran.faults[0]
+
+
+def test_trials_of_types_are_for_types(home, tmp_path):
+    words = ["slice", "--model", home / "llama", "--keep-params", 0.7, "--set", "budget.trials=5", "--dry-run"]
+    ran = invoke(*words, "--calib", home / "text.txt", "--out", tmp_path / "out")
+    assert ran.code == 2
+    assert "trials is for types of a GGUF file" in ran.faults[0]

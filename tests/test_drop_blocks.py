@@ -212,3 +212,17 @@ def test_a_budget_may_leave_blocks_out_and_keep_the_head_tied(tmp_path):
     assert "Blocks left out, counted from 0: 1." in result.notes
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert (found.config.hidden_size, found.config.tie_word_embeddings) == (tiny.HIDDEN, True)
+
+
+def test_the_only_shape_that_fits_keeps_the_stream_and_loses_its_block(tmp_path):
+    """The one choice of a budget is made while planning, before it is known which block goes."""
+    model = tiny.tiny_model("llama", dtype=torch.float32, num_hidden_layers=BLOCKS, tie_word_embeddings=True)
+    idle(model, 1)
+    save(model, tmp_path)
+    stages = [DROP, *anchored({}, round_to=tiny.HIDDEN, units={"neurons": {}})]
+    with unproved():
+        pipeline.run(job_of(tmp_path, "llama", stages, samples=64, budget={"keep_params": 0.9}))
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert (len(found.model.layers), found.config.hidden_size) == (BLOCKS - 1, tiny.HIDDEN)
+    assert found.config.tie_word_embeddings
+    torch.testing.assert_close(found.model.norm.weight, model.model.norm.weight)

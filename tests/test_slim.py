@@ -25,9 +25,10 @@ from compress.models.loading import load_config
 from compress.models.tensor_files import own_name
 from compress.planning.plan import Plan
 from compress.planning.prepare import Job
+from compress.stages._slim_parts import Adapt, Prune, Quantize
 from compress.stages._stage import StageConfig
 from compress.stages.refit import Refit
-from compress.stages.slim import Adapt, Prune, Quantize, Slim
+from compress.stages.slim import Slim
 from factorizing import block_linears, reports, same_function
 from runs import job_of, unproved
 

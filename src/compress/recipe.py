@@ -111,6 +111,13 @@ class Recipe(BaseModel):
             raise ValueError(f"a budget is spent on widths, ranks or types; tell {name} how much to keep")
         if "types" in opened and self.budget is not None and self.budget.target_size is None:
             raise ValueError("types of a GGUF file are found under bytes; give the budget a target_size")
+        budget, usual = self.budget, Budget.model_fields
+        names = ("trials", "trial_seconds") if budget is not None else ()
+        changed = [name for name in names if getattr(budget, name) != usual[name].default]
+        if changed and "types" not in opened:
+            raise ValueError(
+                f"{changed[0]} is for types of a GGUF file; shapes and ranks have three trials. Leave it out"
+            )
 
     def _check_order(self) -> None:
         """Raises ValueError where a stage lacks another before it."""

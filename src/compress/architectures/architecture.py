@@ -201,7 +201,7 @@ class ModelSpec:
         return one + (self.num_blocks - 1) * (two - one)
 
     def _shallow(self, measure: Measure, num_blocks: int) -> int:
-        """Measure the model of so many blocks, once for all specs that differ in depth alone."""
+        """Measure the model with `num_blocks` blocks, once for all specs that differ in depth alone."""
         config = self.architecture.shortened(self.architecture.base_config(self, torch.float32), num_blocks)
         key = (measure, self.dtype, config.to_json_string(use_diff=False))
         if key not in SHALLOW:

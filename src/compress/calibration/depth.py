@@ -92,10 +92,10 @@ class Depth:
     def similarities(self) -> list[float]:
         """Measure the mean cosine between the input of each block and its output."""
         self.begin("similarities")
-        found = torch.zeros(self.num_blocks, dtype=torch.float64)
+        found = torch.zeros(self.num_blocks, dtype=torch.float64, device=self.loader.decoder.device)
 
         def compare(number: int, before: Tensor, after: Tensor) -> None:
-            found[number] += torch.cosine_similarity(before.float(), after.float(), -1).sum().double().cpu()
+            found[number] += torch.cosine_similarity(before.float(), after.float(), -1).sum()
 
         self._pass([()], compare)
         self.processes.add_up(found)
@@ -105,13 +105,14 @@ class Depth:
         """Measure the divergence from the dense model, in nats a token, of the model without each choice of blocks."""
         self.begin(f"without {len(choices[0])}")
         streams = self._pass([(), *choices])
-        total, logits_of = torch.zeros(len(choices), dtype=torch.float64), self.loader.decoder.logits
+        decoder = self.loader.decoder
+        total, logits_of = torch.zeros(len(choices), dtype=torch.float64, device=decoder.device), decoder.logits
         with torch.no_grad(), self.loader.head():
             for mine in streams:
                 for dense, *others in zip(*(rows(stream).split(LOGITS_AT_ONCE) for stream in mine), strict=True):
                     logits = logits_of(dense)
                     for place, other in enumerate(others):
-                        total[place] += float(kl_divergence(logits, logits_of(other)).sum())
+                        total[place] += kl_divergence(logits, logits_of(other)).sum()
         self.processes.add_up(total)
         return (total / self._tokens).tolist()
 

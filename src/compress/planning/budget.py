@@ -101,17 +101,16 @@ class WidthSpace:
     base: ModelSpec
     whole: ModelSpec | None = None
 
-    def decided(self, counts: Counts) -> list[StageConfig]:
+    def decided(self, counts: Counts) -> "WidthSpace":
         """The stages for these counts; where all of the stream is kept those that change it are left out."""
-        stages = [stage for stage in self.stages if not (self._keeps_stream(counts) and stage.changes_stream)]
-        return [stage.decided(counts) for stage in stages]
-
-    def _keeps_stream(self, counts: Counts) -> bool:
-        return self.whole is not None and counts.get("hidden") == self.base.dense_width
+        if self.whole is None or counts.get("hidden") != self.base.dense_width:
+            return WidthSpace([stage.decided(counts) for stage in self.stages], self.base)
+        stages = [stage for stage in self.stages if not stage.changes_stream]
+        return WidthSpace([stage.decided(counts) for stage in stages], self.whole)
 
     def spec(self, counts: Counts) -> ModelSpec:
-        base = self.whole if self.whole is not None and self._keeps_stream(counts) else self.base
-        _, spec = plan_stages(self.decided(counts), base)
+        decided = self.decided(counts)
+        _, spec = plan_stages(decided.stages, decided.base)
         if not spec.is_decided:
             raise UsageError("A budget needs widths that are known beforehand: leave out explained_variance.")
         return spec

@@ -109,8 +109,8 @@ class Footprint:
     def weights(self) -> int:
         """A part's weights, as they are stored and as they are computed with, and the statistics of its experts.
 
-        Where blocks are left out, one of these is there with the one before it.
-        These are second moments of all experts' inputs, and the equations of those that are fitted together.
+        These are second moments of all experts' inputs, and the equations of those that are fitted together. Where
+        blocks are left out, one of them is loaded together with the block before it.
         """
         found = (2 + self.is_shallower) * self.part * self.itemsize
         if self.has_linears and self.experts:

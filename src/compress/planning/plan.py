@@ -72,9 +72,10 @@ class Plan:
         return "types" in self.spec.undecided
 
     def chosen(self, choice: Choice) -> "Plan":
-        stages = tuple(self.space.decided(choice.counts))
+        space = self.space.decided(choice.counts)
         others = alternatives(choice.spec) if choice.spec.is_gguf else self.alternatives
-        return replace(self, stages=stages, spec=choice.spec, ranks=None, choices=[], alternatives=others)
+        stages, spec = tuple(space.stages), choice.spec
+        return replace(self, stages=stages, spec=spec, space=space, ranks=None, choices=[], alternatives=others)
 
     @property
     def most_dropped(self) -> int:

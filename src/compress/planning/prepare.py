@@ -47,7 +47,7 @@ from compress.stages._stage import StageConfig
 # and small pieces of freed memory, which are not given back.
 GROWTH = 64 * 10**6
 PROBE_TOKENS = 64
-DEPTH_SHARE = 16  # one calibration window in so many passes the model without each choice of blocks
+DEPTH_SHARE = 16  # one calibration window in 16 passes the model without each choice of blocks
 FREE_SHARE = 0.25  # of a uniform allocation's neurons: a free one leaves no block less
 
 
@@ -280,7 +280,7 @@ def new_loader(prepared: Prepared) -> PartLoader:
 
 
 def depth_site(prepared: Prepared, wanted: int, begin: Callable[[str], None]) -> Depth:
-    """The dense model's blocks, of which so many are to go, some of the calibration windows passing through them."""
+    """The dense model's blocks with some of the calibration windows. wanted: how many blocks are to go."""
     windows = spread(prepared.windows, max(len(prepared.windows) // DEPTH_SHARE, 2, prepared.processes.count))
     batches = split_windows(windows, batch_size(prepared, windows), held_out=0)
     return Depth(new_loader(prepared), batches, wanted, begin, prepared.processes)

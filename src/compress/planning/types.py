@@ -116,7 +116,7 @@ class TypeSearch:
         return [factor * cost for cost in self.costs[path].values()]
 
     def allocated(self, limit: int) -> Types:
-        """The types of least predicted cost within so many bytes."""
+        """The types of least predicted cost within `limit` bytes."""
         ladders = {path: Ladder([*rungs.values()], self.costs_of(path)) for path, rungs in self.space.rungs.items()}
         places = spend(ladders, limit - self.space.beside)
         assert places is not None  # checked beforehand
