@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_inspect import change
 
 from cli_runner import Ran, invoke, succeeds, untouched
 from compress.checkpoints.run_folder import checksum
 from outputs import write_outputs
-from test_inspect import change
 from tiny import NUM_BLOCKS
 
 PARTS = NUM_BLOCKS + 2

@@ -16,7 +16,7 @@ from compress import datasets
 from compress.datasets import _sources, alpaca, c4, ptb, stdlib, wikitext2
 from compress.errors import Unavailable, UsageError
 
-DEVELOPMENT_DATA = Path(__file__).parents[2] / "shared" / "data"
+DEVELOPMENT_DATA = Path(__file__).parents[3] / "shared" / "data"
 
 
 @pytest.fixture(autouse=True)

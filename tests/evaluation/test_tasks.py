@@ -25,7 +25,7 @@ from compress.evaluation.tasks import (
 )
 from tiny import POSITIONS, tiny_model, tiny_tokenizer, write_model
 
-DATA = Path(__file__).parents[2] / "shared" / "data"
+DATA = Path(__file__).parents[3] / "shared" / "data"
 on_data = pytest.mark.skipif(not (DATA / "tasks").is_dir(), reason="the tasks' files are not here")
 # lm-eval and what it imports warn of themselves.
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -16,7 +16,7 @@ from compress.models.storage import Storage
 from stored import write_packed
 from tiny import POSITIONS, VOCAB_SIZE, write_model
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 USAGE = 2
 # What the machine of a GPU may lack.
 HIDDEN = ("compressed_tensors", "peft", "datasets", "typer", "rich", "pytest", "beartype", "pytest_timeout")

@@ -32,7 +32,7 @@ from compress.evaluation.humaneval import (
 )
 from tiny import tiny_model, tiny_tokenizer
 
-DATA = Path(__file__).parents[2] / "shared" / "data"
+DATA = Path(__file__).parents[3] / "shared" / "data"
 on_posix = pytest.mark.skipif(os.name != "posix", reason="limits are those of Unix")
 
 

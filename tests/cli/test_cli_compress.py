@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from test_cli import LLAMA_2_7B
 from transformers import AutoModelForCausalLM, GPTBigCodeConfig
 
 import compress
 from cli_runner import flat, invoke, snapshot, succeeds
 from oracles import logits_of, random_ids
-from test_cli import LLAMA_2_7B
 from tiny import write_model, write_text
 
 SHORT = ["--calib", "text.txt", "--samples", 8, "--seq-len", 32]

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-
-from cli_runner import Disturbance, Ran, Request, run_warm, snapshot
 from test_processes import environments
 from test_resume import flip_a_byte, same_files
+
+from cli_runner import Disturbance, Ran, Request, run_warm, snapshot
 from tiny import write_model, write_text
 
 SLIM = shlex.split(

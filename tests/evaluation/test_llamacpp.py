@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from test_gguf import ROOM, sentencepiece
 from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM
 
@@ -17,7 +18,6 @@ from compress.models.gguf_header import with_widths
 from compress.models.hub import find_model
 from compress.models.loading import load_tokenizer
 from compress.models.stored_loading import open_model
-from test_gguf import ROOM, sentencepiece
 
 pytest.importorskip("gguf")
 pytest.importorskip("xllamacpp")

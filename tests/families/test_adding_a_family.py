@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_families
 import torch
 
 import contract
 import oracles
-import test_families
 import tiny
 from compress import families
 from contract import METHODS, Row
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 BLOCK = re.compile(r"```python\n# (\S+)\n(.*?)```", re.DOTALL)
 BLOCKS = dict(BLOCK.findall((DOCS / "adding-a-family.md").read_text(encoding="utf-8")))
 FILE, NAME = "src/compress/families/persimmon.py", "persimmon"

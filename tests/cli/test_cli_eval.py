@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from test_gguf import write_folder
+from test_humaneval import PROBLEM, write_problems
+from test_tasks import TASKS, write_task
 
 from cli_runner import flat, invoke, snapshot, succeeds, untouched
 from compress.checkpoints.gguf import write_gguf
@@ -17,9 +20,6 @@ from compress.models.hub import find_model
 from compress.models.storage import Storage
 from compress.numerics.sparsity import Pattern
 from stored import write_compact, write_packed
-from test_gguf import write_folder
-from test_humaneval import PROBLEM, write_problems
-from test_tasks import TASKS, write_task
 from tiny import tiny_tokenizer, write_model, write_text
 
 # lm-eval and what it imports warn of themselves.

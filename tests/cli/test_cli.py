@@ -24,7 +24,7 @@ from compress.cli.options import computing_dtype, newest_output
 from tiny import HIDDEN, NUM_BLOCKS, write_model, write_text
 
 COMMANDS = ("slice", "lord", "slim", "quantize", "eval", "bench")
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 LLAMA_2_7B: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_gguf import ROOM, TEXTS, TOKENIZERS, sentencepiece, write_tokenizer
 
 from cli_runner import invoke, snapshot, succeeds
 from compress.calibration.weights import LazyWeights
@@ -28,7 +29,6 @@ from compress.models.hub import find_model
 from compress.models.loading import load_config, load_tokenizer
 from compress.models.stored_loading import open_model
 from compress.tuning.trained import open_folder
-from test_gguf import ROOM, TEXTS, TOKENIZERS, sentencepiece, write_tokenizer
 from tiny import HIDDEN, VOCAB_SIZE, tiny_config, tiny_model, tiny_tokenizer, write_text
 
 gguf = pytest.importorskip("gguf")

@@ -8,6 +8,7 @@ from pathlib import Path
 import matplotlib
 import matplotlib.image
 import pytest
+from test_inspect import write_quality
 
 from cli_runner import invoke, succeeds
 from compress.checkpoints.quality import Measure
@@ -25,7 +26,6 @@ from compress.inspection.plots import (
     plot_sizes,
 )
 from outputs import write_outputs
-from test_inspect import write_quality
 
 PLOTS = {
     "sliced": {"spectra", "energy", "errors", "sizes"},

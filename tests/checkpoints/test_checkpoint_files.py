@@ -176,7 +176,7 @@ def test_fingerprints_tell_inputs_apart(home, metadata, job, patched, tmp_path, 
 
 
 def test_no_path_of_this_machine_and_no_time(home, written):
-    foreign = [str(home), str(Path.cwd()), str(Path.home()), str(Path(__file__).parents[1]), socket.gethostname()]
+    foreign = [str(home), str(Path.cwd()), str(Path.home()), str(Path(__file__).parents[2]), socket.gethostname()]
     for name in ("compress.json", "README.md", "config.json", INDEX):
         text = (written / name).read_text(encoding="utf-8")
         assert [word for word in foreign if len(word) > 5 and word in text] == [], name

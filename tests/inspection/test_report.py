@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import typer.main
+from test_card import MEASURED, NASTY, TUNING
 from transformers import AutoModelForCausalLM
 
 import tiny
@@ -24,7 +25,6 @@ from compress.inspection.checkpoint import inspect
 from compress.inspection.drawing import Drawing, as_svg, axes, style
 from compress.inspection.report import report_page, stage_in_words
 from outputs import write_outputs
-from test_card import MEASURED, NASTY, TUNING
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 RATE = {"median": 150.0, "low": 140.0, "high": 160.0}

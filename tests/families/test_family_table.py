@@ -9,7 +9,7 @@ import contract
 from compress import families
 from contract import COLUMNS, ROWS, Row
 
-PAGE = (Path(__file__).parents[1] / "docs" / "families.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "families.md").read_text(encoding="utf-8")
 LINES = [cells for line in PAGE.splitlines() if len(cells := line.strip("| ").split(" | ")) == 4 + len(COLUMNS)][1:]
 REASONS = re.findall(r"^\d+\. (.*)$", PAGE.partition("<!-- families: begin -->")[2], re.MULTILINE)
 # By these alone rows differ from one another, but for what experts and norms behind the branches refuse.
