@@ -279,10 +279,7 @@ def empty_sliced_model(
 # Of each branch: its norm, what reads the normed stream, what writes the stream.
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 BRANCHES: dict[str, list[tuple[str, tuple[str, ...], tuple[str, ...]]]] = {
-    "opt": [
-        ("self_attn_layer_norm", ATTENTION, ("self_attn.out_proj",)),
-        ("final_layer_norm", ("fc1",), ("fc2",)),
-    ],
+    "opt": [("self_attn_layer_norm", ATTENTION, ("self_attn.out_proj",)), ("final_layer_norm", ("fc1",), ("fc2",))],
     "llama": [
         ("input_layernorm", ATTENTION, ("self_attn.o_proj",)),
         ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",)),

@@ -35,16 +35,7 @@ LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 PLUGINS = ("families", "stages", "datasets", "cli")
 SHARED = {
     "datasets": {"windows"},
-    "cli": {
-        "compressing",
-        "options",
-        "profiling",
-        "progress",
-        "recipes",
-        "reporting",
-        "storing",
-        "tables",
-    },
+    "cli": {"compressing", "options", "profiling", "progress", "recipes", "reporting", "storing", "tables"},
 }
 CARRIED = ("own_model/configuration_compress.py", "own_model/modeling_compress.py")
 

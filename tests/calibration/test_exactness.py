@@ -42,10 +42,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "phi, norms in the attention": ("phi", {"qk_layernorm": True, **LAYER}),
     "phi3": ("phi3", RMS),
     "starcoder2": ("starcoder2", STARCODER),
-    "starcoder2, untied, no biases": (
-        "starcoder2",
-        {"tie_word_embeddings": False, "use_bias": False, **STARCODER},
-    ),
+    "starcoder2, untied, no biases": ("starcoder2", {"tie_word_embeddings": False, "use_bias": False, **STARCODER}),
     "gemma": ("gemma", RMS),
     "gpt_bigcode": ("gpt_bigcode", GPT),
     "gpt_bigcode, untied, no shared heads, the usual MLP": (

@@ -28,10 +28,7 @@ EVERY_KIND = pytest.mark.parametrize("model_type", ["llama", "opt", "gpt_bigcode
 def surveyed(folder: Path, watch: LinearFilter, findings: Path, *, gradient: bool, **options: Any) -> Survey:
     options = {"batch_size": 2, **options}
     surveyor = oracles.surveyor(
-        folder,
-        WINDOWS,
-        observe=lambda decoder: LinearObserver(watch, GradientFiles(findings), decoder),
-        **options,
+        folder, WINDOWS, observe=lambda decoder: LinearObserver(watch, GradientFiles(findings), decoder), **options
     )
     return surveyor.run(gradient=gradient)
 

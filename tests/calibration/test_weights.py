@@ -161,14 +161,7 @@ def test_an_index_names_files_of_its_own_folder_alone(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text",
-    [
-        "no json",
-        "[]",
-        '{"weight_map": {}}',
-        '{"weight_map": {"a": 3}}',
-        b'{"weight_map": {"a": "\xff"}}',
-    ],
+    "text", ["no json", "[]", '{"weight_map": {}}', '{"weight_map": {"a": 3}}', b'{"weight_map": {"a": "\xff"}}']
 )
 def test_an_index_that_is_none(text, tmp_path):
     (tmp_path / INDEX).write_bytes(text if isinstance(text, bytes) else text.encode())

@@ -207,11 +207,7 @@ def test_the_command_of_any_options_asks_for_the_same(home, job, patched, option
     assert again == first
 
 
-NAMES = [
-    'it\'s: a "#name"',
-    "- [list] trailing\\",
-    "模型 & {{ jinja }}",
-]
+NAMES = ['it\'s: a "#name"', "- [list] trailing\\", "模型 & {{ jinja }}"]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -141,10 +141,7 @@ def test_it_reads_back_bit_by_bit(tmp_path, model_type, options):
     assert [path.name for path in file.parent.iterdir()] == [file.name]
 
 
-@pytest.mark.parametrize(
-    "dtype",
-    [torch.bfloat16, torch.float64],
-)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_weights_keep_their_dtype_and_norms_are_float32(tmp_path, dtype):
     model = write_folder(tmp_path / "m", dtype=dtype, **SLICED)
     file = written(tmp_path / "m")
@@ -334,11 +331,7 @@ TOKENIZERS: dict[str, tuple[Callable[[], Any], str, str]] = {
 }
 
 
-@pytest.mark.parametrize(
-    ("build", "kind", "cut"),
-    TOKENIZERS.values(),
-    ids=TOKENIZERS,
-)
+@pytest.mark.parametrize(("build", "kind", "cut"), TOKENIZERS.values(), ids=TOKENIZERS)
 def test_the_tokenizer_reads_back(tmp_path, build, kind, cut):
     write_tokenizer(tmp_path / "m", build(), vocab_size=ROOM)
     file = written(tmp_path / "m")

@@ -196,12 +196,7 @@ SLICED = {
         ["gemma2", "cannot be sliced exactly", "post-norm"],
         [],
     ),
-    "quantized": (
-        with_tensor(FC1, lambda tensor: tensor.to(torch.int8)),
-        UNSUPPORTED,
-        [FC1, "I8", "unquantized"],
-        [],
-    ),
+    "quantized": (with_tensor(FC1, lambda tensor: tensor.to(torch.int8)), UNSUPPORTED, [FC1, "I8", "unquantized"], []),
     "NaN": (
         with_tensor("model.decoder.embed_tokens.weight", filled(float("nan"))),
         FAILED,
@@ -234,12 +229,7 @@ SLICED = {
         ["out", "compress.json"],
         ["--overwrite"],
     ),
-    "the model as output": (
-        written("tiny/compress.json", "{}"),
-        USAGE,
-        ["model"],
-        ["--out", "./tiny/", "--overwrite"],
-    ),
+    "the model as output": (written("tiny/compress.json", "{}"), USAGE, ["model"], ["--out", "./tiny/", "--overwrite"]),
     "too little text": (
         written("short.txt", "x" * 100),
         USAGE,

@@ -174,13 +174,7 @@ def test_a_misspelt_command():
     assert "Did you mean 'slice'" in flat(ran.err)
 
 
-@pytest.mark.parametrize(
-    ("command", "typed", "meant"),
-    [
-        ("slice", "--ratoi", "--ratio"),
-        ("eval", "--pll", "--ppl"),
-    ],
-)
+@pytest.mark.parametrize(("command", "typed", "meant"), [("slice", "--ratoi", "--ratio"), ("eval", "--pll", "--ppl")])
 def test_a_misspelt_option(command, typed, meant):
     ran = invoke(command, typed, "x")
     assert ran.code == 2

@@ -83,10 +83,7 @@ def endings(names: set[str]) -> set[str]:
 
 # Of each kind: what is trained, and how the names of what has other numbers then end.
 TRAINED = {
-    "sliced": (
-        "lora",
-        {f"{name}_proj.weight" for name in ("q", "k", "v", "o", "gate", "up", "down")},
-    ),
+    "sliced": ("lora", {f"{name}_proj.weight" for name in ("q", "k", "v", "o", "gate", "up", "down")}),
     "turned": (
         "lora",
         {
@@ -231,10 +228,7 @@ WRONG: dict[str, tuple[list[object], str]] = {
         "--merge: this LoRA cannot go into the weights: its weights are stored in few bits",
     ),
     "nothing to merge": (["thin", "--no-merge"], "merge: of --train lora; what is trained here is: factors"),
-    "a LoRA that is none": (
-        ["thin", "--lora-rank", 4],
-        "lora_rank: of --train lora; what is trained here is: factors",
-    ),
+    "a LoRA that is none": (["thin", "--lora-rank", 4], "lora_rank: of --train lora; what is trained here is: factors"),
     "the same place": (["thin", "--out", "thin"], "would replace the model it is made from"),
     "16 bits on a CPU": (
         ["thin", "--dtype", "bfloat16", "--device", "cpu"],

@@ -34,10 +34,7 @@ MOMENTS: dict[str, tuple[list[str], Disturbance, int | None]] = {
     "finetune, after three steps": (TUNE, Disturbance(RECORD, call=2, after=True), 3),
     "finetune, writing": (TUNE, Disturbance("compress.tuning.writing:put_tensors", after=True), 6),
 }
-NOT_RESUMED = {
-    "slim, part 2": [("--bits", "3"), ("--compact",)],
-    "finetune, after three steps": [("--seed", "7")],
-}
+NOT_RESUMED = {"slim, part 2": [("--bits", "3"), ("--compact",)], "finetune, after three steps": [("--seed", "7")]}
 
 
 @pytest.fixture(scope="module")

@@ -218,10 +218,7 @@ def test_set_reaches_what_is_no_stage(home):
             "slice --ratio 0.25 --mlp-ratio 0.5 --kv-ratio 0.5 --set prune_units.round_to=8",
             ["the recipe has 2 stages 'prune_units'. Name one by its place: stages.4 or stages.5."],
         ),
-        (
-            "slim --set x.y=1 --set slim.z --dtype int8",
-            ["--set x.y=1: Unknown stage 'x'", "--set slim.z: write"],
-        ),
+        ("slim --set x.y=1 --set slim.z --dtype int8", ["--set x.y=1: Unknown stage 'x'", "--set slim.z: write"]),
     ],
 )
 def test_what_cannot_be_set(home, line, faults):

@@ -38,11 +38,7 @@ def test_no_input_is_a_traceback(target, fuzzer):
     fuzzer.warm_up(target)
 
     @settings(
-        max_examples=EXAMPLES,
-        derandomize=True,
-        database=None,
-        deadline=None,
-        suppress_health_check=list(HealthCheck),
+        max_examples=EXAMPLES, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck)
     )
     @given(choose=st.randoms(use_true_random=False))
     def never_a_fault(choose):

@@ -168,8 +168,7 @@ class Terminal(io.StringIO):
 
 
 @pytest.mark.parametrize(
-    ("width", "seen"),
-    [(80, "2/34, 10:20 left, 20.0 s/step, "), (120, "block 1 (0:20 so far), 1.0 GB memory")],
+    ("width", "seen"), [(80, "2/34, 10:20 left, 20.0 s/step, "), (120, "block 1 (0:20 so far), 1.0 GB memory")]
 )
 def test_a_bar_a_phase_each_with_its_time(clock, width, seen):
     """On a narrow terminal the end is cut off, not wrapped."""

@@ -113,11 +113,7 @@ HUB: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"sentence": "Ann saw Bo, so _ looked.", "option1": "Ann", "option2": "Bo", "answer": "2"},
         {"context_options": ["Ann saw Bo, so Ann", "Ann saw Bo, so Bo"], "continuation": "looked.", "gold": 1},
     ),
-    "lambada_openai": (
-        "test",
-        {"text": "one two three four"},
-        {"context": "one two three", "continuation": "four"},
-    ),
+    "lambada_openai": ("test", {"text": "one two three four"}, {"context": "one two three", "continuation": "four"}),
     "hellaswag": (
         "validation",
         {"activity_label": "Go", "ctx_a": "He", "ctx_b": "then", "endings": ["runs [x]", "sits"], "label": "1"},

@@ -8,20 +8,9 @@ from torch import Tensor, nn
 
 import oracles
 from compress.calibration.linears import LinearShape, LinearSite
-from compress.models.factors import (
-    AnyLinear,
-    Form,
-    factor_module,
-    input_side,
-    multiplied_out,
-    num_stored,
-    with_outputs,
-)
+from compress.models.factors import AnyLinear, Form, factor_module, input_side, multiplied_out, num_stored, with_outputs
 from compress.numerics.lowrank import Factors, InputMoments, lord
-from compress.own_model.modeling_compress import (
-    LowRankLinear,
-    PivotLinear,
-)
+from compress.own_model.modeling_compress import LowRankLinear, PivotLinear
 from matrices import random
 
 FORMS: tuple[Form, ...] = get_args(Form)

@@ -5,14 +5,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import NumericalError
-from compress.numerics.frames import (
-    FLOOR,
-    Frame,
-    ObliqueFrame,
-    balanced_frame,
-    beside_the_mean,
-    zero_mean_basis,
-)
+from compress.numerics.frames import FLOOR, Frame, ObliqueFrame, balanced_frame, beside_the_mean, zero_mean_basis
 from matrices import identity, random
 
 D, ROWS = 12, 400

@@ -40,10 +40,7 @@ def test_what_a_pattern_keeps():
         assert pattern.density == pytest.approx(float(1 - Fraction(text.removesuffix("%")) / 100), rel=1e-12)
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["", "4:4", "0:4", "2:17", "2:4:8", "2/4", "100%", "-5%", "50", "50 %"],
-)
+@pytest.mark.parametrize("text", ["", "4:4", "0:4", "2:17", "2:4:8", "2/4", "100%", "-5%", "50", "50 %"])
 def test_what_is_no_pattern_is_told_the_rule(text):
     message = f"a pattern is keep:group such as 2:4, groups up to 16, or a share such as 50%; got {text!r}"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):

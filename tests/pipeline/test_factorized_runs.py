@@ -74,10 +74,7 @@ def composed(folder: Path, name: str) -> Job:
     return job_of(folder, model_type, [*stages, *lowrank("anchored", rule, refit=False)])
 
 
-@pytest.mark.parametrize(
-    ("model_type", "rotation"),
-    [("llama", "shared"), ("gpt_neox", "per-layer")],
-)
+@pytest.mark.parametrize(("model_type", "rotation"), [("llama", "shared"), ("gpt_neox", "per-layer")])
 def test_full_width_and_full_rank_keep_the_logits(model_type, rotation, tmp_path):
     """Through the pipeline, whose own walk says what the written model gives; proved elsewhere."""
     stages = [*slicing(model_type, rotation, width=D), Whole(rank_frac=1.0, form="factors")]

@@ -76,9 +76,7 @@ KILLS = {
     "not yet named": Disturbance(PUBLISH),
     "named": Disturbance(PUBLISH, after=True),
 }
-FULL = {
-    "a part": Disturbance(SAVING, 3, "full"),
-}
+FULL = {"a part": Disturbance(SAVING, 3, "full")}
 SIGNALS = {
     "SIGTERM in a part": Disturbance(SAVING, 5, number=int(signal.SIGTERM)),
     "SIGTERM at verification": Disturbance("compress.pipeline:verify", number=int(signal.SIGTERM)),

@@ -214,10 +214,7 @@ def ranks_of(order: Order) -> list[Any]:
 @pytest.mark.parametrize("allocation", ["uniform", "energy"])
 @pytest.mark.parametrize(
     ("model_type", "form", "budget"),
-    [
-        ("llama", "factors", {"keep_params": 0.1}),
-        ("qwen2", "pivot", {"target_size": 15_000}),
-    ],
+    [("llama", "factors", {"keep_params": 0.1}), ("qwen2", "pivot", {"target_size": 15_000})],
 )
 def test_an_impossible_budget_hears_the_least_possible(model_type, form, budget, allocation):
     order = Order(model_type, budget=budget, allocation=allocation, form=form)

@@ -177,12 +177,7 @@ def plan(config: Any, rule: dict[str, Any], **options: Any) -> Plan:
 
 @pytest.mark.parametrize(
     ("config", "percent", "removed"),
-    [
-        (LLAMA_2_7B, 25, 15.3),
-        (LLAMA_3_8B, 25, 15.6),
-        (OPT_6_7B, 10, -6.1),
-        (PHI_2, 25, 19.2),
-    ],
+    [(LLAMA_2_7B, 25, 15.3), (LLAMA_3_8B, 25, 15.6), (OPT_6_7B, 10, -6.1), (PHI_2, 25, 19.2)],
     ids=name_of,
 )
 def test_the_share_that_is_removed(config, percent, removed):

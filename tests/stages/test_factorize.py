@@ -36,10 +36,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_neox, one after the other": ("gpt_neox", {"use_parallel_residual": False}),
 }
 EVERY_MODEL = pytest.mark.parametrize("variant", VARIANTS)
-WITHOUT_BIASES: dict[str, dict[str, Any]] = {
-    "llama": {"attention_bias": False, "mlp_bias": False},
-    "phi3": {},
-}
+WITHOUT_BIASES: dict[str, dict[str, Any]] = {"llama": {"attention_bias": False, "mlp_bias": False}, "phi3": {}}
 
 
 # ---- a walk ----
@@ -62,11 +59,7 @@ def written_model(model: PreTrainedModel, result: oracles.Walked) -> Any:
     """The dense model with what the walk wrote in it."""
     tensors = dict(result.tensors)
     entries = {
-        path: {
-            "rank": entry["rank"],
-            "form": entry["form"],
-            "bias": f"{path}.second.bias" in tensors,
-        }
+        path: {"rank": entry["rank"], "form": entry["form"], "bias": f"{path}.second.bias" in tensors}
         for path, entry in reports(result).items()
         if "rank" in entry and f"{path}.second.weight" in tensors
     }
@@ -308,11 +301,7 @@ def moments_of_gradients(model: PreTrainedModel, windows: Tensor) -> dict[str, T
     return sums
 
 
-ANCHORED = {
-    "llama": ("llama", {}),
-    "llama without biases": ("llama", WITHOUT_BIASES["llama"]),
-    "opt": ("opt", {}),
-}
+ANCHORED = {"llama": ("llama", {}), "llama without biases": ("llama", WITHOUT_BIASES["llama"]), "opt": ("opt", {})}
 
 
 @pytest.mark.parametrize("name", ANCHORED)

@@ -122,13 +122,7 @@ ROTATIONS = {"shared": shared, "per layer": per_layer}
 
 @pytest.mark.parametrize(
     ("model_type", "rotation"),
-    [
-        ("opt", "shared"),
-        ("llama", "per layer"),
-        ("phi3", "none"),
-        ("granite", "shared"),
-        ("mixtral", "shared"),
-    ],
+    [("opt", "shared"), ("llama", "per layer"), ("phi3", "none"), ("granite", "shared"), ("mixtral", "shared")],
 )
 def test_at_the_full_width_a_refit_changes_nothing(model_type, rotation, models):
     model, folder = models(model_type)

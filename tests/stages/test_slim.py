@@ -274,10 +274,7 @@ def test_the_adapter_is_a_plain_lora_of_scale_one(faces):
     assert config["rank_pattern"] == config["alpha_pattern"] == small
     assert {
         name.removeprefix("base_model.model.").removesuffix(".lora_A.weight"): rank for name, rank in ranks.items()
-    } == {
-        **dict.fromkeys(block_linears(tiny.tiny_model("llama", num_hidden_layers=1)), 8),
-        **small,
-    }
+    } == {**dict.fromkeys(block_linears(tiny.tiny_model("llama", num_hidden_layers=1)), 8), **small}
     names = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
     assert config["target_modules"] == names
     assert len(tensors) == 14
@@ -360,11 +357,9 @@ RECIPES: dict[str, Stages] = {
         {"stage": "refit"},
         stage(prune={"iterations": 5}, quantize={}, adapt={"rounds": 2}, polish=1, center=True),
     ],
-    "slim": [
-        stage(prune=WANDA, quantize={"method": "slim", "group": "tensor"}, adapt={"method": "slim"}),
-    ],
+    "slim": [stage(prune=WANDA, quantize={"method": "slim", "group": "tensor"}, adapt={"method": "slim"})],
     "compact": [
-        stage("compact", prune={"method": "sparsegpt"}, quantize=FOUR | {"important_inputs": True}, adapt=TENTH),
+        stage("compact", prune={"method": "sparsegpt"}, quantize=FOUR | {"important_inputs": True}, adapt=TENTH)
     ],
 }
 

@@ -22,14 +22,7 @@ from compress.numerics.losses import cross_entropy_and_gradient, kl_and_gradient
 from compress.numerics.sparsity import Pattern
 from compress.own_model.configuration_compress import CompressConfig
 from compress.own_model.modeling_compress import CompressForCausalLM, StoredMatrix
-from compress.tuning.looking import (
-    Prepared,
-    block_linears,
-    chosen,
-    stored_in_codes,
-    trainable,
-    why_not_merged,
-)
+from compress.tuning.looking import Prepared, block_linears, chosen, stored_in_codes, trainable, why_not_merged
 from compress.tuning.settings import Rate, Settings, share_of_rate
 from compress.tuning.texts import Reader
 from compress.tuning.trained import (
