@@ -87,9 +87,6 @@ def test_equations_count_tokens_by_their_weights():
     assert (found.fitted, found.seen) == (3000, TOKENS)
 
 
-# ---- what grows with the tokens ----
-
-
 WINDOWS = oracles.random_ids(14, 13, seed=2)
 BATCH = 7
 
