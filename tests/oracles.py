@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from compress import families
 from compress.architectures.architecture import ModelSpec
 from compress.architectures.own import Own
-from compress.calibration.spectra import LinearObserver
+from compress.calibration.observers import LinearObserver
 from compress.calibration.streams import CacheFolder, split_windows
 from compress.calibration.survey import Survey, Surveyor
 from compress.calibration.walk import FinishedPart, Walk, WalkSettings

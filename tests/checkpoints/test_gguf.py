@@ -27,7 +27,7 @@ from compress.checkpoints.gguf.tokenizer import BYTE_PIECES, SPLITS
 from compress.checkpoints.verify import SAMPLE, verify_tokens
 from compress.errors import CheckpointError, UnsupportedModel, UsageError, VerificationError
 from compress.models.gguf_header import WRITTEN
-from compress.models.gguf_opening import load_gguf_tokenizer
+from compress.models.gguf_weights import load_gguf_tokenizer
 from runs import proved_here
 from tiny import HIDDEN, NUM_BLOCKS, POSITIONS, VOCAB_SIZE, tiny_config, tiny_model, tiny_tokenizer
 

@@ -13,10 +13,10 @@ from torch import nn
 import compress  # noqa: F401 (registers the architecture)
 import tiny
 from compress.errors import CheckpointError, UsageError
-from compress.evaluation.speed import footprint as took
-from compress.evaluation.speed import report, turns
-from compress.evaluation.speed.report import Asked, Named, measure
-from compress.evaluation.speed.turns import Decoding, Workload, compare_generation, compared, matched
+from compress.evaluation import bench, speed
+from compress.evaluation import footprint as took
+from compress.evaluation.bench import Asked, Named, measure
+from compress.evaluation.speed import Decoding, Workload, compare_generation, compared, matched
 from compress.models.storage import Form, Storage, empty_linear, linears_of
 from compress.models.stored_loading import open_model
 from compress.numerics.sparsity import Pattern
@@ -50,7 +50,7 @@ def test_both_run_in_turns_after_one_round_that_is_not_counted():
 
         return once
 
-    pairs = turns.in_turns(run("d"), run("c"), 3)
+    pairs = speed.in_turns(run("d"), run("c"), 3)
     assert order == ["d", "c", "d", "c", "c", "d", "d", "c"]
     assert pairs == [("d2", "c2"), ("d3", "c3"), ("d4", "c4")]
 
@@ -99,7 +99,7 @@ def test_prefill_and_decoding_are_timed_each_for_itself(monkeypatch):
         taken.append(len(calls) - before)
         return float(taken[-1])
 
-    monkeypatch.setattr(turns, "seconds", counting)
+    monkeypatch.setattr(speed, "seconds", counting)
     speeds = compare_generation(model, model, Workload(2, 5, 3), rounds=1)
     assert taken == [1, 3] * 4
     assert speeds["prefill"] == compared([(1.0, 1.0)], 2 * 5)
@@ -109,14 +109,14 @@ def test_prefill_and_decoding_are_timed_each_for_itself(monkeypatch):
 def test_a_workload_without_room_is_none(monkeypatch):
     model = tiny.tiny_model("llama")
     load = Workload(2, 5, 3)
-    monkeypatch.setattr(turns, "free_bytes", lambda device: 1000)
+    monkeypatch.setattr(speed, "free_bytes", lambda device: 1000)
     assert compare_generation(model, model, load, rounds=1)["decode"] is None
     monkeypatch.undo()
 
     def no_memory(*_: Any) -> None:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(turns, "in_turns", no_memory)
+    monkeypatch.setattr(speed, "in_turns", no_memory)
     assert compare_generation(model, model, load, rounds=1)["prefill"] is None
 
 
@@ -228,7 +228,7 @@ def folders(place: Path, *, storage: Storage) -> tuple[Named, Named]:
 
 
 def test_all_of_it_is_in_the_report(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "footprint", lambda *_, **__: {"disk": 1})
+    monkeypatch.setattr(bench, "footprint", lambda *_, **__: {"disk": 1})
     heard: list[tuple[str, str, float, int]] = []
     asked = Asked(workloads=[Workload(1, 6, 2)], rounds=2, dtype=torch.float32, device=CPU, tokens=[1, 4])
     found = measure(*folders(tmp_path, storage=Storage("packed", 4)), asked, lambda *step: heard.append(step))
@@ -248,8 +248,8 @@ def test_all_of_it_is_in_the_report(tmp_path, monkeypatch):
 
 
 def test_two_models_that_memory_does_not_hold_together(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "footprint", lambda *_, **__: {})
-    monkeypatch.setattr(report, "free_bytes", lambda device: 200_000)
+    monkeypatch.setattr(bench, "footprint", lambda *_, **__: {})
+    monkeypatch.setattr(bench, "free_bytes", lambda device: 200_000)
     asked = Asked(workloads=[Workload(1, 6, 2)], rounds=2, dtype=torch.float32, device=CPU)
     with pytest.raises(UsageError, match=r"dense \(.* packed \(.* of which 0.0 GB are free. Try --dtype bfloat16"):
         measure(*folders(tmp_path, storage=Storage("packed", 4)), asked)

@@ -16,11 +16,11 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from compress.datasets.tasks import load_problems
+from compress.datasets.texts import load_problems
 from compress.errors import Unavailable, UsageError
-from compress.evaluation import _programs, humaneval
+from compress.evaluation import _programs, generation
 from compress.evaluation._programs import PASSED, run_programs
-from compress.evaluation.humaneval import (
+from compress.evaluation.generation import (
     STOPS,
     Sampling,
     StopInCompletion,
@@ -168,7 +168,7 @@ def test_a_program_sees_an_empty_folder_and_no_environment(monkeypatch):
 
 def test_a_system_on_which_nothing_runs(monkeypatch):
     check_can_run()
-    monkeypatch.setattr(humaneval, "run_programs", lambda _programs: ["killed by signal 9"])
+    monkeypatch.setattr(generation, "run_programs", lambda _programs: ["killed by signal 9"])
     with pytest.raises(UsageError, match=r"^--humaneval cannot run programs on this system: an empty one killed by"):
         check_can_run()
     monkeypatch.setattr(os, "name", "nt")
@@ -259,7 +259,7 @@ def test_pass_at_k_is_the_share_of_choices_with_a_correct_one():
 
 def test_what_is_made_of_the_outcomes():
     outcomes = ["passed", "x: 1", "x: 2", "passed", "passed", "passed", "y", "x: 1", "x: 1"]
-    found = humaneval.judged(outcomes, Sampling(samples=3, temperature=0.5, ks=(1, 2)))
+    found = generation.judged(outcomes, Sampling(samples=3, temperature=0.5, ks=(1, 2)))
     first = [1 / 3, 1.0, 0.0]
     assert found.rates["pass@1"].value == pytest.approx(statistics.fmean(first))
     assert found.rates["pass@1"].standard_error == pytest.approx(statistics.stdev(first) / 3**0.5)
@@ -269,7 +269,7 @@ def test_what_is_made_of_the_outcomes():
     record = found.to_dict()
     assert record["rates"]["pass@2"]["value"] == found.rates["pass@2"].value
     assert json.loads(json.dumps(record, allow_nan=False)) == record
-    assert humaneval.judged(outcomes[:3], Sampling(samples=3)).rates["pass@1"].standard_error is None
+    assert generation.judged(outcomes[:3], Sampling(samples=3)).rates["pass@1"].standard_error is None
 
 
 # Writing.
@@ -349,17 +349,17 @@ def test_the_space_before_a_completion_is_kept():
     backend.decoder = decoders.Metaspace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
     assert tokenizer.decode([1, 1, 3]) == " b"
-    assert humaneval.continued(tokenizer, tokenizer.encode("a"), [1, 1, 3]) == "  b"
+    assert generation.continued(tokenizer, tokenizer.encode("a"), [1, 1, 3]) == "  b"
 
 
 @on_posix
 def test_a_model_that_writes_the_answer(monkeypatch):
     """From the prompt to pass@k."""
     texts = iter(["    return x\n", "    return 4\n", "    return x\n", "    retrun x\n"])
-    monkeypatch.setattr(humaneval, "complete", lambda prompts, *_: [next(texts) for _ in prompts])
+    monkeypatch.setattr(generation, "complete", lambda prompts, *_: [next(texts) for _ in prompts])
     told: list[tuple[str, int]] = []
     model: Any = tiny_model("llama", num_hidden_layers=1)
-    found = humaneval.measure(
+    found = generation.measure(
         [PROBLEM, PROBLEM],
         model,
         tiny_tokenizer(),
@@ -376,7 +376,7 @@ def test_a_models_own_defaults_of_generation_do_not_count(writer):
     _, tokenizer = writer
     model = tiny_model("llama", num_hidden_layers=1)
     model.generation_config = GenerationConfig(eos_token_id=[1, 7], temperature=3.0, do_sample=True, top_k=5)
-    greedy = humaneval.generation(model, tokenizer, Sampling(), 9, 2)
+    greedy = generation.generation_config(model, tokenizer, Sampling(), 9, 2)
     assert (greedy.do_sample, greedy.max_new_tokens, greedy.eos_token_id) == (False, 9, [1, 7])
-    drawn = humaneval.generation(model, tokenizer, Sampling(temperature=0.5), 9, 2)
+    drawn = generation.generation_config(model, tokenizer, Sampling(temperature=0.5), 9, 2)
     assert (drawn.do_sample, drawn.temperature, drawn.top_p, drawn.top_k) == (True, 0.5, 0.95, 0)

@@ -21,8 +21,8 @@ from compress.calibration.weights import LazyWeights
 from compress.checkpoints.gguf import write_gguf
 from compress.checkpoints.gguf.model import why_not_writable
 from compress.errors import CheckpointError, CompressError, NumericalError, Unavailable, UnsupportedModel, UsageError
-from compress.evaluation.speed.footprint import bytes_in_memory, bytes_on_disk
-from compress.models import gguf_opening, hub
+from compress.evaluation.footprint import bytes_in_memory, bytes_on_disk
+from compress.models import gguf_weights, hub
 from compress.models.gguf_header import GEMMA_27B_BLOCKS, rope_of
 from compress.models.gguf_weights import decoded, gguf_model
 from compress.models.hub import find_model
@@ -231,7 +231,7 @@ def test_a_model_is_its_original(tmp_path, name):
 def test_the_tokenizer_is_the_files(tmp_path):
     file = write_tiny(tmp_path / "small.gguf", tiny_model("llama", dtype=torch.float32, **PLAIN))
     folder = find_model(str(file)).whole_folder()
-    tokenizer, direct, original = load_tokenizer(folder), gguf_opening.load_gguf_tokenizer(file), tiny_tokenizer()
+    tokenizer, direct, original = load_tokenizer(folder), gguf_weights.load_gguf_tokenizer(file), tiny_tokenizer()
     for text in ("a b  c", "It's 2024,\n\tno?", "</s>x", "\u00e9\u4e2d"):
         assert tokenizer(text)["input_ids"] == direct(text)["input_ids"] == original(text)["input_ids"]
     assert tokenizer.chat_template == "{{ messages[0]['content'] }}"
@@ -255,7 +255,7 @@ def test_pieces_are_merged_as_transformers_does(tmp_path, name):
     model = tiny_model(model_type, dtype=torch.float32, **changes)
     file = write_tiny(tmp_path / "small.gguf", model, said=said, words=add_pieces)
     tokenizer = load_tokenizer(find_model(str(file)).whole_folder())
-    direct = gguf_opening.load_gguf_tokenizer(file)
+    direct = gguf_weights.load_gguf_tokenizer(file)
     for text in TEXTS:
         assert tokenizer(text)["input_ids"] == direct(text)["input_ids"], text
     assert len(tokenizer("a b")["input_ids"]) >= 3

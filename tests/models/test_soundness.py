@@ -92,7 +92,7 @@ def test_a_measure_names_the_linear(words, what, home, monkeypatch):
 
 def test_a_speed_without_numbers_is_none(home, monkeypatch):
     monkeypatch.setattr(
-        "compress.evaluation.speed.report.footprint", lambda *_, **__: {}
+        "compress.evaluation.bench.footprint", lambda *_, **__: {}
     )  # in a process of its own, in seconds
     words = ["--prompt", 4, "--new", 2, "--rounds", 1, "--batch-sizes", 1, "--device", "cpu"]
     fault = fault_of(home, monkeypatch, "bench", "loud", "--against", "sound", *words)

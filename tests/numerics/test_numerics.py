@@ -4,11 +4,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compress.calibration.statistics import RelativeError, SecondMoment
+from compress.calibration.processes import ALONE
+from compress.calibration.statistics import PointStatistics, RelativeError, SecondMoment
 from compress.errors import NumericalError
-from compress.numerics.hessian import SOLVED, triangular_inverse
-from compress.numerics.linalg import pca, random_orthogonal, width_for_energy
-from compress.numerics.norms import center_rows, fold_gain, fold_offset
+from compress.numerics.frames import pca, random_orthogonal, width_for_energy
+from compress.numerics.functional import center_rows, fold_gain, fold_offset
+from compress.numerics.moments import SOLVED, triangular_inverse
 from matrices import identity, random
 
 D = 12
@@ -104,7 +105,7 @@ def test_layer_norm_is_an_rms_norm_between_folded_linears(bias):
 @pytest.mark.parametrize("signal", ["stream", "normed"])
 def test_second_moment_is_a_mean_of_outer_products(signal):
     batches = [random(2, 5, D, seed=1), random(1, 3, D, seed=2)]
-    accumulator = SecondMoment(signal).accumulator(D, 0.1, CPU)
+    accumulator = PointStatistics([SecondMoment(signal)], D, 0.1, CPU)
     for batch in batches:
         accumulator.add(batch, None)
     expected, tokens = torch.zeros(D, D, dtype=torch.float64), 0
@@ -112,14 +113,16 @@ def test_second_moment_is_a_mean_of_outer_products(signal):
         row = x / torch.sqrt((x * x).sum() / D + 0.1) if signal == "normed" else x
         expected += torch.outer(row, row)
         tokens += 1
-    assert (accumulator.value() - expected / tokens).abs().max() < 1e-12
+    assert (accumulator.close(ALONE)[SecondMoment(signal)] - expected / tokens).abs().max() < 1e-12
 
 
 def test_relative_error_is_the_share_of_energy_that_differs():
-    accumulator = RelativeError().accumulator(D, 0.0, CPU)
+    accumulator = PointStatistics([RelativeError()], D, 0.0, CPU)
     dense = [random(2, 3, D, seed=1), random(1, 3, D, seed=2)]
     stream = [x + 0.1 * random(*x.shape, seed=3) for x in dense]
     for a, b in zip(stream, dense, strict=True):
         accumulator.add(a, b)
     difference = sum(float(((a - b) ** 2).sum()) for a, b in zip(stream, dense, strict=True))
-    assert float(accumulator.value()) == pytest.approx(difference / sum(float((x**2).sum()) for x in dense), rel=1e-12)
+    assert float(accumulator.close(ALONE)[RelativeError()]) == pytest.approx(
+        difference / sum(float((x**2).sum()) for x in dense), rel=1e-12
+    )

@@ -12,7 +12,7 @@ from compress import presets
 from compress.architectures.gguf_types import resolve
 from compress.models.hub import find_model
 from compress.models.loading import load_model
-from compress.numerics.losses import kl_divergence
+from compress.numerics.functional import kl_divergence
 from compress.planning import types
 from compress.planning.prepare import Job, new_rounded_model, prepare, take_survey
 from compress.planning.types import DENSE, TypeSearch, TypeSpace, improved
@@ -190,7 +190,7 @@ def test_steps_get_smaller_until_there_is_nothing_to_try():
 
 
 def test_a_resumed_run_repeats_no_trial_and_gives_the_same_bytes(home, tmp_path, monkeypatch):
-    from compress.calibration.rounded_model import RoundedModel
+    from compress.calibration.roundings import RoundedModel
 
     words = ["--target-size", "200kB", "--out", tmp_path / "out"]
     succeeds(*auto(home, *words))

@@ -16,7 +16,7 @@ from transformers import LlamaConfig
 import tiny
 from compress import families, pipeline
 from compress.architectures.architecture import disk_bytes
-from compress.calibration.spectra import Spectrum
+from compress.calibration.observers import Spectrum
 from compress.planning import search
 from compress.planning.budget import RankSpace, rank_choices
 from compress.planning.memory import Room

@@ -18,7 +18,7 @@ from compress.errors import NumericalError, UsageError
 from compress.models.packing import pack_bits, unsigned
 from compress.models.storage import Storage
 from compress.models.stored_loading import load_stored
-from compress.numerics.losses import cross_entropy_and_gradient, kl_and_gradient
+from compress.numerics.functional import cross_entropy_and_gradient, kl_and_gradient
 from compress.numerics.sparsity import Pattern
 from compress.own_model.configuration_compress import CompressConfig
 from compress.own_model.modeling_compress import CompressForCausalLM, StoredMatrix

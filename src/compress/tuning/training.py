@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from compress import families
 from compress.errors import NumericalError
-from compress.numerics.losses import cross_entropy_and_gradient, kl_and_gradient
+from compress.numerics.functional import cross_entropy_and_gradient, kl_and_gradient
 from compress.own_model.modeling_compress import CompressForCausalLM, finished_logits
 from compress.progress import Progress, Steps
 from compress.tuning.settings import Rate, Settings, share_of_rate
