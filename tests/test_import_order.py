@@ -31,11 +31,19 @@ LAYERS = [
     ("__main__",),
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
-# One file a family, a stage, a text, a command: each can be added and taken away without the others.
-PLUGINS = ("families", "stages", "datasets", "cli")
+# One file a family, a stage, a command: each can be added and taken away without the others.
+PLUGINS = ("families", "stages", "cli")
 SHARED = {
-    "datasets": {"windows"},
-    "cli": {"compressing", "options", "profiling", "progress", "recipes", "reporting", "storing", "tables"},
+    "cli": {
+        "compressing",
+        "options",
+        "profiling",
+        "progress",
+        "recipes",
+        "reporting",
+        "storing",
+        "tables",
+    },
 }
 CARRIED = ("own_model/configuration_compress.py", "own_model/modeling_compress.py")
 

@@ -143,13 +143,13 @@ def test_a_pickle_is_never_opened(where, command, place):
 
 
 def test_a_data_set_that_is_a_script_is_not_run(tmp_path):
-    from compress.datasets import ptb
+    from compress.datasets.texts import REPOSITORIES, ptb
 
-    clone = tmp_path / ptb.REPOSITORY
+    clone = tmp_path / REPOSITORIES["ptb"]
     clone.mkdir(parents=True)
     (clone / "ptb_text_only.py").write_text(f"import os; os.chdir({str(tmp_path)!r}); {HEARD}")
     with pytest.raises(Unavailable, match="scripts are no longer supported"):
-        ptb.load("test", tmp_path)
+        ptb("test", tmp_path)
     assert not (tmp_path / "ran").exists()
 
 

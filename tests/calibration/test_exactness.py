@@ -66,6 +66,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         {"use_parallel_residual": True, "qk_layernorm": False, "use_qkv_bias": False, **LAYER},
     ),
     "granite": ("granite", RMS),
+    "granitemoehybrid": ("granitemoehybrid", RMS),
+    "llama4_text": ("llama4_text", RMS),
     "smollm3": ("smollm3", RMS),
     "ministral": ("ministral", RMS),
     "glm": ("glm", RMS),

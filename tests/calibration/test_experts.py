@@ -14,16 +14,16 @@ from transformers import AutoModelForCausalLM
 import oracles
 import tiny
 from compress import families
-from compress.calibration.experts import gather_experts
+from compress.calibration.groups import gather_experts
+from compress.calibration.observers import GradientFiles, LinearObserver
 from compress.calibration.processes import ALONE
 from compress.calibration.rewriting import LinearRewriter
-from compress.calibration.spectra import GradientFiles, LinearObserver
 from compress.calibration.statistics import EquationSums, Regularized, regularized, rows
 from compress.calibration.streams import Batch, Streams
 from compress.calibration.weights import LazyWeights, PartLoader
 from compress.errors import UnsupportedModel
 from compress.models.branch import Branch, read_through, write_through
-from compress.numerics.lowrank import InputMoments
+from compress.numerics.moments import InputMoments
 from compress.numerics.ridge import NormalEquations
 from compress.own_model.modeling_compress import SparseMLP, unfuse_experts
 from compress.stages.factorize import Factorize
@@ -140,10 +140,10 @@ def test_experts_linears_are_measured_by_the_tokens_that_reach_them(model_type, 
     given: dict[str, InputMoments] = {}
     notes: dict[str, int] = {}
 
-    def overhear(_self: Any, _branch: Branch, block: int, names: list[str], shared: Any) -> list[dict[str, Any]]:
+    def overhear(_self: Any, _branch: Branch, block: int, names: list[str], inputs: Any, tokens: Any) -> list[Any]:
         if block == 0:
-            given.update(dict.fromkeys(names, shared.inputs))
-            notes.update(dict.fromkeys(names, shared.tokens))
+            given.update(dict.fromkeys(names, inputs))
+            notes.update(dict.fromkeys(names, tokens))
         return []
 
     monkeypatch.setattr(LinearRewriter, "rewrite", overhear)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 import oracles
 import tiny
 from compress import families
-from compress.calibration.spectra import GradientFiles, LinearFilter, LinearObserver
+from compress.calibration.observers import GradientFiles, LinearFilter, LinearObserver
 from compress.calibration.survey import Survey
 from compress.stages.factorize import Factorize
 

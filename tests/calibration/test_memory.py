@@ -14,7 +14,7 @@ from compress.calibration import walk as walk_module
 # Blocks below the largest of glibc's thresholds, with something kept behind each: freed, they leave gaps in the heap.
 SCRIPT = """
 import ctypes
-from compress.calibration.resources import return_free_memory
+from compress.progress import return_free_memory
 
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]

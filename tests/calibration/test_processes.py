@@ -102,7 +102,7 @@ def test_as_many_processes_write_the_same_bytes_again(root, made):
 
 KILLS = {
     "between states and their record": (0, "compress.checkpoints.run_folder:RunFolder._save", 5),
-    "in the survey": (1, "compress.calibration.spectra:LinearObserver._mean_gradients", 2),
+    "in the survey": (1, "compress.calibration.observers:LinearObserver._mean_gradients", 2),
 }
 
 

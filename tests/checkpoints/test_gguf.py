@@ -22,7 +22,7 @@ from compress.checkpoints.gguf import check_exportable, reader_notes, verify_ggu
 from compress.checkpoints.verify import verify_tokens
 from compress.errors import CheckpointError, UnsupportedModel, UsageError, VerificationError
 from compress.models.gguf_header import WRITTEN
-from compress.models.gguf_opening import load_gguf_tokenizer
+from compress.models.gguf_weights import load_gguf_tokenizer
 from compress.models.hub import find_model
 from compress.models.loading import load_tokenizer
 from gguf_folders import PLAIN, ROOM, TEXTS, TOKENIZERS, byte_level, sentencepiece, write_folder, write_tokenizer

@@ -11,7 +11,7 @@ import torch
 
 from cli_runner import flat, invoke, succeeds
 from compress.checkpoints.quality import read_quality
-from compress.evaluation.speed import report
+from compress.evaluation import bench
 from compress.models.storage import Storage
 from stored import write_packed
 from tiny import POSITIONS, VOCAB_SIZE, write_model
@@ -43,7 +43,7 @@ def place(home, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     load = {"median": 1.0, "low": 0.5, "high": 2.0}
     found = {"disk": 10**6, "load": load, "before": 2 * 10**6, "loading": 5 * 10**6, "running": None}
-    monkeypatch.setattr(report, "footprint", lambda *_, **__: found)
+    monkeypatch.setattr(bench, "footprint", lambda *_, **__: found)
     return home
 
 

@@ -175,7 +175,7 @@ def test_programs_of_a_model(home, place, monkeypatch):
     assert found["rates"] == {f"pass@{k}": {"value": 0.0, "standard_error": None} for k in (1, 2)}
     assert (found["problems"], found["samples"], found["temperature"], found["passed"]) == (1, 2, 0.8, 0)
     assert sum(found["failures"].values()) == 2
-    monkeypatch.setattr("compress.evaluation.humaneval.run_programs", lambda programs, **_: ["passed"] * len(programs))
+    monkeypatch.setattr("compress.evaluation.generation.run_programs", lambda programs, **_: ["passed"] * len(programs))
     table = flat(succeeds("eval", "--model", home / "dense", *words[:2], "--data-dir", home / "data").out)
     assert "HumanEval, pass@1" in table
     assert "1, 1 problems, 1 of 1 programs passed, greedy" in table

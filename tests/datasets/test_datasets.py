@@ -13,7 +13,7 @@ import pytest
 from datasets import Dataset
 
 from compress import datasets
-from compress.datasets import _sources, alpaca, ptb, stdlib, wikitext2
+from compress.datasets import _sources, texts
 from compress.errors import Unavailable, UsageError
 
 DEVELOPMENT_DATA = Path(__file__).parents[3] / "shared" / "data"
@@ -108,9 +108,9 @@ def test_a_text_that_cannot_be_used(tmp_path, name, content, said):
 
 def test_a_row_is_a_line_and_a_blank_line_is_empty(tmp_path):
     write(tmp_path / "ptb" / "ptb.valid.txt", " consumers may want \n to move <unk> \n")
-    assert ptb.load("validation", tmp_path) == ["consumers may want", "to move <unk>"]
+    assert texts.ptb("validation", tmp_path) == ["consumers may want", "to move <unk>"]
     write(tmp_path / "wikitext-2" / "wiki.valid.raw", " \n = Title = \n \n One\x85two\u2028three . \n")
-    assert wikitext2.load("validation", tmp_path) == ["", " = Title = \n", "", " One\x85two\u2028three . \n"]
+    assert texts.wikitext2("validation", tmp_path) == ["", " = Title = \n", "", " One\x85two\u2028three . \n"]
 
 
 @pytest.mark.skipif(not DEVELOPMENT_DATA.is_dir(), reason="the development data is not on this machine")
@@ -123,16 +123,16 @@ def test_wikitext2_text_of_the_papers():
 
 
 def test_alpaca_is_split_as_in_the_reference(tmp_path):
-    texts = [f"instruction {number}" for number in range(50)]
-    write(tmp_path / "alpaca" / "alpaca.json", json.dumps([{"text": text, "input": ""} for text in texts]))
-    outer = Dataset.from_dict({"text": texts}).train_test_split(test_size=0.2, seed=42)
+    rows = [f"instruction {number}" for number in range(50)]
+    write(tmp_path / "alpaca" / "alpaca.json", json.dumps([{"text": text, "input": ""} for text in rows]))
+    outer = Dataset.from_dict({"text": rows}).train_test_split(test_size=0.2, seed=42)
     held_out = outer["test"].train_test_split(test_size=0.5, seed=42)
-    assert alpaca.load("train", tmp_path) == list(outer["train"]["text"])
-    assert alpaca.load("test", tmp_path) == list(held_out["train"]["text"])
-    assert alpaca.load("validation", tmp_path) == list(held_out["test"]["text"])
-    splits = [alpaca.load(split, tmp_path) for split in ("train", "validation", "test")]
+    assert texts.alpaca("train", tmp_path) == list(outer["train"]["text"])
+    assert texts.alpaca("test", tmp_path) == list(held_out["train"]["text"])
+    assert texts.alpaca("validation", tmp_path) == list(held_out["test"]["text"])
+    splits = [texts.alpaca(split, tmp_path) for split in ("train", "validation", "test")]
     assert [len(split) for split in splits] == [40, 5, 5]
-    assert sorted(text for split in splits for text in split) == sorted(texts)
+    assert sorted(text for split in splits for text in split) == sorted(rows)
 
 
 @pytest.mark.parametrize(
@@ -167,12 +167,12 @@ def test_offline_without_the_data(tmp_path, name):
     with pytest.raises(Unavailable) as error:
         datasets.load_rows(name, "test", tmp_path)
     message = str(error.value)
-    module = {"alpaca": alpaca, "ptb": ptb}[name]
-    start = f"The data set {module.REPOSITORY} is not on this machine and the hub does not give it: "
+    repository = texts.REPOSITORIES[name]
+    start = f"The data set {repository} is not on this machine and the hub does not give it: "
     assert message.startswith(start)
     assert "offline" in message
     assert message.endswith(
-        f"or a clone of it as {module.REPOSITORY}, under --data-dir (COMPRESS_DATA_DIR), or name a text file instead."
+        f"or a clone of it as {repository}, under --data-dir (COMPRESS_DATA_DIR), or name a text file instead."
     )
     assert "\n" not in message
 
@@ -181,7 +181,7 @@ def test_stdlib_reads_the_running_python(tmp_path, monkeypatch):
     paths = {"a.py": "test", "b.py": "train", "test/c.py": "train", "lib/d.py": "train", "notes.txt": "train"}
     for path in paths:
         write(tmp_path / path, f"# {path}\n")
-    monkeypatch.setattr(stdlib, "library_root", lambda: tmp_path)
-    monkeypatch.setattr(stdlib, "split_of", lambda path: paths[path])
+    monkeypatch.setattr(texts, "library_root", lambda: tmp_path)
+    monkeypatch.setattr(texts, "split_of", lambda path: paths[path])
     assert datasets.load_rows("stdlib", "train", None) == ["# b.py\n", "# lib/d.py\n"]
     assert datasets.load_rows("stdlib", "test", None) == ["# a.py\n"]

@@ -12,10 +12,10 @@ from torch import nn
 import compress  # noqa: F401 (registers the architecture)
 import tiny
 from compress.errors import CheckpointError, UsageError
-from compress.evaluation.speed import footprint as took
-from compress.evaluation.speed import report, turns
-from compress.evaluation.speed.report import Asked, Named, measure
-from compress.evaluation.speed.turns import Decoding, Workload, compare_generation, compared, matched
+from compress.evaluation import bench, speed
+from compress.evaluation import footprint as took
+from compress.evaluation.bench import Asked, Named, measure
+from compress.evaluation.speed import Decoding, Workload, compare_generation, compared, matched
 from compress.models.storage import Form, Storage, empty_linear, linears_of
 from compress.models.stored_loading import open_model
 from compress.numerics.sparsity import Pattern
@@ -31,7 +31,7 @@ def test_both_run_in_turns_after_one_round_that_is_not_counted_and_a_speedup_is_
     """A machine that is twice as slow in one round is so for both."""
     order: list[str] = []
     dense, small = (lambda: order.append("d") or f"d{len(order)}"), (lambda: order.append("c") or f"c{len(order)}")
-    pairs = turns.in_turns(dense, small, 3)
+    pairs = speed.in_turns(dense, small, 3)
     assert order == ["d", "c", "d", "c", "c", "d", "d", "c"]
     assert pairs == [("d3", "c4"), ("d6", "c5"), ("d7", "c8")]
     found = compared([(1.0, 0.5), (10.0, 5.0), (100.0, 50.0)], tokens=20)
@@ -81,7 +81,7 @@ def test_prefill_and_decoding_are_timed_each_for_itself(monkeypatch):
         taken.append(len(calls) - before)
         return float(taken[-1])
 
-    monkeypatch.setattr(turns, "seconds", counting)
+    monkeypatch.setattr(speed, "seconds", counting)
     speeds = compare_generation(model, model, Workload(2, 5, 3), rounds=1)
     assert taken == [1, 3] * 4
     assert speeds["prefill"] == compared([(1.0, 1.0)], 2 * 5)
@@ -91,14 +91,14 @@ def test_prefill_and_decoding_are_timed_each_for_itself(monkeypatch):
 def test_a_workload_without_room_is_none(monkeypatch):
     model = tiny.tiny_model("llama")
     load = Workload(2, 5, 3)
-    monkeypatch.setattr(turns, "free_bytes", lambda device: 1000)
+    monkeypatch.setattr(speed, "free_bytes", lambda device: 1000)
     assert compare_generation(model, model, load, rounds=1)["decode"] is None
     monkeypatch.undo()
 
     def no_memory(*_: Any) -> None:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(turns, "in_turns", no_memory)
+    monkeypatch.setattr(speed, "in_turns", no_memory)
     assert compare_generation(model, model, load, rounds=1)["prefill"] is None
 
 
@@ -194,7 +194,7 @@ def test_factors_are_one_linear_and_what_has_no_counterpart_is_named():
 
 
 def test_all_of_it_is_in_the_report(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "footprint", lambda *_, **__: {"disk": 1})
+    monkeypatch.setattr(bench, "footprint", lambda *_, **__: {"disk": 1})
     heard: list[tuple[str, str, float, int]] = []
     asked = Asked(workloads=[Workload(1, 6, 2)], rounds=2, dtype=torch.float32, device=CPU, tokens=[1, 4])
     tiny.write_model(tmp_path / "dense", "llama", dtype=torch.float32)
@@ -215,6 +215,6 @@ def test_all_of_it_is_in_the_report(tmp_path, monkeypatch):
     done = [number for _, _, number, _ in heard]
     assert done == sorted(done)
     assert heard[-1][2] == heard[-1][3] == 4 + 1 + 16
-    monkeypatch.setattr(report, "free_bytes", lambda device: 200_000)
+    monkeypatch.setattr(bench, "free_bytes", lambda device: 200_000)
     with pytest.raises(UsageError, match=r"dense \(.* packed \(.* of which 0.0 GB are free. Try --dtype bfloat16"):
         measure(*named, asked)

@@ -15,11 +15,11 @@ import psutil
 import pytest
 import torch
 
-from compress.datasets.tasks import load_problems
+from compress.datasets.texts import load_problems
 from compress.errors import Unavailable, UsageError
-from compress.evaluation import _programs, humaneval
+from compress.evaluation import _programs, generation
 from compress.evaluation._programs import PASSED, run_programs
-from compress.evaluation.humaneval import (
+from compress.evaluation.generation import (
     STOPS,
     Sampling,
     StopInCompletion,
@@ -205,7 +205,7 @@ def test_pass_at_k_is_the_share_of_choices_with_a_correct_one():
 
 def test_what_is_made_of_the_outcomes():
     outcomes = ["passed", "x: 1", "x: 2", "passed", "passed", "passed", "y", "x: 1", "x: 1"]
-    found = humaneval.judged(outcomes, Sampling(samples=3, temperature=0.5, ks=(1, 2)))
+    found = generation.judged(outcomes, Sampling(samples=3, temperature=0.5, ks=(1, 2)))
     first = [1 / 3, 1.0, 0.0]
     assert found.rates["pass@1"].value == pytest.approx(statistics.fmean(first))
     assert found.rates["pass@1"].standard_error == pytest.approx(statistics.stdev(first) / 3**0.5)
@@ -214,7 +214,7 @@ def test_what_is_made_of_the_outcomes():
     assert found.failures == {"x": 4, "y": 1}
     record = found.to_dict()
     assert json.loads(json.dumps(record, allow_nan=False)) == record
-    assert humaneval.judged(outcomes[:3], Sampling(samples=3)).rates["pass@1"].standard_error is None
+    assert generation.judged(outcomes[:3], Sampling(samples=3)).rates["pass@1"].standard_error is None
 
 
 @pytest.fixture(scope="module")
@@ -286,17 +286,17 @@ def test_the_space_before_a_completion_is_kept():
     backend.decoder = decoders.Metaspace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
     assert tokenizer.decode([1, 1, 3]) == " b"
-    assert humaneval.continued(tokenizer, tokenizer.encode("a"), [1, 1, 3]) == "  b"
+    assert generation.continued(tokenizer, tokenizer.encode("a"), [1, 1, 3]) == "  b"
 
 
 @on_posix
 def test_a_model_that_writes_the_answer(monkeypatch):
     """From the prompt to pass@k."""
     texts = iter(["    return x\n", "    return 4\n", "    return x\n", "    retrun x\n"])
-    monkeypatch.setattr(humaneval, "complete", lambda prompts, *_: [next(texts) for _ in prompts])
+    monkeypatch.setattr(generation, "complete", lambda prompts, *_: [next(texts) for _ in prompts])
     told: list[tuple[str, int]] = []
     model: Any = tiny_model("llama", num_hidden_layers=1)
-    found = humaneval.measure(
+    found = generation.measure(
         [PROBLEM, PROBLEM],
         model,
         tiny_tokenizer(),

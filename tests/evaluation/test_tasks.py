@@ -10,7 +10,7 @@ import torch
 
 from cli_runner import invoke
 from compress.checkpoints.quality import Metric, TaskScore
-from compress.datasets.tasks import read_documents
+from compress.datasets.texts import read_documents
 from compress.errors import NumericalError, Unavailable, UsageError
 from compress.evaluation import tasks
 from compress.evaluation.tasks import (

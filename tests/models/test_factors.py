@@ -8,9 +8,21 @@ from torch import Tensor, nn
 
 import oracles
 from compress.calibration.linears import LinearShape, LinearSite
-from compress.models.factors import AnyLinear, Form, factor_module, input_side, multiplied_out, num_stored, with_outputs
-from compress.numerics.lowrank import Factors, InputMoments, lord
-from compress.own_model.modeling_compress import LowRankLinear, PivotLinear
+from compress.models.factors import (
+    AnyLinear,
+    Form,
+    factor_module,
+    input_side,
+    multiplied_out,
+    num_stored,
+    with_outputs,
+)
+from compress.numerics.lowrank import Factors, weighted
+from compress.numerics.moments import InputMoments
+from compress.own_model.modeling_compress import (
+    LowRankLinear,
+    PivotLinear,
+)
 from matrices import random
 
 FORMS: tuple[Form, ...] = get_args(Form)
@@ -105,7 +117,7 @@ def holder_of(has_bias: bool) -> nn.ModuleDict:
 
 def factorized(holder: nn.ModuleDict, form: Form, X: Tensor) -> LinearSite:
     site = site_of(holder, X)
-    factors = lord(site.weight, site.bias, site.inputs, RANK, name=site.name)
+    factors = weighted(site.weight, site.bias, site.inputs, RANK, name=site.name)
     site.replace(factor_module(factors, form, site.dtype))
     assert holder["fc"] is site.module
     return site

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from cli_runner import invoke, snapshot, succeeds
 from compress.calibration.weights import LazyWeights
 from compress.errors import CheckpointError, CompressError, NumericalError, Unavailable, UnsupportedModel, UsageError
-from compress.models import gguf_opening, hub
+from compress.models import gguf_weights, hub
 from compress.models.gguf_header import rope_of
 from compress.models.gguf_weights import gguf_model
 from compress.models.hub import find_model
@@ -195,7 +195,7 @@ def test_a_model_is_its_original(tmp_path, name):
 def test_the_tokenizer_is_the_files(tmp_path):
     file = write_tiny(tmp_path / "small.gguf", tiny_model("llama", dtype=torch.float32, **PLAIN))
     folder = find_model(str(file)).whole_folder()
-    tokenizer, direct, original = load_tokenizer(folder), gguf_opening.load_gguf_tokenizer(file), tiny_tokenizer()
+    tokenizer, direct, original = load_tokenizer(folder), gguf_weights.load_gguf_tokenizer(file), tiny_tokenizer()
     for text in ("a b  c", "It's 2024,\n\tno?", "</s>x", "\u00e9\u4e2d"):
         assert tokenizer(text)["input_ids"] == direct(text)["input_ids"] == original(text)["input_ids"]
     assert tokenizer.chat_template == "{{ messages[0]['content'] }}"
@@ -209,7 +209,7 @@ def test_pieces_are_merged_as_transformers_does(tmp_path, name):
     model = tiny_model(model_type, dtype=torch.float32, **changes)
     file = write_tiny(tmp_path / "small.gguf", model, said=said, words=add_pieces)
     tokenizer = load_tokenizer(find_model(str(file)).whole_folder())
-    direct = gguf_opening.load_gguf_tokenizer(file)
+    direct = gguf_weights.load_gguf_tokenizer(file)
     for text in TEXTS:
         assert tokenizer(text)["input_ids"] == direct(text)["input_ids"], text
     assert len(tokenizer("a b")["input_ids"]) >= 3

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from compress.architectures.packed import unpacks_while_loading
 from compress.errors import CheckpointError, NumericalError
 from compress.models.int4 import Int4Linear, problem, use_kernels
+from compress.models.packing import unpacks_while_loading
 from compress.models.storage import FloatLinear, PackedLinear, QuantizedLinear, RoundedInputs, Storage, empty_linear
 from compress.models.stored_loading import load_stored
 from compress.numerics.sparsity import Pattern

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import NumericalError
-from compress.numerics.adapters import fit_adapter
-from compress.numerics.lowrank import Factors
+from compress.numerics.lowrank import Factors, fit_adapter
 from matrices import cut, difference, measured, random, rows
 
 WHERE = "block 3 mlp.down_proj"

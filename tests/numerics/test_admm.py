@@ -8,8 +8,8 @@ from torch import Tensor
 
 from compress.numerics.admm import Split
 from compress.numerics.admm import sparse_plus_lowrank as split_together
-from compress.numerics.hessian import Hessian
-from compress.numerics.sparsity import Pattern, keep_mask, magnitude, wanda
+from compress.numerics.moments import Hessian
+from compress.numerics.sparsity import Pattern, keep_mask, wanda
 from compress.numerics.sweep import sweep
 from matrices import difference, random, rows
 
@@ -105,7 +105,7 @@ def test_its_mask_is_better_than_those_of_others_with_their_best_weights(text):
     W, H, pattern = random(M, N, seed=9), hessian(rows()), Pattern.parse(text)
     found = sparse_plus_lowrank(W, H, pattern, 0, iterations=ITERATIONS)
     _, swept = sweep(W, H, pattern=pattern)
-    masks = (keep_mask(magnitude(W), pattern, by_row=False), keep_mask(wanda(W, H.second), pattern), swept)
+    masks = (keep_mask(W.abs(), pattern, by_row=False), keep_mask(wanda(W, H.second), pattern), swept)
     others = [error(W, least_squares(W, mask, H.damped), H.damped) for mask in masks]
     assert error(W, least_squares(W, found.mask, H.damped), H.damped) < 0.97 * min(others)
 

@@ -6,7 +6,7 @@ import torch
 from compress.architectures.gguf_types import FileType
 from compress.numerics.block_grid import BlockGrid, ScaleDescent, fit_blocks, polished
 from compress.numerics.block_types import IQ4_TABLE, TYPES
-from compress.numerics.hessian import Hessian
+from compress.numerics.moments import Hessian
 from compress.numerics.sweep import sweep
 from matrices import random
 

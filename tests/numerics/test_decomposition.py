@@ -3,12 +3,12 @@
 import dataclasses
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from compress.numerics.adapters import fit_adapter
 from compress.numerics.decomposition import (
     DAMPING,
     Adapting,
@@ -17,14 +17,13 @@ from compress.numerics.decomposition import (
     Pruner,
     Pruning,
     Rounding,
-    decompose,
     decompose_together,
 )
 from compress.numerics.grids import QuantType
-from compress.numerics.hessian import Hessian
-from compress.numerics.rescale import rescaled
+from compress.numerics.lowrank import fit_adapter
+from compress.numerics.moments import Hessian, InputMoments
 from compress.numerics.sparsity import Pattern
-from compress.numerics.sweep import descend, sweep
+from compress.numerics.sweep import descend, rescaled, sweep
 from matrices import difference, measured, random, rows
 
 M, N, TOKENS = 12, 32, 300
@@ -54,9 +53,14 @@ SLIM = Adapting(method="slim", rank=2)
 ADAPTINGS = (None, Adapting(method="naive", rank=2), SLIM, Adapting(method="whitened", rank=2, rounds=2))
 
 
+def decompose(W: Tensor, moments: InputMoments, how: Decomposition, **options: Any) -> Decomposed:
+    (found,) = decompose_together([W], moments, [how], **options, names=[WHERE])
+    return found
+
+
 def made(W: Tensor, X: Tensor, how: Decomposition, *, centered: bool = False, single: bool = False) -> Decomposed:
     dtype = torch.float32 if single else torch.float64
-    return decompose(W, measured(X), how, centered=centered, dtype=dtype, name=WHERE)
+    return decompose(W, measured(X), how, centered=centered, dtype=dtype)
 
 
 def missed(W: Tensor, found: Decomposed, X: Tensor) -> Tensor:
@@ -106,7 +110,7 @@ def test_combinations_keep_to_mask_and_grid():
     W, X = random(4, FEW), rows(FEW)
     moments, before = measured(X), W.clone()
     for how, text in some(0):
-        found = decompose(W, moments, how, name=WHERE)
+        found = decompose(W, moments, how)
         keeps_to_mask_and_grid(found, how, text)
         assert found.shift is None
     assert torch.equal(W, before)
@@ -183,6 +187,6 @@ def test_weights_with_the_same_inputs_are_decomposed_together_as_if_alone(prune,
     ]
     together = decompose_together(weights, moments, hows, names=["one", "other"])
     for W, how, found in zip(weights, hows, together, strict=True):
-        alone = decompose(W, moments, how, name="one")
+        alone = decompose(W, moments, how)
         assert float((found.S - alone.S).abs().max()) < 1e-9
         assert float((found.product - alone.product).abs().max()) < 1e-9

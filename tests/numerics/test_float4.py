@@ -6,12 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from compress.architectures.packed import not_for_vllm, quantization_config
-from compress.models.packing import stored_linear
+from compress.models.packing import not_for_vllm, quantization_config, stored_linear
 from compress.models.storage import Float4Linear, Storage
 from compress.numerics.decomposition import Decomposition, Rounding, decompose_together
 from compress.numerics.grids import FLOAT4_STEPS, FLOAT8, QuantType
-from compress.numerics.lowrank import InputMoments
+from compress.numerics.moments import InputMoments
 from compress.numerics.steps import make_grid, rounded, shared_divisor
 from matrices import random
 from stored import random_parts

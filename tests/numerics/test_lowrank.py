@@ -13,7 +13,6 @@ from compress.numerics.lowrank import (
     Metric,
     asvd,
     gradient_metric,
-    lord,
     output_energies,
     pivoted,
     svd,
@@ -121,7 +120,7 @@ def test_lord_is_its_formula(shape, has_bias):
     W, X = random(*shape), rows(shape[1])
     b = random(shape[0], seed=3) if has_bias else None
     for rank in ranks(shape):
-        found = lord(W, b, measured(X), rank, name=WHERE)
+        found = weighted(W, b, measured(X), rank, name=WHERE)
         product, bias = lord_of_rows(X, W, b, rank)
         assert is_of_rank(found, rank, shape)
         assert difference(found.product, product) < 1e-9
@@ -274,7 +273,7 @@ def test_no_number_is_an_error_that_names_the_place(method, place, fault):
         moments.mean[2] = fault
     metric = gradient_metric(covariance(random(40, shape[0])), 0.9, name=WHERE)
     methods = {
-        "lord": lambda: lord(W, None, moments, 2, name=WHERE),
+        "lord": lambda: weighted(W, None, moments, 2, name=WHERE),
         "weighted": lambda: weighted(W, None, moments, 2, metric, name=WHERE),
         "svd_llm": lambda: svd_llm(W, moments.second, 2, name=WHERE),
     }

@@ -5,9 +5,9 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import NumericalError
-from compress.numerics.hessian import SOLVED, triangular_inverse
-from compress.numerics.linalg import pca, random_orthogonal
-from compress.numerics.norms import center_rows, fold_gain, fold_offset
+from compress.numerics.frames import pca, random_orthogonal
+from compress.numerics.functional import center_rows, fold_gain, fold_offset
+from compress.numerics.moments import SOLVED, triangular_inverse
 from matrices import identity, random
 
 D = 12

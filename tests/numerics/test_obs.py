@@ -6,8 +6,8 @@ from torch import Tensor
 
 from compress.errors import NumericalError
 from compress.numerics import obs
-from compress.numerics.obs import elimination, prune_units
-from matrices import random
+from compress.numerics.obs import elimination
+from matrices import prune_units, random
 
 M, ROWS = 4, 60
 WHERE = "block 3 mlp writers"

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from compress.numerics.grids import Granularity, Grid, QuantType
-from compress.numerics.hessian import Hessian
-from compress.numerics.rescale import rescaled
+from compress.numerics.moments import Hessian
 from compress.numerics.steps import make_grid
+from compress.numerics.sweep import rescaled
 
 M, N = 6, 24
 

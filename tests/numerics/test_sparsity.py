@@ -8,7 +8,7 @@ from fractions import Fraction
 import pytest
 import torch
 
-from compress.numerics.sparsity import Pattern, free_mask, grouped_mask, keep_mask, wanda
+from compress.numerics.sparsity import Pattern, free_mask, keep_mask, wanda
 from matrices import random
 
 GROUPED = ("2:4", "4:8", "1:4", "1:2", "5:12")
@@ -36,7 +36,7 @@ def test_what_is_no_pattern_is_told_the_rule(text):
 def test_of_every_group_the_best_choice_of_all_is_kept(text):
     keep, group = numbers_of(text)
     scores = random(3, 3 * group).abs()
-    mask = grouped_mask(scores, Pattern.parse(text))
+    mask = keep_mask(scores, Pattern.parse(text))
     for row, first in itertools.product(range(3), range(0, 3 * group, group)):
         choices = itertools.combinations(range(first, first + group), keep)
         best = max(choices, key=lambda some: float(scores[row, list(some)].sum()))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from compress.errors import NumericalError
 from compress.numerics.grids import Granularity, Grid, QuantType
-from compress.numerics.hessian import Hessian
+from compress.numerics.moments import Hessian
 from compress.numerics.sparsity import Pattern, keep_mask
 from compress.numerics.steps import make_grid
 from compress.numerics.sweep import descend, sweep
@@ -87,10 +87,11 @@ def swept_slowly(
 @EVERY_BLOCK
 @EVERY_GRID
 @EVERY_PATTERN
-def test_it_is_the_papers_loop_whatever_the_block(pattern, group, block):
+def test_it_is_the_papers_loop_whatever_the_block(pattern, group, block, monkeypatch):
+    monkeypatch.setattr("compress.numerics.sweep.BLOCK", block)
     W, H = random(M, N), hessian(rows())
     grid = grid_for(W, group)
-    found, mask = sweep(W, H, grid=grid, pattern=parsed(pattern), block=block)
+    found, mask = sweep(W, H, grid=grid, pattern=parsed(pattern))
     expected, expected_mask = swept_slowly(W, H.damped, grid, parsed(pattern), None, block)
     assert difference(found, expected) < 1e-8
     if pattern is None:
@@ -100,11 +101,12 @@ def test_it_is_the_papers_loop_whatever_the_block(pattern, group, block):
 
 
 @pytest.mark.parametrize(("group", "block"), [(None, 128), (7, 3)])
-def test_it_keeps_to_a_mask_that_it_is_given(group, block):
+def test_it_keeps_to_a_mask_that_it_is_given(group, block, monkeypatch):
+    monkeypatch.setattr("compress.numerics.sweep.BLOCK", block)
     W, H = random(M, N), hessian(rows())
     grid, mask = grid_for(W, group), keep_mask(random(M, N, seed=3).abs(), Pattern.parse("2:4"))
     before = mask.clone()
-    found, same = sweep(W, H, grid=grid, mask=mask, block=block)
+    found, same = sweep(W, H, grid=grid, mask=mask)
     assert torch.equal(same, before)
     assert torch.equal(mask, before)
     assert (found[~mask] == 0).all()
@@ -113,17 +115,18 @@ def test_it_keeps_to_a_mask_that_it_is_given(group, block):
 
 @pytest.mark.parametrize("block", [5, 128])
 @pytest.mark.parametrize("masked", [False, True], ids=["all weights", "given mask"])
-def test_act_order_is_the_plain_sweep_of_inputs_in_that_order(masked, block):
+def test_act_order_is_the_plain_sweep_of_inputs_in_that_order(masked, block, monkeypatch):
+    monkeypatch.setattr("compress.numerics.sweep.BLOCK", block)
     W, X = random(M, N), rows()
     H, grid = hessian(X), grid_for(W, "channel")
     mask = keep_mask(random(M, N, seed=3).abs(), Pattern.parse("50%")) if masked else None
     order = X.square().mean(0).argsort(descending=True)
     assert order.tolist() != list(range(N))
-    found, _ = sweep(W, H, grid=grid, mask=mask, act_order=True, block=block)
+    found, _ = sweep(W, H, grid=grid, mask=mask, act_order=True)
     permuted = None if mask is None else mask[:, order]
-    expected, _ = sweep(W[:, order], hessian(X[:, order]), grid=grid, mask=permuted, block=block)
+    expected, _ = sweep(W[:, order], hessian(X[:, order]), grid=grid, mask=permuted)
     assert difference(found[:, order], expected) < 1e-10
-    assert difference(found, sweep(W, H, grid=grid, mask=mask, block=block)[0]) > 1e-3
+    assert difference(found, sweep(W, H, grid=grid, mask=mask)[0]) > 1e-3
 
 
 def descended_slowly(Q: Tensor, W: Tensor, H: Tensor, grid: Grid | None, mask: Tensor | None, rounds: int) -> Tensor:
@@ -153,13 +156,14 @@ def every_code(grid: Grid) -> Tensor:
 @pytest.mark.parametrize(
     ("masked", "group", "block"), [(False, None, 1), (True, 3, 5), (True, None, 128), (False, "channel", 128)]
 )
-def test_descent_is_one_weight_after_another_at_its_best(masked, group, block):
+def test_descent_is_one_weight_after_another_at_its_best(masked, group, block, monkeypatch):
+    monkeypatch.setattr("compress.numerics.sweep.BLOCK", block)
     W, H = random(2, 8), hessian(rows(8))
     grid, mask = grid_for(W, group), keep_mask(W.abs(), Pattern.parse("2:4")) if masked else None
     start = W if grid is None else grid.nearest(W)
     start = start if mask is None else start * mask
     for rounds in (1, 3):
-        found = descend(start, W, H, grid=grid, mask=mask, rounds=rounds, block=block)
+        found = descend(start, W, H, grid=grid, mask=mask, rounds=rounds)
         assert difference(found, descended_slowly(start, W, H.damped, grid, mask, rounds)) < 1e-8
 
 

@@ -10,7 +10,7 @@ import compress  # noqa: F401 (registers the architecture)
 from cli_runner import succeeds
 from compress import families
 from compress.calibration.survey import Survey
-from compress.numerics.frames import OrthogonalFrame
+from compress.numerics.frames import Frame
 from compress.planning import search
 from compress.planning.search import Cost, Forecast
 from compress.stages.prune_units import PruneUnits
@@ -88,7 +88,7 @@ def test_the_stream_s_loss_is_that_of_what_slicing_takes_from_it():
     torch.manual_seed(0)
     n, g = torch.randn(500, 6, dtype=torch.float64), torch.randn(500, 6, dtype=torch.float64)
     C, G = n.T @ n / 500, g.T @ g / 500
-    frame = OrthogonalFrame(torch.eye(6, dtype=torch.float64), C.diagonal())
+    frame = Frame(torch.eye(6, dtype=torch.float64), C.diagonal())
     forecast = Forecast(Survey(3 * C, 3 * G), frame, (0.0,), 1, 3, {})
     pairs = n[:, None, 4:] * g[None, :, 4:]  # each token with every other's gradient: independent
     assert forecast.stream(4) == pytest.approx(3 * float(pairs.sum(-1).square().mean()) / 2)

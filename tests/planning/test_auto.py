@@ -11,7 +11,7 @@ from cli_runner import invoke, succeeds
 from compress import presets
 from compress.models.hub import find_model
 from compress.models.loading import load_model
-from compress.numerics.losses import kl_divergence
+from compress.numerics.functional import kl_divergence
 from compress.planning.prepare import Job, new_rounded_model, prepare, take_survey
 from compress.planning.types import DENSE, TypeSearch, TypeSpace, improved
 from compress.recipe import parse_recipe
@@ -155,7 +155,7 @@ def test_trials_find_what_the_prediction_gets_wrong():
 
 
 def test_a_resumed_run_repeats_no_trial_and_gives_the_same_bytes(home, written, tmp_path, monkeypatch):
-    from compress.calibration.rounded_model import RoundedModel
+    from compress.calibration.roundings import RoundedModel
 
     expected, log = (written / "out.gguf").read_bytes(), (written / "trials.jsonl").read_text()
     assert len(log.splitlines()) >= 2

@@ -17,7 +17,7 @@ import tiny
 from cli_runner import snapshot
 from compress import pipeline
 from compress.architectures.architecture import disk_bytes
-from compress.calibration.spectra import Spectrum
+from compress.calibration.observers import Spectrum
 from compress.planning import search
 from compress.planning.budget import RankSpace, rank_choices
 from compress.planning.plan import Plan

@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, OPTConfig, PhiConfig
 
 from compress.calibration.sites import Basis, StreamPoint, stream_points
-from compress.numerics.frames import OrthogonalFrame
+from compress.numerics.frames import Frame
 from compress.planning.plan import Plan
 from compress.recipe import parse_recipe
 from compress.stages.slice import Slice
@@ -45,7 +45,7 @@ def test_a_ratio_deletes_at_least_its_share(ratio, dense, round_to, kept):
 
 def rotated(point: StreamPoint, eigenvalues: list[float]) -> StreamPoint:
     spectrum = torch.tensor(eigenvalues, dtype=torch.float64)
-    frame = OrthogonalFrame(torch.eye(len(spectrum), dtype=torch.float64), spectrum)
+    frame = Frame(torch.eye(len(spectrum), dtype=torch.float64), spectrum)
     point.basis = Basis(frame, width=len(spectrum))
     return point
 

@@ -14,7 +14,7 @@ from compress import pipeline
 from compress.calibration.depth import Depth
 from compress.errors import UsageError
 from compress.models.loading import with_blocks
-from compress.numerics.losses import kl_divergence
+from compress.numerics.functional import kl_divergence
 from compress.planning.prepare import depth_site, prepare
 from recipes import anchored
 from runs import job_of, tensors_of, unproved

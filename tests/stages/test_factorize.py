@@ -16,7 +16,7 @@ import tiny
 from compress import families
 from compress.architectures.own import as_own
 from compress.architectures.stock import Stock
-from compress.calibration.spectra import GradientFiles, LinearObserver
+from compress.calibration.observers import GradientFiles, LinearObserver
 from compress.calibration.survey import SurveyNeed
 from compress.models.loading import load_config
 from compress.own_model.modeling_compress import LowRankLinear, PivotLinear, factorize_linears

@@ -22,9 +22,7 @@ from compress.calibration.survey import Survey, SurveyNeed
 from compress.calibration.walk import FinishedPart, Walk
 from compress.models.loading import load_config
 from compress.models.tensor_files import own_name
-from compress.numerics.frames import Frame
-from compress.numerics.linalg import pca
-from compress.numerics.obs import prune_units
+from compress.numerics.frames import Frame, pca
 from compress.own_model.modeling_compress import CompressForCausalLM, unfuse_experts
 from compress.stages._stage import StageConfig
 from compress.stages.fold_norms import FoldNorms
@@ -34,6 +32,7 @@ from compress.stages.refit import Refit
 from compress.stages.rotate import Rotate
 from compress.stages.rotate_shared import RotateShared
 from compress.stages.slice import Slice
+from matrices import prune_units
 
 pytestmark = pytest.mark.usefixtures("exact_norms")
 D, NEURONS = tiny.HIDDEN, 48

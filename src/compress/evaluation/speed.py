@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.benchmark import Timer, timer
 from transformers import PreTrainedModel
 
-from compress.evaluation._inference import free_memory
+from compress.models.soundness import free_memory
 from compress.models.storage import Form, linears_of
 
 SEED = 0

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 from compress.calibration.weights import LazyWeights
 from compress.checkpoints.metadata import METADATA, input_fingerprint
 from compress.errors import CompressError, Problems, UsageError
-from compress.evaluation.speed.footprint import bytes_in_memory, bytes_on_disk, footprint
-from compress.evaluation.speed.turns import (
+from compress.evaluation.footprint import bytes_in_memory, bytes_on_disk, footprint
+from compress.evaluation.speed import (
     Workload,
     attempted,
     compare_generation,
@@ -46,9 +46,7 @@ class Named:
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """
-    tokens: of linears by themselves; none of these without.
-    """
+    """tokens: of linears by themselves; none of these without."""
 
     workloads: Sequence[Workload]
     rounds: int

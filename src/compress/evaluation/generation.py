@@ -1,9 +1,13 @@
-"""HumanEval: how many of 164 functions a model writes that pass their tests (Chen et al., arXiv 2107.03374).
+"""What models write: functions of HumanEval, judged by their tests, and continuations of prompts.
+
+HumanEval is how many of 164 functions a model writes that pass their tests (Chen et al., arXiv 2107.03374):
 
     pass@k = mean over problems of 1 - C(n - c, k) / C(n, k)      (section 2.1)
 
 for n samples of a problem of which c pass: without bias for n >= k. The standard error is that of the mean over
 problems, None for one. A completion ends before the first of the paper's stop strings.
+
+Continuations are of the dense and the compressed model, greedy, unedited, one prompt at a time.
 """
 
 import math
@@ -25,11 +29,12 @@ from transformers import (
     StopStringCriteria,
 )
 
-from compress.checkpoints.quality import HumanEval, Metric
+from compress.checkpoints.quality import Continuation, Continuations, HumanEval, Metric
 from compress.errors import UsageError
-from compress.evaluation._inference import context_length, evaluating, mean_and_error
 from compress.evaluation._programs import PASSED, run_programs
-from compress.models.soundness import check_sound, first_unsound
+from compress.evaluation.windows import Subject, mean_and_error
+from compress.models.soundness import check_sound, context_length, evaluating, first_unsound
+from compress.progress import Progress, Steps
 
 STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 TOP_P = 0.95
@@ -118,23 +123,32 @@ def complete(prompts: Sequence[str], model: PreTrainedModel, tokenizer: Any, sam
     room = context_length(model.config, tokenizer) - length
     if room < 1:
         raise UsageError(f"--humaneval: a problem has {length} tokens, which is all that the model can read or more.")
+    stopping, most = StoppingCriteriaList([StopInCompletion(tokenizer, length)]), min(sampling.max_new_tokens, room)
+    texts = generate(encoded, model, tokenizer, sampling, most, stopping_criteria=stopping)
+    return [cut_at_stop(text) for text in texts]
+
+
+def generate(
+    encoded: Sequence[list[int]], model: PreTrainedModel, tokenizer: Any, sampling: Sampling, most: int, **options: Any
+) -> list[str]:
+    """What the model adds to prompts of tokens, `most` new ones at most. options: more for transformers' `generate`."""
+    length = max(map(len, encoded))
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     blanks = [length - len(each) for each in encoded]
     ids = [[pad] * blank + each for blank, each in zip(blanks, encoded, strict=True)]
     mask = [[0] * blank + [1] * (length - blank) for blank in blanks]
     anything: Any = model  # to its mixin `generate` is no method
-    written = anything.generate(
+    found = anything.generate(
         torch.tensor(ids, device=model.device),
         attention_mask=torch.tensor(mask, device=model.device),
-        generation_config=generation(model, tokenizer, sampling, min(sampling.max_new_tokens, room), pad),
-        stopping_criteria=StoppingCriteriaList([StopInCompletion(tokenizer, length)]),
+        generation_config=generation_config(model, tokenizer, sampling, most, pad),
         logits_processor=LogitsProcessorList([Sound(model)]),
+        **options,
     )
-    rows = zip(encoded, written[:, length:].tolist(), strict=True)
-    return [cut_at_stop(continued(tokenizer, tokens, new)) for tokens, new in rows]
+    return [continued(tokenizer, *each) for each in zip(encoded, found[:, length:].tolist(), strict=True)]
 
 
-def generation(
+def generation_config(
     model: PreTrainedModel, tokenizer: Any, sampling: Sampling, max_new_tokens: int, pad: int
 ) -> GenerationConfig:
     """Nothing of the model's own: its defaults may sample, or punish repetition."""
@@ -183,3 +197,51 @@ class StopInCompletion(StopStringCriteria):  # type: ignore[misc,unused-ignore]
     def __call__(self, input_ids: Tensor, scores: Any, **options: Any) -> Tensor:
         done: Tensor = super().__call__(input_ids[:, self.prompt_tokens :], scores, **options)
         return done
+
+
+NEW_TOKENS = 48
+# Prose and programs by turns, so that the first few suit any model.
+PROMPTS = (
+    "The capital of France is",
+    'def is_prime(n):\n    """',
+    "Once upon a time, there was a",
+    "class Stack:\n    def __init__(self):\n",
+    "Water boils at a temperature of",
+    "import os\n\nfor name in os.listdir(",
+    "The most important thing about learning is",
+    "def read_lines(path):\n",
+)
+
+
+def compare(
+    dense: Subject,
+    compressed: Subject,
+    prompts: Sequence[str],
+    load: Callable[[Subject], PreTrainedModel],
+    progress: Progress,
+) -> Continuations:
+    """One model in memory at a time, the dense one first, each up to its end of text; no chat template is applied.
+
+    Raises UsageError for a prompt that leaves a model no room, NumericalError for logits that are no numbers.
+    """
+    steps, texts = Steps(progress, "writing on", 2 * len(prompts)), list[list[str]]()
+    for subject in (dense, compressed):
+        steps.begin(subject.name)
+        texts.append([])
+        with evaluating(model := load(subject)):
+            for prompt in prompts:
+                tokens: list[int] = subject.tokenizer(prompt, verbose=False)["input_ids"]
+                most = context_length(model.config, subject.tokenizer)
+                if not 0 < len(tokens) < most:
+                    raise UsageError(
+                        f"The prompt {prompt[:40]!r} has {len(tokens)} tokens, of which {subject.name} reads 1 to "
+                        f"{most - 1}. Give another --prompt."
+                    )
+                new = min(NEW_TOKENS, most - len(tokens))
+                texts[-1] += generate([tokens], model, subject.tokenizer, Sampling(), new)
+                steps.advance()
+        del model
+    steps.end()
+    pairs = zip(prompts, *texts, strict=True)
+    found = [Continuation(prompt=prompt, dense=one, compressed=other) for prompt, one, other in pairs]
+    return Continuations(dense=dense.name, tokens=NEW_TOKENS, texts=found)
