@@ -8,8 +8,6 @@ from random import Random
 
 import pytest
 from fuzzing import TARGETS, Fuzzer, Target, write_home
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from spoiling import BOMB, DEEP
 
 from cli_runner import snapshot
@@ -35,6 +33,9 @@ def fuzzer(home) -> Fuzzer:
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
 def test_no_input_is_a_traceback(target, fuzzer):
+    from hypothesis import HealthCheck, given, settings  # which takes a second that each process would pay
+    from hypothesis import strategies as st
+
     fuzzer.warm_up(target)
 
     @settings(

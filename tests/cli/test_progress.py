@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from compress.cli import progress
-from compress.cli.progress import Lines, Phase, minutes, progress_bar
+from compress.cli.progress import Lines, minutes, progress_bar
 from compress.progress import Steps, silent
 
 
@@ -26,30 +26,6 @@ def clock(monkeypatch) -> Clock:
 
 
 # Rates and times.
-
-
-def phase_of(*marks: tuple[float, float], total: int = 10) -> Phase:
-    """A phase that is told when so many steps are done."""
-    (start, done), *further = marks
-    phase = Phase("phase", done, start)
-    for now, count in further:
-        phase.update("step", count, total, now)
-    return phase
-
-
-def test_the_first_step_does_not_count_where_there_are_more():
-    """The embeddings take no time to speak of, a block takes 40 seconds."""
-    phase = phase_of((0, 0), (0.1, 1), (40.1, 2), (80.1, 3))
-    assert phase.seconds_per_step() == 40
-    assert phase.seconds_left(80.1) == 7 * 40
-
-
-def test_time_runs_on_within_a_step_and_stands_where_it_is_overdue():
-    phase = phase_of((0, 0), (0, 1), (40, 2))
-    assert phase.seconds_left(40) == 320
-    assert phase.seconds_left(70) == 290
-    assert phase.seconds_left(80) == 280
-    assert phase.seconds_left(500) == 280
 
 
 @pytest.mark.parametrize(

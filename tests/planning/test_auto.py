@@ -58,14 +58,13 @@ def written(home):
     return home / "out"
 
 
-@pytest.mark.parametrize(("model", "size"), [("llama", 140_001), ("tied", 150_000)])
-def test_a_file_is_as_large_as_planned_and_never_larger_than_asked(home, tmp_path, model, size):
-    succeeds(*auto(home, "--target-size", size, "--out", tmp_path / "out", model=model))
-    written = (tmp_path / "out" / "out.gguf").stat().st_size
-    trials = [json.loads(line) for line in (tmp_path / "out" / "trials.jsonl").read_text().splitlines()]
-    least = min(trials, key=lambda trial: trial["divergence"])
-    assert written == least["bytes"] <= size
-    assert written > 0.9 * size
+def test_a_file_is_as_large_as_planned_and_never_larger_than_asked(home, written, tmp_path):
+    succeeds(*auto(home, "--target-size", 150_001, "--out", tmp_path / "out", model="tied"))
+    for folder, size in ((written, 200_000), (tmp_path / "out", 150_001)):
+        on_disk = (folder / "out.gguf").stat().st_size
+        trials = [json.loads(line) for line in (folder / "trials.jsonl").read_text().splitlines()]
+        least = min(trials, key=lambda trial: trial["divergence"])
+        assert 0.9 * size < on_disk == least["bytes"] <= size
 
 
 def test_sizes_that_no_types_come_to_are_refused_before_the_work(home, tmp_path):

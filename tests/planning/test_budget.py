@@ -145,7 +145,7 @@ SHAPES = ["stock", "one basis", "a basis a layer", "a whole head", "falling"]
 
 @pytest.mark.parametrize("model_type", ["llama", "opt", "mixtral"])
 def test_a_deep_model_is_counted_by_shallow_ones(model_type):
-    config = tiny.tiny_config(model_type, num_hidden_layers=4)
+    config = tiny.tiny_config(model_type, num_hidden_layers=3)
     family = families.find(config)
     for kind in SHAPES[family.stock is None :]:
         shortcuts = kind not in ("stock", "one basis")
