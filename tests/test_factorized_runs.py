@@ -52,7 +52,7 @@ def test_what_is_planned_is_what_is_written_and_loaded(model_type, form, tmp_pat
         assert sorted(tensor.tolist()) == list(range(len(tensor)))
     factored = {path for path in result.ranks if f"{path}.second.weight" in tensors}
     assert factored == (set() if form == "dense" else set(result.ranks))
-    assert result.is_stock == (form == "dense")
+    assert result.metadata.loads_without_our_code == (form == "dense")
     assert plan.removed == 1 - result.size.parameters / result.dense.parameters
 
 

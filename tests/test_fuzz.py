@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from spoiling import BOMB, DEEP
 
 from cli_runner import snapshot
-from compress.cli.reporting import LONGEST, MOST_PROBLEMS, told
+from compress.cli.console import LONGEST, MOST_PROBLEMS, told
 from compress.errors import UsageError
 from compress.models.untrusted import DEEPEST, parse_json, parse_yaml, typed_path
 

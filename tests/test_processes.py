@@ -21,7 +21,7 @@ from compress.calibration.processes import Processes
 from compress.calibration.streams import own_batches, split_windows
 from compress.cli.options import own_gpu
 from compress.errors import UsageError
-from compress.launch import Launch
+from compress.process import Launch
 from tiny import write_model, write_text
 
 COMMANDS = {

@@ -3,7 +3,7 @@
 import torch
 
 from cli_runner import flat
-from compress.cli.reporting import profiled, show_seconds
+from compress.cli.console import profiled, show_seconds
 
 
 def busy() -> None:

@@ -27,13 +27,8 @@ from compress.numerics.linalg import pca
 from compress.numerics.obs import prune_units
 from compress.own_model.modeling_compress import CompressForCausalLM, unfuse_experts
 from compress.stages._stage import StageConfig
-from compress.stages.fold_norms import FoldNorms
-from compress.stages.measure_error import MeasureError
-from compress.stages.prune_units import PruneUnits
-from compress.stages.refit import Refit
-from compress.stages.rotate import Rotate
-from compress.stages.rotate_shared import RotateShared
-from compress.stages.slice import Slice
+from compress.stages.groups import PruneUnits, Refit
+from compress.stages.stream import FoldNorms, MeasureError, Rotate, RotateShared, Slice
 
 pytestmark = pytest.mark.usefixtures("exact_norms")
 D, NEURONS = tiny.HIDDEN, 48

@@ -257,7 +257,7 @@ def test_stages_are_told_by_their_files():
 def test_every_stage_of_ours_has_words():
     from compress import stages
 
-    for name in stages.names():
+    for name in stages.classes():
         assert 20 < len(stage_in_words({"stage": name})["words"]) < 250
 
 

@@ -13,7 +13,7 @@ from compress.numerics.frames import OrthogonalFrame
 from compress.planning.memory import Room
 from compress.planning.plan import Plan, make_plan
 from compress.recipe import Recipe, parse_recipe
-from compress.stages.slice import Slice
+from compress.stages.stream import Slice
 from recipes import slicegpt
 
 # ---- widths ----

@@ -27,7 +27,7 @@ from compress.planning.plan import Plan
 from compress.planning.prepare import Job
 from compress.stages._slim_parts import Adapt, Prune, Quantize
 from compress.stages._stage import StageConfig
-from compress.stages.refit import Refit
+from compress.stages.groups import Refit
 from compress.stages.slim import Slim
 from factorizing import block_linears, reports, same_function
 from runs import job_of, unproved

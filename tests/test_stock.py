@@ -294,7 +294,7 @@ def write(case: Case, folder: Path) -> Written:
             patch.setattr(Stock, "layout", lambda target, dtype: stock_layout(target, gain_dtype))
         result = pipeline.run(job)
     frame = overheard.frame
-    directions = case.variant.directions(case.width) if result.is_stock else case.width
+    directions = case.variant.directions(case.width) if result.metadata.loads_without_our_code else case.width
     P = frame.encode(directions) @ frame.decode(directions)
     return Written(case, dense, folder / "out", result, projected_logits(dense, P), overheard.probe)
 
@@ -348,7 +348,7 @@ def test_stock_code_loads_it_without_a_complaint(name, written, looked):
     assert found["class"] == CLASSES[made.case.variant.model_type] == made.result.architecture
     assert found["dtypes"] == [f"torch.{made.case.dtype}"]
     assert found["said"] == []
-    assert made.result.is_stock
+    assert made.result.metadata.loads_without_our_code
     assert list(made.out.glob("*.py")) == []
 
 
@@ -357,7 +357,7 @@ def test_what_has_no_stock_shape_is_written_in_ours(name, written, looked):
     made, found = written[name], looked.models[name]
     _, note = FALLBACKS[name.split(": ")[0]]
     assert made.result.notes == [note]
-    assert not made.result.is_stock
+    assert not made.result.metadata.loads_without_our_code
     assert made.result.architecture == found["class"] == "CompressForCausalLM"
     assert found["module"].startswith("transformers_modules.")
     assert made.config["slicing"]["shortcuts"] is False

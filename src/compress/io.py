@@ -17,9 +17,7 @@ from compress.errors import OutputError
 
 
 class WrittenFile(BaseModel):
-    """
-    file: its name in its folder. bytes: its size.
-    """
+    """file: its name in its folder. bytes: its size."""
 
     model_config = ConfigDict(frozen=True, strict=True)
     file: str
