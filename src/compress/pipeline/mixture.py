@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from compress.calibration.rounded_model import RoundedModel
+from compress.calibration.roundings import RoundedModel
 from compress.calibration.survey import Survey
 from compress.checkpoints.metadata import Record, input_fingerprint, validated
 from compress.checkpoints.run_folder import RunFolder

@@ -13,12 +13,12 @@ from compress.calibration.sites import Count, Requirements
 from compress.calibration.survey import SurveyNeed
 from compress.errors import UsageError, report
 from compress.models.loading import with_blocks
-from compress.numerics.obs import prune_units
+from compress.numerics.obs import compensated, elimination
 from compress.numerics.ridge import choose_damping, ridge
 from compress.stages._stage import StageConfig
 
 TRIAL_DAMPING = 0.03
-FIRST_TRIED, THEN_TRIED = 8, 4
+FIRST_TRIED, THEN_TRIED = 6, 3
 Kept = Annotated[int, Field(ge=1)]
 
 
@@ -143,9 +143,9 @@ class PruneUnits(StageConfig):
         planned = self.kept(len(units))
         keep = planned[writers.block] if isinstance(planned, tuple) else planned
         if keep < len(units):
-            kept, writers.matrix = prune_units(
-                writers.matrix, writers.fit.G, units, keep, damping=writers.damping, name=writers.name
-            )
+            W, G, damping, name = writers.matrix, writers.fit.G, writers.damping, writers.name
+            kept = elimination(W, G, units, keep, damping=damping, name=name).kept(keep)
+            writers.matrix = compensated(W, G, units, kept, damping=damping, name=name)
             writers.keep(self.units, kept)
 
 

@@ -13,9 +13,8 @@ from compress.calibration.statistics import RelativeError, SecondMoment
 from compress.calibration.survey import SurveyNeed
 from compress.errors import report
 from compress.models.branch import Branch, set_bias, set_weight
-from compress.numerics.frames import OrthogonalFrame, balanced_frame, beside_the_mean, zero_mean_basis
-from compress.numerics.linalg import pca, width_for_energy
-from compress.numerics.norms import center_rows, fold_gain, fold_offset
+from compress.numerics.frames import Frame, balanced_frame, beside_the_mean, pca, width_for_energy, zero_mean_basis
+from compress.numerics.functional import center_rows, fold_gain, fold_offset
 from compress.own_model.modeling_compress import GainlessRMSNorm
 from compress.stages._stage import StageConfig
 
@@ -26,7 +25,7 @@ class FoldNorms(StageConfig):
     """Norm conversion: every norm becomes an RMSNorm without gain; gain and offset go into the linears that read it.
 
     LayerNorm also subtracts the mean over the stream's coordinates: that goes into what writes the stream. See
-    numerics/norms.py for the formula. The function is preserved exactly; epsilon is the model's own.
+    numerics/functional.py for the formula. The function is preserved exactly; epsilon is the model's own.
     """
 
     site: ClassVar = Branch
@@ -87,7 +86,7 @@ class Rotate(StageConfig):
 
     def apply(self, point: StreamPoint) -> None:
         (moment,) = self.requires.statistics
-        frame = OrthogonalFrame(*pca(point.statistics[moment], name=f"the stream after {point.name}"))
+        frame = Frame(*pca(point.statistics[moment], name=f"the stream after {point.name}"))
         point.basis = Basis(frame, width=point.dense_width, orientation=self.final_orientation)
 
 

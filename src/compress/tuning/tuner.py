@@ -43,7 +43,7 @@ from compress.models.storage import inputs_as_they_are
 from compress.models.stored_loading import read_lora, stored_tensors
 from compress.models.tensor_files import ADAPTER, INDEX
 from compress.models.untrusted import read_json
-from compress.numerics.precision import full_precision
+from compress.numerics.sums import full_precision
 from compress.pipeline import SMALL
 from compress.pipeline.output import proof_notes
 from compress.progress import Progress, Steps, silent
