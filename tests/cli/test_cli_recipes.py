@@ -11,8 +11,7 @@ import yaml
 
 from cli_runner import flat, invoke, succeeds
 from compress import presets
-from compress.recipe import parse_recipe
-from compress.recipe_file import as_yaml
+from compress.recipe import as_yaml, parse_recipe
 from tiny import write_model, write_text
 
 

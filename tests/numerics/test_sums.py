@@ -15,8 +15,8 @@ import tiny
 from compress.calibration.processes import ALONE
 from compress.calibration.statistics import EquationSums
 from compress.numerics.sums import GramSum
-from compress.stages.measure_error import MeasureError
-from compress.stages.refit import Refit
+from compress.stages.groups import Refit
+from compress.stages.stream import MeasureError
 
 CPU = torch.device("cpu")
 WIDTH = 300  # more than one block of rows

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, distributed
 
 from compress.errors import CompressError
-from compress.launch import launch
+from compress.process import launch
 
 T = TypeVar("T")
 
