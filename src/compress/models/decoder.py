@@ -109,7 +109,7 @@ class Decoder:
         for name, module in stand_ins.items():
             replace(self.model, name, module)
         try:
-            self.model.base_model(input_ids=ids.to(self.device), use_cache=False)
+            self.model.get_submodule(self.family.body)(input_ids=ids.to(self.device), use_cache=False)
         finally:
             for name, module in kept.items():
                 replace(self.model, name, module)

@@ -215,7 +215,9 @@ class SplitModel:
         if isinstance(model, CompressForCausalLM):
             self.rules, self.config = config.structure["logits"], config.text_config
         else:
-            self.rules, self.config = families.find(config).logits, config
+            family = families.find(config)
+            self.body = model.get_submodule(family.body)
+            self.rules, self.config = family.logits, config
         self.vocabulary: int = config.vocab_size
 
     def hidden(self, ids: Int64[Tensor, "batch tokens"]) -> Float[Tensor, "predictions d"]:
