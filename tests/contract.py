@@ -279,7 +279,9 @@ class Looked:
         """Whole, the walk's logits, and the same text with a cache as without."""
         found = self.models[name]
         assert not found["info"].keys() & {"missing_keys", "unexpected_keys", "mismatched_keys"}
-        assert found["module"].startswith("transformers.models." if made.result.is_stock else "transformers_modules.")
+        assert found["module"].startswith(
+            "transformers.models." if made.result.metadata.loads_without_our_code else "transformers_modules."
+        )
         assert self.difference(name, made) < CLOSE
         assert found["cached"] == found["greedy"]
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from compress import io
-from compress.child_process import run_in_child
 from compress.errors import OutputError
 from compress.io import WrittenFile, atomic_write, exclusive, fsync, write_tensors
+from compress.process import run_in_child
 
 
 @pytest.fixture
@@ -109,7 +109,7 @@ def test_one_at_a_time(tmp_path):
 
 
 SAYS = "import os, sys; print(sys.argv[1:], os.environ['MINE'], 'compress' in sys.modules); raise ValueError('its own')"
-STARTS = "import sys; from compress.child_process import run_in_child as run; run('-I', sys.argv[1], sys.argv[2:], {})"
+STARTS = "import sys; from compress.process import run_in_child as run; run('-I', sys.argv[1], sys.argv[2:], {})"
 SLEEPS = "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(100)"
 
 

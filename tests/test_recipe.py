@@ -7,8 +7,7 @@ import yaml
 
 from compress import presets
 from compress.errors import UsageError
-from compress.recipe import parse_recipe
-from compress.recipe_file import read_recipe
+from compress.recipe import parse_recipe, read_recipe
 from recipes import slicegpt
 
 FOLD, ROTATE, SLICE = {"stage": "fold_norms"}, {"stage": "rotate"}, {"stage": "slice", "ratio": 0.25}

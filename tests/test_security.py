@@ -97,7 +97,7 @@ def test_processes_are_started_from_lists_of_words():
                 command = call.args[0]
                 assert isinstance(command, ast.List | ast.Name), f"{file}:{call.lineno}"
                 found.append(file.name)
-    assert sorted(found) == ["_programs.py", "child_process.py"]
+    assert sorted(found) == ["_programs.py", "process.py"]
 
 
 class Opened:

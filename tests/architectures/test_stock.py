@@ -236,7 +236,7 @@ def write(case: Case, folder: Path) -> Written:
         if gain_dtype := case.gain_dtype:
             patch.setattr(Stock, "layout", lambda target, dtype: stock_layout(target, gain_dtype))
         result = pipeline.run(job)
-    directions = case.variant.directions(case.width) if result.is_stock else case.width
+    directions = case.variant.directions(case.width) if result.metadata.loads_without_our_code else case.width
     P = frames[0].encode(directions) @ frames[0].decode(directions)
     return Written(case, dense, folder / "out", result, projected_logits(dense, P))
 
@@ -262,7 +262,7 @@ def test_it_computes_the_projected_model_in_its_class(name, tmp_path):
 
 def is_ours(made: Written, name: str, model: Any) -> None:
     assert made.result.notes == [FALLBACKS[name.split(": ")[0]][1]]
-    assert not made.result.is_stock
+    assert not made.result.metadata.loads_without_our_code
     assert made.result.architecture == type(model).__name__ == "CompressForCausalLM"
     assert made.config["slicing"]["shortcuts"] is False
     assert not any("shortcut" in key for key in tensors_of(made.out))
@@ -271,7 +271,7 @@ def is_ours(made: Written, name: str, model: Any) -> None:
 def is_stock(made: Written, model: Any) -> None:
     """Without code of ours, and its config says what it is, as JSON too, where engines read it without defaults."""
     case, variant, raw = made.case, made.case.variant, made.config
-    assert made.result.is_stock
+    assert made.result.metadata.loads_without_our_code
     assert made.result.architecture == type(model).__name__ == CLASSES[variant.model_type]
     assert list(made.out.glob("*.py")) == []
     epsilon = EPSILON.get(variant.model_type, "rms_norm_eps")

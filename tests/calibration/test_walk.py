@@ -12,7 +12,7 @@ import tiny
 from compress.calibration.walk import FinishedPart
 from compress.calibration.weights import LazyWeights
 from compress.errors import NumericalError
-from compress.stages.measure_error import MeasureError
+from compress.stages.stream import MeasureError
 
 D = tiny.HIDDEN
 LAST = {"opt": 2 * tiny.NUM_BLOCKS, "llama": 2 * tiny.NUM_BLOCKS, "phi": tiny.NUM_BLOCKS}

@@ -16,7 +16,7 @@ from compress.calibration.groups import LinearGroup, Readers, Writers
 from compress.calibration.sites import Requirements, Site
 from compress.families import BranchTable, Family
 from compress.numerics.ridge import NormalEquations, ridge
-from compress.stages.measure_error import MeasureError
+from compress.stages.stream import MeasureError
 
 pytestmark = pytest.mark.usefixtures("exact_norms")
 WINDOWS = oracles.random_ids(6, 24, seed=2)

@@ -30,7 +30,7 @@ MOMENTS: dict[str, tuple[list[str], Disturbance, int | None]] = {
     "slim, half an adapter part": (SLIM, Disturbance(SAVE, call=4, kind="tear"), 1),
     "slim, an unfinished adapter": (SLIM, Disturbance("compress.checkpoints.files:join", after=True), 3),
     "finetune, after three steps": (TUNE, Disturbance(RECORD, call=2, after=True), 3),
-    "finetune, writing": (TUNE, Disturbance("compress.tuning.writing:put_tensors", after=True), 6),
+    "finetune, writing": (TUNE, Disturbance("compress.tuning.tuner:put_tensors", after=True), 6),
 }
 NOT_RESUMED = {"slim, part 2": [("--bits", "3"), ("--compact",)], "finetune, after three steps": [("--seed", "7")]}
 

@@ -11,7 +11,7 @@ from fuzzing import TARGETS, Fuzzer, Target, write_home
 from spoiling import BOMB, DEEP
 
 from cli_runner import snapshot
-from compress.cli.reporting import LONGEST, MOST_PROBLEMS, told
+from compress.cli.console import LONGEST, MOST_PROBLEMS, told
 from compress.errors import UsageError
 from compress.models.untrusted import DEEPEST, parse_json, parse_yaml, typed_path
 

@@ -1,6 +1,6 @@
 """`--profile`: which kinds of work took the time; test_cli.py has its functions."""
 
-from compress.cli.reporting import show_seconds
+from compress.cli.console import show_seconds
 
 
 def rows(text: str) -> list[list[str]]:

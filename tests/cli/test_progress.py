@@ -6,8 +6,8 @@ import time
 import pytest
 from rich.console import Console
 
-from compress.cli import progress
-from compress.cli.progress import Lines, minutes, progress_bar
+from compress.cli import console
+from compress.cli.console import Lines, minutes, progress_bar
 from compress.progress import Steps, silent
 
 
@@ -21,7 +21,7 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch) -> Clock:
-    monkeypatch.setattr(progress, "memory_in_use", lambda: "1.0 GB")
+    monkeypatch.setattr(console, "memory_in_use", lambda: "1.0 GB")
     return Clock()
 
 
@@ -72,7 +72,7 @@ def test_a_line_after_half_a_minute_of_silence_within_a_step(clock, capsys):
 
 
 def test_a_thread_speaks_while_the_run_is_silent(clock, monkeypatch, capsys):
-    monkeypatch.setattr(progress, "INTERVAL", 0.01)
+    monkeypatch.setattr(console, "INTERVAL", 0.01)
     said, deadline = "", time.monotonic() + 20
     with progress_bar("preparing") as report:
         report("trying shapes", "block 3", 1.5, 4)

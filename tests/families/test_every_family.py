@@ -72,7 +72,7 @@ def test_what_is_written_is_what_the_plan_says(key, written):
     row, made = CELLS[key], written(key)
     kind = contract.written_kind(made.out, row.model_type)
     assert kind == contract.cell(row, METHODS[key[1]]).kind
-    assert made.result.is_stock is (kind != "compress")
+    assert made.result.metadata.loads_without_our_code is (kind != "compress")
 
 
 @pytest.mark.parametrize("key", WRITTEN, ids=": ".join)

@@ -249,7 +249,7 @@ def test_stages_are_told_by_their_files():
     assert stage_in_words({"stage": "later", "x": {"bits": 4}}) == {
         **{"name": "later", "words": "", "settings": "x (bits 4)"}
     }
-    for name in stages.names():
+    for name in stages.classes():
         assert 20 < len(stage_in_words({"stage": name})["words"]) < 250
 
 

@@ -58,7 +58,7 @@ def made(tmp_path_factory) -> Path:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(pipeline, "verify", overhear)
             result = pipeline.run(few_experts(folder, model_type, RUNS[name][0]))
-        assert result.is_stock == (RUNS[name][1])
+        assert result.metadata.loads_without_our_code == (RUNS[name][1])
     return root
 
 

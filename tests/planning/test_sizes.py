@@ -10,7 +10,7 @@ from compress.calibration.sites import Basis, StreamPoint, stream_points
 from compress.numerics.frames import Frame
 from compress.planning.plan import Plan
 from compress.recipe import parse_recipe
-from compress.stages.slice import Slice
+from compress.stages.stream import Slice
 from orders import planned
 from recipes import slicegpt
 

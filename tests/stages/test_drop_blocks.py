@@ -84,7 +84,7 @@ def test_without_a_refit_the_rest_is_as_it_was(tmp_path, model_type):
     model = written(tmp_path, model_type)
     with unproved():
         result = pipeline.run(job_of(tmp_path, model_type, [{"stage": "drop_blocks", "blocks": [2, 1]}]))
-    assert result.is_stock
+    assert result.metadata.loads_without_our_code
     torch.testing.assert_close(logits(tmp_path / "out"), logits(without(model, 1, 2)), rtol=0, atol=1e-5)
 
 
@@ -127,7 +127,9 @@ def test_what_writes_before_the_gap_is_fitted_to_the_stream_after_it(tmp_path):
     found = {}
     with unproved():
         for name, stages in {"refitted": [DROP, REFIT], "not": [DROP, {**REFIT, "damping": 1e9}]}.items():
-            found[name] = pipeline.run(job_of(tmp_path, "llama", stages, out=name, samples=64)).divergence
+            found[name] = pipeline.run(
+                job_of(tmp_path, "llama", stages, out=name, samples=64)
+            ).metadata.held_out_divergence
     assert found["refitted"] < 0.9 * found["not"]
 
 
@@ -182,7 +184,7 @@ def test_idle_units_go_and_the_stream_stays_as_it_is(tmp_path, model_type):
     with unproved():
         stages = [REFIT, {"stage": "prune_units", "units": "neurons", "keep": 16}]
         result = pipeline.run(job_of(tmp_path, model_type, stages, samples=64))
-    assert result.is_stock
+    assert result.metadata.loads_without_our_code
     assert result.units["neurons"] == 16
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert found.config.tie_word_embeddings

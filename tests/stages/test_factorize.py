@@ -22,7 +22,7 @@ from compress.models.loading import load_config
 from compress.own_model.modeling_compress import LowRankLinear, PivotLinear, factorize_linears
 from compress.stages._stage import StageConfig
 from compress.stages.factorize import Factorize
-from compress.stages.refit import Refit
+from compress.stages.groups import Refit
 from factorizing import FORMS, RANK, Whole, block_linears, reports, same_function
 
 pytestmark = pytest.mark.usefixtures("exact_norms")

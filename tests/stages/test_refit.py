@@ -25,13 +25,8 @@ from compress.models.tensor_files import own_name
 from compress.numerics.frames import Frame, pca
 from compress.own_model.modeling_compress import CompressForCausalLM, unfuse_experts
 from compress.stages._stage import StageConfig
-from compress.stages.fold_norms import FoldNorms
-from compress.stages.measure_error import MeasureError
-from compress.stages.prune_units import PruneUnits
-from compress.stages.refit import Refit
-from compress.stages.rotate import Rotate
-from compress.stages.rotate_shared import RotateShared
-from compress.stages.slice import Slice
+from compress.stages.groups import PruneUnits, Refit
+from compress.stages.stream import FoldNorms, MeasureError, Rotate, RotateShared, Slice
 from matrices import prune_units
 
 pytestmark = pytest.mark.usefixtures("exact_norms")

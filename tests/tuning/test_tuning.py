@@ -21,8 +21,7 @@ from compress.numerics.sparsity import Pattern
 from compress.own_model.configuration_compress import CompressConfig
 from compress.own_model.modeling_compress import CompressForCausalLM, StoredMatrix
 from compress.tuning.looking import block_linears, chosen, stored_in_codes, trainable, why_not_merged
-from compress.tuning.settings import Rate, Settings, share_of_rate
-from compress.tuning.texts import Reader
+from compress.tuning.settings import Rate, Reader, Settings, share_of_rate
 from compress.tuning.trained import (
     AdapterLinear,
     DequantizedLinear,
@@ -34,7 +33,7 @@ from compress.tuning.trained import (
 )
 from compress.tuning.trained import lora as train_lora
 from compress.tuning.training import Objective, Training
-from compress.tuning.writing import put_tensors
+from compress.tuning.tuner import put_tensors
 from oracles import logits_of, random_ids
 from stored import write_compact, write_packed
 from tiny import VOCAB_SIZE, tiny_config, tiny_model, tiny_tokenizer, write_text
@@ -120,7 +119,7 @@ def test_a_data_set_is_held_out_by_its_validation_split(monkeypatch):
             raise UsageError("There is no such file.")
         return [f"{split[0]} {source}\n" * 40] * (60 if split == "train" else 30)
 
-    monkeypatch.setattr("compress.tuning.texts.load_rows", rows)
+    monkeypatch.setattr("compress.tuning.settings.load_rows", rows)
     texts = reader().texts("wood", 24, ("nowhere.txt", "wood", "field"))
     assert texts.train.shape == (24, 16)
     assert texts.held_out.shape == (64, 16)
