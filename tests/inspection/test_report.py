@@ -245,7 +245,8 @@ def test_stages_are_told_by_their_files():
     told = stage_in_words({"stage": "slice", "width": 104, "slice_head": True, "ratio": None, "round_to": None})
     assert told["words"].startswith("Deleting the stream's least principal directions")
     assert told["settings"] == "width 104, slice_head"
-    assert stage_in_words({"stage": "factorize", "ranks": dict.fromkeys("abc", 4)})["settings"] == "ranks of 3"
+    long = stage_in_words({"stage": "factorize", "ranks": {str(number): 4 for number in range(99)}})
+    assert long["settings"] == "ranks of 99"
     assert stage_in_words({"stage": "later", "x": {"bits": 4}}) == {
         **{"name": "later", "words": "", "settings": "x (bits 4)"}
     }
