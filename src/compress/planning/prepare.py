@@ -114,7 +114,7 @@ def prepare(job: Job, processes: Processes = ALONE) -> Prepared:
         writes_gguf = job.export == "gguf" or plan.spec.is_gguf
         problems.check(check_disk, job.out, plan.disk_bytes + (plan.spec.size.bytes if writes_gguf else 0))
         problems.check(check_memory, plan.memory_bytes * processes.local_count)
-        weights = problems.check(open_weights, folder, config, plan.spec.architecture.family)
+        weights = problems.check(open_weights, folder, config, families.find(config))
         problems.check(companions, folder)
         if writes_gguf:
             problems.check(check_gguf, plan, folder)
@@ -129,7 +129,7 @@ def prepare(job: Job, processes: Processes = ALONE) -> Prepared:
         job=job,
         folder=folder,
         config=config,
-        family=plan.spec.architecture.family,
+        family=families.find(config),
         written=written,
         computing=computing,
         plan=plan,
@@ -336,7 +336,7 @@ def new_walk(
     if len(kept) < len(decoder.blocks):
         dropped = DroppedBlocks(loader, kept)
         config, weights = with_blocks(prepared.config, kept), weights.of_blocks(kept)
-        decoder = Decoder(config, prepared.family, dtype=prepared.computing, device=job.device)
+        decoder = Decoder(config, families.find(config), dtype=prepared.computing, device=job.device)
     settings = WalkSettings(
         layout=prepared.plan.spec.architecture.layout(prepared.written),
         output_dtype=prepared.written,

@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from compress import families
 from compress.architectures.architecture import ModelSpec
 from compress.calibration.depth import Depth
 from compress.errors import UsageError
@@ -64,7 +65,8 @@ class DropBlocks(StageConfig):
             raise UsageError(f"drop_blocks has {said}; the model has {number} blocks, counted from 0. Leave out fewer.")
         architecture = spec.architecture
         kept = [block for block in range(number) if block not in dropped]
-        shallower = replace(architecture, dense=with_blocks(architecture.dense, kept))
+        dense = with_blocks(architecture.dense, kept)
+        shallower = replace(architecture, dense=dense, family=families.find(dense))
         return self, replace(ModelSpec.dense(shallower, spec.dtype), notes=spec.notes)
 
     def apply(self, depth: Depth) -> None:

@@ -65,7 +65,10 @@ class PruneUnits(StageConfig):
     def plan(self, spec: ModelSpec) -> tuple["PruneUnits", ModelSpec]:
         count, before = spec.dense_units.get(self.units), spec.units.get(self.units)
         if count is None or before is None:
-            raise UsageError(f"This model has no {self.units} that could be deleted.")
+            raise UsageError(
+                f"This model has no {self.units} that could be deleted in every block. Leave prune_units out: "
+                "compress slice --ratio narrows the stream alone."
+            )
         stage = self if self.round_to else self.model_copy(update={"round_to": spec.architecture.steps()[self.units]})
         report(stage.problems(count, spec.num_blocks))
         if stage.opens:
