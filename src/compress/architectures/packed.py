@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from compress.models.storage import Storage, empty_linear
+from compress.numerics.grids import BLOCK, SIDE
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank may be
 NVFP4 = "nvfp4-pack-quantized"
@@ -43,6 +44,9 @@ def quantization_config(storage: Storage, untouched: list[str]) -> dict[str, Any
         dtype = "torch.float8_e4m3fn" if name == NVFP4 else "torch.uint8"
         weights |= {"strategy": "tensor_group" if name == NVFP4 else "group", "scale_dtype": dtype, "zp_dtype": dtype}
     inputs = {"num_bits": 8, "type": kind, "symmetric": True, "strategy": "token", "group_size": None, "dynamic": True}
+    if storage.group == BLOCK:
+        weights |= {"strategy": "block", "block_structure": [SIDE, SIDE]}
+        inputs |= {"strategy": "group", "group_size": SIDE}
     group = {
         "targets": ["Linear"],
         "weights": weights,

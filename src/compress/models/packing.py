@@ -9,7 +9,7 @@ from torch import Tensor
 
 from compress.models.storage import BlockLinear, Storage, empty_linear
 from compress.numerics.block_grid import BlockGrid
-from compress.numerics.grids import E2M1, FLOAT4_STEPS, FLOAT8, Grid, QuantType
+from compress.numerics.grids import BLOCK, E2M1, FLOAT4_STEPS, FLOAT8, SIDE, Grid, QuantType
 from compress.numerics.sparsity import Pattern
 from compress.numerics.steps import make_grid
 from compress.own_model.modeling_compress import AdaptedLinear, combinations, place_bits
@@ -114,6 +114,8 @@ def packed_tensors(storage: Storage, weight: Tensor, grid: Grid | None, dtype: t
         return float4_tensors(weight, grid)
     scale, codes, bits = grid.step.to(dtype), grid.codes(weight), grid.quant_type.bits
     zero = None if grid.zero is None else grid.zero.to(torch.int8)
+    if storage.group == BLOCK:
+        scale = scale[::SIDE]
     if storage.group == "tensor":
         scale, zero = scale.view(1), None if zero is None else zero.view(1)
     elif zero is not None and not storage.in_bytes:

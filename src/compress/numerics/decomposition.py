@@ -28,7 +28,7 @@ from compress.numerics.adapters import AdapterMethod, fit_adapter
 from compress.numerics.admm import sparse_plus_lowrank
 from compress.numerics.block_grid import BlockGrid, fit_blocks, polished
 from compress.numerics.block_types import BlockType
-from compress.numerics.grids import FLOAT8, Granularity, Grid, QuantType
+from compress.numerics.grids import BLOCK, FLOAT8, Granularity, Grid, QuantType
 from compress.numerics.hessian import Hessian
 from compress.numerics.lowrank import Factors, InputMoments
 from compress.numerics.rescale import rescaled
@@ -330,7 +330,7 @@ def swept(target: Float[Tensor, "m n"], start: Rounded, how: Decomposition, hess
         S, grid = polished(S, target, hessian, grid, mask=mask, rounds=how.polish)
         return Rounded(S, mask, grid)
     for _ in range(how.polish):
-        if grid is not None and how.quantize is not None:
+        if grid is not None and how.quantize is not None and how.quantize.group != BLOCK:
             S, grid = rescaled(S, target, hessian, grid, stored=how.quantize.stored)
         S = descend(S, target, hessian, grid=grid, mask=mask, rounds=1)
     return Rounded(S, mask, grid)
