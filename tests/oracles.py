@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from compress import families
 from compress.architectures.architecture import ModelSpec
 from compress.architectures.own import Own
-from compress.calibration.spectra import LinearObserver
+from compress.calibration.observers import LinearObserver
 from compress.calibration.streams import CacheFolder, split_windows
 from compress.calibration.survey import Survey, Surveyor
 from compress.calibration.walk import FinishedPart, Walk, WalkSettings
@@ -28,9 +28,7 @@ from compress.models.decoder import Decoder
 from compress.models.loading import load_config
 from compress.own_model.modeling_compress import CompressForCausalLM
 from compress.stages._stage import StageConfig
-from compress.stages.fold_norms import FoldNorms
-from compress.stages.rotate import Rotate
-from compress.stages.slice import Slice
+from compress.stages.stream import FoldNorms, Rotate, Slice
 from tiny import VOCAB_SIZE
 
 UNLIMITED = 2**40
@@ -331,10 +329,7 @@ def empty_sliced_model(
 # Of each branch: its norm, what reads the normed stream, what writes the stream.
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 BRANCHES: dict[str, list[tuple[str, tuple[str, ...], tuple[str, ...]]]] = {
-    "opt": [
-        ("self_attn_layer_norm", ATTENTION, ("self_attn.out_proj",)),
-        ("final_layer_norm", ("fc1",), ("fc2",)),
-    ],
+    "opt": [("self_attn_layer_norm", ATTENTION, ("self_attn.out_proj",)), ("final_layer_norm", ("fc1",), ("fc2",))],
     "llama": [
         ("input_layernorm", ATTENTION, ("self_attn.o_proj",)),
         ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",)),

@@ -74,7 +74,6 @@ class Decoder:
         return dict(sorted(shapes.items()))
 
     def embedding_names(self) -> list[str]:
-        """The first is the table that a tied head shares."""
         return [f"{part}.weight" for part in self.family.embedding_parts]
 
     def block_names(self, index: int) -> list[str]:
@@ -142,7 +141,6 @@ class Decoder:
         return finished_logits(outputs, self.family.logits, self.config)
 
     def empty(self, module: nn.Module) -> None:
-        """Free a part's weights."""
         for owner in module.modules():
             for name, parameter in list(owner.named_parameters(recurse=False)):
                 setattr(owner, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
