@@ -25,7 +25,10 @@ FLOATS = {"fp8": (8, None), "nvfp4": (4, 16), "mxfp4": (4, 32)}  # bits, and inp
 FAST_ITERATIONS = 20
 POLISH = 3  # rounds without an adapter; with one, every round of it polishes again
 
-GROUP = "Quantization granularity: tensor, channel, or a group size. Default: 128, or channel where 128 is no divisor."
+GROUP = (
+    "Quantization granularity: tensor, channel, a group size, or 128x128 blocks of fp8. Default: 128, or channel where "
+    "128 is no divisor."
+)
 INPUTS = "Quantize activations too, per token, at run time: fp8 with fp8 weights, int8 with integer weights."
 REFIT = "Solve every linear again, toward the dense model, before it is compressed. Default: --refit for our methods."
 ACT_ORDER = "GPTQ in order of decreasing activation (desc_act)."

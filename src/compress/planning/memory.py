@@ -73,7 +73,9 @@ class Footprint:
         self.is_shallower = any(stage.site is Depth for stage in stages)
         self.num_streams, self.keeps_before = num_streams(stages), keeps_before_post_norms(stages, family)
         decoder = Decoder(config, family, dtype=torch.float32, device=torch.device("cpu"))
-        shapes, block = decoder.parameter_shapes(), decoder.block_names(0)
+        shapes = decoder.parameter_shapes()
+        blocks = [decoder.block_names(index) for index in (0, *family.others, config.num_hidden_layers - 1)]
+        block = max(blocks, key=lambda names: sum(shapes[name].numel() for name in names))
         parts = [decoder.embedding_names(), block, decoder.head_names()]
         self.part = max(sum(shapes[name].numel() for name in part) for part in parts)
         self.matrix = max(shapes[name].numel() for part in parts for name in part)
