@@ -27,6 +27,7 @@ from compress.own_model.modeling_compress import CompressForCausalLM, unfuse_exp
 from compress.stages._stage import StageConfig
 from compress.stages.groups import PruneUnits, Refit
 from compress.stages.stream import FoldNorms, MeasureError, Rotate, RotateShared, Slice
+from matrices import prune_units
 
 pytestmark = pytest.mark.usefixtures("exact_norms")
 D, NEURONS = tiny.HIDDEN, 48
