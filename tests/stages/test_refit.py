@@ -39,9 +39,6 @@ HELD_OUT = [2, 6]
 WITHOUT_BIASES = {"attention_bias": False, "mlp_bias": False}
 
 
-# ---- a walk with everything it may need ----
-
-
 SURVEYS: dict[tuple[Path, bool], Survey] = {}
 
 
@@ -109,9 +106,6 @@ def per_layer(width: int = NARROW) -> list[StageConfig]:
 
 
 ROTATIONS = {"shared": shared, "per layer": per_layer}
-
-
-# ---- exact at the full width ----
 
 
 @pytest.mark.parametrize(
@@ -262,16 +256,10 @@ def linears(names: Iterable[str]) -> set[str]:
     return {name.rpartition(".")[0] for name in names}
 
 
-# ---- a refit is an improvement ----
-
-
 def divergence(dense: Tensor, other: Tensor) -> float:
     """KL(dense || other), token by token and entry by entry."""
     p, q = dense.softmax(-1), other.softmax(-1)
     return float((p * (p / q).log()).sum(-1).mean())
-
-
-# ---- one rotation for all, written out ----
 
 
 @contextmanager
@@ -307,9 +295,6 @@ def test_a_shared_rotation_is_the_dense_model_with_its_stream_projected(model_ty
     assert result.parts[-1].divergence == pytest.approx(expected, rel=1e-8)
     (symmetric,) = {oracles.largest_difference(P, P.T) < 1e-9}
     assert symmetric == (gradient_weight == 0)
-
-
-# ---- units ----
 
 
 @dataclass
