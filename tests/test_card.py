@@ -194,10 +194,21 @@ def inner(text: str) -> list[list[str]]:
             [
                 "import compress  # registers",
                 "trust_remote_code=True",
-                "vLLM cannot serve it: it has no CompressForCausalLM.",
+                "vllm serve PATH --trust-remote-code\n",
             ],
-            ["vllm", "llama"],
+            ["llama"],
         ),
+        (
+            {"architecture": "CompressForCausalLM", "loads_without_our_code": False, "not_for_vllm": "its reason"},
+            ["vLLM cannot serve it: its reason."],
+            ["vllm serve"],
+        ),
+        (
+            {"architecture": "DeciLMForCausalLM", "loads_without_our_code": False},
+            ["vllm serve PATH --trust-remote-code\n"],
+            ["cannot"],
+        ),
+        ({"architecture": "FalconForCausalLM"}, ["vLLM cannot serve it: it has no FalconForCausalLM."], ["vllm serve"]),
         ({"export": "gguf"}, ["llama-cli -m PATH/*.gguf"], []),
         (
             {"adapter": {"r": 12, "rank_pattern": {}}, "quantized": True, "storage": "packed"},
@@ -227,7 +238,7 @@ def inner(text: str) -> list[list[str]]:
         ),
         (
             {"linears": linears({"bits": "nvfp4"}), "storage": "packed", "quantized": True},
-            ["have nvfp4 weights", "With vLLM:\n\n```\nvllm serve PATH\n"],
+            ["have nvfp4 weights", "With vLLM, where it has kernels for such weights", "```\nvllm serve PATH\n"],
             ["Blackwell"],
         ),
         ({"linears": linears({"bits": "fp8"})}, ["have fp8 weights; all are written as dense weights."], []),

@@ -160,14 +160,14 @@ def _metadata(prepared: Prepared, folder: RunFolder, adapter: dict[str, Any] | N
 
 def storage_metadata(plan: Plan) -> dict[str, Any]:
     """How linears are stored, all alike, and what that asks of those who load them."""
-    storage = next(iter(plan.spec.storage.values()), None)
+    storage, reason = next(iter(plan.spec.storage.values()), None), plan.spec.architecture.not_for_vllm(plan.spec)
     if storage is None:
-        return {"storage": None, "quantized": False, "unpacks_while_loading": False, "not_for_vllm": None}
+        return {"storage": None, "quantized": False, "unpacks_while_loading": False, "not_for_vllm": reason}
     return {
         "storage": storage.form,
         "quantized": storage.bits is not None,
         "unpacks_while_loading": unpacks_while_loading(storage, plan.spec.architecture.dense.model_type),
-        "not_for_vllm": not_for_vllm(storage, max(each.rank for each in plan.spec.storage.values())),
+        "not_for_vllm": reason or not_for_vllm(storage, max(each.rank for each in plan.spec.storage.values())),
     }
 
 
