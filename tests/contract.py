@@ -244,7 +244,7 @@ class Noted:
 @dataclass(frozen=True)
 class Written:
     out: Path
-    result: pipeline.Result
+    result: pipeline.output.Result
     probe: tuple[Tensor, Tensor]
 
     def read(self, name: str) -> dict[str, Any]:
