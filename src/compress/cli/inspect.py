@@ -40,7 +40,7 @@ from compress.models.hub import find_model
 
 if TYPE_CHECKING:
     from compress.checkpoints.metadata import Metadata
-    from compress.evaluation.evaluate import Subject
+    from compress.evaluation.windows import Subject
     from compress.inspection.checkpoint import Inspection
     from compress.progress import Progress
 
