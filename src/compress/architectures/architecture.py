@@ -278,6 +278,10 @@ class Architecture(ABC):
     def steps(self) -> Mapping[str, int]:
         """Multiples that widths of each kind, and ranks, are rounded to."""
 
+    def not_for_vllm(self, _spec: ModelSpec) -> str | None:
+        """Why vLLM does not run it, as far as that is known here; None where it does."""
+        return None
+
     @abstractmethod
     def problems(self, spec: ModelSpec) -> list[str]:
         """Say why the architecture has no room for these sizes."""

@@ -161,7 +161,6 @@ def quantize_model(
 
 # The best types for a size.
 
-SIZE = "Bytes of the file at most: 88.2MB, 4GB. Never exceeded."
 FOR = "What runs the result; llama.cpp is the only one yet."
 TRIALS = "Sets of types to measure, each a forward pass over a few windows. Default: 20."
 TIME = "Seconds of trials at most; what has been found by then is taken."
@@ -208,7 +207,7 @@ class AutoOptions(RunOptions):
 def auto_model(
     run: AutoOptions,
     model: Annotated[str | None, typer.Option(help=f"{MODEL} Default: that of --from, else demo.")] = None,
-    target_size: Annotated[str | None, Amounts(SIZE)] = None,
+    target_size: Annotated[str | None, Amounts("Bytes of the file at most: 88.2MB, 4GB. Never exceeded.")] = None,
     for_: Annotated[Literal["llama.cpp", "vllm", "transformers"], Output(FOR, "--for")] = "llama.cpp",
     trials: Annotated[int | None, Method(TRIALS, min=0, sets="budget.trials")] = None,
     time: Annotated[float | None, Method(TIME, sets="budget.trial_seconds")] = None,

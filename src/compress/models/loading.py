@@ -59,7 +59,7 @@ def check_format(folder: Path, number: int) -> None:
 
 
 def check_sizes(file: Path, config: Any) -> None:
-    for each in {id(config): config, id(config.get_text_config()): config.get_text_config()}.values():
+    for each in (config, getattr(config, "text_config", config)):
         check_values(file, {name: getattr(each, name, None) for name in LIMITS})
 
 

@@ -104,6 +104,16 @@ class CompressForCausalLM(PreTrainedModel, GenerationMixin):
         return result.to_tuple() if return_dict is False else result
 
 
+class CompressModel(PreTrainedModel):
+    """The stock model below the head, changed as the config says: what vLLM's Transformers backend puts a head on."""
+
+    config_class: type[CompressConfig] = CompressConfig
+    _supports_attention_backend = True
+
+    def __new__(cls, config):
+        return CompressForCausalLM(config).base_model
+
+
 LOGIT_RULES = {
     "multiplier": torch.mul,
     "divisor": torch.div,
