@@ -18,7 +18,7 @@ from compress.models.loading import with_blocks
 from compress.stages._stage import StageConfig
 
 RULES = ("count", "keep", "blocks")
-FIRST_TRIED, THEN_TRIED = 8, 4
+FIRST_TRIED, THEN_TRIED = 6, 3
 
 
 class DropBlocks(StageConfig):
