@@ -43,7 +43,8 @@ def exact(stock: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if x.dtype != torch.float64:
             return stock(norm, x)
         is_gemma = type(norm).__name__.startswith("Gemma")
-        gain, eps = (1 + norm.weight, norm.eps) if is_gemma else (norm.weight, norm.variance_epsilon)
+        gain = 1 + norm.weight if is_gemma else norm.weight
+        eps = norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
         return gain * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
 
     return forward

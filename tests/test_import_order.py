@@ -31,10 +31,9 @@ LAYERS = [
     ("__main__",),
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
-# One file a family, a stage, a text, a command: each can be added and taken away without the others.
-PLUGINS = ("families", "stages", "datasets", "cli")
+# One file a family, a stage, a command: each can be added and taken away without the others.
+PLUGINS = ("families", "stages", "cli")
 SHARED = {
-    "datasets": {"windows"},
     "cli": {
         "compressing",
         "options",

@@ -149,13 +149,13 @@ def test_a_pickle_is_never_opened(where, command, place):
 
 
 def test_a_data_set_that_is_a_script_is_not_run(tmp_path):
-    from compress.datasets import ptb
+    from compress.datasets.texts import REPOSITORIES, ptb
 
-    clone = tmp_path / ptb.REPOSITORY
+    clone = tmp_path / REPOSITORIES["ptb"]
     clone.mkdir(parents=True)
     (clone / "ptb_text_only.py").write_text(f"import os; os.chdir({str(tmp_path)!r}); {HEARD}")
     with pytest.raises(Unavailable, match="scripts are no longer supported"):
-        ptb.load("test", tmp_path)
+        ptb("test", tmp_path)
     assert not (tmp_path / "ran").exists()
 
 
@@ -366,6 +366,7 @@ def test_every_promise_points_to_a_test_that_there_is():
     assert len([row for row in rows if "test_" in row]) == len(rows) - 1  # the head
     promised = re.findall(r"`(test_\w+\.py)::(test_\w+)`", text)
     assert len(promised) > 15
+    files = {file.name: file for file in (ROOT / "tests").rglob("test_*.py")}
     for file, name in promised:
-        tree = ast.parse((ROOT / "tests" / file).read_text(encoding="utf-8"))
+        tree = ast.parse(files[file].read_text(encoding="utf-8"))
         assert name in {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}, f"{file}::{name}"

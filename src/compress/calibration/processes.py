@@ -143,7 +143,12 @@ class Group(Processes):
 
     def _check(self) -> None:
         """Raise FailedElsewhere where another process has failed, or is gone without a message."""
-        gone = [rank for rank, pid in self.neighbors.items() if not is_running(pid)]
+        gone = []
+        for rank, pid in self.neighbors.items():
+            with suppress(psutil.NoSuchProcess):
+                if psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+                    continue
+            gone.append(rank)
         if self.store.check([FAILURE]):
             raise FailedElsewhere(*json.loads(self.store.get(FAILURE)))
         if gone:
@@ -181,13 +186,6 @@ class Group(Processes):
             return bool(self.store.compare_set(TOLD, "", mine) == mine.encode())
         except RuntimeError:  # with the store went the first process, or the launcher, and they have spoken
             return self.is_first
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
 
 
 @contextmanager

@@ -13,11 +13,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.architectures.packed import VLLM_RANKS
 from compress.checkpoints.metadata import AdapterMetadata, Metadata, Origin
 from compress.checkpoints.quality import Quality
 from compress.errors import OutputError
 from compress.io import atomic_write
+from compress.models.packing import VLLM_RANKS
 from compress.models.untrusted import parse_yaml
 
 if TYPE_CHECKING:
@@ -56,7 +56,6 @@ class Untrusted(str):
 
     @property
     def block(self) -> str:
-        """A fenced code block."""
         return f"{self._fence(3)}\n{str.__str__(self)}\n{self._fence(3)}"
 
     def _fence(self, least: int) -> str:

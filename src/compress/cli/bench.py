@@ -96,7 +96,7 @@ def bench(
         tell(report, sources[-1] if save else None, as_json=json)
         return
 
-    from compress.evaluation.speed.report import Asked, look_at_pair, measure, other_source, workloads
+    from compress.evaluation.bench import Asked, look_at_pair, measure, other_source, workloads
 
     quiet_libraries()
     pair, configs = look_at_pair(sources, trust_remote_code=trust_remote_code)
@@ -123,7 +123,7 @@ def numbers_in(option: str, text: str | None) -> list[int]:
 
 
 def base_of(source: ModelSource) -> ModelSource:
-    from compress.evaluation.speed.report import facts_of
+    from compress.evaluation.bench import facts_of
 
     name = facts_of(source.folder).get("base_model") if source.folder else None
     if not isinstance(name, str):
@@ -141,8 +141,8 @@ def measure_llamacpp(
     sources: Sequence[ModelSource], prompts: Sequence[int], new: int | None, rounds: int
 ) -> dict[str, Any]:
     """Measure GGUF files in llama.cpp, one sequence at a time; the one to compare with comes first."""
+    from compress.evaluation.bench import workloads
     from compress.evaluation.llamacpp import compare_speeds, gguf_file
-    from compress.evaluation.speed.report import workloads
     from compress.models.loading import load_config
 
     problems, files, configs = Problems(), [], []

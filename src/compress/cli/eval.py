@@ -36,7 +36,7 @@ from compress.numerics import DTYPES
 
 if TYPE_CHECKING:
     from compress.evaluation.evaluate import Evaluation, Request
-    from compress.evaluation.humaneval import Sampling
+    from compress.evaluation.generation import Sampling
 
 Measures, Programs = "What to measure", "HumanEval"
 PAPERS_TEMPERATURE = 0.8
@@ -125,7 +125,7 @@ class EvalOptions:
 
     def sampling(self) -> "Sampling":
         """At the paper's temperature for several samples, which would all be the same one otherwise."""
-        from compress.evaluation.humaneval import Sampling
+        from compress.evaluation.generation import Sampling
 
         usual = PAPERS_TEMPERATURE if self.samples_per_problem > 1 else 0.0
         temperature = usual if self.temperature is None else self.temperature
@@ -157,7 +157,7 @@ def evaluate(
     if options.dtype in DTYPES and found.device is not None:
         import torch
 
-        from compress.numerics.precision import check_computing
+        from compress.numerics.sums import check_computing
 
         with problems.collect():
             check_computing(getattr(torch, options.dtype), found.device)
@@ -180,9 +180,9 @@ def gather(problems: Problems, options: EvalOptions, found: Found) -> "Request":
     if not tasks and not options.runs_programs:
         problems.report()
     quiet_libraries()
-    from compress.datasets.tasks import load_problems
+    from compress.datasets.texts import load_problems
     from compress.evaluation.evaluate import Request
-    from compress.evaluation.humaneval import check_can_run
+    from compress.evaluation.generation import check_can_run
     from compress.evaluation.tasks import load_tasks
 
     request = Request(
@@ -216,9 +216,9 @@ def measure_all(found: Found, request: "Request", options: EvalOptions) -> "tupl
     """One model in memory at a time, the dense one of --kl first; it was named last. And notes on what was measured."""
     from compress.checkpoints.quality import save_quality
     from compress.evaluation import evaluate as evaluation
-    from compress.evaluation._inference import free_memory
     from compress.evaluation.llamacpp import gguf_file
     from compress.models import stored_loading
+    from compress.models.soundness import free_memory
 
     problems, subjects = Problems(), list[evaluation.Subject]()
     for source in found.models:

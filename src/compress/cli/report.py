@@ -27,7 +27,7 @@ from compress.errors import Problems, UsageError
 from compress.models.hub import find_model
 
 if TYPE_CHECKING:
-    from compress.evaluation.evaluate import Subject
+    from compress.evaluation.windows import Subject
     from compress.inspection.checkpoint import Inspection
     from compress.progress import Progress
 
@@ -68,7 +68,7 @@ def write_report(
     problems.report()
 
     from compress.checkpoints.run_folder import own_metadata
-    from compress.evaluation.continuations import PROMPTS
+    from compress.evaluation.generation import PROMPTS
     from compress.inspection import report
     from compress.inspection.checkpoint import inspect
 
@@ -102,9 +102,9 @@ def side_by_side(
     """The checkpoint with what it and the dense model write; what the page is to have of the dense one."""
     from compress.checkpoints.quality import Quality, read_quality, save_quality
     from compress.evaluation import evaluate
-    from compress.evaluation._inference import free_memory
-    from compress.evaluation.continuations import compare
-    from compress.evaluation.speed.report import Named, other_source
+    from compress.evaluation.bench import Named, other_source
+    from compress.evaluation.generation import compare
+    from compress.models.soundness import free_memory
     from compress.models.stored_loading import open_model
 
     request, problems, subjects = evaluate.Request(trust_remote_code=trust_remote_code), Problems(), list["Subject"]()

@@ -24,7 +24,7 @@ from compress.inspection.linears import (
     zeros_of,
 )
 from compress.models.gguf_header import read_header as read_gguf_header
-from compress.models.gguf_opening import check_extra
+from compress.models.gguf_weights import check_extra
 from compress.models.loading import empty_model, load_config
 from compress.models.storage import num_parameters
 from compress.models.stored_loading import put_linears, read_lora, read_scheme, stored_tensors

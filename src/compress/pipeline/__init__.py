@@ -11,9 +11,8 @@ from dataclasses import replace
 from typing import Any
 
 from compress.calibration.depth import Depth
+from compress.calibration.observers import GradientFiles
 from compress.calibration.processes import ALONE, Processes
-from compress.calibration.resources import Stopwatch
-from compress.calibration.spectra import GradientFiles
 from compress.calibration.survey import Survey, SurveyNeed, num_steps
 from compress.calibration.walk import FinishedPart, Walk
 from compress.checkpoints import files
@@ -23,7 +22,7 @@ from compress.checkpoints.verify import verify, verify_tokens
 from compress.datasets.windows import fingerprint
 from compress.io import write_tensors
 from compress.models.loading import load_config
-from compress.numerics.precision import full_precision
+from compress.numerics.sums import full_precision
 from compress.pipeline.mixture import chosen_types, frontier_points
 from compress.pipeline.output import (
     TRIAL,
@@ -40,7 +39,7 @@ from compress.planning.frontier import Frontier
 from compress.planning.memory import resident_bytes, usual_batch_size
 from compress.planning.plan import Plan
 from compress.planning.prepare import Job, Prepared, depth_site, kept_blocks, new_walk, plan_job, prepare, take_survey
-from compress.progress import Progress, Steps, silent
+from compress.progress import Progress, Steps, Stopwatch, silent
 from compress.version import FORMAT
 
 DEPTH = "depth"  # the finding

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from compress.calibration.rounded_model import RoundedModel
+from compress.calibration.roundings import RoundedModel
 from compress.calibration.survey import Survey
 from compress.checkpoints.metadata import input_fingerprint
 from compress.checkpoints.run_folder import RunFolder

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from compress.architectures.architecture import Size
 from compress.architectures.gguf_types import file_type_of, row_bytes
-from compress.architectures.packed import not_for_vllm, unpacks_while_loading
-from compress.calibration.experts import short_of_tokens
+from compress.calibration.groups import short_of_tokens
 from compress.calibration.sites import Count
 from compress.checkpoints import files
 from compress.checkpoints.card import read_origin, write_card
@@ -23,6 +22,7 @@ from compress.checkpoints.metadata import Metadata, read_metadata
 from compress.checkpoints.run_folder import RunFolder, clear
 from compress.checkpoints.verify import why_own
 from compress.io import sha256
+from compress.models.packing import not_for_vllm, unpacks_while_loading
 from compress.planning.plan import Plan
 from compress.planning.prepare import Prepared
 from compress.recipe import Recipe

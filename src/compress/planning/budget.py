@@ -17,7 +17,7 @@ import torch
 from compress.architectures.architecture import ModelSpec, Size, header_bytes
 from compress.architectures.own import as_own
 from compress.calibration.linears import FactorShape, LinearShape
-from compress.calibration.spectra import Spectrum
+from compress.calibration.observers import Spectrum
 from compress.errors import Problems, UsageError, report
 from compress.models.factors import tensor_names
 from compress.numerics.allocation import Ladder, spend

@@ -18,7 +18,8 @@ import psutil
 import torch
 
 from compress.calibration.depth import Depth
-from compress.calibration.experts import lot_bytes
+from compress.calibration.groups import lot_bytes
+from compress.calibration.observers import WIDEST
 from compress.calibration.sites import (
     WholeModel,
     has_groups,
@@ -27,7 +28,6 @@ from compress.calibration.sites import (
     num_streams,
     rotates_points,
 )
-from compress.calibration.spectra import WIDEST
 from compress.calibration.streams import LOGITS_AT_ONCE, cache_bytes
 from compress.calibration.survey import TOKENS_AT_ONCE, SurveyNeed, survey_samples
 from compress.errors import UsageError

@@ -15,13 +15,11 @@ from torch import Tensor
 from compress import families
 from compress.architectures.gguf_types import candidates
 from compress.calibration.depth import Depth, DroppedBlocks
+from compress.calibration.observers import GradientFiles, LinearObserver, UnitObserver
 from compress.calibration.processes import ALONE, Processes
-from compress.calibration.rounded_model import RoundedModel
-from compress.calibration.roundings import RoundingObserver
-from compress.calibration.spectra import GradientFiles, LinearObserver
+from compress.calibration.roundings import RoundedModel, RoundingObserver
 from compress.calibration.streams import Batch, CacheFolder, split_windows, spread
 from compress.calibration.survey import Survey, SurveyNeed, Surveyor, survey_samples
-from compress.calibration.unit_costs import UnitObserver
 from compress.calibration.walk import Walk, WalkSettings
 from compress.calibration.weights import READABLE, LazyWeights, PartLoader
 from compress.checkpoints.files import companions

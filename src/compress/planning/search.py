@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from compress.calibration.observers import cost_name
 from compress.calibration.streams import spread
 from compress.calibration.survey import Survey
-from compress.calibration.unit_costs import cost_name
 from compress.calibration.walk import shared_frame
 from compress.errors import UsageError
 from compress.numerics.allocation import Ladder, spend

@@ -8,9 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from compress.architectures.gguf_types import AUTO, FileType
 from compress.calibration.linears import LinearShape
-from compress.numerics.adapters import AdapterMethod
 from compress.numerics.decomposition import Pruner
 from compress.numerics.grids import FLOAT4_STEPS, Granularity
+from compress.numerics.lowrank import AdapterMethod
 from compress.numerics.sparsity import Pattern
 
 

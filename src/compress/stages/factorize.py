@@ -24,12 +24,12 @@ from torch import Tensor
 from compress.architectures.architecture import ModelSpec
 from compress.architectures.own import as_own
 from compress.calibration.linears import FactorShape, LinearShape, LinearSite
+from compress.calibration.observers import LinearFilter
 from compress.calibration.sites import Requirements
-from compress.calibration.spectra import LinearFilter
 from compress.calibration.survey import SurveyNeed
 from compress.errors import report
 from compress.models.factors import Form, factor_module, multiplied_out
-from compress.numerics.lowrank import Factors, asvd, gradient_metric, lord, svd, svd_llm, weighted
+from compress.numerics.lowrank import Factors, asvd, gradient_metric, svd, svd_llm, weighted
 from compress.stages._stage import RankStage, is_target, unmatched
 
 Method = Literal["anchored", "lord", "svd-llm", "asvd", "svd"]
@@ -254,10 +254,8 @@ class Factorize(RankStage):
             return with_bias(asvd(W, inputs.mean_abs, rank), bias)
         if self.method == "svd-llm":
             return with_bias(svd_llm(W, inputs.second, rank, name=site.name), bias)
-        if self.method == "lord":
-            return lord(W, bias, inputs, rank, name=site.name, centered=centered)
         metric = None
-        if self.gradient_weight and (gradient := site.gradient) is not None:
+        if self.method != "lord" and self.gradient_weight and (gradient := site.gradient) is not None:
             metric = gradient_metric(gradient, self.gradient_weight, name=site.name)
         return weighted(W, bias, inputs, rank, metric, name=site.name, centered=centered)
 

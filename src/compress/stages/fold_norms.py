@@ -1,7 +1,7 @@
 """Norm conversion: every norm becomes an RMSNorm without gain; its gain and offset go into the linears that read it.
 
 LayerNorm also subtracts the mean over the stream's coordinates: that goes into what writes the stream. See
-numerics/norms.py for the formula. The function is preserved exactly; epsilon is the model's own.
+numerics/functional.py for the formula. The function is preserved exactly; epsilon is the model's own.
 """
 
 from typing import ClassVar, Literal
@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 from torch import Tensor, nn
 
 from compress.models.branch import Branch, Writer, set_bias, set_weight
-from compress.numerics.norms import center_rows, fold_gain, fold_offset
+from compress.numerics.functional import center_rows, fold_gain, fold_offset
 from compress.own_model.modeling_compress import GainlessRMSNorm
 from compress.stages._stage import StageConfig
 

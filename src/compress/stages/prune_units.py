@@ -19,7 +19,7 @@ from compress.calibration.groups import Writers
 from compress.calibration.sites import Count, Requirements
 from compress.calibration.survey import SurveyNeed
 from compress.errors import UsageError, report
-from compress.numerics.obs import prune_units
+from compress.numerics.obs import compensated, elimination
 from compress.stages._stage import StageConfig
 
 Kept = Annotated[int, Field(ge=1)]
@@ -107,7 +107,7 @@ class PruneUnits(StageConfig):
         keep = planned[writers.block] if isinstance(planned, tuple) else planned
         if keep == len(units):
             return
-        kept, writers.matrix = prune_units(
-            writers.matrix, writers.fit.G, units, keep, damping=writers.damping, name=writers.name
-        )
+        W, G, damping, name = writers.matrix, writers.fit.G, writers.damping, writers.name
+        kept = elimination(W, G, units, keep, damping=damping, name=name).kept(keep)
+        writers.matrix = compensated(W, G, units, kept, damping=damping, name=name)
         writers.keep(self.units, kept)

@@ -13,8 +13,7 @@ from typing import ClassVar, Literal
 
 from compress.calibration.sites import Basis, Requirements, StreamPoint
 from compress.calibration.statistics import SecondMoment
-from compress.numerics.frames import OrthogonalFrame
-from compress.numerics.linalg import pca
+from compress.numerics.frames import Frame, pca
 from compress.stages._stage import StageConfig
 
 
@@ -36,5 +35,5 @@ class Rotate(StageConfig):
         return SecondMoment(self.signal, dense=self.stream == "dense")
 
     def apply(self, point: StreamPoint) -> None:
-        frame = OrthogonalFrame(*pca(point.statistics[self._moment], name=f"the stream after {point.name}"))
+        frame = Frame(*pca(point.statistics[self._moment], name=f"the stream after {point.name}"))
         point.basis = Basis(frame, width=point.dense_width, orientation=self.final_orientation)

@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from compress.architectures.architecture import KERNEL_STEP, ModelSpec
 from compress.calibration.sites import Count, StreamPoint
 from compress.errors import report
-from compress.numerics.linalg import width_for_energy
+from compress.numerics.frames import width_for_energy
 from compress.stages._stage import StageConfig
 
 Ratio = Annotated[float, Field(gt=0, lt=1)]

@@ -19,14 +19,13 @@ from torch import Tensor, nn
 from compress.architectures.architecture import ModelSpec
 from compress.architectures.gguf_types import AUTO, check_named, misfits, resolve
 from compress.architectures.own import as_own
-from compress.architectures.packed import not_for_vllm
 from compress.calibration.linears import LinearShape, LinearSite, lost
+from compress.calibration.observers import LinearFilter
 from compress.calibration.sites import Requirements
-from compress.calibration.spectra import LinearFilter
 from compress.calibration.survey import SurveyNeed
 from compress.errors import report
 from compress.models.factors import fill
-from compress.models.packing import stored_linear
+from compress.models.packing import not_for_vllm, stored_linear
 from compress.models.storage import Storage
 from compress.models.tensor_files import fused_piece
 from compress.numerics.block_types import TYPES

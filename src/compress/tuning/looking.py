@@ -24,7 +24,7 @@ from compress.inspection.checkpoint import blueprint
 from compress.models.int4 import Int4Linear
 from compress.models.loading import check_positions, check_vocabulary, load_config, load_tokenizer
 from compress.models.storage import Form, LoraLinear, QuantizedLinear
-from compress.numerics.precision import check_computing
+from compress.numerics.sums import check_computing
 from compress.own_model.modeling_compress import AdaptedLinear, CompactLinear, LowRankLinear, PivotLinear
 from compress.progress import Progress, silent
 from compress.tuning.settings import RATES, Rate, Settings, TuningJob, What

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from compress import families
 from compress.errors import NumericalError
-from compress.numerics.losses import cross_entropy_and_gradient, kl_and_gradient
+from compress.numerics.functional import cross_entropy_and_gradient, kl_and_gradient
 from compress.own_model.modeling_compress import CompressForCausalLM, finished_logits
 from compress.progress import Progress, Steps
 from compress.tuning.settings import Rate, Settings, share_of_rate
@@ -215,7 +215,9 @@ class SplitModel:
         if isinstance(model, CompressForCausalLM):
             self.rules, self.config = config.structure["logits"], config.text_config
         else:
-            self.rules, self.config = families.find(config).logits, config
+            family = families.find(config)
+            self.body = model.get_submodule(family.body)
+            self.rules, self.config = family.logits, config
         self.vocabulary: int = config.vocab_size
 
     def hidden(self, ids: Int64[Tensor, "batch tokens"]) -> Float[Tensor, "predictions d"]:

@@ -27,7 +27,7 @@ from compress.datasets.windows import fingerprint
 from compress.errors import UsageError
 from compress.evaluation.windows import perplexity
 from compress.models.storage import inputs_as_they_are
-from compress.numerics.precision import full_precision
+from compress.numerics.sums import full_precision
 from compress.pipeline import SMALL
 from compress.pipeline.output import proof_notes
 from compress.progress import Progress, Steps, silent
