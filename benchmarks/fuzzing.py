@@ -42,7 +42,7 @@ from spoiling import (
 
 from cli_runner import succeeds
 from compress import presets
-from compress.cli.reporting import quiet_libraries, reporting_errors
+from compress.cli.console import quiet_libraries, reporting_errors
 from outputs import write_outputs
 from tiny import FAMILIES, tiny_config, write_model
 
@@ -93,8 +93,8 @@ class Verdict:
 
 def plan(home: Path, choose: Random) -> None:
     """The commands that compress, as far as config.json goes."""
+    from compress.cli.quantize import slim_model
     from compress.cli.slice_lord import factorize_model, slice_model
-    from compress.cli.slim_quantize import slim_model
 
     options: dict[str, Any] = {"model": str(home / "opt"), "dry_run": True, "device": "cpu"}
     commands = [

@@ -158,7 +158,7 @@ def compress(session: Session, name: str) -> dict[str, Any]:
         "parameters": result.size.parameters / result.dense.parameters,
         "bytes": result.size.bytes / result.dense.bytes,
         "lost_energy": result.lost,
-        "held_out_divergence": result.divergence,
+        "held_out_divergence": result.metadata.held_out_divergence,
         "device_peak": torch.cuda.max_memory_allocated() if session.device == "cuda" else None,
         "host_peak": host_peak(),
     }

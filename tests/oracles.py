@@ -28,9 +28,7 @@ from compress.models.decoder import Decoder
 from compress.models.loading import load_config
 from compress.own_model.modeling_compress import CompressForCausalLM
 from compress.stages._stage import StageConfig
-from compress.stages.fold_norms import FoldNorms
-from compress.stages.rotate import Rotate
-from compress.stages.slice import Slice
+from compress.stages.stream import FoldNorms, Rotate, Slice
 from tiny import VOCAB_SIZE
 
 UNLIMITED = 2**40

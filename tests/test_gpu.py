@@ -15,7 +15,7 @@ from compress.models.hub import find_model
 from compress.pipeline import run
 from compress.planning.prepare import Job
 from compress.recipe import parse_recipe
-from compress.stages.measure_error import MeasureError
+from compress.stages.stream import MeasureError
 from recipes import anchored, lowrank, slicegpt, slim
 
 DEVICE = "cuda"

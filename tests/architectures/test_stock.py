@@ -1,8 +1,6 @@
-"""Sliced models of stock shape: what stock transformers computes from them, in a process that has no code of ours.
+"""Sliced models of stock shape: what stock transformers computes from them; test_every_family.py does without our code.
 
 Most models here are float64, and so are their norms, so that what is promised to be exact can be told from what is not.
-The checkpoints that the selected tests ask for are written first, then one clean process looks at all of them
-(stock_probe.py).
 """
 
 import copy
@@ -15,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
-import contract
 import oracles
 import tiny
 from compress import pipeline
@@ -29,7 +27,7 @@ from compress.numerics.frames import Frame
 from compress.planning.prepare import Job, Prepared, take_survey
 from compress.recipe import parse_recipe
 from recipes import anchored
-from runs import tensors_of
+from runs import tensors_of, unproved
 
 D, HEADS, NEURONS, BLOCKS = tiny.HIDDEN, 4, 48, 2
 NARROW = 22
@@ -37,7 +35,6 @@ IDLE = 16  # of the neurons
 EXACT = 1e-9
 # Longer than the sliding windows, so that they cut something off.
 IDS = oracles.random_ids(2, 24, seed=3)
-PROMPT = oracles.random_ids(2, 12, seed=4).clamp_min(3)
 
 CLASSES = {
     "llama": "LlamaForCausalLM",
@@ -66,7 +63,6 @@ class Variant:
     model_type: str
     changes: dict[str, Any] = field(default_factory=dict)
     width: int = NARROW
-    gradient_weight: float = 0.9
 
     @property
     def head_dim(self) -> int:
@@ -126,29 +122,18 @@ FALLBACKS = {
 }
 
 
-# ---- what is written ----
-
-
 @dataclass(frozen=True)
 class Case:
     """A checkpoint to be written.
 
-    width: kept of the stream. refit, units: of the anchored method. idle: the units that are deleted do nothing.
-    gain_dtype: what the layout takes the output dtype to be, where that is another.
+    width: kept of the stream. units: that are deleted, which do nothing. gain_dtype: what the layout takes the output
+    dtype to be, where that is another.
     """
 
     variant: Variant
     width: int
-    dtype: str = "float64"
-    refit: bool = False
     units: dict[str, dict[str, int]] = field(default_factory=dict)
-    idle: bool = False
     gain_dtype: torch.dtype | None = None
-
-    @property
-    def is_exact(self) -> bool:
-        """Nothing is fitted, and what is deleted did nothing."""
-        return not self.refit and (self.idle or not self.units)
 
     @property
     def heads(self) -> int:
@@ -158,28 +143,17 @@ class Case:
 
 @dataclass
 class Written:
-    """
-    projected: the logits for IDS of the dense model with its stream projected. probe: its ids and what the walk made of
-        them.
-    """
+    """projected: the logits for IDS of the dense model with its stream projected."""
 
     case: Case
     dense: Any
     out: Path
     result: pipeline.Result
     projected: Tensor
-    probe: tuple[Tensor, Tensor]
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        return tensors_of(self.out)
 
     @property
     def config(self) -> dict[str, Any]:
-        return self.read("config.json")
-
-    def read(self, name: str) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads((self.out / name).read_text(encoding="utf-8"))
+        found: dict[str, Any] = json.loads((self.out / "config.json").read_text(encoding="utf-8"))
         return found
 
 
@@ -190,25 +164,16 @@ def cases() -> dict[str, Case]:
         units = neurons | ({"kv_groups": {"keep": variant.groups - 1}} if variant.groups else {})
         fewer_heads = NARROW if width % HEADS == 0 else width  # no multiple of the dense model's heads
         found[f"{name}: sliced"] = Case(variant, width)
-        if name in ("llama", "phi", "gemma"):
-            found[f"{name}: refitted, fewer units"] = Case(variant, fewer_heads, refit=True, units=units)
         if name in ("llama", "phi"):
-            found[f"{name}: idle units"] = Case(variant, fewer_heads, units=units, idle=True)
+            found[f"{name}: idle units"] = Case(variant, fewer_heads, units=units)
         if name == "starcoder2":
-            found[f"{name}: full width"] = Case(variant, D, units=neurons, idle=True)
+            found[f"{name}: full width"] = Case(variant, D, units=neurons)
         if name == "gemma":
             found[f"{name}: rounded gain"] = Case(variant, width, gain_dtype=torch.bfloat16)
     return found | {f"{name}: fallback": Case(variant, NARROW) for name, (variant, _) in FALLBACKS.items()}
 
 
 CASES = cases()
-STOCK = ("sliced", "refitted, fewer units", "idle units", "full width", "rounded gain")
-
-
-def named(*kinds: str) -> pytest.MarkDecorator:
-    """A test of all cases of some kinds, by their name."""
-    chosen = [name for name in CASES if name.split(": ")[1] in kinds]
-    return pytest.mark.parametrize("name", chosen)
 
 
 def writers_of(model: Any) -> Iterator[list[Any]]:
@@ -224,7 +189,7 @@ def dense_model(case: Case) -> Any:
     """With idle units, if the case has them: in each block other neurons, and one other group of heads."""
     changes = {"num_hidden_layers": BLOCKS, **copy.deepcopy(case.variant.changes)}
     model: Any = tiny.tiny_model(case.variant.model_type, **changes)
-    if case.idle:
+    if case.units:
         generator = torch.Generator().manual_seed(11)
         for number, (attention, mlp) in enumerate(writers_of(model)):
             mlp.weight[:, torch.randperm(NEURONS, generator=generator)[:IDLE]] = 0
@@ -248,37 +213,10 @@ def projected_logits(dense: Any, P: Tensor) -> Tensor:
 
 
 def job_of(case: Case, source: Path, out: Path, text: Path) -> Job:
-    stages = anchored(
-        {"width": case.width}, refit=case.refit, units=case.units, gradient_weight=case.variant.gradient_weight
-    )
+    stages = anchored({"width": case.width}, refit=False, units=case.units)
     calibration = {"source": str(text), "samples": 5, "seq_len": 32}
-    recipe = parse_recipe({"method": "anchored", "stages": stages, "calibration": calibration, "dtype": case.dtype})
+    recipe = parse_recipe({"method": "anchored", "stages": stages, "calibration": calibration, "dtype": "float64"})
     return Job(model=find_model(str(source)), recipe=recipe, out=out, command="compress slice")
-
-
-@dataclass
-class Overheard:
-    """What the pipeline hands on: the dense model's survey, and the probe that is to be proved."""
-
-    family: Any = None
-    survey: Any = None
-    stages: Any = None
-    probe: Any = None
-
-    def take_survey(self, prepared: Prepared, begin: Callable[[str], None]) -> Survey | None:
-        self.survey = take_survey(prepared, begin)
-        self.family, self.stages = prepared.family, prepared.plan.stages
-        return self.survey
-
-    def verify(self, folder: Path, ids: Tensor, logits: Tensor, *, memory: int) -> float:
-        self.probe = ids, logits
-        return 0.0  # the clean process of this file proves it instead
-
-    @property
-    def frame(self) -> Frame:
-        """The basis that the stages make of the survey."""
-        frame = shared_frame(self.stages, self.survey, layer_norm=self.family.norm == "layer")
-        return frame
 
 
 def write(case: Case, folder: Path) -> Written:
@@ -286,89 +224,56 @@ def write(case: Case, folder: Path) -> Written:
     dense.save_pretrained(folder / "dense")
     tiny.tiny_tokenizer().save_pretrained(folder / "dense")
     job = job_of(case, folder / "dense", folder / "out", tiny.write_text(folder / "text.txt", lines=60))
-    overheard, stock_layout = Overheard(), Stock.layout
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "verify", overheard.verify)
-        patch.setattr(pipeline, "take_survey", overheard.take_survey)
+    frames, stock_layout = list[Frame](), Stock.layout
+
+    def overhear(prepared: Prepared, begin: Callable[[str], None]) -> Survey | None:
+        survey = take_survey(prepared, begin)
+        frames.append(shared_frame(prepared.plan.stages, survey, layer_norm=prepared.family.norm == "layer"))
+        return survey
+
+    with unproved(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "take_survey", overhear)
         if gain_dtype := case.gain_dtype:
             patch.setattr(Stock, "layout", lambda target, dtype: stock_layout(target, gain_dtype))
         result = pipeline.run(job)
-    frame = overheard.frame
-    directions = case.variant.directions(case.width) if result.is_stock else case.width
-    P = frame.encode(directions) @ frame.decode(directions)
-    return Written(case, dense, folder / "out", result, projected_logits(dense, P), overheard.probe)
+    directions = case.variant.directions(case.width) if result.metadata.loads_without_our_code else case.width
+    P = frames[0].encode(directions) @ frames[0].decode(directions)
+    return Written(case, dense, folder / "out", result, projected_logits(dense, P))
 
 
-@pytest.fixture(scope="module")
-def written(request, tmp_path_factory) -> Iterator[dict[str, Written]]:
-    """The checkpoints of all selected tests. Norms are exact, here and in the clean process."""
-    selected = [
-        item.callspec.params
-        for item in request.session.items
-        if item.path == request.path and "name" in item.fixturenames
-    ]
-    asked = {params["name"] for params in selected}
-    with oracles.exact_norms():
-        yield {name: write(case, tmp_path_factory.mktemp("stock")) for name, case in CASES.items() if name in asked}
-
-
-@pytest.fixture(scope="module")
-def looked(written, tmp_path_factory) -> contract.Looked:
-    return contract.look_at(written, tmp_path_factory.mktemp("looked"), ids=IDS, prompt=PROMPT)
-
-
-# ---- what is computed ----
-
-
-@named("sliced", "idle units", "rounded gain", "fallback")
-def test_it_computes_the_projected_model(name, written, looked):
-    made = written[name]
-    difference = oracles.largest_difference(looked.logits[f"{name}/ids"], made.projected)
-    assert difference < EXACT
-    # Slicing is no small change, so that the agreement means something.
-    assert oracles.largest_difference(made.projected, oracles.logits_of(made.dense, IDS)) > 0.1
-
-
-@named("full width")
-def test_at_full_width_starcoder2_loses_a_direction(name, written, looked):
-    """LayerNorm's stream has a direction less than channels; a head without a bias takes one away for its constant."""
-    made = written[name]
-    logits = looked.logits[f"{name}/ids"]
+@pytest.mark.usefixtures("exact_norms")
+@pytest.mark.parametrize("name", CASES)
+def test_it_computes_the_projected_model_in_its_class(name, tmp_path):
+    made = write(CASES[name], tmp_path)
+    model, info = AutoModelForCausalLM.from_pretrained(made.out, output_loading_info=True)
+    assert not any(info.values())
+    logits = oracles.logits_of(model.eval(), IDS)
     assert oracles.largest_difference(logits, made.projected) < EXACT
-    assert 1e-3 < oracles.largest_difference(logits, oracles.logits_of(made.dense, IDS)) < 10
+    # Slicing is no small change, so that the agreement means something. LayerNorm's stream has a direction less than
+    # channels, and a head without a bias takes one away for its constant: Starcoder2 loses one at its full width.
+    lost = oracles.largest_difference(logits, oracles.logits_of(made.dense, IDS))
+    assert 1e-3 < lost < 10 if "full width" in name else lost > 0.1
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float64}
+    if "fallback" in name:
+        is_ours(made, name, model)
+    else:
+        is_stock(made, model)
 
 
-# ---- what is written ----
-
-
-@named(*STOCK)
-def test_stock_code_loads_it_without_a_complaint(name, written, looked):
-    made, found = written[name], looked.models[name]
-    assert found["module"].startswith("transformers.models.")
-    assert found["class"] == CLASSES[made.case.variant.model_type] == made.result.architecture
-    assert found["dtypes"] == [f"torch.{made.case.dtype}"]
-    assert found["said"] == []
-    assert made.result.is_stock
-    assert list(made.out.glob("*.py")) == []
-
-
-@named("fallback")
-def test_what_has_no_stock_shape_is_written_in_ours(name, written, looked):
-    made, found = written[name], looked.models[name]
-    _, note = FALLBACKS[name.split(": ")[0]]
-    assert made.result.notes == [note]
-    assert not made.result.is_stock
-    assert made.result.architecture == found["class"] == "CompressForCausalLM"
-    assert found["module"].startswith("transformers_modules.")
+def is_ours(made: Written, name: str, model: Any) -> None:
+    assert made.result.notes == [FALLBACKS[name.split(": ")[0]][1]]
+    assert not made.result.metadata.loads_without_our_code
+    assert made.result.architecture == type(model).__name__ == "CompressForCausalLM"
     assert made.config["slicing"]["shortcuts"] is False
-    assert not any("shortcut" in key for key in made.tensors)
+    assert not any("shortcut" in key for key in tensors_of(made.out))
 
 
-@named(*STOCK)
-def test_the_config_says_what_it_is(name, written, looked):
-    """As JSON, too, where engines read it without the defaults of transformers."""
-    made = written[name]
+def is_stock(made: Written, model: Any) -> None:
+    """Without code of ours, and its config says what it is, as JSON too, where engines read it without defaults."""
     case, variant, raw = made.case, made.case.variant, made.config
+    assert made.result.metadata.loads_without_our_code
+    assert made.result.architecture == type(model).__name__ == CLASSES[variant.model_type]
+    assert list(made.out.glob("*.py")) == []
     epsilon = EPSILON.get(variant.model_type, "rms_norm_eps")
     expected = {
         "architectures": [CLASSES[variant.model_type]],
@@ -380,69 +285,46 @@ def test_the_config_says_what_it_is(name, written, looked):
         "num_hidden_layers": BLOCKS,
         "vocab_size": tiny.VOCAB_SIZE,
         "tie_word_embeddings": False,
-        "dtype": case.dtype,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "pad_token_id": 2,
+        "dtype": "float64",
+        **{"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2},
         epsilon: pytest.approx(getattr(made.dense.config, epsilon) * D / case.width, rel=1e-12),
     }
     assert {key: raw.get(key) for key in expected} == expected
-    assert {key: looked.models[name]["config"].get(key) for key in expected} == expected
+    loaded = model.config.to_dict() | {"dtype": raw["dtype"]}
+    assert {key: loaded.get(key) for key in expected} == expected
     assert raw["rope_parameters"] == made.dense.config.rope_parameters
     assert raw.get("sliding_window") == getattr(made.dense.config, "sliding_window", None)
     assert not {"auto_map", "_name_or_path", "quantization_config"} & set(raw)
     assert str(made.out.parent) not in (made.out / "config.json").read_text(encoding="utf-8")
 
 
-# ---- what is refused ----
+HEADS_DIVIDE = "A hidden size of {} is no multiple of the {} attention heads, as LlamaForCausalLM asks for. Use {}."
+ONE_WIDTH = "One basis for the whole stream has one width. Give one ratio for all blocks, or use --rotation per-layer."
+STOCK_ALONE = "KV groups can be deleted only where the model keeps a stock shape."
+GROUP = {"kv_groups": {"keep": 1}}
+SHORT_WINDOW = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
+HEAD_LEFT = [*anchored({"ratio": 0.25})[:2], {"stage": "slice", "ratio": 0.25, "round_to": 4}, {"stage": "refit"}]
+REFUSED: list[tuple[str, list[dict[str, Any]], dict[str, Any], str]] = [
+    ("qwen2", anchored({"width": 22}), {}, HEADS_DIVIDE.format(22, 4, "--round-to 4")),
+    ("qwen2", anchored({"width": 21}, units=GROUP), {}, HEADS_DIVIDE.format(21, 2, "--round-to 2")),
+    ("llama", anchored({"linear_ratios": [0.1, 0.5]}, round_to=4), {}, ONE_WIDTH),
+    ("llama", HEAD_LEFT, {}, ONE_WIDTH),
+    (
+        *("starcoder2", anchored({"width": 2}), {}),
+        "A hidden size of 2 leaves no direction of the stream. Slice less.",
+    ),
+    ("phi3", anchored({"width": 16}, units=GROUP), {}, "This model has no kv_groups that could be deleted."),
+    ("llama", anchored({"width": 16}, rotation="per-layer", units=GROUP), {}, STOCK_ALONE),
+    ("qwen2", anchored({"width": 16}, units=GROUP), SHORT_WINDOW, STOCK_ALONE),
+]
 
 
-def refusal(model_type: str, folder: Path, stages: list[dict[str, Any]], **changes: Any) -> str:
-    tiny.tiny_config(model_type, **changes).save_pretrained(folder / "dense")
+@pytest.mark.parametrize(("model_type", "stages", "changes", "said"), REFUSED)
+def test_what_has_no_shape_is_refused(model_type, stages, changes, said, tmp_path):
+    tiny.tiny_config(model_type, **changes).save_pretrained(tmp_path / "dense")
     calibration = {"source": "stdlib", "samples": 4, "seq_len": 32}
     recipe = parse_recipe({"method": "anchored", "stages": stages, "calibration": calibration})
-    job = Job(model=find_model(str(folder / "dense")), recipe=recipe, out=folder / "out", command="compress slice")
+    job = Job(model=find_model(str(tmp_path / "dense")), recipe=recipe, out=tmp_path / "out", command="compress slice")
     with pytest.raises(UsageError) as error:
         pipeline.plan_only(job)
-    return str(error.value)
-
-
-@pytest.mark.parametrize("model_type", ["qwen2"])
-def test_a_width_that_the_heads_do_not_divide_is_refused(model_type, tmp_path):
-    assert refusal(model_type, tmp_path, anchored({"width": 22})) == (
-        "A hidden size of 22 is no multiple of the 4 attention heads, as LlamaForCausalLM asks for. Use --round-to 4."
-    )
-    assert refusal(model_type, tmp_path, anchored({"width": 21}, units={"kv_groups": {"keep": 1}})) == (
-        "A hidden size of 21 is no multiple of the 2 attention heads, as LlamaForCausalLM asks for. Use --round-to 2."
-    )
-
-
-@pytest.mark.parametrize("model_type", ["llama"])
-def test_one_basis_takes_one_width(model_type, tmp_path):
-    fault = "One basis for the whole stream has one width. Give one ratio for all blocks, or use --rotation per-layer."
-    stages = anchored({"linear_ratios": [0.1, 0.5]}, round_to=4)
-    assert refusal(model_type, tmp_path, stages) == fault
-    head_left = [stage | ({"slice_head": False} if stage["stage"] == "slice" else {}) for stage in stages]
-    head_left[2] = {"stage": "slice", "ratio": 0.25, "round_to": 4}
-    assert refusal(model_type, tmp_path, head_left) == fault
-
-
-@pytest.mark.parametrize(("model_type", "width"), [("starcoder2", 2)])
-def test_a_width_without_a_direction_is_refused(model_type, width, tmp_path):
-    assert refusal(model_type, tmp_path, anchored({"width": width})) == (
-        f"A hidden size of {width} leaves no direction of the stream. Slice less."
-    )
-
-
-@pytest.mark.parametrize("model_type", ["phi3"])
-def test_groups_of_fused_projections_cannot_be_deleted(model_type, tmp_path):
-    stages = anchored({"width": 16}, units={"kv_groups": {"keep": 1}})
-    assert refusal(model_type, tmp_path, stages) == "This model has no kv_groups that could be deleted."
-
-
-def test_groups_are_deleted_in_stock_shapes_alone(tmp_path):
-    fault = "KV groups can be deleted only where the model keeps a stock shape."
-    units = {"kv_groups": {"keep": 1}}
-    assert refusal("llama", tmp_path / "per layer", anchored({"width": 16}, rotation="per-layer", units=units)) == fault
-    window = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
-    assert refusal("qwen2", tmp_path / "window", anchored({"width": 16}, units=units), **window) == fault
+    assert str(error.value) == said

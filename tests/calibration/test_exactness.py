@@ -25,12 +25,10 @@ GPT = {"layer_norm_epsilon": 1e-2}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "opt": ("opt", {SCALE: 0.01}),
     "opt, untied": ("opt", {"tie_word_embeddings": False, SCALE: 0.01}),
-    "opt, norms without affine": ("opt", {"layer_norm_elementwise_affine": False}),
     "opt, no biases, norms without affine": ("opt", {"enable_bias": False, "layer_norm_elementwise_affine": False}),
     "llama, biases": ("llama", RMS),
     "llama, no biases": ("llama", {"attention_bias": False, "mlp_bias": False, **RMS}),
     "llama, one key head": ("llama", {"num_key_value_heads": 1, **RMS}),
-    "llama, head_dim": ("llama", {"head_dim": 20, **RMS}),
     "mistral": ("mistral", RMS),
     "qwen2": ("qwen2", RMS),
     "qwen2, window in some blocks": (
@@ -126,14 +124,13 @@ def test_exact_norms_are_the_stock_ones(model_type):
     assert exact.std() > 0.1
 
 
-@pytest.mark.parametrize("variant", ["llama, biases", "opt", "phi", "phi3", "cohere", "falcon"])
+@pytest.mark.parametrize("variant", ["llama, biases", "opt", "cohere"])
 def test_epsilon_counts(variant, dense):
     """A wrong epsilon would show below: with none at all the logits are far off."""
     model = dense_model(variant)
     for module in model.modules():
-        for name in ("eps", "variance_epsilon"):
-            if hasattr(module, name):
-                setattr(module, name, 0.0)
+        for name in {"eps", "variance_epsilon"} & vars(module).keys():
+            setattr(module, name, 0.0)
     assert oracles.largest_difference(oracles.logits_of(model, IDS), dense(variant)[1]) > 1e-3
 
 
@@ -157,27 +154,3 @@ def test_logits_are_kept(variant, chain, dense):
     result = oracles.walked(folder, CHAINS[chain], WINDOWS)
     assert set(result.widths) == {tiny.HIDDEN}
     assert oracles.largest_difference(oracles.logits_of(oracles.sliced_model(result), IDS), logits) < 1e-9
-
-
-@pytest.mark.parametrize("variant", ["opt", "phi", "phi3", "granite", "mixtral", "gpt_neox, one after the other"])
-def test_the_stream_is_the_dense_models(variant, dense):
-    """What statistics are taken of: after each block, what the stock block gives; its mean is gone for LayerNorm."""
-    folder, _ = dense(variant)
-    model = dense_model(variant)
-    family = families.find(model.config)
-    blocks: Any = model.get_submodule(family.blocks)
-    outputs: list[torch.Tensor] = []
-    for block in blocks:
-        block.register_forward_hook(
-            lambda block, inputs, output: outputs.append(output[0] if family.returns_tuple else output)
-        )
-    oracles.logits_of(model, WINDOWS)
-    assert len(outputs) == tiny.NUM_BLOCKS
-    walk = oracles.new_walk(folder, oracles.fold_only(), WINDOWS, batch_size=2)
-    for part in walk.parts():
-        if part.name.startswith("block"):
-            expected = outputs[part.index - 1]
-            if family.norm == "layer":
-                expected = expected - expected.mean(-1, keepdim=True)
-            found = torch.cat([walk.streams.now(batch)[0] for batch in walk.streams.batches])
-            assert oracles.largest_difference(found, expected) < 1e-10

@@ -8,14 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import oracles
 import tiny
 from compress import families
-from compress.calibration.groups import gather_experts, short_of_tokens
+from compress.calibration.groups import gather_experts
 from compress.calibration.observers import GradientFiles, LinearObserver
 from compress.calibration.processes import ALONE
 from compress.calibration.rewriting import LinearRewriter
@@ -24,7 +23,6 @@ from compress.calibration.streams import Batch, Streams
 from compress.calibration.weights import LazyWeights, PartLoader
 from compress.errors import UnsupportedModel
 from compress.models.branch import Branch, read_through, write_through
-from compress.models.tensor_files import file_name, own_name
 from compress.numerics.moments import InputMoments
 from compress.numerics.ridge import NormalEquations
 from compress.own_model.modeling_compress import SparseMLP, unfuse_experts
@@ -55,9 +53,6 @@ def stock_model(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, experts_implementation="eager").eval()
 
 
-# ---- the function ----
-
-
 @EVERY_FAMILY
 @pytest.mark.parametrize("normalizes", [True, False])
 @torch.no_grad()
@@ -70,9 +65,6 @@ def test_the_block_computes_what_the_stock_block_does(model_type, normalizes):
         assert isinstance(own.mlp, SparseMLP)
         assert oracles.largest_difference(own.mlp(x), theirs.mlp(x)) < 1e-12
     assert oracles.largest_difference(oracles.logits_of(ours, WINDOWS), oracles.logits_of(stock, WINDOWS)) < 1e-12
-
-
-# ---- the names ----
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -88,19 +80,6 @@ def test_every_weight_is_found_whatever_files_call_it(model_type, fused, tmp_pat
         assert torch.equal(tensor, parameters[name])
 
 
-@EVERY_FAMILY
-def test_files_are_written_with_the_familys_own_names(model_type, tmp_path):
-    model = tiny.tiny_model(model_type, num_hidden_layers=1)
-    model.save_pretrained(tmp_path)
-    theirs = set(load_file(tmp_path / "model.safetensors"))
-    ours = {name for name, _ in unfuse_experts(model).named_parameters()}
-    assert {file_name(name, model_type) for name in ours} == theirs
-    assert {own_name(name) for name in theirs} == ours
-
-
-# ---- what is refused ----
-
-
 @pytest.mark.parametrize("changes", [{"mlp_only_layers": [1]}, {"decoder_sparse_step": 2}])
 @pytest.mark.parametrize("model_type", ["qwen2_moe", "qwen3_moe"])
 def test_models_with_dense_blocks_too_are_refused(model_type, changes):
@@ -112,30 +91,11 @@ def test_models_with_dense_blocks_too_are_refused(model_type, changes):
     )
 
 
-# ---- few tokens ----
-
-
 def sums_of(U: Tensor, T: Tensor | None = None, weights: Tensor | None = None) -> EquationSums:
     sums = EquationSums(U.shape[1], 0 if T is None else T.shape[1], torch.device("cpu"))
     if len(U):
         sums.add(U, T, weights=weights)
     return sums
-
-
-def same(found: InputMoments, second: Tensor, mean: Tensor) -> None:
-    assert torch.allclose(found.second, second, atol=1e-12)
-    assert torch.allclose(found.mean, mean, atol=1e-12)
-
-
-def test_missing_tokens_are_white_and_as_strong_as_the_others():
-    U = random(3, 8)
-    sums = sums_of(U)
-    filled = regularized(sums, ALONE)
-    variance = U.square().sum() / (3 * 8)
-    found = filled.moments()
-    same(found, (U.T @ U + 5 * variance * torch.eye(8).double()) / 8, U.sum(0) / 8)
-    absolute = (U.abs().sum(0) + 5 * (2 * variance / torch.pi).sqrt()) / 8
-    assert torch.allclose(found.mean_abs, absolute)
 
 
 def test_what_missing_tokens_give_is_what_the_weights_make_of_them():
@@ -145,9 +105,6 @@ def test_what_missing_tokens_give_is_what_the_weights_make_of_them():
     filled = regularized(sums, ALONE, matrix=W)
     assert torch.allclose(torch.linalg.solve(filled.fit.G, filled.fit.B), W)
     assert filled.fit.tokens == pytest.approx(2.5 * 6 / 2)
-
-
-# ---- statistics by their own tokens ----
 
 
 @dataclass
@@ -239,9 +196,6 @@ def test_an_expert_that_no_token_reaches_has_a_spectrum_of_its_weights(model_typ
         energies = torch.linalg.svdvals(model.get_submodule(path).weight).square()
         assert torch.allclose(found[path].energy, energies)
         assert torch.equal(found[path].felt, torch.zeros_like(energies))
-
-
-# ---- the anchored fit ----
 
 
 class Given(Streams):
@@ -343,18 +297,3 @@ def test_each_expert_is_to_make_up_for_its_share_of_what_its_tokens_lack(model_t
 
 
 # ---- the report ----
-
-
-def test_experts_that_saw_too_few_tokens_are_told_of():
-    linears = [
-        {"linear": f"model.layers.1.mlp.expert.{number}.{name}", "tokens": tokens, "wanted": wanted}
-        for number, tokens in enumerate((7, 40, 1000))
-        for name, wanted in (("gate_proj", 32), ("down_proj", 48))
-    ]
-    assert short_of_tokens([{"linear": "model.layers.1.mlp.gate"}, *linears]) == [
-        "2 of 3 experts saw fewer calibration tokens than they have inputs (the least, model.layers.1.mlp.expert.0: 7 "
-        "of 48), and go the more by their weights alone. Use more --samples."
-    ]
-    assert short_of_tokens(linears[4:]) == []
-    (said,) = short_of_tokens([{"group": "block 1 expert 2 writers", "tokens": 0, "wanted": 48}])
-    assert said.startswith("1 of 1 experts saw fewer calibration tokens than they have inputs (the least, block 1 exp")

@@ -6,7 +6,6 @@ starting and killing them.
 
 import shlex
 import signal
-import socket
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,12 +15,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cli_runner import Disturbance, Ran, Request, run_warm, snapshot
+from cli_runner import Disturbance, Ran, Request, environments, run_warm, snapshot
 from compress.calibration.processes import Processes
 from compress.calibration.streams import own_batches, split_windows
 from compress.cli.options import own_gpu
 from compress.errors import UsageError
-from compress.launch import Launch
 from tiny import write_model, write_text
 
 COMMANDS = {
@@ -53,15 +51,6 @@ def launched(
     places = environments(count) if count > 1 else [{}]
     hit = hit or {}
     return run_warm([Request(words, str(folder), hit.get(rank), env=env) for rank, env in enumerate(places)])
-
-
-def environments(count: int) -> list[dict[str, str]]:
-    """What torchrun gives each process on one machine."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return [{name: str(value) for name, value in (shared | {"RANK": r, "LOCAL_RANK": r}).items()} for r in range(count)]
 
 
 @pytest.fixture(scope="module")
@@ -109,9 +98,6 @@ def test_as_many_processes_write_the_same_bytes_again(root, made):
     folder = root / "again"
     assert [ran.code for ran in launched(folder, "slicegpt", 2)] == [0, 0]
     assert snapshot(folder) == snapshot(made("slicegpt", 2))
-
-
-# ---- deaths
 
 
 KILLS = {
@@ -165,9 +151,6 @@ def test_more_processes_than_batches(root):
     assert not (root / "few" / "out.partial").exists()
 
 
-# ---- units
-
-
 class OneOf(Processes):
     def __init__(self, rank: int, count: int) -> None:
         self.rank, self.count = rank, count
@@ -184,14 +167,6 @@ def test_batches_are_shared_out_whole_and_in_turns(count):
         assert given.held_out == batch.held_out
     assert sum(map(len, shares)) == len(batches)
     assert all([batch.index for batch in share] == list(range(len(share))) for share in shares)
-
-
-def test_what_a_launcher_says():
-    assert Launch.of({}) == Launch()
-    assert Launch.of({"RANK": "3"}).count == 1
-    environment = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
-    assert Launch.of(environment) == Launch(5, 8, 1, 4)
-    assert not Launch.of(environment).is_first
 
 
 def test_each_process_has_a_gpu_of_its_own(monkeypatch):

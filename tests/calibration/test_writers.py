@@ -16,10 +16,7 @@ from compress.calibration.groups import LinearGroup, Readers, Writers
 from compress.calibration.sites import Requirements, Site
 from compress.families import BranchTable, Family
 from compress.numerics.ridge import NormalEquations, ridge
-from compress.stages.fold_norms import FoldNorms
-from compress.stages.measure_error import MeasureError
-from compress.stages.rotate import Rotate
-from compress.stages.slice import Slice
+from compress.stages.stream import MeasureError
 
 pytestmark = pytest.mark.usefixtures("exact_norms")
 WINDOWS = oracles.random_ids(6, 24, seed=2)
@@ -76,24 +73,6 @@ def test_a_walk_without_a_change_keeps_the_model(variant, models):
     state = model.state_dict()
     assert result.tensors.keys() == state.keys()
     assert all(torch.equal(result.tensors[name], tensor) for name, tensor in state.items())
-
-
-@pytest.mark.parametrize("rotated", [False, True], ids=["folded", "sliced at full width"])
-def test_a_multiplier_passes_changes_of_basis(rotated, models):
-    """Shortcuts go past the multiplier, writers through it: full-rank fits of both change nothing."""
-    model, folder = models("granite", **UNTIED)
-    rotation = [Rotate(signal="normed", stream="dense"), Slice(linear_ratios=(0, 0), slice_head=True, round_to=1)]
-    result = oracles.walked(folder, [FoldNorms(), *(rotation if rotated else []), Fit()], WINDOWS)
-    assert oracles.largest_difference(result.probe_logits, oracles.logits_of(model, WINDOWS[:1])) < 1e-9
-    assert (
-        oracles.largest_difference(
-            oracles.logits_of(oracles.sliced_model(result), WINDOWS), oracles.logits_of(model, WINDOWS)
-        )
-        < 1e-9
-    )
-
-
-# ---- the equations, written out ----
 
 
 @dataclass

@@ -11,22 +11,13 @@ import yaml
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
-from cli_runner import invoke, succeeds
+from cli_runner import succeeds
 from compress.checkpoints.card import model_card, read_origin
 from compress.checkpoints.metadata import Metadata, read_metadata
 from compress.checkpoints.quality import Quality
+from measures import MEASURED, NASTY, TUNING
 from outputs import write_outputs
 
-NASTY = [
-    "a\n---\nlicense: mit\n---\n# b",
-    "x`y``z```w | <script>alert(1)</script><img src=x onerror=y>",
-    "[click](javascript:x) ![i](http://x) **b** _i_ ~~s~~ $x$ &amp;",
-    '\'; "quoted" # not a comment: {x} %y @z',
-    "```\n\n# heading\n\n```python\nx\n```",
-    "- a",
-    "1. a\n===",
-    "{{ 7 * 7 }} {% for x in y %}",
-]
 POINT = {"point": "embeddings", "width": 24, "dense_width": 32}
 
 
@@ -67,6 +58,7 @@ def front_matter(text: str) -> Any:
 def test_front_matter_is_what_the_hub_expects():
     origin = {"license": "llama2", "license_link": "https://x/LICENSE", "language": ["en", "de"]}
     found = front_matter(card(origin=origin))
+    assert front_matter(card(quantized=True))["base_model_relation"] == "quantized"
     assert found == {
         "base_model": "owner/tiny",
         "base_model_relation": "finetune",
@@ -76,10 +68,6 @@ def test_front_matter_is_what_the_hub_expects():
         **origin,
     }
     assert ModelCard(card(origin=origin)).data.to_dict() == found
-
-
-def test_what_is_quantized_is_said_to_be():
-    assert front_matter(card(quantized=True))["base_model_relation"] == "quantized"
 
 
 @pytest.mark.parametrize("base", ["tiny", "./a/b/c", NASTY[0]])
@@ -104,51 +92,6 @@ def named(name: str, **changes: Any) -> str:
     programs = MEASURED["humaneval"] | {"rates": {name: {"value": 0.5, "standard_error": None}}}
     quality = {"perplexity": [MEASURED["perplexity"][0] | {"dataset": name}], "humaneval": programs}
     return model_card(metadata(**everything | changes), Quality.model_validate(quality))
-
-
-ON_TEXT = {"dataset": "wikitext2", "tokens": 9, "windows": 2, "seconds": 0.5}
-MEASURED: dict[str, Any] = {
-    "perplexity": [{**ON_TEXT, "ppl": 12.345, "standard_error": 0.067, "seq_len": 2048, "nll": 2.5}],
-    "divergence": [
-        {
-            **ON_TEXT,
-            **{"dataset": "c4", "kl": 0.5, "agreement": 0.75, "standard_error": None, "seq_len": 64, "dense": "x"},
-        }
-    ],
-    "tasks": {
-        "scores": [
-            {"task": task, "source": "files", "documents": 9, "metrics": {"acc": {"value": value, "standard_error": e}}}
-            for task, value, e in (("piqa", 0.7, 0.1), ("boolq", 0.5, None))
-        ],
-        "average": {"acc": 0.6, "acc_norm": None},
-    },
-    "humaneval": {
-        "rates": {"pass@1": {"value": 0.25, "standard_error": 0.05}},
-        **{"problems": 164, "samples": 1, "temperature": 0.0, "passed": 41, "failures": {"failed": 123}},
-    },
-}
-TUNING: dict[str, Any] = {
-    "command": "compress finetune x",
-    "data": {
-        **{"source": "alpaca", "repository": "owner/alpaca", "license": None, "fingerprint": "0"},
-        **{"windows": 1000, "seq_len": 256},
-    },
-    "trained": "factors",
-    "trained_parameters": 9,
-    "lora": None,
-    "distill": "logits",
-    "teacher": "tiny",
-    "learning_rate": 1e-4,
-    "relative_rate": False,
-    "batch_size": 16,
-    "planned_steps": 1200,
-    "steps": 1200,
-    "best_step": 1100,
-    "losses": [[0, 3.0], [1100, 2.0]],
-    "held_out": {"windows": 64, "before": 3.0, "after": 2.0},
-    "other_text": None,
-    "compressed_parts": {},
-}
 
 
 @pytest.mark.parametrize("form", [{}, {"loads_without_our_code": False, "export": "gguf", "storage": "packed"}])
@@ -209,12 +152,6 @@ def inner(text: str) -> list[list[str]]:
             ["vLLM cannot serve it: it has no adapters for GPTNeoXForCausalLM."],
             ["vllm serve"],
         ),
-        ({"not_for_vllm": "its reason", "quantized": True}, ["vLLM cannot serve it: its reason."], ["vllm serve"]),
-        (
-            {"linears": linears({"rank": 4, "form": "pivot"}, {"rank": 8, "form": "pivot"})},
-            ["of rank 4 to 8, multiplied out into dense weights."],
-            [],
-        ),
         (
             {"linears": linears({"bits": 4, "pattern": "2:4", "adapter_rank": 3}), "storage": "packed"},
             ["1 linear layers have 4-bit weights, 2:4 sparsity, a low-rank adapter that corrects the error."],
@@ -225,24 +162,7 @@ def inner(text: str) -> list[list[str]]:
             ["have mxfp4 weights", "vllm serve PATH --dtype bfloat16\n", "Blackwell GPUs may round inputs"],
             [],
         ),
-        (
-            {"linears": linears({"bits": "nvfp4"}), "storage": "packed", "quantized": True},
-            ["have nvfp4 weights", "With vLLM:\n\n```\nvllm serve PATH\n"],
-            ["Blackwell"],
-        ),
-        ({"linears": linears({"bits": "fp8"})}, ["have fp8 weights; all are written as dense weights."], []),
         ({"origin": {"license": "mit"}}, ["The license is the base model's: `mit`."], ["names none"]),
-        ({}, ["The license is the base model's, whose model card names none."], ["## Fine-tuning"]),
-        (
-            {"tuning": TUNING | {"teacher": None, "held_out": {"windows": 9, "before": 1e9, "after": 1.0}}},
-            ["were trained to predict the next token on 1,000"],
-            ["to match"],
-        ),
-        (
-            {"adapter": {"r": 500, "rank_pattern": {"a": 600}}},
-            ["vLLM cannot serve it: its adapters have a rank of 512 at most."],
-            ["vllm serve"],
-        ),
         (
             {"tuning": TUNING},
             [
@@ -277,9 +197,6 @@ def test_it_says_what_works_for_this_form(changes, said, unsaid):
     assert [phrase for phrase in unsaid if phrase in text] == []
 
 
-# What comes from the card of the input.
-
-
 def write_card(folder: Path, text: str) -> Path:
     (folder / "README.md").write_text(text, encoding="utf-8")
     return folder
@@ -310,9 +227,6 @@ def test_license_and_language_come_from_the_input(tmp_path):
 )
 def test_a_card_that_says_nothing_of_use(text, tmp_path):
     assert read_origin(write_card(tmp_path, text)) == {}
-
-
-# Written again with what was measured.
 
 
 @pytest.fixture(scope="module")
@@ -366,10 +280,3 @@ def test_it_shows_the_plots_that_lie_beside_it(root, tmp_path):
     shutil.rmtree(out / "plots")
     succeeds("inspect", out, "--card", "--fast")
     assert (out / "README.md").read_bytes() == (root / "sliced" / "README.md").read_bytes()
-
-
-def test_only_ours_gets_a_card(root):
-    ran = invoke("inspect", root / "llama", "--card")
-    assert (ran.code, len(ran.faults)) == (2, 1)
-    assert not (root / "llama" / "README.md").exists()
-    assert invoke("inspect", root / "sliced", root / "thin", "--card").code == 2

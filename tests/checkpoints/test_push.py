@@ -133,7 +133,6 @@ def refused(status: int) -> HfHubHTTPError:
     [
         (refused(401), 4, "The hub does not know you: run `hf auth login`"),
         (refused(403), 4, "Your token may not write 'me/model'"),
-        (refused(404), 4, "The hub has no owner of 'me/model'"),
         (refused(409), 2, "The hub has 'me/model' already. Name another repository, or replace it: --overwrite."),
         (refused(500), 4, "'me/model' could not be pushed (500 for url)"),
         (httpx2.ConnectError("Name or service not known"), 4, "could not be pushed (Name or service not known)"),

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cli_runner import snapshot
-from compress.checkpoints.output_folder import Output, backup_path, publish, removed_if_empty, take_lock
+from compress.checkpoints.output_folder import Output, backup_path, publish, take_lock
 from compress.checkpoints.run_folder import RUN, Part, RunFolder, checksum, open_run, read_run
 from compress.errors import UsageError
 from compress.io import write_tensors
@@ -69,13 +69,6 @@ def test_what_is_not_listed_is_deleted(out, partial):
     (partial / "checkpoint" / "scratch-x").mkdir()
     assert resumed(out)[0] == PARTS
     assert snapshot(partial) == listed
-
-
-def test_overwrite_starts_over(out, partial):
-    with open_run(job(out, overwrite=True), IDENTITY) as folder:
-        assert folder.run.is_empty
-        assert sorted(path.name for path in partial.iterdir()) == ["checkpoint", "lock", RUN]
-    assert not partial.exists()
 
 
 @pytest.mark.parametrize(
@@ -167,7 +160,7 @@ def test_only_files_of_its_own_folder_count(out, partial, name):
     assert resumed(out) == ([], None)
 
 
-@pytest.mark.parametrize("options", [{"resume": True}, {"overwrite": True}])
+@pytest.mark.parametrize("options", [{"overwrite": True}])
 def test_two_runs_cannot_share_a_folder(out, partial, options):
     with open_run(job(out, resume=True), IDENTITY) as folder:
         before = snapshot(partial)
@@ -179,9 +172,6 @@ def test_two_runs_cannot_share_a_folder(out, partial, options):
         assert snapshot(partial) == before
         finish_part(folder, 3)
     assert resumed(out)[1] == 3
-
-
-# Publishing.
 
 
 def make(folder: Path, text: str) -> Path:
@@ -203,13 +193,6 @@ def found(out: Path) -> dict[str, str]:
     return {path.name: (path / "compress.json").read_text() for path in folders if (path / "compress.json").is_file()}
 
 
-def test_finished_it_has_its_name_and_nothing_else_is_left(out, partial):
-    with open_run(job(out, resume=True), IDENTITY) as folder:
-        folder.finish()
-    assert list(out.parent.iterdir()) == [out]
-    assert sorted(snapshot(out)) == [f"model-{number}.safetensors" for number in range(3)]
-
-
 def test_a_link_is_replaced_and_what_it_leads_to_is_not(out, new):
     elsewhere = make(out.with_name("elsewhere"), "old")
     out.symlink_to(elsewhere)
@@ -220,37 +203,6 @@ def test_a_link_is_replaced_and_what_it_leads_to_is_not(out, new):
 
 class Killed(BaseException):
     pass
-
-
-@pytest.mark.parametrize(
-    ("fatal", "expected"),
-    [
-        (1, {"out": "old", "checkpoint": "new"}),
-        # The old one cannot be renamed back here, for that is a rename too.
-        (2, {"out.replaced": "old", "checkpoint": "new"}),
-        (3, {"out": "new", "out.replaced": "old"}),
-        (4, {"out": "new"}),
-    ],
-)
-def test_killed_before_any_rename(out, new, monkeypatch, fatal, expected):
-    """What is left bears a name by which the next run finds it."""
-    make(out, "old")
-    renames, rename = 0, Path.rename
-
-    def counted(self, target):
-        nonlocal renames
-        renames += 1
-        if renames >= fatal:
-            raise Killed
-        return rename(self, target)
-
-    monkeypatch.setattr(Path, "rename", counted)
-    if fatal < 4:
-        with pytest.raises(Killed):
-            publish(new, out, new.parent)
-    else:
-        publish(new, out, new.parent)
-    assert found(out) == expected
 
 
 @pytest.mark.parametrize("options", [{}, {"resume": True}, {"overwrite": True}])
@@ -264,17 +216,3 @@ def test_an_output_that_had_made_way_comes_back(out, options):
         with pytest.raises(UsageError, match="exists"), open_run(job(out, **options), IDENTITY):
             pass
     assert found(out) == {"out": "old"}
-
-
-@pytest.mark.parametrize("who", ["nobody", "something in it", "another run"])
-def test_an_empty_folder_goes_with_its_lock(tmp_path, who):
-    partial = tmp_path / "out.partial"
-    partial.mkdir()
-    with take_lock(partial) as lock, removed_if_empty(partial, lock):
-        if who == "another run":
-            partial.rename(tmp_path / "out")
-            partial.mkdir()
-            (partial / "lock").touch()
-        elif who == "something in it":
-            (partial / RUN).touch()
-    assert partial.is_dir() is (who != "nobody")

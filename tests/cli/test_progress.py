@@ -6,11 +6,9 @@ import time
 import pytest
 from rich.console import Console
 
-from compress.cli import progress
-from compress.cli.progress import Lines, Phase, minutes, progress_bar
+from compress.cli import console
+from compress.cli.console import Lines, minutes, progress_bar
 from compress.progress import Steps, silent
-
-Report = tuple[str, str, float, int]
 
 
 class Clock:
@@ -23,52 +21,11 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch) -> Clock:
-    monkeypatch.setattr(progress, "memory_in_use", lambda: "1.0 GB")
+    monkeypatch.setattr(console, "memory_in_use", lambda: "1.0 GB")
     return Clock()
 
 
-def reported(*calls: tuple[str, *tuple[object, ...]], total: int, done: int = 0) -> list[Report]:
-    """What Steps reports when its methods are called."""
-    told: list[Report] = []
-    steps = Steps(lambda *report: told.append(report), "phase", total, done)
-    for name, *arguments in calls:
-        getattr(steps, name)(*arguments)
-    return told
-
-
-# Steps.
-
-
-def test_a_run_that_goes_on_counts_from_where_it_was():
-    told = reported(("next", "c"), ("next", "d"), total=4, done=2)
-    assert told == [("phase", "c", 2, 4), ("phase", "d", 3, 4)]
-
-
 # Rates and times.
-
-
-def phase_of(*marks: tuple[float, float], total: int = 10) -> Phase:
-    """A phase that is told when so many steps are done."""
-    (start, done), *further = marks
-    phase = Phase("phase", done, start)
-    for now, count in further:
-        phase.update("step", count, total, now)
-    return phase
-
-
-def test_the_first_step_does_not_count_where_there_are_more():
-    """The embeddings take no time to speak of, a block takes 40 seconds."""
-    phase = phase_of((0, 0), (0.1, 1), (40.1, 2), (80.1, 3))
-    assert phase.seconds_per_step() == 40
-    assert phase.seconds_left(80.1) == 7 * 40
-
-
-def test_time_runs_on_within_a_step_and_stands_where_it_is_overdue():
-    phase = phase_of((0, 0), (0, 1), (40, 2))
-    assert phase.seconds_left(40) == 320
-    assert phase.seconds_left(70) == 290
-    assert phase.seconds_left(80) == 280
-    assert phase.seconds_left(500) == 280
 
 
 @pytest.mark.parametrize(
@@ -76,9 +33,6 @@ def test_time_runs_on_within_a_step_and_stands_where_it_is_overdue():
 )
 def test_minutes(seconds, said):
     assert minutes(seconds) == said
-
-
-# Lines, where there is no terminal.
 
 
 def test_a_line_where_a_phase_begins_and_where_it_ends(clock, capsys):
@@ -117,21 +71,8 @@ def test_a_line_after_half_a_minute_of_silence_within_a_step(clock, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_fast_steps_are_counted_by_the_second(clock, capsys):
-    lines = Lines(clock)
-    steps = Steps(lines, "measuring", 1000)
-    steps.begin("wikitext2")
-    for _ in range(3):
-        clock.now += 2
-        steps.advance(16)
-    lines.write(lines.phase)
-    assert capsys.readouterr().err.splitlines()[-1] == (
-        "measuring: 48/1000, 1:59 left, 8.0 steps/s, wikitext2, 1.0 GB memory"
-    )
-
-
 def test_a_thread_speaks_while_the_run_is_silent(clock, monkeypatch, capsys):
-    monkeypatch.setattr(progress, "INTERVAL", 0.01)
+    monkeypatch.setattr(console, "INTERVAL", 0.01)
     said, deadline = "", time.monotonic() + 20
     with progress_bar("preparing") as report:
         report("trying shapes", "block 3", 1.5, 4)
@@ -157,9 +98,6 @@ def test_of_several_processes_the_first_speaks(monkeypatch, capsys):
         report("compressing", "block 0", 1, 4)
     assert report is silent
     assert capsys.readouterr().err == ""
-
-
-# Bars, on a terminal.
 
 
 class Terminal(io.StringIO):

@@ -54,9 +54,6 @@ def write(path: Path, content: str | bytes) -> Path:
     return path
 
 
-# Names
-
-
 @pytest.mark.parametrize(
     ("name", "said"),
     [
@@ -75,9 +72,6 @@ def test_what_there_is_not(name, said):
     with pytest.raises(UsageError) as error:
         datasets.load_rows(name, "test", None)
     assert str(error.value) == said
-
-
-# Text files
 
 
 def test_plain_text_is_one_row_as_it_is(tmp_path):
@@ -109,23 +103,12 @@ def test_a_text_that_cannot_be_used(tmp_path, name, content, said):
     assert str(error.value) == said.format(repr(str(file)))
 
 
-# The folder of local data
-
-
-def test_data_directory_must_exist(monkeypatch):
-    with pytest.raises(UsageError) as error:
-        datasets.data_directory(Path("nowhere"))
-    assert str(error.value) == "--data-dir must be a folder, 'nowhere' is none. Create it or correct the path."
-    monkeypatch.setenv("COMPRESS_DATA_DIR", "nowhere")
-    with pytest.raises(UsageError) as error:
-        datasets.data_directory(None)
-    assert str(error.value) == "COMPRESS_DATA_DIR must be a folder, 'nowhere' is none. Create it or correct the path."
-
-
 # Plain files
 
 
-def test_wikitext2_row_is_a_line_and_a_blank_line_is_empty(tmp_path):
+def test_a_row_is_a_line_and_a_blank_line_is_empty(tmp_path):
+    write(tmp_path / "ptb" / "ptb.valid.txt", " consumers may want \n to move <unk> \n")
+    assert texts.ptb("validation", tmp_path) == ["consumers may want", "to move <unk>"]
     write(tmp_path / "wikitext-2" / "wiki.valid.raw", " \n = Title = \n \n One\x85two\u2028three . \n")
     assert texts.wikitext2("validation", tmp_path) == ["", " = Title = \n", "", " One\x85two\u2028three . \n"]
 
@@ -139,11 +122,6 @@ def test_wikitext2_text_of_the_papers():
     assert digest == "696cca6b65a171b0a358a4be6732cdfdf2dd6164a32e20fd70e3c13fc4dfae83"
 
 
-def test_ptb_row_is_a_sentence(tmp_path):
-    write(tmp_path / "ptb" / "ptb.valid.txt", " consumers may want \n to move <unk> \n")
-    assert texts.ptb("validation", tmp_path) == ["consumers may want", "to move <unk>"]
-
-
 def test_alpaca_is_split_as_in_the_reference(tmp_path):
     rows = [f"instruction {number}" for number in range(50)]
     write(tmp_path / "alpaca" / "alpaca.json", json.dumps([{"text": text, "input": ""} for text in rows]))
@@ -155,21 +133,6 @@ def test_alpaca_is_split_as_in_the_reference(tmp_path):
     splits = [texts.alpaca(split, tmp_path) for split in ("train", "validation", "test")]
     assert [len(split) for split in splits] == [40, 5, 5]
     assert sorted(text for split in splits for text in split) == sorted(rows)
-
-
-def test_damaged_plain_files(tmp_path):
-    file = write(tmp_path / "wikitext-2" / "wiki.test.raw", b"\xff\xfe")
-    with pytest.raises(Unavailable, match="cannot be read: 'utf-8' codec") as error:
-        texts.wikitext2("test", tmp_path)
-    assert str(error.value).startswith(str(file))
-    file = write(tmp_path / "c4" / "c4-train.json.gz", b"no gzip")
-    with pytest.raises(Unavailable, match=r"cannot be read: .*gzip.*\. Replace the file\.$") as error:
-        texts.c4("train", tmp_path)
-    assert str(error.value).startswith(str(file))
-    assert "\n" not in str(error.value)
-
-
-# The hub
 
 
 @pytest.mark.parametrize(
@@ -212,9 +175,6 @@ def test_offline_without_the_data(tmp_path, name):
         f"or a clone of it as {repository}, under --data-dir (COMPRESS_DATA_DIR), or name a text file instead."
     )
     assert "\n" not in message
-
-
-# The standard library
 
 
 def test_stdlib_reads_the_running_python(tmp_path, monkeypatch):

@@ -75,9 +75,6 @@ def calibrate(corpus_folder, tokenizer, num_samples=8, seq_len=32, seed=0):
     )
 
 
-# Evaluation
-
-
 def test_evaluation_is_one_string_with_one_bos_and_no_tail(corpus):
     joined = " = Test = \n\n\n\n\n The tested text . \n"
     expected = [BOS, *byte_tokens(joined)]
@@ -85,19 +82,6 @@ def test_evaluation_is_one_string_with_one_bos_and_no_tail(corpus):
     assert answer.dtype == torch.int64
     assert answer.tolist() == [expected[start : start + 5] for start in range(0, len(expected) - 4, 5)]
     assert len(expected) % 5 != 0
-
-
-def test_evaluation_with_too_little_text(tmp_path):
-    file = tmp_path / "a.txt"
-    file.write_text("abc")
-    with pytest.raises(UsageError) as error:
-        evaluation_windows(str(file), byte_tokenizer(), seq_len=5, data_dir=None)
-    assert str(error.value) == (
-        f"{str(file)!r} holds 0 windows of 5 tokens, needed: 1. Use a smaller --seq-len or more text."
-    )
-
-
-# Calibration on a file
 
 
 def test_calibration_on_a_file_spreads_over_it(tmp_path):
@@ -111,9 +95,6 @@ def test_calibration_on_a_file_spreads_over_it(tmp_path):
     assert answer.tolist() == [expected[0:7], expected[14:21], expected[28:35]]
 
 
-# Calibration on a data set
-
-
 def test_calibration_is_seeded(corpus):
     tokenizer = byte_tokenizer()
     first, again, other = (calibrate(corpus[1], tokenizer, seed=seed) for seed in (0, 0, 1))
@@ -123,25 +104,14 @@ def test_calibration_is_seeded(corpus):
     assert len({tuple(window) for window in first.tolist()}) > 4
 
 
-def test_windows_start_at_a_line_with_the_tokenizers_own_tokens(corpus):
-    rows, folder = corpus
-    circle = datasets.SEPARATOR.join([*rows, *rows])
-    lines = [position + 1 for position, character in enumerate(circle) if character == "\n"]
-    starts = [
-        tuple(byte_tokens(circle[start : start + 31])) for start in lines if circle[start:] and circle[start] != "\n"
-    ]
-    for window in calibrate(folder, byte_tokenizer("<s> $A </s>")).tolist():
-        assert window[0] == BOS
-        assert EOS not in window
-        assert tuple(window[1:]) in starts
-
-
 def test_windows_are_those_of_the_uncut_text(corpus):
     rows, folder = corpus
     tokenizer = merging_tokenizer("".join(rows))
     whole = datasets.SEPARATOR.join([*rows, *rows])
     for window in calibrate(folder, tokenizer).tolist():
         start = whole.index(tokenizer.decode(window, skip_special_tokens=True))
+        assert whole[start - 1] == "\n"
+        assert EOS not in window
         assert window == tokenizer(whole[start:])["input_ids"][:32]
 
 
@@ -159,9 +129,6 @@ def test_a_tokenizer_that_knows_no_character_ends(corpus):
     mute = with_special_tokens(Tokenizer(models.BPE(vocab={"<s>": 0, "</s>": 1}, merges=[])), "<s> $A")
     with pytest.raises(UsageError, match=r"^'wikitext2' holds 0 windows of 4 tokens, needed: 1\."):
         calibrate(corpus[1], mute, num_samples=1, seq_len=4)
-
-
-# Fingerprint
 
 
 def test_fingerprint_is_of_shape_and_tokens():

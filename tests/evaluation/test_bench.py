@@ -3,7 +3,6 @@
 import json
 import signal
 import subprocess
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,34 +27,17 @@ IDS = torch.randint(3, tiny.VOCAB_SIZE, (2, 7), generator=torch.Generator().manu
 NEW = 6
 
 
-# Times.
-
-
-def test_a_speedup_is_of_pairs_not_of_medians():
+def test_both_run_in_turns_after_one_round_that_is_not_counted_and_a_speedup_is_of_pairs():
     """A machine that is twice as slow in one round is so for both."""
+    order: list[str] = []
+    dense, small = (lambda: order.append("d") or f"d{len(order)}"), (lambda: order.append("c") or f"c{len(order)}")
+    pairs = speed.in_turns(dense, small, 3)
+    assert order == ["d", "c", "d", "c", "c", "d", "d", "c"]
+    assert pairs == [("d3", "c4"), ("d6", "c5"), ("d7", "c8")]
     found = compared([(1.0, 0.5), (10.0, 5.0), (100.0, 50.0)], tokens=20)
     assert found["speedup"] == {"median": 2.0, "low": 2.0, "high": 2.0}
     assert found["seconds"]["dense"] == {"median": 10.0, "low": 5.5, "high": 55.0}
     assert found["tokens_per_second"]["dense"] == {"median": 2.0, "low": 20 / 55, "high": 20 / 5.5}
-    assert compared([(3.0, 1.0)])["seconds"]["dense"] == {"median": 3.0, "low": 3.0, "high": 3.0}
-
-
-def test_both_run_in_turns_after_one_round_that_is_not_counted():
-    order: list[str] = []
-
-    def run(name: str) -> Any:
-        def once() -> str:
-            order.append(name)
-            return f"{name}{order.count(name)}"
-
-        return once
-
-    pairs = speed.in_turns(run("d"), run("c"), 3)
-    assert order == ["d", "c", "d", "c", "c", "d", "d", "c"]
-    assert pairs == [("d2", "c2"), ("d3", "c3"), ("d4", "c4")]
-
-
-# Generation.
 
 
 def greedy(decoding: Decoding, steps: int) -> torch.Tensor:
@@ -120,9 +102,6 @@ def test_a_workload_without_room_is_none(monkeypatch):
     assert compare_generation(model, model, load, rounds=1)["prefill"] is None
 
 
-# Memory.
-
-
 def test_bytes_on_disk_and_in_memory(tmp_path):
     tiny.write_model(tmp_path / "dense", "llama", dtype=torch.float32)
     write_packed(tmp_path / "packed", Storage("packed", 4, rank=2))
@@ -171,9 +150,6 @@ def test_a_model_that_does_not_load_in_the_clean_process(process, error, said, t
         took.footprint(tmp_path, Workload(1, 4, 2), dtype=torch.float32, device=CPU)
 
 
-# Linears by themselves.
-
-
 STORAGES = {
     "packed": Storage("packed", 4, rank=3),
     "eight bits": Storage("packed", 8, floating=True, inputs="fp8"),
@@ -217,21 +193,15 @@ def test_factors_are_one_linear_and_what_has_no_counterpart_is_named():
     assert [path for path, _ in linears_of(inner)] == ["a", "b", "d"]
 
 
-# All together.
-
-
-def folders(place: Path, *, storage: Storage) -> tuple[Named, Named]:
-    tiny.write_model(place / "dense", "llama", dtype=torch.float32)
-    write_packed(place / "packed", storage)
-    (place / "packed" / "compress.json").write_text("{}")
-    return Named("dense", place / "dense"), Named("packed", place / "packed")
-
-
 def test_all_of_it_is_in_the_report(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "footprint", lambda *_, **__: {"disk": 1})
     heard: list[tuple[str, str, float, int]] = []
     asked = Asked(workloads=[Workload(1, 6, 2)], rounds=2, dtype=torch.float32, device=CPU, tokens=[1, 4])
-    found = measure(*folders(tmp_path, storage=Storage("packed", 4)), asked, lambda *step: heard.append(step))
+    tiny.write_model(tmp_path / "dense", "llama", dtype=torch.float32)
+    write_packed(tmp_path / "packed", Storage("packed", 4))
+    (tmp_path / "packed" / "compress.json").write_text("{}")
+    named = Named("dense", tmp_path / "dense"), Named("packed", tmp_path / "packed")
+    found = measure(*named, asked, lambda *step: heard.append(step))
     entry = json.loads(json.dumps(found))
     assert entry["compressed"]["parameters"] == entry["dense"]["parameters"]
     (generated_entry,) = entry["generation"]
@@ -245,11 +215,6 @@ def test_all_of_it_is_in_the_report(tmp_path, monkeypatch):
     done = [number for _, _, number, _ in heard]
     assert done == sorted(done)
     assert heard[-1][2] == heard[-1][3] == 4 + 1 + 16
-
-
-def test_two_models_that_memory_does_not_hold_together(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "footprint", lambda *_, **__: {})
     monkeypatch.setattr(bench, "free_bytes", lambda device: 200_000)
-    asked = Asked(workloads=[Workload(1, 6, 2)], rounds=2, dtype=torch.float32, device=CPU)
     with pytest.raises(UsageError, match=r"dense \(.* packed \(.* of which 0.0 GB are free. Try --dtype bfloat16"):
-        measure(*folders(tmp_path, storage=Storage("packed", 4)), asked)
+        measure(*named, asked)

@@ -76,18 +76,7 @@ def test_logits_are_never_all_there(monkeypatch):
     # Passed on, the head gives what it reads; otherwise two rows of logits, but for the one window that is checked.
     logits = [shape for shape in read if shape[-1] == VOCAB_SIZE]
     assert max(shape.numel() for shape in logits[2:]) <= 2 * VOCAB_SIZE
-
-
-def test_the_head_is_put_back():
-    dense, model = tiny_model("llama"), tiny_model("llama", seed=1).train()
-    modes = {name: part.training for name, part in model.named_modules()}
-    measured(dense, model, windows())
-    assert "forward" not in vars(dense.lm_head)
-    assert "forward" not in vars(model.lm_head)
-    assert {name: part.training for name, part in model.named_modules()} == modes
-    vars(model.lm_head)["forward"] = own = model.lm_head.forward
-    measured(dense, model, windows())
-    assert vars(model.lm_head)["forward"] is own
+    assert "forward" not in vars(dense.lm_head) | vars(model.lm_head)
 
 
 def test_more_than_a_head_is_refused():

@@ -3,7 +3,6 @@
 import json
 import math
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,47 +22,12 @@ from compress.evaluation.tasks import (
     read_score,
     score_tasks,
 )
+from documents import PASSAGES, QUESTIONS, TASKS, WORDS, write_task
 from tiny import POSITIONS, tiny_model, tiny_tokenizer, write_model
 
-DATA = Path(__file__).parents[3] / "shared" / "data"
-on_data = pytest.mark.skipif(not (DATA / "tasks").is_dir(), reason="the tasks' files are not here")
 # lm-eval and what it imports warn of themselves.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-QUESTIONS = [
-    {"query": "Question: why?\n", "choices": ["so", "because it is", "é"], "gold": 1},
-    {"query": "Question: 1 + 1 \n", "choices": ["2", "three"], "gold": 0},
-    {
-        "query": "Question: a long one, of which the model cannot read the start, no\n",
-        "choices": ["no", "y"],
-        "gold": 1,
-    },
-    {"query": "Question: same answers\n", "choices": ["a", "a"], "gold": 0},
-]
-PASSAGES = [
-    {"query": "Passage: x is y.\nQuestion: is x y?", "choices": ["no", "yes"], "gold": 1},
-    {"query": "Passage: x is y.\nQuestion: is y x?", "choices": ["no", "yes"], "gold": 0},
-]
-PRONOUNS = [
-    {"context_options": ["Ann saw Bo because Ann", "Ann saw Bo because Bo"], "continuation": "looked.", "gold": 0},
-    {"context_options": ["it rained so the dog", "it rained so the cat"], "continuation": ".", "gold": 1},
-]
-WORDS = [
-    {"context": "one two three", "continuation": "four"},
-    {"context": "to be or not to", "continuation": "be"},
-    {"context": "x", "continuation": "y"},
-]
-TASKS: dict[str, list[dict[str, Any]]] = {
-    "piqa": QUESTIONS[1:],
-    "arc_easy": QUESTIONS,
-    "hellaswag": QUESTIONS,
-    "boolq": PASSAGES,
-    "winogrande": PRONOUNS,
-    "lambada_openai": WORDS,
-    "mine": QUESTIONS,
-    "my_pronouns": PRONOUNS,
-    "my_words": WORDS,
-}
 ANSWERS = "\nAnswer:"
 
 
@@ -147,9 +111,6 @@ def test_local_documents_are_asked_as_the_hubs(name, monkeypatch):
         assert given[0] == given[1]
 
 
-# Scores.
-
-
 def slow_likelihood(model: Any, tokens: list[int], first: int) -> tuple[float, bool]:
     """Of the tokens from number `first` on, one forward pass a token, of the prefix alone."""
     total, greedy = 0.0, True
@@ -202,20 +163,14 @@ def test_scores_against_a_loop(tokenizer):
 
 def test_the_averages_of_the_papers():
     """SLiM's of acc; SliceGPT's of acc_norm, with acc for WinoGrande, which has no other."""
-    scores = [
-        TaskScore(
-            task="a",
-            source="files",
-            documents=9,
-            metrics={"acc": Metric(value=0.5, standard_error=None), "acc_norm": Metric(value=0.7, standard_error=None)},
-        ),
-        TaskScore(task="b", source="files", documents=9, metrics={"acc": Metric(value=0.3, standard_error=None)}),
-    ]
+
+    def score(**values: float) -> TaskScore:
+        metrics = {name: Metric(value=value, standard_error=None) for name, value in values.items()}
+        return TaskScore(task="a", source="files", documents=9, metrics=metrics)
+
+    scores = [score(acc=0.5, acc_norm=0.7), score(acc=0.3)]
     assert averages(scores) == {"acc": pytest.approx(0.4), "acc_norm": pytest.approx(0.5)}
-    without = TaskScore(
-        task="c", source="hub", documents=9, metrics={"word_perplexity": Metric(value=9.0, standard_error=None)}
-    )
-    assert averages([*scores, without]) == {"acc": None, "acc_norm": None}
+    assert averages([*scores, score(word_perplexity=9.0)]) == {"acc": None, "acc_norm": None}
     assert averages([]) == {"acc": None, "acc_norm": None}
 
 
@@ -239,9 +194,6 @@ def test_what_is_read_of_lm_evals_result():
     assert score("all", "part", "other") == TaskScore(
         task="all", source="hub", documents=9, metrics={"acc": Metric(value=0.25, standard_error=0.01)}
     )
-
-
-# Groups and tags.
 
 
 @pytest.fixture
@@ -274,9 +226,6 @@ def test_groups_and_tags(index, tokenizer):
     assert scores[0].metrics["acc"].value == scores[1].metrics["acc"].value
 
 
-# Problems.
-
-
 def test_a_task_that_runs_what_the_model_writes(index, monkeypatch):
     monkeypatch.setattr("lm_eval.api.task.ConfigurableTask.UNSAFE_CODE", True, raising=False)
     with pytest.raises(UsageError, match=r"^lm-eval's task 'both' runs code that the model writes\. Use --humaneval"):
@@ -288,14 +237,6 @@ def test_a_task_that_nobody_has(index):
         load_hub_task("treee", [])
     with pytest.raises(UsageError, match=r"Did you mean 'my_own'\? Files: my_own\."):
         load_hub_task("my_onw", ["my_own"])
-
-
-def test_data_out_of_reach(tmp_path, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
-    with pytest.raises(Unavailable, match=r"^lm-eval cannot ask piqa: .* or from tasks/NAME\.jsonl under --data-dir"):
-        load_hub_task("piqa", [])
 
 
 def test_without_the_extra(tmp_path, monkeypatch):
@@ -315,13 +256,6 @@ def test_a_likelihood_that_is_no_number(tokenizer):
         score_tasks([load_local_task("lambada_openai", WORDS)], model, tokenizer, batch_size=1)
 
 
-def test_an_answer_that_cannot_be_asked(tokenizer):
-    documents = [{"query": "q", "choices": ["a" * (POSITIONS + 1), "b"], "gold": 0}]
-    model = tiny_model("llama", dtype=torch.float32, num_hidden_layers=1)
-    with pytest.raises(UsageError, match=r"^lm-eval cannot ask mine: an answer has no token of its own, or more than"):
-        score_tasks([load_local_task("mine", documents)], model, tokenizer, batch_size=1)
-
-
 @pytest.mark.parametrize(
     ("name", "documents", "reason"),
     [
@@ -337,17 +271,6 @@ def test_an_answer_that_cannot_be_asked(tokenizer):
 def test_a_document_of_another_task_is_named(name, documents, reason):
     with pytest.raises(Unavailable, match=rf"^lm-eval cannot ask {name}: {reason}"):
         load_local_task(name, documents)
-
-
-# Files.
-
-
-def write_task(folder: Path, name: str, documents: list[Any]) -> Path:
-    file = folder / "tasks" / f"{name}.jsonl"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(document, ensure_ascii=False) + "\n" for document in documents]
-    file.write_text("".join(lines), encoding="utf-8")
-    return file
 
 
 @pytest.mark.parametrize(
@@ -379,18 +302,3 @@ def test_damaged_files_are_named(tmp_path, content, fault):
     file.write_bytes(content)
     with pytest.raises(Unavailable, match=fault):
         read_documents(file)
-
-
-@on_data
-def test_the_published_files():
-    """Their sizes are those of the splits that papers report; every document is one of its task."""
-    sizes = {"piqa": 1838, "winogrande": 1267, "arc_easy": 2376, "arc_challenge": 1172, "boolq": 3270}
-    for name, size in (sizes | {"lambada_openai": 5153}).items():
-        documents = read_documents(DATA / "tasks" / f"{name}.jsonl")
-        assert len(documents) == size
-        part = load_local_task(name, documents).parts[name]
-        part.build_all_requests(limit=20)
-        expected = [request for document in documents[:20] for request in asked(name, document)]
-        assert [instance.args for instance in part.instances] == [
-            (context, continuation) for context, continuation in expected
-        ]

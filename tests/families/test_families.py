@@ -61,13 +61,14 @@ def test_every_family_has_a_tiny_model():
 def test_a_family_is_found_by_the_name_of_its_model(model_type):
     config = tiny.tiny_config(model_type)
     same = {key: getattr(config, key) for key in TABLE_KEYS if getattr(config, key, None) is not None}
-    assert families.find(AutoConfig.for_model(model_type, **same)) == make(model_type)[0]
+    assert families.find(AutoConfig.for_model(model_type, **same)) == families.find(config)
 
 
 @pytest.mark.parametrize("variant", OTHERWISE)
 def test_a_family_may_depend_on_the_config(variant):
     model_type, changes = OTHERWISE[variant]
-    assert make(model_type)[0] != make(model_type, **changes)[0]
+    dense = tiny.tiny_config(model_type)
+    assert families.find(dense) != families.find(tiny.tiny_config(model_type, **changes))
 
 
 def test_every_linear_of_a_block_is_a_reader_or_a_writer_exactly_once(pair):
@@ -199,24 +200,17 @@ def test_a_block_is_the_chain_of_its_branches(pair):
             assert (found - expected).abs().max() < 1e-10 * expected.abs().max()
 
 
-def test_logits_are_the_heads_outputs_finished(pair):
+def test_logits_are_the_heads_outputs_finished_and_blocks_return_what_the_table_says(pair):
     family, model = pair
     outputs: list[Any] = []
+    kinds: list[bool] = []
+    blocks_of(family, model)[0].register_forward_hook(lambda block, inputs, y: kinds.append(isinstance(y, tuple)))
     model.get_submodule(family.head).register_forward_hook(lambda head, inputs, output: outputs.append(output))
     with torch.no_grad():
         logits = model(input_ids=torch.arange(8)[None]).logits
     assert torch.equal(finished_logits(outputs[0], family.logits, model.config), logits)
     assert torch.equal(outputs[0], logits) is (not family.logits or model.config.model_type == "gemma3_text")
-
-
-def test_blocks_return_a_tuple_where_the_table_says_so(pair):
-    family, model = pair
-    outputs: list[Any] = []
-    handle = blocks_of(family, model)[0].register_forward_hook(lambda block, inputs, output: outputs.append(output))
-    with torch.no_grad():
-        model(input_ids=torch.arange(8)[None])
-    handle.remove()
-    assert [isinstance(output, tuple) for output in outputs] == [family.returns_tuple]
+    assert kinds == [family.returns_tuple]
 
 
 def test_norms_are_of_the_kind_and_the_epsilon_that_the_table_says(pair):
@@ -240,38 +234,33 @@ def test_norms_are_of_the_kind_and_the_epsilon_that_the_table_says(pair):
         assert (norm(x) - expected).abs().max() < 1e-5
 
 
-def inexact(config: Any) -> str:
-    """Why a model of a family cannot be sliced, as the plan of a recipe that would says it."""
-    with pytest.raises(UnsupportedModel) as error:
-        families.check_exact(config, families.find(config))
-    return str(error.value)
-
-
 REMEDY = "Use compress lord or compress slim, which leave its stream as it is."
 
 
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
-        (tiny.OPT_350M, "it normalizes the stream after each branch (do_layer_norm_before=false, as OPT-350m)."),
-        ({"word_embed_proj_dim": 16}, "its embeddings are projected to the hidden size (word_embed_proj_dim differs)."),
-        (
-            {"_remove_final_layer_norm": True},
-            "its head reads the stream without a norm (_remove_final_layer_norm=true).",
-        ),
-    ],
-    ids=["norms behind", "projected", "no final norm"],
-)
-def test_some_kinds_of_opt_cannot_be_sliced(changes, reason):
-    assert inexact(tiny.tiny_config("opt", **changes)) == f"This opt model cannot be sliced exactly: {reason} {REMEDY}"
+BEHIND = "it normalizes what a branch writes (post-norm), which a rotation of the stream does not pass."
+INEXACT: list[tuple[str, dict[str, Any], str]] = [
+    (
+        *("opt", tiny.OPT_350M),
+        "it normalizes the stream after each branch (do_layer_norm_before=false, as OPT-350m).",
+    ),
+    (
+        *("opt", {"word_embed_proj_dim": 16}),
+        "its embeddings are projected to the hidden size (word_embed_proj_dim differs).",
+    ),
+    (
+        *("opt", {"_remove_final_layer_norm": True}),
+        "its head reads the stream without a norm (_remove_final_layer_norm=true).",
+    ),
+    *((name, {}, BEHIND) for name in ("gemma2", "gemma3_text", "olmo2", "olmo3", "glm4")),
+]
 
 
-@pytest.mark.parametrize("model_type", ["gemma2", "gemma3_text", "olmo2", "olmo3", "glm4"])
-def test_norms_of_what_is_written_cannot_be_rotated(model_type):
-    assert inexact(AutoConfig.for_model(model_type)) == (
-        f"This {model_type} model cannot be sliced exactly: it normalizes what a branch writes (post-norm), which a "
-        f"rotation of the stream does not pass. {REMEDY}"
-    )
+@pytest.mark.parametrize(("model_type", "changes", "reason"), INEXACT)
+def test_what_cannot_be_sliced_exactly_is_told(model_type, changes, reason):
+    config = tiny.tiny_config(model_type, **changes)
+    with pytest.raises(UnsupportedModel) as error:
+        families.check_exact(config, families.find(config))
+    assert str(error.value) == f"This {model_type} model cannot be sliced exactly: {reason} {REMEDY}"
 
 
 REFUSED = {

@@ -134,21 +134,6 @@ def test_fast_reads_no_weights(root, monkeypatch):
     assert "--fast verified no checksums" in flat(succeeds("inspect", root / "packed", "--fast").out)
 
 
-def test_of_a_large_linear_only_some_rows_are_read_at_a_time(tmp_path, monkeypatch):
-    from compress.inspection import linears
-
-    weight = torch.randn(64, 16)
-    weight[::3] = 0
-    write_foreign(tmp_path, {"model.layers.0.up.weight": weight})
-    monkeypatch.setattr(linears, "NUMBERS_AT_ONCE", 16 * 5)
-    sizes = []
-    keeps = linears.keeps
-    monkeypatch.setattr(linears, "keeps", lambda rows, pattern: sizes.append(len(rows)) or keeps(rows, pattern))
-    (linear,) = seen(tmp_path, ".")["linears"]
-    assert linear["zeros"] == (weight == 0).double().mean().item()
-    assert max(sizes) == 5
-
-
 def test_the_table_says_what_it_is(root, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     said = flat(succeeds("inspect", root / "packed", "--linears").out)
@@ -166,7 +151,13 @@ def test_the_table_says_what_it_is(root, monkeypatch):
     assert "after `import compress` or with trust_remote_code" in flat(succeeds("inspect", root / "thin").out)
 
 
-def test_what_is_measured_is_told(root, tmp_path, monkeypatch):
+def write_quality(folder: Path, ppl: float) -> None:
+    counts = {"tokens": 254, "windows": 2, "seq_len": 128, "seconds": 1.0}
+    perplexity = {"dataset": "wikitext2", "ppl": ppl, "nll": 2.5, "standard_error": 0.25, **counts}
+    (folder / "quality.json").write_text(json.dumps({"perplexity": [perplexity], "settings": {}}))
+
+
+def test_several_are_compared_and_what_was_measured_is_told(root, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     shutil.copytree(root / "sliced", tmp_path / "sliced")
     write_quality(tmp_path / "sliced", 12.5)
@@ -174,23 +165,11 @@ def test_what_is_measured_is_told(root, tmp_path, monkeypatch):
     assert "perplexity on wikitext2, windows of 128" in said
     assert "12.5 ± 0.25" in said
     assert seen(tmp_path, "sliced")["quality"]["perplexity"][0]["ppl"] == 12.5
-
-
-def write_quality(folder: Path, ppl: float) -> None:
-    counts = {"tokens": 254, "windows": 2, "seq_len": 128, "seconds": 1.0}
-    perplexity = {"dataset": "wikitext2", "ppl": ppl, "nll": 2.5, "standard_error": 0.25, **counts}
-    (folder / "quality.json").write_text(json.dumps({"perplexity": [perplexity], "settings": {}}))
-
-
-def test_several_are_compared(root):
     said = flat(succeeds("inspect", root / "sliced", root / "packed", root / "llama").out)
     for name in ("sliced", "packed", "llama"):
         assert name in said
     data = succeeds("inspect", root / "sliced", root / "llama", "--json").json
     assert [each["made_by_compress"] for each in data["checkpoints"]] == [True, False]
-
-
-# Checkpoints of others.
 
 
 def test_a_dense_model(root):

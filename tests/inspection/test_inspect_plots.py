@@ -1,6 +1,5 @@
 """`compress inspect --plot`: which plots there are of what, what they show, and that their labels can be read."""
 
-import json
 import shutil
 import sys
 from pathlib import Path
@@ -63,14 +62,6 @@ def test_what_there_is_to_draw_is_drawn(root, tmp_path):
     assert "wrote" in ran.out
 
 
-@pytest.mark.parametrize("kind", ["turned", "thin", "packed", "compact", "llama"])
-def test_only_what_there_is_to_draw_is_drawn(kind, root, tmp_path, monkeypatch):
-    names = []
-    monkeypatch.setattr(plots, "save", lambda drawings, _folder: names.extend(each.name for each in drawings))
-    plots.plot_inspection(seen(root / kind), tmp_path)
-    assert set(names) == PLOTS.get(kind, {"sizes"})
-
-
 def test_plots_show_the_numbers(root):
     thin, sliced = seen(root / "thin"), seen(root / "sliced")
     assert sliced.metadata is not None
@@ -92,8 +83,11 @@ def test_plots_show_the_numbers(root):
 
 
 @pytest.mark.parametrize("kind", [*PLOTS, "llama"])
-def test_every_byte_has_a_kind(kind, root):
-    looked = seen(root / kind)
+def test_only_what_there_is_to_draw_is_drawn_and_every_byte_has_a_kind(kind, root, tmp_path, monkeypatch):
+    looked, names = seen(root / kind), list[str]()
+    monkeypatch.setattr(plots, "save", lambda drawings, _folder: names.extend(each.name for each in drawings))
+    plots.plot_inspection(looked, tmp_path)
+    assert set(names) == PLOTS.get(kind, {"sizes"})
     found = bytes_by_kind(looked)
     assert sum(found.values()) == looked.bytes
     assert found["other tensors"] == 0
@@ -104,9 +98,6 @@ def test_every_byte_has_a_kind(kind, root):
         (sizes,) = plot_sizes(looked)
         bars = [bar.get_width() for bar in sizes.figure.axes[0].patches]
     assert sum(bars) * 1e3 == pytest.approx(looked.bytes)
-
-
-# Several checkpoints.
 
 
 def test_size_against_what_was_measured(root, tmp_path):
@@ -129,14 +120,6 @@ def test_where_nothing_is_measured_alike_that_is_said(root, tmp_path):
     assert not (tmp_path / "plots").exists()
 
 
-def test_other_calibration_text_is_not_compared(root, tmp_path):
-    folders = [Path(shutil.copytree(root / kind, tmp_path / kind)) for kind in ("sliced", "thin")]
-    facts = json.loads((folders[0] / "compress.json").read_text())
-    facts["fingerprints"]["calibration text"] = "another"
-    (folders[0] / "compress.json").write_text(json.dumps(facts))
-    assert invoke("inspect", *folders, "--plot", tmp_path / "plots", "--fast").code == 2
-
-
 def mark(name: str, size: int, value: float, *, lower: bool = True) -> Mark:
     return Mark(name, size, Measure("m", value, 0.1, lower_is_better=lower))
 
@@ -144,20 +127,8 @@ def mark(name: str, size: int, value: float, *, lower: bool = True) -> Mark:
 def test_the_frontier_is_of_those_that_none_beats():
     marks = [mark("a", 10, 5.0), mark("b", 20, 4.0), mark("c", 20, 6.0), mark("d", 30, 4.0), mark("e", 40, 3.0)]
     assert [each.name for each in frontier(marks)] == ["a", "b", "e"]
-    beaten = [
-        one.name
-        for one in marks
-        if any(
-            o.bytes <= one.bytes and o.badness <= one.badness and (o.bytes, o.badness) != (one.bytes, one.badness)
-            for o in marks
-        )
-    ]
-    assert sorted({each.name for each in marks} - set(beaten)) == sorted(each.name for each in frontier(marks))
     accuracies = [mark("a", 10, 0.5, lower=False), mark("b", 20, 0.4, lower=False), mark("c", 30, 0.6, lower=False)]
     assert [each.name for each in frontier(accuracies)] == ["a", "c"]
-
-
-# What cannot be.
 
 
 def test_without_matplotlib_the_remedy_is_said(root, tmp_path, monkeypatch):
@@ -166,12 +137,3 @@ def test_without_matplotlib_the_remedy_is_said(root, tmp_path, monkeypatch):
     assert ran.code == 2
     assert ran.faults == ["Plots need matplotlib. Install it: pip install 'compress-llm[plots]'."]
     assert not (tmp_path / "plots").exists()
-
-
-def test_a_file_is_no_folder_for_plots(root, tmp_path):
-    (tmp_path / "plots").write_text("x")
-    ran = invoke("inspect", root / "sliced", "--plot", tmp_path / "plots")
-    assert (ran.code, len(ran.faults)) == (2, 1)
-    ran = invoke("inspect", root / "sliced", "--fast", "--plot", tmp_path / "plots" / "below")
-    assert ran.code == 1
-    assert "cannot be written" in ran.faults[0]

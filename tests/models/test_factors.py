@@ -50,13 +50,10 @@ def difference(a: Tensor, b: Tensor) -> float:
     return oracles.largest_difference(a.detach(), b.detach())
 
 
-# ---- from factors to modules and back ----
-
-
 @EVERY_DTYPE
 @EVERY_BIAS
 @EVERY_FORM
-@pytest.mark.parametrize("rank", [1, RANK, min(M, N)])
+@pytest.mark.parametrize("rank", [1, min(M, N)])
 def test_a_module_is_the_factors_function(rank, form, has_bias, dtype):
     for seed in range(5):
         factors = drawn(has_bias, rank=rank, seed=10 * seed)
@@ -94,9 +91,6 @@ def test_a_map_of_the_outputs_keeps_the_form(kind, has_bias, dtype):
         assert difference(changed(X.to(dtype)), module(X.to(dtype)).double() @ matrix.T) < 50 * TOLERANCE[dtype]
         assert changed.out_features == len(matrix)
         assert all(torch.equal(before[name], tensor) for name, tensor in module.state_dict().items())
-
-
-# ---- part by part ----
 
 
 def measured(X: Tensor) -> InputMoments:

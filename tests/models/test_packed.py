@@ -18,7 +18,7 @@ from compress.errors import CheckpointError, NumericalError
 from compress.models.int4 import Int4Linear, problem, use_kernels
 from compress.models.packing import unpacks_while_loading
 from compress.models.storage import FloatLinear, PackedLinear, QuantizedLinear, RoundedInputs, Storage, empty_linear
-from compress.models.stored_loading import is_stored, load_stored
+from compress.models.stored_loading import load_stored
 from compress.numerics.sparsity import Pattern
 from oracles import random_ids
 from stored import Parts, label, on_linux, peak_of, python, random_parts, save_packed, wide_llama, write_packed
@@ -164,8 +164,6 @@ def test_inputs_are_rounded_for_the_weight_and_not_for_the_adapter():
     assert torch.allclose(*(torch.autograd.grad(outputs.sum(), x)[0] for outputs in (y, unrounded)))
 
 
-# Kernels.
-
 KERNEL_SHAPES = [(64, 256, 128), (48, 96, "channel"), (2064, 64, 32)]
 needs_vectors = pytest.mark.skipif(
     torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="torch has no 4-bit kernel for this CPU"
@@ -246,9 +244,6 @@ def test_a_loaded_model_keeps_the_kernels_layout_alone(tmp_path, ids, caplog):
     assert close(logits(model, ids), logits(unpacked, ids).double(), within=0.05)
 
 
-# Folders.
-
-
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks for it
 @pytest.mark.parametrize(
     ("storage", "changes"),
@@ -290,16 +285,6 @@ def test_the_dense_model_is_never_in_memory(tmp_path):
     save_packed(tmp_path / "model", model, storage)
     load = "from compress.models.stored_loading import load_stored as load"
     assert peak_of(load, tmp_path / "model", "dtype=torch.bfloat16, device=torch.device('cpu')") < size / 2
-
-
-def test_only_folders_with_stored_linears_are_taken_for_such(tmp_path):
-    write_packed(tmp_path / "quantized", Storage("packed", 4))
-    write_packed(tmp_path / "adapted", Storage("packed", None, rank=2))
-    write_packed(tmp_path / "plain", Storage("packed", None))
-    assert is_stored(tmp_path / "quantized")
-    assert is_stored(tmp_path / "adapted")
-    assert not is_stored(tmp_path / "plain")
-    assert not is_stored(tmp_path / "nothing")
 
 
 Q = "model.layers.0.self_attn.q_proj"
@@ -347,21 +332,15 @@ def of_lora(name: str) -> str:
 
 FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "another method": (quantized(quant_method="gptq"), "quant_method is 'gptq'"),
-    "two groups": (quantized("config_groups", group_1={}), "more than one config group"),
     "a cache scheme": (quantized(kv_cache_scheme={"num_bits": 8}), "kv_cache_scheme"),
-    "blocks": (grouped("weights", strategy="block"), "strategy of weights is 'block'"),
-    "many bits": (grouped("weights", num_bits=16), "16-bit"),
     "odd groups": (grouped("weights", group_size=7), "do not divide into the groups"),
     "too many": (tensor(TENSORS, f"{Q}.weight_g_idx", lambda _: torch.zeros(3)), "has no place in its model"),
     "no alpha": (changed(LORA_CONFIG, lora_alpha=None), "alphas"),
     "static inputs": (grouped(input_activations={"num_bits": 8}), "inputs are rounded in another way"),
     "no codes": (tensor(TENSORS, f"{Q}.weight_packed", lambda found: None), "lacks 1 tensors"),
-    "another dtype": (tensor(TENSORS, f"{Q}.weight_packed", lambda found: found.long()), "is int64"),
     "a wrong width": (tensor(TENSORS, f"{Q}.weight_shape", lambda _: torch.tensor([32, 33])), r"says \[32, 33\]"),
-    "another adapter": (changed(LORA_CONFIG, peft_type="IA3"), "no plain LoRA"),
     "more than a LoRA": (changed(LORA_CONFIG, use_dora=True), "use_dora"),
     "a broken pattern": (changed(LORA_CONFIG, alpha_pattern={"(": 1}), "alphas"),
-    "half an adapter": (tensor(LORA, of_lora(f"{Q}.lora_B"), lambda found: None), "lacks 1 tensors"),
     "another factor": (
         tensor(LORA, "base_model.model.x.lora_magnitude_vector", lambda _: torch.zeros(2)),
         "no factor of a LoRA",

@@ -70,9 +70,6 @@ def test_an_overflow_of_the_activations_names_block_and_linear(command, home, mo
     )
 
 
-# The commands that measure.
-
-
 @pytest.mark.parametrize(
     ("words", "what"),
     [
@@ -88,20 +85,6 @@ def test_a_measure_names_the_linear(words, what, home, monkeypatch):
     fault = fault_of(home, monkeypatch, *EVAL, "--model", "loud", *words)
     assert fault.startswith(what)
     assert "first in what model.layers.1.mlp.down_proj is given. Check the weights" in fault
-
-
-def test_a_speed_without_numbers_is_none(home, monkeypatch):
-    monkeypatch.setattr(
-        "compress.evaluation.bench.footprint", lambda *_, **__: {}
-    )  # in a process of its own, in seconds
-    words = ["--prompt", 4, "--new", 2, "--rounds", 1, "--batch-sizes", 1, "--device", "cpu"]
-    fault = fault_of(home, monkeypatch, "bench", "loud", "--against", "sound", *words)
-    assert fault.startswith(
-        "There is a NaN or Inf in the logits of loud, first in what model.layers.1.mlp.down_proj is"
-    )
-
-
-# The pieces.
 
 
 def test_the_first_place_is_named_and_nothing_stays_hooked():

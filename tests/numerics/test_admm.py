@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from compress.errors import NumericalError
 from compress.numerics.admm import Split
 from compress.numerics.admm import sparse_plus_lowrank as split_together
 from compress.numerics.moments import Hessian
@@ -101,11 +100,9 @@ def test_the_first_iteration_is_the_formulas_with_a_low_rank_too(monkeypatch, te
     assert difference(found.L, expected.L) < 1e-8
 
 
-@pytest.mark.parametrize("seed", range(1))
 @EVERY_PATTERN
-def test_its_mask_is_better_than_those_of_others_with_their_best_weights(text, seed):
-    W, X = random(M, N, seed=seed + 9), rows(seed=seed)
-    H, pattern = hessian(X), Pattern.parse(text)
+def test_its_mask_is_better_than_those_of_others_with_their_best_weights(text):
+    W, H, pattern = random(M, N, seed=9), hessian(rows()), Pattern.parse(text)
     found = sparse_plus_lowrank(W, H, pattern, 0, iterations=ITERATIONS)
     _, swept = sweep(W, H, pattern=pattern)
     masks = (keep_mask(W.abs(), pattern, by_row=False), keep_mask(wanda(W, H.second), pattern), swept)
@@ -136,10 +133,3 @@ def test_weights_together_and_in_chunks_are_split_as_if_alone(monkeypatch, text,
         assert torch.equal(found.mask, expected.mask)
         assert difference(found.S, expected.S) < 1e-9
         assert difference(found.L, expected.L) < 1e-9
-
-
-def test_an_error_names_the_linear():
-    H = Hessian(hessian(rows()).second * float("nan"), DAMPING, WHERE)
-    with pytest.raises(NumericalError) as raised:
-        sparse_plus_lowrank(random(M, N), H, Pattern.parse("2:4"), 2, iterations=2)
-    assert str(raised.value).startswith(f"The second moment of the inputs of {WHERE} has no Cholesky factor: ")

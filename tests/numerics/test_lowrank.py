@@ -62,9 +62,6 @@ def ranks(shape: tuple[int, int]) -> range:
     return range(1, min(shape) + 1)
 
 
-# ---- the weight alone, and its inputs' sizes ----
-
-
 @EVERY_SHAPE
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
 def test_asvd_is_the_svd_of_the_scaled_weight(alpha, shape):
@@ -80,9 +77,6 @@ def test_asvd_is_the_svd_of_the_scaled_weight(alpha, shape):
             float(S[rank:].square().sum()), rel=1e-10, abs=1e-20
         )
     assert alpha == 0 or difference(asvd(W, mean_abs, 2, alpha=alpha).product, svd(W, 2).product) > 1e-3
-
-
-# ---- SVD-LLM ----
 
 
 def whitened(W: Tensor, S: Tensor, rank: int) -> Tensor:
@@ -110,9 +104,6 @@ def test_inputs_that_are_all_zero_are_named():
         svd_llm(random(5, 9), torch.zeros(9, 9).double(), 2, name=WHERE)
 
 
-# ---- LoRD ----
-
-
 def lord_of_rows(X: Tensor, W: Tensor, bias: Tensor | None, rank: int) -> tuple[Tensor, Tensor]:
     """The paper's formulas on the outputs themselves: the product and the bias."""
     m = len(W)
@@ -135,26 +126,6 @@ def test_lord_is_its_formula(shape, has_bias):
         assert difference(found.product, product) < 1e-9
         assert difference(found.bias, bias) < 1e-9
         assert difference(found.B.T @ found.B, torch.eye(rank).double()) < 1e-12
-
-
-@EVERY_SHAPE
-@pytest.mark.parametrize("centered", [True, False], ids=["centered", "uncentered"])
-def test_full_rank_is_the_linear_itself(centered, shape):
-    W, b, X = random(*shape), random(shape[0], seed=3), rows(shape[1])
-    G = covariance(random(40, shape[0], seed=4))
-    for metric in (None, gradient_metric(G, 0.9, name=WHERE), gradient_metric(G.diagonal(), 0.9, name=WHERE)):
-        found = weighted(W, b, measured(X), min(shape), metric, name=WHERE, centered=centered)
-        assert difference(found.product, W) < 1e-10
-        assert difference(found.bias, b) < 1e-10
-    for full in (
-        svd(W, min(shape)),
-        asvd(W, measured(X).mean_abs, min(shape)),
-        svd_llm(W, measured(X).second, min(shape), name=WHERE),
-    ):
-        assert difference(full.product, W) < 1e-10
-
-
-# ---- an error's weight ----
 
 
 def blended(G: Tensor, weight: float) -> Tensor:
@@ -201,9 +172,6 @@ def test_what_is_lost_is_the_rest_of_the_whitened_singular_values(shape, kind):
         assert loss(found, X, W, b, L) == pytest.approx(float(sigma[rank:].square().sum()), rel=1e-9, abs=1e-18)
 
 
-# ---- energies ----
-
-
 @pytest.mark.parametrize("centered", [True, False], ids=["centered", "uncentered"])
 @EVERY_SHAPE
 def test_energies_are_the_outputs_eigenvalues(shape, centered):
@@ -215,9 +183,6 @@ def test_energies_are_the_outputs_eigenvalues(shape, centered):
     assert found.shape == (min(shape),)
     assert difference(found, expected[: min(shape)]) < 1e-10
     assert expected[min(shape) :].abs().sum() < 1e-10
-
-
-# ---- by rows ----
 
 
 def restored(factors: Factors) -> Tensor:
@@ -295,11 +260,8 @@ def test_without_independent_rows_there_are_no_pivots(kind):
         pivoted(Factors(B, random(B.shape[1], 5), None))
 
 
-# ---- what is no number ----
-
-
 @pytest.mark.parametrize(("place", "fault"), [("weight", float("inf")), ("moments of an input", float("nan"))])
-@pytest.mark.parametrize("method", ["lord", "uncentered lord", "weighted", "svd_llm"])
+@pytest.mark.parametrize("method", ["lord", "weighted", "svd_llm"])
 def test_no_number_is_an_error_that_names_the_place(method, place, fault):
     shape = TALL
     W, X = random(*shape), rows(shape[1])
@@ -312,7 +274,6 @@ def test_no_number_is_an_error_that_names_the_place(method, place, fault):
     metric = gradient_metric(covariance(random(40, shape[0])), 0.9, name=WHERE)
     methods = {
         "lord": lambda: weighted(W, None, moments, 2, name=WHERE),
-        "uncentered lord": lambda: weighted(W, None, moments, 2, name=WHERE, centered=False),
         "weighted": lambda: weighted(W, None, moments, 2, metric, name=WHERE),
         "svd_llm": lambda: svd_llm(W, moments.second, 2, name=WHERE),
     }

@@ -4,16 +4,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compress.calibration.processes import ALONE
-from compress.calibration.statistics import PointStatistics, RelativeError, SecondMoment
 from compress.errors import NumericalError
-from compress.numerics.frames import pca, random_orthogonal, width_for_energy
+from compress.numerics.frames import pca, random_orthogonal
 from compress.numerics.functional import center_rows, fold_gain, fold_offset
 from compress.numerics.moments import SOLVED, triangular_inverse
 from matrices import identity, random
 
 D = 12
-CPU = torch.device("cpu")
 
 
 def reflection(axis: Tensor) -> Tensor:
@@ -63,21 +60,6 @@ def test_random_orthogonal_is_orthogonal_and_seeded():
     assert (draws[0] - draws[2]).abs().max() > 0.1
 
 
-def slow_width(eigenvalues: list[float], share: float) -> int:
-    return min(
-        width for width in range(1, len(eigenvalues) + 1) if sum(eigenvalues[:width]) >= share * sum(eigenvalues)
-    )
-
-
-@pytest.mark.parametrize("share", [0.01, 0.3, 0.5, 0.75, 0.9, 0.99, 1.0])
-def test_width_for_energy_is_the_least_that_holds_the_share(share):
-    # Halves, quarters, integers: sums are exact in floating point, so ties are ties.
-    spectra = [[8.0, 4.0, 2.0, 1.0, 0.5, 0.5], [1.0] * 8, [5.0, 0.0, 0.0], [3.0], [4.0, 4.0, 0.0]]
-    for spectrum in spectra:
-        width = width_for_energy(torch.tensor(spectrum, dtype=torch.float64), share)
-        assert width == slow_width(spectrum, share)
-
-
 def rms_norm(x: Tensor, eps: float) -> Tensor:
     return x / torch.sqrt((x * x).mean(-1, keepdim=True) + eps)
 
@@ -100,29 +82,3 @@ def test_layer_norm_is_an_rms_norm_between_folded_linears(bias):
         folded = fold_offset(reader.weight, reader.bias if bias else None, norm.bias)
         found = rms_norm(stream, eps) @ fold_gain(reader.weight, norm.weight).T + folded
     assert (found - expected).abs().max() < 1e-10
-
-
-@pytest.mark.parametrize("signal", ["stream", "normed"])
-def test_second_moment_is_a_mean_of_outer_products(signal):
-    batches = [random(2, 5, D, seed=1), random(1, 3, D, seed=2)]
-    accumulator = PointStatistics([SecondMoment(signal)], D, 0.1, CPU)
-    for batch in batches:
-        accumulator.add(batch, None)
-    expected, tokens = torch.zeros(D, D, dtype=torch.float64), 0
-    for x in torch.cat([batch.reshape(-1, D) for batch in batches]):
-        row = x / torch.sqrt((x * x).sum() / D + 0.1) if signal == "normed" else x
-        expected += torch.outer(row, row)
-        tokens += 1
-    assert (accumulator.close(ALONE)[SecondMoment(signal)] - expected / tokens).abs().max() < 1e-12
-
-
-def test_relative_error_is_the_share_of_energy_that_differs():
-    accumulator = PointStatistics([RelativeError()], D, 0.0, CPU)
-    dense = [random(2, 3, D, seed=1), random(1, 3, D, seed=2)]
-    stream = [x + 0.1 * random(*x.shape, seed=3) for x in dense]
-    for a, b in zip(stream, dense, strict=True):
-        accumulator.add(a, b)
-    difference = sum(float(((a - b) ** 2).sum()) for a, b in zip(stream, dense, strict=True))
-    assert float(accumulator.close(ALONE)[RelativeError()]) == pytest.approx(
-        difference / sum(float((x**2).sum()) for x in dense), rel=1e-12
-    )

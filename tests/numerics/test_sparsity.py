@@ -25,29 +25,11 @@ def deleted_of(text: str, count: int) -> int:
     return math.floor(Fraction(text.removesuffix("%")) / 100 * count)
 
 
-# ---- patterns ----
-
-
-def test_what_a_pattern_keeps():
-    for text in GROUPED:
-        keep, group = numbers_of(text)
-        pattern = Pattern.parse(text)
-        assert (pattern.keep, pattern.group, pattern.is_grouped) == (keep, group, True)
-        assert pattern.density == keep / group
-    for text in SHARES:
-        pattern = Pattern.parse(text)
-        assert pattern.is_grouped is False
-        assert pattern.density == pytest.approx(float(1 - Fraction(text.removesuffix("%")) / 100), rel=1e-12)
-
-
 @pytest.mark.parametrize("text", ["", "4:4", "0:4", "2:17", "2:4:8", "2/4", "100%", "-5%", "50", "50 %"])
 def test_what_is_no_pattern_is_told_the_rule(text):
     message = f"a pattern is keep:group such as 2:4, groups up to 16, or a share such as 50%; got {text!r}"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         Pattern.parse(text)
-
-
-# ---- groups ----
 
 
 @pytest.mark.parametrize("text", GROUPED)
@@ -60,9 +42,6 @@ def test_of_every_group_the_best_choice_of_all_is_kept(text):
         best = max(choices, key=lambda some: float(scores[row, list(some)].sum()))
         kept = [first + j for j in range(group) if mask[row, first + j]]
         assert kept == list(best)
-
-
-# ---- shares ----
 
 
 @pytest.mark.parametrize("text", SHARES)
@@ -81,9 +60,6 @@ def test_magnitude_compares_the_whole_matrix_and_others_each_row():
     assert keep_mask(scores, half).tolist() == [[False, False, True, True]] * 2
     groups = Pattern.parse("2:4")
     assert torch.equal(keep_mask(scores, groups, by_row=False), keep_mask(scores, groups))
-
-
-# ---- scores ----
 
 
 def test_wandas_score_is_the_weight_times_the_norm_of_its_input():

@@ -15,8 +15,8 @@ import tiny
 from compress.calibration.processes import ALONE
 from compress.calibration.statistics import EquationSums
 from compress.numerics.sums import GramSum
-from compress.stages.measure_error import MeasureError
-from compress.stages.refit import Refit
+from compress.stages.groups import Refit
+from compress.stages.stream import MeasureError
 
 CPU = torch.device("cpu")
 WIDTH = 300  # more than one block of rows
@@ -76,7 +76,7 @@ def test_equations_count_tokens_by_their_weights():
     found.add(U[:3000], T[:3000], weights=weights[:3000])
     found.add(U[place], T[place].double(), weights=weights[place], held_out=True)
     u, t, w = U.double(), T.double(), weights.double()
-    for equations, rows in ((found.fit(ALONE), slice(3000)), (found.held_out(ALONE), place)):
+    for equations, rows in ((found.equations(ALONE), slice(3000)), (found.equations(ALONE, held_out=True), place)):
         exact = (w[rows] * u[rows]).T
         assert (equations.G - exact @ u[rows]).norm() < 1e-6 * (exact @ u[rows]).norm()
         assert (equations.B - exact @ t[rows]).norm() < 1e-6 * exact.norm() * t[rows].norm()
@@ -85,9 +85,6 @@ def test_equations_count_tokens_by_their_weights():
     assert torch.allclose(inputs.total, (w * u).sum(0), rtol=1e-6, atol=1e-6 * float((w * u.abs()).sum(0).max()))
     assert torch.allclose(inputs.absolute, (w * u.abs()).sum(0), rtol=1e-6)
     assert (found.fitted, found.seen) == (3000, TOKENS)
-
-
-# ---- what grows with the tokens ----
 
 
 WINDOWS = oracles.random_ids(14, 13, seed=2)

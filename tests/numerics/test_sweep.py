@@ -84,9 +84,6 @@ def swept_slowly(
     return Q, mask
 
 
-# ---- the sweep ----
-
-
 @EVERY_BLOCK
 @EVERY_GRID
 @EVERY_PATTERN
@@ -132,9 +129,6 @@ def test_act_order_is_the_plain_sweep_of_inputs_in_that_order(masked, block, mon
     assert difference(found, sweep(W, H, grid=grid, mask=mask)[0]) > 1e-3
 
 
-# ---- descent ----
-
-
 def descended_slowly(Q: Tensor, W: Tensor, H: Tensor, grid: Grid | None, mask: Tensor | None, rounds: int) -> Tensor:
     """Each weight in turn at the minimum of a parabola through three values of the error, or at the grid's best."""
     Q = Q.clone()
@@ -173,9 +167,6 @@ def test_descent_is_one_weight_after_another_at_its_best(masked, group, block, m
         assert difference(found, descended_slowly(start, W, H.damped, grid, mask, rounds)) < 1e-8
 
 
-# ---- inputs that say little ----
-
-
 def finite_and_no_worse(W: Tensor, X: Tensor) -> None:
     """The outputs on the text are no worse than with rounding to nearest of what the same mask leaves."""
     H = hessian(X)
@@ -199,9 +190,6 @@ def test_an_error_names_the_linear(fault, act_order):
     with pytest.raises(NumericalError) as raised:
         sweep(random(M, N), H, act_order=act_order)
     assert str(raised.value).startswith(f"The second moment of the inputs of {WHERE} has no Cholesky factor: ")
-
-
-# ---- what is made of the moments ----
 
 
 def test_the_hessians_parts_are_what_they_say():

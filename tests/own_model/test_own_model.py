@@ -1,7 +1,6 @@
 """Our own class beside the stock one: what it is without any part, its names, and the formats that are refused."""
 
 import json
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,10 +10,6 @@ import compress
 import oracles
 import tiny
 from compress import families
-from compress.architectures.architecture import ModelSpec
-from compress.architectures.own import Own, as_own
-from compress.architectures.stock import Stock
-from compress.calibration.linears import FactorShape
 from compress.checkpoints.metadata import read_metadata
 from compress.errors import CheckpointError
 from compress.models.loading import load_config
@@ -50,23 +45,6 @@ def test_without_any_part_it_is_the_stock_model(name):
         expected, found = (model(input_ids=IDS, labels=IDS) for model in (stock, own))
     torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=1e-12)
     torch.testing.assert_close(found.loss, expected.loss)
-
-
-def test_parameters_keep_the_stock_names():
-    """But for those of the parts themselves."""
-    config = tiny.tiny_config("llama")
-    family, path = families.find(config), "model.layers.1.mlp.up_proj"
-    dense = ModelSpec.dense(Stock(config, family), torch.float32)
-    stock = dense.model().state_dict().keys()
-    factors = {path: FactorShape(4, "factors", has_bias=True)}
-    own = replace(dense, architecture=as_own(dense.architecture), factors=factors).model().state_dict().keys()
-    assert own - stock == {f"{path}.first.weight", f"{path}.second.weight", f"{path}.second.bias"}
-    assert stock - own == {f"{path}.weight", f"{path}.bias"}
-    narrow = replace(dense, architecture=Own(config, family), widths=(24,) * len(dense.widths))
-    sliced = narrow.model().state_dict().keys()
-    assert {name.rpartition(".")[2] for name in stock - sliced} == {"weight"}
-    assert all("norm" in name for name in stock - sliced)
-    assert {name for name in sliced - stock if "_shortcut" not in name} == set()
 
 
 @pytest.mark.parametrize("kind", ["sliced", "lowrank", "compact_lowrank_sliced"])

@@ -63,10 +63,3 @@ def test_importing_the_package_imports_neither_torch_nor_transformers():
     loaded = {name.split(".")[0] for name in modules}
     assert "compress" in loaded
     assert not loaded & {"torch", "transformers", "datasets", "accelerate", "pydantic", "numpy", "typer", "rich"}
-
-
-def test_the_version_is_at_hand():
-    import compress
-    from compress.version import __version__
-
-    assert compress.__version__ == __version__

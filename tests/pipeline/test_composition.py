@@ -65,7 +65,7 @@ def test_the_walk_goes_on_with_what_will_be_written(model_type, tmp_path):
     job = job_of(tmp_path, model_type, [*SLICE, Look()], out="looked")
     looked = pipeline.run(job)
     models = [AutoModelForCausalLM.from_pretrained(run.out, dtype=torch.float64) for run in (plain, looked)]
-    assert looked.is_stock
+    assert looked.metadata.loads_without_our_code
     first, second = (model.state_dict() for model in models)
     assert first.keys() == second.keys()
     for name, tensor in first.items():
@@ -109,7 +109,7 @@ def test_8_bits_keep_what_was_there_before(before, model_type, form, tmp_path):
     plain = pipeline.run(job)
     slim = {"stage": "slim", "quantize": {"bits": 8, "group": "channel"}, "form": form}
     found = pipeline.run(job_of(tmp_path, model_type, [*TOGETHER[before], slim], out="stored"))
-    assert found.is_stock == (plain.is_stock and form != "compact")
+    assert found.metadata.loads_without_our_code == (plain.metadata.loads_without_our_code and form != "compact")
     assert (found.size.bytes == plain.size.bytes) if form == "dense" else (found.size.bytes < plain.size.bytes)
     # On the calibration text: what was fitted to it was so again behind the rounding, and elsewhere differs by more.
     windows = windows_of(job)

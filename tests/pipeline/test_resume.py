@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from cli_runner import Disturbance, Ran, Request, flat, run_warm, snapshot
+from cli_runner import Disturbance, Ran, Request, flat, run_warm, same_files, snapshot
 from tiny import NUM_BLOCKS, write_model, write_text
 
 NUM_PARTS = NUM_BLOCKS + 2
@@ -61,14 +61,6 @@ def undisturbed(place):
     assert ran.code == 0, ran.err
     return snapshot(folder)
 
-
-def same_files(folder: Path, expected: dict[str, bytes | None]) -> None:
-    found = snapshot(folder)
-    assert sorted(found) == sorted(expected)
-    assert [name for name in expected if found[name] != expected[name]] == []
-
-
-# Kills, full disks and signals: every disturbed run is resumed.
 
 KILLS = {
     "part 3": Disturbance(RECORD, call=3, after=True),
@@ -153,15 +145,6 @@ def test_a_file_that_grows_too_large_leaves_what_can_be_resumed(place):
     assert list((folder / PARTIAL).rglob("*.unfinished")) == []
     assert place.run(folder, "--resume", words=words).json["resumed_parts"] == NUM_PARTS - 1
     same_files(folder, expected)
-
-
-# A run that was killed after its third part.
-
-
-def flip_a_byte(file: Path) -> None:
-    content = bytearray(file.read_bytes())
-    content[-5] ^= 1
-    file.write_bytes(content)
 
 
 def test_nothing_to_resume(place, undisturbed):

@@ -13,7 +13,7 @@ from compress.calibration.survey import Survey
 from compress.numerics.frames import Frame
 from compress.planning import search
 from compress.planning.search import Cost, Forecast
-from compress.stages.prune_units import PruneUnits
+from compress.stages.groups import PruneUnits
 from tiny import NUM_BLOCKS, write_model, write_text
 
 KINDS = ["opt", "llama"]

@@ -9,11 +9,9 @@ import torch
 import tiny
 from cli_runner import invoke, succeeds
 from compress import presets
-from compress.architectures.gguf_types import resolve
 from compress.models.hub import find_model
 from compress.models.loading import load_model
 from compress.numerics.functional import kl_divergence
-from compress.planning import types
 from compress.planning.prepare import Job, new_rounded_model, prepare, take_survey
 from compress.planning.types import DENSE, TypeSearch, TypeSpace, improved
 from compress.recipe import parse_recipe
@@ -53,17 +51,20 @@ def prepared(home, tmp_path_factory):
     return found, survey
 
 
-# Bytes.
+@pytest.fixture(scope="module")
+def written(home):
+    """At 200 kB."""
+    succeeds(*auto(home, "--target-size", "200kB", "--out", home / "out"))
+    return home / "out"
 
 
-@pytest.mark.parametrize(("model", "size"), [("llama", 200_001), ("llama", 140_000), ("tied", 150_000)])
-def test_a_file_is_as_large_as_planned_and_never_larger_than_asked(home, tmp_path, model, size):
-    succeeds(*auto(home, "--target-size", size, "--out", tmp_path / "out", model=model))
-    written = (tmp_path / "out" / "out.gguf").stat().st_size
-    trials = [json.loads(line) for line in (tmp_path / "out" / "trials.jsonl").read_text().splitlines()]
-    least = min(trials, key=lambda trial: trial["divergence"])
-    assert written == least["bytes"] <= size
-    assert written > 0.9 * size
+def test_a_file_is_as_large_as_planned_and_never_larger_than_asked(home, written, tmp_path):
+    succeeds(*auto(home, "--target-size", 150_001, "--out", tmp_path / "out", model="tied"))
+    for folder, size in ((written, 200_000), (tmp_path / "out", 150_001)):
+        on_disk = (folder / "out.gguf").stat().st_size
+        trials = [json.loads(line) for line in (folder / "trials.jsonl").read_text().splitlines()]
+        least = min(trials, key=lambda trial: trial["divergence"])
+        assert 0.9 * size < on_disk == least["bytes"] <= size
 
 
 def test_sizes_that_no_types_come_to_are_refused_before_the_work(home, tmp_path):
@@ -81,9 +82,6 @@ def test_the_least_that_is_told_can_be_reached(prepared):
     assert found.types.bytes_of(search.allocated(found.types.least)) == found.types.least
     assert search.predicted({}) == 0.0
     assert found.types.bytes_of({}) == found.types.most
-
-
-# Predictions.
 
 
 def test_predicted_costs_are_near_the_measured_ones(prepared):
@@ -125,22 +123,6 @@ def test_a_trial_begins_where_its_types_differ(prepared):
     assert later == pytest.approx(new_rounded_model(found, survey).divergence(second), rel=1e-9)
 
 
-def test_types_are_predicted_no_worse_than_those_of_a_single_type(prepared):
-    found, survey = prepared
-    search, spec = TypeSearch.of(found.types, survey.roundings), found.plan.spec
-    rows = [*((linear.path, linear.n) for linear in spec.written_linears), *spec.tables]
-    compared = 0
-    for file_type in ("Q8_0", "Q5_K_M", "IQ4_NL"):
-        uniform = resolve(file_type, spec.config(), rows)
-        if all(name in search.costs[path] for path, name in uniform.items()):
-            compared += 1
-            assert search.predicted(search.allocated(found.types.bytes_of(uniform))) <= search.predicted(uniform)
-    assert compared >= 2
-
-
-# Trials, on matrices whose true costs are known.
-
-
 def space_of(count=12):
     rungs = {f"blocks.{n // 2}.{'up' if n % 2 else 'down'}": {"A": 10, "B": 20, DENSE: 40} for n in range(count)}
     return TypeSpace(rungs, beside=5, tables=frozenset())
@@ -171,31 +153,10 @@ def test_trials_find_what_the_prediction_gets_wrong():
     assert math.isfinite(search.scale)
 
 
-def test_without_trials_the_prediction_is_taken():
-    search = TypeSearch(space_of(), {path: {"A": 4.0, "B": 1.0, DENSE: 0.0} for path in space_of().rungs})
-    found, chosen = improved(search, 205, lambda *_: None)
-    assert (found.factors, found.scale, chosen) == ({}, 1.0, search.allocated(205))
-
-
-def test_steps_get_smaller_until_there_is_nothing_to_try():
-    search = TypeSearch(space_of(), {path: {"A": 4.0, "B": 1.0, DENSE: 0.0} for path in space_of().rungs})
-    found = [*types.proposals(search, 205)]
-    factors = [factor for each in found for factor in each.factors.values()]
-    assert len(found) > 20
-    assert max(factors) == types.STEP
-    assert 1 < min(factor for factor in factors if factor > 1) < 1.2
-
-
-# Runs.
-
-
-def test_a_resumed_run_repeats_no_trial_and_gives_the_same_bytes(home, tmp_path, monkeypatch):
+def test_a_resumed_run_repeats_no_trial_and_gives_the_same_bytes(home, written, tmp_path, monkeypatch):
     from compress.calibration.roundings import RoundedModel
 
-    words = ["--target-size", "200kB", "--out", tmp_path / "out"]
-    succeeds(*auto(home, *words))
-    expected = (tmp_path / "out" / "out.gguf").read_bytes()
-    log = (tmp_path / "out" / "trials.jsonl").read_text()
+    expected, log = (written / "out.gguf").read_bytes(), (written / "trials.jsonl").read_text()
     assert len(log.splitlines()) >= 2
     measured, fail = RoundedModel.divergence, [1]
     calls = []
@@ -207,33 +168,29 @@ def test_a_resumed_run_repeats_no_trial_and_gives_the_same_bytes(home, tmp_path,
         return measured(model, chosen)
 
     monkeypatch.setattr(RoundedModel, "divergence", interrupted)
-    again = auto(home, *words[:2], "--out", tmp_path / "again", "--resume")
-    again[again.index("--out") + 1] = tmp_path / "again"
-    assert invoke(*[word for word in again if word != "--resume"]).code == 130
+    again = auto(home, "--target-size", "200kB", "--out", tmp_path / "again")
+    assert invoke(*again).code == 130
     assert len(calls) == 2
     calls.clear()
     fail[0] = 99
-    succeeds(*again)
+    succeeds(*again, "--resume")
     assert len(calls) == len(log.splitlines()) - 1
     assert (tmp_path / "again" / "again.gguf").read_bytes() == expected
     assert (tmp_path / "again" / "trials.jsonl").read_text() == log
 
 
-def test_the_recipe_repeats_to_the_byte_without_a_search(home, tmp_path):
-    succeeds(*auto(home, "--target-size", "200kB", "--out", tmp_path / "out"))
-    recipe = json.loads((tmp_path / "out" / "compress.json").read_text())["recipe"]
-    assert recipe["budget"] is None
-    ran = succeeds("run", tmp_path / "out", "--model", home / "llama", "--out", tmp_path / "again")
+def test_the_recipe_repeats_to_the_byte_without_a_search(home, written, tmp_path):
+    assert json.loads((written / "compress.json").read_text())["recipe"]["budget"] is None
+    ran = succeeds("run", written, "--model", home / "llama", "--out", tmp_path / "again")
     assert "surveying" not in ran.err
     assert "The same bytes" in ran.out
-    assert (tmp_path / "out" / "out.gguf").read_bytes() == (tmp_path / "again" / "again.gguf").read_bytes()
+    assert (written / "out.gguf").read_bytes() == (tmp_path / "again" / "again.gguf").read_bytes()
 
 
-def test_the_file_has_the_types_that_the_card_tells_of(home, tmp_path):
-    succeeds(*auto(home, "--target-size", "160kB", "--out", tmp_path / "out"))
-    tensors = gguf.GGUFReader(tmp_path / "out" / "out.gguf").tensors
+def test_the_file_has_the_types_that_the_card_tells_of(written):
+    tensors = gguf.GGUFReader(written / "out.gguf").tensors
     queries = [tensor.tensor_type.name for tensor in tensors if "attn_q" in tensor.name]
-    card = (tmp_path / "out" / "README.md").read_text()
+    card = (written / "README.md").read_text()
     row = next(line for line in card.splitlines() if line.startswith("| `q_proj`"))
     assert all(f"{name} x {queries.count(name)}" in row for name in queries)
 
@@ -261,9 +218,7 @@ def test_a_frontier_is_found_once_and_any_point_written_later(home, tmp_path):
         ([], ["--target-size 88MB", "--frontier 40MB:120MB"]),
         (["--target-size", "200kB", "--frontier", "1MB:2MB"], ["one of the two"]),
         (["--target-size", "200kB", "--for", "vllm"], ["compress quantize --bits"]),
-        (["--target-size", "200kB", "--for", "transformers"], ["compress slice --target-size"]),
         (["--frontier", "2MB:1MB"], ["the smaller one first"]),
-        (["--frontier", "2MB"], ["name two sizes"]),
         (["--target-size", "many"], ["--target-size takes a size"]),
         (["--target-size", "200kB", "--from", "nowhere"], ["frontier.json"]),
         (["--frontier", "1kB:200kB"], ["at least"]),
@@ -277,9 +232,8 @@ def test_what_cannot_be_is_said_in_a_line(home, tmp_path, options, words):
     assert not (tmp_path / "out").exists()
 
 
-def test_types_that_a_recipe_gives_are_checked(home, tmp_path):
-    succeeds(*auto(home, "--target-size", "200kB", "--out", tmp_path / "out"))
-    facts = json.loads((tmp_path / "out" / "compress.json").read_text())
+def test_types_that_a_recipe_gives_are_checked(home, written, tmp_path):
+    facts = json.loads((written / "compress.json").read_text())
     facts["recipe"]["stages"][1]["quantize"]["gguf_tensors"]["model.layers.0.self_attn.q_proj"] = "Q4_K"
     (tmp_path / "changed.json").write_text(json.dumps(facts))
     ran = invoke("run", tmp_path / "changed.json", "--model", home / "llama", "--out", tmp_path / "never")
@@ -297,9 +251,7 @@ FRONTIER = {
     ("text", "words"),
     [
         ("{", ["damaged"]),
-        ("[]", ["damaged"]),
         (json.dumps({**FRONTIER, "costs": 3}), ["damaged", "costs"]),
-        (json.dumps({**FRONTIER, "scale": "x" * 50}), ["damaged", "scale"]),
         (json.dumps({**FRONTIER, "factors": {"q_proj": -1.0}}), ["damaged"]),
         (json.dumps({**FRONTIER, "format": 2}), ["another version"]),
         (json.dumps({**FRONTIER, "recipe": {"budget": 3}}), ["budget"]),

@@ -22,7 +22,6 @@ from compress.architectures.architecture import (
 )
 from compress.architectures.own import Own
 from compress.architectures.stock import Stock
-from compress.errors import UsageError
 from compress.models.storage import num_parameters
 from compress.planning import search
 from compress.planning.budget import WidthSpace, plan_stages
@@ -56,9 +55,6 @@ def recipe(method: str, budget: dict[str, Any] | None, *, source: str = "stdlib"
     return parse_recipe(
         {"method": method, "stages": METHODS[method], "budget": budget, "calibration": calibration, **more}
     )
-
-
-# ---- what is planned ----
 
 
 @dataclass(frozen=True)
@@ -114,7 +110,6 @@ def choices(plan: Plan, space: WidthSpace) -> list[Counts]:
 
 PLANNED = [
     ("gemma", "shared, neurons told", {"target_size": 60_000}),
-    ("phi3", "shared, width told", {"keep_params": 0.7}),
     # Of these, heads divide 12 and 24 alone.
     ("llama", "shared, in sixes", {"keep_params": 0.6}),
     ("qwen2", "shared, groups open", {"keep_params": 0.5}),
@@ -125,7 +120,8 @@ PLANNED = [
 
 @pytest.mark.parametrize(("model_type", "method", "budget"), PLANNED)
 def test_choices_fit_one_step_more_does_not_and_nothing_is_forgotten(model_type, method, budget):
-    config, chosen = tiny.tiny_config(model_type), recipe(method, budget)
+    blocks = 3 if "blocks" in method or "target_size" in budget else 1
+    config, chosen = tiny.tiny_config(model_type, num_hidden_layers=blocks), recipe(method, budget)
     counted = bill(config, chosen)
     found = choices(planned(config, chosen), counted.space)
     for counts in found:
@@ -137,7 +133,7 @@ def test_choices_fit_one_step_more_does_not_and_nothing_is_forgotten(model_type,
         assert any(one[kind] > other[kind] for kind in one), f"{other} contains {one}"
     # Of a coarse grid, whatever fits is contained in a choice, unless half of the depth that could go is not enough.
     shallowest = min(choice.get("blocks", 0) for choice in found)
-    coarse = {kind: ladder[:: max(1, len(ladder) // 4)] for kind, ladder in counted.space.ladders.items()}
+    coarse = {kind: ladder[:: max(1, len(ladder) // 3)] for kind, ladder in counted.space.ladders.items()}
     grid = [dict(zip(coarse, values, strict=True)) for values in itertools.product(*coarse.values())]
     grid = [counts for counts in grid if counts.get("blocks", 0) >= shallowest]
     fitting = [counts for counts in grid if counted.is_legal(counts) and counted.fits(counts)]
@@ -151,7 +147,7 @@ SHAPES = ["stock", "one basis", "a basis a layer", "a whole head", "falling"]
 
 @pytest.mark.parametrize("model_type", ["llama", "opt", "mixtral"])
 def test_a_deep_model_is_counted_by_shallow_ones(model_type):
-    config = tiny.tiny_config(model_type, num_hidden_layers=4)
+    config = tiny.tiny_config(model_type, num_hidden_layers=3)
     family = families.find(config)
     for kind in SHAPES[family.stock is None :]:
         shortcuts = kind not in ("stock", "one basis")
@@ -166,9 +162,6 @@ def test_a_deep_model_is_counted_by_shallow_ones(model_type):
         model = spec.model()
         assert spec.size == Size(num_parameters(model), stored_bytes(model, torch.float16)), kind
         assert spec.disk_bytes == disk_bytes(spec.model(), torch.float16), kind
-
-
-# ---- what is refused ----
 
 
 @pytest.mark.parametrize(
@@ -193,45 +186,6 @@ def test_an_impossible_budget_hears_the_least_possible(model_type, method, budge
         f"The budget of {counted.limit:,} {unit} cannot be kept: the least this recipe can come to is {least:,}. "
         "Allow more."
     )
-
-
-def test_a_width_that_no_budget_makes_legal():
-    """What is wrong is the width, not the budget."""
-    chosen = recipe("shared, width told", {"keep_params": 0.8})
-    stages = [stage.model_dump() | ({"width": 22} if stage.stage == "slice" else {}) for stage in chosen.stages]
-    odd = parse_recipe(chosen.model_dump() | {"stages": stages})
-    fault = refusal(lambda: planned(tiny.tiny_config("llama"), odd))
-    assert fault.startswith("A hidden size of 22 is no multiple of the 4 attention heads")
-    assert fault.endswith("Use --round-to 4.")
-
-
-@pytest.mark.parametrize("model_type", ["qwen2"])
-def test_a_budget_that_deletes_nothing(model_type):
-    """Qwen2's head is tied and counts when it no longer is; even so there is room for all."""
-    with pytest.raises(UsageError, match=r"deletes nothing.*\. "):
-        planned(tiny.tiny_config(model_type), recipe("shared, in eights", {"target_size": 10**9}))
-
-
-def test_open_widths_need_a_budget_and_a_budget_needs_open_widths():
-    opened = "is not told how much to keep; give it a ratio, or the recipe a budget"
-    assert refusal(lambda: recipe("slicegpt", None)) == f"slice {opened}"
-    assert refusal(lambda: recipe("shared, width told", None)) == f"prune_units {opened}"
-    told = recipe("slicegpt", {"keep_params": 0.5}).model_dump() | {"stages": slicegpt({"ratio": 0.25})}
-    assert refusal(lambda: parse_recipe(told)) == (
-        "the recipe has a budget, but every stage says how much it keeps; leave one open"
-    )
-
-
-@pytest.mark.parametrize(
-    "budget",
-    [{"keep_params": 0.5, "target_size": 1000}, {"trial_samples": 8}, {"keep_params": 1.0}, {"target_size": 0}],
-)
-def test_a_budget_is_one_limit_in_its_range(budget):
-    fault = refusal(lambda: recipe("slicegpt", budget))
-    if len(budget) == 2 or "trial_samples" in budget:
-        assert fault == "budget: a budget is keep_params or target_size, one of the two"
-    else:
-        assert fault.startswith(f"budget.{next(iter(budget))}: Input should be ")
 
 
 # Shapes of an OPT of 1M parameters at 65% of them: predicted costs of stream and units, and what trials found.
@@ -277,9 +231,6 @@ def test_what_is_predicted_to_be_far_worse_is_not_tried(monkeypatch):
 def test_without_a_prediction_the_middle_is_tried(count, places):
     values = [float(-place) for place in range(count)]
     assert chosen([None] * count, values) == (places[-1], places)
-
-
-# ---- what is written ----
 
 
 @dataclass(frozen=True)

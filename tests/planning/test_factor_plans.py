@@ -1,35 +1,24 @@
 """Plans of factors, from config.json alone: published sizes, what is refused, and what is told."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
-import torch
 
 import tiny
-from compress import families
-from compress.errors import UsageError
-from compress.planning.memory import Room
-from compress.planning.plan import Plan, make_plan
+from compress.planning.plan import Plan
 from compress.recipe import parse_recipe
 from factorizing import HALF, Stages, slicing
+from orders import planned, refusal
 from recipes import anchored, lowrank
 
 # ---- what is refused, and what is told ----
 
 
-def planned(model_type: str, stages: Stages, *, samples: int = 128, **more: Any) -> Plan:
-    config = tiny.tiny_config(model_type)
+def plan_of(model_type: str, stages: Stages, *, samples: int = 128, **more: Any) -> Plan:
     calibration = {"source": "stdlib", "samples": samples, "seq_len": 16}
     chosen = parse_recipe({"method": "test", "stages": list(stages), "calibration": calibration, **more})
-    family = families.find(config)
-    return make_plan(chosen, config, family, dtype=torch.float16, computing=torch.float32, room=Room(1, 2**30))
-
-
-def refusal(call: Callable[[], Any]) -> str:
-    with pytest.raises(UsageError) as error:
-        call()
-    return str(error.value)
+    return planned(tiny.tiny_config(model_type), chosen)
 
 
 BUDGET = {"budget": {"keep_params": 0.7, "trial_samples": 8}}
@@ -66,11 +55,11 @@ FAULTS: dict[str, tuple[Stages, dict[str, Any], str]] = {
 @pytest.mark.parametrize("name", FAULTS)
 def test_what_does_not_fit_is_one_short_message(name):
     stages, more, fault = FAULTS[name]
-    assert refusal(lambda: planned("llama", stages, **more)) == fault
+    assert refusal(lambda: plan_of("llama", stages, **more)) == fault
 
 
 def test_what_stays_dense_is_told():
-    plan = planned("llama", lowrank("lord", {"rank_frac": 0.5}, form="factors"))
+    plan = plan_of("llama", lowrank("lord", {"rank_frac": 0.5}, form="factors"))
     assert plan.notes == [
         "Factors of this rank would be no smaller, so these stay dense: self_attn.q_proj (3 times), "
         "self_attn.o_proj (3 times)."
@@ -78,7 +67,7 @@ def test_what_stays_dense_is_told():
 
 
 def test_too_little_text_is_told():
-    few, enough = (planned("llama", lowrank("lord", HALF), samples=samples) for samples in (11, 12))
+    few, enough = (plan_of("llama", lowrank("lord", HALF), samples=samples) for samples in (11, 12))
     (note,) = few.notes
     assert note == ("Calibration has 176 tokens for linears of 48 inputs: expect a poor fit. Use more --samples.")
     assert enough.notes == []
@@ -86,10 +75,8 @@ def test_too_little_text_is_told():
 
 TARGETS: dict[str, tuple[Sequence[str], set[str]]] = {
     "attention": (["attention"], {"attn.c_attn", "attn.c_proj"}),
-    "mlp": (["mlp"], {"mlp.c_fc", "mlp.c_proj"}),
     "a pattern": (["*.c_proj"], {"attn.c_proj", "mlp.c_proj"}),
-    "a name": (["c_fc"], {"mlp.c_fc"}),
-    "two": (["attention", "*.c_fc"], {"attn.c_attn", "attn.c_proj", "mlp.c_fc"}),
+    "two": (["attention", "c_fc"], {"attn.c_attn", "attn.c_proj", "mlp.c_fc"}),
     "all": (["all"], {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}),
 }
 
@@ -97,6 +84,6 @@ TARGETS: dict[str, tuple[Sequence[str], set[str]]] = {
 @pytest.mark.parametrize("name", TARGETS)
 def test_targets(name):
     target, expected = TARGETS[name]
-    plan = planned("gpt_bigcode", lowrank("lord", {"rank": 8}, target=target))
+    plan = plan_of("gpt_bigcode", lowrank("lord", {"rank": 8}, target=target))
     assert {path.split(".", 3)[-1] for path in plan.spec.factors} == expected
     assert len(plan.spec.factors) == tiny.NUM_BLOCKS * len(expected)

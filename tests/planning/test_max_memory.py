@@ -59,9 +59,6 @@ def test_under_a_limit_of_the_kernel_a_run_ends_well_that_was_told_of_it_and_no_
     assert run(place, "untold", growth=growth).code != 0
 
 
-# ---- units
-
-
 def per_window(room: Room) -> int:
     return 50 + 10 * room.batch_size
 

@@ -4,16 +4,14 @@ from typing import Any
 
 import pytest
 import torch
-from pydantic import ValidationError
 from transformers import LlamaConfig, OPTConfig, PhiConfig
 
-from compress import families
 from compress.calibration.sites import Basis, StreamPoint, stream_points
 from compress.numerics.frames import Frame
-from compress.planning.memory import Room
-from compress.planning.plan import Plan, make_plan
-from compress.recipe import Recipe, parse_recipe
-from compress.stages.slice import Slice
+from compress.planning.plan import Plan
+from compress.recipe import parse_recipe
+from compress.stages.stream import Slice
+from orders import planned
 from recipes import slicegpt
 
 # ---- widths ----
@@ -64,44 +62,6 @@ def test_explained_variance_leaves_the_width_to_the_data(share, round_to, kept):
     assert first.width == kept
     stage.apply(last)
     assert last.width == 6
-
-
-RULES: dict[str, Any] = {
-    "ratio": 0.25,
-    "block_ratios": (0.25,),
-    "linear_ratios": (0.1, 0.2),
-    "explained_variance": 0.9,
-    "width": 8,
-}
-
-
-@pytest.mark.parametrize("given", [("ratio", "explained_variance"), ("block_ratios", "linear_ratios"), tuple(RULES)])
-def test_one_rule_at_most(given):
-    with pytest.raises(ValidationError) as error:
-        Slice(**{name: RULES[name] for name in given})
-    (fault,) = error.value.errors()
-    assert fault["msg"] == (
-        "Value error, slice takes one of ratio, block_ratios, linear_ratios, explained_variance, width; "
-        f"got {', '.join(name for name in RULES if name in given)}"
-    )
-    for name, value in RULES.items():
-        assert getattr(Slice(**{name: value}), name) == value
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"ratio": 0},
-        {"ratio": float("nan")},
-        {"block_ratios": (0.1, 1.0)},
-        {"linear_ratios": (0.1,)},
-        {"explained_variance": 1.1},
-        {"ratio": 0.5, "round_to": 0},
-    ],
-)
-def test_values_out_of_range_are_refused(wrong):
-    with pytest.raises(ValidationError):
-        Slice(**wrong)
 
 
 def test_faults_say_what_to_do():
@@ -158,21 +118,9 @@ def name_of(value: Any) -> str | None:
     return f"{value.model_type}-{DENSE[id(value)] / 1e9:.1f}B" if id(value) in DENSE else None
 
 
-def recipe(rule: dict[str, Any], **options: Any) -> Recipe:
-    return parse_recipe(
-        {"method": "slicegpt", "stages": slicegpt(rule, **options), "calibration": {"source": "wikitext2"}}
-    )
-
-
-def plan(config: Any, rule: dict[str, Any], **options: Any) -> Plan:
-    return make_plan(
-        recipe(rule, **options),
-        config,
-        families.find(config),
-        dtype=torch.float16,
-        computing=torch.float32,
-        room=Room(1, 2**30),
-    )
+def plan(config: Any, ratio: float) -> Plan:
+    data = {"method": "slicegpt", "stages": slicegpt({"ratio": ratio}), "calibration": {"source": "wikitext2"}}
+    return planned(config, parse_recipe(data))
 
 
 @pytest.mark.parametrize(
@@ -182,12 +130,12 @@ def plan(config: Any, rule: dict[str, Any], **options: Any) -> Plan:
 )
 def test_the_share_that_is_removed(config, percent, removed):
     """Of the dense model as it is stored, a tied head counted once: slicing a little adds parameters."""
-    sliced = plan(config, {"ratio": percent / 100}).size
+    sliced = plan(config, percent / 100).size
     assert round(100 * (1 - sliced.parameters / DENSE[id(config)]), 1) == removed
 
 
 def test_a_plan_of_a_70b_model_takes_no_weights():
-    found = plan(LLAMA_2_70B, {"ratio": 0.25})
+    found = plan(LLAMA_2_70B, 0.25)
     assert found.dense.parameters == DENSE[id(LLAMA_2_70B)]
     assert found.size is not None
     assert round(100 * found.removed, 1) == 16.0

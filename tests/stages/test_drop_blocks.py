@@ -10,7 +10,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import oracles
 import tiny
-from cli_runner import flat, succeeds
 from compress import pipeline
 from compress.calibration.depth import Depth
 from compress.errors import UsageError
@@ -80,12 +79,12 @@ def save(model: PreTrainedModel, folder: Path) -> None:
     tiny.write_text(folder / "text.txt", lines=60)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma2", "gemma3_text", "smollm3"])
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "smollm3"])
 def test_without_a_refit_the_rest_is_as_it_was(tmp_path, model_type):
     model = written(tmp_path, model_type)
     with unproved():
         result = pipeline.run(job_of(tmp_path, model_type, [{"stage": "drop_blocks", "blocks": [2, 1]}]))
-    assert result.is_stock
+    assert result.metadata.loads_without_our_code
     torch.testing.assert_close(logits(tmp_path / "out"), logits(without(model, 1, 2)), rtol=0, atol=1e-5)
 
 
@@ -128,7 +127,9 @@ def test_what_writes_before_the_gap_is_fitted_to_the_stream_after_it(tmp_path):
     found = {}
     with unproved():
         for name, stages in {"refitted": [DROP, REFIT], "not": [DROP, {**REFIT, "damping": 1e9}]}.items():
-            found[name] = pipeline.run(job_of(tmp_path, "llama", stages, out=name, samples=64)).divergence
+            found[name] = pipeline.run(
+                job_of(tmp_path, "llama", stages, out=name, samples=64)
+            ).metadata.held_out_divergence
     assert found["refitted"] < 0.9 * found["not"]
 
 
@@ -170,17 +171,7 @@ def test_blocks_are_chosen_once(tmp_path, monkeypatch):
     assert len(AutoModelForCausalLM.from_pretrained(tmp_path / "out").model.layers) == BLOCKS - 1
 
 
-def test_the_command_line_leaves_blocks_out(tmp_path):
-    written(tmp_path)
-    words = ["--model", tmp_path / "dense", "--calib", tmp_path / "text.txt", "--samples", 16, "--seq-len", 16]
-    done = succeeds("slice", *words, "--drop-blocks", 1, "--out", tmp_path / "out")
-    assert "Blocks left out, counted from 0:" in flat(done.out)
-    done = succeeds("slice", *words, "--drop-blocks", 1, "--ratio", 0.5, "--out", tmp_path / "both")
-    config = AutoModelForCausalLM.from_pretrained(tmp_path / "both").config
-    assert (config.num_hidden_layers, config.hidden_size) == (BLOCKS - 1, tiny.HIDDEN // 2)
-
-
-@pytest.mark.parametrize("model_type", ["llama", "gemma2", "qwen3", "opt"])
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "opt"])
 def test_idle_units_go_and_the_stream_stays_as_it_is(tmp_path, model_type):
     """Norms, a tied head and the class are the dense model's own where nothing changes the stream."""
     model = tiny.tiny_model(model_type, dtype=torch.float32, num_hidden_layers=2, tie_word_embeddings=True)
@@ -193,7 +184,7 @@ def test_idle_units_go_and_the_stream_stays_as_it_is(tmp_path, model_type):
     with unproved():
         stages = [REFIT, {"stage": "prune_units", "units": "neurons", "keep": 16}]
         result = pipeline.run(job_of(tmp_path, model_type, stages, samples=64))
-    assert result.is_stock
+    assert result.metadata.loads_without_our_code
     assert result.units["neurons"] == 16
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert found.config.tie_word_embeddings

@@ -1,12 +1,13 @@
 """Factorized models out of the walk, against the methods written out on whole models."""
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -21,7 +22,7 @@ from compress.models.loading import load_config
 from compress.own_model.modeling_compress import LowRankLinear, PivotLinear, factorize_linears
 from compress.stages._stage import StageConfig
 from compress.stages.factorize import Factorize
-from compress.stages.refit import Refit
+from compress.stages.groups import Refit
 from factorizing import FORMS, RANK, Whole, block_linears, reports, same_function
 
 pytestmark = pytest.mark.usefixtures("exact_norms")
@@ -35,23 +36,21 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_neox, one after the other": ("gpt_neox", {"use_parallel_residual": False}),
 }
 EVERY_MODEL = pytest.mark.parametrize("variant", VARIANTS)
-WITHOUT_BIASES: dict[str, dict[str, Any]] = {"llama": {"attention_bias": False, "mlp_bias": False}, "phi3": {}}
+WITHOUT_BIASES = {"attention_bias": False, "mlp_bias": False}
 
 
-# ---- a walk ----
-
-
-def walked(folder: Path, stages: Sequence[StageConfig], *, windows: Tensor = WINDOWS, held_out: int = 0) -> Any:
+def walked(folder: Path, stages: Sequence[StageConfig], *, held_out: int = 0) -> Any:
+    """Its survey is in `folder`."""
     config, survey = load_config(folder), None
     wanting = [stage.requires for stage in stages if stage.requires.survey is not SurveyNeed.NONE]
     if wanting:
         watch = wanting[0].watch
         surveyor = oracles.surveyor(
-            folder, windows, observe=lambda decoder: LinearObserver(watch, GradientFiles(folder), decoder)
+            folder, WINDOWS, observe=lambda decoder: LinearObserver(watch, GradientFiles(folder), decoder)
         )
         survey = surveyor.run(gradient=SurveyNeed.GRADIENT in wanting[0].survey)
     layout = as_own(Stock(config, families.find(config))).layout(torch.float64)
-    return oracles.walked(folder, stages, windows, held_out=held_out, layout=layout, survey=survey)
+    return oracles.walked(folder, stages, WINDOWS, held_out=held_out, layout=layout, survey=survey)
 
 
 def written_model(model: PreTrainedModel, result: oracles.Walked) -> Any:
@@ -71,9 +70,6 @@ def written_model(model: PreTrainedModel, result: oracles.Walked) -> Any:
     assert unexpected == []
     assert set(missing) <= ({"lm_head.weight"} if made.config.tie_word_embeddings else set())
     return made
-
-
-# ---- the methods, written out on a whole model ----
 
 
 def top(C: Tensor, rank: int) -> Tensor:
@@ -130,9 +126,6 @@ def test_lord_is_its_papers_formula(variant, models):
     assert sum(isinstance(module, LowRankLinear) for module in made.modules()) == len(block_linears(model))
 
 
-# ---- at full rank ----
-
-
 @pytest.mark.parametrize(("variant", "method"), [*zip(VARIANTS, METHODS, strict=True)])
 def test_full_rank_keeps_the_logits(variant, method, models):
     model_type, changes = VARIANTS[variant]
@@ -144,9 +137,6 @@ def test_full_rank_keeps_the_logits(variant, method, models):
         path: min(linear.weight.shape) for path, linear in linears.items()
     }
     same_function(oracles.logits_of(written_model(model, result), UNSEEN), oracles.logits_of(model, UNSEEN), 1e-8)
-
-
-# ---- the forms ----
 
 
 @pytest.mark.parametrize(("variant", "method"), [("opt", "anchored"), ("gpt_bigcode", "lord")])
@@ -175,9 +165,6 @@ def test_all_forms_are_one_function(variant, method, models):
             "dense": m * n + bias,
         }
     assert sum(isinstance(module, PivotLinear) for module in made["pivot"].modules()) == len(block_linears(model))
-
-
-# ---- anchored, written out ----
 
 
 def norm_names(model: PreTrainedModel) -> list[str]:
@@ -212,21 +199,16 @@ def cut(W: Tensor, b: Tensor | None, X: Tensor, w: Tensor, rank: int, metric: Te
 
 @torch.no_grad()
 def anchored_by_hand(
-    model: PreTrainedModel,
-    windows: Tensor,
-    rank: int,
-    *,
-    held_out: Sequence[int],
-    metrics: Mapping[str, Tensor] | None = None,
-    add_bias: bool = False,
+    model: PreTrainedModel, *, metrics: Mapping[str, Tensor] | None = None, add_bias: bool = False
 ) -> PreTrainedModel:
     """Branch by branch over a copy of the model; every time all windows pass both models from their start."""
+    windows, rank = WINDOWS, RANK
     family, made, names = families.find(model.config), copy.deepcopy(model), norm_names(model)
 
     def passed(model: PreTrainedModel) -> dict[str, tuple[Tensor, Tensor]]:
         return oracles.passed_through(model, [*names, *block_linears(model)], windows)
 
-    apart = torch.isin(torch.arange(len(windows)), torch.tensor(held_out)).repeat_interleave(windows.shape[1])
+    apart = torch.isin(torch.arange(len(windows)), torch.tensor(HELD_OUT)).repeat_interleave(windows.shape[1])
     dense, eps = passed(model), family.epsilon(model.config)
     equal = torch.ones(len(apart)).double()
 
@@ -275,64 +257,35 @@ def anchored_by_hand(
     return made
 
 
-def moments_of_gradients(model: PreTrainedModel, windows: Tensor) -> dict[str, Tensor]:
-    """E g g^T of the loss's gradient by each linear's outputs, by autograd through the whole model."""
-    sums: dict[str, Tensor] = {}
-    for ids in windows:
-        outputs: dict[str, Tensor] = {}
-
-        def note(path: str, outputs: dict[str, Tensor] = outputs) -> Callable[..., Tensor]:
-            def hook(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-                outputs[path] = output.detach().clone().requires_grad_() if not output.requires_grad else output
-                return outputs[path]
-
-            return hook
-
-        handles = [linear.register_forward_hook(note(path)) for path, linear in block_linears(model).items()]
-        logits = model(input_ids=ids[None], use_cache=False).logits[0]
-        for handle in handles:
-            handle.remove()
-        losses = [-logits[i].log_softmax(-1)[ids[i + 1]] for i in range(len(ids) - 1)]
-        found = torch.autograd.grad(torch.stack(losses).sum(), list(outputs.values()))
-        for path, g in zip(outputs, found, strict=True):
-            for row in g.flatten(0, -2):
-                sums[path] = sums.get(path, 0) + torch.outer(row, row) / windows.numel()
-    return sums
-
-
-ANCHORED = {"llama": ("llama", {}), "llama without biases": ("llama", WITHOUT_BIASES["llama"]), "opt": ("opt", {})}
+ANCHORED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "llama": ("llama", {}, {}),
+    "llama without biases": ("llama", WITHOUT_BIASES, {}),
+    "llama, biases added": ("llama", WITHOUT_BIASES, {"bias": True}),
+    "opt": ("opt", {}, {}),
+}
 
 
 @pytest.mark.parametrize("name", ANCHORED)
 def test_anchored_is_refitted_and_cut_as_written_out(name, models):
-    model_type, changes = ANCHORED[name]
+    model_type, changes, options = ANCHORED[name]
     model, folder = models(model_type, **changes)
-    result = walked(folder, [Refit(), Factorize(rank=RANK)], held_out=2)
-    plain = anchored_by_hand(model, WINDOWS, RANK, held_out=HELD_OUT)
-    expected = oracles.logits_of(plain, UNSEEN)
+    result = walked(folder, [Refit(), Factorize(rank=RANK, **options)], held_out=2)
+    expected = oracles.logits_of(anchored_by_hand(model, add_bias=bool(options)), UNSEEN)
     same_function(oracles.logits_of(written_model(model, result), UNSEEN), expected, 1e-7)
     assert oracles.largest_difference(oracles.logits_of(model, UNSEEN), expected) > 0.05
-    if "without" in name:
-        assert not any("bias" in key for key in result.tensors)
+    assert any("bias" in key for key in result.tensors) == (changes == {} or bool(options))
 
 
-def test_anchored_with_added_biases(models):
-    model, folder = models("llama", **WITHOUT_BIASES["llama"])
-    result = walked(folder, [Refit(), Factorize(rank=RANK, bias=True)], held_out=2)
-    plain = anchored_by_hand(model, WINDOWS, RANK, held_out=HELD_OUT, add_bias=True)
-    same_function(oracles.logits_of(written_model(model, result), UNSEEN), oracles.logits_of(plain, UNSEEN), 1e-7)
-
-
-@pytest.mark.parametrize("model_type", ["llama"])
-def test_anchored_cuts_by_what_the_loss_feels(model_type, models):
-    model, folder = models(model_type)
+def test_anchored_cuts_by_what_the_loss_feels(models):
+    """The gradients' moments are those of the survey, which test_lowrank_survey.py takes by autograd."""
+    model, folder = models("llama")
     result = walked(folder, [Refit(), Factorize(rank=RANK, gradient_weight=0.9)], held_out=2)
     metrics = {}
-    for path, G in moments_of_gradients(model, WINDOWS).items():
-        if len(G) > 2 * D:
-            G = torch.diag(G.diagonal())
-        metrics[path] = 0.1 * torch.eye(len(G)).double() + 0.9 * G / G.diagonal().mean()
-    plain = anchored_by_hand(model, WINDOWS, RANK, held_out=HELD_OUT, metrics=metrics)
+    for file in folder.glob("finding-gradients-*.safetensors"):
+        for path, moment in load_file(file).items():
+            G = moment.double() if moment.ndim == 2 else torch.diag(moment.double())
+            metrics[path] = 0.1 * torch.eye(len(G)).double() + 0.9 * G / G.diagonal().mean()
+    plain = anchored_by_hand(model, metrics=metrics)
     # The gradients' moments wait in float32.
     same_function(oracles.logits_of(written_model(model, result), UNSEEN), oracles.logits_of(plain, UNSEEN), 1e-4)
     without = walked(folder, [Refit(), Factorize(rank=RANK)], held_out=2)

@@ -25,13 +25,8 @@ from compress.models.tensor_files import own_name
 from compress.numerics.frames import Frame, pca
 from compress.own_model.modeling_compress import CompressForCausalLM, unfuse_experts
 from compress.stages._stage import StageConfig
-from compress.stages.fold_norms import FoldNorms
-from compress.stages.measure_error import MeasureError
-from compress.stages.prune_units import PruneUnits
-from compress.stages.refit import Refit
-from compress.stages.rotate import Rotate
-from compress.stages.rotate_shared import RotateShared
-from compress.stages.slice import Slice
+from compress.stages.groups import PruneUnits, Refit
+from compress.stages.stream import FoldNorms, MeasureError, Rotate, RotateShared, Slice
 from matrices import prune_units
 
 pytestmark = pytest.mark.usefixtures("exact_norms")
@@ -41,9 +36,6 @@ WINDOWS = oracles.random_ids(8, 16, seed=2)
 UNSEEN = oracles.random_ids(2, 24, seed=3)
 HELD_OUT = [6, 7]
 WITHOUT_BIASES = {"attention_bias": False, "mlp_bias": False}
-
-
-# ---- a walk with everything it may need ----
 
 
 SURVEYS: dict[tuple[Path, bool], Survey] = {}
@@ -113,9 +105,6 @@ def per_layer(width: int = NARROW) -> list[StageConfig]:
 
 
 ROTATIONS = {"shared": shared, "per layer": per_layer}
-
-
-# ---- exact at the full width ----
 
 
 @pytest.mark.parametrize(
@@ -266,16 +255,10 @@ def linears(names: Iterable[str]) -> set[str]:
     return {name.rpartition(".")[0] for name in names}
 
 
-# ---- a refit is an improvement ----
-
-
 def divergence(dense: Tensor, other: Tensor) -> float:
     """KL(dense || other), token by token and entry by entry."""
     p, q = dense.softmax(-1), other.softmax(-1)
     return float((p * (p / q).log()).sum(-1).mean())
-
-
-# ---- one rotation for all, written out ----
 
 
 @contextmanager
@@ -311,9 +294,6 @@ def test_a_shared_rotation_is_the_dense_model_with_its_stream_projected(model_ty
     assert result.parts[-1].divergence == pytest.approx(expected, rel=1e-8)
     (symmetric,) = {oracles.largest_difference(P, P.T) < 1e-9}
     assert symmetric == (gradient_weight == 0)
-
-
-# ---- units ----
 
 
 @dataclass

@@ -3,7 +3,6 @@
 import itertools
 import math
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,13 +17,11 @@ from compress.errors import NumericalError, UsageError
 from compress.models.packing import pack_bits, unsigned
 from compress.models.storage import Storage
 from compress.models.stored_loading import load_stored
-from compress.numerics.functional import cross_entropy_and_gradient, kl_and_gradient
 from compress.numerics.sparsity import Pattern
 from compress.own_model.configuration_compress import CompressConfig
 from compress.own_model.modeling_compress import CompressForCausalLM, StoredMatrix
-from compress.tuning.looking import Prepared, block_linears, chosen, stored_in_codes, trainable, why_not_merged
-from compress.tuning.settings import Rate, Settings, share_of_rate
-from compress.tuning.texts import Reader
+from compress.tuning.looking import block_linears, chosen, stored_in_codes, trainable, why_not_merged
+from compress.tuning.settings import Rate, Reader, Settings, share_of_rate
 from compress.tuning.trained import (
     AdapterLinear,
     DequantizedLinear,
@@ -35,8 +32,8 @@ from compress.tuning.trained import (
     packed_adapters,
 )
 from compress.tuning.trained import lora as train_lora
-from compress.tuning.training import Objective, SplitModel, Training
-from compress.tuning.writing import put_tensors
+from compress.tuning.training import Objective, Training
+from compress.tuning.tuner import put_tensors
 from oracles import logits_of, random_ids
 from stored import write_compact, write_packed
 from tiny import VOCAB_SIZE, tiny_config, tiny_model, tiny_tokenizer, write_text
@@ -69,30 +66,6 @@ def drift(trained: Any) -> None:
         parameter.data += 0.1 * torch.randn_like(parameter)
 
 
-# Losses and schedule.
-
-
-def test_gradients_of_losses_are_those_of_autograd():
-    draw = torch.Generator().manual_seed(0)
-    logits, dense = (3 * torch.randn(6, 9, dtype=torch.float64, generator=draw) for _ in range(2))
-    targets = torch.randint(9, (6,), generator=draw)
-    logits.requires_grad_()
-    (expected,) = torch.autograd.grad(nn.functional.cross_entropy(logits, targets, reduction="sum"), logits)
-    torch.testing.assert_close(cross_entropy_and_gradient(targets, logits)[1], expected)
-    whole = nn.functional.kl_div(logits.log_softmax(-1), dense.log_softmax(-1), log_target=True, reduction="sum")
-    (expected,) = torch.autograd.grad(whole, logits)
-    torch.testing.assert_close(kl_and_gradient(dense, logits)[1], expected)
-
-
-@pytest.mark.parametrize("model_type", ["opt", "granite", "gemma2"])
-def test_a_model_in_two_steps_gives_its_logits(model_type):
-    model = tiny_model(model_type, dtype=F32, num_hidden_layers=2)
-    split = SplitModel(model)
-    with torch.no_grad():
-        found = split.logits(split.hidden(IDS)).view(len(IDS), -1, split.vocabulary)
-    torch.testing.assert_close(found, logits_of(model, IDS)[:, :-1], rtol=1e-5, atol=1e-5)
-
-
 @pytest.mark.parametrize(("model_type", "distilled"), [("qwen2", False), ("gemma2", True)])  # a tied head; a cap
 def test_some_predictions_at_a_time_give_the_loss_and_the_gradients_of_all(monkeypatch, model_type, distilled):
     monkeypatch.setattr("compress.tuning.training.FEWEST", 5)
@@ -122,18 +95,6 @@ def test_the_rate_rises_straight_and_falls_as_a_half_cosine():
     assert share_of_rate(0, 3, 0.0) == 1
 
 
-def test_how_long_is_said_in_steps_tokens_or_epochs():
-    assert settings().num_steps(1000) == 6
-    assert settings(steps=None, tokens=2400).num_steps(1000) == 100
-    assert settings(steps=None, epochs=0.5).num_steps(1000) == 250
-    assert settings(steps=None, tokens=1).num_steps(1000) == 1
-    assert settings().num_windows == 12
-    assert settings(steps=None, epochs=2.0).num_windows is None
-
-
-# Texts.
-
-
 def reader() -> Reader:
     return Reader(tiny_tokenizer(), 16, 0, None)
 
@@ -158,7 +119,7 @@ def test_a_data_set_is_held_out_by_its_validation_split(monkeypatch):
             raise UsageError("There is no such file.")
         return [f"{split[0]} {source}\n" * 40] * (60 if split == "train" else 30)
 
-    monkeypatch.setattr("compress.tuning.texts.load_rows", rows)
+    monkeypatch.setattr("compress.tuning.settings.load_rows", rows)
     texts = reader().texts("wood", 24, ("nowhere.txt", "wood", "field"))
     assert texts.train.shape == (24, 16)
     assert texts.held_out.shape == (64, 16)
@@ -168,9 +129,6 @@ def test_a_data_set_is_held_out_by_its_validation_split(monkeypatch):
     assert ["v " in read[0], "t " in read[1], "t " in read[2]] == [False] * 3
     assert torch.equal(reader().texts("wood", 24, ()).train, texts.train)
     assert len(reader().texts("wood", None, ()).train) > 500
-
-
-# What is trained.
 
 
 def thin_model() -> CompressForCausalLM:
@@ -238,9 +196,6 @@ def test_what_can_be_trained_follows_from_how_it_is_stored(tmp_path):
         chosen(settings(train="all"), ("lora",))
 
 
-# Rounding.
-
-
 def stored_matrix(bits: int | None) -> StoredMatrix:
     entry = {"bits": bits, "scale_group": 8, "floating": False, "pattern": None, "finer": False}
     matrix, draw = StoredMatrix(3, 20, entry), torch.Generator().manual_seed(0)
@@ -301,8 +256,6 @@ def test_compact_adapters_are_trained_and_nothing_else_is_written(tmp_path, adap
     torch.testing.assert_close(logits_of(again, IDS), logits_of(model, IDS))
 
 
-# Stored weights held dense.
-
 STORED = {
     "zero points": Storage("packed", 4, group=16, symmetric=False),
     "bytes, rounded inputs": Storage("packed", 8, inputs="int8"),
@@ -339,19 +292,6 @@ def test_weights_held_dense_give_the_same_logits_and_gradients(tmp_path, kind):
     torch.testing.assert_close(frozen_gradients(dense), frozen_gradients(stored))
 
 
-@pytest.mark.parametrize(
-    ("memory", "checkpointing", "held"), [(1600, False, True), (1599, False, False), (9999, True, False)]
-)
-def test_weights_are_held_dense_where_a_quarter_of_the_memory_holds_them(monkeypatch, memory, checkpointing, held):
-    monkeypatch.setattr("compress.tuning.looking.total_memory", lambda _device: memory)
-    job = SimpleNamespace(settings=settings(gradient_checkpointing=checkpointing), dtype=None)
-    prepared: Any = SimpleNamespace(num_in_codes=100, job=job, computing=lambda _device: F32)
-    assert Prepared.is_dequantized(prepared, CPU) is held
-
-
-# The loop.
-
-
 def test_it_ends_after_looks_that_are_no_better_and_keeps_what_it_began_with(monkeypatch):
     losses = iter([2.0, 3.0, 3.5, 3.0, 3.2])
     monkeypatch.setattr(Training, "held_out_loss", lambda _self: next(losses))
@@ -373,14 +313,10 @@ def test_a_loss_that_is_no_number_ends_the_run():
 
 def test_dropout_is_off():
     model = tiny_model("opt", dtype=F32, num_hidden_layers=1, dropout=0.5, attention_dropout=0.5, layerdrop=0.9)
-    trained = train_lora(model, block_linears(model, model.config), rank=2, alpha=2, merge=True)
-    steps = training(trained)
-    assert trained.model.training
+    steps = training(train_lora(model, block_linears(model, model.config), rank=2, alpha=2, merge=True))
+    assert steps.trained.model.training
     assert float(steps.objective.loss(IDS)) == float(steps.objective.loss(IDS))
     torch.testing.assert_close(steps.objective.loss(IDS[:3]).double(), torch.tensor(steps.held_out_loss()).double())
-
-
-# Files.
 
 
 def test_new_numbers_take_the_place_of_the_old_ones_and_nothing_else_changes(tmp_path):

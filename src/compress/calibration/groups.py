@@ -229,12 +229,7 @@ def chunks(experts: Sequence[Branch], targets: int) -> Iterator[range]:
 
 
 def gather_experts(
-    branch: Branch,
-    numbers: range,
-    block: int,
-    streams: Streams,
-    weigh: Weigh,
-    encode: Float64[Tensor, "D d"] | None,
+    branch: Branch, numbers: range, block: int, streams: Streams, weigh: Weigh, encode: Float64[Tensor, "D d"] | None
 ) -> list[tuple[Regularized, NormalEquations]]:
     """Gather the normal equations of some of a branch's experts, to fit on (with pseudo-tokens) and held out.
 
@@ -258,7 +253,7 @@ def gather_experts(
             sums[place].add(u, meant, weights=weights[tokens] / part, held_out=batch.held_out)
     processes = streams.processes
     return [
-        (regularized(its_sums, processes, matrix=matrix), its_sums.held_out(processes))
+        (regularized(its_sums, processes, matrix=matrix), its_sums.equations(processes, held_out=True))
         for its_sums, matrix in zip(sums, matrices, strict=True)
     ]
 

@@ -266,8 +266,17 @@ class UnitObserver:
                 )
                 self.watched.append(WatchedUnits(place, kind, branch, writer, inputs, gradient))
         yield
-        for units in self.watched:
-            self.costs[cost_name(units.kind, index)] = self._costs(units)
+        for watched in self.watched:
+            branch, kind, name = watched.branch, watched.kind, f"{watched.branch.name} writers"
+            G, M = (sums.moments(self.processes).second for sums in (watched.inputs, watched.gradient))
+            count = branch.units[kind][1]
+            self.costs[cost_name(kind, index)] = costs = G.new_zeros(1 + max(0, count - self.down_to[kind]))
+            if G.any() and M.any():
+                root = cholesky(damped(M, FLOOR), name=f"the loss's gradient at {name}")
+                W = branch.scale * watched.writer.weight.double().T
+                units = torch.arange(len(W), device=W.device).view(count, -1)
+                costs[1:] = elimination(W @ root, G, units, self.down_to[kind], damping=DAMPING, name=name).costs / 2
+                self.processes.follow(costs)
         self.watched = []
 
     def batch(self) -> AbstractContextManager[dict[int, Tensor]]:
@@ -280,18 +289,3 @@ class UnitObserver:
         for place, units in enumerate(self.watched):
             units.inputs.add(rows(inputs[place].detach()))
             units.gradient.add(rows(gradients[units.place].detach()))
-
-    def _costs(self, watched: WatchedUnits) -> Float64[Tensor, "deleted"]:
-        G = watched.inputs.moments(self.processes).second
-        M = watched.gradient.moments(self.processes).second
-        count, name = watched.branch.units[watched.kind][1], f"{watched.branch.name} writers"
-        costs = G.new_zeros(1 + max(0, count - self.down_to[watched.kind]))
-        if not (G.any() and M.any()):
-            return costs
-        W = watched.branch.scale * watched.writer.weight.double().T
-        root = cholesky(damped(M, FLOOR), name=f"the loss's gradient at {name}")
-        units = torch.arange(len(W), device=W.device).view(count, -1)
-        found = elimination(W @ root, G, units, self.down_to[watched.kind], damping=DAMPING, name=name)
-        costs[1:] = found.costs / 2
-        self.processes.follow(costs)
-        return costs

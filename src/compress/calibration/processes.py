@@ -12,7 +12,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, distributed
 
 from compress.errors import CompressError
-from compress.launch import launch
+from compress.process import launch
 
 T = TypeVar("T")
 
@@ -109,7 +109,15 @@ class Group(Processes):
         keys = [f"said/{self.said}/{rank}" for rank in range(self.count)]
         with self._noticing_deaths():
             self.store.set(keys[self.rank], json.dumps(data))
-            self._until(lambda: self.store.check(keys))
+            pause, began, looked = 1e-5, time.monotonic(), time.monotonic()
+            while not self.store.check(keys):
+                time.sleep(pause)
+                pause = min(2 * pause, 5e-3)
+                if time.monotonic() - looked > LOOK_EVERY:
+                    self._check()
+                    looked = time.monotonic()
+                if looked - began > PATIENCE.total_seconds():
+                    raise CompressError(f"Another of the {self.count} processes does not answer. {KEPT}")
             return [json.loads(self.store.get(key)) for key in keys]
 
     @contextmanager
@@ -129,17 +137,6 @@ class Group(Processes):
             with suppress(RuntimeError):
                 self._check()
             raise CompressError(f"Another of the {self.count} processes has died. {KEPT}") from error
-
-    def _until(self, done: Callable[[], bool]) -> None:
-        pause, began, looked = 1e-5, time.monotonic(), time.monotonic()
-        while not done():
-            time.sleep(pause)
-            pause = min(2 * pause, 5e-3)
-            if time.monotonic() - looked > LOOK_EVERY:
-                self._check()
-                looked = time.monotonic()
-            if looked - began > PATIENCE.total_seconds():
-                raise CompressError(f"Another of the {self.count} processes does not answer. {KEPT}")
 
     def _check(self) -> None:
         """Raise FailedElsewhere where another process has failed, or is gone without a message."""

@@ -91,6 +91,10 @@ class InputSums:
     def only(self, inputs: Tensor) -> "InputSums":
         return InputSums(self.total[inputs], self.absolute[inputs])
 
+    def moments(self, fit: NormalEquations) -> InputMoments:
+        """Means over the tokens of `fit`; the second moment takes the place of its G."""
+        return InputMoments(fit.G.div_(fit.tokens), self.total / fit.tokens, self.absolute / fit.tokens)
+
 
 class EquationSums:
     """Sums of u u^T and u t^T, separate for the windows to fit on and the held-out ones; of u and |u| over all.
@@ -112,11 +116,6 @@ class EquationSums:
             B, tokens = (torch.zeros(size, dtype=torch.float64, device=self._device) for size in (self._shape, ()))
             self._sums[held_out] = GramSum(self._shape[0], self._device), B, tokens
         return self._sums[held_out]
-
-    def _closed(self, processes: Processes, *, held_out: bool) -> NormalEquations:
-        G, B, tokens = self._of(held_out=held_out)
-        processes.add_up(G.total, B, tokens)
-        return NormalEquations(G.close(), B, float(tokens))
 
     def add(
         self,
@@ -142,27 +141,21 @@ class EquationSums:
             add_product(B, inputs, targets)
             tokens += root.square().sum()
 
-    def fit(self, processes: Processes) -> NormalEquations:
-        return self._closed(processes, held_out=False)
-
-    def held_out(self, processes: Processes) -> NormalEquations:
-        return self._closed(processes, held_out=True)
+    def equations(self, processes: Processes, *, held_out: bool = False) -> NormalEquations:
+        G, B, tokens = self._of(held_out=held_out)
+        processes.add_up(G.total, B, tokens)
+        return NormalEquations(G.close(), B, float(tokens))
 
     def inputs(self, processes: Processes) -> InputSums:
         processes.add_up(self._total, self._absolute)
         return InputSums(self._total, self._absolute)
 
     def close(self, processes: Processes) -> tuple[NormalEquations, NormalEquations, InputSums]:
-        return self.fit(processes), self.held_out(processes), self.inputs(processes)
+        return self.equations(processes), self.equations(processes, held_out=True), self.inputs(processes)
 
     def moments(self, processes: Processes) -> InputMoments:
         """Moments of the inputs over the windows to fit on."""
-        return mean_moments(self.fit(processes), self.inputs(processes))
-
-
-def mean_moments(fit: NormalEquations, inputs: InputSums) -> InputMoments:
-    """Means over tokens, from sums; the second moment takes the place of fit.G."""
-    return InputMoments(fit.G.div_(fit.tokens), inputs.total / fit.tokens, inputs.absolute / fit.tokens)
+        return self.inputs(processes).moments(self.equations(processes))
 
 
 @dataclass(frozen=True)
@@ -174,7 +167,7 @@ class Regularized:
     tokens: int
 
     def moments(self) -> InputMoments:
-        return mean_moments(self.fit, self.inputs)
+        return self.inputs.moments(self.fit)
 
 
 def regularized(
@@ -187,7 +180,7 @@ def regularized(
 
     like: what their inputs are; by default white. matrix: what is made of them, where there are targets.
     """
-    fit, inputs = sums.fit(processes), sums.inputs(processes)
+    fit, inputs = sums.equations(processes), sums.inputs(processes)
     given, seen = int(processes.total(sums.fitted)), int(processes.total(sums.seen))
     width = len(fit.G)
     if given >= width:

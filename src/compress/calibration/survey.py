@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
-from jaxtyping import Float, Float64, Int64
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from compress.calibration.observers import GradientFiles, LinearObserver, Spectrum, UnitObserver, cost_name
@@ -195,19 +195,16 @@ class Surveyor:
                 self.observer.last(x)
                 # Every token but a window's last predicts the next.
                 pieces = zip(x[:, :-1].split(TOKENS_AT_ONCE, 1), batch.ids[:, 1:].split(TOKENS_AT_ONCE, 1), strict=True)
-                found = [self._loss_gradient(*piece) for piece in pieces]
+                found = []
+                for piece, following in pieces:
+                    with torch.enable_grad():
+                        piece = piece.detach().requires_grad_()
+                        logits, following = self.decoder.logits(piece).flatten(0, 1), following.flatten().to(x.device)
+                        loss = torch.nn.functional.cross_entropy(logits, following, reduction="sum")
+                        found.append(torch.autograd.grad(loss, piece)[0])
                 gradient = torch.cat([*found, x.new_zeros(x[:, -1:].shape)], 1)
                 self._count(x, gradient)
                 self.stream.put(batch.index, gradient)
-
-    def _loss_gradient(
-        self, x: Float[Tensor, "windows tokens D"], following: Int64[Tensor, "windows tokens"]
-    ) -> Float[Tensor, "windows tokens D"]:
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            logits, following = self.decoder.logits(x).flatten(0, 1), following.flatten().to(x.device)
-            loss = torch.nn.functional.cross_entropy(logits, following, reduction="sum")
-            return torch.autograd.grad(loss, x)[0]
 
     def _backward(self, block: int, inputs: ActivationCache) -> None:
         """Take the gradients from a block's output to its input, counting them at each point on the way."""

@@ -20,7 +20,6 @@ from compress.calibration.weights import LazyWeights, PartLoader
 from compress.checkpoints import reload
 from compress.checkpoints.files import check_code
 from compress.checkpoints.metadata import read_metadata
-from compress.child_process import run_in_child
 from compress.errors import VerificationError
 from compress.models.decoder import Decoder
 from compress.models.gguf_weights import gguf_folder, load_gguf_tokenizer
@@ -28,6 +27,7 @@ from compress.models.loading import load_config, load_tokenizer
 from compress.models.storage import inputs_as_they_are
 from compress.models.stored_loading import load_stored
 from compress.models.untrusted import read_json
+from compress.process import run_in_child
 
 # Of the largest logit. Float32 against float32 is rounding; a model too large for that runs in its 16-bit dtype.
 TOLERANCE = 1e-4

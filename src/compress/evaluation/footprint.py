@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 
-from compress.child_process import run_in_child
 from compress.errors import CheckpointError, CompressError, UsageError
 from compress.evaluation.speed import Workload, attempted, current, runner, seconds, spread
 from compress.models.loading import empty_model, load_config
 from compress.models.stored_loading import open_model
 from compress.models.tensor_files import ADAPTER, FLOATS, checkpoint_files, read_header
+from compress.process import run_in_child
 
 LOADS = 3
 QUIET = {"PYTHONWARNINGS": "ignore", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}

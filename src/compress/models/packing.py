@@ -118,7 +118,14 @@ def packed_tensors(storage: Storage, weight: Tensor, grid: Grid | None, dtype: t
         return {"weight": weight.to(dtype)}
     assert isinstance(grid.quant_type, QuantType)
     if storage.in_float4:
-        return float4_tensors(weight, grid)
+        values = grid.codes(weight).float().contiguous()
+        numbers = torch.bucketize(values.abs(), values.new_tensor(E2M1)) | (values < 0).long() << 3
+        packed = (numbers[:, ::2] | numbers[:, 1::2] << 4).to(torch.uint8)
+        steps = (grid.step * grid.divisor).to(FLOAT4_STEPS[grid.group])
+        if steps.dtype != FLOAT8:
+            return {"weight_packed": packed, "weight_scale": steps.view(torch.uint8)}
+        divisor = torch.full((1,), grid.divisor, device=packed.device)
+        return {"weight_packed": packed, "weight_scale": steps, "weight_global_scale": divisor}
     scale, codes, bits = grid.step.to(dtype), grid.codes(weight), grid.quant_type.bits
     zero = None if grid.zero is None else grid.zero.to(torch.int8)
     if storage.group == "tensor":
@@ -130,17 +137,6 @@ def packed_tensors(storage: Storage, weight: Tensor, grid: Grid | None, dtype: t
         return zeros | {"weight": codes, "weight_scale": scale}
     shape = torch.tensor(weight.shape)
     return zeros | {"weight_packed": pack_words(codes, bits), "weight_scale": scale, "weight_shape": shape}
-
-
-def float4_tensors(weight: Float[Tensor, "m n"], grid: Grid) -> Tensors:
-    codes = grid.codes(weight).float().contiguous()
-    numbers = torch.bucketize(codes.abs(), codes.new_tensor(E2M1)) | (codes < 0).long() << 3
-    packed = (numbers[:, ::2] | numbers[:, 1::2] << 4).to(torch.uint8)
-    scale = (grid.step * grid.divisor).to(FLOAT4_STEPS[grid.group])
-    if scale.dtype != FLOAT8:
-        return {"weight_packed": packed, "weight_scale": scale.view(torch.uint8)}
-    divisor = torch.full((1,), grid.divisor, device=packed.device)
-    return {"weight_packed": packed, "weight_scale": scale, "weight_global_scale": divisor}
 
 
 def matrix_tensors(matrix: Float[Tensor, "m n"], grid: Grid | None, kept: Kept | None, dtype: torch.dtype) -> Tensors:

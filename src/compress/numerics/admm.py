@@ -117,7 +117,11 @@ class Solver:
             chunk.update_sparse(inverse, dual_factor)
         if self.rank:
             Y, V, momentum = self.Y, self.V, MOMENTUM if accelerate else 0.0
-            self.find_lowrank(G)
+            # A step of subspace iteration with E^T G E, then E projected on the directions.
+            for _ in range(self.steps):
+                weighted = G @ self.product(self.V)
+                self.V = torch.linalg.qr(torch.cat([chunk.E.T @ weighted for chunk in self.chunks])).Q
+            self.Y, self.steps = self.product(self.V), 1
             # L <- new + momentum (new - Y V^T), Y V^T the best of the iteration before
             for chunk, new, old in zip(self.chunks, self.V.split(self.sizes), V.split(self.sizes), strict=True):
                 torch.mm(self.Y, ((1 + momentum) * new).T, out=chunk.L)
@@ -126,17 +130,10 @@ class Solver:
         for chunk in self.chunks:
             chunk.C.add_(chunk.T).sub_(chunk.L)
 
-    def find_lowrank(self, G: Square) -> None:
-        """Take a step of subspace iteration with E^T G E, and project E on the directions."""
-
-        def product(directions: Float[Tensor, "m r"]) -> Float[Tensor, "n r"]:
-            parts = zip(self.chunks, directions.split(self.sizes), strict=True)
-            return torch.stack([chunk.E @ part for chunk, part in parts]).sum(0)
-
-        for _ in range(self.steps):
-            weighted = G @ product(self.V)
-            self.V = torch.linalg.qr(torch.cat([chunk.E.T @ weighted for chunk in self.chunks])).Q
-        self.Y, self.steps = product(self.V), 1
+    def product(self, directions: Float[Tensor, "m r"]) -> Float[Tensor, "n r"]:
+        """E directions."""
+        parts = zip(self.chunks, directions.split(self.sizes), strict=True)
+        return torch.stack([chunk.E @ part for chunk, part in parts]).sum(0)
 
     def split(self, scale: Float[Tensor, "n 1"]) -> Split:
         S, mask = (torch.cat([getattr(chunk, name) for chunk in self.chunks], dim=1) for name in ("D", "mask"))

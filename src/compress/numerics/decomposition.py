@@ -91,7 +91,8 @@ class Decomposition:
     @property
     def compensates(self) -> bool:
         """Whether weights change to compensate for errors of others."""
-        return self.finds_mask or (self.quantize is not None and self.quantize.sweeps)
+        finds_mask = self.prune is not None and self.prune.method in ("sparsegpt", "admm")
+        return finds_mask or (self.quantize is not None and self.quantize.sweeps)
 
     @property
     def rows_are_independent(self) -> bool:
@@ -99,10 +100,6 @@ class Decomposition:
         prune, quantize = self.prune, self.quantize
         shares_steps = quantize is not None and (quantize.group == "tensor" or quantize.finer)
         return not shares_steps and (prune is None or prune.method != "sparsegpt" or prune.pattern.is_grouped)
-
-    @property
-    def finds_mask(self) -> bool:
-        return self.prune is not None and self.prune.method in ("sparsegpt", "admm")
 
 
 @dataclass(frozen=True)

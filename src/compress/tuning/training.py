@@ -28,8 +28,7 @@ from compress.errors import NumericalError
 from compress.numerics.functional import cross_entropy_and_gradient, kl_and_gradient
 from compress.own_model.modeling_compress import CompressForCausalLM, finished_logits
 from compress.progress import Progress, Steps
-from compress.tuning.settings import Rate, Settings, share_of_rate
-from compress.tuning.texts import batch
+from compress.tuning.settings import Rate, Settings, batch, share_of_rate
 from compress.tuning.trained import Trained
 
 LARGEST_GRADIENT = 1.0  # a step's gradient is made no longer than this
@@ -68,9 +67,7 @@ class Course:
 
 
 class Training:
-    """
-    best: the parameters at the best look. moments: AdamW's, by the parameter's name.
-    """
+    """best: the parameters at the best look. moments: AdamW's, by the parameter's name."""
 
     def __init__(
         self,
