@@ -58,11 +58,14 @@ OTHERWISE = [
     Row("falcon", "40B: a norm each", {"new_decoder_architecture": True, "num_kv_heads": 2}),
     Row("falcon", "11B: new, one norm", {"new_decoder_architecture": True, "num_ln_in_parallel_attn": 1}),
     Row("falcon", "RW: sequential, alibi", {"parallel_attn": False, "alibi": True, "bias": True, "multi_query": False}),
+    Row("deepseek_v3", "a dense block", {"first_k_dense_replace": 1}),
+    Row("granitemoehybrid", "Mamba in some blocks", tiny.HYBRID),
     Row("mistral", "no window", {"sliding_window": None}),
     Row("gpt_neox", "sequential", {"use_parallel_residual": False}),
     Row("opt", "350M: norms behind", tiny.OPT_350M),
     Row("phi", "norms of queries and keys", {"qk_layernorm": True}),
     Row("cohere", "norms of queries and keys", {"use_qk_norm": True}),
+    Row("qwen3_moe", "experts in some blocks", {"mlp_only_layers": [0], "intermediate_size": 40}),
     Row("stablelm", "parallel", {"use_parallel_residual": True}),
     Row("starcoder2", "no biases", {"use_bias": False}),
 ]
@@ -152,7 +155,7 @@ def cell(row: Row, method: Method) -> Cell:
 def gguf_cell(row: Row) -> Cell:
     """Of the narrower model, or where it cannot be narrower, of the one with factors multiplied out."""
     config = row.config
-    method = "materialized" if family_of(row).not_exact(config) else "one basis"
+    method = "materialized" if cell(row, METHODS["one basis"]).kind == "refused" else "one basis"
     plan = planned(config, METHODS[method].recipe())
     try:
         check_writable(plan.spec.config(torch.float32))
@@ -223,7 +226,8 @@ def job_of(row: Row, method: Method, folder: Path, out: Path, *, resume: bool = 
 def write_inputs(folder: Path, rows: Sequence[Row], dtype: torch.dtype = torch.float32) -> None:
     tiny.write_text(folder / "text.txt", lines=60)
     for row in rows:
-        options: dict[str, Any] = {"num_hidden_layers": 1, **row.changes}
+        blocks = NUM_BLOCKS if family_of(row).others else 1  # one of each kind
+        options: dict[str, Any] = {"num_hidden_layers": blocks, **row.changes}
         name = row.name.replace(":", "")
         tiny.write_model(folder / name, row.model_type, dtype=dtype, shard_size="1GB", **options)
 
@@ -241,7 +245,7 @@ class Noted:
 @dataclass(frozen=True)
 class Written:
     out: Path
-    result: pipeline.Result
+    result: pipeline.output.Result
     probe: tuple[Tensor, Tensor]
 
     def read(self, name: str) -> dict[str, Any]:

@@ -137,10 +137,21 @@ def inner(text: str) -> list[list[str]]:
             [
                 "import compress  # registers",
                 "trust_remote_code=True",
-                "vLLM cannot serve it: it has no CompressForCausalLM.",
+                "vllm serve PATH --trust-remote-code\n",
             ],
-            ["vllm", "llama"],
+            ["llama"],
         ),
+        (
+            {"architecture": "CompressForCausalLM", "loads_without_our_code": False, "not_for_vllm": "its reason"},
+            ["vLLM cannot serve it: its reason."],
+            ["vllm serve"],
+        ),
+        (
+            {"architecture": "DeciLMForCausalLM", "loads_without_our_code": False},
+            ["vllm serve PATH --trust-remote-code\n"],
+            ["cannot"],
+        ),
+        ({"architecture": "FalconForCausalLM"}, ["vLLM cannot serve it: it has no FalconForCausalLM."], ["vllm serve"]),
         ({"export": "gguf"}, ["llama-cli -m PATH/*.gguf"], []),
         (
             {"adapter": {"r": 12, "rank_pattern": {}}, "quantized": True, "storage": "packed"},
@@ -161,6 +172,11 @@ def inner(text: str) -> list[list[str]]:
             {"linears": linears({"bits": "mxfp4"}), "storage": "packed", "quantized": True},
             ["have mxfp4 weights", "vllm serve PATH --dtype bfloat16\n", "Blackwell GPUs may round inputs"],
             [],
+        ),
+        (
+            {"linears": linears({"bits": "nvfp4"}), "storage": "packed", "quantized": True},
+            ["have nvfp4 weights", "With vLLM, where it has kernels for such weights", "```\nvllm serve PATH\n"],
+            ["Blackwell"],
         ),
         ({"origin": {"license": "mit"}}, ["The license is the base model's: `mit`."], ["names none"]),
         (

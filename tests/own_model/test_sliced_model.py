@@ -43,7 +43,7 @@ class Made:
     source: Path
     out: Path
     probe: tuple[Tensor, Tensor]
-    result: pipeline.Result
+    result: pipeline.output.Result
 
 
 def job(folder: Path, stages: Any) -> Job:
@@ -128,6 +128,7 @@ def test_the_config_says_what_it_is(made):
     assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (0, 1, 2)
     assert config["auto_map"] == {
         "AutoConfig": "configuration_compress.CompressConfig",
+        "AutoModel": "modeling_compress.CompressModel",
         "AutoModelForCausalLM": "modeling_compress.CompressForCausalLM",
     }
     assert str(checkpoint.source) not in (checkpoint.out / "config.json").read_text()

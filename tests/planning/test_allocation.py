@@ -47,7 +47,7 @@ def test_as_many_neurons_in_all_stand_where_the_survey_wants_them(home, place, m
     said = succeeds(
         *words(home, kind, "--keep-params", 0.6, "--allocation", "free", "--drop-blocks", 0, "--out", "out", "--json")
     ).json
-    assert said["architecture"] == "CompressForCausalLM"
+    assert said["architecture"] == ("DeciLMForCausalLM" if kind == "llama" else "CompressForCausalLM")
     assert said["parameters"] <= 0.6 * said["dense_parameters"]
     neurons = said["units"]["neurons"]
     assert len(neurons) == NUM_BLOCKS
@@ -62,6 +62,28 @@ def test_as_many_neurons_in_all_stand_where_the_survey_wants_them(home, place, m
     (units,) = family.units("neurons")
     writers = [block.get_submodule(units.writer) for block in model.get_submodule(family.blocks)]
     assert [writer.in_features for writer in writers] == neurons
+    if kind == "llama":
+        assert_is_deci_lm(model.config, neurons)
+
+
+def assert_is_deci_lm(config, neurons):
+    """What vLLM's DeciLMForCausalLM reads, attributes of the config and of its blocks."""
+    assert config.architectures == ["DeciLMForCausalLM"]
+    assert [block.ffn.intermediate_size for block in config.block_configs] == neurons
+    assert not any(hasattr(block.ffn, "ffn_mult") for block in config.block_configs)  # which would be asked first
+    assert not any(block.ffn.no_op or block.attention.no_op for block in config.block_configs)
+    stock = config.text_config
+    groups = {stock.num_attention_heads // block.attention.n_heads_in_group for block in config.block_configs}
+    assert groups == {stock.num_key_value_heads}
+    for key in (
+        "hidden_size",
+        "head_dim",
+        "rope_parameters",
+        "rms_norm_eps",
+        "attention_bias",
+        "max_position_embeddings",
+    ):
+        assert getattr(config, key) == getattr(stock, key), key
 
 
 def test_neurons_go_where_their_deletion_costs_least():

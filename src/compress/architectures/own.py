@@ -17,8 +17,11 @@ from compress.calibration.weights import Layout
 from compress.own_model.configuration_compress import CompressConfig
 
 CLASS = "CompressForCausalLM"
+BY_BACKEND = ("llama", "mistral", "qwen2", "qwen3")  # the model_types that vLLM's Transformers backend has run as ours
+DECI_LM = "DeciLMForCausalLM"  # of engines: a Llama whose MLPs have a width each
 AUTO_MAP = {
     "AutoConfig": "configuration_compress.CompressConfig",
+    "AutoModel": "modeling_compress.CompressModel",
     "AutoModelForCausalLM": f"modeling_compress.{CLASS}",
 }
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -30,18 +33,19 @@ class Own(Architecture):
     inside: the stock architecture whose linears are changed; None where the stream is sliced in a form of our own.
     free_widths: its MLPs may have a width in each block.
     shortcuts: the points of that stream have bases of their own.
+    class_name: what config.json calls it: ours, or with free widths alone `DECI_LM`, the same model of other programs.
     """
 
     inside: Stock | None = None
     shortcuts: bool = True
     free_widths: bool = False
+    class_name: str = CLASS
 
-    class_name: ClassVar = CLASS
     is_stock: ClassVar = False
 
     def __post_init__(self) -> None:
         if self.inside is not None and self.inside.dense is not self.dense:  # blocks have been left out
-            object.__setattr__(self, "inside", replace(self.inside, dense=self.dense))
+            object.__setattr__(self, "inside", replace(self.inside, dense=self.dense, family=self.family))
 
     @property
     def zero_biases(self) -> tuple[str, ...]:
@@ -66,7 +70,7 @@ class Own(Architecture):
             mlp_widths=widths if self.free_widths else None,
             factors={path: {"rank": f.rank, "form": f.form, "bias": f.has_bias} for path, f in spec.factors.items()},
             storage={path: stored.entry() for path, stored in spec.storage.items() if stored.form == "compact"},
-            architectures=[CLASS],
+            architectures=[self.class_name],
             auto_map=dict(AUTO_MAP),
             # Not every config has them all: CodeGen's has no pad_token_id.
             **{name: getattr(text_config, name, None) for name in TOKENS},
@@ -104,8 +108,18 @@ class Own(Architecture):
             return self.inside.steps()
         # With shortcuts as the paper's code has it; without, as finely as for a stock shape.
         hidden = 8 if self.shortcuts else usual_step(self.dense.hidden_size, 1, at_least=16)
-        neurons = usual_step(self.family.dense_units(self.dense)["neurons"], 1, at_least=64)
-        return {"hidden": hidden, "neurons": neurons, "kv_groups": 1, "rank": rank_step(self.dense)}
+        neurons = self.family.dense_units(self.dense).get("neurons", self.dense.hidden_size)
+        steps = {"hidden": hidden, "neurons": usual_step(neurons, 1, at_least=64)}
+        return {**steps, "kv_groups": 1, "rank": rank_step(self.dense)}
+
+    def not_for_vllm(self, spec: ModelSpec) -> str | None:
+        if self.inside is None:
+            return "its heads take a stream of the dense width"
+        if any(stored.form == "compact" for stored in spec.storage.values()):
+            return "it has no room for compact weights"
+        if self.dense.model_type not in BY_BACKEND:
+            return f"of our architecture it is known to run {', '.join(BY_BACKEND)}"
+        return None
 
     def problems(self, spec: ModelSpec) -> list[str]:
         if self.inside is not None:
@@ -133,6 +147,6 @@ def widest(spec: ModelSpec) -> ModelSpec:
 
 def as_own(architecture: Architecture) -> Own:
     if isinstance(architecture, Own):
-        return architecture
+        return replace(architecture, class_name=CLASS)
     assert isinstance(architecture, Stock)
     return Own(architecture.dense, architecture.family, architecture)

@@ -59,7 +59,7 @@ def check_format(folder: Path, number: int) -> None:
 
 
 def check_sizes(file: Path, config: Any) -> None:
-    for each in {id(config): config, id(config.get_text_config()): config.get_text_config()}.values():
+    for each in (config, getattr(config, "text_config", config)):
         check_values(file, {name: getattr(each, name, None) for name in LIMITS})
 
 
@@ -80,6 +80,12 @@ def with_blocks(config: Any, numbers: Sequence[int]) -> Any:
     for name in BY_BLOCK:
         if each := getattr(found, name, None):
             setattr(found, name, [each[number] for number in numbers])
+    if (first := getattr(found, "first_k_dense_replace", None)) is not None:
+        found.first_k_dense_replace = sum(number < first for number in numbers)
+    if hasattr(found, "decoder_sparse_step"):  # of every so many blocks one has experts, but for those that are listed
+        only, step = found.mlp_only_layers or (), found.decoder_sparse_step
+        found.mlp_only_layers = [new for new, old in enumerate(numbers) if old in only or (old + 1) % step]
+        found.decoder_sparse_step = 1
     return found
 
 

@@ -30,6 +30,7 @@ MAPPED = 2**25  # bytes of a file that are mapped at a time
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 # GPT-NeoX's head is stored by the name it had before transformers 5, which still saves it so.
 OTHER_NAMES = {"lm_head.weight": "embed_out.weight"}
+WITHIN = "model.language_model."  # what transformers saves Qwen3.5's language model under, where it was part of a whole
 FLOATS = ("F64", "F32", "F16", "BF16")  # what weights that are not quantized are stored in
 BITS = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
@@ -87,8 +88,12 @@ class SafetensorsFolder:
 
     def find(self, *names: str) -> str | None:
         """Return the first of these names that is stored, also without the `model.` prefix or under older names."""
-        forms = (form for name in names for form in (name, name.removeprefix("model."), OTHER_NAMES.get(name, name)))
-        return next((form for form in forms if form in self.tensors), None)
+        for name in names:
+            bare = name.removeprefix("model.")
+            for form in (name, bare, OTHER_NAMES.get(name, name), f"{WITHIN}{bare}"):
+                if form in self.tensors:
+                    return form
+        return None
 
     @contextmanager
     def opened(self, file: Path) -> Iterator[Any]:
@@ -233,6 +238,7 @@ APART = re.compile(r"\.mlp\.experts\.(\d+)\.")
 MIXTRAL = re.compile(r"\.block_sparse_moe\.experts\.(\d+)\.(w[123])\b")
 LETTERS = {"gate": "w1", "down": "w2", "up": "w3"}
 PARTS = {letter: part for part, letter in LETTERS.items()}
+DEEPSEEK = {".mlp.shared_expert.": ".mlp.shared_experts.", ".mlp.correction": ".mlp.gate.e_score_correction_bias"}
 
 
 @dataclass(frozen=True)
@@ -249,6 +255,9 @@ class Piece:
 
 def file_name(name: str, model_type: str) -> str:
     """The name in a stock model's files of a tensor of ours."""
+    if model_type == "deepseek_v3":
+        for own, stored in DEEPSEEK.items():
+            name = name.replace(own, stored)
     if model_type != "mixtral":
         return OURS.sub(r".mlp.experts.\1.\2_proj", name)
     name = OURS.sub(lambda found: f".block_sparse_moe.experts.{found[1]}.{LETTERS[found[2]]}", name)
@@ -257,12 +266,14 @@ def file_name(name: str, model_type: str) -> str:
 
 def stored_forms(name: str) -> list[str]:
     """Names that a tensor may have in a file, fused ones left out."""
-    return list(dict.fromkeys((name, file_name(name, ""), file_name(name, "mixtral"))))
+    return list(dict.fromkeys((name, *(file_name(name, model_type) for model_type in ("", "mixtral", "deepseek_v3")))))
 
 
 def own_name(stored: str) -> str:
     """Our name of a tensor of a file."""
     name = MIXTRAL.sub(lambda found: f".mlp.expert.{found[1]}.{PARTS[found[2]]}_proj", stored)
+    for own, theirs in DEEPSEEK.items():
+        name = name.replace(theirs, own)
     return APART.sub(r".mlp.expert.\1.", name).replace(".block_sparse_moe.gate.", ".mlp.gate.")
 
 

@@ -1,5 +1,7 @@
 """The config of `CompressForCausalLM`; carried in every checkpoint of that class."""
 
+from types import SimpleNamespace
+
 from transformers import AutoConfig
 from transformers.configuration_utils import PretrainedConfig
 
@@ -22,6 +24,8 @@ class CompressConfig(PretrainedConfig):
         else None.
     factors: by the name of each factorized linear: `rank`, `form` (`factors` or `pivot`) and `bias`.
     storage: by the name of each linear stored in few bits, factors apart: how, as `CompactLinear` reads it.
+
+    What it has not itself it has of `text_config`: engines that ask for sizes need not know that there is one.
     """
 
     model_type = "compress"
@@ -43,6 +47,27 @@ class CompressConfig(PretrainedConfig):
         kwargs.setdefault("tie_word_embeddings", bool(text_config and text_config.tie_word_embeddings))
         super().__init__(**kwargs)
 
+    def __getattr__(self, name):
+        if name.startswith("_") or name == "text_config":
+            raise AttributeError(name)
+        return getattr(self.text_config, name)
+
+    def get_text_config(self, decoder=None, encoder=None):
+        """This one: a model with another text config is one of several modalities to engines."""
+        return self
+
+    @property
+    def block_configs(self):
+        """The blocks as vLLM's DeciLMForCausalLM reads them, a Llama with an MLP width in each."""
+        groups = self.num_attention_heads // self.num_key_value_heads
+        attention = SimpleNamespace(no_op=False, n_heads_in_group=groups)
+        mlps = [SimpleNamespace(no_op=False, intermediate_size=width) for width in self.mlp_widths or ()]
+        return [SimpleNamespace(attention=attention, ffn=mlp) for mlp in mlps]
+
     @property
     def vocab_size(self):
         return self.text_config.vocab_size
+
+    @vocab_size.setter
+    def vocab_size(self, number):
+        self.text_config.vocab_size = number

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from compress.architectures.architecture import ModelSpec, Size, stored_bytes
-from compress.architectures.own import Own
+from compress.architectures.own import DECI_LM, Own
 from compress.architectures.stock import Stock
 from compress.calibration.depth import Depth
 from compress.calibration.linears import LinearShape, LinearSite
@@ -187,7 +187,8 @@ def choose_base(recipe: Recipe, config: Any, family: Family, dtype: torch.dtype)
         reason = "MLPs of different widths have no stock shape, so the result is written in our architecture."
         windowed = getattr(config, "sliding_window", None) is not None
         if why_own(config, family) is None and stock.model_type in DECI and not windowed:
-            own, reason = Own(config, family, stock, free_widths=True), f"{reason} llama.cpp runs it: --export gguf."
+            own = Own(config, family, stock, free_widths=True, class_name=DECI_LM)
+            reason = f"{reason} vLLM runs it as {DECI_LM}, llama.cpp too: --export gguf."
     return replace(ModelSpec.dense(own, dtype), notes=(str(reason),))
 
 

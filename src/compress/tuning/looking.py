@@ -187,7 +187,7 @@ def found(model: nn.Module, *kinds: type[Any]) -> dict[str, Any]:
 
 def block_linears(model: nn.Module, config: Any) -> dict[str, nn.Linear | LoraLinear]:
     """Every linear of the blocks by its path, shortcuts and the two of a product included."""
-    start = f"{families.find(config.get_text_config()).blocks}."
+    start = f"{families.find(getattr(config, 'text_config', config)).blocks}."
     linears = found(model, nn.Linear, LoraLinear)
     return {path: linear for path, linear in linears.items() if path.startswith(start)}
 

@@ -80,7 +80,7 @@ def read_model(folder: Path, types: Mapping[str, str]) -> Model:
     check_writable(config)
     widths, weights = mlp_widths(config), LazyWeights(folder)
     shapes = stored_shapes(config)
-    config = config.get_text_config()
+    config = getattr(config, "text_config", config)
     architecture = "deci" if widths else WRITTEN[config.model_type]
     known = ARCHITECTURES[architecture]
     quantized = {f"{path}.weight": f"{path}.qweight" for path in types}
@@ -157,7 +157,7 @@ def check_writable(config: Any) -> None:
 def why_not_writable(config: Any) -> str | None:
     """What of a config GGUF cannot say, if anything."""
     if mlp_widths(config):
-        stock = config.get_text_config()
+        stock = config.text_config
         return why_not_writable(stock) if stock.model_type in DECI else "its MLPs differ in width"
     kind = config.model_type
     if kind not in WRITTEN:

@@ -69,7 +69,7 @@ def read_vocabulary(folder: Path, config: Any) -> Vocabulary:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     state: dict[str, Any]
     state = {"model": {"type": type(tokenizer).__name__}} if backend is None else json.loads(backend.to_str())
-    prefixed = config.get_text_config().model_type not in GEMMAS
+    prefixed = getattr(config, "text_config", config).model_type not in GEMMAS
     reason, ends = why_not_sayable(state, prefixed), None
     if reason is None and (ends := added_ends(tokenizer)) is None:
         reason = f"it makes {tokenizer.encode('a')} of 'a', more than a beginning and an end of text"
