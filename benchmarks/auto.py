@@ -30,7 +30,7 @@ from compress.cli.options import parse_size
 from compress.datasets.windows import calibration_windows
 from compress.models.hub import find_model
 from compress.models.loading import load_config, load_tokenizer
-from compress.numerics.precision import full_precision
+from compress.numerics.sums import full_precision
 from compress.planning.prepare import Job, new_rounded_model, plan_job, prepare, take_survey
 from compress.planning.types import TypeSearch, TypeSpace
 from compress.recipe import Budget, parse_recipe

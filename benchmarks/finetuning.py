@@ -29,7 +29,7 @@ from typing import Any
 
 import marked
 
-from compress.datasets.stdlib import LEFT_OUT
+from compress.datasets.texts import LEFT_OUT
 
 COMPRESS = Path(sys.executable).with_name("compress")
 COLUMNS = [

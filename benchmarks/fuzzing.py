@@ -42,7 +42,7 @@ from spoiling import (
 
 from cli_runner import succeeds
 from compress import presets
-from compress.cli.reporting import quiet_libraries, reporting_errors
+from compress.cli.console import quiet_libraries, reporting_errors
 from outputs import write_outputs
 from tiny import FAMILIES, tiny_config, write_model
 
@@ -93,8 +93,8 @@ class Verdict:
 
 def plan(home: Path, choose: Random) -> None:
     """The commands that compress, as far as config.json goes."""
+    from compress.cli.quantize import slim_model
     from compress.cli.slice_lord import factorize_model, slice_model
-    from compress.cli.slim_quantize import slim_model
 
     options: dict[str, Any] = {"model": str(home / "opt"), "dry_run": True, "device": "cpu"}
     commands = [
@@ -110,8 +110,8 @@ def plan(home: Path, choose: Random) -> None:
 def look_at_model(home: Path, choose: Random) -> None:
     """The commands that measure a model, before they read its weights; and `inspect`."""
     from compress.cli.inspect import inspect_outputs
+    from compress.evaluation.bench import look_at_pair, workloads
     from compress.evaluation.evaluate import Request, prepare
-    from compress.evaluation.speed.report import look_at_pair, workloads
     from compress.models.hub import ModelSource
 
     folder = home / "opt"
@@ -184,7 +184,7 @@ def read_facts(home: Path, choose: Random) -> None:
     from compress.cli.bench import base_of
     from compress.cli.compressing import run_recipe
     from compress.cli.inspect import inspect_outputs
-    from compress.evaluation.speed.report import Named, facts_of, other_source
+    from compress.evaluation.bench import Named, facts_of, other_source
     from compress.models.hub import find_model
 
     folder = home / "packed"
@@ -237,7 +237,7 @@ def read_text(home: Path, choose: Random) -> None:
 
 
 def read_task(home: Path, choose: Random) -> None:
-    from compress.datasets.tasks import read_documents
+    from compress.datasets.texts import read_documents
     from compress.evaluation.tasks import fitted, piqa
 
     for number, document in enumerate(read_documents(home / "data" / "tasks" / "piqa.jsonl"), 1):
@@ -245,8 +245,8 @@ def read_task(home: Path, choose: Random) -> None:
 
 
 def read_problems(home: Path, choose: Random) -> None:
-    from compress.datasets.tasks import load_problems
-    from compress.evaluation.humaneval import program_of
+    from compress.datasets.texts import load_problems
+    from compress.evaluation.generation import program_of
 
     for problem in load_problems(home / "data"):
         program_of(problem, "    pass\n")
@@ -284,7 +284,7 @@ def read_card(home: Path, choose: Random) -> None:
 
 def read_gguf(home: Path, choose: Random) -> None:
     from compress.calibration.weights import LazyWeights
-    from compress.models.gguf_opening import gguf_folder
+    from compress.models.gguf_weights import gguf_folder
     from compress.models.loading import load_config, load_tokenizer
     from compress.models.stored_loading import open_model
 

@@ -158,7 +158,7 @@ def compress(session: Session, name: str) -> dict[str, Any]:
         "parameters": result.size.parameters / result.dense.parameters,
         "bytes": result.size.bytes / result.dense.bytes,
         "lost_energy": result.lost,
-        "held_out_divergence": result.divergence,
+        "held_out_divergence": result.metadata.held_out_divergence,
         "device_peak": torch.cuda.max_memory_allocated() if session.device == "cuda" else None,
         "host_peak": host_peak(),
     }
@@ -167,7 +167,7 @@ def compress(session: Session, name: str) -> dict[str, Any]:
 def host_peak() -> int | None:
     from torch import device
 
-    from compress.evaluation.speed.footprint import peak
+    from compress.evaluation.footprint import peak
 
     return peak(device("cpu"))
 
@@ -184,7 +184,7 @@ def both(session: Session, name: str) -> list[Any]:
 def generation(session: Session, name: str) -> list[dict[str, Any]]:
     from cuda_graphs import recorded
 
-    from compress.evaluation.speed.turns import Workload, compare_generation
+    from compress.evaluation.speed import Workload, compare_generation
 
     scale, models, found = session.scale, both(session, name), []
     for graphs in ways(session):
@@ -201,7 +201,7 @@ def linears(session: Session, name: str) -> list[dict[str, Any]]:
     import torch
     from cuda_graphs import captured
 
-    from compress.evaluation.speed.turns import compare_linears, matched
+    from compress.evaluation.speed import compare_linears, matched
 
     scale, found = session.scale, []
     options = (torch.bfloat16, torch.device(session.device))

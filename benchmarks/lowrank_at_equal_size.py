@@ -31,7 +31,7 @@ from compress.errors import UsageError
 from compress.evaluation.windows import perplexity
 from compress.models.hub import find_model
 from compress.models.loading import load_model, load_tokenizer
-from compress.numerics.precision import full_precision
+from compress.numerics.sums import full_precision
 from compress.planning import search
 from compress.planning.budget import rank_choices
 from compress.planning.plan import Plan

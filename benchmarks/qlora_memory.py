@@ -61,8 +61,8 @@ def write_models(root: Path, options: argparse.Namespace) -> None:
     from transformers import LlamaConfig
 
     from compress import families
-    from compress.architectures.packed import quantization_config
     from compress.models.loading import empty_model
+    from compress.models.packing import quantization_config
     from compress.models.storage import Storage, empty_linear
     from compress.own_model.configuration_compress import CompressConfig
 

@@ -14,7 +14,7 @@ from typing import Any
 from lowrank_at_equal_size import WAYS, Bench
 
 from compress.errors import UsageError
-from compress.numerics.precision import full_precision
+from compress.numerics.sums import full_precision
 from compress.planning.prepare import Prepared
 
 LADDER: dict[str, dict[str, Any]] = {

@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from transformers import PreTrainedModel
 
-from compress.evaluation.speed.turns import Decoding, Workload, attempted, current, has_room, prompts, seconds
+from compress.evaluation.speed import Decoding, Workload, attempted, current, has_room, prompts, seconds
 from compress.models.stored_loading import open_model
 
 LENGTH = 128  # tokens

@@ -27,7 +27,7 @@ from compress.datasets.windows import evaluation_windows
 from compress.evaluation.windows import perplexity
 from compress.models.hub import find_model
 from compress.models.loading import load_model, load_tokenizer
-from compress.numerics.precision import full_precision
+from compress.numerics.sums import full_precision
 from compress.planning.plan import Plan
 from compress.planning.prepare import Job, new_walk, prepare
 from compress.recipe import parse_recipe

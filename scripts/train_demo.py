@@ -26,7 +26,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from compress.datasets import stdlib
+from compress.datasets.texts import library_root, stdlib
 
 ASSETS = Path(__file__).parents[1] / "src" / "compress" / "assets"
 VOCAB_SIZE = 1024
@@ -45,10 +45,10 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(options.seed)
 
-    text = stdlib.load("train") + library_tests()
+    text = stdlib("train") + library_tests()
     tokenizer = train_tokenizer(text)
     tokens = encode(tokenizer, text)
-    held_out = encode(tokenizer, stdlib.load("validation"))
+    held_out = encode(tokenizer, stdlib("validation"))
     model = AutoModelForCausalLM.from_config(CONFIGS[options.architecture]())
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokens):,} training tokens", flush=True)
     train(model, tokens, held_out, steps=options.steps)
@@ -74,7 +74,7 @@ def forget_untrained_positions(model: OPTForCausalLM) -> None:
 
 
 def library_tests() -> list[str]:
-    root = stdlib.library_root()
+    root = library_root()
     paths = sorted((root / "test").rglob("*.py"))
     # What encoded mail headers spell is no language.
     return [path.read_text(encoding="utf-8", errors="replace") for path in paths if "encoded" not in path.name]

@@ -15,6 +15,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -101,6 +102,18 @@ def snapshot(folder: Path) -> dict[str, bytes | None]:
     return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in paths}
 
 
+def same_files(folder: Path, expected: dict[str, bytes | None]) -> None:
+    found = snapshot(folder)
+    assert sorted(found) == sorted(expected)
+    assert [name for name in expected if found[name] != expected[name]] == []
+
+
+def flip_a_byte(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+
+
 @contextmanager
 def untouched(folder: Path) -> Iterator[None]:
     """That nothing below a folder is written, changed or deleted meanwhile."""
@@ -116,6 +129,15 @@ def environment(**changes: str) -> dict[str, str]:
     fixed = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "COLUMNS": "80"}
     kept = {name: value for name, value in os.environ.items() if name != "COMPRESS_DATA_DIR"}
     return kept | fixed | changes
+
+
+def environments(count: int) -> list[dict[str, str]]:
+    """What torchrun gives each process on one machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [{name: str(value) for name, value in (shared | {"RANK": r, "LOCAL_RANK": r}).items()} for r in range(count)]
 
 
 def start_installed(*words: object, cwd: Path, **env: str) -> "subprocess.Popen[str]":

@@ -1,4 +1,5 @@
 import os
+import re
 from typing import Any
 
 import jaxtyping
@@ -11,50 +12,23 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 # The first parameters that each test is run with.
 FIRST = pytest.StashKey[dict[Any, str]]()
-# Files whose tests run whole commands or the whole pipeline; the others are the units.
-WHOLE_RUNS = {
-    "test_adding_a_family",
-    "test_allocation",
-    "test_bad_input",
-    "test_bench_cli",
-    "test_budget",
-    "test_checkpoint_files",
-    "test_cli",
-    "test_cli_compress",
-    "test_cli_eval",
-    "test_cli_finetune",
-    "test_cli_killed",
-    "test_composition",
-    "test_every_family",
-    "test_experts_world",
-    "test_factorized_runs",
-    "test_family_table",
-    "test_faults",
-    "test_fuzz",
-    "test_gguf",
-    "test_humaneval",
-    "test_inspect",
-    "test_inspect_damage",
-    "test_inspect_plots",
-    "test_max_memory",
-    "test_processes",
-    "test_ranks",
-    "test_registration",
-    "test_report",
-    "test_resume",
-    "test_security",
-    "test_sliced_model",
-    "test_slim",
-    "test_slim_world",
-    "test_soundness",
-    "test_stock",
-}
+# Folders and files whose tests run whole commands or the whole pipeline; the others are the units.
+FOLDERS = {"architectures", "cli", "inspection", "pipeline"}
+FILES = re.compile(
+    "test_(adding_a_family|allocation|budget|checkpoint_files|every_family|family_table|gguf|humaneval|max_memory|"
+    "processes|ranks|registration|security|sliced_model|slim|slim_world|soundness)"
+)
+
+
+def is_whole_run(item: pytest.Item) -> bool:
+    return item.path.parent.name in FOLDERS or FILES.fullmatch(item.path.stem) is not None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if item.path.stem in WHOLE_RUNS:
-            item.add_marker(pytest.mark.slow)
+    """Whole runs come first: a file that takes long is not to be the last one, with nothing beside it."""
+    for item in filter(is_whole_run, items):
+        item.add_marker(pytest.mark.slow)
+    items.sort(key=lambda item: not is_whole_run(item))
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -63,7 +37,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
     Whole runs call the same functions by the thousand, and other parameters the same functions again.
     """
-    unchecked = item.path.stem in WHOLE_RUNS or item.get_closest_marker("unchecked") is not None
+    unchecked = is_whole_run(item) or item.get_closest_marker("unchecked") is not None
     first = item.session.config.stash.setdefault(FIRST, {}).setdefault((item.path, item.originalname), item.nodeid)
     jaxtyping.config.update("jaxtyping_disable", unchecked or first != item.nodeid)
 

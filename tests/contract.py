@@ -204,19 +204,6 @@ def cell_text(found: Cell, row: Row, notes: list[str]) -> str:
     return f"{words} ({notes.index(reason(found, row)) + 1})"
 
 
-def table(rows: Sequence[Row], differences: Mapping[str, float]) -> str:
-    """The section's table and its reasons; differences: of the rows that have been run, by name."""
-    notes: list[str] = []
-    heads = ["model", "rotation", *COLUMNS.values(), "--export gguf", "reloads to"]
-    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
-    for row in rows:
-        texts = [cell_text(found, row, notes) for found in cells(row)]
-        measured = f"{differences[row.name]:.0e}" if row.name in differences else "not run"
-        lines.append(f"| {' | '.join([f'`{row.model_type}`' + row.name[len(row.model_type) :], *texts, measured])} |")
-    reasons = [f"{number}. {words}" for number, words in enumerate(notes, start=1)]
-    return "\n".join([*lines, "", *reasons]) + "\n"
-
-
 # ---- runs ----
 
 
@@ -236,7 +223,7 @@ def job_of(row: Row, method: Method, folder: Path, out: Path, *, resume: bool = 
 def write_inputs(folder: Path, rows: Sequence[Row], dtype: torch.dtype = torch.float32) -> None:
     tiny.write_text(folder / "text.txt", lines=60)
     for row in rows:
-        options: dict[str, Any] = {"num_hidden_layers": NUM_BLOCKS, **row.changes}
+        options: dict[str, Any] = {"num_hidden_layers": 1, **row.changes}
         name = row.name.replace(":", "")
         tiny.write_model(folder / name, row.model_type, dtype=dtype, shard_size="1GB", **options)
 
@@ -292,6 +279,9 @@ class Looked:
         """Whole, the walk's logits, and the same text with a cache as without."""
         found = self.models[name]
         assert not found["info"].keys() & {"missing_keys", "unexpected_keys", "mismatched_keys"}
+        assert found["module"].startswith(
+            "transformers.models." if made.result.metadata.loads_without_our_code else "transformers_modules."
+        )
         assert self.difference(name, made) < CLOSE
         assert found["cached"] == found["greedy"]
 
@@ -301,17 +291,16 @@ class Looked:
         return oracles.largest_difference(self.logits[f"{name}/probe"], expected) / float(expected.abs().max())
 
 
-def look_at(written: Mapping[str, Any], root: Path, *, ids: Tensor | None = None, prompt: Tensor = PROMPT) -> Looked:
-    """One clean process for all of them. ids: of further tokens that logits are wanted for, as `ids`."""
-    more = {} if ids is None else {"ids": ids.tolist()}
+def look_at(written: Mapping[str, Any], root: Path) -> Looked:
+    """One clean process for all of them."""
     request = {
         name: {
             "folder": str(made.out),
             "trust": "auto_map" in made.read("config.json"),
             "unpack": made.read("compress.json")["unpacks_while_loading"],
             "float64_experts": made.read("config.json")["model_type"] in tiny.SPARSE,
-            "ids": {"probe": made.probe[0].tolist(), **more},
-            "prompt": prompt.tolist(),
+            "ids": {"probe": made.probe[0].tolist()},
+            "prompt": PROMPT.tolist(),
         }
         for name, made in written.items()
     }

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from compress.numerics.lowrank import InputMoments
+from compress.numerics.moments import InputMoments
+from compress.numerics.obs import compensated, elimination
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -30,6 +31,12 @@ def cut(M: Tensor, rank: int) -> Tensor:
     """The SVD's first `rank` parts, one by one."""
     U, S, Vh = torch.linalg.svd(M)
     return sum((S[i] * torch.outer(U[:, i], Vh[i]) for i in range(rank)), torch.zeros_like(M))
+
+
+def prune_units(W: Tensor, G: Tensor, units: Tensor, keep: int, *, damping: float, name: str) -> tuple[Tensor, Tensor]:
+    """`keep` units, increasing, and the compensated W, zero in all others."""
+    kept = elimination(W, G, units, keep, damping=damping, name=name).kept(keep)
+    return kept, compensated(W, G, units, kept, damping=damping, name=name)
 
 
 def difference(a: Tensor, b: Tensor) -> float:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from compress import families
 from compress.architectures.architecture import ModelSpec
 from compress.architectures.own import Own
-from compress.calibration.spectra import LinearObserver
+from compress.calibration.observers import LinearObserver
 from compress.calibration.streams import CacheFolder, split_windows
 from compress.calibration.survey import Survey, Surveyor
 from compress.calibration.walk import FinishedPart, Walk, WalkSettings
@@ -28,9 +28,7 @@ from compress.models.decoder import Decoder
 from compress.models.loading import load_config
 from compress.own_model.modeling_compress import CompressForCausalLM
 from compress.stages._stage import StageConfig
-from compress.stages.fold_norms import FoldNorms
-from compress.stages.rotate import Rotate
-from compress.stages.slice import Slice
+from compress.stages.stream import FoldNorms, Rotate, Slice
 from tiny import VOCAB_SIZE
 
 UNLIMITED = 2**40
@@ -45,14 +43,28 @@ def kinds(ending: str, models: str) -> list[Any]:
 
 RMS_NORMS = kinds(
     "RMSNorm",
-    "llama mistral qwen2 qwen3 phi3 granite smollm3 ministral glm glm4 olmo2 olmo3 mixtral qwen2_moe qwen3_moe",
+    "llama mistral qwen2 qwen3 phi3 granite smollm3 ministral glm glm4 olmo2 olmo3 mixtral qwen2_moe qwen3_moe "
+    "granitemoehybrid llama4",
 )
 RMS_PLUS_ONE_NORMS = kinds("RMSNorm", "gemma gemma2 gemma3")
 COHERE = [importlib.import_module(f"transformers.models.{name}.modeling_{name}") for name in ("cohere", "cohere2")]
 
 
 def exact_rms_norm(norm: Any, x: Tensor) -> Tensor:
-    return norm.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.variance_epsilon)
+    epsilon = getattr(norm, "variance_epsilon", None) or norm.eps  # only Llama 4 calls it so
+    return norm.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon)
+
+
+def exact_l2_norm(norm: Any, x: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.eps)
+
+
+def exact_complex_rotation(q: Tensor, k: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
+    def turned(x: Tensor) -> Tensor:
+        pairs = torch.view_as_complex(x.double().reshape(*x.shape[:-1], -1, 2))
+        return torch.view_as_real(pairs * turns[:, :, None, :]).flatten(3).to(x.dtype)
+
+    return turned(q), turned(k)
 
 
 def exact_rms_plus_one_norm(norm: Any, x: Tensor) -> Tensor:
@@ -102,6 +114,8 @@ EXACT: dict[tuple[Any, str], Callable[..., Any]] = {
     **{(kind, "forward"): exact_cohere_norm for kind in kinds("LayerNorm", "cohere cohere2")},
     **{(kind, "forward"): exact_olmo_norm for kind in kinds("LayerNorm", "olmo")},
     **{(module, "apply_rotary_pos_emb"): exact_cohere_rotation for module in COHERE},
+    **{(kind, "forward"): exact_l2_norm for kind in kinds("L2Norm", "llama4")},
+    (importlib.import_module("transformers.models.llama4.modeling_llama4"), "apply_rotary_emb"): exact_complex_rotation,
     **{(kind, "_attn"): exact_attention for kind in kinds("Attention", "codegen gptj") if hasattr(kind, "_attn")},
     **{(kind, "forward"): exact_router for kind in kinds("TopKRouter", "mixtral qwen2_moe qwen3_moe")},
 }
@@ -279,10 +293,7 @@ def empty_sliced_model(
 # Of each branch: its norm, what reads the normed stream, what writes the stream.
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 BRANCHES: dict[str, list[tuple[str, tuple[str, ...], tuple[str, ...]]]] = {
-    "opt": [
-        ("self_attn_layer_norm", ATTENTION, ("self_attn.out_proj",)),
-        ("final_layer_norm", ("fc1",), ("fc2",)),
-    ],
+    "opt": [("self_attn_layer_norm", ATTENTION, ("self_attn.out_proj",)), ("final_layer_norm", ("fc1",), ("fc2",))],
     "llama": [
         ("input_layernorm", ATTENTION, ("self_attn.o_proj",)),
         ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",)),

@@ -50,12 +50,7 @@ def anchored(
 
 
 def lowrank(
-    method: str,
-    rule: dict[str, Any],
-    *,
-    refit: bool = True,
-    measure_error: bool = False,
-    **options: Any,
+    method: str, rule: dict[str, Any], *, refit: bool = True, measure_error: bool = False, **options: Any
 ) -> list[dict[str, Any]]:
     """The stages of a low-rank method: `anchored`, or one that reproduces each linear by itself.
 

@@ -16,9 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from compress import families
 from compress.architectures.own import AUTO_MAP, CLASS
-from compress.architectures.packed import quantization_config
 from compress.checkpoints.files import adapter_config, carry_modeling
-from compress.models.packing import stored_linear
+from compress.models.packing import quantization_config, stored_linear
 from compress.models.storage import Storage
 from compress.numerics.grids import FLOAT4_STEPS, FLOAT8, Grid, QuantType
 from compress.numerics.sparsity import keep_mask

@@ -15,14 +15,11 @@ from compress.models.hub import find_model
 from compress.pipeline import run
 from compress.planning.prepare import Job
 from compress.recipe import parse_recipe
-from compress.stages.measure_error import MeasureError
+from compress.stages.stream import MeasureError
 from recipes import anchored, lowrank, slicegpt, slim
 
 DEVICE = "cuda"
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 WINDOWS = oracles.random_ids(5, 24, seed=2)
 UNSEEN = oracles.random_ids(2, 24, seed=3)
 STAGES = [*oracles.slicegpt({"ratio": 0.3}, final_orientation="random"), MeasureError()]
@@ -76,9 +73,7 @@ def test_activations_that_the_device_does_not_hold_give_the_same_bytes(cache_mem
 
 HOW: dict[str, dict[str, Any]] = {
     "slicegpt": {"stages": slicegpt({"ratio": 0.3})},
-    "anchored": {
-        "stages": anchored({"ratio": 0.3}, units={"neurons": {"ratio": 0.25}}),
-    },
+    "anchored": {"stages": anchored({"ratio": 0.3}, units={"neurons": {"ratio": 0.25}})},
     "anchored, per layer": {"stages": anchored({"ratio": 0.3}, rotation="per-layer")},
     "lord": {"stages": lowrank("lord", {"rank_frac": 0.4}, form="factors")},
     # In 8 bits a weight that is rounded the other way makes little of a difference.
@@ -95,10 +90,7 @@ HOW: dict[str, dict[str, Any]] = {
         "stages": lowrank("anchored", {}, allocation="auto", gradient_weight=0.9),
         "budget": {"keep_params": 0.7, "trial_samples": 8},
     },
-    "budget": {
-        "stages": anchored({}, units={"neurons": {}}),
-        "budget": {"keep_params": 0.7, "trial_samples": 8},
-    },
+    "budget": {"stages": anchored({}, units={"neurons": {}}), "budget": {"keep_params": 0.7, "trial_samples": 8}},
 }
 
 
@@ -108,13 +100,7 @@ def test_the_pipeline_from_end_to_end(model_type, how, tmp_path):
     """Written, reloaded in a clean process on the CPU, and close to what the CPU writes; it runs on the GPU too."""
     tiny.write_model(tmp_path / "dense", model_type, dtype=torch.float32)
     text = tiny.write_text(tmp_path / "text.txt")
-    recipe = parse_recipe(
-        {
-            "method": "any",
-            "calibration": {"source": str(text), "samples": 8, "seq_len": 32},
-            **how,
-        }
-    )
+    recipe = parse_recipe({"method": "any", "calibration": {"source": str(text), "samples": 8, "seq_len": 32}, **how})
     models: list[Any] = []
     for device in ("cpu", DEVICE):
         out = tmp_path / device

@@ -13,7 +13,7 @@ ROOT = Path(compress.__file__).parent
 # A module imports from layers below its own, and its own part of its own layer; parts of one layer, side by side,
 # do not know each other.
 LAYERS = [
-    ("errors", "version", "child_process", "launch", "progress"),
+    ("errors", "version", "process", "progress"),
     ("io",),
     ("numerics", "own_model", "presets"),
     ("families",),
@@ -23,7 +23,6 @@ LAYERS = [
     ("stages", "datasets", "checkpoints"),
     ("evaluation",),
     ("recipe", "inspection"),
-    ("recipe_file",),
     ("planning",),
     ("pipeline",),
     ("tuning",),
@@ -31,20 +30,10 @@ LAYERS = [
     ("__main__",),
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
-# One file a family, a stage, a text, a command: each can be added and taken away without the others.
-PLUGINS = ("families", "stages", "datasets", "cli")
+# One file a family, a stage, a command: each can be added and taken away without the others.
+PLUGINS = ("families", "stages", "cli")
 SHARED = {
-    "datasets": {"windows"},
-    "cli": {
-        "compressing",
-        "options",
-        "profiling",
-        "progress",
-        "recipes",
-        "reporting",
-        "storing",
-        "tables",
-    },
+    "cli": {"compressing", "console", "options", "recipes", "tables"},
 }
 CARRIED = ("own_model/configuration_compress.py", "own_model/modeling_compress.py")
 

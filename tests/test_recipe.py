@@ -7,8 +7,7 @@ import yaml
 
 from compress import presets
 from compress.errors import UsageError
-from compress.recipe import parse_recipe
-from compress.recipe_file import read_recipe
+from compress.recipe import parse_recipe, read_recipe
 from recipes import slicegpt
 
 FOLD, ROTATE, SLICE = {"stage": "fold_norms"}, {"stage": "rotate"}, {"stage": "slice", "ratio": 0.25}
@@ -55,21 +54,13 @@ def test_the_order_of_stages(stages, needs):
     assert needs in fault
 
 
-def test_unknown_stage_with_a_guess():
-    (fault,) = faults(data(stages=[FOLD, {"stage": "rotat"}, SLICE]))
-    assert "Unknown stage 'rotat'. Did you mean 'rotate'?" in fault
-    assert "fold_norms" in fault.partition("Available:")[2]
-    assert fault.startswith("stages")
-
-
 @pytest.mark.parametrize(
     ("changes", "place", "words"),
     [
         ({"stages": []}, "", "at least one stage"),
         ({"stages": "slice"}, "stages", "is a list"),
-        ({"stages": None}, "stages", "is a list"),
         ({"stages": ["slice"]}, "stages", "Unknown stage"),
-        ({"stages": [{}]}, "stages", "Unknown stage"),
+        ({"stages": [FOLD, {"stage": "rotat"}, SLICE]}, "stages", "Unknown stage 'rotat'. Did you mean 'rotate'?"),
         ({"dtype": "floot16"}, "dtype", "Unknown dtype 'floot16'. Did you mean 'float16'?"),
         ({"seed": -1}, "seed", "greater than or equal to 0"),
         ({"calibration": {"source": "c4", "samples": 0}}, "calibration.samples", "greater than or equal to 1"),
@@ -107,9 +98,6 @@ def test_all_faults_at_once():
     assert sorted(fault.split(": ")[0] for fault in found) == sorted(places)
 
 
-# Files.
-
-
 @pytest.mark.parametrize("name", presets.names())
 def test_a_preset_parses_and_is_found_by_its_name(name):
     recipe = parse_recipe(presets.load(name))
@@ -117,11 +105,6 @@ def test_a_preset_parses_and_is_found_by_its_name(name):
     assert read_recipe(Path(name)).data == presets.load(name)
     # Comments say what it is for.
     assert presets.path_of(name).read_text(encoding="utf-8").startswith("#")
-
-
-def test_a_preset_that_is_misspelt():
-    with pytest.raises(UsageError, match=r"Unknown recipe 'anchord'. Did you mean 'anchored'"):
-        read_recipe(Path("anchord"))
 
 
 def test_the_preset_slicegpt_is_the_papers():

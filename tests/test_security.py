@@ -54,9 +54,6 @@ def edit(file: Path, **changes) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
-# What the source does not do.
-
-
 def sources() -> list[Path]:
     return list(SOURCE.rglob("*.py"))
 
@@ -100,10 +97,7 @@ def test_processes_are_started_from_lists_of_words():
                 command = call.args[0]
                 assert isinstance(command, ast.List | ast.Name), f"{file}:{call.lineno}"
                 found.append(file.name)
-    assert sorted(found) == ["_programs.py", "child_process.py"]
-
-
-# No pickle is opened.
+    assert sorted(found) == ["_programs.py", "process.py"]
 
 
 class Opened:
@@ -149,17 +143,14 @@ def test_a_pickle_is_never_opened(where, command, place):
 
 
 def test_a_data_set_that_is_a_script_is_not_run(tmp_path):
-    from compress.datasets import ptb
+    from compress.datasets.texts import REPOSITORIES, ptb
 
-    clone = tmp_path / ptb.REPOSITORY
+    clone = tmp_path / REPOSITORIES["ptb"]
     clone.mkdir(parents=True)
     (clone / "ptb_text_only.py").write_text(f"import os; os.chdir({str(tmp_path)!r}); {HEARD}")
     with pytest.raises(Unavailable, match="scripts are no longer supported"):
-        ptb.load("test", tmp_path)
+        ptb("test", tmp_path)
     assert not (tmp_path / "ran").exists()
-
-
-# Code of the model's runs on the flag alone.
 
 
 def bring_code(folder: Path) -> None:
@@ -235,9 +226,6 @@ def test_a_chat_template_is_held_in_by_jinja(home, tmp_path):
         tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)
 
 
-# Files stay in their folders.
-
-
 def test_a_link_out_of_the_model_is_not_copied(place):
     """A license that is a link to a key would be published with the checkpoint."""
     (place / "secret").write_text("the key")
@@ -289,9 +277,6 @@ def test_sizes_out_of_thin_air_take_no_memory(sizes, home, tmp_path):
         load_config(folder)
     with pytest.raises(CheckpointError):
         load_model(folder, dtype=torch.float32, device=torch.device("cpu"))
-
-
-# What is shown and written.
 
 
 NAMES = ["[red]x[/]", "\x1b[2J\x1b]0;title\x07\u202e"]
@@ -356,9 +341,6 @@ def test_new_files_have_the_modes_that_the_user_asked_for(place):
         assert not stat.S_IMODE(file.stat().st_mode) & 0o077, file
 
 
-# The document.
-
-
 def test_every_promise_points_to_a_test_that_there_is():
     """`test_file.py::test_name` in docs/security.md: a row of its table of promises ends in one."""
     text = DOCUMENT.read_text(encoding="utf-8")
@@ -366,6 +348,7 @@ def test_every_promise_points_to_a_test_that_there_is():
     assert len([row for row in rows if "test_" in row]) == len(rows) - 1  # the head
     promised = re.findall(r"`(test_\w+\.py)::(test_\w+)`", text)
     assert len(promised) > 15
+    files = {file.name: file for file in (ROOT / "tests").rglob("test_*.py")}
     for file, name in promised:
-        tree = ast.parse((ROOT / "tests" / file).read_text(encoding="utf-8"))
+        tree = ast.parse(files[file].read_text(encoding="utf-8"))
         assert name in {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}, f"{file}::{name}"

@@ -75,6 +75,16 @@ OTHERS: dict[str, dict[str, Any]] = {
     "gemma3_text": {**GATED, "head_dim": 12, "query_pre_attn_scalar": 12, "sliding_window": 16},
     "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 40, "decoder_sparse_step": 1},
     "qwen3_moe": {**EXPERTS, "head_dim": 16},
+    "granitemoehybrid": {
+        **{"num_key_value_heads": 2, "shared_intermediate_size": 48, "num_local_experts": 0, "mamba_n_heads": 4},
+        **{"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_multiplier": 0.4},
+        **{"logits_scaling": 4.0, "rms_norm_eps": 1e-4, "position_embedding_type": "rope"},
+        "tie_word_embeddings": True,
+    },
+    "llama4_text": {
+        **{"intermediate_size_mlp": 48, "num_key_value_heads": 2, "head_dim": 12, "moe_layers": []},
+        **{"no_rope_layer_interval": 2, "attention_chunk_size": 16, "floor_scale": 4},
+    },
 }
 EVERY = FAMILIES | OTHERS
 # One for each way that the code can go: RMS norms and LayerNorms in sequence, parallel branches, fused projections.
@@ -85,6 +95,8 @@ SPARSE = ("mixtral", "qwen2_moe", "qwen3_moe")
 ROUTERS = (".mlp.gate", ".mlp.shared_expert_gate")
 # Of these the stock code gives the head a stream as wide as the embeddings.
 ONE_END = ("gpt_bigcode", "codegen", "gptj")
+# Of what configs of a family list for each block, the entry.
+BY_BLOCK = {"granitemoehybrid": {"layer_types": "full_attention"}}
 # What configs of a family do not have, not even as None.
 UNKNOWN = {"codegen": ("pad_token_id",)}
 # OPT-350m's kind: norms of the stream behind the branches, embeddings narrower than the stream.
@@ -93,7 +105,9 @@ OPT_350M: dict[str, Any] = {"do_layer_norm_before": False, "word_embed_proj_dim"
 
 def tiny_config(model_type: str, **changes: Any) -> Any:
     shared = {name: value for name, value in SHARED.items() if name not in UNKNOWN.get(model_type, ())}
-    return AutoConfig.for_model(model_type, **(shared | EVERY[model_type] | changes))
+    sizes = shared | EVERY[model_type] | changes
+    listed = {key: [entry] * sizes["num_hidden_layers"] for key, entry in BY_BLOCK.get(model_type, {}).items()}
+    return AutoConfig.for_model(model_type, **(listed | sizes))
 
 
 def tiny_model(

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from compress.errors import OutputError
 
+GGUF = "model.gguf"  # in the folder that stands for a GGUF file, a link to it
+
 
 class WrittenFile(BaseModel):
-    """
-    file: its name in its folder. bytes: its size.
-    """
+    """file: its name in its folder. bytes: its size."""
 
     model_config = ConfigDict(frozen=True, strict=True)
     file: str
@@ -62,6 +62,12 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> WrittenFile:
 def sha256(file: Path) -> str:
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def version_of(file: Path) -> tuple[int, ...]:
+    """Identify a file's version: it changes when the file is rewritten or replaced."""
+    stat = file.stat()
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def new_file_mode() -> int:

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from compress.architectures.packed import put_packed, quantization_config
 from compress.calibration.linears import FactorShape, LinearShape
 from compress.calibration.sites import Count, StreamPoint, stream_points
 from compress.calibration.walk import written_dtype
@@ -24,6 +23,7 @@ from compress.calibration.weights import Layout
 from compress.errors import UsageError
 from compress.families import Family
 from compress.models.loading import empty_model, with_blocks
+from compress.models.packing import put_packed, quantization_config
 from compress.models.storage import Storage, num_parameters
 from compress.own_model.modeling_compress import unfuse_experts
 
@@ -189,7 +189,6 @@ class ModelSpec:
 
     @cached_property
     def disk_bytes(self) -> int:
-        """Upper bound on the bytes of the safetensors files."""
         return self._count(disk_bytes)
 
     def _count(self, measure: Measure) -> int:
@@ -240,9 +239,7 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class Architecture(ABC):
-    """
-    dense: the config of the dense model.
-    """
+    """dense: the config of the dense model."""
 
     dense: Any
     family: Family

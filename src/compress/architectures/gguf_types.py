@@ -12,7 +12,7 @@ from typing import Any
 
 from compress.errors import UnsupportedModel, unknown_name
 from compress.models.gguf_header import WRITTEN, tensor_names
-from compress.models.gguf_opening import check_extra
+from compress.models.gguf_weights import check_extra
 from compress.numerics.block_types import TYPES
 
 FILE_TYPES = (

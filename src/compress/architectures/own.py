@@ -11,13 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from compress.architectures.architecture import (
-    ONE_WIDTH,
-    Architecture,
-    ModelSpec,
-    rank_step,
-    usual_step,
-)
+from compress.architectures.architecture import ONE_WIDTH, Architecture, ModelSpec, rank_step, usual_step
 from compress.architectures.stock import Stock
 from compress.calibration.weights import Layout
 from compress.own_model.configuration_compress import CompressConfig
@@ -58,10 +52,12 @@ class Own(Architecture):
         return () if self.inside is None else self.inside.zero_biases
 
     def base_config(self, spec: ModelSpec, dtype: torch.dtype) -> CompressConfig:
+        neurons = spec.units.get("neurons")
+        widths = list(neurons) if isinstance(neurons, tuple) else [neurons] * spec.num_blocks
         if self.inside is not None:
             text_config = self.inside.base_config(widest(spec), dtype)
         else:  # the dense model's with another MLP width
-            text_config, neurons = copy.deepcopy(self.dense), spec.units.get("neurons")
+            text_config = copy.deepcopy(self.dense)
             # The embeddings and the head lie in different bases, so what was tied no longer is.
             text_config.tie_word_embeddings = False
             text_config.name_or_path = ""  # a path of the machine it was made on
@@ -71,7 +67,7 @@ class Own(Architecture):
             text_config=text_config,
             structure=self.family.structure(),
             slicing=self._slicing(spec) if self.inside is None else None,
-            mlp_widths=list(block_counts(spec, "neurons")) if self.free_widths else None,
+            mlp_widths=widths if self.free_widths else None,
             factors={path: {"rank": f.rank, "form": f.form, "bias": f.has_bias} for path, f in spec.factors.items()},
             storage={path: stored.entry() for path, stored in spec.storage.items() if stored.form == "compact"},
             architectures=[self.class_name],
@@ -116,10 +112,8 @@ class Own(Architecture):
         return {"hidden": hidden, "neurons": neurons, "kv_groups": 1, "rank": rank_step(self.dense)}
 
     def not_for_vllm(self, spec: ModelSpec) -> str | None:
-        if self.inside is None:
+        if self.inside is None and spec.stream_widths[-1] != spec.dense_width:
             return "its heads take a stream of the dense width"
-        if any(stored.form == "compact" for stored in spec.storage.values()):
-            return "it has no room for compact weights"
         if self.dense.model_type not in BY_BACKEND:
             return f"of our architecture it is known to run {', '.join(BY_BACKEND)}"
         return None
@@ -140,12 +134,6 @@ class Own(Architecture):
         if spec.units.get("kv_groups", 0) != self.family.dense_units(self.dense).get("kv_groups", 0):
             return ["KV groups can be deleted only where the model keeps a stock shape."]
         return []
-
-
-def block_counts(spec: ModelSpec, kind: str) -> tuple[int, ...]:
-    """How many units of a kind each block has."""
-    count = spec.units[kind]
-    return count if isinstance(count, tuple) else (count,) * spec.num_blocks
 
 
 def widest(spec: ModelSpec) -> ModelSpec:

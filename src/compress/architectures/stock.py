@@ -28,17 +28,14 @@ from compress.calibration.weights import Layout
 from compress.families import Family, StockShape
 from compress.models.branch import Branch, ReaderGroup, set_weight
 from compress.models.factors import WrittenForm, in_form
-from compress.numerics.frames import zero_mean_basis
-from compress.numerics.lift import Lift
+from compress.numerics.frames import Lift, zero_mean_basis
 
 GROUPED = 8  # numbers in 16 bytes, to which torch's grouped products want rows of experts' weights aligned
 
 
 @dataclass(frozen=True)
 class Stock(Architecture):
-    """
-    narrows: the stream and the units may be narrower than the dense model's; otherwise every shape stays.
-    """
+    """narrows: the stream and the units may be narrower than the dense model's; otherwise every shape stays."""
 
     narrows: bool = False
 
@@ -113,7 +110,7 @@ class Stock(Architecture):
     def layout(self, dtype: torch.dtype) -> Layout:
         if not self.narrows:
             return Layout(model_type=self.model_type, ties_head=self.dense.tie_word_embeddings)
-        return NarrowLayout(model_type=self.model_type, family=self.family, dtype=dtype)
+        return NarrowLayout(model_type=self.model_type, family=self.family, rules=self.rules, dtype=dtype)
 
     def steps(self) -> Mapping[str, int]:
         grouped, steps = GROUPED if self.has_experts else 1, {"kv_groups": 1, "rank": rank_step(self.dense)}
@@ -156,12 +153,8 @@ class NarrowLayout(Layout):
     """
 
     family: Family
+    rules: StockShape
     dtype: torch.dtype
-
-    @property
-    def rules(self) -> StockShape:
-        assert self.family.stock is not None
-        return self.family.stock
 
     def directions(self, width: int) -> int:
         return width - (self.family.norm == "layer") - self.rules.constant_channel

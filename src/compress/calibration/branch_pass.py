@@ -27,18 +27,18 @@ from jaxtyping import Float, Float64
 from torch import Tensor, nn
 
 from compress.calibration.depth import DroppedBlocks
-from compress.calibration.experts import chunks, gather_experts
 from compress.calibration.groups import (
     LinearGroup,
     Readers,
     Writers,
     all_biased,
+    chunks,
+    gather_experts,
     with_constant,
     writer_linears,
     writer_matrix,
 )
 from compress.calibration.linears import LinearSite
-from compress.calibration.resources import Stopwatch
 from compress.calibration.rewriting import LinearRewriter, Report
 from compress.calibration.sites import Basis, Stage, StreamPoint, Table, follows_dense, is_anchored, rotates_points
 from compress.calibration.statistics import EquationSums, PointStatistics, rows
@@ -49,6 +49,7 @@ from compress.models.branch import Branch, captured_inputs, input_of, read_throu
 from compress.models.decoder import Decoder
 from compress.numerics.frames import Frame
 from compress.numerics.ridge import NormalEquations
+from compress.progress import Stopwatch
 
 
 @dataclass
@@ -205,9 +206,10 @@ class BranchPass:
     def _advance_dense(self, branch: Branch, block: int) -> None:
         if self.streams.dense is None:
             return
+        post_norms = [] if branch.post_norm is None else [branch.owner.get_submodule(branch.post_norm)]
         with self.clock("forward"):
             for batch, _, dense in self.streams.both():
-                with captured_inputs(branch.post_norms) as given:
+                with captured_inputs(post_norms) as given:
                     self.streams.dense.put(batch.index, dense + self.streams.update(branch, dense, batch, block))
                 if self.streams.before_post_norm is not None and given:
                     self.streams.before_post_norm.put(batch.index, given[0])
@@ -328,7 +330,7 @@ class BranchPass:
             weights = weights * self._weigh(t)
         if encode is not None:
             t = t @ encode
-        if not self.rotates_points and not branch.writes_through_norm:
+        if not self.rotates_points and not (branch.post_norm is not None and branch.post_norm_of == "update"):
             t = t - rows(stream)
         return t / branch.scale, weights
 

@@ -5,7 +5,7 @@ which are worth trying (ShortGPT, arXiv 2403.03853, section 3.1), the divergence
 take. The refit then brings the stream of what is left back to the dense one, which walks past the dropped blocks.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -14,10 +14,10 @@ from torch import Tensor
 
 from compress.calibration.processes import ALONE, Processes
 from compress.calibration.statistics import rows
-from compress.calibration.streams import LOGITS_AT_ONCE, Batch, Interner, Streams, own_batches
+from compress.calibration.streams import LOGITS_AT_ONCE, Batch, Streams, embedded, own_batches
 from compress.calibration.weights import PartLoader
 from compress.models.decoder import Arguments
-from compress.numerics.losses import kl_divergence
+from compress.numerics.functional import kl_divergence
 
 
 @dataclass
@@ -42,23 +42,14 @@ class DroppedBlocks:
         if streams.dense is None or not self.after(block):
             return
         if not self.arguments:
-            embedded = embed(self.loader, streams.batches)
-            self.arguments = [arguments for _, arguments in embedded]
+            with self.loader.embeddings():
+                self.arguments = [arguments for _, arguments in embedded(self.loader.decoder, streams.batches)]
         decoder = self.loader.decoder
         for number in self.after(block):
             with self.loader.block(number):
                 for batch in streams.batches:
                     dense = streams.dense.get(batch.index, decoder.device)
                     streams.dense.put(batch.index, decoder.run_block(number, dense, self.arguments[batch.index]))
-
-
-def embed(loader: PartLoader, batches: Sequence[Batch]) -> Iterator[tuple[Tensor, list[Arguments]]]:
-    """Yield by batch the embeddings, and the arguments that the blocks are called with, equal tensors once."""
-    intern = Interner()
-    with loader.embeddings():
-        for batch in batches:
-            stream, arguments = loader.decoder.embed(batch.ids)
-            yield stream, intern(arguments)
 
 
 class Depth:
@@ -80,8 +71,8 @@ class Depth:
     ) -> None:
         self.loader, self.wanted, self.begin, self.processes = loader, wanted, begin, processes
         self.batches = own_batches(batches, processes)
-        with torch.no_grad():
-            self.embedded = list(embed(loader, self.batches))
+        with torch.no_grad(), loader.embeddings():
+            self.embedded = list(embedded(loader.decoder, self.batches))
         self.dropped: tuple[int, ...] = ()
         self.divergences: tuple[float, ...] = ()
 

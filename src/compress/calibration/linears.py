@@ -16,7 +16,7 @@ from jaxtyping import Float64
 from torch import Tensor, nn
 
 from compress.models.factors import AnyLinear, Form, num_stored
-from compress.numerics.lowrank import InputMoments
+from compress.numerics.moments import InputMoments
 from compress.own_model.modeling_compress import AdaptedLinear, LowRankLinear, PivotLinear
 
 # What a linear can have become.

@@ -12,7 +12,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, distributed
 
 from compress.errors import CompressError
-from compress.launch import launch
+from compress.process import launch
 
 T = TypeVar("T")
 
@@ -109,7 +109,15 @@ class Group(Processes):
         keys = [f"said/{self.said}/{rank}" for rank in range(self.count)]
         with self._noticing_deaths():
             self.store.set(keys[self.rank], json.dumps(data))
-            self._until(lambda: self.store.check(keys))
+            pause, began, looked = 1e-5, time.monotonic(), time.monotonic()
+            while not self.store.check(keys):
+                time.sleep(pause)
+                pause = min(2 * pause, 5e-3)
+                if time.monotonic() - looked > LOOK_EVERY:
+                    self._check()
+                    looked = time.monotonic()
+                if looked - began > PATIENCE.total_seconds():
+                    raise CompressError(f"Another of the {self.count} processes does not answer. {KEPT}")
             return [json.loads(self.store.get(key)) for key in keys]
 
     @contextmanager
@@ -130,20 +138,14 @@ class Group(Processes):
                 self._check()
             raise CompressError(f"Another of the {self.count} processes has died. {KEPT}") from error
 
-    def _until(self, done: Callable[[], bool]) -> None:
-        pause, began, looked = 1e-5, time.monotonic(), time.monotonic()
-        while not done():
-            time.sleep(pause)
-            pause = min(2 * pause, 5e-3)
-            if time.monotonic() - looked > LOOK_EVERY:
-                self._check()
-                looked = time.monotonic()
-            if looked - began > PATIENCE.total_seconds():
-                raise CompressError(f"Another of the {self.count} processes does not answer. {KEPT}")
-
     def _check(self) -> None:
         """Raise FailedElsewhere where another process has failed, or is gone without a message."""
-        gone = [rank for rank, pid in self.neighbors.items() if not is_running(pid)]
+        gone = []
+        for rank, pid in self.neighbors.items():
+            with suppress(psutil.NoSuchProcess):
+                if psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+                    continue
+            gone.append(rank)
         if self.store.check([FAILURE]):
             raise FailedElsewhere(*json.loads(self.store.get(FAILURE)))
         if gone:
@@ -181,13 +183,6 @@ class Group(Processes):
             return bool(self.store.compare_set(TOLD, "", mine) == mine.encode())
         except RuntimeError:  # with the store went the first process, or the launcher, and they have spoken
             return self.is_first
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
 
 
 @contextmanager

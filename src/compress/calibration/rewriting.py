@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -10,7 +10,6 @@ from torch import nn
 from compress.calibration.groups import Readers, Writers
 from compress.calibration.linears import LinearShape, LinearSite, Rewritten
 from compress.calibration.processes import Processes
-from compress.calibration.resources import Stopwatch
 from compress.calibration.sites import Stage
 from compress.calibration.statistics import EquationSums, regularized, rows
 from compress.calibration.streams import Streams
@@ -18,26 +17,11 @@ from compress.calibration.survey import Survey
 from compress.calibration.weights import Layout
 from compress.models.branch import Branch, captured_inputs
 from compress.models.decoder import Decoder
-from compress.models.factors import AnyLinear, Written, WrittenForm, in_form
-from compress.numerics.lowrank import InputMoments
+from compress.models.factors import AnyLinear, Written, in_form
+from compress.numerics.moments import InputMoments
+from compress.progress import Stopwatch
 
 Report = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class SharedInputs:
-    """Moments of the inputs that several linears share, in the walk's form and in the checkpoint's.
-
-    tokens: how many an expert was given; None for linears that all tokens pass.
-    """
-
-    inputs: InputMoments
-    form: WrittenForm
-    tokens: int | None = None
-
-    @cached_property
-    def written(self) -> InputMoments:
-        return self.inputs.lifted(self.form.inputs)
 
 
 @dataclass
@@ -68,9 +52,8 @@ class LinearRewriter:
         places, reports = group.places(), []
         sharing = [[*places]] if isinstance(group, Readers) else [[name] for name in places]
         for names in sharing:
-            form = self.layout.form(group.branch, names[0])
-            given = SharedInputs(group.moments(places[names[0]]), form, group.tokens)
-            reports += self.rewrite(group.branch, group.block, names, given)
+            inputs = group.moments(places[names[0]])
+            reports += self.rewrite(group.branch, group.block, names, inputs, group.tokens)
         return reports
 
     def rewrite_together(
@@ -92,25 +75,25 @@ class LinearRewriter:
                 if advance:
                     streams.compressed.put(batch.index, stream + update)
             with self.clock("statistics"):
-                for place, inputs in given.items():
-                    sums[place].add(rows(inputs))
-        reports, every = [], None
+                for place, x in given.items():
+                    sums[place].add(rows(x))
+        experts = {name for expert in branch.experts for name in (*expert.readers, *expert.writers)}
+        reports: list[Report] = []
+        every: InputMoments | None = None
         for names, its_sums in zip(sharing, sums, strict=True):
-            shared = self._shared_inputs(branch, names[0], its_sums, every)
-            every = every or shared.inputs  # of all tokens: the first linears of a branch are no expert's
-            reports += self.rewrite(branch, block, names, shared)
+            with self.clock("statistics"):
+                like = every if names[0] in branch.readers else None
+                filled = regularized(its_sums, self.processes, like) if names[0] in experts else None
+                inputs = its_sums.moments(self.processes) if filled is None else filled.moments()
+            every = every or inputs  # of all tokens: the first linears of a branch are no expert's
+            reports += self.rewrite(branch, block, names, inputs, None if filled is None else filled.tokens)
         return reports
 
-    def _shared_inputs(self, branch: Branch, name: str, sums: EquationSums, every: InputMoments | None) -> SharedInputs:
-        form = self.layout.form(branch, name)
-        with self.clock("statistics"):
-            if name not in branch.expert_linears:
-                return SharedInputs(sums.moments(self.processes), form)
-            given = regularized(sums, self.processes, every if name in branch.readers else None)
-            return SharedInputs(given.moments(), form, given.tokens)
-
-    def rewrite(self, branch: Branch, block: int, names: Sequence[str], given: SharedInputs) -> list[Report]:
-        decoder, survey, sites = self.decoder, self.survey, list[LinearSite]()
+    def rewrite(
+        self, branch: Branch, block: int, names: Sequence[str], inputs: InputMoments, tokens: int | None
+    ) -> list[Report]:
+        """inputs: of all these. tokens: how many an expert was given; None for linears that all tokens pass."""
+        decoder, survey, sites, lifted = self.decoder, self.survey, list[LinearSite](), None
         for name in names:
             module, path = plain(branch.linear(name)), f"{decoder.block_prefix(block)}{name}"
             gradient = None if survey is None else partial(survey.gradient_at, path, block, decoder.device)
@@ -118,16 +101,17 @@ class LinearRewriter:
                 name=f"block {block} {name}",
                 shape=LinearShape.of(path, name, decoder.family.part_of(name), module),
                 module=module,
-                inputs=given.inputs,
+                inputs=inputs,
                 put=partial(branch.replace_linear, name),
                 read_gradient=gradient,
-                notes={} if given.tokens is None else {"tokens": given.tokens, "wanted": module.in_features},
+                notes={} if tokens is None else {"tokens": tokens, "wanted": module.in_features},
             )
             sites.append(site)
         with self.clock("solve"):
             for stage in self.stages:
                 if stage.in_written_form:
-                    sites = [self._in_written_form(branch, site, given.written) for site in sites]
+                    lifted = lifted or inputs.lifted(self.layout.form(branch, names[0]).inputs)
+                    sites = [self._in_written_form(branch, site, lifted) for site in sites]
                 stage.apply_together(sites)
             for site in sites:
                 self.processes.follow(*site.module.state_dict().values())

@@ -20,13 +20,12 @@ from torch import Tensor
 from compress.calibration.depth import Depth
 from compress.calibration.groups import LinearGroup
 from compress.calibration.linears import LinearSite
-from compress.calibration.spectra import LinearFilter
+from compress.calibration.observers import LinearFilter
 from compress.calibration.statistics import Need
 from compress.calibration.survey import Survey, SurveyNeed
 from compress.families import Family
 from compress.models.branch import Branch
-from compress.numerics.frames import Frame
-from compress.numerics.linalg import kept_energy, random_orthogonal, spectrum
+from compress.numerics.frames import Frame, kept_energy, random_orthogonal, spectrum
 
 
 @dataclass

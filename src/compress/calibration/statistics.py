@@ -12,7 +12,6 @@ writers by their weights alone.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property, partial
 from typing import ClassVar, Literal
 
 import torch
@@ -20,8 +19,8 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from compress.calibration.processes import Processes
-from compress.numerics.lowrank import InputMoments, normal_moments
-from compress.numerics.norms import rms_normed
+from compress.numerics.functional import rms_normed
+from compress.numerics.moments import InputMoments, normal_moments
 from compress.numerics.ridge import NormalEquations
 from compress.numerics.sums import TOKENS_AT_ONCE, GramSum, add_product, at_least_float32
 
@@ -39,54 +38,12 @@ class SecondMoment:
     signal: Literal["stream", "normed"]
     dense: bool = False
 
-    def accumulator(self, width: int, eps: float, device: torch.device) -> "MomentAccumulator":
-        return MomentAccumulator(self, width, eps, device)
-
-
-class MomentAccumulator:
-    def __init__(self, need: SecondMoment, width: int, eps: float, device: torch.device) -> None:
-        self.need, self.eps = need, eps
-        self.gram = GramSum(width, device)
-        self.tokens = torch.zeros((), dtype=torch.float64, device=device)
-
-    @property
-    def sums(self) -> tuple[Tensor, ...]:
-        return self.gram.total, self.tokens
-
-    def add(self, stream: Float[Tensor, "*batch D"], dense: Float[Tensor, "*batch D"] | None = None) -> None:
-        signal = dense if self.need.dense else stream
-        assert signal is not None
-        x = at_least_float32(rows(signal))
-        self.gram.add(rms_normed(x, x.shape[-1], self.eps) if self.need.signal == "normed" else x)
-        self.tokens += len(x)
-
-    def value(self) -> Float64[Tensor, "D D"]:
-        return self.gram.close() / self.tokens
-
 
 @dataclass(frozen=True)
 class RelativeError:
     """sum ||x - x_dense||^2 / sum ||x_dense||^2 over all tokens, x the stream of the compressed prefix."""
 
     dense: ClassVar = True
-
-    def accumulator(self, width: int, eps: float, device: torch.device) -> "ErrorAccumulator":
-        return ErrorAccumulator(device)
-
-
-class ErrorAccumulator:
-    def __init__(self, device: torch.device) -> None:
-        self.sums = tuple(torch.zeros(2, dtype=torch.float64, device=device))
-
-    def add(self, stream: Float[Tensor, "*batch D"], dense: Float[Tensor, "*batch D"] | None) -> None:
-        assert dense is not None
-        error, energy = self.sums
-        error += (stream - dense).square().sum()
-        energy += dense.square().sum()
-
-    def value(self) -> Float64[Tensor, ""]:
-        error, energy = self.sums
-        return error / energy
 
 
 Need = SecondMoment | RelativeError
@@ -96,20 +53,32 @@ class PointStatistics:
     """What stages need at one point of the stream; empty where they need nothing."""
 
     def __init__(self, needs: Iterable[Need], width: int, eps: float, device: torch.device) -> None:
-        self.accumulators = {need: need.accumulator(width, eps, device) for need in needs}
+        self.needs, self.eps = list(needs), eps
+        self.grams = {need: GramSum(width, device) for need in self.needs if isinstance(need, SecondMoment)}
+        self.tokens, self.error, self.energy = torch.zeros(3, dtype=torch.float64, device=device)
 
     def __bool__(self) -> bool:
-        return bool(self.accumulators)
+        return bool(self.needs)
 
     def add(self, stream: Float[Tensor, "*batch D"], dense: Float[Tensor, "*batch D"] | None) -> None:
         """Take in a batch: the stream of the compressed prefix in the dense basis, and the dense model's."""
-        for accumulator in self.accumulators.values():
-            accumulator.add(stream, dense)
+        self.tokens += len(rows(stream))
+        for need, gram in self.grams.items():
+            signal = dense if need.dense else stream
+            assert signal is not None
+            x = at_least_float32(rows(signal))
+            gram.add(rms_normed(x, x.shape[-1], self.eps) if need.signal == "normed" else x)
+        if RelativeError() in self.needs:
+            assert dense is not None
+            self.error += (stream - dense).square().sum()
+            self.energy += dense.square().sum()
 
     def close(self, processes: Processes) -> dict[Need, Tensor]:
-        for accumulator in self.accumulators.values():
-            processes.add_up(*accumulator.sums)
-        return {need: accumulator.value() for need, accumulator in self.accumulators.items()}
+        if not self.needs:
+            return {}
+        processes.add_up(*(gram.total for gram in self.grams.values()), self.tokens, self.error, self.energy)
+        found: dict[Need, Tensor] = {need: gram.close() / self.tokens for need, gram in self.grams.items()}
+        return found | ({RelativeError(): self.error / self.energy} if RelativeError() in self.needs else {})
 
 
 @dataclass(frozen=True)
@@ -122,21 +91,9 @@ class InputSums:
     def only(self, inputs: Tensor) -> "InputSums":
         return InputSums(self.total[inputs], self.absolute[inputs])
 
-
-class RunningEquations:
-    def __init__(self, inputs: int, targets: int, device: torch.device) -> None:
-        self.G = GramSum(inputs, device)
-        self.B = torch.zeros(inputs, targets, dtype=torch.float64, device=device)
-        self.tokens = torch.zeros((), dtype=torch.float64, device=device)
-
-    def add(self, u: Float[Tensor, "tokens k"], t: Float[Tensor, "tokens m"], tokens: Float[Tensor, ""]) -> None:
-        self.G.add(u)
-        add_product(self.B, u, t)
-        self.tokens += tokens
-
-    def close(self, processes: Processes) -> NormalEquations:
-        processes.add_up(self.G.total, self.B, self.tokens)
-        return NormalEquations(self.G.close(), self.B, float(self.tokens))
+    def moments(self, fit: NormalEquations) -> InputMoments:
+        """Means over the tokens of `fit`; the second moment takes the place of its G."""
+        return InputMoments(fit.G.div_(fit.tokens), self.total / fit.tokens, self.absolute / fit.tokens)
 
 
 class EquationSums:
@@ -148,15 +105,17 @@ class EquationSums:
     """
 
     def __init__(self, inputs: int, targets: int, device: torch.device) -> None:
-        self._new = partial(RunningEquations, inputs, targets, device)
-        self._fit = self._new()
+        self._shape, self._device = (inputs, targets), device
+        self._sums: dict[bool, tuple[GramSum, Tensor, Tensor]] = {}
         self._total, self._absolute = torch.zeros(2, inputs, dtype=torch.float64, device=device)
         self.fitted = self.seen = 0
 
-    @cached_property
-    def _held_out(self) -> RunningEquations:
-        """The held-out sums, allocated on first use: they are as large as the others."""
-        return self._new()
+    def _of(self, *, held_out: bool) -> tuple[GramSum, Tensor, Tensor]:
+        """The sums and the tokens' weights, allocated on first use: the held-out ones are as large as the others."""
+        if held_out not in self._sums:
+            B, tokens = (torch.zeros(size, dtype=torch.float64, device=self._device) for size in (self._shape, ()))
+            self._sums[held_out] = GramSum(self._shape[0], self._device), B, tokens
+        return self._sums[held_out]
 
     def add(
         self,
@@ -169,7 +128,7 @@ class EquationSums:
         """Add a batch, weighted by token: as if u and t were multiplied by the weight's square root."""
         self.seen += len(u)
         self.fitted += 0 if held_out else len(u)
-        running = self._held_out if held_out else self._fit
+        G, B, tokens = self._of(held_out=held_out)
         u = at_least_float32(u)
         t = u[:, :0] if t is None else t.to(u.dtype)
         roots = u.new_ones(len(u), 1) if weights is None else weights.to(u.dtype).sqrt()
@@ -178,29 +137,25 @@ class EquationSums:
                 inputs, targets = inputs * root, targets * root
             self._total += (root.T @ inputs)[0]
             self._absolute += (root.T @ inputs.abs())[0]
-            running.add(inputs, targets, root.square().sum())
+            G.add(inputs)
+            add_product(B, inputs, targets)
+            tokens += root.square().sum()
 
-    def fit(self, processes: Processes) -> NormalEquations:
-        return self._fit.close(processes)
-
-    def held_out(self, processes: Processes) -> NormalEquations:
-        return self._held_out.close(processes)
+    def equations(self, processes: Processes, *, held_out: bool = False) -> NormalEquations:
+        G, B, tokens = self._of(held_out=held_out)
+        processes.add_up(G.total, B, tokens)
+        return NormalEquations(G.close(), B, float(tokens))
 
     def inputs(self, processes: Processes) -> InputSums:
         processes.add_up(self._total, self._absolute)
         return InputSums(self._total, self._absolute)
 
     def close(self, processes: Processes) -> tuple[NormalEquations, NormalEquations, InputSums]:
-        return self.fit(processes), self.held_out(processes), self.inputs(processes)
+        return self.equations(processes), self.equations(processes, held_out=True), self.inputs(processes)
 
     def moments(self, processes: Processes) -> InputMoments:
         """Moments of the inputs over the windows to fit on."""
-        return mean_moments(self.fit(processes), self.inputs(processes))
-
-
-def mean_moments(fit: NormalEquations, inputs: InputSums) -> InputMoments:
-    """Means over tokens, from sums; the second moment takes the place of fit.G."""
-    return InputMoments(fit.G.div_(fit.tokens), inputs.total / fit.tokens, inputs.absolute / fit.tokens)
+        return self.inputs(processes).moments(self.equations(processes))
 
 
 @dataclass(frozen=True)
@@ -212,7 +167,7 @@ class Regularized:
     tokens: int
 
     def moments(self) -> InputMoments:
-        return mean_moments(self.fit, self.inputs)
+        return self.inputs.moments(self.fit)
 
 
 def regularized(
@@ -225,7 +180,7 @@ def regularized(
 
     like: what their inputs are; by default white. matrix: what is made of them, where there are targets.
     """
-    fit, inputs = sums.fit(processes), sums.inputs(processes)
+    fit, inputs = sums.equations(processes), sums.inputs(processes)
     given, seen = int(processes.total(sums.fitted)), int(processes.total(sums.seen))
     width = len(fit.G)
     if given >= width:

@@ -11,7 +11,7 @@ import math
 import os
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,17 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from compress.calibration.processes import ALONE, Processes
 from compress.calibration.statistics import rows
 from compress.errors import NumericalError
 from compress.models.branch import Branch
 from compress.models.decoder import Arguments, Decoder
-from compress.numerics.losses import kl_divergence
+from compress.numerics.functional import kl_divergence
+
+Ids = Int64[Tensor, "windows tokens"]
+Activations = Float[Tensor, "windows tokens width"]
 
 # Tokens whose logits are held at a time: a row of them is as wide as the vocabulary.
 LOGITS_AT_ONCE = 256
@@ -34,11 +38,11 @@ LOGITS_AT_ONCE = 256
 @dataclass(frozen=True)
 class Batch:
     index: int
-    ids: Int64[Tensor, "windows tokens"]
+    ids: Ids
     held_out: bool
 
 
-def split_windows(windows: Int64[Tensor, "windows tokens"], batch_size: int, held_out: int) -> list[Batch]:
+def split_windows(windows: Ids, batch_size: int, held_out: int) -> list[Batch]:
     """Split windows into batches in order; `held_out` of them, evenly spread, make separate batches at the end."""
     apart = torch.zeros(len(windows), dtype=torch.bool)
     apart[[(2 * i + 1) * len(windows) // (2 * held_out) for i in range(held_out)]] = True
@@ -47,7 +51,7 @@ def split_windows(windows: Int64[Tensor, "windows tokens"], batch_size: int, hel
     return [Batch(index, ids, is_held_out) for index, (ids, is_held_out) in enumerate(tagged)]
 
 
-def spread(windows: Int64[Tensor, "windows tokens"], count: int) -> Int64[Tensor, "count tokens"]:
+def spread(windows: Ids, count: int) -> Int64[Tensor, "count tokens"]:
     """Select `count` windows, evenly spread; all where there are no more."""
     count = min(count, len(windows))
     return windows[[index * len(windows) // count for index in range(count)]]
@@ -95,19 +99,19 @@ class ActivationCache:
     def bytes_in_memory(self) -> int:
         return 0 if self.slots is not None else sum(batch.nbytes for batch in self.batches if batch is not None)
 
-    def stored(self, index: int) -> Float[Tensor, "windows tokens width"]:
+    def stored(self, index: int) -> Activations:
         batch = self.batches[index]
         if batch is None:
             raise LookupError(f"batch {index} was never put into the cache")
         return batch
 
-    def get(self, index: int, device: torch.device) -> Float[Tensor, "windows tokens width"]:
+    def get(self, index: int, device: torch.device) -> Activations:
         return self.stored(index).to(device)
 
     def release(self) -> None:
         self.batches, self.slots = [None] * len(self.batches), None
 
-    def put(self, index: int, activations: Float[Tensor, "windows tokens width"]) -> None:
+    def put(self, index: int, activations: Activations) -> None:
         if self.slots is None:
             self.batches[index] = activations.to(self.device)
         else:
@@ -149,17 +153,22 @@ class Interner:
         self._seen: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = defaultdict(list)
 
     def __call__(self, value: Any) -> Any:
-        if isinstance(value, Tensor):
-            known = self._seen[value.shape, value.dtype]
-            first = next((seen for seen in known if seen is value or torch.equal(seen, value)), None)
-            if first is None:
-                known.append(value)
-            return value if first is None else first
-        if isinstance(value, dict):
-            return {key: self(entry) for key, entry in value.items()}
-        if isinstance(value, list | tuple):
-            return type(value)(self(entry) for entry in value)
-        return value
+        return tree_map_only(Tensor, self._first, value)
+
+    def _first(self, tensor: Tensor) -> Tensor:
+        known = self._seen[tensor.shape, tensor.dtype]
+        first = next((seen for seen in known if seen is tensor or torch.equal(seen, tensor)), None)
+        if first is None:
+            known.append(tensor)
+        return tensor if first is None else first
+
+
+def embedded(decoder: Decoder, batches: Sequence[Batch]) -> Iterator[tuple[Tensor, list[Arguments]]]:
+    """Yield by batch the embeddings, which must be loaded, and the arguments that the blocks are called with."""
+    intern = Interner()
+    for batch in batches:
+        stream, arguments = decoder.embed(batch.ids)
+        yield stream, intern(arguments)
 
 
 class Streams:
@@ -212,10 +221,9 @@ class Streams:
 
     def record_arguments(self) -> Iterator[Tensor]:
         """Record the arguments that blocks are called with, yielding embeddings; these must be loaded."""
-        intern, self.arguments = Interner(), []
-        for batch in self.batches:
-            stream, arguments = self.decoder.embed(batch.ids)
-            self.arguments.append(intern(arguments))
+        self.arguments = []
+        for stream, arguments in embedded(self.decoder, self.batches):
+            self.arguments.append(arguments)
             yield stream
 
     def now(self, batch: Batch) -> tuple[Tensor, Tensor | None]:

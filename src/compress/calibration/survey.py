@@ -13,29 +13,28 @@ On the same passes the linears of the blocks can be watched (`spectra.py`).
 
 import enum
 import math
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
-from jaxtyping import Float, Float64, Int64
+from jaxtyping import Float, Float64
 from torch import Tensor
 
+from compress.calibration.observers import GradientFiles, LinearObserver, Spectrum, UnitObserver, cost_name
 from compress.calibration.processes import ALONE, Processes
-from compress.calibration.resources import return_free_memory
-from compress.calibration.spectra import GradientFiles, LinearObserver, Spectrum
 from compress.calibration.statistics import rows
 from compress.calibration.streams import ActivationCache, Batch, CacheFolder, Streams
-from compress.calibration.unit_costs import UnitObserver, cost_name
 from compress.calibration.weights import PartLoader, block_number, renumbered
 from compress.models.branch import Branch
 from compress.models.soundness import check_sound
 from compress.numerics.sums import GramSum, at_least_float32
+from compress.progress import return_free_memory
 
 # Tokens of each window whose logits are held at a time: a row of them is as wide as the vocabulary.
 TOKENS_AT_ONCE = 64
 TOKENS_PER_DIRECTION = 8
-UNITS, ROUNDINGS = "units ", "rounding "  # before the names of such costs among a survey's tensors
 
 
 class SurveyNeed(enum.Flag):
@@ -88,23 +87,23 @@ class Survey:
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors but the gradients by linears, which are in files."""
+        energy = {path: spectrum.energy for path, spectrum in self.spectra.items()}
+        felt = {path: spectrum.felt for path, spectrum in self.spectra.items()}
+        kinds: dict[str, Mapping[str, Tensor | None]]
+        kinds = {"energy": energy, "felt": felt, "units": self.unit_costs, "rounding": self.roundings}
         named = {"moment": self.moment, "gradient": self.gradient}
-        for path, spectrum in self.spectra.items():
-            named |= {f"energy {path}": spectrum.energy, f"felt {path}": spectrum.felt}
-        named |= {f"{UNITS}{name}": costs for name, costs in self.unit_costs.items()}
-        named |= {f"{ROUNDINGS}{name}": each for name, each in self.roundings.items()}
+        named |= {f"{kind} {name}": each for kind, found in kinds.items() for name, each in found.items()}
         return {name: tensor.cpu() for name, tensor in named.items() if tensor is not None}
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], gradients: GradientFiles | None) -> "Survey":
-        spectra = {
-            name.removeprefix("energy "): Spectrum(energy, tensors.get(name.replace("energy ", "felt ", 1)))
-            for name, energy in tensors.items()
-            if name.startswith("energy ")
-        }
-        costs = {name.removeprefix(UNITS): each for name, each in tensors.items() if name.startswith(UNITS)}
-        roundings = {name.removeprefix(ROUNDINGS): each for name, each in tensors.items() if name.startswith(ROUNDINGS)}
-        return cls(tensors["moment"], tensors.get("gradient"), spectra, gradients, costs, roundings)
+        kinds = defaultdict[str, dict[str, Tensor]](dict)
+        for full, tensor in tensors.items():
+            kind, _, name = full.partition(" ")
+            kinds[kind][name] = tensor
+        spectra = {path: Spectrum(energy, kinds["felt"].get(path)) for path, energy in kinds["energy"].items()}
+        moment, gradient = tensors["moment"], tensors.get("gradient")
+        return cls(moment, gradient, spectra, gradients, kinds["units"], kinds["rounding"])
 
 
 class Surveyor:
@@ -196,19 +195,16 @@ class Surveyor:
                 self.observer.last(x)
                 # Every token but a window's last predicts the next.
                 pieces = zip(x[:, :-1].split(TOKENS_AT_ONCE, 1), batch.ids[:, 1:].split(TOKENS_AT_ONCE, 1), strict=True)
-                found = [self._loss_gradient(*piece) for piece in pieces]
+                found = []
+                for piece, following in pieces:
+                    with torch.enable_grad():
+                        piece = piece.detach().requires_grad_()
+                        logits, following = self.decoder.logits(piece).flatten(0, 1), following.flatten().to(x.device)
+                        loss = torch.nn.functional.cross_entropy(logits, following, reduction="sum")
+                        found.append(torch.autograd.grad(loss, piece)[0])
                 gradient = torch.cat([*found, x.new_zeros(x[:, -1:].shape)], 1)
                 self._count(x, gradient)
                 self.stream.put(batch.index, gradient)
-
-    def _loss_gradient(
-        self, x: Float[Tensor, "windows tokens D"], following: Int64[Tensor, "windows tokens"]
-    ) -> Float[Tensor, "windows tokens D"]:
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            logits, following = self.decoder.logits(x).flatten(0, 1), following.flatten().to(x.device)
-            loss = torch.nn.functional.cross_entropy(logits, following, reduction="sum")
-            return torch.autograd.grad(loss, x)[0]
 
     def _backward(self, block: int, inputs: ActivationCache) -> None:
         """Take the gradients from a block's output to its input, counting them at each point on the way."""

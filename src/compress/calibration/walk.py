@@ -17,7 +17,6 @@ from torch import Tensor
 from compress.calibration.branch_pass import BranchPass
 from compress.calibration.depth import DroppedBlocks
 from compress.calibration.processes import ALONE, Processes
-from compress.calibration.resources import Stopwatch, return_free_memory
 from compress.calibration.rewriting import Report
 from compress.calibration.sites import (
     Stage,
@@ -35,6 +34,7 @@ from compress.models.decoder import Arguments, Decoder
 from compress.models.soundness import check_sound
 from compress.models.storage import inputs_as_they_are, num_parameters
 from compress.numerics.frames import Frame
+from compress.progress import Stopwatch, return_free_memory
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,7 @@ from compress.models.branch import Branch
 from compress.models.decoder import Decoder
 from compress.models.factors import WrittenForm
 from compress.models.tensor_files import Piece, SafetensorsFolder, file_name, fused_piece, stored_forms
+from compress.models.untrusted import shown
 
 FUSED_DIMENSIONS = 3
 ADAPTER_PREFIX = "base_model.model."  # what PEFT calls the model that an adapter is for
@@ -116,8 +117,8 @@ class LazyWeights:
                     "Start from the unquantized model (F16, BF16, F32 or F64)."
                 )
         if missing:
-            shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-            raise CheckpointError(f"The checkpoint {self.folder} lacks {len(missing)} tensors of its model: {shown}.")
+            what = f"{len(missing)} tensors of its model: {shown(missing)}"
+            raise CheckpointError(f"The checkpoint {self.folder} lacks {what}.")
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.architectures.packed import VLLM_RANKS
 from compress.checkpoints.metadata import AdapterMetadata, Metadata, Origin
 from compress.checkpoints.quality import Quality
 from compress.errors import OutputError
 from compress.io import atomic_write
+from compress.models.packing import VLLM_RANKS
 from compress.models.untrusted import parse_yaml
 
 if TYPE_CHECKING:
@@ -29,25 +29,11 @@ PICTURE = re.compile(r"[A-Za-z0-9-]+\.png")
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 SPECIAL = re.compile(r"([\\`*_\[\]<>#|~&$!])")
 TICKS = re.compile("`+")
-# Of the classes NAMEForCausalLM that a result is written in: those that vLLM runs (scripts/serve_check), ours by its
-# Transformers backend; those for which it has no adapters.
-IN_VLLM = {
-    *(
-        "Compress",
-        "DeciLM",
-        "Gemma",
-        "GPTBigCode",
-        "GPTNeoX",
-        "Llama",
-        "Mistral",
-        "OPT",
-        "Phi",
-        "Phi3",
-        "Qwen2",
-        "Qwen3",
-    ),
-    "Starcoder2",
-}
+# Of the classes NAMEForCausalLM that a result is written in: those that vLLM has (docs/engines.md says what was run),
+# ours by its Transformers backend; those for which it has no adapters.
+IN_VLLM = set(
+    "Compress DeciLM Gemma GPTBigCode GPTNeoX Llama Mistral OPT Phi Phi3 Qwen2 Qwen3 Starcoder2".split()  # noqa: SIM905
+)
 WITHOUT_ADAPTERS = ("Compress", "GPTNeoX", "Starcoder2")
 FRONT_MATTER = re.compile(r"\A---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
@@ -73,7 +59,6 @@ class Untrusted(str):
 
     @property
     def block(self) -> str:
-        """A fenced code block."""
         return f"{self._fence(3)}\n{str.__str__(self)}\n{self._fence(3)}"
 
     def _fence(self, least: int) -> str:

@@ -66,7 +66,6 @@ def carry_modeling(target: Path) -> None:
 
 
 def code_modules(auto_map: Any) -> set[str]:
-    """The modules that a config's auto_map names."""
     return {str(name).partition(".")[0] for name in auto_map.values()} if isinstance(auto_map, dict) else set()
 
 

@@ -1,8 +1,7 @@
 """Whether a folder is the checkpoint that was written: each of its files against compress.json."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from compress.checkpoints.files import ADAPTER_WEIGHTS, code_modules
 from compress.checkpoints.metadata import METADATA, Metadata
@@ -25,25 +24,20 @@ def check_integrity(folder: Path, metadata: Metadata, *, checksums: bool, progre
         check_gguf(folder, metadata, checksums=checksums)
         return
     problems = Problems()
-
-    def collect(check: Callable[..., Any], *given: Any) -> Any:
-        with problems.collect():
-            return check(folder, *given)
-
-    collect(check_config, metadata)
-    collect(check_parts_named, metadata)
-    names, headers = [name for name in metadata.parts if is_plain(name)], {}
+    problems.check(check_config, folder, metadata)
+    problems.check(check_parts_named, folder, metadata)
+    names, headers = [name for name in metadata.parts if is_plain(name)], dict[str, list[StoredTensor] | None]()
     steps = Steps(progress, "checking files", len(names))
     for name in names:
         steps.next(name)
-        headers[name] = collect(check_file, name, metadata.parts[name] if checksums else None)
+        headers[name] = problems.check(check_file, folder, name, metadata.parts[name] if checksums else None)
     steps.end()
-    collect(check_adapter, metadata)
+    problems.check(check_adapter, folder, metadata)
     if not problems.found:
-        weights = [tensor for name, found in headers.items() if name != ADAPTER_WEIGHTS for tensor in found]
-        collect(check_mapped, weights)
-        collect(check_totals, metadata, weights)
-        collect(check_carried, metadata)
+        weights = [tensor for name, found in headers.items() if name != ADAPTER_WEIGHTS for tensor in found or ()]
+        problems.check(check_mapped, folder, weights)
+        problems.check(check_totals, folder, metadata, weights)
+        problems.check(check_carried, folder, metadata)
     if problems.found:
         told = list(dict.fromkeys(str(problem) for problem in problems.found))  # an adapter's weights are a part, too
         more = [f"And {len(told) - SHOWN} more."] if len(told) > SHOWN else []

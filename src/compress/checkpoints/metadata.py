@@ -31,7 +31,6 @@ class Record(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False, extra="allow")
 
     def to_dict(self) -> dict[str, Any]:
-        """As it is in the file."""
         return self.model_dump(mode="json", exclude_unset=True)
 
 

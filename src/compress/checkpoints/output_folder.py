@@ -41,7 +41,6 @@ class Output:
 
 
 def check_output(job: Output) -> None:
-    """Raises UsageError where the output may not be written."""
     if job.out.name in ("", ".."):
         raise UsageError(f"--out {job.out} has no name of its own. Name a new folder, such as --out compressed/mine.")
     if job.model.folder is not None:

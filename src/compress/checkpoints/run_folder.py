@@ -16,7 +16,7 @@ import json
 import logging
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -149,8 +149,10 @@ class RunFolder:
     def keep_intact(self, progress: Progress) -> None:
         """Forget what has files that are missing or changed; delete the files that are not listed."""
         run = self.run
-        if run.finished and self._is_whole(progress):
-            return
+        if run.finished:
+            with suppress(CheckpointError):
+                check_integrity(self.checkpoint, read_metadata(self.checkpoint), checksums=True, progress=progress)
+                return
         run.finished = False
         places = [(self.checkpoint, file) for file in run.weights] + [(self.partial, file) for file in run.scratch]
         # Parts depend on all findings, and only the last state is there to resume from.
@@ -164,13 +166,6 @@ class RunFolder:
         self.checkpoint.mkdir(exist_ok=True)
         clear(self.checkpoint, kept={file.file for file in run.weights})
         clear(self.partial, kept={LOCK, RUN, CHECKPOINT, *(file.file for file in run.scratch)})
-
-    def _is_whole(self, progress: Progress) -> bool:
-        try:
-            check_integrity(self.checkpoint, read_metadata(self.checkpoint), checksums=True, progress=progress)
-        except CheckpointError:
-            return False
-        return True
 
     def _save(self) -> None:
         data = self.run.model_dump()

@@ -20,14 +20,14 @@ from compress.calibration.weights import LazyWeights, PartLoader
 from compress.checkpoints import reload
 from compress.checkpoints.files import check_code
 from compress.checkpoints.metadata import read_metadata
-from compress.child_process import run_in_child
 from compress.errors import VerificationError
 from compress.models.decoder import Decoder
-from compress.models.gguf_opening import gguf_folder, load_gguf_tokenizer
+from compress.models.gguf_weights import gguf_folder, load_gguf_tokenizer
 from compress.models.loading import load_config, load_tokenizer
 from compress.models.storage import inputs_as_they_are
 from compress.models.stored_loading import load_stored
 from compress.models.untrusted import read_json
+from compress.process import run_in_child
 
 # Of the largest logit. Float32 against float32 is rounding; a model too large for that runs in its 16-bit dtype.
 TOLERANCE = 1e-4
@@ -44,22 +44,27 @@ def verify(
         machine (`why_own`) this package's own reader does.
     Raises VerificationError on any other key or too large a difference.
     """
+    if why_own(folder) is not None:
+        return within(TOLERANCE, difference(read_own(folder, ids), logits), "checkpoint", f"folder {folder}")
     # Beside the checkpoint: whatever ends this process, nothing is left elsewhere.
     with tempfile.TemporaryDirectory(prefix="scratch-", dir=folder) as scratch:
         probe = Path(scratch) / "probe.safetensors"
         save_file({"ids": ids.cpu().contiguous(), "logits": logits.cpu().contiguous()}, probe)
-        own = why_own(folder) is not None
-        found = read_own(folder, ids, logits) if own else run_clean(folder, probe, memory, Path(scratch))
+        found = run_clean(folder, probe, memory, Path(scratch))
     for kind in ("missing", "unexpected", "mismatched"):
         if found[kind]:
             raise VerificationError(f"The written checkpoint has {kind} keys on reload: {', '.join(found[kind][:3])}.")
-    tolerance = TOLERANCE if found["bits"] >= 32 else TOLERANCE_16_BIT
-    return within(tolerance, found["difference"], found["largest_logit"], "checkpoint", f"folder {folder}")
+    share = found["difference"] / max(found["largest_logit"], 1e-30)
+    return within(TOLERANCE if found["bits"] >= 32 else TOLERANCE_16_BIT, share, "checkpoint", f"folder {folder}")
 
 
-def within(tolerance: float, difference: float, largest_logit: float, written: str, kept: str) -> float:
-    """The difference as a share of the largest logit. Raises VerificationError where that is above the tolerance."""
-    share = difference / max(largest_logit, 1e-30)
+def difference(found: Tensor, logits: Tensor) -> float:
+    """The largest, as a share of the largest logit."""
+    return float((found.double() - logits.cpu().double()).abs().max()) / max(float(logits.abs().max()), 1e-30)
+
+
+def within(tolerance: float, share: float, written: str, kept: str) -> float:
+    """The share. Raises VerificationError where it is above the tolerance."""
     if not share <= tolerance:
         raise VerificationError(
             f"The written {written} reloads with other logits: they differ by {share:.1e} of the largest, "
@@ -79,25 +84,23 @@ def verify_gguf(
     source = gguf_folder(file)
     config, weights = load_config(source), LazyWeights(source)
     if config.model_type == "compress":  # with blocks that are not alike
-        own = read_own(source, ids, logits)
-        verify_tokens(folder, file)
-        return within(TOLERANCE, own["difference"], own["largest_logit"], "GGUF file", f"file {file}")
-    dtype = torch.promote_types(torch.float32, logits.dtype)  # a CPU multiplies 16-bit floats far more slowly
-    decoder = Decoder(config, families.find(config), dtype=dtype, device=torch.device("cpu"))
-    head = [f"{decoder.family.head}.weight"] if config.tie_word_embeddings else []
-    weights.check_against(decoder.parameter_shapes(), may_miss=head)
-    loader = PartLoader(decoder, weights)
-    with torch.inference_mode():
-        with loader.embeddings():
-            stream, arguments = decoder.embed(ids.cpu())
-        for index, block in enumerate(decoder.blocks):
-            with loader.block(index):
-                stream = block(stream, **arguments[index])
-        with loader.head():
-            found = decoder.logits(stream)
-    difference = float((found.double() - logits.cpu().double()).abs().max())
+        found = read_own(source, ids)
+    else:
+        dtype = torch.promote_types(torch.float32, logits.dtype)  # a CPU multiplies 16-bit floats far more slowly
+        decoder = Decoder(config, families.find(config), dtype=dtype, device=torch.device("cpu"))
+        head = [f"{decoder.family.head}.weight"] if config.tie_word_embeddings else []
+        weights.check_against(decoder.parameter_shapes(), may_miss=head)
+        loader = PartLoader(decoder, weights)
+        with torch.inference_mode():
+            with loader.embeddings():
+                stream, arguments = decoder.embed(ids.cpu())
+            for index, block in enumerate(decoder.blocks):
+                with loader.block(index):
+                    stream = block(stream, **arguments[index])
+            with loader.head():
+                found = decoder.logits(stream)
     verify_tokens(folder, file)
-    return within(TOLERANCE, difference, float(logits.abs().max()), "GGUF file", f"file {file}")
+    return within(TOLERANCE, difference(found, logits), "GGUF file", f"file {file}")
 
 
 def why_own(folder: Path) -> str | None:
@@ -115,17 +118,12 @@ def why_own(folder: Path) -> str | None:
     return None
 
 
-def read_own(folder: Path, ids: Tensor, logits: Tensor) -> dict[str, Any]:
-    """What reload.py finds, by our own reader, which raises CheckpointError on any other key."""
+def read_own(folder: Path, ids: Tensor) -> Tensor:
+    """The logits by our own reader, which raises CheckpointError on any other key."""
     model = load_stored(folder, dtype=torch.float32, device=torch.device("cpu"))
     with torch.inference_mode(), inputs_as_they_are(model):
         found: Tensor = model(input_ids=ids.cpu(), use_cache=False).logits
-    return {
-        **dict.fromkeys(("missing", "unexpected", "mismatched"), ()),
-        "difference": float((found.double() - logits.cpu().double()).abs().max()),
-        "largest_logit": float(logits.abs().max()),
-        "bits": 32,
-    }
+    return found
 
 
 # What tokenizers cut in different ways: spaces, digits, marks, scripts, code.

@@ -9,16 +9,14 @@ from typing import Annotated
 
 import typer
 
-from compress.cli.auto import auto_model
 from compress.cli.bench import bench
 from compress.cli.compressing import run_recipe
+from compress.cli.console import INTERRUPTED, INTERRUPTS
 from compress.cli.eval import evaluate
 from compress.cli.finetune import finetune
-from compress.cli.inspect import inspect_outputs, push_output
-from compress.cli.report import write_report
-from compress.cli.reporting import INTERRUPTED, INTERRUPTS
+from compress.cli.inspect import inspect_outputs, push_output, write_report
+from compress.cli.quantize import auto_model, quantize_model, slim_model
 from compress.cli.slice_lord import factorize_model, slice_model
-from compress.cli.slim_quantize import quantize_model, slim_model
 from compress.version import __version__
 
 app = typer.Typer(

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from compress.cli.console import progress_bar, quiet_libraries, reporting_errors
 from compress.cli.options import (
     Device,
     Engine,
@@ -16,13 +17,10 @@ from compress.cli.options import (
     TrustRemoteCode,
     check_dtype,
     computing_dtype,
-    in_panel,
     kept_in,
     newest_or_refuse,
     pick_device,
 )
-from compress.cli.progress import progress_bar
-from compress.cli.reporting import quiet_libraries, reporting_errors
 from compress.cli.tables import Row, gigabytes, print_json, print_lines, print_rows
 from compress.errors import Problems, UsageError
 from compress.models.hub import ModelSource, find_model
@@ -50,14 +48,14 @@ SPEEDUP, NO_ROOM = "speedup (middle half)", "no room"
 def bench(
     out: Annotated[str | None, typer.Argument(help=OUT, show_default=False)] = None,
     against: Annotated[str | None, typer.Option(help=AGAINST, show_default=False)] = None,
-    batch_sizes: Annotated[str | None, in_panel(Method, BATCH_SIZES)] = None,
-    prompt: Annotated[str | None, in_panel(Method, PROMPT)] = None,
-    new: Annotated[int | None, in_panel(Method, "New tokens per sequence. Default: 32.", min=1)] = None,
-    rounds: Annotated[int, in_panel(Method, "Repetitions of each measurement, the two models alternating.", min=1)] = 7,
-    layerwise: Annotated[bool, in_panel(Method, LAYERWISE, flag="--layerwise")] = False,
-    tokens: Annotated[str | None, in_panel(Method, TOKENS)] = None,
-    engine: Annotated[Engine, in_panel(Machine, ENGINE)] = "transformers",
-    dtype: Annotated[str | None, in_panel(Machine, DTYPE)] = None,
+    batch_sizes: Annotated[str | None, Method(BATCH_SIZES)] = None,
+    prompt: Annotated[str | None, Method(PROMPT)] = None,
+    new: Annotated[int | None, Method("New tokens per sequence. Default: 32.", min=1)] = None,
+    rounds: Annotated[int, Method("Repetitions of each measurement, the two models alternating.", min=1)] = 7,
+    layerwise: Annotated[bool, Method(LAYERWISE, "--layerwise")] = False,
+    tokens: Annotated[str | None, Method(TOKENS)] = None,
+    engine: Annotated[Engine, Machine(ENGINE)] = "transformers",
+    dtype: Annotated[str | None, Machine(DTYPE)] = None,
     device: Device = None,
     trust_remote_code: TrustRemoteCode = False,
     save: Save = False,
@@ -67,51 +65,54 @@ def bench(
 
     Example: compress bench compressed/opt-125m-anchored-kp0.75 --against opt-125m
     """
-    problems, sources, lists = Problems(), list[ModelSource](), dict[str, list[int]]()
-    for name, text in (("batch-sizes", batch_sizes), ("prompt", prompt), ("tokens", tokens)):
-        with problems.collect():
-            lists[name] = numbers_in(name, text)
+    problems, sources = Problems(), list[ModelSource]()
+    lists = [
+        problems.check(numbers_in, option, text) or []
+        for option, text in (("batch-sizes", batch_sizes), ("prompt", prompt), ("tokens", tokens))
+    ]
     with problems.collect():
         if tokens is not None and not layerwise:
             raise UsageError("--tokens has no effect without --layerwise. Add it, or leave --tokens out.")
-    with problems.collect():
-        check_dtype(dtype)
+    problems.check(check_dtype, dtype)
     with problems.collect():
         if engine == "llamacpp" and (batch_sizes or layerwise or dtype or device):
             raise UsageError(NOT_FOR_LLAMACPP)
     with problems.collect():
         sources.append(find_model(out or str(newest_or_refuse("bench"))))
-    with problems.collect():
-        if against is not None or (sources and engine == "transformers"):
+        if save:
+            problems.check(kept_in, sources[0])
+        if against is not None or engine == "transformers":
             sources.insert(0, base_of(sources[0]) if against is None else find_model(against))
-    for source in sources[-1:] if save else ():
-        with problems.collect():
-            kept_in(source)
-    if device is not None or not problems.found:
-        with problems.collect():
-            target = pick_device(device)
+    target: Any = problems.check(pick_device, device) if device is not None or not problems.found else None
     problems.report()
     if engine == "llamacpp":
-        report = measure_llamacpp(sources, lists["prompt"], new, rounds)
-        tell(report, sources[-1] if save else None, as_json=json)
-        return
+        report = measure_llamacpp(sources, lists[1], new, rounds)
+        speeds = [speed_in_llamacpp(report, load) for load in report["speeds"]] if save else []
+    else:
+        from compress.evaluation.bench import Asked, look_at_pair, measure, other_source, workloads
 
-    from compress.evaluation.speed.report import Asked, look_at_pair, measure, other_source, workloads
+        quiet_libraries()
+        pair, configs = look_at_pair(sources, trust_remote_code=trust_remote_code)
+        asked = Asked(
+            workloads=workloads(lists[0], lists[1], new, configs),
+            rounds=rounds,
+            dtype=computing_dtype(dtype, configs[1], target),
+            device=target,
+            tokens=(lists[2] or [1, 16, 128]) if layerwise else [],
+            trust_remote_code=trust_remote_code,
+        )
+        with progress_bar("preparing") as progress:
+            report = measure(*pair, asked, progress)
+        report["notes"] += other_source(*pair)
+        speeds = [speed_in_turns(report, load) for load in report["generation"]] if save else []
+    if save:
+        from compress.checkpoints.quality import Quality, save_quality
 
-    quiet_libraries()
-    pair, configs = look_at_pair(sources, trust_remote_code=trust_remote_code)
-    asked = Asked(
-        workloads=workloads(lists["batch-sizes"], lists["prompt"], new, configs),
-        rounds=rounds,
-        dtype=computing_dtype(dtype, configs[1], target),
-        device=target,
-        tokens=(lists["tokens"] or [1, 16, 128]) if layerwise else [],
-        trust_remote_code=trust_remote_code,
-    )
-    with progress_bar("preparing") as progress:
-        report = measure(*pair, asked, progress)
-    report["notes"] += other_source(*pair)
-    tell(report, sources[-1] if save else None, as_json=json)
+        save_quality(kept_in(sources[-1]), Quality(speed=speeds))
+    if json:
+        print_json(report)
+    else:
+        show_llamacpp(report) if engine == "llamacpp" else show(report)
 
 
 def numbers_in(option: str, text: str | None) -> list[int]:
@@ -123,7 +124,7 @@ def numbers_in(option: str, text: str | None) -> list[int]:
 
 
 def base_of(source: ModelSource) -> ModelSource:
-    from compress.evaluation.speed.report import facts_of
+    from compress.evaluation.bench import facts_of
 
     name = facts_of(source.folder).get("base_model") if source.folder else None
     if not isinstance(name, str):
@@ -141,8 +142,8 @@ def measure_llamacpp(
     sources: Sequence[ModelSource], prompts: Sequence[int], new: int | None, rounds: int
 ) -> dict[str, Any]:
     """Measure GGUF files in llama.cpp, one sequence at a time; the one to compare with comes first."""
+    from compress.evaluation.bench import workloads
     from compress.evaluation.llamacpp import compare_speeds, gguf_file
-    from compress.evaluation.speed.report import workloads
     from compress.models.loading import load_config
 
     problems, files, configs = Problems(), [], []
@@ -164,35 +165,17 @@ def measure_llamacpp(
     return {"engine": "llamacpp", "rounds": rounds, "speeds": speeds}
 
 
-# What was measured, told and kept.
-
-
-def tell(report: Mapping[str, Any], source: ModelSource | None, *, as_json: bool) -> None:
-    """source: the model that is to keep the speeds."""
-    in_llamacpp = report.get("engine") == "llamacpp"
-    if source is not None:
-        from compress.checkpoints.quality import Quality, save_quality
-
-        speed, loads = (speed_in_llamacpp, report["speeds"]) if in_llamacpp else (speed_in_turns, report["generation"])
-        save_quality(kept_in(source), Quality(speed=[speed(report, load) for load in loads]))
-    if as_json:
-        print_json(report)
-    else:
-        show_llamacpp(report) if in_llamacpp else show(report)
+# What was measured, for quality.json.
 
 
 def speed_in_turns(report: Mapping[str, Any], load: Mapping[str, Any]) -> "Speed":
     """load: an entry of the report's `generation`."""
     from compress.checkpoints.quality import Speed
 
-    return Speed.model_validate(
-        {
-            **{"engine": "transformers", "dense": report["dense"]["name"], "rounds": report["rounds"]},
-            **{name: load[name] for name in ("batch", "prompt", "new")},
-            **{name: report[name] for name in ("dtype", "machine")},
-            **{name: load[name]["tokens_per_second"] if load[name] else {} for name in ("prefill", "decode")},
-        }
-    )
+    rates = {name: load[name]["tokens_per_second"] if load[name] else {} for name in ("prefill", "decode")}
+    size = {name: load[name] for name in ("batch", "prompt", "new")}
+    how = {name: report[name] for name in ("dtype", "machine", "rounds")}
+    return Speed.model_validate({"engine": "transformers", "dense": report["dense"]["name"], **size, **how, **rates})
 
 
 def speed_in_llamacpp(report: Mapping[str, Any], load: Mapping[str, Any]) -> "Speed":
@@ -201,13 +184,10 @@ def speed_in_llamacpp(report: Mapping[str, Any], load: Mapping[str, Any]) -> "Sp
 
     names = list(load["files"])
     sides = {side: load["files"][name] for side, name in zip(SIDES[-len(names) :], names, strict=True)}
-    return Speed.model_validate(
-        {
-            **{"engine": "llamacpp", "dense": names[0] if len(names) > 1 else None, "rounds": report["rounds"]},
-            **{"batch": 1, "prompt": load["prompt"], "new": load["new"], "dtype": None, "machine": None},
-            **{name: {side: each[name] for side, each in sides.items()} for name in ("prefill", "decode")},
-        }
-    )
+    rates = {name: {side: each[name] for side, each in sides.items()} for name in ("prefill", "decode")}
+    how = {"batch": 1, "prompt": load["prompt"], "new": load["new"], "dtype": None, "machine": None}
+    dense = names[0] if len(names) > 1 else None
+    return Speed.model_validate({"engine": "llamacpp", "dense": dense, "rounds": report["rounds"], **how, **rates})
 
 
 # The report as tables.
@@ -239,7 +219,14 @@ def show(report: Mapping[str, Any]) -> None:
         for each in report["linears"]
     }
     print_rows("Linears: outputs x inputs", list(forms.values()))
-    print_rows("A linear by itself: µs", [linear_row(each) for each in report["linears"]])
+    alone = [
+        {
+            **{"linears": f"{each['name']} ({each['linears']})", "tokens": f"{each['tokens']:,}"},
+            **({**medians(each, 1e6), SPEEDUP: speedup(each)} if each["seconds"] else {"dense": NO_ROOM}),
+        }
+        for each in report["linears"]
+    ]
+    print_rows("A linear by itself: µs", alone)
     print_lines([f"Speedups are of times, {dense} / {compressed}: above 1, {compressed} is faster.", *report["notes"]])
 
 
@@ -281,13 +268,6 @@ def speed_rows(speeds: Mapping[str, Any]) -> list[Row]:
         if name == "prefill":
             rows.append({"rows x tokens": "  first token, ms", **medians(times, 1e3)})
     return rows
-
-
-def linear_row(each: Mapping[str, Any]) -> Row:
-    label = {"linears": f"{each['name']} ({each['linears']})", "tokens": f"{each['tokens']:,}"}
-    if each["seconds"] is None:
-        return {**label, "dense": NO_ROOM}
-    return {**label, **medians(each, 1e6), SPEEDUP: speedup(each)}
 
 
 def medians(times: Mapping[str, Any], unit: float) -> Row:

@@ -1,5 +1,6 @@
 """The options of every command that compresses a model, said once, and the run that they ask for; `compress run`."""
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -8,6 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from compress.cli.console import (
+    profiled,
+    progress_bar,
+    quiet_libraries,
+    reporting_errors,
+    seeing_interrupts,
+    show_seconds,
+)
 from compress.cli.options import (
     BatchSize,
     Data,
@@ -16,19 +25,16 @@ from compress.cli.options import (
     Output,
     WritingOptions,
     flag_of,
-    in_panel,
     look_at,
     parse_size,
     usual_seq_len,
     with_options,
 )
-from compress.cli.progress import progress_bar
 from compress.cli.recipes import Draft, apply_settings
-from compress.cli.reporting import profiled, quiet_libraries, reporting_errors, seeing_interrupts, show_seconds
-from compress.cli.tables import print_lines, print_text, show_plan, show_result
+from compress.cli.tables import print_lines, show_plan, show_result
 from compress.errors import Problems, UsageError
-from compress.launch import launch
 from compress.models.hub import ModelSource
+from compress.process import launch
 
 if TYPE_CHECKING:
     from compress.pipeline.output import Result
@@ -39,6 +45,8 @@ MODEL = "A hub id, an alias such as llama-2-7b or opt-125m, a folder, a GGUF fil
 CALIB = (
     "Calibration text: wikitext2, c4, ptb, alpaca, stdlib, or a .txt or .jsonl file. Default: wikitext2 (demo: stdlib)."
 )
+SAMPLES = "Calibration sequences. Default: 128."
+LENGTH = "Tokens per sequence. Default: 2048, or what the model has."
 ERROR = "Report how far the stream is from the dense model's at each point; takes a second pass of every block."
 RECIPE = "Print the recipe that `compress run` takes to do the same, and end."
 PUSH = "Push the result to this private repository of the hub, OWNER/NAME."
@@ -60,16 +68,16 @@ class RunOptions(WritingOptions):
     """The shared options as they were typed."""
 
     model: Annotated[str, typer.Option(help=MODEL)] = "demo"
-    calib: Annotated[str | None, in_panel(Data, CALIB)] = None
-    samples: Annotated[int | None, in_panel(Data, "Calibration sequences. Default: 128.")] = None
-    seq_len: Annotated[int | None, in_panel(Data, "Tokens per sequence. Default: 2048, or what the model has.")] = None
-    set_: Annotated[list[str] | None, in_panel(Method, SET, flag="--set", metavar="STAGE.FIELD=VALUE")] = None
-    push_to_hub: Annotated[str | None, in_panel(Output, PUSH)] = None
-    measure_error: Annotated[bool, in_panel(Output, ERROR, flag="--measure-error")] = False
-    show_recipe: Annotated[bool, in_panel(Output, RECIPE, flag="--show-recipe")] = False
+    calib: Annotated[str | None, Data(CALIB, sets="calibration.source")] = None
+    samples: Annotated[int | None, Data(SAMPLES, sets="calibration.samples")] = None
+    seq_len: Annotated[int | None, Data(LENGTH, sets="calibration.seq_len")] = None
+    set_: Annotated[list[str] | None, Method(SET, "--set", metavar="STAGE.FIELD=VALUE")] = None
+    push_to_hub: Annotated[str | None, Output(PUSH)] = None
+    measure_error: Annotated[bool, Output(ERROR, "--measure-error")] = False
+    show_recipe: Annotated[bool, Output(RECIPE, "--show-recipe")] = False
     batch_size: BatchSize = None
-    max_memory: Annotated[str | None, in_panel(Machine, MOST)] = None
-    cache_memory: Annotated[str | None, in_panel(Machine, CACHE)] = None
+    max_memory: Annotated[str | None, Machine(MOST)] = None
+    cache_memory: Annotated[str | None, Machine(CACHE)] = None
 
     def compress(
         self,
@@ -92,10 +100,10 @@ class RunOptions(WritingOptions):
             if not problems.found:
                 self.change(draft)
         check = None if problems.found else lambda: draft.recipe(**usual_calibration())
-        sizes: dict[str, Any] = {}
-        for name, text in (("cache_memory", self.cache_memory), ("max_memory", self.max_memory)):
-            with problems.collect():
-                sizes[name] = None if text is None else parse_size(text, flag_of(name))
+        sizes: dict[str, Any] = {
+            name: None if text is None else problems.check(parse_size, text, flag_of(name))
+            for name, text in (("cache_memory", self.cache_memory), ("max_memory", self.max_memory))
+        }
         found = look_at(problems, [model or self.model], data_dir=self.data_dir, device=self.device, check=check)
         problems.report()
 
@@ -124,15 +132,9 @@ class RunOptions(WritingOptions):
         self.deliver(job, like)
 
     def change(self, draft: Draft) -> None:
-        """Put the shared options and --set into the recipe."""
-        for address, option, value in (
-            ("calibration.source", "--calib", self.calib),
-            ("calibration.samples", "--samples", self.samples),
-            ("calibration.seq_len", "--seq-len", self.seq_len),
-            ("seed", "--seed", self.seed),
-            ("dtype", "--dtype", self.dtype),
-        ):
-            draft.set(address, value, f"{option} {value}")
+        """Put what was typed into the recipe, --set last."""
+        for address, value, typed in self.in_recipe:
+            draft.set(address, value, typed)
         if self.measure_error:
             is_folded = draft.stages[:1] == [{"stage": "fold_norms"}]
             draft.stages.insert(int(is_folded), {"stage": "measure_error"})
@@ -142,13 +144,13 @@ class RunOptions(WritingOptions):
         """Do what was asked for with a job. like: see `compress`."""
         from compress.checkpoints.push import check_repository, push
         from compress.pipeline import plan_only
-        from compress.recipe_file import as_yaml, comparison, read_recipe
+        from compress.recipe import as_yaml, comparison, read_recipe
 
         if self.push_to_hub is not None:
             check_repository(self.push_to_hub)
         if self.show_recipe or self.dry_run:
             if launch().is_first and self.show_recipe:
-                print_text(as_yaml(job.recipe))
+                sys.stdout.write(as_yaml(job.recipe))  # for other programs: no colors, no wrapping
             elif launch().is_first:
                 show_plan(job, plan_only(job), as_json=self.json)
             return
@@ -179,12 +181,8 @@ def amount_of(recipe: "Recipe") -> str:
     slim: Any = next(stage for stage in recipe.stages if stage.stage == "slim")
     words = []
     if slim.quantize is not None:
-        words.append(
-            (slim.quantize.gguf_type or f"w{slim.quantize.precision}")
-            .replace(",", "-")
-            .replace("=", "-")
-            .replace("*", "x")
-        )
+        name = slim.quantize.gguf_type or f"w{slim.quantize.precision}"
+        words.append(name.translate(str.maketrans(",=*", "--x")))
     if slim.prune is not None:
         words.append(slim.prune.pattern.replace(":", "-").replace("%", "pc"))
     if slim.adapt is not None:
@@ -221,6 +219,7 @@ def keeping_what_is_done(said: str, is_kept: Callable[[], bool]) -> Iterator[Non
 # A recipe from a file.
 
 FILE = "A YAML recipe, the name of a shipped one, a compress.json, or the folder of a checkpoint."
+OWN_EXPORT = f"{EXPORT} Default: the checkpoint's own, else hf."
 FILES_MODEL = "A hub id, an alias, a folder or demo. Default: the base model of a compress.json; else demo."
 
 
@@ -230,15 +229,13 @@ def run_recipe(
     run: RunOptions,
     recipe: Annotated[Path, typer.Argument(help=FILE, show_default=False)],
     model: Annotated[str | None, typer.Option(help=FILES_MODEL)] = None,
-    export: Annotated[
-        Literal["hf", "gguf"] | None, in_panel(Output, f"{EXPORT} Default: the checkpoint's own, else hf.")
-    ] = None,
+    export: Annotated[Literal["hf", "gguf"] | None, Output(OWN_EXPORT)] = None,
 ) -> None:
     """Run a recipe: any stages that make sense together, in one walk.
 
     Example: compress run slice-then-slim --model llama-2-7b
     """
-    from compress.recipe_file import read_recipe
+    from compress.recipe import read_recipe
 
     file = read_recipe(recipe)
     facts = file.facts or {}

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from compress.cli.console import progress_bar, quiet_libraries, reporting_errors
 from compress.cli.options import (
     BatchSize,
     Data,
@@ -16,29 +17,27 @@ from compress.cli.options import (
     Found,
     Json,
     Machine,
+    Panel,
     Save,
     TrustRemoteCode,
     computing_dtype,
-    in_panel,
     kept_in,
     look_at,
     names_in,
     newest_output,
     with_options,
 )
-from compress.cli.progress import progress_bar
-from compress.cli.reporting import quiet_libraries, reporting_errors
 from compress.cli.tables import gigabytes, number, print_json, print_lines, print_rows
 from compress.datasets import load_rows
-from compress.errors import Problems, UsageError, report
+from compress.errors import Problems, report
 from compress.models.hub import ModelSource
 from compress.numerics import DTYPES
 
 if TYPE_CHECKING:
     from compress.evaluation.evaluate import Evaluation, Request
-    from compress.evaluation.humaneval import Sampling
+    from compress.evaluation.generation import Sampling
 
-Measures, Programs = "What to measure", "HumanEval"
+Measures, Programs = Panel("What to measure"), Panel("HumanEval")
 PAPERS_TEMPERATURE = 0.8
 
 PPL = "Perplexity on data sets or text files, with commas between: wikitext2, c4, ptb, stdlib, FILE.txt"
@@ -59,6 +58,7 @@ NOT_ALLOWED = (
     "--humaneval runs programs that a model wrote, on this machine and as your user. Limits on their time and memory "
     "are no sandbox (docs/security.md): use a container, and say --allow-code-execution."
 )
+NOT_FOR_LLAMACPP = "--engine llamacpp measures --ppl alone. Leave --kl, --tasks, --humaneval, --dtype and --device out."
 OF_PROGRAMS = "--allow-code-execution, --samples-per-problem, --temperature and --k are of --humaneval. Add it."
 
 
@@ -66,23 +66,23 @@ OF_PROGRAMS = "--allow-code-execution, --samples-per-problem, --temperature and 
 class EvalOptions:
     """As they were typed."""
 
-    ppl: Annotated[str | None, in_panel(Measures, PPL)] = None
-    kl: Annotated[str | None, in_panel(Measures, KL)] = None
-    tasks: Annotated[str | None, in_panel(Measures, TASKS)] = None
-    humaneval: Annotated[bool, in_panel(Measures, HUMANEVAL, flag="--humaneval")] = False
+    ppl: Annotated[str | None, Measures(PPL)] = None
+    kl: Annotated[str | None, Measures(KL)] = None
+    tasks: Annotated[str | None, Measures(TASKS)] = None
+    humaneval: Annotated[bool, Measures(HUMANEVAL, "--humaneval")] = False
     model: Annotated[str | None, typer.Option(help=MODEL)] = None
     compare: Annotated[list[str] | None, typer.Option(help=COMPARE, metavar="MODEL")] = None
-    seq_len: Annotated[int | None, in_panel(Data, SEQ_LEN, min=2)] = None
-    limit: Annotated[int | None, in_panel(Data, LIMIT, min=1)] = None
+    seq_len: Annotated[int | None, Data(SEQ_LEN, min=2)] = None
+    limit: Annotated[int | None, Data(LIMIT, min=1)] = None
     data_dir: DataDir = None
-    allow_code_execution: Annotated[bool, in_panel(Programs, ALLOW, flag="--allow-code-execution")] = False
-    samples_per_problem: Annotated[int, in_panel(Programs, "Samples (programs) per problem.", min=1)] = 1
-    temperature: Annotated[float | None, in_panel(Programs, TEMPERATURE, min=0)] = None
-    k: Annotated[str, in_panel(Programs, "The k of pass@k, with commas between: 1,10.")] = "1"
-    seed: Annotated[int, in_panel(Data, "Random seed of the programs.", min=0)] = 0
+    allow_code_execution: Annotated[bool, Programs(ALLOW, "--allow-code-execution")] = False
+    samples_per_problem: Annotated[int, Programs("Samples (programs) per problem.", min=1)] = 1
+    temperature: Annotated[float | None, Programs(TEMPERATURE, min=0)] = None
+    k: Annotated[str, Programs("The k of pass@k, with commas between: 1,10.")] = "1"
+    seed: Annotated[int, Data("Random seed of the programs.", min=0)] = 0
     batch_size: BatchSize = 8
-    engine: Annotated[Engine, in_panel(Machine, ENGINE)] = "transformers"
-    dtype: Annotated[str | None, in_panel(Machine, DTYPE)] = None
+    engine: Annotated[Engine, Machine(ENGINE)] = "transformers"
+    dtype: Annotated[str | None, Machine(DTYPE)] = None
     device: Device = None
     trust_remote_code: TrustRemoteCode = False
     save: Save = False
@@ -90,34 +90,27 @@ class EvalOptions:
 
     def check(self, others: Sequence[str]) -> None:
         """Raises UsageError with all that does not go together."""
-        ks, samples, broken = names_in(self.k) or [], self.samples_per_problem, []
-        if names_in(self.ppl) == []:
-            broken.append("--ppl names no data set. Try --ppl wikitext2.")
-        if names_in(self.tasks) == []:
-            broken.append("--tasks names no task. Try --tasks piqa,winogrande.")
-        if self.ppl is self.kl is self.tasks is None and not self.humaneval:
-            broken.append(NOTHING)
-        if self.humaneval and not self.allow_code_execution:
-            broken.append(NOT_ALLOWED)
+        ks, samples = names_in(self.k) or [], self.samples_per_problem
         of_programs = self.allow_code_execution or samples > 1 or self.temperature is not None or ks != ["1"]
-        if of_programs and not self.humaneval:
-            broken.append(OF_PROGRAMS)
-        elif samples > 1 and self.temperature == 0:
-            broken.append("--temperature 0 writes the same program every time. Use --samples-per-problem 1.")
-        elif not ks or not all(each.isascii() and each.isdigit() and 0 < int(each) <= samples for each in ks):
-            most = f"--samples-per-problem ({samples})"
-            broken.append(f"--k takes numbers from 1 to {most}, with commas between; got {self.k!r}.")
-        if others and not self.compare:
-            broken.append(f"{others[0]!r} is no option. Name a model with --model, or several with --compare.")
-        if self.model and self.compare:
-            broken.append("--model and --compare both name models. Use one of them.")
-        report(broken)
-
-    def check_engine(self) -> None:
-        if self.engine == "llamacpp" and (self.kl or self.tasks or self.humaneval or self.dtype or self.device):
-            raise UsageError(
-                "--engine llamacpp measures --ppl alone. Leave --kl, --tasks, --humaneval, --dtype and --device out."
-            )
+        stray, same = of_programs and not self.humaneval, samples > 1 and self.temperature == 0
+        fit = all(each.isascii() and each.isdigit() and 0 < int(each) <= samples for each in ks)
+        not_ppl = self.kl or self.tasks or self.humaneval or self.dtype or self.device
+        most = f"from 1 to --samples-per-problem ({samples}), with commas between; got {self.k!r}."
+        other = others[0] if others else ""
+        rules = {
+            "--ppl names no data set. Try --ppl wikitext2.": names_in(self.ppl) == [],
+            "--tasks names no task. Try --tasks piqa,winogrande.": names_in(self.tasks) == [],
+            NOTHING: self.ppl is self.kl is self.tasks is None and not self.humaneval,
+            NOT_ALLOWED: self.humaneval and not self.allow_code_execution,
+            OF_PROGRAMS: stray,
+            "--temperature 0 writes the same program every time. Use --samples-per-problem 1.": same and not stray,
+            f"--k takes numbers {most}": not (stray or same or (ks and fit)),
+            f"{other!r} is no option. Name a model with --model, or several with --compare.": others
+            and not self.compare,
+            "--model and --compare both name models. Use one of them.": self.model and self.compare,
+            NOT_FOR_LLAMACPP: self.engine == "llamacpp" and not_ppl,
+        }
+        report([rule for rule, is_broken in rules.items() if is_broken])
 
     @property
     def runs_programs(self) -> bool:
@@ -125,13 +118,12 @@ class EvalOptions:
 
     def sampling(self) -> "Sampling":
         """At the paper's temperature for several samples, which would all be the same one otherwise."""
-        from compress.evaluation.humaneval import Sampling
+        from compress.evaluation.generation import Sampling
 
         usual = PAPERS_TEMPERATURE if self.samples_per_problem > 1 else 0.0
         temperature = usual if self.temperature is None else self.temperature
-        return Sampling(
-            self.samples_per_problem, temperature, tuple(sorted(map(int, names_in(self.k) or ()))), self.seed
-        )
+        ks = tuple(sorted(map(int, names_in(self.k) or ())))
+        return Sampling(self.samples_per_problem, temperature, ks, self.seed)
 
 
 @reporting_errors
@@ -145,25 +137,19 @@ def evaluate(
     Example: compress eval --ppl wikitext2 --model opt-125m
     """
     problems = Problems()
-    with problems.collect():
-        options.check(others or [])
-    with problems.collect():
-        options.check_engine()
-    named = (
-        [*options.compare, *(others or [])] if options.compare else [options.model or str(newest_output() or "demo")]
-    )
+    problems.check(options.check, others or [])
+    named = [*options.compare, *(others or [])] if options.compare else []
+    named = named or [options.model or str(newest_output() or "demo")]
     places = [*named, *([options.kl] if options.kl else [])]
     found = look_at(problems, places, dtype=options.dtype, data_dir=options.data_dir, device=options.device)
     if options.dtype in DTYPES and found.device is not None:
         import torch
 
-        from compress.numerics.precision import check_computing
+        from compress.numerics.sums import check_computing
 
-        with problems.collect():
-            check_computing(getattr(torch, options.dtype), found.device)
+        problems.check(check_computing, getattr(torch, options.dtype), found.device)
     for source in found.models[: len(named)] if options.save else []:
-        with problems.collect():
-            kept_in(source)
+        problems.check(kept_in, source)
     evaluations, notes = measure_all(found, gather(problems, options, found), options)
     if not options.compare:
         show_quality(evaluations[0], as_json=options.json)
@@ -180,9 +166,9 @@ def gather(problems: Problems, options: EvalOptions, found: Found) -> "Request":
     if not tasks and not options.runs_programs:
         problems.report()
     quiet_libraries()
-    from compress.datasets.tasks import load_problems
+    from compress.datasets.texts import load_problems
     from compress.evaluation.evaluate import Request
-    from compress.evaluation.humaneval import check_can_run
+    from compress.evaluation.generation import check_can_run
     from compress.evaluation.tasks import load_tasks
 
     request = Request(
@@ -201,8 +187,7 @@ def gather(problems: Problems, options: EvalOptions, found: Found) -> "Request":
             check_can_run()
             request = replace(request, problems=load_problems(found.data_dir, options.limit))
     for text in texts if problems.found else []:
-        with problems.collect():
-            load_rows(text, "test", found.data_dir)
+        problems.check(load_rows, text, "test", found.data_dir)
     problems.report()
     return replace(request, sampling=options.sampling()) if options.runs_programs else request
 
@@ -216,9 +201,9 @@ def measure_all(found: Found, request: "Request", options: EvalOptions) -> "tupl
     """One model in memory at a time, the dense one of --kl first; it was named last. And notes on what was measured."""
     from compress.checkpoints.quality import save_quality
     from compress.evaluation import evaluate as evaluation
-    from compress.evaluation._inference import free_memory
     from compress.evaluation.llamacpp import gguf_file
     from compress.models import stored_loading
+    from compress.models.soundness import free_memory
 
     problems, subjects = Problems(), list[evaluation.Subject]()
     for source in found.models:

@@ -8,34 +8,29 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from compress.cli.compressing import keeping_what_is_done
+from compress.cli.console import profiled, progress_bar, quiet_libraries, reporting_errors
 from compress.cli.options import (
     Data,
     Machine,
     Method,
     Output,
     WritingOptions,
-    in_panel,
     look_at,
     usual_seq_len,
     with_options,
-    words_of,
 )
-from compress.cli.progress import progress_bar
 from compress.cli.recipes import plain_value
-from compress.cli.reporting import profiled, quiet_libraries, reporting_errors
 from compress.cli.tables import gigabytes, print_json, print_lines, print_values, reloads
 from compress.errors import Problems, UsageError
-from compress.models.hub import ModelSource, find_model
+from compress.models.hub import find_model
 
 if TYPE_CHECKING:
-    from compress.checkpoints.metadata import Metadata
     from compress.tuning.looking import Prepared
     from compress.tuning.settings import Settings
     from compress.tuning.tuner import Result
 
 SEQ_LEN = 1024
 TRAINED = {"lora": "a LoRA", "factors": "the factors", "adapters": "the adapters", "all": "all weights"}
-TYPED = ("data", "seq_len", "steps", "tokens", "train", "distill", "lora_rank", "lr", "merge", "batch_size", "seed")
 
 DATA = "alpaca, wikitext2, stdlib, c4, ptb, or a .txt or .jsonl file. Default: the calibration text."
 TRAIN = "Trainable parameters. Default: the adapters or the factors where there are any, else a LoRA."
@@ -49,36 +44,38 @@ SET = (
 DTYPE = "Dtype of frozen weights in memory. Default, and least, on the CPU: float32; on a GPU their own."
 
 
+LENGTH = f"Tokens per sequence. Default: {SEQ_LEN}, or what the model has."
+RATE = "Peak learning rate. Default: by what is trained and its size."
+BATCH = "Sequences per step, over all processes. Default: 16."
+Trained = Literal["lora", "factors", "adapters", "all"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class FinetuneOptions(WritingOptions):
-    """Those of TYPED are the settings of their names."""
+    """What they set are fields of `Settings`."""
 
-    data: Annotated[str | None, in_panel(Data, DATA)] = None
-    seq_len: Annotated[
-        int | None, in_panel(Data, f"Tokens per sequence. Default: {SEQ_LEN}, or what the model has.")
-    ] = None
-    steps: Annotated[int | None, in_panel(Method, "Training length in steps. Default: 400.")] = None
-    tokens: Annotated[int | None, in_panel(Method, "Training length in tokens.")] = None
-    train: Annotated[Literal["lora", "factors", "adapters", "all"] | None, in_panel(Method, TRAIN)] = None
-    distill: Annotated[Literal["none", "logits"] | None, in_panel(Method, DISTILL)] = None
-    teacher: Annotated[str | None, in_panel(Method, TEACHER)] = None
-    lora_rank: Annotated[int | None, in_panel(Method, "Rank of a new LoRA. Default: 32.")] = None
-    lr: Annotated[float | None, in_panel(Method, "Peak learning rate. Default: by what is trained and its size.")] = (
-        None
-    )
-    merge: Annotated[bool | None, in_panel(Method, MERGE, flag="--merge/--no-merge")] = None
-    set_: Annotated[list[str] | None, in_panel(Method, SET, flag="--set", metavar="FIELD=VALUE")] = None
-    out: Annotated[Path | None, in_panel(Output, "Output folder. Default: ./compressed/NAME-tuned.")] = None
-    batch_size: Annotated[int | None, in_panel(Machine, "Sequences per step, over all processes. Default: 16.")] = None
-    dtype: Annotated[str | None, in_panel(Machine, DTYPE)] = None
+    data: Annotated[str | None, Data(DATA, sets="data")] = None
+    seq_len: Annotated[int | None, Data(LENGTH, sets="seq_len")] = None
+    steps: Annotated[int | None, Method("Training length in steps. Default: 400.", sets="steps")] = None
+    tokens: Annotated[int | None, Method("Training length in tokens.", sets="tokens")] = None
+    train: Annotated[Trained | None, Method(TRAIN, sets="train")] = None
+    distill: Annotated[Literal["none", "logits"] | None, Method(DISTILL, sets="distill")] = None
+    teacher: Annotated[str | None, Method(TEACHER)] = None
+    lora_rank: Annotated[int | None, Method("Rank of a new LoRA. Default: 32.", sets="lora_rank")] = None
+    lr: Annotated[float | None, Method(RATE, sets="lr")] = None
+    merge: Annotated[bool | None, Method(MERGE, "--merge/--no-merge", sets="merge")] = None
+    set_: Annotated[list[str] | None, Method(SET, "--set", metavar="FIELD=VALUE")] = None
+    out: Annotated[Path | None, Output("Output folder. Default: ./compressed/NAME-tuned.")] = None
+    batch_size: Annotated[int | None, Machine(BATCH, sets="batch_size")] = None
+    dtype: Annotated[str | None, Machine(DTYPE)] = None
 
     def settings(self, usual_data: str = "", config: Any = None) -> "Settings":
         """Raises UsageError with all that is wrong, each with what put it there."""
         from compress.tuning.settings import parse_settings
 
         values: dict[str, Any] = {"data": usual_data, "seq_len": usual_seq_len(config, None, SEQ_LEN)}
-        typed = {name: getattr(self, name) for name in TYPED if getattr(self, name) is not None}
-        flags = {name: " ".join(words_of(name, value)) for name, value in typed.items()}
+        typed = {name: value for name, value, _ in self.in_recipe}
+        flags = {name: words for name, _, words in self.in_recipe}
         for text in self.set_ or []:
             name, equals, value = text.partition("=")
             if not equals:
@@ -115,10 +112,19 @@ def finetune(
 
     quiet_libraries()
     metadata, (source,) = own_metadata(folder, "tuned"), found.models
+    try:
+        teacher = None if run.distill == "none" else find_model(run.teacher or metadata.base_model)
+    except UsageError as error:
+        if run.teacher:
+            raise
+        raise UsageError(
+            f"The dense model is not found by its name in compress.json, {metadata.base_model!r}. "
+            "Name its folder with --teacher, or train on the text alone with --distill none."
+        ) from error
     job = TuningJob(
         model=source,
         settings=run.settings(metadata.recipe.calibration.source, load_config(folder).get_text_config()),
-        teacher=None if run.distill == "none" else find_teacher(run.teacher, metadata),
+        teacher=teacher,
         out=run.out or Path("compressed") / f"{source.name}-tuned",
         command=run.command(f"finetune {source.name}"),
         dtype=None if run.dtype is None else getattr(torch, run.dtype),
@@ -142,38 +148,14 @@ def finetune(
         show_tuning(result)
 
 
-def find_teacher(asked: str | None, metadata: "Metadata") -> ModelSource:
-    """The dense model. Raises UsageError where the one that was compressed cannot be found by its name alone."""
-    try:
-        return find_model(asked or metadata.base_model)
-    except UsageError as error:
-        if asked:
-            raise
-        raise UsageError(
-            f"The dense model is not found by its name in compress.json, {metadata.base_model!r}. "
-            "Name its folder with --teacher, or train on the text alone with --distill none."
-        ) from error
-
-
 def show_plan(prepared: "Prepared", *, as_json: bool) -> None:
     settings, job = prepared.job.settings, prepared.job
     teacher = None if job.teacher is None else job.teacher.name
     if as_json:
-        print_json(
-            {
-                "out": str(job.out),
-                "trained": prepared.what,
-                "trained_parameters": prepared.num_trained,
-                "merge": prepared.merge,
-                "steps": prepared.steps,
-                "windows": len(prepared.texts.train),
-                "seq_len": settings.seq_len,
-                "batch_size": settings.batch_size,
-                "learning_rate": prepared.rate.highest,
-                "relative_rate": prepared.rate.relative,
-                "teacher": teacher,
-            }
-        )
+        trained = {"trained": prepared.what, "trained_parameters": prepared.num_trained, "merge": prepared.merge}
+        size = {"steps": prepared.steps, "windows": len(prepared.texts.train), "seq_len": settings.seq_len}
+        rate = {"learning_rate": prepared.rate.highest, "relative_rate": prepared.rate.relative, "teacher": teacher}
+        print_json({"out": str(job.out), **trained, **size, "batch_size": settings.batch_size, **rate})
         return
     values = {
         "trained": f"{TRAINED[prepared.what]}, {prepared.num_trained:,} parameters",

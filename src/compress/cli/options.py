@@ -7,63 +7,70 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import typer
 
 from compress.datasets import data_directory
 from compress.errors import Problems, UsageError, unknown_name
-from compress.launch import launch
 from compress.models.hub import ModelSource, find_model
 from compress.numerics import DTYPES
+from compress.process import launch
 
 if TYPE_CHECKING:
     import torch
 
-Amounts = "How much"
-Method = "Method"
-Data = "Data"
-Machine = "Machine"
-Output = "Output"
+
+class Panel:
+    """A heading of the help page; called, it gives an option under it."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self, help: str, flag: str | None = None, *, sets: Any = None, **rules: Any) -> Any:
+        """
+        flag: the name of an option that has no --no- form. sets: the address in the recipe of what is typed; or that,
+            and the value of a flag that is given, or what makes a value of the words that are typed.
+        """
+        option = typer.Option(*([flag] if flag else []), help=help, rich_help_panel=self.name, **rules)
+        option.sets = (sets, None) if isinstance(sets, str) else sets
+        return option
 
 
-def in_panel(panel: str, help: str, *, flag: str | None = None, **rules: Any) -> Any:
-    """An option under a heading of the help page; `flag` is the name of one that has no --no- form."""
-    return typer.Option(*([flag] if flag else []), help=help, rich_help_panel=panel, **rules)
-
-
-DataDir = Annotated[
-    Path | None,
-    in_panel(Data, "Folder with data sets as plain files, for use offline.", envvar="COMPRESS_DATA_DIR"),
-]
-Json = Annotated[bool, in_panel(Output, "Print the result as JSON.", flag="--json")]
-Save = Annotated[bool, in_panel(Output, "Keep the result in quality.json in the checkpoint's folder.", flag="--save")]
-Device = Annotated[str | None, in_panel(Machine, "cuda, cuda:1, cpu. Default: a GPU if there is one.")]
+Amounts, Method, Data, Machine, Output = map(Panel, ("How much", "Method", "Data", "Machine", "Output"))
+DTYPE = "Dtype of the written weights. Default: the model's own."
+PROFILE = "Print on stderr where the time went, by function and by kind of work."
+DATA_DIR = "Folder with data sets as plain files, for use offline."
+TRUST = "Run modeling code that the model brings along."
+DataDir = Annotated[Path | None, Data(DATA_DIR, envvar="COMPRESS_DATA_DIR")]
+Json = Annotated[bool, Output("Print the result as JSON.", "--json")]
+Save = Annotated[bool, Output("Keep the result in quality.json in the checkpoint's folder.", "--save")]
+Device = Annotated[str | None, Machine("cuda, cuda:1, cpu. Default: a GPU if there is one.")]
 Engine = Literal["transformers", "llamacpp"]
-BatchSize = Annotated[int | None, in_panel(Machine, "Sequences per batch.", min=1)]
-TrustRemoteCode = Annotated[
-    bool, in_panel(Machine, "Run modeling code that the model brings along.", flag="--trust-remote-code")
-]
+BatchSize = Annotated[int | None, Machine("Sequences per batch.", min=1)]
+TrustRemoteCode = Annotated[bool, Machine(TRUST, "--trust-remote-code")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class WritingOptions:
-    """The options of every command that writes a checkpoint, as they were typed. typed: all that were."""
+    """The options of every command that writes a checkpoint, as they were typed.
+
+    typed: all that were. in_recipe: of those that set something there: the address, the value, the words that were
+        typed.
+    """
 
     data_dir: DataDir = None
-    seed: Annotated[int | None, in_panel(Data, "Random seed. Default: 42.", min=0)] = None
-    out: Annotated[Path | None, in_panel(Output, "Output folder. Default: ./compressed/MODEL-METHOD-AMOUNT.")] = None
-    dtype: Annotated[str | None, in_panel(Output, "Dtype of the written weights. Default: the model's own.")] = None
-    resume: Annotated[bool, in_panel(Output, "Resume an interrupted run, if there is one.", flag="--resume")] = False
-    overwrite: Annotated[bool, in_panel(Output, "Replace the output if it exists.", flag="--overwrite")] = False
-    dry_run: Annotated[bool, in_panel(Output, "Show what would be done, and write nothing.", flag="--dry-run")] = False
+    seed: Annotated[int | None, Data("Random seed. Default: 42.", min=0, sets="seed")] = None
+    out: Annotated[Path | None, Output("Output folder. Default: ./compressed/MODEL-METHOD-AMOUNT.")] = None
+    dtype: Annotated[str | None, Output(DTYPE, sets="dtype")] = None
+    resume: Annotated[bool, Output("Resume an interrupted run, if there is one.", "--resume")] = False
+    overwrite: Annotated[bool, Output("Replace the output if it exists.", "--overwrite")] = False
+    dry_run: Annotated[bool, Output("Show what would be done, and write nothing.", "--dry-run")] = False
     json: Json = False
     device: Device = None
-    profile: Annotated[
-        bool,
-        in_panel(Machine, "Print on stderr where the time went, by function and by kind of work.", flag="--profile"),
-    ] = False
+    profile: Annotated[bool, Machine(PROFILE, "--profile")] = False
     typed: Mapping[str, Any] = field(default_factory=dict)
+    in_recipe: Sequence[tuple[str, Any, str]] = ()
 
     def command(self, verb: str, **named: Any) -> str:
         """The command line that makes the same result: what was typed, without what does not change it.
@@ -71,12 +78,8 @@ class WritingOptions:
         named: in place of what was typed, such as a model by its name and not by its folder.
         """
         told = {name: value for name, value in self.typed.items() if name not in WITHOUT_EFFECT}
-        lines = ["compress", verb]
-        for name, value in (named | told | named).items():
-            for each in value if isinstance(value, list) else [value]:
-                is_whole = isinstance(each, float) and each.is_integer()
-                lines += map(shlex.quote, words_of(name, int(each) if is_whole else each))
-        return " ".join(lines)
+        words = (words_of(name, value) for name, value in (named | told | named).items())
+        return " ".join(["compress", verb, *(shlex.quote(word) for each in words for word in each)])
 
 
 # Of the options above and of those that compress a model.
@@ -84,6 +87,7 @@ WITHOUT_EFFECT = (
     *("data_dir", "out", "resume", "overwrite", "dry_run", "json", "device", "profile"),
     *("push_to_hub", "show_recipe", "max_memory", "cache_memory", "recipe", "folder"),
 )
+TOLD = ("typed", "in_recipe")  # fields of a group that are no options
 
 
 def with_options(group: type[Any], *, without: Sequence[str] = ()) -> Callable[..., Callable[..., None]]:
@@ -98,7 +102,7 @@ def with_options(group: type[Any], *, without: Sequence[str] = ()) -> Callable[.
         shared = {
             each.name: inspect.Parameter(each.name, kind, default=each.default, annotation=each.type)
             for each in fields(group)
-            if each.name not in ("typed", *without)
+            if each.name not in (*TOLD, *without)
         }
         # The model first, then what is the command's own, then what fewest commands share.
         declared = [name for each in group.__mro__ for name in inspect.get_annotations(each)]
@@ -116,8 +120,10 @@ def with_options(group: type[Any], *, without: Sequence[str] = ()) -> Callable[.
                 if value != parameters[name].default and value not in ([], ())
             }
             bound.apply_defaults()
-            values = bound.arguments
-            told = {"typed": given} if issubclass(group, WritingOptions) else {}
+            values, told = bound.arguments, dict[str, Any]()
+            if issubclass(group, WritingOptions):
+                settings = [setting_of(parameters[name].annotation, name, value) for name, value in given.items()]
+                told = {"typed": given, "in_recipe": [each for each in settings if each is not None]}
             options = group(**{name: values[name] for name in shared}, **told)
             body(options, **{name: values[name] for name in own})
 
@@ -128,6 +134,16 @@ def with_options(group: type[Any], *, without: Sequence[str] = ()) -> Callable[.
     return decorated
 
 
+def setting_of(annotation: Any, name: str, typed: Any) -> tuple[str, Any, str] | None:
+    """The address in the recipe that an option sets, the value, and what was typed; None for one that sets none."""
+    sets = getattr(get_args(annotation)[-1], "sets", None)
+    if sets is None:
+        return None
+    address, value = sets
+    typed_as = " ".join(words_of(name, typed))
+    return address, (value(typed) if callable(value) else typed if value is None else value), typed_as
+
+
 def flag_of(name: str) -> str:
     """What a parameter is called on the command line."""
     return f"--{name.rstrip('_').replace('_', '-')}"
@@ -135,9 +151,11 @@ def flag_of(name: str) -> str:
 
 def words_of(name: str, value: Any) -> list[str]:
     """What is typed to give a parameter this value."""
+    if isinstance(value, list):
+        return [word for each in value for word in words_of(name, each)]
     if isinstance(value, bool):
         return [flag_of(name if value else f"no_{name}")]
-    return [flag_of(name), str(value)]
+    return [flag_of(name), str(int(value) if isinstance(value, float) and value.is_integer() else value)]
 
 
 def names_in(text: str | None) -> list[str] | None:
@@ -187,20 +205,12 @@ def look_at(
     What can be seen without torch comes first, so that it comes at once. check: what else is looked at, with torch: not
     where that would hold up that a model is misspelt.
     """
-    models, folder, target = [], None, None
-    for name in names:
-        with problems.collect():
-            models.append(find_model(name))
-    with problems.collect():
-        check_dtype(dtype)
-    with problems.collect():
-        folder = data_directory(data_dir)
+    models = [model for name in names if (model := problems.check(find_model, name)) is not None]
+    problems.check(check_dtype, dtype)
+    folder = problems.check(data_directory, data_dir)
     if check is not None and (device is not None or len(models) == len(names)):
-        with problems.collect():
-            check()
-    if device is not None or not problems.found:
-        with problems.collect():
-            target = pick_device(device)
+        problems.check(check)
+    target = problems.check(pick_device, device) if device is not None or not problems.found else None
     return Found(models, folder, target)
 
 
@@ -261,8 +271,7 @@ def newest_output() -> Path | None:
 
 
 def newest_or_refuse(command: str) -> Path:
-    found = newest_output()
-    if found is None:
+    if (found := newest_output()) is None:
         raise UsageError(f"There is no output under ./compressed. Name a checkpoint: compress {command} OUT.")
     return found
 

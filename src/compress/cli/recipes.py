@@ -10,7 +10,7 @@ from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 from compress import presets
-from compress.cli.options import flag_of, words_of
+from compress.cli.options import flag_of
 from compress.errors import Problems, UsageError, unknown_name
 from compress.models.untrusted import parse_json
 
@@ -70,12 +70,6 @@ class Draft:
             raise UsageError(f"{self.flags[key]} and {flag} both set {address}. Leave one out.")
         self.flags[key] = flag
         owner[field] = value
-
-    def put(self, stage: str, **values: Any) -> None:
-        """Set the fields of a stage that options are called like."""
-        for name, value in values.items():
-            typed = ",".join(value) if isinstance(value, list) else value
-            self.set(f"{stage}.{name}", value, " ".join(words_of(name, typed)))
 
     def remove(self, address: str, flag: str) -> None:
         """Leave out what is at an address; to set something below it afterwards is a problem."""

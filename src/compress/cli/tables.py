@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
@@ -33,11 +34,6 @@ KINDS = {
 
 def print_json(data: Mapping[str, Any]) -> None:
     sys.stdout.write(json.dumps(data, indent=2) + "\n")
-
-
-def print_text(text: str) -> None:
-    """For other programs to read: no colors, no wrapping."""
-    sys.stdout.write(text)
 
 
 def print_lines(lines: Iterable[str]) -> None:
@@ -88,6 +84,9 @@ def fitting(rows: Sequence[Mapping[str, str]], room: int) -> list[list[str]]:
 # Cells.
 
 
+gigabytes = decimal  # of bytes: 12.3 MB
+
+
 def visible(text: object) -> str:
     """Without the control characters, half characters and turns of direction that a file's text may hold."""
     return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in str(text))
@@ -95,13 +94,6 @@ def visible(text: object) -> str:
 
 def number(value: int | float | None, form: str, unit: str = "") -> str | None:
     return None if value is None else format(value, form) + unit
-
-
-def gigabytes(count: int) -> str:
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= scale:
-            return f"{count / scale:.1f} {unit}"
-    return f"{count} B"
 
 
 def spans(values: Sequence[int | str]) -> str:
@@ -158,33 +150,33 @@ def show_result(job: "Job", result: "Result", *, as_json: bool) -> None:
     if as_json:
         print_json(result.to_dict())
         return
+    metadata, alternatives = result.metadata, [each.to_dict() for each in result.metadata.alternatives]
     seconds = ", ".join(f"{kind} {value:.1f}" for kind, value in result.seconds.items() if kind != "total")
     values = {
-        "written as": ONE_FILE if result.is_gguf else loads_as(result.architecture, is_stock=result.is_stock),
+        "written as": ONE_FILE
+        if metadata.storage == "gguf"
+        else loads_as(metadata.architecture, is_stock=metadata.loads_without_our_code),
         **shape(job, result.widths, result.units),
         "parameters, dense": f"{result.dense.parameters:,}",
         **sizes(result.dense, result.size),
-        "bits a weight, all counted": bits(result.alternatives),
+        "bits a weight, all counted": bits(alternatives),
         "outputs' energy lost, a linear": number(result.lost, ".2%"),
-        "divergence from dense, held out": number(result.divergence, ".3f", " nats a token"),
+        "divergence from dense, held out": number(metadata.held_out_divergence, ".3f", " nats a token"),
         "seconds": f"{result.seconds['total']:.1f} ({seconds})",
         "reloads": reloads(result.difference),
     }
     print_values(f"{job.model.name} compressed: {result.out}", values)
-    show_linears(result.ranks, result.num_blocks, result.alternatives)
-    print_rows("Types", mixture_rows(result.mixture))
-    print_lines(result.notes)
-
-
-def mixture_rows(mixture: Sequence[Mapping[str, Any]]) -> list[Row]:
-    return [
+    show_linears(result.ranks, result.num_blocks, alternatives)
+    rows = [
         {
-            "matrices": part["part"],
-            "types": ", ".join(f"{name} x {count}" for name, count in part["types"].items()),
-            "bytes": gigabytes(part["bytes"]),
+            "matrices": part.part,
+            "types": ", ".join(f"{name} x {count}" for name, count in part.types.items()),
+            "bytes": gigabytes(part.bytes),
         }
-        for part in mixture
+        for part in metadata.mixture
     ]
+    print_rows("Types", rows)
+    print_lines(result.notes)
 
 
 def loads_as(architecture: str, *, is_stock: bool) -> str:

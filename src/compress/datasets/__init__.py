@@ -1,40 +1,29 @@
 """The texts that models are calibrated and evaluated on.
 
-A data set is one file here, named as the user names it, with `load(split, data_dir) -> rows`, split being train,
-validation or test. Rows are joined with a blank line, SEPARATOR. A file of the user's is a text too: its whole text is
-every split.
+A data set is a function of `texts.py`. Rows are joined with a blank line, SEPARATOR. A file of the user's is a text
+too: its whole text is every split.
 """
 
-import importlib
 import os
-import pkgutil
 from pathlib import Path
-from types import ModuleType
 
 from compress.datasets._sources import is_file, read_rows
+from compress.datasets.texts import DATA_SETS, LICENSES, REPOSITORIES
 from compress.errors import UsageError, unknown_name
 from compress.models.untrusted import typed_path
 
 SEPARATOR = "\n\n"
 DATA_DIR_VARIABLE = "COMPRESS_DATA_DIR"
-# Cuts texts into tokens and is none itself. It needs torch, which a list of names must not wait for.
-WINDOWS = "windows"
-
-
-def names() -> list[str]:
-    """The data sets: the modules of this package that can `load`."""
-    modules = (module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
-    return sorted(name for name in modules if name != WINDOWS and hasattr(_module(name), "load"))
 
 
 def load_rows(source: str, split: str, data_dir: Path | None) -> list[str]:
     """The rows of a data set's split, or of a text file."""
     if is_file(source):
-        rows = read_rows(source, data_sets=names())
-    elif source in names():
-        rows = _module(source).load(split, data_dir)
+        rows = read_rows(source, data_sets=DATA_SETS)
+    elif source in DATA_SETS:
+        rows = DATA_SETS[source](split, data_dir)
     else:
-        raise UsageError(unknown_name("data set", source, names()) + " A .txt or .jsonl file works too.")
+        raise UsageError(unknown_name("data set", source, DATA_SETS) + " A .txt or .jsonl file works too.")
     if not any(row.strip() for row in rows):
         raise UsageError(f"The text {source!r} is empty. Name another one.")
     return rows
@@ -42,8 +31,7 @@ def load_rows(source: str, split: str, data_dir: Path | None) -> list[str]:
 
 def about(source: str) -> dict[str, str | None]:
     """Of a data set its repository on the hub and, where it is one to be told of, its license; None of a file."""
-    module = None if is_file(source) else _module(source)
-    return {"repository": getattr(module, "REPOSITORY", None), "license": getattr(module, "LICENSE", None)}
+    return {"repository": REPOSITORIES.get(source), "license": LICENSES.get(source)}
 
 
 def data_directory(option: Path | None) -> Path | None:
@@ -56,7 +44,3 @@ def data_directory(option: Path | None) -> Path | None:
         asked_by = "--data-dir" if option else DATA_DIR_VARIABLE
         raise UsageError(f"{asked_by} must be a folder, {str(asked)!r} is none. Create it or correct the path.")
     return folder
-
-
-def _module(name: str) -> ModuleType:
-    return importlib.import_module(f"{__name__}.{name}")

@@ -103,7 +103,6 @@ def hub_table(
 
 
 def column(table: "Dataset", name: str) -> list[str]:
-    """A column of text as a list."""
     with obtained("The data set cannot be used", f"Each of its records must have a text {name!r}."):
         rows = list(table[name])
         if not all(isinstance(row, str) for row in rows):

@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int64
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from compress.calibration.weights import LazyWeights
@@ -21,46 +19,32 @@ from compress.checkpoints.metadata import versions
 from compress.checkpoints.quality import Quality, Tasks
 from compress.datasets.windows import evaluation_windows, fingerprint
 from compress.errors import Problems, UsageError
-from compress.evaluation import humaneval
+from compress.evaluation import generation
+from compress.evaluation.footprint import bytes_on_disk
 from compress.evaluation.llamacpp import LlamaCpp, gguf_file
-from compress.evaluation.speed.footprint import bytes_on_disk
 from compress.evaluation.tasks import LoadedTask, averages, score_tasks
-from compress.evaluation.windows import Reference, divergence, perplexity, perplexity_of, remember
+from compress.evaluation.windows import Reference, Subject, Windows, divergence, perplexity, perplexity_of, remember
 from compress.models.loading import check_positions, check_vocabulary, load_config, load_tokenizer
 from compress.models.storage import num_parameters
 from compress.progress import Progress, Steps
 
 USUAL_SEQ_LEN = 2048
-Windows = dict[str, Int64[Tensor, "windows seq_len"]]
 
 
 @dataclass(frozen=True)
 class Request:
-    """
-    texts: of perplexity; compared_on: of the divergence. limit: of windows a text, documents a task and problems.
-    """
+    """texts: of perplexity; compared_on: of the divergence. limit: of windows a text, documents a task and problems."""
 
     texts: Sequence[str] = ()
     compared_on: Sequence[str] = ()
     tasks: Sequence[LoadedTask] = ()
     problems: Sequence[Mapping[str, str]] = ()
-    sampling: humaneval.Sampling = field(default_factory=humaneval.Sampling)
+    sampling: generation.Sampling = field(default_factory=generation.Sampling)
     seq_len: int | None = None
     limit: int | None = None
     batch_size: int = 8
     data_dir: Path | None = None
     trust_remote_code: bool = False
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A checkpoint that can be measured. Its weights have not been read."""
-
-    name: str
-    folder: Path
-    config: Any
-    tokenizer: Any
-    windows: Windows
 
 
 def prepare(name: str, folder: Path, request: Request) -> Subject:
@@ -165,7 +149,7 @@ def measure(
         scores = score_tasks(request.tasks, model, subject.tokenizer, **how)
         measured["tasks"] = Tasks(scores=scores, average=averages(scores))
     if request.problems:
-        measured["humaneval"] = humaneval.measure(
+        measured["humaneval"] = generation.measure(
             request.problems,
             model,
             subject.tokenizer,

@@ -18,8 +18,8 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from compress.errors import CheckpointError, NumericalError, UsageError
-from compress.evaluation.speed.turns import spread
-from compress.models.tensor_files import GGUF
+from compress.evaluation.speed import spread
+from compress.io import GGUF
 
 FORCED = 1e6  # what is added to a logit
 VERBOSE = "COMPRESS_LLAMACPP_LOG"

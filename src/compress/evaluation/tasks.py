@@ -1,6 +1,6 @@
 """Tasks by lm-evaluation-harness (the extra `tasks`): its prompts, log-likelihoods and metrics, on a loaded model.
 
-The documents are those of the hub, or of a local file in one of llm-foundry's three layouts (`datasets/tasks.py`). A
+The documents are those of the hub, or of a local file in one of llm-foundry's three layouts (`datasets/texts.py`). A
 task that lm-eval knows keeps its prompts, choices and metrics there: each document gets the columns of the hub's data
 set, and only the data are replaced. Any other name is a new task that asks what the document says, without a prompt of
 its own. The model runs through lm-eval's HFLM; only its softmax is told to be taken in float32.
@@ -25,9 +25,10 @@ import torch
 from transformers import PreTrainedModel
 
 from compress.checkpoints.quality import Metric, TaskScore
-from compress.datasets.tasks import local_tasks, read_documents
+from compress.datasets.texts import local_tasks, read_documents
 from compress.errors import CompressError, Problems, Unavailable, UsageError
-from compress.evaluation._inference import context_length, evaluating, ignore, no_number
+from compress.evaluation.windows import ignore
+from compress.models.soundness import context_length, evaluating, no_number
 
 # Resamples for the standard error of what is no mean, such as a perplexity; lm-eval's own number takes minutes.
 BOOTSTRAPS = 1000

@@ -18,8 +18,9 @@ Softmax in float64, over a few tokens at a time.
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,22 +30,36 @@ from transformers import PreTrainedModel
 
 from compress.checkpoints.quality import Divergence, Perplexity
 from compress.errors import UnsupportedModel, UsageError
-from compress.evaluation._inference import device_of, evaluating, ignore, mean_and_error, no_number
-from compress.numerics.losses import kl_divergence
+from compress.models.soundness import device_of, evaluating, no_number
+from compress.numerics.functional import kl_divergence
+
+Ids = Int64[Tensor, "windows seq_len"]
 
 # Numbers of a softmax that are held at a time: a row is as wide as the vocabulary.
 LOGITS_AT_ONCE = 2**24
 # Of the largest logit: the same head on the same states, but on other rows at a time.
 HEAD_TOLERANCE = 1e-2
 
+Windows = dict[str, Ids]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A checkpoint that can be measured. Its weights have not been read."""
+
+    name: str
+    folder: Path
+    config: Any
+    tokenizer: Any
+    windows: Windows
+
+
+def ignore(_count: int) -> None:
+    """Tell nobody."""
+
 
 def perplexity(
-    model: nn.Module,
-    windows: Int64[Tensor, "windows seq_len"],
-    *,
-    dataset: str,
-    batch_size: int,
-    on_batch: Callable[[int], None] = ignore,
+    model: nn.Module, windows: Ids, *, dataset: str, batch_size: int, on_batch: Callable[[int], None] = ignore
 ) -> Perplexity:
     """The model's perplexity on the windows. `on_batch` is told the number of windows in each batch done."""
     if windows.shape[1] < 2:
@@ -56,24 +71,19 @@ def perplexity(
             ids = batch.to(device_of(model))
             logits = model(input_ids=ids, use_cache=False).logits
             # One window at a time: the float32 copy of a whole batch would be twice the size of its logits.
-            found = [mean_nll(*each).item() for each in zip(logits, ids, strict=True)]
+            wide = torch.promote_types(logits.dtype, torch.float32)
+            pairs = zip(logits, ids, strict=True)
+            found = [nn.functional.cross_entropy(each[:-1].to(wide), tokens[1:]).item() for each, tokens in pairs]
             losses += finite(found, dataset, len(losses), model, ids)
             on_batch(len(batch))
     return perplexity_of(losses, dataset, windows, start)
 
 
-def perplexity_of(
-    losses: list[float], dataset: str, windows: Int64[Tensor, "windows seq_len"], start: float
-) -> Perplexity:
+def perplexity_of(losses: list[float], dataset: str, windows: Ids, start: float) -> Perplexity:
     nll, error = mean_and_error(losses)
     ppl = torch.tensor(nll, dtype=torch.float64).exp().item()
     standard_error = None if error is None else ppl * error
     return Perplexity(ppl=ppl, nll=nll, standard_error=standard_error, **on_text(dataset, windows, start))
-
-
-def mean_nll(logits: Float[Tensor, "seq_len vocab"], tokens: Int64[Tensor, "seq_len"]) -> Float[Tensor, ""]:
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    return nn.functional.cross_entropy(logits[:-1].to(wide), tokens[1:])
 
 
 # Divergence.
@@ -89,12 +99,7 @@ class Reference:
 
 
 def remember(
-    dense: PreTrainedModel,
-    windows: Int64[Tensor, "windows seq_len"],
-    *,
-    name: str,
-    batch_size: int,
-    on_batch: Callable[[int], None] = ignore,
+    dense: PreTrainedModel, windows: Ids, *, name: str, batch_size: int, on_batch: Callable[[int], None] = ignore
 ) -> Reference:
     """What is needed of the dense model, which may then be freed."""
     if windows.shape[1] < 2:
@@ -111,7 +116,7 @@ def remember(
 def divergence(
     model: PreTrainedModel,
     reference: Reference,
-    windows: Int64[Tensor, "windows seq_len"],
+    windows: Ids,
     *,
     dataset: str,
     batch_size: int,
@@ -183,6 +188,13 @@ def read_by_head(
 # Of both.
 
 
+def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
+    """The mean, and its standard error: std(ddof=1) / sqrt(n), None for one value."""
+    numbers = torch.tensor(values, dtype=torch.float64)
+    error = numbers.std().item() / math.sqrt(len(numbers)) if len(numbers) > 1 else None
+    return numbers.mean().item(), error
+
+
 def finite(losses: list[float], dataset: str, first: int, model: nn.Module, ids: Tensor) -> list[float]:
     """The losses of windows from number `first` on, if none is NaN or Inf. ids: what the model was given for them."""
     for window, loss in enumerate(losses, first):
@@ -191,7 +203,7 @@ def finite(losses: list[float], dataset: str, first: int, model: nn.Module, ids:
     return losses
 
 
-def on_text(dataset: str, windows: Int64[Tensor, "windows seq_len"], start: float) -> dict[str, Any]:
+def on_text(dataset: str, windows: Ids, start: float) -> dict[str, Any]:
     """What is said of every measure on a text. start: when it was begun, by `time.perf_counter`."""
     count, seq_len = windows.shape
     said = {"dataset": dataset, "tokens": count * (seq_len - 1), "windows": count, "seq_len": seq_len}

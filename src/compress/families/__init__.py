@@ -132,6 +132,11 @@ class Family:
     refused: Callable[[Any], str | None] = lambda config: None
 
     @property
+    def body(self) -> str:
+        """The model without its head. (Llama 4's `base_model` is not it.)"""
+        return self.blocks.partition(".")[0]
+
+    @property
     def embedding_parts(self) -> tuple[str, ...]:
         """Modules with weights before the first block."""
         return tuple(part for part in (*self.embeddings, self.project_in) if part)

@@ -24,7 +24,7 @@ from compress.inspection.linears import (
     zeros_of,
 )
 from compress.models.gguf_header import read_header as read_gguf_header
-from compress.models.gguf_opening import check_extra
+from compress.models.gguf_weights import check_extra
 from compress.models.loading import empty_model, load_config
 from compress.models.storage import num_parameters
 from compress.models.stored_loading import put_linears, read_lora, read_scheme, stored_tensors
@@ -114,11 +114,11 @@ def inspect(folder: Path, *, fast: bool, progress: Progress) -> Inspection:
     """
     check_folder(folder)
     metadata = read_metadata(folder) if (folder / METADATA).exists() else None
-    is_gguf = metadata is not None and metadata.storage == "gguf"
     if metadata is None:
         tensors, linears = read_foreign(folder)
     else:
         check_integrity(folder, metadata, checksums=not fast, progress=progress)
+        is_gguf = metadata.storage == "gguf"
         tensors, linears = (read_gguf(folder, metadata), []) if is_gguf else read_ours(folder, metadata)
     if not fast:
         steps = Steps(progress, "counting zeros", len(linears))
@@ -126,17 +126,12 @@ def inspect(folder: Path, *, fast: bool, progress: Progress) -> Inspection:
             steps.next(linear.path)
             linears[place] = replace(linear, zeros=zeros_of(linear))
         steps.end()
-    return Inspection(
-        folder=folder,
-        metadata=metadata,
-        config={"architectures": [metadata.architecture]}
-        if metadata and is_gguf
-        else read_json(folder / "config.json"),
-        tensors=tensors,
-        linears=linears,
-        quality=read_quality(folder),
-        verified=metadata is not None and not fast,
-    )
+    if metadata is not None and metadata.storage == "gguf":
+        config: Mapping[str, Any] = {"architectures": [metadata.architecture]}
+    else:
+        config = read_json(folder / "config.json")
+    verified = metadata is not None and not fast
+    return Inspection(folder, metadata, config, tensors, linears, read_quality(folder), verified)
 
 
 def read_ours(folder: Path, metadata: Metadata) -> tuple[list[StoredTensor], list[StoredLinear]]:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Shaped
 from torch import Tensor, nn
 
 from compress.checkpoints.metadata import LinearMetadata
@@ -93,11 +92,6 @@ class StoredLinear:
             for start, part in parts.items()
         ]
 
-    @property
-    def weight_bits(self) -> int:
-        """Everything that is stored of it but its bias."""
-        return 8 * sum(tensor.bytes for name, tensor in self.tensors.items() if name != "bias")
-
     def to_dict(self) -> dict[str, Any]:
         zeros, form = self.zeros, self.form
         return {
@@ -126,20 +120,14 @@ def bits_per_weight(linears: Iterable[StoredLinear]) -> float | None:
     """Of the (m, n) weights that they stand for, everything counted but biases."""
     linears = list(linears)
     weights = sum(linear.form.m * linear.form.n for linear in linears)
-    return sum(linear.weight_bits for linear in linears) / weights if weights else None
-
-
-def linear_names(linears: Iterable[StoredLinear]) -> list[str]:
-    """Of the linears in blocks, in the order of a block."""
-    return list(dict.fromkeys(linear.name for linear in linears if linear.block is not None))
+    tensors = (tensor for linear in linears for name, tensor in linear.tensors.items() if name != "bias")
+    return 8 * sum(tensor.bytes for tensor in tensors) / weights if weights else None
 
 
 def linears_of(
     model: nn.Module, tensors: Mapping[str, StoredTensor], metadata: Iterable[LinearMetadata]
 ) -> list[StoredLinear]:
-    """
-    model: on the meta device. tensors: by their names in it.
-    """
+    """model: on the meta device. tensors: by their names in it."""
     told = {each.linear: each for each in metadata}
     modules = dict(modules_of(model))
     below: dict[str, dict[str, StoredTensor]] = {path: {} for path in modules}
@@ -190,16 +178,11 @@ def counted(module: Weight, tensors: Mapping[str, StoredTensor], pattern: Patter
     zeros, kept = 0, not pattern.is_grouped or n % pattern.group == 0
     for rows in weight_rows(module, tensors):
         zeros += int((rows == 0).sum())
-        kept = kept and keeps(rows, pattern)
+        if kept and pattern.is_grouped:
+            kept = bool(((rows != 0).unflatten(1, (-1, pattern.group)).sum(-1) <= pattern.keep).all())
     if not pattern.is_grouped:
         kept = zeros >= int(round((1 - pattern.density) * n, 6)) * m
     return zeros, kept
-
-
-def keeps(rows: Shaped[Tensor, "rows n"], pattern: Pattern) -> bool:
-    if not pattern.is_grouped:
-        return True
-    return bool(((rows != 0).unflatten(1, (-1, pattern.group)).sum(-1) <= pattern.keep).all())
 
 
 def weight_rows(module: Weight, tensors: Mapping[str, StoredTensor]) -> Iterator[Tensor]:

@@ -29,8 +29,7 @@ from compress.inspection.drawing import (
     shortened,
     style,
 )
-from compress.inspection.linears import BLOCK, StoredLinear, bits_per_weight, linear_names
-from compress.models.tensor_files import StoredTensor
+from compress.inspection.linears import BLOCK, StoredLinear, bits_per_weight
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -126,37 +125,32 @@ def label_points(plot: "Axes", points: list[Point]) -> None:
 
 def plot_errors(seen: Inspection) -> list[Drawing]:
     """How far the stream is from the dense model's along the depth, and what each linear lost; what is recorded."""
-    has_points = any(point.relative_error is not None for point in seen.points)
-    panels = [draw for draw, there in ((draw_stream, has_points), (draw_losses, bool(losses(seen)))) if there]
-    if not panels:
-        return []
-    figure, plots = axes(8.0, 0.4 + 3.3 * len(panels), title=seen.name, rows=[1] * len(panels))
-    for draw, plot in zip(panels, plots, strict=True):
-        draw(plot, seen)
-    return [Drawing("errors", figure)]
-
-
-def draw_stream(plot: "Axes", seen: Inspection) -> None:
-    points = [point for point in seen.points if point.relative_error is not None]
-    plot.plot(range(len(points)), [100 * (point.relative_error or 0) for point in points], color=ORANGE, marker="o")
-    plot.set_ylim(bottom=0)
-    plot.set_ylabel("relative error [%]")
-    plot.set_title("how far the stream is from the dense model's")
-    label_points(plot, points)
-
-
-def draw_losses(plot: "Axes", seen: Inspection) -> None:
     from matplotlib.ticker import LogLocator, MaxNLocator
 
-    for number, (name, found) in enumerate(losses(seen).items()):
-        plot.plot(list(found), [100 * value for value in found.values()], **look(number), label=name)
-    plot.set(xlabel="block", yscale="log", ylabel="energy lost [%]")
-    plot.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    plot.yaxis.set_major_formatter("{x:g}")
-    plot.yaxis.set_minor_formatter("")
-    plot.xaxis.set_major_locator(MaxNLocator(integer=True))
-    plot.set_title("energy of the outputs that each linear lost")
-    legend_beside(plot)
+    points, lost = [point for point in seen.points if point.relative_error is not None], losses(seen)
+    count = bool(points) + bool(lost)
+    if not count:
+        return []
+    figure, plots = axes(8.0, 0.4 + 3.3 * count, title=seen.name, rows=[1] * count)
+    if points:
+        plot = plots[0]
+        plot.plot(range(len(points)), [100 * (point.relative_error or 0) for point in points], color=ORANGE, marker="o")
+        plot.set_ylim(bottom=0)
+        plot.set_ylabel("relative error [%]")
+        plot.set_title("how far the stream is from the dense model's")
+        label_points(plot, points)
+    if lost:
+        plot = plots[-1]
+        for number, (name, found) in enumerate(lost.items()):
+            plot.plot(list(found), [100 * value for value in found.values()], **look(number), label=name)
+        plot.set(xlabel="block", yscale="log", ylabel="energy lost [%]")
+        plot.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        plot.yaxis.set_major_formatter("{x:g}")
+        plot.yaxis.set_minor_formatter("")
+        plot.xaxis.set_major_locator(MaxNLocator(integer=True))
+        plot.set_title("energy of the outputs that each linear lost")
+        legend_beside(plot)
+    return [Drawing("errors", figure)]
 
 
 def losses(seen: Inspection) -> dict[str, dict[int, float]]:
@@ -224,7 +218,7 @@ def draw_map(seen: Inspection, cells: Cells, *, title: str, label: str) -> "Figu
 
 def plot_sizes(seen: Inspection) -> list[Drawing]:
     """Where the bytes are, and how many bits a weight takes."""
-    names, kinds = linear_names(seen.linears), bytes_by_kind(seen)
+    names, kinds = [*dict.fromkeys(each.name for each in seen.linears if each.block is not None)], bytes_by_kind(seen)
     if not names:
         return []
     figure, (upper, lower) = axes(
@@ -261,18 +255,10 @@ def bytes_by_kind(seen: Inspection) -> Counter[str]:
             found[kind_of(linear, name)] += tensor.bytes
     for tensor in seen.tensors:
         if (tensor.file, tensor.name) not in in_linears:
-            found[kind_outside(tensor)] += tensor.bytes
+            place, other = place_of(tensor), "other tensors" if len(tensor.shape) > 1 else "norms"
+            is_named = place == "embeddings" or (place == "head" and other != "norms")
+            found[str(place) if is_named else other] += tensor.bytes
     return found
-
-
-def kind_outside(tensor: StoredTensor) -> str:
-    """Of a tensor that is no part of a linear."""
-    place = place_of(tensor)
-    if place == "embeddings":
-        return place
-    if len(tensor.shape) < 2:
-        return "norms"
-    return "head" if place == "head" else "other tensors"
 
 
 def kind_of(linear: StoredLinear, name: str) -> str:

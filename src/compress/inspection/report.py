@@ -4,7 +4,6 @@ It is report.html.jinja, filled from compress.json, quality.json and the headers
 is said in its words. The page needs no network and has no script; every string that is loaded is escaped.
 """
 
-import importlib
 import importlib.util
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -114,11 +113,10 @@ def chapters(seen: Inspection) -> dict[str, list[Markup]]:
 
 
 def stage_in_words(stage: dict[str, Any]) -> dict[str, str]:
-    """What a stage's file says of it in its first paragraph, and the settings that are not the usual ones."""
+    """What the first line of a stage's class says of it, and the settings that are not the usual ones."""
     name, words, usual = str(stage.get("stage")), "", dict[str, Any]()
-    if name in stages.names():
-        kind = stages.stage_class(name)
-        words = " ".join((importlib.import_module(kind.__module__).__doc__ or "").partition("\n\n")[0].split())
+    if (kind := stages.classes().get(name)) is not None:
+        words = " ".join((kind.__doc__ or "").partition("\n\n")[0].split())
         usual = {key: field.get_default(call_default_factory=True) for key, field in kind.model_fields.items()}
     told = {key: value for key, value in stage.items() if key != "stage" and value != usual.get(key)}
     return {"name": name, "words": words.replace("`", ""), "settings": ", ".join(settings(told))}
@@ -165,10 +163,8 @@ def key_numbers(seen: Inspection, quality: Quality, dense: dict[str, str]) -> It
 
 
 def count_text(count: int) -> str:
-    return next((f"{count / scale:.3g} {unit}" for unit, scale in COUNTS if count >= scale), f"{count:,}")
-
-
-COUNTS = (("B", 1e9), ("M", 1e6), ("k", 1e3))
+    scales = (("B", 1e9), ("M", 1e6), ("k", 1e3))
+    return next((f"{count / scale:.3g} {unit}" for unit, scale in scales if count >= scale), f"{count:,}")
 
 
 def measured(quality: Quality, dense: dict[str, str], folder: Path) -> Iterator[dict[str, Any]]:
@@ -196,13 +192,11 @@ def eval_commands(quality: Quality, folder: Path) -> Iterator[tuple[Quality, str
         yield Quality(tasks=quality.tasks), command(quality, folder, "tasks", "--tasks", names)
     if quality.humaneval:
         found = quality.humaneval
-        sampling = ("--samples-per-problem", found.samples, "--temperature", f"{found.temperature:g}")
-        k = ("--k", ",".join(name.removeprefix("pass@") for name in found.rates))
-        how = (*sampling, *k) if found.samples > 1 else ()
-        yield (
-            Quality(humaneval=found),
-            command(quality, folder, "humaneval", "--humaneval", "--allow-code-execution", *how),
-        )
+        how: tuple[object, ...] = ("--humaneval", "--allow-code-execution")
+        if found.samples > 1:
+            how += ("--samples-per-problem", found.samples, "--temperature", f"{found.temperature:g}")
+            how += ("--k", ",".join(name.removeprefix("pass@") for name in found.rates))
+        yield Quality(humaneval=found), command(quality, folder, "humaneval", *how)
 
 
 def by_length(measures: Sequence[Any]) -> Iterable[tuple[int, list[Any]]]:
@@ -230,13 +224,11 @@ def speeds(quality: Quality, folder: Path) -> Iterator[dict[str, Any]]:
         against = ("--against", first.dense) if first.dense else ()
         engine = ("--engine", "llamacpp") if first.engine == "llamacpp" else ("--batch-sizes", ",".join(batches))
         words = ("--prompt", ",".join(prompts), "--new", new, "--rounds", rounds)
-        where = ", ".join(
-            filter(None, ["llama.cpp" if first.engine == "llamacpp" else None, first.dtype, first.machine])
-        )
+        where = ["llama.cpp" if first.engine == "llamacpp" else None, first.dtype, first.machine]
         yield {
             "command": quoted("compress", "bench", folder, *against, *engine, *words, "--save"),
             "dense": first.dense,
-            "where": where,
+            "where": ", ".join(filter(None, where)),
             "rows": [row for speed in found for row in speed_rows(speed)],
         }
 

@@ -91,19 +91,6 @@ class Branch:
         readers += [tuple(expert.readers) for expert in self.experts]
         return readers + [(name,) for name in self.writers]
 
-    @property
-    def expert_linears(self) -> set[str]:
-        return {name for expert in self.experts for name in (*expert.readers, *expert.writers)}
-
-    @property
-    def writes_through_norm(self) -> bool:
-        """Whether its output passes a norm before it is added to the stream."""
-        return self.post_norm is not None and self.post_norm_of == "update"
-
-    @property
-    def post_norms(self) -> list[nn.Module]:
-        return [] if self.post_norm is None else [self.owner.get_submodule(self.post_norm)]
-
     def linear(self, name: str) -> AnyLinear:
         """A reader or writer as it is now, factorized or not."""
         module = self.owner.get_submodule(name)

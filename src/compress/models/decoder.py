@@ -73,7 +73,6 @@ class Decoder:
         return dict(sorted(shapes.items()))
 
     def embedding_names(self) -> list[str]:
-        """The first is the table that a tied head shares."""
         return [f"{part}.weight" for part in self.family.embedding_parts]
 
     def block_names(self, index: int) -> list[str]:
@@ -110,7 +109,7 @@ class Decoder:
         for name, module in stand_ins.items():
             replace(self.model, name, module)
         try:
-            self.model.base_model(input_ids=ids.to(self.device), use_cache=False)
+            self.model.get_submodule(self.family.body)(input_ids=ids.to(self.device), use_cache=False)
         finally:
             for name, module in kept.items():
                 replace(self.model, name, module)
@@ -141,7 +140,6 @@ class Decoder:
         return finished_logits(outputs, self.family.logits, self.config)
 
     def empty(self, module: nn.Module) -> None:
-        """Free a part's weights."""
         for owner in module.modules():
             for name, parameter in list(owner.named_parameters(recurse=False)):
                 setattr(owner, name, nn.Parameter(parameter.to("meta"), requires_grad=False))

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from compress.numerics.lift import Lift
+from compress.numerics.frames import Lift
 from compress.numerics.lowrank import Factors, pivoted
 from compress.own_model.modeling_compress import FORMS, LowRankLinear, PivotLinear
 
@@ -19,7 +19,6 @@ Form = Literal["factors", "pivot"]
 
 
 def factor_module(factors: Factors, form: Form, dtype: torch.dtype) -> LowRankLinear | PivotLinear:
-    """Build the linear that stores these factors."""
     (m, rank), n, bias = factors.B.shape, factors.A.shape[1], factors.bias
     with torch.device("meta"):
         module: Any = FORMS[form](n, m, rank, bias is not None)

@@ -299,13 +299,15 @@ def read_config(header: Header) -> Any:
             f"nothing. {FOLDER_INSTEAD}"
         )
     with reading(f"The header of {header.file} makes no model", "Get it again."):
+        thetas = {FULL: said.get("rope.freq_base", 1e4)} | ({LOCAL: said.get(LOCAL_BASE, 1e4)} if local else {})
+        bases = {kind: {"rope_type": "default", "rope_theta": float(theta)} for kind, theta in thetas.items()}
         config = AutoConfig.for_model(
             known.model_type,
             **sizes(header, known, said),
             **{name: header.fields.get(f"tokenizer.ggml.{key}_token_id") for key, name in SPECIAL.items()},
             dtype=written_dtype(header),
             tie_word_embeddings="output.weight" not in header.tensors,
-            rope_parameters=rotary_bases(known, said),
+            rope_parameters=bases if known.local_rope else bases[FULL],
         )
         check_sizes(header.file, config)
         if hasattr(config, "query_pre_attn_scalar"):
@@ -334,12 +336,6 @@ def with_widths(config: Any, widths: list[int]) -> CompressConfig:
 def alike(value: Any) -> Any:
     """The one number that is said of each block, or what is said."""
     return value[0] if isinstance(value, list) and len(set(value)) == 1 else value
-
-
-def rotary_bases(known: Architecture, said: Mapping[str, Any]) -> dict[str, Any]:
-    bases = {FULL: "rope.freq_base"} | ({LOCAL: LOCAL_BASE} if known.local_rope else {})
-    found = {kind: {"rope_type": "default", "rope_theta": float(said.get(key, 1e4))} for kind, key in bases.items()}
-    return found if known.local_rope else found[FULL]
 
 
 def rope_of(config: Any, kind: str = FULL) -> dict[str, Any]:

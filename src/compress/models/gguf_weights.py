@@ -1,20 +1,29 @@
-"""Read the weights of a GGUF file by the names that transformers has for them, dequantized, some rows at a time.
+"""Read a GGUF file like a model's folder: weights by transformers' names, dequantized, and a folder that stands for it.
 
-llama.cpp's converter changes some: rows of Llama's queries and keys are interleaved, Gemma's norms have one added. Here
-they are as they were.
+llama.cpp's converter changes some weights: rows of Llama's queries and keys are interleaved, Gemma's norms have one
+added. Here they are as they were. The folder has a link to the file, and what else a model's folder has, made from the
+header: whatever reads a model's folder reads it. The package `gguf` (the extra of that name) dequantizes.
 """
 
+import atexit
+import importlib
+import json
+import shutil
+import tempfile
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Shaped
+from tokenizers import pre_tokenizers
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
-from compress.errors import CheckpointError, UnsupportedModel
+from compress.errors import CheckpointError, UnsupportedModel, UsageError
+from compress.io import GGUF, version_of
 from compress.models.gguf_header import (
     FOLDER_INSTEAD,
     ROPE_FACTORS,
@@ -26,6 +35,7 @@ from compress.models.gguf_header import (
     tensor_names,
 )
 from compress.models.loading import empty_model
+from compress.models.untrusted import reading
 
 CHUNK = 2**22  # numbers that are dequantized at a time
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # of tensors that are not quantized
@@ -92,8 +102,7 @@ def gguf_model(file: Path) -> GgufModel:
 
     Raises UnsupportedModel for what is not read, CheckpointError for a damaged file.
     """
-    stat = file.stat()
-    return read_model(file, (stat.st_ino, stat.st_size, stat.st_mtime_ns))
+    return read_model(file, version_of(file))
 
 
 @lru_cache(maxsize=4)
@@ -150,10 +159,71 @@ def interleaved(tensor: Shaped[Tensor, "rows *columns"], heads: int) -> Shaped[T
 
 
 def decoded(rows: np.ndarray, kind: str) -> Tensor:
-    """Rows of bytes as numbers."""
     import gguf
 
     if kind in DTYPES:
         return torch.from_numpy(rows).view(DTYPES[kind])
     with np.errstate(all="ignore"):  # what is no number is found where it is used
         return torch.from_numpy(gguf.quants.dequantize(rows, gguf.GGMLQuantizationType[kind]))
+
+
+# How a byte-level BPE cuts text before it merges, by llama.cpp's names, where transformers reads it as it was.
+CUTS = {
+    *("gpt-2", "smollm", "llama3", "llama-v3", "llama-bpe", "smaug-bpe", "dbrx", "falcon3"),
+    *("qwen2", "deepseek-r1-qwen", "tekken", "gpt-4o"),
+}
+
+
+def check_extra(what: str) -> None:
+    """Raises UsageError where the package gguf is missing. what: for what it is needed, such as Reading."""
+    try:
+        importlib.import_module("gguf")
+    except ImportError as error:
+        raise UsageError(f"{what} GGUF needs the package gguf: pip install compress-llm[gguf]") from error
+
+
+def gguf_folder(file: Path) -> Path:
+    """Return the folder that stands for a file, made once in this process and deleted at its end.
+
+    Raises UnsupportedModel for a model or tokenizer that is not read, CheckpointError for a damaged file.
+    """
+    check_extra("Reading")
+    return made_folder(file.absolute(), version_of(file))
+
+
+@cache
+def made_folder(file: Path, _version: tuple[int, ...]) -> Path:
+    model, tokenizer = gguf_model(file), load_gguf_tokenizer(file)
+    scratch = tempfile.mkdtemp(prefix="compress-gguf-")
+    atexit.register(shutil.rmtree, scratch, ignore_errors=True)
+    folder = Path(scratch) / file.stem  # which is what messages call it
+    with reading(f"No folder can be made from the header of {file}"):
+        folder.mkdir()
+        (folder / GGUF).symlink_to(file)
+        model.config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        origin = {"license": model.header.fields.get("general.license")}
+        (folder / "README.md").write_text(f"---\n{json.dumps(origin)}\n---\n", encoding="utf-8")
+    return folder
+
+
+def load_gguf_tokenizer(file: Path) -> Any:
+    """Load the tokenizer, by transformers' reader. Raises UnsupportedModel where it would cut text in another way."""
+    header = read_header(file)
+    cut = header.fields.get("tokenizer.ggml.pre")
+    if header.fields.get("tokenizer.ggml.model") == "gpt2" and cut not in CUTS:
+        raise UnsupportedModel(
+            f"The tokenizer of {file} cuts text in a way ({cut!r}) that transformers does not read from GGUF. "
+            f"{FOLDER_INSTEAD}"
+        )
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        reading(f"transformers cannot read the tokenizer of {file}", kind=UnsupportedModel),
+    ):
+        # Alone in a folder: transformers also reads what lies beside it.
+        (Path(scratch) / GGUF).symlink_to(file.resolve())
+        tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(scratch, gguf_file=GGUF, local_files_only=True)
+    if cut == "smollm":
+        digits, usual = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, usual])
+    return tokenizer

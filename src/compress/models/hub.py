@@ -69,7 +69,7 @@ class ModelSource:
 
     def _folder(self, fetched: tuple[str, ...]) -> Path:
         if self.gguf is not None:
-            from compress.models.gguf_opening import gguf_folder
+            from compress.models.gguf_weights import gguf_folder
 
             return gguf_folder(self.gguf)
         return self.folder or fetch(self.repository or self.name, fetched)

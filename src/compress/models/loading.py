@@ -99,7 +99,6 @@ def hollow_model(config: Any, dtype: torch.dtype, said: str = NO_MODEL) -> PreTr
 
 
 def check_vocabulary(windows: torch.Tensor, config: Any, folder: Path) -> None:
-    """Check that every token has an embedding."""
     largest, size = int(windows.max()), config.get_text_config().vocab_size
     if largest >= size:
         raise CheckpointError(

@@ -1,11 +1,18 @@
-"""Pack codes and sparsity patterns into bits, and a linear's weight and adapter into the tensors that are stored."""
+"""Packed linears as compressed-tensors reads them, with a LoRA adapter that PEFT and vLLM read; and packing itself.
+
+Codes and sparsity patterns are packed into bits, a linear's weight and adapter into the tensors that are stored.
+Compressed-tensors' own sparse formats are left alone: engines have dropped them, and refuse a checkpoint that has a
+`sparsity_config`.
+"""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int, Int32, Integer, Shaped, UInt8
-from torch import Tensor
+from torch import Tensor, nn
 
 from compress.models.storage import BlockLinear, Storage, empty_linear
 from compress.numerics.block_grid import BlockGrid
@@ -111,7 +118,14 @@ def packed_tensors(storage: Storage, weight: Tensor, grid: Grid | None, dtype: t
         return {"weight": weight.to(dtype)}
     assert isinstance(grid.quant_type, QuantType)
     if storage.in_float4:
-        return float4_tensors(weight, grid)
+        values = grid.codes(weight).float().contiguous()
+        numbers = torch.bucketize(values.abs(), values.new_tensor(E2M1)) | (values < 0).long() << 3
+        packed = (numbers[:, ::2] | numbers[:, 1::2] << 4).to(torch.uint8)
+        steps = (grid.step * grid.divisor).to(FLOAT4_STEPS[grid.group])
+        if steps.dtype != FLOAT8:
+            return {"weight_packed": packed, "weight_scale": steps.view(torch.uint8)}
+        divisor = torch.full((1,), grid.divisor, device=packed.device)
+        return {"weight_packed": packed, "weight_scale": steps, "weight_global_scale": divisor}
     scale, codes, bits = grid.step.to(dtype), grid.codes(weight), grid.quant_type.bits
     zero = None if grid.zero is None else grid.zero.to(torch.int8)
     if storage.group == "tensor":
@@ -123,18 +137,6 @@ def packed_tensors(storage: Storage, weight: Tensor, grid: Grid | None, dtype: t
         return zeros | {"weight": codes, "weight_scale": scale}
     shape = torch.tensor(weight.shape)
     return zeros | {"weight_packed": pack_words(codes, bits), "weight_scale": scale, "weight_shape": shape}
-
-
-def float4_tensors(weight: Float[Tensor, "m n"], grid: Grid) -> Tensors:
-    """The tensors of a `Float4Linear`."""
-    codes = grid.codes(weight).float().contiguous()
-    numbers = torch.bucketize(codes.abs(), codes.new_tensor(E2M1)) | (codes < 0).long() << 3
-    packed = (numbers[:, ::2] | numbers[:, 1::2] << 4).to(torch.uint8)
-    scale = (grid.step * grid.divisor).to(FLOAT4_STEPS[grid.group])
-    if scale.dtype != FLOAT8:
-        return {"weight_packed": packed, "weight_scale": scale.view(torch.uint8)}
-    divisor = torch.full((1,), grid.divisor, device=packed.device)
-    return {"weight_packed": packed, "weight_scale": scale, "weight_global_scale": divisor}
 
 
 def matrix_tensors(matrix: Float[Tensor, "m n"], grid: Grid | None, kept: Kept | None, dtype: torch.dtype) -> Tensors:
@@ -164,3 +166,80 @@ def adapter_tensors(storage: Storage, A: Float[Tensor, "r n"], B: Float[Tensor, 
 
 def below(part: str, tensors: Tensors) -> Tensors:
     return {f"{part}.{name}": tensor for name, tensor in tensors.items()}
+
+
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank may be
+NVFP4 = "nvfp4-pack-quantized"
+MADE_ANEW = ("falcon", "gpt_bigcode")  # whose classes initialize linears by hand, which packed ones do not survive
+
+
+def put_packed(model: nn.Module, packed: Mapping[str, Storage]) -> None:
+    """Replace plain linears and tables by empty packed ones, by path, on the meta device."""
+    for path, storage in packed.items():
+        linear: Any = model.get_submodule(path)
+        (m, n), dtype = linear.weight.shape, linear.weight.dtype
+        has_bias = getattr(linear, "bias", None) is not None
+        with torch.device("meta"):
+            model.set_submodule(path, empty_linear(storage, n, m, bias=has_bias, dtype=dtype))
+
+
+def quantization_config(storage: Storage, untouched: list[str]) -> dict[str, Any]:
+    """Write compressed-tensors' config: one group of linears, all alike."""
+    kind, name = "float" if storage.floating else "int", "int-quantized" if storage.in_bytes else "pack-quantized"
+    if storage.floating:
+        name = "float-quantized" if not storage.in_float4 else NVFP4 if storage.group == 16 else "mxfp4-pack-quantized"
+    strategy = storage.group if isinstance(storage.group, str) else "group"
+    weights: dict[str, Any] = {
+        "num_bits": storage.bits,
+        "type": kind,
+        "symmetric": storage.symmetric,
+        "strategy": strategy,
+        "group_size": storage.group if strategy == "group" else None,
+        "dynamic": False,
+    }
+    if storage.in_float4:
+        dtype = "torch.float8_e4m3fn" if name == NVFP4 else "torch.uint8"
+        weights |= {"strategy": "tensor_group" if name == NVFP4 else "group", "scale_dtype": dtype, "zp_dtype": dtype}
+    inputs = {"num_bits": 8, "type": kind, "symmetric": True, "strategy": "token", "group_size": None, "dynamic": True}
+    group = {
+        "targets": ["Linear"],
+        "weights": weights,
+        "input_activations": inputs if storage.inputs else None,
+        "output_activations": None,
+        "format": name,
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+        "format": name,
+        "config_groups": {"group_0": group},
+        "ignore": untouched,
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+    }
+
+
+def unpacks_while_loading(storage: Storage, model_type: str) -> bool:
+    """Whether transformers has to unpack the weights while it loads them.
+
+    It has no room for packed zero points, makes the weights of some classes anew before it has them, and leaves 4-bit
+    floats in bfloat16 once they are unpacked, whatever the model is in.
+    """
+    awkward = not storage.symmetric or model_type in MADE_ANEW
+    is_packed = storage.form == "packed" and storage.bits is not None and not storage.in_bytes
+    return storage.in_float4 or (is_packed and awkward)
+
+
+def not_for_vllm(storage: Storage, largest_rank: int) -> str | None:
+    """Why vLLM's kernels cannot run packed linears of this kind; None where they can."""
+    if largest_rank > VLLM_RANKS[-1]:
+        return f"its adapters have a rank of {VLLM_RANKS[-1]} at most"
+    if storage.bits is None:
+        return None
+    if storage.group == "tensor" and not storage.in_bytes:
+        return "its packed integers have a scale a channel or a group"
+    if storage.in_bytes and storage.floating and isinstance(storage.group, int):
+        return "its fp8 weights have a scale a channel or a tensor"
+    if storage.inputs is not None and not storage.in_bytes:
+        return "it rounds inputs beside 8-bit weights alone"
+    return None

@@ -1,7 +1,10 @@
-"""Find where a NaN or an Inf first appears, once there is one."""
+"""A whole model that is run: in evaluation mode, and where a NaN or Inf first appears, once there is one."""
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,3 +59,45 @@ def first_unsound(root: nn.Module, run: Callable[[], object]) -> str | None:
 def has_unsound(value: object) -> bool:
     """Whether a tensor has a NaN or Inf; 8-bit floats are codes."""
     return isinstance(value, Tensor) and value.dtype.itemsize > 1 and not is_sound(value)
+
+
+USUAL_CONTEXT = 2048
+NO_LIMIT = 10**9  # transformers gives a larger number where a tokenizer has none
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode, without gradients; its modules are put back as they were."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def free_memory() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def no_number(what: str, model: nn.Module, ids: Tensor) -> NumericalError:
+    """The error that says where in the model's pass over `ids` a NaN or Inf comes up first."""
+    found = first_unsound(model, partial(model, input_ids=ids, use_cache=False))
+    place = "" if found is None else f": a NaN or Inf comes up first in {found}"
+    return NumericalError(f"{what}{place}. Check the weights, or try --dtype float32.")
+
+
+def context_length(config: Any, tokenizer: Any) -> int:
+    """Tokens that a model can read: of its config, else of its tokenizer, else 2048."""
+    for name in ("n_positions", "max_position_embeddings", "n_ctx"):
+        if (length := getattr(config.get_text_config(), name, None)) is not None:
+            return int(length)
+    length = int(getattr(tokenizer, "model_max_length", None) or USUAL_CONTEXT)
+    return length if length < NO_LIMIT else USUAL_CONTEXT

@@ -85,11 +85,9 @@ class Storage:
 
     @property
     def in_float4(self) -> bool:
-        """Whether it is NVFP4 or MXFP4."""
         return self.form == "packed" and self.floating and self.bits == 4 and self.group in FLOAT4_STEPS
 
     def entry(self) -> dict[str, Any]:
-        """The linear's entry in a compact model's config."""
         same = {
             name: getattr(self, name) for name in ("bits", "floating", "finer", "rank", "adapter_bits", "adapter_group")
         }

@@ -1,5 +1,5 @@
 """Read the safetensors files of a checkpoint folder: their list, headers and tensors. In the folder that stands for a
-GGUF file (`models/gguf_opening.py`) it is read in the same way.
+GGUF file (`models/gguf_weights.py`) it is read in the same way.
 
 Nothing else is opened, and an index can only name files of its own folder. Safetensors' headers are read without torch.
 A file is open only while it is read: a mapped file counts as memory for as long as it stays open, and would make memory
@@ -18,12 +18,12 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from compress.errors import CheckpointError, NumericalError
+from compress.io import GGUF, version_of
 from compress.models.untrusted import parse_json
 
 ADAPTER = "adapter"  # the folder of a LoRA beside a model
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-GGUF = "model.gguf"
 LARGEST_HEADER = 2**25  # bytes; a hundred thousand tensors take half of it
 LONGEST_NAME = 255  # bytes that file systems allow
 MAPPED = 2**25  # bytes of a file that are mapped at a time
@@ -137,12 +137,6 @@ def is_finite(tensor: Any) -> bool:
     if tensor.dtype == torch.float8_e4m3fn:
         return not bool((tensor.view(torch.uint8) & 127 == 127).any())  # all other bytes are numbers
     return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
-
-
-def version_of(file: Path) -> tuple[int, ...]:
-    """Identify a file's version: it changes when the file is rewritten or replaced."""
-    stat = file.stat()
-    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def read_header(file: Path) -> list[StoredTensor]:

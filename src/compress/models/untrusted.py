@@ -42,7 +42,6 @@ def one_line(error: Exception) -> str:
 
 
 def shown(names: Iterable[str]) -> str:
-    """The first three names."""
     first = list(names)
     return ", ".join(first[:3]) + (", ..." if len(first) > 3 else "")
 

@@ -28,8 +28,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from compress.numerics.hessian import Hessian
+from compress.numerics.moments import Hessian
 from compress.numerics.sparsity import Pattern, free_mask, ranks_in_group
+
+Weight = Float[Tensor, "n m"]
+Square = Float[Tensor, "n n"]
 
 RHO_FIRST, RHO_LAST = 0.1, 0.6  # in units of G's diagonal
 PERIOD = 8  # iterations with the same rho
@@ -63,14 +66,10 @@ def sparse_plus_lowrank(
     for iteration in range(1, iterations + 1):
         if iteration % PERIOD == 1:
             inverse = (Q * (rho / (values + rho))) @ Q.T
-        before, rho = rho, rho_after(iteration, iterations)
+        before, rho = rho, RHO_FIRST * (RHO_LAST / RHO_FIRST) ** (iteration // PERIOD * PERIOD / iterations)
         for solver in solvers:
             solver.step(inverse, G, dual_factor=before / rho, accelerate=4 * iteration <= 3 * iterations)
     return [solver.split(scale) for solver in solvers]
-
-
-def rho_after(iteration: int, iterations: int) -> float:
-    return RHO_FIRST * (RHO_LAST / RHO_FIRST) ** (iteration // PERIOD * PERIOD / iterations)
 
 
 class OutputChunk:
@@ -79,18 +78,18 @@ class OutputChunk:
     C: T - L + U before an iteration. E: T - S. mask: 1 for what stays in D, else 0.
     """
 
-    def __init__(self, T: Float[Tensor, "n m"], pattern: Pattern) -> None:
+    def __init__(self, T: Weight, pattern: Pattern) -> None:
         self.T, self.pattern, self.C, self.E, self.L = T, pattern, T.clone(), torch.empty_like(T), torch.zeros_like(T)
         self.mask = self.best_mask(T)
         self.D = T * self.mask
 
-    def best_mask(self, T: Float[Tensor, "n m"]) -> Float[Tensor, "n m"]:
+    def best_mask(self, T: Weight) -> Weight:
         scores = T.abs().T
         if self.pattern.is_grouped:
             return ranks_in_group(scores, self.pattern.group).lt_(int(self.pattern.keep)).T
         return free_mask(scores, self.pattern.density, by_row=True).T.to(scores.dtype)
 
-    def update_sparse(self, inverse: Float[Tensor, "n n"], dual_factor: float) -> None:
+    def update_sparse(self, inverse: Square, dual_factor: float) -> None:
         """Update E, D and U; C is left with U alone.
 
         inverse: rho (G + rho I)^-1. dual_factor: what U is multiplied by as rho grows.
@@ -106,48 +105,36 @@ class OutputChunk:
 class Solver:
     """A weight T (n, m) in chunks of outputs, and the best L = Y V^T: Y (n, r), V (m, r) with orthonormal columns."""
 
-    def __init__(self, T: Float[Tensor, "n m"], pattern: Pattern, rank: int) -> None:
+    def __init__(self, T: Weight, pattern: Pattern, rank: int) -> None:
         n, m = T.shape
         self.chunks = [OutputChunk(part.contiguous(), pattern) for part in T.split(max(CHUNK // n, 1), dim=1)]
         self.sizes, self.rank, self.steps = [chunk.T.shape[1] for chunk in self.chunks], rank, START_STEPS
         self.Y = T.new_zeros(n, rank)
         self.V = torch.randn(m, rank, generator=torch.Generator().manual_seed(0), dtype=T.dtype).to(T.device)
 
-    def step(
-        self, inverse: Float[Tensor, "n n"], G: Float[Tensor, "n n"], *, dual_factor: float, accelerate: bool
-    ) -> None:
+    def step(self, inverse: Square, G: Square, *, dual_factor: float, accelerate: bool) -> None:
         for chunk in self.chunks:
             chunk.update_sparse(inverse, dual_factor)
         if self.rank:
-            Y, V = self.Y, self.V
-            self.find_lowrank(G)
-            self.move_lowrank(Y, V, MOMENTUM if accelerate else 0.0)
+            Y, V, momentum = self.Y, self.V, MOMENTUM if accelerate else 0.0
+            # A step of subspace iteration with E^T G E, then E projected on the directions.
+            for _ in range(self.steps):
+                weighted = G @ self.product(self.V)
+                self.V = torch.linalg.qr(torch.cat([chunk.E.T @ weighted for chunk in self.chunks])).Q
+            self.Y, self.steps = self.product(self.V), 1
+            # L <- new + momentum (new - Y V^T), Y V^T the best of the iteration before
+            for chunk, new, old in zip(self.chunks, self.V.split(self.sizes), V.split(self.sizes), strict=True):
+                torch.mm(self.Y, ((1 + momentum) * new).T, out=chunk.L)
+                if momentum:
+                    chunk.L.addmm_(Y, old.T, alpha=-momentum)
         for chunk in self.chunks:
             chunk.C.add_(chunk.T).sub_(chunk.L)
 
-    def find_lowrank(self, G: Float[Tensor, "n n"]) -> None:
-        """Take a step of subspace iteration with E^T G E, and project E on the directions."""
-
-        def product(directions: Float[Tensor, "m r"]) -> Float[Tensor, "n r"]:
-            """E directions."""
-            parts = zip(self.chunks, directions.split(self.sizes), strict=True)
-            return torch.stack([chunk.E @ part for chunk, part in parts]).sum(0)
-
-        for _ in range(self.steps):
-            weighted = G @ product(self.V)
-            self.V = torch.linalg.qr(torch.cat([chunk.E.T @ weighted for chunk in self.chunks])).Q
-        self.Y, self.steps = product(self.V), 1
-
-    def move_lowrank(self, Y: Float[Tensor, "n r"], V: Float[Tensor, "m r"], momentum: float) -> None:
-        """L <- new + momentum (new - Y V^T); Y V^T: the best of the iteration before."""
-        parts = zip(self.chunks, self.V.split(self.sizes), V.split(self.sizes), strict=True)
-        for chunk, new, old in parts:
-            torch.mm(self.Y, ((1 + momentum) * new).T, out=chunk.L)
-            if momentum:
-                chunk.L.addmm_(Y, old.T, alpha=-momentum)
+    def product(self, directions: Float[Tensor, "m r"]) -> Float[Tensor, "n r"]:
+        """E directions."""
+        parts = zip(self.chunks, directions.split(self.sizes), strict=True)
+        return torch.stack([chunk.E @ part for chunk, part in parts]).sum(0)
 
     def split(self, scale: Float[Tensor, "n 1"]) -> Split:
-        S, mask = (
-            torch.cat(parts, dim=1) for parts in zip(*((chunk.D, chunk.mask) for chunk in self.chunks), strict=True)
-        )
+        S, mask = (torch.cat([getattr(chunk, name) for chunk in self.chunks], dim=1) for name in ("D", "mask"))
         return Split((S / scale).T, (self.Y / scale @ self.V.T).T, mask.bool().T)

@@ -49,12 +49,7 @@ def spend(ladders: Mapping[str, Ladder], budget: int) -> dict[str, int] | None:
         price = ladders[name].costs[end] - ladders[name].costs[start]
         if places[name] == start and price <= left:
             places[name], left = end, left - price
-    return spend_rest(ladders, places, left)
-
-
-def spend_rest(ladders: Mapping[str, Ladder], places: dict[str, int], left: int) -> dict[str, int]:
-    """Take the best single steps that still fit, until none does."""
-    while True:
+    while True:  # the best single steps that still fit
         affordable = [
             (-ladder.gain(here, place), name, place)
             for name, ladder in ladders.items()

@@ -20,8 +20,14 @@ from torch import Tensor
 
 from compress.numerics.block_types import Block, BlockType
 from compress.numerics.grids import Grid
-from compress.numerics.hessian import Hessian
+from compress.numerics.moments import Hessian
 from compress.numerics.sweep import ColumnRounding, descended, in_order, spans
+
+Weight = Float[Tensor, "m n"]
+Groups = Float[Tensor, "G g m"]
+PerGroup = Float[Tensor, "m G"]
+PerBlock = Float[Tensor, "m B"]
+Weighting = Float[Tensor, "G g 1"]
 
 CHUNK = 2**18  # weights that scales are searched for at a time
 TRIALS = 12  # scales for each end of the grid
@@ -36,9 +42,7 @@ Rule = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class BlockGrid(Grid):
-    """
-    d: (m, blocks), and low, dmin or what is added. sc, mn: (m, groups), integers; None where the type has none.
-    """
+    """d: (m, blocks), and low, dmin or what is added. sc, mn: (m, groups), integers; None where the type has none."""
 
     kind: BlockType
     d: Float[Tensor, "m blocks"]
@@ -73,7 +77,7 @@ class BlockGrid(Grid):
         parts: list[Any] = [None if part[0] is None else torch.cat(part) for part in columns]
         return cls.of(grids[0].kind, *parts)
 
-    def dequantized(self, W: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
+    def dequantized(self, W: Weight) -> Weight:
         """W's nearest values as decoders compute them: in float32, the scale first."""
         single, per = self.to(torch.float32), self.kind.per_block
         values = self._codes(W).float().unflatten(1, (-1, self.group)) * single.step[..., None]
@@ -82,7 +86,7 @@ class BlockGrid(Grid):
             values = values + low[..., None] if single.mn is None else values - (low * single.mn)[..., None]
         return values.flatten(1)
 
-    def encoded(self, W: Float[Tensor, "m n"]) -> UInt8[Tensor, "m bytes"]:
+    def encoded(self, W: Weight) -> UInt8[Tensor, "m bytes"]:
         """W's nearest values as the type's bytes, row by row."""
         kind, codes = self.kind, self._codes(W)
         if kind.table is None:
@@ -103,7 +107,7 @@ def integers(x: Tensor, columns: int) -> Int32[Tensor, "_ columns"]:
 
 
 def fit_blocks(
-    W: Float[Tensor, "m n"], kind: BlockType, weights: Float[Tensor, "n"] | None = None, *, trials: int = TRIALS
+    W: Weight, kind: BlockType, weights: Float[Tensor, "n"] | None = None, *, trials: int = TRIALS
 ) -> BlockGrid:
     """
     weights: of the inputs' squared errors; the diagonal of their second moment. trials: scales for each end of the
@@ -117,7 +121,7 @@ def fit_blocks(
     )
 
 
-def fit_rows(X: Float[Tensor, "G g m"], kind: BlockType, w: Float[Tensor, "G g 1"], trials: int) -> BlockGrid:
+def fit_rows(X: Groups, kind: BlockType, w: Weighting, trials: int) -> BlockGrid:
     """Rows are last, so that sums over a group's weights are sums of vectors."""
     scale, low = shifted_scales(X, kind, w, trials) if kind.has_min else (plain_scales(X, kind, w, trials), None)
     grid = in_blocks(kind, scale.T.contiguous(), None if low is None else low.T.contiguous())
@@ -133,7 +137,7 @@ def fit_rows(X: Float[Tensor, "G g m"], kind: BlockType, w: Float[Tensor, "G g 1
     return grid
 
 
-def plain_scales(X: Float[Tensor, "G g m"], kind: BlockType, w: Tensor, trials: int) -> Float[Tensor, "G m"]:
+def plain_scales(X: Groups, kind: BlockType, w: Tensor, trials: int) -> Float[Tensor, "G m"]:
     """The best scale of each group by itself; its sign puts either end of the grid on the largest weight."""
     largest = X.gather(1, X.abs().argmax(1, keepdim=True))[:, 0]
     ends = [kind.lowest, kind.highest] if kind.table is None else [kind.table[0], kind.table[-1]]
@@ -151,7 +155,7 @@ def plain_scales(X: Float[Tensor, "G g m"], kind: BlockType, w: Tensor, trials: 
     return scale
 
 
-def shifted_scales(X: Float[Tensor, "G g m"], kind: BlockType, w: Tensor, trials: int) -> tuple[Tensor, Tensor]:
+def shifted_scales(X: Groups, kind: BlockType, w: Tensor, trials: int) -> tuple[Tensor, Tensor]:
     """The best scale and minimum of each group; the minimum as what is subtracted, or added without `mins`."""
     high, least = X.amax(1), X.amin(1)
     if kind.mins is not None:
@@ -177,7 +181,7 @@ def shifted_scales(X: Float[Tensor, "G g m"], kind: BlockType, w: Tensor, trials
     return scale, low if kind.mins is None else -low
 
 
-def in_blocks(kind: BlockType, scale: Float[Tensor, "m G"], low: Float[Tensor, "m G"] | None) -> BlockGrid:
+def in_blocks(kind: BlockType, scale: PerGroup, low: PerGroup | None) -> BlockGrid:
     """Round scales and minima to what their blocks can store."""
     if kind.scales is None:
         return BlockGrid.of(kind, halved(scale), None if low is None else low.half().to(low.dtype))
@@ -194,7 +198,7 @@ def in_blocks(kind: BlockType, scale: Float[Tensor, "m G"], low: Float[Tensor, "
     return BlockGrid.of(kind, d, dmin, sc, in_units(low, dmin, (0, kind.mins)))
 
 
-def in_units(x: Float[Tensor, "m G"], unit: Float[Tensor, "m B"], limits: tuple[int, int]) -> Float[Tensor, "m G"]:
+def in_units(x: PerGroup, unit: PerBlock, limits: tuple[int, int]) -> PerGroup:
     """Round to whole multiples of a block's unit."""
     return (x / unit.repeat_interleave(x.shape[1] // unit.shape[1], 1)).round_().clamp_(*limits)
 
@@ -206,7 +210,6 @@ def halved(x: Tensor) -> Tensor:
 
 
 def positive(x: Tensor) -> Tensor:
-    """Replace 0 by 1."""
     return torch.where(x == 0, 1.0, x)
 
 
@@ -227,18 +230,16 @@ def chosen(better: Bool[Tensor, "m B"], new: BlockGrid, old: BlockGrid) -> Block
     return BlockGrid.of(old.kind, *parts)  # type: ignore[arg-type]
 
 
-def codes_of(grid: BlockGrid, X: Float[Tensor, "G g m"]) -> Float[Tensor, "G g m"]:
+def codes_of(grid: BlockGrid, X: Groups) -> Groups:
     q = X / per_group(grid.step)
     return grid.kind.nearest_(q if grid.zero is None else q.add_(per_group(grid.zero)))
 
 
-def per_group(part: Float[Tensor, "m G"]) -> Float[Tensor, "G 1 m"]:
+def per_group(part: PerGroup) -> Float[Tensor, "G 1 m"]:
     return part.T.contiguous()[:, None]
 
 
-def moved(
-    grid: BlockGrid, q: Float[Tensor, "G g m"], wX: Float[Tensor, "G g m"], w: Float[Tensor, "G g 1"]
-) -> BlockGrid:
+def moved(grid: BlockGrid, q: Groups, wX: Groups, w: Weighting) -> BlockGrid:
     """Scales and minima at their best for the codes q. wX: w times the weights."""
     kind, wq = grid.kind, w * q
     total, sums, weighed = w.sum(1).T, wq.sum(1).T, wX.sum(1).T
@@ -262,26 +263,18 @@ def moved(
     return BlockGrid.of(kind, d, dmin, sc, in_units(over / total, dmin, (0, kind.mins)))
 
 
-def by_blocks(x: Float[Tensor, "m G"], kind: BlockType) -> Float[Tensor, "m B"]:
+def by_blocks(x: PerGroup, kind: BlockType) -> PerBlock:
     return x.unflatten(1, (-1, kind.per_block)).sum(2)
 
 
-def error_of_blocks(
-    grid: BlockGrid, q: Float[Tensor, "G g m"], X: Float[Tensor, "G g m"], w: Float[Tensor, "G g 1"]
-) -> Float[Tensor, "m B"]:
+def error_of_blocks(grid: BlockGrid, q: Groups, X: Groups, w: Weighting) -> PerBlock:
     values = q.clone() if grid.zero is None else q - per_group(grid.zero)
     return by_blocks(values.mul_(per_group(grid.step)).sub_(X).square_().mul_(w).sum(1).T, grid.kind)
 
 
 def polished(
-    Q: Float[Tensor, "m n"],
-    W: Float[Tensor, "m n"],
-    hessian: Hessian,
-    grid: BlockGrid,
-    *,
-    mask: Bool[Tensor, "m n"] | None = None,
-    rounds: int,
-) -> tuple[Float[Tensor, "m n"], BlockGrid]:
+    Q: Weight, W: Weight, hessian: Hessian, grid: BlockGrid, *, mask: Bool[Tensor, "m n"] | None = None, rounds: int
+) -> tuple[Weight, BlockGrid]:
     """Return Q with better scales and codes, and the grid with these: rounds of coordinate descent on each in turn."""
     H, now = hessian.damped.to(W.dtype), in_order(Q, None)
     slope = H @ (in_order(W, None) - now)

@@ -147,7 +147,6 @@ class BlockType:
 
     @property
     def per_block(self) -> int:
-        """Groups in a block."""
         return self.block // self.group
 
     def nearest_(self, x: Tensor) -> Tensor:

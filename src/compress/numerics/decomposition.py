@@ -24,17 +24,18 @@ from jaxtyping import Bool, Float, Float64, Shaped
 from torch import Tensor
 
 from compress.errors import NumericalError
-from compress.numerics.adapters import AdapterMethod, fit_adapter
 from compress.numerics.admm import sparse_plus_lowrank
 from compress.numerics.block_grid import BlockGrid, fit_blocks, polished
 from compress.numerics.block_types import BlockType
 from compress.numerics.grids import FLOAT8, Granularity, Grid, QuantType
-from compress.numerics.hessian import Hessian
-from compress.numerics.lowrank import Factors, InputMoments
-from compress.numerics.rescale import rescaled
-from compress.numerics.sparsity import Pattern, keep_mask, magnitude, wanda
+from compress.numerics.lowrank import AdapterMethod, Factors, fit_adapter
+from compress.numerics.moments import Hessian, InputMoments
+from compress.numerics.sparsity import Pattern, keep_mask, wanda
 from compress.numerics.steps import StepMethod, finer_inputs, make_grid, shared_divisor
-from compress.numerics.sweep import descend, sweep
+from compress.numerics.sweep import descend, rescaled, sweep
+
+Weight = Float64[Tensor, "m n"]
+Mask = Bool[Tensor, "m n"]
 
 Pruner = Literal["magnitude", "wanda", "sparsegpt", "admm"]
 DAMPING = 0.01  # of the mean of H's diagonal
@@ -90,7 +91,8 @@ class Decomposition:
     @property
     def compensates(self) -> bool:
         """Whether weights change to compensate for errors of others."""
-        return self.finds_mask or (self.quantize is not None and self.quantize.sweeps)
+        finds_mask = self.prune is not None and self.prune.method in ("sparsegpt", "admm")
+        return finds_mask or (self.quantize is not None and self.quantize.sweeps)
 
     @property
     def rows_are_independent(self) -> bool:
@@ -99,44 +101,21 @@ class Decomposition:
         shares_steps = quantize is not None and (quantize.group == "tensor" or quantize.finer)
         return not shares_steps and (prune is None or prune.method != "sparsegpt" or prune.pattern.is_grouped)
 
-    @property
-    def finds_mask(self) -> bool:
-        return self.prune is not None and self.prune.method in ("sparsegpt", "admm")
-
 
 @dataclass(frozen=True)
 class Decomposed:
-    """
-    S: zero outside the mask, and on the grid. shift: what to add to the bias; None where there is none.
-    """
+    """S: zero outside the mask, and on the grid. shift: what to add to the bias; None where there is none."""
 
-    S: Float64[Tensor, "m n"]
-    mask: Bool[Tensor, "m n"] | None
+    S: Weight
+    mask: Mask | None
     grid: Grid | None
     adapter: Factors | None
     shift: Float64[Tensor, "m"] | None
 
     @property
-    def product(self) -> Float64[Tensor, "m n"]:
+    def product(self) -> Weight:
         """The weight that S and the adapter make."""
         return self.S if self.adapter is None else self.S + self.adapter.product
-
-
-def decompose(
-    W: Float64[Tensor, "m n"],
-    moments: InputMoments,
-    how: Decomposition,
-    *,
-    centered: bool = False,
-    dtype: torch.dtype = torch.float64,
-    name: str,
-) -> Decomposed:
-    """
-    centered: a bias keeps the outputs' mean, so that errors count about it.
-    dtype: that all but the adapter computes in.
-    """
-    (found,) = decompose_together([W], moments, [how], centered=centered, dtype=dtype, names=[name])
-    return found
 
 
 def decompose_together(
@@ -148,7 +127,10 @@ def decompose_together(
     dtype: torch.dtype = torch.float64,
     names: Sequence[str],
 ) -> list[Decomposed]:
-    """Decompose weights with the same inputs, each as `decompose` does; `hows` differ in ranks and grids at most.
+    """Decompose weights with the same inputs; `hows` differ in ranks and grids at most.
+
+    centered: a bias keeps the outputs' mean, so that errors count about it.
+    dtype: that all but the adapters computes in.
 
     Where rows are independent, the weights are swept as one matrix: a column takes hardly longer for more rows. Steps
     in 8-bit floats have one divisor for all: engines fuse weights with the same inputs, and keep one of their divisors.
@@ -162,11 +144,19 @@ def decompose_together(
         for W, how, name in zip(weights, hows, names, strict=True)
     ]
     how = hows[0]
-    if how.prune is not None and how.prune.method == "admm":
-        find_masks(solvers, how.prune)
-    batches = swept_together(solvers)
+    if (prune := how.prune) is not None and prune.method == "admm":
+        # S is then fitted to what is left of the weights beside the low ranks found with the masks.
+        ranks = [each.adapt.rank if each.adapt else 0 for each in hows]
+        targets = [solver.target for solver in solvers]
+        splits = sparse_plus_lowrank(targets, hessian, prune.pattern, ranks, iterations=prune.iterations)
+        for solver, split in zip(solvers, splits, strict=True):
+            solver.target, solver.mask = solver.target - split.L, split.mask
+    batches = dict[Any, list[Solver]]()  # swept as one matrix: those on grids of one kind, where rows are independent
+    for place, solver in enumerate(solvers):
+        key = solver.how.quantize, None if solver.how.rows_are_independent else place
+        batches.setdefault(key, []).append(solver)
     for _ in range(how.adapt.rounds if how.adapt else 1):
-        for batch in batches:
+        for batch in batches.values():
             solve(batch)
         if how.adapt is not None:
             for solver in solvers:
@@ -174,21 +164,12 @@ def decompose_together(
     return [solver.decomposed() for solver in solvers]
 
 
-def swept_together(solvers: Sequence["Solver"]) -> list[list["Solver"]]:
-    """Batches of weights that are swept as one matrix: those on grids of one kind, where rows are independent."""
-    batches = dict[Any, list[Solver]]()
-    for place, solver in enumerate(solvers):
-        how = solver.how
-        batches.setdefault((how.quantize, None if how.rows_are_independent else place), []).append(solver)
-    return list(batches.values())
-
-
 @dataclass(frozen=True)
 class Rounded:
     """S of one weight, or of several stacked by rows: zero outside the mask, and on the grid."""
 
     S: Float[Tensor, "m n"]
-    mask: Bool[Tensor, "m n"] | None
+    mask: Mask | None
     grid: Grid | None
 
     @classmethod
@@ -220,7 +201,7 @@ class Solver:
 
     def __init__(
         self,
-        W: Float64[Tensor, "m n"],
+        W: Weight,
         how: Decomposition,
         moments: InputMoments,
         hessian: Hessian,
@@ -233,16 +214,12 @@ class Solver:
         self.centered, self.name = centered, name
         self.adapter: Factors | None = None
         self.target = stack_rows([W.to(dtype)])
-        self.mask = self.scored_mask()
+        self.mask: Mask | None = None
+        if how.prune is not None and how.prune.method == "magnitude":
+            self.mask = keep_mask(W.abs(), how.prune.pattern, by_row=False)
+        elif how.prune is not None and how.prune.method == "wanda":
+            self.mask = keep_mask(wanda(W, moments.second), how.prune.pattern)
         self.current = Rounded(self.target, self.mask, None)
-
-    def scored_mask(self) -> Bool[Tensor, "m n"] | None:
-        prune = self.how.prune
-        if prune is None or self.how.finds_mask:
-            return None
-        if prune.method == "magnitude":
-            return keep_mask(magnitude(self.W), prune.pattern, by_row=False)
-        return keep_mask(wanda(self.W, self.moments.second), prune.pattern)
 
     def start(self) -> Rounded:
         """The start of a sweep: the target within the mask, where that is known, and the grid for it."""
@@ -265,7 +242,7 @@ class Solver:
         self.adapter = fit_adapter(method, missing, self.moments, rank, centered=self.centered, name=self.name)
         self.target = stack_rows([(self.W - self.adapter.product).to(self.target.dtype)])
 
-    def exact(self) -> tuple[Float64[Tensor, "m n"], Grid | None]:
+    def exact(self) -> tuple[Weight, Grid | None]:
         """S and its grid in float64, on the grid's exact values, whatever precision the sweep used."""
         S, grid = self.current.S.double(), self.current.grid
         if grid is None:
@@ -302,38 +279,25 @@ class Solver:
         return grid
 
 
-def find_masks(solvers: Sequence[Solver], prune: Pruning) -> None:
-    """Find masks by ADMM; S is then fitted to what is left of the weights beside the low ranks found with the masks."""
-    weights = [solver.target for solver in solvers]
-    ranks = [solver.how.adapt.rank if solver.how.adapt else 0 for solver in solvers]
-    splits = sparse_plus_lowrank(weights, solvers[0].hessian, prune.pattern, ranks, iterations=prune.iterations)
-    for solver, split in zip(solvers, splits, strict=True):
-        solver.target, solver.mask = solver.target - split.L, split.mask
-
-
 def solve(solvers: Sequence[Solver]) -> None:
-    """Fit S of each to its target."""
-    how, target = solvers[0].how, stack_rows([solver.target for solver in solvers])
+    """Fit S of each to its target, all as one matrix."""
+    how, hessian, target = solvers[0].how, solvers[0].hessian, stack_rows([solver.target for solver in solvers])
     found = Rounded.stacked([solver.start() for solver in solvers])
     if how.compensates:
-        found = swept(target, found, how, solvers[0].hessian)
+        mask, grid, quantize = found.mask, found.grid, how.quantize
+        pattern = how.prune.pattern if how.prune is not None and mask is None else None
+        act_order = quantize is not None and quantize.act_order
+        S, mask = sweep(target, hessian, grid=grid, pattern=pattern, mask=mask, act_order=act_order)
+        if isinstance(grid, BlockGrid):
+            S, grid = polished(S, target, hessian, grid, mask=mask, rounds=how.polish)
+        else:
+            for _ in range(how.polish):
+                if grid is not None and quantize is not None:
+                    S, grid = rescaled(S, target, hessian, grid, stored=quantize.stored)
+                S = descend(S, target, hessian, grid=grid, mask=mask, rounds=1)
+        found = Rounded(S, mask, grid)
     for solver, part in zip(solvers, found.split([len(solver.W) for solver in solvers]), strict=True):
         solver.take(part)
-
-
-def swept(target: Float[Tensor, "m n"], start: Rounded, how: Decomposition, hessian: Hessian) -> Rounded:
-    mask, grid = start.mask, start.grid
-    pattern = how.prune.pattern if how.prune is not None and mask is None else None
-    act_order = how.quantize is not None and how.quantize.act_order
-    S, mask = sweep(target, hessian, grid=grid, pattern=pattern, mask=mask, act_order=act_order)
-    if isinstance(grid, BlockGrid):
-        S, grid = polished(S, target, hessian, grid, mask=mask, rounds=how.polish)
-        return Rounded(S, mask, grid)
-    for _ in range(how.polish):
-        if grid is not None and how.quantize is not None:
-            S, grid = rescaled(S, target, hessian, grid, stored=how.quantize.stored)
-        S = descend(S, target, hessian, grid=grid, mask=mask, rounds=1)
-    return Rounded(S, mask, grid)
 
 
 def stack_rows(matrices: Sequence[Shaped[Tensor, "_ n"]]) -> Shaped[Tensor, "m n"]:

@@ -12,21 +12,32 @@ LoRD without its centering is SVD-LLM, written differently: [W S]_r S^-1 = U_r U
 the eigenvectors of W E[x x^T] W^T. No inverse is needed and an input may be dead, so that all but `svd_llm`, which is
 here as its paper has it, are computed this way.
 
+Adapters B A are for the error of a compressed weight, E = W - S:
+
+    naive     the nearest in weights: the SVD of E
+    slim      SLiM-LoRA (arXiv 2410.09615, section 3.2): the SVD of E diag(x), x the mean |x| of each input and a shift
+    whitened  the nearest in outputs: E ||(E - B A) x||^2, by `weighted`; a bias keeps what the mean lacks
+
+SLiM shifts by the least |x|, which does not help where an input is dead; ours is the least of those that move. Its code
+takes the inputs' norm for the mean, and falls back to `naive` without a word where one is zero.
+
 Dimensions: W (m, n), n inputs, m outputs, r the rank, k = min(m, n).
 """
 
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float64, Int64
 from torch import Tensor
 
 from compress.errors import NumericalError
-from compress.numerics.hessian import Hessian
-from compress.numerics.lift import Lift
-from compress.numerics.linalg import pca
+from compress.numerics.frames import pca
+from compress.numerics.moments import InputMoments, Spread
 from compress.numerics.ridge import cholesky
+
+Weight = Float64[Tensor, "m n"]
+Outputs = Float64[Tensor, "m"]
 
 
 @dataclass(frozen=True)
@@ -35,86 +46,19 @@ class Factors:
 
     B: Float64[Tensor, "m r"]
     A: Float64[Tensor, "r n"]
-    bias: Float64[Tensor, "m"] | None
+    bias: Outputs | None
 
     @property
-    def product(self) -> Float64[Tensor, "m n"]:
+    def product(self) -> Weight:
         return self.B @ self.A
 
 
-@dataclass(frozen=True)
-class Spread:
-    """A positive semidefinite C and, when they are asked for, S with S S^T = C and the Hessian of an output error."""
-
-    C: Float64[Tensor, "n n"]
-    _hessians: dict[float, Hessian] = field(default_factory=dict, compare=False)
-
-    def hessian(self, damping: float, *, name: str) -> Hessian:
-        """The Hessian for a damping, cached; `name` is the first caller's."""
-        return self._hessians.setdefault(damping, Hessian(self.C, damping, name))
-
-    @cached_property
-    def root(self) -> Float64[Tensor, "n n"]:
-        variance, Q = torch.linalg.eigh(self.C)
-        return Q * variance.clamp_min(0).sqrt()
-
-
-@dataclass(frozen=True)
-class InputMoments:
-    """Moments of a linear's inputs x over the calibration tokens.
-
-    second: E x x^T. mean: E x. mean_abs: E |x|.
-    """
-
-    second: Float64[Tensor, "n n"]
-    mean: Float64[Tensor, "n"]
-    mean_abs: Float64[Tensor, "n"]
-
-    def spread(self, *, centered: bool) -> "Spread":
-        """The covariance, or the second moment, cached for all linears that share the inputs."""
-        return self._centered if centered else self._uncentered
-
-    @cached_property
-    def _centered(self) -> "Spread":
-        C = self.second - torch.outer(self.mean, self.mean)
-        if C.diagonal().sum() <= 1e-12 * self.second.diagonal().sum():  # what is left of a constant by rounding
-            return Spread(torch.zeros_like(C))
-        return Spread(C)
-
-    @cached_property
-    def _uncentered(self) -> "Spread":
-        return Spread(self.second)
-
-    def lifted(self, lift: Lift) -> "InputMoments":
-        """Moments of lift.up(x)."""
-        if lift.is_identity:
-            return self
-        second = lift.rows(lift.rows(self.second).T)
-        if lift.columns is not None:
-            return normal_moments(second, lift.rows(self.mean))
-        return InputMoments(second, lift.rows(self.mean), lift.rows(self.mean_abs))
-
-    def through(self, A: Float64[Tensor, "r n"]) -> "InputMoments":
-        """Moments of A x."""
-        return normal_moments(A @ self.second @ A.T, A @ self.mean)
-
-    def shifted(self, bias: Float64[Tensor, "n"]) -> "InputMoments":
-        """Moments of x + bias."""
-        cross = torch.outer(self.mean, bias)
-        return normal_moments(self.second + cross + cross.T + torch.outer(bias, bias), self.mean + bias)
-
-
-def normal_moments(second: Float64[Tensor, "n n"], mean: Float64[Tensor, "n"]) -> InputMoments:
-    """Build moments from second moments alone, with E |x| of a centered normal distribution."""
-    return InputMoments(second, mean, second.diagonal().clamp_min(0).sqrt() * (2 / torch.pi) ** 0.5)
-
-
-def svd(W: Float64[Tensor, "m n"], rank: int) -> Factors:
+def svd(W: Weight, rank: int) -> Factors:
     U, S, Vh = torch.linalg.svd(W, full_matrices=False)
     return Factors(U[:, :rank], S[:rank, None] * Vh[:rank], None)
 
 
-def asvd(W: Float64[Tensor, "m n"], mean_abs: Float64[Tensor, "n"], rank: int, *, alpha: float = 0.5) -> Factors:
+def asvd(W: Weight, mean_abs: Float64[Tensor, "n"], rank: int, *, alpha: float = 0.5) -> Factors:
     """ASVD; a dead input gets the scale of the least active one."""
     moving = mean_abs[mean_abs > 0]
     scale = (mean_abs.clamp_min(moving.min()) if len(moving) else torch.ones_like(mean_abs)) ** alpha
@@ -122,61 +66,54 @@ def asvd(W: Float64[Tensor, "m n"], mean_abs: Float64[Tensor, "n"], rank: int, *
     return Factors(scaled.B, scaled.A / scale, None)
 
 
-def svd_llm(W: Float64[Tensor, "m n"], second: Float64[Tensor, "n n"], rank: int, *, name: str) -> Factors:
+def svd_llm(W: Weight, second: Float64[Tensor, "n n"], rank: int, *, name: str) -> Factors:
     """SVD-LLM, with the least damping for which the Cholesky factor exists. Raises NumericalError where none does."""
     if not (torch.isfinite(W).all() and torch.isfinite(second).all()):
         raise NumericalError(NOT_FINITE.format(name=name))
-    S = least_damped_cholesky(second, name=name)
+    if not second.diagonal().mean() > 0:
+        raise NumericalError(f"The inputs of {name} are all zero. Calibrate on other text.")
+    S, damping = None, 0.0
+    while S is None:
+        try:
+            identity = torch.eye(len(second), dtype=second.dtype, device=second.device)
+            S = cholesky(second + damping * second.diagonal().mean() * identity, name=name)
+        except NumericalError:
+            if damping > 1e-3:
+                raise
+            damping = max(10 * damping, 1e-12)
     U, sigma, Vh = torch.linalg.svd(W @ S, full_matrices=False)
     A = torch.linalg.solve_triangular(S, sigma[:rank, None] * Vh[:rank], upper=False, left=False)
     return Factors(U[:, :rank], A, None)
 
 
-def least_damped_cholesky(C: Float64[Tensor, "n n"], *, name: str) -> Float64[Tensor, "n n"]:
-    if not C.diagonal().mean() > 0:
-        raise NumericalError(f"The inputs of {name} are all zero. Calibrate on other text.")
-    damping = 0.0
-    while True:
-        try:
-            return cholesky(
-                C + damping * C.diagonal().mean() * torch.eye(len(C), dtype=C.dtype, device=C.device), name=name
-            )
-        except NumericalError:
-            if damping > 1e-3:
-                raise
-            damping = max(10 * damping, 1e-12)
-
-
-def lord(
-    W: Float64[Tensor, "m n"],
-    bias: Float64[Tensor, "m"] | None,
-    moments: InputMoments,
-    rank: int,
-    *,
-    name: str,
-    centered: bool = True,
-) -> Factors:
-    """U_r of the outputs' covariance: B = U_r, A = U_r^T W, b' = U_r U_r^T b + (I - U_r U_r^T) E y.
-
-    Not centered, the outputs' second moment takes the covariance's place and the bias stays as it is.
-    """
-    return weighted(W, bias, moments, rank, None, name=name, centered=centered)
-
-
 def weighted(
-    W: Float64[Tensor, "m n"],
-    bias: Float64[Tensor, "m"] | None,
+    W: Weight,
+    bias: Outputs | None,
     moments: InputMoments,
     rank: int,
-    metric: "Metric | None",
+    metric: "Metric | None" = None,
     *,
     name: str,
     centered: bool = True,
 ) -> Factors:
     """Least E ||L^T (y - y')||^2 with the metric L L^T: U the top left singular vectors of L^T W C^(1/2),
-    B = L^-T U_r, A = U_r^T L^T W, and the bias keeps the outputs' mean."""
+    B = L^-T U_r, A = U_r^T L^T W, and the bias keeps the outputs' mean.
+
+    Without a metric this is LoRD. Not centered, the second moment takes the covariance's place and the bias stays.
+    """
     seen = W if metric is None else metric.apply(W)
-    U = output_directions(seen, moments.spread(centered=centered), rank, name=name)
+    spread = moments.spread(centered=centered)
+    if not (torch.isfinite(seen).all() and torch.isfinite(spread.C).all()):
+        raise NumericalError(NOT_FINITE.format(name=name))
+    if len(seen) <= seen.shape[1]:
+        U = pca(seen @ spread.C @ seen.T, name=f"the outputs of {name}")[0][:, :rank]
+    else:  # by the smaller matrix S^T M^T M S, C = S S^T
+        MS = seen @ spread.root
+        V, _ = pca(MS.T @ MS, name=f"the outputs of {name}")
+        # Orthogonal columns are normalized by a QR that keeps signs; zero columns get an arbitrary direction.
+        Q, R = torch.linalg.qr(MS @ V[:, :rank])
+        signs = R.diagonal().sign()
+        U = Q * torch.where(signs == 0, torch.ones_like(signs), signs)
     B = U if metric is None else metric.take_back(U)
     A = U.T @ seen
     if not centered:
@@ -185,29 +122,7 @@ def weighted(
     return Factors(B, A, shift if bias is None else bias + shift)
 
 
-def output_directions(M: Float64[Tensor, "m n"], spread: "Spread", rank: int, *, name: str) -> Float64[Tensor, "m r"]:
-    """The first `rank` eigenvectors of M C M^T by decreasing eigenvalue; at most min(m, n).
-
-    With fewer inputs than outputs they come from the smaller matrix S^T M^T M S, C = S S^T.
-    """
-    m, n = M.shape
-    if not (torch.isfinite(M).all() and torch.isfinite(spread.C).all()):
-        raise NumericalError(NOT_FINITE.format(name=name))
-    if m <= n:
-        return pca(M @ spread.C @ M.T, name=f"the outputs of {name}")[0][:, :rank]
-    MS = M @ spread.root
-    V, _ = pca(MS.T @ MS, name=f"the outputs of {name}")
-    return orthonormal(MS @ V[:, :rank])
-
-
-def orthonormal(columns: Float64[Tensor, "m k"]) -> Float64[Tensor, "m k"]:
-    """Normalize orthogonal columns, by a QR that keeps signs; zero columns get an arbitrary direction."""
-    Q, R = torch.linalg.qr(columns)
-    signs = R.diagonal().sign()
-    return Q * torch.where(signs == 0, torch.ones_like(signs), signs)
-
-
-def output_energies(M: Float64[Tensor, "m n"], spread: "Spread") -> Float64[Tensor, "k"]:
+def output_energies(M: Weight, spread: Spread) -> Float64[Tensor, "k"]:
     """The k eigenvalues of M C M^T alone, by decreasing size."""
     m, n = M.shape
     product = M @ spread.C @ M.T if m <= n else (M @ spread.root).T @ (M @ spread.root)
@@ -220,7 +135,7 @@ class Metric:
 
     L: Tensor
 
-    def apply(self, W: Float64[Tensor, "m n"]) -> Float64[Tensor, "m n"]:
+    def apply(self, W: Weight) -> Weight:
         """L^T W."""
         return self.L[:, None] * W if self.L.ndim == 1 else self.L.T @ W
 
@@ -308,3 +223,33 @@ def permutation(swaps: Tensor, m: int) -> Int64[Tensor, "m"]:
     for i, other in enumerate((swaps.cpu() - 1).tolist()):
         order[i], order[other] = order[other], order[i]
     return torch.tensor(order, device=swaps.device)
+
+
+AdapterMethod = Literal["naive", "slim", "whitened"]
+
+
+def fit_adapter(
+    method: AdapterMethod, E: Weight, moments: InputMoments, rank: int, *, centered: bool, name: str
+) -> Factors:
+    """centered: for `whitened`, errors about the mean count, and the factors' bias is what keeps the mean."""
+    if method == "naive":
+        return cut_off(E, rank, name=name)
+    if method == "slim":
+        x = moments.mean_abs
+        if not torch.isfinite(x).all():
+            raise NumericalError(f"The inputs of {name} have a NaN or Inf. Check the weights before it and the text.")
+        moving = x[x > 1e-7 * x.max()]  # the others are dead: only rounding errors move them
+        x = x + moving.min() if len(moving) else torch.ones_like(x)
+        scaled = cut_off(E * x, rank, name=name)
+        return Factors(scaled.B, scaled.A / x, None)
+    return weighted(E, None, moments, rank, name=name, centered=centered)
+
+
+def cut_off(E: Weight, rank: int, *, name: str) -> Factors:
+    """The truncated SVD, by eigenvectors of the smaller of E E^T and E^T E: many times as fast as a whole one."""
+    m, n = E.shape
+    if m <= n:
+        U = pca(E @ E.T, name=f"what {name} lacks")[0][:, :rank]
+        return Factors(U, U.T @ E, None)
+    V = pca(E.T @ E, name=f"what {name} lacks")[0][:, :rank]
+    return Factors(E @ V, V.T, None)

@@ -26,6 +26,10 @@ from torch import Tensor
 from compress.errors import NumericalError
 from compress.numerics.ridge import cholesky, damped
 
+Matrix = Float64[Tensor, "k m"]
+Moment = Float64[Tensor, "k k"]
+Units = Int64[Tensor, "count s"]
+
 PENDING = 64  # updates that are collected before they are applied
 
 
@@ -48,15 +52,7 @@ class Elimination:
         return stay.nonzero()[:, 0]
 
 
-def elimination(
-    W: Float64[Tensor, "k m"],
-    G: Float64[Tensor, "k k"],
-    units: Int64[Tensor, "count s"],
-    down_to: int,
-    *,
-    damping: float,
-    name: str,
-) -> Elimination:
+def elimination(W: Matrix, G: Moment, units: Units, down_to: int, *, damping: float, name: str) -> Elimination:
     """Remove the cheapest unit, again and again, until `down_to` of them are left.
 
     units: the rows of each unit; rows in no unit (another branch's inputs, a shortcut's, a bias) always stay.
@@ -81,14 +77,8 @@ def elimination(
 
 
 def compensated(
-    W: Float64[Tensor, "k m"],
-    G: Float64[Tensor, "k k"],
-    units: Int64[Tensor, "count s"],
-    kept: Int64[Tensor, "keep"],
-    *,
-    damping: float,
-    name: str,
-) -> Float64[Tensor, "k m"]:
+    W: Matrix, G: Moment, units: Units, kept: Int64[Tensor, "keep"], *, damping: float, name: str
+) -> Matrix:
     """Return the W' of least loss in which the rows of all units but the kept ones are zero.
 
     W'_K = W_K + (G_KK)^-1 G_KR W_R         K: the rows that stay, R: those removed
@@ -104,20 +94,6 @@ def compensated(
     return found
 
 
-def prune_units(
-    W: Float64[Tensor, "k m"],
-    G: Float64[Tensor, "k k"],
-    units: Int64[Tensor, "count s"],
-    keep: int,
-    *,
-    damping: float,
-    name: str,
-) -> tuple[Int64[Tensor, "keep"], Float64[Tensor, "k m"]]:
-    """Choose `keep` units by elimination; return them, increasing, and the compensated W, zero in all other units."""
-    kept = elimination(W, G, units, keep, damping=damping, name=name).kept(keep)
-    return kept, compensated(W, G, units, kept, damping=damping, name=name)
-
-
 class _Remainder:
     """P = G^-1 and M = W W^T while rows are removed; both are overwritten.
 
@@ -125,13 +101,13 @@ class _Remainder:
     the diagonals, always. Removed rows are rounding noise that is never read.
     """
 
-    def __init__(self, P: Float64[Tensor, "k k"], M: Float64[Tensor, "k k"]) -> None:
+    def __init__(self, P: Moment, M: Moment) -> None:
         self.P, self.M = P, M
         self.p, self.m = P.diagonal().clone(), M.diagonal().clone()
         self.L, self.Z = P.new_empty(PENDING, len(P)), P.new_empty(PENDING, len(P))
         self.pending = 0
 
-    def costs(self, units: Int64[Tensor, "count s"]) -> Float64[Tensor, "count"]:
+    def costs(self, units: Units) -> Float64[Tensor, "count"]:
         """What the loss rises by if a unit is removed: tr (P_jj)^-1 M_jj for every unit j."""
         if units.shape[1] == 1:
             return self.m[units[:, 0]] / self.p[units[:, 0]]

@@ -18,6 +18,10 @@ from torch import Tensor
 
 from compress.errors import NumericalError
 
+Matrix = Float64[Tensor, "k m"]
+Moment = Float64[Tensor, "k k"]
+Metric = Float64[Tensor, "m m"]
+
 DAMPINGS = (1e-2, 1e-1, 1.0)  # that are always tried
 RANGE = (1e-4, 10.0)  # of all: from almost plain least squares to almost W0
 
@@ -29,15 +33,15 @@ NOTHING = 1e-10
 class NormalEquations:
     """Sums over tokens: G = sum of u u^T, B = sum of u t^T. `tokens` is the sum of their weights."""
 
-    G: Float64[Tensor, "k k"]
-    B: Float64[Tensor, "k m"]
+    G: Moment
+    B: Matrix
     tokens: float
 
     def only(self, inputs: Tensor) -> "NormalEquations":
         """Restrict the equations to some of the inputs, by index."""
         return NormalEquations(self.G[inputs[:, None], inputs], self.B[inputs], self.tokens)
 
-    def less(self, W0: Float64[Tensor, "k m"]) -> "NormalEquations":
+    def less(self, W0: Matrix) -> "NormalEquations":
         """The equations of W - W0, whose targets are t - u W0."""
         return NormalEquations(self.G, torch.addmm(self.B, self.G, W0, alpha=-1), self.tokens)
 
@@ -47,29 +51,27 @@ class Ridge:
     """The solution W of the formula above for one damping."""
 
     damping: float
-    W: Float64[Tensor, "k m"]
+    W: Matrix
 
 
-def damped(G: Float64[Tensor, "k k"], damping: float) -> Float64[Tensor, "k k"]:
+def damped(G: Moment, damping: float) -> Moment:
     """G + damping * mean(diag G) I."""
     G = G.clone()
     G.diagonal().add_(damping * G.diagonal().mean())
     return G
 
 
-def ridge(
-    equations: NormalEquations, W0: Float64[Tensor, "k m"], damping: float, *, name: str
-) -> Float64[Tensor, "k m"]:
+def ridge(equations: NormalEquations, W0: Matrix, damping: float, *, name: str) -> Matrix:
     """The W of the formula above. Raises NumericalError, with `name`, where G is not positive definite."""
     return W0 + _change(equations.less(W0), damping, name=name)
 
 
-def _change(equations: NormalEquations, damping: float, *, name: str) -> Float64[Tensor, "k m"]:
+def _change(equations: NormalEquations, damping: float, *, name: str) -> Matrix:
     """Solve for W - W0."""
     return torch.cholesky_solve(equations.B, cholesky(damped(equations.G, damping), name=name))
 
 
-def cholesky(G: Float64[Tensor, "k k"], *, name: str) -> Float64[Tensor, "k k"]:
+def cholesky(G: Moment, *, name: str) -> Moment:
     factor, failed = torch.linalg.cholesky_ex(G)
     if failed.any() or not torch.isfinite(factor).all():
         raise NumericalError(
@@ -79,26 +81,19 @@ def cholesky(G: Float64[Tensor, "k k"], *, name: str) -> Float64[Tensor, "k k"]:
     return factor
 
 
-def excess(
-    equations: NormalEquations, W: Float64[Tensor, "k m"], metric: Float64[Tensor, "m m"] | None = None
-) -> float:
+def excess(equations: NormalEquations, W: Matrix, metric: Metric | None = None) -> float:
     """The mean of ||(u W - t) S||^2 over tokens, S S^T = metric, less what no W changes: the mean of ||t S||^2."""
     slope = torch.addmm(equations.B, equations.G, W, beta=-2)
     return _inner(W, slope, metric) / equations.tokens
 
 
-def _inner(A: Float64[Tensor, "k m"], B: Float64[Tensor, "k m"], metric: Float64[Tensor, "m m"] | None) -> float:
+def _inner(A: Matrix, B: Matrix, metric: Metric | None) -> float:
     """tr A^T B metric."""
     return float((A * (B if metric is None else B @ metric)).sum())
 
 
 def choose_damping(
-    fit: NormalEquations,
-    held_out: NormalEquations,
-    W0: Float64[Tensor, "k m"],
-    *,
-    name: str,
-    metric: Float64[Tensor, "m m"] | None = None,
+    fit: NormalEquations, held_out: NormalEquations, W0: Matrix, *, name: str, metric: Metric | None = None
 ) -> Ridge | None:
     """Choose among up to four dampings the solution on `fit` that is best on `held_out`; None if W0 is no worse."""
     fit, rest = fit.less(W0), held_out.less(W0)

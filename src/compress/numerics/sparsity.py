@@ -19,9 +19,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Pattern:
-    """
-    keep: of every `group` adjacent inputs, or, with group 0, the share of all weights that stays.
-    """
+    """keep: of every `group` adjacent inputs, or, with group 0, the share of all weights that stays."""
 
     keep: int | float
     group: int = 0
@@ -48,18 +46,9 @@ class Pattern:
         return self.group > 0
 
 
-def magnitude(W: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
-    return W.abs()
-
-
 def wanda(W: Float[Tensor, "m n"], second: Float[Tensor, "n n"]) -> Float[Tensor, "m n"]:
     """second: E x x^T."""
     return W.abs() * second.diagonal().clamp_min(0).sqrt().to(W.dtype)
-
-
-def grouped_mask(scores: Float[Tensor, "m n"], pattern: Pattern) -> Bool[Tensor, "m n"]:
-    """Mask of the best scores of every group; the first of equal ones."""
-    return ranks_in_group(scores, pattern.group) < int(pattern.keep)
 
 
 def ranks_in_group(scores: Float[Tensor, "m n"], group: int) -> Float[Tensor, "m n"]:
@@ -95,4 +84,7 @@ def free_mask(scores: Float[Tensor, "m n"], density: float, *, by_row: bool) -> 
 
 
 def keep_mask(scores: Float[Tensor, "m n"], pattern: Pattern, *, by_row: bool = True) -> Bool[Tensor, "m n"]:
-    return grouped_mask(scores, pattern) if pattern.is_grouped else free_mask(scores, pattern.density, by_row=by_row)
+    """Mask of the best scores of every group, the first of equal ones, or of the best share (`free_mask`)."""
+    if pattern.is_grouped:
+        return ranks_in_group(scores, pattern.group) < int(pattern.keep)
+    return free_mask(scores, pattern.density, by_row=by_row)

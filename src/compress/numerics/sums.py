@@ -5,9 +5,14 @@ where one token is a thousand times as large as the others; adding products up i
 that grows with the number of tokens is in float64, which consumer GPUs compute 64 times slower than float32.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
+
+from compress.errors import UsageError
 
 TOKENS_AT_ONCE = 2048
 ROWS_AT_ONCE = 256  # of a sum; with TOKENS_AT_ONCE it bounds the temporaries, which are then in memory already
@@ -57,3 +62,24 @@ def add_product(total: Float64[Tensor, "k m"], A: Float[Tensor, "tokens k"], B: 
 
 def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def check_computing(dtype: torch.dtype, device: torch.device) -> None:
+    """Raises UsageError for a dtype that the device multiplies many times more slowly than float32."""
+    if device.type == "cpu" and dtype in (torch.float16, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+        raise UsageError(
+            f"--dtype {name}: a CPU multiplies 16-bit floats many times more slowly than float32. Leave it out."
+        )
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Compute matrix products in the dtype of their operands: no TF32, no reduced-precision reductions."""
+    matmul = torch.backends.cuda.matmul
+    before = (matmul.allow_tf32, torch.backends.cudnn.allow_tf32)
+    matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before

@@ -13,32 +13,44 @@ Both fix columns in order, and the error of each changes the targets of the late
 `fix_columns`. It works on the transposed matrix, where a column is contiguous, in blocks of two sizes: within a small
 block a column is brought up to date by the columns before it, everything else by products at the ends of blocks.
 
+`rescaled` fits a grid's steps to the codes that a sweep has found, in closed form. With codes q of a group (a row's,
+n_g inputs) and all else as it is, E ||(W - Q) x||^2 is a parabola in its step, least at
+
+    step + q (W - Q) H_g / (q H_gg q^T)
+
+Groups are taken one after the other, each for the others as they are by then.
+
 Dimensions: W (m, n), m outputs, n inputs.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from compress.numerics.grids import Grid
-from compress.numerics.hessian import Hessian
+from compress.numerics.moments import Hessian
 from compress.numerics.sparsity import Pattern, keep_mask
+from compress.numerics.steps import rounded
+
+Weight = Float[Tensor, "m n"]
+Columns = Float[Tensor, "n m"]
+Mask = Bool[Tensor, "m n"]
 
 BLOCK, SMALL = 128, 16
 
 
 def sweep(
-    W: Float[Tensor, "m n"],
+    W: Weight,
     hessian: Hessian,
     *,
     grid: Grid | None = None,
     pattern: Pattern | None = None,
-    mask: Bool[Tensor, "m n"] | None = None,
+    mask: Mask | None = None,
     act_order: bool = False,
-    block: int = BLOCK,
-) -> tuple[Float[Tensor, "m n"], Bool[Tensor, "m n"] | None]:
+) -> tuple[Weight, Mask | None]:
     """Sweep over W; return it on the grid and within the mask, and the mask if there is one.
 
     pattern: what a mask is to be found for; mask: the one to keep to. act_order: columns are taken by decreasing
@@ -50,22 +62,15 @@ def sweep(
     rounding = ColumnRounding(grid, mask, order, W.shape[1], W.dtype)
     if pattern is not None:
         rounding.search_mask(pattern, U.diagonal(), like=rest)
-    Q = fix_columns(rest, U / U.diagonal()[:, None], rounding, block=block)
+    Q = fix_columns(rest, U / U.diagonal()[:, None], rounding)
     if order is not None:
         Q = Q[order.argsort()]
     return Q.T, mask if pattern is None or rounding.kept is None else rounding.kept.T.bool()
 
 
 def descend(
-    Q: Float[Tensor, "m n"],
-    W: Float[Tensor, "m n"],
-    hessian: Hessian,
-    *,
-    grid: Grid | None = None,
-    mask: Bool[Tensor, "m n"] | None = None,
-    rounds: int,
-    block: int = BLOCK,
-) -> Float[Tensor, "m n"]:
+    Q: Weight, W: Weight, hessian: Hessian, *, grid: Grid | None = None, mask: Mask | None = None, rounds: int
+) -> Weight:
     """Coordinate descent: set every column of Q in turn to its best value on the grid, the others fixed.
 
     Fewer than `rounds` where nothing changes any more.
@@ -74,41 +79,33 @@ def descend(
     now = in_order(Q, None)
     slope = H @ (in_order(W, None) - now)
     for _ in range(rounds):
-        before, now = now, descended(now, slope, H, rounding, block=block)
+        before, now = now, descended(now, slope, H, rounding)
         if torch.equal(now, before):
             break
     return now.T
 
 
-def descended(
-    now: Float[Tensor, "n m"],
-    slope: Float[Tensor, "n m"],
-    H: Float[Tensor, "n n"],
-    rounding: "ColumnRounding",
-    *,
-    block: int = BLOCK,
-) -> Float[Tensor, "n m"]:
+def descended(now: Columns, slope: Columns, H: Float[Tensor, "n n"], rounding: "ColumnRounding") -> Columns:
     """One round of the descent on Q^T. slope: H (W - Q)^T, brought up to date in place."""
     found, step_sizes = torch.empty_like(now), (1 / H.diagonal()).tolist()
-    for start, stop in spans(0, len(now), block):
+    for start, stop in spans(0, len(now), BLOCK):
         part, change = slice(start, stop), slope[start:stop].clone()
         found[part] = fix_columns(
-            change, H[part, part], rounding, old=now[part], step_sizes=step_sizes[part], first=start, block=block
+            change, H[part, part], rounding, old=now[part], step_sizes=step_sizes[part], first=start
         )
         slope.addmm_(H[:, part], change, alpha=-1)
     return found
 
 
 def fix_columns(
-    rest: Float[Tensor, "n m"],
+    rest: Columns,
     coupling: Float[Tensor, "n n"],
     rounding: "ColumnRounding",
     *,
-    old: Float[Tensor, "n m"] | None = None,
+    old: Columns | None = None,
     step_sizes: Sequence[float] = (),
     first: int = 0,
-    block: int,
-) -> Float[Tensor, "n m"]:
+) -> Columns:
     """Q, whose column j is rest_j rounded, or with `old`, old_j + step_sizes_j rest_j rounded.
 
     After each column, coupling[j, k] times its error is subtracted from rest_k for all later k. The error is
@@ -119,7 +116,7 @@ def fix_columns(
     small = SMALL if unit == 1 else unit
     Q = torch.empty_like(rest)
     columns, error = Q.unbind(), rest.unbind()
-    for start, stop in spans(0, n, max(block // unit, 1) * unit):
+    for start, stop in spans(0, n, max(BLOCK // unit, 1) * unit):
         rounding.find_mask(rest, start, stop, grouped=False)
         for begin, last in spans(start, stop, small):
             rounding.find_mask(rest, begin, last, grouped=True)
@@ -144,9 +141,7 @@ class ColumnRounding:
     order: in which columns are taken; None for their own. kept: the mask (n, m) in that order, 1 for what stays.
     """
 
-    def __init__(
-        self, grid: Grid | None, mask: Bool[Tensor, "m n"] | None, order: Tensor | None, n: int, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, grid: Grid | None, mask: Mask | None, order: Tensor | None, n: int, dtype: torch.dtype) -> None:
         self.quant_type = None if grid is None else grid.quant_type
         if grid is not None:
             size, scale, offset = grid.group, grid.step, grid.zero
@@ -158,7 +153,7 @@ class ColumnRounding:
         self.kept = None if mask is None else in_order(mask.to(dtype), order)
         self.pattern: Pattern | None = None
 
-    def search_mask(self, pattern: Pattern, spread: Float[Tensor, "n"], *, like: Float[Tensor, "n m"]) -> None:
+    def search_mask(self, pattern: Pattern, spread: Float[Tensor, "n"], *, like: Columns) -> None:
         """Find the mask on the way by the cost of deleting a weight, all later ones at their best: (w / spread)^2."""
         self.pattern, self.spread, self.kept = pattern, spread[:, None], torch.ones_like(like)
 
@@ -167,7 +162,7 @@ class ColumnRounding:
         """Number of columns that the mask is found for at a time."""
         return self.pattern.group if self.pattern is not None and self.pattern.is_grouped else 1
 
-    def find_mask(self, rest: Float[Tensor, "n m"], start: int, stop: int, *, grouped: bool) -> None:
+    def find_mask(self, rest: Columns, start: int, stop: int, *, grouped: bool) -> None:
         """Find the mask of columns start .. stop, if one is searched and its pattern is `grouped` or not."""
         if self.kept is not None and self.pattern is not None and self.pattern.is_grouped == grouped:
             cost = (rest[start:stop] / self.spread[start:stop]).square_()
@@ -190,7 +185,7 @@ class ColumnRounding:
             out.mul_(self.kept[j])
 
 
-def in_order(W: Float[Tensor, "m n"], order: Tensor | None) -> Float[Tensor, "n m"]:
+def in_order(W: Weight, order: Tensor | None) -> Columns:
     """Transpose into contiguous memory; not always a copy."""
     return W.T.contiguous() if order is None else W.T[order]
 
@@ -198,3 +193,33 @@ def in_order(W: Float[Tensor, "m n"], order: Tensor | None) -> Float[Tensor, "n 
 def spans(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
     for first in range(start, stop, size):
         yield first, min(first + size, stop)
+
+
+FURTHEST = 2.0  # a step moves to no less than half of itself and no more than twice
+
+
+def rescaled(
+    Q: Weight, W: Weight, hessian: Hessian, grid: Grid, *, stored: torch.dtype | None = None
+) -> tuple[Weight, Grid]:
+    """Return Q with the same codes and better steps, and the grid with these steps.
+
+    stored: the dtype that steps are rounded to.
+    """
+    H, size, n = hessian.damped.to(W.dtype), grid.group, W.shape[1]
+    units = replace(grid, step=torch.ones_like(grid.step)).values(grid.codes(Q)).T.contiguous()
+    slope, steps = H @ (W - Q).T, grid.step.T.clone(memory_format=torch.contiguous_format)
+    changes = torch.empty_like(slope)
+    for start, stop in spans(0, n, max(BLOCK // size, 1) * size):
+        for first, last in spans(start, stop, size):
+            q, step, group = units[first:last], steps[first // size], slice(first, last)
+            gain, curvature = (q * slope[group]).sum(0), (q * (H[group, group] @ q)).sum(0)
+            if len(step) == 1:
+                gain, curvature = gain.sum(0, keepdim=True), curvature.sum(0, keepdim=True)
+            new = torch.where(curvature > 0, step + gain / curvature, step)  # all codes zero: any step will do
+            new = rounded(torch.minimum(torch.maximum(new, step / FURTHEST), step * FURTHEST), stored, grid.divisor)
+            torch.mul(q, new - step, out=changes[group])
+            slope[last:stop].addmm_(H[last:stop, group], changes[group], alpha=-1)
+            step.copy_(new)
+        slope[stop:].addmm_(H[stop:, start:stop], changes[start:stop], alpha=-1)
+    better = replace(grid, step=steps.T)
+    return (units * better.scale(n).T).T, better

@@ -250,17 +250,18 @@ def slice_stream(model, config):
     zeros. Where the whole stream has one basis (`shortcuts` is false), S is the identity.
     """
     structure, slicing = config.structure, config.slicing
-    widths, mlp_widths = slicing["stream_widths"], slicing["mlp_widths"]
+    widths = slicing["stream_widths"]
     for name in structure["embeddings"]:
         table = model.get_submodule(name)
         table.weight = nn.Parameter(table.weight.new_empty(table.num_embeddings, widths[0]))
         table.embedding_dim = widths[0]
         table._is_hf_initialized = False  # its stock weight was; this one is not
+    narrow_mlps(model, structure, slicing["mlp_widths"])
     point = 0
-    for index, block in enumerate(model.get_submodule(structure["blocks"])):
+    for block in model.get_submodule(structure["blocks"]):
         as_residual_block(block, structure, config.text_config)
         for branch in structure["branches"]:
-            slice_branch(block, branch, slicing, widths[point : point + 2], mlp_widths and mlp_widths[index])
+            slice_branch(block, branch, slicing, *widths[point : point + 2])
             point += 1
     replace(model, structure["final_norm"], GainlessRMSNorm(slicing["norm_width"], slicing["norm_eps"]))
 
@@ -271,29 +272,26 @@ def narrow_mlps(model, structure, widths):
     for width, block in zip(widths or (), blocks if widths else (), strict=True):
         for neurons in filter(None, (branch["neurons"] for branch in structure["branches"])):
             for name, stacks in neurons["readers"].items():
-                reader = block.get_submodule(name)
-                replace(block, name, nn.Linear(reader.in_features, stacks * width, bias=reader.bias is not None))
-            writer = block.get_submodule(neurons["writer"])
-            replace(block, neurons["writer"], nn.Linear(width, writer.out_features, bias=writer.bias is not None))
+                resize(block, name, outputs=stacks * width)
+            resize(block, neurons["writer"], inputs=width)
 
 
-def slice_branch(block, branch, slicing, widths, mlp_width):
-    """mlp_width: None where it is as in the stock config."""
-    width_in, width_out = widths
-    neurons = branch["neurons"] if mlp_width else None
+def slice_branch(block, branch, slicing, width_in, width_out):
     for norm in branch["norms"]:
         replace(block, norm, GainlessRMSNorm(slicing["norm_width"], slicing["norm_eps"]))
     for name in branch["readers"]:
-        reader = block.get_submodule(name)
-        bias = reader.bias is not None or slicing["reader_bias"]
-        stacks = neurons["readers"].get(name) if neurons else None
-        replace(block, name, nn.Linear(width_in, stacks * mlp_width if stacks else reader.out_features, bias=bias))
+        resize(block, name, inputs=width_in, bias=slicing["reader_bias"])
     for name in branch["writers"]:
-        writer = block.get_submodule(name)
-        inner = mlp_width if neurons and name == neurons["writer"] else writer.in_features
-        replace(block, name, nn.Linear(inner, width_out, bias=writer.bias is not None))
+        resize(block, name, outputs=width_out)
     if slicing["shortcuts"]:
         setattr(block, shortcut_name(branch), nn.Linear(width_in, width_out, bias=False))
+
+
+def resize(block, name, inputs=None, outputs=None, bias=False):
+    """Put a linear of another shape into the place of one, with a bias where that one has one or `bias` is true."""
+    old = block.get_submodule(name)
+    inputs, outputs = inputs or old.in_features, outputs or old.out_features
+    replace(block, name, nn.Linear(inputs, outputs, bias=bias or old.bias is not None))
 
 
 def shortcut_name(branch):

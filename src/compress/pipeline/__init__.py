@@ -11,9 +11,8 @@ from dataclasses import replace
 from typing import Any
 
 from compress.calibration.depth import Depth
+from compress.calibration.observers import GradientFiles
 from compress.calibration.processes import ALONE, Processes
-from compress.calibration.resources import Stopwatch
-from compress.calibration.spectra import GradientFiles
 from compress.calibration.survey import Survey, SurveyNeed, num_steps
 from compress.calibration.walk import FinishedPart, Walk
 from compress.checkpoints import files
@@ -23,8 +22,8 @@ from compress.checkpoints.verify import verify, verify_tokens
 from compress.datasets.windows import fingerprint
 from compress.io import write_tensors
 from compress.models.loading import load_config
-from compress.numerics.precision import full_precision
-from compress.pipeline.mixture import chosen_types, frontier_points
+from compress.numerics.sums import full_precision
+from compress.pipeline.mixture import Frontier, chosen_types, frontier_points
 from compress.pipeline.output import (
     TRIAL,
     Result,
@@ -36,11 +35,10 @@ from compress.pipeline.output import (
 )
 from compress.planning import search
 from compress.planning.budget import rank_choices
-from compress.planning.frontier import Frontier
 from compress.planning.memory import resident_bytes, usual_batch_size
 from compress.planning.plan import Plan
 from compress.planning.prepare import Job, Prepared, depth_site, kept_blocks, new_walk, plan_job, prepare, take_survey
-from compress.progress import Progress, Steps, silent
+from compress.progress import Progress, Steps, Stopwatch, silent
 from compress.version import FORMAT
 
 DEPTH = "depth"  # the finding
@@ -94,7 +92,6 @@ def map_frontier(job: Job, between: tuple[int, int], progress: Progress = silent
             found = frontier_points(prepared, folder, survey, between, progress)
             found.write(folder.checkpoint)
             write_trials(folder.checkpoint, trials_of(folder))
-            found.draw(folder.checkpoint)
             folder.finish()
     return found
 
@@ -131,7 +128,8 @@ def _run(prepared: Prepared, folder: RunFolder, progress: Progress, start: float
 def _shallower(prepared: Prepared, folder: RunFolder, progress: Progress) -> Prepared:
     """With the blocks chosen that are left out, where the recipe leaves that to the run."""
     stage = next((stage for stage in prepared.plan.stages if stage.site is Depth), None)
-    most = prepared.plan.most_dropped
+    specs = [choice.spec for choice in prepared.plan.choices] or [prepared.plan.spec]
+    most = prepared.plan.space.base.num_blocks - min(spec.num_blocks for spec in specs)
     if stage is None or stage.dropped or not most:
         return prepared
     if DEPTH not in folder.findings:

@@ -1,31 +1,104 @@
-"""The types of a GGUF file's matrices within a run: found once, by survey and trials, or taken from a frontier."""
+"""The types of a GGUF file's matrices within a run: found once, by survey and trials, or taken from a frontier.
 
+A frontier says which types the matrices get at many sizes, from one survey, and all that one of them needs:
+
+FRONTIER/frontier.json    costs by matrix and type, what trials corrected, the sizes
+FRONTIER/trials.jsonl     the trials
+FRONTIER/frontier.png     the picture, where matplotlib is installed
+"""
+
+import importlib.util
+import json
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from compress.calibration.rounded_model import RoundedModel
+from compress.calibration.roundings import RoundedModel
 from compress.calibration.survey import Survey
-from compress.checkpoints.metadata import input_fingerprint
+from compress.checkpoints.metadata import Record, input_fingerprint, validated
 from compress.checkpoints.run_folder import RunFolder
 from compress.errors import UsageError
+from compress.io import atomic_write
 from compress.models.storage import Storage
+from compress.models.untrusted import read_json
 from compress.pipeline.output import TRIAL
 from compress.planning.budget import Choice
-from compress.planning.frontier import MEASURED, Frontier, Point, read_frontier, sizes_between
 from compress.planning.prepare import Prepared, new_rounded_model
-from compress.planning.types import Types, TypeSearch, improved
+from compress.planning.types import Types, TypeSearch, TypeSpace, improved
 from compress.progress import Progress, Steps
 
 CHOSEN = "types"  # the name of what was chosen among the findings
+FRONTIER = "frontier.json"
+POINTS, MEASURED = 12, 3  # sizes, and how many of them are measured
+
+
+class Point(Record):
+    """bytes: of the file. predicted, measured: divergence from the dense model in nats a token. types: by path."""
+
+    bytes: int
+    predicted: float
+    measured: float | None = None
+    types: dict[str, str]
+
+
+class Frontier(Record):
+    """
+    model: its fingerprint. recipe: what makes any point, but for its size. costs, factors, scale: as `TypeSearch` has
+    them.
+    """
+
+    format: int = 1
+    base_model: str
+    model: str
+    recipe: dict[str, Any]
+    costs: dict[str, dict[str, float]]
+    factors: dict[str, float]
+    scale: float
+    points: list[Point]
+
+    def write(self, folder: Path) -> None:
+        """Write it, and draw divergence by size where matplotlib is installed."""
+        with atomic_write(folder / FRONTIER) as unfinished:
+            unfinished.write_text(json.dumps(self.model_dump(mode="json")) + "\n", encoding="utf-8")
+        if importlib.util.find_spec("matplotlib") is None:
+            return
+        from compress.inspection.drawing import Drawing, axes, look, save, style
+
+        with style():
+            figure, (plot,) = axes(6, 4, title=f"{self.base_model}, types of a GGUF file")
+            lines = (("predicted", self.points), ("measured", [each for each in self.points if each.measured]))
+            for number, (name, points) in enumerate(lines):
+                values = [getattr(point, name) for point in points]
+                plot.plot([point.bytes / 1e6 for point in points], values, label=name, **look(number))
+            plot.set(xlabel="MB", ylabel="divergence, nats a token", xscale="log", yscale="log")
+            plot.legend()
+            save([Drawing("frontier", figure)], folder)
+
+    def search(self, space: TypeSpace) -> TypeSearch:
+        """Raises UsageError where it is of other matrices."""
+        if {path: {*costs} for path, costs in self.costs.items()} != {p: {*each} for p, each in space.rungs.items()}:
+            raise UsageError("The frontier is of other matrices or types. Make it again with --frontier.")
+        ordered = {path: {name: self.costs[path][name] for name in rungs} for path, rungs in space.rungs.items()}
+        return TypeSearch(space, ordered, self.factors, self.scale)
+
+
+def read_frontier(folder: Path) -> Frontier:
+    """Raises UsageError for a folder that has none, CheckpointError for a damaged file."""
+    if not (folder / FRONTIER).is_file():
+        raise UsageError(
+            f"{folder} has no {FRONTIER}. Make one: compress auto --model M --frontier 40MB:120MB --out F."
+        )
+    found = validated(Frontier, read_json(folder / FRONTIER), folder / FRONTIER, "Make it again.")
+    numbers = [*found.factors.values(), *(cost for costs in found.costs.values() for cost in costs.values())]
+    if found.format != 1 or any(number < 0 for number in numbers):
+        raise UsageError(f"{folder / FRONTIER} is of another version, or damaged. Make it again.")
+    return found
 
 
 @dataclass
 class Trials:
-    """
-    model: made when the first trial is measured; those of a run that goes on are read back.
-    """
+    """model: made when the first trial is measured; those of a run that goes on are read back."""
 
     prepared: Prepared
     folder: RunFolder
@@ -39,21 +112,17 @@ class Trials:
         self.budget, self.start = self.prepared.job.recipe.budget, time.perf_counter()
 
     def __call__(self, search: TypeSearch, types: Types, was_best: bool) -> float | None:
-        """Measure the next trial; `was_best` says whether the last one was the best so far."""
+        """Measure the next trial; `was_best` says whether the last one was the best so far. None where none is left."""
         if was_best and self.model is not None:
             self.model.keep()
-        name = f"{TRIAL}{self.count}"
-        if name not in self.folder.findings and not self.is_left():
-            return None
+        name, seconds = f"{TRIAL}{self.count}", self.budget.trial_seconds
+        if name not in self.folder.findings:
+            over = seconds is not None and time.perf_counter() - self.start > seconds
+            if self.count >= self.budget.trials or self.prepared.processes.from_first(over):
+                return None
         self.steps.next(name)
-        found = self.measured(name, search, types)
         self.count += 1
-        return found
-
-    def is_left(self) -> bool:
-        seconds = self.budget.trial_seconds
-        over = seconds is not None and time.perf_counter() - self.start > seconds
-        return self.count < self.budget.trials and not self.prepared.processes.from_first(over)
+        return self.measured(name, search, types)
 
     def measured(self, name: str, search: TypeSearch, types: Types) -> float:
         """The divergence of types, as it was noted by that name."""
@@ -89,7 +158,13 @@ def chosen_types(prepared: Prepared, folder: RunFolder, survey: Survey | None, p
     if CHOSEN in folder.findings:
         types = folder.findings[CHOSEN].data
     elif job.frontier is not None:
-        types = own_frontier(prepared).search(space).allocated(limit)
+        frontier = read_frontier(job.frontier)
+        if frontier.model != input_fingerprint(prepared.folder, prepared.weights):
+            raise UsageError(
+                f"The frontier in {job.frontier} is of another model, {frontier.base_model}. Name that one, or make "
+                "another frontier."
+            )
+        types = frontier.search(space).allocated(limit)
     else:
         assert survey is not None
         _, types, _ = searched(prepared, folder, survey, limit, progress)
@@ -102,18 +177,6 @@ def chosen_types(prepared: Prepared, folder: RunFolder, survey: Survey | None, p
     return replace(prepared, plan=prepared.plan.chosen(Choice({"types": linears, "tables": tables}, spec)))
 
 
-def own_frontier(prepared: Prepared) -> Frontier:
-    """The frontier that the job names. Raises UsageError where it is of another model."""
-    assert prepared.job.frontier is not None
-    found = read_frontier(prepared.job.frontier)
-    if found.model != input_fingerprint(prepared.folder, prepared.weights):
-        raise UsageError(
-            f"The frontier in {prepared.job.frontier} is of another model, {found.base_model}. Name that one, or make "
-            "another frontier."
-        )
-    return found
-
-
 def frontier_points(
     prepared: Prepared, folder: RunFolder, survey: Survey, between: tuple[int, int], progress: Progress
 ) -> Frontier:
@@ -121,16 +184,17 @@ def frontier_points(
     job = prepared.job
     assert job.recipe.budget is not None
     search, _, trials = searched(prepared, folder, survey, job.recipe.budget.target_size or 0, progress)
-    sizes, points = sizes_between(*between), list[Point]()
-    measured = {place * (len(sizes) - 1) // (MEASURED - 1) for place in range(MEASURED)}
+    points, (least, most) = list[Point](), between
+    measured = {place * (POINTS - 1) // (MEASURED - 1) for place in range(MEASURED)}
     steps = Steps(progress, "measuring sizes", MEASURED)
-    for place, size in enumerate(sizes):
-        types, divergence = search.allocated(size), None
+    for place in range(POINTS):  # at equal ratios
+        size, divergence = round(least * (most / least) ** (place / (POINTS - 1))), None
+        types = search.allocated(size)
         if place in measured:
             steps.next(f"{size:,} bytes")
             divergence = trials.measured(f"point {place}", search, types)
-        told: Mapping[str, Any] = {"bytes": search.space.bytes_of(types), "predicted": search.predicted(types)}
-        points.append(Point(**told, measured=divergence, types=types))
+        predicted, count = search.predicted(types), search.space.bytes_of(types)
+        points.append(Point(bytes=count, predicted=predicted, measured=divergence, types=types))
     steps.end()
     return Frontier(
         base_model=job.model.repository or job.model.name,

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from compress.architectures.architecture import Size
 from compress.architectures.gguf_types import file_type_of, row_bytes
-from compress.architectures.packed import not_for_vllm, unpacks_while_loading
-from compress.calibration.experts import short_of_tokens
+from compress.calibration.groups import short_of_tokens
 from compress.calibration.sites import Count
 from compress.checkpoints import files
 from compress.checkpoints.card import read_origin, write_card
@@ -23,9 +22,9 @@ from compress.checkpoints.metadata import Metadata, read_metadata
 from compress.checkpoints.run_folder import RunFolder, clear
 from compress.checkpoints.verify import why_own
 from compress.io import sha256
+from compress.models.packing import not_for_vllm, unpacks_while_loading
 from compress.planning.plan import Plan
 from compress.planning.prepare import Prepared
-from compress.recipe import Recipe
 from compress.version import FORMAT
 
 TRIALS = "trials.jsonl"
@@ -34,9 +33,11 @@ TRIAL = "trial "  # before the place of a choice: a trial's name among the findi
 
 def write_companions(prepared: Prepared, folder: RunFolder) -> Metadata:
     plan, target, reports = prepared.plan, folder.checkpoint, [part.report for part in folder.parts]
-    adapter = adapter_metadata(prepared)
     parts = {part.weights.file: part.weights.sha256 for part in folder.parts if part.weights}
-    if adapter is not None:
+    adapter, ranks = None, {path: each.rank for path, each in plan.spec.packed.items() if each.rank}
+    if ranks:
+        modules = [name for name, _ in plan.spec.model().named_modules()]
+        adapter = adapter_config(prepared.job.output_name, ranks, modules)
         shares = [folder.partial / part.adapter.file for part in folder.parts if part.adapter]
         written = write_adapter(target, shares, adapter)
         parts[str(written.relative_to(target))] = sha256(written)
@@ -92,11 +93,6 @@ def write_trials(folder: Path, trials: Iterable[Mapping[str, Any]]) -> None:
     (folder / TRIALS).write_text("".join(f"{json.dumps(trial)}\n" for trial in trials), encoding="utf-8")
 
 
-def decided_recipe(prepared: Prepared) -> Recipe:
-    """The recipe with what the budget has come to in its stages: it makes the same bytes without another search."""
-    return prepared.job.recipe.model_copy(update={"stages": prepared.plan.stages, "budget": None})
-
-
 def mixture_of(plan: Plan) -> list[dict[str, Any]]:
     """How many of the matrices of each kind have which type in a GGUF file, and the bytes of the kind."""
     if not plan.spec.is_gguf:
@@ -115,19 +111,24 @@ def mixture_of(plan: Plan) -> list[dict[str, Any]]:
 
 
 def _metadata(prepared: Prepared, folder: RunFolder, adapter: dict[str, Any] | None, parts: dict[str, str]) -> Metadata:
-    """
-    adapter: its config. parts: the sha256 of the files of weights.
-    """
+    """adapter: its config. parts: the sha256 of the files of weights."""
     job, plan = prepared.job, prepared.plan
     run, reports = folder.run.identity, [part.report for part in folder.parts]
+    recipe = run["recipe"]
+    if prepared.types is not None:  # with what the budget has come to: it makes the same bytes without another search
+        decided = job.recipe.model_copy(update={"stages": plan.stages, "budget": None})
+        recipe = decided.model_dump(mode="json")
     groups = [group for report in reports for group in report["groups"]]
+    ranks = [each.rank for each in plan.spec.storage.values()]
+    storage = next(iter(plan.spec.storage.values()), None)  # all are stored alike
+    model_type = plan.spec.architecture.dense.model_type
     return Metadata.model_validate(
         {
             "format": FORMAT,
             "name": job.output_name,
             "base_model": job.model.repository or job.model.name,
             "command": job.command,
-            "recipe": run["recipe"] if prepared.types is None else decided_recipe(prepared).model_dump(mode="json"),
+            "recipe": recipe,
             "architecture": plan.spec.architecture.class_name,
             "loads_without_our_code": plan.spec.architecture.is_stock,
             "stages": [stage.model_dump(mode="json") for stage in plan.stages],
@@ -145,7 +146,11 @@ def _metadata(prepared: Prepared, folder: RunFolder, adapter: dict[str, Any] | N
                 "bytes": sum(report["tensor_bytes"] + report["adapter_bytes"] for report in reports),
             },
             "adapter": adapter,
-            **storage_metadata(plan),
+            "storage": None if storage is None else storage.form,
+            "quantized": storage is not None and storage.bits is not None,
+            "unpacks_while_loading": storage is not None and unpacks_while_loading(storage, model_type),
+            "not_for_vllm": plan.spec.architecture.not_for_vllm(plan.spec)
+            or (None if storage is None else not_for_vllm(storage, max(ranks))),
             "mixture": mixture_of(plan),
             "alternatives": [alternative.to_dict() for alternative in plan.alternatives],
             "units": {kind: n if isinstance(n, int) else list(n) for kind, n in plan.spec.units.items()},
@@ -158,63 +163,46 @@ def _metadata(prepared: Prepared, folder: RunFolder, adapter: dict[str, Any] | N
     )
 
 
-def storage_metadata(plan: Plan) -> dict[str, Any]:
-    """How linears are stored, all alike, and what that asks of those who load them."""
-    storage, reason = next(iter(plan.spec.storage.values()), None), plan.spec.architecture.not_for_vllm(plan.spec)
-    if storage is None:
-        return {"storage": None, "quantized": False, "unpacks_while_loading": False, "not_for_vllm": reason}
-    return {
-        "storage": storage.form,
-        "quantized": storage.bits is not None,
-        "unpacks_while_loading": unpacks_while_loading(storage, plan.spec.architecture.dense.model_type),
-        "not_for_vllm": reason or not_for_vllm(storage, max(each.rank for each in plan.spec.storage.values())),
-    }
-
-
-def adapter_metadata(prepared: Prepared) -> dict[str, Any] | None:
-    """The config of the adapter beside the checkpoint; None where there is none."""
-    ranks = {path: each.rank for path, each in prepared.plan.spec.packed.items() if each.rank}
-    if not ranks:
-        return None
-    modules = [name for name, _ in prepared.plan.spec.model().named_modules()]
-    return adapter_config(f"{prepared.job.model.name}-{prepared.job.recipe.method}", ranks, modules)
-
-
 @dataclass(frozen=True)
 class Result:
     """
-    seconds: by kind of work; `total` is the whole run's, imports left out.
-    units: how many of each kind a block keeps. ranks: of the factorized linears, by path; of `num_blocks` blocks.
-    alternatives: ways to store the same linears, this one first. lost: of the linears' outputs on the calibration text,
-        the share of their energy that the stored ones do not give, the mean over linears; None where none is stored.
-    divergence: from the dense model on held-out calibration windows, in nats a token, where it was measured.
-    difference: of the reloaded logits, as a share of the largest. mixture: as `mixture_of` has it.
+    metadata: what compress.json says. units: how many of each kind a block keeps. num_blocks: of the result.
+    seconds: by kind of work; `total` is the whole run's, imports left out. difference: of the reloaded logits, as a
+        share of the largest.
     """
 
     out: Path
-    architecture: str
-    is_stock: bool
-    is_gguf: bool
+    metadata: Metadata
     dense: Size
     size: Size
-    widths: list[int]
     units: dict[str, Count]
-    ranks: dict[str, int]
     num_blocks: int
-    alternatives: list[dict[str, Any]]
-    lost: float | None
-    divergence: float | None
     seconds: dict[str, float]
     difference: float | None
     resumed_parts: int
     notes: list[str]
-    mixture: list[dict[str, Any]]
+
+    @property
+    def widths(self) -> list[int]:
+        return [point.width for point in self.metadata.points]
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Of the factorized linears, by path."""
+        return {linear.linear: linear.rank for linear in self.metadata.linears if linear.rank is not None}
+
+    @property
+    def lost(self) -> float | None:
+        """The share of the linears' outputs' energy that the stored ones do not give, the mean over linears."""
+        lost = [linear.lost for linear in self.metadata.linears if linear.lost is not None]
+        return sum(lost) / len(lost) if lost and self.metadata.alternatives else None
 
     def to_dict(self) -> dict[str, Any]:
+        metadata = self.metadata
         return {
             "out": str(self.out),
-            "architecture": self.architecture,
-            "loads_without_our_code": self.is_stock,
+            "architecture": metadata.architecture,
+            "loads_without_our_code": metadata.loads_without_our_code,
             "dense_parameters": self.dense.parameters,
             "parameters": self.size.parameters,
             "removed": 1 - self.size.parameters / self.dense.parameters,
@@ -223,13 +211,13 @@ class Result:
             "widths": self.widths,
             "units": self.units,
             "ranks": self.ranks,
-            "alternatives": self.alternatives,
+            "alternatives": [each.to_dict() for each in metadata.alternatives],
             "lost_energy": self.lost,
-            "held_out_divergence": self.divergence,
+            "held_out_divergence": metadata.held_out_divergence,
             "seconds": {kind: round(value, 3) for kind, value in self.seconds.items()},
             "reload_difference": self.difference,
             "resumed_parts": self.resumed_parts,
-            "mixture": self.mixture,
+            "mixture": [part.to_dict() for part in metadata.mixture],
             "notes": self.notes,
         }
 
@@ -237,44 +225,19 @@ class Result:
 def result_of(
     prepared: Prepared, metadata: Metadata, seconds: dict[str, float], difference: float | None, resumed: int
 ) -> Result:
-    job, exported = prepared.job, list[str]()
+    job, plan, notes = prepared.job, prepared.plan, [*prepared.plan.notes]
+    if dropped := sorted(block for stage in plan.stages for block in stage.dropped):
+        notes.append(f"Blocks left out, counted from 0: {', '.join(map(str, dropped))}.")
+    notes += short_of_tokens([linear.to_dict() for linear in metadata.linears] or metadata.groups)
     if job.export == "gguf" or metadata.storage == "gguf":
         from compress.checkpoints.gguf import reader_notes
 
-        exported = reader_notes(job.out / f"{job.out.name}.gguf")
-    lost = [linear.lost for linear in metadata.linears if linear.lost is not None]
-    reports = [linear.to_dict() for linear in metadata.linears] or metadata.groups
-    return Result(
-        out=job.out,
-        architecture=metadata.architecture,
-        is_stock=metadata.loads_without_our_code,
-        is_gguf=metadata.storage == "gguf",
-        dense=prepared.plan.dense,
-        size=Size(metadata.size.parameters, metadata.size.bytes),
-        widths=[point.width for point in metadata.points],
-        units={kind: tuple(n) if isinstance(n, list) else n for kind, n in metadata.units.items()},
-        num_blocks=prepared.plan.spec.num_blocks,
-        ranks={linear.linear: linear.rank for linear in metadata.linears if linear.rank is not None},
-        alternatives=[each.to_dict() for each in metadata.alternatives],
-        lost=sum(lost) / len(lost) if lost and metadata.alternatives else None,
-        divergence=metadata.held_out_divergence,
-        seconds=seconds,
-        difference=difference,
-        resumed_parts=resumed,
-        notes=[
-            *prepared.plan.notes,
-            *depth_notes(prepared.plan),
-            *short_of_tokens(reports),
-            *exported,
-            *proof_notes(job.out),
-        ],
-        mixture=[part.to_dict() for part in metadata.mixture],
-    )
-
-
-def depth_notes(plan: Plan) -> list[str]:
-    dropped = sorted(block for stage in plan.stages for block in stage.dropped)
-    return [f"Blocks left out, counted from 0: {', '.join(map(str, dropped))}."] if dropped else []
+        notes += reader_notes(job.out / f"{job.out.name}.gguf")
+    notes += proof_notes(job.out)
+    size = Size(metadata.size.parameters, metadata.size.bytes)
+    units = {kind: tuple(n) if isinstance(n, list) else n for kind, n in metadata.units.items()}
+    counts = (plan.dense, size, units, plan.spec.num_blocks)
+    return Result(job.out, metadata, *counts, seconds, difference, resumed, notes)
 
 
 def proof_notes(out: Path) -> list[str]:

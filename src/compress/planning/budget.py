@@ -5,11 +5,11 @@ the error that it leaves, and dense, without an error. The budget is spent on al
 spectra; `uniform` gives all linears the same share of their parameters instead.
 """
 
+import functools
 import itertools
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,12 +17,13 @@ import torch
 from compress.architectures.architecture import ModelSpec, Size, header_bytes
 from compress.architectures.own import as_own
 from compress.calibration.linears import FactorShape, LinearShape
-from compress.calibration.spectra import Spectrum
+from compress.calibration.observers import Spectrum
 from compress.errors import Problems, UsageError, report
 from compress.models.factors import tensor_names
 from compress.numerics.allocation import Ladder, spend
 from compress.recipe import Budget
-from compress.stages._stage import RankStage, StageConfig
+from compress.stages._stage import StageConfig
+from compress.stages.factorize import Factorize
 
 Counts = Mapping[str, Any]
 Ranks = dict[str, int]
@@ -77,10 +78,6 @@ class Limit:
         if budget.target_size is not None:
             return cls(budget.target_size, in_bytes=True)
         return cls(int((budget.keep_params or 0) * dense.parameters), in_bytes=False)
-
-    @property
-    def unit(self) -> str:
-        return "bytes" if self.in_bytes else "parameters"
 
     def measure(self, spec: ModelSpec) -> int:
         return spec.disk_bytes if self.in_bytes else spec.size.parameters
@@ -139,8 +136,8 @@ def width_choices(space: WidthSpace, budget: Budget, dense: Size) -> list[Choice
             report(specs[0].problems())
         else:
             raise UsageError(
-                f"The budget of {limit.most:,} {limit.unit} cannot be kept: the least this recipe can come to is "
-                f"{limit.measure(smallest):,}. Allow more."
+                f"The budget of {limit.most:,} {'bytes' if limit.in_bytes else 'parameters'} cannot be kept: the least "
+                f"this recipe can come to is {limit.measure(smallest):,}. Allow more."
             )
     if fitting[0].spec.deletes_nothing and fitting[0].spec.num_blocks == space.base.num_blocks:
         raise UsageError(DELETES_NOTHING)
@@ -155,27 +152,24 @@ def largest_fitting(space: WidthSpace, limit: Limit) -> Iterator[tuple[dict[str,
     def is_contained(counts: Mapping[str, int]) -> bool:
         return any(all(other[name] >= count for name, count in counts.items()) for other in found)
 
+    def legal(counts: Mapping[str, int], most: int) -> tuple[dict[str, int], ModelSpec] | None:
+        """The last rung up to `most` that the architecture has room for."""
+        told = ({**counts, kind: ladder[rung]} for rung in range(most, -1, -1))
+        return next(((each, spec) for each in told if not (spec := space.spec(each)).problems()), None)
+
+    def is_too_large(counts: Mapping[str, int], rung: int) -> bool:
+        best = legal(counts, rung)
+        return best is not None and not limit.allows(best[1])
+
     # Downwards, so that what contains another comes before it, and the many small ones are never measured.
     for counts in combinations(outer):
         if is_contained({**counts, kind: ladder[-1]}):
             continue
-        rungs = [partial(space.spec, {**counts, kind: count}) for count in ladder]
-        legal = partial(last_legal, rungs)
-        number = bisect_right(range(len(ladder)), False, key=lambda rung: not fits(legal(rung), limit))
-        best = legal(number - 1)
-        if best is not None and not is_contained(largest := {**counts, kind: ladder[best[0]]}):
-            found.append(largest)
-            yield largest, best[1]
-
-
-def last_legal(rungs: Sequence[Callable[[], ModelSpec]], most: int) -> tuple[int, ModelSpec] | None:
-    """The last of the rungs up to `most` that the architecture has room for, and its spec."""
-    specs = ((rung, rungs[rung]()) for rung in range(most, -1, -1))
-    return next(((rung, spec) for rung, spec in specs if not spec.problems()), None)
-
-
-def fits(found: tuple[int, ModelSpec] | None, limit: Limit) -> bool:
-    return found is None or limit.allows(found[1])
+        number = bisect_right(range(len(ladder)), False, key=functools.partial(is_too_large, counts))
+        best = legal(counts, number - 1)
+        if best is not None and not is_contained(best[0]):
+            found.append(best[0])
+            yield best
 
 
 def combinations(ladders: Sequence[tuple[str, list[int]]]) -> Iterator[dict[str, int]]:
@@ -186,31 +180,36 @@ def combinations(ladders: Sequence[tuple[str, list[int]]]) -> Iterator[dict[str,
 
 @dataclass(frozen=True)
 class RankSpace:
-    """
-    stage: the one that leaves ranks open. spec: what the model is without its factors.
-    """
+    """stage: the one that leaves ranks open. spec: what the model is without its factors."""
 
-    stage: RankStage
+    stage: Factorize
     spec: ModelSpec
-
-    @property
-    def linears(self) -> Sequence[LinearShape]:
-        return self.spec.linears
 
     @property
     def targets(self) -> dict[LinearShape, list[int]]:
         """The linears that may be factorized, and the ranks that make them smaller, increasing."""
-        ladders = {linear: self.stage.rank_ladder(linear) for linear in self.linears}
+        ladders = {linear: self.stage.rank_ladder(linear) for linear in self.spec.linears}
         return {linear: ladder for linear, ladder in ladders.items() if ladder}
 
     def factorized(self, ranks: Mapping[str, int]) -> ModelSpec:
         """The model in factors of these ranks, even where the stage multiplies them out."""
-        found = [linear for linear in self.linears if linear.path in ranks]
+        found = [linear for linear in self.spec.linears if linear.path in ranks]
         return self.written({linear.path: self.stage.factor_shape(linear, ranks[linear.path]) for linear in found})
 
     def written(self, factors: Mapping[str, FactorShape]) -> ModelSpec:
         architecture = as_own(self.spec.architecture)
         return replace(self.spec, architecture=architecture, factors=factors, undecided=frozenset())
+
+    def check(self, limit: Limit) -> None:
+        """Raises UsageError where not even the lowest ranks fit, or where nothing has to be factorized."""
+        lowest = self.factorized({linear.path: ladder[0] for linear, ladder in self.targets.items()})
+        if limit.allows(self.factorized({})):
+            raise UsageError(DELETES_NOTHING)
+        if not limit.allows(lowest):
+            raise UsageError(
+                f"The budget of {limit.most:,} cannot be kept: the least that low-rank factors can come to is "
+                f"{limit.measure(lowest):,}. Allow more, or target more of the linears."
+            )
 
     def choice(self, allocation: str, ranks: Ranks) -> Choice:
         """Make a choice of ranks, written in factors or multiplied out."""
@@ -235,23 +234,10 @@ class RankSpace:
         return numbers * self.spec.dtype.itemsize + indices + headers if in_bytes else numbers
 
 
-def check_budget(space: RankSpace, budget: Budget, dense: Size) -> None:
-    """Raises UsageError where not even the lowest ranks fit, or where nothing has to be factorized."""
-    limit = Limit.of(budget, dense)
-    lowest = space.factorized({linear.path: ladder[0] for linear, ladder in space.targets.items()})
-    if limit.allows(space.factorized({})):
-        raise UsageError(DELETES_NOTHING)
-    if not limit.allows(lowest):
-        raise UsageError(
-            f"The budget of {limit.most:,} cannot be kept: the least that low-rank factors can come to is "
-            f"{limit.measure(lowest):,}. Allow more, or target more of the linears."
-        )
-
-
 def rank_choices(space: RankSpace, budget: Budget | None, dense: Size, spectra: Mapping[str, Spectrum]) -> list[Choice]:
     """Allocate ranks by each of the stage's criteria, under the budget or the size of its uniform ranks."""
     if budget is None:
-        uniform = space.written(space.stage.uniform_factors(space.linears))
+        uniform = space.written(space.stage.uniform_factors(space.spec.linears))
         limit = Limit(uniform.size.parameters, in_bytes=False)
     else:
         limit = Limit.of(budget, dense)
@@ -282,19 +268,16 @@ def allocated(space: RankSpace, allocation: str, spectra: Mapping[str, Spectrum]
 def uniform_places(prices: Mapping[str, Sequence[int]], total: int) -> dict[str, int] | None:
     """Give every linear the largest common share of its dense price: a rung on each ladder, at least the cheapest."""
 
-    def bought(share: float) -> dict[str, int]:
-        return {path: max(0, sum(cost <= share * costs[-1] for cost in costs) - 1) for path, costs in prices.items()}
+    def bought(share: float) -> dict[str, int] | None:
+        """What the share buys, where that is within the total."""
+        places = {path: max(0, sum(cost <= share * costs[-1] for cost in costs) - 1) for path, costs in prices.items()}
+        return places if sum(prices[path][place] for path, place in places.items()) <= total else None
 
-    def cost(share: float) -> int:
-        return sum(prices[path][place] for path, place in bought(share).items())
-
-    if cost(0.0) > total:
-        return None
     low, high = 0.0, 1.0
     for _ in range(50):
         middle = (low + high) / 2
-        low, high = (middle, high) if cost(middle) <= total else (low, middle)
-    return bought(1.0 if cost(1.0) <= total else low)
+        low, high = (middle, high) if bought(middle) else (low, middle)
+    return bought(1.0) or bought(low)
 
 
 def errors(spectrum: Spectrum, allocation: str, ranks: Sequence[int]) -> list[float]:

@@ -11,14 +11,14 @@ import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
 from compress.calibration.depth import Depth
-from compress.calibration.experts import lot_bytes
+from compress.calibration.groups import lot_bytes
+from compress.calibration.observers import WIDEST
 from compress.calibration.sites import (
     WholeModel,
     has_groups,
@@ -27,7 +27,6 @@ from compress.calibration.sites import (
     num_streams,
     rotates_points,
 )
-from compress.calibration.spectra import WIDEST
 from compress.calibration.streams import LOGITS_AT_ONCE, cache_bytes
 from compress.calibration.survey import TOKENS_AT_ONCE, SurveyNeed, survey_samples
 from compress.errors import UsageError
@@ -39,7 +38,6 @@ from compress.stages._stage import StageConfig
 
 TOKENS_PER_BATCH = 8192
 DOUBLE = 8  # bytes of a float64
-STATUS = Path("/proc/self/status")
 
 
 @dataclass(frozen=True)
@@ -68,12 +66,8 @@ class Footprint:
     """
 
     def __init__(self, stages: Sequence[StageConfig], config: Any, family: Family, computing: torch.dtype) -> None:
-        self.stages, self.survey, self.computing, self.itemsize = (
-            stages,
-            surveyed(stages),
-            computing,
-            computing.itemsize,
-        )
+        self.stages, self.computing, self.itemsize = stages, computing, computing.itemsize
+        self.survey = surveyed(stages)
         self.has_gradient = SurveyNeed.GRADIENT in self.survey
         self.has_linears, self.has_groups = has_linears(stages), has_groups(stages)
         self.is_shallower = any(stage.site is Depth for stage in stages)
@@ -103,7 +97,9 @@ class Footprint:
             self.forward(tokens) + self.statistics(), self.solver(), self.logits(room.batch_size)
         )
         spilled = caches if caches > room.cache_memory else 0
-        disk = 2 * one * self.num_streams + spilled + self.gradient_files()
+        disk = 2 * one * self.num_streams + spilled
+        if SurveyNeed.LINEARS in self.survey and self.has_gradient:  # gradient moments of all blocks, in float32
+            disk += 4 * self.blocks * self.gradient_moments()
         return memory + min(caches, room.cache_memory), disk
 
     def weights(self) -> int:
@@ -163,11 +159,6 @@ class Footprint:
         """Numbers of the second moments of gradients by the outputs of a block's linears."""
         return sum(m * m if m <= WIDEST * self.width else m for m, _ in self.linears)
 
-    def gradient_files(self) -> int:
-        """The gradient moments of all blocks on disk, in float32."""
-        both = SurveyNeed.LINEARS | SurveyNeed.GRADIENT
-        return 4 * self.blocks * self.gradient_moments() if both in self.survey else 0
-
 
 def fit_to_limit(asked: Room, limit: int, base: int, need: Callable[[Room], int], *, fixed_batch: bool) -> Room:
     """Choose the largest batch that fits, halving the wanted one, then as much activation cache as is left.
@@ -193,8 +184,5 @@ def fit_to_limit(asked: Room, limit: int, base: int, need: Callable[[Room], int]
 
 def resident_bytes() -> int:
     """Bytes that this process holds and the system cannot take back: pages of files do not count."""
-    if STATUS.is_file():
-        for line in STATUS.read_text().splitlines():
-            if line.startswith("RssAnon:"):
-                return int(line.split()[1]) * 1024
-    return int(psutil.Process().memory_info().rss)
+    held = psutil.Process().memory_info()
+    return int(held.rss - getattr(held, "shared", 0))

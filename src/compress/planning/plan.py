@@ -20,10 +20,11 @@ from compress.errors import UsageError, report
 from compress.families import Family, check_exact
 from compress.models.gguf_header import DECI
 from compress.models.storage import Storage, empty_linear
-from compress.planning.budget import Choice, RankSpace, WidthSpace, check_budget, plan_stages, width_choices
+from compress.planning.budget import Choice, Limit, RankSpace, WidthSpace, plan_stages, width_choices
 from compress.planning.memory import Footprint, Room, surveyed
 from compress.recipe import Recipe
-from compress.stages._stage import RankStage, StageConfig
+from compress.stages._stage import StageConfig
+from compress.stages.factorize import Factorize
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,26 +78,19 @@ class Plan:
         stages, spec = tuple(space.stages), choice.spec
         return replace(self, stages=stages, spec=spec, space=space, ranks=None, choices=[], alternatives=others)
 
-    @property
-    def most_dropped(self) -> int:
-        """How many blocks are left out, at most."""
-        specs = [choice.spec for choice in self.choices] or [self.spec]
-        return self.space.base.num_blocks - min(spec.num_blocks for spec in specs)
-
     def without(self, dropped: Sequence[int]) -> "Plan":
         """The plan once it is known which blocks are left out, in the order in which they go."""
         if self.choices:
-            choices = [self._without(choice, dropped) for choice in self.choices]
-            return replace(self, choices=choices)
+            blocks = self.space.base.num_blocks
+            found = [
+                {**choice.counts, "dropped": tuple(dropped[: blocks - choice.spec.num_blocks])}
+                for choice in self.choices
+            ]
+            return replace(self, choices=[Choice(counts, self.space.spec(counts)) for counts in found])
         decided = [stage.decided({"dropped": dropped}) if stage.site is Depth else stage for stage in self.stages]
         stages, spec = plan_stages(decided, self.space.base)
         ranks = None if self.ranks is None else replace(self.ranks, spec=spec)
         return replace(self, stages=stages, spec=spec, space=replace(self.space, stages=stages), ranks=ranks)
-
-    def _without(self, choice: Choice, dropped: Sequence[int]) -> Choice:
-        first = tuple(dropped[: self.space.base.num_blocks - choice.spec.num_blocks])
-        counts = {**choice.counts, "dropped": first}
-        return Choice(counts, self.space.spec(counts))
 
     def to_dict(self) -> dict[str, Any]:
         spec = self.spec
@@ -125,11 +119,11 @@ def make_plan(
     base = choose_base(recipe, config, family, dtype)
     stages, spec = plan_stages(recipe.stages, base)
     space, dense = width_space(recipe, stages, base), ModelSpec.dense(Stock(config, family), dtype).size
-    opened = next((stage for stage in stages if isinstance(stage, RankStage) and stage.open_ranks), None)
+    opened = next((stage for stage in stages if isinstance(stage, Factorize) and stage.open_ranks), None)
     ranks = None if opened is None else RankSpace(opened, spec)
     choices = list[Choice]()
     if recipe.budget is not None and ranks is not None:
-        check_budget(ranks, recipe.budget, dense)
+        ranks.check(Limit.of(recipe.budget, dense))
     elif recipe.budget is not None and "types" not in spec.undecided:
         choices = width_choices(space, recipe.budget, dense)
     if spec.is_decided:
@@ -138,6 +132,11 @@ def make_plan(
         shallower = spec.num_blocks < base.num_blocks
         if not (on_linears or shallower) and spec.deletes_nothing:
             raise UsageError("The recipe deletes nothing: every width stays as it is. Add a slice stage.")
+    notes, tokens = [*spec.notes], recipe.calibration.samples * recipe.calibration.seq_len
+    widest = max(family.dense_units(config).get("neurons", 0), config.hidden_size)
+    if tokens < 4 * widest and any(stage.site is LinearSite for stage in recipe.stages):
+        what = f"Calibration has {tokens:,} tokens for linears of {widest:,} inputs: expect a poor fit."
+        notes.append(f"{what} Use more --samples.")
     sizes = [spec.size] if spec.is_decided else [choice.size for choice in choices] or [dense]
     memory, disk = Footprint(stages, config, family, computing).needs(recipe.calibration, room)
     plan = Plan(
@@ -148,7 +147,7 @@ def make_plan(
         ranks=ranks,
         choices=choices,
         alternatives=alternatives(spec) if spec.storage else (),
-        notes=[*spec.notes, *token_notes(recipe, config, family)],
+        notes=notes,
         room=room,
         memory_bytes=memory,
         disk_bytes=max(size.bytes for size in sizes) + disk,
@@ -221,12 +220,12 @@ def mixture_faults(stages: Sequence[StageConfig], *, has_budget: bool) -> list[s
         problems.append(
             f"prune_units deletes rows of what {name} has stored by then. Run it first, and {name} on its output."
         )
-    factors = any(isinstance(stage, RankStage) and stage.writes_factors for stage in stages)
+    factors = any(isinstance(stage, Factorize) and stage.writes_factors for stage in stages)
     if factors and storing[0].model_dump().get("form") == "gguf":
         problems.append("A GGUF file has no factors. Give factorize form: dense (--materialize), or slim another form.")
-    open_ranks = any(isinstance(stage, RankStage) and stage.open_ranks for stage in stages)
+    open_ranks = any(isinstance(stage, Factorize) and stage.open_ranks for stage in stages)
     opens_types = storing[0].opens == "types"
-    if opens_types and any(stage.reshapes or stage.site is Depth or isinstance(stage, RankStage) for stage in stages):
+    if opens_types and any(stage.reshapes or stage.site is Depth or isinstance(stage, Factorize) for stage in stages):
         problems.append("Types under a budget are found for the dense model's own matrices. Run two recipes.")
     elif not opens_types and (has_budget or open_ranks or any(stage.opens for stage in stages)):
         problems.append(
@@ -234,16 +233,6 @@ def mixture_faults(stages: Sequence[StageConfig], *, has_budget: bool) -> list[s
             "recipe. Say how much each stage keeps, or run two recipes."
         )
     return problems
-
-
-def token_notes(recipe: Recipe, config: Any, family: Family) -> list[str]:
-    tokens = recipe.calibration.samples * recipe.calibration.seq_len
-    widest = max(family.dense_units(config).get("neurons", 0), config.hidden_size)
-    if tokens >= 4 * widest or not any(stage.site is LinearSite for stage in recipe.stages):
-        return []
-    return [
-        f"Calibration has {tokens:,} tokens for linears of {widest:,} inputs: expect a poor fit. Use more --samples."
-    ]
 
 
 def alternatives(spec: ModelSpec) -> list[Alternative]:
@@ -266,17 +255,14 @@ def alternatives(spec: ModelSpec) -> list[Alternative]:
         return found
     unpruned = []
     for adapted, bits in product((True, False), range(2, 9)):
-        name, stored = f"{bits} bits, unpruned{', the same adapter' if adapted else ''}", dict[str, Storage]()
+        stored, same = dict[str, Storage](), ("rank", "adapter_bits", "adapter_group") if adapted else ()
         for path, each in spec.storage.items():
-            plain = Storage(form=each.form, bits=bits, group=each.group)
-            if adapted:
-                plain = replace(plain, rank=each.rank, adapter_bits=each.adapter_bits, adapter_group=each.adapter_group)
-            stored[path] = plain
-        unpruned.append(alternative(name, stored))
-    fitting = [each for each in unpruned if each.bytes <= found[0].bytes]
-    larger = [each for each in unpruned if each.bytes > found[0].bytes]
-    best = sorted(fitting, key=lambda each: each.bytes)[-2:]
-    return [*found, *best, *sorted(larger, key=lambda each: each.bytes)[:1]]
+            adapter = {name: getattr(each, name) for name in same}
+            stored[path] = Storage(form=each.form, bits=bits, group=each.group, **adapter)
+        unpruned.append(alternative(f"{bits} bits, unpruned{', the same adapter' if adapted else ''}", stored))
+    unpruned.sort(key=lambda each: each.bytes)
+    fitting = sum(each.bytes <= found[0].bytes for each in unpruned)
+    return [*found, *unpruned[max(0, fitting - 2) : fitting + 1]]
 
 
 def bits_per_weight(linears: Mapping[str, LinearShape], storage: Mapping[str, Storage], dtype: torch.dtype) -> float:

@@ -3,6 +3,7 @@
 import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -15,13 +16,11 @@ from torch import Tensor
 from compress import families
 from compress.architectures.gguf_types import candidates
 from compress.calibration.depth import Depth, DroppedBlocks
+from compress.calibration.observers import GradientFiles, LinearObserver, UnitObserver
 from compress.calibration.processes import ALONE, Processes
-from compress.calibration.rounded_model import RoundedModel
-from compress.calibration.roundings import RoundingObserver
-from compress.calibration.spectra import GradientFiles, LinearObserver
+from compress.calibration.roundings import RoundedModel, RoundingObserver
 from compress.calibration.streams import Batch, CacheFolder, split_windows, spread
 from compress.calibration.survey import Survey, SurveyNeed, Surveyor, survey_samples
-from compress.calibration.unit_costs import UnitObserver
 from compress.calibration.walk import Walk, WalkSettings
 from compress.calibration.weights import READABLE, LazyWeights, PartLoader
 from compress.checkpoints.files import companions
@@ -31,13 +30,7 @@ from compress.errors import CheckpointError, OutputError, Problems, UnsupportedM
 from compress.models.decoder import Decoder
 from compress.models.loading import check_positions, check_vocabulary, load_config, load_tokenizer, with_blocks
 from compress.models.tensor_files import ADAPTER, SafetensorsFolder
-from compress.planning.memory import (
-    Footprint,
-    Room,
-    fit_to_limit,
-    resident_bytes,
-    usual_batch_size,
-)
+from compress.planning.memory import Footprint, Room, fit_to_limit, resident_bytes, usual_batch_size
 from compress.planning.plan import Plan, make_plan
 from compress.planning.types import TypeSpace
 from compress.recipe import Recipe
@@ -78,7 +71,7 @@ class Job(Output):
         return f"{self.model.name}-{self.recipe.method}"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Prepared:
     """A job whose inputs have all been checked.
 
@@ -90,7 +83,6 @@ class Prepared:
     job: Job
     folder: Path
     config: Any
-    family: families.Family
     written: torch.dtype
     computing: torch.dtype
     plan: Plan
@@ -99,6 +91,20 @@ class Prepared:
     held: int
     types: TypeSpace | None = None
     processes: Processes = ALONE
+
+    @property
+    def family(self) -> families.Family:
+        return self.plan.spec.architecture.family
+
+    @property
+    def loader(self) -> PartLoader:
+        """Loads parts of the dense model."""
+        decoder = Decoder(self.config, self.family, dtype=self.computing, device=self.job.device)
+        return PartLoader(decoder, self.weights)
+
+    def batch_size(self, windows: Tensor) -> int:
+        """Windows per batch, few enough that every process gets one."""
+        return max(1, min(self.plan.room.batch_size, len(windows) // self.processes.count))
 
 
 def prepare(job: Job, processes: Processes = ALONE) -> Prepared:
@@ -112,33 +118,23 @@ def prepare(job: Job, processes: Processes = ALONE) -> Prepared:
     problems.check(check_positions, config, job.recipe.calibration.seq_len)
     if plan is not None:
         writes_gguf = job.export == "gguf" or plan.spec.is_gguf
-        problems.check(check_disk, job.out, plan.disk_bytes + (plan.spec.size.bytes if writes_gguf else 0))
-        problems.check(check_memory, plan.memory_bytes * processes.local_count)
+        disk = plan.disk_bytes + (plan.spec.size.bytes if writes_gguf else 0)
+        problems.check(check_machine, job.out, disk, plan.memory_bytes * processes.local_count)
         weights = problems.check(open_weights, folder, config, plan.spec.architecture.family)
         problems.check(companions, folder)
         if writes_gguf:
             problems.check(check_gguf, plan, folder)
-            types = problems.check(find_types, job, plan, folder) if plan.opens_types else None
+            if plan.opens_types and job.recipe.budget is not None:
+                with problems.collect():
+                    types = TypeSpace.of(plan, folder, job.output_name)
+                    types.check(job.recipe.budget.target_size or 0)
     windows = problems.check(read_windows, job, folder, config)
     problems.report()
     assert plan is not None
     assert weights is not None
     assert windows is not None
-    written, computing = choose_dtypes(job, folder, config)
-    return Prepared(
-        job=job,
-        folder=folder,
-        config=config,
-        family=plan.spec.architecture.family,
-        written=written,
-        computing=computing,
-        plan=plan,
-        weights=weights,
-        windows=windows,
-        held=held,
-        types=types,
-        processes=processes,
-    )
+    dtypes = choose_dtypes(job, folder, config)
+    return Prepared(job, folder, config, *dtypes, plan, weights, windows, held, types, processes)
 
 
 def read_windows(job: Job, folder: Path, config: Any) -> Tensor:
@@ -157,17 +153,22 @@ def read_windows(job: Job, folder: Path, config: Any) -> Tensor:
 
 def choose_dtypes(job: Job, folder: Path, config: Any) -> tuple[torch.dtype, torch.dtype]:
     """What is written, and for the walk float32 whatever the weights are stored in, float64 for float64 models."""
-    if job.recipe.dtype:
-        written = getattr(torch, job.recipe.dtype)
-    else:
-        written = config.dtype or stored_dtype(folder) or torch.float32
+    written = getattr(torch, job.recipe.dtype) if job.recipe.dtype else config.dtype
+    if written is None:  # that of most tensors, where there are weights here
+        with suppress(CheckpointError):
+            stored = Counter(tensor.dtype for tensor in SafetensorsFolder(folder).tensors.values())
+            written = READABLE.get(stored.most_common(1)[0][0])
+    written = written or torch.float32
     return written, (torch.float64 if written == torch.float64 else torch.float32)
 
 
 def plan_job(job: Job, folder: Path, config: Any, processes: Processes = ALONE) -> Plan:
     """Plan a job. Raises where the recipe does not fit the model, or the run does not fit the memory."""
     family = families.find(config)
-    check_dense(folder, config)
+    if getattr(config, "quantization_config", None) is not None:
+        raise UnsupportedModel(f"{folder} is quantized already. Compress the dense model instead.")
+    if (folder / ADAPTER).is_dir():
+        raise UnsupportedModel(f"{folder} has an adapter, which would be lost. Compress the dense model instead.")
     (written, computing), cache_memory = choose_dtypes(job, folder, config), job.cache_memory
     if cache_memory is None:
         cache_memory = psutil.virtual_memory().available // 2 // processes.local_count
@@ -193,23 +194,6 @@ def plan_job(job: Job, folder: Path, config: Any, processes: Processes = ALONE) 
     return replace(plan, notes=[*plan.notes, note])
 
 
-def check_dense(folder: Path, config: Any) -> None:
-    """Raise UnsupportedModel for a model that is quantized or has an adapter."""
-    if getattr(config, "quantization_config", None) is not None:
-        raise UnsupportedModel(f"{folder} is quantized already. Compress the dense model instead.")
-    if (folder / ADAPTER).is_dir():
-        raise UnsupportedModel(f"{folder} has an adapter, which would be lost. Compress the dense model instead.")
-
-
-def stored_dtype(folder: Path) -> torch.dtype | None:
-    """The dtype of most tensors of a checkpoint, where config.json does not say; None without weights."""
-    try:
-        stored = Counter(tensor.dtype for tensor in SafetensorsFolder(folder).tensors.values())
-    except CheckpointError:
-        return None
-    return READABLE.get(stored.most_common(1)[0][0])
-
-
 def check_batches(job: Job, processes: int) -> None:
     """Raise UsageError where a process would have no calibration windows."""
     recipe = job.recipe
@@ -225,20 +209,18 @@ def check_batches(job: Job, processes: int) -> None:
         )
 
 
-def check_disk(out: Path, needed: int) -> None:
+def check_machine(out: Path, disk: int, memory: int) -> None:
+    """Raise a CompressError where there is less disk for the output, or less memory, in bytes."""
+    problems, total = Problems(), psutil.virtual_memory().total
     parent = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
-    free = shutil.disk_usage(parent).free
-    if free < needed:
-        raise OutputError(f"The run needs {needed / 1e9:.1f} GB of disk, {parent} has {free / 1e9:.1f} GB. Free some.")
-
-
-def check_memory(needed: int) -> None:
-    total = psutil.virtual_memory().total
-    if total < needed:
-        raise UsageError(
-            f"The run needs {needed / 1e9:.1f} GB of memory, this machine has {total / 1e9:.1f} GB. "
-            "Use fewer --samples, a shorter --seq-len or a smaller --cache-memory."
-        )
+    if (free := shutil.disk_usage(parent).free) < disk:
+        what = f"The run needs {disk / 1e9:.1f} GB of disk, {parent} has {free / 1e9:.1f} GB."
+        problems.found.append(OutputError(f"{what} Free some."))
+    if total < memory:
+        what = f"The run needs {memory / 1e9:.1f} GB of memory, this machine has {total / 1e9:.1f} GB."
+        remedy = "Use fewer --samples, a shorter --seq-len or a smaller --cache-memory."
+        problems.found.append(UsageError(f"{what} {remedy}"))
+    problems.report()
 
 
 def check_gguf(plan: Plan, folder: Path) -> None:
@@ -253,14 +235,6 @@ def check_gguf(plan: Plan, folder: Path) -> None:
     check_exportable(spec.config(torch.float32), folder)
 
 
-def find_types(job: Job, plan: Plan, folder: Path) -> TypeSpace:
-    """Raises UsageError where the budget is less than the smallest types come to, or all of the model."""
-    space = TypeSpace.of(plan, folder, job.output_name)
-    assert job.recipe.budget is not None
-    space.check(job.recipe.budget.target_size or 0)
-    return space
-
-
 def open_weights(folder: Path, config: Any, family: families.Family) -> LazyWeights:
     weights = LazyWeights(folder)
     shapes = Decoder(config, family, dtype=torch.float32, device=torch.device("cpu")).parameter_shapes()
@@ -272,24 +246,11 @@ def open_weights(folder: Path, config: Any, family: families.Family) -> LazyWeig
 # The survey and the walk of a prepared job.
 
 
-def new_loader(prepared: Prepared) -> PartLoader:
-    """Load parts of the dense model."""
-    device = prepared.job.device
-    decoder = Decoder(prepared.config, prepared.family, dtype=prepared.computing, device=device)
-    return PartLoader(decoder, prepared.weights)
-
-
 def depth_site(prepared: Prepared, wanted: int, begin: Callable[[str], None]) -> Depth:
     """The dense model's blocks with some of the calibration windows. wanted: how many blocks are to go."""
     windows = spread(prepared.windows, max(len(prepared.windows) // DEPTH_SHARE, 2, prepared.processes.count))
-    batches = split_windows(windows, batch_size(prepared, windows), held_out=0)
-    return Depth(new_loader(prepared), batches, wanted, begin, prepared.processes)
-
-
-def batch_size(prepared: Prepared, windows: Tensor) -> int:
-    """Windows per batch, few enough that every process gets one."""
-    share = len(windows) // prepared.processes.count
-    return max(1, min(prepared.plan.room.batch_size, share))
+    batches = split_windows(windows, prepared.batch_size(windows), held_out=0)
+    return Depth(prepared.loader, batches, wanted, begin, prepared.processes)
 
 
 def take_survey(prepared: Prepared, begin: Callable[[str], None]) -> Survey | None:
@@ -297,7 +258,7 @@ def take_survey(prepared: Prepared, begin: Callable[[str], None]) -> Survey | No
     need = prepared.plan.survey
     if need is SurveyNeed.NONE:
         return None
-    loader, processes = new_loader(prepared), prepared.processes
+    loader, processes = prepared.loader, prepared.processes
     decoder = loader.decoder
     plan, budget, files = prepared.plan, prepared.job.recipe.budget, GradientFiles(prepared.job.partial)
     count, seq_len = prepared.windows.shape
@@ -313,7 +274,7 @@ def take_survey(prepared: Prepared, begin: Callable[[str], None]) -> Survey | No
     rounding = RoundingObserver(*observing, candidates=candidates) if SurveyNeed.TYPES in need else None
     surveyor = Surveyor(
         loader,
-        split_windows(windows, batch_size(prepared, windows), held_out=0),
+        split_windows(windows, prepared.batch_size(windows), held_out=0),
         CacheFolder(decoder, prepared.job.partial),
         memory=plan.room.cache_memory,
         observer=rounding or LinearObserver(*observing),
@@ -330,7 +291,7 @@ def take_survey(prepared: Prepared, begin: Callable[[str], None]) -> Survey | No
 def new_walk(
     prepared: Prepared, stages: Sequence[StageConfig], windows: Tensor, held_out: int, survey: Survey | None
 ) -> Walk:
-    job, loader, dropped = prepared.job, new_loader(prepared), None
+    job, loader, dropped = prepared.job, prepared.loader, None
     decoder, weights = loader.decoder, prepared.weights
     kept = kept_blocks(stages, len(decoder.blocks))
     if len(kept) < len(decoder.blocks):
@@ -340,7 +301,7 @@ def new_walk(
     settings = WalkSettings(
         layout=prepared.plan.spec.architecture.layout(prepared.written),
         output_dtype=prepared.written,
-        batch_size=batch_size(prepared, windows),
+        batch_size=prepared.batch_size(windows),
         held_out=held_out,
         probe_tokens=PROBE_TOKENS,
         seed=job.recipe.seed,
@@ -361,9 +322,9 @@ def kept_blocks(stages: Sequence[StageConfig], num_blocks: int) -> list[int]:
 
 def new_rounded_model(prepared: Prepared, survey: Survey) -> RoundedModel:
     """The dense model on half of a trial's windows, to be rounded."""
-    loader, processes = new_loader(prepared), prepared.processes
+    loader, processes = prepared.loader, prepared.processes
     windows = spread(prepared.windows, max(prepared.job.recipe.trial_samples // 2, processes.count))
-    parts = windows.split(batch_size(prepared, windows))
+    parts = windows.split(prepared.batch_size(windows))
     return RoundedModel(
         loader,
         [Batch(index, ids, held_out=True) for index, ids in enumerate(parts)],

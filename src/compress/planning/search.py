@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from compress.calibration.observers import cost_name
 from compress.calibration.streams import spread
 from compress.calibration.survey import Survey
-from compress.calibration.unit_costs import cost_name
 from compress.calibration.walk import shared_frame
 from compress.errors import UsageError
 from compress.numerics.allocation import Ladder, spend
@@ -65,7 +65,8 @@ def choose(costs: Sequence["Cost | None"], measure: Callable[[int], float]) -> i
     predicted = [cost.total() for cost in known]
     first = min(range(len(known)), key=predicted.__getitem__)
     values = {first: measure(first)}
-    others = [place for place, cost in enumerate(known) if cost.differs(known[first])]
+    best = known[first]
+    others = [place for place, cost in enumerate(known) if cost.coarse != best.coarse and cost.fine != best.fine]
     others = [place for place in others if predicted[place] <= REACH * predicted[first]]
     if others:
         second = min(others, key=predicted.__getitem__)
@@ -94,9 +95,6 @@ class Cost:
 
     coarse: float
     fine: float
-
-    def differs(self, other: "Cost") -> bool:
-        return self.coarse != other.coarse and self.fine != other.fine
 
     def total(self, scales: tuple[float, float] = (1.0, 1.0)) -> float:
         return scales[0] * self.coarse + scales[1] * self.fine
@@ -155,7 +153,12 @@ class Forecast:
             return None
         stream = self.stream(int(counts["hidden"])) if "hidden" in counts else 0.0
         stream *= LEFT_OF_STREAM * len(kept) / self.num_blocks
-        units = LEFT_OF_UNITS * sum(self._of_units(kind, counts[kind], kept) for kind in kinds)
+        units = 0.0
+        for kind in kinds:
+            count, costs = counts[kind], self.costs(kind, kept)
+            each = [count] * len(kept) if isinstance(count, int) else count
+            units += sum(float(cost[self.units[kind] - n]) for cost, n in zip(costs, each, strict=True))
+        units *= LEFT_OF_UNITS
         if "blocks" not in counts:
             return Cost(stream, units)
         return Cost(LEFT_OF_BLOCKS * self.without_blocks[self.num_blocks - len(kept)], stream + units)
@@ -167,10 +170,6 @@ class Forecast:
         C, G = self.survey.moment / self.num_points, self.survey.gradient
         R = self.frame.encode(width) @ self.frame.decode(width) - torch.eye(len(C), dtype=C.dtype, device=C.device)
         return float((C @ R @ G * R).sum() / 2)
-
-    def _of_units(self, kind: str, count: int | Sequence[int], blocks: Sequence[int]) -> float:
-        kept, costs = [count] * len(blocks) if isinstance(count, int) else count, self.costs(kind, blocks)
-        return sum(float(of_block[self.units[kind] - each]) for of_block, each in zip(costs, kept, strict=True))
 
     def free_neurons(self, counts: Counts, step: int) -> tuple[int, ...]:
         """Allocate as many neurons in all as the counts give each block alike, by the least predicted cost."""

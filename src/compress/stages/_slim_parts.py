@@ -4,21 +4,18 @@ from collections.abc import Mapping
 from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from compress.architectures.gguf_types import AUTO, FileType
 from compress.calibration.linears import LinearShape
-from compress.numerics.adapters import AdapterMethod
 from compress.numerics.decomposition import Pruner
 from compress.numerics.grids import FLOAT4_STEPS, Granularity
+from compress.numerics.lowrank import AdapterMethod
 from compress.numerics.sparsity import Pattern
+from compress.stages._stage import Strict
 
 
-class Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class Prune(Part):
+class Prune(Strict):
     """
     method: `magnitude`, `wanda`, `sparsegpt` or `admm`. pattern: 2:4 and its like, or the share deleted, 50%.
     iterations: of ADMM, whose penalty grows every 8.
@@ -39,7 +36,7 @@ class Prune(Part):
         return Pattern.parse(self.pattern)
 
 
-class Quantize(Part):
+class Quantize(Strict):
     """
     method: `absmax`, `slim` and `mse` round to nearest, `gptq` sweeps on the grid of `mse`.
     bits: of integers, or of floats with `floating`: 8 (fp8), or 4 in groups of 16 (NVFP4) or 32 (MXFP4).
@@ -108,7 +105,7 @@ class Quantize(Part):
         return self
 
 
-class Adapt(Part):
+class Adapt(Strict):
     """
     rank: a share of min(m, n), or a number. rounds: how often adapter and weights are fitted to one another.
     bits, group: of the adapter's own codes; by default it keeps the model's dtype.

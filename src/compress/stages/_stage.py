@@ -3,28 +3,48 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from compress.architectures.architecture import ModelSpec
 from compress.calibration.groups import LinearGroup
-from compress.calibration.linears import FactorShape, LinearShape, LinearSite
+from compress.calibration.linears import LinearShape
 from compress.calibration.sites import Requirements, Site
 
 
-class StageConfig(BaseModel):
+class Strict(BaseModel):
+    """Fields that are known, of the kinds that they say, and finite."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class StageConfig(Strict):
     """A stage: strict fields, what it makes of a model's sizes, and what it does to weights at one kind of site.
 
     site: the kind of site that `apply` is called with. after: the stages that must come before it in a recipe, each
     entry one stage or several with `or` between them. reshapes: whether it changes norms or widths of the model.
     in_written_form: whether it finds linears as the checkpoint has them, not as the walk does. stage: its name there.
+    rules: fields of which at most one says how much it keeps. step: widths that it gives come in multiples of this.
+    opens: what it leaves to the recipe's budget: `hidden`, `neurons` or `kv_groups`, `blocks`, `ranks` or `types`.
+    dropped: the blocks of the dense model that it leaves out, as far as they are known.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     site: ClassVar[type[Site]]
     after: ClassVar[tuple[str, ...]] = ()
     reshapes: ClassVar[bool] = False
     in_written_form: ClassVar[bool] = False
+    rules: ClassVar[tuple[str, ...]] = ()
     stage: str
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> Self:
+        if len(self.told) > 1:
+            raise ValueError(f"{self.stage} takes one of {', '.join(self.rules)}; got {', '.join(self.told)}")
+        return self
+
+    @property
+    def told(self) -> list[str]:
+        """Those of the rules that are given."""
+        return [rule for rule in self.rules if getattr(self, rule) is not None]
 
     @property
     def requires(self) -> Requirements:
@@ -32,12 +52,10 @@ class StageConfig(BaseModel):
 
     @property
     def opens(self) -> str | None:
-        """What it leaves to the recipe's budget: `hidden`, `neurons` or `kv_groups`, `ranks` or `types`."""
         return None
 
     @property
     def step(self) -> int:
-        """Widths that it gives come in multiples of this."""
         return 1
 
     @property
@@ -47,7 +65,6 @@ class StageConfig(BaseModel):
 
     @property
     def dropped(self) -> tuple[int, ...]:
-        """The blocks of the dense model that it leaves out, as far as they are known."""
         return ()
 
     def decided(self, choice: Mapping[str, Any]) -> Self:
@@ -74,41 +91,6 @@ class StageConfig(BaseModel):
         """Do it at several linears that are given the same inputs."""
         for site in sites:
             self.apply(site)
-
-
-class RankStage(StageConfig):
-    """A stage that makes linears low-rank: what an allocation of ranks asks it.
-
-    open_ranks: whether ranks are to be found from the survey or under a budget. writes_factors: whether it leaves
-    linears in factors, and does not multiply them out.
-    """
-
-    site: ClassVar = LinearSite
-
-    @property
-    @abstractmethod
-    def open_ranks(self) -> bool: ...
-
-    @property
-    @abstractmethod
-    def writes_factors(self) -> bool: ...
-
-    @property
-    @abstractmethod
-    def allocations(self) -> tuple[str, ...]:
-        """The ways to allocate ranks to the linears that are to be compared."""
-
-    @abstractmethod
-    def rank_ladder(self, linear: LinearShape) -> list[int]:
-        """The ranks that it can give a linear to make it smaller, increasing; none where it leaves it alone."""
-
-    @abstractmethod
-    def factor_shape(self, linear: LinearShape, rank: int) -> FactorShape:
-        """What it makes of a linear at a rank."""
-
-    @abstractmethod
-    def uniform_factors(self, linears: Sequence[LinearShape]) -> dict[str, FactorShape]:
-        """What it would make of the linears, by path, without looking at the model; those that stay dense left out."""
 
 
 # Which linears a stage works on, as a user says it: `all`, a part of the block, or patterns of names below a block.

@@ -15,33 +15,33 @@ budget comes to. A linear whose factors would not be smaller stays as it is.
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from functools import partial
+from typing import Annotated, Any, ClassVar, Literal
 
-from jaxtyping import Float64
 from pydantic import Field, model_validator
-from torch import Tensor
 
 from compress.architectures.architecture import ModelSpec
 from compress.architectures.own import as_own
 from compress.calibration.linears import FactorShape, LinearShape, LinearSite
+from compress.calibration.observers import LinearFilter
 from compress.calibration.sites import Requirements
-from compress.calibration.spectra import LinearFilter
 from compress.calibration.survey import SurveyNeed
 from compress.errors import report
 from compress.models.factors import Form, factor_module, multiplied_out
-from compress.numerics.lowrank import Factors, asvd, gradient_metric, lord, svd, svd_llm, weighted
-from compress.stages._stage import RankStage, is_target, unmatched
+from compress.numerics.lowrank import Factors, asvd, gradient_metric, svd, svd_llm, weighted
+from compress.stages._stage import StageConfig, is_target, unmatched
 
 Method = Literal["anchored", "lord", "svd-llm", "asvd", "svd"]
-CENTRED = ("anchored", "lord")
+CENTERED = ("anchored", "lord")
 # Of m + n: below this rank, what pivot form saves is less than what putting its outputs in order takes (measured on a
 # CPU, benchmarks/lowrank_speed.py --forms).
 PIVOT_FROM = 1 / 8
 ALLOCATIONS = ("energy", "mixed", "fisher")
 
 
-class Factorize(RankStage):
-    """
+class Factorize(StageConfig):
+    """Low-rank decomposition: a linear becomes the product of two thin ones.
+
     target: which linears: `all`, `attention`, `mlp`, or patterns of names below a block such as `*.down_proj`.
     rank_frac, rank: of every linear; with neither, the budget decides. ranks: of each by its name below the causal LM;
         what has none there stays dense.
@@ -57,6 +57,8 @@ class Factorize(RankStage):
     inputs: what `InputMoments` are of; by default the compressed prefix's for `anchored`, the dense model's for others.
     """
 
+    site: ClassVar = LinearSite
+    rules: ClassVar = ("rank_frac", "rank", "ranks")
     stage: Literal["factorize"] = "factorize"
     method: Method = "anchored"
     target: tuple[str, ...] = ("all",)
@@ -73,12 +75,9 @@ class Factorize(RankStage):
 
     @model_validator(mode="after")
     def _consistent(self) -> "Factorize":
-        given = [rule for rule in ("rank_frac", "rank", "ranks") if getattr(self, rule) is not None]
-        if len(given) > 1:
-            raise ValueError(f"factorize takes one of rank_frac, rank, ranks; got {', '.join(given)}")
         if self.gradient_weight and self.method != "anchored":
             raise ValueError(f"gradient_weight is of method anchored, not of {self.method}")
-        if self.bias and self.method not in CENTRED:
+        if self.bias and self.method not in CENTERED:
             raise ValueError(f"{self.method} adds no bias")
         if self.bias and self.form == "dense":
             raise ValueError("form dense writes a stock model, which has no room for added biases; leave bias out")
@@ -96,28 +95,26 @@ class Factorize(RankStage):
         survey = SurveyNeed.NONE
         if by_loss or (self.open_ranks and self.allocation != "uniform"):
             survey = SurveyNeed.LINEARS | (SurveyNeed.GRADIENT if by_loss else SurveyNeed.NONE)
-        watch = LinearFilter(self.is_target, self.gradient_weight, self.centers)
-        return Requirements(
-            survey=survey,
-            watch=watch if survey else None,
-            inputs="dense" if self.dense_inputs else "sequential",
-        )
+        watch = LinearFilter(partial(is_target, self.target), self.gradient_weight, self.centers) if survey else None
+        return Requirements(survey=survey, watch=watch, inputs="dense" if self.dense_inputs else "sequential")
 
     @property
     def open_ranks(self) -> bool:
-        told = self.rank_frac is not None or self.rank is not None
-        return self.ranks is None and not (told and self.allocation == "uniform")
+        """Whether ranks are to be found from the survey or under a budget."""
+        return self.ranks is None and not (self.told and self.allocation == "uniform")
 
     @property
     def writes_factors(self) -> bool:
+        """Whether it leaves linears in factors, and does not multiply them out."""
         return self.form != "dense"
 
     @property
     def opens(self) -> str | None:
-        return "ranks" if self.rank_frac is None and self.rank is None and self.ranks is None else None
+        return None if self.told else "ranks"
 
     @property
     def allocations(self) -> tuple[str, ...]:
+        """The ways to allocate ranks to the linears that are to be compared."""
         return ALLOCATIONS if self.allocation == "auto" else (self.allocation,)
 
     @property
@@ -143,13 +140,12 @@ class Factorize(RankStage):
         ranks = {path: factors.rank for path, factors in planned.items()}
         forms = {path: factors.form for path, factors in planned.items()}
         settled = stage.model_copy(update={"ranks": ranks, "forms": forms, "rank_frac": None, "rank": None})
-        written = planned if stage.writes_factors else {}
-        notes = (*spec.notes, *stage.dense_notes(linears, planned))
-        return settled, replace(spec, factors={**spec.factors, **written}, notes=notes)
-
-    def is_target(self, name: str, part: str) -> bool:
-        """Whether a linear is to be factorized, by its name below a block and the part it is of."""
-        return is_target(self.target, name, part)
+        dense = Counter(linear.name for linear in linears if stage.targets(linear) and linear.path not in planned)
+        if dense:
+            names = ", ".join(f"{name} ({count} times)" if count > 1 else name for name, count in dense.items())
+            note = f"Factors of this rank would be no smaller, so these stay dense: {names}."
+            spec = replace(spec, notes=(*spec.notes, note))
+        return settled, replace(spec, factors={**spec.factors, **(planned if stage.writes_factors else {})})
 
     def problems(self, linears: Sequence[LinearShape], factorized: Mapping[str, FactorShape]) -> list[str]:
         """What does not fit a model with these linears in its blocks, some of them factorized before."""
@@ -178,20 +174,14 @@ class Factorize(RankStage):
         return {linear.path: self.factor_shape(linear, rank) for linear, rank in ranks if rank is not None}
 
     def uniform_factors(self, linears: Sequence[LinearShape]) -> dict[str, FactorShape]:
+        """What it would make of the linears, by path, without looking at the model."""
         return self.model_copy(update={"allocation": "uniform"}).planned_factors(linears)
 
-    def dense_notes(self, linears: Sequence[LinearShape], factors: Mapping[str, FactorShape]) -> list[str]:
-        """Name the targets that stay dense."""
-        dense = Counter(linear.name for linear in linears if self.targets(linear) and linear.path not in factors)
-        if not dense:
-            return []
-        names = ", ".join(f"{name} ({count} times)" if count > 1 else name for name, count in dense.items())
-        return [f"Factors of this rank would be no smaller, so these stay dense: {names}."]
-
     def targets(self, linear: LinearShape) -> bool:
-        return self.is_target(linear.name, linear.part)
+        return is_target(self.target, linear.name, linear.part)
 
     def rank_ladder(self, linear: LinearShape) -> list[int]:
+        """The ranks that it can give a linear to make it smaller, increasing; none where it leaves it alone."""
         if not self.targets(linear):
             return []
         ladder, least = list[int](), linear.m * linear.n
@@ -201,23 +191,19 @@ class Factorize(RankStage):
                 ladder, least = [rank, *ladder], stored
         return ladder
 
-    def is_smaller(self, linear: LinearShape, rank: int) -> bool:
-        return self.factor_shape(linear, rank).stored(linear) < linear.m * linear.n
-
     def rank_of(self, linear: LinearShape) -> int | None:
         """None for a linear that stays dense. The rule is the same before and in the walk."""
         if not self.targets(linear):
             return None
         if self.ranks is not None:
             return self.ranks.get(linear.path)
-        if self.rank is not None:
-            rank = self.rounded(min(self.rank, linear.full_rank))
-        else:
-            rank = self.rounded(int((self.rank_frac or 0) * linear.full_rank))
+        share = int((self.rank_frac or 0) * linear.full_rank)
+        rank = share if self.rank is None else min(self.rank, linear.full_rank)
+        rank = max(rank - rank % self.step, min(rank, self.step))
         return rank if rank and self.is_smaller(linear, rank) else None
 
-    def rounded(self, rank: int) -> int:
-        return max(rank - rank % self.step, min(rank, self.step))
+    def is_smaller(self, linear: LinearShape, rank: int) -> bool:
+        return self.factor_shape(linear, rank).stored(linear) < linear.m * linear.n
 
     def factor_shape(self, linear: LinearShape, rank: int) -> FactorShape:
         wide = rank >= PIVOT_FROM * (linear.m + linear.n)
@@ -233,7 +219,7 @@ class Factorize(RankStage):
 
     def centers(self, *, has_bias: bool) -> bool:
         """Whether the outputs' mean is kept by a bias, so that only what varies about it counts."""
-        return self.method in CENTRED and (has_bias or self.adds_bias)
+        return self.method in CENTERED and (has_bias or self.adds_bias)
 
     def apply(self, site: LinearSite) -> None:
         rank = self.rank_of(site.shape)
@@ -249,18 +235,12 @@ class Factorize(RankStage):
         W, bias, inputs = site.weight, site.bias, site.inputs
         centered = self.centers(has_bias=bias is not None)
         if self.method == "svd":
-            return with_bias(svd(W, rank), bias)
+            return replace(svd(W, rank), bias=bias)
         if self.method == "asvd":
-            return with_bias(asvd(W, inputs.mean_abs, rank), bias)
+            return replace(asvd(W, inputs.mean_abs, rank), bias=bias)
         if self.method == "svd-llm":
-            return with_bias(svd_llm(W, inputs.second, rank, name=site.name), bias)
-        if self.method == "lord":
-            return lord(W, bias, inputs, rank, name=site.name, centered=centered)
+            return replace(svd_llm(W, inputs.second, rank, name=site.name), bias=bias)
         metric = None
-        if self.gradient_weight and (gradient := site.gradient) is not None:
+        if self.method != "lord" and self.gradient_weight and (gradient := site.gradient) is not None:
             metric = gradient_metric(gradient, self.gradient_weight, name=site.name)
         return weighted(W, bias, inputs, rank, metric, name=site.name, centered=centered)
-
-
-def with_bias(factors: Factors, bias: Float64[Tensor, "m"] | None) -> Factors:
-    return replace(factors, bias=bias)

@@ -6,7 +6,7 @@ rounds, with `refit` before it: what is decomposed is then the weight that turns
 into the dense model's, and the adapter is the reduced-rank regression of what is still missing.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import zip_longest
@@ -19,16 +19,16 @@ from torch import Tensor, nn
 from compress.architectures.architecture import ModelSpec
 from compress.architectures.gguf_types import AUTO, check_named, misfits, resolve
 from compress.architectures.own import as_own
-from compress.architectures.packed import not_for_vllm
 from compress.calibration.linears import LinearShape, LinearSite, lost
-from compress.calibration.sites import Requirements
-from compress.calibration.spectra import LinearFilter
+from compress.calibration.observers import LinearFilter
+from compress.calibration.sites import Requirements, Table
 from compress.calibration.survey import SurveyNeed
 from compress.errors import report
 from compress.models.factors import fill
-from compress.models.packing import stored_linear
+from compress.models.packing import not_for_vllm, stored_linear
 from compress.models.storage import Storage
 from compress.models.tensor_files import fused_piece
+from compress.numerics.block_grid import fit_blocks
 from compress.numerics.block_types import TYPES
 from compress.numerics.decomposition import (
     Adapting,
@@ -47,7 +47,8 @@ USUAL_GROUP = 128  # what engines' kernels are made for
 
 
 class Slim(StageConfig):
-    """
+    """Quantization, sparsity and a low-rank adapter for what they lose: W becomes S + B A.
+
     target: which linears: `all`, `attention`, `mlp`, or patterns of names below a block such as `*.down_proj`.
     polish: rounds of coordinate descent after a sweep.
     center: a linear with a bias keeps the mean of its outputs by it, so that only what varies about it counts.
@@ -72,71 +73,31 @@ class Slim(StageConfig):
 
     @model_validator(mode="after")
     def _consistent(self) -> "Slim":
-        problems = [rule for rule, broken in self._rules() if broken]
-        if problems:
-            raise ValueError("; ".join(problems))
+        form, prune, adapt, inputs, given = self.form, self.prune, self.adapt, self.inputs, self.quantize
+        quantize, gguf, compact = given or Quantize(), form == "gguf", form == "compact"
+        fits = given is not None and quantize.step_dtype is None and quantize.floating == (inputs == "fp8")
+        unfit, unpacked = inputs is not None and not fits, inputs is not None and form != "packed"
+        beside = prune is not None or adapt is not None or inputs is not None
+        shares = prune is not None and not prune.parsed.is_grouped
+        coded = adapt is not None and adapt.bits is not None
+        rules = {
+            "slim needs prune or quantize; give it one": prune is None and given is None,
+            "form gguf and quantize.gguf_type go together; give both or neither": gguf == (quantize.gguf_type is None),
+            "a GGUF file has no room for pruning, adapters or rounded inputs; leave them out": gguf and beside,
+            f"inputs {inputs} goes with packed form, not {form}; leave inputs out or take packed": unpacked,
+            f"inputs {inputs} does not fit the weights; it is int8 beside integers, fp8 beside fp8": unfit,
+            "compact form holds integers, not fp8, nvfp4 or mxfp4; take integers or packed form": compact
+            and quantize.floating,
+            "compact form holds symmetric grids; leave asymmetric out or take packed form": compact
+            and not quantize.symmetric,
+            "compact form holds patterns such as 2:4, no shares; prune 2:4 or take packed form": compact and shares,
+            "important_inputs has no room in packed form; take compact form, or dense": form == "packed"
+            and quantize.important_inputs,
+            "adapters in few bits are for compact form; leave their bits out or take compact": coded and not compact,
+        }
+        if broken := [rule for rule, is_broken in rules.items() if is_broken]:
+            raise ValueError("; ".join(broken))
         return self
-
-    def _rules(self) -> list[tuple[str, bool]]:
-        """What does not go together, and whether it is asked for."""
-        quantize, adapt = self.quantize, self.adapt
-        rounds_inputs = self.inputs is not None
-        floating = quantize is not None and quantize.floating
-        compact = self.form == "compact"
-        return [
-            ("slim needs prune or quantize; give it one", self.prune is None and quantize is None),
-            (
-                "form gguf and quantize.gguf_type go together; give both or neither",
-                (self.form == "gguf") != (quantize is not None and quantize.gguf_type is not None),
-            ),
-            (
-                "a GGUF file has no room for pruning, adapters or rounded inputs; leave them out",
-                self.form == "gguf" and (self.prune is not None or adapt is not None or rounds_inputs),
-            ),
-            (
-                f"inputs {self.inputs} goes with packed form, not {self.form}; leave inputs out or take packed",
-                rounds_inputs and self.form != "packed",
-            ),
-            (
-                f"inputs {self.inputs} does not fit the weights; it is int8 beside integers, fp8 beside fp8",
-                rounds_inputs and not self._inputs_fit,
-            ),
-            (
-                "compact form holds integers, not fp8, nvfp4 or mxfp4; take integers or packed form",
-                compact and floating,
-            ),
-            (
-                "compact form holds symmetric grids; leave asymmetric out or take packed form",
-                compact and quantize is not None and not quantize.symmetric,
-            ),
-            (
-                "compact form holds patterns such as 2:4, no shares; prune 2:4 or take packed form",
-                compact and not self._is_grouped,
-            ),
-            (
-                "important_inputs has no room in packed form; take compact form, or dense",
-                self.form == "packed" and self._is_finer,
-            ),
-            (
-                "adapters in few bits are for compact form; leave their bits out or take compact",
-                self.form != "compact" and adapt is not None and adapt.bits is not None,
-            ),
-        ]
-
-    @property
-    def _inputs_fit(self) -> bool:
-        quantize = self.quantize
-        if quantize is None or quantize.step_dtype is not None:
-            return False
-        return quantize.floating == (self.inputs == "fp8")
-
-    @property
-    def _is_grouped(self) -> bool:
-        return self.prune is None or self.prune.parsed.is_grouped
-
-    @property
-    def _is_finer(self) -> bool:
-        return self.quantize is not None and self.quantize.important_inputs
 
     @property
     def opens(self) -> str | None:
@@ -166,25 +127,25 @@ class Slim(StageConfig):
         linears = spec.written_linears
         report(self.problems(linears))
         settled = self.settled(linears, spec)
-        storage = settled.planned_storage(linears)
+        stored = [linear for linear in linears if settled.targets(linear) and self.form != "dense"]
+        storage = {linear.path: settled.storage(linear) for linear in stored} if not self.opens else {}
         if self.opens:
             undecided = spec.undecided | {"types"}
             return settled, replace(spec, gguf_type=AUTO, undecided=undecided)
         if self.form == "compact":
             spec = replace(spec, architecture=as_own(spec.architecture))
-        notes = (*spec.notes, *storage_notes(storage.values()), *self.pattern_notes())
-        if self.form == "gguf":
-            notes += tuple(left_notes([linear for linear in linears if self.targets(linear)], storage))
+        notes = [*spec.notes, *storage_notes(storage.values())]
+        if self.prune is not None and self.prune.parsed.is_grouped:
+            notes.append(
+                f"No engine runs {self.prune.pattern} faster any more: take `compress quantize` instead, unless you "
+                "have kernels for it."
+            )
+        left = {linear.name: linear.n for linear in linears if self.targets(linear) and linear.path not in storage}
+        if self.form == "gguf" and left:
+            what = "llama.cpp's types take inputs in blocks of 32, so some linears stay in the model's dtype"
+            notes.append(f"{what}: {some(left)}.")
         gguf_type = None if self.quantize is None else self.quantize.gguf_type
-        return settled, replace(spec, storage=storage, notes=notes, gguf_type=gguf_type)
-
-    def pattern_notes(self) -> list[str]:
-        if self.prune is None or not self.prune.parsed.is_grouped:
-            return []
-        return [
-            f"No engine runs {self.prune.pattern} faster any more: take `compress quantize` instead, unless you have "
-            "kernels for it."
-        ]
+        return settled, replace(spec, storage=storage, notes=tuple(notes), gguf_type=gguf_type)
 
     def settled(self, linears: Sequence[LinearShape], spec: ModelSpec) -> "Slim":
         """With what goes by the model's linears and the dtype that is written said."""
@@ -223,12 +184,6 @@ class Slim(StageConfig):
                 "--materialize."
             )
         return problems
-
-    def planned_storage(self, linears: Sequence[LinearShape]) -> dict[str, Storage]:
-        """How it stores the linears that it works on, by path."""
-        if self.form == "dense":
-            return {}
-        return {linear.path: self.storage(linear) for linear in linears if self.targets(linear)}
 
     def storage(self, linear: LinearShape) -> Storage:
         quantize, adapt = self.quantize, self.adapt
@@ -276,17 +231,13 @@ class Slim(StageConfig):
         sites = [site for site in sites if self.targets(site.shape)]
         products = [site.product for site in sites]
         for parts in zip_longest(*(site.linears() for site in sites)):
-            for group in self.by_inputs([part for part in parts if part is not None]):
+            alike = dict[tuple[int, bool], list[LinearSite]]()  # by their inputs, and by whether these are centered
+            for part in [part for part in parts if part is not None]:
+                alike.setdefault((id(part.inputs), self.centers(part)), []).append(part)
+            for group in alike.values():
                 self.store(group)
         for site, product in zip(sites, products, strict=True):
             site.notes["lost"] = lost(product, site.product, site.inputs, centered=self.centers(site))
-
-    def by_inputs(self, sites: Sequence[LinearSite]) -> Iterable[list[LinearSite]]:
-        """Group linears by their inputs, and by whether these are centered."""
-        found: dict[tuple[int, bool], list[LinearSite]] = {}
-        for site in sites:
-            found.setdefault((id(site.inputs), self.centers(site)), []).append(site)
-        return found.values()
 
     def centers(self, site: LinearSite) -> bool:
         return self.center and site.shape.has_bias
@@ -303,15 +254,12 @@ class Slim(StageConfig):
         )
         for site, how, found in zip(sites, hows, decomposed, strict=True):
             site.notes |= {"adapter_rank": how.adapt.rank} if how.adapt else {}
-            site.notes |= {"bits": self.bits_of(site.shape)} if self.quantize else {}
+            if self.quantize is not None:
+                types = self.quantize.gguf_tensors or {}
+                site.notes["bits"] = types.get(site.shape.path, self.quantize.precision)
             site.notes |= {"pattern": self.prune.pattern} if self.prune else {}
             bias = site.bias if found.shift is None or site.bias is None else site.bias + found.shift
             site.replace(self.module(site, found, bias))
-
-    def bits_of(self, linear: LinearShape) -> int | str:
-        """As the report says it."""
-        assert self.quantize is not None
-        return (self.quantize.gguf_tensors or {}).get(linear.path, self.quantize.precision)
 
     def module(self, site: LinearSite, found: Decomposed, bias: Tensor | None) -> nn.Linear | AdaptedLinear:
         if self.form == "dense":
@@ -324,22 +272,46 @@ class Slim(StageConfig):
         return stored_linear(storage, found.S, found.grid, found.mask, A, B, bias, site.dtype)
 
 
+class QuantizeEmbeddings(StageConfig):
+    """Quantize the embeddings' table and the head as a GGUF file of the type that `slim` writes has them.
+
+    A tied matrix is stored once. Rows are rounded by themselves, each group of a row with its best scale.
+
+    types: of each table, by its path; settled when the model is known.
+    """
+
+    site: ClassVar = Table
+    after: ClassVar = ("slim",)
+    stage: Literal["quantize_embeddings"] = "quantize_embeddings"
+    types: Mapping[str, str] = Field(default_factory=dict)
+
+    def decided(self, choice: Mapping[str, Any]) -> "QuantizeEmbeddings":
+        return self.model_copy(update={"types": choice["tables"]}) if "tables" in choice else self
+
+    def plan(self, spec: ModelSpec) -> tuple["QuantizeEmbeddings", ModelSpec]:
+        if spec.gguf_type is None or "types" in spec.undecided:
+            return self, spec  # of a recipe that is refused, or has a budget to be spent
+        if spec.gguf_type == AUTO:
+            report(misfits(self.types, dict(spec.tables)))
+        types = self.types if spec.gguf_type == AUTO else resolve(spec.gguf_type, spec.config(), spec.tables)
+        storage = {path: Storage(form="gguf", bits=None, block_type=name) for path, name in types.items()}
+        return self.model_copy(update={"types": types}), replace(spec, storage={**spec.storage, **storage})
+
+    def apply(self, table: Table) -> None:
+        if table.path in self.types:
+            weight = table.weight.float()
+            grid = fit_blocks(weight, TYPES[self.types[table.path]])
+            table.blocks, table.values = grid.encoded(weight), grid.dequantized(weight)
+
+
 def uneven(linears: Sequence[LinearShape], group: int, what: str, remedy: str) -> list[str]:
     """That there are linears whose inputs come in no whole groups."""
     found = {linear.name: linear.n for linear in linears if linear.n % group}
-    if not found:
-        return []
-    names = ", ".join(f"{name} has {n}" for name, n in list(found.items())[:3])
-    return [f"{what} inputs in groups of {group}, but {names}. {remedy}."]
+    return [f"{what} inputs in groups of {group}, but {some(found)}. {remedy}."] if found else []
 
 
-def left_notes(linears: Sequence[LinearShape], storage: Collection[str]) -> list[str]:
-    """Name the linears that no type of GGUF fits, and which their file has as they are."""
-    left = {linear.name: linear.n for linear in linears if linear.path not in storage}
-    if not left:
-        return []
-    names = ", ".join(f"{name} has {n}" for name, n in list(left.items())[:3])
-    return [f"llama.cpp's types take inputs in blocks of 32, so some linears stay in the model's dtype: {names}."]
+def some(inputs: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} has {n}" for name, n in list(inputs.items())[:3])
 
 
 def storage_notes(storage: Collection[Storage]) -> list[str]:

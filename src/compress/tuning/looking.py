@@ -24,18 +24,17 @@ from compress.inspection.checkpoint import blueprint
 from compress.models.int4 import Int4Linear
 from compress.models.loading import check_positions, check_vocabulary, load_config, load_tokenizer
 from compress.models.storage import Form, LoraLinear, QuantizedLinear
-from compress.numerics.precision import check_computing
+from compress.numerics.sums import check_computing
 from compress.own_model.modeling_compress import AdaptedLinear, CompactLinear, LowRankLinear, PivotLinear
 from compress.progress import Progress, silent
-from compress.tuning.settings import RATES, Rate, Settings, TuningJob, What
-from compress.tuning.texts import Reader, Texts
+from compress.tuning.settings import RATES, Rate, Reader, Settings, Texts, TuningJob, What
 
 HELD_DENSE = 0.25  # of the memory that dense copies of stored weights may take
 ELSEWHERE = ("wikitext2", "stdlib")  # texts that may be unlike the one that is trained on
 HOW = "compress slim --adapter-rank 0.1"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Prepared:
     """
     num_trained: numbers that change. num_in_codes: weights that are stored in codes.
@@ -108,13 +107,10 @@ def look(job: TuningJob, progress: Progress = silent) -> Prepared:
         reason = why_not_merged(metadata) if what == "lora" else None
         if settings.merge and reason is not None:
             raise UsageError(f"--merge: this LoRA cannot go into the weights: {reason}. Use --no-merge.")
-    with problems.collect():
-        check_output(job)
+    problems.check(check_output, job)
     if job.dtype is not None:
-        with problems.collect():
-            check_computing(job.dtype, job.device)
-    with problems.collect():
-        check_positions(config.get_text_config(), settings.seq_len)
+        problems.check(check_computing, job.dtype, job.device)
+    problems.check(check_positions, config.get_text_config(), settings.seq_len)
     with problems.collect():
         reader = Reader(load_tokenizer(folder), settings.seq_len, settings.seed, job.data_dir)
         others = (*ELSEWHERE, metadata.recipe.calibration.source)
@@ -128,18 +124,11 @@ def look(job: TuningJob, progress: Progress = silent) -> Prepared:
                 "Name the dense model that was compressed."
             )
     problems.report()
-    return Prepared(
-        job=job,
-        metadata=metadata,
-        config=config,
-        texts=texts,
-        what=what,
-        merge=reason is None if settings.merge is None else settings.merge,
-        num_trained=num_trained(what, model, config, settings.lora_rank),
-        num_in_codes=sum(each.in_features * each.out_features for each in stored_in_codes(model).values()),
-        rate=RATES[what] if settings.lr is None else Rate(settings.lr, relative=False),
-        teacher=teacher,
-    )
+    merge = reason is None if settings.merge is None else settings.merge
+    counted = num_trained(what, model, config, settings.lora_rank)
+    in_codes = sum(each.in_features * each.out_features for each in stored_in_codes(model).values())
+    rate = RATES[what] if settings.lr is None else Rate(settings.lr, relative=False)
+    return Prepared(job, metadata, config, texts, what, merge, counted, in_codes, rate, teacher)
 
 
 # What can be trained, and how it ends.
@@ -208,9 +197,7 @@ def thin_linears(model: nn.Module) -> dict[str, LowRankLinear | PivotLinear]:
 
 
 def num_trained(what: What, model: nn.Module, config: Any, rank: int) -> int:
-    """
-    model: on the meta device. rank: of a LoRA.
-    """
+    """model: on the meta device. rank: of a LoRA."""
     if what in ("factors", "all"):
         parts = [model] if what == "all" else thin_linears(model).values()
         return sum(parameter.numel() for part in parts for parameter in part.parameters())

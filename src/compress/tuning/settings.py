@@ -1,22 +1,30 @@
-"""What is asked for: which text, how long, how fast, toward what.
+"""What is asked for: which text, how long, how fast, toward what; and the windows of the text.
 
-How far a step goes is a rate for everything alike, or for each tensor by its size (`Rate`).
+How far a step goes is a rate for everything alike, or for each tensor by its size (`Rate`). There are windows to train
+on, windows held out, and windows of another text, to see what else the training does. Of a data set they come from its
+train split and its validation split, never from its test split; a file's last windows are held out.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from jaxtyping import Int64
+from pydantic import Field, ValidationError, model_validator
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from compress.checkpoints.output_folder import Output
-from compress.errors import report
+from compress.datasets import SEPARATOR, load_rows
+from compress.datasets._sources import is_file
+from compress.datasets.windows import CHARACTERS_PER_TOKEN, Text, cut, encode, sample, too_little_text
+from compress.errors import CompressError, report
 from compress.models.hub import ModelSource
-from compress.recipe import described
+from compress.recipe import described, dotted
+from compress.stages._stage import Strict
 
 What = Literal["lora", "factors", "adapters", "all"]
 Count = Annotated[int, Field(ge=1)]
@@ -24,9 +32,11 @@ STEPS = 400  # where nothing says how long
 NUM_HELD_OUT = 64  # windows of the training text, and as many of another
 LOOKED_AT = 8  # a look takes no more windows than one in so many that were trained on since the last one
 FEWEST_LOOKED_AT = 16
+FILE_SHARE = 10  # of a file's windows one in so many is held out, at most
+Windows = Int64[Tensor, "_ seq_len"]
 
 
-class Settings(BaseModel):
+class Settings(Strict):
     """
     distill: toward the text alone, or the dense model's distribution over next tokens.
     data: the text's name, or a file. steps, tokens, epochs: how long, one of the three. seq_len: tokens a window.
@@ -37,7 +47,6 @@ class Settings(BaseModel):
     eval_every: steps from one look at the held-out windows to the next. patience: looks without a better one.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     data: str
     steps: Count | None = None
     tokens: Count | None = None
@@ -68,9 +77,7 @@ class Settings(BaseModel):
         return self.lora_alpha or self.lora_rank
 
     def num_steps(self, available: int) -> int:
-        """
-        available: windows of the text.
-        """
+        """available: windows of the text."""
         if self.tokens is not None:
             return max(1, round(self.tokens / (self.batch_size * self.seq_len)))
         if self.epochs is not None:
@@ -92,7 +99,7 @@ def parse_settings(values: Mapping[str, Any], flags: Mapping[str, str]) -> Setti
     try:
         return Settings.model_validate(values)
     except ValidationError as error:
-        found = [(".".join(map(str, each.where)), each.what) for each in described(error, Settings)]
+        found = [(dotted(where), what) for where, what in described(error, Settings)]
         report([f"{flags.get(where, where)}: {what}" if where else what for where, what in found])
         raise
 
@@ -155,3 +162,78 @@ def share_of_rate(step: int, steps: int, warmup: float) -> float:
     if step < rising:
         return (step + 1) / rising
     return 0.5 * (1 + math.cos(math.pi * (step - rising + 1) / (steps - rising + 1)))
+
+
+# The text.
+
+
+@dataclass(frozen=True)
+class Texts:
+    """unlike: windows of a text of another kind, by its name; None where none is on this machine."""
+
+    train: Windows
+    held_out: Windows
+    unlike: tuple[str, Windows] | None
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How texts become windows."""
+
+    tokenizer: PreTrainedTokenizerBase
+    seq_len: int
+    seed: int
+    data_dir: Path | None
+
+    def texts(self, source: str, count: int | None, others: Iterable[str]) -> Texts:
+        """
+        count: windows to train on, None for all there are. others: texts that may be another kind, the best one first.
+        """
+        if is_file(source):
+            train, held_out = self.of_file(source, count)
+        else:
+            train, held_out = self.drawn(source, "train", count), self.drawn(source, "validation", NUM_HELD_OUT)
+        return Texts(train, held_out, self.unlike(source, others))
+
+    def of_file(self, source: str, count: int | None) -> tuple[Windows, Windows]:
+        windows = self.all_of(load_rows(source, "train", self.data_dir))
+        if len(windows) < 2:
+            raise too_little_text(source, len(windows), 2, self.seq_len)
+        held_out = min(NUM_HELD_OUT, max(1, len(windows) // FILE_SHARE))
+        return windows[:-held_out][:count], windows[-held_out:]
+
+    def drawn(self, source: str, split: str, count: int | None) -> Windows:
+        """From random places of a long text; all windows of one that is hardly longer than what is wanted."""
+        rows = load_rows(source, split, self.data_dir)
+        text = Text(source, rows)
+        if count is not None and text.length >= CHARACTERS_PER_TOKEN * count * self.seq_len:
+            return sample(text, self.tokenizer, count, self.seq_len, self.seed)
+        windows = self.all_of(rows)
+        if not len(windows):
+            raise too_little_text(source, 0, 1, self.seq_len)
+        return windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(self.seed))][:count]
+
+    def all_of(self, rows: list[str]) -> Windows:
+        return cut(encode(self.tokenizer, SEPARATOR.join(rows)), self.seq_len)
+
+    def unlike(self, source: str, others: Iterable[str]) -> tuple[str, Windows] | None:
+        for other in others:
+            if other == source:
+                continue
+            try:
+                if is_file(other):
+                    return other, self.of_file(other, 1)[1]
+                return other, self.drawn(other, "validation", NUM_HELD_OUT)
+            except CompressError:
+                continue  # not on this machine, or too short: the next one will do
+        return None
+
+
+def batch(windows: Windows, step: int, size: int, seed: int) -> Windows:
+    """The windows of a step: the text over and over, in another order every time."""
+    numbers = range(step * size, (step + 1) * size)
+    orders = {
+        epoch: torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed + epoch))
+        for epoch in {number // len(windows) for number in numbers}
+    }
+    return windows[[int(orders[number // len(windows)][number % len(windows)]) for number in numbers]]

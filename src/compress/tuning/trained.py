@@ -69,8 +69,12 @@ def open_trained(prepared: Prepared, device: torch.device) -> Trained:
         trained = lora(model, linears, rank=settings.lora_rank, alpha=settings.alpha, merge=prepared.merge)
     elif what == "adapters":
         trained = compact_adapters(model) if found(model, CompactLinear) else packed_adapters(model)
-    else:
-        trained = all_weights(model) if what == "all" else factors(model)
+    elif what == "all":
+        trained = weights(model, {name: each for name, each in model.named_parameters() if each.is_floating_point()})
+    else:  # both factors of every thin linear, with their biases
+        thin = thin_linears(model).items()
+        both = {f"{path}.{name}": each for path, one in thin for name, each in one.named_parameters()}
+        trained = weights(model, both)
     if prepared.is_dequantized(device):
         dequantize(model, dtype)
     return trained
@@ -92,23 +96,11 @@ def open_folder(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTr
 
 
 def weights(model: PreTrainedModel, parameters: dict[str, nn.Parameter]) -> Trained:
-    """
-    parameters: by their names in the model, tied ones once.
-    """
+    """parameters: by their names in the model, tied ones once."""
     model.requires_grad_(False)
     for parameter in parameters.values():
         parameter.requires_grad_()
     return Trained(model, parameters, lambda: Settled({name: each.detach() for name, each in parameters.items()}, {}))
-
-
-def all_weights(model: PreTrainedModel) -> Trained:
-    return weights(model, {name: each for name, each in model.named_parameters() if each.is_floating_point()})
-
-
-def factors(model: PreTrainedModel) -> Trained:
-    """Of every thin linear both, with their biases."""
-    thin = thin_linears(model).items()
-    return weights(model, {f"{path}.{name}": each for path, one in thin for name, each in one.named_parameters()})
 
 
 # Adapters.
@@ -139,9 +131,7 @@ class AdapterLinear(nn.Module):
 def lora(
     model: PreTrainedModel, linears: Mapping[str, nn.Linear | LoraLinear], *, rank: int, alpha: int, merge: bool
 ) -> Trained:
-    """
-    linears: by their paths in the model; to be merged they must be plain ones.
-    """
+    """linears: by their paths in the model; to be merged they must be plain ones."""
     model.requires_grad_(False)
     layers = {}
     for path, linear in linears.items():
@@ -185,8 +175,7 @@ def packed_adapters(model: PreTrainedModel) -> Trained:
             linear.lora_A = linear.lora_B = None
             layers[path] = AdapterLinear(linear, A, B)
             model.set_submodule(path, layers[path])
-    parameters = factors_of(layers)
-    return Trained(model, parameters, lambda: Settled({name: each.detach() for name, each in parameters.items()}, {}))
+    return weights(model, factors_of(layers))
 
 
 # Adapters in codes.

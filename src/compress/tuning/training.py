@@ -25,11 +25,10 @@ from transformers import PreTrainedModel
 
 from compress import families
 from compress.errors import NumericalError
-from compress.numerics.losses import cross_entropy_and_gradient, kl_and_gradient
+from compress.numerics.functional import cross_entropy_and_gradient, kl_and_gradient
 from compress.own_model.modeling_compress import CompressForCausalLM, finished_logits
 from compress.progress import Progress, Steps
-from compress.tuning.settings import Rate, Settings, share_of_rate
-from compress.tuning.texts import batch
+from compress.tuning.settings import Rate, Settings, batch, share_of_rate
 from compress.tuning.trained import Trained
 
 LARGEST_GRADIENT = 1.0  # a step's gradient is made no longer than this
@@ -68,9 +67,7 @@ class Course:
 
 
 class Training:
-    """
-    best: the parameters at the best look. moments: AdamW's, by the parameter's name.
-    """
+    """best: the parameters at the best look. moments: AdamW's, by the parameter's name."""
 
     def __init__(
         self,
@@ -215,7 +212,9 @@ class SplitModel:
         if isinstance(model, CompressForCausalLM):
             self.rules, self.config = config.structure["logits"], config.text_config
         else:
-            self.rules, self.config = families.find(config).logits, config
+            family = families.find(config)
+            self.body = model.get_submodule(family.body)
+            self.rules, self.config = family.logits, config
         self.vocabulary: int = config.vocab_size
 
     def hidden(self, ids: Int64[Tensor, "batch tokens"]) -> Float[Tensor, "predictions d"]:

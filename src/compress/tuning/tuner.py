@@ -1,11 +1,17 @@
 """Everything in its order: look, train, write, prove, publish.
 
 The output gets its name after it has been opened again, measured and reloaded in a clean process. Of several processes
-all train, and the first writes.
+all train, and the first writes. Nothing but what was trained has other bytes than in the compressed folder: a file in
+which nothing was trained is linked or copied, in the others the new numbers take the place of the old ones, so that
+every file keeps its size and every other tensor its bytes.
 """
 
 import math
+import shutil
 import time
+from collections import defaultdict
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +23,12 @@ from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file
 from torch import Tensor
 
-from compress.checkpoints.card import write_card
-from compress.checkpoints.metadata import Metadata, TuningMetadata, read_metadata
+from compress.calibration.weights import ADAPTER_PREFIX
+from compress.checkpoints.card import CARD, write_card
+from compress.checkpoints.files import ADAPTER_WEIGHTS, adapter_config, write_json
+from compress.checkpoints.metadata import METADATA, Metadata, TuningMetadata, read_metadata
+from compress.checkpoints.push import own_files
+from compress.checkpoints.quality import QUALITY
 from compress.checkpoints.reload import compute_in, fits_in_float32
 from compress.checkpoints.run_folder import Part, RunFolder, open_run
 from compress.checkpoints.verify import verify, verify_tokens
@@ -26,8 +36,14 @@ from compress.datasets import about
 from compress.datasets.windows import fingerprint
 from compress.errors import UsageError
 from compress.evaluation.windows import perplexity
+from compress.inspection.checkpoint import blueprint
+from compress.io import write_tensors
+from compress.models.loading import load_config
 from compress.models.storage import inputs_as_they_are
-from compress.numerics.precision import full_precision
+from compress.models.stored_loading import read_lora, stored_tensors
+from compress.models.tensor_files import ADAPTER, INDEX
+from compress.models.untrusted import read_json
+from compress.numerics.sums import full_precision
 from compress.pipeline import SMALL
 from compress.pipeline.output import proof_notes
 from compress.progress import Progress, Steps, silent
@@ -35,10 +51,12 @@ from compress.tuning.looking import Prepared, look
 from compress.tuning.settings import TuningJob
 from compress.tuning.trained import Settled, open_folder, open_teacher, open_trained
 from compress.tuning.training import Course, Training, restore, snapshot
-from compress.tuning.writing import tuned_metadata, write_tuned
 
 PROBE = 128  # tokens whose logits prove that the output reloads
 WORSE = 0.05  # of perplexity on another text: what is told
+# Of the checkpoint as it was: its metadata and card are written anew, and what was measured is true no more.
+LEFT_BEHIND = (METADATA, CARD, QUALITY)
+STALE = {"lost", "relative_error"}  # measured of weights that are others now
 
 
 @dataclass(frozen=True)
@@ -107,16 +125,10 @@ def tune(job: TuningJob, progress: Progress = silent) -> Result | None:
         accelerator.wait_for_everyone()
         compressed, tuned = prepared.metadata, read_metadata(job.out)
         assert tuned.tuning is not None
-        return Result(
-            out=job.out,
-            tuning=tuned.tuning,
-            compressed_bytes=compressed.size.bytes,
-            bytes=tuned.size.bytes,
-            difference=difference,
-            resumed_steps=tuned.tuning.steps if resumed is None else resumed,
-            seconds=time.perf_counter() - start,
-            notes=notes(prepared, tuned.tuning, tuned.size.bytes - compressed.size.bytes),
-        )
+        resumed = tuned.tuning.steps if resumed is None else resumed
+        told = notes(prepared, tuned.tuning, tuned.size.bytes - compressed.size.bytes)
+        sizes, seconds = (compressed.size.bytes, tuned.size.bytes), time.perf_counter() - start
+        return Result(job.out, tuned.tuning, *sizes, difference, resumed, seconds, told)
 
 
 def from_first(accelerator: Accelerator, data: Any) -> Any:
@@ -189,22 +201,18 @@ def record(
     prepared: Prepared, course: Course, before: dict[str, float], after: dict[str, float], dense: float | None
 ) -> dict[str, Any]:
     """What compress.json says of the tuning. before, after: the losses. dense: the dense model's, held out."""
-    job, settings, other = prepared.job, prepared.job.settings, None
-    if prepared.texts.unlike is not None:
-        source, windows = prepared.texts.unlike
-        worse = after["other_text"] > before["other_text"] + math.log1p(WORSE)
-        other = {"source": source, "windows": len(windows), "worse": worse}
-        other |= {"before": before["other_text"], "after": after["other_text"]}
+    job, settings, texts, other = prepared.job, prepared.job.settings, prepared.texts, None
+    if texts.unlike is not None:
+        source, windows = texts.unlike
+        losses = {"before": before["other_text"], "after": after["other_text"]}
+        worse = losses["after"] > losses["before"] + math.log1p(WORSE)
+        other = {"source": source, "windows": len(windows), "worse": worse, **losses}
+    data = {"fingerprint": fingerprint(texts.train), "windows": len(texts.train), "seq_len": settings.seq_len}
     merged = {"rank": settings.lora_rank, "alpha": settings.alpha, "merged": prepared.merge}
+    held_out = {"before": before["held_out"], "after": after["held_out"], "dense": dense}
     return {
         "command": job.command,
-        "data": {
-            "source": settings.data,
-            **about(settings.data),
-            "fingerprint": fingerprint(prepared.texts.train),
-            "windows": len(prepared.texts.train),
-            "seq_len": settings.seq_len,
-        },
+        "data": {"source": settings.data, **about(settings.data), **data},
         "trained": prepared.what,
         "trained_parameters": prepared.num_trained,
         "lora": merged if prepared.what == "lora" else None,
@@ -217,12 +225,7 @@ def record(
         "steps": course.step,
         "best_step": course.best[0],
         "losses": [list(look) for look in course.losses],
-        "held_out": {
-            "windows": len(prepared.texts.held_out),
-            "before": before["held_out"],
-            "after": after["held_out"],
-            "dense": dense,
-        },
+        "held_out": {"windows": len(texts.held_out), **held_out},
         "other_text": other,
     }
 
@@ -242,15 +245,12 @@ def prove(prepared: Prepared, metadata: Metadata, target: Path) -> float:
 
 
 def notes(prepared: Prepared, tuning: TuningMetadata, added: int) -> list[str]:
-    """
-    added: bytes.
-    """
-    found = []
+    """added: bytes."""
+    found, other = [], tuning.other_text
     if tuning.best_step == 0:
         found.append("Nothing was better on the held-out windows than the checkpoint was: its weights are unchanged.")
     if added:
         found.append(f"The new adapter is kept beside the weights and adds {added:,} bytes.")
-    other = tuning.other_text
     if other is None:
         found.append("No other text is on this machine to see what the training does elsewhere.")
     elif other.worse:
@@ -264,3 +264,73 @@ def notes(prepared: Prepared, tuning: TuningMetadata, added: int) -> list[str]:
     if prepared.metadata.export == "gguf":
         found.append("The GGUF file is of the weights before: it was left behind.")
     return [*found, *proof_notes(prepared.job.out)]
+
+
+# The tuned folder.
+
+
+def write_tuned(source: Path, target: Path, metadata: Metadata, settled: Settled) -> dict[str, Any]:
+    """Write everything but compress.json and the card; return what that is to say of it.
+
+    A new adapter is a PEFT folder beside the checkpoint, in the dtype of its other floats; the index counts it in.
+    """
+    shutil.rmtree(target / ADAPTER, ignore_errors=True)  # of an attempt that rounding has made worse
+    stored, changed = stored_tensors(source, read_lora(source)), defaultdict[Path, dict[str, Tensor]](dict)
+    for name, tensor in settled.tensors.items():
+        place = stored.tensors[str(stored.find(name))]
+        changed[place.file.relative_to(source)][place.name] = tensor
+    written = {str(file): put_tensors(source / file, target / file, new) for file, new in changed.items()}
+    for name in own_files(source, metadata):
+        if name in LEFT_BEHIND or name.endswith(".gguf") or name in written:
+            continue
+        # One file under two names where the disk allows it: files of weights are replaced, never changed.
+        (target / name).parent.mkdir(exist_ok=True)
+        (target / name).unlink(missing_ok=True)
+        if name.endswith(".safetensors"):
+            with suppress(OSError):
+                (target / name).hardlink_to(source / name)
+                continue
+        shutil.copyfile(source / name, target / name)
+    parts, size = metadata.parts | written, metadata.size
+    if not settled.adapter:
+        return {"parts": parts, "size": size.to_dict()}
+    modules = [path for path, _ in blueprint(source, metadata).named_modules()]
+    ranks = {name.removesuffix(".lora_A"): len(A) for name, A in settled.adapter.items() if name.endswith(".lora_A")}
+    config, dtype = adapter_config(metadata.name, ranks, modules), load_config(target).dtype or torch.float32
+    tensors = {f"{ADAPTER_PREFIX}{name}.weight": each.to("cpu", dtype) for name, each in settled.adapter.items()}
+    tensors = {name: each.contiguous() for name, each in tensors.items()}
+    (target / ADAPTER).mkdir(exist_ok=True)
+    write_json(target / ADAPTER / "adapter_config.json", config)
+    parts[ADAPTER_WEIGHTS] = write_tensors(target / ADAPTER_WEIGHTS, tensors).sha256
+    numbers = sum(tensor.numel() for tensor in tensors.values())
+    index = read_json(target / INDEX)
+    index["metadata"]["total_parameters"] += numbers
+    write_json(target / INDEX, index)
+    count = size.bytes + sum(tensor.nbytes for tensor in tensors.values())
+    return {"parts": parts, "size": {"parameters": size.parameters + numbers, "bytes": count}, "adapter": config}
+
+
+def put_tensors(source: Path, target: Path, new: Mapping[str, Tensor]) -> str:
+    """A copy of a safetensors file with other numbers in some of its tensors, in the dtypes that it has; its sha256.
+
+    new: these, by the names that they have there.
+    """
+    tensors = load_file(source)
+    for name, tensor in new.items():
+        assert tensor.shape == tensors[name].shape
+        tensors[name] = tensor.to("cpu", tensors[name].dtype).contiguous()
+    target.parent.mkdir(exist_ok=True)
+    return write_tensors(target, tensors).sha256
+
+
+def tuned_metadata(compressed: Metadata, written: Mapping[str, Any], tuning: Mapping[str, Any]) -> Metadata:
+    """That of the tuned checkpoint: the compressed one's, without what is true no more, and the tuning."""
+    changes = {
+        "name": f"{compressed.name}-tuned",
+        "export": "hf",
+        "held_out_divergence": None,
+        "points": [point.model_dump(mode="json", exclude_unset=True, exclude=STALE) for point in compressed.points],
+        "linears": [each.model_dump(mode="json", exclude_unset=True, exclude=STALE) for each in compressed.linears],
+        "tuning": {**tuning, "compressed_parts": compressed.parts},
+    }
+    return Metadata.model_validate({**compressed.to_dict(), **changes, **written})

@@ -28,7 +28,7 @@ from compress.checkpoints.verify import verify_gguf
 from compress.errors import CompressError, OutputError
 from compress.io import atomic_write
 from compress.models.gguf_header import ALIGNMENT, ROPE_FACTORS, read_header
-from compress.models.gguf_opening import check_extra
+from compress.models.gguf_weights import check_extra
 
 IN_TRANSFORMERS = ("llama", "qwen2", "phi3", "starcoder2")  # architectures that its reader (5.23) reads alike
 

@@ -8,9 +8,8 @@ from typing import Any
 import gguf
 import numpy
 import torch
-from torch import Tensor
 
-from compress.checkpoints.gguf.model import Entry, Model, head_size
+from compress.checkpoints.gguf.model import Model, head_size
 from compress.checkpoints.gguf.tokenizer import Vocabulary
 from compress.models.gguf_header import ALIGNMENT, ARCHITECTURES, HEAD_SIZES, LOCAL, LOCAL_BASE, rope_of
 
@@ -34,8 +33,10 @@ def write_container(file: Path, model: Model, vocabulary: Vocabulary, name: str,
     writer = write_header(file, model, vocabulary, name, file_type)
     try:
         for entry in model.entries:
-            # In a function of its own: a name here would keep one tensor while the next is read.
-            write_tensor(writer, entry.read().contiguous())
+            tensor = entry.read().contiguous()
+            # numpy has no bfloat16; its bits are written.
+            writer.write_tensor_data((tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy())
+            del tensor  # before the next is read
         writer.close()
     finally:
         # After an error, what a full disk says again on closing is known.
@@ -50,7 +51,11 @@ def write_header(file: Path, model: Model, vocabulary: Vocabulary, name: str, fi
         describe_model(writer, model, name, file_type)
         describe_vocabulary(writer, vocabulary)
         for entry in model.entries:
-            describe_tensor(writer, entry)
+            kind = gguf.GGMLQuantizationType[entry.block_type or TENSOR_TYPES[entry.dtype]]
+            nbytes = entry.shape.numel() * entry.dtype.itemsize
+            # The type as numpy's, which has no bfloat16; that of bytes says that the shape is theirs.
+            shown: Any = numpy.dtype("uint8") if entry.block_type else None
+            writer.add_tensor_info(entry.name, tuple(entry.shape), shown, nbytes, raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -112,17 +117,3 @@ def describe_vocabulary(writer: Writer, vocabulary: Vocabulary) -> None:
     if not vocabulary.special.merges:
         writer.add_key_value("tokenizer.ggml.merges", [], gguf.GGUFValueType.ARRAY)
     vocabulary.special.add_to_gguf(writer, quiet=True)
-
-
-def describe_tensor(writer: Writer, entry: Entry) -> None:
-    kind = gguf.GGMLQuantizationType[entry.block_type or TENSOR_TYPES[entry.dtype]]
-    nbytes = entry.shape.numel() * entry.dtype.itemsize
-    # The type as numpy's, which has no bfloat16; that of bytes says that the shape is theirs.
-    shown: Any = numpy.dtype("uint8") if entry.block_type else None
-    writer.add_tensor_info(entry.name, tuple(entry.shape), shown, nbytes, raw_dtype=kind)
-
-
-def write_tensor(writer: Writer, tensor: Tensor) -> None:
-    # numpy has no bfloat16; its bits are written.
-    bits = tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
-    writer.write_tensor_data(bits.numpy())

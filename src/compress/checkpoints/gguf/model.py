@@ -60,6 +60,14 @@ class Model:
     entries: list[Entry]
     mlp_widths: list[int] | None = None
 
+    @classmethod
+    def of(cls, architecture: str, config: Any, entries: list[Entry], mlp_widths: list[int] | None = None) -> "Model":
+        rope = ROPE | rope_of(config)
+        if rope["rope_type"] == "llama3":
+            factors = llama3_factors(config)
+            entries = [*entries, Entry(ROPE_FACTORS, factors.shape, factors.dtype, lambda: factors)]
+        return cls(architecture, config, rope, entries, mlp_widths)
+
 
 def read_model(folder: Path, types: Mapping[str, str]) -> Model:
     """A checkpoint, of whose weights only the biases have been read.
@@ -81,26 +89,26 @@ def read_model(folder: Path, types: Mapping[str, str]) -> Model:
     # A zero bias is no bias: a sliced Qwen2 written as Llama has some.
     if architecture in ("llama", "deci") and not any(bool(weights.read([name])[name].any()) for name in biases):
         shapes = {name: shape for name, shape in shapes.items() if name not in biases}
-    names = tensor_names(architecture, config.num_hidden_layers)
-    entries = []
+    names, entries = tensor_names(architecture, config.num_hidden_layers), []
     for name, shape in shapes.items():
         theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        assert theirs is not None  # the map has every tensor of these models
-        heads = heads_of(name, config) if known.interleaved else None
+        # How many heads the rows of a query or key matrix, or its bias, are of.
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
+        heads = heads if known.interleaved else None
         if stored := quantized.get(name):
             size, read = torch.Size(weights.stored.tensors[stored].shape), partial(read_rows, weights, stored, heads)
             block_type = types[name.removesuffix(".weight")]
             entries.append(Entry(theirs, size, torch.uint8, partial(read, torch.uint8), block_type))
             continue
-        dtype = READABLE[weights.stored.tensors[str(weights.resolve(name))].dtype]
-        # llama.cpp computes with norms and biases in float32; GGUF has float64 for none.
-        dtype = torch.float32 if len(shape) == 1 or dtype == torch.float64 else dtype
+        dtype = written_dtype(shape, READABLE[weights.stored.tensors[str(weights.resolve(name))].dtype])
         added = 1.0 if known.norms_from_one and name.endswith("norm.weight") else 0.0
         entries.append(Entry(theirs, shape, dtype, partial(read_rows, weights, name, heads, dtype, added)))
-    rope = ROPE | rope_of(config)
-    if rope["rope_type"] == "llama3":
-        entries.append(rope_factors(config))
-    return Model(architecture, config, rope, entries, widths)
+    return Model.of(architecture, config, entries, widths)
+
+
+def written_dtype(shape: torch.Size, dtype: torch.dtype) -> torch.dtype:
+    """llama.cpp computes with norms and biases in float32; GGUF has float64 for none."""
+    return torch.float32 if len(shape) == 1 or dtype == torch.float64 else dtype
 
 
 def mlp_widths(config: Any) -> list[int] | None:
@@ -116,15 +124,10 @@ def model_to_come(config: Any, dtype: torch.dtype) -> Model:
     architecture, entries = WRITTEN[config.model_type], list[Entry]()
     names = tensor_names(architecture, config.num_hidden_layers)
     for name, shape in stored_shapes(config).items():
-        theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        assert theirs is not None
-        kept = torch.float32 if len(shape) == 1 or dtype == torch.float64 else dtype
+        theirs, kept = names.get_name(name, try_suffixes=(".weight", ".bias")), written_dtype(shape, dtype)
         read = partial(torch.empty, shape, dtype=kept)
         entries.append(Entry(theirs, shape, kept, read, path=name.removesuffix(".weight")))
-    rope = ROPE | rope_of(config)
-    if rope["rope_type"] == "llama3":
-        entries.append(rope_factors(config))
-    return Model(architecture, config, rope, entries)
+    return Model.of(architecture, config, entries)
 
 
 def stored_shapes(config: Any) -> dict[str, torch.Size]:
@@ -135,21 +138,10 @@ def stored_shapes(config: Any) -> dict[str, torch.Size]:
     return shapes
 
 
-def rope_factors(config: Any) -> Entry:
-    factors = llama3_factors(config)
-    return Entry(ROPE_FACTORS, factors.shape, factors.dtype, lambda: factors)
-
-
-def heads_of(name: str, config: Any) -> int | None:
-    """How many heads the rows of a query or key matrix, or its bias, are of."""
-    return {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
-
-
 def read_rows(weights: LazyWeights, name: str, heads: int | None, dtype: torch.dtype, added: float = 0.0) -> Tensor:
     """A tensor, its rows in the file's order, with `added` where a norm's gain is stored as what it multiplies by."""
     tensor = weights.read([name])[name].to(dtype)
-    if added:
-        tensor = tensor + added
+    tensor = tensor + added if added else tensor
     return tensor if heads is None else interleaved(tensor, heads)
 
 

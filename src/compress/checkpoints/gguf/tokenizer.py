@@ -63,8 +63,11 @@ def read_vocabulary(folder: Path, config: Any) -> Vocabulary:
 
     Raises UnsupportedModel if a GGUF file cannot say it, CheckpointError if there is none or it is another model's.
     """
+    from gguf import TokenType
+
     tokenizer = load_tokenizer(folder)
     backend = getattr(tokenizer, "backend_tokenizer", None)
+    state: dict[str, Any]
     state = {"model": {"type": type(tokenizer).__name__}} if backend is None else json.loads(backend.to_str())
     prefixed = getattr(config, "text_config", config).model_type not in GEMMAS
     reason, ends = why_not_sayable(state, prefixed), None
@@ -80,10 +83,18 @@ def read_vocabulary(folder: Path, config: Any) -> Vocabulary:
     check_vocabulary(torch.tensor(list(vocabulary.values())), config, folder)
     special = special_vocab(tokenizer, config)
     special.add_special_token = ends  # SpecialVocab guesses them from the tokenizer's files
-    tokens, types = tokens_and_types(state, vocabulary, size)
+    # By number. Embeddings without a token get a name: the file has one for every row.
+    tokens, types = [f"[PAD{number}]" for number in range(size)], [int(TokenType.UNUSED)] * size
+    for token, number in vocabulary.items():
+        tokens[number], types[number] = token, TokenType.NORMAL
+    for token in state["added_tokens"]:
+        types[token["id"]] = TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED
     if has_byte_level(state):
         return Vocabulary("gpt2", str(cut_name(state)), tokens, types, None, special, prefixed)
-    types = piece_types(types, state, special.special_token_ids.get("unk"))
+    pieces, unknown = state["model"]["vocab"], special.special_token_ids.get("unk")
+    marked = {pieces[piece]: TokenType.BYTE for piece in BYTE_PIECES}
+    marked |= {} if unknown is None else {unknown: TokenType.UNKNOWN}
+    types = [int(marked.get(number, usual)) for number, usual in enumerate(types)]
     return Vocabulary("llama", "default", tokens, types, piece_scores(state, size), special, prefixed)
 
 
@@ -114,27 +125,6 @@ def added_ends(tokenizer: Any) -> dict[str, bool] | None:
         if whole == [tokenizer.bos_token_id] * bos + bare + [tokenizer.eos_token_id] * eos:
             return {"bos": bos, "eos": eos}
     return None
-
-
-def tokens_and_types(state: Mapping[str, Any], vocabulary: Mapping[str, int], size: int) -> tuple[list[str], list[int]]:
-    """By number. Embeddings without a token get a name: the file has one for every row."""
-    from gguf import TokenType
-
-    tokens, types = [f"[PAD{number}]" for number in range(size)], [int(TokenType.UNUSED)] * size
-    for token, number in vocabulary.items():
-        tokens[number], types[number] = token, TokenType.NORMAL
-    for token in state["added_tokens"]:
-        types[token["id"]] = TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED
-    return tokens, types
-
-
-def piece_types(types: list[int], state: Mapping[str, Any], unknown: int | None) -> list[int]:
-    """Of SentencePiece: also which tokens are bytes, and which stands for the unknown."""
-    from gguf import TokenType
-
-    marked = {state["model"]["vocab"][piece]: TokenType.BYTE for piece in BYTE_PIECES}
-    marked |= {} if unknown is None else {unknown: TokenType.UNKNOWN}
-    return [int(marked.get(number, usual)) for number, usual in enumerate(types)]
 
 
 def piece_scores(state: Mapping[str, Any], size: int) -> list[float]:

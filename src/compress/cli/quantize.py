@@ -1,0 +1,256 @@
+"""`compress slim`: linear layers in few bits, sparse, with adapters. `compress quantize`: in few bits alone. `compress
+auto`: name a size, get the best model of that size."""
+
+import math
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from compress.cli.compressing import EXPORT, MODEL, TARGET, TYPE, RunOptions, amount_of, keeping_what_is_done
+from compress.cli.console import progress_bar, reporting_errors, seeing_interrupts
+from compress.cli.options import Amounts, Method, Output, flag_of, names_in, parse_size, with_options
+from compress.cli.recipes import Draft, check_method, plain_value
+from compress.cli.tables import gigabytes, print_json, print_rows
+from compress.errors import Problems, UsageError
+from compress.process import launch
+
+if TYPE_CHECKING:
+    from compress.pipeline.mixture import Frontier
+    from compress.planning.prepare import Job
+
+FLOATS = {"fp8": (8, None), "nvfp4": (4, 16), "mxfp4": (4, 32)}  # bits, and inputs that share a scale
+FAST_ITERATIONS = 20
+POLISH = 3  # rounds without an adapter; with one, every round of it polishes again
+
+GROUP = "Quantization granularity: tensor, channel, or a group size. Default: 128, or channel where 128 is no divisor."
+INPUTS = "Quantize activations too, per token, at run time: fp8 with fp8 weights, int8 with integer weights."
+REFIT = "Solve every linear again, toward the dense model, before it is compressed. Default: --refit for our methods."
+ACT_ORDER = "GPTQ in order of decreasing activation (desc_act)."
+ASYMMETRIC = "Asymmetric quantization, with zero points."
+COMPACT = (
+    "Store it as small as we can, in our own architecture: 2:4 in 4 bits takes 2.75 bits a weight and scales. Default: "
+    "packed, as compressed-tensors reads it."
+)
+MATERIALIZE = "Write the compressed weights as dense ones: a stock model of the old size, for any engine."
+
+
+BITS = "Weight precision: 2 to 8 bits, fp8, nvfp4 or mxfp4. Default: 4."
+
+
+@dataclass(frozen=True, kw_only=True)
+class StorageOptions(RunOptions):
+    """What both commands take: fields of the `slim` stage."""
+
+    group: Annotated[str | None, Amounts(GROUP, sets=("slim.quantize.group", plain_value))] = None
+    inputs: Annotated[Literal["fp8", "int8"] | None, Amounts(INPUTS, sets="slim.inputs")] = None
+    refit: Annotated[bool | None, Method(REFIT, "--refit/--no-refit")] = None
+    act_order: Annotated[bool, Method(ACT_ORDER, "--act-order", sets="slim.quantize.act_order")] = False
+    asymmetric: Annotated[bool, Method(ASYMMETRIC, "--asymmetric", sets=("slim.quantize.symmetric", False))] = False
+    target: Annotated[str | None, Method(TARGET, sets=("slim.target", names_in))] = None
+    compact: Annotated[bool, Output(COMPACT, "--compact", sets=("slim.form", "compact"))] = False
+    materialize: Annotated[bool, Output(MATERIALIZE, "--materialize", sets=("slim.form", "dense"))] = False
+    type_: Annotated[str | None, Amounts(TYPE, "--type", sets="slim.quantize.gguf_type")] = None
+
+    def put(self, draft: Draft, bits: str | None) -> None:
+        """Put the bits and the refit in. Raises UsageError for options that say what --type says too."""
+        others = ("group", "inputs", "asymmetric", "compact", "materialize")
+        given = ["--bits"] if bits else [flag_of(name) for name in others if getattr(self, name)]
+        if self.type_ is not None and given:
+            raise UsageError(f"{given[0]} has no effect with --type, which says all of that. Leave one out.")
+        put_bits(draft, bits)
+        if self.refit and not any(entry["stage"] == "refit" for entry in draft.stages):
+            draft.stages.insert(0, {"stage": "refit"})
+        if self.refit is False:
+            draft.remove_stage("refit")
+
+
+def put_bits(draft: Draft, bits: str | None) -> None:
+    """2 to 8, `fp8`, `nvfp4`, `mxfp4`, or `none`, which leaves the weights as they are."""
+    flag = f"--bits {bits}"
+    if bits == "none":
+        draft.remove("slim.quantize", flag)
+    elif bits in FLOATS:
+        quantize = draft.stage("slim")["quantize"]
+        if quantize["method"] == "slim":  # which is of integers
+            quantize["method"] = "mse"
+        for field, value in zip(("bits", "group", "floating"), (*FLOATS[bits], True), strict=True):
+            draft.set(f"slim.quantize.{field}", value, flag)
+    elif bits is None or bits.lstrip("-").isdigit():
+        draft.set("slim.quantize.bits", bits if bits is None else plain_value(bits), flag)
+    else:
+        raise UsageError(f"{flag}: there are 2 to 8 bits, {', '.join(FLOATS)}. Name one of them.")
+
+
+SPARSITY = "Weight sparsity: 2:4 and its like, an unstructured share such as 50%, or none. Default: 2:4."
+RANK = "Rank of the low-rank adapters: a share of each matrix's full rank below 1, or a number; 0: none. Default: 0.1."
+SLIM_METHOD = (
+    "anchored: ours (ADMM, GPTQ, adapters fitted to the dense model). slim: the paper's (Wanda, SLiM-Quant, SLiM-LoRA)."
+)
+FAST = "anchored: 20 iterations of ADMM instead of 48, and one round of the adapter."
+
+
+@reporting_errors
+@with_options(StorageOptions)
+def slim_model(
+    run: StorageOptions,
+    bits: Annotated[str | None, Amounts(BITS.replace(" or mxfp4", ", mxfp4, or none"))] = None,
+    sparsity: Annotated[str | None, Amounts(SPARSITY)] = None,
+    adapter_rank: Annotated[float | None, Amounts(RANK)] = None,
+    method: Annotated[Literal["anchored", "slim"], Method(SLIM_METHOD)] = "anchored",
+    fast: Annotated[bool, Method(FAST, "--fast")] = False,
+    export: Annotated[Literal["hf", "gguf"], Output(EXPORT)] = "hf",
+) -> None:
+    """Quantize and prune linear layers, with low-rank adapters that correct the error (SLiM and past it).
+
+    No engine runs 2:4 faster any more: to serve a model, take compress quantize instead.
+
+    Example: compress slim --model llama-2-7b --bits 4 --sparsity 2:4 --adapter-rank 0.1
+    """
+    ours = "slim-anchored" if run.type_ is None else "gguf"
+    problems, draft = Problems(), Draft.preset(ours if method == "anchored" else "slim")
+    stage = draft.stage("slim")
+    with problems.collect():
+        check_method(method, fast=fast, type=run.type_)
+        if run.type_ is not None and (sparsity, adapter_rank) != ("none", 0):
+            raise UsageError(
+                "A GGUF file has no adapters, and pruned weights take as much room there as others. With --type, give "
+                "--sparsity none --adapter-rank 0, which is compress quantize --type."
+            )
+        run.put(draft, bits)
+        if sparsity == "none":
+            draft.remove("slim.prune", "--sparsity none")
+        else:
+            draft.set("slim.prune.pattern", sparsity, f"--sparsity {sparsity}")
+        if adapter_rank == 0:
+            draft.remove("slim.adapt", "--adapter-rank 0")
+            stage |= {"polish": POLISH} if "polish" in stage else {}
+        elif adapter_rank is not None:  # 1 is a rank, 0.99 a share of it
+            rank = int(adapter_rank) if adapter_rank.is_integer() else adapter_rank
+            draft.set("slim.adapt.rank", rank, f"--adapter-rank {adapter_rank:g}")
+        if fast and "prune" in stage:
+            stage["prune"]["iterations"] = FAST_ITERATIONS
+        if fast and "adapt" in stage:
+            stage["adapt"]["rounds"] = 1
+    run.compress(draft, problems, verb="slim", amount=amount_of, export=export)
+
+
+METHOD = "gptq, or round-to-nearest with scales of least squared error (mse) or by the maximum (absmax). Default: gptq."
+
+
+@reporting_errors
+@with_options(StorageOptions)
+def quantize_model(
+    run: StorageOptions,
+    bits: Annotated[str | None, Amounts(BITS)] = None,
+    method: Annotated[Literal["gptq", "mse", "absmax"] | None, Method(METHOD, sets="slim.quantize.method")] = None,
+) -> None:
+    """Quantize linear layers, each fitted toward the dense model (GPTQ and past it); --type writes one GGUF file.
+
+    Example: compress quantize --model llama-2-7b --bits 4 --group 128
+    """
+    problems, draft = Problems(), Draft.preset("quantize" if run.type_ is None else "gguf")
+    problems.check(run.put, draft, bits)
+    run.compress(draft, problems, verb="quantize", amount=amount_of)
+
+
+# The best types for a size.
+
+SIZE = "Bytes of the file at most: 88.2MB, 4GB. Never exceeded."
+FOR = "What runs the result; llama.cpp is the only one yet."
+TRIALS = "Sets of types to measure, each a forward pass over a few windows. Default: 20."
+TIME = "Seconds of trials at most; what has been found by then is taken."
+BETWEEN = "Find the types at twelve sizes, such as 40MB:120MB, and write a table and a picture in place of a model."
+FROM = "Take what a --frontier has found, which needs no survey and no trials."
+INSTEAD = {
+    "vllm": "Use compress quantize --bits, whose files vLLM reads.",
+    "transformers": "Use compress slice --target-size, or compress quantize --bits.",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoOptions(RunOptions):
+    frontier: Annotated[str | None, Amounts(BETWEEN, metavar="LEAST:MOST")] = None
+    from_: Annotated[Path | None, Method(FROM, "--from")] = None
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Raises UsageError unless --frontier says two."""
+        words = (self.frontier or "").split(":")
+        sizes = [parse_size(word, "--frontier") for word in words] if len(words) == 2 else [0, 0]
+        if not 0 < sizes[0] < sizes[1]:
+            raise UsageError(f"--frontier {self.frontier}: name two sizes, the smaller one first: 40MB:120MB.")
+        return sizes[0], sizes[1]
+
+    def deliver(self, job: "Job", like: Any) -> None:
+        job = replace(job, frontier=self.from_)
+        if self.frontier is None or self.show_recipe or self.dry_run:
+            super().deliver(job, like)
+            return
+        if launch().count > 1:
+            raise UsageError("--frontier runs in one process. Start it without torchrun.")
+        from compress.checkpoints.run_folder import RUN
+        from compress.pipeline import map_frontier
+
+        kept = keeping_what_is_done("what was found is kept", (job.partial / RUN).exists)
+        with kept, seeing_interrupts(), progress_bar("preparing") as progress:
+            found = map_frontier(job, self.sizes, progress)
+        show_frontier(job, found, as_json=self.json)
+
+
+@reporting_errors
+@with_options(AutoOptions)
+def auto_model(
+    run: AutoOptions,
+    model: Annotated[str | None, typer.Option(help=f"{MODEL} Default: that of --from, else demo.")] = None,
+    target_size: Annotated[str | None, Amounts(SIZE)] = None,
+    for_: Annotated[Literal["llama.cpp", "vllm", "transformers"], Output(FOR, "--for")] = "llama.cpp",
+    trials: Annotated[int | None, Method(TRIALS, min=0, sets="budget.trials")] = None,
+    time: Annotated[float | None, Method(TIME, sets="budget.trial_seconds")] = None,
+) -> None:
+    """Find the best types of a GGUF file for a size: each matrix gets its own, by what the loss feels.
+
+    Example: compress auto --model llama-2-7b --target-size 3.5GB
+    """
+    problems, data = Problems(), None
+    with problems.collect():
+        if for_ in INSTEAD:
+            raise UsageError(f"--for {for_} is not there yet. {INSTEAD[for_]}")
+        if (target_size is None) == (run.frontier is None):
+            raise UsageError("Say how large by --target-size 88MB, or by --frontier 40MB:120MB; one of the two.")
+        if run.frontier is not None and run.from_ is not None:
+            raise UsageError("--from takes one size of a frontier. Say which by --target-size.")
+    if run.from_ is not None:
+        from compress.pipeline.mixture import read_frontier
+
+        with problems.collect():
+            data = read_frontier(run.from_).model_dump()
+    draft = Draft.preset("auto") if data is None else Draft(data["recipe"])
+    if not problems.found:
+        with problems.collect():
+            middle = None if target_size else round(math.sqrt(math.prod(run.sizes)))  # where a frontier's trials are
+            size = parse_size(target_size, "--target-size") if target_size else middle
+            draft.set("budget.target_size", size, f"--target-size {target_size}")
+    amount = target_size or "frontier"
+    base = "demo" if data is None else data["base_model"]
+    run.compress(draft, problems, verb="auto", amount=lambda _: amount, model=model or base)
+
+
+def show_frontier(job: "Job", found: "Frontier", *, as_json: bool) -> None:
+    if as_json:
+        points = [point.to_dict() for point in found.points]
+        print_json({"out": str(job.out), "points": points, "factors": found.factors})
+        return
+    rows = [
+        {
+            "bytes": f"{point.bytes:,}",
+            "size": gigabytes(point.bytes),
+            "predicted, nats": f"{point.predicted:.4f}",
+            "measured, nats": None if point.measured is None else f"{point.measured:.4f}",
+            "mostly": ", ".join(f"{name} x {count}" for name, count in Counter(point.types.values()).most_common(3)),
+        }
+        for point in found.points
+    ]
+    print_rows(f"{job.model.name}: {job.out}", rows)
