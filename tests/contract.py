@@ -58,11 +58,14 @@ OTHERWISE = [
     Row("falcon", "40B: a norm each", {"new_decoder_architecture": True, "num_kv_heads": 2}),
     Row("falcon", "11B: new, one norm", {"new_decoder_architecture": True, "num_ln_in_parallel_attn": 1}),
     Row("falcon", "RW: sequential, alibi", {"parallel_attn": False, "alibi": True, "bias": True, "multi_query": False}),
+    Row("deepseek_v3", "a dense block", {"first_k_dense_replace": 1}),
+    Row("granitemoehybrid", "Mamba in some blocks", tiny.HYBRID),
     Row("mistral", "no window", {"sliding_window": None}),
     Row("gpt_neox", "sequential", {"use_parallel_residual": False}),
     Row("opt", "350M: norms behind", tiny.OPT_350M),
     Row("phi", "norms of queries and keys", {"qk_layernorm": True}),
     Row("cohere", "norms of queries and keys", {"use_qk_norm": True}),
+    Row("qwen3_moe", "experts in some blocks", {"mlp_only_layers": [0], "intermediate_size": 40}),
     Row("stablelm", "parallel", {"use_parallel_residual": True}),
     Row("starcoder2", "no biases", {"use_bias": False}),
 ]
@@ -152,7 +155,7 @@ def cell(row: Row, method: Method) -> Cell:
 def gguf_cell(row: Row) -> Cell:
     """Of the narrower model, or where it cannot be narrower, of the one with factors multiplied out."""
     config = row.config
-    method = "materialized" if family_of(row).not_exact(config) else "one basis"
+    method = "materialized" if cell(row, METHODS["one basis"]).kind == "refused" else "one basis"
     plan = planned(config, METHODS[method].recipe())
     try:
         check_writable(plan.spec.config(torch.float32))

@@ -44,9 +44,9 @@ def kinds(ending: str, models: str) -> list[Any]:
 RMS_NORMS = kinds(
     "RMSNorm",
     "llama mistral qwen2 qwen3 phi3 granite smollm3 ministral glm glm4 olmo2 olmo3 mixtral qwen2_moe qwen3_moe "
-    "granitemoehybrid llama4",
+    "granitemoehybrid llama4 deepseek_v3",
 )
-RMS_PLUS_ONE_NORMS = kinds("RMSNorm", "gemma gemma2 gemma3")
+RMS_PLUS_ONE_NORMS = kinds("RMSNorm", "gemma gemma2 gemma3 qwen3_5")
 COHERE = [importlib.import_module(f"transformers.models.{name}.modeling_{name}") for name in ("cohere", "cohere2")]
 
 
@@ -107,6 +107,39 @@ def exact_router(router: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return logits, shares, chosen
 
 
+def in_its_dtype(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A stock forward that takes float64 to float32 nowhere."""
+    to_float, to = Tensor.float, Tensor.to
+
+    def to_other(x: Tensor, *args: Any, **options: Any) -> Tensor:
+        return x if x.dtype == torch.float64 and args[:1] == (torch.float32,) else to(x, *args, **options)
+
+    def run(*args: Any, **arguments: Any) -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Tensor, "float", lambda x: x if x.dtype == torch.float64 else to_float(x))
+            patch.setattr(Tensor, "to", to_other)
+            return forward(*args, **arguments)
+
+    return run
+
+
+def exact_sigmoid_router(router: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Groups one by one, with loops."""
+    logits = x.reshape(-1, router.hidden_dim) @ router.weight.T
+    scores = 1 / (1 + torch.exp(-logits))
+    shares, chosen = [], []
+    for row in scores:
+        rank = row + router.e_score_correction_bias
+        groups = list(torch.arange(len(row)).chunk(router.num_group))
+        groups.sort(key=lambda group: -float(rank[group].sort().values[-2:].sum()))
+        open_ones = torch.cat(groups[: router.topk_group])
+        best = open_ones[rank[open_ones].argsort(descending=True)[: router.top_k]]
+        total = row[best].sum() if router.norm_topk_prob else 1.0
+        shares.append(router.routed_scaling_factor * row[best] / total)
+        chosen.append(best)
+    return logits, torch.stack(shares), torch.stack(chosen)
+
+
 # What of transformers computes in float32 whatever it is given, and the same in the dtype it is given.
 EXACT: dict[tuple[Any, str], Callable[..., Any]] = {
     **{(kind, "forward"): exact_rms_norm for kind in RMS_NORMS},
@@ -114,6 +147,9 @@ EXACT: dict[tuple[Any, str], Callable[..., Any]] = {
     **{(kind, "forward"): exact_cohere_norm for kind in kinds("LayerNorm", "cohere cohere2")},
     **{(kind, "forward"): exact_olmo_norm for kind in kinds("LayerNorm", "olmo")},
     **{(module, "apply_rotary_pos_emb"): exact_cohere_rotation for module in COHERE},
+    **{(kind, "forward"): in_its_dtype(kind.forward) for kind in kinds("GatedDeltaNet", "qwen3_5")},
+    **{(kind, "forward"): in_its_dtype(kind.forward) for kind in kinds("MambaLayer", "granitemoehybrid")},
+    **{(kind, "forward"): exact_sigmoid_router for kind in kinds("TopkRouter", "deepseek_v3")},
     **{(kind, "forward"): exact_l2_norm for kind in kinds("L2Norm", "llama4")},
     (importlib.import_module("transformers.models.llama4.modeling_llama4"), "apply_rotary_emb"): exact_complex_rotation,
     **{(kind, "_attn"): exact_attention for kind in kinds("Attention", "codegen gptj") if hasattr(kind, "_attn")},

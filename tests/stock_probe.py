@@ -29,8 +29,8 @@ def exact(stock: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def forward(norm: Any, x: Tensor) -> Tensor:
         if x.dtype != torch.float64:
             return stock(norm, x)
-        is_gemma = type(norm).__name__.startswith("Gemma")
-        gain = 1 + norm.weight if is_gemma else norm.weight
+        is_plus_one = type(norm).__name__.startswith(("Gemma", "Qwen3_5"))
+        gain = 1 + norm.weight if is_plus_one else norm.weight
         eps = norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
         return gain * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
 

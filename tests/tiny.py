@@ -1,5 +1,6 @@
 """Tiny random models of every family, built from configs: no downloads, milliseconds each."""
 
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -75,11 +76,22 @@ OTHERS: dict[str, dict[str, Any]] = {
     "gemma3_text": {**GATED, "head_dim": 12, "query_pre_attn_scalar": 12, "sliding_window": 16},
     "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 40, "decoder_sparse_step": 1},
     "qwen3_moe": {**EXPERTS, "head_dim": 16},
+    "deepseek_v3": {
+        **{"n_routed_experts": 6, "num_experts_per_tok": 3, "n_group": 3, "topk_group": 2, "moe_intermediate_size": 48},
+        **{"q_lora_rank": 12, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 12},
+        **{"intermediate_size": 40, "first_k_dense_replace": 0, "num_key_value_heads": 4},
+    },
     "granitemoehybrid": {
-        **{"num_key_value_heads": 2, "shared_intermediate_size": 48, "num_local_experts": 0, "mamba_n_heads": 4},
+        **{"num_key_value_heads": 2, "shared_intermediate_size": 48, "num_local_experts": 0},
+        **{"mamba_n_heads": 4, "mamba_d_state": 8, "mamba_chunk_size": 8},
         **{"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_multiplier": 0.4},
         **{"logits_scaling": 4.0, "rms_norm_eps": 1e-4, "position_embedding_type": "rope"},
-        "tie_word_embeddings": True,
+        **{"tie_word_embeddings": True, "layer_types": ["full_attention"]},
+    },
+    "qwen3_5_text": {
+        **{**GATED, "head_dim": 16, "layer_types": ["linear_attention", "full_attention"]},
+        **{"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8},
+        "linear_value_head_dim": 8,
     },
     "llama4_text": {
         **{"intermediate_size_mlp": 48, "num_key_value_heads": 2, "head_dim": 12, "moe_layers": []},
@@ -90,15 +102,17 @@ EVERY = FAMILIES | OTHERS
 # One for each way that the code can go: RMS norms and LayerNorms in sequence, parallel branches, fused projections.
 SAMPLE = ("llama", "opt", "phi", "phi3")
 # Of these each MLP is several.
-SPARSE = ("mixtral", "qwen2_moe", "qwen3_moe")
+SPARSE = ("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3")
 # Linears of theirs that stages on single linears leave alone.
-ROUTERS = (".mlp.gate", ".mlp.shared_expert_gate")
+ROUTERS = (".mlp.gate", ".mlp.shared_expert_gate", ".in_proj_a", ".in_proj_b")
 # Of these the stock code gives the head a stream as wide as the embeddings.
 ONE_END = ("gpt_bigcode", "codegen", "gptj")
-# Of what configs of a family list for each block, the entry.
-BY_BLOCK = {"granitemoehybrid": {"layer_types": "full_attention"}}
+# What configs of a family list for each block, over and over.
+BY_BLOCK = {"layer_types"}
 # What configs of a family do not have, not even as None.
 UNKNOWN = {"codegen": ("pad_token_id",)}
+# Granite 4.0 H's kind: Mamba layers in some blocks.
+HYBRID: dict[str, Any] = {"layer_types": ["linear_attention", "full_attention"]}
 # OPT-350m's kind: norms of the stream behind the branches, embeddings narrower than the stream.
 OPT_350M: dict[str, Any] = {"do_layer_norm_before": False, "word_embed_proj_dim": 16}
 
@@ -106,8 +120,9 @@ OPT_350M: dict[str, Any] = {"do_layer_norm_before": False, "word_embed_proj_dim"
 def tiny_config(model_type: str, **changes: Any) -> Any:
     shared = {name: value for name, value in SHARED.items() if name not in UNKNOWN.get(model_type, ())}
     sizes = shared | EVERY[model_type] | changes
-    listed = {key: [entry] * sizes["num_hidden_layers"] for key, entry in BY_BLOCK.get(model_type, {}).items()}
-    return AutoConfig.for_model(model_type, **(listed | sizes))
+    for key in BY_BLOCK & sizes.keys():
+        sizes[key] = list(islice(cycle(sizes[key]), sizes["num_hidden_layers"]))
+    return AutoConfig.for_model(model_type, **sizes)
 
 
 def tiny_model(
@@ -125,6 +140,9 @@ def tiny_model(
                 parameter.copy_(0.3 * torch.randn_like(parameter) + (1.0 if name.endswith(gains) else 0.0))
             else:
                 parameter.copy_(torch.randn_like(parameter) / parameter.shape[-1] ** 0.5)
+        for name, buffer in model.named_buffers():
+            if name.endswith("correction_bias"):
+                buffer.copy_((0.1 * torch.randn_like(buffer)).float())
     return model.eval()
 
 

@@ -300,6 +300,10 @@ def is_stock(made: Written, model: Any) -> None:
 
 HEADS_DIVIDE = "A hidden size of {} is no multiple of the {} attention heads, as LlamaForCausalLM asks for. Use {}."
 ONE_WIDTH = "One basis for the whole stream has one width. Give one ratio for all blocks, or use --rotation per-layer."
+NO_GROUPS = (
+    "This model has no kv_groups that could be deleted in every block. Leave prune_units out: compress slice --ratio "
+    "narrows the stream alone."
+)
 STOCK_ALONE = "KV groups can be deleted only where the model keeps a stock shape."
 GROUP = {"kv_groups": {"keep": 1}}
 SHORT_WINDOW = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
@@ -313,7 +317,7 @@ REFUSED: list[tuple[str, list[dict[str, Any]], dict[str, Any], str]] = [
         *("starcoder2", anchored({"width": 2}), {}),
         "A hidden size of 2 leaves no direction of the stream. Slice less.",
     ),
-    ("phi3", anchored({"width": 16}, units=GROUP), {}, "This model has no kv_groups that could be deleted."),
+    ("phi3", anchored({"width": 16}, units=GROUP), {}, NO_GROUPS),
     ("llama", anchored({"width": 16}, rotation="per-layer", units=GROUP), {}, STOCK_ALONE),
     ("qwen2", anchored({"width": 16}, units=GROUP), SHORT_WINDOW, STOCK_ALONE),
 ]

@@ -173,6 +173,11 @@ def inner(text: str) -> list[list[str]]:
             ["have mxfp4 weights", "vllm serve PATH --dtype bfloat16\n", "Blackwell GPUs may round inputs"],
             [],
         ),
+        (
+            {"linears": linears({"bits": "nvfp4"}), "storage": "packed", "quantized": True},
+            ["have nvfp4 weights", "With vLLM, where it has kernels for such weights", "```\nvllm serve PATH\n"],
+            ["Blackwell"],
+        ),
         ({"origin": {"license": "mit"}}, ["The license is the base model's: `mit`."], ["names none"]),
         (
             {"tuning": TUNING},

@@ -216,3 +216,10 @@ def test_an_output_that_had_made_way_comes_back(out, options):
         with pytest.raises(UsageError, match="exists"), open_run(job(out, **options), IDENTITY):
             pass
     assert found(out) == {"out": "old"}
+
+
+def test_overwrite_starts_over(out, partial):
+    with open_run(job(out, overwrite=True), IDENTITY) as folder:
+        assert folder.run.is_empty
+        assert sorted(path.name for path in partial.iterdir()) == ["checkpoint", "lock", RUN]
+    assert not partial.exists()

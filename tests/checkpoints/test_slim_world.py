@@ -170,7 +170,7 @@ def test_the_code_of_the_card_runs_without_our_package_and_gives_the_same_with_i
     assert logits.shape == (1, IDS.shape[1], tiny.VOCAB_SIZE)
     assert torch.isfinite(logits).all()
     blocks = [block for block in code_blocks(place_of(made, name) / "out") if "import compress" in block]
-    assert bool(blocks) or "form" not in CHECKPOINTS[name][1]
+    assert blocks or "adapt" not in CHECKPOINTS[name][1] or name == "materialized"
     if blocks and "inputs" not in name:  # transformers' unpacked weights get inputs that are not rounded
         names: dict[str, Any] = {}
         exec(blocks[0], names)

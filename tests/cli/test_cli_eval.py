@@ -288,3 +288,10 @@ def test_a_gguf_file_is_its_folder(home, place, tmp_path):
     shutil.copy(home / "plain.gguf", tmp_path / "export" / "another.gguf")
     assert "export has 2 GGUF files. Name one" in refused(2, "--model", "export", *texts(home))[0]
     assert "plain is none of yours" in refused(2, "--model", home / "plain.gguf", *texts(home), "--save")[0]
+
+
+def test_a_comparison_of_what_does_not_compare(home, place, tmp_path):
+    write_model(tmp_path / "short", "llama", dtype=torch.float32, max_position_embeddings=16)
+    words = ["--ppl", home / "text.txt", "--limit", 2]
+    (note,) = succeeds("eval", "--compare", home / "dense", "short", *words, "--json").json["notes"]
+    assert note == "Of other windows than dense's, so not to be compared with it: perplexity of short."

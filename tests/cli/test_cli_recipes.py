@@ -139,7 +139,7 @@ def test_the_recipe_of_a_command(home, line, tmp_path):
     [
         ("slice --method slicegpt --ratio 0.1:0.3", "slicegpt-0.1-0.3"),
         ("slice --method slicegpt --explained-variance 0.99", "slicegpt-ev0.99"),
-        ("lord --target-size 60kB", "lord-anchored-60kB"),
+        ("lord --target-size 90kB", "lord-anchored-90kB"),
         ("lord --rank-frac 0.5", "lord-anchored-rf0.5"),
         ("slim", "slim-anchored-w4-2-4-r0.1"),
         ("slim --sparsity none --bits fp8", "slim-anchored-wfp8-r0.1"),

@@ -185,3 +185,15 @@ def test_stdlib_reads_the_running_python(tmp_path, monkeypatch):
     monkeypatch.setattr(texts, "split_of", lambda path: paths[path])
     assert datasets.load_rows("stdlib", "train", None) == ["# b.py\n", "# lib/d.py\n"]
     assert datasets.load_rows("stdlib", "test", None) == ["# a.py\n"]
+
+
+def test_damaged_plain_files(tmp_path):
+    file = write(tmp_path / "wikitext-2" / "wiki.test.raw", b"\xff\xfe")
+    with pytest.raises(Unavailable, match="cannot be read: 'utf-8' codec") as error:
+        texts.wikitext2("test", tmp_path)
+    assert str(error.value).startswith(str(file))
+    file = write(tmp_path / "c4" / "c4-train.json.gz", b"no gzip")
+    with pytest.raises(Unavailable, match=r"cannot be read: .*gzip.*\. Replace the file\.$") as error:
+        texts.c4("train", tmp_path)
+    assert str(error.value).startswith(str(file))
+    assert "\n" not in str(error.value)

@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from compress.datasets.texts import load_problems
 from compress.errors import Unavailable, UsageError
@@ -23,6 +24,7 @@ from compress.evaluation.generation import (
     STOPS,
     Sampling,
     StopInCompletion,
+    check_can_run,
     completions,
     cut_at_stop,
     pass_at_k,
@@ -307,3 +309,23 @@ def test_a_model_that_writes_the_answer(monkeypatch):
     assert [rate.value for rate in found.rates.values()] == [0.5, 1.0]
     assert found.failures == {"AssertionError": 1, "SyntaxError": 1}
     assert told == [("writing", 1)] * 4 + [("running", 1)] * 4
+
+
+def test_a_system_on_which_nothing_runs(monkeypatch):
+    check_can_run()
+    monkeypatch.setattr(generation, "run_programs", lambda _programs: ["killed by signal 9"])
+    with pytest.raises(UsageError, match=r"^--humaneval cannot run programs on this system: an empty one killed by"):
+        check_can_run()
+    monkeypatch.setattr(os, "name", "nt")
+    with pytest.raises(UsageError, match=r"an empty one cannot be limited\. Use Linux or macOS"):
+        check_can_run()
+
+
+def test_a_models_own_defaults_of_generation_do_not_count(writer):
+    _, tokenizer = writer
+    model = tiny_model("llama", num_hidden_layers=1)
+    model.generation_config = GenerationConfig(eos_token_id=[1, 7], temperature=3.0, do_sample=True, top_k=5)
+    greedy = generation.generation_config(model, tokenizer, Sampling(), 9, 2)
+    assert (greedy.do_sample, greedy.max_new_tokens, greedy.eos_token_id) == (False, 9, [1, 7])
+    drawn = generation.generation_config(model, tokenizer, Sampling(temperature=0.5), 9, 2)
+    assert (drawn.do_sample, drawn.temperature, drawn.top_p, drawn.top_k) == (True, 0.5, 0.95, 0)

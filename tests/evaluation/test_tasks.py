@@ -302,3 +302,18 @@ def test_damaged_files_are_named(tmp_path, content, fault):
     file.write_bytes(content)
     with pytest.raises(Unavailable, match=fault):
         read_documents(file)
+
+
+def test_an_answer_that_cannot_be_asked(tokenizer):
+    documents = [{"query": "q", "choices": ["a" * (POSITIONS + 1), "b"], "gold": 0}]
+    model = tiny_model("llama", dtype=torch.float32, num_hidden_layers=1)
+    with pytest.raises(UsageError, match=r"^lm-eval cannot ask mine: an answer has no token of its own, or more than"):
+        score_tasks([load_local_task("mine", documents)], model, tokenizer, batch_size=1)
+
+
+def test_data_out_of_reach(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+    with pytest.raises(Unavailable, match=r"^lm-eval cannot ask piqa: .* or from tasks/NAME\.jsonl under --data-dir"):
+        load_hub_task("piqa", [])

@@ -25,7 +25,7 @@ def turns() -> dict[tuple[str, str], Row]:
     """By row and method: a method for each family, the next one where the family is refused by it."""
     found, taken = {}, 0
     for row in [row for row in ROWS if not row.what] + [Row("opt", "350M: norms behind", tiny.OPT_350M)]:
-        refused = {"one basis"} if contract.family_of(row).not_exact(row.config) else set()
+        refused = {"one basis"} if contract.cell(row, METHODS["one basis"]).kind == "refused" else set()
         refused |= {"slim, packed"} if row.model_type in tiny.SPARSE else set()
         while TURNS[taken % len(TURNS)] in refused:
             taken += 1

@@ -12,12 +12,22 @@ from transformers import AutoConfig
 import tiny
 from compress import families
 from compress.errors import UnsupportedModel
-from compress.families import Family
-from compress.own_model.modeling_compress import as_residual_block, finished_logits, unfuse_experts
+from compress.families import BranchTable, Family
+from compress.models.loading import with_blocks
+from compress.own_model.modeling_compress import as_residual_block, finished_logits, structure_of, unfuse_experts
 
 EPSILON = 0.0625
 # What a family's table may depend on, of its tiny config.
-TABLE_KEYS = ("num_local_experts", "num_experts", "num_hidden_layers", "layer_types", "moe_layers", "mamba_n_heads")
+TABLE_KEYS = (
+    "n_routed_experts",
+    "first_k_dense_replace",
+    "num_local_experts",
+    "num_experts",
+    "num_hidden_layers",
+    "layer_types",
+    "moe_layers",
+    "mamba_n_heads",
+)
 
 
 def make(model_type: str, **changes: Any) -> tuple[Family, Any]:
@@ -34,6 +44,9 @@ OTHERWISE: dict[str, tuple[str, dict[str, Any]]] = {
     "stablelm, parallel": ("stablelm", {"use_parallel_residual": True}),
     "falcon, a norm each": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
     "falcon, one after the other": ("falcon", {"parallel_attn": False, "alibi": True, "bias": True}),
+    "deepseek_v3, a dense block": ("deepseek_v3", {"first_k_dense_replace": 1, "q_lora_rank": None}),
+    "qwen2_moe, every second sparse": ("qwen2_moe", {"decoder_sparse_step": 2, "intermediate_size": 40}),
+    "granitemoehybrid, Mamba in some blocks": ("granitemoehybrid", tiny.HYBRID),
     "opt, norms behind": ("opt", {"do_layer_norm_before": False}),
     "opt, 350m": ("opt", tiny.OPT_350M),
     "opt, no final norm": ("opt", {"_remove_final_layer_norm": True}),
@@ -71,13 +84,23 @@ def test_a_family_may_depend_on_the_config(variant):
     assert families.find(dense) != families.find(tiny.tiny_config(model_type, **changes))
 
 
+def test_blocks_keep_their_branches_where_others_are_left_out(pair):
+    family, model = pair
+    kept = [0, tiny.NUM_BLOCKS - 1]
+    left = families.find(with_blocks(model.config, kept))
+    for new, old in enumerate(kept):
+        for found, branch in zip(left.branches_of(new), family.branches_of(old), strict=True):
+            assert (found.readers, found.writers) == (branch.readers, branch.writers)
+
+
 def test_every_linear_of_a_block_is_a_reader_or_a_writer_exactly_once(pair):
     family, model = pair
-    listed = [name for branch in family.branches for name in (*branch.readers, *branch.writers)]
-    assert len(listed) == len(set(listed))
-    for block in blocks_of(family, model):
+    for number, block in enumerate(blocks_of(family, model)):
+        branches = family.branches_of(number)
+        listed = [name for branch in branches for name in (*branch.readers, *branch.writers, *branch.inner)]
+        assert len(listed) == len(set(listed))
         assert set(listed) == {name for name, module in block.named_modules() if isinstance(module, nn.Linear)}
-        for branch in family.branches:
+        for branch in branches:
             assert {block.get_submodule(name).in_features for name in branch.readers} == {tiny.HIDDEN}
             assert {block.get_submodule(name).out_features for name in branch.writers} == {tiny.HIDDEN}
 
@@ -94,8 +117,8 @@ def test_every_norm_of_the_stream_is_a_branchs_or_the_final_one(pair):
         return weight is None or tuple(weight.shape) == (tiny.HIDDEN,)
 
     modules = dict(model.named_modules())
-    inner = f".{family.attention}."
-    kinds = {n: m for n, m in modules.items() if type(m).__name__.endswith("Norm") and inner not in n}
+    inner = (f".{family.attention}.", f".{family.recurrent}.")
+    kinds = {n: m for n, m in modules.items() if type(m).__name__.endswith("Norm") and not any(i in n for i in inner)}
     assert named == {name for name, module in kinds.items() if is_of_the_stream(module)}
 
 
@@ -104,12 +127,13 @@ def test_every_parameter_is_accounted_for(pair):
     family, model = pair
     parts = {*family.embedding_parts, *family.head_parts}
     for i in range(tiny.NUM_BLOCKS):
-        for branch in family.branches:
+        for branch in family.branches_of(i):
             names = (*branch.norms, *branch.readers, *branch.writers, branch.post_norm)
             parts |= {f"{family.blocks}.{i}.{name}" for name in names}
     left = [name for name, _ in model.named_parameters() if name.rpartition(".")[0] not in parts]
-    inner = {f"{family.blocks}.{i}.{family.attention}." for i in range(tiny.NUM_BLOCKS)}
-    assert all(any(name.startswith(prefix) for prefix in inner) for name in left)
+    within = (family.attention, family.recurrent)
+    inner = {f"{family.blocks}.{i}.{name}." for i in range(tiny.NUM_BLOCKS) for name in within}
+    assert all(name.endswith(".correction") or any(name.startswith(prefix) for prefix in inner) for name in left)
     assert all(tuple(model.get_parameter(name).shape) != (tiny.HIDDEN,) for name in left)
 
 
@@ -133,23 +157,32 @@ def test_the_head_is_the_output_embeddings(pair):
 
 def test_paths_lead_from_readers_to_writers(pair):
     family, model = pair
-    block = blocks_of(family, model)[0]
-    steps = [path for branch in family.branches for path in branch.paths]
-    for branch in family.branches:
+    for number, block in enumerate(blocks_of(family, model)):
+        check_paths(family, family.branches_of(number), block)
+
+
+def check_paths(family: Family, branches: tuple[BranchTable, ...], block: Any) -> None:
+    steps = [path for branch in branches for path in branch.paths]
+    for branch in branches:
         for path in branch.paths:
             for step in path:
                 assert isinstance(block.get_submodule(step), nn.Module)
         for name in (*branch.readers, *branch.writers):
             assert sum(name == step or name.startswith(f"{step}.") for path in branch.paths for step in path) == 1
-    assert sum(family.attention in path for path in steps) == 1
-    assert len({branch.name for branch in family.branches}) == len(family.branches)
+    assert sum(family.attention in path or family.recurrent in path for path in steps) == 1
+    assert len({branch.name for branch in branches}) == len(branches)
+    assert [branch.name for branch in branches] == [branch.name for branch in family.branches]
 
 
 def test_every_reader_is_behind_the_norm_that_its_input_came_through(pair):
     """By what the stock block hands on: each reader's input is the output of its norm."""
     family, model = pair
-    block = blocks_of(family, model)[0]
-    wanted = {name for branch in family.branches for name in (*branch.norms, *branch.readers)}
+    for number in {0, *family.others, tiny.NUM_BLOCKS - 1}:
+        check_readers(model, family.branches_of(number), blocks_of(family, model)[number])
+
+
+def check_readers(model: Any, branches: tuple[BranchTable, ...], block: Any) -> None:
+    wanted = {name for branch in branches for name in (*branch.norms, *branch.readers)}
     given, gave = dict[str, torch.Tensor](), dict[str, torch.Tensor]()
 
     def note(name: str) -> Any:
@@ -163,7 +196,7 @@ def test_every_reader_is_behind_the_norm_that_its_input_came_through(pair):
         model(input_ids=torch.arange(48)[None])
     for handle in handles:
         handle.remove()
-    for branch in family.branches:
+    for branch in branches:
         groups = branch.readers_by_norm()
         assert tuple(groups) == (branch.norms or (None,))
         assert sorted(name for names in groups.values() for name in names) == sorted(branch.readers)
@@ -193,8 +226,8 @@ def test_a_block_is_the_chain_of_its_branches(pair):
         for handle in handles:
             handle.remove()
         assert len(seen) == tiny.NUM_BLOCKS
-        for block, inputs, kwargs, output in seen:
-            own = as_residual_block(copy.copy(block), family.structure(), model.config)
+        for number, (block, inputs, kwargs, output) in enumerate(seen):
+            own = as_residual_block(copy.copy(block), structure_of(family.structure(), number), model.config)
             found = own.forward(*inputs, **kwargs)
             found, expected = (y[0] if isinstance(y, tuple) else y for y in (found, output))
             assert (found - expected).abs().max() < 1e-10 * expected.abs().max()

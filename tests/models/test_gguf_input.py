@@ -16,15 +16,17 @@ from safetensors.torch import load_file
 
 from cli_runner import invoke, snapshot, succeeds
 from compress.calibration.weights import LazyWeights
+from compress.checkpoints.gguf.model import why_not_writable
 from compress.errors import CheckpointError, CompressError, NumericalError, Unavailable, UnsupportedModel, UsageError
 from compress.models import gguf_weights, hub
-from compress.models.gguf_header import rope_of
+from compress.models.gguf_header import GEMMA_27B_BLOCKS, rope_of
 from compress.models.gguf_weights import gguf_model
 from compress.models.hub import find_model
 from compress.models.loading import load_config, load_tokenizer
 from compress.models.stored_loading import open_model
+from compress.tuning.trained import open_folder
 from gguf_folders import TEXTS, sentencepiece
-from tiny import HIDDEN, VOCAB_SIZE, tiny_model, tiny_tokenizer, write_text
+from tiny import HIDDEN, VOCAB_SIZE, tiny_config, tiny_model, tiny_tokenizer, write_text
 
 gguf = pytest.importorskip("gguf")
 from compress.checkpoints.gguf.container import Writer  # noqa: E402 (it needs the package)
@@ -485,4 +487,41 @@ def test_widths_of_blocks_that_make_no_model(tmp_path, name):
     model.config.model_type = "deci"
     file = write_tiny(tmp_path / "x.gguf", model, said=said)
     with pytest.raises(error, match=message):
+        gguf_model(file)
+
+
+def test_a_plan_reads_no_weight(place, tmp_path, monkeypatch):
+    def refuse(*_: Any) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr("compress.models.gguf_header.Header.read_rows", refuse)
+    words = ["slice", "--ratio", 0.25, "--calib", "text.txt", "--dtype", "float16", "--dry-run", "--json"]
+    plans = [succeeds(*words, "--model", kind).json for kind in ("llama.gguf", "llama")]
+    assert plans[0]["size"] == plans[1]["size"]
+
+
+@pytest.mark.slow
+def test_a_file_is_the_teacher(place, tmp_path):
+    succeeds("slice", "--ratio", 0.25, "--model", "llama.gguf", *SHORT, "--out", tmp_path / "small")
+    words = ["--teacher", "llama.gguf", "--data", "text.txt", "--seq-len", 32, "--steps", 2, "--batch-size", 2]
+    plan = succeeds("finetune", tmp_path / "small", *words, "--dry-run", "--json", "--out", tmp_path / "tuned")
+    assert plan.json["teacher"] == "llama"
+    folders = [Path("llama"), find_model("llama.gguf").whole_folder()]
+    states = [open_folder(folder, torch.float32, torch.device("cpu")).state_dict() for folder in folders]
+    assert all(torch.equal(tensor, states[1][key]) for key, tensor in states[0].items())
+
+
+def test_the_largest_gemma_scales_its_queries_otherwise(tmp_path, monkeypatch):
+    """Of 46 blocks; nothing in the header says it."""
+    monkeypatch.setitem(GEMMA_27B_BLOCKS, "gemma2", 3)
+    file = write_tiny(tmp_path / "x.gguf", tiny_model("gemma2", dtype=torch.float32), said=MODELS["gemma2"][2])
+    scalar = HIDDEN // tiny_config("gemma2").num_attention_heads
+    assert gguf_model(file).config.query_pre_attn_scalar == scalar
+    assert why_not_writable(tiny_config("gemma2", query_pre_attn_scalar=scalar)) is None
+    assert why_not_writable(tiny_config("gemma2")) == "its queries are scaled by another number than llama.cpp's"
+
+
+def test_a_gemma3_without_windows_is_refused(tmp_path):
+    file = write_tiny(tmp_path / "x.gguf", tiny_model("gemma3_text", dtype=torch.float32))
+    with pytest.raises(UnsupportedModel, match="has no sliding window"):
         gguf_model(file)

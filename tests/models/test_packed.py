@@ -138,7 +138,7 @@ def test_compressed_tensors_rounds_inputs_as_we_do():
         for kind, numbers in (("int8", "int"), ("fp8", "float")):
             args = QuantizationArgs(num_bits=8, type=numbers, strategy="token", dynamic=True)
             step, zero = compute_dynamic_scales_and_zp(x, args, nn.Module())
-            assert torch.equal(RoundedInputs.apply(x, kind), fake_quantize(x, step, zero, args))
+            assert torch.equal(RoundedInputs.apply(x, kind, None), fake_quantize(x, step, zero, args))
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_inputs_are_rounded_for_the_weight_and_not_for_the_adapter():
     parts = random_parts(storage, M, N, torch.float64)
     x = torch.randn(5, N, dtype=torch.float64, requires_grad=True)
     y, unrounded = parts.stored(storage, torch.float64)(x), parts.of(x)
-    assert torch.allclose(y, unrounded + (RoundedInputs.apply(x, "int8") - x) @ parts.S.T)
+    assert torch.allclose(y, unrounded + (RoundedInputs.apply(x, "int8", None) - x) @ parts.S.T)
     # The gradient is that of inputs as they are.
     assert torch.allclose(*(torch.autograd.grad(outputs.sum(), x)[0] for outputs in (y, unrounded)))
 

@@ -95,3 +95,14 @@ def test_the_first_place_is_named_and_nothing_stays_hooked():
         model[number].weight.data.fill_(float("nan"))
         assert first_unsound(model, lambda: model(x)) == said
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_a_speed_without_numbers_is_none(home, monkeypatch):
+    monkeypatch.setattr(
+        "compress.evaluation.bench.footprint", lambda *_, **__: {}
+    )  # in a process of its own, in seconds
+    words = ["--prompt", 4, "--new", 2, "--rounds", 1, "--batch-sizes", 1, "--device", "cpu"]
+    fault = fault_of(home, monkeypatch, "bench", "loud", "--against", "sound", *words)
+    assert fault.startswith(
+        "There is a NaN or Inf in the logits of loud, first in what model.layers.1.mlp.down_proj is"
+    )

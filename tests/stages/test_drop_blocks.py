@@ -20,6 +20,12 @@ from recipes import anchored
 from runs import job_of, tensors_of, unproved
 
 BLOCKS = 4
+# Models whose blocks are built in two ways.
+MIXED: dict[str, dict[str, Any]] = {
+    "qwen3_5_text": {},
+    "deepseek_v3": {"first_k_dense_replace": 2},
+    "qwen3_moe": {"decoder_sparse_step": 2, "intermediate_size": 40},
+}
 IDS = oracles.random_ids(2, 24, seed=3)
 DROP = {"stage": "drop_blocks", "count": 1}
 REFIT = {"stage": "refit"}
@@ -79,9 +85,9 @@ def save(model: PreTrainedModel, folder: Path) -> None:
     tiny.write_text(folder / "text.txt", lines=60)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "smollm3"])
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "smollm3", *MIXED])
 def test_without_a_refit_the_rest_is_as_it_was(tmp_path, model_type):
-    model = written(tmp_path, model_type)
+    model = written(tmp_path, model_type, **MIXED.get(model_type, {}))
     with unproved():
         result = pipeline.run(job_of(tmp_path, model_type, [{"stage": "drop_blocks", "blocks": [2, 1]}]))
     assert result.metadata.loads_without_our_code

@@ -9,7 +9,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import product
 from typing import Any, ClassVar
 
 import torch
@@ -194,7 +193,14 @@ class ModelSpec:
     def _count(self, measure: Measure) -> int:
         """Measure the model: one of equal blocks by those of one and two blocks, exact, and much faster to build."""
         units_differ = any(isinstance(count, tuple) for count in self.units.values())
-        if units_differ or self.factors or self.storage or len(set(self.widths[:-1])) > 1 or self.num_blocks == 1:
+        if (
+            self.architecture.family.others
+            or units_differ
+            or self.factors
+            or self.storage
+            or len(set(self.widths[:-1])) > 1
+            or self.num_blocks == 1
+        ):
             return measure(self.model(), self.dtype)
         one, two = (self._shallow(measure, depth) for depth in (1, 2))
         return one + (self.num_blocks - 1) * (two - one)
@@ -212,7 +218,8 @@ class ModelSpec:
         """The dense linears of the blocks that read and write the stream, as the walk has them."""
         architecture, found = self.architecture, []
         directions = architecture.layout(torch.float32).directions
-        readers = {name for branch in architecture.family.branches for name in branch.readers}
+        family, blocks = architecture.family, range(self.num_blocks)
+        readers = {name for index in blocks for branch in family.branches_of(index) for name in branch.readers}
         plain = ModelSpec(architecture=architecture, dtype=self.dtype, widths=self.widths, units=self.units)
         for linear in plain.written_linears:
             m, n = linear.m, linear.n
@@ -225,8 +232,8 @@ class ModelSpec:
     def written_linears(self) -> list[LinearShape]:
         """The linears of the blocks as they are written, those of factors one by one."""
         model, family, found = self.model(), self.architecture.family, []
-        for index, branch in product(range(self.num_blocks), family.branches):
-            for name in (*branch.readers, *branch.writers):
+        for index in range(self.num_blocks):
+            for name in (name for table in family.branches_of(index) for name in (*table.readers, *table.writers)):
                 path = f"{family.blocks}.{index}.{name}"
                 module, part = model.get_submodule(path), family.part_of(name)
                 below = {"": module} if isinstance(module, nn.Linear) else dict(module.named_children())

@@ -45,7 +45,7 @@ class Own(Architecture):
 
     def __post_init__(self) -> None:
         if self.inside is not None and self.inside.dense is not self.dense:  # blocks have been left out
-            object.__setattr__(self, "inside", replace(self.inside, dense=self.dense))
+            object.__setattr__(self, "inside", replace(self.inside, dense=self.dense, family=self.family))
 
     @property
     def zero_biases(self) -> tuple[str, ...]:
@@ -108,8 +108,9 @@ class Own(Architecture):
             return self.inside.steps()
         # With shortcuts as the paper's code has it; without, as finely as for a stock shape.
         hidden = 8 if self.shortcuts else usual_step(self.dense.hidden_size, 1, at_least=16)
-        neurons = usual_step(self.family.dense_units(self.dense)["neurons"], 1, at_least=64)
-        return {"hidden": hidden, "neurons": neurons, "kv_groups": 1, "rank": rank_step(self.dense)}
+        neurons = self.family.dense_units(self.dense).get("neurons", self.dense.hidden_size)
+        steps = {"hidden": hidden, "neurons": usual_step(neurons, 1, at_least=64)}
+        return {**steps, "kv_groups": 1, "rank": rank_step(self.dense)}
 
     def not_for_vllm(self, spec: ModelSpec) -> str | None:
         if self.inside is None and spec.stream_widths[-1] != spec.dense_width:

@@ -266,7 +266,12 @@ def is_wide_float(tensor: Tensor) -> bool:
 
 
 def written_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """`dtype` for floats; indices and codes, and the scale that NVFP4 has of a whole matrix, stay as they are."""
+    """`dtype` for floats; indices and codes, and the scale that NVFP4 has of a whole matrix, stay as they are.
+
+    What is added to scores to choose experts is float32, as stock code wants it: neighbors are close together.
+    """
+    if name.endswith(".correction"):
+        return torch.float32
     return dtype if is_wide_float(tensor) and not name.endswith("weight_global_scale") else tensor.dtype
 
 

@@ -6,21 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from compress.cli import options as opt
 from compress.cli.console import progress_bar, quiet_libraries, reporting_errors
-from compress.cli.options import (
-    Device,
-    Engine,
-    Json,
-    Machine,
-    Method,
-    Save,
-    TrustRemoteCode,
-    check_dtype,
-    computing_dtype,
-    kept_in,
-    newest_or_refuse,
-    pick_device,
-)
 from compress.cli.tables import Row, gigabytes, print_json, print_lines, print_rows
 from compress.errors import Problems, UsageError
 from compress.models.hub import ModelSource, find_model
@@ -30,8 +17,6 @@ if TYPE_CHECKING:
 
 OUT = "A compressed model, or any other. Default: the newest under ./compressed."
 AGAINST = "The model to compare with. Default: the base model of OUT, where it is found by its name."
-BATCH_SIZES = "Sequences per batch; several with commas. Default: 1,8."
-PROMPT = "Prompt length in tokens; several with commas. Default: 128."
 LAYERWISE = "Time single linear layers too, as SLiM reports speed."
 TOKENS = "Tokens per call of a linear layer, with --layerwise. Default: 1,16,128."
 ENGINE = "What runs the models: transformers, or llamacpp for GGUF files, alone or --against another."
@@ -48,18 +33,18 @@ SPEEDUP, NO_ROOM = "speedup (middle half)", "no room"
 def bench(
     out: Annotated[str | None, typer.Argument(help=OUT, show_default=False)] = None,
     against: Annotated[str | None, typer.Option(help=AGAINST, show_default=False)] = None,
-    batch_sizes: Annotated[str | None, Method(BATCH_SIZES)] = None,
-    prompt: Annotated[str | None, Method(PROMPT)] = None,
-    new: Annotated[int | None, Method("New tokens per sequence. Default: 32.", min=1)] = None,
-    rounds: Annotated[int, Method("Repetitions of each measurement, the two models alternating.", min=1)] = 7,
-    layerwise: Annotated[bool, Method(LAYERWISE, "--layerwise")] = False,
-    tokens: Annotated[str | None, Method(TOKENS)] = None,
-    engine: Annotated[Engine, Machine(ENGINE)] = "transformers",
-    dtype: Annotated[str | None, Machine(DTYPE)] = None,
-    device: Device = None,
-    trust_remote_code: TrustRemoteCode = False,
-    save: Save = False,
-    json: Json = False,
+    batch_sizes: Annotated[str | None, opt.Method("Sequences per batch; several with commas. Default: 1,8.")] = None,
+    prompt: Annotated[str | None, opt.Method("Prompt length in tokens; several with commas. Default: 128.")] = None,
+    new: Annotated[int | None, opt.Method("New tokens per sequence. Default: 32.", min=1)] = None,
+    rounds: Annotated[int, opt.Method("Repetitions of each measurement, the two models alternating.", min=1)] = 7,
+    layerwise: Annotated[bool, opt.Method(LAYERWISE, "--layerwise")] = False,
+    tokens: Annotated[str | None, opt.Method(TOKENS)] = None,
+    engine: Annotated[opt.Engine, opt.Machine(ENGINE)] = "transformers",
+    dtype: Annotated[str | None, opt.Machine(DTYPE)] = None,
+    device: opt.Device = None,
+    trust_remote_code: opt.TrustRemoteCode = False,
+    save: opt.Save = False,
+    json: opt.Json = False,
 ) -> None:
     """Measure speed, memory and size of a compressed model beside the dense one, in turns.
 
@@ -73,17 +58,17 @@ def bench(
     with problems.collect():
         if tokens is not None and not layerwise:
             raise UsageError("--tokens has no effect without --layerwise. Add it, or leave --tokens out.")
-    problems.check(check_dtype, dtype)
+    problems.check(opt.check_dtype, dtype)
     with problems.collect():
         if engine == "llamacpp" and (batch_sizes or layerwise or dtype or device):
             raise UsageError(NOT_FOR_LLAMACPP)
     with problems.collect():
-        sources.append(find_model(out or str(newest_or_refuse("bench"))))
+        sources.append(find_model(out or str(opt.newest_or_refuse("bench"))))
         if save:
-            problems.check(kept_in, sources[0])
+            problems.check(opt.kept_in, sources[0])
         if against is not None or engine == "transformers":
             sources.insert(0, base_of(sources[0]) if against is None else find_model(against))
-    target: Any = problems.check(pick_device, device) if device is not None or not problems.found else None
+    target: Any = problems.check(opt.pick_device, device) if device is not None or not problems.found else None
     problems.report()
     if engine == "llamacpp":
         report = measure_llamacpp(sources, lists[1], new, rounds)
@@ -96,7 +81,7 @@ def bench(
         asked = Asked(
             workloads=workloads(lists[0], lists[1], new, configs),
             rounds=rounds,
-            dtype=computing_dtype(dtype, configs[1], target),
+            dtype=opt.computing_dtype(dtype, configs[1], target),
             device=target,
             tokens=(lists[2] or [1, 16, 128]) if layerwise else [],
             trust_remote_code=trust_remote_code,
@@ -108,7 +93,7 @@ def bench(
     if save:
         from compress.checkpoints.quality import Quality, save_quality
 
-        save_quality(kept_in(sources[-1]), Quality(speed=speeds))
+        save_quality(opt.kept_in(sources[-1]), Quality(speed=speeds))
     if json:
         print_json(report)
     else:

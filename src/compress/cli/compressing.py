@@ -9,27 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from compress.cli.console import (
-    profiled,
-    progress_bar,
-    quiet_libraries,
-    reporting_errors,
-    seeing_interrupts,
-    show_seconds,
-)
-from compress.cli.options import (
-    BatchSize,
-    Data,
-    Machine,
-    Method,
-    Output,
-    WritingOptions,
-    flag_of,
-    look_at,
-    parse_size,
-    usual_seq_len,
-    with_options,
-)
+from compress.cli import console
+from compress.cli import options as opt
 from compress.cli.recipes import Draft, apply_settings
 from compress.cli.tables import print_lines, show_plan, show_result
 from compress.errors import Problems, UsageError
@@ -45,7 +26,6 @@ MODEL = "A hub id, an alias such as llama-2-7b or opt-125m, a folder, a GGUF fil
 CALIB = (
     "Calibration text: wikitext2, c4, ptb, alpaca, stdlib, or a .txt or .jsonl file. Default: wikitext2 (demo: stdlib)."
 )
-SAMPLES = "Calibration sequences. Default: 128."
 LENGTH = "Tokens per sequence. Default: 2048, or what the model has."
 ERROR = "Report how far the stream is from the dense model's at each point; takes a second pass of every block."
 RECIPE = "Print the recipe that `compress run` takes to do the same, and end."
@@ -64,20 +44,20 @@ EXPORT = "gguf: also write a GGUF file for llama.cpp (Llama-like architectures).
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunOptions(WritingOptions):
+class RunOptions(opt.WritingOptions):
     """The shared options as they were typed."""
 
     model: Annotated[str, typer.Option(help=MODEL)] = "demo"
-    calib: Annotated[str | None, Data(CALIB, sets="calibration.source")] = None
-    samples: Annotated[int | None, Data(SAMPLES, sets="calibration.samples")] = None
-    seq_len: Annotated[int | None, Data(LENGTH, sets="calibration.seq_len")] = None
-    set_: Annotated[list[str] | None, Method(SET, "--set", metavar="STAGE.FIELD=VALUE")] = None
-    push_to_hub: Annotated[str | None, Output(PUSH)] = None
-    measure_error: Annotated[bool, Output(ERROR, "--measure-error")] = False
-    show_recipe: Annotated[bool, Output(RECIPE, "--show-recipe")] = False
-    batch_size: BatchSize = None
-    max_memory: Annotated[str | None, Machine(MOST)] = None
-    cache_memory: Annotated[str | None, Machine(CACHE)] = None
+    calib: Annotated[str | None, opt.Data(CALIB, sets="calibration.source")] = None
+    samples: Annotated[int | None, opt.Data("Calibration sequences. Default: 128.", sets="calibration.samples")] = None
+    seq_len: Annotated[int | None, opt.Data(LENGTH, sets="calibration.seq_len")] = None
+    set_: Annotated[list[str] | None, opt.Method(SET, "--set", metavar="STAGE.FIELD=VALUE")] = None
+    push_to_hub: Annotated[str | None, opt.Output(PUSH)] = None
+    measure_error: Annotated[bool, opt.Output(ERROR, "--measure-error")] = False
+    show_recipe: Annotated[bool, opt.Output(RECIPE, "--show-recipe")] = False
+    batch_size: opt.BatchSize = None
+    max_memory: Annotated[str | None, opt.Machine(MOST)] = None
+    cache_memory: Annotated[str | None, opt.Machine(CACHE)] = None
 
     def compress(
         self,
@@ -101,16 +81,16 @@ class RunOptions(WritingOptions):
                 self.change(draft)
         check = None if problems.found else lambda: draft.recipe(**usual_calibration())
         sizes: dict[str, Any] = {
-            name: None if text is None else problems.check(parse_size, text, flag_of(name))
+            name: None if text is None else problems.check(opt.parse_size, text, opt.flag_of(name))
             for name, text in (("cache_memory", self.cache_memory), ("max_memory", self.max_memory))
         }
-        found = look_at(problems, [model or self.model], data_dir=self.data_dir, device=self.device, check=check)
+        found = opt.look_at(problems, [model or self.model], data_dir=self.data_dir, device=self.device, check=check)
         problems.report()
 
         from compress.models.loading import load_config
         from compress.planning.prepare import Job
 
-        quiet_libraries()
+        console.quiet_libraries()
         (source,) = found.models
         recipe = draft.recipe(**usual_calibration(source, load_config(source.config_folder())))
         command = self.command(verb, model=source.repository or source.name)
@@ -154,12 +134,12 @@ class RunOptions(WritingOptions):
             elif launch().is_first:
                 show_plan(job, plan_only(job), as_json=self.json)
             return
-        with profiled(self.profile):
+        with console.profiled(self.profile):
             result = run_with_progress(job)
         if result is None:
             return
         if self.profile:
-            show_seconds(result.seconds)
+            console.show_seconds(result.seconds)
         if like is not None:
             made = read_recipe(result.out).facts
             assert made is not None
@@ -173,7 +153,7 @@ class RunOptions(WritingOptions):
 def usual_calibration(source: ModelSource | None = None, config: object = None) -> dict[str, Any]:
     """What neither the recipe nor the user says: the demo's own text, sequences as long as the model takes."""
     text = "stdlib" if source is not None and source.is_demo else "wikitext2"
-    return {"source": text, "seq_len": usual_seq_len(config, None)}
+    return {"source": text, "seq_len": opt.usual_seq_len(config, None)}
 
 
 def amount_of(recipe: "Recipe") -> str:
@@ -199,8 +179,8 @@ def run_with_progress(job: "Job") -> "Result | None":
     with (
         keeping_what_is_done("what was finished is kept", (job.partial / RUN).exists),
         joined(job.device) as processes,
-        seeing_interrupts(),
-        progress_bar("preparing") as progress,
+        console.seeing_interrupts(),
+        console.progress_bar("preparing") as progress,
     ):
         return run_together(job, processes, progress)
 
@@ -223,13 +203,13 @@ OWN_EXPORT = f"{EXPORT} Default: the checkpoint's own, else hf."
 FILES_MODEL = "A hub id, an alias, a folder or demo. Default: the base model of a compress.json; else demo."
 
 
-@reporting_errors
-@with_options(RunOptions, without=("measure_error",))
+@console.reporting_errors
+@opt.with_options(RunOptions, without=("measure_error",))
 def run_recipe(
     run: RunOptions,
     recipe: Annotated[Path, typer.Argument(help=FILE, show_default=False)],
     model: Annotated[str | None, typer.Option(help=FILES_MODEL)] = None,
-    export: Annotated[Literal["hf", "gguf"] | None, Output(OWN_EXPORT)] = None,
+    export: Annotated[Literal["hf", "gguf"] | None, opt.Output(OWN_EXPORT)] = None,
 ) -> None:
     """Run a recipe: any stages that make sense together, in one walk.
 

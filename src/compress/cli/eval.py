@@ -7,26 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from compress.cli import options as opt
 from compress.cli.console import progress_bar, quiet_libraries, reporting_errors
-from compress.cli.options import (
-    BatchSize,
-    Data,
-    DataDir,
-    Device,
-    Engine,
-    Found,
-    Json,
-    Machine,
-    Panel,
-    Save,
-    TrustRemoteCode,
-    computing_dtype,
-    kept_in,
-    look_at,
-    names_in,
-    newest_output,
-    with_options,
-)
 from compress.cli.tables import gigabytes, number, print_json, print_lines, print_rows
 from compress.datasets import load_rows
 from compress.errors import Problems, report
@@ -37,7 +19,7 @@ if TYPE_CHECKING:
     from compress.evaluation.evaluate import Evaluation, Request
     from compress.evaluation.generation import Sampling
 
-Measures, Programs = Panel("What to measure"), Panel("HumanEval")
+Measures, Programs = opt.Panel("What to measure"), opt.Panel("HumanEval")
 PAPERS_TEMPERATURE = 0.8
 
 PPL = "Perplexity on data sets or text files, with commas between: wikitext2, c4, ptb, stdlib, FILE.txt"
@@ -46,7 +28,6 @@ TASKS = "Tasks of lm-eval, with commas between: piqa,winogrande,arc_easy,arc_cha
 HUMANEVAL = "Run HumanEval, which executes generated code, and report pass@k."
 MODEL = "A hub id, an alias, a folder, a GGUF file or demo. Default: newest under ./compressed, else demo."
 COMPARE = "Several models in one table: --compare A B C."
-SEQ_LEN = "Tokens per sequence. Default: 2048, or what the model has."
 LIMIT = "Only the first sequences, documents, problems, for a quick look."
 ALLOW = "Run the programs that the model writes on this machine."
 TEMPERATURE = "Sampling temperature. Default: 0, greedy; 0.8 for several samples."
@@ -72,25 +53,25 @@ class EvalOptions:
     humaneval: Annotated[bool, Measures(HUMANEVAL, "--humaneval")] = False
     model: Annotated[str | None, typer.Option(help=MODEL)] = None
     compare: Annotated[list[str] | None, typer.Option(help=COMPARE, metavar="MODEL")] = None
-    seq_len: Annotated[int | None, Data(SEQ_LEN, min=2)] = None
-    limit: Annotated[int | None, Data(LIMIT, min=1)] = None
-    data_dir: DataDir = None
+    seq_len: Annotated[int | None, opt.Data("Tokens per sequence. Default: 2048, or what the model has.", min=2)] = None
+    limit: Annotated[int | None, opt.Data(LIMIT, min=1)] = None
+    data_dir: opt.DataDir = None
     allow_code_execution: Annotated[bool, Programs(ALLOW, "--allow-code-execution")] = False
     samples_per_problem: Annotated[int, Programs("Samples (programs) per problem.", min=1)] = 1
     temperature: Annotated[float | None, Programs(TEMPERATURE, min=0)] = None
     k: Annotated[str, Programs("The k of pass@k, with commas between: 1,10.")] = "1"
-    seed: Annotated[int, Data("Random seed of the programs.", min=0)] = 0
-    batch_size: BatchSize = 8
-    engine: Annotated[Engine, Machine(ENGINE)] = "transformers"
-    dtype: Annotated[str | None, Machine(DTYPE)] = None
-    device: Device = None
-    trust_remote_code: TrustRemoteCode = False
-    save: Save = False
-    json: Json = False
+    seed: Annotated[int, opt.Data("Random seed of the programs.", min=0)] = 0
+    batch_size: opt.BatchSize = 8
+    engine: Annotated[opt.Engine, opt.Machine(ENGINE)] = "transformers"
+    dtype: Annotated[str | None, opt.Machine(DTYPE)] = None
+    device: opt.Device = None
+    trust_remote_code: opt.TrustRemoteCode = False
+    save: opt.Save = False
+    json: opt.Json = False
 
     def check(self, others: Sequence[str]) -> None:
         """Raises UsageError with all that does not go together."""
-        ks, samples = names_in(self.k) or [], self.samples_per_problem
+        ks, samples = opt.names_in(self.k) or [], self.samples_per_problem
         of_programs = self.allow_code_execution or samples > 1 or self.temperature is not None or ks != ["1"]
         stray, same = of_programs and not self.humaneval, samples > 1 and self.temperature == 0
         fit = all(each.isascii() and each.isdigit() and 0 < int(each) <= samples for each in ks)
@@ -98,8 +79,8 @@ class EvalOptions:
         most = f"from 1 to --samples-per-problem ({samples}), with commas between; got {self.k!r}."
         other = others[0] if others else ""
         rules = {
-            "--ppl names no data set. Try --ppl wikitext2.": names_in(self.ppl) == [],
-            "--tasks names no task. Try --tasks piqa,winogrande.": names_in(self.tasks) == [],
+            "--ppl names no data set. Try --ppl wikitext2.": opt.names_in(self.ppl) == [],
+            "--tasks names no task. Try --tasks piqa,winogrande.": opt.names_in(self.tasks) == [],
             NOTHING: self.ppl is self.kl is self.tasks is None and not self.humaneval,
             NOT_ALLOWED: self.humaneval and not self.allow_code_execution,
             OF_PROGRAMS: stray,
@@ -122,12 +103,12 @@ class EvalOptions:
 
         usual = PAPERS_TEMPERATURE if self.samples_per_problem > 1 else 0.0
         temperature = usual if self.temperature is None else self.temperature
-        ks = tuple(sorted(map(int, names_in(self.k) or ())))
+        ks = tuple(sorted(map(int, opt.names_in(self.k) or ())))
         return Sampling(self.samples_per_problem, temperature, ks, self.seed)
 
 
 @reporting_errors
-@with_options(EvalOptions)
+@opt.with_options(EvalOptions)
 def evaluate(
     options: EvalOptions,
     others: Annotated[list[str] | None, typer.Argument(help="More models to --compare.", metavar="MODELS")] = None,
@@ -139,9 +120,9 @@ def evaluate(
     problems = Problems()
     problems.check(options.check, others or [])
     named = [*options.compare, *(others or [])] if options.compare else []
-    named = named or [options.model or str(newest_output() or "demo")]
+    named = named or [options.model or str(opt.newest_output() or "demo")]
     places = [*named, *([options.kl] if options.kl else [])]
-    found = look_at(problems, places, dtype=options.dtype, data_dir=options.data_dir, device=options.device)
+    found = opt.look_at(problems, places, dtype=options.dtype, data_dir=options.data_dir, device=options.device)
     if options.dtype in DTYPES and found.device is not None:
         import torch
 
@@ -149,7 +130,7 @@ def evaluate(
 
         problems.check(check_computing, getattr(torch, options.dtype), found.device)
     for source in found.models[: len(named)] if options.save else []:
-        problems.check(kept_in, source)
+        problems.check(opt.kept_in, source)
     evaluations, notes = measure_all(found, gather(problems, options, found), options)
     if not options.compare:
         show_quality(evaluations[0], as_json=options.json)
@@ -160,9 +141,9 @@ def evaluate(
         print_lines(notes)
 
 
-def gather(problems: Problems, options: EvalOptions, found: Found) -> "Request":
+def gather(problems: Problems, options: EvalOptions, found: opt.Found) -> "Request":
     """What is to be measured, with its documents and problems. All problems so far are told here."""
-    texts, tasks = names_in(options.ppl) or [], names_in(options.tasks) or []
+    texts, tasks = opt.names_in(options.ppl) or [], opt.names_in(options.tasks) or []
     if not tasks and not options.runs_programs:
         problems.report()
     quiet_libraries()
@@ -197,7 +178,7 @@ def usual_text(sources: Sequence[ModelSource]) -> str:
     return "stdlib" if any(source.is_demo for source in sources) else "wikitext2"
 
 
-def measure_all(found: Found, request: "Request", options: EvalOptions) -> "tuple[list[Evaluation], list[str]]":
+def measure_all(found: opt.Found, request: "Request", options: EvalOptions) -> "tuple[list[Evaluation], list[str]]":
     """One model in memory at a time, the dense one of --kl first; it was named last. And notes on what was measured."""
     from compress.checkpoints.quality import save_quality
     from compress.evaluation import evaluate as evaluation
@@ -221,7 +202,7 @@ def measure_all(found: Found, request: "Request", options: EvalOptions) -> "tupl
         def load(subject: evaluation.Subject) -> Any:
             progress(f"loading {subject.name}", "", 0, 0)
             free_memory()
-            dtype = computing_dtype(options.dtype, subject.config, found.device)
+            dtype = opt.computing_dtype(options.dtype, subject.config, found.device)
             how: dict[str, Any] = {"device": found.device, "trust_remote_code": options.trust_remote_code}
             return stored_loading.open_model(subject.folder, dtype=dtype, **how)
 
@@ -232,7 +213,7 @@ def measure_all(found: Found, request: "Request", options: EvalOptions) -> "tupl
             else:
                 evaluations.append(evaluation.measure(subject, load(subject), request, references, progress))
     for source, measured in zip(found.models, evaluations, strict=False) if options.save else ():  # without --kl's
-        save_quality(kept_in(source), measured.quality)
+        save_quality(opt.kept_in(source), measured.quality)
     return evaluations, evaluation.cut_otherwise(subjects)
 
 

@@ -7,18 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from compress.cli import options as opt
 from compress.cli.compressing import keeping_what_is_done
 from compress.cli.console import profiled, progress_bar, quiet_libraries, reporting_errors
-from compress.cli.options import (
-    Data,
-    Machine,
-    Method,
-    Output,
-    WritingOptions,
-    look_at,
-    usual_seq_len,
-    with_options,
-)
 from compress.cli.recipes import plain_value
 from compress.cli.tables import gigabytes, print_json, print_lines, print_values, reloads
 from compress.errors import Problems, UsageError
@@ -51,29 +42,29 @@ Trained = Literal["lora", "factors", "adapters", "all"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneOptions(WritingOptions):
+class FinetuneOptions(opt.WritingOptions):
     """What they set are fields of `Settings`."""
 
-    data: Annotated[str | None, Data(DATA, sets="data")] = None
-    seq_len: Annotated[int | None, Data(LENGTH, sets="seq_len")] = None
-    steps: Annotated[int | None, Method("Training length in steps. Default: 400.", sets="steps")] = None
-    tokens: Annotated[int | None, Method("Training length in tokens.", sets="tokens")] = None
-    train: Annotated[Trained | None, Method(TRAIN, sets="train")] = None
-    distill: Annotated[Literal["none", "logits"] | None, Method(DISTILL, sets="distill")] = None
-    teacher: Annotated[str | None, Method(TEACHER)] = None
-    lora_rank: Annotated[int | None, Method("Rank of a new LoRA. Default: 32.", sets="lora_rank")] = None
-    lr: Annotated[float | None, Method(RATE, sets="lr")] = None
-    merge: Annotated[bool | None, Method(MERGE, "--merge/--no-merge", sets="merge")] = None
-    set_: Annotated[list[str] | None, Method(SET, "--set", metavar="FIELD=VALUE")] = None
-    out: Annotated[Path | None, Output("Output folder. Default: ./compressed/NAME-tuned.")] = None
-    batch_size: Annotated[int | None, Machine(BATCH, sets="batch_size")] = None
-    dtype: Annotated[str | None, Machine(DTYPE)] = None
+    data: Annotated[str | None, opt.Data(DATA, sets="data")] = None
+    seq_len: Annotated[int | None, opt.Data(LENGTH, sets="seq_len")] = None
+    steps: Annotated[int | None, opt.Method("Training length in steps. Default: 400.", sets="steps")] = None
+    tokens: Annotated[int | None, opt.Method("Training length in tokens.", sets="tokens")] = None
+    train: Annotated[Trained | None, opt.Method(TRAIN, sets="train")] = None
+    distill: Annotated[Literal["none", "logits"] | None, opt.Method(DISTILL, sets="distill")] = None
+    teacher: Annotated[str | None, opt.Method(TEACHER)] = None
+    lora_rank: Annotated[int | None, opt.Method("Rank of a new LoRA. Default: 32.", sets="lora_rank")] = None
+    lr: Annotated[float | None, opt.Method(RATE, sets="lr")] = None
+    merge: Annotated[bool | None, opt.Method(MERGE, "--merge/--no-merge", sets="merge")] = None
+    set_: Annotated[list[str] | None, opt.Method(SET, "--set", metavar="FIELD=VALUE")] = None
+    out: Annotated[Path | None, opt.Output("Output folder. Default: ./compressed/NAME-tuned.")] = None
+    batch_size: Annotated[int | None, opt.Machine(BATCH, sets="batch_size")] = None
+    dtype: Annotated[str | None, opt.Machine(DTYPE)] = None
 
     def settings(self, usual_data: str = "", config: Any = None) -> "Settings":
         """Raises UsageError with all that is wrong, each with what put it there."""
         from compress.tuning.settings import parse_settings
 
-        values: dict[str, Any] = {"data": usual_data, "seq_len": usual_seq_len(config, None, SEQ_LEN)}
+        values: dict[str, Any] = {"data": usual_data, "seq_len": opt.usual_seq_len(config, None, SEQ_LEN)}
         typed = {name: value for name, value, _ in self.in_recipe}
         flags = {name: words for name, _, words in self.in_recipe}
         for text in self.set_ or []:
@@ -85,7 +76,7 @@ class FinetuneOptions(WritingOptions):
 
 
 @reporting_errors
-@with_options(FinetuneOptions)
+@opt.with_options(FinetuneOptions)
 def finetune(
     run: FinetuneOptions,
     folder: Annotated[Path, typer.Argument(metavar="OUT", help="The compressed checkpoint's folder.")],
@@ -99,7 +90,7 @@ def finetune(
         if run.teacher is not None and run.distill == "none":
             raise UsageError("--teacher has no effect with --distill none. Leave one out.")
     asked: dict[str, Any] = {"dtype": run.dtype, "data_dir": run.data_dir, "device": run.device}
-    found = look_at(problems, [str(folder)], **asked, check=run.settings)
+    found = opt.look_at(problems, [str(folder)], **asked, check=run.settings)
     problems.report()
 
     import torch

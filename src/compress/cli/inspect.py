@@ -2,55 +2,25 @@
 
 import importlib.util
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from compress.cli import options as opt
+from compress.cli import tables
 from compress.cli.console import progress_bar, quiet_libraries, reporting_errors
-from compress.cli.options import (
-    Device,
-    Found,
-    Json,
-    Output,
-    Panel,
-    Save,
-    TrustRemoteCode,
-    computing_dtype,
-    look_at,
-    newest_or_refuse,
-)
-from compress.cli.tables import (
-    ONE_FILE,
-    Row,
-    gigabytes,
-    loads_as,
-    number,
-    print_json,
-    print_lines,
-    print_rows,
-    print_values,
-    sizes,
-)
 from compress.errors import Problems, UsageError
 from compress.errors import report as refuse
 from compress.models.hub import find_model
 
 if TYPE_CHECKING:
     from compress.checkpoints.metadata import Metadata
-    from compress.evaluation.evaluate import Subject
+    from compress.evaluation.windows import Subject
     from compress.inspection.checkpoint import Inspection
     from compress.progress import Progress
-
-# Columns that are called otherwise than in the JSON, and how their numbers are shown.
-HEADINGS = {
-    **{"name": "", "linear": "", "widths": "width", "kv_groups": "KV", "ranks": "rank", "patterns": "pattern"},
-    **{"bits_per_weight": "bits a weight", "error": "stream error"},
-}
-FORMATS = {"bits_per_weight": ".2f", "zeros": ".1%", "error": ".2%", "lost": ".2%"}
-
 
 OUTS = "Checkpoints' folders. Default: the newest under ./compressed."
 FAST = "Read headers alone: no checksums verified, no zeros counted."
@@ -65,13 +35,13 @@ def inspect_outputs(
     fast: Annotated[bool, typer.Option("--fast", help=FAST)] = False,
     plot: Annotated[Path | None, typer.Option(help=PLOT)] = None,
     card: Annotated[bool, typer.Option("--card", help=CARD)] = False,
-    json: Json = False,
+    json: opt.Json = False,
 ) -> None:
     """Show what is in a checkpoint: widths, ranks, bits, zeros, errors and bytes of each block, checksums verified.
 
     Example: compress inspect compressed/llama-2-7b-anchored-kp0.75 --plot plots
     """
-    folders = outputs or [newest_or_refuse("inspect")]
+    folders = outputs or [opt.newest_or_refuse("inspect")]
     if card and len(folders) > 1:
         raise UsageError(f"--card takes one checkpoint, got {len(folders)}. Leave out the others.")
     if plot is not None and importlib.util.find_spec("matplotlib") is None:
@@ -92,16 +62,16 @@ def inspect_outputs(
     if card and first.metadata is None:
         raise UsageError(f"--card writes the card of a checkpoint of ours, and {first.folder} has no compress.json.")
     if json:
-        print_json(as_data(first) if len(seen) == 1 else {"checkpoints": [as_data(each) for each in seen]})
+        tables.print_json(as_data(first) if len(seen) == 1 else {"checkpoints": [as_data(each) for each in seen]})
     elif len(seen) > 1:
-        print_rows("Checkpoints", [size_cells(each) for each in seen])
+        tables.print_rows("Checkpoints", [size_cells(each) for each in seen])
     else:
         show(first, linears=linears)
     if plot is not None:
         from compress.inspection.plots import plot_comparison, plot_inspection
 
         drawn = plot_inspection(first, plot) if len(seen) == 1 else plot_comparison(seen, plot)
-        print_lines([] if json else [f"wrote {file}" for file in drawn])
+        tables.print_lines([] if json else [f"wrote {file}" for file in drawn])
     if card and first.metadata is not None:  # after the plots, which it shows where they lie beside it
         write_card(first.folder, first.metadata, first.quality)
 
@@ -112,7 +82,7 @@ def push_output(
     repository: Annotated[str, typer.Argument(metavar="REPO", help="NAME or OWNER/NAME on the hub.")],
     public: Annotated[bool, typer.Option("--public", help="Everybody may see it. Otherwise you alone.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the repository holds.")] = False,
-    json: Json = False,
+    json: opt.Json = False,
 ) -> None:
     """Push a checkpoint to the hub, privately, once all its files are verified. The token is that of `hf auth login`.
 
@@ -123,19 +93,16 @@ def push_output(
     with progress_bar("verifying") as progress:
         address = push(output, repository, private=not public, overwrite=overwrite, progress=progress)
     if json:
-        print_json({"folder": str(output), "repository": repository, "address": address})
+        tables.print_json({"folder": str(output), "repository": repository, "address": address})
     else:
-        print_lines([f"pushed {output} to {address}"])
+        tables.print_lines([f"pushed {output} to {address}"])
 
 
 # A checkpoint as a page.
 
-SideBySide = Panel("Prompts side by side")
+SideBySide = opt.Panel("Prompts side by side")
 REPORTED = "The checkpoint's folder. Default: the newest under ./compressed."
 AGAINST = "The dense model, which goes on with prompts beside OUT; its quality.json is read, too."
-COUNT = "How many of our prompts. Default: 4."
-PROMPT = "A prompt of yours in place of ours; may be repeated."
-FILE = "The page. Default: report.html in OUT."
 NO_PLOTS = "Without plots, which need matplotlib: pip install 'compress-llm[plots]'."
 FEW = 4  # prompts
 
@@ -144,26 +111,26 @@ FEW = 4  # prompts
 def write_report(
     output: Annotated[Path | None, typer.Argument(metavar="OUT", help=REPORTED, show_default=False)] = None,
     against: Annotated[str | None, SideBySide(AGAINST)] = None,
-    prompts: Annotated[int | None, SideBySide(COUNT, min=1, max=8)] = None,
-    prompt: Annotated[list[str] | None, SideBySide(PROMPT)] = None,
-    out: Annotated[Path | None, Output(FILE)] = None,
-    save: Save = False,
-    device: Device = None,
-    trust_remote_code: TrustRemoteCode = False,
-    json: Json = False,
+    prompts: Annotated[int | None, SideBySide("How many of our prompts. Default: 4.", min=1, max=8)] = None,
+    prompt: Annotated[list[str] | None, SideBySide("A prompt of yours in place of ours; may be repeated.")] = None,
+    out: Annotated[Path | None, opt.Output("The page. Default: report.html in OUT.")] = None,
+    save: opt.Save = False,
+    device: opt.Device = None,
+    trust_remote_code: opt.TrustRemoteCode = False,
+    json: opt.Json = False,
 ) -> None:
     """Write a page about a checkpoint: what was done, size, quality, speed, errors by depth, how to load it.
 
     Example: compress report compressed/llama-2-7b-anchored-kp0.75 --against llama-2-7b
     """
-    folder, problems = output or newest_or_refuse("report"), Problems()
+    folder, problems = output or opt.newest_or_refuse("report"), Problems()
     broken = []
     if against is None and (prompts or prompt or save):
         broken.append("--prompts, --prompt and --save are of --against, which names the dense model. Add it.")
     if prompts and prompt:
         broken.append("--prompts counts ours and --prompt gives yours. Use one of them.")
     problems.check(refuse, broken)
-    found = look_at(problems, [against] if against else [], data_dir=None, device=device)
+    found = opt.look_at(problems, [against] if against else [], data_dir=None, device=device)
     problems.report()
 
     from compress.checkpoints.run_folder import own_metadata
@@ -184,14 +151,14 @@ def write_report(
     report.write_report(file, seen, **beside)
     notes = [] if importlib.util.find_spec("matplotlib") else [NO_PLOTS]
     if json:
-        print_json({"folder": str(folder), "file": str(file), "bytes": file.stat().st_size, "notes": notes})
+        tables.print_json({"folder": str(folder), "file": str(file), "bytes": file.stat().st_size, "notes": notes})
     else:
-        print_lines([f"wrote {file}", *notes])
+        tables.print_lines([f"wrote {file}", *notes])
 
 
 def side_by_side(
     seen: "Inspection",
-    found: Found,
+    found: opt.Found,
     prompts: Sequence[str],
     progress: "Progress",
     *,
@@ -214,7 +181,7 @@ def side_by_side(
 
     def load(subject: "Subject") -> Any:
         free_memory()
-        dtype = computing_dtype(None, subject.config, found.device)
+        dtype = opt.computing_dtype(None, subject.config, found.device)
         return open_model(subject.folder, dtype=dtype, device=found.device, trust_remote_code=trust_remote_code)
 
     dense = subjects[0]
@@ -230,11 +197,11 @@ def side_by_side(
 
 
 def show(seen: "Inspection", *, linears: bool) -> None:
-    from compress.inspection.checkpoint import as_data
+    from compress.inspection.checkpoint import as_data, cells
 
     data, metadata, notes = as_data(seen), seen.metadata, list[str]()
     types = sorted(data["dtypes"].items(), key=lambda item: -item[1]["bytes"])
-    said = {"types": ", ".join(f"{name} {gigabytes(entry['bytes'])}" for name, entry in types)}
+    said = {"types": ", ".join(f"{name} {tables.gigabytes(entry['bytes'])}" for name, entry in types)}
     if metadata is not None:
         values = origin(seen, metadata, said)
         notes += [f"Made by: {metadata.command}"]
@@ -245,19 +212,19 @@ def show(seen: "Inspection", *, linears: bool) -> None:
             "what it is": "a checkpoint of another program",
             "architecture": data["architecture"],
             "quantized by": seen.quantized_by,
-            "parameters": number(seen.parameters, ",") or "packed in a way not read here",
-            "bytes": gigabytes(seen.bytes),
+            "parameters": tables.number(seen.parameters, ",") or "packed in a way not read here",
+            "bytes": tables.gigabytes(seen.bytes),
             **said,
         }
         if seen.quantized_by:
             notes += ["Weights that another program has packed are counted in bytes and not decoded."]
-    print_values(str(seen.folder), values)
-    print_rows("Blocks", [cells(entry) for entry in data["blocks"]])
-    print_rows("Linears", [cells(entry) for entry in data["linears"]] if linears else [])
-    print_lines(notes)
+    tables.print_values(str(seen.folder), values)
+    tables.print_rows("Blocks", [cells(entry, tables.gigabytes) for entry in data["blocks"]])
+    tables.print_rows("Linears", [cells(entry, tables.gigabytes) for entry in data["linears"] if linears])
+    tables.print_lines(notes)
 
 
-def origin(seen: "Inspection", metadata: "Metadata", said: Row) -> Row:
+def origin(seen: "Inspection", metadata: "Metadata", said: tables.Row) -> tables.Row:
     """What a checkpoint of ours says of itself."""
     tuned, tuning = None, metadata.tuning
     if tuning is not None:
@@ -268,9 +235,9 @@ def origin(seen: "Inspection", metadata: "Metadata", said: Row) -> Row:
     libraries = " and ".join(["transformers", *beside])
     if not metadata.loads_without_our_code:
         libraries += ", after `import compress` or with trust_remote_code"
-    architecture = loads_as(metadata.architecture, is_stock=metadata.loads_without_our_code)
+    architecture = tables.loads_as(metadata.architecture, is_stock=metadata.loads_without_our_code)
     if seen.is_gguf:
-        architecture, libraries = ONE_FILE, "llama.cpp; compress, dequantized"
+        architecture, libraries = tables.ONE_FILE, "llama.cpp; compress, dequantized"
     parts = f"{sum('/' not in name for name in metadata.parts)} parts" + (" and an adapter" if metadata.adapter else "")
     return {
         "base model": metadata.base_model,
@@ -278,41 +245,20 @@ def origin(seen: "Inspection", metadata: "Metadata", said: Row) -> Row:
         "written as": architecture,
         "loads with": f"compress.load; {libraries}" if metadata.adapter else libraries,
         "parameters, dense": f"{metadata.dense_size.parameters:,}",
-        **sizes(metadata.dense_size, metadata.size),
+        **tables.sizes(metadata.dense_size, metadata.size),
         **said,
-        "bits a weight in the blocks": number(seen.bits_per_weight, ".2f", ", all counted"),
+        "bits a weight in the blocks": tables.number(seen.bits_per_weight, ".2f", ", all counted"),
         "tuned on": tuned,
-        "divergence from dense, held out": number(metadata.held_out_divergence, ".3f", " nats a token"),
+        "divergence from dense, held out": tables.number(metadata.held_out_divergence, ".3f", " nats a token"),
         **{each.name: each.text_and_sample for each in (seen.quality.measures if seen.quality else [])},
         "versions": ", ".join(f"{name} {version}" for name, version in metadata.versions.items()),
         "files": parts + (", as they were written (sha256)" if seen.verified else "; --fast verified no checksums"),
     }
 
 
-def cells(entry: Mapping[str, Any]) -> Row:
-    """A row from a block's or a linear's entry in the JSON."""
-    found: dict[str, Any] = {}
-    for name, value in entry.items():
-        found |= value if name == "units" else {name: value}
-    if found.get("pattern") and not found.pop("pattern_kept"):
-        found["pattern"] += " broken"
-    found.pop("pattern_kept", None)
-    return {HEADINGS.get(name, name): cell(name, value) for name, value in found.items()}
-
-
-def cell(name: str, value: Any) -> str | None:
-    if isinstance(value, list):
-        distinct = list(dict.fromkeys(value))
-        is_range = len(distinct) > 2 and not isinstance(value[0], str)
-        return f"{min(value):,} to {max(value):,}" if is_range else ", ".join(map(str, distinct))
-    if value is None or isinstance(value, str):
-        return value
-    return gigabytes(value) if name == "bytes" else format(value, FORMATS.get(name, ","))
-
-
-def size_cells(seen: "Inspection") -> Row:
+def size_cells(seen: "Inspection") -> tables.Row:
     metadata = seen.metadata
-    parameters, stored = number(seen.parameters, ","), gigabytes(seen.bytes)
+    parameters, stored = tables.number(seen.parameters, ","), tables.gigabytes(seen.bytes)
     if metadata is not None:
         size, dense = metadata.size, metadata.dense_size
         parameters = f"{size.parameters:,} ({size.parameters / dense.parameters:.0%})"
@@ -321,6 +267,6 @@ def size_cells(seen: "Inspection") -> Row:
         "": seen.name,
         "parameters (of dense)": parameters,
         "bytes (of dense)": stored,
-        "bits a weight": number(seen.bits_per_weight, ".2f"),
-        "divergence": number(metadata.held_out_divergence if metadata else None, ".3f"),
+        "bits a weight": tables.number(seen.bits_per_weight, ".2f"),
+        "divergence": tables.number(metadata.held_out_divergence if metadata else None, ".3f"),
     }

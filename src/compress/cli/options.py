@@ -38,17 +38,15 @@ class Panel:
 
 
 Amounts, Method, Data, Machine, Output = map(Panel, ("How much", "Method", "Data", "Machine", "Output"))
-DTYPE = "Dtype of the written weights. Default: the model's own."
 PROFILE = "Print on stderr where the time went, by function and by kind of work."
 DATA_DIR = "Folder with data sets as plain files, for use offline."
-TRUST = "Run modeling code that the model brings along."
 DataDir = Annotated[Path | None, Data(DATA_DIR, envvar="COMPRESS_DATA_DIR")]
 Json = Annotated[bool, Output("Print the result as JSON.", "--json")]
 Save = Annotated[bool, Output("Keep the result in quality.json in the checkpoint's folder.", "--save")]
 Device = Annotated[str | None, Machine("cuda, cuda:1, cpu. Default: a GPU if there is one.")]
 Engine = Literal["transformers", "llamacpp"]
 BatchSize = Annotated[int | None, Machine("Sequences per batch.", min=1)]
-TrustRemoteCode = Annotated[bool, Machine(TRUST, "--trust-remote-code")]
+TrustRemoteCode = Annotated[bool, Machine("Run modeling code that the model brings along.", "--trust-remote-code")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +60,7 @@ class WritingOptions:
     data_dir: DataDir = None
     seed: Annotated[int | None, Data("Random seed. Default: 42.", min=0, sets="seed")] = None
     out: Annotated[Path | None, Output("Output folder. Default: ./compressed/MODEL-METHOD-AMOUNT.")] = None
-    dtype: Annotated[str | None, Output(DTYPE, sets="dtype")] = None
+    dtype: Annotated[str | None, Output("Dtype of the written weights. Default: the model's own.", sets="dtype")] = None
     resume: Annotated[bool, Output("Resume an interrupted run, if there is one.", "--resume")] = False
     overwrite: Annotated[bool, Output("Replace the output if it exists.", "--overwrite")] = False
     dry_run: Annotated[bool, Output("Show what would be done, and write nothing.", "--dry-run")] = False

@@ -25,7 +25,10 @@ FLOATS = {"fp8": (8, None), "nvfp4": (4, 16), "mxfp4": (4, 32)}  # bits, and inp
 FAST_ITERATIONS = 20
 POLISH = 3  # rounds without an adapter; with one, every round of it polishes again
 
-GROUP = "Quantization granularity: tensor, channel, or a group size. Default: 128, or channel where 128 is no divisor."
+GROUP = (
+    "Quantization granularity: tensor, channel, a group size, or 128x128 blocks of fp8. Default: 128, or channel where "
+    "128 is no divisor."
+)
 INPUTS = "Quantize activations too, per token, at run time: fp8 with fp8 weights, int8 with integer weights."
 REFIT = "Solve every linear again, toward the dense model, before it is compressed. Default: --refit for our methods."
 ACT_ORDER = "GPTQ in order of decreasing activation (desc_act)."
@@ -158,7 +161,6 @@ def quantize_model(
 
 # The best types for a size.
 
-SIZE = "Bytes of the file at most: 88.2MB, 4GB. Never exceeded."
 FOR = "What runs the result; llama.cpp is the only one yet."
 TRIALS = "Sets of types to measure, each a forward pass over a few windows. Default: 20."
 TIME = "Seconds of trials at most; what has been found by then is taken."
@@ -205,7 +207,7 @@ class AutoOptions(RunOptions):
 def auto_model(
     run: AutoOptions,
     model: Annotated[str | None, typer.Option(help=f"{MODEL} Default: that of --from, else demo.")] = None,
-    target_size: Annotated[str | None, Amounts(SIZE)] = None,
+    target_size: Annotated[str | None, Amounts("Bytes of the file at most: 88.2MB, 4GB. Never exceeded.")] = None,
     for_: Annotated[Literal["llama.cpp", "vllm", "transformers"], Output(FOR, "--for")] = "llama.cpp",
     trials: Annotated[int | None, Method(TRIALS, min=0, sets="budget.trials")] = None,
     time: Annotated[float | None, Method(TIME, sets="budget.trial_seconds")] = None,

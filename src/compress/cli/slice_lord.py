@@ -87,7 +87,6 @@ SLICE_METHOD = "anchored: ours, refitted to the dense model. slicegpt: the paper
 ROTATION = "One rotation for the whole stream (a stock architecture), or one per layer with shortcuts. Default: shared."
 SLICE_REFIT = "Solve the layers that read and write the stream again, toward the dense model. Default: --refit."
 MLP = "Share of the MLP neurons to delete; chosen under a budget."
-KV = "Share of the KV groups to delete, with their query heads."
 DEPTH = "Number of blocks to leave out, those that the model misses least; chosen under a budget, 0 for none."
 NEURONS = "Under a budget: as many neurons in every block, or free, without a stock architecture. Default: uniform."
 ROUND = "Round widths down to a multiple. Default: what suits the architecture."
@@ -101,7 +100,7 @@ def slice_model(
     ratio: Annotated[str | None, Amounts(RATIO)] = None,
     explained_variance: Annotated[float | None, Amounts(ENERGY)] = None,
     mlp_ratio: Annotated[float | None, Amounts(MLP)] = None,
-    kv_ratio: Annotated[float | None, Amounts(KV)] = None,
+    kv_ratio: Annotated[float | None, Amounts("Share of the KV groups to delete, with their query heads.")] = None,
     drop_blocks: Annotated[int | None, Amounts(DEPTH)] = None,
     round_to: Annotated[int | None, Amounts(ROUND, sets="slice.round_to")] = None,
     method: Annotated[Literal["anchored", "slicegpt"], Method(SLICE_METHOD)] = "anchored",

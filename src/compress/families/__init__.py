@@ -65,6 +65,7 @@ class BranchTable:
         that has taken that in. Such a branch has one writer.
     experts: the parts of it that have only some of the tokens each, as branches of their own without a norm; what they
         read and write is the branch's too.
+    inner: linears between readers and writers, which stay as they are.
     """
 
     name: str
@@ -76,6 +77,13 @@ class BranchTable:
     post_norm: str | None = None
     post_norm_of: Literal["update", "stream"] = "update"
     experts: tuple["BranchTable", ...] = ()
+    inner: tuple[str, ...] = ()
+
+    def structure(self) -> dict[str, Any]:
+        names = {key: value for key, value in asdict(self).items() if key not in ("experts", "inner", "units")}
+        neurons = next((units for units in self.units if units.kind == "neurons"), None)
+        names["neurons"] = neurons and {"readers": dict(neurons.readers), "writer": neurons.writer}
+        return names
 
     def readers_by_norm(self) -> dict[str | None, tuple[str, ...]]:
         """Readers by the norm before them; None without a norm."""
@@ -91,6 +99,8 @@ class BranchTable:
 class Family:
     """The parts of a family's causal LM. Names are below the causal LM, those in `branches` below a block.
 
+    others: the branches of the blocks that are built otherwise, by their numbers; as many, of the same names. All units
+        of one kind are in all blocks.
     project_in, project_out: linears that the embeddings and what the head reads pass, where the model has them.
     final_norm: None where the head reads the stream as it is.
     norm: `layer` (LayerNorm), `rms` (gain w), `rms_plus_one` (gain 1 + w).
@@ -99,7 +109,9 @@ class Family:
     multiplier: the config's key for what everything that a branch writes is multiplied by.
     logits: what the model does to the head's outputs, in order, each with the key of its number in the config:
         `multiplier`, `divisor`, `softcap` (c tanh(y / c)).
-    routers: readers that decide where tokens go; stages on linears leave them alone if not told otherwise.
+    routers: readers that decide where tokens go, or what a recurrence keeps; stages on linears leave them alone if not
+        told otherwise.
+    recurrent: what some blocks have in place of the attention, a recurrence with a state for a cache.
     dropout: the config's key for dropout on what a branch adds, None where the family has none or its modules do it.
     returns_tuple: the stock blocks return a tuple that starts with the stream.
     first_width_last: the stock model gives the head the stream in the width that it had before the first block.
@@ -111,7 +123,9 @@ class Family:
     embeddings: tuple[str, ...] = ("model.embed_tokens",)
     blocks: str = "model.layers"
     branches: tuple[BranchTable, ...]
+    others: Mapping[int, tuple[BranchTable, ...]] = field(default_factory=dict)
     attention: str = "self_attn"
+    recurrent: str | None = None
     final_norm: str | None = "model.norm"
     head: str = "lm_head"
     project_in: str | None = None
@@ -135,6 +149,9 @@ class Family:
     def body(self) -> str:
         """The model without its head. (Llama 4's `base_model` is not it.)"""
         return self.blocks.partition(".")[0]
+
+    def branches_of(self, block: int) -> tuple[BranchTable, ...]:
+        return self.others.get(block, self.branches)
 
     @property
     def embedding_parts(self) -> tuple[str, ...]:
@@ -170,21 +187,19 @@ class Family:
         """The names alone, as plain data: what a checkpoint of our own class has in its config.json."""
         named = ("embeddings", "blocks", "attention", "final_norm", "head", "head_bias", "dropout", "returns_tuple")
         names: dict[str, Any] = {name: getattr(self, name) for name in (*named, "multiplier", "logits")}
-        branches = [asdict(branch) for branch in self.branches]
-        for branch in branches:
-            branch.pop("experts")
-            neurons = [units for units in branch.pop("units") if units["kind"] == "neurons"]
-            branch["neurons"] = (
-                {"readers": dict(neurons[0]["readers"]), "writer": neurons[0]["writer"]} if neurons else None
-            )
-        plain: dict[str, Any] = json.loads(json.dumps({**names, "branches": branches}))  # tuples become lists
+        names["branches"] = [table.structure() for table in self.branches]
+        if self.recurrent:
+            names["recurrent"] = self.recurrent
+        if self.others:
+            names["others"] = {number: [table.structure() for table in each] for number, each in self.others.items()}
+        plain: dict[str, Any] = json.loads(json.dumps(names))  # tuples become lists, numbers of blocks strings
         return plain
 
     def part_of(self, name: str) -> str:
         """The part of a block that a linear belongs to: `attention`, `mlp` or `router`."""
         if name in self.routers:
             return "router"
-        return "attention" if name.startswith(f"{self.attention}.") else "mlp"
+        return "attention" if name.split(".")[0] in (self.attention, self.recurrent) else "mlp"
 
     def units(self, kind: str) -> list[Units]:
         return [units for branch in self.branches for units in branch.units if units.kind == kind]
@@ -228,6 +243,8 @@ def check_exact(config: Any, family: Family) -> None:
 REFUSED = {
     "gemma3": "its config is that of text and images together. Compress the language model alone: load it with "
     "Gemma3ForCausalLM.from_pretrained, write it with save_pretrained (model type gemma3_text), and start from that.",
+    "qwen3_5": "its config is that of text and images together. Compress the language model alone: load it with "
+    "Qwen3_5ForCausalLM.from_pretrained, write it with save_pretrained (model type qwen3_5_text), and start from that.",
     "gpt2": "its linear layers are Conv1D modules, whose weights lie the other way round. gpt_bigcode has the same "
     "blocks in plain linears.",
 }

@@ -1,11 +1,12 @@
 """The branches that families share, and short ways to write one of a family's own."""
 
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
-from compress.errors import UnsupportedModel
 from compress.families import BranchTable, Family, Units
 
+Branches = tuple[BranchTable, ...]
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 # Readers whose outputs have a norm of their own, a head at a time, and those norms.
 NORMED_HEADS = (("self_attn.q_proj", "self_attn.q_norm"), ("self_attn.k_proj", "self_attn.k_norm"))
@@ -100,15 +101,16 @@ def expert(name: str, module: str, *, count: str | None) -> BranchTable:
     return replace(table, name=name, norms=(), units=table.units if count else ())
 
 
-def sparse_mlp(num_experts: int, *, count: str, shared: bool = False) -> BranchTable:
+def sparse_mlp(num_experts: int, *, count: str | None, shared: bool = False, shared_router: bool = True) -> BranchTable:
     """A router, and gated MLPs of which each token takes a few.
 
-    count: the config's key for an expert's neurons. shared: with an expert of every token, whose width is another.
+    count: the config's key for an expert's neurons; None where they are no units. shared: with an expert of every
+        token, whose width is another. shared_router: its share is decided too.
     """
     experts = tuple(expert(f"expert {n}", f"mlp.expert.{n}", count=count) for n in range(num_experts))
     if shared:
         experts = (*experts, expert("shared expert", "mlp.shared_expert", count=None))
-    routers = (ROUTER, SHARED_ROUTER) if shared else (ROUTER,)
+    routers = (ROUTER, SHARED_ROUTER) if shared and shared_router else (ROUTER,)
     return BranchTable(
         name="mlp",
         norms=("post_attention_layernorm",),
@@ -120,10 +122,23 @@ def sparse_mlp(num_experts: int, *, count: str, shared: bool = False) -> BranchT
     )
 
 
-def check_all_sparse(config: Any) -> None:
-    """Raises UnsupportedModel for a model whose blocks are not all alike."""
-    if config.mlp_only_layers or config.decoder_sparse_step != 1:
-        raise UnsupportedModel(
-            f"Some blocks of this {config.model_type} model have experts and some a dense MLP (mlp_only_layers, "
-            "decoder_sparse_step), which is not supported. Models whose blocks are all alike work."
-        )
+def with_dense_blocks(
+    attention: BranchTable, sparse: BranchTable, dense: BranchTable, numbers: Collection[int], num_blocks: int
+) -> tuple[Branches, dict[int, Branches]]:
+    """The branches of blocks with experts, and those of the blocks of these numbers, which have a dense MLP.
+
+    Where there are both, their neurons are not units: one number of them is of no use to both.
+    """
+    if not numbers:
+        return (attention, sparse), {}
+    if len(numbers) == num_blocks:
+        return (attention, dense), {}
+    experts = tuple(replace(each, units=()) for each in sparse.experts)
+    plain = (attention, replace(dense, units=()))
+    return (attention, replace(sparse, units=(), experts=experts)), dict.fromkeys(sorted(numbers), plain)
+
+
+def dense_blocks(config: Any) -> list[int]:
+    """The numbers of the blocks of a Qwen MoE that have a dense MLP."""
+    numbers, step = range(config.num_hidden_layers), config.decoder_sparse_step
+    return [n for n in numbers if n in (config.mlp_only_layers or ()) or not config.num_experts or (n + 1) % step]

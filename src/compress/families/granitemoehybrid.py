@@ -1,20 +1,17 @@
-"""Granite 4's dense models: Granite's blocks, gate and up in one linear.
+"""Granite 4's dense models: Granite's blocks, gate and up in one linear; some blocks may be Mamba layers.
 
 No engine takes its head_dim from the config, so a narrower one is no stock model.
 """
 
+from dataclasses import replace
 from typing import Any
 
 from compress.families import Family
-from compress.families._blocks import ATTENTION, mlp
+from compress.families._blocks import ATTENTION, attention, mlp
 
 
 def refused(config: Any) -> str | None:
-    if set(config.layer_types) != {"full_attention"}:
-        return "some of its blocks are Mamba layers, which have no attention (layer_types)."
-    if config.num_local_experts:
-        return "its blocks have experts beside a shared MLP (num_local_experts)."
-    return None
+    return "its blocks have experts beside a shared MLP (num_local_experts)." if config.num_local_experts else None
 
 
 MLP = mlp(
@@ -24,9 +21,16 @@ MLP = mlp(
     stacks=2,
     count="shared_intermediate_size",
 )
-FAMILY = Family(
-    branches=(ATTENTION, MLP),
-    multiplier="residual_multiplier",
-    logits={"divisor": "logits_scaling"},
-    refused=refused,
-)
+MAMBA = (attention("mamba", "in_proj", writer="out_proj"), MLP)
+
+
+def family(config: Any) -> Family:
+    recurrent = [number for number, kind in enumerate(config.layer_types) if kind == "linear_attention"]
+    return Family(
+        branches=(replace(ATTENTION, units=()) if recurrent else ATTENTION, MLP),  # units are those of all blocks
+        others=dict.fromkeys(recurrent, MAMBA),
+        recurrent="mamba" if recurrent else None,
+        multiplier="residual_multiplier",
+        logits={"divisor": "logits_scaling"},
+        refused=refused,
+    )

@@ -6,10 +6,18 @@ No engine takes its head_dim from the config, so a narrower one is no stock mode
 from typing import Any
 
 from compress.families import Family
-from compress.families._blocks import ATTENTION, ROUTER, SHARED_ROUTER, check_all_sparse, sparse_mlp
+from compress.families._blocks import (
+    ATTENTION,
+    GATED_MLP,
+    ROUTER,
+    SHARED_ROUTER,
+    dense_blocks,
+    sparse_mlp,
+    with_dense_blocks,
+)
 
 
 def family(config: Any) -> Family:
-    check_all_sparse(config)
     experts = sparse_mlp(config.num_experts, count="moe_intermediate_size", shared=True)
-    return Family(branches=(ATTENTION, experts), routers=(ROUTER, SHARED_ROUTER))
+    branches, others = with_dense_blocks(ATTENTION, experts, GATED_MLP, dense_blocks(config), config.num_hidden_layers)
+    return Family(branches=branches, others=others, routers=(ROUTER, SHARED_ROUTER))

@@ -1,6 +1,6 @@
 """A checkpoint looked at: verified against what it says of itself, its blocks and linears summed up from the files."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -34,6 +34,12 @@ from compress.own_model.modeling_compress import unfuse_experts
 from compress.progress import Progress, Steps
 
 HEAD = ("lm_head.", "embed_out.", ".norm.", "final_layer_norm.", "final_layernorm.", "ln_f.", "output")
+# Columns that are called otherwise than in the JSON, and how their numbers are shown.
+HEADINGS = {
+    **{"name": "", "linear": "", "widths": "width", "kv_groups": "KV", "ranks": "rank", "patterns": "pattern"},
+    **{"bits_per_weight": "bits a weight", "error": "stream error"},
+}
+FORMATS = {"bits_per_weight": ".2f", "zeros": ".1%", "error": ".2%", "lost": ".2%"}
 
 
 @dataclass(frozen=True)
@@ -300,3 +306,24 @@ def as_data(seen: Inspection) -> dict[str, Any]:
         "blocks": blocks(seen),
         "linears": [linear.to_dict() for linear in seen.linears],
     }
+
+
+def cells(entry: Mapping[str, Any], of_bytes: Callable[[int], str]) -> dict[str, str | None]:
+    """A row of a table from a block's or a linear's entry in the plain data. of_bytes: how bytes are shown."""
+    found: dict[str, Any] = {}
+    for name, value in entry.items():
+        found |= value if name == "units" else {name: value}
+    if found.get("pattern") and not found.pop("pattern_kept"):
+        found["pattern"] += " broken"
+    found.pop("pattern_kept", None)
+    return {HEADINGS.get(name, name): cell(name, value, of_bytes) for name, value in found.items()}
+
+
+def cell(name: str, value: Any, of_bytes: Callable[[int], str]) -> str | None:
+    if isinstance(value, list):
+        distinct = list(dict.fromkeys(value))
+        is_range = len(distinct) > 2 and not isinstance(value[0], str)
+        return f"{min(value):,} to {max(value):,}" if is_range else ", ".join(map(str, distinct))
+    if value is None or isinstance(value, str):
+        return value
+    return of_bytes(value) if name == "bytes" else format(value, FORMATS.get(name, ","))

@@ -12,23 +12,8 @@ from typing import TYPE_CHECKING
 from compress.checkpoints.metadata import Point
 from compress.checkpoints.quality import Measure
 from compress.errors import UsageError
+from compress.inspection import drawing
 from compress.inspection.checkpoint import Inspection, bits_of_matrices, place_of, point_place
-from compress.inspection.drawing import (
-    BLUE,
-    GREY,
-    INK,
-    MAP,
-    ORANGE,
-    Drawing,
-    axes,
-    byte_text,
-    byte_unit,
-    legend_beside,
-    look,
-    save,
-    shortened,
-    style,
-)
 from compress.inspection.linears import BLOCK, StoredLinear, bits_per_weight
 
 if TYPE_CHECKING:
@@ -52,24 +37,24 @@ PURPOSES = {
 
 def plot_inspection(seen: Inspection, folder: Path) -> list[Path]:
     """What there is to draw of a checkpoint, as PNG files. Raises OutputError for a full disk."""
-    with style():
+    with drawing.style():
         plots = (plot_spectra, plot_energy, plot_errors, plot_bits, plot_ranks, plot_sizes)
-        return save([drawing for plot in plots for drawing in plot(seen)], folder)
+        return drawing.save([each for plot in plots for each in plot(seen)], folder)
 
 
 # Along the depth.
 
 
-def plot_spectra(seen: Inspection) -> list[Drawing]:
+def plot_spectra(seen: Inspection) -> list[drawing.Drawing]:
     """A curve a point, or one for all where they share a basis; the cut is where each has its width."""
     points = [point for point in seen.points if point.spectrum]
     if not points:
         return []
     import matplotlib as mpl
 
-    figure, (plot,) = axes(8.0, 4.6, title=seen.name)
+    figure, (plot,) = drawing.axes(8.0, 4.6, title=seen.name)
     # Between the ends of the map, which are too near to dark and bright pages.
-    colors = [mpl.colormaps[MAP](0.25 + 0.6 * number / len(points)) for number in range(len(points))]
+    colors = [mpl.colormaps[drawing.MAP](0.25 + 0.6 * number / len(points)) for number in range(len(points))]
     ends = {0: f"after {points[0].point}", len(points) - 1: f"after {points[-1].point}"} if len(points) > 1 else {}
     for number, point in enumerate(points):
         spectrum = point.spectrum or []
@@ -77,37 +62,37 @@ def plot_spectra(seen: Inspection) -> list[Drawing]:
         curve = {(place + 0.5) * step: 100 * share for place, share in enumerate(spectrum) if share > 0}
         plot.plot(list(curve), list(curve.values()), color=colors[number], linewidth=1.2, label=ends.get(number))
     for width in sorted({point.width for point in points if point.width < point.dense_width}):
-        plot.axvline(width, color=ORANGE, linewidth=1.2, linestyle="--", label=f"{width} kept")
+        plot.axvline(width, color=drawing.ORANGE, linewidth=1.2, linestyle="--", label=f"{width} kept")
     dense = points[0].dense_width
-    plot.axhline(100 / dense, color=GREY, linewidth=1, linestyle=":", label="all alike")
+    plot.axhline(100 / dense, color=drawing.GREY, linewidth=1, linestyle=":", label="all alike")
     plot.set(xlim=(0, dense), xlabel="direction of the basis", yscale="log", ylabel="share of the energy [%]")
     plot.yaxis.set_major_formatter("{x:g}")
     shared = "one basis for all points" if len(points) == 1 else f"{len(points)} points of the stream, early ones dark"
     plot.set_title(f"spectrum of the stream: {shared}")
     plot.legend(loc="lower left")
-    return [Drawing("spectra", figure)]
+    return [drawing.Drawing("spectra", figure)]
 
 
-def plot_energy(seen: Inspection) -> list[Drawing]:
+def plot_energy(seen: Inspection) -> list[drawing.Drawing]:
     """Widths of the stream, and the share of its energy that the kept directions hold; where it was rotated."""
     points = [point for point in seen.points if point.kept_energy is not None]
     if not points:
         return []
-    figure, (upper, lower) = axes(8.0, 5.8, title=seen.name, rows=(1, 1))
+    figure, (upper, lower) = drawing.axes(8.0, 5.8, title=seen.name, rows=(1, 1))
     places, kept = range(len(points)), [100 * (point.kept_energy or 0) for point in points]
     lowest = min(99.0, *kept)
-    upper.plot(places, kept, color=BLUE, marker="o", clip_on=False)
+    upper.plot(places, kept, color=drawing.BLUE, marker="o", clip_on=False)
     upper.set(ylabel="energy kept [%]", ylim=(lowest - 0.1 * (100 - lowest), 100))
     upper.set_title("energy of the stream in the kept directions")
     dense = [point.dense_width for point in points]
-    lower.step(places, [point.width for point in points], where="mid", color=BLUE, label="kept")
-    lower.step(places, dense, where="mid", color=GREY, linestyle="--", label="dense")
+    lower.step(places, [point.width for point in points], where="mid", color=drawing.BLUE, label="kept")
+    lower.step(places, dense, where="mid", color=drawing.GREY, linestyle="--", label="dense")
     lower.set(ylabel="width [dimensions]", ylim=(0, 1.12 * max(dense)))
     lower.set_title("width of the stream")
     lower.legend(loc="lower right", ncols=2)
     for each in (upper, lower):
         label_points(each, points)
-    return [Drawing("energy", figure)]
+    return [drawing.Drawing("energy", figure)]
 
 
 def label_points(plot: "Axes", points: list[Point]) -> None:
@@ -123,7 +108,7 @@ def label_points(plot: "Axes", points: list[Point]) -> None:
     plot.grid(visible=False, axis="x")
 
 
-def plot_errors(seen: Inspection) -> list[Drawing]:
+def plot_errors(seen: Inspection) -> list[drawing.Drawing]:
     """How far the stream is from the dense model's along the depth, and what each linear lost; what is recorded."""
     from matplotlib.ticker import LogLocator, MaxNLocator
 
@@ -131,10 +116,15 @@ def plot_errors(seen: Inspection) -> list[Drawing]:
     count = bool(points) + bool(lost)
     if not count:
         return []
-    figure, plots = axes(8.0, 0.4 + 3.3 * count, title=seen.name, rows=[1] * count)
+    figure, plots = drawing.axes(8.0, 0.4 + 3.3 * count, title=seen.name, rows=[1] * count)
     if points:
         plot = plots[0]
-        plot.plot(range(len(points)), [100 * (point.relative_error or 0) for point in points], color=ORANGE, marker="o")
+        plot.plot(
+            range(len(points)),
+            [100 * (point.relative_error or 0) for point in points],
+            color=drawing.ORANGE,
+            marker="o",
+        )
         plot.set_ylim(bottom=0)
         plot.set_ylabel("relative error [%]")
         plot.set_title("how far the stream is from the dense model's")
@@ -142,15 +132,15 @@ def plot_errors(seen: Inspection) -> list[Drawing]:
     if lost:
         plot = plots[-1]
         for number, (name, found) in enumerate(lost.items()):
-            plot.plot(list(found), [100 * value for value in found.values()], **look(number), label=name)
+            plot.plot(list(found), [100 * value for value in found.values()], **drawing.look(number), label=name)
         plot.set(xlabel="block", yscale="log", ylabel="energy lost [%]")
         plot.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         plot.yaxis.set_major_formatter("{x:g}")
         plot.yaxis.set_minor_formatter("")
         plot.xaxis.set_major_locator(MaxNLocator(integer=True))
         plot.set_title("energy of the outputs that each linear lost")
-        legend_beside(plot)
-    return [Drawing("errors", figure)]
+        drawing.legend_beside(plot)
+    return [drawing.Drawing("errors", figure)]
 
 
 def losses(seen: Inspection) -> dict[str, dict[int, float]]:
@@ -166,7 +156,7 @@ def losses(seen: Inspection) -> dict[str, dict[int, float]]:
 Cells = Mapping[tuple[str, int], tuple[float, str]]
 
 
-def plot_ranks(seen: Inspection) -> list[Drawing]:
+def plot_ranks(seen: Inspection) -> list[drawing.Drawing]:
     """Colored by the share of the full rank that factors or adapters have."""
     cells = {
         (each.name, each.block): (each.rank / min(each.form.m, each.form.n), str(each.rank))
@@ -174,10 +164,10 @@ def plot_ranks(seen: Inspection) -> list[Drawing]:
         if each.block is not None and each.rank
     }
     how = {"title": "rank of each linear that has factors or an adapter", "label": "share of the full rank"}
-    return [Drawing("ranks", draw_map(seen, cells, **how))] if cells else []
+    return [drawing.Drawing("ranks", draw_map(seen, cells, **how))] if cells else []
 
 
-def plot_bits(seen: Inspection) -> list[Drawing]:
+def plot_bits(seen: Inspection) -> list[drawing.Drawing]:
     """Bits of a weight, everything counted but biases; where they are not all alike."""
     found = {(each.name, each.block): bits_per_weight([each]) for each in seen.linears if each.block is not None}
     for tensor in seen.tensors if seen.is_gguf else ():
@@ -187,7 +177,7 @@ def plot_bits(seen: Inspection) -> list[Drawing]:
     if len({text for _, text in cells.values()}) < 2:
         return []
     how = {"title": "bits of a weight, everything counted but biases", "label": "bits"}
-    return [Drawing("bits", draw_map(seen, cells, **how))]
+    return [drawing.Drawing("bits", draw_map(seen, cells, **how))]
 
 
 def draw_map(seen: Inspection, cells: Cells, *, title: str, label: str) -> "Figure":
@@ -195,11 +185,13 @@ def draw_map(seen: Inspection, cells: Cells, *, title: str, label: str) -> "Figu
     blocks = 1 + max(block for _, block in cells)
     values = [[cells.get((name, block), (float("nan"), ""))[0] for block in range(blocks)] for name in names]
     width = min(max(6.0, 2.6 + 0.38 * blocks), WIDEST)
-    figure, (plot,) = axes(width, 1.6 + 0.3 * len(names), title=seen.name)
+    figure, (plot,) = drawing.axes(width, 1.6 + 0.3 * len(names), title=seen.name)
     highest = max(value for value, _ in cells.values())
-    image = plot.pcolormesh(values, cmap=MAP, vmin=0, vmax=highest, edgecolors="face", linewidth=0.1, clip_on=False)
+    image = plot.pcolormesh(
+        values, cmap=drawing.MAP, vmin=0, vmax=highest, edgecolors="face", linewidth=0.1, clip_on=False
+    )
     for (name, block), (value, text) in cells.items() if len(cells) <= WRITTEN else ():
-        color = INK if value > 0.55 * highest else "white"
+        color = drawing.INK if value > 0.55 * highest else "white"
         plot.text(block + 0.5, names.index(name) + 0.5, text, ha="center", va="center", color=color, fontsize=9)
     plot.set_yticks([0.5 + place for place in range(len(names))], names)
     shown = range(0, blocks, max(1, blocks // 16))
@@ -216,33 +208,33 @@ def draw_map(seen: Inspection, cells: Cells, *, title: str, label: str) -> "Figu
 # Sizes.
 
 
-def plot_sizes(seen: Inspection) -> list[Drawing]:
+def plot_sizes(seen: Inspection) -> list[drawing.Drawing]:
     """Where the bytes are, and how many bits a weight takes."""
     names, kinds = [*dict.fromkeys(each.name for each in seen.linears if each.block is not None)], bytes_by_kind(seen)
     if not names:
         return []
-    figure, (upper, lower) = axes(
+    figure, (upper, lower) = drawing.axes(
         8.5, 3.1 + 0.3 * (len(kinds) + len(names)), title=seen.name, rows=(len(kinds), len(names) + 1)
     )
-    unit, scale = byte_unit(seen.bytes)
+    unit, scale = drawing.byte_unit(seen.bytes)
     found = dict(sorted(kinds.items(), key=lambda item: item[1]))
-    bars = upper.barh(list(found), [count / scale for count in found.values()], color=BLUE)
-    labels = [f"{byte_text(count)}, {count / seen.bytes:.1%}" for count in found.values()]
+    bars = upper.barh(list(found), [count / scale for count in found.values()], color=drawing.BLUE)
+    labels = [f"{drawing.byte_text(count)}, {count / seen.bytes:.1%}" for count in found.values()]
     upper.bar_label(bars, labels, padding=4, fontsize=10)
     upper.margins(x=0.25)
     upper.set_xlabel(f"stored [{unit}]")
-    dense = f"; dense it has {byte_text(seen.metadata.dense_size.bytes)}" if seen.metadata else ""
-    upper.set_title(f"where its {byte_text(seen.bytes)} are{dense}")
+    dense = f"; dense it has {drawing.byte_text(seen.metadata.dense_size.bytes)}" if seen.metadata else ""
+    upper.set_title(f"where its {drawing.byte_text(seen.bytes)} are{dense}")
     linears = {name: [linear for linear in seen.linears if linear.name == name] for name in reversed(names)}
     bits = {"all": seen.bits_per_weight or 0} | {name: bits_per_weight(each) or 0 for name, each in linears.items()}
-    bars = lower.barh(list(bits), list(bits.values()), color=[GREY] + [ORANGE] * len(names))
+    bars = lower.barh(list(bits), list(bits.values()), color=[drawing.GREY] + [drawing.ORANGE] * len(names))
     lower.bar_label(bars, [f"{value:.2f}" for value in bits.values()], padding=4, fontsize=10)
     lower.margins(x=0.12)
     lower.set_xlabel("stored [bits a weight]")
     lower.set_title("linears of the blocks, everything counted but biases")
     for plot in (upper, lower):
         plot.grid(visible=False)
-    return [Drawing("sizes", figure)]
+    return [drawing.Drawing("sizes", figure)]
 
 
 def bytes_by_kind(seen: Inspection) -> Counter[str]:
@@ -306,8 +298,8 @@ def plot_comparison(seen: Sequence[Inspection], folder: Path) -> list[Path]:
         raise UsageError(
             "There is no measure that two of these checkpoints have. Measure them alike: compress eval --save."
         )
-    with style():
-        return save([draw(name, found) for name, found in shared.items()], folder)
+    with drawing.style():
+        return drawing.save([draw(name, found) for name, found in shared.items()], folder)
 
 
 def frontier(marks: Sequence[Mark]) -> list[Mark]:
@@ -319,18 +311,18 @@ def frontier(marks: Sequence[Mark]) -> list[Mark]:
     return best
 
 
-def draw(name: str, marks: Sequence[Mark]) -> Drawing:
-    figure, (plot,) = axes(10.0, 5.5, title="size and quality")
-    unit, scale = byte_unit(max(mark.bytes for mark in marks))
+def draw(name: str, marks: Sequence[Mark]) -> drawing.Drawing:
+    figure, (plot,) = drawing.axes(10.0, 5.5, title="size and quality")
+    unit, scale = drawing.byte_unit(max(mark.bytes for mark in marks))
     line = frontier(marks)
     sizes, values = [mark.bytes / scale for mark in line], [mark.measure.value for mark in line]
-    plot.plot(sizes, values, color=GREY, drawstyle="steps-post", zorder=1, label="none smaller is as good")
+    plot.plot(sizes, values, color=drawing.GREY, drawstyle="steps-post", zorder=1, label="none smaller is as good")
     for number, mark in enumerate(sorted(marks, key=lambda mark: mark.bytes)):
         place, value, error = mark.bytes / scale, mark.measure.value, mark.measure.error
-        label = shortened(mark.name, 40)
-        plot.errorbar(place, value, yerr=error, **look(number), linestyle="none", capsize=3, label=label)
+        label = drawing.shortened(mark.name, 40)
+        plot.errorbar(place, value, yerr=error, **drawing.look(number), linestyle="none", capsize=3, label=label)
     plot.margins(x=0.12, y=0.14)
     plot.set_xlabel(f"stored [{unit}]")
     plot.set_ylabel(name if marks[0].measure.unit is None else f"{name}\n[{marks[0].measure.unit}]")
-    legend_beside(plot)
-    return Drawing(re.sub(r"[^\w.]+", "-", f"size {name}").strip("-")[:LONGEST], figure)
+    drawing.legend_beside(plot)
+    return drawing.Drawing(re.sub(r"[^\w.]+", "-", f"size {name}").strip("-")[:LONGEST], figure)

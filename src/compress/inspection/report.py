@@ -19,7 +19,7 @@ from compress.checkpoints.card import card_as_html
 from compress.checkpoints.metadata import Metadata
 from compress.checkpoints.quality import Quality, Rate, Speed
 from compress.errors import OutputError, UsageError
-from compress.inspection.checkpoint import Inspection, blocks
+from compress.inspection.checkpoint import Inspection, blocks, cells
 from compress.inspection.drawing import Drawing, as_svg, byte_text, style
 from compress.inspection.plots import plot_bits, plot_energy, plot_errors, plot_ranks, plot_sizes, plot_spectra
 from compress.io import atomic_write
@@ -263,26 +263,6 @@ def unmeasured(seen: Inspection, metadata: Metadata, quality: Quality) -> dict[s
 
 def block_rows(seen: Inspection) -> dict[str, list[str]]:
     """Cells by column, without columns that say nothing."""
-    found = blocks(seen)
-    columns = {
-        "block": [each["name"].removeprefix("block ") for each in found],
-        "width": [span(each["widths"]) for each in found],
-        "rank": [span(each["ranks"]) for each in found],
-        "bits a weight": [shown(each["bits_per_weight"], ".2f") for each in found],
-        "stream error": [shown(each["error"], ".2%") for each in found],
-        "energy lost": [shown(each["lost"], ".2%") for each in found],
-        "parameters": [shown(each["parameters"], ",") for each in found],
-        "bytes": [shown(each["bytes"], ",") for each in found],
-    }
-    return {name: cells for name, cells in columns.items() if any(cells)}
-
-
-def span(values: Sequence[int]) -> str:
-    if not values:
-        return ""
-    low, high = min(values), max(values)
-    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
-
-
-def shown(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
+    rows = [cells(entry, byte_text) for entry in blocks(seen)]
+    columns = {name: [row.get(name) or "" for row in rows] for name in max(rows, key=len, default={})}
+    return {name or "part": found for name, found in columns.items() if any(found)}

@@ -23,6 +23,7 @@ from compress.own_model.modeling_compress import (
     finished_logits,
     replace,
     shortcut_name,
+    structure_of,
     unfuse_experts,
 )
 
@@ -59,9 +60,9 @@ class Decoder:
         self.dense_width = int(config.hidden_size)
         self.model = unfuse_experts(hollow_model(self.config, dtype)).eval()
         self.blocks = list(self.model.get_submodule(family.blocks))
-        for block in self.blocks:
+        for index, block in enumerate(self.blocks):
             # No stock loop runs them here; whoever does wants the stream alone.
-            as_residual_block(block, {**self.structure, "returns_tuple": False}, config)
+            as_residual_block(block, {**structure_of(self.structure, index), "returns_tuple": False}, config)
         self.recorders = [Recorder(returns_tuple=family.returns_tuple) for _ in self.blocks]
         for owner in self.model.modules():
             for name, buffer in owner.named_buffers(recurse=False):
@@ -98,7 +99,7 @@ class Decoder:
         return self._branch("head", self.model, (reader,), (), norms={self.family.final_norm: (reader,)})
 
     def block_branches(self, index: int) -> list[Branch]:
-        return [self._block_branch(index, table) for table in self.family.branches]
+        return [self._block_branch(index, table) for table in self.family.branches_of(index)]
 
     def embed(self, ids: Int64[Tensor, "batch tokens"]) -> tuple[Float[Tensor, "batch tokens d"], list[Arguments]]:
         """Compute the stream before the first block and the other arguments of each block."""
@@ -146,7 +147,7 @@ class Decoder:
 
     def _block_branch(self, index: int, table: BranchTable) -> Branch:
         block = self.blocks[index]
-        names = next(branch for branch in self.structure["branches"] if branch["name"] == table.name)
+        names = next(branch for branch in block.structure["branches"] if branch["name"] == table.name)
         name = f"block {index} {table.name}"
         steps = (block.get_submodule(step) for path in table.paths for step in path)
         return self._branch(

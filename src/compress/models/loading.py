@@ -80,6 +80,12 @@ def with_blocks(config: Any, numbers: Sequence[int]) -> Any:
     for name in BY_BLOCK:
         if each := getattr(found, name, None):
             setattr(found, name, [each[number] for number in numbers])
+    if (first := getattr(found, "first_k_dense_replace", None)) is not None:
+        found.first_k_dense_replace = sum(number < first for number in numbers)
+    if hasattr(found, "decoder_sparse_step"):  # of every so many blocks one has experts, but for those that are listed
+        only, step = found.mlp_only_layers or (), found.decoder_sparse_step
+        found.mlp_only_layers = [new for new, old in enumerate(numbers) if old in only or (old + 1) % step]
+        found.decoder_sparse_step = 1
     return found
 
 

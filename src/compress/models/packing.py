@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from compress.models.storage import BlockLinear, Storage, empty_linear
 from compress.numerics.block_grid import BlockGrid
-from compress.numerics.grids import E2M1, FLOAT4_STEPS, FLOAT8, Grid, QuantType
+from compress.numerics.grids import BLOCK, E2M1, FLOAT4_STEPS, FLOAT8, SIDE, Grid, QuantType
 from compress.numerics.sparsity import Pattern
 from compress.numerics.steps import make_grid
 from compress.own_model.modeling_compress import AdaptedLinear, combinations, place_bits
@@ -128,6 +128,8 @@ def packed_tensors(storage: Storage, weight: Tensor, grid: Grid | None, dtype: t
         return {"weight_packed": packed, "weight_scale": steps, "weight_global_scale": divisor}
     scale, codes, bits = grid.step.to(dtype), grid.codes(weight), grid.quant_type.bits
     zero = None if grid.zero is None else grid.zero.to(torch.int8)
+    if storage.group == BLOCK:
+        scale = scale[::SIDE]
     if storage.group == "tensor":
         scale, zero = scale.view(1), None if zero is None else zero.view(1)
     elif zero is not None and not storage.in_bytes:
@@ -201,6 +203,9 @@ def quantization_config(storage: Storage, untouched: list[str]) -> dict[str, Any
         dtype = "torch.float8_e4m3fn" if name == NVFP4 else "torch.uint8"
         weights |= {"strategy": "tensor_group" if name == NVFP4 else "group", "scale_dtype": dtype, "zp_dtype": dtype}
     inputs = {"num_bits": 8, "type": kind, "symmetric": True, "strategy": "token", "group_size": None, "dynamic": True}
+    if storage.group == BLOCK:
+        weights |= {"strategy": "block", "block_structure": [SIDE, SIDE]}
+        inputs |= {"strategy": "group", "group_size": SIDE}
     group = {
         "targets": ["Linear"],
         "weights": weights,

@@ -9,8 +9,8 @@
     gguf     llama.cpp's types, as a GGUF file has them (BlockLinear)
 
 What is packed has the names, shapes and dtypes of compressed-tensors 0.20, so that its own code reads it: beside the
-codes weight_scale (m, groups), (m, 1) or (1,), and for grids that are not symmetric weight_zero_point. The adapter is
-lora_A (r, n) and lora_B (m, r), in a PEFT folder `lora_A.weight` and `lora_B.weight`.
+codes weight_scale (m, groups), (m, 1), (1,) or of blocks (ceil(m / 128), n / 128), and for grids that are not symmetric
+weight_zero_point. The adapter is lora_A (r, n) and lora_B (m, r), in a PEFT folder `lora_A.weight` and `lora_B.weight`.
 
 Dimensions: W = S + B A, S (m, n), A (r, n), B (m, r); m outputs, n inputs, r the adapter's rank.
 """
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from compress.numerics.block_types import TYPES
-from compress.numerics.grids import E2M1, FLOAT4_STEPS, FLOAT8, Granularity, QuantType
+from compress.numerics.grids import BLOCK, E2M1, FLOAT4_STEPS, FLOAT8, SIDE, Granularity, QuantType
 from compress.numerics.sparsity import Pattern
 from compress.own_model.modeling_compress import AdaptedLinear, CompactLinear, LowRankLinear, PivotLinear, unpack_bits
 
@@ -70,6 +70,8 @@ class Storage:
             raise ValueError("Packed linears have adapters of floats, and no factors for single inputs.")
         if self.floating and not (self.symmetric and (self.bits == 8 or self.in_float4)):
             raise ValueError("Grids of floats have 8 bits, or packed 4 in groups of 16 or 32, and are symmetric.")
+        if self.group == BLOCK and not (self.form == "packed" and self.floating and self.bits == 8):
+            raise ValueError("Blocks that share a scale are of packed 8-bit floats.")
         if self.inputs is not None and (self.bits is None or self.in_float4 or self.floating != (self.inputs == "fp8")):
             raise ValueError("Inputs are rounded to fp8 where weights are, and to int8 where weights are integers.")
 
@@ -96,10 +98,15 @@ class Storage:
 
 
 class RoundedInputs(torch.autograd.Function):
-    """Quantize a linear's inputs with a scale for each token, as compressed-tensors does; gradients pass through."""
+    """Quantize a linear's inputs with a scale for each token, as compressed-tensors does; gradients pass through.
+
+    group: how many inputs of a token share one; None for all.
+    """
 
     @staticmethod
-    def forward(_ctx: Any, x: Tensor, kind: InputNumbers) -> Tensor:
+    def forward(_ctx: Any, x: Tensor, kind: InputNumbers, group: int | None) -> Tensor:
+        if group is not None:
+            return RoundedInputs.forward(_ctx, x.unflatten(-1, (-1, group)), kind, None).flatten(-2)
         quant_type = QuantType(8, floating=kind == "fp8")
         step = x.abs().amax(-1, keepdim=True) / ((quant_type.highest - quant_type.lowest) / 2)
         step = torch.where(step == 0, torch.finfo(x.dtype).eps, step)
@@ -107,8 +114,8 @@ class RoundedInputs(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(_ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient, None
+    def backward(_ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return gradient, None, None
 
 
 class LoraLinear(AdaptedLinear):
@@ -123,6 +130,7 @@ class LoraLinear(AdaptedLinear):
     def __init__(self, in_features: int, out_features: int, storage: Storage, *, bias: bool) -> None:
         super().__init__(in_features, out_features, bias)
         self.inputs = storage.inputs
+        self.input_group = SIDE if storage.group == BLOCK else None
         self.lora_A = self.lora_B = None
         if storage.rank:
             self.lora_A = nn.Parameter(torch.zeros(storage.rank, in_features), requires_grad=False)
@@ -139,7 +147,7 @@ class LoraLinear(AdaptedLinear):
         return self.lora_A.to(dtype), self.lora_B.T.to(dtype)
 
     def rounded(self, x: Tensor) -> Tensor:
-        return x if self.inputs is None else RoundedInputs.apply(x, self.inputs)
+        return x if self.inputs is None else RoundedInputs.apply(x, self.inputs, self.input_group)
 
     def without_adapter(self, x: Tensor) -> Tensor:
         return super().without_adapter(self.rounded(x))
@@ -195,7 +203,11 @@ class QuantizedLinear(LoraLinear):
         super().__init__(in_features, out_features, storage, bias=bias)
         self.group = storage.group
         self.groups = 1 if isinstance(storage.group, str) else in_features // storage.group
-        self.weight_scale = nn.Buffer(torch.zeros((1,) if self.group == "tensor" else (out_features, self.groups)))
+        scales: tuple[int, ...] = (1,) if self.group == "tensor" else (out_features, self.groups)
+        if self.group == BLOCK:
+            self.groups = in_features // SIDE
+            scales = math.ceil(out_features / SIDE), self.groups
+        self.weight_scale = nn.Buffer(torch.zeros(scales))
 
     def codes(self, start: int, stop: int) -> Tensor:
         """(stop - start, n)."""
@@ -210,7 +222,10 @@ class QuantizedLinear(LoraLinear):
         zeros = self.zeros(start, stop)
         if zeros is not None:
             groups -= zeros.to(dtype)[..., None]
-        scale = self.weight_scale if self.group == "tensor" else self.weight_scale[start:stop]
+        if self.group == BLOCK:
+            scale = self.weight_scale[torch.arange(start, stop, device=self.weight_scale.device) // SIDE]
+        else:
+            scale = self.weight_scale if self.group == "tensor" else self.weight_scale[start:stop]
         return groups.mul_(scale.to(dtype)[..., None]).flatten(1)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedLinear":

@@ -21,6 +21,7 @@ from compress.models.loading import hollow_model, load_config, load_model
 from compress.models.storage import LoraLinear, Storage, empty_linear
 from compress.models.tensor_files import ADAPTER, SafetensorsFolder, gguf_of, read_header
 from compress.models.untrusted import read_json, reading, shown
+from compress.numerics.grids import BLOCK, SIDE
 
 METHOD = "compressed-tensors"
 LORA_NAME = re.compile(r"base_model\.model\.(.+)\.(lora_[AB])\.weight")
@@ -65,11 +66,15 @@ def scheme(found: dict[str, Any]) -> Storage:
     strategy, size = weights.get("strategy"), weights.get("group_size")
     grouped = "tensor_group" if (kind, bits, size) == ("float", 4, 16) else "group"
     in_groups = strategy == grouped and isinstance(size, int) and size > 0
-    if not in_groups and strategy not in ("tensor", "channel"):
+    if (kind, bits, strategy, weights.get("block_structure")) == ("float", 8, "block", [SIDE, SIDE]):
+        strategy = BLOCK
+    elif not in_groups and strategy not in ("tensor", "channel"):
         raise ValueError(f"the strategy of weights is {strategy!r}")
     if inputs is not None:
         facts = {key: inputs.get(key) for key in ("num_bits", "symmetric", "dynamic", "strategy")}
-        if facts != {"num_bits": 8, "symmetric": True, "dynamic": True, "strategy": "token"}:
+        each = {"strategy": "group", "group_size": SIDE} if strategy == BLOCK else {"strategy": "token"}
+        facts |= {"group_size": inputs.get("group_size")} if strategy == BLOCK else {}
+        if facts != {"num_bits": 8, "symmetric": True, "dynamic": True, **each}:
             raise ValueError("inputs are rounded in another way than to 8 bits, each token's for itself as it comes")
     return Storage(
         "packed",
@@ -178,9 +183,10 @@ def put_linears(model: nn.Module, quantized: Storage | None, tensors: Safetensor
                 f"{tensors.folder} has quantized weights ({path}), but its config.json no quantization_config. "
                 "Get it again."
             )
-        if isinstance(storage.group, int) and linear.in_features % storage.group:
+        size = SIDE if storage.group == BLOCK else storage.group
+        if isinstance(size, int) and linear.in_features % size:
             raise CheckpointError(
-                f"The {linear.in_features} inputs of {path} do not divide into the groups of {storage.group} that "
+                f"The {linear.in_features} inputs of {path} do not divide into the groups of {size} that "
                 "config.json says. The checkpoint is damaged: get it again."
             )
         storage = replace(storage, rank=0 if adapter is None else tensors.tensors[adapter].shape[0])

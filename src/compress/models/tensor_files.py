@@ -233,6 +233,7 @@ APART = re.compile(r"\.mlp\.experts\.(\d+)\.")
 MIXTRAL = re.compile(r"\.block_sparse_moe\.experts\.(\d+)\.(w[123])\b")
 LETTERS = {"gate": "w1", "down": "w2", "up": "w3"}
 PARTS = {letter: part for part, letter in LETTERS.items()}
+DEEPSEEK = {".mlp.shared_expert.": ".mlp.shared_experts.", ".mlp.correction": ".mlp.gate.e_score_correction_bias"}
 
 
 @dataclass(frozen=True)
@@ -249,6 +250,9 @@ class Piece:
 
 def file_name(name: str, model_type: str) -> str:
     """The name in a stock model's files of a tensor of ours."""
+    if model_type == "deepseek_v3":
+        for own, stored in DEEPSEEK.items():
+            name = name.replace(own, stored)
     if model_type != "mixtral":
         return OURS.sub(r".mlp.experts.\1.\2_proj", name)
     name = OURS.sub(lambda found: f".block_sparse_moe.experts.{found[1]}.{LETTERS[found[2]]}", name)
@@ -257,12 +261,14 @@ def file_name(name: str, model_type: str) -> str:
 
 def stored_forms(name: str) -> list[str]:
     """Names that a tensor may have in a file, fused ones left out."""
-    return list(dict.fromkeys((name, file_name(name, ""), file_name(name, "mixtral"))))
+    return list(dict.fromkeys((name, *(file_name(name, model_type) for model_type in ("", "mixtral", "deepseek_v3")))))
 
 
 def own_name(stored: str) -> str:
     """Our name of a tensor of a file."""
     name = MIXTRAL.sub(lambda found: f".mlp.expert.{found[1]}.{PARTS[found[2]]}_proj", stored)
+    for own, theirs in DEEPSEEK.items():
+        name = name.replace(theirs, own)
     return APART.sub(r".mlp.expert.\1.", name).replace(".block_sparse_moe.gate.", ".mlp.gate.")
 
 

@@ -27,7 +27,7 @@ from compress.errors import NumericalError
 from compress.numerics.admm import sparse_plus_lowrank
 from compress.numerics.block_grid import BlockGrid, fit_blocks, polished
 from compress.numerics.block_types import BlockType
-from compress.numerics.grids import FLOAT8, Granularity, Grid, QuantType
+from compress.numerics.grids import BLOCK, FLOAT8, Granularity, Grid, QuantType
 from compress.numerics.lowrank import AdapterMethod, Factors, fit_adapter
 from compress.numerics.moments import Hessian, InputMoments
 from compress.numerics.sparsity import Pattern, keep_mask, wanda
@@ -292,7 +292,7 @@ def solve(solvers: Sequence[Solver]) -> None:
             S, grid = polished(S, target, hessian, grid, mask=mask, rounds=how.polish)
         else:
             for _ in range(how.polish):
-                if grid is not None and quantize is not None:
+                if grid is not None and quantize is not None and quantize.group != BLOCK:
                     S, grid = rescaled(S, target, hessian, grid, stored=quantize.stored)
                 S = descend(S, target, hessian, grid=grid, mask=mask, rounds=1)
         found = Rounded(S, mask, grid)

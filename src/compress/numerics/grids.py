@@ -23,8 +23,10 @@ from compress.numerics.block_types import BlockType
 FLOAT8 = torch.float8_e4m3fn
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # the 4-bit floats that have no sign, by their codes
 FLOAT4_STEPS = {16: FLOAT8, 32: torch.float8_e8m0fnu}  # the dtype of 4-bit floats' steps by their group: NVFP4, MXFP4
-# What shares a step along the inputs: everything, a row, or so many neighbors in it.
-Granularity = int | Literal["tensor", "channel"]
+# What shares a step along the inputs: everything, a row, so many neighbors in it, or so many in as many rows.
+Granularity = int | Literal["tensor", "channel", "128x128"]
+BLOCK: Literal["128x128"] = "128x128"
+SIDE = 128  # of a block
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,8 @@ class QuantType:
 @dataclass(frozen=True)
 class Grid:
     """
-    group: how many adjacent inputs share a step; the last group of a row may be smaller.
+    group: how many adjacent inputs share a step; the last group of a row may be smaller. The rows of a block have the
+        same steps.
     step: (m or 1, groups). zero: the code of 0, of the same shape; None for 0 itself.
     finer: (n,) what an input's weights are multiplied by before they are rounded, and divided by after; None for 1.
     divisor: what steps are divided by after they have been rounded to the dtype that stores them.

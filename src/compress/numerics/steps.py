@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from compress.numerics.grids import E2M1, FLOAT4_STEPS, FLOAT8, Granularity, Grid, QuantType
+from compress.numerics.grids import BLOCK, E2M1, FLOAT4_STEPS, FLOAT8, SIDE, Granularity, Grid, QuantType
 
 Pieces = Float[Tensor, "g w r"]
 Steps = Float[Tensor, "g r"]
@@ -45,20 +45,26 @@ def make_grid(  # noqa: PLR0913 (all that a grid consists of)
     finer: what inputs' weights are multiplied by before they are rounded; the step is chosen without it.
     divisor: of steps, once they are rounded.
     """
-    pieces, size = pieces_of(W, group), W.shape[1] if isinstance(group, str) else group
+    pieces, size = pieces_of(W, group), SIDE if group == BLOCK else W.shape[1] if isinstance(group, str) else group
     step, zero = (pieces.abs().amax(1) / quant_type.highest, None) if symmetric else spread_steps(pieces, quant_type)
     if method != "absmax" and stored is not None and stored in FLOAT4_STEPS.values():
         step = stored_steps(pieces, quant_type, step, stored, divisor)
     elif method != "absmax":
         step = searched_steps(pieces, quant_type, step, zero, SEARCHES[method])
     step = rounded(positive(step), stored, divisor).T.contiguous()
+    if group == BLOCK:
+        step = step.repeat_interleave(SIDE, 0)[: len(W)]
     return Grid(quant_type, size, step, None if zero is None else zero.T.contiguous(), finer=finer, divisor=divisor)
 
 
 def pieces_of(W: Float[Tensor, "m n"], group: Granularity) -> Float[Tensor, "groups weights rows"]:
-    """Split W into pieces that share a step, the last group padded with zeros."""
+    """Split W into pieces that share a step, the last group padded with zeros; of blocks a row is all their rows."""
     if group == "tensor":
         return W.reshape(1, -1, 1)
+    if group == BLOCK:
+        filled = torch.nn.functional.pad(W, (0, -W.shape[1] % SIDE, 0, -len(W) % SIDE))
+        blocks = filled.view(len(filled) // SIDE, SIDE, -1, SIDE)
+        return blocks.permute(2, 1, 3, 0).flatten(1, 2)
     size = W.shape[1] if isinstance(group, str) else group
     filled = torch.nn.functional.pad(W.T, (0, 0, 0, -W.shape[1] % size))
     return filled.contiguous().view(-1, size, len(W))

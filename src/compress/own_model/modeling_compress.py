@@ -11,6 +11,7 @@ code for attention, KV cache, masks and positions. What the config says is then 
 Experts, which transformers fuses, are linears one by one: they can be factorized and stored like any other.
 """
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -31,6 +32,7 @@ class CompressForCausalLM(PreTrainedModel, GenerationMixin):
     supports_gradient_checkpointing = True
     _no_split_modules = ["ResidualBlock"]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = ["correction"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -156,10 +158,12 @@ class SparseMLP(nn.Module):
     """The stock block's function: each token goes to its `top_k` experts, whose outputs are added up by their shares.
 
     gate: the router. expert: all of them. normalizes: the shares of a token's experts add up to 1.
-    shared_expert, shared_expert_gate: an expert of every token and what its share comes from, if the block has one.
+    shared_expert, shared_expert_gate: an expert of every token and what its share comes from, if the block has one; 1
+        without the latter.
+    scores: None where shares are of a softmax, or DeepSeek-V3's `SigmoidScores`.
     """
 
-    def __init__(self, gate, expert, top_k, normalizes, shared_expert=None, shared_expert_gate=None):
+    def __init__(self, gate, expert, top_k, normalizes, shared_expert=None, shared_expert_gate=None, scores=None):
         super().__init__()
         self.gate = gate
         self.expert = nn.ModuleList(expert)
@@ -167,6 +171,9 @@ class SparseMLP(nn.Module):
         self.normalizes = normalizes
         self.shared_expert = shared_expert
         self.shared_expert_gate = shared_expert_gate
+        self.scores = scores
+        if scores is not None:
+            self.correction = nn.Parameter(scores.correction, requires_grad=False)
 
     def forward(self, hidden_states):
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
@@ -190,15 +197,45 @@ class SparseMLP(nn.Module):
             yield number, tokens, shares[tokens, place, None]
         if self.shared_expert is not None:
             everyone = torch.arange(len(x), device=x.device)
-            yield len(self.expert), everyone, torch.sigmoid(self.shared_expert_gate(x))
+            gate = self.shared_expert_gate
+            yield len(self.expert), everyone, x.new_ones(len(x), 1) if gate is None else torch.sigmoid(gate(x))
 
     def route(self, x):
         """The shares of the chosen experts and their numbers, (tokens, top_k) each; in float32 where x has less."""
+        if self.scores is not None:
+            return self.scored(x)
         logits = self.gate(x)
         shares, chosen = torch.softmax(logits.float() if logits.dtype in HALF else logits, dim=-1).topk(self.top_k)
         if self.normalizes:
             shares = shares / shares.sum(-1, keepdim=True)
         return shares.to(x.dtype), chosen
+
+    def scored(self, x):
+        """`route` of DeepSeek-V3 (arXiv 2412.19437, section 2.1.2): the best of the best groups, by two scores each."""
+        is_half = x.dtype in HALF and isinstance(self.gate, nn.Linear)
+        logits = nn.functional.linear(x.float(), self.gate.weight.float()) if is_half else self.gate(x)
+        scores = logits.sigmoid()
+        rank = scores + self.correction
+        groups = rank.view(len(x), self.scores.groups, -1)
+        best = groups.topk(2, dim=-1).values.sum(-1).topk(self.scores.top_groups, dim=-1).indices
+        out = torch.ones_like(groups[..., 0], dtype=torch.bool).scatter_(1, best, False)
+        chosen = groups.masked_fill(out[..., None], -math.inf).flatten(1).topk(self.top_k, dim=-1).indices
+        shares = scores.gather(1, chosen)
+        if self.normalizes:
+            shares = shares / (shares.sum(-1, keepdim=True) + 1e-20)
+        return (shares * self.scores.scale).to(x.dtype), chosen
+
+
+@dataclasses.dataclass(frozen=True)
+class SigmoidScores:
+    """
+    correction: (experts,), added to the scores that choose. scale: of all shares. Of so many groups top_groups count.
+    """
+
+    correction: torch.Tensor
+    scale: float
+    groups: int
+    top_groups: int
 
 
 def unfuse_experts(model):
@@ -215,9 +252,13 @@ def unfused(stock):
     for gate_up, down in zip(stock.experts.gate_up_proj, stock.experts.down_proj, strict=True):
         gate, up = gate_up.chunk(2)
         experts.append(Expert(linear(gate), linear(up), linear(down), act_fn))
-    shared = getattr(stock, "shared_expert", None)
+    shared = getattr(stock, "shared_expert", None) or getattr(stock, "shared_experts", None)
     if shared is not None:
         shared = Expert(shared.gate_proj, shared.up_proj, shared.down_proj, shared.act_fn)
+    scores, correction = None, getattr(stock.gate, "e_score_correction_bias", None)
+    if correction is not None:
+        router = stock.gate
+        scores = SigmoidScores(correction, router.routed_scaling_factor, router.num_group, router.topk_group)
     return SparseMLP(
         linear(stock.gate.weight),
         experts,
@@ -225,6 +266,7 @@ def unfused(stock):
         getattr(stock.gate, "norm_topk_prob", True),  # Mixtral's always add up to 1
         shared,
         getattr(stock, "shared_expert_gate", None),
+        scores,
     )
 
 
@@ -258,9 +300,9 @@ def slice_stream(model, config):
         table._is_hf_initialized = False  # its stock weight was; this one is not
     narrow_mlps(model, structure, slicing["mlp_widths"])
     point = 0
-    for block in model.get_submodule(structure["blocks"]):
-        as_residual_block(block, structure, config.text_config)
-        for branch in structure["branches"]:
+    for index, block in enumerate(model.get_submodule(structure["blocks"])):
+        as_residual_block(block, structure_of(structure, index), config.text_config)
+        for branch in block.structure["branches"]:
             slice_branch(block, branch, slicing, *widths[point : point + 2])
             point += 1
     replace(model, structure["final_norm"], GainlessRMSNorm(slicing["norm_width"], slicing["norm_eps"]))
@@ -268,9 +310,10 @@ def slice_stream(model, config):
 
 def narrow_mlps(model, structure, widths):
     """Give the MLPs of `model` widths of their own, one a block, in place; None where they are as they should be."""
-    blocks = model.get_submodule(structure["blocks"])
-    for width, block in zip(widths or (), blocks if widths else (), strict=True):
-        for neurons in filter(None, (branch["neurons"] for branch in structure["branches"])):
+    blocks = enumerate(model.get_submodule(structure["blocks"]) if widths else ())
+    for width, (index, block) in zip(widths or (), blocks, strict=True):
+        branches = structure_of(structure, index)["branches"]
+        for neurons in filter(None, (branch["neurons"] for branch in branches)):
             for name, stacks in neurons["readers"].items():
                 resize(block, name, outputs=stacks * width)
             resize(block, neurons["writer"], inputs=width)
@@ -285,6 +328,11 @@ def slice_branch(block, branch, slicing, width_in, width_out):
         resize(block, name, outputs=width_out)
     if slicing["shortcuts"]:
         setattr(block, shortcut_name(branch), nn.Linear(width_in, width_out, bias=False))
+
+
+def structure_of(structure, index):
+    """The structure with the branches of one block."""
+    return {**structure, "branches": structure.get("others", {}).get(str(index), structure["branches"])}
 
 
 def resize(block, name, inputs=None, outputs=None, bias=False):
@@ -315,6 +363,9 @@ class GainlessRMSNorm(nn.Module):
         return f"width={self.width}, eps={self.eps}"
 
 
+POSITIONS = ("position_embeddings", "position_ids")  # which a recurrence has no use for
+
+
 class ResidualBlock:
     """The forward of a decoder block as a chain of residual branches; mixed into the stock block's class."""
 
@@ -343,7 +394,13 @@ class ResidualBlock:
     def run_path(self, path, x, **kwargs):
         for step in path:
             module = self.get_submodule(step)
-            x = module(x, **kwargs) if step == self.structure["attention"] else module(x)
+            if step == self.structure["attention"]:
+                x = module(x, **kwargs)
+            elif step == self.structure.get("recurrent"):
+                given = {name: value for name, value in kwargs.items() if name not in POSITIONS}
+                x = module(x, cache_params=given.pop("past_key_values", None), **given)
+            else:
+                x = module(x)
             x = x[0] if isinstance(x, tuple) else x
         return nn.functional.dropout(x, p=self.residual_dropout, training=self.training)
 

@@ -23,16 +23,8 @@ from compress.datasets.windows import fingerprint
 from compress.io import write_tensors
 from compress.models.loading import load_config
 from compress.numerics.sums import full_precision
+from compress.pipeline import output
 from compress.pipeline.mixture import Frontier, chosen_types, frontier_points
-from compress.pipeline.output import (
-    TRIAL,
-    Result,
-    result_of,
-    trials_of,
-    write_companions,
-    write_gguf_file,
-    write_trials,
-)
 from compress.planning import search
 from compress.planning.budget import rank_choices
 from compress.planning.memory import resident_bytes, usual_batch_size
@@ -51,7 +43,7 @@ def plan_only(job: Job) -> Plan:
     return plan_job(job, folder, load_config(folder))
 
 
-def run(job: Job, progress: Progress = silent) -> Result:
+def run(job: Job, progress: Progress = silent) -> output.Result:
     """Compress.
 
     Raises a CompressError for what a user can mend; until the first part is written, nothing is left behind.
@@ -61,7 +53,7 @@ def run(job: Job, progress: Progress = silent) -> Result:
     return result
 
 
-def run_together(job: Job, processes: Processes, progress: Progress = silent) -> Result | None:
+def run_together(job: Job, processes: Processes, progress: Progress = silent) -> output.Result | None:
     """`run` in one of several processes. The first writes, proves and has the result; the others have None."""
     with full_precision():
         start = time.perf_counter()
@@ -73,7 +65,7 @@ def run_together(job: Job, processes: Processes, progress: Progress = silent) ->
             if not processes.is_first:
                 return None
             folder.publish()
-            return result_of(prepared, read_metadata(folder.out), {"total": 0.0}, None, len(folder.parts))
+            return output.result_of(prepared, read_metadata(folder.out), {"total": 0.0}, None, len(folder.parts))
 
 
 def map_frontier(job: Job, between: tuple[int, int], progress: Progress = silent) -> Frontier:
@@ -91,12 +83,12 @@ def map_frontier(job: Job, between: tuple[int, int], progress: Progress = silent
             assert survey is not None
             found = frontier_points(prepared, folder, survey, between, progress)
             found.write(folder.checkpoint)
-            write_trials(folder.checkpoint, trials_of(folder))
+            output.write_trials(folder.checkpoint, output.trials_of(folder))
             folder.finish()
     return found
 
 
-def _run(prepared: Prepared, folder: RunFolder, progress: Progress, start: float) -> Result | None:
+def _run(prepared: Prepared, folder: RunFolder, progress: Progress, start: float) -> output.Result | None:
     """The run itself, or what is left of it; begun at `start`."""
     job, processes, clock = prepared.job, prepared.processes, Stopwatch(prepared.job.device)
     with clock("depth"):
@@ -122,7 +114,7 @@ def _run(prepared: Prepared, folder: RunFolder, progress: Progress, start: float
     metadata, difference = _complete(prepared, walk, folder, progress)
     before = {kind: value for kind, value in clock.seconds.items() if value > 0.001}
     seconds = before | walk.clock.seconds | {"total": time.perf_counter() - start}
-    return result_of(prepared, metadata, seconds, difference, resumed)
+    return output.result_of(prepared, metadata, seconds, difference, resumed)
 
 
 def _shallower(prepared: Prepared, folder: RunFolder, progress: Progress) -> Prepared:
@@ -175,7 +167,7 @@ def _chosen(prepared: Prepared, folder: RunFolder, survey: Survey | None, progre
     steps = Steps(progress, "trying shapes", min(len(choices), search.MOST_TRIALS))
 
     def measured(place: int) -> float:
-        name = f"{TRIAL}{place}"
+        name = f"{output.TRIAL}{place}"
         if name not in folder.findings:
             choice, cost = choices[place], costs[place]
             predicted = None if cost is None else cost.total()
@@ -230,7 +222,7 @@ def _complete(prepared: Prepared, walk: Walk, folder: RunFolder, progress: Progr
     job, target = prepared.job, folder.checkpoint
     steps = Steps(progress, "verifying", 2 if job.export == "gguf" else 1)
     steps.next("reloading")
-    metadata = write_companions(prepared, folder)
+    metadata = output.write_companions(prepared, folder)
     with walk.clock("verify"):
         ids, logits = walk.probe_ids, walk.probe
         assert logits is not None
@@ -240,12 +232,12 @@ def _complete(prepared: Prepared, walk: Walk, folder: RunFolder, progress: Progr
         if job.max_memory is not None:
             memory = max(0, job.max_memory - resident_bytes() - prepared.held)
         if prepared.plan.spec.is_gguf:
-            difference = write_gguf_file(prepared, folder, ids, logits)
+            difference = output.write_gguf_file(prepared, folder, ids, logits)
         else:
             difference = verify(target, ids, logits, memory=memory)
             if job.export == "gguf":
                 steps.next("the GGUF file")
-                write_gguf_file(prepared, folder, ids, logits)
+                output.write_gguf_file(prepared, folder, ids, logits)
     folder.finish()
     steps.end()
     return metadata, difference

@@ -16,17 +16,10 @@ from typing import Any
 import psutil
 import torch
 
+from compress.calibration import sites
 from compress.calibration.depth import Depth
 from compress.calibration.groups import lot_bytes
 from compress.calibration.observers import WIDEST
-from compress.calibration.sites import (
-    WholeModel,
-    has_groups,
-    has_linears,
-    keeps_before_post_norms,
-    num_streams,
-    rotates_points,
-)
 from compress.calibration.streams import LOGITS_AT_ONCE, cache_bytes
 from compress.calibration.survey import TOKENS_AT_ONCE, SurveyNeed, survey_samples
 from compress.errors import UsageError
@@ -69,11 +62,13 @@ class Footprint:
         self.stages, self.computing, self.itemsize = stages, computing, computing.itemsize
         self.survey = surveyed(stages)
         self.has_gradient = SurveyNeed.GRADIENT in self.survey
-        self.has_linears, self.has_groups = has_linears(stages), has_groups(stages)
+        self.has_linears, self.has_groups = sites.has_linears(stages), sites.has_groups(stages)
         self.is_shallower = any(stage.site is Depth for stage in stages)
-        self.num_streams, self.keeps_before = num_streams(stages), keeps_before_post_norms(stages, family)
+        self.num_streams, self.keeps_before = sites.num_streams(stages), sites.keeps_before_post_norms(stages, family)
         decoder = Decoder(config, family, dtype=torch.float32, device=torch.device("cpu"))
-        shapes, block = decoder.parameter_shapes(), decoder.block_names(0)
+        shapes = decoder.parameter_shapes()
+        blocks = [decoder.block_names(index) for index in (0, *family.others, config.num_hidden_layers - 1)]
+        block = max(blocks, key=lambda names: sum(shapes[name].numel() for name in names))
         parts = [decoder.embedding_names(), block, decoder.head_names()]
         self.part = max(sum(shapes[name].numel() for name in part) for part in parts)
         self.matrix = max(shapes[name].numel() for part in parts for name in part)
@@ -82,8 +77,8 @@ class Footprint:
         self.inner = family.dense_units(config).get("neurons", 0)
         self.experts = max(len(branch.experts) for branch in family.branches)
         self.neurons = max(self.inner, self.width)
-        shares_frame = any(stage.site is WholeModel for stage in stages)
-        self.inputs = self.neurons + (self.width if rotates_points(stages) and not shares_frame else 0)
+        shares_frame = any(stage.site is sites.WholeModel for stage in stages)
+        self.inputs = self.neurons + (self.width if sites.rotates_points(stages) and not shares_frame else 0)
 
     def needs(self, calibration: Calibration, room: Room) -> tuple[int, int]:
         """Bytes of memory, without the interpreter and its libraries, and of disk, without the output."""

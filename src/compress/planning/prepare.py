@@ -94,7 +94,8 @@ class Prepared:
 
     @property
     def family(self) -> families.Family:
-        return self.plan.spec.architecture.family
+        """The dense model's."""
+        return families.find(self.config)
 
     @property
     def loader(self) -> PartLoader:
@@ -120,7 +121,7 @@ def prepare(job: Job, processes: Processes = ALONE) -> Prepared:
         writes_gguf = job.export == "gguf" or plan.spec.is_gguf
         disk = plan.disk_bytes + (plan.spec.size.bytes if writes_gguf else 0)
         problems.check(check_machine, job.out, disk, plan.memory_bytes * processes.local_count)
-        weights = problems.check(open_weights, folder, config, plan.spec.architecture.family)
+        weights = problems.check(open_weights, folder, config, families.find(config))
         problems.check(companions, folder)
         if writes_gguf:
             problems.check(check_gguf, plan, folder)
@@ -297,7 +298,7 @@ def new_walk(
     if len(kept) < len(decoder.blocks):
         dropped = DroppedBlocks(loader, kept)
         config, weights = with_blocks(prepared.config, kept), weights.of_blocks(kept)
-        decoder = Decoder(config, prepared.family, dtype=prepared.computing, device=job.device)
+        decoder = Decoder(config, families.find(config), dtype=prepared.computing, device=job.device)
     settings = WalkSettings(
         layout=prepared.plan.spec.architecture.layout(prepared.written),
         output_dtype=prepared.written,

@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from compress.architectures.gguf_types import AUTO, FileType
 from compress.calibration.linears import LinearShape
 from compress.numerics.decomposition import Pruner
-from compress.numerics.grids import FLOAT4_STEPS, Granularity
+from compress.numerics.grids import BLOCK, FLOAT4_STEPS, Granularity
 from compress.numerics.lowrank import AdapterMethod
 from compress.numerics.sparsity import Pattern
 from compress.stages._stage import Strict
@@ -40,8 +40,8 @@ class Quantize(Strict):
     """
     method: `absmax`, `slim` and `mse` round to nearest, `gptq` sweeps on the grid of `mse`.
     bits: of integers, or of floats with `floating`: 8 (fp8), or 4 in groups of 16 (NVFP4) or 32 (MXFP4).
-    group: what shares a scale: `tensor`, `channel` or so many inputs; by default 128, or a channel where the linears'
-        inputs are no multiples of that.
+    group: what shares a scale: `tensor`, `channel`, so many inputs, or, of fp8, `128x128`, those of so many rows; by
+        default 128, or a channel where the linears' inputs are no multiples of that.
     gguf_type: of a GGUF file, such as Q4_K_M, in place of bits and group; with types by tensor Q4_K_M,ffn_down=Q6_K;
         or `auto`, types found under the recipe's budget.
     gguf_tensors: the type of each linear, by its path; settled when the model is known, or given beside `auto`.
@@ -62,9 +62,9 @@ class Quantize(Strict):
     @field_validator("group")
     @classmethod
     def _known_group(cls, value: int | str | None) -> int | str | None:
-        if value in (None, "tensor", "channel") or (isinstance(value, int) and value >= 2):
+        if value in (None, "tensor", "channel", BLOCK) or (isinstance(value, int) and value >= 2):
             return value
-        raise ValueError(f"group is tensor, channel or 2 inputs at least, got {value!r}")
+        raise ValueError(f"group is tensor, channel, {BLOCK} or 2 inputs at least, got {value!r}")
 
     @field_validator("gguf_type")
     @classmethod
@@ -76,6 +76,8 @@ class Quantize(Strict):
     @property
     def granularity(self) -> Granularity:
         """What shares a step; a channel where that is still open."""
+        if self.group == BLOCK:
+            return BLOCK
         return self.group if isinstance(self.group, int) else "tensor" if self.group == "tensor" else "channel"
 
     @property
@@ -94,6 +96,8 @@ class Quantize(Strict):
     def _consistent(self) -> "Quantize":
         if self.floating and self.bits != 8 and (self.bits != 4 or self.group not in FLOAT4_STEPS):
             raise ValueError("floats have 8 bits (fp8), or 4 in groups of 16 (nvfp4) or 32 (mxfp4); take one of these")
+        if self.group == BLOCK and not self.floating:
+            raise ValueError(f"group {BLOCK} is of fp8 weights; take --bits fp8, or another group")
         if self.floating and (not self.symmetric or self.method == "slim"):
             raise ValueError(f"{self.precision} is symmetric, by absmax, mse or gptq; leave the others out")
         if self.act_order and self.method != "gptq":

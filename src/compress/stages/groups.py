@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from compress import families
 from compress.architectures.architecture import ModelSpec
 from compress.calibration.depth import Depth
 from compress.calibration.groups import LinearGroup, Writers
@@ -104,7 +105,10 @@ class PruneUnits(StageConfig):
     def plan(self, spec: ModelSpec) -> tuple["PruneUnits", ModelSpec]:
         count, before = spec.dense_units.get(self.units), spec.units.get(self.units)
         if count is None or before is None:
-            raise UsageError(f"This model has no {self.units} that could be deleted.")
+            raise UsageError(
+                f"This model has no {self.units} that could be deleted in every block. Leave prune_units out: "
+                "compress slice --ratio narrows the stream alone."
+            )
         stage = self if self.round_to else self.model_copy(update={"round_to": spec.architecture.steps()[self.units]})
         if stage.opens:
             return stage, replace(spec, undecided=spec.undecided | {self.units})
@@ -191,7 +195,8 @@ class DropBlocks(StageConfig):
             raise UsageError(f"drop_blocks has {said}; the model has {number} blocks, counted from 0. Leave out fewer.")
         architecture = spec.architecture
         kept = [block for block in range(number) if block not in dropped]
-        shallower = replace(architecture, dense=with_blocks(architecture.dense, kept))
+        dense = with_blocks(architecture.dense, kept)
+        shallower = replace(architecture, dense=dense, family=families.find(dense))
         return self, replace(ModelSpec.dense(shallower, spec.dtype), notes=spec.notes)
 
     def apply(self, depth: Depth) -> None:

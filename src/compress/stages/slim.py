@@ -38,7 +38,7 @@ from compress.numerics.decomposition import (
     Rounding,
     decompose_together,
 )
-from compress.numerics.grids import Granularity, QuantType
+from compress.numerics.grids import BLOCK, SIDE, Granularity, QuantType
 from compress.own_model.modeling_compress import AdaptedLinear
 from compress.stages._slim_parts import Adapt, Prune, Quantize
 from compress.stages._stage import StageConfig, is_target, unmatched
@@ -170,6 +170,8 @@ class Slim(StageConfig):
             problems += uneven(
                 targets, group, f"{self.prune.pattern} takes", "Leave it out with --target, or prune 50%"
             )
+        if self.quantize is not None and self.quantize.group == BLOCK:
+            problems += uneven(targets, SIDE, "A block takes", "Leave it out with --target, or take --group channel")
         if self.quantize is not None and isinstance(self.quantize.group, int) and self.form == "packed":
             remedy = "Take another --group, or channel"
             if self.quantize.step_dtype is not None:

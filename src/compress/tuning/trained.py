@@ -278,10 +278,13 @@ class DequantizedLinear(nn.Linear):
             weight = torch.cat([stored.rows(start, stop, dtype) for start, stop in ranges])
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = stored.bias
-        self.inputs = stored.inputs if isinstance(stored, LoraLinear) else None
+        self.inputs, self.input_group = None, None
+        if isinstance(stored, LoraLinear):
+            self.inputs, self.input_group = stored.inputs, stored.input_group
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = super().forward(x if self.inputs is None else RoundedInputs.apply(x, self.inputs))
+        rounded = x if self.inputs is None else RoundedInputs.apply(x, self.inputs, self.input_group)
+        y: Tensor = super().forward(rounded)
         return y
 
 
