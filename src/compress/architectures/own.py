@@ -17,7 +17,7 @@ from compress.calibration.weights import Layout
 from compress.own_model.configuration_compress import CompressConfig
 
 CLASS = "CompressForCausalLM"
-BY_BACKEND = ("llama", "mistral", "qwen2", "qwen3")  # the model_types that vLLM's Transformers backend has run as ours
+BY_BACKEND = ("llama", "qwen3")  # the model_types that vLLM's Transformers backend has run as ours
 DECI_LM = "DeciLMForCausalLM"  # of engines: a Llama whose MLPs have a width each
 AUTO_MAP = {
     "AutoConfig": "configuration_compress.CompressConfig",
@@ -113,12 +113,10 @@ class Own(Architecture):
         return {**steps, "kv_groups": 1, "rank": rank_step(self.dense)}
 
     def not_for_vllm(self, spec: ModelSpec) -> str | None:
-        if self.inside is None:
+        if self.inside is None and spec.stream_widths[-1] != spec.dense_width:
             return "its heads take a stream of the dense width"
-        if any(stored.form == "compact" for stored in spec.storage.values()):
-            return "it has no room for compact weights"
         if self.dense.model_type not in BY_BACKEND:
-            return f"of our architecture it is known to run {', '.join(BY_BACKEND)}"
+            return f"of our architecture it is known to run only {', '.join(BY_BACKEND)}"
         return None
 
     def problems(self, spec: ModelSpec) -> list[str]:

@@ -29,25 +29,11 @@ PICTURE = re.compile(r"[A-Za-z0-9-]+\.png")
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 SPECIAL = re.compile(r"([\\`*_\[\]<>#|~&$!])")
 TICKS = re.compile("`+")
-# Of the classes NAMEForCausalLM that a result is written in: those that vLLM runs (scripts/serve_check), ours by its
-# Transformers backend; those for which it has no adapters.
-IN_VLLM = {
-    *(
-        "Compress",
-        "DeciLM",
-        "Gemma",
-        "GPTBigCode",
-        "GPTNeoX",
-        "Llama",
-        "Mistral",
-        "OPT",
-        "Phi",
-        "Phi3",
-        "Qwen2",
-        "Qwen3",
-    ),
-    "Starcoder2",
-}
+# Of the classes NAMEForCausalLM that a result is written in: those that vLLM has (docs/engines.md says what was run),
+# ours by its Transformers backend; those for which it has no adapters.
+IN_VLLM = set(
+    "Compress DeciLM Gemma GPTBigCode GPTNeoX Llama Mistral OPT Phi Phi3 Qwen2 Qwen3 Starcoder2".split()  # noqa: SIM905
+)
 WITHOUT_ADAPTERS = ("Compress", "GPTNeoX", "Starcoder2")
 FRONT_MATTER = re.compile(r"\A---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
