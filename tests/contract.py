@@ -226,7 +226,8 @@ def job_of(row: Row, method: Method, folder: Path, out: Path, *, resume: bool = 
 def write_inputs(folder: Path, rows: Sequence[Row], dtype: torch.dtype = torch.float32) -> None:
     tiny.write_text(folder / "text.txt", lines=60)
     for row in rows:
-        options: dict[str, Any] = {"num_hidden_layers": 1, **row.changes}
+        blocks = NUM_BLOCKS if family_of(row).others else 1  # one of each kind
+        options: dict[str, Any] = {"num_hidden_layers": blocks, **row.changes}
         name = row.name.replace(":", "")
         tiny.write_model(folder / name, row.model_type, dtype=dtype, shard_size="1GB", **options)
 
@@ -244,7 +245,7 @@ class Noted:
 @dataclass(frozen=True)
 class Written:
     out: Path
-    result: pipeline.Result
+    result: pipeline.output.Result
     probe: tuple[Tensor, Tensor]
 
     def read(self, name: str) -> dict[str, Any]:

@@ -23,7 +23,7 @@ HALF = {"rank_frac": 0.5}
 Stages = Sequence[StageConfig | dict[str, Any]]
 
 
-def run_unproved(job: Job) -> tuple[Plan, pipeline.Result]:
+def run_unproved(job: Job) -> tuple[Plan, pipeline.output.Result]:
     """What was planned and what came out, and that the tensors are those of the planned architecture."""
     plan = pipeline.plan_only(job)
     with unproved():

@@ -31,7 +31,7 @@ class Made:
     order: Any
     job: Job
     plan: Plan
-    result: pipeline.Result
+    result: pipeline.output.Result
 
     @property
     def facts(self) -> dict[str, Any]:

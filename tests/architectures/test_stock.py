@@ -148,7 +148,7 @@ class Written:
     case: Case
     dense: Any
     out: Path
-    result: pipeline.Result
+    result: pipeline.output.Result
     projected: Tensor
 
     @property

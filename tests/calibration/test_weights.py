@@ -87,6 +87,15 @@ def test_a_checkpoint_saved_from_the_base_model(model_type, tmp_path):
         assert torch.equal(weights.read([name])[name], parameter)
 
 
+def test_a_language_model_saved_under_the_name_of_its_part_of_a_whole(tmp_path):
+    """As transformers saves Qwen3.5's text model again, loaded from images and text together."""
+    model = tiny.tiny_model("qwen3_5_text", num_hidden_layers=2)
+    parameters = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
+    write(tmp_path, {name.replace("model.", "model.language_model.", 1): each for name, each in parameters.items()})
+    for name, tensor in LazyWeights(tmp_path).read(parameters).items():
+        assert torch.equal(tensor, parameters[name])
+
+
 @pytest.mark.parametrize("factor", [1.0, 0.5], ids=["the same", "another"])
 def test_a_tied_head_that_is_stored_is_the_one_that_is_read(factor, tmp_path):
     """Some checkpoints of tied models store the head too; where it is another, transformers unties it, and so do we."""

@@ -233,7 +233,7 @@ REFUSED = {
     "slice --drop-blocks -1": "--drop-blocks -1: Input should be greater than or equal to 1",
     "slim --sparsity 2:2": "--sparsity 2:2: a pattern is keep:group such as 2:4",
     "slim --sparsity 3:5": "3:5 takes inputs in groups of 5, but self_attn.q_proj has 32",
-    "slim --group rows": "--group rows: group is tensor, channel or 2 inputs at least, got 'rows'",
+    "slim --group rows": "--group rows: group is tensor, channel, 128x128 or 2 inputs at least, got 'rows'",
     "slim --group 24": "A scale takes inputs in groups of 24, but self_attn.q_proj has 32",
     "slim --adapter-rank 1.5": "--adapter-rank 1.5: a rank is a share of the full one below 1, or a whole number",
     "slim --bits none --sparsity none": "slim needs prune or quantize; give it one",

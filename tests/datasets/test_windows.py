@@ -84,14 +84,15 @@ def test_evaluation_is_one_string_with_one_bos_and_no_tail(corpus):
     assert len(expected) % 5 != 0
 
 
-def test_calibration_on_a_file_is_its_start(tmp_path):
+def test_calibration_on_a_file_spreads_over_it(tmp_path):
     file = tmp_path / "a.txt"
     file.write_text("The quick brown fox jumps over the lazy dog.")
     expected = [BOS, *byte_tokens(file.read_text())]
     answer = calibration_windows(
         str(file), byte_tokenizer("<s> $A </s>"), num_samples=3, seq_len=7, seed=5, data_dir=None
     )
-    assert answer.tolist() == [expected[0:7], expected[7:14], expected[14:21]]
+    # Six windows fit: the first, the third and the fifth.
+    assert answer.tolist() == [expected[0:7], expected[14:21], expected[28:35]]
 
 
 def test_calibration_is_seeded(corpus):

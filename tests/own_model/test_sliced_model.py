@@ -43,7 +43,7 @@ class Made:
     source: Path
     out: Path
     probe: tuple[Tensor, Tensor]
-    result: pipeline.Result
+    result: pipeline.output.Result
 
 
 def job(folder: Path, stages: Any) -> Job:

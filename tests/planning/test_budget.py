@@ -131,9 +131,11 @@ def test_choices_fit_one_step_more_does_not_and_nothing_is_forgotten(model_type,
             assert not counted.fits(larger), (counts, larger)
     for one, other in itertools.permutations(found, 2):
         assert any(one[kind] > other[kind] for kind in one), f"{other} contains {one}"
-    # Of a coarse grid, whatever fits is contained in a choice.
-    coarse = {kind: ladder[:: max(1, len(ladder) // 3)] for kind, ladder in counted.space.ladders.items()}
+    # Of a coarse grid, whatever fits is contained in a choice, unless half of the depth that could go is not enough.
+    shallowest = min(choice.get("blocks", 0) for choice in found)
+    coarse = {kind: ladder[:: max(1, len(ladder) // 4)] for kind, ladder in counted.space.ladders.items()}
     grid = [dict(zip(coarse, values, strict=True)) for values in itertools.product(*coarse.values())]
+    grid = [counts for counts in grid if counts.get("blocks", 0) >= shallowest]
     fitting = [counts for counts in grid if counted.is_legal(counts) and counted.fits(counts)]
     assert fitting
     for counts in fitting:

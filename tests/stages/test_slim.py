@@ -99,7 +99,7 @@ def test_slim_is_its_paper_written_out_branch_by_branch(models):
 Stages = Sequence[StageConfig | dict[str, Any]]
 
 
-def run_unproved(job: Job) -> tuple[Plan, pipeline.Result]:
+def run_unproved(job: Job) -> tuple[Plan, pipeline.output.Result]:
     """What was planned, and what came out."""
     plan = pipeline.plan_only(job)
     with unproved():
@@ -127,7 +127,7 @@ def file_bytes(file: Path) -> int:
     return file.stat().st_size - 8 - int(length)
 
 
-def is_as_planned(plan: Plan, result: pipeline.Result) -> None:
+def is_as_planned(plan: Plan, result: pipeline.output.Result) -> None:
     files = [*result.out.glob("*.safetensors"), *result.out.glob("adapter/*.safetensors")]
     assert plan.size == result.size
     assert sum(file_bytes(file) for file in files) == result.size.bytes

@@ -57,6 +57,7 @@ class Depth:
 
     wanted: how many are to be left out. begin: called with the name of each pass that is begun. processes: each passes
     its share of the windows.
+    dense: the dense model's last stream, by batch, once it has been needed.
     dropped: the blocks to leave out, in the order in which they were chosen; set by a stage. divergences: what the
     model diverges by with each of them gone too, nothing refitted, in nats.
     """
@@ -73,6 +74,7 @@ class Depth:
         self.batches = own_batches(batches, processes)
         with torch.no_grad(), loader.embeddings():
             self.embedded = list(embedded(loader.decoder, self.batches))
+        self.dense: list[Tensor] = []
         self.dropped: tuple[int, ...] = ()
         self.divergences: tuple[float, ...] = ()
 
@@ -88,19 +90,21 @@ class Depth:
         def compare(number: int, before: Tensor, after: Tensor) -> None:
             found[number] += torch.cosine_similarity(before.float(), after.float(), -1).sum()
 
-        self._pass([()], compare)
+        self.dense = [last for (last,) in self._pass([()], compare)]
         self.processes.add_up(found)
         return (found / self._tokens).tolist()
 
     def measure(self, choices: Sequence[Collection[int]]) -> list[float]:
         """Measure the divergence from the dense model, in nats a token, of the model without each choice of blocks."""
         self.begin(f"without {len(choices[0])}")
-        streams = self._pass([(), *choices])
-        decoder = self.loader.decoder
+        if not self.dense:
+            self.dense = [last for (last,) in self._pass([()])]
+        streams, decoder = self._pass(choices), self.loader.decoder
         total, logits_of = torch.zeros(len(choices), dtype=torch.float64, device=decoder.device), decoder.logits
         with torch.no_grad(), self.loader.head():
-            for mine in streams:
-                for dense, *others in zip(*(rows(stream).split(LOGITS_AT_ONCE) for stream in mine), strict=True):
+            for mine in zip(self.dense, streams, strict=True):
+                chunks = (rows(stream).split(LOGITS_AT_ONCE) for stream in (mine[0], *mine[1]))
+                for dense, *others in zip(*chunks, strict=True):
                     logits = logits_of(dense)
                     for place, other in enumerate(others):
                         total[place] += kl_divergence(logits, logits_of(other)).sum()

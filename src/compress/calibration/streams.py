@@ -1,6 +1,6 @@
 """Activations of the calibration windows: the stream of the compressed prefix, and that of the dense model.
 
-Some windows, evenly spread, are held out: they walk along and count in the bases, but nothing is fitted on them.
+The last windows are held out: they walk along and count in the bases, but nothing is fitted on them.
 
 The activations are the largest thing in memory beside a block: windows x tokens x width numbers. Within the budget they
 stay in memory (the device's or the host's); past it they lie in a memory-mapped file, one slot a batch, and the system
@@ -43,11 +43,13 @@ class Batch:
 
 
 def split_windows(windows: Ids, batch_size: int, held_out: int) -> list[Batch]:
-    """Split windows into batches in order; `held_out` of them, evenly spread, make separate batches at the end."""
-    apart = torch.zeros(len(windows), dtype=torch.bool)
-    apart[[(2 * i + 1) * len(windows) // (2 * held_out) for i in range(held_out)]] = True
-    tagged = [(ids, False) for ids in windows[~apart].split(batch_size)]
-    tagged += [(ids, True) for ids in windows[apart].split(batch_size) if held_out]
+    """Split windows into batches in order, the last `held_out` of them apart.
+
+    Windows of a text file follow one another: what stands between two that are fitted on would be half known.
+    """
+    fitted = windows[: len(windows) - held_out]
+    tagged = [(ids, False) for ids in fitted.split(batch_size)]
+    tagged += [(ids, True) for ids in windows[len(fitted) :].split(batch_size) if held_out]
     return [Batch(index, ids, is_held_out) for index, (ids, is_held_out) in enumerate(tagged)]
 
 

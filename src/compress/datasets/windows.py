@@ -7,7 +7,8 @@ tail is dropped.
 Calibration on a data set draws seeded places of its train split, and each window starts at the start of a line with
 the tokenizer's own special tokens, as generation does. The codes of GPTQ and SparseGPT tokenize the whole split and cut
 anywhere, so that a window starts in the midst of a word and without a BOS; SliceGPT's starts at a random row. A file of
-the user's is cut like an evaluation text, from its start.
+the user's is cut like an evaluation text; windows spread evenly over all of it are taken, so that a long file counts
+whole.
 
 Unit: tokens. A window is never padded.
 """
@@ -23,6 +24,7 @@ from jaxtyping import Int64
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from compress.calibration.streams import spread
 from compress.datasets import SEPARATOR, load_rows
 from compress.datasets._sources import is_file
 from compress.errors import UsageError
@@ -36,13 +38,13 @@ MARGIN = 32
 def calibration_windows(
     source: str, tokenizer: PreTrainedTokenizerBase, *, num_samples: int, seq_len: int, seed: int, data_dir: Path | None
 ) -> Int64[Tensor, "num_samples seq_len"]:
-    """The first windows of a text file, or windows from random places of a data set's train split."""
+    """Windows spread evenly over a text file, or windows from random places of a data set's train split."""
     rows = load_rows(source, "train", data_dir)
     if is_file(source):
         windows = cut(encode(tokenizer, SEPARATOR.join(rows)), seq_len)
         if len(windows) < num_samples:
             raise too_little_text(source, len(windows), num_samples, seq_len)
-        return windows[:num_samples]
+        return spread(windows, num_samples)
     return sample(Text(source, rows), tokenizer, num_samples, seq_len, seed)
 
 

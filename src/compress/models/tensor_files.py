@@ -30,6 +30,7 @@ MAPPED = 2**25  # bytes of a file that are mapped at a time
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 # GPT-NeoX's head is stored by the name it had before transformers 5, which still saves it so.
 OTHER_NAMES = {"lm_head.weight": "embed_out.weight"}
+WITHIN = "model.language_model."  # what transformers saves Qwen3.5's language model under, where it was part of a whole
 FLOATS = ("F64", "F32", "F16", "BF16")  # what weights that are not quantized are stored in
 BITS = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
@@ -87,8 +88,12 @@ class SafetensorsFolder:
 
     def find(self, *names: str) -> str | None:
         """Return the first of these names that is stored, also without the `model.` prefix or under older names."""
-        forms = (form for name in names for form in (name, name.removeprefix("model."), OTHER_NAMES.get(name, name)))
-        return next((form for form in forms if form in self.tensors), None)
+        for name in names:
+            bare = name.removeprefix("model.")
+            for form in (name, bare, OTHER_NAMES.get(name, name), f"{WITHIN}{bare}"):
+                if form in self.tensors:
+                    return form
+        return None
 
     @contextmanager
     def opened(self, file: Path) -> Iterator[Any]:

@@ -25,6 +25,7 @@ from compress.models.loading import load_config
 from compress.numerics.sums import full_precision
 from compress.pipeline import output
 from compress.pipeline.mixture import Frontier, chosen_types, frontier_points
+from compress.pipeline.output import Result
 from compress.planning import search
 from compress.planning.budget import rank_choices
 from compress.planning.memory import resident_bytes, usual_batch_size
@@ -43,7 +44,7 @@ def plan_only(job: Job) -> Plan:
     return plan_job(job, folder, load_config(folder))
 
 
-def run(job: Job, progress: Progress = silent) -> output.Result:
+def run(job: Job, progress: Progress = silent) -> Result:
     """Compress.
 
     Raises a CompressError for what a user can mend; until the first part is written, nothing is left behind.
@@ -53,7 +54,7 @@ def run(job: Job, progress: Progress = silent) -> output.Result:
     return result
 
 
-def run_together(job: Job, processes: Processes, progress: Progress = silent) -> output.Result | None:
+def run_together(job: Job, processes: Processes, progress: Progress = silent) -> Result | None:
     """`run` in one of several processes. The first writes, proves and has the result; the others have None."""
     with full_precision():
         start = time.perf_counter()
@@ -88,7 +89,7 @@ def map_frontier(job: Job, between: tuple[int, int], progress: Progress = silent
     return found
 
 
-def _run(prepared: Prepared, folder: RunFolder, progress: Progress, start: float) -> output.Result | None:
+def _run(prepared: Prepared, folder: RunFolder, progress: Progress, start: float) -> Result | None:
     """The run itself, or what is left of it; begun at `start`."""
     job, processes, clock = prepared.job, prepared.processes, Stopwatch(prepared.job.device)
     with clock("depth"):
