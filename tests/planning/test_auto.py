@@ -207,6 +207,12 @@ def test_a_frontier_is_found_once_and_any_point_written_later(home, tmp_path):
     ran = succeeds(*words, "180kB", "--out", tmp_path / "out")
     assert "surveying" not in ran.err
     assert (tmp_path / "out" / "out.gguf").stat().st_size <= 180_000
+    told = json.loads((tmp_path / "out" / "compress.json").read_text())["trials"]
+    assert [(trial["bytes"], trial["divergence"]) for trial in told] == [
+        (point["bytes"], point["measured"]) for point in found["points"]
+    ]
+    succeeds("report", tmp_path / "out")
+    assert "The search" in (tmp_path / "out" / "report.html").read_text()
     other = invoke(*words, "180kB", "--model", home / "tied", "--out", tmp_path / "never")
     assert (other.code, len(other.faults)) == (2, 1)
     assert not (tmp_path / "never").exists()

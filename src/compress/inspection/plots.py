@@ -152,6 +152,26 @@ def losses(seen: Inspection) -> dict[str, dict[int, float]]:
     return found
 
 
+def plot_search(seen: Inspection) -> list[drawing.Drawing]:
+    """What a budget's search tried: predicted and measured divergence by size; in order where sizes are alike."""
+    trials = seen.metadata.trials if seen.metadata else []
+    if not trials:
+        return []
+    sizes = [trial.get("bytes", 0) for trial in trials]
+    by_size = max(sizes) > 1.01 * min(sizes) > 0
+    places = [size / 1e6 for size in sizes] if by_size else [*range(1, 1 + len(trials))]
+    figure, (plot,) = drawing.axes(6.0, 4.0, title="what the search tried")
+    for number, (name, key) in enumerate((("predicted", "predicted"), ("measured", "divergence"))):
+        known = [(x, trial[key]) for x, trial in zip(places, trials, strict=True) if trial.get(key) is not None]
+        if known:
+            plot.plot(*zip(*known, strict=True), **drawing.look(number), label=name, linestyle="-" if by_size else "")
+    if by_size:
+        plot.axvline(seen.bytes / 1e6, color=drawing.GREY, zorder=1, label="this one")
+    plot.set(xlabel="MB" if by_size else "trial", ylabel="divergence, nats a token")
+    drawing.legend_beside(plot)
+    return [drawing.Drawing("search", figure)]
+
+
 # By layer: maps, blocks by linears. Of a linear in a block a number, and the text that says it.
 Cells = Mapping[tuple[str, int], tuple[float, str]]
 

@@ -21,7 +21,15 @@ from compress.checkpoints.quality import Quality, Rate, Speed
 from compress.errors import OutputError, UsageError
 from compress.inspection.checkpoint import Inspection, blocks, cells
 from compress.inspection.drawing import Drawing, as_svg, byte_text, style
-from compress.inspection.plots import plot_bits, plot_energy, plot_errors, plot_ranks, plot_sizes, plot_spectra
+from compress.inspection.plots import (
+    plot_bits,
+    plot_energy,
+    plot_errors,
+    plot_ranks,
+    plot_search,
+    plot_sizes,
+    plot_spectra,
+)
 from compress.io import atomic_write
 from compress.version import __version__
 
@@ -32,6 +40,7 @@ MARK = '<meta name="generator" content="compress '  # by which a report of ours 
 CHAPTERS: dict[str, Sequence[Callable[[Inspection], list[Drawing]]]] = {
     "Error by depth": (plot_errors, plot_energy, plot_spectra),
     "Bits and ranks by layer": (plot_bits, plot_ranks, plot_sizes),
+    "The search": (plot_search,),
 }
 LOOKED_AT = 1000  # bytes
 LONGEST = 60  # characters of a stage's setting

@@ -165,6 +165,9 @@ def chosen_types(prepared: Prepared, folder: RunFolder, survey: Survey | None, p
                 "another frontier."
             )
         types = frontier.search(space).allocated(limit)
+        for place, point in enumerate(frontier.points):
+            told = {"bytes": point.bytes, "predicted": point.predicted, "divergence": point.measured}
+            folder.note(f"{TRIAL}{place}", told)
     else:
         assert survey is not None
         _, types, _ = searched(prepared, folder, survey, limit, progress)
