@@ -51,7 +51,7 @@ COHERE = [importlib.import_module(f"transformers.models.{name}.modeling_{name}")
 
 
 def exact_rms_norm(norm: Any, x: Tensor) -> Tensor:
-    epsilon = getattr(norm, "variance_epsilon", None) or norm.eps  # only Llama 4 calls it so
+    epsilon = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps  # only Llama 4 calls it so
     return norm.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon)
 
 

@@ -263,7 +263,7 @@ def test_it_computes_the_projected_model_in_its_class(name, tmp_path):
 def is_ours(made: Written, name: str, model: Any) -> None:
     assert made.result.notes == [FALLBACKS[name.split(": ")[0]][1]]
     assert not made.result.metadata.loads_without_our_code
-    assert made.result.architecture == type(model).__name__ == "CompressForCausalLM"
+    assert made.result.metadata.architecture == type(model).__name__ == "CompressForCausalLM"
     assert made.config["slicing"]["shortcuts"] is False
     assert not any("shortcut" in key for key in tensors_of(made.out))
 
@@ -272,7 +272,7 @@ def is_stock(made: Written, model: Any) -> None:
     """Without code of ours, and its config says what it is, as JSON too, where engines read it without defaults."""
     case, variant, raw = made.case, made.case.variant, made.config
     assert made.result.metadata.loads_without_our_code
-    assert made.result.architecture == type(model).__name__ == CLASSES[variant.model_type]
+    assert made.result.metadata.architecture == type(model).__name__ == CLASSES[variant.model_type]
     assert list(made.out.glob("*.py")) == []
     epsilon = EPSILON.get(variant.model_type, "rms_norm_eps")
     expected = {

@@ -85,7 +85,7 @@ def test_plots_show_the_numbers(root):
 @pytest.mark.parametrize("kind", [*PLOTS, "llama"])
 def test_only_what_there_is_to_draw_is_drawn_and_every_byte_has_a_kind(kind, root, tmp_path, monkeypatch):
     looked, names = seen(root / kind), list[str]()
-    monkeypatch.setattr(plots, "save", lambda drawings, _folder: names.extend(each.name for each in drawings))
+    monkeypatch.setattr(plots.drawing, "save", lambda drawings, _folder: names.extend(each.name for each in drawings))
     plots.plot_inspection(looked, tmp_path)
     assert set(names) == PLOTS.get(kind, {"sizes"})
     found = bytes_by_kind(looked)

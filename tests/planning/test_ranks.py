@@ -197,7 +197,7 @@ def some_spectra(space: RankSpace) -> dict[str, Spectrum]:
     def draw(count: int) -> Tensor:
         return torch.rand(count, generator=generator).double().sort(descending=True).values
 
-    return {linear.path: Spectrum(draw(linear.full_rank), draw(linear.full_rank)) for linear in space.linears}
+    return {linear.path: Spectrum(draw(linear.full_rank), draw(linear.full_rank)) for linear in space.spec.linears}
 
 
 def ranks_of(order: Order) -> list[Any]:
@@ -216,7 +216,7 @@ def test_an_impossible_budget_hears_the_least_possible(model_type, form, budget,
     fault = refusal(lambda: planned_of(order))
     assert fault.count("\n") == 0
     # Rank 1 everywhere, counted on the whole model.
-    model = plan.ranks.factorized({linear.path: 1 for linear in plan.ranks.linears}).model()
+    model = plan.ranks.factorized({linear.path: 1 for linear in plan.ranks.spec.linears}).model()
     parameters = sum(parameter.numel() for parameter in model.parameters())
     least = disk_bytes(model, torch.float16) if "target_size" in budget else parameters
     assert f"is {least:,}. " in fault
