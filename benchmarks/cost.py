@@ -37,7 +37,7 @@ from compress.models.hub import find_model
 from compress.models.loading import load_config, load_tokenizer
 
 COMPRESS = Path(sys.executable).with_name("compress")
-KINDS = ("survey", "trials", "forward", "statistics", "solve", "eigensolve", "rotate", "write", "verify")
+KINDS = ("depth", "survey", "trials", "forward", "statistics", "solve", "eigensolve", "rotate", "write", "verify")
 
 
 @dataclass(frozen=True)
