@@ -164,6 +164,14 @@ def test_a_deep_model_is_counted_by_shallow_ones(model_type):
         assert spec.disk_bytes == disk_bytes(spec.model(), torch.float16), kind
 
 
+def test_what_stays_stock_is_not_said_to_be_ours():
+    config, chosen = tiny.tiny_config("opt"), recipe("shared", {"keep_params": 0.9})
+    plan = planned(config, chosen)
+    said = {plan.chosen(choice).spec.architecture.is_stock: plan.chosen(choice).notes for choice in plan.choices}
+    assert said == {True: [], False: plan.notes}
+    assert "our architecture" in plan.notes[0]
+
+
 @pytest.mark.parametrize(
     ("model_type", "method", "budget"),
     [

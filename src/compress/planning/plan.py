@@ -75,8 +75,11 @@ class Plan:
     def chosen(self, choice: Choice) -> "Plan":
         space = self.space.decided(choice.counts)
         others = alternatives(choice.spec) if choice.spec.is_gguf else self.alternatives
-        stages, spec = tuple(space.stages), choice.spec
-        return replace(self, stages=stages, spec=spec, space=space, ranks=None, choices=[], alternatives=others)
+        # What was said of our architecture is untrue of a choice that stays the stock class.
+        untrue = set(self.spec.notes) - set(space.base.notes)
+        notes, stages = [note for note in self.notes if note not in untrue], tuple(space.stages)
+        decided = replace(self, stages=stages, spec=choice.spec, space=space, ranks=None, choices=[])
+        return replace(decided, notes=notes, alternatives=others)
 
     def without(self, dropped: Sequence[int]) -> "Plan":
         """The plan once it is known which blocks are left out, in the order in which they go."""
