@@ -151,7 +151,7 @@ def inner(text: str) -> list[list[str]]:
             ["vllm serve PATH --trust-remote-code\n"],
             ["cannot"],
         ),
-        ({"architecture": "FalconForCausalLM"}, ["vLLM cannot serve it: it has no FalconForCausalLM."], ["vllm serve"]),
+        ({"architecture": "FalconForCausalLM"}, ["vLLM was not tried with FalconForCausalLM."], ["vllm serve"]),
         ({"export": "gguf"}, ["llama-cli -m PATH/*.gguf"], []),
         (
             {"adapter": {"r": 12, "rank_pattern": {}}, "quantized": True, "storage": "packed"},
@@ -160,7 +160,7 @@ def inner(text: str) -> list[list[str]]:
         ),
         (
             {"adapter": {"r": 12, "rank_pattern": {}}, "architecture": "GPTNeoXForCausalLM"},
-            ["vLLM cannot serve it: it has no adapters for GPTNeoXForCausalLM."],
+            ["vLLM was not tried with GPTNeoXForCausalLM and an adapter."],
             ["vllm serve"],
         ),
         (

@@ -277,6 +277,11 @@ NO_LLAMA: dict[str, tuple[str, dict[str, Any], str]] = {
         {"sliding_window_pattern": 2},
         "other blocks than each sixth are without a sliding window",
     ),
+    "untied": (
+        "gemma",
+        {"tie_word_embeddings": False},
+        "its head has weights of its own, and llama.cpp takes the embeddings for it",
+    ),
     "dynamic": (
         "llama",
         {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},

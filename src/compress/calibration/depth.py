@@ -57,7 +57,7 @@ class Depth:
 
     wanted: how many are to be left out. begin: called with the name of each pass that is begun. processes: each passes
     its share of the windows.
-    dense: the dense model's last stream, by batch, once it has been needed.
+    dense: the dense model's last stream, by batch; `similarities` sets it, `measure` needs it.
     dropped: the blocks to leave out, in the order in which they were chosen; set by a stage. divergences: what the
     model diverges by with each of them gone too, nothing refitted, in nats.
     """
@@ -97,8 +97,6 @@ class Depth:
     def measure(self, choices: Sequence[Collection[int]]) -> list[float]:
         """Measure the divergence from the dense model, in nats a token, of the model without each choice of blocks."""
         self.begin(f"without {len(choices[0])}")
-        if not self.dense:
-            self.dense = [last for (last,) in self._pass([()])]
         streams, decoder = self._pass(choices), self.loader.decoder
         total, logits_of = torch.zeros(len(choices), dtype=torch.float64, device=decoder.device), decoder.logits
         with torch.no_grad(), self.loader.head():

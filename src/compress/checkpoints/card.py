@@ -29,12 +29,8 @@ PICTURE = re.compile(r"[A-Za-z0-9-]+\.png")
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 SPECIAL = re.compile(r"([\\`*_\[\]<>#|~&$!])")
 TICKS = re.compile("`+")
-# Of the classes NAMEForCausalLM that a result is written in: those that vLLM has (docs/engines.md says what was run),
-# ours by its Transformers backend; those for which it has no adapters.
-IN_VLLM = set(
-    "Compress DeciLM Gemma GPTBigCode GPTNeoX Llama Mistral OPT Phi Phi3 Qwen2 Qwen3 Starcoder2".split()  # noqa: SIM905
-)
-WITHOUT_ADAPTERS = ("Compress", "GPTNeoX", "Starcoder2")
+# The classes NAMEForCausalLM that vLLM was seen to run (docs/engines.md), `Compress` by its Transformers backend.
+RUN_BY_VLLM = ("Compress", "DeciLM", "Llama", "Mistral", "Phi3", "Qwen2", "Qwen3")
 FRONT_MATTER = re.compile(r"\A---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 PASSED_ON = tuple(Origin.model_fields)
@@ -139,17 +135,14 @@ def card_data(metadata: Metadata) -> "ModelCardData":
 
 
 def why_not_vllm(metadata: Metadata) -> str | None:
-    """Why vLLM does not serve it; None where it does."""
-    architecture, adapter = metadata.architecture, metadata.adapter
-    name = architecture.removesuffix("ForCausalLM")
-    if name not in IN_VLLM:
-        return f"it has no {architecture}"
+    """A clause that says why vLLM does not serve it, or that this was not tried; None where it does."""
+    adapter, name = metadata.adapter, metadata.architecture.removesuffix("ForCausalLM")
     if metadata.not_for_vllm:
-        return metadata.not_for_vllm
-    if adapter and name in WITHOUT_ADAPTERS:
-        return f"it has no adapters for {architecture}"
+        return f"vLLM cannot serve it: {metadata.not_for_vllm}"
     if adapter and vllm_rank(adapter) is None:
-        return f"its adapters have a rank of {VLLM_RANKS[-1]} at most"
+        return f"vLLM cannot serve it: its adapters have a rank of {VLLM_RANKS[-1]} at most"
+    if name not in RUN_BY_VLLM or (adapter and name == "Compress"):
+        return f"vLLM was not tried with {metadata.architecture}{' and an adapter' if adapter else ''}"
     return None
 
 

@@ -141,7 +141,7 @@ def width_choices(space: WidthSpace, budget: Budget, dense: Size) -> list[Choice
             )
     if fitting[0].spec.deletes_nothing and fitting[0].spec.num_blocks == space.base.num_blocks:
         raise UsageError(DELETES_NOTHING)
-    # What lacks more than half of the blocks that depth alone could pay with was never chosen, and is slow to judge.
+    # Each block that may go is measured, which is slow: half of what depth alone could pay with is looked at.
     least = (space.base.num_blocks + min(choice.spec.num_blocks for choice in fitting)) // 2
     deep = [choice for choice in fitting if choice.spec.num_blocks >= least] or fitting
     return sorted(deep, key=lambda choice: sorted(choice.counts.items()))

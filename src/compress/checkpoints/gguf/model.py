@@ -206,6 +206,10 @@ def why_not_its_family(kind: str, has_biases: bool, config: Any) -> str | None:
             kind == "olmo2" and head_size(config) * config.num_attention_heads != config.hidden_size,
             "its heads together are not as wide as the stream",
         ),
+        (
+            not config.tie_word_embeddings and tensor_names(WRITTEN[kind], 1).get_name("lm_head") is None,
+            "its head has weights of its own, and llama.cpp takes the embeddings for it",
+        ),
         (kind == "starcoder2" and not config.use_bias, "its linears have no biases"),
         (not has_biases and any(getattr(config, name, False) for name in BIASES), "its attention or MLP has biases"),
     ]
