@@ -57,6 +57,6 @@ def test_a_walk_gives_memory_back_behind_every_branch_and_part(monkeypatch, tmp_
     for _ in walk.parts():
         pass
     ends = list(range(1, walk.num_parts + 1))
-    # Behind the embeddings; before and behind each run of a block's attention and MLP; before the head.
-    inside = [0, *(block for block in ends[:-2] for _ in range(4)), walk.num_parts - 1]
+    # Within a block before and behind the run of attention, and of the MLP, for the points' statistics.
+    inside = [block for block in ends[:-2] for _ in range(4)]
     assert sorted(returned) == sorted(ends + inside)

@@ -197,9 +197,7 @@ class BranchPass:
         """Write the fitted readers, so that they take the compressed stream."""
         if not groups and self.decode is not None:
             read_through(branch, self.decode)
-        reports = [report for group in groups for report in self._written(group)]
-        return_free_memory()  # what the readers' old weights and equations left, before the branch runs
-        return reports
+        return [report for group in groups for report in self._written(group)]
 
     def _written(self, group: Readers | Writers) -> list[Report]:
         group.write()
@@ -223,6 +221,7 @@ class BranchPass:
 
     def _run_wide(self, branch: Branch, block: int, found: PointStatistics, *, advance: bool = False) -> None:
         """Run the branch, its output in the dense basis, for the statistics of what comes out."""
+        return_free_memory()  # what the last change of basis left
         for batch in self.streams.batches:
             stream, dense = self.streams.now(batch)
             with self.clock("forward"):
@@ -231,6 +230,7 @@ class BranchPass:
                     self.streams.compressed.put(batch.index, wide)
             with self.clock("statistics"):
                 found.add(wide, dense)
+        return_free_memory()
 
     def _fit_writers(self, branch: Branch, point: StreamPoint, block: int) -> list[Report]:
         """Run the branch to see what its writers are given; encode and fit them."""
@@ -363,7 +363,6 @@ class BranchPass:
         return PointStatistics(needs, point.dense_width, self.eps, self.decoder.device)
 
     def _decide(self, point: StreamPoint, found: PointStatistics) -> None:
-        return_free_memory()  # what the branch's activations left, before decompositions and another forward pass
         point.statistics = found.close(self.processes)
         if self.frame is not None:
             point.basis = Basis(self.frame, width=point.dense_width, is_shared=True)
