@@ -22,7 +22,7 @@ from compress.calibration.weights import Layout
 from compress.errors import UsageError
 from compress.families import Family
 from compress.models.loading import empty_model, with_blocks
-from compress.models.packing import put_packed, quantization_config
+from compress.models.packing import embeddings_not_for_vllm, put_packed, quantization_config
 from compress.models.storage import Storage, num_parameters
 from compress.own_model.modeling_compress import unfuse_experts
 
@@ -149,6 +149,24 @@ class ModelSpec:
         return {path: storage for path, storage in self.storage.items() if storage.form in ("packed", "gguf")}
 
     @property
+    def packed_tables(self) -> list[str]:
+        """The embeddings' table and the head, by path, as far as compressed-tensors stores them in few bits."""
+        family = self.architecture.family
+        return [] if self.is_gguf else [path for path in (*family.embeddings, family.head) if path in self.packed]
+
+    @property
+    def packs_embeddings(self) -> bool:
+        return bool(set(self.packed_tables) & set(self.architecture.family.embeddings))
+
+    @property
+    def tables_not_for_vllm(self) -> str | None:
+        """Why vLLM does not load the embeddings as they are stored; None where it does."""
+        if not self.packs_embeddings:
+            return None
+        is_tied = self.architecture.base_config(self, self.dtype).tie_word_embeddings
+        return embeddings_not_for_vllm(self.packed[self.packed_tables[0]], is_tied=is_tied)
+
+    @property
     def is_gguf(self) -> bool:
         return self.gguf_type is not None
 
@@ -177,9 +195,11 @@ class ModelSpec:
         config, packed = self.architecture.base_config(self, dtype or self.dtype), self.packed
         storage = next(iter(packed.values()), None)
         if storage is not None and storage.bits is not None:
+            family, kinds = self.architecture.family, (nn.Linear, nn.Embedding) if self.packs_embeddings else nn.Linear
             modules = replace(self, storage={}).model().named_modules()
-            untouched = [name for name, module in modules if isinstance(module, nn.Linear) and name not in packed]
-            config.quantization_config = quantization_config(storage, untouched)
+            untouched = [name for name, module in modules if isinstance(module, kinds) and name not in packed]
+            tables = {"Embedding" if path in family.embeddings else path: packed[path] for path in self.packed_tables}
+            config.quantization_config = quantization_config(storage, untouched, tables)
         return config
 
     @cached_property

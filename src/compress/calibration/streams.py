@@ -277,7 +277,8 @@ def mean_divergence(head: Branch, weight: Tensor, bias: Tensor | None, streams: 
     if streams.dense is None:
         return None
     total, tokens = torch.zeros((), dtype=torch.float64, device=streams.decoder.device), 0
-    (reader,) = head.readers.values()
+    (name,) = head.readers
+    reader = head.owner.get_submodule(name)
     assert head.norm is not None
     logits_of = streams.decoder.logits_of
     for _, *both in streams.both(held_out=True):

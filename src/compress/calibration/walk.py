@@ -199,7 +199,7 @@ class Walk:
             if self.settings.layout.ties_head:
                 # Written with the embeddings; the probe sees it rounded as they are.
                 tied = tensors.pop(f"{decoder.family.head}.weight")
-                if not self.branch_pass.blocks:
+                if not self.branch_pass.stored:
                     tied.copy_(self._rounded("", tied))
             part = self._finish(self.num_parts - 1, "head", tensors, groups=groups)
             part.divergence = divergence
@@ -232,10 +232,10 @@ class Walk:
         groups: Sequence[Report] = (),
     ) -> FinishedPart:
         """Round a part's weights to the output dtype, in the module too: the probe sees what will be read back."""
-        # The blocks of quantized tables take the place of their weights.
-        blocks = {f"{path}.weight": stored for path, stored in self.branch_pass.blocks.items()}
-        stored = {name: tensor for name, tensor in tensors.items() if name not in blocks}
-        stored |= {name.replace(".weight", ".qweight"): blocks[name] for name in tensors if name in blocks}
+        # What is stored of quantized tables takes the place of their weights.
+        tables = {path: each for path, each in self.branch_pass.stored.items() if f"{path}.weight" in tensors}
+        stored = {name: tensor for name, tensor in tensors.items() if name.removesuffix(".weight") not in tables}
+        stored |= {f"{path}.{name}": tensor for path, each in tables.items() for name, tensor in each.items()}
         rounded = {key: self._rounded(key, tensor).cpu().contiguous() for key, tensor in stored.items()}
         for key, tensor in rounded.items():
             if is_wide_float(tensor) and not torch.isfinite(tensor).all():

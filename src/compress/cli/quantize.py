@@ -33,6 +33,11 @@ INPUTS = "Quantize activations too, per token, at run time: fp8 with fp8 weights
 REFIT = "Solve every linear again, toward the dense model, before it is compressed. Default: --refit for our methods."
 ACT_ORDER = "GPTQ in order of decreasing activation (desc_act)."
 ASYMMETRIC = "Asymmetric quantization, with zero points."
+HEAD_BITS = "Bits of the head, 2 to 8, where it is not the embeddings' table. Default: it stays in the model's dtype."
+EMBEDDING_BITS = (
+    "Bits of the embeddings' table, which have to be the linears'; transformers unpacks it while it loads. Default: it "
+    "stays in the model's dtype."
+)
 COMPACT = (
     "Store it as small as we can, in our own architecture: 2:4 in 4 bits takes 2.75 bits a weight and scales. Default: "
     "packed, as compressed-tensors reads it."
@@ -56,14 +61,18 @@ class StorageOptions(RunOptions):
     compact: Annotated[bool, Output(COMPACT, "--compact", sets=("slim.form", "compact"))] = False
     materialize: Annotated[bool, Output(MATERIALIZE, "--materialize", sets=("slim.form", "dense"))] = False
     type_: Annotated[str | None, Amounts(TYPE, "--type", sets="slim.quantize.gguf_type")] = None
+    head_bits: Annotated[int | None, Amounts(HEAD_BITS, sets="quantize_embeddings.head_bits")] = None
+    embedding_bits: Annotated[int | None, Amounts(EMBEDDING_BITS, sets="quantize_embeddings.embedding_bits")] = None
 
     def put(self, draft: Draft, bits: str | None) -> None:
         """Put the bits and the refit in. Raises UsageError for options that say what --type says too."""
-        others = ("group", "inputs", "asymmetric", "compact", "materialize")
+        others = ("group", "inputs", "asymmetric", "compact", "materialize", "head_bits", "embedding_bits")
         given = ["--bits"] if bits else [flag_of(name) for name in others if getattr(self, name)]
         if self.type_ is not None and given:
             raise UsageError(f"{given[0]} has no effect with --type, which says all of that. Leave one out.")
         put_bits(draft, bits)
+        if self.head_bits or self.embedding_bits:
+            draft.stages.append({"stage": "quantize_embeddings"})
         if self.refit and not any(entry["stage"] == "refit" for entry in draft.stages):
             draft.stages.insert(0, {"stage": "refit"})
         if self.refit is False:

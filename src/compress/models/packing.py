@@ -185,8 +185,34 @@ def put_packed(model: nn.Module, packed: Mapping[str, Storage]) -> None:
             model.set_submodule(path, empty_linear(storage, n, m, bias=has_bias, dtype=dtype))
 
 
-def quantization_config(storage: Storage, untouched: list[str]) -> dict[str, Any]:
-    """Write compressed-tensors' config: one group of linears, all alike."""
+def quantization_config(
+    linears: Storage, untouched: list[str], tables: Mapping[str, Storage] | None = None
+) -> dict[str, Any]:
+    """Write compressed-tensors' config: a group for the linears, all alike, and one for tables in another form.
+
+    tables: by what the config calls them, the path of a head or `Embedding`.
+    """
+    groups = [config_group(linears, "Linear")]
+    for target, storage in (tables or {}).items():
+        group = config_group(storage, target)
+        same = [each for each in groups if {**each, "targets": None} == {**group, "targets": None}]
+        if same:
+            same[0]["targets"].append(target)  # vLLM's heads are no linears
+        else:
+            groups.append(group)
+    formats = {group["format"] for group in groups}
+    return {
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+        "format": groups[0]["format"] if len(formats) == 1 else "mixed-precision",
+        "config_groups": {f"group_{place}": group for place, group in enumerate(groups)},
+        "ignore": untouched,
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+    }
+
+
+def config_group(storage: Storage, target: str) -> dict[str, Any]:
     kind, name = "float" if storage.floating else "int", "int-quantized" if storage.in_bytes else "pack-quantized"
     if storage.floating:
         name = "float-quantized" if not storage.in_float4 else NVFP4 if storage.group == 16 else "mxfp4-pack-quantized"
@@ -206,21 +232,12 @@ def quantization_config(storage: Storage, untouched: list[str]) -> dict[str, Any
     if storage.group == BLOCK:
         weights |= {"strategy": "block", "block_structure": [SIDE, SIDE]}
         inputs |= {"strategy": "group", "group_size": SIDE}
-    group = {
-        "targets": ["Linear"],
+    return {
+        "targets": [target],
         "weights": weights,
         "input_activations": inputs if storage.inputs else None,
         "output_activations": None,
         "format": name,
-    }
-    return {
-        "quant_method": "compressed-tensors",
-        "quantization_status": "compressed",
-        "format": name,
-        "config_groups": {"group_0": group},
-        "ignore": untouched,
-        "kv_cache_scheme": None,
-        "global_compression_ratio": None,
     }
 
 
@@ -247,4 +264,13 @@ def not_for_vllm(storage: Storage, largest_rank: int) -> str | None:
         return "its fp8 weights have a scale a channel or a tensor"
     if storage.inputs is not None and not storage.in_bytes:
         return "it rounds inputs beside 8-bit weights alone"
+    return None
+
+
+def embeddings_not_for_vllm(storage: Storage, *, is_tied: bool) -> str | None:
+    """Why vLLM does not load embeddings that are packed so; None where it does."""
+    if is_tied:
+        return "there a table that is embeddings and head is not in few bits"
+    if storage.bits not in (2, 4, 8) or not storage.symmetric:
+        return "it looks embeddings up in symmetric integers of 2, 4 or 8 bits"
     return None

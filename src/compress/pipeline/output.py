@@ -148,9 +148,11 @@ def _metadata(prepared: Prepared, folder: RunFolder, adapter: dict[str, Any] | N
             "adapter": adapter,
             "storage": None if storage is None else storage.form,
             "quantized": storage is not None and storage.bits is not None,
-            "unpacks_while_loading": storage is not None and unpacks_while_loading(storage, model_type),
+            "unpacks_while_loading": storage is not None
+            and (unpacks_while_loading(storage, model_type) or plan.spec.packs_embeddings),
             "not_for_vllm": plan.spec.architecture.not_for_vllm(plan.spec)
-            or (None if storage is None else not_for_vllm(storage, max(ranks))),
+            or (None if storage is None else not_for_vllm(storage, max(ranks)))
+            or plan.spec.tables_not_for_vllm,
             "mixture": mixture_of(plan),
             "alternatives": [alternative.to_dict() for alternative in plan.alternatives],
             "units": {kind: n if isinstance(n, int) else list(n) for kind, n in plan.spec.units.items()},

@@ -141,6 +141,7 @@ def make_plan(
         what = f"Calibration has {tokens:,} tokens for linears of {widest:,} inputs: expect a poor fit."
         notes.append(f"{what} Use more --samples.")
     sizes = [spec.size] if spec.is_decided else [choice.size for choice in choices] or [dense]
+    notes += tables_in_full(spec)
     memory, disk = Footprint(stages, config, family, computing).needs(recipe.calibration, room)
     plan = Plan(
         stages=stages,
@@ -209,8 +210,8 @@ def mixture_faults(stages: Sequence[StageConfig], *, has_budget: bool) -> list[s
     """Say what cannot be in one recipe with a stage that stores linears in fewer bits."""
     storing = [stage for stage in stages if stage.in_written_form]
     tables = [stage.stage for stage in stages if stage.site is Table]
-    if tables and not any(stage.model_dump().get("form") == "gguf" for stage in storing):
-        return [f"{tables[0]} is for GGUF files. Give slim form: gguf, or leave it out."]
+    if tables and not any(stage.model_dump().get("form") in ("gguf", "packed") for stage in storing):
+        return [f"{tables[0]} is for GGUF files and packed form. Give slim form: gguf or packed, or leave it out."]
     if not storing:
         return []
     name, problems = storing[0].stage, list[str]()
@@ -238,28 +239,48 @@ def mixture_faults(stages: Sequence[StageConfig], *, has_budget: bool) -> list[s
     return problems
 
 
+def tables_in_full(spec: ModelSpec) -> list[str]:
+    """Say what embeddings and head take beside packed linears where they are in the model's dtype."""
+    like, dense = next(iter(spec.storage.values()), None), replace(spec, storage={})
+    if like is None or like.form != "packed" or like.bits is None:
+        return []
+    kept = {path: width for path, width in dense.tables if path not in spec.storage}
+    if not kept:
+        return []
+    family, config = spec.architecture.family, dense.config()
+    share = sum(kept.values()) * config.vocab_size * spec.dtype.itemsize / spec.size.bytes
+    names = [name for path, name in ((family.embeddings[0], "embeddings"), (family.head, "head")) if path in kept]
+    remedy = (
+        "--head-bits 8 stores the head in fewer" if family.head in kept else "--embedding-bits stores them in fewer"
+    )
+    if config.tie_word_embeddings:
+        names, remedy = ["embeddings, the head too,"], "a GGUF file (--type) stores them in fewer"
+    what = " and ".join(names).capitalize()
+    return [f"{what} stay in {str(spec.dtype).removeprefix('torch.')}, {share:.0%} of the bytes; {remedy}."]
+
+
 def alternatives(spec: ModelSpec) -> list[Alternative]:
     """List the plan and unpruned formats: the largest two that are no larger than it, and the next larger one."""
-    dense, dtype = replace(spec, storage={}), spec.dtype
+    dense, dtype = replace(spec, storage={path: spec.storage[path] for path in spec.packed_tables}), spec.dtype
     linears = {linear.path: linear for linear in dense.written_linears}
+    in_blocks = {path: storage for path, storage in spec.storage.items() if path in linears}
     if spec.is_gguf:
-        in_blocks = {path: storage for path, storage in spec.storage.items() if path in linears}
         bits = bits_per_weight(linears, in_blocks, dtype)
         return [Alternative(name="this plan", bits_per_weight=bits, bytes=spec.size.bytes)]
-    weights = sum(linears[path].m * linears[path].n for path in spec.storage)
+    weights = sum(linears[path].m * linears[path].n for path in in_blocks)
     elsewhere = dense.size.bytes - weights * dtype.itemsize
 
     def alternative(name: str, stored: Mapping[str, Storage]) -> Alternative:
         bits = bits_per_weight(linears, stored, dtype)
         return Alternative(name=name, bits_per_weight=bits, bytes=elsewhere + round(bits * weights / 8))
 
-    found = [alternative("this plan", spec.storage)]
+    found = [alternative("this plan", in_blocks)]
     if next(iter(spec.storage.values())).pattern is None:
         return found
     unpruned = []
     for adapted, bits in product((True, False), range(2, 9)):
         stored, same = dict[str, Storage](), ("rank", "adapter_bits", "adapter_group") if adapted else ()
-        for path, each in spec.storage.items():
+        for path, each in in_blocks.items():
             adapter = {name: getattr(each, name) for name in same}
             stored[path] = Storage(form=each.form, bits=bits, group=each.group, **adapter)
         unpruned.append(alternative(f"{bits} bits, unpruned{', the same adapter' if adapted else ''}", stored))

@@ -21,14 +21,13 @@ from compress.architectures.gguf_types import AUTO, check_named, misfits, resolv
 from compress.architectures.own import as_own
 from compress.calibration.linears import LinearShape, LinearSite, lost
 from compress.calibration.observers import LinearFilter
-from compress.calibration.sites import Requirements, Table
+from compress.calibration.sites import Requirements
 from compress.calibration.survey import SurveyNeed
 from compress.errors import report
 from compress.models.factors import fill
 from compress.models.packing import not_for_vllm, stored_linear
 from compress.models.storage import Storage
 from compress.models.tensor_files import fused_piece
-from compress.numerics.block_grid import fit_blocks
 from compress.numerics.block_types import TYPES
 from compress.numerics.decomposition import (
     Adapting,
@@ -272,38 +271,6 @@ class Slim(StageConfig):
         A, B = (None, None) if found.adapter is None else (found.adapter.A, found.adapter.B)
         storage = self.storage(site.shape)
         return stored_linear(storage, found.S, found.grid, found.mask, A, B, bias, site.dtype)
-
-
-class QuantizeEmbeddings(StageConfig):
-    """Quantize the embeddings' table and the head as a GGUF file of the type that `slim` writes has them.
-
-    A tied matrix is stored once. Rows are rounded by themselves, each group of a row with its best scale.
-
-    types: of each table, by its path; settled when the model is known.
-    """
-
-    site: ClassVar = Table
-    after: ClassVar = ("slim",)
-    stage: Literal["quantize_embeddings"] = "quantize_embeddings"
-    types: Mapping[str, str] = Field(default_factory=dict)
-
-    def decided(self, choice: Mapping[str, Any]) -> "QuantizeEmbeddings":
-        return self.model_copy(update={"types": choice["tables"]}) if "tables" in choice else self
-
-    def plan(self, spec: ModelSpec) -> tuple["QuantizeEmbeddings", ModelSpec]:
-        if spec.gguf_type is None or "types" in spec.undecided:
-            return self, spec  # of a recipe that is refused, or has a budget to be spent
-        if spec.gguf_type == AUTO:
-            report(misfits(self.types, dict(spec.tables)))
-        types = self.types if spec.gguf_type == AUTO else resolve(spec.gguf_type, spec.config(), spec.tables)
-        storage = {path: Storage(form="gguf", bits=None, block_type=name) for path, name in types.items()}
-        return self.model_copy(update={"types": types}), replace(spec, storage={**spec.storage, **storage})
-
-    def apply(self, table: Table) -> None:
-        if table.path in self.types:
-            weight = table.weight.float()
-            grid = fit_blocks(weight, TYPES[self.types[table.path]])
-            table.blocks, table.values = grid.encoded(weight), grid.dequantized(weight)
 
 
 def uneven(linears: Sequence[LinearShape], group: int, what: str, remedy: str) -> list[str]:

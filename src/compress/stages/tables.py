@@ -1,0 +1,170 @@
+"""The embeddings' table and the head in few bits.
+
+A GGUF file stores both in the types that llama-quantize gives them. A folder in packed form stores them as
+compressed-tensors does linears: a head that is no table of embeddings in bits of its own, which transformers and vLLM
+load; the table in the linears' bits, which transformers reads where it unpacks all weights while it loads them, and
+vLLM where the table is not the head too. A tied matrix is stored once.
+
+A head by itself is swept by the second moment of what it is given. Each row of a table is rounded by itself, so that
+how often its token comes makes no difference to its codes.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from compress.architectures.architecture import ModelSpec
+from compress.architectures.gguf_types import AUTO, misfits, resolve
+from compress.calibration.sites import Table
+from compress.errors import report
+from compress.models.packing import packed_tensors, unpacks_while_loading
+from compress.models.storage import Storage
+from compress.numerics.block_grid import BlockGrid, fit_blocks
+from compress.numerics.block_types import TYPES
+from compress.numerics.decomposition import Decomposition, Rounding, decompose_together
+from compress.numerics.grids import QuantType
+from compress.numerics.steps import make_grid
+from compress.stages._stage import StageConfig
+
+Bits = Annotated[int, Field(ge=2, le=8)]
+POLISH = 3  # rounds after a sweep, as linears have
+ROWS = 8192  # at a time: a head has many more than any linear, and they do not depend on one another
+
+
+class QuantizeEmbeddings(StageConfig):
+    """Quantize the embeddings' table and the head: in a GGUF file by its type, in packed form in the bits asked for.
+
+    A tied matrix is stored once. A head by itself is swept (GPTQ) by its own inputs; rows of a table are rounded by
+    themselves, each group of a row with its best scale.
+
+    head_bits: of a head that is no table of embeddings, in packed form. embedding_bits: of the table, as linears have.
+    types: of each table in a GGUF file, by its path; settled when the model is known.
+    bits, group, symmetric, dtype: of each table in packed form, by its path; all settled when the model is known.
+    """
+
+    site: ClassVar = Table
+    after: ClassVar = ("slim",)
+    stage: Literal["quantize_embeddings"] = "quantize_embeddings"
+    head_bits: Bits | None = None
+    embedding_bits: Bits | None = None
+    types: Mapping[str, str] = Field(default_factory=dict)
+    bits: Mapping[str, Bits] = Field(default_factory=dict)
+    group: int | Literal["channel"] = "channel"
+    symmetric: bool = True
+    dtype: str | None = None
+
+    def decided(self, choice: Mapping[str, Any]) -> "QuantizeEmbeddings":
+        return self.model_copy(update={"types": choice["tables"]}) if "tables" in choice else self
+
+    def plan(self, spec: ModelSpec) -> tuple["QuantizeEmbeddings", ModelSpec]:
+        if "types" in spec.undecided or not (spec.is_gguf or spec.storage):
+            return self, spec  # of a recipe that has a budget to be spent, or is refused
+        if not spec.is_gguf:
+            return self.in_packed_form(spec)
+        if self.asked:
+            what = "head_bits and embedding_bits are for packed form; in a GGUF file tables go by its type"
+            report([f"{what}, --type Q4_K_M,output=Q6_K,token_embd=Q5_K. Leave them out."])
+        if spec.gguf_type == AUTO:
+            report(misfits(self.types, dict(spec.tables)))
+        types = self.types if spec.gguf_type == AUTO else resolve(str(spec.gguf_type), spec.config(), spec.tables)
+        storage = {path: Storage(form="gguf", bits=None, block_type=name) for path, name in types.items()}
+        return self.model_copy(update={"types": types}), replace(spec, storage={**spec.storage, **storage})
+
+    def in_packed_form(self, spec: ModelSpec) -> tuple["QuantizeEmbeddings", ModelSpec]:
+        like, widths = next(iter(spec.storage.values())), dict(spec.tables)
+        report(self.problems(spec, like))
+        family, group = spec.architecture.family, like.group
+        asked = {family.embeddings[0]: self.embedding_bits, family.head: self.head_bits}
+        bits = {path: number for path, number in asked.items() if number is not None}
+        fits = isinstance(group, int) and all(widths[path] % group == 0 for path in bits)
+        changes = {"bits": bits, "group": group if fits else "channel", "symmetric": like.symmetric}
+        settled = self.model_copy(update=changes | {"dtype": str(spec.dtype).removeprefix("torch.")})
+        spec = replace(spec, storage={**spec.storage, **{path: settled.storage(path) for path in bits}})
+        notes = [] if spec.tables_not_for_vllm is None else [f"vLLM cannot serve this: {spec.tables_not_for_vllm}."]
+        return settled, replace(spec, notes=(*spec.notes, *notes))
+
+    def problems(self, spec: ModelSpec, like: Storage) -> list[str]:
+        """What does not go with the model, or with linears that are stored like this."""
+        family, asked = spec.architecture.family, self.asked
+        if not asked:
+            return ["In packed form quantize_embeddings is told the bits: give head_bits, embedding_bits or both."]
+        if like.bits is None or like.floating:
+            what = "are not quantized" if like.bits is None else "are floats"
+            return [f"head_bits and embedding_bits go with linears of 2 to 8 bits, and these {what}. Leave them out."]
+        widths, problems = dict(spec.tables), []
+        if self.head_bits is not None and family.head not in widths:
+            problems.append(
+                "head_bits has no effect: the head is the embeddings' table. In packed form give embedding_bits, which "
+                "stores both once, for transformers; or write a GGUF file (--type)."
+            )
+        if self.embedding_bits is None and not unpacks_while_loading(like, spec.architecture.dense.model_type):
+            return problems
+        one_scheme, n = (
+            "transformers unpacks all that is stored so by the linears' scheme",
+            widths[family.embeddings[0]],
+        )
+        if asked != {like.bits}:
+            problems.append(
+                f"{one_scheme}. Give head_bits and embedding_bits the linears' {like.bits}, or leave them out."
+            )
+        if like.inputs is not None or not (
+            like.group == "channel" or (isinstance(like.group, int) and n % like.group == 0)
+        ):
+            problems.append(
+                f"{one_scheme}, which does not fit embeddings of {n}. Take --group channel without --inputs."
+            )
+        return problems
+
+    @property
+    def asked(self) -> set[int]:
+        """The bits that are asked for."""
+        return {number for number in (self.head_bits, self.embedding_bits) if number is not None}
+
+    def storage(self, path: str) -> Storage:
+        return Storage("packed", self.bits[path], group=self.group, symmetric=self.symmetric)
+
+    def apply(self, table: Table) -> None:
+        if table.path not in self.types and table.path not in self.bits:
+            return
+        parts = [self.rounded(table, rows) for rows in table.weight.float().split(ROWS)]
+        stored, values = [tensors for tensors, _ in parts], [each for _, each in parts]
+        table.values = torch.cat(values)
+        table.stored = {name: torch.cat([tensors[name] for tensors in stored]) for name in stored[0]}
+        if "weight_shape" in table.stored:
+            table.stored["weight_shape"] = torch.tensor(table.weight.shape)
+
+    def rounded(self, table: Table, rows: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Rows of a table: the tensors that are stored, and the weights that they stand for."""
+        how = self.rounding(table.path)
+        if table.inputs is not None:
+            swept = Decomposition(quantize=how, polish=POLISH)
+            (found,) = decompose_together([rows.double()], table.inputs, [swept], dtype=rows.dtype, names=[table.path])
+            rows, grid = found.S, found.grid
+        elif how.blocks is not None:
+            grid = fit_blocks(rows, how.blocks)
+        else:
+            steps, stored = how.steps, how.stored
+            grid = make_grid(
+                rows, how.quant_type, group=how.group, method=steps, symmetric=how.symmetric, stored=stored
+            )
+        if isinstance(grid, BlockGrid):
+            return {"qweight": grid.encoded(rows)}, grid.dequantized(rows)
+        assert grid is not None
+        assert how.stored is not None
+        return packed_tensors(self.storage(table.path), rows, grid, how.stored), grid.nearest(rows).float()
+
+    def rounding(self, path: str) -> Rounding:
+        return Rounding(
+            quant_type=QuantType(self.bits.get(path, 4)),
+            group=self.group,
+            steps="mse",
+            sweeps=True,
+            symmetric=self.symmetric,
+            act_order=path in self.types,
+            stored=None if self.dtype is None else getattr(torch, self.dtype),
+            blocks=TYPES[self.types[path]] if path in self.types else None,
+        )
