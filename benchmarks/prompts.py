@@ -3,7 +3,7 @@
     python benchmarks/prompts.py --model MODEL "NAME=FOLDER or FILE.gguf" ... [--write docs/prompts.md]
 
 Greedy, 48 new tokens at most, nothing edited or left out. Where the tokenizer has a chat template, each prompt is the
-first message of a chat. A GGUF file is run by llama.cpp itself (the extra `llamacpp`), anything else by `compress.load`.
+first message of a chat. GGUF files are run by llama.cpp itself (the extra `llamacpp`), others by `compress.load`.
 """
 
 import argparse

@@ -193,13 +193,13 @@ class ModelSpec:
 
     def config(self, dtype: torch.dtype | None = None) -> Any:
         config, packed = self.architecture.base_config(self, dtype or self.dtype), self.packed
-        storage = next(iter(packed.values()), None)
-        if storage is not None and storage.bits is not None:
+        if any(storage.bits is not None for storage in packed.values()):
             family, kinds = self.architecture.family, (nn.Linear, nn.Embedding) if self.packs_embeddings else nn.Linear
             modules = replace(self, storage={}).model().named_modules()
             untouched = [name for name, module in modules if isinstance(module, kinds) and name not in packed]
-            tables = {"Embedding" if path in family.embeddings else path: packed[path] for path in self.packed_tables}
-            config.quantization_config = quantization_config(storage, untouched, tables)
+            # vLLM's heads are no linears, and some of its embeddings have no name.
+            tables = {path: "Embedding" if path in family.embeddings else path for path in self.packed_tables}
+            config.quantization_config = quantization_config(packed, untouched, tables)
         return config
 
     @cached_property

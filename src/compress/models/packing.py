@@ -186,20 +186,18 @@ def put_packed(model: nn.Module, packed: Mapping[str, Storage]) -> None:
 
 
 def quantization_config(
-    linears: Storage, untouched: list[str], tables: Mapping[str, Storage] | None = None
+    stored: Mapping[str, Storage], untouched: list[str], tables: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
-    """Write compressed-tensors' config: a group for the linears, all alike, and one for tables in another form.
+    """Write compressed-tensors' config: a group for each way in which linears and tables are stored.
 
-    tables: by what the config calls them, the path of a head or `Embedding`.
+    stored: by path, linears alike. tables: of these paths those of embeddings and head, and what engines find them by.
     """
-    groups = [config_group(linears, "Linear")]
-    for target, storage in (tables or {}).items():
-        group = config_group(storage, target)
-        same = [each for each in groups if {**each, "targets": None} == {**group, "targets": None}]
-        if same:
-            same[0]["targets"].append(target)  # vLLM's heads are no linears
-        else:
-            groups.append(group)
+    tables, schemes = tables or {}, dict[Storage, list[str]]()
+    for path in sorted(stored, key=lambda path: path in tables):
+        if (scheme := stored[path].scheme) is not None:
+            targets = schemes.setdefault(scheme, [])
+            targets += [target for target in (tables.get(path, "Linear"),) if target not in targets]
+    groups = [config_group(scheme, targets) for scheme, targets in schemes.items()]
     formats = {group["format"] for group in groups}
     return {
         "quant_method": "compressed-tensors",
@@ -212,7 +210,7 @@ def quantization_config(
     }
 
 
-def config_group(storage: Storage, target: str) -> dict[str, Any]:
+def config_group(storage: Storage, targets: list[str]) -> dict[str, Any]:
     kind, name = "float" if storage.floating else "int", "int-quantized" if storage.in_bytes else "pack-quantized"
     if storage.floating:
         name = "float-quantized" if not storage.in_float4 else NVFP4 if storage.group == 16 else "mxfp4-pack-quantized"
@@ -233,7 +231,7 @@ def config_group(storage: Storage, target: str) -> dict[str, Any]:
         weights |= {"strategy": "block", "block_structure": [SIDE, SIDE]}
         inputs |= {"strategy": "group", "group_size": SIDE}
     return {
-        "targets": [target],
+        "targets": targets,
         "weights": weights,
         "input_activations": inputs if storage.inputs else None,
         "output_activations": None,
@@ -274,3 +272,12 @@ def embeddings_not_for_vllm(storage: Storage, *, is_tied: bool) -> str | None:
     if storage.bits not in (2, 4, 8) or not storage.symmetric:
         return "it looks embeddings up in symmetric integers of 2, 4 or 8 bits"
     return None
+
+
+def lacks_cpu_kernel(storage: Storage) -> str | None:
+    """Which packed weights vLLM 0.32 runs on GPUs alone (docs/engines.md); None where its CPU build has a kernel."""
+    if storage.bits is None or storage.inputs is not None:
+        return None
+    if storage.floating:
+        return "fp8 weights beside 16-bit inputs" if storage.in_bytes else "4-bit floats"
+    return f"{storage.bits}-bit integers{' on CPUs without AVX-512' if storage.bits == 4 else ''}"

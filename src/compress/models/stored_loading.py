@@ -26,6 +26,7 @@ from compress.numerics.grids import BLOCK, SIDE
 from compress.own_model.modeling_compress import AdaptedLinear
 
 METHOD = "compressed-tensors"
+KINDS = ("Linear", "Embedding")  # targets that are classes; others are names
 LORA_NAME = re.compile(r"base_model\.model\.(.+)\.(lora_[AB])\.weight")
 BEYOND = ("kv_cache_scheme", "transform_config", "sparsity_config", "output_activations")
 # What makes more of a LoRA than two factors and a factor before them.
@@ -55,21 +56,21 @@ def schemes(found: dict[str, Any]) -> dict[str, Storage]:
     """Raises ValueError for what is not understood, and what a damaged config makes of the look-ups."""
     if found["quant_method"] != METHOD:
         raise ValueError(f"quant_method is {found['quant_method']!r}, not {METHOD!r}")
-    groups = list(found["config_groups"].values())
-    targets = [target for group in groups for target in group["targets"]]
-    if (
-        len({*targets}) < len(targets)
-        or targets[:1] != ["Linear"]
-        or not all(isinstance(each, str) for each in targets)
-    ):
-        raise ValueError("its config groups are not one of all linears, and others of embeddings and head")
-    beyond = [key for key in BEYOND for each in (found, *groups) if each.get(key)]
+    groups = [*found["config_groups"].values()]
+    targets = {str(target): scheme(found, group) for group in groups for target in group["targets"]}
+    if not targets:
+        raise ValueError("it has no config group")
+    if len({*targets.values()}) == 1:
+        return dict.fromkeys(KINDS, next(iter(targets.values())))
+    if any(target.startswith("re:") for target in targets):
+        raise ValueError("it has several config groups, and targets that are no names")
+    return targets
+
+
+def scheme(found: dict[str, Any], group: dict[str, Any]) -> Storage:
+    beyond = [key for key in BEYOND if found.get(key) or group.get(key)]
     if beyond:
         raise ValueError(f"it has {beyond[0]}")
-    return {target: scheme(group) for group in groups for target in group["targets"]}
-
-
-def scheme(group: dict[str, Any]) -> Storage:
     weights, inputs = group["weights"], group.get("input_activations")
     bits, kind = weights["num_bits"], weights["type"]
     if kind not in ("int", "float") or bits not in range(2, 9) or weights.get("dynamic"):
