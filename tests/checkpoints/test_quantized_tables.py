@@ -94,7 +94,9 @@ def test_head_and_embeddings_share_the_scheme_of_the_linears(home, both):
     assert json.loads((home / "both" / "compress.json").read_text())["unpacks_while_loading"]
     found = by_transformers(home / "both", quantization_config=CompressedTensorsConfig(dequantize=True))
     assert oracles.largest_difference(found, by_us(home / "both")) < 1e-4
-    assert "CompressedTensorsConfig(dequantize=True)" in (home / "both" / "README.md").read_text()
+    card = (home / "both" / "README.md").read_text()
+    assert "CompressedTensorsConfig(dequantize=True)" in card
+    assert "- `model.embed_tokens` has 4-bit weights.\n- `lm_head` has 4-bit weights.\n" in card
 
 
 def test_a_tied_table_is_stored_and_counted_once(home, tied):
@@ -178,7 +180,11 @@ def test_the_held_out_divergence_is_of_the_quantized_table(tmp_path, tied):
     bits = {"embedding_bits": 2} if tied else {"head_bits": 2}
     slim = {"stage": "slim", "quantize": {"bits": 2, "group": 8}}
     changes = SIZES | {"tie_word_embeddings": tied}
-    sliced = [{"stage": "fold_norms"}, {"stage": "rotate_shared"}, {"stage": "slice", "ratio": 0.25}]
+    sliced = [
+        {"stage": "fold_norms"},
+        {"stage": "rotate_shared"},
+        {"stage": "slice", "ratio": 0.25, "slice_head": True},
+    ]
     for before in [[], sliced][: 1 if tied else 2]:
         found = []
         for after in ([], [{"stage": "quantize_embeddings", **bits}]):

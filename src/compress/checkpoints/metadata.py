@@ -171,7 +171,10 @@ class TuningMetadata(Record):
 
 
 class Metadata(Record):
-    """format: see `compress.version`. parts: the sha256 of the files of weights. trials: what a search has tried."""
+    """
+    format: see `compress.version`. parts: the sha256 of the files of weights. trials: what a search has tried.
+    tables: embeddings and head where they are packed.
+    """
 
     format: int
     name: str
@@ -204,6 +207,7 @@ class Metadata(Record):
     points: list[Point]
     groups: list[dict[str, Any]] = []
     linears: list[LinearMetadata] = []
+    tables: list[LinearMetadata] = []
     parts: dict[str, str]
 
     def write(self, folder: Path) -> None:

@@ -160,6 +160,7 @@ def _metadata(prepared: Prepared, folder: RunFolder, adapter: dict[str, Any] | N
             "points": [point for report in reports for point in report["points"]],
             "groups": [group for group in groups if "group" in group],
             "linears": [group for group in groups if "linear" in group],
+            "tables": [{"linear": path, "bits": plan.spec.storage[path].bits} for path in plan.spec.packed_tables],
             "parts": parts,
         }
     )
