@@ -110,19 +110,21 @@ def test_a_tied_table_is_stored_and_counted_once(home, tied):
 
 
 @pytest.mark.parametrize(
-    ("out", "made", "model", "options"),
+    ("out", "made", "model", "options", "bits"),
     [
-        ("head", "head", "llama", ["--head-bits", 8]),
-        ("both", "both", "llama", ["--head-bits", 4, "--embedding-bits", 4]),
-        ("one", "tied", "tied", ["--embedding-bits", 4]),
+        ("head", "head", "llama", ["--head-bits", 8], [[], [4], [4], [8]]),
+        ("both", "both", "llama", ["--head-bits", 4, "--embedding-bits", 4], [[4], [4], [4], [4]]),
+        ("one", "tied", "tied", ["--embedding-bits", 4], [[4], [4], [4], []]),
     ],
 )
-def test_the_plan_counts_what_is_written(home, request, out, made, model, options):
+def test_the_plan_counts_what_is_written(home, request, out, made, model, options, bits):
     request.getfixturevalue(made)
     size = succeeds(*quantize(home, model, "dry", "--bits", 4, *options, "--dry-run", "--json")).json["size"]
     assert size == json.loads((home / out / "compress.json").read_text())["size"]
     seen = succeeds("inspect", home / out, "--json").json
     assert (seen["verified"], seen["bytes"], seen["parameters"]) == (True, size["bytes"], size["parameters"])
+    assert sum(block["parameters"] for block in seen["blocks"]) == size["parameters"]
+    assert [block["bits"] for block in seen["blocks"]] == bits
 
 
 @pytest.mark.parametrize(

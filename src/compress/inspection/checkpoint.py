@@ -30,7 +30,7 @@ from compress.models.storage import num_parameters
 from compress.models.stored_loading import put_linears, put_tables, read_lora, read_schemes, stored_tensors
 from compress.models.tensor_files import INDEX, StoredTensor, checkpoint_files, own_name, read_header
 from compress.models.untrusted import read_json, reading
-from compress.own_model.modeling_compress import unfuse_experts
+from compress.own_model.modeling_compress import AdaptedLinear, unfuse_experts
 from compress.progress import Progress, Steps
 
 HEAD = ("lm_head.", "embed_out.", ".norm.", "final_layer_norm.", "final_layernorm.", "ln_f.", "output")
@@ -232,13 +232,20 @@ def place_of(tensor: StoredTensor) -> int | str:
     return "head" if any(end in tensor.name for end in HEAD) else "embeddings"
 
 
+def place_of_linear(linear: StoredLinear) -> int | str | None:
+    """The block that it is in; of embeddings and head in few bits, which of these it is."""
+    if linear.block is not None or not isinstance(linear.module, AdaptedLinear):
+        return linear.block
+    return place_of(next(iter(linear.tensors.values())))
+
+
 def block(seen: Inspection, place: int | str, tensors: Sequence[StoredTensor]) -> dict[str, Any]:
     """A block, or what comes before the first or after the last of them.
 
     widths: of the stream after the embeddings or after each branch. error: relative, of the stream after the block.
     lost: of the linears' outputs, the share of their energy that is gone, the mean over those that were changed.
     """
-    linears = [linear for linear in seen.linears if linear.block == place]
+    linears = [linear for linear in seen.linears if place_of_linear(linear) == place]
     points = [point for point in seen.points if point_place(point) == place]
     errors = [point.relative_error for point in points if point.relative_error is not None]
     zeros = [linear.zeros for linear in linears if linear.zeros is not None]
