@@ -142,10 +142,8 @@ class BranchPass:
         (reader,) = head.readers.values()
         weight, bias = reader.weight, reader.bias  # replaced, never written in place
         reports = self._enter(head, readers)
-        form, has_tables = (
-            self.layout.form(head, self.decoder.family.last_reader),
-            any(stage.site is Table for stage in self.stages),
-        )
+        form = self.layout.form(head, self.decoder.family.last_reader)
+        has_tables = any(stage.site is Table for stage in self.stages)
         # A bias may become a column of the written weight, which is then known when the head is settled.
         is_late = bias is not None and not form.is_identity
         inputs = self._head_inputs(head) if has_tables else None
