@@ -96,7 +96,7 @@ def write_models(root: Path, options: argparse.Namespace) -> None:
         tensors = {key: drawn(each) for key, each in model.state_dict().items()}
         save_file(tensors, folder / "model.safetensors")
         described = config.to_dict() | {"architectures": [type(model).__name__], "dtype": "bfloat16"}
-        described["quantization_config"] = quantization_config(storage, ["lm_head"])
+        described["quantization_config"] = quantization_config({"": storage}, ["lm_head"])
         (folder / "config.json").write_text(json.dumps(described), encoding="utf-8")
 
 

@@ -110,7 +110,7 @@ def save_packed(folder: Path, model: Any, storage: Storage, lora: dict[str, Any]
     save_file({name: tensor for name, tensor in tensors.items() if ".lora_" not in name}, folder / "model.safetensors")
     config = model.config.to_dict() | {"architectures": [type(model).__name__]}
     if storage.bits is not None:
-        config["quantization_config"] = quantization_config(storage, ["lm_head"])
+        config["quantization_config"] = quantization_config({"": storage}, ["lm_head"])
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     if storage.rank:
         (folder / "adapter").mkdir()

@@ -302,7 +302,7 @@ def test_faults_say_the_line(home, tmp_path):
     assert refused.err.splitlines() == [
         "error: bad.yaml:6: stages.0.quantize.bits: Input should be less than or equal to 8",
         "error: bad.yaml:5: stages.0.quantize.bitz: Unknown key 'bitz'. Did you mean 'bits'? Available: "
-        "act_order, bits, floating, gguf_tensors, gguf_type, group, important_inputs, method, symmetric.",
+        "act_order, bits, engine, floating, gguf_type, group, important_inputs, method, symmetric, types.",
         "error: --set slim.polish=-1: Input should be greater than or equal to 0",
         "error: bad.yaml:7: seeed: Unknown key 'seeed'. Did you mean 'seed'? Available: "
         "budget, calibration, dtype, method, seed, stages.",

@@ -85,7 +85,7 @@ def test_the_tensors_are_those_that_compressed_tensors_writes(group):
 @EVERY_GROUP
 def test_the_config_is_that_of_the_preset(group):
     quantization = pytest.importorskip("compressed_tensors.quantization")
-    config = quantization.QuantizationConfig.model_validate(quantization_config(storage_of(group), ["lm_head"]))
+    config = quantization.QuantizationConfig.model_validate(quantization_config({"": storage_of(group)}, ["lm_head"]))
     preset = quantization.preset_name_to_scheme(PRESETS[group], ["Linear"])
     assert config.format == FORMATS[group]
     assert config.config_groups["group_0"].weights == preset.weights

@@ -4,6 +4,7 @@ A plan applies the recipe to a `ModelSpec`, a walk applies it to weights. `Stock
 model's own as it is, or narrower. `Own` is our class, for what no stock class can hold. Both can have packed linears.
 """
 
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -23,7 +24,7 @@ from compress.errors import UsageError
 from compress.families import Family
 from compress.models.loading import empty_model, with_blocks
 from compress.models.packing import put_packed, quantization_config
-from compress.models.storage import Storage, num_parameters
+from compress.models.storage import Storage, empty_linear, num_parameters
 from compress.own_model.modeling_compress import unfuse_experts
 
 # A safetensors header says a tensor's name, dtype, shape and place: what that takes beside the name, at most.
@@ -53,6 +54,14 @@ def stored_bytes(model: nn.Module, dtype: torch.dtype) -> int:
 
 def stored_parameters(model: nn.Module, _dtype: torch.dtype) -> int:
     return num_parameters(model)
+
+
+@functools.cache
+def tensor_bytes(storage: Storage, m: int, n: int, dtype: torch.dtype) -> Mapping[str, int]:
+    """Bytes of what a linear without a bias is stored as, by tensor."""
+    with torch.device("meta"):
+        tensors = saved_tensors(empty_linear(storage, n, m, bias=False, dtype=dtype)).items()
+    return {name: each.numel() * written_dtype(name, each, dtype).itemsize for name, each in tensors}
 
 
 def header_bytes(name: str) -> int:
@@ -175,11 +184,10 @@ class ModelSpec:
 
     def config(self, dtype: torch.dtype | None = None) -> Any:
         config, packed = self.architecture.base_config(self, dtype or self.dtype), self.packed
-        storage = next(iter(packed.values()), None)
-        if storage is not None and storage.bits is not None:
+        if any(storage.bits is not None for storage in packed.values()):
             modules = replace(self, storage={}).model().named_modules()
             untouched = [name for name, module in modules if isinstance(module, nn.Linear) and name not in packed]
-            config.quantization_config = quantization_config(storage, untouched)
+            config.quantization_config = quantization_config(packed, untouched)
         return config
 
     @cached_property

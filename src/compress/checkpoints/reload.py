@@ -37,7 +37,11 @@ def main(folder: str, probe_file: str, memory: int, scratch: str) -> dict[str, o
         options |= {"device_map": "auto", "max_memory": {"cpu": memory // 4}, "offload_folder": scratch}
     elif not fits:
         options = {"dtype": "auto"}  # packed weights cannot stay on disk
-    if "quantization_config" in config and (not fits or facts["unpacks_while_loading"]):
+    # While it loads them transformers unpacks all linears by one type; of several, it does when they are first used.
+    is_mixed = len(config.get("quantization_config", {}).get("config_groups", ())) > 1
+    if is_mixed and not fits:
+        bits = 8 * facts["itemsize"]
+    elif "quantization_config" in config and (not fits or facts["unpacks_while_loading"]):
         options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
         # 4-bit floats times a power of two or a few bits more are exact in any dtype.
         bits = bits if "fp4" in config["quantization_config"]["format"] else 8 * facts["itemsize"]
@@ -46,6 +50,8 @@ def main(folder: str, probe_file: str, memory: int, scratch: str) -> dict[str, o
     )
     model, info = loaded
     if not fits and is_packed:
+        if is_mixed:
+            model(input_ids=probe["ids"][:, :1], use_cache=False)
         compute_in(model, computing)
     for module in model.modules():
         if (scheme := getattr(module, "quantization_scheme", None)) is not None:

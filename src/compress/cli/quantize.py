@@ -161,15 +161,15 @@ def quantize_model(
 
 # The best types for a size.
 
-FOR = "What runs the result; llama.cpp is the only one yet."
+FOR = (
+    "What runs the result: llama.cpp, one GGUF file; vllm or transformers, packed linears as compressed-tensors reads "
+    "them. Default: llama.cpp, or that of --from."
+)
+AT_MOST = "Bytes of the weights' files at most: 88.2MB, 4GB. Never exceeded."
 TRIALS = "Sets of types to measure, each a forward pass over a few windows. Default: 20."
 TIME = "Seconds of trials at most; what has been found by then is taken."
 BETWEEN = "Find the types at twelve sizes, such as 40MB:120MB, and write a table and a picture in place of a model."
 FROM = "Take what a --frontier has found, which needs no survey and no trials."
-INSTEAD = {
-    "vllm": "Use compress quantize --bits, whose files vLLM reads.",
-    "transformers": "Use compress slice --target-size, or compress quantize --bits.",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,19 +207,17 @@ class AutoOptions(RunOptions):
 def auto_model(
     run: AutoOptions,
     model: Annotated[str | None, typer.Option(help=f"{MODEL} Default: that of --from, else demo.")] = None,
-    target_size: Annotated[str | None, Amounts("Bytes of the file at most: 88.2MB, 4GB. Never exceeded.")] = None,
-    for_: Annotated[Literal["llama.cpp", "vllm", "transformers"], Output(FOR, "--for")] = "llama.cpp",
+    target_size: Annotated[str | None, Amounts(AT_MOST)] = None,
+    for_: Annotated[Literal["llama.cpp", "vllm", "transformers"] | None, Output(FOR, "--for")] = None,
     trials: Annotated[int | None, Method(TRIALS, min=0, sets="budget.trials")] = None,
     time: Annotated[float | None, Method(TIME, sets="budget.trial_seconds")] = None,
 ) -> None:
-    """Find the best types of a GGUF file for a size: each matrix gets its own, by what the loss feels.
+    """Find the best types for a size, for one of three engines: each matrix gets its own, by what the loss feels.
 
-    Example: compress auto --model llama-2-7b --target-size 3.5GB
+    Example: compress auto --model llama-2-7b --target-size 3.5GB --for vllm
     """
     problems, data = Problems(), None
     with problems.collect():
-        if for_ in INSTEAD:
-            raise UsageError(f"--for {for_} is not there yet. {INSTEAD[for_]}")
         if (target_size is None) == (run.frontier is None):
             raise UsageError("Say how large by --target-size 88MB, or by --frontier 40MB:120MB; one of the two.")
         if run.frontier is not None and run.from_ is not None:
@@ -229,12 +227,16 @@ def auto_model(
 
         with problems.collect():
             data = read_frontier(run.from_).model_dump()
-    draft = Draft.preset("auto") if data is None else Draft(data["recipe"])
+    is_gguf = for_ in (None, "llama.cpp")
+    draft = Draft(data["recipe"]) if data is not None else Draft.preset("auto" if is_gguf else "auto-packed")
     if not problems.found:
         with problems.collect():
             middle = None if target_size else round(math.sqrt(math.prod(run.sizes)))  # where a frontier's trials are
             size = parse_size(target_size, "--target-size") if target_size else middle
             draft.set("budget.target_size", size, f"--target-size {target_size}")
+            if for_ is not None:
+                field, value = ("gguf_type", "auto") if is_gguf else ("engine", for_)
+                draft.set(f"slim.quantize.{field}", value, f"--for {for_}")
     amount = target_size or "frontier"
     base = "demo" if data is None else data["base_model"]
     run.compress(draft, problems, verb="auto", amount=lambda _: amount, model=model or base)

@@ -27,7 +27,7 @@ from compress.models.gguf_header import read_header as read_gguf_header
 from compress.models.gguf_weights import check_extra
 from compress.models.loading import empty_model, load_config
 from compress.models.storage import num_parameters
-from compress.models.stored_loading import put_linears, read_lora, read_scheme, stored_tensors
+from compress.models.stored_loading import put_linears, read_lora, read_schemes, stored_tensors
 from compress.models.tensor_files import INDEX, StoredTensor, checkpoint_files, own_name, read_header
 from compress.models.untrusted import read_json, reading
 from compress.own_model.modeling_compress import unfuse_experts
@@ -176,7 +176,7 @@ def blueprint(folder: Path, metadata: Metadata) -> PreTrainedModel:
             del config.quantization_config  # no library is to act on it
         model = unfuse_experts(empty_model(config))
         model.tie_weights()
-        put_linears(model, read_scheme(folder), stored_tensors(folder, read_lora(folder)), torch.float32)
+        put_linears(model, read_schemes(folder), stored_tensors(folder, read_lora(folder)), torch.float32)
         return model
 
 

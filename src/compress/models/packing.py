@@ -185,8 +185,28 @@ def put_packed(model: nn.Module, packed: Mapping[str, Storage]) -> None:
             model.set_submodule(path, empty_linear(storage, n, m, bias=has_bias, dtype=dtype))
 
 
-def quantization_config(storage: Storage, untouched: list[str]) -> dict[str, Any]:
-    """Write compressed-tensors' config: one group of linears, all alike."""
+def quantization_config(stored: Mapping[str, Storage], untouched: list[str]) -> dict[str, Any]:
+    """Write compressed-tensors' config: a group of linears for each way in which they are stored.
+
+    stored: by path. Where all are stored alike the group is of all linears but the untouched ones.
+    """
+    schemes = dict[Storage, list[str]]()
+    for path, storage in stored.items():
+        if (scheme := storage.scheme) is not None:
+            schemes.setdefault(scheme, []).append(path)
+    groups = [config_group(scheme, paths if len(schemes) > 1 else ["Linear"]) for scheme, paths in schemes.items()]
+    return {
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+        "format": groups[0]["format"],
+        "config_groups": {f"group_{place}": group for place, group in enumerate(groups)},
+        "ignore": untouched,
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+    }
+
+
+def config_group(storage: Storage, targets: list[str]) -> dict[str, Any]:
     kind, name = "float" if storage.floating else "int", "int-quantized" if storage.in_bytes else "pack-quantized"
     if storage.floating:
         name = "float-quantized" if not storage.in_float4 else NVFP4 if storage.group == 16 else "mxfp4-pack-quantized"
@@ -206,21 +226,12 @@ def quantization_config(storage: Storage, untouched: list[str]) -> dict[str, Any
     if storage.group == BLOCK:
         weights |= {"strategy": "block", "block_structure": [SIDE, SIDE]}
         inputs |= {"strategy": "group", "group_size": SIDE}
-    group = {
-        "targets": ["Linear"],
+    return {
+        "targets": targets,
         "weights": weights,
         "input_activations": inputs if storage.inputs else None,
         "output_activations": None,
         "format": name,
-    }
-    return {
-        "quant_method": "compressed-tensors",
-        "quantization_status": "compressed",
-        "format": name,
-        "config_groups": {"group_0": group},
-        "ignore": untouched,
-        "kv_cache_scheme": None,
-        "global_compression_ratio": None,
     }
 
 

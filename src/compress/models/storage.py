@@ -18,7 +18,7 @@ Dimensions: W = S + B A, S (m, n), A (r, n), B (m, r); m outputs, n inputs, r th
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from compress.numerics.block_types import TYPES
-from compress.numerics.grids import BLOCK, E2M1, FLOAT4_STEPS, FLOAT8, SIDE, Granularity, QuantType
+from compress.numerics.grids import BLOCK, E2M1, FLOAT4_STEPS, FLOAT8, SIDE, Granularity, IntegerType, QuantType
 from compress.numerics.sparsity import Pattern
 from compress.own_model.modeling_compress import AdaptedLinear, CompactLinear, LowRankLinear, PivotLinear, unpack_bits
 
@@ -79,6 +79,17 @@ class Storage:
     def left_out(self) -> Pattern | None:
         """The sparsity pattern whose zeros the compact form leaves out."""
         return self.pattern if self.pattern is not None and self.pattern.is_grouped else None
+
+    @property
+    def scheme(self) -> "Storage | None":
+        """How the weight alone is stored; None where it is a float."""
+        plain = {"rank": 0, "pattern": None, "adapter_bits": None}
+        return None if self.bits is None else replace(self, **plain)  # type: ignore[arg-type]
+
+    @property
+    def type_name(self) -> str:
+        """llama.cpp's name of its type, or one such as int4-g128."""
+        return self.block_type or str(IntegerType(self.bits or 0, self.group))  # type: ignore[arg-type]
 
     @property
     def in_bytes(self) -> bool:

@@ -34,13 +34,24 @@ LORA_EXTRAS = (
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def read_scheme(folder: Path) -> Storage | None:
-    """Read the quantization scheme from config.json; None where there is none."""
+@dataclass(frozen=True)
+class Schemes:
+    """How quantized linears are stored: all alike, or by path."""
+
+    targets: dict[str, Storage]
+    alike: Storage | None = None
+
+    def of(self, path: str) -> Storage | None:
+        return self.alike or self.targets.get(path)
+
+
+def read_schemes(folder: Path) -> Schemes:
+    """Read the quantization schemes from config.json; none where there are none."""
     found = read_json(folder / "config.json").get("quantization_config")
     if found is None:
-        return None
+        return Schemes({})
     try:
-        return scheme(found)
+        return schemes(found)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         reason = f"lacks {error}" if isinstance(error, KeyError) else str(error).rstrip(".")
         raise CheckpointError(
@@ -49,13 +60,22 @@ def read_scheme(folder: Path) -> Storage | None:
         ) from error
 
 
-def scheme(found: dict[str, Any]) -> Storage:
+def schemes(found: dict[str, Any]) -> Schemes:
     """Raises ValueError for what is not understood, and what a damaged config makes of the look-ups."""
     if found["quant_method"] != METHOD:
         raise ValueError(f"quant_method is {found['quant_method']!r}, not {METHOD!r}")
-    if len(found["config_groups"]) != 1:
-        raise ValueError("it has more than one config group, or none")
-    (group,) = found["config_groups"].values()
+    groups = [*found["config_groups"].values()]
+    targets = {str(target): scheme(found, group) for group in groups for target in group["targets"]}
+    if not targets:
+        raise ValueError("it has no config group")
+    if len({*targets.values()}) == 1:
+        return Schemes(targets, next(iter(targets.values())))
+    if any(target.startswith("re:") or "." not in target for target in targets):
+        raise ValueError("it has several config groups, and targets that are no names of linears")
+    return Schemes(targets)
+
+
+def scheme(found: dict[str, Any], group: dict[str, Any]) -> Storage:
     beyond = [key for key in BEYOND if found.get(key) or group.get(key)]
     if beyond:
         raise ValueError(f"it has {beyond[0]}")
@@ -151,7 +171,7 @@ def is_stored(folder: Path) -> bool:
 
 def load_stored(folder: Path, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """Load a model. Safetensors only; every tensor must be there and have its place."""
-    quantized, lora = read_scheme(folder), read_lora(folder)
+    quantized, lora = read_schemes(folder), read_lora(folder)
     tensors = stored_tensors(folder, lora)
     config = load_config(folder)
     if hasattr(config, "quantization_config"):
@@ -170,18 +190,17 @@ def load_stored(folder: Path, *, dtype: torch.dtype, device: torch.device) -> Pr
     return model
 
 
-def put_linears(model: nn.Module, quantized: Storage | None, tensors: SafetensorsFolder, dtype: torch.dtype) -> None:
+def put_linears(model: nn.Module, quantized: Schemes, tensors: SafetensorsFolder, dtype: torch.dtype) -> None:
     """Replace linears that are quantized or have an adapter by modules that hold what is stored."""
     linears = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
     for path, linear in linears.items():
         is_quantized, adapter = tensors.find(f"{path}.weight_scale") is not None, tensors.find(f"{path}.lora_A")
         if not is_quantized and adapter is None:
             continue
-        storage = quantized if is_quantized else Storage("packed", None)
+        storage = quantized.of(path) if is_quantized else Storage("packed", None)
         if storage is None:
             raise CheckpointError(
-                f"{tensors.folder} has quantized weights ({path}), but its config.json no quantization_config. "
-                "Get it again."
+                f"{tensors.folder} has quantized weights ({path}), of which its config.json says nothing. Get it again."
             )
         size = SIDE if storage.group == BLOCK else storage.group
         if isinstance(size, int) and linear.in_features % size:

@@ -10,6 +10,7 @@ section 5), in NVFP4 for 16 an 8-bit float over a divisor of the whole matrix.
 Dimensions: W (m, n), m outputs, n inputs in groups of `group`.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -69,6 +70,25 @@ class QuantType:
 
 
 @dataclass(frozen=True)
+class IntegerType:
+    """Symmetric integers of `bits` and what shares a step, by a name such as int4-g128 or int8-channel."""
+
+    bits: int
+    group: int | Literal["channel"]
+
+    @classmethod
+    def parse(cls, name: str) -> "IntegerType":
+        """Raises ValueError for what is no such name."""
+        match = re.fullmatch(r"int([2-8])-(?:channel|g([1-9]\d{0,5}))", name)
+        if match is None:
+            raise ValueError(f"{name!r} is no type of integers. Write int4-g128, or int8-channel.")
+        return cls(int(match[1]), "channel" if match[2] is None else int(match[2]))
+
+    def __str__(self) -> str:
+        return f"int{self.bits}-{self.group if isinstance(self.group, str) else f'g{self.group}'}"
+
+
+@dataclass(frozen=True)
 class Grid:
     """
     group: how many adjacent inputs share a step; the last group of a row may be smaller. The rows of a block have the
@@ -111,6 +131,10 @@ class Grid:
     def nearest(self, W: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
         """The grid's own value nearest to each weight."""
         return self.values(self._codes(W))
+
+    def dequantized(self, W: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
+        """W's nearest values as decoders compute them."""
+        return self.nearest(W)
 
     def _codes(self, W: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
         offset, x = self.offset(W.shape[1]), W / self.scale(W.shape[1])

@@ -7,9 +7,10 @@ import torch
 from pydantic import Field, field_validator, model_validator
 
 from compress.architectures.gguf_types import AUTO, FileType
+from compress.architectures.packed_types import Engine
 from compress.calibration.linears import LinearShape
 from compress.numerics.decomposition import Pruner
-from compress.numerics.grids import BLOCK, FLOAT4_STEPS, Granularity
+from compress.numerics.grids import BLOCK, FLOAT4_STEPS, Granularity, IntegerType
 from compress.numerics.lowrank import AdapterMethod
 from compress.numerics.sparsity import Pattern
 from compress.stages._stage import Strict
@@ -44,7 +45,10 @@ class Quantize(Strict):
         default 128, or a channel where the linears' inputs are no multiples of that.
     gguf_type: of a GGUF file, such as Q4_K_M, in place of bits and group; with types by tensor Q4_K_M,ffn_down=Q6_K;
         or `auto`, types found under the recipe's budget.
-    gguf_tensors: the type of each linear, by its path; settled when the model is known, or given beside `auto`.
+    types: of each linear, by its path: a GGUF file's, settled when the model is known or given beside `auto`; or
+        integers such as int4-g128 in place of bits and group, by patterns as `target` has them too, of which the last
+        that fits counts. Linears without one stay as they are.
+    engine: `vllm` or `transformers`: types are integers that it runs, found under the recipe's budget if not given.
     act_order: gptq takes inputs by decreasing activation. important_inputs: SLiM-Quant^O, which rounds one input in
         a hundred twice as finely.
     """
@@ -54,7 +58,8 @@ class Quantize(Strict):
     floating: bool = False
     group: int | str | None = None
     gguf_type: str | None = None
-    gguf_tensors: Mapping[str, str] | None = None
+    types: Mapping[str, str] | None = None
+    engine: Engine | None = None
     symmetric: bool = True
     act_order: bool = False
     important_inputs: bool = False
@@ -88,9 +93,25 @@ class Quantize(Strict):
         return "fp8" if self.bits == 8 else "nvfp4" if self.group == 16 else "mxfp4"
 
     @property
+    def is_open(self) -> bool:
+        """Whether types are to be found."""
+        return self.types is None and (self.engine is not None or self.gguf_type == AUTO)
+
+    @property
     def step_dtype(self) -> torch.dtype | None:
         """What the format has steps in; None where it is the model's dtype."""
         return FLOAT4_STEPS[self.group] if self.floating and self.bits == 4 else None  # type: ignore[index]
+
+    @model_validator(mode="after")
+    def _fitting_types(self) -> "Quantize":
+        if self.gguf_type is None:
+            for name in (self.types or {}).values():
+                IntegerType.parse(name)
+        if self.engine is not None and self.gguf_type is not None:
+            raise ValueError(f"{self.engine} runs no GGUF file; leave engine or gguf_type out")
+        if self.gguf_type is None and (self.engine or self.types) and not self.symmetric:
+            raise ValueError("types of integers are symmetric; leave asymmetric out")
+        return self
 
     @model_validator(mode="after")
     def _consistent(self) -> "Quantize":
