@@ -31,7 +31,7 @@ from compress.cli.options import parse_size
 from compress.datasets.windows import calibration_windows
 from compress.models.hub import find_model
 from compress.models.loading import load_config, load_tokenizer
-from compress.numerics.grids import IntegerType
+from compress.numerics.grids import QuantizationArgs
 from compress.numerics.sums import full_precision
 from compress.planning.prepare import Job, new_rounded_model, plan_job, prepare, take_survey
 from compress.planning.types import TypeSearch, TypeSpace
@@ -88,8 +88,8 @@ class Bench:
         """All matrices in one type, the linears alone where it is of integers."""
         if self.is_gguf:
             return self.made(name, "quantize", "--type", name)
-        kind = IntegerType.parse(name)
-        return self.made(name, "quantize", "--bits", kind.bits, "--group", kind.group)
+        kind = QuantizationArgs.of_name(name)
+        return self.made(name, "quantize", "--bits", kind.num_bits, "--group", kind.granularity)
 
     def row(self, size: int, found: dict[str, Any], single: float) -> list[str]:
         cost = [f"{found['seconds']:.0f}", f"{found['seconds'] / self.unit:.1f}"] if "seconds" in found else ["", ""]

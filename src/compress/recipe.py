@@ -26,6 +26,12 @@ LARGEST = 10**7  # bytes of a compress.json; a large model's has a few million
 LARGEST_YAML = 10**5  # bytes of a recipe, which has some hundred: yaml takes seconds for more
 INTEGER = "tag:yaml.org,2002:int"
 MOST_DIGITS = 20
+RENAMED = {  # keys of earlier versions
+    "bits": "num_bits",
+    "floating": "type: float",
+    "group": "group_size, and strategy for tensor, channel or block",
+    "act_order": "actorder: weight",
+}
 MOST_VALUES = 10_000  # a few lines of YAML that refer to one another can stand for billions
 
 
@@ -203,7 +209,9 @@ def described(error: ValidationError, model: type[BaseModel]) -> list[Problem]:
             for step in where[:-1]:
                 kind = owner.model_fields[str(step)].annotation
                 owner = next(each for each in (kind, *get_args(kind)) if isclass(each) and issubclass(each, BaseModel))
-            what = unknown_name("key", str(where[-1]), owner.model_fields)
+            name, known = str(where[-1]), owner.model_fields
+            renamed = name in RENAMED and "num_bits" in known
+            what = f"{name!r} is now {RENAMED[name]}." if renamed else unknown_name("key", name, known)
         found.append((where, what))
     return found
 

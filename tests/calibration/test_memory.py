@@ -9,7 +9,7 @@ import pytest
 import compress
 import oracles
 import tiny
-from compress.calibration import walk as walk_module
+from compress.calibration import branch_pass, walk as walk_module
 
 # Blocks below the largest of glibc's thresholds, with something kept behind each: freed, they leave gaps in the heap.
 SCRIPT = """
@@ -48,10 +48,13 @@ def test_gaps_between_blocks_are_given_back():
     assert left < 20 * 2**20
 
 
-def test_a_walk_gives_memory_back_after_every_part(monkeypatch, tmp_path):
+def test_a_walk_gives_memory_back_behind_every_branch_and_part(monkeypatch, tmp_path):
     tiny.tiny_model("llama").save_pretrained(tmp_path)
     walk, returned = oracles.new_walk(tmp_path, oracles.fold_only(), oracles.random_ids(2, 8)), list[int]()
-    monkeypatch.setattr(walk_module, "return_free_memory", lambda: returned.append(walk.next_part))
-    for number, _ in enumerate(walk.parts()):
-        assert len(returned) == number
-    assert returned == list(range(1, walk.num_parts + 1))
+    for module in (walk_module, branch_pass):
+        monkeypatch.setattr(module, "return_free_memory", lambda: returned.append(walk.next_part))
+    for _ in walk.parts():
+        pass
+    blocks, last = range(1, walk.num_parts - 1), walk.num_parts - 1
+    # The embeddings' point; of a block the points behind attention and MLP, and its end after it counts as the next's.
+    assert returned == [0, 1, *(part for block in blocks for part in (block, block, block + 1)), last + 1]

@@ -12,7 +12,7 @@ from compress import presets
 from compress.architectures import packed_types
 from compress.calibration.roundings import RoundedModel
 from compress.models.hub import find_model
-from compress.numerics.grids import IntegerType
+from compress.numerics.grids import QuantizationArgs, integer_name
 from compress.planning.prepare import Job, new_rounded_model, prepare, take_survey
 from compress.planning.types import DENSE, TypeSearch
 from compress.recipe import parse_recipe
@@ -55,9 +55,7 @@ def types_of(folder):
     groups = json.loads((folder / "config.json").read_text())["quantization_config"]["config_groups"].values()
     args = [(group["targets"], group["weights"]) for group in groups]
     return {
-        path: str(IntegerType(each["num_bits"], each["group_size"] or "channel"))
-        for paths, each in args
-        for path in paths
+        path: integer_name(each["num_bits"], each["group_size"] or "channel") for paths, each in args for path in paths
     }
 
 
@@ -88,7 +86,7 @@ def test_what_vllm_makes_one_linear_of_has_one_type(written):
         block, _, kind = path.rpartition(".")
         parts = next((names for names in FUSED if kind in names), (kind,))
         assert {found.get(f"{block}.{part}") for part in parts} == {name}
-        assert IntegerType.parse(name).bits in (4, 8)
+        assert QuantizationArgs.of_name(name).num_bits in (4, 8)
     assert json.loads((written / "vllm" / "compress.json").read_text())["not_for_vllm"] is None
 
 
@@ -218,7 +216,7 @@ def test_types_by_pattern_are_stored_as_said_and_the_last_that_fits_counts(home,
         (['slim.quantize.types={"q_proj": "int4-g32"}', "slim.quantize.engine=vllm"], ["one linear", "k_proj"]),
         (["slim.quantize.engine=vllm"], ["budget"]),
         (["slim.quantize.engine=vllm", "slim.quantize.gguf_type=Q4_K_M"], ["vllm runs no GGUF file"]),
-        (["slim.quantize.engine=vllm", "slim.quantize.symmetric=false"], ["symmetric"]),
+        (["slim.quantize.engine=vllm", "slim.quantize.symmetric=false"], ["symmetric integers"]),
         (["slim.quantize.engine=vllm", "slim.form=compact"], ["packed form"]),
     ],
 )

@@ -11,7 +11,7 @@ from typing import Literal
 from compress.architectures.architecture import ModelSpec
 from compress.models import packing
 from compress.models.storage import WORD
-from compress.numerics.grids import Granularity, IntegerType
+from compress.numerics.grids import Granularity, integer_name
 
 Engine = Literal["vllm", "transformers"]
 GROUPS: tuple[Granularity, ...] = (32, 64, 128, "channel")
@@ -21,17 +21,14 @@ ENGINES: dict[Engine, dict[int, tuple[Granularity, ...]]] = {  # what shares a s
 }
 
 
-def runs(engine: Engine, kind: IntegerType, inputs: int) -> bool:
-    """Whether an engine runs a linear of so many inputs in a type; vLLM wants rows of whole words."""
-    is_whole = engine != "vllm" or kind.bits * inputs % WORD == 0
-    fits = isinstance(kind.group, str) or inputs % kind.group == 0
-    return is_whole and fits and kind.group in ENGINES[engine].get(kind.bits, ())
-
-
 def candidates(engine: Engine, inputs: int) -> tuple[str, ...]:
-    """The types that a linear may get where each has its own."""
-    kinds = (IntegerType(bits, group) for bits, groups in ENGINES[engine].items() for group in groups)
-    return tuple(str(kind) for kind in kinds if runs(engine, kind, inputs))
+    """The types in which an engine runs a linear of so many inputs; vLLM wants rows of whole words."""
+    return tuple(
+        integer_name(bits, group)
+        for bits, groups in ENGINES[engine].items()
+        for group in groups
+        if (isinstance(group, str) or inputs % group == 0) and (engine != "vllm" or bits * inputs % WORD == 0)
+    )
 
 
 def fused(spec: ModelSpec) -> Iterator[tuple[str, ...]]:
@@ -72,7 +69,7 @@ def misfits(engine: Engine | None, types: Mapping[str, str], spec: ModelSpec) ->
     faults = [
         f"{engine} does not run {path}, of {inputs[path]} inputs, in {name}. Take another type."
         for path, name in types.items()
-        if not runs(engine, IntegerType.parse(name), inputs[path])
+        if name not in candidates(engine, inputs[path])
     ]
     reason = torn(spec, types) if engine == "vllm" else None
     return [*faults[:3], *([f"vLLM cannot serve this: {reason}. Give them one type."] if reason else [])]

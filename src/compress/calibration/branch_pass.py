@@ -49,7 +49,7 @@ from compress.models.branch import Branch, captured_inputs, input_of, read_throu
 from compress.models.decoder import Decoder
 from compress.numerics.frames import Frame
 from compress.numerics.ridge import NormalEquations
-from compress.progress import Stopwatch
+from compress.progress import Stopwatch, return_free_memory
 
 
 @dataclass
@@ -361,6 +361,7 @@ class BranchPass:
         return PointStatistics(needs, point.dense_width, self.eps, self.decoder.device)
 
     def _decide(self, point: StreamPoint, found: PointStatistics) -> None:
+        return_free_memory()  # what the branch's activations left, before decompositions and another forward pass
         point.statistics = found.close(self.processes)
         if self.frame is not None:
             point.basis = Basis(self.frame, width=point.dense_width, is_shared=True)

@@ -31,7 +31,7 @@ from compress.calibration.weights import PartLoader
 from compress.numerics.block_grid import TRIALS, BlockGrid, fit_blocks
 from compress.numerics.block_types import TYPES
 from compress.numerics.decomposition import DAMPING
-from compress.numerics.grids import Grid, IntegerType, QuantType
+from compress.numerics.grids import Grid, QuantizationArgs, QuantType
 from compress.numerics.moments import InputMoments
 from compress.numerics.steps import make_grid
 from compress.numerics.sums import DiagonalSum
@@ -149,8 +149,8 @@ def fitted(
     """
     if name in TYPES:
         return fit_blocks(W, TYPES[name], variance, trials=trials)
-    kind = IntegerType.parse(name)
-    return make_grid(W, QuantType(kind.bits), group=kind.group, method="mse", stored=stored)
+    kind = QuantizationArgs.of_name(name)
+    return make_grid(W, QuantType(kind.num_bits), group=kind.granularity, method="mse", stored=stored)
 
 
 def evenly(total: int, count: int, device: torch.device) -> Int64[Tensor, "_"]:
@@ -279,7 +279,7 @@ class RoundedModel:
             if name in TYPES:
                 return BlockGrid.of(TYPES[name], *(parts.get(key) for key in GRID_PARTS))  # type: ignore[arg-type]
             step = parts["step"]
-            return Grid(QuantType(IntegerType.parse(name).bits), W.shape[1] // step.shape[1], step)
+            return Grid(QuantType(QuantizationArgs.of_name(name).num_bits), W.shape[1] // step.shape[1], step)
         variance = self.roundings.get(f"variance {path}")
         variance = None if variance is None else variance.to(W.device)
         grid = fitted(W, name, variance, stored=self.stored, trials=FEW)

@@ -21,7 +21,11 @@ if TYPE_CHECKING:
     from compress.pipeline.mixture import Frontier
     from compress.planning.prepare import Job
 
-FLOATS = {"fp8": (8, None), "nvfp4": (4, 16), "mxfp4": (4, 32)}  # bits, and inputs that share a scale
+FLOATS = {
+    "fp8": {"num_bits": 8, "type": "float"},
+    "nvfp4": {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16},
+    "mxfp4": {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32},
+}
 FAST_ITERATIONS = 20
 POLISH = 3  # rounds without an adapter; with one, every round of it polishes again
 
@@ -47,10 +51,10 @@ BITS = "Weight precision: 2 to 8 bits, fp8, nvfp4 or mxfp4. Default: 4."
 class StorageOptions(RunOptions):
     """What both commands take: fields of the `slim` stage."""
 
-    group: Annotated[str | None, Amounts(GROUP, sets=("slim.quantize.group", plain_value))] = None
+    group: Annotated[str | None, Amounts(GROUP)] = None
     inputs: Annotated[Literal["fp8", "int8"] | None, Amounts(INPUTS, sets="slim.inputs")] = None
     refit: Annotated[bool | None, Method(REFIT, "--refit/--no-refit")] = None
-    act_order: Annotated[bool, Method(ACT_ORDER, "--act-order", sets="slim.quantize.act_order")] = False
+    act_order: Annotated[bool, Method(ACT_ORDER, "--act-order", sets=("slim.quantize.actorder", "weight"))] = False
     asymmetric: Annotated[bool, Method(ASYMMETRIC, "--asymmetric", sets=("slim.quantize.symmetric", False))] = False
     target: Annotated[str | None, Method(TARGET, sets=("slim.target", names_in))] = None
     compact: Annotated[bool, Output(COMPACT, "--compact", sets=("slim.form", "compact"))] = False
@@ -64,6 +68,11 @@ class StorageOptions(RunOptions):
         if self.type_ is not None and given:
             raise UsageError(f"{given[0]} has no effect with --type, which says all of that. Leave one out.")
         put_bits(draft, bits)
+        if self.group is not None:
+            size = plain_value(self.group)
+            word = "group" if isinstance(size, int) else "block" if size == "128x128" else size
+            for field, value in {"strategy": word, "group_size": size if word == "group" else None}.items():
+                draft.set(f"slim.quantize.{field}", value, f"--group {self.group}")
         if self.refit and not any(entry["stage"] == "refit" for entry in draft.stages):
             draft.stages.insert(0, {"stage": "refit"})
         if self.refit is False:
@@ -79,10 +88,10 @@ def put_bits(draft: Draft, bits: str | None) -> None:
         quantize = draft.stage("slim")["quantize"]
         if quantize["method"] == "slim":  # which is of integers
             quantize["method"] = "mse"
-        for field, value in zip(("bits", "group", "floating"), (*FLOATS[bits], True), strict=True):
+        for field, value in FLOATS[bits].items():
             draft.set(f"slim.quantize.{field}", value, flag)
     elif bits is None or bits.lstrip("-").isdigit():
-        draft.set("slim.quantize.bits", bits if bits is None else plain_value(bits), flag)
+        draft.set("slim.quantize.num_bits", bits if bits is None else plain_value(bits), flag)
     else:
         raise UsageError(f"{flag}: there are 2 to 8 bits, {', '.join(FLOATS)}. Name one of them.")
 

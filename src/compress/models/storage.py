@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from compress.numerics.block_types import TYPES
-from compress.numerics.grids import BLOCK, E2M1, FLOAT4_STEPS, FLOAT8, SIDE, Granularity, IntegerType, QuantType
+from compress.numerics.grids import BLOCK, E2M1, FLOAT4_STEPS, FLOAT8, SIDE, Granularity, QuantType, integer_name
 from compress.numerics.sparsity import Pattern
 from compress.own_model.modeling_compress import AdaptedLinear, CompactLinear, LowRankLinear, PivotLinear, unpack_bits
 
@@ -89,7 +89,7 @@ class Storage:
     @property
     def type_name(self) -> str:
         """llama.cpp's name of its type, or one such as int4-g128."""
-        return self.block_type or str(IntegerType(self.bits or 0, self.group))  # type: ignore[arg-type]
+        return self.block_type or integer_name(self.bits or 0, self.group)
 
     @property
     def in_bytes(self) -> bool:

@@ -26,7 +26,7 @@ from compress.errors import UsageError
 from compress.models.gguf_header import ALIGNMENT
 from compress.models.storage import Storage
 from compress.numerics.allocation import Ladder, spend
-from compress.numerics.grids import IntegerType
+from compress.numerics.grids import QuantizationArgs
 from compress.planning.plan import Plan
 
 DENSE = "dense"  # the last rung: as it is
@@ -64,8 +64,9 @@ class TypeSpace:
         def bytes_of(linear: LinearShape, name: str) -> int:
             tensors = {"weight": linear.m * linear.n * dtype.itemsize}
             if name != DENSE:
-                kind = IntegerType.parse(name)
-                tensors = tensor_bytes(Storage("packed", kind.bits, group=kind.group), linear.m, linear.n, dtype)
+                kind = QuantizationArgs.of_name(name)
+                storage = Storage("packed", kind.num_bits, group=kind.granularity)
+                tensors = tensor_bytes(storage, linear.m, linear.n, dtype)
             return sum(size + header_bytes(f"{linear.path}.{tensor}") for tensor, size in tensors.items())
 
         for linear in spec.written_linears:

@@ -39,7 +39,7 @@ from compress.numerics.decomposition import (
     Rounding,
     decompose_together,
 )
-from compress.numerics.grids import BLOCK, SIDE, Granularity, IntegerType, QuantType
+from compress.numerics.grids import SIDE, QuantizationArgs, QuantType
 from compress.own_model.modeling_compress import AdaptedLinear
 from compress.stages._slim_parts import Adapt, Prune, Quantize
 from compress.stages._stage import StageConfig, is_target, unmatched
@@ -76,11 +76,11 @@ class Slim(StageConfig):
     def _consistent(self) -> "Slim":
         form, prune, adapt, inputs, given = self.form, self.prune, self.adapt, self.inputs, self.quantize
         quantize, gguf, compact = given or Quantize(), form == "gguf", form == "compact"
-        fits = given is not None and quantize.step_dtype is None and quantize.floating == (inputs == "fp8")
+        fits = given is not None and quantize.scale_dtype is None and (quantize.type == "float") == (inputs == "fp8")
         unfit, unpacked = inputs is not None and not fits, inputs is not None and form != "packed"
         beside = prune is not None or adapt is not None or inputs is not None
         shares = prune is not None and not prune.parsed.is_grouped
-        coded = adapt is not None and adapt.bits is not None
+        coded = adapt is not None and adapt.num_bits is not None
         typed = quantize.gguf_type is None and (quantize.engine is not None or quantize.types is not None)
         rules = {
             "slim needs prune or quantize; give it one": prune is None and given is None,
@@ -91,13 +91,14 @@ class Slim(StageConfig):
             f"inputs {inputs} goes with packed form, not {form}; leave inputs out or take packed": unpacked,
             f"inputs {inputs} does not fit the weights; it is int8 beside integers, fp8 beside fp8": unfit,
             "compact form holds integers, not fp8, nvfp4 or mxfp4; take integers or packed form": compact
-            and quantize.floating,
+            and quantize.type == "float",
             "compact form holds symmetric grids; leave asymmetric out or take packed form": compact
             and not quantize.symmetric,
             "compact form holds patterns such as 2:4, no shares; prune 2:4 or take packed form": compact and shares,
             "important_inputs has no room in packed form; take compact form, or dense": form == "packed"
             and quantize.important_inputs,
-            "adapters in few bits are for compact form; leave their bits out or take compact": coded and not compact,
+            "adapters in few bits are for compact form; leave their num_bits out or take compact": coded
+            and not compact,
         }
         if broken := [rule for rule, is_broken in rules.items() if is_broken]:
             raise ValueError("; ".join(broken))
@@ -183,10 +184,11 @@ class Slim(StageConfig):
             changes["quantize"] = self.quantize.model_copy(update={"types": types})
         elif self.quantize is not None and self.quantize.engine is not None:
             pass  # types are to be found
-        elif self.quantize is not None and self.quantize.group is None:
+        elif self.quantize is not None and self.quantize.strategy is None:
             divides = all(linear.n % USUAL_GROUP == 0 for linear in linears if self.targets(linear))
-            group: Granularity = USUAL_GROUP if divides else "channel"
-            changes["quantize"] = self.quantize.model_copy(update={"group": group})
+            shared = ("group", USUAL_GROUP) if divides else ("channel", None)
+            update = dict(zip(("strategy", "group_size"), shared, strict=True))
+            changes["quantize"] = self.quantize.model_copy(update=update)
         return self.model_copy(update=changes)
 
     def problems(self, linears: Sequence[LinearShape]) -> list[str]:
@@ -197,11 +199,11 @@ class Slim(StageConfig):
             problems += uneven(
                 targets, group, f"{self.prune.pattern} takes", "Leave it out with --target, or prune 50%"
             )
-        if self.quantize is not None and self.quantize.group == BLOCK:
+        if self.quantize is not None and self.quantize.strategy == "block":
             problems += uneven(targets, SIDE, "A block takes", "Leave it out with --target, or take --group channel")
         if self.quantize is not None and self.form == "packed":
             remedy = "Take another --group, or channel"
-            if self.quantize.step_dtype is not None:
+            if self.quantize.scale_dtype is not None:
                 remedy = "Leave it out with --target, or take other --bits"
             groups = dict[int, list[LinearShape]]()
             for linear in targets:
@@ -234,8 +236,8 @@ class Slim(StageConfig):
         quantize, name = self.quantize or Quantize(), self.type_of(linear)
         if name is None or quantize.gguf_type is not None:
             return quantize
-        kind = IntegerType.parse(name)
-        return quantize.model_copy(update={"bits": kind.bits, "group": kind.group})
+        kind = QuantizationArgs.of_name(name)
+        return quantize.model_copy(update=kind.model_dump(include={"num_bits", "strategy", "group_size"}))
 
     def storage(self, linear: LinearShape) -> Storage:
         quantize, adapt = self.quantize and self.quantize_of(linear), self.adapt
@@ -243,13 +245,17 @@ class Slim(StageConfig):
             return Storage(form="gguf", bits=None, block_type=self.type_of(linear))
         options: dict[str, Any] = {}
         if quantize is not None:
-            options |= {"floating": quantize.floating, "group": quantize.granularity}
+            options |= {"floating": quantize.type == "float", "group": quantize.granularity}
             options |= {"symmetric": quantize.symmetric, "finer": quantize.important_inputs}
         if adapt is not None:
-            options |= {"rank": adapt.rank_of(linear), "adapter_bits": adapt.bits, "adapter_group": adapt.group}
+            options |= {
+                "rank": adapt.rank_of(linear),
+                "adapter_bits": adapt.num_bits,
+                "adapter_group": adapt.group_size,
+            }
         return Storage(
             form="compact" if self.form == "compact" else "packed",
-            bits=None if quantize is None else quantize.bits,
+            bits=None if quantize is None else quantize.num_bits,
             pattern=None if self.prune is None else self.prune.parsed,
             inputs=self.inputs,
             **options,
@@ -262,14 +268,14 @@ class Slim(StageConfig):
             pruning = Pruning(method=prune.method, pattern=prune.parsed, iterations=prune.iterations)
         if quantize is not None:
             rounding = Rounding(
-                quant_type=QuantType(quantize.bits, quantize.floating),
+                quant_type=QuantType(quantize.num_bits, quantize.type == "float"),
                 group=quantize.granularity,
                 steps="mse" if quantize.method == "gptq" else quantize.method,
                 sweeps=quantize.method == "gptq",
                 symmetric=quantize.symmetric,
-                act_order=quantize.act_order,
+                act_order=quantize.actorder is not None,
                 finer=quantize.important_inputs,
-                stored=quantize.step_dtype or (None if self.dtype is None else getattr(torch, self.dtype)),
+                stored=quantize.scale_dtype or (None if self.dtype is None else getattr(torch, self.dtype)),
                 blocks=TYPES[str(self.type_of(linear))] if quantize.gguf_type else None,
             )
         if adapt is not None:
