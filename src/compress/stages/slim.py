@@ -26,7 +26,7 @@ from compress.calibration.sites import Requirements, Table
 from compress.calibration.survey import SurveyNeed
 from compress.errors import report
 from compress.models.factors import fill
-from compress.models.packing import stored_linear
+from compress.models.packing import lacks_cpu_kernel, stored_linear
 from compress.models.storage import Storage
 from compress.models.tensor_files import fused_piece
 from compress.numerics.block_grid import fit_blocks
@@ -378,6 +378,10 @@ def storage_notes(spec: ModelSpec) -> list[str]:
         return []
     reason = packed_types.not_for_vllm(spec)
     notes = [] if reason is None else [f"vLLM cannot serve this: {reason}. transformers and compress.load run it."]
+    lacking = [*filter(None, map(lacks_cpu_kernel, dict.fromkeys(spec.storage.values())))]
+    if reason is None and lacking:
+        what = " or ".join(dict.fromkeys(lacking))
+        notes.append(f"vLLM runs this on GPUs; its build for CPUs has no kernel for {what}.")
     if first.in_float4 and first.group == 32:
         notes.append("vLLM runs MXFP4 weights in bfloat16 alone; on Blackwell GPUs it may round inputs to MXFP4 too.")
     if first.pattern is not None and first.bits is not None:
