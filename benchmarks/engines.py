@@ -111,6 +111,7 @@ KINDS = [
     Kind("4-bit integers, asymmetric", "llama", "quantize --bits 4 --group 64 --asymmetric"),
     Kind("3-bit integers", "llama", "quantize --bits 3 --group 64"),
     Kind("8-bit integers", "llama", "quantize --bits 8 --group 64"),
+    Kind("integers, a type for each linear", "llama", "auto --target-size 2MB --for vllm"),
     Kind("8-bit integers, inputs too", "llama", "quantize --bits 8 --group channel --inputs int8", rounds=True),
     Kind("8-bit floats", "llama", "quantize --bits fp8 --group channel"),
     Kind("8-bit floats, inputs too", "llama", "quantize --bits fp8 --group channel --inputs fp8", rounds=True),

@@ -72,6 +72,11 @@ class Plan:
         """Whether types of matrices are to be found."""
         return "types" in self.spec.undecided
 
+    @property
+    def packs(self) -> bool:
+        """Whether linears are stored as compressed-tensors has them, in types that may still be to be found."""
+        return bool(self.spec.packed) or self.opens_types
+
     def chosen(self, choice: Choice) -> "Plan":
         space = self.space.decided(choice.counts)
         others = alternatives(choice.spec) if "types" in choice.counts else self.alternatives

@@ -179,7 +179,7 @@ def plan_job(job: Job, folder: Path, config: Any, processes: Processes = ALONE) 
         return plan
     before, footprint = resident_bytes(), Footprint(plan.stages, config, family, computing)
     # The process that reloads the result takes it part by part, unless its form cannot stay on disk.
-    whole = bool(plan.spec.packed) or job.export == "gguf"
+    whole = plan.packs or job.export == "gguf"
     proof = 2 * (plan.dense.bytes if whole else footprint.part * footprint.itemsize)
 
     def need(room: Room) -> int:
@@ -227,7 +227,7 @@ def check_gguf(plan: Plan, folder: Path) -> None:
     from compress.checkpoints.gguf import check_exportable
 
     spec = plan.choices[0].spec if plan.choices else plan.spec
-    if spec.storage and not spec.is_gguf:
+    if (spec.storage or plan.opens_types) and not spec.is_gguf:
         raise UnsupportedModel(
             "A GGUF file has no linears as other engines pack them, and no adapters. Quantize into its own types "
             "(compress quantize --type Q4_K_M), or merge them (--materialize)."

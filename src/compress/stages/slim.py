@@ -212,7 +212,7 @@ class Slim(StageConfig):
             for size, found in groups.items():
                 problems += uneven(found, size, "A scale takes", remedy)
             patterns = (self.quantize.types or {}).keys() - {linear.path for linear in linears}
-            problems += unmatched(sorted(patterns), linears)
+            problems += unmatched(sorted(patterns), linears)[:3]
         if self.quantize is not None and self.quantize.gguf_type == AUTO:
             inputs = {linear.path: linear.n for linear in linears}
             problems += gguf_types.misfits(self.quantize.types or {}, inputs)
