@@ -114,6 +114,7 @@ KINDS = [
     Kind("4 bits, the head in 8", "llama", "quantize --bits 4 --group 64 --head-bits 8"),
     Kind("4 bits, head and embeddings too", "llama", "quantize --bits 4 --group 64 --head-bits 4 --embedding-bits 4"),
     Kind("4 bits, a tied table too", "qwen2", "quantize --bits 4 --group 64 --embedding-bits 4"),
+    Kind("integers, a type for each linear", "llama", "auto --target-size 2MB --for vllm"),
     Kind("8-bit integers, inputs too", "llama", "quantize --bits 8 --group channel --inputs int8", rounds=True),
     Kind("8-bit floats", "llama", "quantize --bits fp8 --group channel"),
     Kind("8-bit floats, inputs too", "llama", "quantize --bits fp8 --group channel --inputs fp8", rounds=True),

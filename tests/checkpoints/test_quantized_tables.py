@@ -180,7 +180,7 @@ def test_with_type_a_file_says_all_of_it(home):
 def test_the_held_out_divergence_is_of_the_quantized_table(tmp_path, tied):
     """Also where the stream is sliced, and the head quantized in its written form."""
     bits = {"embedding_bits": 2} if tied else {"head_bits": 2}
-    slim = {"stage": "slim", "quantize": {"bits": 2, "group": 8}}
+    slim = {"stage": "slim", "quantize": {"num_bits": 2, "group_size": 8}}
     changes = SIZES | {"tie_word_embeddings": tied}
     sliced = [
         {"stage": "fold_norms"},

@@ -79,7 +79,7 @@ def test_compressed_tensors_rounds_inputs_as_we_do():
 
 
 def stages(**quantize: Any) -> list[dict[str, Any]]:
-    told = {"bits": 8, "floating": True, "group": BLOCK} | quantize
+    told = {"num_bits": 8, "type": "float", "strategy": "block"} | quantize
     return [{"stage": "refit"}, {"stage": "slim", "quantize": told, "polish": 1, "inputs": "fp8"}]
 
 
@@ -107,7 +107,7 @@ def test_a_run_is_written_as_the_preset_of_compressed_tensors(tmp_path: Path):
     ("changes", "quantize", "said"),
     [
         ({"intermediate_size": 192}, {}, "A block takes inputs in groups of 128, but mlp.down_proj has 192."),
-        ({}, {"floating": False}, "group 128x128 is of fp8 weights; take --bits fp8, or another group"),
+        ({}, {"type": "int"}, "strategy block is of fp8 weights; take 8-bit floats (--bits fp8), or another strategy"),
     ],
 )
 def test_what_does_not_fit_is_told_before_the_run(changes, quantize, said, tmp_path):

@@ -4,6 +4,7 @@ A plan applies the recipe to a `ModelSpec`, a walk applies it to weights. `Stock
 model's own as it is, or narrower. `Own` is our class, for what no stock class can hold. Both can have packed linears.
 """
 
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -23,7 +24,7 @@ from compress.errors import UsageError
 from compress.families import Family
 from compress.models.loading import empty_model, with_blocks
 from compress.models.packing import embeddings_not_for_vllm, put_packed, quantization_config
-from compress.models.storage import Storage, num_parameters
+from compress.models.storage import Storage, empty_linear, num_parameters
 from compress.own_model.modeling_compress import unfuse_experts
 
 # A safetensors header says a tensor's name, dtype, shape and place: what that takes beside the name, at most.
@@ -53,6 +54,14 @@ def stored_bytes(model: nn.Module, dtype: torch.dtype) -> int:
 
 def stored_parameters(model: nn.Module, _dtype: torch.dtype) -> int:
     return num_parameters(model)
+
+
+@functools.cache
+def tensor_bytes(storage: Storage, m: int, n: int, dtype: torch.dtype) -> Mapping[str, int]:
+    """Bytes of what a linear without a bias is stored as, by tensor."""
+    with torch.device("meta"):
+        tensors = saved_tensors(empty_linear(storage, n, m, bias=False, dtype=dtype)).items()
+    return {name: each.numel() * written_dtype(name, each, dtype).itemsize for name, each in tensors}
 
 
 def header_bytes(name: str) -> int:

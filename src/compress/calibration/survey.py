@@ -42,7 +42,7 @@ class SurveyNeed(enum.Flag):
 
     STREAM: the moments of its stream. LINEARS: how the outputs of its linears are spread. GRADIENT: of each of these
     what the loss feels there, by a pass backward. UNITS: what deleting neurons or KV groups costs the loss.
-    TYPES: in place of the linears' spectra, what rounding them and the tables to GGUF types costs.
+    TYPES: in place of the linears' spectra, what rounding them and the tables to types costs.
     """
 
     NONE = 0

@@ -190,13 +190,18 @@ def quantization_config(
 ) -> dict[str, Any]:
     """Write compressed-tensors' config: a group for each way in which linears and tables are stored.
 
-    stored: by path, linears alike. tables: of these paths those of embeddings and head, and what engines find them by.
+    stored: by path. Where all linears are stored alike their group is of all but the untouched ones. tables: of these
+    paths those of embeddings and head, and what engines find them by.
     """
     tables, schemes = tables or {}, dict[Storage, list[str]]()
-    for path in sorted(stored, key=lambda path: path in tables):
+    for path, storage in stored.items():
+        if path not in tables and (scheme := storage.scheme) is not None:
+            schemes.setdefault(scheme, []).append(path)
+    if len(schemes) == 1:
+        schemes = {scheme: ["Linear"] for scheme in schemes}
+    for path, target in tables.items():
         if (scheme := stored[path].scheme) is not None:
-            targets = schemes.setdefault(scheme, [])
-            targets += [target for target in (tables.get(path, "Linear"),) if target not in targets]
+            schemes.setdefault(scheme, []).append(target)
     groups = [config_group(scheme, targets) for scheme, targets in schemes.items()]
     formats = {group["format"] for group in groups}
     return {

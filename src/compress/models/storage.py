@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from compress.numerics.block_types import TYPES
-from compress.numerics.grids import BLOCK, E2M1, FLOAT4_STEPS, FLOAT8, SIDE, Granularity, QuantType
+from compress.numerics.grids import BLOCK, E2M1, FLOAT4_STEPS, FLOAT8, SIDE, Granularity, QuantType, integer_name
 from compress.numerics.sparsity import Pattern
 from compress.own_model.modeling_compress import AdaptedLinear, CompactLinear, LowRankLinear, PivotLinear, unpack_bits
 
@@ -85,6 +85,11 @@ class Storage:
         """How the weight alone is stored; None where it is a float."""
         plain = {"rank": 0, "pattern": None, "adapter_bits": None}
         return None if self.bits is None else replace(self, **plain)  # type: ignore[arg-type]
+
+    @property
+    def type_name(self) -> str:
+        """llama.cpp's name of its type, or one such as int4-g128."""
+        return self.block_type or integer_name(self.bits or 0, self.group)
 
     @property
     def in_bytes(self) -> bool:

@@ -10,12 +10,14 @@ section 5), in NVFP4 for 16 an 8-bit float over a divisor of the whole matrix.
 Dimensions: W (m, n), m outputs, n inputs in groups of `group`.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Float
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from compress.numerics.block_types import BlockType
@@ -27,6 +29,86 @@ FLOAT4_STEPS = {16: FLOAT8, 32: torch.float8_e8m0fnu}  # the dtype of 4-bit floa
 Granularity = int | Literal["tensor", "channel", "128x128"]
 BLOCK: Literal["128x128"] = "128x128"
 SIDE = 128  # of a block
+Strategy = Literal["tensor", "channel", "group", "tensor_group", "block"]
+
+
+class QuantizationArgs(BaseModel):
+    """How numbers are quantized, in the words of compressed-tensors' QuantizationArgs.
+
+    num_bits, type: integers of 2 to 8 bits; floats of 8 (e4m3), or of 4 (e2m1) in groups of 16 (NVFP4) or 32 (MXFP4).
+    symmetric: whether 0 has the code 0; if not, there are zero points.
+    strategy: what shares a scale: the `tensor`, a `channel`, a `group` of inputs of a channel, such a group beside a
+        scale of the tensor (`tensor_group`, NVFP4), or a `block` of 128 x 128.
+    group_size: inputs of a group; implies the strategy.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    num_bits: Annotated[int, Field(ge=2, le=8)] = 4
+    type: Literal["int", "float"] = "int"
+    symmetric: bool = True
+    strategy: Strategy = "channel"
+    group_size: Annotated[int, Field(ge=2)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _implied(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("group_size") is not None and data.get("strategy") is None:
+            is_nvfp4 = (data.get("type"), data.get("num_bits", 4), data["group_size"]) == ("float", 4, 16)
+            return {**data, "strategy": "tensor_group" if is_nvfp4 else "group"}
+        return data
+
+    @model_validator(mode="after")
+    def _known_format(self) -> "QuantizationArgs":
+        size, strategy = self.group_size, self.strategy
+        is_float4 = self.type == "float" and self.num_bits == 4 and size in FLOAT4_STEPS
+        if self.type == "float" and self.num_bits != 8 and not is_float4:
+            raise ValueError("floats have 8 bits (fp8), or 4 in groups of 16 (nvfp4) or 32 (mxfp4); take one of these")
+        if (strategy in ("group", "tensor_group")) != (size is not None):
+            raise ValueError(f"strategy group and a group_size go together; got strategy {strategy}, group_size {size}")
+        if (strategy == "tensor_group") != (is_float4 and size == 16):
+            raise ValueError(
+                f"strategy tensor_group is that of nvfp4 and of nothing else; got {strategy} with {self.precision}"
+            )
+        if strategy == "block" and self.type != "float":
+            raise ValueError("strategy block is of fp8 weights; take 8-bit floats (--bits fp8), or another strategy")
+        if self.type == "float" and not self.symmetric:
+            raise ValueError(f"{self.precision} is symmetric; leave asymmetric out")
+        return self
+
+    @classmethod
+    def of_name(cls, name: str) -> "QuantizationArgs":
+        """Symmetric integers by a name such as int4-g128 or int8-channel. Raises ValueError for what is none."""
+        match = re.fullmatch(r"int([2-8])-(?:channel|g([1-9]\d{0,5}))", name)
+        if match is None:
+            raise ValueError(f"{name!r} is no type of integers. Write int4-g128, or int8-channel.")
+        size = None if match[2] is None else int(match[2])
+        return cls(num_bits=int(match[1]), strategy="channel" if size is None else "group", group_size=size)
+
+    @property
+    def granularity(self) -> Granularity:
+        """What shares a step; a channel where that is still open."""
+        if self.group_size is not None:
+            return self.group_size
+        return BLOCK if self.strategy == "block" else "tensor" if self.strategy == "tensor" else "channel"
+
+    @property
+    def precision(self) -> int | str:
+        """As the command says it: bits of integers, `fp8`, `nvfp4` or `mxfp4`."""
+        if self.type == "int":
+            return self.num_bits
+        return "fp8" if self.num_bits == 8 else "nvfp4" if self.group_size == 16 else "mxfp4"
+
+    @property
+    def scale_dtype(self) -> torch.dtype | None:
+        """What the format has scales in; None where it is the model's dtype."""
+        is_float4 = self.type == "float" and self.num_bits == 4
+        return FLOAT4_STEPS[self.group_size] if is_float4 and self.group_size else None
+
+
+def integer_name(bits: int, group: Granularity) -> str:
+    """As `QuantizationArgs.of_name` reads it."""
+    return f"int{bits}-{group if isinstance(group, str) else f'g{group}'}"
 
 
 @dataclass(frozen=True)
@@ -111,6 +193,10 @@ class Grid:
     def nearest(self, W: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
         """The grid's own value nearest to each weight."""
         return self.values(self._codes(W))
+
+    def dequantized(self, W: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
+        """W's nearest values as decoders compute them."""
+        return self.nearest(W)
 
     def _codes(self, W: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
         offset, x = self.offset(W.shape[1]), W / self.scale(W.shape[1])

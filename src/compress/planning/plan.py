@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from compress.architectures.architecture import ModelSpec, Size, stored_bytes
+from compress.architectures.architecture import ModelSpec, Size, tensor_bytes
 from compress.architectures.own import DECI_LM, Own
 from compress.architectures.stock import Stock
 from compress.calibration.depth import Depth
@@ -19,7 +19,7 @@ from compress.checkpoints.metadata import Alternative
 from compress.errors import UsageError, report
 from compress.families import Family, check_exact
 from compress.models.gguf_header import DECI
-from compress.models.storage import Storage, empty_linear
+from compress.models.storage import Storage
 from compress.planning.budget import Choice, Limit, RankSpace, WidthSpace, plan_stages, width_choices
 from compress.planning.memory import Footprint, Room, surveyed
 from compress.recipe import Recipe
@@ -69,12 +69,17 @@ class Plan:
 
     @property
     def opens_types(self) -> bool:
-        """Whether the types of a GGUF file are to be found."""
+        """Whether types of matrices are to be found."""
         return "types" in self.spec.undecided
+
+    @property
+    def packs(self) -> bool:
+        """Whether linears are stored as compressed-tensors has them, in types that may still be to be found."""
+        return bool(self.spec.packed) or self.opens_types
 
     def chosen(self, choice: Choice) -> "Plan":
         space = self.space.decided(choice.counts)
-        others = alternatives(choice.spec) if choice.spec.is_gguf else self.alternatives
+        others = alternatives(choice.spec) if "types" in choice.counts else self.alternatives
         # What was said of our architecture is untrue of a choice that stays the stock class.
         untrue = set(self.spec.notes) - set(space.base.notes)
         notes, stages = [note for note in self.notes if note not in untrue], tuple(space.stages)
@@ -242,7 +247,7 @@ def mixture_faults(stages: Sequence[StageConfig], *, has_budget: bool) -> list[s
 def tables_in_full(spec: ModelSpec) -> list[str]:
     """Say what embeddings and head take beside packed linears where they are in the model's dtype."""
     like, dense = next(iter(spec.storage.values()), None), replace(spec, storage={})
-    if like is None or like.form != "packed" or like.bits is None:
+    if not spec.is_decided or like is None or like.form != "packed" or like.bits is None:
         return []
     kept = {path: width for path, width in dense.tables if path not in spec.storage}
     if not kept:
@@ -292,9 +297,5 @@ def alternatives(spec: ModelSpec) -> list[Alternative]:
 def bits_per_weight(linears: Mapping[str, LinearShape], storage: Mapping[str, Storage], dtype: torch.dtype) -> float:
     """Bits per weight of the stored linears, everything counted but biases."""
     shapes = Counter((stored, linears[path].m, linears[path].n) for path, stored in storage.items())
-    with torch.device("meta"):
-        total = sum(
-            count * stored_bytes(empty_linear(stored, n, m, bias=False, dtype=dtype), dtype)
-            for (stored, m, n), count in shapes.items()
-        )
+    total = sum(count * sum(tensor_bytes(*each, dtype).values()) for each, count in shapes.items())
     return 8 * total / sum(count * m * n for (_, m, n), count in shapes.items())

@@ -9,7 +9,7 @@ A head by itself is swept by the second moment of what it is given. Each row of 
 how often its token comes makes no difference to its codes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -26,9 +26,10 @@ from compress.models.storage import Storage
 from compress.numerics.block_grid import BlockGrid, fit_blocks
 from compress.numerics.block_types import TYPES
 from compress.numerics.decomposition import Decomposition, Rounding, decompose_together
-from compress.numerics.grids import QuantType
+from compress.numerics.grids import Granularity, QuantType
 from compress.numerics.steps import make_grid
 from compress.stages._stage import StageConfig
+from compress.stages.slim import USUAL_GROUP
 
 Bits = Annotated[int, Field(ge=2, le=8)]
 POLISH = 3  # rounds after a sweep, as linears have
@@ -61,10 +62,10 @@ class QuantizeEmbeddings(StageConfig):
         return self.model_copy(update={"types": choice["tables"]}) if "tables" in choice else self
 
     def plan(self, spec: ModelSpec) -> tuple["QuantizeEmbeddings", ModelSpec]:
-        if "types" in spec.undecided or not (spec.is_gguf or spec.storage):
-            return self, spec  # of a recipe that has a budget to be spent, or is refused
         if not spec.is_gguf:
-            return self.in_packed_form(spec)
+            return self.in_packed_form(spec) if spec.storage or "types" in spec.undecided else (self, spec)
+        if "types" in spec.undecided:
+            return self, spec  # whose types are found with those of linears
         if self.asked:
             what = "head_bits and embedding_bits are for packed form; in a GGUF file tables go by its type"
             report([f"{what}, --type Q4_K_M,output=Q6_K,token_embd=Q5_K. Leave them out."])
@@ -75,11 +76,14 @@ class QuantizeEmbeddings(StageConfig):
         return self.model_copy(update={"types": types}), replace(spec, storage={**spec.storage, **storage})
 
     def in_packed_form(self, spec: ModelSpec) -> tuple["QuantizeEmbeddings", ModelSpec]:
-        like, widths = next(iter(spec.storage.values())), dict(spec.tables)
-        report(self.problems(spec, like))
-        family, group = spec.architecture.family, like.group
+        """With scales for what linears have them for; for 128 inputs where linears have types of their own."""
+        schemes, widths = {storage.scheme for storage in spec.storage.values()}, dict(spec.tables)
+        report(self.problems(spec, schemes))
+        alike = next(iter(schemes)) if len(schemes) == 1 else None
+        like, family = alike or Storage("packed", 4, group=USUAL_GROUP), spec.architecture.family
         asked = {family.embeddings[0]: self.embedding_bits, family.head: self.head_bits}
         bits = {path: number for path, number in asked.items() if number is not None}
+        group = self.group if self.bits else like.group  # once it is settled, it stays
         fits = isinstance(group, int) and all(widths[path] % group == 0 for path in bits)
         changes = {"bits": bits, "group": group if fits else "channel", "symmetric": like.symmetric}
         settled = self.model_copy(update=changes | {"dtype": str(spec.dtype).removeprefix("torch.")})
@@ -87,36 +91,31 @@ class QuantizeEmbeddings(StageConfig):
         notes = [] if spec.tables_not_for_vllm is None else [f"vLLM cannot serve this: {spec.tables_not_for_vllm}."]
         return settled, replace(spec, notes=(*spec.notes, *notes))
 
-    def problems(self, spec: ModelSpec, like: Storage) -> list[str]:
-        """What does not go with the model, or with linears that are stored like this."""
-        family, asked = spec.architecture.family, self.asked
-        if not asked:
+    def problems(self, spec: ModelSpec, schemes: Collection[Storage | None]) -> list[str]:
+        """What does not go with the model, or with linears that are stored so; none of them where that is open."""
+        family, widths, problems = spec.architecture.family, dict(spec.tables), list[str]()
+        if not self.asked:
             return ["In packed form quantize_embeddings is told the bits: give head_bits, embedding_bits or both."]
-        if like.bits is None or like.floating:
-            what = "are not quantized" if like.bits is None else "are floats"
+        if others := [scheme for scheme in schemes if scheme is None or scheme.floating]:
+            what = "are floats" if others[0] else "are not quantized"
             return [f"head_bits and embedding_bits go with linears of 2 to 8 bits, and these {what}. Leave them out."]
-        widths, problems = dict(spec.tables), []
         if self.head_bits is not None and family.head not in widths:
             problems.append(
                 "head_bits has no effect: the head is the embeddings' table. In packed form give embedding_bits, which "
                 "stores both once, for transformers; or write a GGUF file (--type)."
             )
-        if self.embedding_bits is None and not unpacks_while_loading(like, spec.architecture.dense.model_type):
+        model_type = spec.architecture.dense.model_type
+        unpacks = any(scheme and unpacks_while_loading(scheme, model_type) for scheme in schemes)
+        if self.embedding_bits is None and not unpacks:
             return problems
-        one_scheme, n = (
-            "transformers unpacks all that is stored so by the linears' scheme",
-            widths[family.embeddings[0]],
-        )
-        if asked != {like.bits}:
-            problems.append(
-                f"{one_scheme}. Give head_bits and embedding_bits the linears' {like.bits}, or leave them out."
-            )
-        if like.inputs is not None or not (
-            like.group == "channel" or (isinstance(like.group, int) and n % like.group == 0)
-        ):
-            problems.append(
-                f"{one_scheme}, which does not fit embeddings of {n}. Take --group channel without --inputs."
-            )
+        said = "transformers unpacks all that is stored so by the linears' scheme"
+        like, n = next(iter(schemes)) if len(schemes) == 1 else None, widths[family.embeddings[0]]
+        if like is None:
+            problems.append(f"{said}, and here they have several. Leave embedding_bits out.")
+        elif self.asked != {like.bits}:
+            problems.append(f"{said}. Give head_bits and embedding_bits the linears' {like.bits}, or leave them out.")
+        elif like.inputs is not None or not divides(n, like.group):
+            problems.append(f"{said}, which does not fit embeddings of {n}. Take --group channel without --inputs.")
         return problems
 
     @property
@@ -168,3 +167,8 @@ class QuantizeEmbeddings(StageConfig):
             stored=None if self.dtype is None else getattr(torch, self.dtype),
             blocks=TYPES[self.types[path]] if path in self.types else None,
         )
+
+
+def divides(n: int, group: Granularity) -> bool:
+    """Whether rows of n have whole groups; a tensor's or a block's scale is no row's."""
+    return group == "channel" or (isinstance(group, int) and n % group == 0)
