@@ -225,3 +225,22 @@ def test_what_cannot_be_is_said_in_a_line(home, tmp_path, settings, words):
     assert ran.code == 2, ran.err
     assert all(word in " ".join(ran.faults) for word in words), ran.faults
     assert not (tmp_path / "out").exists()
+
+
+def test_a_head_in_few_bits_is_counted(home):
+    """What it saves goes to the linears."""
+    data = presets.load("auto-packed") | {
+        "calibration": {"source": str(home / "text.txt"), "samples": 8, "seq_len": 32}
+    }
+    data |= {"budget": {"target_size": 250_000, "trials": 2}}
+    data["stages"].append({"stage": "quantize_embeddings", "head_bits": 8})
+    (home / "head.yaml").write_text(json.dumps(data))
+    succeeds("run", home / "head.yaml", "--model", home / "llama", "--out", home / "head")
+    types = types_of(home / "head")
+    assert types.pop("lm_head") == "int8-channel"  # of 64 inputs
+    assert len({*types.values()}) > 1
+    assert 0.9 * 250_000 < on_disk(home / "head") <= 250_000
+    embeddings = [{"stage": "quantize_embeddings", "embedding_bits": 4}]
+    (home / "all.yaml").write_text(json.dumps(data | {"stages": [*data["stages"][:-1], *embeddings]}))
+    ran = invoke("run", home / "all.yaml", "--model", home / "llama", "--out", home / "never")
+    assert "here they have several. Leave embedding_bits out" in ran.faults[0]
