@@ -241,7 +241,6 @@ def test_a_plan_for_people(place, line):
         ("--adapter-rank 600", "its adapters have a rank of 512 at most"),
         ("--method slim", "its packed integers have a scale a channel or a group"),
         ("--inputs int8", "it rounds inputs beside 8-bit weights alone"),
-        ("--bits nvfp4", None),
         ("--bits 8 --inputs int8 --group channel", None),
     ],
 )
@@ -249,6 +248,20 @@ def test_what_vllm_cannot_serve_is_told(place, options, reason):
     said = [note for note in plan_of(f"slim {options}")["notes"] if "vLLM" in note]
     expected = f"vLLM cannot serve this: {reason}. transformers and compress.load run it."
     assert said == ([] if reason is None else [expected])
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ("--bits 4", "4-bit integers on CPUs without AVX-512"),
+        ("--bits 3", "3-bit integers"),
+        ("--bits fp8 --group channel", "fp8 weights beside 16-bit inputs"),
+        ("--bits nvfp4", "4-bit floats"),
+    ],
+)
+def test_what_vllm_runs_on_gpus_alone_is_told(place, options, what):
+    said = [note for note in plan_of(f"quantize {options}")["notes"] if "vLLM" in note]
+    assert said == [f"vLLM runs this on GPUs; its build for CPUs has no kernel for {what}."]
 
 
 def test_a_result_is_pushed_once_it_is_finished(place, monkeypatch):

@@ -197,7 +197,9 @@ class BranchPass:
         """Write the fitted readers, so that they take the compressed stream."""
         if not groups and self.decode is not None:
             read_through(branch, self.decode)
-        return [report for group in groups for report in self._written(group)]
+        reports = [report for group in groups for report in self._written(group)]
+        return_free_memory()  # what the readers' old weights and equations left, before the branch runs
+        return reports
 
     def _written(self, group: Readers | Writers) -> list[Report]:
         group.write()

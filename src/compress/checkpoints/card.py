@@ -30,7 +30,9 @@ TEMPLATE = Path(__file__).with_name("card.md.jinja")
 SPECIAL = re.compile(r"([\\`*_\[\]<>#|~&$!])")
 TICKS = re.compile("`+")
 # The classes NAMEForCausalLM that vLLM was seen to run (docs/engines.md), `Compress` by its Transformers backend.
-RUN_BY_VLLM = ("Compress", "DeciLM", "Llama", "Mistral", "Phi3", "Qwen2", "Qwen3")
+ADAPTED_BY_VLLM = ("Llama", "Mistral", "Qwen2", "Qwen3")  # with an adapter, too
+OTHERS_BY_VLLM = ("Compress", "DeciLM", "GPTBigCode", "GPTNeoX", "Gemma", "OPT", "Phi", "Phi3", "Starcoder2")
+RUN_BY_VLLM = ADAPTED_BY_VLLM + OTHERS_BY_VLLM
 FRONT_MATTER = re.compile(r"\A---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 PASSED_ON = tuple(Origin.model_fields)
@@ -141,7 +143,7 @@ def why_not_vllm(metadata: Metadata) -> str | None:
         return f"vLLM cannot serve it: {metadata.not_for_vllm}"
     if adapter and vllm_rank(adapter) is None:
         return f"vLLM cannot serve it: its adapters have a rank of {VLLM_RANKS[-1]} at most"
-    if name not in RUN_BY_VLLM or (adapter and name == "Compress"):
+    if name not in (ADAPTED_BY_VLLM if adapter else RUN_BY_VLLM):
         return f"vLLM was not tried with {metadata.architecture}{' and an adapter' if adapter else ''}"
     return None
 

@@ -248,3 +248,12 @@ def not_for_vllm(storage: Storage, largest_rank: int) -> str | None:
     if storage.inputs is not None and not storage.in_bytes:
         return "it rounds inputs beside 8-bit weights alone"
     return None
+
+
+def lacks_cpu_kernel(storage: Storage) -> str | None:
+    """Which packed weights vLLM 0.32 runs on GPUs alone (docs/engines.md); None where its CPU build has a kernel."""
+    if storage.bits is None or storage.inputs is not None:
+        return None
+    if storage.floating:
+        return "fp8 weights beside 16-bit inputs" if storage.in_bytes else "4-bit floats"
+    return f"{storage.bits}-bit integers{' on CPUs without AVX-512' if storage.bits == 4 else ''}"

@@ -25,7 +25,7 @@ from compress.calibration.sites import Requirements, Table
 from compress.calibration.survey import SurveyNeed
 from compress.errors import report
 from compress.models.factors import fill
-from compress.models.packing import not_for_vllm, stored_linear
+from compress.models.packing import lacks_cpu_kernel, not_for_vllm, stored_linear
 from compress.models.storage import Storage
 from compress.models.tensor_files import fused_piece
 from compress.numerics.block_grid import fit_blocks
@@ -329,6 +329,8 @@ def storage_notes(storage: Collection[Storage]) -> list[str]:
         return []
     reason = not_for_vllm(first, max(each.rank for each in storage))
     notes = [] if reason is None else [f"vLLM cannot serve this: {reason}. transformers and compress.load run it."]
+    if reason is None and (what := lacks_cpu_kernel(first)) is not None:
+        notes.append(f"vLLM runs this on GPUs; its build for CPUs has no kernel for {what}.")
     if first.in_float4 and first.group == 32:
         notes.append("vLLM runs MXFP4 weights in bfloat16 alone; on Blackwell GPUs it may round inputs to MXFP4 too.")
     if first.pattern is not None and first.bits is not None:
