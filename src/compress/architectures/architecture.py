@@ -176,7 +176,7 @@ class ModelSpec:
     def config(self, dtype: torch.dtype | None = None) -> Any:
         config, packed = self.architecture.base_config(self, dtype or self.dtype), self.packed
         storage = next(iter(packed.values()), None)
-        if storage is not None and storage.bits is not None:
+        if storage is not None and storage.weights is not None:
             modules = replace(self, storage={}).model().named_modules()
             untouched = [name for name, module in modules if isinstance(module, nn.Linear) and name not in packed]
             config.quantization_config = quantization_config(storage, untouched)

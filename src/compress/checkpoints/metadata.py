@@ -190,7 +190,7 @@ class Metadata(Record):
     dense_size: ModelSize
     size: ModelSize
     adapter: AdapterMetadata | None = None
-    storage: Literal["packed", "compact", "gguf"] | None = None
+    form: Literal["packed", "compact", "gguf"] | None = None
     quantized: bool = False
     unpacks_while_loading: bool = False
     not_for_vllm: str | None = None

@@ -173,7 +173,7 @@ def chosen_types(prepared: Prepared, folder: RunFolder, survey: Survey | None, p
         _, types, _ = searched(prepared, folder, survey, limit, progress)
     if CHOSEN not in folder.findings:
         folder.note(CHOSEN, types)
-    storage = {path: Storage(form="gguf", bits=None, block_type=name) for path, name in types.items()}
+    storage = {path: Storage(form="gguf", block_type=name) for path, name in types.items()}
     spec = replace(prepared.plan.spec, storage=storage, undecided=frozenset())
     tables = {path: name for path, name in types.items() if path in space.tables}
     linears = {path: name for path, name in types.items() if path not in space.tables}

@@ -146,8 +146,8 @@ def _metadata(prepared: Prepared, folder: RunFolder, adapter: dict[str, Any] | N
                 "bytes": sum(report["tensor_bytes"] + report["adapter_bytes"] for report in reports),
             },
             "adapter": adapter,
-            "storage": None if storage is None else storage.form,
-            "quantized": storage is not None and storage.bits is not None,
+            "form": None if storage is None else storage.form,
+            "quantized": storage is not None and storage.weights is not None,
             "unpacks_while_loading": storage is not None and unpacks_while_loading(storage, model_type),
             "not_for_vllm": plan.spec.architecture.not_for_vllm(plan.spec)
             or (None if storage is None else not_for_vllm(storage, max(ranks))),
@@ -229,7 +229,7 @@ def result_of(
     if dropped := sorted(block for stage in plan.stages for block in stage.dropped):
         notes.append(f"Blocks left out, counted from 0: {', '.join(map(str, dropped))}.")
     notes += short_of_tokens([linear.to_dict() for linear in metadata.linears] or metadata.groups)
-    if job.export == "gguf" or metadata.storage == "gguf":
+    if job.export == "gguf" or metadata.form == "gguf":
         from compress.checkpoints.gguf import reader_notes
 
         notes += reader_notes(job.out / f"{job.out.name}.gguf")

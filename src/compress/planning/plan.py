@@ -20,6 +20,7 @@ from compress.errors import UsageError, report
 from compress.families import Family, check_exact
 from compress.models.gguf_header import DECI
 from compress.models.storage import Storage, empty_linear
+from compress.numerics.grids import QuantizationArgs
 from compress.planning.budget import Choice, Limit, RankSpace, WidthSpace, plan_stages, width_choices
 from compress.planning.memory import Footprint, Room, surveyed
 from compress.recipe import Recipe
@@ -258,10 +259,14 @@ def alternatives(spec: ModelSpec) -> list[Alternative]:
         return found
     unpruned = []
     for adapted, bits in product((True, False), range(2, 9)):
-        stored, same = dict[str, Storage](), ("rank", "adapter_bits", "adapter_group") if adapted else ()
+        stored = dict[str, Storage]()
         for path, each in spec.storage.items():
-            adapter = {name: getattr(each, name) for name in same}
-            stored[path] = Storage(form=each.form, bits=bits, group=each.group, **adapter)
+            grid = each.weights or QuantizationArgs()
+            shared: dict[str, Any] = {"strategy": "tensor" if grid.strategy == "tensor" else "channel"}
+            if grid.group_size is not None:
+                shared = {"group_size": grid.group_size}
+            adapter: dict[str, Any] = {"rank": each.rank, "adapter": each.adapter} if adapted else {}
+            stored[path] = Storage(each.form, QuantizationArgs(num_bits=bits, **shared), **adapter)
         unpruned.append(alternative(f"{bits} bits, unpruned{', the same adapter' if adapted else ''}", stored))
     unpruned.sort(key=lambda each: each.bytes)
     fitting = sum(each.bytes <= found[0].bytes for each in unpruned)

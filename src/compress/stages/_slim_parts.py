@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 from compress.architectures.gguf_types import AUTO, FileType
 from compress.calibration.linears import LinearShape
 from compress.numerics.decomposition import Pruner
-from compress.numerics.grids import BLOCK, Granularity, QuantizationArgs, Strategy
+from compress.numerics.grids import QuantizationArgs, Strategy
 from compress.numerics.lowrank import AdapterMethod
 from compress.numerics.sparsity import Pattern
 from compress.stages._stage import Strict
@@ -62,9 +62,10 @@ class Quantize(QuantizationArgs):
         return value
 
     @property
-    def granularity(self) -> Granularity:
-        """What shares a step; a channel where that is still open."""
-        return self.group_size or {"tensor": "tensor", "block": BLOCK}.get(str(self.strategy), "channel")  # type: ignore[return-value]
+    def args(self) -> QuantizationArgs:
+        """The grid alone; channels where what shares a scale is still open."""
+        said = self.model_dump(include={*QuantizationArgs.model_fields})
+        return QuantizationArgs(**said | {"strategy": self.strategy or "channel"})
 
     @model_validator(mode="after")
     def _consistent(self) -> "Quantize":
@@ -101,6 +102,10 @@ class Adapt(Strict):
                 raise ValueError(f"a rank is a share of the full one below 1, or a whole number; got {value}")
             return int(value)
         return value
+
+    @property
+    def args(self) -> QuantizationArgs | None:
+        return None if self.num_bits is None else QuantizationArgs(num_bits=self.num_bits, group_size=self.group_size)
 
     def rank_of(self, linear: LinearShape) -> int:
         wanted = self.rank if isinstance(self.rank, int) else int(self.rank * linear.full_rank)

@@ -38,7 +38,7 @@ from compress.numerics.decomposition import (
     Rounding,
     decompose_together,
 )
-from compress.numerics.grids import SIDE, QuantType
+from compress.numerics.grids import SIDE
 from compress.own_model.modeling_compress import AdaptedLinear
 from compress.stages._slim_parts import Adapt, Prune, Quantize
 from compress.stages._stage import StageConfig, is_target, unmatched
@@ -192,23 +192,15 @@ class Slim(StageConfig):
     def storage(self, linear: LinearShape) -> Storage:
         quantize, adapt = self.quantize, self.adapt
         if quantize is not None and quantize.gguf_tensors is not None:
-            return Storage(form="gguf", bits=None, block_type=quantize.gguf_tensors[linear.path])
-        options: dict[str, Any] = {}
-        if quantize is not None:
-            options |= {"floating": quantize.type == "float", "group": quantize.granularity}
-            options |= {"symmetric": quantize.symmetric, "finer": quantize.important_inputs}
-        if adapt is not None:
-            options |= {
-                "rank": adapt.rank_of(linear),
-                "adapter_bits": adapt.num_bits,
-                "adapter_group": adapt.group_size,
-            }
+            return Storage(form="gguf", block_type=quantize.gguf_tensors[linear.path])
         return Storage(
             form="compact" if self.form == "compact" else "packed",
-            bits=None if quantize is None else quantize.num_bits,
+            weights=None if quantize is None else quantize.args,
             pattern=None if self.prune is None else self.prune.parsed,
+            rank=0 if adapt is None else adapt.rank_of(linear),
+            adapter=None if adapt is None else adapt.args,
             inputs=self.inputs,
-            **options,
+            important_inputs=quantize is not None and quantize.important_inputs,
         )
 
     def decomposition(self, linear: LinearShape) -> Decomposition:
@@ -218,13 +210,11 @@ class Slim(StageConfig):
             pruning = Pruning(method=prune.method, pattern=prune.parsed, iterations=prune.iterations)
         if quantize is not None:
             rounding = Rounding(
-                quant_type=QuantType(quantize.num_bits, quantize.type == "float"),
-                group=quantize.granularity,
+                args=quantize.args,
                 steps="mse" if quantize.method == "gptq" else quantize.method,
                 sweeps=quantize.method == "gptq",
-                symmetric=quantize.symmetric,
-                act_order=quantize.actorder is not None,
-                finer=quantize.important_inputs,
+                actorder=quantize.actorder is not None,
+                important_inputs=quantize.important_inputs,
                 stored=quantize.scale_dtype or (None if self.dtype is None else getattr(torch, self.dtype)),
                 blocks=TYPES[quantize.gguf_tensors[linear.path]] if quantize.gguf_tensors else None,
             )
@@ -302,7 +292,7 @@ class QuantizeEmbeddings(StageConfig):
         if spec.gguf_type == AUTO:
             report(misfits(self.types, dict(spec.tables)))
         types = self.types if spec.gguf_type == AUTO else resolve(spec.gguf_type, spec.config(), spec.tables)
-        storage = {path: Storage(form="gguf", bits=None, block_type=name) for path, name in types.items()}
+        storage = {path: Storage(form="gguf", block_type=name) for path, name in types.items()}
         return self.model_copy(update={"types": types}), replace(spec, storage={**spec.storage, **storage})
 
     def apply(self, table: Table) -> None:
@@ -331,9 +321,9 @@ def storage_notes(storage: Collection[Storage]) -> list[str]:
     notes = [] if reason is None else [f"vLLM cannot serve this: {reason}. transformers and compress.load run it."]
     if reason is None and (what := lacks_cpu_kernel(first)) is not None:
         notes.append(f"vLLM runs this on GPUs; its build for CPUs has no kernel for {what}.")
-    if first.in_float4 and first.group == 32:
+    if first.weights is not None and first.weights.precision == "mxfp4":
         notes.append("vLLM runs MXFP4 weights in bfloat16 alone; on Blackwell GPUs it may round inputs to MXFP4 too.")
-    if first.pattern is not None and first.bits is not None:
+    if first.pattern is not None and first.weights is not None:
         notes.append(
             "Packed for engines, pruned weights are stored as zeros, in as many bytes as unpruned ones. --compact "
             "stores them small; unpruned is better at these bytes."

@@ -139,7 +139,7 @@ def trainable(metadata: Metadata, model: nn.Module) -> tuple[What, ...]:
 
     model: it may be on the meta device. Raises UsageError where nothing can.
     """
-    if metadata.storage == "compact":
+    if metadata.form == "compact":
         if not any(linear.first is not None for linear in found(model, CompactLinear).values()):
             raise UsageError(
                 "This compact checkpoint has no adapters, and its weights are kept as they are stored: nothing in it "
@@ -148,7 +148,7 @@ def trainable(metadata: Metadata, model: nn.Module) -> tuple[What, ...]:
         return ("adapters",)
     if metadata.adapter is not None:
         return ("adapters",)
-    if metadata.storage == "packed":
+    if metadata.form == "packed":
         return ("lora",)
     return ("factors", "lora", "all") if thin_linears(model) else ("lora", "all")
 
@@ -169,7 +169,7 @@ def chosen(settings: Settings, possible: tuple[What, ...]) -> What:
 
 def why_not_merged(metadata: Metadata) -> str | None:
     """Why what a LoRA adds cannot go into the weights; None where it can."""
-    if metadata.storage is not None:
+    if metadata.form is not None:
         return "its weights are stored in few bits"
     if any(linear.pattern for linear in metadata.linears):
         return "its weights are pruned, and the sum would fill the zeros"

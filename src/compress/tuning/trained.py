@@ -64,7 +64,7 @@ def open_trained(prepared: Prepared, device: torch.device) -> Trained:
     torch.manual_seed(settings.seed)
     if what == "lora":
         linears: dict[str, Any] = block_linears(model, prepared.config)
-        if prepared.metadata.storage == "packed":
+        if prepared.metadata.form == "packed":
             linears = {path: linear for path, linear in linears.items() if isinstance(linear, LoraLinear)}
         trained = lora(model, linears, rank=settings.lora_rank, alpha=settings.alpha, merge=prepared.merge)
     elif what == "adapters":
@@ -211,15 +211,15 @@ class TrainedMatrix(nn.Module):
 
     def __init__(self, stored: StoredMatrix) -> None:
         super().__init__()
-        self.bits = stored.bits
+        self.num_bits = stored.num_bits
         self.weight = nn.Parameter(stored.rows(0, stored.num_rows, torch.float32))
-        scale = None if stored.bits is None else stored.scales(0, stored.num_rows, torch.float32)
+        scale = None if stored.num_bits is None else stored.scales(0, stored.num_rows, torch.float32)
         self.register_buffer("scale", scale)
 
     def forward(self) -> Tensor:
         if self.scale is None:
             return self.weight
-        rounded: Tensor = OnGrid.apply(self.weight, self.scale, self.bits)
+        rounded: Tensor = OnGrid.apply(self.weight, self.scale, self.num_bits)
         return rounded
 
     def tensors(self) -> dict[str, Tensor]:
@@ -227,7 +227,7 @@ class TrainedMatrix(nn.Module):
         if self.scale is None:
             return {"values": self.weight.detach()}
         codes = (self().detach() / self.scale).round().to(torch.int8)
-        return {"codes": pack_bits(unsigned(codes, self.bits), self.bits)}
+        return {"codes": pack_bits(unsigned(codes, self.num_bits), self.num_bits)}
 
 
 class CompactAdapterLinear(AdapterLinear):

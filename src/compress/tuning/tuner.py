@@ -235,7 +235,7 @@ def prove(prepared: Prepared, metadata: Metadata, target: Path) -> float:
     memory, own = max(psutil.virtual_memory().available // 2, SMALL), prepared.config.dtype or torch.float32
     computing = torch.promote_types(own, torch.float32)
     # What is packed stays so in memory. Another model that is too large in float32 is held in its own dtype.
-    fits = metadata.storage == "packed" or fits_in_float32(metadata.size.parameters, memory)
+    fits = metadata.form == "packed" or fits_in_float32(metadata.size.parameters, memory)
     model = open_folder(target, computing if fits else own, torch.device("cpu"))
     compute_in(model, computing)
     ids = prepared.texts.held_out[:1, :PROBE]
