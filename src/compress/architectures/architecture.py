@@ -246,7 +246,7 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class Architecture(ABC):
-    """dense: the config of the dense model."""
+    """What a result is written as, and the config and layout of it. dense: the config of the dense model."""
 
     dense: Any
     family: Family

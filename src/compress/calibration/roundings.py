@@ -152,7 +152,8 @@ Types = Mapping[str, str]
 
 
 class RoundedModel:
-    """
+    """The dense model with rounded matrices, for the divergence of each set of types.
+
     roundings: as `RoundingObserver` finds them. memory: bytes of activations to hold in memory.
     types, inputs: the best so far, and what each block and the head are given by them. tried: the same of the last
         trial.

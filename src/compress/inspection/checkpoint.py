@@ -55,7 +55,8 @@ class BlockTensor(StoredTensor):
 
 @dataclass(frozen=True)
 class Inspection:
-    """
+    """What is in a checkpoint's files.
+
     metadata: what it says of itself; None for a checkpoint that is not ours. config: config.json.
     tensors: of the model and of its adapter, or of a GGUF file, which has no linears here.
     verified: whether the weights were compared with their checksums.
@@ -113,7 +114,8 @@ class Inspection:
 
 
 def inspect(folder: Path, *, fast: bool, progress: Progress) -> Inspection:
-    """
+    """Read what is in a checkpoint.
+
     fast: reads headers alone, verifies no checksums and counts no zeros.
 
     Raises UsageError for a folder that is no finished checkpoint, CheckpointError for a damaged one.

@@ -44,7 +44,7 @@ class KernelProduct(torch.autograd.Function):
 
 
 class Int4Linear(LoraLinear):
-    """layout: codes as the kernel reads them. scales_and_zeros: (groups, m, 2), the zeros 0."""
+    """A linear for torch's int4 kernel. layout: codes as it reads them. scales_and_zeros: (groups, m, 2), zeros 0."""
 
     kind = "kernel"
     num_bits = 4
@@ -82,7 +82,7 @@ KERNELS = {"cpu": torch.ops.aten._weight_int4pack_mm_for_cpu, "cuda": torch.ops.
 
 
 def as_layout(codes: Tensor) -> Tensor:
-    """codes: int8 (rows, n), from -8 to 7."""
+    """Order codes as the kernel reads them. codes: int8 (rows, n), from -8 to 7."""
     unsigned = codes.to(torch.int32) + 8
     if codes.device.type == "cpu":
         return torch.ops.aten._convert_weight_to_int4pack_for_cpu(unsigned, TILES)

@@ -91,7 +91,7 @@ def stored_linear(  # noqa: PLR0913 (all that a linear consists of)
     bias: Float[Tensor, "m"] | None,
     dtype: torch.dtype,
 ) -> AdaptedLinear:
-    """weight: S, the grid's own values, its step already rounded to `dtype`; zeros where the mask is False."""
+    """Make the module. weight: S, on the grid, whose step is rounded to `dtype`; zeros where the mask is False."""
     m, n = weight.shape
     with torch.device("meta"):
         linear = empty_linear(storage, n, m, bias=bias is not None, dtype=dtype)

@@ -163,7 +163,8 @@ class FloatLinear(LoraLinear):
 
 
 class BlockLinear(LoraLinear):
-    """
+    """A weight in one of llama.cpp's block types.
+
     qweight: uint8 (m, bytes a row). values: what these are, float32 (m, n); not stored, and None of an empty linear.
     """
 
@@ -186,7 +187,8 @@ class BlockLinear(LoraLinear):
 
 
 class QuantizedLinear(LoraLinear):
-    """
+    """A weight in integer or float codes, with scales.
+
     strategy: what shares a scale. groups: how many scales a row has. as_stored: buffers of floats that no .to(dtype)
     changes.
     """
@@ -236,7 +238,8 @@ class QuantizedLinear(LoraLinear):
 
 
 class PackedLinear(QuantizedLinear):
-    """
+    """A weight in integers packed into int32 words.
+
     weight_shape: int64 (2,), m and n. weight_zero_point: int32 (words, groups), packed along m; int8 (1,) for a tensor.
     """
 
@@ -269,7 +272,7 @@ class PackedLinear(QuantizedLinear):
 
 
 class ByteLinear(QuantizedLinear):
-    """weight_zero_point: int8, of weight_scale's shape."""
+    """A weight in 8-bit integers or floats. weight_zero_point: int8, of weight_scale's shape."""
 
     kind = "bytes"
     num_bits = 8
@@ -292,7 +295,8 @@ class ByteLinear(QuantizedLinear):
 
 
 class Float4Linear(QuantizedLinear):
-    """
+    """A weight in 4-bit floats, NVFP4 or MXFP4.
+
     weight_packed: two e2m1 numbers a byte, the first in the low bits: 8 for the sign and a place in `E2M1`.
     weight_scale: (m, groups); of NVFP4 float8, to be divided by weight_global_scale, float32 (1,); of MXFP4 uint8, the
     exponent of 2, plus 127.

@@ -84,7 +84,8 @@ def scheme(found: dict[str, Any]) -> Storage:
 
 @dataclass(frozen=True)
 class Lora:
-    """
+    """The LoRA adapter beside a checkpoint.
+
     names: by a parameter's name in a model (`path.lora_A`) that in the file. alpha, alphas: a product is multiplied by
     the one and divided by the rank; paths that end as a pattern says have their own.
     """
@@ -240,7 +241,7 @@ def open_model(
 
 
 def load(model: str, dtype: torch.dtype | None, device: torch.device) -> PreTrainedModel:
-    """model: a folder, a hub id or an alias. dtype: by default the checkpoint's own."""
+    """Load a model. model: a folder, a hub id or an alias. dtype: by default the checkpoint's own."""
     folder = find_model(model).whole_folder()
     own: torch.dtype = getattr(load_config(folder), "dtype", None) or torch.float32
     return open_model(folder, dtype=dtype or own, device=device)

@@ -42,7 +42,7 @@ Rule = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class BlockGrid(Grid):
-    """d: (m, blocks), and low, dmin or what is added. sc, mn: (m, groups), integers; None where the type has none."""
+    """A block type's grid. d: (m, blocks), and low, dmin or what is added. sc, mn: (m, groups), integers; or None."""
 
     kind: BlockType
     d: Float[Tensor, "m blocks"]
@@ -109,7 +109,8 @@ def integers(x: Tensor, columns: int) -> Int32[Tensor, "_ columns"]:
 def fit_blocks(
     W: Weight, kind: BlockType, weights: Float[Tensor, "n"] | None = None, *, trials: int = TRIALS
 ) -> BlockGrid:
-    """
+    """Fit the scales and minima of a block type to a weight.
+
     weights: of the inputs' squared errors; the diagonal of their second moment. trials: scales for each end of the
         grid; fewer than usual take less time and leave a few percent more error.
     """

@@ -43,7 +43,7 @@ DAMPING = 0.01  # of the mean of H's diagonal
 
 @dataclass(frozen=True, kw_only=True)
 class Pruning:
-    """iterations: of ADMM."""
+    """How the mask is found. iterations: of ADMM."""
 
     method: Pruner
     pattern: Pattern
@@ -52,7 +52,8 @@ class Pruning:
 
 @dataclass(frozen=True, kw_only=True)
 class Rounding:
-    """
+    """How weights are put on a grid.
+
     steps: how they are chosen. sweeps: by GPTQ rather than to nearest. actorder: its columns in that order.
     important_inputs: SLiM-Quant^O. stored: the dtype of the steps. divisor: of all steps, see `Grid`; found with the
     weights.
@@ -71,7 +72,7 @@ class Rounding:
 
 @dataclass(frozen=True, kw_only=True)
 class Adapting:
-    """rounds: how often adapter and weights are fitted to one another."""
+    """How the low-rank adapter is fitted. rounds: how often adapter and weights are fitted to one another."""
 
     method: AdapterMethod
     rank: int

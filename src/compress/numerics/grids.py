@@ -117,7 +117,8 @@ class QuantizationArgs(BaseModel):
 
 @dataclass(frozen=True)
 class Grid:
-    """
+    """The values that a weight's numbers may take: codes times steps.
+
     kind: of the numbers that steps multiply. group_size: how many adjacent inputs share a step; the last group of a row
         may be smaller. The rows of a block have the same steps.
     step: (m or 1, groups). zero: the code of 0, of the same shape; None for 0 itself.

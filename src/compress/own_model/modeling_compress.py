@@ -228,7 +228,8 @@ class SparseMLP(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class SigmoidScores:
-    """
+    """Routing by sigmoid scores, as DeepSeek-V3 has it.
+
     correction: (experts,), added to the scores that choose. scale: of all shares. Of so many groups top_groups count.
     """
 

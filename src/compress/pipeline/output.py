@@ -111,7 +111,7 @@ def mixture_of(plan: Plan) -> list[dict[str, Any]]:
 
 
 def _metadata(prepared: Prepared, folder: RunFolder, adapter: dict[str, Any] | None, parts: dict[str, str]) -> Metadata:
-    """adapter: its config. parts: the sha256 of the files of weights."""
+    """Make compress.json. adapter: its config. parts: the sha256 of the files of weights."""
     job, plan = prepared.job, prepared.plan
     run, reports = folder.run.identity, [part.report for part in folder.parts]
     recipe = run["recipe"]
@@ -165,7 +165,8 @@ def _metadata(prepared: Prepared, folder: RunFolder, adapter: dict[str, Any] | N
 
 @dataclass(frozen=True)
 class Result:
-    """
+    """What a run has come to.
+
     metadata: what compress.json says. units: how many of each kind a block keeps. num_blocks: of the result.
     seconds: by kind of work; `total` is the whole run's, imports left out. difference: of the reloaded logits, as a
         share of the largest.

@@ -30,7 +30,8 @@ from compress.stages.factorize import Factorize
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """
+    """What a recipe does to a model, known before its weights are read.
+
     stages: as they will be run; with a budget, still open. spec: what the model becomes, as far as it is decided.
     space: the dense model, and what the stages can make of it. dense: its size. ranks: what ranks are to be found for,
         where a stage leaves them open.

@@ -34,7 +34,8 @@ Types = dict[str, str]
 
 @dataclass(frozen=True)
 class TypeSpace:
-    """
+    """The types that matrices may get, and their bytes.
+
     rungs: of each matrix, by path, the types it may get and their bytes, from the smallest. beside: bytes of all else.
     tables: those of the matrices that are no linears of a block.
     """
@@ -45,7 +46,7 @@ class TypeSpace:
 
     @classmethod
     def of(cls, plan: Plan, folder: Path, name: str) -> "TypeSpace":
-        """folder: of the dense model. name: as the file will call it."""
+        """Find the matrices and their types. folder: of the dense model. name: as the file will call it."""
         from compress.checkpoints.gguf import bytes_beside
 
         spec, config = plan.spec, plan.spec.config()
@@ -84,7 +85,8 @@ class TypeSpace:
 
 @dataclass(frozen=True)
 class TypeSearch:
-    """
+    """What each type costs, predicted and corrected by trials.
+
     costs: of each matrix what its types cost the loss, in nats a token, by type. factors: what trials have found costs
         of a group to be multiplied by. scale: measured divergences by predicted ones.
     """

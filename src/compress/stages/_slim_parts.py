@@ -15,7 +15,8 @@ from compress.stages._stage import Strict
 
 
 class Prune(Strict):
-    """
+    """How weights are pruned.
+
     method: `magnitude`, `wanda`, `sparsegpt` or `admm`. pattern: 2:4 and its like, or the share deleted, 50%.
     iterations: of ADMM, whose penalty grows every 8.
     """
@@ -36,7 +37,8 @@ class Prune(Strict):
 
 
 class Quantize(QuantizationArgs):
-    """
+    """How weights are quantized.
+
     method: `absmax`, `slim` and `mse` round to nearest, `gptq` sweeps on the grid of `mse`.
     num_bits, type, symmetric, strategy, group_size: see `QuantizationArgs`. By default groups of 128, or channels where
         the linears' inputs are no multiples of that.
@@ -81,7 +83,8 @@ class Quantize(QuantizationArgs):
 
 
 class Adapt(Strict):
-    """
+    """How the low-rank adapter is fitted.
+
     rank: a share of min(m, n), or a number. rounds: how often adapter and weights are fitted to one another.
     num_bits, group_size: of the adapter's own codes; by default it keeps the model's dtype.
     """

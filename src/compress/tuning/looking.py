@@ -36,7 +36,8 @@ HOW = "compress slim --adapter-rank 0.1"
 
 @dataclass(frozen=True)
 class Prepared:
-    """
+    """A tuning job whose inputs have all been checked.
+
     num_trained: numbers that change. num_in_codes: weights that are stored in codes.
     merge: whether what is trained ends in tensors that are there already.
     teacher: the dense model's folder. rate: Adam's.
@@ -197,7 +198,7 @@ def thin_linears(model: nn.Module) -> dict[str, LowRankLinear | PivotLinear]:
 
 
 def num_trained(what: What, model: nn.Module, config: Any, rank: int) -> int:
-    """model: on the meta device. rank: of a LoRA."""
+    """Count the numbers that training changes. model: on the meta device. rank: of a LoRA."""
     if what in ("factors", "all"):
         parts = [model] if what == "all" else thin_linears(model).values()
         return sum(parameter.numel() for part in parts for parameter in part.parameters())

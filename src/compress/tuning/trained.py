@@ -46,7 +46,8 @@ class Settled:
 
 @dataclass(frozen=True)
 class Trained:
-    """
+    """A model and what of it is trained.
+
     model: to be asked for logits. parameters: what a step changes, by name. settled: gives what they have come to.
     """
 
@@ -96,7 +97,7 @@ def open_folder(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTr
 
 
 def weights(model: PreTrainedModel, parameters: dict[str, nn.Parameter]) -> Trained:
-    """parameters: by their names in the model, tied ones once."""
+    """Train weights as they are. parameters: by their names in the model, tied ones once."""
     model.requires_grad_(False)
     for parameter in parameters.values():
         parameter.requires_grad_()
@@ -131,7 +132,7 @@ class AdapterLinear(nn.Module):
 def lora(
     model: PreTrainedModel, linears: Mapping[str, nn.Linear | LoraLinear], *, rank: int, alpha: int, merge: bool
 ) -> Trained:
-    """linears: by their paths in the model; to be merged they must be plain ones."""
+    """Train a LoRA on linears. linears: by their paths in the model; to be merged they must be plain ones."""
     model.requires_grad_(False)
     layers = {}
     for path, linear in linears.items():
@@ -231,7 +232,7 @@ class TrainedMatrix(nn.Module):
 
 
 class CompactAdapterLinear(AdapterLinear):
-    """first: A (r, n). second: B^T (r, m)."""
+    """A compact linear whose adapter is trained. first: A (r, n). second: B^T (r, m)."""
 
     def __init__(self, base: nn.Module, first: StoredMatrix, second: StoredMatrix) -> None:
         nn.Module.__init__(self)

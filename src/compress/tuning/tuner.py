@@ -61,7 +61,8 @@ STALE = {"lost", "relative_error"}  # measured of weights that are others now
 
 @dataclass(frozen=True)
 class Result:
-    """
+    """What tuning has come to.
+
     tuning: what compress.json says of it. compressed_bytes, bytes: of the compressed checkpoint and of the tuned one.
     difference: of the reloaded logits, as a share of the largest; None where it was seen before an interruption.
     """
@@ -245,7 +246,7 @@ def prove(prepared: Prepared, metadata: Metadata, target: Path) -> float:
 
 
 def notes(prepared: Prepared, tuning: TuningMetadata, added: int) -> list[str]:
-    """added: bytes."""
+    """Say what the user should know of it. added: bytes."""
     found, other = [], tuning.other_text
     if tuning.best_step == 0:
         found.append("Nothing was better on the held-out windows than the checkpoint was: its weights are unchanged.")
