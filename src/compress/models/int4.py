@@ -59,7 +59,7 @@ class Int4Linear(LoraLinear):
         m, groups = linear.out_features, linear.in_features // group
         blocks = [linear.codes(start, min(start + ROWS, m)) for start in range(0, m, ROWS)]
         self.layout = nn.Buffer(torch.cat([as_layout(codes) for codes in blocks]))
-        scale = linear.weight_scale.view(-1, 1) if linear.strategy == "tensor" else linear.weight_scale
+        scale = linear.weight_scale.view(-1, 1) if linear.args.strategy == "tensor" else linear.weight_scale
         scale = scale.repeat_interleave(groups // scale.shape[1], 1).expand(m, groups).T
         self.scales_and_zeros = nn.Buffer(torch.stack([scale, torch.zeros_like(scale)], -1).contiguous())
 

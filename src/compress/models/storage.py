@@ -189,20 +189,20 @@ class BlockLinear(LoraLinear):
 class QuantizedLinear(LoraLinear):
     """A weight in integer or float codes, with scales.
 
-    strategy: what shares a scale. groups: how many scales a row has. as_stored: buffers of floats that no .to(dtype)
-    changes.
+    groups: how many scales a row has. as_stored: buffers of floats that no .to(dtype) changes.
     """
 
     weight_zero_point: Tensor | None
+    num_bits: int
     as_stored: tuple[str, ...] = ()
 
     def __init__(self, in_features: int, out_features: int, storage: Storage, *, bias: bool) -> None:
         super().__init__(in_features, out_features, storage, bias=bias)
         assert storage.weights is not None
-        self.strategy, size = storage.weights.strategy, storage.weights.group_size
+        self.args, self.num_bits, size = storage.weights, storage.weights.num_bits, storage.weights.group_size
         self.groups = 1 if size is None else in_features // size
-        scales: tuple[int, ...] = (1,) if self.strategy == "tensor" else (out_features, self.groups)
-        if self.strategy == "block":
+        scales: tuple[int, ...] = (1,) if self.args.strategy == "tensor" else (out_features, self.groups)
+        if self.args.strategy == "block":
             self.groups = in_features // SIDE
             scales = math.ceil(out_features / SIDE), self.groups
         self.weight_scale = nn.Buffer(torch.zeros(scales))
@@ -220,10 +220,10 @@ class QuantizedLinear(LoraLinear):
         zeros = self.zeros(start, stop)
         if zeros is not None:
             groups -= zeros.to(dtype)[..., None]
-        if self.strategy == "block":
+        if self.args.strategy == "block":
             scale = self.weight_scale[torch.arange(start, stop, device=self.weight_scale.device) // SIDE]
         else:
-            scale = self.weight_scale if self.strategy == "tensor" else self.weight_scale[start:stop]
+            scale = self.weight_scale if self.args.strategy == "tensor" else self.weight_scale[start:stop]
         return groups.mul_(scale.to(dtype)[..., None]).flatten(1)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedLinear":
@@ -244,18 +244,15 @@ class PackedLinear(QuantizedLinear):
     """
 
     kind = "packed"
-    num_bits: int
 
     def __init__(self, in_features: int, out_features: int, storage: Storage, *, bias: bool) -> None:
         super().__init__(in_features, out_features, storage, bias=bias)
-        assert storage.weights is not None
-        self.num_bits, symmetric = storage.weights.num_bits, storage.weights.symmetric
         self.weight_packed = nn.Buffer(torch.zeros(out_features, words(in_features, self.num_bits), dtype=torch.int32))
         self.weight_shape = nn.Buffer(torch.tensor([out_features, in_features]))
         zeros = None
-        if not symmetric and self.strategy == "tensor":
+        if not self.args.symmetric and self.args.strategy == "tensor":
             zeros = torch.zeros(1, dtype=torch.int8)
-        elif not symmetric:
+        elif not self.args.symmetric:
             zeros = torch.zeros(words(out_features, self.num_bits), self.groups, dtype=torch.int32)
         self.register_buffer("weight_zero_point", zeros)
 
@@ -264,7 +261,7 @@ class PackedLinear(QuantizedLinear):
 
     def zeros(self, start: int, stop: int) -> Tensor | None:
         zeros = self.weight_zero_point
-        if zeros is None or self.strategy == "tensor":
+        if zeros is None or self.args.strategy == "tensor":
             return zeros
         first = start // WORD * WORD  # rows whose codes begin a word
         packed = zeros[first // WORD * self.num_bits : words(stop, self.num_bits)].T.contiguous()
@@ -275,15 +272,13 @@ class ByteLinear(QuantizedLinear):
     """A weight in 8-bit integers or floats. weight_zero_point: int8, of weight_scale's shape."""
 
     kind = "bytes"
-    num_bits = 8
     as_stored = ("weight",)
     weight: Tensor
 
     def __init__(self, in_features: int, out_features: int, storage: Storage, *, bias: bool) -> None:
         super().__init__(in_features, out_features, storage, bias=bias)
-        assert storage.weights is not None
-        self.weight = nn.Buffer(torch.zeros(out_features, in_features, dtype=storage.weights.stored))
-        zeros = None if storage.weights.symmetric else torch.zeros_like(self.weight_scale, dtype=torch.int8)
+        self.weight = nn.Buffer(torch.zeros(out_features, in_features, dtype=self.args.stored))
+        zeros = None if self.args.symmetric else torch.zeros_like(self.weight_scale, dtype=torch.int8)
         self.register_buffer("weight_zero_point", zeros)
 
     def codes(self, start: int, stop: int) -> Tensor:
@@ -291,7 +286,7 @@ class ByteLinear(QuantizedLinear):
 
     def zeros(self, start: int, stop: int) -> Tensor | None:
         zeros = self.weight_zero_point
-        return zeros if zeros is None or self.strategy == "tensor" else zeros[start:stop]
+        return zeros if zeros is None or self.args.strategy == "tensor" else zeros[start:stop]
 
 
 class Float4Linear(QuantizedLinear):
@@ -303,14 +298,13 @@ class Float4Linear(QuantizedLinear):
     """
 
     kind = "float4"
-    num_bits = 4
     weight_global_scale: Tensor
 
     def __init__(self, in_features: int, out_features: int, storage: Storage, *, bias: bool) -> None:
         super().__init__(in_features, out_features, storage, bias=bias)
         self.weight_packed = nn.Buffer(torch.zeros(out_features, in_features // 2, dtype=torch.uint8))
         scales = torch.zeros(out_features, self.groups, dtype=torch.uint8)
-        if self.strategy == "tensor_group":
+        if self.args.strategy == "tensor_group":
             self.as_stored = ("weight_scale", "weight_global_scale")
             self.weight_global_scale = nn.Buffer(torch.ones(1))
             scales = scales.view(FLOAT8)

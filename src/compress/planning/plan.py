@@ -262,12 +262,10 @@ def alternatives(spec: ModelSpec) -> list[Alternative]:
     for adapted, bits in product((True, False), range(2, 9)):
         stored = dict[str, Storage]()
         for path, each in spec.storage.items():
-            grid = each.weights or QuantizationArgs()
-            shared: dict[str, Any] = {"strategy": "tensor" if grid.strategy == "tensor" else "channel"}
-            if grid.group_size is not None:
-                shared = {"group_size": grid.group_size}
+            integers = {"num_bits": bits, "type": "int", "symmetric": True}
+            args = (each.weights or QuantizationArgs()).model_copy(update=integers)
             adapter: dict[str, Any] = {"rank": each.rank, "adapter": each.adapter} if adapted else {}
-            stored[path] = Storage(each.form, QuantizationArgs(num_bits=bits, **shared), **adapter)
+            stored[path] = Storage(each.form, args, **adapter)
         unpruned.append(alternative(f"{bits} bits, unpruned{', the same adapter' if adapted else ''}", stored))
     unpruned.sort(key=lambda each: each.bytes)
     fitting = sum(each.bytes <= found[0].bytes for each in unpruned)
