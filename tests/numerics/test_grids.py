@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from compress.numerics.grids import FLOAT8, Grid, QuantizationArgs
+from compress.numerics.grids import FLOAT4_STEPS, FLOAT8, Grid, QuantizationArgs
 from matrices import args_of, random
 
 M, N = 4, 22
@@ -103,3 +103,34 @@ def test_codes_and_values_go_round(kind, granularity):
     assert torch.equal(values, made.nearest(W))
     assert torch.equal(made.codes(values).double(), codes.double())
     assert torch.equal(made.nearest(values), values)
+
+
+@pytest.mark.parametrize(
+    "ours",
+    [args_of(4), args_of(2, "tensor"), args_of(3, 16, symmetric=False), args_of(8, type="float")]
+    + [args_of(4, group, type="float") for group in FLOAT4_STEPS],
+    ids=lambda ours: f"{ours.precision}, {ours.strategy}",
+)
+def test_settings_are_those_of_compressed_tensors(ours):
+    theirs = pytest.importorskip("compressed_tensors.quantization").QuantizationArgs(**ours.model_dump())
+    assert {name: getattr(theirs, name) for name in ours.model_dump()} == ours.model_dump()
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"strategy": "group"}, "strategy group and a group_size go together"),
+        ({"strategy": "channel", "group_size": 8}, "strategy group and a group_size go together"),
+        ({"type": "float"}, "floats have 8 bits"),
+        ({"type": "float", "group_size": 64}, "floats have 8 bits"),
+        ({"strategy": "tensor_group", "group_size": 16}, "tensor_group is that of nvfp4"),
+        ({"strategy": "group", "type": "float", "group_size": 16}, "tensor_group is that of nvfp4"),
+        ({"strategy": "block"}, "strategy block is of fp8 weights"),
+        ({"num_bits": 8, "type": "float", "symmetric": False}, "fp8 is symmetric"),
+        ({"num_bits": 9}, "less than or equal to 8"),
+        ({"bits": 4}, "Extra inputs are not permitted"),
+    ],
+)
+def test_settings_that_no_format_has_are_refused(settings, said):
+    with pytest.raises(ValueError, match=said):
+        QuantizationArgs(**settings)
