@@ -89,7 +89,7 @@ class Bench:
         if self.is_gguf:
             return self.made(name, "quantize", "--type", name)
         kind = QuantizationArgs.of_name(name)
-        return self.made(name, "quantize", "--bits", kind.num_bits, "--group", kind.granularity)
+        return self.made(name, "quantize", "--bits", kind.num_bits, "--group", kind.group_size or "channel")
 
     def row(self, size: int, found: dict[str, Any], single: float) -> list[str]:
         cost = [f"{found['seconds']:.0f}", f"{found['seconds'] / self.unit:.1f}"] if "seconds" in found else ["", ""]

@@ -64,9 +64,10 @@ def write_models(root: Path, options: argparse.Namespace) -> None:
     from compress.models.loading import empty_model
     from compress.models.packing import quantization_config
     from compress.models.storage import Storage, empty_linear
+    from compress.numerics.grids import QuantizationArgs
     from compress.own_model.configuration_compress import CompressConfig
 
-    storage = Storage("packed", 4, group=GROUP)
+    storage = Storage("packed", QuantizationArgs(num_bits=4, group_size=GROUP))
     llama = LlamaConfig(
         vocab_size=4096,
         hidden_size=options.hidden,

@@ -36,7 +36,7 @@ MOST_VALUES = 10_000  # a few lines of YAML that refer to one another can stand 
 
 
 class Calibration(Strict):
-    """source: the name of a data set or a text file. samples: windows. seq_len: tokens a window."""
+    """The calibration text. source: a data set or a text file. samples: windows. seq_len: tokens a window."""
 
     source: str
     samples: Annotated[int, Field(ge=1)] = 128
@@ -69,7 +69,8 @@ class Budget(Strict):
 
 
 class Recipe(Strict):
-    """
+    """Stages in their order, the calibration text, a budget.
+
     method: the name the result goes by. budget: what decides the widths that stages leave open.
     dtype: of the written weights, None for the input's own.
     """
@@ -221,7 +222,8 @@ def described(error: ValidationError, model: type[BaseModel]) -> list[Problem]:
 
 @dataclass(frozen=True)
 class RecipeFile:
-    """
+    """A recipe as it was read from a file.
+
     data: to be completed by options and given to `parse_recipe`. lines: of the file, by where a value is.
     facts: all that a compress.json says; None where the file is a recipe alone.
     """
@@ -239,7 +241,8 @@ class RecipeFile:
 
 
 def read_recipe(path: Path) -> RecipeFile:
-    """
+    """Read a recipe.
+
     path: a YAML file, a compress.json, a folder that has one, or the name of a preset. Raises UsageError where it is
         none of them.
     """

@@ -200,7 +200,11 @@ def test_the_held_out_divergence_is_of_the_quantized_table(tmp_path, tied):
 
 
 @pytest.mark.parametrize(
-    "how", [{"bits": {"lm_head": 4}, "group": 8, "dtype": "float32"}, {"types": {"lm_head": "Q4_0"}}]
+    "how",
+    [
+        {"weights": {"lm_head": {"num_bits": 4, "group_size": 8}}, "dtype": "float32"},
+        {"types": {"lm_head": "Q4_0"}},
+    ],
 )
 def test_a_head_is_swept_by_its_inputs_some_rows_at_a_time(monkeypatch, how):
     W, inputs = matrices.random(70, 32).float(), matrices.measured(matrices.rows(32))

@@ -12,7 +12,7 @@ from compress import presets
 from compress.architectures import packed_types
 from compress.calibration.roundings import RoundedModel
 from compress.models.hub import find_model
-from compress.numerics.grids import QuantizationArgs, integer_name
+from compress.numerics.grids import QuantizationArgs
 from compress.planning.prepare import Job, new_rounded_model, prepare, take_survey
 from compress.planning.types import DENSE, TypeSearch
 from compress.recipe import parse_recipe
@@ -55,7 +55,9 @@ def types_of(folder):
     groups = json.loads((folder / "config.json").read_text())["quantization_config"]["config_groups"].values()
     args = [(group["targets"], group["weights"]) for group in groups]
     return {
-        path: integer_name(each["num_bits"], each["group_size"] or "channel") for paths, each in args for path in paths
+        path: QuantizationArgs(num_bits=each["num_bits"], group_size=each["group_size"]).name
+        for paths, each in args
+        for path in paths
     }
 
 

@@ -208,7 +208,7 @@ def test_what_is_planned_is_what_is_written(name, tmp_path):
     job = job_of(tmp_path, "opt", [stage(form, **parts)], dtype="bfloat16")
     plan, result = run_unproved(job)
     is_as_planned(plan, result)
-    # QuantType: those that are kept, and the adapter's.
+    # Numbers: those that are kept, and the adapter's.
     dense = tiny.tiny_model("opt", num_hidden_layers=1)
     numbers = sum(parameter.numel() for parameter in dense.parameters())
     kept = 0.5 if form == "compact" and "prune" in parts else 1

@@ -202,7 +202,7 @@ class ModelSpec:
 
     def config(self, dtype: torch.dtype | None = None) -> Any:
         config, packed = self.architecture.base_config(self, dtype or self.dtype), self.packed
-        if any(storage.bits is not None for storage in packed.values()):
+        if any(storage.weights is not None for storage in packed.values()):
             family, kinds = self.architecture.family, (nn.Linear, nn.Embedding) if self.packs_embeddings else nn.Linear
             modules = replace(self, storage={}).model().named_modules()
             untouched = [name for name, module in modules if isinstance(module, kinds) and name not in packed]
@@ -275,7 +275,7 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class Architecture(ABC):
-    """dense: the config of the dense model."""
+    """What a result is written as, and the config and layout of it. dense: the config of the dense model."""
 
     dense: Any
     family: Family

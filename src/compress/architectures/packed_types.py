@@ -11,11 +11,11 @@ from typing import Literal
 from compress.architectures.architecture import ModelSpec
 from compress.models import packing
 from compress.models.storage import WORD
-from compress.numerics.grids import Granularity, integer_name
+from compress.numerics.grids import QuantizationArgs
 
 Engine = Literal["vllm", "transformers"]
-GROUPS: tuple[Granularity, ...] = (32, 64, 128, "channel")
-ENGINES: dict[Engine, dict[int, tuple[Granularity, ...]]] = {  # what shares a scale, by bits
+GROUPS = (32, 64, 128, None)  # inputs that share a scale; None for all of a channel
+ENGINES: dict[Engine, dict[int, tuple[int | None, ...]]] = {  # by bits
     "vllm": dict.fromkeys((4, 8), GROUPS),
     "transformers": dict.fromkeys((2, 3, 4, 5, 6, 8), GROUPS),
 }
@@ -24,10 +24,10 @@ ENGINES: dict[Engine, dict[int, tuple[Granularity, ...]]] = {  # what shares a s
 def candidates(engine: Engine, inputs: int) -> tuple[str, ...]:
     """The types in which an engine runs a linear of so many inputs; vLLM wants rows of whole words."""
     return tuple(
-        integer_name(bits, group)
-        for bits, groups in ENGINES[engine].items()
-        for group in groups
-        if (isinstance(group, str) or inputs % group == 0) and (engine != "vllm" or bits * inputs % WORD == 0)
+        QuantizationArgs(num_bits=bits, group_size=size).name
+        for bits, sizes in ENGINES[engine].items()
+        for size in sizes
+        if (size is None or inputs % size == 0) and (engine != "vllm" or bits * inputs % WORD == 0)
     )
 
 

@@ -56,7 +56,8 @@ from compress.progress import Stopwatch, return_free_memory
 
 @dataclass
 class BranchPass:
-    """
+    """Take the stream through one branch after another, and let stages change each on the way.
+
     survey: of the dense model, where a stage asked for one.
     frame: what the bases of all points are of, where they share one.
     dropped: blocks of the dense model that this one lacks.

@@ -31,7 +31,7 @@ from compress.calibration.weights import PartLoader
 from compress.numerics.block_grid import TRIALS, BlockGrid, fit_blocks
 from compress.numerics.block_types import TYPES
 from compress.numerics.decomposition import DAMPING
-from compress.numerics.grids import Grid, QuantizationArgs, QuantType
+from compress.numerics.grids import Grid, QuantizationArgs
 from compress.numerics.moments import InputMoments
 from compress.numerics.steps import make_grid
 from compress.numerics.sums import DiagonalSum
@@ -149,8 +149,7 @@ def fitted(
     """
     if name in TYPES:
         return fit_blocks(W, TYPES[name], variance, trials=trials)
-    kind = QuantizationArgs.of_name(name)
-    return make_grid(W, QuantType(kind.num_bits), group=kind.granularity, method="mse", stored=stored)
+    return make_grid(W, QuantizationArgs.of_name(name), method="mse", stored=stored)
 
 
 def evenly(total: int, count: int, device: torch.device) -> Int64[Tensor, "_"]:
@@ -167,7 +166,8 @@ Types = Mapping[str, str]
 
 
 class RoundedModel:
-    """
+    """The dense model with rounded matrices, for the divergence of each set of types.
+
     roundings: as `RoundingObserver` finds them. stored: the dtype of integers' scales. memory: bytes of activations to
         hold in memory.
     types, inputs: the best so far, and what each block and the head are given by them. tried: the same of the last
@@ -279,7 +279,7 @@ class RoundedModel:
             if name in TYPES:
                 return BlockGrid.of(TYPES[name], *(parts.get(key) for key in GRID_PARTS))  # type: ignore[arg-type]
             step = parts["step"]
-            return Grid(QuantType(QuantizationArgs.of_name(name).num_bits), W.shape[1] // step.shape[1], step)
+            return Grid(QuantizationArgs.of_name(name), W.shape[1] // step.shape[1], step)
         variance = self.roundings.get(f"variance {path}")
         variance = None if variance is None else variance.to(W.device)
         grid = fitted(W, name, variance, stored=self.stored, trials=FEW)

@@ -39,7 +39,8 @@ from compress.progress import Stopwatch, return_free_memory
 
 @dataclass(frozen=True, kw_only=True)
 class WalkSettings:
-    """
+    """What a walk is told besides model, text and stages.
+
     layout: the form that parts are written in. output_dtype: of the written weights; computing is in the decoder's.
     batch_size: windows at a time. held_out: how many of the last windows nothing is fitted on at first.
     probe_tokens: how many tokens of the first window pass through the finished model.
@@ -135,7 +136,7 @@ class Walk:
 
     @torch.no_grad()
     def parts(self, begin: Callable[[str], None] = lambda name: None) -> Iterator[FinishedPart]:
-        """begin: called with the name of each part that is begun."""
+        """Walk on, and hand out each part as it is finished. begin: called with the name of each part that is begun."""
         while self.next_part < self.num_parts:
             block = self.next_part - 1
             begin({-1: "embeddings", len(self.decoder.blocks): "head"}.get(block, f"block {block}"))

@@ -27,7 +27,7 @@ def main(folder: str, probe_file: str, memory: int, scratch: str) -> dict[str, o
         json.loads((Path(folder) / name).read_text(encoding="utf-8")) for name in ("compress.json", "config.json")
     )
     carries_code = "auto_map" in config
-    is_packed = facts["storage"] == "packed"
+    is_packed = facts["form"] == "packed"
     # Stock code unpacks what is packed, to as many weights as the dense model has.
     fits = fits_in_float32(facts["dense_size" if is_packed else "size"]["parameters"], memory)
     computing = torch.promote_types(torch.float32, probe["logits"].dtype)

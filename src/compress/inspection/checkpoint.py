@@ -55,7 +55,8 @@ class BlockTensor(StoredTensor):
 
 @dataclass(frozen=True)
 class Inspection:
-    """
+    """What is in a checkpoint's files.
+
     metadata: what it says of itself; None for a checkpoint that is not ours. config: config.json.
     tensors: of the model and of its adapter, or of a GGUF file, which has no linears here.
     verified: whether the weights were compared with their checksums.
@@ -95,7 +96,7 @@ class Inspection:
 
     @property
     def is_gguf(self) -> bool:
-        return self.metadata is not None and self.metadata.storage == "gguf"
+        return self.metadata is not None and self.metadata.form == "gguf"
 
     @property
     def bits_per_weight(self) -> float | None:
@@ -113,7 +114,8 @@ class Inspection:
 
 
 def inspect(folder: Path, *, fast: bool, progress: Progress) -> Inspection:
-    """
+    """Read what is in a checkpoint.
+
     fast: reads headers alone, verifies no checksums and counts no zeros.
 
     Raises UsageError for a folder that is no finished checkpoint, CheckpointError for a damaged one.
@@ -124,7 +126,7 @@ def inspect(folder: Path, *, fast: bool, progress: Progress) -> Inspection:
         tensors, linears = read_foreign(folder)
     else:
         check_integrity(folder, metadata, checksums=not fast, progress=progress)
-        is_gguf = metadata.storage == "gguf"
+        is_gguf = metadata.form == "gguf"
         tensors, linears = (read_gguf(folder, metadata), []) if is_gguf else read_ours(folder, metadata)
     if not fast:
         steps = Steps(progress, "counting zeros", len(linears))
@@ -132,7 +134,7 @@ def inspect(folder: Path, *, fast: bool, progress: Progress) -> Inspection:
             steps.next(linear.path)
             linears[place] = replace(linear, zeros=zeros_of(linear))
         steps.end()
-    if metadata is not None and metadata.storage == "gguf":
+    if metadata is not None and metadata.form == "gguf":
         config: Mapping[str, Any] = {"architectures": [metadata.architecture]}
     else:
         config = read_json(folder / "config.json")
@@ -291,7 +293,7 @@ def point_place(point: Point) -> int | str:
 
 def as_data(seen: Inspection) -> dict[str, Any]:
     metadata, classes = seen.metadata, seen.config.get("architectures")
-    said = {"base_model", "command", "loads_without_our_code", "storage", "not_for_vllm", "held_out_divergence"}
+    said = {"base_model", "command", "loads_without_our_code", "form", "not_for_vllm", "held_out_divergence"}
     said |= {"tuning", "dense_size", "versions", "points", "alternatives"}
     dtypes: dict[str, dict[str, int]] = {}
     for tensor in seen.tensors:

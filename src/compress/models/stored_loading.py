@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
@@ -22,7 +23,7 @@ from compress.models.loading import hollow_model, load_config, load_model
 from compress.models.storage import LoraLinear, Storage, empty_linear
 from compress.models.tensor_files import ADAPTER, SafetensorsFolder, gguf_of, read_header
 from compress.models.untrusted import read_json, reading, shown
-from compress.numerics.grids import BLOCK, SIDE
+from compress.numerics.grids import SIDE, QuantizationArgs
 from compress.own_model.modeling_compress import AdaptedLinear
 
 METHOD = "compressed-tensors"
@@ -72,35 +73,31 @@ def scheme(found: dict[str, Any], group: dict[str, Any]) -> Storage:
     if beyond:
         raise ValueError(f"it has {beyond[0]}")
     weights, inputs = group["weights"], group.get("input_activations")
-    bits, kind = weights["num_bits"], weights["type"]
-    if kind not in ("int", "float") or bits not in range(2, 9) or weights.get("dynamic"):
-        raise ValueError(f"weights are {bits}-bit {kind!r}")
-    strategy, size = weights.get("strategy"), weights.get("group_size")
-    grouped = "tensor_group" if (kind, bits, size) == ("float", 4, 16) else "group"
-    in_groups = strategy == grouped and isinstance(size, int) and size > 0
-    if (kind, bits, strategy, weights.get("block_structure")) == ("float", 8, "block", [SIDE, SIDE]):
-        strategy = BLOCK
-    elif not in_groups and strategy not in ("tensor", "channel"):
-        raise ValueError(f"the strategy of weights is {strategy!r}")
+    try:
+        args = QuantizationArgs(**{key: weights[key] for key in QuantizationArgs.model_fields if key in weights})
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"of weights {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+    is_block = args.strategy == "block"
+    if weights.get("dynamic") or is_block != (weights.get("block_structure") == [SIDE, SIDE]):
+        raise ValueError("weights have scales that are found as they run, or of blocks that are not 128 x 128")
     if inputs is not None:
         facts = {key: inputs.get(key) for key in ("num_bits", "symmetric", "dynamic", "strategy")}
-        each = {"strategy": "group", "group_size": SIDE} if strategy == BLOCK else {"strategy": "token"}
-        facts |= {"group_size": inputs.get("group_size")} if strategy == BLOCK else {}
+        each = {"strategy": "group", "group_size": SIDE} if is_block else {"strategy": "token"}
+        facts |= {"group_size": inputs.get("group_size")} if is_block else {}
         if facts != {"num_bits": 8, "symmetric": True, "dynamic": True, **each}:
             raise ValueError("inputs are rounded in another way than to 8 bits, each token's for itself as it comes")
     return Storage(
         "packed",
-        bits,
-        floating=kind == "float",
-        group=size if in_groups else strategy,
-        symmetric=bool(weights.get("symmetric", True)),
+        args,
         inputs=None if inputs is None else {"float": "fp8", "int": "int8"}[inputs["type"]],  # type: ignore[arg-type]
     )
 
 
 @dataclass(frozen=True)
 class Lora:
-    """
+    """The LoRA adapter beside a checkpoint.
+
     names: by a parameter's name in a model (`path.lora_A`) that in the file. alpha, alphas: a product is multiplied by
     the one and divided by the rank; paths that end as a pattern says have their own.
     """
@@ -227,8 +224,9 @@ def stored_as(
             f"{tensors.folder} has quantized weights ({path}), but its config.json no quantization_config for them. "
             "Get it again."
         )
-    size = SIDE if storage.group == BLOCK else storage.group
-    if isinstance(size, int) and inputs % size:
+    weights = storage.weights or QuantizationArgs()
+    size = SIDE if weights.strategy == "block" else weights.group_size
+    if size is not None and inputs % size:
         raise CheckpointError(
             f"The {inputs} inputs of {path} do not divide into the groups of {size} that config.json says. The "
             "checkpoint is damaged: get it again."
@@ -245,7 +243,7 @@ def put_linears(
         is_quantized, adapter = tensors.find(f"{path}.weight_scale") is not None, tensors.find(f"{path}.lora_A")
         if not is_quantized and adapter is None:
             continue
-        storage = Storage("packed", None)
+        storage = Storage("packed")
         if is_quantized:
             storage = stored_as(path, quantized, linear.in_features, "Linear", tensors)
         storage = replace(storage, rank=0 if adapter is None else tensors.tensors[adapter].shape[0])
@@ -301,7 +299,7 @@ def open_model(
 
 
 def load(model: str, dtype: torch.dtype | None, device: torch.device) -> PreTrainedModel:
-    """model: a folder, a hub id or an alias. dtype: by default the checkpoint's own."""
+    """Load a model. model: a folder, a hub id or an alias. dtype: by default the checkpoint's own."""
     folder = find_model(model).whole_folder()
     own: torch.dtype = getattr(load_config(folder), "dtype", None) or torch.float32
     return open_model(folder, dtype=dtype or own, device=device)

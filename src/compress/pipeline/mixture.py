@@ -33,7 +33,7 @@ POINTS, MEASURED = 12, 3  # sizes, and how many of them are measured
 
 
 class Point(Record):
-    """bytes: of the file. predicted, measured: divergence from the dense model in nats a token. types: by path."""
+    """A size of a frontier. bytes: of the file. predicted, measured: divergence in nats a token. types: by path."""
 
     bytes: int
     predicted: float
@@ -42,7 +42,8 @@ class Point(Record):
 
 
 class Frontier(Record):
-    """
+    """The types of matrices at many sizes: all of frontier.json.
+
     model: its fingerprint. recipe: what makes any point, but for its size. costs, factors, scale: as `TypeSearch` has
     them.
     """
@@ -97,7 +98,7 @@ def read_frontier(folder: Path) -> Frontier:
 
 @dataclass
 class Trials:
-    """model: made when the first trial is measured; those of a run that goes on are read back."""
+    """Measure sets of types. model: made for the first trial; those of a run that goes on are read back."""
 
     prepared: Prepared
     folder: RunFolder

@@ -24,6 +24,7 @@ from compress.checkpoints.run_folder import RunFolder, clear
 from compress.checkpoints.verify import why_own
 from compress.io import sha256
 from compress.models.packing import unpacks_while_loading
+from compress.numerics.grids import QuantizationArgs
 from compress.planning.plan import Plan
 from compress.planning.prepare import Prepared
 from compress.stages.slim import Slim
@@ -114,7 +115,7 @@ def mixture_of(plan: Plan) -> list[dict[str, Any]]:
 
 
 def _metadata(prepared: Prepared, folder: RunFolder, adapter: dict[str, Any] | None, parts: dict[str, str]) -> Metadata:
-    """adapter: its config. parts: the sha256 of the files of weights."""
+    """Make compress.json. adapter: its config. parts: the sha256 of the files of weights."""
     job, plan = prepared.job, prepared.plan
     run, reports = folder.run.identity, [part.report for part in folder.parts]
     recipe = run["recipe"]
@@ -148,8 +149,8 @@ def _metadata(prepared: Prepared, folder: RunFolder, adapter: dict[str, Any] | N
                 "bytes": sum(report["tensor_bytes"] + report["adapter_bytes"] for report in reports),
             },
             "adapter": adapter,
-            "storage": stored[0].form if stored else None,
-            "quantized": any(each.bits is not None for each in stored),
+            "form": stored[0].form if stored else None,
+            "quantized": any(each.weights is not None for each in stored),
             "unpacks_while_loading": plan.spec.packs_embeddings
             or any(unpacks_while_loading(each, model_type) for each in stored),
             "not_for_vllm": plan.spec.architecture.not_for_vllm(plan.spec)
@@ -162,7 +163,10 @@ def _metadata(prepared: Prepared, folder: RunFolder, adapter: dict[str, Any] | N
             "points": [point for report in reports for point in report["points"]],
             "groups": [group for group in groups if "group" in group],
             "linears": [group for group in groups if "linear" in group],
-            "tables": [{"linear": path, "bits": plan.spec.storage[path].bits} for path in plan.spec.packed_tables],
+            "tables": [
+                {"linear": path, "bits": (plan.spec.storage[path].weights or QuantizationArgs()).num_bits}
+                for path in plan.spec.packed_tables
+            ],
             "parts": parts,
         }
     )
@@ -170,7 +174,8 @@ def _metadata(prepared: Prepared, folder: RunFolder, adapter: dict[str, Any] | N
 
 @dataclass(frozen=True)
 class Result:
-    """
+    """What a run has come to.
+
     metadata: what compress.json says. units: how many of each kind a block keeps. num_blocks: of the result.
     seconds: by kind of work; `total` is the whole run's, imports left out. difference: of the reloaded logits, as a
         share of the largest.
@@ -234,7 +239,7 @@ def result_of(
     if dropped := sorted(block for stage in plan.stages for block in stage.dropped):
         notes.append(f"Blocks left out, counted from 0: {', '.join(map(str, dropped))}.")
     notes += short_of_tokens([linear.to_dict() for linear in metadata.linears] or metadata.groups)
-    if job.export == "gguf" or metadata.storage == "gguf":
+    if job.export == "gguf" or metadata.form == "gguf":
         from compress.checkpoints.gguf import reader_notes
 
         notes += reader_notes(job.out / f"{job.out.name}.gguf")

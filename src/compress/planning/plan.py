@@ -20,6 +20,7 @@ from compress.errors import UsageError, report
 from compress.families import Family, check_exact
 from compress.models.gguf_header import DECI
 from compress.models.storage import Storage
+from compress.numerics.grids import QuantizationArgs
 from compress.planning.budget import Choice, Limit, RankSpace, WidthSpace, plan_stages, width_choices
 from compress.planning.memory import Footprint, Room, surveyed
 from compress.recipe import Recipe
@@ -29,7 +30,8 @@ from compress.stages.factorize import Factorize
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """
+    """What a recipe does to a model, known before its weights are read.
+
     stages: as they will be run; with a budget, still open. spec: what the model becomes, as far as it is decided.
     space: the dense model, and what the stages can make of it. dense: its size. ranks: what ranks are to be found for,
         where a stage leaves them open.
@@ -247,7 +249,7 @@ def mixture_faults(stages: Sequence[StageConfig], *, has_budget: bool) -> list[s
 def tables_in_full(spec: ModelSpec) -> list[str]:
     """Say what embeddings and head take beside packed linears where they are in the model's dtype."""
     like, dense = next(iter(spec.storage.values()), None), replace(spec, storage={})
-    if not spec.is_decided or like is None or like.form != "packed" or like.bits is None:
+    if not spec.is_decided or like is None or like.form != "packed" or like.weights is None:
         return []
     kept = {path: width for path, width in dense.tables if path not in spec.storage}
     if not kept:
@@ -284,10 +286,12 @@ def alternatives(spec: ModelSpec) -> list[Alternative]:
         return found
     unpruned = []
     for adapted, bits in product((True, False), range(2, 9)):
-        stored, same = dict[str, Storage](), ("rank", "adapter_bits", "adapter_group") if adapted else ()
+        stored = dict[str, Storage]()
         for path, each in in_blocks.items():
-            adapter = {name: getattr(each, name) for name in same}
-            stored[path] = Storage(form=each.form, bits=bits, group=each.group, **adapter)
+            integers = {"num_bits": bits, "type": "int", "symmetric": True}
+            args = (each.weights or QuantizationArgs()).model_copy(update=integers)
+            adapter: dict[str, Any] = {"rank": each.rank, "adapter": each.adapter} if adapted else {}
+            stored[path] = Storage(each.form, args, **adapter)
         unpruned.append(alternative(f"{bits} bits, unpruned{', the same adapter' if adapted else ''}", stored))
     unpruned.sort(key=lambda each: each.bytes)
     fitting = sum(each.bytes <= found[0].bytes for each in unpruned)

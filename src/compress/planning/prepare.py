@@ -45,7 +45,8 @@ FREE_SHARE = 0.25  # of a uniform allocation's neurons: a free one leaves no blo
 
 @dataclass(frozen=True, kw_only=True)
 class Job(Output):
-    """
+    """A model, a recipe and where the result goes.
+
     command: how a user would ask for it again; it goes into the model card.
     export: `hf` for the checkpoint folder alone, `gguf` for a GGUF file in it as well.
     batch_size: windows at a time; None for about 8192 tokens.

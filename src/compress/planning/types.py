@@ -39,7 +39,8 @@ Types = dict[str, str]
 
 @dataclass(frozen=True)
 class TypeSpace:
-    """
+    """The types that matrices may get, and their bytes.
+
     rungs: of each matrix, by path, the types it may get and their bytes, the last as it is. beside: bytes of all else.
     tables: those of the matrices that are no linears of a block. units: matrices that have one type, by path; others
         are alone.
@@ -52,7 +53,7 @@ class TypeSpace:
 
     @classmethod
     def of(cls, plan: Plan, folder: Path, name: str) -> "TypeSpace":
-        """folder: of the dense model. name: as a GGUF file will call it."""
+        """Find the matrices and their types. folder: of the dense model. name: as a GGUF file will call it."""
         return cls._of_gguf(plan, folder, name) if plan.spec.is_gguf else cls._of_packed(plan)
 
     @classmethod
@@ -64,8 +65,7 @@ class TypeSpace:
         def bytes_of(linear: LinearShape, name: str) -> int:
             tensors = {"weight": linear.m * linear.n * dtype.itemsize}
             if name != DENSE:
-                kind = QuantizationArgs.of_name(name)
-                storage = Storage("packed", kind.num_bits, group=kind.granularity)
+                storage = Storage("packed", QuantizationArgs.of_name(name))
                 tensors = tensor_bytes(storage, linear.m, linear.n, dtype)
             return sum(size + header_bytes(f"{linear.path}.{tensor}") for tensor, size in tensors.items())
 
@@ -132,7 +132,8 @@ class TypeSpace:
 
 @dataclass(frozen=True)
 class TypeSearch:
-    """
+    """What each type costs, predicted and corrected by trials.
+
     costs: of each matrix what its types cost the loss, in nats a token, by type. factors: what trials have found costs
         of a group to be multiplied by. scale: measured divergences by predicted ones.
     """

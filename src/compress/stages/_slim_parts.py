@@ -16,7 +16,8 @@ from compress.stages._stage import Strict
 
 
 class Prune(Strict):
-    """
+    """How weights are pruned.
+
     method: `magnitude`, `wanda`, `sparsegpt` or `admm`. pattern: 2:4 and its like, or the share deleted, 50%.
     iterations: of ADMM, whose penalty grows every 8.
     """
@@ -37,7 +38,8 @@ class Prune(Strict):
 
 
 class Quantize(QuantizationArgs):
-    """
+    """How weights are quantized.
+
     method: `absmax`, `slim` and `mse` round to nearest, `gptq` sweeps on the grid of `mse`.
     num_bits, type, symmetric, strategy, group_size: see `QuantizationArgs`. By default groups of 128, or channels where
         the linears' inputs are no multiples of that.
@@ -65,6 +67,12 @@ class Quantize(QuantizationArgs):
         if value not in (None, AUTO):
             FileType.parse(value)
         return value
+
+    @property
+    def args(self) -> QuantizationArgs:
+        """The grid alone; channels where what shares a scale is still open."""
+        said = self.model_dump(include={*QuantizationArgs.model_fields})
+        return QuantizationArgs(**said | {"strategy": self.strategy or "channel"})
 
     @property
     def is_open(self) -> bool:
@@ -97,7 +105,8 @@ class Quantize(QuantizationArgs):
 
 
 class Adapt(Strict):
-    """
+    """How the low-rank adapter is fitted.
+
     rank: a share of min(m, n), or a number. rounds: how often adapter and weights are fitted to one another.
     num_bits, group_size: of the adapter's own codes; by default it keeps the model's dtype.
     """
@@ -118,6 +127,10 @@ class Adapt(Strict):
                 raise ValueError(f"a rank is a share of the full one below 1, or a whole number; got {value}")
             return int(value)
         return value
+
+    @property
+    def args(self) -> QuantizationArgs | None:
+        return None if self.num_bits is None else QuantizationArgs(num_bits=self.num_bits, group_size=self.group_size)
 
     def rank_of(self, linear: LinearShape) -> int:
         wanted = self.rank if isinstance(self.rank, int) else int(self.rank * linear.full_rank)

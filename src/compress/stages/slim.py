@@ -38,7 +38,7 @@ from compress.numerics.decomposition import (
     Rounding,
     decompose_together,
 )
-from compress.numerics.grids import SIDE, QuantizationArgs, QuantType
+from compress.numerics.grids import SIDE, QuantizationArgs
 from compress.own_model.modeling_compress import AdaptedLinear
 from compress.stages._slim_parts import Adapt, Prune, Quantize
 from compress.stages._stage import StageConfig, is_target, unmatched
@@ -206,8 +206,8 @@ class Slim(StageConfig):
                 remedy = "Leave it out with --target, or take other --bits"
             groups = dict[int, list[LinearShape]]()
             for linear in targets:
-                if isinstance(group := self.quantize_of(linear).granularity, int):
-                    groups.setdefault(group, []).append(linear)
+                if (size := self.quantize_of(linear).group_size) is not None:
+                    groups.setdefault(size, []).append(linear)
             for size, found in groups.items():
                 problems += uneven(found, size, "A scale takes", remedy)
             patterns = (self.quantize.types or {}).keys() - {linear.path for linear in linears}
@@ -241,23 +241,15 @@ class Slim(StageConfig):
     def storage(self, linear: LinearShape) -> Storage:
         quantize, adapt = self.quantize and self.quantize_of(linear), self.adapt
         if quantize is not None and quantize.gguf_type is not None:
-            return Storage(form="gguf", bits=None, block_type=self.type_of(linear))
-        options: dict[str, Any] = {}
-        if quantize is not None:
-            options |= {"floating": quantize.type == "float", "group": quantize.granularity}
-            options |= {"symmetric": quantize.symmetric, "finer": quantize.important_inputs}
-        if adapt is not None:
-            options |= {
-                "rank": adapt.rank_of(linear),
-                "adapter_bits": adapt.num_bits,
-                "adapter_group": adapt.group_size,
-            }
+            return Storage(form="gguf", block_type=self.type_of(linear))
         return Storage(
             form="compact" if self.form == "compact" else "packed",
-            bits=None if quantize is None else quantize.num_bits,
+            weights=None if quantize is None else quantize.args,
             pattern=None if self.prune is None else self.prune.parsed,
+            rank=0 if adapt is None else adapt.rank_of(linear),
+            adapter=None if adapt is None else adapt.args,
             inputs=self.inputs,
-            **options,
+            important_inputs=quantize is not None and quantize.important_inputs,
         )
 
     def decomposition(self, linear: LinearShape) -> Decomposition:
@@ -267,13 +259,11 @@ class Slim(StageConfig):
             pruning = Pruning(method=prune.method, pattern=prune.parsed, iterations=prune.iterations)
         if quantize is not None:
             rounding = Rounding(
-                quant_type=QuantType(quantize.num_bits, quantize.type == "float"),
-                group=quantize.granularity,
+                args=quantize.args,
                 steps="mse" if quantize.method == "gptq" else quantize.method,
                 sweeps=quantize.method == "gptq",
-                symmetric=quantize.symmetric,
-                act_order=quantize.actorder is not None,
-                finer=quantize.important_inputs,
+                actorder=quantize.actorder is not None,
+                important_inputs=quantize.important_inputs,
                 stored=quantize.scale_dtype or (None if self.dtype is None else getattr(torch, self.dtype)),
                 blocks=TYPES[str(self.type_of(linear))] if quantize.gguf_type else None,
             )
@@ -349,9 +339,9 @@ def storage_notes(spec: ModelSpec) -> list[str]:
     if reason is None and lacking:
         what = " or ".join(dict.fromkeys(lacking))
         notes.append(f"vLLM runs this on GPUs; its build for CPUs has no kernel for {what}.")
-    if first.in_float4 and first.group == 32:
+    if first.weights is not None and first.weights.precision == "mxfp4":
         notes.append("vLLM runs MXFP4 weights in bfloat16 alone; on Blackwell GPUs it may round inputs to MXFP4 too.")
-    if first.pattern is not None and first.bits is not None:
+    if first.pattern is not None and first.weights is not None:
         notes.append(
             "Packed for engines, pruned weights are stored as zeros, in as many bytes as unpruned ones. --compact "
             "stores them small; unpruned is better at these bytes."

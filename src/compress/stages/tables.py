@@ -26,7 +26,7 @@ from compress.models.storage import Storage
 from compress.numerics.block_grid import BlockGrid, fit_blocks
 from compress.numerics.block_types import TYPES
 from compress.numerics.decomposition import Decomposition, Rounding, decompose_together
-from compress.numerics.grids import Granularity, QuantType
+from compress.numerics.grids import QuantizationArgs
 from compress.numerics.steps import make_grid
 from compress.stages._stage import StageConfig
 from compress.stages.slim import USUAL_GROUP
@@ -44,7 +44,8 @@ class QuantizeEmbeddings(StageConfig):
 
     head_bits: of a head that is no table of embeddings, in packed form. embedding_bits: of the table, as linears have.
     types: of each table in a GGUF file, by its path; settled when the model is known.
-    bits, group, symmetric, dtype: of each table in packed form, by its path; all settled when the model is known.
+    weights: how each table is quantized in packed form, by its path. dtype: of scales; both settled when the model is
+        known.
     """
 
     site: ClassVar = Table
@@ -53,9 +54,7 @@ class QuantizeEmbeddings(StageConfig):
     head_bits: Bits | None = None
     embedding_bits: Bits | None = None
     types: Mapping[str, str] = Field(default_factory=dict)
-    bits: Mapping[str, Bits] = Field(default_factory=dict)
-    group: int | Literal["channel"] = "channel"
-    symmetric: bool = True
+    weights: Mapping[str, QuantizationArgs] = Field(default_factory=dict)
     dtype: str | None = None
 
     def decided(self, choice: Mapping[str, Any]) -> "QuantizeEmbeddings":
@@ -72,7 +71,7 @@ class QuantizeEmbeddings(StageConfig):
         if spec.gguf_type == AUTO:
             report(misfits(self.types, dict(spec.tables)))
         types = self.types if spec.gguf_type == AUTO else resolve(str(spec.gguf_type), spec.config(), spec.tables)
-        storage = {path: Storage(form="gguf", bits=None, block_type=name) for path, name in types.items()}
+        storage = {path: Storage(form="gguf", block_type=name) for path, name in types.items()}
         return self.model_copy(update={"types": types}), replace(spec, storage={**spec.storage, **storage})
 
     def in_packed_form(self, spec: ModelSpec) -> tuple["QuantizeEmbeddings", ModelSpec]:
@@ -80,12 +79,17 @@ class QuantizeEmbeddings(StageConfig):
         schemes, widths = {storage.scheme for storage in spec.storage.values()}, dict(spec.tables)
         report(self.problems(spec, schemes))
         alike = next(iter(schemes)) if len(schemes) == 1 else None
-        like, family = alike or Storage("packed", 4, group=USUAL_GROUP), spec.architecture.family
+        like = (alike and alike.weights) or QuantizationArgs(group_size=USUAL_GROUP)
+        family, size = spec.architecture.family, like.group_size
         asked = {family.embeddings[0]: self.embedding_bits, family.head: self.head_bits}
         bits = {path: number for path, number in asked.items() if number is not None}
-        group = self.group if self.bits else like.group  # once it is settled, it stays
-        fits = isinstance(group, int) and all(widths[path] % group == 0 for path in bits)
-        changes = {"bits": bits, "group": group if fits else "channel", "symmetric": like.symmetric}
+        if size is not None and any(widths[path] % size for path in bits):
+            size = None
+        found = {
+            path: QuantizationArgs(num_bits=number, group_size=size, symmetric=like.symmetric)
+            for path, number in bits.items()
+        }
+        changes = {"weights": self.weights or found}  # once they are settled, they stay
         settled = self.model_copy(update=changes | {"dtype": str(spec.dtype).removeprefix("torch.")})
         spec = replace(spec, storage={**spec.storage, **{path: settled.storage(path) for path in bits}})
         notes = [] if spec.tables_not_for_vllm is None else [f"vLLM cannot serve this: {spec.tables_not_for_vllm}."]
@@ -96,7 +100,7 @@ class QuantizeEmbeddings(StageConfig):
         family, widths, problems = spec.architecture.family, dict(spec.tables), list[str]()
         if not self.asked:
             return ["In packed form quantize_embeddings is told the bits: give head_bits, embedding_bits or both."]
-        if others := [scheme for scheme in schemes if scheme is None or scheme.floating]:
+        if others := [each for each in schemes if each is None or each.weights is None or each.weights.type == "float"]:
             what = "are floats" if others[0] else "are not quantized"
             return [f"head_bits and embedding_bits go with linears of 2 to 8 bits, and these {what}. Leave them out."]
         if self.head_bits is not None and family.head not in widths:
@@ -112,9 +116,9 @@ class QuantizeEmbeddings(StageConfig):
         like, n = next(iter(schemes)) if len(schemes) == 1 else None, widths[family.embeddings[0]]
         if like is None:
             problems.append(f"{said}, and here they have several. Leave embedding_bits out.")
-        elif self.asked != {like.bits}:
-            problems.append(f"{said}. Give head_bits and embedding_bits the linears' {like.bits}, or leave them out.")
-        elif like.inputs is not None or not divides(n, like.group):
+        elif like.weights is not None and self.asked != {bits := like.weights.num_bits}:
+            problems.append(f"{said}. Give head_bits and embedding_bits the linears' {bits}, or leave them out.")
+        elif like.inputs is not None or not divides(n, like.weights):
             problems.append(f"{said}, which does not fit embeddings of {n}. Take --group channel without --inputs.")
         return problems
 
@@ -124,10 +128,10 @@ class QuantizeEmbeddings(StageConfig):
         return {number for number in (self.head_bits, self.embedding_bits) if number is not None}
 
     def storage(self, path: str) -> Storage:
-        return Storage("packed", self.bits[path], group=self.group, symmetric=self.symmetric)
+        return Storage("packed", self.weights[path])
 
     def apply(self, table: Table) -> None:
-        if table.path not in self.types and table.path not in self.bits:
+        if table.path not in self.types and table.path not in self.weights:
             return
         parts = [self.rounded(table, rows) for rows in table.weight.float().split(ROWS)]
         stored, values = [tensors for tensors, _ in parts], [each for _, each in parts]
@@ -146,10 +150,7 @@ class QuantizeEmbeddings(StageConfig):
         elif how.blocks is not None:
             grid = fit_blocks(rows, how.blocks)
         else:
-            steps, stored = how.steps, how.stored
-            grid = make_grid(
-                rows, how.quant_type, group=how.group, method=steps, symmetric=how.symmetric, stored=stored
-            )
+            grid = make_grid(rows, how.args, method=how.steps, stored=how.stored)
         if isinstance(grid, BlockGrid):
             return {"qweight": grid.encoded(rows)}, grid.dequantized(rows)
         assert grid is not None
@@ -158,17 +159,17 @@ class QuantizeEmbeddings(StageConfig):
 
     def rounding(self, path: str) -> Rounding:
         return Rounding(
-            quant_type=QuantType(self.bits.get(path, 4)),
-            group=self.group,
+            args=self.weights.get(path, QuantizationArgs()),
             steps="mse",
             sweeps=True,
-            symmetric=self.symmetric,
-            act_order=path in self.types,
+            actorder=path in self.types,
             stored=None if self.dtype is None else getattr(torch, self.dtype),
             blocks=TYPES[self.types[path]] if path in self.types else None,
         )
 
 
-def divides(n: int, group: Granularity) -> bool:
+def divides(n: int, args: QuantizationArgs | None) -> bool:
     """Whether rows of n have whole groups; a tensor's or a block's scale is no row's."""
-    return group == "channel" or (isinstance(group, int) and n % group == 0)
+    if args is None or args.strategy == "channel":
+        return True
+    return args.group_size is not None and n % args.group_size == 0
