@@ -157,7 +157,7 @@ def make_plan(
         dense=dense,
         ranks=ranks,
         choices=choices,
-        alternatives=alternatives(spec) if spec.storage else (),
+        alternatives=alternatives(spec) if spec.storage and "types" not in spec.undecided else (),
         notes=notes,
         room=room,
         memory_bytes=memory,
