@@ -60,7 +60,7 @@ WAYS = [
     Way("lord, as many parameters", ["lord"], like="LoRD, 60% of the rank"),
     Way("SLiM, 2:4 in 4 bits, adapters 0.1", ["slim", "--method", "slim", "--compact"]),
     Way("slim, 2:4 in 4 bits, adapters 0.09", ["slim", "--adapter-rank", "0.09", "--compact"]),
-    Way("slim, the same, adapters in 4 bits", ["slim", "--compact", "--set", "slim.adapt.bits=4"]),
+    Way("slim, the same, adapters in 4 bits", ["slim", "--compact", "--set", "slim.adapt.num_bits=4"]),
     Way("slim, 4 bits", ["slim", "--sparsity", "none", "--adapter-rank", "0"]),
     Way("slim, 3 bits", ["slim", "--bits", "3", "--sparsity", "none", "--adapter-rank", "0"]),
     Way("slice, then slim, 4 bits, in one walk", ["run", "slice-then-slim"]),

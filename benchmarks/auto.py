@@ -1,14 +1,15 @@
 """One size, the best model of it: `compress auto` beside the best single type and other GGUF files.
 
     python benchmarks/auto.py --model MODEL --calib CALIBRATION --test TEST --sizes 0.35 0.5 88.2MB \\
-        [--data-dir DATA] [--types Q3_K_S Q4_K_M ...] [--files Q3_K_S.gguf ...] [--write docs/benchmarks.md]
+        [--for transformers] [--data-dir DATA] [--types Q3_K_S Q4_K_M ...] [--files Q3_K_S.gguf ...] \\
+        [--write docs/benchmarks.md]
 
-Sizes are bytes, or shares of the model's in 16 bits. For each: the best of our files of a single type that is no larger
-(`compress quantize --type`, all of --types are made), the best of --files, such as llama-quantize's, and `compress
-auto`, each measured by `compress eval` as its divergence from the dense model on the test text; seconds are the run's
-without imports, and in forward passes of the calibration windows without the head. Before the table, how well the
-survey predicts: over single matrices in their smallest type, the rank correlation (Spearman) of predicted and measured
-divergence.
+Sizes are bytes, or shares of the model's in 16 bits. For each: the best of our results of a single type that is no
+larger (`compress quantize --type`, or --bits and --group; all of --types are made), the best of --files, such as
+llama-quantize's, and `compress auto`, each measured by `compress eval` as its divergence from the dense model on the
+test text; seconds are the run's without imports, and in forward passes of the calibration windows without the head.
+Before the table, how well the survey predicts: over single matrices in their smallest type, the rank correlation
+(Spearman) of predicted and measured divergence.
 """
 
 import argparse
@@ -30,6 +31,7 @@ from compress.cli.options import parse_size
 from compress.datasets.windows import calibration_windows
 from compress.models.hub import find_model
 from compress.models.loading import load_config, load_tokenizer
+from compress.numerics.grids import QuantizationArgs
 from compress.numerics.sums import full_precision
 from compress.planning.prepare import Job, new_rounded_model, plan_job, prepare, take_survey
 from compress.planning.types import TypeSearch, TypeSpace
@@ -37,13 +39,14 @@ from compress.recipe import Budget, parse_recipe
 
 COLUMNS = ["size", "file", "bytes", "divergence, nats", "of the best single type's", "seconds", "forward passes"]
 LABEL = "auto"
+INTEGERS = tuple(f"int{bits}-{group}" for bits in (2, 3, 4, 5, 6, 8) for group in ("g32", "g128"))
 TYPES = ("Q2_K", "Q3_K_S", "Q3_K_M", "Q4_0", "IQ4_XS", "IQ4_NL", "Q4_K_S", "Q4_K_M", "Q5_0", "Q5_K_M", "Q6_K", "Q8_0")
 MOST_MATRICES = 40  # whose divergence is measured one by one
 
 
 class Bench:
     def __init__(self, options: argparse.Namespace, scratch: Path) -> None:
-        self.options, self.scratch = options, scratch
+        self.options, self.scratch, self.is_gguf = options, scratch, options.engine == "llama.cpp"
         self.folder = find_model(options.model).whole_folder()
         self.data = [] if options.data_dir is None else ["--data-dir", options.data_dir]
         self.text = ["--calib", options.calib, "--samples", options.samples, "--seq-len", options.seq_len, *self.data]
@@ -68,13 +71,25 @@ class Bench:
         out = self.scratch / name
         found = self.compress(*words, "--model", self.options.model, *self.text, "--out", out)
         seconds = found["seconds"]
-        return self.measured(out / f"{name}.gguf") | {"seconds": seconds["total"], "kinds": seconds}
+        return self.measured(out / f"{name}.gguf" if self.is_gguf else out) | {
+            "seconds": seconds["total"],
+            "kinds": seconds,
+        }
 
     def measured(self, file: Path) -> dict[str, Any]:
         options = self.options
         texts = ["--kl", options.model, "--ppl", options.test, "--seq-len", options.seq_len, "--limit", options.windows]
         found = self.compress("eval", "--model", file, *texts, *self.data)
-        return {"name": file.stem, "bytes": file.stat().st_size, "kl": found["divergence"][0]["kl"]}
+        files = file.glob("*.safetensors") if file.is_dir() else [file]
+        size = sum(each.stat().st_size for each in files)
+        return {"name": file.stem, "bytes": size, "kl": found["divergence"][0]["kl"]}
+
+    def single(self, name: str) -> dict[str, Any]:
+        """All matrices in one type, the linears alone where it is of integers."""
+        if self.is_gguf:
+            return self.made(name, "quantize", "--type", name)
+        kind = QuantizationArgs.of_name(name)
+        return self.made(name, "quantize", "--bits", kind.num_bits, "--group", kind.group_size or "channel")
 
     def row(self, size: int, found: dict[str, Any], single: float) -> list[str]:
         cost = [f"{found['seconds']:.0f}", f"{found['seconds'] / self.unit:.1f}"] if "seconds" in found else ["", ""]
@@ -84,13 +99,13 @@ class Bench:
 
     def rows(self) -> list[list[str]]:
         options = self.options
-        singles = [self.made(name, "quantize", "--type", name) for name in options.types]
+        singles = [self.single(name) for name in options.types or (TYPES if self.is_gguf else INTEGERS)]
         others = [self.measured(file) for file in options.files]
         found = []
         for size in map(self.bytes_of, options.sizes):
             fitting = [each for each in singles if each["bytes"] <= size]
             best = min(fitting, key=lambda each: each["kl"]) if fitting else None
-            auto = self.made(f"auto-{size}", "auto", "--target-size", size, *options.auto)
+            auto = self.made(f"auto-{size}", "auto", "--target-size", size, "--for", options.engine, *options.auto)
             assert auto["bytes"] <= size
             single = auto["kl"] if best is None else best["kl"]
             rest = sorted((each for each in others if each["bytes"] <= size), key=lambda each: each["kl"])
@@ -106,7 +121,10 @@ class Bench:
     def correlation(self) -> str:
         options, out = self.options, self.scratch / "correlation"
         calibration = {"source": options.calib, "samples": options.samples, "seq_len": options.seq_len}
-        recipe = parse_recipe(presets.load("auto") | {"calibration": calibration})
+        data = presets.load("auto" if self.is_gguf else "auto-packed") | {"calibration": calibration}
+        if not self.is_gguf:
+            data["stages"][1]["quantize"]["engine"] = options.engine
+        recipe = parse_recipe(data)
         job = Job(model=find_model(options.model), recipe=recipe, out=out, command="", data_dir=options.data_dir)
         with full_precision():
             plan = plan_job(job, self.folder, load_config(self.folder))
@@ -142,7 +160,8 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--windows", type=int, default=20)
     parser.add_argument("--sizes", nargs="+", default=["0.25", "0.35", "0.5"])
-    parser.add_argument("--types", nargs="*", default=TYPES)
+    parser.add_argument("--for", dest="engine", default="llama.cpp", choices=["llama.cpp", "vllm", "transformers"])
+    parser.add_argument("--types", nargs="*")
     parser.add_argument("--files", nargs="*", type=Path, default=[])
     parser.add_argument(
         "--auto", nargs="*", default=[], help="more options of compress auto, such as --auto=--trials=0"
@@ -153,10 +172,12 @@ def main() -> None:
         bench = Bench(options, Path(scratch))
         said = bench.correlation()
         table = [COLUMNS, ["---"] * len(COLUMNS), *bench.rows()]
-    text = "\n".join([f"{Path(options.model).name}. {said}", "", *(f"| {' | '.join(row)} |" for row in table)])
+    text = "\n".join(
+        [f"{Path(options.model).name}, for {options.engine}. {said}", "", *(f"| {' | '.join(row)} |" for row in table)]
+    )
     sys.stdout.write(text + "\n")
     if options.write:
-        marked.write(text + "\n", options.write, LABEL)
+        marked.write(text + "\n", options.write, LABEL if bench.is_gguf else f"{LABEL}-{options.engine}")
 
 
 if __name__ == "__main__":

@@ -48,11 +48,12 @@ def add_plain_kernel() -> list[Any]:
     """For packed integers beside inputs that are not rounded, where vLLM's build for this CPU has no kernel of its own.
 
     Weights are multiplied out by plain torch from what vLLM has loaded and, for q, k and v, put together: so its
-    loading is tested, not its kernels. The list that is handed back gets the linears that it has been used for.
+    loading is tested, not its kernels. The list that is handed back gets the layers that it has been used for.
     """
     import torch
     from vllm.model_executor.kernels import linear
     from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import MPLinearKernel
+    from vllm.model_executor.layers.quantization.compressed_tensors import compressed_tensors_embedding as embeddings
     from vllm.platforms import PlatformEnum
 
     used: list[Any] = []
@@ -84,6 +85,12 @@ def add_plain_kernel() -> list[Any]:
         def apply_weights(self, layer: Any, x: Any, bias: Any = None) -> Any:
             return torch.nn.functional.linear(x, layer.plain.to(x.dtype), bias)
 
+    def gathered(ids: Any, packed: Any, scale: Any, width: int, bits: int) -> Any:
+        used.append(packed)
+        levels = codes(packed[ids], bits, width) - (1 << (bits - 1))
+        return (levels.unflatten(1, (scale.shape[1], -1)) * scale[ids][..., None]).flatten(1)
+
+    embeddings._dequant_gather_triton = gathered
     kernels = linear._POSSIBLE_KERNELS[PlatformEnum.CPU]
     if not hasattr(torch.ops._C, "cpu_gemm_wna16"):
         kernels.remove(linear.CPUWNA16LinearKernel)

@@ -37,7 +37,7 @@ stages:
   - {stage: slice, ratio: 0.25, slice_head: true}
   - {stage: refit}
   - {stage: factorize, rank_frac: 0.6, form: factors}
-  - {stage: slim, quantize: {method: gptq, bits: 4, group: channel}, polish: 1, form: compact}
+  - {stage: slim, quantize: {method: gptq, num_bits: 4, strategy: channel}, polish: 1, form: compact}
 """
 
 

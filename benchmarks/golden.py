@@ -26,7 +26,7 @@ FOLD = {"stage": "fold_norms"}
 REFIT = {"stage": "refit"}
 SHARED = [FOLD, {"stage": "rotate_shared"}]
 UNITS = {"stage": "prune_units", "units": "neurons"}
-BITS = {"stage": "slim", "quantize": {"bits": 4, "group": 8}}
+BITS = {"stage": "slim", "quantize": {"num_bits": 4, "group_size": 8}}
 RECIPES: dict[str, dict[str, Any]] = {
     "slicegpt": {"stages": [FOLD, {"stage": "measure_error"}, {"stage": "rotate"}, {"stage": "slice", "ratio": 0.25}]},
     "anchored": {
@@ -65,7 +65,7 @@ RECIPES: dict[str, dict[str, Any]] = {
             {
                 "stage": "slim",
                 "prune": {"method": "wanda"},
-                "quantize": {"method": "slim", "group": "tensor"},
+                "quantize": {"method": "slim", "strategy": "tensor"},
                 "adapt": {"method": "slim", "rank": 2},
                 "form": "dense",
             }
@@ -83,7 +83,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "stages": [
             REFIT,
             {"stage": "factorize", "rank_frac": 0.5, "multiple": 8},
-            {"stage": "slim", "quantize": {"bits": 4, "group": "channel"}, "form": "compact"},
+            {"stage": "slim", "quantize": {"num_bits": 4, "strategy": "channel"}, "form": "compact"},
         ]
     },
 }

@@ -110,7 +110,7 @@ def recipes() -> dict[str, dict[str, Any]]:
     from compress import presets
 
     shipped = {name: presets.load(name) for name in ("slicegpt", "lord", "slim")}
-    packed = {"stage": "slim", "quantize": {"method": "absmax", "bits": 4}}
+    packed = {"stage": "slim", "quantize": {"method": "absmax", "num_bits": 4}}
     compact = {**shipped["slim"]["stages"][0], "form": "compact"}
     shipped["4 bits, packed"] = {**shipped["slim"], "method": "absmax", "stages": [packed]}
     shipped["slim, compact"] = {**shipped["slim"], "method": "slim-compact", "stages": [compact]}

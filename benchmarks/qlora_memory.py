@@ -64,9 +64,10 @@ def write_models(root: Path, options: argparse.Namespace) -> None:
     from compress.models.loading import empty_model
     from compress.models.packing import quantization_config
     from compress.models.storage import Storage, empty_linear
+    from compress.numerics.grids import QuantizationArgs
     from compress.own_model.configuration_compress import CompressConfig
 
-    storage = Storage("packed", 4, group=GROUP)
+    storage = Storage("packed", QuantizationArgs(num_bits=4, group_size=GROUP))
     llama = LlamaConfig(
         vocab_size=4096,
         hidden_size=options.hidden,
@@ -96,7 +97,7 @@ def write_models(root: Path, options: argparse.Namespace) -> None:
         tensors = {key: drawn(each) for key, each in model.state_dict().items()}
         save_file(tensors, folder / "model.safetensors")
         described = config.to_dict() | {"architectures": [type(model).__name__], "dtype": "bfloat16"}
-        described["quantization_config"] = quantization_config(storage, ["lm_head"])
+        described["quantization_config"] = quantization_config({"": storage}, ["lm_head"])
         (folder / "config.json").write_text(json.dumps(described), encoding="utf-8")
 
 

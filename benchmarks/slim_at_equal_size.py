@@ -42,7 +42,8 @@ def way(
 
 
 def rounded(method: str, bits: int, group: int | str, **rest: Any) -> Way:
-    return {"method": method, "bits": bits, "group": group, **rest}
+    shared = {"group_size": group} if isinstance(group, int) else {"strategy": group}
+    return {"method": method, "num_bits": bits, **shared, **rest}
 
 
 def pruned(method: str, pattern: str, **rest: Any) -> Way:
@@ -96,13 +97,13 @@ TOGETHER: dict[str, Way] = {
     "ours, --fast": way(pruned("admm", "2:4", iterations=40), GPTQ, WHITENED, **OURS),
     "ours": way(pruned("admm", "2:4"), GPTQ, ROUNDS, **OURS),
     "ours, adapters 0.09": way(pruned("admm", "2:4"), GPTQ, ROUNDS | {"rank": 0.09}, **OURS),
-    "ours, adapters in 4 bits": way(pruned("admm", "2:4"), GPTQ, ROUNDS | {"bits": 4}, **OURS),
+    "ours, adapters in 4 bits": way(pruned("admm", "2:4"), GPTQ, ROUNDS | {"num_bits": 4}, **OURS),
     "ours, 50% anywhere": way(pruned("admm", "50%"), GPTQ, ROUNDS, **OURS),
 }
 UNPRUNED: dict[str, Way] = {
     "ours, 2:4 in 4 bits, no adapters": way(pruned("admm", "2:4"), GPTQ, **OURS),
     "ours, 3 bits unpruned": way(None, rounded("gptq", 3, "channel"), **OURS),
-    "ours, 2:4 in 4 bits, adapters 0.1 in 4 bits": way(pruned("admm", "2:4"), GPTQ, ROUNDS | {"bits": 4}, **OURS),
+    "ours, 2:4 in 4 bits, adapters 0.1 in 4 bits": way(pruned("admm", "2:4"), GPTQ, ROUNDS | {"num_bits": 4}, **OURS),
     "ours, 3 bits unpruned, groups of 64": way(None, rounded("gptq", 3, GROUP), **OURS),
     "ours, 2:4 in 4 bits, adapters 0.1": way(pruned("admm", "2:4"), GPTQ, ROUNDS, **OURS),
     "ours, 2 bits unpruned, adapters 0.1": way(None, rounded("gptq", 2, "channel"), ROUNDS, **OURS),
@@ -187,10 +188,10 @@ class Bench:
 
 def is_compact(how: Way) -> bool:
     """Where nothing else stores it small: a pattern, adapters in few bits, groups that do not divide the inputs."""
-    if how["quantize"] is not None and isinstance(how["quantize"]["group"], int):
+    if how["quantize"] is not None and "group_size" in how["quantize"]:
         return True
     grouped = how["prune"] is not None and ":" in how["prune"]["pattern"]
-    return grouped or (how["adapt"] is not None and "bits" in how["adapt"])
+    return grouped or (how["adapt"] is not None and "num_bits" in how["adapt"])
 
 
 def main() -> None:

@@ -38,7 +38,7 @@ SHAPE: dict[str, Any] = {
 WAYS = {
     "4 bits, groups of 128, packed": ["--sparsity", "none", "--adapter-rank", "0", "--group", "128"],
     "2:4, 4 bits, adapters 0.1, packed": ["--group", "128"],
-    "2:4, 4 bits, adapters 0.1 in 4 bits, compact": ["--group", "128", "--compact", "--set", "slim.adapt.bits=4"],
+    "2:4, 4 bits, adapters 0.1 in 4 bits, compact": ["--group", "128", "--compact", "--set", "slim.adapt.num_bits=4"],
 }
 PROBE = r"""
 import re, sys, torch, transformers

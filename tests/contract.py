@@ -88,7 +88,7 @@ class Method:
 
 
 ONE_BASIS = anchored(QUARTER, units={"neurons": QUARTER}, round_to=1)
-FOUR_BITS = {"bits": 4, "group": "channel"}
+FOUR_BITS = {"num_bits": 4, "strategy": "channel"}
 METHODS = {
     "slicegpt": Method(
         "compress slice --method slicegpt", slicegpt(QUARTER, signal="normed", round_to=1, slice_head=True)
@@ -107,7 +107,7 @@ METHODS = {
         "compress slim --method slim",
         slim(
             prune={"method": "wanda"},
-            quantize={"method": "slim", "group": "tensor"},
+            quantize={"method": "slim", "strategy": "tensor"},
             adapt={"method": "slim", "rank": 4},
             refit=False,
             form="compact",

@@ -31,7 +31,7 @@ def write_folder(
     model = tiny_model(model_type, dtype=dtype, **options)
     model.save_pretrained(folder, max_shard_size="20KB")
     (tokenizer or tiny_tokenizer()).save_pretrained(folder)
-    facts = {"storage": None, "size": {"parameters": model.num_parameters()}, "unpacks_while_loading": False}
+    facts = {"form": None, "size": {"parameters": model.num_parameters()}, "unpacks_while_loading": False}
     (folder / "compress.json").write_text(json.dumps(facts))
     return model
 

@@ -1,14 +1,23 @@
 """Drawn matrices and what is measured of them; what the tests of the numerics share."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from compress.numerics.grids import QuantizationArgs
 from compress.numerics.moments import InputMoments
 from compress.numerics.obs import compensated, elimination
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def args_of(num_bits: int, group: int | str = "channel", **how: Any) -> QuantizationArgs:
+    """group: what shares a step, so many inputs or a strategy."""
+    shared: Any = {"group_size": group} if isinstance(group, int) else {"strategy": group}
+    return QuantizationArgs(num_bits=num_bits, **shared, **how)
 
 
 def rows(n: int = 32, *, count: int = 200, seed: int = 0, dead: tuple[int, ...] = ()) -> Tensor:

@@ -19,12 +19,27 @@ from compress.architectures.own import AUTO_MAP, CLASS
 from compress.checkpoints.files import adapter_config, carry_modeling
 from compress.models.packing import quantization_config, stored_linear
 from compress.models.storage import Storage
-from compress.numerics.grids import FLOAT4_STEPS, FLOAT8, Grid, QuantType
+from compress.numerics.grids import FLOAT8, Grid
 from compress.numerics.sparsity import keep_mask
 from compress.numerics.steps import make_grid, shared_divisor
 from compress.own_model.configuration_compress import CompressConfig
 from compress.own_model.modeling_compress import AdaptedLinear, CompressForCausalLM
+from matrices import args_of
 from tiny import tiny_config, tiny_model
+
+
+def storage_of(
+    form: Any,
+    num_bits: int | None,
+    group: int | str = "channel",
+    *,
+    type: str = "int",
+    symmetric: bool = True,
+    **how: Any,
+) -> Storage:
+    """num_bits: None for floats. group: what shares a scale, so many inputs or a strategy."""
+    weights = None if num_bits is None else args_of(num_bits, group, type=type, symmetric=symmetric)
+    return Storage(form, weights, **how)
 
 
 @dataclass
@@ -55,14 +70,11 @@ def parts_of(W: Tensor, storage: Storage, dtype: torch.dtype, *, bias: Tensor | 
     mask = None if storage.pattern is None else keep_mask(W.abs(), storage.pattern)
     S = W if mask is None else W * mask
     grid = None
-    if storage.bits is not None:
-        finer = 1.0 + (torch.arange(n) % 5 == 0).double() if storage.finer else None
-        quant_type, symmetric = QuantType(storage.bits, storage.floating), storage.symmetric
-        stored, divisor = dtype, 1.0
-        if storage.in_float4:
-            stored, divisor = FLOAT4_STEPS[storage.group], shared_divisor(float(S.abs().max()))
-        how: Any = {"group": storage.group, "method": "absmax", "symmetric": symmetric, "stored": stored}
-        grid = make_grid(S, quant_type, finer=finer, divisor=divisor if stored == FLOAT8 else 1.0, **how)
+    if storage.weights is not None:
+        finer = 1.0 + (torch.arange(n) % 5 == 0).double() if storage.important_inputs else None
+        stored = storage.weights.scale_dtype or dtype
+        divisor = shared_divisor(float(S.abs().max())) if stored == FLOAT8 else 1.0
+        grid = make_grid(S, storage.weights, method="absmax", stored=stored, finer=finer, divisor=divisor)
         S = grid.nearest(S) if mask is None else grid.nearest(S) * mask
     A = torch.randn(storage.rank, n, dtype=torch.float64) / n**0.5 if storage.rank else None
     B = torch.randn(m, storage.rank, dtype=torch.float64) / 4 if storage.rank else None
@@ -109,8 +121,8 @@ def save_packed(folder: Path, model: Any, storage: Storage, lora: dict[str, Any]
     tensors = model.state_dict()
     save_file({name: tensor for name, tensor in tensors.items() if ".lora_" not in name}, folder / "model.safetensors")
     config = model.config.to_dict() | {"architectures": [type(model).__name__]}
-    if storage.bits is not None:
-        config["quantization_config"] = quantization_config(storage, ["lm_head"])
+    if storage.weights is not None:
+        config["quantization_config"] = quantization_config({"": storage}, ["lm_head"])
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     if storage.rank:
         (folder / "adapter").mkdir()
@@ -123,8 +135,8 @@ def save_packed(folder: Path, model: Any, storage: Storage, lora: dict[str, Any]
 
 def label(storage: Storage) -> str:
     """What it says besides the defaults."""
-    named = [f.name for f in fields(storage) if f.name == "bits" or getattr(storage, f.name) != f.default]
-    return "-".join(f"{name}={getattr(storage, name)}" for name in named).replace("Pattern", "")
+    named = [f.name for f in fields(storage) if getattr(storage, f.name) != f.default]
+    return "-".join(f"{name}={getattr(storage, name)}" for name in named).replace("Pattern", "").replace(" ", "-")
 
 
 def compact_model(dense: Any, entries: dict[str, dict[str, Any]], dtype: torch.dtype) -> CompressForCausalLM:

@@ -80,7 +80,7 @@ HOW: dict[str, dict[str, Any]] = {
     "slim": {
         "stages": slim(
             prune={"method": "wanda", "pattern": "2:4"},
-            quantize={"method": "mse", "bits": 8, "group": "channel"},
+            quantize={"method": "mse", "num_bits": 8, "strategy": "channel"},
             adapt={"method": "slim", "rank": 0.2},
             refit=False,
             form="compact",

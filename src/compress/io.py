@@ -19,7 +19,7 @@ GGUF = "model.gguf"  # in the folder that stands for a GGUF file, a link to it
 
 
 class WrittenFile(BaseModel):
-    """file: its name in its folder. bytes: its size."""
+    """A file that was written whole. file: its name in its folder. bytes: its size."""
 
     model_config = ConfigDict(frozen=True, strict=True)
     file: str

@@ -46,7 +46,7 @@ def launch() -> Launch:
 def run_in_child(
     flag: str, script: str, arguments: Sequence[str], variables: Mapping[str, str]
 ) -> "subprocess.CompletedProcess[str]":
-    """flag: Python's, -I or -P. variables: added to the environment."""
+    """Run a script, killed when this process exits. flag: Python's, -I or -P. variables: added to the environment."""
     reading, writing = os.pipe()
     command = [sys.executable, flag, __file__, script, *arguments]
     try:

@@ -26,11 +26,17 @@ LARGEST = 10**7  # bytes of a compress.json; a large model's has a few million
 LARGEST_YAML = 10**5  # bytes of a recipe, which has some hundred: yaml takes seconds for more
 INTEGER = "tag:yaml.org,2002:int"
 MOST_DIGITS = 20
+RENAMED = {  # keys of earlier versions
+    "bits": "num_bits",
+    "floating": "type: float",
+    "group": "group_size, and strategy for tensor, channel or block",
+    "act_order": "actorder: weight",
+}
 MOST_VALUES = 10_000  # a few lines of YAML that refer to one another can stand for billions
 
 
 class Calibration(Strict):
-    """source: the name of a data set or a text file. samples: windows. seq_len: tokens a window."""
+    """The calibration text. source: a data set or a text file. samples: windows. seq_len: tokens a window."""
 
     source: str
     samples: Annotated[int, Field(ge=1)] = 128
@@ -43,7 +49,7 @@ class Budget(Strict):
     keep_params: a share of the dense model's parameters, a tied head counted once.
     target_size: bytes of the safetensors files on disk, or of the GGUF file.
     trial_samples: windows of each trial of a way to spend it, a quarter of them held out. Default: a quarter of all.
-    trials, trial_seconds: how many sets of types of a GGUF file are tried, and how long at most.
+    trials, trial_seconds: how many sets of types of matrices are tried, and how long at most.
     allocation: `uniform`, as many neurons in every block, or `free`: as many in all, where the loss feels them most.
         The result then has no stock shape.
     """
@@ -63,7 +69,8 @@ class Budget(Strict):
 
 
 class Recipe(Strict):
-    """
+    """Stages in their order, the calibration text, a budget.
+
     method: the name the result goes by. budget: what decides the widths that stages leave open.
     dtype: of the written weights, None for the input's own.
     """
@@ -129,12 +136,10 @@ class Recipe(Strict):
         if {"ranks", "types"} & {*opened} and len(opened) > 1:
             raise ValueError(f"a budget is spent on widths, ranks or types; tell {name} how much to keep")
         if "types" in opened and budget.target_size is None:
-            raise ValueError("types of a GGUF file are found under bytes; give the budget a target_size")
+            raise ValueError("types of matrices are found under bytes; give the budget a target_size")
         for rule in ("trials", "trial_seconds") if "types" not in opened else ():
             if getattr(budget, rule) != Budget.model_fields[rule].default:
-                raise ValueError(
-                    f"{rule} is for types of a GGUF file; shapes and ranks have three trials. Leave it out"
-                )
+                raise ValueError(f"{rule} is for types of matrices; shapes and ranks have three trials. Leave it out")
         if budget.allocation == "free" and "neurons" not in opened:
             raise ValueError(
                 "allocation free lets the budget decide the neurons of each block; "
@@ -205,7 +210,9 @@ def described(error: ValidationError, model: type[BaseModel]) -> list[Problem]:
             for step in where[:-1]:
                 kind = owner.model_fields[str(step)].annotation
                 owner = next(each for each in (kind, *get_args(kind)) if isclass(each) and issubclass(each, BaseModel))
-            what = unknown_name("key", str(where[-1]), owner.model_fields)
+            name, known = str(where[-1]), owner.model_fields
+            renamed = name in RENAMED and "num_bits" in known
+            what = f"{name!r} is now {RENAMED[name]}." if renamed else unknown_name("key", name, known)
         found.append((where, what))
     return found
 
@@ -215,7 +222,8 @@ def described(error: ValidationError, model: type[BaseModel]) -> list[Problem]:
 
 @dataclass(frozen=True)
 class RecipeFile:
-    """
+    """A recipe as it was read from a file.
+
     data: to be completed by options and given to `parse_recipe`. lines: of the file, by where a value is.
     facts: all that a compress.json says; None where the file is a recipe alone.
     """
@@ -233,7 +241,8 @@ class RecipeFile:
 
 
 def read_recipe(path: Path) -> RecipeFile:
-    """
+    """Read a recipe.
+
     path: a YAML file, a compress.json, a folder that has one, or the name of a preset. Raises UsageError where it is
         none of them.
     """

@@ -1,2 +1,2 @@
 __version__ = "0.1.0"
-FORMAT = 2  # of checkpoints; it rises when those of before can no longer be read
+FORMAT = 3  # of checkpoints; it rises when those of before can no longer be read

@@ -24,7 +24,7 @@ POINT = {"point": "embeddings", "width": 24, "dense_width": 32}
 def metadata(**changes: Any) -> Metadata:
     """Of a small stock model."""
     usual = {
-        "format": 2,
+        "format": 3,
         "name": "tiny-anchored",
         "base_model": "owner/tiny",
         "command": "compress slice --model owner/tiny --ratio 0.25",
@@ -94,7 +94,7 @@ def named(name: str, **changes: Any) -> str:
     return model_card(metadata(**everything | changes), Quality.model_validate(quality))
 
 
-@pytest.mark.parametrize("form", [{}, {"loads_without_our_code": False, "export": "gguf", "storage": "packed"}])
+@pytest.mark.parametrize("form", [{}, {"loads_without_our_code": False, "export": "gguf", "form": "packed"}])
 def test_nothing_breaks_out(form):
     """Rendered as markdown, a nasty name gives the same blocks and tags as a harmless one."""
     tame = named("x", **form)
@@ -154,7 +154,7 @@ def inner(text: str) -> list[list[str]]:
         ({"architecture": "FalconForCausalLM"}, ["vLLM was not tried with FalconForCausalLM."], ["vllm serve"]),
         ({"export": "gguf"}, ["llama-cli -m PATH/*.gguf"], []),
         (
-            {"adapter": {"r": 12, "rank_pattern": {}}, "quantized": True, "storage": "packed"},
+            {"adapter": {"r": 12, "rank_pattern": {}}, "quantized": True, "form": "packed"},
             ["--enable-lora --lora-modules corrected=PATH/adapter --max-lora-rank 16\n", "compress.load"],
             [],
         ),
@@ -164,17 +164,17 @@ def inner(text: str) -> list[list[str]]:
             ["vllm serve"],
         ),
         (
-            {"linears": linears({"bits": 4, "pattern": "2:4", "adapter_rank": 3}), "storage": "packed"},
+            {"linears": linears({"bits": 4, "pattern": "2:4", "adapter_rank": 3}), "form": "packed"},
             ["1 linear layers have 4-bit weights, 2:4 sparsity, a low-rank adapter that corrects the error."],
             ["dense weights"],
         ),
         (
-            {"linears": linears({"bits": "mxfp4"}), "storage": "packed", "quantized": True},
+            {"linears": linears({"bits": "mxfp4"}), "form": "packed", "quantized": True},
             ["have mxfp4 weights", "vllm serve PATH --dtype bfloat16\n", "Blackwell GPUs may round inputs"],
             [],
         ),
         (
-            {"linears": linears({"bits": "nvfp4"}), "storage": "packed", "quantized": True},
+            {"linears": linears({"bits": "nvfp4"}), "form": "packed", "quantized": True},
             ["have nvfp4 weights", "With vLLM, where it has kernels for such weights", "```\nvllm serve PATH\n"],
             ["Blackwell"],
         ),

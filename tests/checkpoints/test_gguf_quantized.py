@@ -182,9 +182,11 @@ def test_what_cannot_be_is_said_in_a_line(home, options, words):
     assert not (home / "never").exists()
 
 
-def test_embeddings_are_quantized_with_a_file_alone(home):
+def test_in_packed_form_embeddings_are_told_their_bits(home):
     recipe = home / "tables.yaml"
-    recipe.write_text("method: x\nstages:\n  - stage: slim\n    quantize: {bits: 4}\n  - stage: quantize_embeddings\n")
+    recipe.write_text(
+        "method: x\nstages:\n  - stage: slim\n    quantize: {num_bits: 4}\n  - stage: quantize_embeddings\n"
+    )
     ran = invoke("run", recipe, "--model", home / "llama", "--calib", home / "text.txt", "--dry-run")
     assert (ran.code, len(ran.faults)) == (2, 1)
-    assert "Give slim form: gguf" in ran.faults[0]
+    assert "give head_bits, embedding_bits or both" in ran.faults[0]

@@ -23,9 +23,9 @@ from runs import job_of
 pytestmark = pytest.mark.slow
 IDS = random_ids(1, 24, seed=3)
 WANDA = {"method": "wanda", "pattern": "2:4"}
-FOUR = {"method": "mse", "bits": 4, "group": "channel"}
-NVFP4 = {"method": "gptq", "bits": 4, "floating": True, "group": 16}
-EIGHT = {"method": "absmax", "bits": 8, "group": "channel"}
+FOUR = {"method": "mse", "num_bits": 4, "strategy": "channel"}
+NVFP4 = {"method": "gptq", "num_bits": 4, "type": "float", "group_size": 16}
+EIGHT = {"method": "absmax", "num_bits": 8, "strategy": "channel"}
 ADAPTER = {"method": "whitened", "rank": 0.25}
 OURS = {"prune": WANDA, "quantize": FOUR, "adapt": ADAPTER, "center": True}
 # Of each the family, what the stage is told, the dtype that is written, and a head of its own or not.
@@ -34,9 +34,9 @@ CHECKPOINTS: dict[str, Made] = {
     "packed, rounded and tied": ("opt", OURS, "bfloat16", True),
     "zero points and an adapter": ("qwen2", OURS | {"quantize": FOUR | {"symmetric": False}}, "float32", True),
     "sparse": ("llama", {"prune": WANDA, "adapt": ADAPTER}, "float32", False),
-    "fp8 inputs": ("llama", {"quantize": EIGHT | {"floating": True}, "inputs": "fp8"}, "float32", False),
+    "fp8 inputs": ("llama", {"quantize": EIGHT | {"type": "float"}, "inputs": "fp8"}, "float32", False),
     "nvfp4 and an adapter": ("opt", OURS | {"quantize": NVFP4, "prune": None}, "float16", True),
-    "mxfp4": ("opt", {"quantize": NVFP4 | {"group": 32}, "target": ["attention", "fc1"]}, "float32", False),
+    "mxfp4": ("opt", {"quantize": NVFP4 | {"group_size": 32}, "target": ["attention", "fc1"]}, "float32", False),
     "compact, rounded and tied": ("opt", OURS | {"form": "compact"}, "float16", True),
     "materialized": ("opt", OURS | {"form": "dense"}, "float16", True),
 }

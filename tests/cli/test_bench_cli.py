@@ -12,8 +12,7 @@ import torch
 from cli_runner import flat, invoke, succeeds
 from compress.checkpoints.quality import read_quality
 from compress.evaluation import bench
-from compress.models.storage import Storage
-from stored import write_packed
+from stored import storage_of, write_packed
 from tiny import POSITIONS, VOCAB_SIZE, write_model
 
 ROOT = Path(__file__).parents[2]
@@ -30,7 +29,7 @@ def home(tmp_path_factory):
     write_model(home / "dense", "llama", dtype=torch.float32)
     write_model(home / "other", "llama", dtype=torch.float32, vocab_size=VOCAB_SIZE + 1)
     (home / "compressed").mkdir()
-    write_packed(home / "compressed" / "packed", Storage("packed", 4, rank=2))
+    write_packed(home / "compressed" / "packed", storage_of("packed", 4, rank=2))
     facts = {"base_model": "dense", "fingerprints": {"model": "0"}}
     (home / "compressed" / "packed" / "compress.json").write_text(json.dumps(facts))
     return home

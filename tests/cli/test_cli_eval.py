@@ -14,17 +14,16 @@ from compress.checkpoints.quality import QUALITY, read_quality
 from compress.cli.eval import usual_text
 from compress.evaluation.tasks import task_index
 from compress.models.hub import find_model
-from compress.models.storage import Storage
 from compress.numerics.sparsity import Pattern
 from documents import PROBLEM, TASKS, write_problems, write_task
 from gguf_folders import write_folder
-from stored import write_compact, write_packed
+from stored import storage_of, write_compact, write_packed
 from tiny import tiny_tokenizer, write_model, write_text
 
 # lm-eval and what it imports warn of themselves.
 pytestmark = pytest.mark.filterwarnings("ignore")
-ADAPTED = Storage("packed", 4, group=8, rank=4)
-SMALL = Storage("compact", 4, group=8, pattern=Pattern(2, 4), rank=4)
+ADAPTED = storage_of("packed", 4, group=8, rank=4)
+SMALL = storage_of("compact", 4, group=8, pattern=Pattern(2, 4), rank=4)
 
 
 @pytest.fixture(scope="module")

@@ -128,7 +128,7 @@ def test_only_what_is_trained_changes_and_no_file_its_size(home, place, made, ki
 
 
 def test_compact_adapters_in_codes_stay_in_codes(home, place):
-    compact = "slim --fast --sparsity none --group 16 --adapter-rank 4 --set slim.adapt.bits=4 --compact --no-refit"
+    compact = "slim --fast --sparsity none --group 16 --adapter-rank 4 --set slim.adapt.num_bits=4 --compact --no-refit"
     text = ["--calib", "text.txt", "--samples", 8, "--seq-len", 32, "--out", place / "codes"]
     succeeds(*compact.split(), "--model", "llama", *text)
     said = tuned(str(place / "codes"), place / "out", "--lr", 0.05)

@@ -79,10 +79,10 @@ RECIPES: dict[str, tuple[list[str], dict[str, dict[str, Any]]]] = {
             "slim": {
                 "prune": {"method": "admm", "pattern": "2:4", "iterations": 48},
                 "quantize": {
-                    **{"method": "gptq", "bits": 4, "floating": False, "symmetric": True},
-                    **{"act_order": False, "important_inputs": False},
+                    **{"method": "gptq", "num_bits": 4, "type": "int", "symmetric": True},
+                    **{"important_inputs": False},
                 },
-                "adapt": {"method": "whitened", "rank": 0.1, "rounds": 2, "group": 128},
+                "adapt": {"method": "whitened", "rank": 0.1, "rounds": 2, "group_size": 128},
                 **{"polish": 2, "center": True, "form": "packed", "target": ["all"]},
             }
         },
@@ -92,7 +92,7 @@ RECIPES: dict[str, tuple[list[str], dict[str, dict[str, Any]]]] = {
         {
             "slim": {
                 "prune": {"method": "admm", "pattern": "50%", "iterations": 20},
-                "adapt": {"method": "whitened", "rank": 64, "rounds": 1, "group": 128},
+                "adapt": {"method": "whitened", "rank": 64, "rounds": 1, "group_size": 128},
             }
         },
     ),
@@ -102,8 +102,8 @@ RECIPES: dict[str, tuple[list[str], dict[str, dict[str, Any]]]] = {
             "slim": {
                 "inputs": "fp8",
                 "quantize": {
-                    **{"method": "mse", "bits": 8, "floating": True, "group": "channel", "symmetric": True},
-                    **{"act_order": False, "important_inputs": False},
+                    **{"method": "mse", "num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True},
+                    **{"important_inputs": False},
                 },
             }
         },
@@ -114,8 +114,15 @@ RECIPES: dict[str, tuple[list[str], dict[str, dict[str, Any]]]] = {
             "slim": {
                 **{"prune": None, "adapt": None, "polish": 3, "form": "dense"},
                 "quantize": {
-                    **{"method": "gptq", "bits": 3, "floating": False, "group": 16, "symmetric": False},
-                    **{"act_order": True, "important_inputs": False},
+                    **{
+                        "method": "gptq",
+                        "num_bits": 3,
+                        "type": "int",
+                        "strategy": "group",
+                        "group_size": 16,
+                        "symmetric": False,
+                    },
+                    **{"actorder": "weight", "important_inputs": False},
                 },
             }
         },
@@ -145,7 +152,7 @@ def test_the_recipe_of_a_command(home, line, tmp_path):
         ("slim --sparsity none --bits fp8", "slim-anchored-wfp8-r0.1"),
         ("quantize --bits nvfp4", "quantize-wnvfp4"),
         ("slim --sparsity 50% --adapter-rank 0", "slim-anchored-w4-50pc"),
-        ("quantize --set slim.quantize.bits=3", "quantize-w3"),
+        ("quantize --set slim.quantize.num_bits=3", "quantize-w3"),
     ],
 )
 def test_the_default_output(home, line, name):
@@ -153,7 +160,7 @@ def test_the_default_output(home, line, name):
 
 
 SETTINGS = {
-    "slim --compact --set slim.adapt.bits=4": ("slim", "adapt.bits", 4),
+    "slim --compact --set slim.adapt.num_bits=4": ("slim", "adapt.num_bits", 4),
     'lord --rank 8 --set factorize.target=["mlp"]': ("factorize", "target", ["mlp"]),
     "slice --ratio 0.25 --set refit.held_out=0.25 --set refit.damping=0.5": ("refit", "damping", 0.5),
     "slice --ratio 0.25 --mlp-ratio 0.5 --kv-ratio 0.5 --set stages.5.round_to=1": ("prune_units", "round_to", 1),
@@ -185,8 +192,8 @@ def test_set_reaches_a_field_of_a_stage(home, line):
         ("slim --set slim.polish", ["--set slim.polish: write STAGE.FIELD=VALUE, such as"]),
         ("slim --set stages.7.polish=3", ["--set stages.7.polish=3: the recipe has 2 stages, counted from 0."]),
         (
-            "slim --bits 3 --set slim.quantize.bits=4",
-            ["--bits 3 and --set slim.quantize.bits=4 both set slim.quantize.bits. Leave one out."],
+            "slim --bits 3 --set slim.quantize.num_bits=4",
+            ["--bits 3 and --set slim.quantize.num_bits=4 both set slim.quantize.num_bits. Leave one out."],
         ),
         (
             "slice --ratio 0.25 --mlp-ratio 0.5 --kv-ratio 0.5 --set prune_units.round_to=8",
@@ -233,27 +240,32 @@ REFUSED = {
     "slice --drop-blocks -1": "--drop-blocks -1: Input should be greater than or equal to 1",
     "slim --sparsity 2:2": "--sparsity 2:2: a pattern is keep:group such as 2:4",
     "slim --sparsity 3:5": "3:5 takes inputs in groups of 5, but self_attn.q_proj has 32",
-    "slim --group rows": "--group rows: group is tensor, channel, 128x128 or 2 inputs at least, got 'rows'",
+    "slim --group rows": "--group rows: Input should be 'tensor', 'channel', 'group', 'tensor_group' or 'block'",
     "slim --group 24": "A scale takes inputs in groups of 24, but self_attn.q_proj has 32",
     "slim --adapter-rank 1.5": "--adapter-rank 1.5: a rank is a share of the full one below 1, or a whole number",
     "slim --bits none --sparsity none": "slim needs prune or quantize; give it one",
     "slim --compact --materialize": "--compact and --materialize both set slim.form. Leave one out.",
     "slim --method slim --fast": "--fast is an option of --method anchored",
-    "slim --adapter-rank 0 --set slim.adapt.bits=4": "slim.adapt.bits=4 has no effect with --adapter-rank 0. Leave one",
+    "slim --adapter-rank 0 --set slim.adapt.num_bits=4": "slim.adapt.num_bits=4 has no effect with --adapter-rank 0.",
     "slim --bits none --group 16": "--group 16 has no effect with --bits none. Leave one out.",
     "slim --inputs int8 --bits fp8": "inputs int8 does not fit the weights; it is int8 beside integers",
     "slim --inputs int8 --compact": "goes with packed form, not compact; leave inputs out or take packed",
     "slim --compact --bits fp8": "compact form holds integers, not fp8, nvfp4 or mxfp4; take integers or packed form",
     "quantize --bits mxfp4": "but mlp.down_proj has 48. Leave it out with --target, or take other --bits.",
-    "quantize --bits nvfp4 --group 32": "--bits nvfp4 and --group 32 both set slim.quantize.group. Leave one out.",
-    "quantize --bits mxfp4 --asymmetric": "mxfp4 is symmetric, by absmax, mse or gptq; leave the others out",
-    "quantize --set slim.quantize.floating=true": "floats have 8 bits (fp8), or 4 in groups of 16 (nvfp4)",
+    "quantize --bits nvfp4 --group 32": "--bits nvfp4 and --group 32 both set slim.quantize.strategy. Leave one out.",
+    "quantize --bits mxfp4 --asymmetric": "mxfp4 is symmetric; leave asymmetric out",
+    "quantize --set slim.quantize.type=float": "floats have 8 bits (fp8), or 4 in groups of 16 (nvfp4)",
+    "quantize --set slim.quantize.bits=4": "slim.quantize.bits=4: 'bits' is now num_bits.",
+    "quantize --set slim.quantize.act_order=true": "'act_order' is now actorder: weight.",
+    "slim --set slim.adapt.group=64": "'group' is now group_size, and strategy for tensor, channel or block.",
+    "quantize --group channel --set slim.quantize.group_size=64": "strategy group and a group_size go together; got",
+    "quantize --group 64 --set slim.quantize.type=float": "floats have 8 bits (fp8), or 4 in groups of 16 (nvfp4)",
     "slim --compact --asymmetric": "leave asymmetric out or take packed form",
     "slim --set slim.quantize.important_inputs=true": "important_inputs has no room in packed form",
-    "slim --set slim.adapt.bits=4": "adapters in few bits are for compact form; leave their bits out or take compact",
-    "quantize --method mse --act-order": "act_order is of method gptq, not of mse",
+    "slim --set slim.adapt.num_bits=4": "adapters in few bits are for compact form; leave their num_bits out",
+    "quantize --method mse --act-order": "actorder is of method gptq, not of mse",
     "slim --method slim --asymmetric": "slim looks for symmetric grids; take absmax, mse or gptq",
-    "slim --bits fp8 --asymmetric": "fp8 is symmetric, by absmax, mse or gptq",
+    "slim --bits fp8 --asymmetric": "fp8 is symmetric; leave asymmetric out",
     "slim --target experts": "No linear matches the target 'experts'. There are mlp.down_proj",
     "run slicegpt --samples 0": "--samples 0: Input should be greater than or equal to 1",
     "run nothing": "Unknown recipe 'nothing'",
@@ -287,7 +299,7 @@ def test_all_faults_at_once(home, tmp_path, monkeypatch):
 
 
 def test_a_recipe_without_calibration_takes_what_is_usual(home, tmp_path):
-    (tmp_path / "r.yaml").write_text("stages:\n  - stage: slim\n    quantize: {bits: 4, group: channel}\n")
+    (tmp_path / "r.yaml").write_text("stages:\n  - stage: slim\n    quantize: {num_bits: 4, strategy: channel}\n")
     text = succeeds("run", tmp_path / "r.yaml", "--model", home / "llama", "--show-recipe").out
     recipe = parse_recipe(yaml.safe_load(text))
     assert (recipe.method, recipe.calibration.source, recipe.calibration.samples) == ("r", "wikitext2", 128)
@@ -295,14 +307,15 @@ def test_a_recipe_without_calibration_takes_what_is_usual(home, tmp_path):
 
 
 def test_faults_say_the_line(home, tmp_path):
-    text = "method: x\nstages:\n  - stage: slim\n    quantize:\n      bitz: 4\n      bits: 99\nseeed: 3\n"
+    text = "method: x\nstages:\n  - stage: slim\n    quantize:\n      num_bitz: 4\n      num_bits: 99\nseeed: 3\n"
     (tmp_path / "bad.yaml").write_text(text)
     refused = invoke("run", tmp_path / "bad.yaml", "--model", home / "llama", "--set", "slim.polish=-1")
     assert refused.code == 2
     assert refused.err.splitlines() == [
-        "error: bad.yaml:6: stages.0.quantize.bits: Input should be less than or equal to 8",
-        "error: bad.yaml:5: stages.0.quantize.bitz: Unknown key 'bitz'. Did you mean 'bits'? Available: "
-        "act_order, bits, floating, gguf_tensors, gguf_type, group, important_inputs, method, symmetric.",
+        "error: bad.yaml:6: stages.0.quantize.num_bits: Input should be less than or equal to 8",
+        "error: bad.yaml:5: stages.0.quantize.num_bitz: Unknown key 'num_bitz'. Did you mean 'num_bits'? Available: "
+        "actorder, engine, gguf_type, group_size, important_inputs, method, num_bits, strategy, symmetric, type, "
+        "types.",
         "error: --set slim.polish=-1: Input should be greater than or equal to 0",
         "error: bad.yaml:7: seeed: Unknown key 'seeed'. Did you mean 'seed'? Available: "
         "budget, calibration, dtype, method, seed, stages.",
@@ -334,7 +347,7 @@ def test_a_recipe_that_is_none_is_refused_in_a_line(content, said, home, tmp_pat
 @pytest.mark.parametrize("spoiled", ["4", True])
 def test_a_batch_size_that_is_no_number_is_refused(spoiled, home, tmp_path):
     text = {"source": str(home / "text.txt"), "samples": 8, "seq_len": 32}
-    stages = [{"stage": "slim", "quantize": {"bits": 4, "group": "channel"}}]
+    stages = [{"stage": "slim", "quantize": {"num_bits": 4, "strategy": "channel"}}]
     recipe = {"method": "slim", "stages": stages, "calibration": text}
     facts = {"recipe": recipe, "base_model": str(home / "llama"), "batch_size": spoiled}
     (tmp_path / "compress.json").write_text(json.dumps(facts))
@@ -344,7 +357,7 @@ def test_a_batch_size_that_is_no_number_is_refused(spoiled, home, tmp_path):
 
 
 FOLD, SHARED = {"stage": "fold_norms"}, {"stage": "rotate_shared"}
-SLICE, SLIM = {"stage": "slice", "ratio": 0.25}, {"stage": "slim", "quantize": {"bits": 4, "group": "channel"}}
+SLICE, SLIM = {"stage": "slice", "ratio": 0.25}, {"stage": "slim", "quantize": {"num_bits": 4, "strategy": "channel"}}
 FACTORS = {"stage": "factorize", "method": "anchored", "rank_frac": 0.5}
 FEWER = {"stage": "prune_units", "units": "neurons", "ratio": 0.25}
 

@@ -16,11 +16,11 @@ from compress.evaluation import bench, speed
 from compress.evaluation import footprint as took
 from compress.evaluation.bench import Asked, Named, measure
 from compress.evaluation.speed import Decoding, Workload, compare_generation, compared, matched
-from compress.models.storage import Form, Storage, empty_linear, linears_of
+from compress.models.storage import Form, empty_linear, linears_of
 from compress.models.stored_loading import open_model
 from compress.numerics.sparsity import Pattern
 from compress.own_model.modeling_compress import LowRankLinear, PivotLinear
-from stored import on_linux, write_compact, write_packed
+from stored import on_linux, storage_of, write_compact, write_packed
 
 CPU = torch.device("cpu")
 IDS = torch.randint(3, tiny.VOCAB_SIZE, (2, 7), generator=torch.Generator().manual_seed(0))
@@ -104,7 +104,7 @@ def test_a_workload_without_room_is_none(monkeypatch):
 
 def test_bytes_on_disk_and_in_memory(tmp_path):
     tiny.write_model(tmp_path / "dense", "llama", dtype=torch.float32)
-    write_packed(tmp_path / "packed", Storage("packed", 4, rank=2))
+    write_packed(tmp_path / "packed", storage_of("packed", 4, rank=2))
     for name in ("dense", "packed"):
         folder = tmp_path / name
         files = [file.stat().st_size for file in folder.rglob("*.safetensors")]
@@ -151,9 +151,9 @@ def test_a_model_that_does_not_load_in_the_clean_process(process, error, said, t
 
 
 STORAGES = {
-    "packed": Storage("packed", 4, rank=3),
-    "eight bits": Storage("packed", 8, floating=True, inputs="fp8"),
-    "compact": Storage("compact", 4, pattern=Pattern.parse("2:4"), rank=2),
+    "packed": storage_of("packed", 4, rank=3),
+    "eight bits": storage_of("packed", 8, type="float", inputs="fp8"),
+    "compact": storage_of("compact", 4, pattern=Pattern.parse("2:4"), rank=2),
 }
 FORMS = {
     "packed": {"kind": "packed", "bits": 4, "rank": 3},
@@ -183,7 +183,7 @@ def test_every_linear_stands_beside_what_is_in_its_place(name, tmp_path):
 def test_factors_are_one_linear_and_what_has_no_counterpart_is_named():
     dense = nn.ModuleDict({"a": nn.Linear(8, 6), "b": nn.Linear(8, 6), "c": nn.Linear(6, 6)})
     inner = nn.ModuleDict({"a": LowRankLinear(8, 6, 3, True), "b": PivotLinear(8, 6, 2, True), "d": nn.Linear(6, 6)})
-    inner["b"].first = empty_linear(Storage("packed", 4), 8, 2, bias=True, dtype=torch.float32)
+    inner["b"].first = empty_linear(storage_of("packed", 4), 8, 2, bias=True, dtype=torch.float32)
     found = matched(dense, inner)
     assert [place.forms[1] for place in found.places] == [
         [Form("factors", 6, 8, rank=3)],
@@ -198,7 +198,7 @@ def test_all_of_it_is_in_the_report(tmp_path, monkeypatch):
     heard: list[tuple[str, str, float, int]] = []
     asked = Asked(workloads=[Workload(1, 6, 2)], rounds=2, dtype=torch.float32, device=CPU, tokens=[1, 4])
     tiny.write_model(tmp_path / "dense", "llama", dtype=torch.float32)
-    write_packed(tmp_path / "packed", Storage("packed", 4))
+    write_packed(tmp_path / "packed", storage_of("packed", 4))
     (tmp_path / "packed" / "compress.json").write_text("{}")
     named = Named("dense", tmp_path / "dense"), Named("packed", tmp_path / "packed")
     found = measure(*named, asked, lambda *step: heard.append(step))

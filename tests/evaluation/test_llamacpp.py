@@ -12,6 +12,7 @@ import tiny
 from cli_runner import invoke, succeeds
 from compress.checkpoints.gguf import reader_notes, write_gguf
 from compress.errors import CheckpointError, UsageError
+from compress.evaluation.generation import Sampling, generate
 from compress.evaluation.llamacpp import LlamaCpp
 from compress.models.gguf_header import with_widths
 from compress.models.hub import find_model
@@ -96,6 +97,18 @@ def test_a_family_in_full_precision(family, tmp_path):
     except (ValueError, RuntimeError):  # an architecture or sizes that it does not know
         alike = False
     assert alike == (not reader_notes(file))
+
+
+def test_it_writes_what_transformers_writes(tmp_path):
+    """Greedily; bytes that are no characters apart."""
+    dense = tiny.write_model(tmp_path / "tiny", "llama", dtype=torch.float32, **NO_BIASES)
+    write_gguf(tmp_path / "tiny", file := tmp_path / "model.gguf")
+    written = generate([ids := text_ids(12)], dense.eval(), load_tokenizer(tmp_path / "tiny"), Sampling(), 16)
+    assert readable(opened(file).write(ids, 16)) == readable(written[0]) != ""
+
+
+def readable(text):
+    return "".join(letter for letter in text if letter.isascii())
 
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}

@@ -13,15 +13,16 @@ from compress.errors import UsageError
 from compress.models.packing import stored_linear
 from compress.models.storage import RoundedInputs, Storage
 from compress.models.stored_loading import load_stored
-from compress.numerics.grids import BLOCK, FLOAT8, QuantType
+from compress.numerics.grids import FLOAT8
 from compress.numerics.steps import StepMethod, make_grid
+from matrices import args_of
 from oracles import random_ids
 from runs import job_of
 from stored import label
 
 M, N = 200, 384  # the last block has 72 rows
-FP8 = QuantType(8, floating=True)
-STORAGES = [Storage("packed", 8, floating=True, group=BLOCK, inputs=inputs) for inputs in ("fp8", None)]  # type: ignore[arg-type]
+FP8 = args_of(8, "block", type="float")
+STORAGES = [Storage("packed", FP8, inputs="fp8"), Storage("packed", FP8)]
 WIDE = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "attention_bias": False}
 
 
@@ -41,9 +42,9 @@ def blocks(W: Tensor) -> list[tuple[slice, slice]]:
 @pytest.mark.parametrize("method", ["absmax", "mse"])
 def test_a_block_has_the_step_that_it_has_alone(method: StepMethod):
     W = matrix()
-    step = make_grid(W, FP8, group=BLOCK, method=method).scale(N).expand(M, N)
+    step = make_grid(W, FP8, method=method).scale(N).expand(M, N)
     for where in blocks(W):
-        alone = make_grid(W[where], FP8, group="tensor", method=method).step
+        alone = make_grid(W[where], args_of(8, "tensor", type="float"), method=method).step
         assert torch.allclose(step[where], alone, rtol=1e-12)
         if method == "absmax":
             assert torch.allclose(alone, W[where].abs().max() / 448)
@@ -54,7 +55,7 @@ def test_the_weight_is_what_compressed_tensors_makes_of_it(storage):
     quantization = pytest.importorskip("compressed_tensors.quantization")
     from compressed_tensors.quantization.lifecycle.forward import dequantize
 
-    grid = make_grid(matrix(), FP8, group=BLOCK, method="absmax", stored=torch.float32)
+    grid = make_grid(matrix(), FP8, method="absmax", stored=torch.float32)
     S = grid.nearest(matrix())
     linear: Any = stored_linear(storage, S, grid, None, None, None, None, torch.float32)
     assert (linear.weight.dtype, tuple(linear.weight_scale.shape)) == (FLOAT8, (2, 3))
@@ -79,7 +80,7 @@ def test_compressed_tensors_rounds_inputs_as_we_do():
 
 
 def stages(**quantize: Any) -> list[dict[str, Any]]:
-    told = {"bits": 8, "floating": True, "group": BLOCK} | quantize
+    told = {"num_bits": 8, "type": "float", "strategy": "block"} | quantize
     return [{"stage": "refit"}, {"stage": "slim", "quantize": told, "polish": 1, "inputs": "fp8"}]
 
 
@@ -107,7 +108,7 @@ def test_a_run_is_written_as_the_preset_of_compressed_tensors(tmp_path: Path):
     ("changes", "quantize", "said"),
     [
         ({"intermediate_size": 192}, {}, "A block takes inputs in groups of 128, but mlp.down_proj has 192."),
-        ({}, {"floating": False}, "group 128x128 is of fp8 weights; take --bits fp8, or another group"),
+        ({}, {"type": "int"}, "strategy block is of fp8 weights; take 8-bit floats (--bits fp8), or another strategy"),
     ],
 )
 def test_what_does_not_fit_is_told_before_the_run(changes, quantize, said, tmp_path):

@@ -17,11 +17,22 @@ from transformers import AutoModelForCausalLM
 from compress.errors import CheckpointError, NumericalError
 from compress.models.int4 import Int4Linear, problem, use_kernels
 from compress.models.packing import unpacks_while_loading
-from compress.models.storage import FloatLinear, PackedLinear, QuantizedLinear, RoundedInputs, Storage, empty_linear
+from compress.models.storage import FloatLinear, PackedLinear, QuantizedLinear, RoundedInputs, empty_linear
 from compress.models.stored_loading import load_stored
 from compress.numerics.sparsity import Pattern
 from oracles import random_ids
-from stored import Parts, label, on_linux, peak_of, python, random_parts, save_packed, wide_llama, write_packed
+from stored import (
+    Parts,
+    label,
+    on_linux,
+    peak_of,
+    python,
+    random_parts,
+    save_packed,
+    storage_of,
+    wide_llama,
+    write_packed,
+)
 
 CPU = torch.device("cpu")
 M, N = 48, 96
@@ -29,14 +40,14 @@ M, N = 48, 96
 WRITTEN = {
     label(storage): (storage, inner)
     for storage, inner in [
-        *((Storage("packed", bits, group=group), 42) for bits, group in ((2, "tensor"), (3, "channel"))),
-        (Storage("packed", 4, group=16), 48),
-        (Storage("packed", 4, group=16, symmetric=False), 48),
-        (Storage("packed", 8, floating=True, inputs="fp8"), 42),
-        (Storage("packed", 4, floating=True, group=16), 48),
-        (Storage("packed", 4, floating=True, group=32), 64),
-        (Storage("packed", 8, group=16, symmetric=False, inputs="int8"), 48),
-        (Storage("packed", 4, group=16, pattern=Pattern(2.0, 4)), 48),
+        *((storage_of("packed", bits, group=group), 42) for bits, group in ((2, "tensor"), (3, "channel"))),
+        (storage_of("packed", 4, group=16), 48),
+        (storage_of("packed", 4, group=16, symmetric=False), 48),
+        (storage_of("packed", 8, type="float", inputs="fp8"), 42),
+        (storage_of("packed", 4, type="float", group=16), 48),
+        (storage_of("packed", 4, type="float", group=32), 64),
+        (storage_of("packed", 8, group=16, symmetric=False, inputs="int8"), 48),
+        (storage_of("packed", 4, group=16, pattern=Pattern(2.0, 4)), 48),
     ]
 }
 DTYPES = (torch.float32, torch.bfloat16)  # in turn
@@ -143,7 +154,11 @@ def test_compressed_tensors_rounds_inputs_as_we_do():
 
 @pytest.mark.parametrize(
     ("storage", "bias"),
-    [(Storage("packed", 8, floating=True), True), (Storage("packed", 4), False), (Storage("packed", None), True)],
+    [
+        (storage_of("packed", 8, type="float"), True),
+        (storage_of("packed", 4), False),
+        (storage_of("packed", None), True),
+    ],
 )
 def test_adapter_bias_and_weight_are_added(storage, bias):
     storage = replace(storage, rank=3)
@@ -155,7 +170,7 @@ def test_adapter_bias_and_weight_are_added(storage, bias):
 
 
 def test_inputs_are_rounded_for_the_weight_and_not_for_the_adapter():
-    storage = Storage("packed", 8, rank=3, inputs="int8")
+    storage = storage_of("packed", 8, rank=3, inputs="int8")
     parts = random_parts(storage, M, N, torch.float64)
     x = torch.randn(5, N, dtype=torch.float64, requires_grad=True)
     y, unrounded = parts.stored(storage, torch.float64)(x), parts.of(x)
@@ -171,7 +186,7 @@ needs_vectors = pytest.mark.skipif(
 
 
 def int4(m: int, n: int, group: Any, device: torch.device = CPU) -> tuple[Int4Linear, Parts]:
-    storage = Storage("packed", 4, group=group, rank=4)
+    storage = storage_of("packed", 4, group=group, rank=4)
     parts = random_parts(storage, m, n, torch.bfloat16)
     linear = parts.stored(storage, torch.bfloat16).to(device)
     assert isinstance(linear, PackedLinear)
@@ -211,11 +226,11 @@ def test_the_kernel_computes_what_the_dense_linear_does_on_a_gpu(m, n, group):
 @pytest.mark.parametrize(
     ("storage", "dtype", "m", "why"),
     [
-        (Storage("packed", 3, group=32), torch.bfloat16, M, "integers of 4 bits"),
-        (Storage("packed", 4, symmetric=False), torch.bfloat16, M, "zero points"),
-        (Storage("packed", 4), torch.float32, M, "float32, not bfloat16"),
-        (Storage("packed", 4, group=16), torch.bfloat16, M, "groups of 32 to 256"),
-        (Storage("packed", 4), torch.bfloat16, 40, "multiples of 16 x 32"),
+        (storage_of("packed", 3, group=32), torch.bfloat16, M, "integers of 4 bits"),
+        (storage_of("packed", 4, symmetric=False), torch.bfloat16, M, "zero points"),
+        (storage_of("packed", 4), torch.float32, M, "float32, not bfloat16"),
+        (storage_of("packed", 4, group=16), torch.bfloat16, M, "groups of 32 to 256"),
+        (storage_of("packed", 4), torch.bfloat16, 40, "multiples of 16 x 32"),
     ],
 )
 def test_a_linear_without_a_kernel_stays_and_one_warning_says_why(storage, dtype, m, why, caplog, monkeypatch):
@@ -233,7 +248,7 @@ def test_a_linear_without_a_kernel_stays_and_one_warning_says_why(storage, dtype
 @needs_vectors
 def test_a_loaded_model_keeps_the_kernels_layout_alone(tmp_path, ids, caplog):
     shape = {"hidden_size": 64, "intermediate_size": 96}
-    write_packed(tmp_path / "model", Storage("packed", 4, group=32, rank=4), dtype=torch.bfloat16, **shape)
+    write_packed(tmp_path / "model", storage_of("packed", 4, group=32, rank=4), dtype=torch.bfloat16, **shape)
     model = load(tmp_path / "model", torch.bfloat16)
     assert caplog.records == []
     linears = stored_linears(model)
@@ -248,8 +263,11 @@ def test_a_loaded_model_keeps_the_kernels_layout_alone(tmp_path, ids, caplog):
 @pytest.mark.parametrize(
     ("storage", "changes"),
     [
-        (Storage("packed", 4, group=16, rank=4), {}),
-        (Storage("packed", None, rank=4), {"lora_alpha": 2, "alpha_pattern": {"q_proj": 3, "layers.0.mlp.up_proj": 5}}),
+        (storage_of("packed", 4, group=16, rank=4), {}),
+        (
+            storage_of("packed", None, rank=4),
+            {"lora_alpha": 2, "alpha_pattern": {"q_proj": 3, "layers.0.mlp.up_proj": 5}},
+        ),
     ],
     ids=["quantized", "other alphas"],
 )
@@ -273,7 +291,7 @@ def test_the_dense_model_is_never_in_memory(tmp_path):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         for path in paths:
             n, m = model.get_submodule(path).in_features, model.get_submodule(path).out_features
-            storage = Storage("packed", 4, group=128, rank=64)
+            storage = storage_of("packed", 4, group=128, rank=64)
             model.set_submodule(path, empty_linear(storage, n, m, bias=False, dtype=torch.bfloat16))
     size = 2 * sum(linear.in_features * linear.out_features for linear in stored_linears(model).values())
     assert size > 200e6
@@ -351,7 +369,7 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("sound") / "model"
-    write_packed(folder, Storage("packed", 4, group=16, rank=2), num_hidden_layers=1)
+    write_packed(folder, storage_of("packed", 4, group=16, rank=2), num_hidden_layers=1)
     return folder
 
 

@@ -6,34 +6,34 @@ import pytest
 import torch
 
 from compress.models.packing import Kept, pack_bits, pack_words
-from compress.models.storage import Storage, empty_linear, unpacked
-from compress.numerics.grids import Granularity
+from compress.models.storage import empty_linear, unpacked
 from compress.numerics.sparsity import Pattern
 from compress.own_model.modeling_compress import unpack_bits
-from stored import label, random_parts
+from matrices import args_of
+from stored import label, random_parts, storage_of
 
 M, N = 37, 480
 BITS = range(2, 9)
-GROUPS: list[Granularity] = ["tensor", "channel", 16]
+GROUPS: list[int | str] = ["tensor", "channel", 16]
 PATTERNS = [None, Pattern(2.0, 4), Pattern(4.0, 8), Pattern(3.0, 5), Pattern(8.0, 16)]
 PACKED = [
-    *(Storage("packed", bits, group=16, rank=3) for bits in BITS),
-    *(Storage("packed", 3, group=group, symmetric=False) for group in GROUPS),
-    *(Storage("packed", 8, floating=True, group=group, inputs="fp8") for group in GROUPS),
-    Storage("packed", 8, symmetric=False, inputs="int8"),
-    *(Storage("packed", 4, floating=True, group=group, rank=3) for group in (16, 32)),
-    Storage("packed", None, rank=3),
-    Storage("packed", 4, pattern=Pattern(2.0, 4)),
-    Storage("packed", 4, pattern=Pattern(0.5)),
+    *(storage_of("packed", bits, group=16, rank=3) for bits in BITS),
+    *(storage_of("packed", 3, group=group, symmetric=False) for group in GROUPS),
+    *(storage_of("packed", 8, type="float", group=group, inputs="fp8") for group in GROUPS),
+    storage_of("packed", 8, symmetric=False, inputs="int8"),
+    *(storage_of("packed", 4, type="float", group=group, rank=3) for group in (16, 32)),
+    storage_of("packed", None, rank=3),
+    storage_of("packed", 4, pattern=Pattern(2.0, 4)),
+    storage_of("packed", 4, pattern=Pattern(0.5)),
 ]
 COMPACT = [
-    *(Storage("compact", bits, pattern=Pattern(2.0, 4), rank=3) for bits in (*BITS, None)),
-    *(Storage("compact", bits, pattern=pattern) for bits in (3, None) for pattern in PATTERNS),
-    *(Storage("compact", 4, pattern=Pattern(2.0, 4), group=group) for group in (*GROUPS, 100)),
-    Storage("compact", 8, floating=True, pattern=Pattern(2.0, 4)),
-    Storage("compact", 4, finer=True, group=16),
-    Storage("compact", 4, pattern=Pattern(0.5)),
-    Storage("compact", 4, rank=5, adapter_bits=4),
+    *(storage_of("compact", bits, pattern=Pattern(2.0, 4), rank=3) for bits in (*BITS, None)),
+    *(storage_of("compact", bits, pattern=pattern) for bits in (3, None) for pattern in PATTERNS),
+    *(storage_of("compact", 4, pattern=Pattern(2.0, 4), group=group) for group in (*GROUPS, 100)),
+    storage_of("compact", 8, type="float", pattern=Pattern(2.0, 4)),
+    storage_of("compact", 4, important_inputs=True, group=16),
+    storage_of("compact", 4, pattern=Pattern(0.5)),
+    storage_of("compact", 4, rank=5, adapter=args_of(4, 128)),
 ]
 
 
@@ -85,7 +85,7 @@ def test_the_weight_comes_back_exactly(storage):
 def test_compact_takes_the_bytes_it_says():
     """2:4 at 4 bits: 2 bits of codes and 3/4 of a bit for the places; a scale for each 128; an adapter at 4 bits."""
     m, n, r = 256, 512, 16
-    storage = Storage("compact", 4, group=128, pattern=Pattern(2.0, 4), rank=r, adapter_bits=4)
+    storage = storage_of("compact", 4, group=128, pattern=Pattern(2.0, 4), rank=r, adapter=args_of(4, 128))
     with torch.device("meta"):
         linear = empty_linear(storage, n, m, bias=True, dtype=torch.bfloat16)
     found = {name: t.nbytes for name, t in linear.state_dict().items()}

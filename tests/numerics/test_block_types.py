@@ -88,7 +88,7 @@ def test_weights_of_inputs_count_in_the_fit(name):
 def test_refitted_scales_never_lose_and_can_be_stored(name):
     W, H = weights("usual")[:4], hessian()
     grid = fit_blocks(W, TYPES[name], H.damped.diagonal())
-    Q, _ = sweep(W, H, grid=grid, act_order=True)
+    Q, _ = sweep(W, H, grid=grid, actorder=True)
     damped = H.damped.to(W.dtype)
     slope = damped @ (W - Q).T
     before = slope.norm()

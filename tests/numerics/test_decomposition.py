@@ -19,12 +19,11 @@ from compress.numerics.decomposition import (
     Rounding,
     decompose_together,
 )
-from compress.numerics.grids import QuantType
 from compress.numerics.lowrank import fit_adapter
 from compress.numerics.moments import Hessian, InputMoments
 from compress.numerics.sparsity import Pattern
 from compress.numerics.sweep import descend, rescaled, sweep
-from matrices import difference, measured, random, rows
+from matrices import args_of, difference, measured, random, rows
 
 M, N, TOKENS = 12, 32, 300
 FEW = 16  # inputs, where every combination is made
@@ -36,18 +35,18 @@ def pruning(method: Pruner, text: str = "2:4", *, iterations: int = 200) -> Prun
     return Pruning(method=method, pattern=Pattern.parse(text), iterations=iterations)
 
 
-NEAREST = Rounding(quant_type=QuantType(4), group="channel", steps="mse", sweeps=False)
-SWEPT = Rounding(quant_type=QuantType(4), group="channel", steps="mse", sweeps=True)
+NEAREST = Rounding(args=args_of(4), steps="mse", sweeps=False)
+SWEPT = Rounding(args=args_of(4), steps="mse", sweeps=True)
 COARSE = dataclasses.replace(SWEPT, steps="absmax")
 ROUNDINGS = (
     None,
-    dataclasses.replace(NEAREST, group="tensor", steps="absmax"),
-    dataclasses.replace(NEAREST, group=5, steps="slim"),
-    dataclasses.replace(NEAREST, symmetric=False, stored=torch.bfloat16),
+    dataclasses.replace(NEAREST, args=args_of(4, "tensor"), steps="absmax"),
+    dataclasses.replace(NEAREST, args=args_of(4, 5), steps="slim"),
+    dataclasses.replace(NEAREST, args=args_of(4, symmetric=False), stored=torch.bfloat16),
     COARSE,
-    dataclasses.replace(COARSE, quant_type=QuantType(2), group=12, symmetric=False),
-    dataclasses.replace(COARSE, act_order=True, stored=torch.float16, group=5),
-    dataclasses.replace(COARSE, quant_type=QuantType(8, floating=True)),
+    dataclasses.replace(COARSE, args=args_of(2, 12, symmetric=False)),
+    dataclasses.replace(COARSE, args=args_of(4, 5), actorder=True, stored=torch.float16),
+    dataclasses.replace(COARSE, args=args_of(8, type="float")),
 )
 SLIM = Adapting(method="slim", rank=2)
 ADAPTINGS = (None, Adapting(method="naive", rank=2), SLIM, Adapting(method="whitened", rank=2, rounds=2))
@@ -87,8 +86,8 @@ def keeps_to_mask_and_grid(found: Decomposed, how: Decomposition, text: str) -> 
             assert found.mask.sum() == found.mask.numel() / 2
     assert (found.grid is None) == (how.quantize is None)
     if found.grid is not None and how.quantize is not None:
-        assert found.grid.quant_type == how.quantize.quant_type
-        assert (found.grid.zero is None) == how.quantize.symmetric
+        assert found.grid.kind == how.quantize.args
+        assert (found.grid.zero is None) == how.quantize.args.symmetric
         if how.quantize.stored is not None:
             assert torch.equal(found.grid.step.to(how.quantize.stored).double(), found.grid.step)
         assert torch.equal(found.grid.nearest(found.S), found.S)
@@ -129,7 +128,7 @@ def test_a_bias_keeps_the_mean_of_the_outputs():
 @pytest.mark.parametrize("sweeps", [False, True], ids=["nearest", "swept"])
 def test_finer_inputs_are_on_a_grid_twice_as_fine(sweeps):
     W, X = random(M, 200), rows(200)
-    quantize = dataclasses.replace(SWEPT if sweeps else NEAREST, finer=True, group="tensor")
+    quantize = dataclasses.replace(SWEPT if sweeps else NEAREST, important_inputs=True, args=args_of(4, "tensor"))
     how = Decomposition(prune=pruning("wanda"), quantize=quantize, adapt=SLIM)
     found = made(W, X, how)
     keeps_to_mask_and_grid(found, how, "2:4")
@@ -180,7 +179,7 @@ def test_each_round_fits_the_weights_to_what_the_adapter_leaves_and_the_adapter_
 )
 def test_weights_with_the_same_inputs_are_decomposed_together_as_if_alone(prune, group):
     moments, weights = measured(rows()), [random(m, N, seed=m) for m in (5, M)]
-    quantize = dataclasses.replace(COARSE, group=group)
+    quantize = dataclasses.replace(COARSE, args=args_of(4, group))
     hows = [
         Decomposition(prune=prune, quantize=quantize, adapt=Adapting(method="whitened", rank=rank, rounds=2), polish=1)
         for rank in (1, 3)

@@ -1,15 +1,17 @@
 """Steps at their best for given codes: against brute force, group after group by hand, and never worse."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from compress.numerics.grids import Granularity, Grid, QuantType
+from compress.numerics.grids import Grid
 from compress.numerics.moments import Hessian
 from compress.numerics.steps import make_grid
 from compress.numerics.sweep import rescaled
+from matrices import args_of
 
 M, N = 6, 24
 
@@ -27,8 +29,8 @@ def error(W: Tensor, Q: Tensor, hessian: Hessian) -> float:
     return float(((W - Q) @ hessian.damped * (W - Q)).sum())
 
 
-def grid_of(W: Tensor, granularity: Granularity, *, bits: int = 3, **how: object) -> Grid:
-    return make_grid(W, QuantType(bits), group=granularity, method="mse", **how)  # type: ignore[arg-type]
+def grid_of(W: Tensor, group: int | str, *, bits: int = 3, symmetric: bool = True, **how: Any) -> Grid:
+    return make_grid(W, args_of(bits, group, symmetric=symmetric), method="mse", **how)
 
 
 GRIDS = {

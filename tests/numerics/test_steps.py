@@ -1,12 +1,14 @@
 """Steps of grids against trying very many."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
-from compress.numerics.grids import Granularity, Grid, QuantType
+from compress.numerics.grids import Grid, QuantizationArgs
 from compress.numerics.steps import finer_inputs, make_grid
-from matrices import random
+from matrices import args_of, random
 
 DENSE = 20_000  # steps that the slow search tries
 WIDTHS = (2, 8)
@@ -33,26 +35,28 @@ DRAWS = {"gauss": random, "laplace": laplace, "student 2": student}
 EVERY_DRAW = pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS)
 
 
-def errors(pieces: Tensor, step: Tensor, quant_type: QuantType) -> Tensor:
+def errors(pieces: Tensor, step: Tensor, args: QuantizationArgs) -> Tensor:
     """Of pieces (pieces, weights), each by its steps (pieces, steps)."""
     w, s = pieces[:, None, :], step[:, :, None]
-    return ((w / s).round_().clamp_(quant_type.lowest, quant_type.highest).mul_(s).sub_(w)).square_().sum(-1)
+    return ((w / s).round_().clamp_(args.lowest, args.highest).mul_(s).sub_(w)).square_().sum(-1)
 
 
-def least_by_trying(pieces: Tensor, quant_type: QuantType, *, count: int = DENSE) -> Tensor:
+def least_by_trying(pieces: Tensor, args: QuantizationArgs, *, count: int = DENSE) -> Tensor:
     """The least error of `count` steps up to one with which no weight is clipped and the largest is a small code."""
-    largest = pieces.abs().amax(-1, keepdim=True) / quant_type.highest
+    largest = pieces.abs().amax(-1, keepdim=True) / args.highest
     shares = torch.linspace(2 / count, 2, count, dtype=torch.float64)
     chunks = shares.split(max(2**18 // pieces.numel(), 1))
-    return torch.cat([errors(pieces, largest * chunk, quant_type) for chunk in chunks], dim=1).amin(-1)
+    return torch.cat([errors(pieces, largest * chunk, args) for chunk in chunks], dim=1).amin(-1)
 
 
 def lost(W: Tensor, grid: Grid) -> float:
     return float((grid.nearest(W) - W).square().sum())
 
 
-def made(W: Tensor, bits: int, method: str, group: Granularity = "channel", **options: object) -> Grid:
-    return make_grid(W, QuantType(bits), group=group, method=method, **options)  # type: ignore[arg-type]
+def made(
+    W: Tensor, bits: int, method: Any, group: int | str = "channel", *, symmetric: bool = True, **options: Any
+) -> Grid:
+    return make_grid(W, args_of(bits, group, symmetric=symmetric), method=method, **options)
 
 
 # In 8 bits the error has many minima that are nearly as good, and the search may end in another than the least.
@@ -62,17 +66,17 @@ NEAR = {2: 1.001, 3: 1.001, 4: 1.001, 8: 1.08}
 @EVERY_WIDTH
 @EVERY_DRAW
 def test_slim_is_as_good_as_the_best_of_very_many_steps(draw, bits):
-    W, quant_type = draw(30, 41, seed=bits), QuantType(bits)
-    least = least_by_trying(W.reshape(1, -1), quant_type)
+    W, args = draw(30, 41, seed=bits), args_of(bits)
+    least = least_by_trying(W.reshape(1, -1), args)
     assert lost(W, made(W, bits, "slim", "tensor")) <= NEAR[bits] * float(least)
 
 
 @pytest.mark.parametrize("bits", [4])
 @EVERY_DRAW
 def test_mse_is_nearly_as_good_for_groups_of_64(draw, bits):
-    pieces, quant_type = draw(40, 64, seed=bits), QuantType(bits)
-    found = errors(pieces, made(pieces, bits, "mse").step, quant_type)[:, 0]
-    assert found.sum() <= 1.01 * least_by_trying(pieces, quant_type, count=2000).sum()
+    pieces, args = draw(40, 64, seed=bits), args_of(bits)
+    found = errors(pieces, made(pieces, bits, "mse").step, args)[:, 0]
+    assert found.sum() <= 1.01 * least_by_trying(pieces, args, count=2000).sum()
 
 
 @EVERY_WIDTH

@@ -7,18 +7,18 @@ import torch
 from torch import Tensor
 
 from compress.errors import NumericalError
-from compress.numerics.grids import Granularity, Grid, QuantType
+from compress.numerics.grids import Grid
 from compress.numerics.moments import Hessian
 from compress.numerics.sparsity import Pattern, keep_mask
 from compress.numerics.steps import make_grid
 from compress.numerics.sweep import descend, sweep
-from matrices import difference, random
+from matrices import args_of, difference, random
 
 M, N, TOKENS = 5, 24, 80
 WHERE = "block 3 mlp.down_proj"
 DAMPING = 0.01
 PATTERNS = (None, "2:4", "50%")
-GRIDS: dict[str, Granularity | None] = {"no grid": None, "by row": "channel", "ragged groups": 7}
+GRIDS: dict[str, int | str | None] = {"no grid": None, "by row": "channel", "ragged groups": 7}
 EVERY_PATTERN = pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 EVERY_GRID = pytest.mark.parametrize("group", GRIDS.values(), ids=GRIDS)
 EVERY_BLOCK = pytest.mark.parametrize("block", [3, 128])
@@ -36,8 +36,8 @@ def hessian(X: Tensor, *, damping: float = DAMPING) -> Hessian:
     return Hessian(X.T @ X / len(X), damping, WHERE)
 
 
-def grid_for(W: Tensor, group: Granularity | None, *, bits: int = 3, symmetric: bool = True) -> Grid | None:
-    return None if group is None else make_grid(W, QuantType(bits), group=group, method="mse", symmetric=symmetric)
+def grid_for(W: Tensor, group: int | str | None, *, bits: int = 3, symmetric: bool = True) -> Grid | None:
+    return None if group is None else make_grid(W, args_of(bits, group, symmetric=symmetric), method="mse")
 
 
 def parsed(text: str | None) -> Pattern | None:
@@ -122,7 +122,7 @@ def test_act_order_is_the_plain_sweep_of_inputs_in_that_order(masked, block, mon
     mask = keep_mask(random(M, N, seed=3).abs(), Pattern.parse("50%")) if masked else None
     order = X.square().mean(0).argsort(descending=True)
     assert order.tolist() != list(range(N))
-    found, _ = sweep(W, H, grid=grid, mask=mask, act_order=True)
+    found, _ = sweep(W, H, grid=grid, mask=mask, actorder=True)
     permuted = None if mask is None else mask[:, order]
     expected, _ = sweep(W[:, order], hessian(X[:, order]), grid=grid, mask=permuted)
     assert difference(found[:, order], expected) < 1e-10
@@ -144,13 +144,13 @@ def descended_slowly(Q: Tensor, W: Tensor, H: Tensor, grid: Grid | None, mask: T
 
         below, at, above = (error_at(value) for value in (-1.0, 0.0, 1.0))
         best = (below - above) / (2 * (below - 2 * at + above))
-        values = [best] if grid is None else (every_code(grid) * grid.step[i, j // grid.group]).tolist()
+        values = [best] if grid is None else (every_code(grid) * grid.step[i, j // grid.group_size]).tolist()
         Q[i, j] = min(values, key=error_at)
     return Q
 
 
 def every_code(grid: Grid) -> Tensor:
-    return torch.arange(grid.quant_type.lowest, grid.quant_type.highest + 1).double()
+    return torch.arange(grid.kind.lowest, grid.kind.highest + 1).double()
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_descent_is_one_weight_after_another_at_its_best(masked, group, block, m
 def finite_and_no_worse(W: Tensor, X: Tensor) -> None:
     """The outputs on the text are no worse than with rounding to nearest of what the same mask leaves."""
     H = hessian(X)
-    grids = [make_grid(W, QuantType(3), group=group, method="absmax") for group in (N, 8)]
+    grids = [make_grid(W, args_of(3, group), method="absmax") for group in (N, 8)]
     for text, grid in itertools.product(PATTERNS, grids):
         found, mask = sweep(W, H, grid=grid, pattern=parsed(text))
         found = descend(found, W, H, grid=grid, mask=mask, rounds=2)
@@ -184,11 +184,11 @@ def test_fewer_tokens_than_inputs():
     finite_and_no_worse(random(M, N), rows(count=6))
 
 
-@pytest.mark.parametrize(("act_order", "fault"), [(False, float("nan")), (True, float("inf"))])
-def test_an_error_names_the_linear(fault, act_order):
+@pytest.mark.parametrize(("actorder", "fault"), [(False, float("nan")), (True, float("inf"))])
+def test_an_error_names_the_linear(fault, actorder):
     H = Hessian(hessian(rows()).second * fault, DAMPING, WHERE)
     with pytest.raises(NumericalError) as raised:
-        sweep(random(M, N), H, act_order=act_order)
+        sweep(random(M, N), H, actorder=actorder)
     assert str(raised.value).startswith(f"The second moment of the inputs of {WHERE} has no Cholesky factor: ")
 
 

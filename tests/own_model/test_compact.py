@@ -10,21 +10,21 @@ from transformers import AutoModelForCausalLM
 
 import compress  # noqa: F401 (registers the architecture)
 from compress.models.storage import Storage
-from compress.numerics.grids import QuantType
 from compress.numerics.sparsity import Pattern
 from compress.numerics.steps import make_grid
 from compress.own_model import modeling_compress
 from compress.own_model.modeling_compress import CompressForCausalLM
+from matrices import args_of
 from oracles import random_ids
-from stored import Parts, label, random_parts, write_compact
+from stored import Parts, label, random_parts, storage_of, write_compact
 
 M, N = 24, 64
 STORAGES = [
-    Storage("compact", 4, group=16, pattern=Pattern(2.0, 4), rank=5, adapter_bits=4, adapter_group=16),
-    Storage("compact", 3, group=40, pattern=Pattern(4.0, 8), rank=5),
-    Storage("compact", 5, group="tensor", finer=True),
-    Storage("compact", 8, floating=True, pattern=Pattern(2.0, 4)),
-    Storage("compact", None, pattern=Pattern(2.0, 4), rank=5, adapter_bits=4),
+    storage_of("compact", 4, group=16, pattern=Pattern(2.0, 4), rank=5, adapter=args_of(4, 16)),
+    storage_of("compact", 3, group=40, pattern=Pattern(4.0, 8), rank=5),
+    storage_of("compact", 5, group="tensor", important_inputs=True),
+    storage_of("compact", 8, type="float", pattern=Pattern(2.0, 4)),
+    storage_of("compact", None, pattern=Pattern(2.0, 4), rank=5, adapter=args_of(4, 128)),
 ]
 
 
@@ -38,9 +38,8 @@ def dense(parts: Parts, storage: Storage, dtype: torch.dtype) -> Tensor:
     if parts.A is None or parts.B is None:
         return parts.S
     factors = [parts.A, parts.B.T]
-    if storage.adapter_bits is not None:
-        quant_type, group = QuantType(storage.adapter_bits), storage.adapter_group
-        grids = [make_grid(factor, quant_type, group=group, method="mse", stored=dtype) for factor in factors]
+    if storage.adapter is not None:
+        grids = [make_grid(factor, storage.adapter, method="mse", stored=dtype) for factor in factors]
         factors = [grid.nearest(factor) for grid, factor in zip(grids, factors, strict=True)]
     return parts.S + factors[1].T @ factors[0]
 

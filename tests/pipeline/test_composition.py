@@ -107,7 +107,7 @@ def test_8_bits_keep_what_was_there_before(before, model_type, form, tmp_path):
     """Sliced and factorized models, stock and ours, in every form: loaded again they compute what they did."""
     job = job_of(tmp_path, model_type, TOGETHER[before], changes=DOUBLE, out="plain")
     plain = pipeline.run(job)
-    slim = {"stage": "slim", "quantize": {"bits": 8, "group": "channel"}, "form": form}
+    slim = {"stage": "slim", "quantize": {"num_bits": 8, "strategy": "channel"}, "form": form}
     found = pipeline.run(job_of(tmp_path, model_type, [*TOGETHER[before], slim], out="stored"))
     assert found.metadata.loads_without_our_code == (plain.metadata.loads_without_our_code and form != "compact")
     assert (found.size.bytes == plain.size.bytes) if form == "dense" else (found.size.bytes < plain.size.bytes)

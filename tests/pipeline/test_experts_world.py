@@ -16,7 +16,7 @@ from runs import job_of, proved_here, run_here
 
 pytestmark = pytest.mark.slow
 Stages = list[dict[str, Any]]
-ADAPTED: Stages = [{"stage": "slim", "quantize": {"group": "channel"}, "adapt": {"rank": 0.1}, "form": "compact"}]
+ADAPTED: Stages = [{"stage": "slim", "quantize": {"strategy": "channel"}, "adapt": {"rank": 0.1}, "form": "compact"}]
 ANCHORED: Stages = lowrank("anchored", {"rank_frac": 0.5}, gradient_weight=0.9)
 PER_LAYER: Stages = anchored({"ratio": 0.25}, rotation="per-layer", round_to=8)
 NARROW: Stages = anchored({"width": 24}, rotation="shared", round_to=8)
@@ -95,7 +95,7 @@ def test_experts_that_few_tokens_reach_are_told_of_and_harm_nothing(tmp_path):
 
 REFUSED: dict[str, tuple[Stages, str]] = {
     "packed": (
-        [{"stage": "slim", "quantize": {"group": "channel"}}],
+        [{"stage": "slim", "quantize": {"strategy": "channel"}}],
         "A model with experts cannot be packed: transformers fuses them while it loads, looks for the packed parts of "
         "all, and has no linears for an adapter. Store it with --compact, or merge it with --materialize.",
     ),

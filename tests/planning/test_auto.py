@@ -223,12 +223,12 @@ def test_a_frontier_is_found_once_and_any_point_written_later(home, tmp_path):
     [
         ([], ["--target-size 88MB", "--frontier 40MB:120MB"]),
         (["--target-size", "200kB", "--frontier", "1MB:2MB"], ["one of the two"]),
-        (["--target-size", "200kB", "--for", "vllm"], ["compress quantize --bits"]),
+        (["--target-size", "200kB", "--for", "exllama"], ["exllama"]),
         (["--frontier", "2MB:1MB"], ["the smaller one first"]),
         (["--target-size", "many"], ["--target-size takes a size"]),
         (["--target-size", "200kB", "--from", "nowhere"], ["frontier.json"]),
         (["--frontier", "1kB:200kB"], ["at least"]),
-        (["--target-size", "200kB", "--set", 'slim.quantize.gguf_tensors={"model.x": "Q8_0"}'], ["budget"]),
+        (["--target-size", "200kB", "--set", 'slim.quantize.types={"model.x": "Q8_0"}'], ["budget"]),
     ],
 )
 def test_what_cannot_be_is_said_in_a_line(home, tmp_path, options, words):
@@ -240,7 +240,7 @@ def test_what_cannot_be_is_said_in_a_line(home, tmp_path, options, words):
 
 def test_types_that_a_recipe_gives_are_checked(home, written, tmp_path):
     facts = json.loads((written / "compress.json").read_text())
-    facts["recipe"]["stages"][1]["quantize"]["gguf_tensors"]["model.layers.0.self_attn.q_proj"] = "Q4_K"
+    facts["recipe"]["stages"][1]["quantize"]["types"]["model.layers.0.self_attn.q_proj"] = "Q4_K"
     (tmp_path / "changed.json").write_text(json.dumps(facts))
     ran = invoke("run", tmp_path / "changed.json", "--model", home / "llama", "--out", tmp_path / "never")
     assert (ran.code, len(ran.faults)) == (2, 1)
@@ -290,4 +290,4 @@ def test_trials_of_types_are_for_types(home, tmp_path):
     words = ["slice", "--model", home / "llama", "--keep-params", 0.7, "--set", "budget.trials=5", "--dry-run"]
     ran = invoke(*words, "--calib", home / "text.txt", "--out", tmp_path / "out")
     assert ran.code == 2
-    assert "trials is for types of a GGUF file" in ran.faults[0]
+    assert "trials is for types of matrices" in ran.faults[0]

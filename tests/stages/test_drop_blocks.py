@@ -33,7 +33,7 @@ LORD = [REFIT, {"stage": "factorize", "allocation": "fisher", "rank_frac": 0.5, 
 RECIPES = {
     "low rank": LORD,
     "sliced": anchored({"width": 16}, rotation="per-layer"),
-    "bits": [REFIT, {"stage": "slim", "quantize": {"bits": 4, "group": 8}, "form": "compact"}],
+    "num_bits": [REFIT, {"stage": "slim", "quantize": {"num_bits": 4, "group_size": 8}, "form": "compact"}],
 }
 
 

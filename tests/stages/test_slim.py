@@ -76,7 +76,7 @@ def test_slim_is_its_paper_written_out_branch_by_branch(models):
     model, folder = models("llama")
     paper = Slim(
         prune=Prune(method="wanda"),
-        quantize=Quantize(method="slim", group="tensor"),
+        quantize=Quantize(method="slim", strategy="tensor"),
         adapt=Adapt(method="slim", rank=0.25),
     )
     result = walked(folder, [paper])
@@ -115,7 +115,7 @@ def stage(form: str = "packed", **parts: Any) -> dict[str, Any]:
 
 
 WANDA = {"method": "wanda", "pattern": "2:4"}
-FOUR = {"method": "mse", "bits": 4, "group": "channel"}
+FOUR = {"method": "mse", "num_bits": 4, "strategy": "channel"}
 TENTH = {"method": "whitened", "rank": 0.1}
 FORMS = ("packed", "compact", "dense")
 
@@ -139,7 +139,11 @@ def is_as_planned(plan: Plan, result: pipeline.output.Result) -> None:
 def faces(tmp_path_factory) -> Path:
     """The same recipe in every form; refitted, with ranks that differ."""
     folder = tmp_path_factory.mktemp("faces")
-    parts = {"prune": WANDA, "quantize": FOUR | {"group": 16}, "adapt": {"method": "whitened", "rank": 0.25}}
+    parts = {
+        "prune": WANDA,
+        "quantize": FOUR | {"strategy": "group", "group_size": 16},
+        "adapt": {"method": "whitened", "rank": 0.25},
+    }
     for form in FORMS:
         stages = [{"stage": "refit"}, stage(form, **parts, center=True)]
         job = job_of(folder, "llama", stages, changes={"dtype": torch.float64}, out=f"as-{form}")
@@ -187,11 +191,14 @@ def test_every_form_is_one_function(logits, name):
 
 
 SIZED: dict[str, tuple[str, dict[str, Any]]] = {
-    "packed, fp8 and its inputs": ("packed", {"quantize": {"bits": 8, "floating": True}, "inputs": "fp8"}),
-    "packed, nvfp4": ("packed", {"quantize": {"bits": 4, "floating": True, "group": 16}, "adapt": TENTH}),
-    "compact, ragged groups": ("compact", {"prune": WANDA, "quantize": FOUR | {"group": 24, "bits": 3}}),
+    "packed, fp8 and its inputs": ("packed", {"quantize": {"num_bits": 8, "type": "float"}, "inputs": "fp8"}),
+    "packed, nvfp4": ("packed", {"quantize": {"num_bits": 4, "type": "float", "group_size": 16}, "adapt": TENTH}),
+    "compact, ragged groups": (
+        "compact",
+        {"prune": WANDA, "quantize": FOUR | {"strategy": "group", "group_size": 24, "num_bits": 3}},
+    ),
     "compact, 4 of 8 of floats": ("compact", {"prune": {"method": "wanda", "pattern": "4:8"}, "adapt": TENTH}),
-    "compact, an adapter of codes": ("compact", {"quantize": FOUR, "adapt": TENTH | {"bits": 4, "group": 16}}),
+    "compact, an adapter of codes": ("compact", {"quantize": FOUR, "adapt": TENTH | {"num_bits": 4, "group_size": 16}}),
 }
 
 
@@ -201,7 +208,7 @@ def test_what_is_planned_is_what_is_written(name, tmp_path):
     job = job_of(tmp_path, "opt", [stage(form, **parts)], dtype="bfloat16")
     plan, result = run_unproved(job)
     is_as_planned(plan, result)
-    # QuantType: those that are kept, and the adapter's.
+    # Numbers: those that are kept, and the adapter's.
     dense = tiny.tiny_model("opt", num_hidden_layers=1)
     numbers = sum(parameter.numel() for parameter in dense.parameters())
     kept = 0.5 if form == "compact" and "prune" in parts else 1
@@ -233,7 +240,7 @@ RECIPES: dict[str, Stages] = {
         {"stage": "refit"},
         stage(prune={"iterations": 5}, quantize={}, adapt={"rounds": 2}, polish=1, center=True),
     ],
-    "slim": [stage(prune=WANDA, quantize={"method": "slim", "group": "tensor"}, adapt={"method": "slim"})],
+    "slim": [stage(prune=WANDA, quantize={"method": "slim", "strategy": "tensor"}, adapt={"method": "slim"})],
     "compact": [
         stage("compact", prune={"method": "sparsegpt"}, quantize=FOUR | {"important_inputs": True}, adapt=TENTH)
     ],

@@ -15,7 +15,6 @@ from compress import families
 from compress.checkpoints.metadata import AdapterMetadata, LinearMetadata, Metadata
 from compress.errors import NumericalError, UsageError
 from compress.models.packing import pack_bits, unsigned
-from compress.models.storage import Storage
 from compress.models.stored_loading import load_stored
 from compress.numerics.sparsity import Pattern
 from compress.own_model.configuration_compress import CompressConfig
@@ -34,8 +33,9 @@ from compress.tuning.trained import (
 from compress.tuning.trained import lora as train_lora
 from compress.tuning.training import Objective, Training
 from compress.tuning.tuner import put_tensors
+from matrices import args_of
 from oracles import logits_of, random_ids
-from stored import write_compact, write_packed
+from stored import storage_of, write_compact, write_packed
 from tiny import VOCAB_SIZE, tiny_config, tiny_model, tiny_tokenizer, write_text
 
 IDS = random_ids(6, 12, seed=1)
@@ -160,7 +160,7 @@ def test_a_lora_is_on_every_linear_of_the_blocks_and_merges_exactly():
 
 
 def metadata(**told: Any) -> Metadata:
-    usual: dict[str, Any] = {"storage": None, "adapter": None, "linears": [], "loads_without_our_code": True}
+    usual: dict[str, Any] = {"form": None, "adapter": None, "linears": [], "loads_without_our_code": True}
     return Metadata.model_construct(**(usual | told))
 
 
@@ -169,7 +169,7 @@ def metadata(**told: Any) -> Metadata:
     [
         ({}, {}, None),
         ({"loads_without_our_code": False}, {"form": "pivot", "rank": 4}, None),
-        ({"storage": "packed"}, {"bits": 4}, "stored in few bits"),
+        ({"form": "packed"}, {"bits": 4}, "stored in few bits"),
         ({}, {"bits": 4, "pattern": "2:4"}, "would fill the zeros"),
         ({}, {"bits": 4}, "grid of few bits"),
         ({}, {"form": "factors", "rank": 4}, "multiplied out from low ranks"),
@@ -184,12 +184,12 @@ def test_what_can_be_trained_follows_from_how_it_is_stored(tmp_path):
     plain, thin = tiny_model("llama", dtype=F32, num_hidden_layers=1), thin_model()
     assert trainable(metadata(), plain) == ("lora", "all")
     assert trainable(metadata(), thin) == ("factors", "lora", "all")
-    assert trainable(metadata(storage="packed"), plain) == ("lora",)
-    assert trainable(metadata(storage="packed", adapter=AdapterMetadata(r=3)), plain) == ("adapters",)
+    assert trainable(metadata(form="packed"), plain) == ("lora",)
+    assert trainable(metadata(form="packed", adapter=AdapterMetadata(r=3)), plain) == ("adapters",)
     assert trainable(metadata(adapter=AdapterMetadata(r=3)), plain) == ("adapters",)
-    compact = write_compact(tmp_path / "compact", Storage("compact", 4))
+    compact = write_compact(tmp_path / "compact", storage_of("compact", 4))
     with pytest.raises(UsageError, match=r"has no adapters, .* Make one with adapters: compress slim"):
-        trainable(metadata(storage="compact"), compact)
+        trainable(metadata(form="compact"), compact)
     assert chosen(settings(), ("factors", "lora")) == "factors"
     assert chosen(settings(train="lora"), ("factors", "lora")) == "lora"
     with pytest.raises(UsageError, match=r"--train all is not for this checkpoint\. It has: lora\."):
@@ -197,8 +197,8 @@ def test_what_can_be_trained_follows_from_how_it_is_stored(tmp_path):
 
 
 def stored_matrix(bits: int | None) -> StoredMatrix:
-    entry = {"bits": bits, "scale_group": 8, "floating": False, "pattern": None, "finer": False}
-    matrix, draw = StoredMatrix(3, 20, entry), torch.Generator().manual_seed(0)
+    quantization = None if bits is None else args_of(bits, 8).model_dump()
+    matrix, draw = StoredMatrix(3, 20, quantization), torch.Generator().manual_seed(0)
     if bits is None:
         matrix.values = torch.randn(3, 20, generator=draw)
     else:
@@ -239,16 +239,16 @@ def test_the_gradient_passes_straight_through_the_rounding_and_stops_where_codes
     assert torch.equal(gradient[1:], torch.ones(2, 20))
 
 
-@pytest.mark.parametrize("adapter_bits", [None, 4])
-def test_compact_adapters_are_trained_and_nothing_else_is_written(tmp_path, adapter_bits):
-    storage = Storage("compact", 4, pattern=Pattern(2, 4), rank=3, adapter_bits=adapter_bits, adapter_group=16)
+@pytest.mark.parametrize("adapter", [None, args_of(4, 16)], ids=["floats", "codes"])
+def test_compact_adapters_are_trained_and_nothing_else_is_written(tmp_path, adapter):
+    storage = storage_of("compact", 4, pattern=Pattern(2, 4), rank=3, adapter=adapter)
     model: Any = write_compact(tmp_path / "compact", storage)
     before = logits_of(model, IDS)
     trained = compact_adapters(model)
     assert torch.equal(logits_of(model, IDS), before)
     drift(trained)
     settled = trained.settled()
-    assert {name.rpartition(".")[2] for name in settled.tensors} == {"codes" if adapter_bits else "values"}
+    assert {name.rpartition(".")[2] for name in settled.tensors} == {"codes" if adapter else "values"}
     again: Any = write_compact(tmp_path / "again", storage)
     state = again.state_dict()
     assert all(state[name].shape == tensor.shape for name, tensor in settled.tensors.items())
@@ -257,9 +257,9 @@ def test_compact_adapters_are_trained_and_nothing_else_is_written(tmp_path, adap
 
 
 STORED = {
-    "zero points": Storage("packed", 4, group=16, symmetric=False),
-    "bytes, rounded inputs": Storage("packed", 8, inputs="int8"),
-    "compact": Storage("compact", 3, pattern=Pattern(2, 4), rank=3, adapter_bits=4, adapter_group=16),
+    "zero points": storage_of("packed", 4, group=16, symmetric=False),
+    "bytes, rounded inputs": storage_of("packed", 8, inputs="int8"),
+    "compact": storage_of("compact", 3, pattern=Pattern(2, 4), rank=3, adapter=args_of(4, 16)),
 }
 
 

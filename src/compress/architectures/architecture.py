@@ -4,6 +4,7 @@ A plan applies the recipe to a `ModelSpec`, a walk applies it to weights. `Stock
 model's own as it is, or narrower. `Own` is our class, for what no stock class can hold. Both can have packed linears.
 """
 
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -22,8 +23,8 @@ from compress.calibration.weights import Layout
 from compress.errors import UsageError
 from compress.families import Family
 from compress.models.loading import empty_model, with_blocks
-from compress.models.packing import put_packed, quantization_config
-from compress.models.storage import Storage, num_parameters
+from compress.models.packing import embeddings_not_for_vllm, put_packed, quantization_config
+from compress.models.storage import Storage, empty_linear, num_parameters
 from compress.own_model.modeling_compress import unfuse_experts
 
 # A safetensors header says a tensor's name, dtype, shape and place: what that takes beside the name, at most.
@@ -53,6 +54,14 @@ def stored_bytes(model: nn.Module, dtype: torch.dtype) -> int:
 
 def stored_parameters(model: nn.Module, _dtype: torch.dtype) -> int:
     return num_parameters(model)
+
+
+@functools.cache
+def tensor_bytes(storage: Storage, m: int, n: int, dtype: torch.dtype) -> Mapping[str, int]:
+    """Bytes of what a linear without a bias is stored as, by tensor."""
+    with torch.device("meta"):
+        tensors = saved_tensors(empty_linear(storage, n, m, bias=False, dtype=dtype)).items()
+    return {name: each.numel() * written_dtype(name, each, dtype).itemsize for name, each in tensors}
 
 
 def header_bytes(name: str) -> int:
@@ -149,6 +158,24 @@ class ModelSpec:
         return {path: storage for path, storage in self.storage.items() if storage.form in ("packed", "gguf")}
 
     @property
+    def packed_tables(self) -> list[str]:
+        """The embeddings' table and the head, by path, as far as compressed-tensors stores them in few bits."""
+        family = self.architecture.family
+        return [] if self.is_gguf else [path for path in (*family.embeddings, family.head) if path in self.packed]
+
+    @property
+    def packs_embeddings(self) -> bool:
+        return bool(set(self.packed_tables) & set(self.architecture.family.embeddings))
+
+    @property
+    def tables_not_for_vllm(self) -> str | None:
+        """Why vLLM does not load the embeddings as they are stored; None where it does."""
+        if not self.packs_embeddings:
+            return None
+        is_tied = self.architecture.base_config(self, self.dtype).tie_word_embeddings
+        return embeddings_not_for_vllm(self.packed[self.packed_tables[0]], is_tied=is_tied)
+
+    @property
     def is_gguf(self) -> bool:
         return self.gguf_type is not None
 
@@ -175,11 +202,13 @@ class ModelSpec:
 
     def config(self, dtype: torch.dtype | None = None) -> Any:
         config, packed = self.architecture.base_config(self, dtype or self.dtype), self.packed
-        storage = next(iter(packed.values()), None)
-        if storage is not None and storage.bits is not None:
+        if any(storage.weights is not None for storage in packed.values()):
+            family, kinds = self.architecture.family, (nn.Linear, nn.Embedding) if self.packs_embeddings else nn.Linear
             modules = replace(self, storage={}).model().named_modules()
-            untouched = [name for name, module in modules if isinstance(module, nn.Linear) and name not in packed]
-            config.quantization_config = quantization_config(storage, untouched)
+            untouched = [name for name, module in modules if isinstance(module, kinds) and name not in packed]
+            # vLLM's heads are no linears, and some of its embeddings have no name.
+            tables = {path: "Embedding" if path in family.embeddings else path for path in self.packed_tables}
+            config.quantization_config = quantization_config(packed, untouched, tables)
         return config
 
     @cached_property
@@ -246,7 +275,7 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class Architecture(ABC):
-    """dense: the config of the dense model."""
+    """What a result is written as, and the config and layout of it. dense: the config of the dense model."""
 
     dense: Any
     family: Family

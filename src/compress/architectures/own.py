@@ -29,7 +29,8 @@ TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 @dataclass(frozen=True)
 class Own(Architecture):
-    """
+    """Our own class: sliced with bases of its own, factorized, or stored in few bits.
+
     inside: the stock architecture whose linears are changed; None where the stream is sliced in a form of our own.
     free_widths: its MLPs may have a width in each block.
     shortcuts: the points of that stream have bases of their own.

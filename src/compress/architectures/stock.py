@@ -35,7 +35,7 @@ GROUPED = 8  # numbers in 16 bytes, to which torch's grouped products want rows 
 
 @dataclass(frozen=True)
 class Stock(Architecture):
-    """narrows: the stream and the units may be narrower than the dense model's; otherwise every shape stays."""
+    """A stock class. narrows: stream and units may be narrower than the dense model's; otherwise every shape stays."""
 
     narrows: bool = False
 

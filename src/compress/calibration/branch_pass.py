@@ -47,19 +47,22 @@ from compress.calibration.survey import Survey
 from compress.calibration.weights import Layout
 from compress.models.branch import Branch, captured_inputs, input_of, read_through, write_through
 from compress.models.decoder import Decoder
+from compress.models.factors import Written, WrittenForm, in_form
 from compress.numerics.frames import Frame
+from compress.numerics.moments import InputMoments
 from compress.numerics.ridge import NormalEquations
 from compress.progress import Stopwatch, return_free_memory
 
 
 @dataclass
 class BranchPass:
-    """
+    """Take the stream through one branch after another, and let stages change each on the way.
+
     survey: of the dense model, where a stage asked for one.
     frame: what the bases of all points are of, where they share one.
     dropped: blocks of the dense model that this one lacks.
     decode: takes the compressed stream where it is now back to the dense basis; None while it is in that basis.
-    blocks: of the tables quantized last, by path.
+    stored: of the tables quantized last, by path, the tensors below it.
     writer_inputs: of the present branch, by batch; none where they are not kept.
     """
 
@@ -72,7 +75,7 @@ class BranchPass:
     frame: Frame | None
     dropped: DroppedBlocks | None = None
     decode: Float64[Tensor, "d D"] | None = None
-    blocks: dict[str, Tensor] = field(default_factory=dict)
+    stored: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     writer_inputs: list[Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -97,7 +100,7 @@ class BranchPass:
         self.layout.settle(branch)
         names = self.decoder.family.embeddings
         self.quantize_tables({name: self.decoder.model.get_submodule(name) for name in names})
-        if self.blocks and self.decode is None:
+        if self.stored and self.decode is None:
             with self.clock("forward"):
                 self.streams.embed(dense=False)
 
@@ -140,30 +143,58 @@ class BranchPass:
         (reader,) = head.readers.values()
         weight, bias = reader.weight, reader.bias  # replaced, never written in place
         reports = self._enter(head, readers)
-        family, is_written = self.decoder.family, self.decode is None
-        path = family.embeddings[0] if self.layout.ties_head else family.head
-        table = {path: self.decoder.model.get_submodule(family.head)}
-        if is_written:
-            self.quantize_tables(table)
+        form = self.layout.form(head, self.decoder.family.last_reader)
+        has_tables = any(stage.site is Table for stage in self.stages)
+        # A bias may become a column of the written weight, which is then known when the head is settled.
+        is_late = bias is not None and not form.is_identity
+        inputs = self._head_inputs(head) if has_tables else None
+        if has_tables and not is_late:
+            self._quantize_head(head, form, inputs)
         with self.clock("forward"):
             divergence = mean_divergence(head, weight, bias, self.streams)
         self.layout.settle(head)
-        if not is_written:
-            self.quantize_tables(table)
+        if has_tables and is_late:
+            self._quantize_head(head, WrittenForm(), None if inputs is None else inputs.lifted(form.inputs))
         return reports, divergence
 
-    def quantize_tables(self, tables: Mapping[str, nn.Module]) -> None:
-        """Give tables, by their paths, to the stages that quantize them; what is stored of them goes to `blocks`."""
-        self.blocks = {}
+    def _head_inputs(self, head: Branch) -> InputMoments | None:
+        """Moments of what a head by itself is given; None where it is the embeddings' table."""
+        name = self.decoder.family.head
+        if self.layout.ties_head or name not in head.readers:
+            return None
+        assert head.norm is not None
+        sums = EquationSums(head.in_features(name), 0, self.decoder.device)
+        with self.clock("statistics"):
+            for batch in self.streams.batches:
+                if not batch.held_out:
+                    sums.add(rows(head.norm(self.streams.now(batch)[0])))
+            return sums.moments(self.processes)
+
+    def _quantize_head(self, head: Branch, form: WrittenForm, inputs: InputMoments | None) -> None:
+        """Quantize the head in its written form; the walk goes on with it through a change of form."""
+        family = self.decoder.family
+        module, name = self.decoder.model.get_submodule(family.head), family.last_reader
+        width = head.in_features(name)
+        if not form.is_identity:
+            module = in_form(head.linear(name), form)
+        path = family.embeddings[0] if self.layout.ties_head else family.head
+        self.quantize_tables({path: module}, None if inputs is None else inputs.lifted(form.inputs))
+        if not form.is_identity:
+            head.replace_linear(name, Written(module, form, width))
+
+    def quantize_tables(self, tables: Mapping[str, nn.Module], inputs: InputMoments | None = None) -> None:
+        """Give tables, by their paths, to the stages that quantize them; what is stored of them goes to `stored`."""
+        self.stored = {}
         for path, module in tables.items():
             weight = module.get_parameter("weight")
-            site = Table(path, weight.detach())
+            site = Table(path, weight.detach(), inputs)
             with self.clock("solve"):
                 self._apply(site)
-            if site.blocks is not None and site.values is not None:
+            if site.values is not None:
+                self.processes.follow(site.values, *site.stored.values())
                 # Not in place: the dense model's head may be the same tensor.
                 module.register_parameter("weight", nn.Parameter(site.values.to(weight.dtype), requires_grad=False))
-                self.blocks[path] = site.blocks
+                self.stored[path] = site.stored
 
     def _apply(self, site: Branch | LinearGroup | LinearSite | StreamPoint | Table) -> None:
         for stage in self.stages:

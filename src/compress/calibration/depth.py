@@ -22,7 +22,8 @@ from compress.numerics.functional import kl_divergence
 
 @dataclass
 class DroppedBlocks:
-    """
+    """The blocks of the dense model that the walked model lacks, run where the dense stream passes them.
+
     loader: of the dense model. kept: the numbers there of the walked model's blocks.
     arguments: what the dense model's blocks are called with, by batch.
     """

@@ -55,7 +55,8 @@ def with_constant(inputs: Sequence[Float[Tensor, "tokens _"]], *, bias: bool) ->
 
 @dataclass
 class LinearGroup(ABC):
-    """
+    """Linears that are fitted together: what the compressed prefix gives them, what the dense model had.
+
     name: as a user should read it, "block 3 mlp writers".
     block: the block it is in; past the last one for the head.
     matrix: (k, targets); what the group now makes of u. A stage replaces it, `write` puts it into the linears.

@@ -63,7 +63,8 @@ class FactorShape:
 
 @dataclass
 class LinearSite:
-    """
+    """One linear, and second moments of its inputs: what `factorize` and `slim` work on.
+
     name: as a user should read it, "block 3 mlp.down_proj". shape: of the linear when the site was met.
     inputs: E x x^T, E x and E |x| of what it is given, over the calibration tokens.
     put: what puts a module into its place.

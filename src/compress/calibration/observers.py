@@ -205,7 +205,7 @@ class LinearObserver:
 def spectrum_of(
     path: str, module: nn.Linear, spread: Spread, gradients: Mapping[str, Tensor], gradient_weight: float
 ) -> Spectrum:
-    """gradients: their second moments by linears' outputs, or the diagonals of these, where they were taken."""
+    """Compute a linear's spectrum. gradients: their second moments by linears' outputs, or the diagonals of these."""
     W = module.weight.double()
     energy = output_energies(W, spread)
     if path not in gradients:

@@ -26,7 +26,8 @@ Report = dict[str, Any]
 
 @dataclass
 class LinearRewriter:
-    """
+    """Apply the stages on single linears to those of a branch that have been fitted.
+
     stages: of these, those that work on single linears are applied. layout: the form that linears are written in.
     survey: of the dense model, where a stage asked for one. processes: those that the inputs come from.
     """
@@ -92,7 +93,7 @@ class LinearRewriter:
     def rewrite(
         self, branch: Branch, block: int, names: Sequence[str], inputs: InputMoments, tokens: int | None
     ) -> list[Report]:
-        """inputs: of all these. tokens: how many an expert was given; None for linears that all tokens pass."""
+        """Rewrite linears. inputs: of all these. tokens: how many an expert was given; None where all tokens pass."""
         decoder, survey, sites, lifted = self.decoder, self.survey, list[LinearSite](), None
         for name in names:
             module, path = plain(branch.linear(name)), f"{decoder.block_prefix(block)}{name}"

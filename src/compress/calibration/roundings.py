@@ -1,4 +1,4 @@
-"""Predict what rounding each matrix of a model to each of llama.cpp's types costs the loss, before any is rounded.
+"""Predict what rounding each matrix of a model to each type costs the loss, before any is rounded.
 
 To second order an error E of a linear's weight costs half the mean of (g . E x)^2 nats a token, g the loss's gradient
 by its outputs. With errors of different weights uncorrelated, and what a sweep (GPTQ) makes up for taken off,
@@ -7,7 +7,7 @@ by its outputs. With errors of different weights uncorrelated, and what a sweep 
 
 D is the part of each input that those swept after it cannot make up for. That errors of all linears add up is the
 linearity theorem of HIGGS (arXiv 2411.17525). E is of a fit of the type's scales to some rows: of the embeddings' table
-those of tokens of the text, of the head those of the likeliest next ones.
+those of tokens of the text, of the head those of the likeliest next ones. Types are llama.cpp's, or integers in groups.
 
 `RoundedModel` measures what types together cost: the dense model on a few windows, its matrices rounded. Nothing is
 swept; errors are made as small as a sweep will leave them, for to first order only their size counts. A part is in
@@ -28,10 +28,12 @@ from compress.calibration.processes import Processes
 from compress.calibration.statistics import rows
 from compress.calibration.streams import ActivationCache, Batch, CacheFolder, Streams, mean_divergence
 from compress.calibration.weights import PartLoader
-from compress.numerics.block_grid import BlockGrid, fit_blocks
+from compress.numerics.block_grid import TRIALS, BlockGrid, fit_blocks
 from compress.numerics.block_types import TYPES
 from compress.numerics.decomposition import DAMPING
+from compress.numerics.grids import Grid, QuantizationArgs
 from compress.numerics.moments import InputMoments
+from compress.numerics.steps import make_grid
 from compress.numerics.sums import DiagonalSum
 
 ROWS = 64  # of a linear, and
@@ -43,13 +45,14 @@ Candidates = Callable[[int], Sequence[str]]  # the types for rows of so many wei
 class RoundingObserver(LinearObserver):
     """Watch linears for their costs by type, in the order of `candidates`.
 
+    stored: the dtype of integers' scales.
     found: `cost PATH`, by type; `variance PATH`, of the inputs; `left PATH`, the share of an error that a sweep leaves,
     as a factor of the weights' error.
     """
 
-    def __init__(self, *arguments: Any, candidates: Candidates, **named: Any) -> None:
+    def __init__(self, *arguments: Any, candidates: Candidates, stored: torch.dtype, **named: Any) -> None:
         super().__init__(*arguments, **named)
-        self.candidates = candidates
+        self.candidates, self.stored = candidates, stored
         self.found: dict[str, Tensor] = {}
         self.states: list[Tensor] = []
 
@@ -69,7 +72,7 @@ class RoundingObserver(LinearObserver):
         W, G = module.weight.detach(), gradients[path].double()
         some = evenly(len(W), ROWS, W.device)
         scale = G.sum() / G[some].sum().clamp_min(1e-300)
-        errors = [G[some] @ error_of(W[some], name, variance) for name in types]
+        errors = [G[some] @ self._error(W[some], name, variance) for name in types]
         costs = torch.stack([(each * pivots).sum() for each in errors]) * scale / 2
         left = (costs.sum() / ((torch.stack(errors) * variance).sum() * scale / 2).clamp_min(1e-300)).sqrt()
         self.note(path, costs, left.clamp_max(1.0), variance.float())
@@ -113,7 +116,7 @@ class RoundingObserver(LinearObserver):
         ids = ids[evenly(len(ids), TABLE_ROWS, W.device)]
         stream = embed(ids[:TOKENS][None])[0]
         scale = float(stream.norm() / W[ids[:TOKENS]].norm()) ** 2  # some models multiply what they embed
-        costs = [(error_of(W[ids], name) @ G).mean() * scale / 2 for name in self.candidates(W.shape[1])]
+        costs = [(self._error(W[ids], name) @ G).mean() * scale / 2 for name in self.candidates(W.shape[1])]
         return torch.stack(costs) if costs else W.new_zeros(0, dtype=torch.float64)
 
     def _of_head(
@@ -127,15 +130,26 @@ class RoundingObserver(LinearObserver):
         scale = float(mass.sum() / mass[likely].sum()) / len(states) / 2
         costs = []
         for name in self.candidates(W.shape[1]):
-            E = fit_blocks(W[likely], TYPES[name]).dequantized(W[likely]) - W[likely]
+            E = fitted(W[likely], name, stored=self.stored).dequantized(W[likely]) - W[likely]
             costs.append((felt[:, likely] * (states @ E.T).square()).double().sum() * scale)
         return torch.stack(costs) if costs else W.new_zeros(0, dtype=torch.float64)
 
+    def _error(self, W: Float[Tensor, "m n"], name: str, variance: Tensor | None = None) -> Float64[Tensor, "m n"]:
+        """Squared errors of the nearest values in a type."""
+        found = fitted(W, name, variance, stored=self.stored).dequantized(W)
+        return (found.double() - W.double()).square()
 
-def error_of(W: Float[Tensor, "m n"], name: str, variance: Tensor | None = None) -> Float64[Tensor, "m n"]:
-    """Squared errors of the nearest values in a type."""
-    found = fit_blocks(W, TYPES[name], variance).dequantized(W)
-    return (found.double() - W.double()).square()
+
+def fitted(
+    W: Float[Tensor, "m n"], name: str, variance: Tensor | None = None, *, stored: torch.dtype, trials: int = TRIALS
+) -> Grid:
+    """The grid of a type for W, as a sweep begins with it.
+
+    variance: of the inputs. stored: the dtype of integers' scales. trials: of blocks', for each end of the grid.
+    """
+    if name in TYPES:
+        return fit_blocks(W, TYPES[name], variance, trials=trials)
+    return make_grid(W, QuantizationArgs.of_name(name), method="mse", stored=stored)
 
 
 def evenly(total: int, count: int, device: torch.device) -> Int64[Tensor, "_"]:
@@ -152,8 +166,10 @@ Types = Mapping[str, str]
 
 
 class RoundedModel:
-    """
-    roundings: as `RoundingObserver` finds them. memory: bytes of activations to hold in memory.
+    """The dense model with rounded matrices, for the divergence of each set of types.
+
+    roundings: as `RoundingObserver` finds them. stored: the dtype of integers' scales. memory: bytes of activations to
+        hold in memory.
     types, inputs: the best so far, and what each block and the head are given by them. tried: the same of the last
         trial.
     """
@@ -165,10 +181,11 @@ class RoundedModel:
         caches: CacheFolder,
         roundings: Mapping[str, Tensor],
         *,
+        stored: torch.dtype,
         memory: int,
         processes: Processes,
     ) -> None:
-        self.loader, self.decoder, self.roundings = loader, loader.decoder, roundings
+        self.loader, self.decoder, self.roundings, self.stored = loader, loader.decoder, roundings, stored
         self.caches, self.scratch = caches, caches.scratch
         self.copies = 2 * len(self.decoder.blocks) + 4
         self.memory = memory // self.copies
@@ -246,18 +263,29 @@ class RoundedModel:
 
     def _rounded(self, path: str, name: str, W: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
         """W with as much of a type's error as a sweep leaves."""
-        file = self.scratch / f"grid-{path}-{name}-{self.streams.processes.rank}.safetensors"
-        if file.exists():
-            parts = {key: part.to(W.device, W.dtype) for key, part in load_file(file).items()}
-            grid = BlockGrid.of(TYPES[name], *(parts.get(key) for key in GRID_PARTS))  # type: ignore[arg-type]
-        else:
-            variance = self.roundings.get(f"variance {path}")
-            grid = fit_blocks(W, TYPES[name], None if variance is None else variance.to(W.device), trials=FEW)
-            stored = zip(GRID_PARTS.items(), grid.parts, strict=True)
-            save_file({key: part.to(dtype).contiguous() for (key, dtype), part in stored if part is not None}, file)
+        grid = self._grid(path, name, W)
         left, found = float(self.roundings[f"left {path}"]), torch.empty_like(W)
         for start in range(0, len(W), step := max(1, AT_ONCE // W.shape[1])):
             some = W[start : start + step]
             values = grid.rows(start, start + step).dequantized(some).to(W.dtype)
             found[start : start + step] = some.lerp(values, left)
         return found
+
+    def _grid(self, path: str, name: str, W: Float[Tensor, "m n"]) -> Grid:
+        """The grid of a matrix in a type, fitted once and kept in a file."""
+        file = self.scratch / f"grid-{path}-{name}-{self.streams.processes.rank}.safetensors"
+        if file.exists():
+            parts = {key: part.to(W.device, W.dtype) for key, part in load_file(file).items()}
+            if name in TYPES:
+                return BlockGrid.of(TYPES[name], *(parts.get(key) for key in GRID_PARTS))  # type: ignore[arg-type]
+            step = parts["step"]
+            return Grid(QuantizationArgs.of_name(name), W.shape[1] // step.shape[1], step)
+        variance = self.roundings.get(f"variance {path}")
+        variance = None if variance is None else variance.to(W.device)
+        grid = fitted(W, name, variance, stored=self.stored, trials=FEW)
+        if isinstance(grid, BlockGrid):
+            stored = zip(GRID_PARTS.items(), grid.parts, strict=True)
+            save_file({key: part.to(dtype).contiguous() for (key, dtype), part in stored if part is not None}, file)
+        else:
+            save_file({"step": grid.step.to(self.stored)}, file)
+        return grid

@@ -26,6 +26,7 @@ from compress.calibration.survey import Survey, SurveyNeed
 from compress.families import Family
 from compress.models.branch import Branch
 from compress.numerics.frames import Frame, kept_energy, random_orthogonal, spectrum
+from compress.numerics.moments import InputMoments
 
 
 @dataclass
@@ -111,13 +112,15 @@ class StreamPoint:
 class Table:
     """The embeddings' table or the head, as it is written.
 
-    path: below the causal LM. weight: (vocabulary, d). blocks, values: set by a stage that quantizes it: the bytes that
-    are stored, and the weight that they stand for.
+    path: below the causal LM. weight: (vocabulary, d). inputs: of a head by itself; None of a table of embeddings.
+    stored, values: set by a stage that quantizes it: the tensors that are stored, by their names below the path, and
+    the weight that they stand for.
     """
 
     path: str
     weight: Tensor
-    blocks: Tensor | None = None
+    inputs: InputMoments | None = None
+    stored: dict[str, Tensor] = field(default_factory=dict)
     values: Tensor | None = None
 
 

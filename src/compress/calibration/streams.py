@@ -174,7 +174,8 @@ def embedded(decoder: Decoder, batches: Sequence[Batch]) -> Iterator[tuple[Tenso
 
 
 class Streams:
-    """
+    """The calibration windows' activations at the point that the walk has come to.
+
     compressed: in the present basis, (windows, tokens, d) a batch. dense: (windows, tokens, D), None where no stage
     compares with it. before_post_norm: what the norm after the present branch is given in the dense model; None where
     nobody asks. arguments: what each block is called with besides the stream, by batch.
@@ -277,7 +278,8 @@ def mean_divergence(head: Branch, weight: Tensor, bias: Tensor | None, streams: 
     if streams.dense is None:
         return None
     total, tokens = torch.zeros((), dtype=torch.float64, device=streams.decoder.device), 0
-    (reader,) = head.readers.values()
+    (name,) = head.readers
+    reader = head.owner.get_submodule(name)
     assert head.norm is not None
     logits_of = streams.decoder.logits_of
     for _, *both in streams.both(held_out=True):

@@ -42,7 +42,7 @@ class SurveyNeed(enum.Flag):
 
     STREAM: the moments of its stream. LINEARS: how the outputs of its linears are spread. GRADIENT: of each of these
     what the loss feels there, by a pass backward. UNITS: what deleting neurons or KV groups costs the loss.
-    TYPES: in place of the linears' spectra, what rounding them and the tables to GGUF types costs.
+    TYPES: in place of the linears' spectra, what rounding them and the tables to types costs.
     """
 
     NONE = 0
@@ -55,7 +55,8 @@ class SurveyNeed(enum.Flag):
 
 @dataclass(frozen=True)
 class Survey:
-    """
+    """What one forward and backward pass of the dense model found.
+
     moment, gradient: of the stream, sums over all points of the mean per token, D the dense width; zeros where no stage
         asked for them.
     spectra: of the linears, by their names below the causal LM. gradients: by the outputs of linears.
@@ -107,7 +108,8 @@ class Survey:
 
 
 class Surveyor:
-    """
+    """Run the dense model forward and backward over calibration windows, block by block.
+
     memory: bytes of activations to hold in memory; past it they go to disk.
     observer: of the blocks' linears, where they are to be watched. units: of the units whose costs are wanted.
     processes: all survey in step, each its share of the batches; what they find is equal.
@@ -136,7 +138,8 @@ class Surveyor:
         self.moment, self.gradient = (GramSum(decoder.dense_width, decoder.device) for _ in range(2))
 
     def run(self, *, gradient: bool, stream: bool = True, begin: Callable[[str], None] = lambda _step: None) -> Survey:
-        """
+        """Take the survey.
+
         stream: whether the stream's moments are wanted. begin: called with the name of each step that is begun
             (`num_steps`).
         """

@@ -39,7 +39,8 @@ from compress.progress import Stopwatch, return_free_memory
 
 @dataclass(frozen=True, kw_only=True)
 class WalkSettings:
-    """
+    """What a walk is told besides model, text and stages.
+
     layout: the form that parts are written in. output_dtype: of the written weights; computing is in the decoder's.
     batch_size: windows at a time. held_out: how many of the last windows nothing is fitted on at first.
     probe_tokens: how many tokens of the first window pass through the finished model.
@@ -135,7 +136,7 @@ class Walk:
 
     @torch.no_grad()
     def parts(self, begin: Callable[[str], None] = lambda name: None) -> Iterator[FinishedPart]:
-        """begin: called with the name of each part that is begun."""
+        """Walk on, and hand out each part as it is finished. begin: called with the name of each part that is begun."""
         while self.next_part < self.num_parts:
             block = self.next_part - 1
             begin({-1: "embeddings", len(self.decoder.blocks): "head"}.get(block, f"block {block}"))
@@ -199,7 +200,7 @@ class Walk:
             if self.settings.layout.ties_head:
                 # Written with the embeddings; the probe sees it rounded as they are.
                 tied = tensors.pop(f"{decoder.family.head}.weight")
-                if not self.branch_pass.blocks:
+                if not self.branch_pass.stored:
                     tied.copy_(self._rounded("", tied))
             part = self._finish(self.num_parts - 1, "head", tensors, groups=groups)
             part.divergence = divergence
@@ -232,10 +233,10 @@ class Walk:
         groups: Sequence[Report] = (),
     ) -> FinishedPart:
         """Round a part's weights to the output dtype, in the module too: the probe sees what will be read back."""
-        # The blocks of quantized tables take the place of their weights.
-        blocks = {f"{path}.weight": stored for path, stored in self.branch_pass.blocks.items()}
-        stored = {name: tensor for name, tensor in tensors.items() if name not in blocks}
-        stored |= {name.replace(".weight", ".qweight"): blocks[name] for name in tensors if name in blocks}
+        # What is stored of quantized tables takes the place of their weights.
+        tables = {path: each for path, each in self.branch_pass.stored.items() if f"{path}.weight" in tensors}
+        stored = {name: tensor for name, tensor in tensors.items() if name.removesuffix(".weight") not in tables}
+        stored |= {f"{path}.{name}": tensor for path, each in tables.items() for name, tensor in each.items()}
         rounded = {key: self._rounded(key, tensor).cpu().contiguous() for key, tensor in stored.items()}
         for key, tensor in rounded.items():
             if is_wide_float(tensor) and not torch.isfinite(tensor).all():

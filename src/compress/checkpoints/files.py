@@ -85,7 +85,7 @@ def check_code(folder: Path, auto_map: Any) -> None:
 
 
 def write_index(target: Path, weight_map: Mapping[str, str], *, total_bytes: int, total_parameters: int) -> None:
-    """weight_map: the file of each tensor."""
+    """Write the index of the safetensors files. weight_map: the file of each tensor."""
     metadata = {"total_size": total_bytes, "total_parameters": total_parameters}
     write_json(target / INDEX, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
 
@@ -95,7 +95,8 @@ def write_json(file: Path, data: Mapping[str, Any]) -> None:
 
 
 def adapter_config(base: str, ranks: Mapping[str, int], modules: Iterable[str] = ()) -> dict[str, Any]:
-    """
+    """Make the adapter_config.json of a PEFT LoRA.
+
     base: what the adapter is for, as a user would name it. ranks: by the linear's path. modules: all of the model's.
     """
     usual = max(set(ranks.values()), key=list(ranks.values()).count)

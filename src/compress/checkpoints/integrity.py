@@ -20,7 +20,7 @@ def check_integrity(folder: Path, metadata: Metadata, *, checksums: bool, progre
 
     checksums: whether the weights are read too, to compare their sha256.
     """
-    if metadata.storage == "gguf":
+    if metadata.form == "gguf":
         check_gguf(folder, metadata, checksums=checksums)
         return
     problems = Problems()
@@ -63,7 +63,7 @@ def check_config(folder: Path, metadata: Metadata) -> None:
     named = config.get("architectures")
     if named != [metadata.architecture]:
         raise CheckpointError(f"{file} says {named!r}, {METADATA} {metadata.architecture!r}. {AGAIN}")
-    packed = metadata.storage == "packed" and metadata.quantized
+    packed = metadata.form == "packed" and metadata.quantized
     if packed != ("quantization_config" in config):
         has = "has no" if packed else "has a"
         raise CheckpointError(f"{file} {has} quantization_config, unlike {METADATA}. {AGAIN}")

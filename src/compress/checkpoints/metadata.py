@@ -67,7 +67,7 @@ class Point(Record):
 
 
 class LinearMetadata(Record):
-    """linear: its path in the dense model. lost: the share of its outputs' energy that the stored one does not give."""
+    """A compressed linear. linear: its path in the dense model. lost: the share of its outputs' energy that is lost."""
 
     linear: str
     rank: Count | None = None
@@ -146,7 +146,8 @@ class LoraMetadata(Record):
 
 
 class TuningMetadata(Record):
-    """
+    """What `compress finetune` did.
+
     losses: of every look the step, the loss in training since the last one (None at first) and on held-out windows.
     compressed_parts: the sha256 of the files before they were tuned.
     """
@@ -171,7 +172,11 @@ class TuningMetadata(Record):
 
 
 class Metadata(Record):
-    """format: see `compress.version`. parts: the sha256 of the files of weights. trials: what a search has tried."""
+    """compress.json.
+
+    format: see `compress.version`. parts: the sha256 of the files of weights. trials: what a search has tried.
+    tables: embeddings and head where they are packed.
+    """
 
     format: int
     name: str
@@ -190,7 +195,7 @@ class Metadata(Record):
     dense_size: ModelSize
     size: ModelSize
     adapter: AdapterMetadata | None = None
-    storage: Literal["packed", "compact", "gguf"] | None = None
+    form: Literal["packed", "compact", "gguf"] | None = None
     quantized: bool = False
     unpacks_while_loading: bool = False
     not_for_vllm: str | None = None
@@ -204,6 +209,7 @@ class Metadata(Record):
     points: list[Point]
     groups: list[dict[str, Any]] = []
     linears: list[LinearMetadata] = []
+    tables: list[LinearMetadata] = []
     parts: dict[str, str]
 
     def write(self, folder: Path) -> None:

@@ -24,7 +24,8 @@ LOWER_IS_BETTER = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per
 
 @dataclass(frozen=True)
 class Measure:
-    """
+    """One number of quality.json, as tables, card and plots show it.
+
     name: what was measured, and on what. unit: None for a number without. error: the standard error, where it is known.
     sample: how much was measured.
     """
@@ -47,7 +48,8 @@ class Measure:
 
 
 class OnText(Record):
-    """
+    """What was measured on the windows of a text.
+
     tokens: those that were predicted. seconds: that it took.
     standard_error: of the mean over windows; None for one window.
     """
@@ -70,14 +72,14 @@ class OnText(Record):
 
 
 class Perplexity(OnText):
-    """nll: the mean loss in nats per token."""
+    """Perplexity on a text. nll: the mean loss in nats per token."""
 
     ppl: NotNegative
     nll: float
 
 
 class Divergence(OnText):
-    """kl: in nats per token, from the model `dense`. agreement: share of tokens with the same likeliest next one."""
+    """KL divergence on a text. kl: nats per token, from the model `dense`. agreement: share of equal likeliest ones."""
 
     dense: str
     kl: float
@@ -85,14 +87,14 @@ class Divergence(OnText):
 
 
 class Metric(Record):
-    """standard_error: None where it is unknown."""
+    """A task's metric. standard_error: None where it is unknown."""
 
     value: float
     standard_error: NotNegative | None
 
 
 class TaskScore(Record):
-    """metrics: by lm-eval's names. source: of the documents, `files` or `hub`."""
+    """A task's metrics. metrics: by lm-eval's names. source: of the documents, `files` or `hub`."""
 
     task: str
     source: str
@@ -106,7 +108,7 @@ class Tasks(Record):
 
 
 class HumanEval(Record):
-    """rates: by pass@k. failures: how often programs failed in which way."""
+    """HumanEval's result. rates: by pass@k. failures: how often programs failed in which way."""
 
     rates: dict[str, Metric]
     problems: int

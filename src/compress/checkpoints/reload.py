@@ -27,7 +27,7 @@ def main(folder: str, probe_file: str, memory: int, scratch: str) -> dict[str, o
         json.loads((Path(folder) / name).read_text(encoding="utf-8")) for name in ("compress.json", "config.json")
     )
     carries_code = "auto_map" in config
-    is_packed = facts["storage"] == "packed"
+    is_packed = facts["form"] == "packed"
     # Stock code unpacks what is packed, to as many weights as the dense model has.
     fits = fits_in_float32(facts["dense_size" if is_packed else "size"]["parameters"], memory)
     computing = torch.promote_types(torch.float32, probe["logits"].dtype)
@@ -37,7 +37,11 @@ def main(folder: str, probe_file: str, memory: int, scratch: str) -> dict[str, o
         options |= {"device_map": "auto", "max_memory": {"cpu": memory // 4}, "offload_folder": scratch}
     elif not fits:
         options = {"dtype": "auto"}  # packed weights cannot stay on disk
-    if "quantization_config" in config and (not fits or facts["unpacks_while_loading"]):
+    # While it loads them transformers unpacks all linears by one type; of several, it does when they are first used.
+    is_mixed = len(config.get("quantization_config", {}).get("config_groups", ())) > 1
+    if is_mixed and not fits:
+        bits = 8 * facts["itemsize"]
+    elif "quantization_config" in config and (not fits or facts["unpacks_while_loading"]):
         options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
         # 4-bit floats times a power of two or a few bits more are exact in any dtype.
         bits = bits if "fp4" in config["quantization_config"]["format"] else 8 * facts["itemsize"]
@@ -46,6 +50,8 @@ def main(folder: str, probe_file: str, memory: int, scratch: str) -> dict[str, o
     )
     model, info = loaded
     if not fits and is_packed:
+        if is_mixed:
+            model(input_ids=probe["ids"][:, :1], use_cache=False)
         compute_in(model, computing)
     for module in model.modules():
         if (scheme := getattr(module, "quantization_scheme", None)) is not None:

@@ -271,7 +271,7 @@ def own_metadata(folder: Path, verb: str) -> Metadata:
     if not (folder / METADATA).exists():
         raise UsageError(f"{folder} has no {METADATA}. Only checkpoints that compress has made are {verb}.")
     metadata = read_metadata(folder)
-    if verb == "tuned" and metadata.storage == "gguf":
+    if verb == "tuned" and metadata.form == "gguf":
         raise UsageError(
             f"{folder} is one GGUF file, whose weights are not {verb}. Tune the model before it is quantized."
         )

@@ -106,7 +106,7 @@ def verify_gguf(
 def why_own(folder: Path) -> str | None:
     """Why stock code cannot read packed weights here; None where it can, or where nothing is packed."""
     metadata = read_metadata(folder)
-    if metadata.storage != "packed":
+    if metadata.form != "packed":
         return None
     wanted = (["compressed_tensors"] if metadata.quantized else []) + (["peft"] if metadata.adapter else [])
     absent = [name.replace("_", "-") for name in wanted if importlib.util.find_spec(name) is None]

@@ -154,7 +154,7 @@ def measure_llamacpp(
 
 
 def speed_in_turns(report: Mapping[str, Any], load: Mapping[str, Any]) -> "Speed":
-    """load: an entry of the report's `generation`."""
+    """Make the record of two models' generation in turns. load: an entry of the report's `generation`."""
     from compress.checkpoints.quality import Speed
 
     rates = {name: load[name]["tokens_per_second"] if load[name] else {} for name in ("prefill", "decode")}
@@ -164,7 +164,7 @@ def speed_in_turns(report: Mapping[str, Any], load: Mapping[str, Any]) -> "Speed
 
 
 def speed_in_llamacpp(report: Mapping[str, Any], load: Mapping[str, Any]) -> "Speed":
-    """load: an entry of the report's `speeds`, whose last file is the compressed model."""
+    """llama.cpp's speeds. load: an entry of the report's `speeds`, whose last file is the compressed model."""
     from compress.checkpoints.quality import Speed
 
     names = list(load["files"])

@@ -230,7 +230,7 @@ def origin(seen: "Inspection", metadata: "Metadata", said: tables.Row) -> tables
     if tuning is not None:
         before, after = math.exp(tuning.held_out.before), math.exp(tuning.held_out.after)
         tuned = f"{tuning.data.source}, perplexity held out {before:.2f} to {after:.2f}"
-    packed = metadata.quantized and metadata.storage == "packed"
+    packed = metadata.quantized and metadata.form == "packed"
     beside = [name for name, needed in (("peft", metadata.adapter), ("compressed-tensors", packed)) if needed]
     libraries = " and ".join(["transformers", *beside])
     if not metadata.loads_without_our_code:

@@ -28,7 +28,8 @@ class Panel:
         self.name = name
 
     def __call__(self, help: str, flag: str | None = None, *, sets: Any = None, **rules: Any) -> Any:
-        """
+        """Make an option under this heading.
+
         flag: the name of an option that has no --no- form. sets: the address in the recipe of what is typed; or that,
             and the value of a flag that is given, or what makes a value of the words that are typed.
         """

@@ -21,7 +21,11 @@ if TYPE_CHECKING:
     from compress.pipeline.mixture import Frontier
     from compress.planning.prepare import Job
 
-FLOATS = {"fp8": (8, None), "nvfp4": (4, 16), "mxfp4": (4, 32)}  # bits, and inputs that share a scale
+FLOATS = {
+    "fp8": {"num_bits": 8, "type": "float"},
+    "nvfp4": {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16},
+    "mxfp4": {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32},
+}
 FAST_ITERATIONS = 20
 POLISH = 3  # rounds without an adapter; with one, every round of it polishes again
 
@@ -33,6 +37,11 @@ INPUTS = "Quantize activations too, per token, at run time: fp8 with fp8 weights
 REFIT = "Solve every linear again, toward the dense model, before it is compressed. Default: --refit for our methods."
 ACT_ORDER = "GPTQ in order of decreasing activation (desc_act)."
 ASYMMETRIC = "Asymmetric quantization, with zero points."
+HEAD_BITS = "Bits of the head, 2 to 8, where it is not the embeddings' table. Default: it stays in the model's dtype."
+EMBEDDING_BITS = (
+    "Bits of the embeddings' table, which have to be the linears'; transformers unpacks it while it loads. Default: it "
+    "stays in the model's dtype."
+)
 COMPACT = (
     "Store it as small as we can, in our own architecture: 2:4 in 4 bits takes 2.75 bits a weight and scales. Default: "
     "packed, as compressed-tensors reads it."
@@ -47,23 +56,32 @@ BITS = "Weight precision: 2 to 8 bits, fp8, nvfp4 or mxfp4. Default: 4."
 class StorageOptions(RunOptions):
     """What both commands take: fields of the `slim` stage."""
 
-    group: Annotated[str | None, Amounts(GROUP, sets=("slim.quantize.group", plain_value))] = None
+    group: Annotated[str | None, Amounts(GROUP)] = None
     inputs: Annotated[Literal["fp8", "int8"] | None, Amounts(INPUTS, sets="slim.inputs")] = None
     refit: Annotated[bool | None, Method(REFIT, "--refit/--no-refit")] = None
-    act_order: Annotated[bool, Method(ACT_ORDER, "--act-order", sets="slim.quantize.act_order")] = False
+    act_order: Annotated[bool, Method(ACT_ORDER, "--act-order", sets=("slim.quantize.actorder", "weight"))] = False
     asymmetric: Annotated[bool, Method(ASYMMETRIC, "--asymmetric", sets=("slim.quantize.symmetric", False))] = False
     target: Annotated[str | None, Method(TARGET, sets=("slim.target", names_in))] = None
     compact: Annotated[bool, Output(COMPACT, "--compact", sets=("slim.form", "compact"))] = False
     materialize: Annotated[bool, Output(MATERIALIZE, "--materialize", sets=("slim.form", "dense"))] = False
     type_: Annotated[str | None, Amounts(TYPE, "--type", sets="slim.quantize.gguf_type")] = None
+    head_bits: Annotated[int | None, Amounts(HEAD_BITS, sets="quantize_embeddings.head_bits")] = None
+    embedding_bits: Annotated[int | None, Amounts(EMBEDDING_BITS, sets="quantize_embeddings.embedding_bits")] = None
 
     def put(self, draft: Draft, bits: str | None) -> None:
         """Put the bits and the refit in. Raises UsageError for options that say what --type says too."""
-        others = ("group", "inputs", "asymmetric", "compact", "materialize")
+        others = ("group", "inputs", "asymmetric", "compact", "materialize", "head_bits", "embedding_bits")
         given = ["--bits"] if bits else [flag_of(name) for name in others if getattr(self, name)]
         if self.type_ is not None and given:
             raise UsageError(f"{given[0]} has no effect with --type, which says all of that. Leave one out.")
         put_bits(draft, bits)
+        if self.group is not None:
+            size = plain_value(self.group)
+            word = "group" if isinstance(size, int) else "block" if size == "128x128" else size
+            for field, value in {"strategy": word, "group_size": size if word == "group" else None}.items():
+                draft.set(f"slim.quantize.{field}", value, f"--group {self.group}")
+        if self.head_bits or self.embedding_bits:
+            draft.stages.append({"stage": "quantize_embeddings"})
         if self.refit and not any(entry["stage"] == "refit" for entry in draft.stages):
             draft.stages.insert(0, {"stage": "refit"})
         if self.refit is False:
@@ -79,10 +97,10 @@ def put_bits(draft: Draft, bits: str | None) -> None:
         quantize = draft.stage("slim")["quantize"]
         if quantize["method"] == "slim":  # which is of integers
             quantize["method"] = "mse"
-        for field, value in zip(("bits", "group", "floating"), (*FLOATS[bits], True), strict=True):
+        for field, value in FLOATS[bits].items():
             draft.set(f"slim.quantize.{field}", value, flag)
     elif bits is None or bits.lstrip("-").isdigit():
-        draft.set("slim.quantize.bits", bits if bits is None else plain_value(bits), flag)
+        draft.set("slim.quantize.num_bits", bits if bits is None else plain_value(bits), flag)
     else:
         raise UsageError(f"{flag}: there are 2 to 8 bits, {', '.join(FLOATS)}. Name one of them.")
 
@@ -161,15 +179,15 @@ def quantize_model(
 
 # The best types for a size.
 
-FOR = "What runs the result; llama.cpp is the only one yet."
+FOR = (
+    "What runs the result: llama.cpp, one GGUF file; vllm or transformers, packed linears as compressed-tensors reads "
+    "them. Default: llama.cpp, or that of --from."
+)
+AT_MOST = "Bytes of the weights' files at most: 88.2MB, 4GB. Never exceeded."
 TRIALS = "Sets of types to measure, each a forward pass over a few windows. Default: 20."
 TIME = "Seconds of trials at most; what has been found by then is taken."
 BETWEEN = "Find the types at twelve sizes, such as 40MB:120MB, and write a table and a picture in place of a model."
 FROM = "Take what a --frontier has found, which needs no survey and no trials."
-INSTEAD = {
-    "vllm": "Use compress quantize --bits, whose files vLLM reads.",
-    "transformers": "Use compress slice --target-size, or compress quantize --bits.",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,19 +225,17 @@ class AutoOptions(RunOptions):
 def auto_model(
     run: AutoOptions,
     model: Annotated[str | None, typer.Option(help=f"{MODEL} Default: that of --from, else demo.")] = None,
-    target_size: Annotated[str | None, Amounts("Bytes of the file at most: 88.2MB, 4GB. Never exceeded.")] = None,
-    for_: Annotated[Literal["llama.cpp", "vllm", "transformers"], Output(FOR, "--for")] = "llama.cpp",
+    target_size: Annotated[str | None, Amounts(AT_MOST)] = None,
+    for_: Annotated[Literal["llama.cpp", "vllm", "transformers"] | None, Output(FOR, "--for")] = None,
     trials: Annotated[int | None, Method(TRIALS, min=0, sets="budget.trials")] = None,
     time: Annotated[float | None, Method(TIME, sets="budget.trial_seconds")] = None,
 ) -> None:
-    """Find the best types of a GGUF file for a size: each matrix gets its own, by what the loss feels.
+    """Find the best types for a size, for one of three engines: each matrix gets its own, by what the loss feels.
 
-    Example: compress auto --model llama-2-7b --target-size 3.5GB
+    Example: compress auto --model llama-2-7b --target-size 3.5GB --for vllm
     """
     problems, data = Problems(), None
     with problems.collect():
-        if for_ in INSTEAD:
-            raise UsageError(f"--for {for_} is not there yet. {INSTEAD[for_]}")
         if (target_size is None) == (run.frontier is None):
             raise UsageError("Say how large by --target-size 88MB, or by --frontier 40MB:120MB; one of the two.")
         if run.frontier is not None and run.from_ is not None:
@@ -229,12 +245,16 @@ def auto_model(
 
         with problems.collect():
             data = read_frontier(run.from_).model_dump()
-    draft = Draft.preset("auto") if data is None else Draft(data["recipe"])
+    is_gguf = for_ in (None, "llama.cpp")
+    draft = Draft(data["recipe"]) if data is not None else Draft.preset("auto" if is_gguf else "auto-packed")
     if not problems.found:
         with problems.collect():
             middle = None if target_size else round(math.sqrt(math.prod(run.sizes)))  # where a frontier's trials are
             size = parse_size(target_size, "--target-size") if target_size else middle
             draft.set("budget.target_size", size, f"--target-size {target_size}")
+            if for_ is not None:
+                field, value = ("gguf_type", "auto") if is_gguf else ("engine", for_)
+                draft.set(f"slim.quantize.{field}", value, f"--for {for_}")
     amount = target_size or "frontier"
     base = "demo" if data is None else data["base_model"]
     run.compress(draft, problems, verb="auto", amount=lambda _: amount, model=model or base)

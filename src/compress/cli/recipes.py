@@ -1,6 +1,6 @@
 """The recipe of a command: a shipped one, changed by flags and by --set, then completed and checked.
 
-A change has an address: `STAGE.FIELD` such as `factorize.multiple` or `slim.quantize.act_order`; `stages.2.keep` where
+A change has an address: `STAGE.FIELD` such as `factorize.multiple` or `slim.quantize.actorder`; `stages.2.keep` where
 a stage is there twice, `calibration.FIELD`, `budget.FIELD`, `seed` or `dtype`. What a value may be is said by the
 recipe and its stages alone: what they refuse is reported with the flag that put it there.
 """

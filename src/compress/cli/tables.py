@@ -154,7 +154,7 @@ def show_result(job: "Job", result: "Result", *, as_json: bool) -> None:
     seconds = ", ".join(f"{kind} {value:.1f}" for kind, value in result.seconds.items() if kind != "total")
     values = {
         "written as": ONE_FILE
-        if metadata.storage == "gguf"
+        if metadata.form == "gguf"
         else loads_as(metadata.architecture, is_stock=metadata.loads_without_our_code),
         **shape(job, result.widths, result.units),
         "parameters, dense": f"{result.dense.parameters:,}",

@@ -46,7 +46,7 @@ class Named:
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """tokens: of linears by themselves; none of these without."""
+    """What is to be timed. tokens: of linears by themselves; none of these without."""
 
     workloads: Sequence[Workload]
     rounds: int

@@ -33,7 +33,7 @@ USUAL_SEQ_LEN = 2048
 
 @dataclass(frozen=True)
 class Request:
-    """texts: of perplexity; compared_on: of the divergence. limit: of windows a text, documents a task and problems."""
+    """What to measure. texts: of perplexity; compared_on: of the divergence. limit: of windows, documents, problems."""
 
     texts: Sequence[str] = ()
     compared_on: Sequence[str] = ()
@@ -99,7 +99,8 @@ def cut_otherwise(subjects: Sequence[Subject]) -> list[str]:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """
+    """What was measured of a model.
+
     bytes: of the files that hold the weights. dtype: that was computed in. quality: with only what was requested set.
     """
 

@@ -87,7 +87,7 @@ def measure(
 
 
 def judged(outcomes: Sequence[str], sampling: Sampling) -> HumanEval:
-    """outcomes: of all samples of the first problem, then of the second, ..."""
+    """Compute pass@k. outcomes: of all samples of the first problem, then of the second, ..."""
     n = sampling.samples
     correct = [outcomes[i : i + n].count(PASSED) for i in range(0, len(outcomes), n)]
     rates = {k: mean_and_error([pass_at_k(n, each, k) for each in correct]) for k in sampling.ks}

@@ -78,6 +78,10 @@ class LlamaCpp:
         timings = self._reply(ids, tokens=new, ignore_eos=True, cache_prompt=False)["timings"]
         return float(timings["prompt_per_second"]), float(timings["predicted_per_second"])
 
+    def write(self, ids: Sequence[int], most: int) -> str:
+        """Go on with a text greedily, up to the end that the model sets or `most` new tokens."""
+        return str(self._reply(ids, tokens=most)["choices"][0]["text"])
+
     def tokenize(self, text: str) -> list[int]:
         words = json.dumps({"content": text, "add_special": False}).encode()
         request = Request(f"{self._server.listening_address}/tokenize", words, {"Content-Type": "application/json"})

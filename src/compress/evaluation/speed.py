@@ -181,7 +181,7 @@ def runner(model: PreTrainedModel, workload: Workload, decoding: Kind = Decoding
 def compare_generation(
     dense: PreTrainedModel, compressed: PreTrainedModel, workload: Workload, *, rounds: int, decoding: Kind = Decoding
 ) -> dict[str, Any]:
-    """prefill, decode: None where a model and the workload did not fit into memory."""
+    """Time two models in turns. prefill, decode: None where a model and the workload did not fit into memory."""
     run, other = (runner(model, workload, decoding) for model in (dense, compressed))
     length = workload.prompt + workload.new
     room = all(has_room(model, workload.batch, length) for model in (dense, compressed))
@@ -214,7 +214,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Matched:
-    """missing: dense linears in whose place there is none. added: linears that stand in no dense one's place."""
+    """Linears by place. missing: dense ones in whose place there is none. added: those in no dense one's place."""
 
     places: list[Place]
     missing: list[str]

@@ -27,10 +27,10 @@ from compress.models.gguf_header import read_header as read_gguf_header
 from compress.models.gguf_weights import check_extra
 from compress.models.loading import empty_model, load_config
 from compress.models.storage import num_parameters
-from compress.models.stored_loading import put_linears, read_lora, read_scheme, stored_tensors
+from compress.models.stored_loading import put_linears, put_tables, read_lora, read_schemes, stored_tensors
 from compress.models.tensor_files import INDEX, StoredTensor, checkpoint_files, own_name, read_header
 from compress.models.untrusted import read_json, reading
-from compress.own_model.modeling_compress import unfuse_experts
+from compress.own_model.modeling_compress import AdaptedLinear, unfuse_experts
 from compress.progress import Progress, Steps
 
 HEAD = ("lm_head.", "embed_out.", ".norm.", "final_layer_norm.", "final_layernorm.", "ln_f.", "output")
@@ -55,7 +55,8 @@ class BlockTensor(StoredTensor):
 
 @dataclass(frozen=True)
 class Inspection:
-    """
+    """What is in a checkpoint's files.
+
     metadata: what it says of itself; None for a checkpoint that is not ours. config: config.json.
     tensors: of the model and of its adapter, or of a GGUF file, which has no linears here.
     verified: whether the weights were compared with their checksums.
@@ -95,7 +96,7 @@ class Inspection:
 
     @property
     def is_gguf(self) -> bool:
-        return self.metadata is not None and self.metadata.storage == "gguf"
+        return self.metadata is not None and self.metadata.form == "gguf"
 
     @property
     def bits_per_weight(self) -> float | None:
@@ -113,7 +114,8 @@ class Inspection:
 
 
 def inspect(folder: Path, *, fast: bool, progress: Progress) -> Inspection:
-    """
+    """Read what is in a checkpoint.
+
     fast: reads headers alone, verifies no checksums and counts no zeros.
 
     Raises UsageError for a folder that is no finished checkpoint, CheckpointError for a damaged one.
@@ -124,7 +126,7 @@ def inspect(folder: Path, *, fast: bool, progress: Progress) -> Inspection:
         tensors, linears = read_foreign(folder)
     else:
         check_integrity(folder, metadata, checksums=not fast, progress=progress)
-        is_gguf = metadata.storage == "gguf"
+        is_gguf = metadata.form == "gguf"
         tensors, linears = (read_gguf(folder, metadata), []) if is_gguf else read_ours(folder, metadata)
     if not fast:
         steps = Steps(progress, "counting zeros", len(linears))
@@ -132,7 +134,7 @@ def inspect(folder: Path, *, fast: bool, progress: Progress) -> Inspection:
             steps.next(linear.path)
             linears[place] = replace(linear, zeros=zeros_of(linear))
         steps.end()
-    if metadata is not None and metadata.storage == "gguf":
+    if metadata is not None and metadata.form == "gguf":
         config: Mapping[str, Any] = {"architectures": [metadata.architecture]}
     else:
         config = read_json(folder / "config.json")
@@ -176,7 +178,9 @@ def blueprint(folder: Path, metadata: Metadata) -> PreTrainedModel:
             del config.quantization_config  # no library is to act on it
         model = unfuse_experts(empty_model(config))
         model.tie_weights()
-        put_linears(model, read_scheme(folder), stored_tensors(folder, read_lora(folder)), torch.float32)
+        schemes, stored = read_schemes(folder), stored_tensors(folder, read_lora(folder))
+        put_tables(model, schemes, stored, torch.float32)
+        put_linears(model, schemes, stored, torch.float32)
         return model
 
 
@@ -230,13 +234,20 @@ def place_of(tensor: StoredTensor) -> int | str:
     return "head" if any(end in tensor.name for end in HEAD) else "embeddings"
 
 
+def place_of_linear(linear: StoredLinear) -> int | str | None:
+    """The block that it is in; of embeddings and head in few bits, which of these it is."""
+    if linear.block is not None or not isinstance(linear.module, AdaptedLinear):
+        return linear.block
+    return place_of(next(iter(linear.tensors.values())))
+
+
 def block(seen: Inspection, place: int | str, tensors: Sequence[StoredTensor]) -> dict[str, Any]:
     """A block, or what comes before the first or after the last of them.
 
     widths: of the stream after the embeddings or after each branch. error: relative, of the stream after the block.
     lost: of the linears' outputs, the share of their energy that is gone, the mean over those that were changed.
     """
-    linears = [linear for linear in seen.linears if linear.block == place]
+    linears = [linear for linear in seen.linears if place_of_linear(linear) == place]
     points = [point for point in seen.points if point_place(point) == place]
     errors = [point.relative_error for point in points if point.relative_error is not None]
     zeros = [linear.zeros for linear in linears if linear.zeros is not None]
@@ -282,7 +293,7 @@ def point_place(point: Point) -> int | str:
 
 def as_data(seen: Inspection) -> dict[str, Any]:
     metadata, classes = seen.metadata, seen.config.get("architectures")
-    said = {"base_model", "command", "loads_without_our_code", "storage", "not_for_vllm", "held_out_divergence"}
+    said = {"base_model", "command", "loads_without_our_code", "form", "not_for_vllm", "held_out_divergence"}
     said |= {"tuning", "dense_size", "versions", "points", "alternatives"}
     dtypes: dict[str, dict[str, int]] = {}
     for tensor in seen.tensors:

@@ -25,7 +25,7 @@ STYLE = Path(__file__).with_name("plots.mplstyle")
 
 @dataclass(frozen=True)
 class Drawing:
-    """name: of its file, without the suffix."""
+    """A figure. name: of its file, without the suffix."""
 
     name: str
     figure: "Figure"

@@ -41,7 +41,8 @@ class Zeros:
 
 @dataclass(frozen=True)
 class StoredLinear:
-    """
+    """A linear as it is stored in a checkpoint.
+
     path: in the model as it is written. module: on the meta device. tensors: by their names below the path.
     metadata: what compress.json says of it. zeros: None where none were counted.
     """
@@ -127,7 +128,7 @@ def bits_per_weight(linears: Iterable[StoredLinear]) -> float | None:
 def linears_of(
     model: nn.Module, tensors: Mapping[str, StoredTensor], metadata: Iterable[LinearMetadata]
 ) -> list[StoredLinear]:
-    """model: on the meta device. tensors: by their names in it."""
+    """Find the linears of a checkpoint. model: on the meta device. tensors: by their names in it."""
     told = {each.linear: each for each in metadata}
     modules = dict(modules_of(model))
     below: dict[str, dict[str, StoredTensor]] = {path: {} for path in modules}

@@ -281,7 +281,7 @@ def kind_of(linear: StoredLinear, name: str) -> str:
     if (purpose := PURPOSES.get(name.rpartition(".")[2])) is not None:
         return purpose
     if linear.block is None:
-        return "head"
+        return str(place_of(next(iter(linear.tensors.values()))))
     if "shortcut" in linear.name:
         return "shortcuts"
     return "attention weights" if "att" in linear.name else "MLP weights"

@@ -48,7 +48,8 @@ LISTED = 12  # values of one
 
 
 def write_report(file: Path, seen: Inspection, *, dense: Quality | None = None, notes: Sequence[str] = ()) -> None:
-    """
+    """Write the page about a checkpoint.
+
     dense: what was measured of the dense model. notes: for the prompts.
 
     Raises OutputError where the file cannot be written; it is then as it was.

@@ -41,7 +41,8 @@ class ReaderGroup:
 
 @dataclass
 class Branch:
-    """
+    """A residual branch of a block: attention, MLP, or both in parallel.
+
     name: as a user should read it in an error, "block 3 mlp".
     owner: the module that its parts are named below. norms: its norms there, each with the readers after it.
     shortcut_name: where the owner has the stream's change of basis beside the branch, if it needs one.

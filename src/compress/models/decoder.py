@@ -136,7 +136,7 @@ class Decoder:
         return found
 
     def logits_of(self, read: Float[Tensor, "*tokens d"]) -> Float[Tensor, "*tokens vocabulary"]:
-        """read: the output of the last reader of the stream."""
+        """Compute the logits. read: the output of the last reader of the stream."""
         outputs = self.model.get_submodule(self.family.head)(read) if self.family.project_out else read
         return finished_logits(outputs, self.family.logits, self.config)
 

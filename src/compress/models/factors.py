@@ -115,7 +115,8 @@ def with_outputs(module: AnyLinear, change: Callable[[Tensor], Tensor]) -> AnyLi
 
 @dataclass(frozen=True)
 class WrittenForm:
-    """
+    """How a linear's weight differs between the walk and the checkpoint.
+
     inputs, outputs: maps from the walk's to the checkpoint's.
     has_bias: it has a bias there, of zeros where it had none.
     """

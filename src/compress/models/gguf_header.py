@@ -39,7 +39,8 @@ LARGEST_HEADER = 2**26  # bytes; a vocabulary of a quarter million tokens with i
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """
+    """A tensor's entry in a GGUF file.
+
     shape: as torch has it. kind: gguf's name of its type. start: its first byte. row_bytes: of its last dimension.
     """
 
@@ -162,7 +163,7 @@ def parsed(file: Path, cursor: Cursor) -> Header:
 
 
 def placed(file: Path, name: str, dimensions: tuple[int, ...], kind: int, start: int) -> GgufTensor:
-    """dimensions: the fastest first, as ggml has them."""
+    """Make a tensor's entry. dimensions: the fastest first, as ggml has them."""
     import gguf
 
     if not all(dimensions):
@@ -187,7 +188,8 @@ ROPE_FACTORS = "rope_freqs.weight"  # by what the rotary frequencies are divided
 
 @dataclass(frozen=True)
 class Architecture:
-    """
+    """How one of llama.cpp's architectures maps to transformers.
+
     keys: what only this one says, by the header's names. interleaved: whether rows of queries and keys are in the order
     of llama.cpp. norms_from_one: whether gains are stored as what they multiply by, where transformers adds one.
     biases: whether attention and MLP may have some. activation: of the MLP; llama.cpp knows it by the architecture.

@@ -45,7 +45,8 @@ NEEDED_FILES = (
 
 @dataclass(frozen=True)
 class ModelSource:
-    """
+    """Where a model's files come from.
+
     name: as outputs and model cards should call it.
     folder: where its files are; for a hub model not yet fetched, None.
     repository: its hub id, None for a local folder. gguf: the file that it is, where it is no folder.

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from compress.models.storage import LoraLinear, PackedLinear, QuantizedLinear, Storage
+from compress.numerics.grids import QuantizationArgs
 
 logger = logging.getLogger("compress")
 
@@ -43,24 +44,22 @@ class KernelProduct(torch.autograd.Function):
 
 
 class Int4Linear(LoraLinear):
-    """layout: codes as the kernel reads them. scales_and_zeros: (groups, m, 2), the zeros 0."""
+    """A linear for torch's int4 kernel. layout: codes as it reads them. scales_and_zeros: (groups, m, 2), zeros 0."""
 
     kind = "kernel"
-    bits = 4
+    num_bits = 4
 
     def __init__(self, linear: PackedLinear) -> None:
-        group = kernel_group(linear)
+        group, storage = kernel_group(linear), Storage("packed", QuantizationArgs(num_bits=4), inputs=linear.inputs)
         assert group is not None
         with torch.device("meta"):
-            super().__init__(
-                linear.in_features, linear.out_features, Storage("packed", 4, inputs=linear.inputs), bias=False
-            )
+            super().__init__(linear.in_features, linear.out_features, storage, bias=False)
         self.bias, self.lora_A, self.lora_B = linear.bias, linear.lora_A, linear.lora_B
         self.group = group
         m, groups = linear.out_features, linear.in_features // group
         blocks = [linear.codes(start, min(start + ROWS, m)) for start in range(0, m, ROWS)]
         self.layout = nn.Buffer(torch.cat([as_layout(codes) for codes in blocks]))
-        scale = linear.weight_scale.view(-1, 1) if linear.group == "tensor" else linear.weight_scale
+        scale = linear.weight_scale.view(-1, 1) if linear.args.strategy == "tensor" else linear.weight_scale
         scale = scale.repeat_interleave(groups // scale.shape[1], 1).expand(m, groups).T
         self.scales_and_zeros = nn.Buffer(torch.stack([scale, torch.zeros_like(scale)], -1).contiguous())
 
@@ -83,7 +82,7 @@ KERNELS = {"cpu": torch.ops.aten._weight_int4pack_mm_for_cpu, "cuda": torch.ops.
 
 
 def as_layout(codes: Tensor) -> Tensor:
-    """codes: int8 (rows, n), from -8 to 7."""
+    """Order codes as the kernel reads them. codes: int8 (rows, n), from -8 to 7."""
     unsigned = codes.to(torch.int32) + 8
     if codes.device.type == "cpu":
         return torch.ops.aten._convert_weight_to_int4pack_for_cpu(unsigned, TILES)
@@ -100,7 +99,7 @@ def kernel_group(linear: QuantizedLinear) -> int | None:
 def problem(linear: QuantizedLinear) -> str | None:
     """Why the kernel cannot run a linear; None where it can."""
     device, dtype = linear.weight_scale.device, linear.weight_scale.dtype
-    if not isinstance(linear, PackedLinear) or linear.bits != 4:
+    if not isinstance(linear, PackedLinear) or linear.num_bits != 4:
         return "the kernel is for packed integers of 4 bits"
     if linear.weight_zero_point is not None:
         return "the grid has zero points"

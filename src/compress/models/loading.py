@@ -64,7 +64,7 @@ def check_sizes(file: Path, config: Any) -> None:
 
 
 def check_values(file: Path, found: Mapping[str, Any]) -> None:
-    """found: what a config is made from."""
+    """Check the sizes in a config. found: what a config is made from."""
     for name, limit in LIMITS.items():
         value = found.get(name)
         if value is not None and not (type(value) is int and 1 <= value <= limit):

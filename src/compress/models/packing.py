@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from compress.models.storage import BlockLinear, Storage, empty_linear
 from compress.numerics.block_grid import BlockGrid
-from compress.numerics.grids import BLOCK, E2M1, FLOAT4_STEPS, FLOAT8, SIDE, Grid, QuantType
+from compress.numerics.grids import E2M1, FLOAT4_STEPS, FLOAT8, SIDE, Grid, QuantizationArgs
 from compress.numerics.sparsity import Pattern
 from compress.numerics.steps import make_grid
 from compress.own_model.modeling_compress import AdaptedLinear, combinations, place_bits
@@ -91,7 +91,7 @@ def stored_linear(  # noqa: PLR0913 (all that a linear consists of)
     bias: Float[Tensor, "m"] | None,
     dtype: torch.dtype,
 ) -> AdaptedLinear:
-    """weight: S, the grid's own values, its step already rounded to `dtype`; zeros where the mask is False."""
+    """Make the module. weight: S, on the grid, whose step is rounded to `dtype`; zeros where the mask is False."""
     m, n = weight.shape
     with torch.device("meta"):
         linear = empty_linear(storage, n, m, bias=bias is not None, dtype=dtype)
@@ -116,21 +116,21 @@ def stored_linear(  # noqa: PLR0913 (all that a linear consists of)
 def packed_tensors(storage: Storage, weight: Tensor, grid: Grid | None, dtype: torch.dtype) -> Tensors:
     if grid is None:
         return {"weight": weight.to(dtype)}
-    assert isinstance(grid.quant_type, QuantType)
+    assert isinstance(grid.kind, QuantizationArgs)
     if storage.in_float4:
         values = grid.codes(weight).float().contiguous()
         numbers = torch.bucketize(values.abs(), values.new_tensor(E2M1)) | (values < 0).long() << 3
         packed = (numbers[:, ::2] | numbers[:, 1::2] << 4).to(torch.uint8)
-        steps = (grid.step * grid.divisor).to(FLOAT4_STEPS[grid.group])
+        steps = (grid.step * grid.divisor).to(FLOAT4_STEPS[grid.group_size])
         if steps.dtype != FLOAT8:
             return {"weight_packed": packed, "weight_scale": steps.view(torch.uint8)}
         divisor = torch.full((1,), grid.divisor, device=packed.device)
         return {"weight_packed": packed, "weight_scale": steps, "weight_global_scale": divisor}
-    scale, codes, bits = grid.step.to(dtype), grid.codes(weight), grid.quant_type.bits
+    scale, codes, bits = grid.step.to(dtype), grid.codes(weight), grid.kind.num_bits
     zero = None if grid.zero is None else grid.zero.to(torch.int8)
-    if storage.group == BLOCK:
+    if grid.kind.strategy == "block":
         scale = scale[::SIDE]
-    if storage.group == "tensor":
+    if grid.kind.strategy == "tensor":
         scale, zero = scale.view(1), None if zero is None else zero.view(1)
     elif zero is not None and not storage.in_bytes:
         zero = pack_words(zero.T, bits).T
@@ -145,10 +145,10 @@ def matrix_tensors(matrix: Float[Tensor, "m n"], grid: Grid | None, kept: Kept |
     """The tensors that a `StoredMatrix` stores for a matrix's values."""
     if grid is None:
         return {"values": (matrix if kept is None else kept.of(matrix)).to(dtype)}
-    assert isinstance(grid.quant_type, QuantType)
-    bits, codes = grid.quant_type.bits, grid.codes(matrix)
+    assert isinstance(grid.kind, QuantizationArgs)
+    bits, codes = grid.kind.num_bits, grid.codes(matrix)
     codes = codes if kept is None else kept.of(codes)
-    numbers = codes.view(torch.uint8) if grid.quant_type.floating else unsigned(codes, bits)
+    numbers = codes.view(torch.uint8) if grid.kind.type == "float" else unsigned(codes, bits)
     shares = {} if grid.finer is None else {"shares": (1 / grid.finer).to(dtype)}
     return shares | {"codes": pack_bits(numbers, bits), "scale": grid.step.to(dtype)}
 
@@ -159,9 +159,8 @@ def adapter_tensors(storage: Storage, A: Float[Tensor, "r n"], B: Float[Tensor, 
     tensors: Tensors = {}
     for name, factor in (("first", A), ("second", B.T)):
         grid = None
-        if storage.adapter_bits is not None:
-            quant_type, group = QuantType(storage.adapter_bits), storage.adapter_group
-            grid = make_grid(factor, quant_type, group=group, method="mse", stored=dtype)
+        if storage.adapter is not None:
+            grid = make_grid(factor, storage.adapter, method="mse", stored=dtype)
         tensors |= below(name, matrix_tensors(factor, grid, None, dtype))
     return tensors
 
@@ -185,42 +184,56 @@ def put_packed(model: nn.Module, packed: Mapping[str, Storage]) -> None:
             model.set_submodule(path, empty_linear(storage, n, m, bias=has_bias, dtype=dtype))
 
 
-def quantization_config(storage: Storage, untouched: list[str]) -> dict[str, Any]:
-    """Write compressed-tensors' config: one group of linears, all alike."""
-    kind, name = "float" if storage.floating else "int", "int-quantized" if storage.in_bytes else "pack-quantized"
-    if storage.floating:
-        name = "float-quantized" if not storage.in_float4 else NVFP4 if storage.group == 16 else "mxfp4-pack-quantized"
-    strategy = storage.group if isinstance(storage.group, str) else "group"
-    weights: dict[str, Any] = {
-        "num_bits": storage.bits,
-        "type": kind,
-        "symmetric": storage.symmetric,
-        "strategy": strategy,
-        "group_size": storage.group if strategy == "group" else None,
-        "dynamic": False,
+def quantization_config(
+    stored: Mapping[str, Storage], untouched: list[str], tables: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Write compressed-tensors' config: a group for each way in which linears and tables are stored.
+
+    stored: by path. Where all linears are stored alike their group is of all but the untouched ones. tables: of these
+    paths those of embeddings and head, and what engines find them by.
+    """
+    tables, schemes = tables or {}, dict[Storage, list[str]]()
+    for path, storage in stored.items():
+        if path not in tables and (scheme := storage.scheme) is not None:
+            schemes.setdefault(scheme, []).append(path)
+    if len(schemes) == 1:
+        schemes = {scheme: ["Linear"] for scheme in schemes}
+    for path, target in tables.items():
+        if (scheme := stored[path].scheme) is not None:
+            schemes.setdefault(scheme, []).append(target)
+    groups = [config_group(scheme, targets) for scheme, targets in schemes.items()]
+    formats = {group["format"] for group in groups}
+    return {
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+        "format": groups[0]["format"] if len(formats) == 1 else "mixed-precision",
+        "config_groups": {f"group_{place}": group for place, group in enumerate(groups)},
+        "ignore": untouched,
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
     }
-    if storage.in_float4:
+
+
+def config_group(storage: Storage, targets: list[str]) -> dict[str, Any]:
+    args = storage.weights
+    assert args is not None
+    name = "int-quantized" if storage.in_bytes else "pack-quantized"
+    if args.type == "float":
+        name = {None: "float-quantized", FLOAT8: NVFP4}.get(args.scale_dtype, "mxfp4-pack-quantized")
+    weights: dict[str, Any] = args.model_dump() | {"dynamic": False}
+    if args.scale_dtype is not None:
         dtype = "torch.float8_e4m3fn" if name == NVFP4 else "torch.uint8"
-        weights |= {"strategy": "tensor_group" if name == NVFP4 else "group", "scale_dtype": dtype, "zp_dtype": dtype}
-    inputs = {"num_bits": 8, "type": kind, "symmetric": True, "strategy": "token", "group_size": None, "dynamic": True}
-    if storage.group == BLOCK:
-        weights |= {"strategy": "block", "block_structure": [SIDE, SIDE]}
+        weights |= {"scale_dtype": dtype, "zp_dtype": dtype}
+    inputs = weights | {"num_bits": 8, "symmetric": True, "strategy": "token", "group_size": None, "dynamic": True}
+    if args.strategy == "block":
+        weights |= {"block_structure": [SIDE, SIDE]}
         inputs |= {"strategy": "group", "group_size": SIDE}
-    group = {
-        "targets": ["Linear"],
+    return {
+        "targets": targets,
         "weights": weights,
         "input_activations": inputs if storage.inputs else None,
         "output_activations": None,
         "format": name,
-    }
-    return {
-        "quant_method": "compressed-tensors",
-        "quantization_status": "compressed",
-        "format": name,
-        "config_groups": {"group_0": group},
-        "ignore": untouched,
-        "kv_cache_scheme": None,
-        "global_compression_ratio": None,
     }
 
 
@@ -230,30 +243,42 @@ def unpacks_while_loading(storage: Storage, model_type: str) -> bool:
     It has no room for packed zero points, makes the weights of some classes anew before it has them, and leaves 4-bit
     floats in bfloat16 once they are unpacked, whatever the model is in.
     """
-    awkward = not storage.symmetric or model_type in MADE_ANEW
-    is_packed = storage.form == "packed" and storage.bits is not None and not storage.in_bytes
-    return storage.in_float4 or (is_packed and awkward)
+    weights = storage.weights
+    if storage.form != "packed" or weights is None or storage.in_bytes:
+        return False
+    return storage.in_float4 or not weights.symmetric or model_type in MADE_ANEW
 
 
 def not_for_vllm(storage: Storage, largest_rank: int) -> str | None:
     """Why vLLM's kernels cannot run packed linears of this kind; None where they can."""
     if largest_rank > VLLM_RANKS[-1]:
         return f"its adapters have a rank of {VLLM_RANKS[-1]} at most"
-    if storage.bits is None:
+    if (weights := storage.weights) is None:
         return None
-    if storage.group == "tensor" and not storage.in_bytes:
+    if weights.strategy == "tensor" and not storage.in_bytes:
         return "its packed integers have a scale a channel or a group"
-    if storage.in_bytes and storage.floating and isinstance(storage.group, int):
+    if storage.in_bytes and weights.type == "float" and weights.group_size is not None:
         return "its fp8 weights have a scale a channel or a tensor"
     if storage.inputs is not None and not storage.in_bytes:
         return "it rounds inputs beside 8-bit weights alone"
     return None
 
 
+def embeddings_not_for_vllm(storage: Storage, *, is_tied: bool) -> str | None:
+    """Why vLLM does not load embeddings that are packed so; None where it does."""
+    if is_tied:
+        return "there a table that is embeddings and head is not in few bits"
+    weights = storage.weights
+    if weights is None or weights.num_bits not in (2, 4, 8) or not weights.symmetric:
+        return "it looks embeddings up in symmetric integers of 2, 4 or 8 bits"
+    return None
+
+
 def lacks_cpu_kernel(storage: Storage) -> str | None:
     """Which packed weights vLLM 0.32 runs on GPUs alone (docs/engines.md); None where its CPU build has a kernel."""
-    if storage.bits is None or storage.inputs is not None:
+    weights = storage.weights
+    if weights is None or storage.inputs is not None:
         return None
-    if storage.floating:
+    if weights.type == "float":
         return "fp8 weights beside 16-bit inputs" if storage.in_bytes else "4-bit floats"
-    return f"{storage.bits}-bit integers{' on CPUs without AVX-512' if storage.bits == 4 else ''}"
+    return f"{weights.num_bits}-bit integers{' on CPUs without AVX-512' if weights.num_bits == 4 else ''}"

@@ -18,7 +18,7 @@ Dimensions: W = S + B A, S (m, n), A (r, n), B (m, r); m outputs, n inputs, r th
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from compress.numerics.block_types import TYPES
-from compress.numerics.grids import BLOCK, E2M1, FLOAT4_STEPS, FLOAT8, SIDE, Granularity, QuantType
+from compress.numerics.grids import E2M1, FLOAT4_STEPS, FLOAT8, SIDE, QuantizationArgs
 from compress.numerics.sparsity import Pattern
 from compress.own_model.modeling_compress import AdaptedLinear, CompactLinear, LowRankLinear, PivotLinear, unpack_bits
 
@@ -40,39 +40,34 @@ INTEGERS = {1: torch.uint8, 4: torch.int32}  # by their bytes
 class Storage:
     """How a linear's weight and its adapter are stored.
 
-    bits: of a code; None for floats of the model's dtype. floating: floats rather than integers: in 8 bits e4m3, in 4
-        e2m1, in groups of 16 as NVFP4 has them or of 32 as MXFP4 does, packed only.
-    group: what shares a scale along the inputs; in a compact row the last group may be smaller.
-    symmetric: 0 has the code 0; compact knows no other. pattern: which weights are kept; of the others compact stores
-    nothing, where it is a grouped one. rank: of the adapter. adapter_bits, adapter_group: its codes, compact only.
+    weights: how they are quantized; None for floats of the model's dtype. Compact knows symmetric grids without 4-bit
+    floats and blocks; the last group of a row may be smaller there.
+    pattern: which weights are kept; of the others compact stores nothing, where it is a grouped one.
+    rank: of the adapter. adapter: how its factors are quantized; None for floats. Compact only.
     inputs: what each token's inputs are rounded to as they come, packed only; the adapter gets them as they are.
-    finer: inputs have factors of their own (SLiM-Quant^O), compact only. block_type: of llama.cpp, gguf only.
+    important_inputs: inputs have factors of their own (SLiM-Quant^O), compact only.
+    block_type: of llama.cpp, gguf only.
     """
 
     form: Literal["packed", "compact", "gguf"]
-    bits: int | None
-    floating: bool = False
-    group: Granularity = "channel"
-    symmetric: bool = True
+    weights: QuantizationArgs | None = None
     pattern: Pattern | None = None
     rank: int = 0
-    adapter_bits: int | None = None
-    adapter_group: int = 128
+    adapter: QuantizationArgs | None = None
     inputs: InputNumbers | None = None
-    finer: bool = False
+    important_inputs: bool = False
     block_type: str | None = None
 
     def __post_init__(self) -> None:
         """Raises ValueError for what no form has room for."""
-        if self.form == "compact" and (self.inputs is not None or not self.symmetric):
-            raise ValueError("Compact linears have symmetric grids and inputs that are not rounded.")
-        if self.form == "packed" and (self.adapter_bits is not None or self.finer):
+        weights = self.weights
+        fits = weights is None or (weights.symmetric and weights.strategy != "block" and not self.in_float4)
+        if self.form == "compact" and (self.inputs is not None or not fits):
+            raise ValueError("Compact linears have symmetric grids, no blocks or 4-bit floats, and no rounded inputs.")
+        if self.form == "packed" and (self.adapter is not None or self.important_inputs):
             raise ValueError("Packed linears have adapters of floats, and no factors for single inputs.")
-        if self.floating and not (self.symmetric and (self.bits == 8 or self.in_float4)):
-            raise ValueError("Grids of floats have 8 bits, or packed 4 in groups of 16 or 32, and are symmetric.")
-        if self.group == BLOCK and not (self.form == "packed" and self.floating and self.bits == 8):
-            raise ValueError("Blocks that share a scale are of packed 8-bit floats.")
-        if self.inputs is not None and (self.bits is None or self.in_float4 or self.floating != (self.inputs == "fp8")):
+        rounds = {"fp8": "float", "int8": "int"}.get(str(self.inputs))
+        if rounds is not None and (weights is None or self.in_float4 or weights.type != rounds):
             raise ValueError("Inputs are rounded to fp8 where weights are, and to int8 where weights are integers.")
 
     @property
@@ -81,20 +76,30 @@ class Storage:
         return self.pattern if self.pattern is not None and self.pattern.is_grouped else None
 
     @property
+    def scheme(self) -> "Storage | None":
+        """How the weight alone is stored; None where it is a float."""
+        return None if self.weights is None else replace(self, rank=0, pattern=None, adapter=None)
+
+    @property
+    def type_name(self) -> str:
+        """llama.cpp's name of its type, or one such as int4-g128."""
+        return self.block_type or (self.weights or QuantizationArgs()).name
+
+    @property
     def in_bytes(self) -> bool:
         """Whether packed form gives each code a byte, as engines want that compute in 8 bits."""
-        return self.bits == 8 and (self.floating or self.inputs is not None)
+        weights = self.weights
+        return weights is not None and weights.num_bits == 8 and (weights.type == "float" or self.inputs is not None)
 
     @property
     def in_float4(self) -> bool:
-        return self.form == "packed" and self.floating and self.bits == 4 and self.group in FLOAT4_STEPS
+        return self.weights is not None and self.weights.scale_dtype is not None
 
     def entry(self) -> dict[str, Any]:
-        same = {
-            name: getattr(self, name) for name in ("bits", "floating", "finer", "rank", "adapter_bits", "adapter_group")
-        }
+        weights, adapter = (None if args is None else args.model_dump() for args in (self.weights, self.adapter))
         pattern = None if self.left_out is None else [int(self.left_out.keep), self.left_out.group]
-        return same | {"scale_group": self.group, "pattern": pattern}
+        kept = {"pattern": pattern, "important_inputs": self.important_inputs}
+        return {"weights": weights, **kept, "rank": self.rank, "adapter": adapter}
 
 
 class RoundedInputs(torch.autograd.Function):
@@ -107,10 +112,10 @@ class RoundedInputs(torch.autograd.Function):
     def forward(_ctx: Any, x: Tensor, kind: InputNumbers, group: int | None) -> Tensor:
         if group is not None:
             return RoundedInputs.forward(_ctx, x.unflatten(-1, (-1, group)), kind, None).flatten(-2)
-        quant_type = QuantType(8, floating=kind == "fp8")
-        step = x.abs().amax(-1, keepdim=True) / ((quant_type.highest - quant_type.lowest) / 2)
+        args = QuantizationArgs(num_bits=8, type="float" if kind == "fp8" else "int")
+        step = x.abs().amax(-1, keepdim=True) / ((args.highest - args.lowest) / 2)
         step = torch.where(step == 0, torch.finfo(x.dtype).eps, step)
-        return quant_type.nearest(x / step) * step
+        return args.nearest(x / step) * step
 
     @staticmethod
     @once_differentiable
@@ -121,16 +126,16 @@ class RoundedInputs(torch.autograd.Function):
 class LoraLinear(AdaptedLinear):
     """A linear with a weight in any form and a float adapter.
 
-    inputs: what each token's are rounded to for the weight; the adapter's stay as they are. bits: of a weight's code.
+    inputs: what each token's are rounded to for the weight; the adapter's stay as they are. num_bits: of a code.
     """
 
     kind: ClassVar[str]
-    bits: int | None = None
+    num_bits: int | None = None
 
     def __init__(self, in_features: int, out_features: int, storage: Storage, *, bias: bool) -> None:
         super().__init__(in_features, out_features, bias)
         self.inputs = storage.inputs
-        self.input_group = SIDE if storage.group == BLOCK else None
+        self.input_group = SIDE if storage.weights is not None and storage.weights.strategy == "block" else None
         self.lora_A = self.lora_B = None
         if storage.rank:
             self.lora_A = nn.Parameter(torch.zeros(storage.rank, in_features), requires_grad=False)
@@ -168,7 +173,8 @@ class FloatLinear(LoraLinear):
 
 
 class BlockLinear(LoraLinear):
-    """
+    """A weight in one of llama.cpp's block types.
+
     qweight: uint8 (m, bytes a row). values: what these are, float32 (m, n); not stored, and None of an empty linear.
     """
 
@@ -191,20 +197,22 @@ class BlockLinear(LoraLinear):
 
 
 class QuantizedLinear(LoraLinear):
-    """
-    group: what shares a scale along the inputs. groups: how many there are in a row. as_stored: buffers of floats that
-    no .to(dtype) changes.
+    """A weight in integer or float codes, with scales.
+
+    groups: how many scales a row has. as_stored: buffers of floats that no .to(dtype) changes.
     """
 
     weight_zero_point: Tensor | None
+    num_bits: int
     as_stored: tuple[str, ...] = ()
 
     def __init__(self, in_features: int, out_features: int, storage: Storage, *, bias: bool) -> None:
         super().__init__(in_features, out_features, storage, bias=bias)
-        self.group = storage.group
-        self.groups = 1 if isinstance(storage.group, str) else in_features // storage.group
-        scales: tuple[int, ...] = (1,) if self.group == "tensor" else (out_features, self.groups)
-        if self.group == BLOCK:
+        assert storage.weights is not None
+        self.args, self.num_bits, size = storage.weights, storage.weights.num_bits, storage.weights.group_size
+        self.groups = 1 if size is None else in_features // size
+        scales: tuple[int, ...] = (1,) if self.args.strategy == "tensor" else (out_features, self.groups)
+        if self.args.strategy == "block":
             self.groups = in_features // SIDE
             scales = math.ceil(out_features / SIDE), self.groups
         self.weight_scale = nn.Buffer(torch.zeros(scales))
@@ -222,10 +230,10 @@ class QuantizedLinear(LoraLinear):
         zeros = self.zeros(start, stop)
         if zeros is not None:
             groups -= zeros.to(dtype)[..., None]
-        if self.group == BLOCK:
+        if self.args.strategy == "block":
             scale = self.weight_scale[torch.arange(start, stop, device=self.weight_scale.device) // SIDE]
         else:
-            scale = self.weight_scale if self.group == "tensor" else self.weight_scale[start:stop]
+            scale = self.weight_scale if self.args.strategy == "tensor" else self.weight_scale[start:stop]
         return groups.mul_(scale.to(dtype)[..., None]).flatten(1)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedLinear":
@@ -240,51 +248,47 @@ class QuantizedLinear(LoraLinear):
 
 
 class PackedLinear(QuantizedLinear):
-    """
+    """A weight in integers packed into int32 words.
+
     weight_shape: int64 (2,), m and n. weight_zero_point: int32 (words, groups), packed along m; int8 (1,) for a tensor.
     """
 
     kind = "packed"
-    bits: int
 
     def __init__(self, in_features: int, out_features: int, storage: Storage, *, bias: bool) -> None:
         super().__init__(in_features, out_features, storage, bias=bias)
-        assert storage.bits is not None
-        self.bits = storage.bits
-        self.weight_packed = nn.Buffer(torch.zeros(out_features, words(in_features, self.bits), dtype=torch.int32))
+        self.weight_packed = nn.Buffer(torch.zeros(out_features, words(in_features, self.num_bits), dtype=torch.int32))
         self.weight_shape = nn.Buffer(torch.tensor([out_features, in_features]))
         zeros = None
-        if not storage.symmetric and self.group == "tensor":
+        if not self.args.symmetric and self.args.strategy == "tensor":
             zeros = torch.zeros(1, dtype=torch.int8)
-        elif not storage.symmetric:
-            zeros = torch.zeros(words(out_features, self.bits), self.groups, dtype=torch.int32)
+        elif not self.args.symmetric:
+            zeros = torch.zeros(words(out_features, self.num_bits), self.groups, dtype=torch.int32)
         self.register_buffer("weight_zero_point", zeros)
 
     def codes(self, start: int, stop: int) -> Tensor:
-        return unpacked(self.weight_packed[start:stop], self.bits, self.in_features)
+        return unpacked(self.weight_packed[start:stop], self.num_bits, self.in_features)
 
     def zeros(self, start: int, stop: int) -> Tensor | None:
         zeros = self.weight_zero_point
-        if zeros is None or self.group == "tensor":
+        if zeros is None or self.args.strategy == "tensor":
             return zeros
         first = start // WORD * WORD  # rows whose codes begin a word
-        packed = zeros[first // WORD * self.bits : words(stop, self.bits)].T.contiguous()
-        return unpacked(packed, self.bits, stop - first)[:, start - first :].T
+        packed = zeros[first // WORD * self.num_bits : words(stop, self.num_bits)].T.contiguous()
+        return unpacked(packed, self.num_bits, stop - first)[:, start - first :].T
 
 
 class ByteLinear(QuantizedLinear):
-    """weight_zero_point: int8, of weight_scale's shape."""
+    """A weight in 8-bit integers or floats. weight_zero_point: int8, of weight_scale's shape."""
 
     kind = "bytes"
-    bits = 8
     as_stored = ("weight",)
     weight: Tensor
 
     def __init__(self, in_features: int, out_features: int, storage: Storage, *, bias: bool) -> None:
         super().__init__(in_features, out_features, storage, bias=bias)
-        dtype = FLOAT8 if storage.floating else torch.int8
-        self.weight = nn.Buffer(torch.zeros(out_features, in_features, dtype=dtype))
-        zeros = None if storage.symmetric else torch.zeros_like(self.weight_scale, dtype=torch.int8)
+        self.weight = nn.Buffer(torch.zeros(out_features, in_features, dtype=self.args.stored))
+        zeros = None if self.args.symmetric else torch.zeros_like(self.weight_scale, dtype=torch.int8)
         self.register_buffer("weight_zero_point", zeros)
 
     def codes(self, start: int, stop: int) -> Tensor:
@@ -292,25 +296,25 @@ class ByteLinear(QuantizedLinear):
 
     def zeros(self, start: int, stop: int) -> Tensor | None:
         zeros = self.weight_zero_point
-        return zeros if zeros is None or self.group == "tensor" else zeros[start:stop]
+        return zeros if zeros is None or self.args.strategy == "tensor" else zeros[start:stop]
 
 
 class Float4Linear(QuantizedLinear):
-    """
+    """A weight in 4-bit floats, NVFP4 or MXFP4.
+
     weight_packed: two e2m1 numbers a byte, the first in the low bits: 8 for the sign and a place in `E2M1`.
     weight_scale: (m, groups); of NVFP4 float8, to be divided by weight_global_scale, float32 (1,); of MXFP4 uint8, the
     exponent of 2, plus 127.
     """
 
     kind = "float4"
-    bits = 4
     weight_global_scale: Tensor
 
     def __init__(self, in_features: int, out_features: int, storage: Storage, *, bias: bool) -> None:
         super().__init__(in_features, out_features, storage, bias=bias)
         self.weight_packed = nn.Buffer(torch.zeros(out_features, in_features // 2, dtype=torch.uint8))
         scales = torch.zeros(out_features, self.groups, dtype=torch.uint8)
-        if storage.group == 16:
+        if self.args.strategy == "tensor_group":
             self.as_stored = ("weight_scale", "weight_global_scale")
             self.weight_global_scale = nn.Buffer(torch.ones(1))
             scales = scales.view(FLOAT8)
@@ -374,7 +378,7 @@ def empty_linear(
             kind = Float4Linear
         elif storage.block_type is not None:
             kind = BlockLinear
-        elif storage.bits is None:
+        elif storage.weights is None:
             kind = FloatLinear
         linear = kind(in_features, out_features, storage, bias=bias)
     return linear.to(dtype)
@@ -416,9 +420,9 @@ class Form:
         if isinstance(linear, CompactLinear):
             weight = linear.weight
             pattern = f"{weight.keep}:{weight.group}" if weight.keep < weight.group else None
-            return cls(kind, m, n, weight.bits, pattern, 0 if linear.first is None else linear.first.num_rows)
+            return cls(kind, m, n, weight.num_bits, pattern, 0 if linear.first is None else linear.first.num_rows)
         if isinstance(linear, LoraLinear):
-            return cls(linear.kind, m, n, linear.bits, rank=0 if linear.lora_A is None else len(linear.lora_A))
+            return cls(linear.kind, m, n, linear.num_bits, rank=0 if linear.lora_A is None else len(linear.lora_A))
         return cls(kind, m, n)
 
 

@@ -6,11 +6,13 @@ What is more than these can hold is refused.
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
@@ -21,9 +23,11 @@ from compress.models.loading import hollow_model, load_config, load_model
 from compress.models.storage import LoraLinear, Storage, empty_linear
 from compress.models.tensor_files import ADAPTER, SafetensorsFolder, gguf_of, read_header
 from compress.models.untrusted import read_json, reading, shown
-from compress.numerics.grids import BLOCK, SIDE
+from compress.numerics.grids import SIDE, QuantizationArgs
+from compress.own_model.modeling_compress import AdaptedLinear
 
 METHOD = "compressed-tensors"
+KINDS = ("Linear", "Embedding")  # targets that are classes; others are names
 LORA_NAME = re.compile(r"base_model\.model\.(.+)\.(lora_[AB])\.weight")
 BEYOND = ("kv_cache_scheme", "transform_config", "sparsity_config", "output_activations")
 # What makes more of a LoRA than two factors and a factor before them.
@@ -34,13 +38,13 @@ LORA_EXTRAS = (
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def read_scheme(folder: Path) -> Storage | None:
-    """Read the quantization scheme from config.json; None where there is none."""
+def read_schemes(folder: Path) -> dict[str, Storage]:
+    """Read the quantization schemes from config.json, by their targets: `Linear`, `Embedding`, the path of a head."""
     found = read_json(folder / "config.json").get("quantization_config")
     if found is None:
-        return None
+        return {}
     try:
-        return scheme(found)
+        return schemes(found)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         reason = f"lacks {error}" if isinstance(error, KeyError) else str(error).rstrip(".")
         raise CheckpointError(
@@ -49,46 +53,51 @@ def read_scheme(folder: Path) -> Storage | None:
         ) from error
 
 
-def scheme(found: dict[str, Any]) -> Storage:
+def schemes(found: dict[str, Any]) -> dict[str, Storage]:
     """Raises ValueError for what is not understood, and what a damaged config makes of the look-ups."""
     if found["quant_method"] != METHOD:
         raise ValueError(f"quant_method is {found['quant_method']!r}, not {METHOD!r}")
-    if len(found["config_groups"]) != 1:
-        raise ValueError("it has more than one config group, or none")
-    (group,) = found["config_groups"].values()
+    groups = [*found["config_groups"].values()]
+    targets = {str(target): scheme(found, group) for group in groups for target in group["targets"]}
+    if not targets:
+        raise ValueError("it has no config group")
+    if len({*targets.values()}) == 1:
+        return dict.fromkeys(KINDS, next(iter(targets.values())))
+    if any(target.startswith("re:") for target in targets):
+        raise ValueError("it has several config groups, and targets that are no names")
+    return targets
+
+
+def scheme(found: dict[str, Any], group: dict[str, Any]) -> Storage:
     beyond = [key for key in BEYOND if found.get(key) or group.get(key)]
     if beyond:
         raise ValueError(f"it has {beyond[0]}")
     weights, inputs = group["weights"], group.get("input_activations")
-    bits, kind = weights["num_bits"], weights["type"]
-    if kind not in ("int", "float") or bits not in range(2, 9) or weights.get("dynamic"):
-        raise ValueError(f"weights are {bits}-bit {kind!r}")
-    strategy, size = weights.get("strategy"), weights.get("group_size")
-    grouped = "tensor_group" if (kind, bits, size) == ("float", 4, 16) else "group"
-    in_groups = strategy == grouped and isinstance(size, int) and size > 0
-    if (kind, bits, strategy, weights.get("block_structure")) == ("float", 8, "block", [SIDE, SIDE]):
-        strategy = BLOCK
-    elif not in_groups and strategy not in ("tensor", "channel"):
-        raise ValueError(f"the strategy of weights is {strategy!r}")
+    try:
+        args = QuantizationArgs(**{key: weights[key] for key in QuantizationArgs.model_fields if key in weights})
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"of weights {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+    is_block = args.strategy == "block"
+    if weights.get("dynamic") or is_block != (weights.get("block_structure") == [SIDE, SIDE]):
+        raise ValueError("weights have scales that are found as they run, or of blocks that are not 128 x 128")
     if inputs is not None:
         facts = {key: inputs.get(key) for key in ("num_bits", "symmetric", "dynamic", "strategy")}
-        each = {"strategy": "group", "group_size": SIDE} if strategy == BLOCK else {"strategy": "token"}
-        facts |= {"group_size": inputs.get("group_size")} if strategy == BLOCK else {}
+        each = {"strategy": "group", "group_size": SIDE} if is_block else {"strategy": "token"}
+        facts |= {"group_size": inputs.get("group_size")} if is_block else {}
         if facts != {"num_bits": 8, "symmetric": True, "dynamic": True, **each}:
             raise ValueError("inputs are rounded in another way than to 8 bits, each token's for itself as it comes")
     return Storage(
         "packed",
-        bits,
-        floating=kind == "float",
-        group=size if in_groups else strategy,
-        symmetric=bool(weights.get("symmetric", True)),
+        args,
         inputs=None if inputs is None else {"float": "fp8", "int": "int8"}[inputs["type"]],  # type: ignore[arg-type]
     )
 
 
 @dataclass(frozen=True)
 class Lora:
-    """
+    """The LoRA adapter beside a checkpoint.
+
     names: by a parameter's name in a model (`path.lora_A`) that in the file. alpha, alphas: a product is multiplied by
     the one and divided by the rank; paths that end as a pattern says have their own.
     """
@@ -151,14 +160,16 @@ def is_stored(folder: Path) -> bool:
 
 def load_stored(folder: Path, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """Load a model. Safetensors only; every tensor must be there and have its place."""
-    quantized, lora = read_scheme(folder), read_lora(folder)
+    quantized, lora = read_schemes(folder), read_lora(folder)
     tensors = stored_tensors(folder, lora)
     config = load_config(folder)
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # no library is to act on it
     model: Any = hollow_model(config, dtype, f"The config.json of {folder} makes no model")
+    tables = put_tables(model, quantized, tensors, dtype)
     put_linears(model, quantized, tensors, dtype)
     fill(model, tensors, dtype, device)
+    unpack_tables(model, tables, dtype)
     for path, linear in model.named_modules():
         if lora is not None and isinstance(linear, LoraLinear) and linear.lora_B is not None:
             linear.lora_B.data *= lora.factor(path, linear.lora_B.shape[1])
@@ -170,25 +181,71 @@ def load_stored(folder: Path, *, dtype: torch.dtype, device: torch.device) -> Pr
     return model
 
 
-def put_linears(model: nn.Module, quantized: Storage | None, tensors: SafetensorsFolder, dtype: torch.dtype) -> None:
+def put_tables(
+    model: PreTrainedModel, quantized: Mapping[str, Storage], tensors: SafetensorsFolder, dtype: torch.dtype
+) -> dict[str, nn.Module]:
+    """Replace embeddings that are quantized by modules that hold what is stored, a head that is tied to them by none.
+
+    The modules that were there, by path.
+    """
+    kept = dict[str, nn.Module]()
+    for path, table in list(model.named_modules()):
+        if not isinstance(table, nn.Embedding) or tensors.find(f"{path}.weight_scale") is None:
+            continue
+        storage = stored_as(path, quantized, table.embedding_dim, "Embedding", tensors)
+        with torch.device("meta"):
+            put = empty_linear(storage, table.embedding_dim, table.num_embeddings, bias=False, dtype=dtype)
+        tied = [head for head, of in model.all_tied_weights_keys.items() if of == f"{path}.weight"]
+        for name in (head.removesuffix(".weight") for head in tied):
+            kept[name] = model.get_submodule(name)
+            model.set_submodule(name, nn.Identity())
+        kept[path] = table
+        model.set_submodule(path, put)
+    return kept
+
+
+def unpack_tables(model: PreTrainedModel, kept: Mapping[str, nn.Module], dtype: torch.dtype) -> None:
+    """Put the modules back that stored embeddings have taken the place of, with their weights in full."""
+    for path, module in kept.items():
+        stored = model.get_submodule(path)
+        if isinstance(stored, AdaptedLinear):
+            module.weight = nn.Parameter(stored.rows(0, stored.out_features, dtype), requires_grad=False)
+        model.set_submodule(path, module)
+    model.tie_weights()
+
+
+def stored_as(
+    path: str, quantized: Mapping[str, Storage], inputs: int, kind: str, tensors: SafetensorsFolder
+) -> Storage:
+    """The scheme of a matrix that is stored in few bits. Raises CheckpointError for none that fits it."""
+    storage = quantized.get(path, quantized.get(kind))
+    if storage is None:
+        raise CheckpointError(
+            f"{tensors.folder} has quantized weights ({path}), but its config.json no quantization_config for them. "
+            "Get it again."
+        )
+    weights = storage.weights or QuantizationArgs()
+    size = SIDE if weights.strategy == "block" else weights.group_size
+    if size is not None and inputs % size:
+        raise CheckpointError(
+            f"The {inputs} inputs of {path} do not divide into the groups of {size} that config.json says. The "
+            "checkpoint is damaged: get it again."
+        )
+    return storage
+
+
+def put_linears(
+    model: nn.Module, quantized: Mapping[str, Storage], tensors: SafetensorsFolder, dtype: torch.dtype
+) -> None:
     """Replace linears that are quantized or have an adapter by modules that hold what is stored."""
     linears = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
     for path, linear in linears.items():
         is_quantized, adapter = tensors.find(f"{path}.weight_scale") is not None, tensors.find(f"{path}.lora_A")
         if not is_quantized and adapter is None:
             continue
-        storage = quantized if is_quantized else Storage("packed", None)
-        if storage is None:
-            raise CheckpointError(
-                f"{tensors.folder} has quantized weights ({path}), but its config.json no quantization_config. "
-                "Get it again."
-            )
-        size = SIDE if storage.group == BLOCK else storage.group
-        if isinstance(size, int) and linear.in_features % size:
-            raise CheckpointError(
-                f"The {linear.in_features} inputs of {path} do not divide into the groups of {size} that "
-                "config.json says. The checkpoint is damaged: get it again."
-            )
+        storage = Storage("packed")
+        if is_quantized:
+            storage = stored_as(path, quantized, linear.in_features, "Linear", tensors)
         storage = replace(storage, rank=0 if adapter is None else tensors.tensors[adapter].shape[0])
         with torch.device("meta"):
             has_bias = linear.bias is not None
@@ -230,7 +287,6 @@ def fill(model: PreTrainedModel, tensors: SafetensorsFolder, dtype: torch.dtype,
         value = tensor.to(device) if is_fixed else tensor.to(device, dtype)
         is_parameter = attribute in dict(owner.named_parameters(recurse=False))
         setattr(owner, attribute, nn.Parameter(value, requires_grad=False) if is_parameter else value)
-    model.tie_weights()
 
 
 def open_model(
@@ -243,7 +299,7 @@ def open_model(
 
 
 def load(model: str, dtype: torch.dtype | None, device: torch.device) -> PreTrainedModel:
-    """model: a folder, a hub id or an alias. dtype: by default the checkpoint's own."""
+    """Load a model. model: a folder, a hub id or an alias. dtype: by default the checkpoint's own."""
     folder = find_model(model).whole_folder()
     own: torch.dtype = getattr(load_config(folder), "dtype", None) or torch.float32
     return open_model(folder, dtype=dtype or own, device=device)

@@ -26,7 +26,7 @@ CLOSING = (yaml.tokens.BlockEndToken, yaml.tokens.FlowSequenceEndToken, yaml.tok
 
 @contextmanager
 def reading(what: str, remedy: str = "", *, kind: type[CompressError] = CheckpointError) -> Iterator[None]:
-    """what: the beginning of the sentence, such as "The tokenizer of FOLDER cannot be read"."""
+    """Make a library's errors ours. what: how the sentence begins: "The tokenizer of FOLDER cannot be read"."""
     try:
         yield
     except CompressError:

@@ -42,7 +42,7 @@ Rule = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class BlockGrid(Grid):
-    """d: (m, blocks), and low, dmin or what is added. sc, mn: (m, groups), integers; None where the type has none."""
+    """A block type's grid. d: (m, blocks), and low, dmin or what is added. sc, mn: (m, groups), integers; or None."""
 
     kind: BlockType
     d: Float[Tensor, "m blocks"]
@@ -59,7 +59,7 @@ class BlockGrid(Grid):
             step = step * sc
         if low is not None:
             zero = (-low if mn is None else low.repeat_interleave(kind.per_block, 1) * mn) / step
-        return cls(kind, kind.group, step, zero, kind=kind, d=d, low=low, sc=sc, mn=mn)
+        return cls(kind.group, step, zero, kind=kind, d=d, low=low, sc=sc, mn=mn)
 
     @property
     def parts(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
@@ -80,7 +80,7 @@ class BlockGrid(Grid):
     def dequantized(self, W: Weight) -> Weight:
         """W's nearest values as decoders compute them: in float32, the scale first."""
         single, per = self.to(torch.float32), self.kind.per_block
-        values = self._codes(W).float().unflatten(1, (-1, self.group)) * single.step[..., None]
+        values = self._codes(W).float().unflatten(1, (-1, self.group_size)) * single.step[..., None]
         if single.low is not None:
             low = single.low.repeat_interleave(per, 1)
             values = values + low[..., None] if single.mn is None else values - (low * single.mn)[..., None]
@@ -109,7 +109,8 @@ def integers(x: Tensor, columns: int) -> Int32[Tensor, "_ columns"]:
 def fit_blocks(
     W: Weight, kind: BlockType, weights: Float[Tensor, "n"] | None = None, *, trials: int = TRIALS
 ) -> BlockGrid:
-    """
+    """Fit the scales and minima of a block type to a weight.
+
     weights: of the inputs' squared errors; the diagonal of their second moment. trials: scales for each end of the
         grid; fewer than usual take less time and leave a few percent more error.
     """

@@ -122,7 +122,8 @@ def q6_k(b: Block) -> Tensor:
 
 @dataclass(frozen=True)
 class BlockType:
-    """
+    """One of llama.cpp's block types.
+
     bytes: of a block. encode: makes them. block: weights that share d. group: weights that share sc and mn; the block
         where there are none.
     lowest, highest: of the integers q. scales: the range of sc, mins: the largest mn; None where there are none.

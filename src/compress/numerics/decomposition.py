@@ -27,7 +27,7 @@ from compress.errors import NumericalError
 from compress.numerics.admm import sparse_plus_lowrank
 from compress.numerics.block_grid import BlockGrid, fit_blocks, polished
 from compress.numerics.block_types import BlockType
-from compress.numerics.grids import BLOCK, FLOAT8, Granularity, Grid, QuantType
+from compress.numerics.grids import FLOAT8, Grid, QuantizationArgs
 from compress.numerics.lowrank import AdapterMethod, Factors, fit_adapter
 from compress.numerics.moments import Hessian, InputMoments
 from compress.numerics.sparsity import Pattern, keep_mask, wanda
@@ -43,7 +43,7 @@ DAMPING = 0.01  # of the mean of H's diagonal
 
 @dataclass(frozen=True, kw_only=True)
 class Pruning:
-    """iterations: of ADMM."""
+    """How the mask is found. iterations: of ADMM."""
 
     method: Pruner
     pattern: Pattern
@@ -52,19 +52,19 @@ class Pruning:
 
 @dataclass(frozen=True, kw_only=True)
 class Rounding:
-    """
-    steps: how they are chosen. sweeps: by GPTQ rather than to nearest. act_order: its columns in that order.
-    finer: SLiM-Quant^O. stored: the dtype of the steps. divisor: of all steps, see `Grid`; found with the weights.
+    """How weights are put on a grid.
+
+    steps: how they are chosen. sweeps: by GPTQ rather than to nearest. actorder: its columns in that order.
+    important_inputs: SLiM-Quant^O. stored: the dtype of the steps. divisor: of all steps, see `Grid`; found with the
+    weights.
     blocks: llama.cpp's type, in place of all these.
     """
 
-    quant_type: QuantType
-    group: Granularity
+    args: QuantizationArgs
     steps: StepMethod
     sweeps: bool
-    symmetric: bool = True
-    act_order: bool = False
-    finer: bool = False
+    actorder: bool = False
+    important_inputs: bool = False
     stored: torch.dtype | None = None
     divisor: float = 1.0
     blocks: BlockType | None = None
@@ -72,7 +72,7 @@ class Rounding:
 
 @dataclass(frozen=True, kw_only=True)
 class Adapting:
-    """rounds: how often adapter and weights are fitted to one another."""
+    """How the low-rank adapter is fitted. rounds: how often adapter and weights are fitted to one another."""
 
     method: AdapterMethod
     rank: int
@@ -98,7 +98,7 @@ class Decomposition:
     def rows_are_independent(self) -> bool:
         """Whether S of a row is the same whatever other rows there are."""
         prune, quantize = self.prune, self.quantize
-        shares_steps = quantize is not None and (quantize.group == "tensor" or quantize.finer)
+        shares_steps = quantize is not None and (quantize.args.strategy == "tensor" or quantize.important_inputs)
         return not shares_steps and (prune is None or prune.method != "sparsegpt" or prune.pattern.is_grouped)
 
 
@@ -260,17 +260,8 @@ class Solver:
         how = self.how.quantize
         if how.blocks is not None:
             return fit_blocks(W, how.blocks, self.hessian.damped.diagonal())
-        finer = finer_inputs(W, self.moments.mean_abs.to(W.dtype)) if how.finer else None
-        grid = make_grid(
-            W,
-            how.quant_type,
-            group=how.group,
-            method=how.steps,
-            symmetric=how.symmetric,
-            stored=how.stored,
-            finer=finer,
-            divisor=how.divisor,
-        )
+        finer = finer_inputs(W, self.moments.mean_abs.to(W.dtype)) if how.important_inputs else None
+        grid = make_grid(W, how.args, method=how.steps, stored=how.stored, finer=finer, divisor=how.divisor)
         if not torch.isfinite(grid.step).all():
             raise NumericalError(
                 f"A scale of {self.name} is NaN or does not fit in {how.stored}. "
@@ -286,13 +277,13 @@ def solve(solvers: Sequence[Solver]) -> None:
     if how.compensates:
         mask, grid, quantize = found.mask, found.grid, how.quantize
         pattern = how.prune.pattern if how.prune is not None and mask is None else None
-        act_order = quantize is not None and quantize.act_order
-        S, mask = sweep(target, hessian, grid=grid, pattern=pattern, mask=mask, act_order=act_order)
+        actorder = quantize is not None and quantize.actorder
+        S, mask = sweep(target, hessian, grid=grid, pattern=pattern, mask=mask, actorder=actorder)
         if isinstance(grid, BlockGrid):
             S, grid = polished(S, target, hessian, grid, mask=mask, rounds=how.polish)
         else:
             for _ in range(how.polish):
-                if grid is not None and quantize is not None and quantize.group != BLOCK:
+                if grid is not None and quantize is not None and quantize.args.strategy != "block":
                     S, grid = rescaled(S, target, hessian, grid, stored=quantize.stored)
                 S = descend(S, target, hessian, grid=grid, mask=mask, rounds=1)
         found = Rounded(S, mask, grid)

@@ -154,7 +154,7 @@ def zero_mean_basis(width: int) -> Float64[Tensor, "width width_less_1"]:
 
 @dataclass(frozen=True, eq=False)
 class Lift:
-    """columns: (wide, narrow); None for the identity."""
+    """A map between a narrower and a wider basis. columns: (wide, narrow); None for the identity."""
 
     columns: Tensor | None = None
     scale: float = 1.0

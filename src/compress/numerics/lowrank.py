@@ -231,7 +231,7 @@ AdapterMethod = Literal["naive", "slim", "whitened"]
 def fit_adapter(
     method: AdapterMethod, E: Weight, moments: InputMoments, rank: int, *, centered: bool, name: str
 ) -> Factors:
-    """centered: for `whitened`, errors about the mean count, and the factors' bias is what keeps the mean."""
+    """Fit an adapter to the error E. centered: for `whitened`, errors about the mean count; a bias keeps the mean."""
     if method == "naive":
         return cut_off(E, rank, name=name)
     if method == "slim":

@@ -21,7 +21,8 @@ SOLVED = 256  # rows and columns that are inverted at once
 
 @dataclass(frozen=True)
 class Hessian:
-    """
+    """The damped second moment of a linear's inputs, and what sweeps need of it.
+
     second: E x x^T, or the covariance of x where a bias keeps the mean. damping: in units of its mean diagonal.
     name: says in an error whose inputs these are: NumericalError where they are not finite.
     """

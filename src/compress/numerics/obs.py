@@ -35,7 +35,8 @@ PENDING = 64  # updates that are collected before they are applied
 
 @dataclass(frozen=True)
 class Elimination:
-    """
+    """In which order units go, and what each costs.
+
     order: the units in the order in which they are removed; the first n of it are removed where n units are to go.
     costs: the loss tr (W - W')^T G (W - W') after each removal, in the units of G, which is the damped one.
     count: the number of units before.

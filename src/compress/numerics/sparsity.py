@@ -19,7 +19,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Pattern:
-    """keep: of every `group` adjacent inputs, or, with group 0, the share of all weights that stays."""
+    """Which weights stay. keep: of every `group` adjacent inputs, or, with group 0, the share of all weights."""
 
     keep: int | float
     group: int = 0
@@ -47,7 +47,7 @@ class Pattern:
 
 
 def wanda(W: Float[Tensor, "m n"], second: Float[Tensor, "n n"]) -> Float[Tensor, "m n"]:
-    """second: E x x^T."""
+    """Compute Wanda's scores (arXiv 2306.11695). second: E x x^T."""
     return W.abs() * second.diagonal().clamp_min(0).sqrt().to(W.dtype)
 
 

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from compress.numerics.grids import BLOCK, E2M1, FLOAT4_STEPS, FLOAT8, SIDE, Granularity, Grid, QuantType
+from compress.numerics.grids import E2M1, FLOAT4_STEPS, FLOAT8, SIDE, Grid, QuantizationArgs
 
 Pieces = Float[Tensor, "g w r"]
 Steps = Float[Tensor, "g r"]
@@ -29,13 +29,11 @@ Steps = Float[Tensor, "g r"]
 StepMethod = Literal["absmax", "slim", "mse"]
 
 
-def make_grid(  # noqa: PLR0913 (all that a grid consists of)
+def make_grid(
     W: Float[Tensor, "m n"],
-    quant_type: QuantType,
+    args: QuantizationArgs,
     *,
-    group: Granularity,
     method: StepMethod,
-    symmetric: bool = True,
     stored: torch.dtype | None = None,
     finer: Float[Tensor, "n"] | None = None,
     divisor: float = 1.0,
@@ -45,27 +43,28 @@ def make_grid(  # noqa: PLR0913 (all that a grid consists of)
     finer: what inputs' weights are multiplied by before they are rounded; the step is chosen without it.
     divisor: of steps, once they are rounded.
     """
-    pieces, size = pieces_of(W, group), SIDE if group == BLOCK else W.shape[1] if isinstance(group, str) else group
-    step, zero = (pieces.abs().amax(1) / quant_type.highest, None) if symmetric else spread_steps(pieces, quant_type)
+    pieces, is_block = pieces_of(W, args), args.strategy == "block"
+    step, zero = (pieces.abs().amax(1) / args.highest, None) if args.symmetric else spread_steps(pieces, args)
     if method != "absmax" and stored is not None and stored in FLOAT4_STEPS.values():
-        step = stored_steps(pieces, quant_type, step, stored, divisor)
+        step = stored_steps(pieces, args, step, stored, divisor)
     elif method != "absmax":
-        step = searched_steps(pieces, quant_type, step, zero, SEARCHES[method])
+        step = searched_steps(pieces, args, step, zero, SEARCHES[method])
     step = rounded(positive(step), stored, divisor).T.contiguous()
-    if group == BLOCK:
+    if is_block:
         step = step.repeat_interleave(SIDE, 0)[: len(W)]
-    return Grid(quant_type, size, step, None if zero is None else zero.T.contiguous(), finer=finer, divisor=divisor)
+    size = SIDE if is_block else args.group_size or W.shape[1]
+    return Grid(args, size, step, None if zero is None else zero.T.contiguous(), finer=finer, divisor=divisor)
 
 
-def pieces_of(W: Float[Tensor, "m n"], group: Granularity) -> Float[Tensor, "groups weights rows"]:
+def pieces_of(W: Float[Tensor, "m n"], args: QuantizationArgs) -> Float[Tensor, "groups weights rows"]:
     """Split W into pieces that share a step, the last group padded with zeros; of blocks a row is all their rows."""
-    if group == "tensor":
+    if args.strategy == "tensor":
         return W.reshape(1, -1, 1)
-    if group == BLOCK:
+    if args.strategy == "block":
         filled = torch.nn.functional.pad(W, (0, -W.shape[1] % SIDE, 0, -len(W) % SIDE))
         blocks = filled.view(len(filled) // SIDE, SIDE, -1, SIDE)
         return blocks.permute(2, 1, 3, 0).flatten(1, 2)
-    size = W.shape[1] if isinstance(group, str) else group
+    size = args.group_size or W.shape[1]
     filled = torch.nn.functional.pad(W.T, (0, 0, 0, -W.shape[1] % size))
     return filled.contiguous().view(-1, size, len(W))
 
@@ -95,11 +94,11 @@ def shared_divisor(largest: float) -> float:
     return 2.0 ** min(max(math.floor(math.log2(top / largest)), -100), 100)
 
 
-def spread_steps(pieces: Pieces, quant_type: QuantType) -> tuple[Tensor, Tensor]:
+def spread_steps(pieces: Pieces, args: QuantizationArgs) -> tuple[Tensor, Tensor]:
     """Asymmetric steps from the least to the largest weight, 0 included, and the zero points."""
     low, high = pieces.amin(1).clamp_max(0), pieces.amax(1).clamp_min(0)
-    step = (high - low) / (quant_type.highest - quant_type.lowest)
-    zero = (quant_type.lowest - low / positive(step)).round_().clamp_(quant_type.lowest, quant_type.highest)
+    step = (high - low) / (args.highest - args.lowest)
+    zero = (args.lowest - low / positive(step)).round_().clamp_(args.lowest, args.highest)
     return step, zero
 
 
@@ -124,7 +123,7 @@ SEARCHES = {
 }
 
 
-def searched_steps(pieces: Pieces, quant_type: QuantType, full: Steps, zero: Steps | None, search: Search) -> Steps:
+def searched_steps(pieces: Pieces, args: QuantizationArgs, full: Steps, zero: Steps | None, search: Search) -> Steps:
     """Search the best step of each piece, never with a larger error than `full`, the step of `absmax`.
 
     In up to 4 bits `slim` comes within 0.1% of the least error for pieces of 64 weights on; in 8 bits, where many steps
@@ -132,9 +131,9 @@ def searched_steps(pieces: Pieces, quant_type: QuantType, full: Steps, zero: Ste
     """
     full = positive(full)
     mean = pieces.abs().sum(1) / (pieces != 0).sum(1).clamp_min(1)
-    low = search.low * full if search.low else positive(mean / (-3 * quant_type.lowest))
+    low = search.low * full if search.low else positive(mean / (-3 * args.lowest))
     start, ratio, gap = low.log2(), (search.high * full / low).log2_(), 1 / (search.coarse - 1)
-    trials, place = StepTrials(pieces, quant_type, zero), torch.ones_like(full)
+    trials, place = StepTrials(pieces, args, zero), torch.ones_like(full)
     trials.test(full)
     for number in reversed(range(search.coarse)):
         better = trials.test((start + ratio * (number * gap)).exp2_())
@@ -146,13 +145,13 @@ def searched_steps(pieces: Pieces, quant_type: QuantType, full: Steps, zero: Ste
     return trials.best
 
 
-def stored_steps(pieces: Pieces, quant_type: QuantType, full: Steps, stored: torch.dtype, divisor: float) -> Steps:
+def stored_steps(pieces: Pieces, args: QuantizationArgs, full: Steps, stored: torch.dtype, divisor: float) -> Steps:
     """Search the best step of each piece among the few numbers that can be stored about `full`, the step of `absmax`.
 
     4-bit floats have a wide gap below the largest: larger steps than `full` are tried too, with which the largest
     weight becomes 4 in place of 6.
     """
-    trials = StepTrials(pieces, quant_type, None, exact=True)
+    trials = StepTrials(pieces, args, None, exact=True)
     nearest = (rounded(positive(full), stored, divisor) * divisor).to(stored).view(torch.uint8).int()
     places, last = (range(-4, 8), 126) if stored == FLOAT8 else (range(-1, 2), 254)
     for place in places:  # the codes of positive numbers are in their order
@@ -170,9 +169,9 @@ class StepTrials:
     zero: the code of 0; None for 0 itself. exact: a step that is tried is not moved to the best one for its codes.
     """
 
-    def __init__(self, pieces: Pieces, quant_type: QuantType, zero: Steps | None, *, exact: bool = False) -> None:
+    def __init__(self, pieces: Pieces, args: QuantizationArgs, zero: Steps | None, *, exact: bool = False) -> None:
         groups, weights, rows = pieces.shape
-        self.pieces, self.quant_type, self.zero, self.exact = pieces, quant_type, zero, exact
+        self.pieces, self.args, self.zero, self.exact = pieces, args, zero, exact
         self.best = pieces.new_ones(groups, rows)
         self.error = torch.full_like(self.best, torch.inf)
         self.groups_at_once, self.weights_at_once = max(CHUNK // (weights * rows), 1), max(CHUNK // rows, 1)
@@ -190,7 +189,7 @@ class StepTrials:
                 torch.div(part, step[groups, None], out=codes)
                 if zero is not None:
                     codes.add_(zero)
-                self.quant_type.nearest_(codes)
+                self.args.nearest_(codes)
                 if zero is not None:
                     codes.sub_(zero)
                 torch.addcmul(part, codes, step[groups, None], value=-1, out=missed)

@@ -49,14 +49,14 @@ def sweep(
     grid: Grid | None = None,
     pattern: Pattern | None = None,
     mask: Mask | None = None,
-    act_order: bool = False,
+    actorder: bool = False,
 ) -> tuple[Weight, Mask | None]:
     """Sweep over W; return it on the grid and within the mask, and the mask if there is one.
 
-    pattern: what a mask is to be found for; mask: the one to keep to. act_order: columns are taken by decreasing
+    pattern: what a mask is to be found for; mask: the one to keep to. actorder: columns are taken by decreasing
     H_jj; where the mask is to be found, its groups stay together and the order is the given one.
     """
-    order = hessian.order if act_order and pattern is None else None
+    order = hessian.order if actorder and pattern is None else None
     U = (hessian.inverse_root if order is None else hessian.ordered_inverse_root).to(W.dtype)
     rest = in_order(W, order).clone()
     rounding = ColumnRounding(grid, mask, order, W.shape[1], W.dtype)
@@ -142,9 +142,9 @@ class ColumnRounding:
     """
 
     def __init__(self, grid: Grid | None, mask: Mask | None, order: Tensor | None, n: int, dtype: torch.dtype) -> None:
-        self.quant_type = None if grid is None else grid.quant_type
+        self.kind = None if grid is None else grid.kind
         if grid is not None:
-            size, scale, offset = grid.group, grid.step, grid.zero
+            size, scale, offset = grid.group_size, grid.step, grid.zero
             if grid.finer is not None:  # each input has a scale of its own
                 size, scale, offset = 1, grid.scale(n), grid.offset(n)
             self.group = [j // size for j in (range(n) if order is None else order.tolist())]
@@ -170,14 +170,14 @@ class ColumnRounding:
 
     def round(self, j: int, w: Float[Tensor, "m"], *, out: Float[Tensor, "m"]) -> None:
         """Write the allowed values nearest to w into `out`."""
-        if self.quant_type is None:
+        if self.kind is None:
             out.copy_(w)
         else:
             scale, offset = self.scale[self.group[j]], None if self.offset is None else self.offset[self.group[j]]
             torch.div(w, scale, out=out)
             if offset is not None:
                 out.add_(offset)
-            self.quant_type.nearest_(out)
+            self.kind.nearest_(out)
             if offset is not None:
                 out.sub_(offset)
             out.mul_(scale)
@@ -205,7 +205,7 @@ def rescaled(
 
     stored: the dtype that steps are rounded to.
     """
-    H, size, n = hessian.damped.to(W.dtype), grid.group, W.shape[1]
+    H, size, n = hessian.damped.to(W.dtype), grid.group_size, W.shape[1]
     units = replace(grid, step=torch.ones_like(grid.step)).values(grid.codes(Q)).T.contiguous()
     slope, steps = H @ (W - Q).T, grid.step.T.clone(memory_format=torch.contiguous_format)
     changes = torch.empty_like(slope)

@@ -7,7 +7,8 @@ from transformers.configuration_utils import PretrainedConfig
 
 
 class CompressConfig(PretrainedConfig):
-    """
+    """The config of a stock model and what is done to it.
+
     text_config: the config of the stock model that everything else changes.
     structure: the names of the stock model's parts: `embeddings`, `blocks`, `final_norm`, `head` below the causal LM,
         `branches` below a block (each: `name`, `norms`, `paths`, `readers`, `writers`), `attention` (the step of a path

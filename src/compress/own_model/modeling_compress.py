@@ -228,7 +228,8 @@ class SparseMLP(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class SigmoidScores:
-    """
+    """Routing by sigmoid scores, as DeepSeek-V3 has it.
+
     correction: (experts,), added to the scores that choose. scale: of all shares. Of so many groups top_groups count.
     """
 
@@ -539,36 +540,37 @@ class StoredMatrix(nn.Module):
     """A matrix (rows, columns) of which some numbers are stored, and the others are zero.
 
     codes   (rows, bytes) uint8: of each number code + 2^(bits - 1), or its byte where it is an 8-bit float
-    scale   (rows or 1, groups): what the codes of `scale_group` neighboring columns are multiplied by; the last group
+    scale   (rows or 1, groups): what the codes of `group_size` neighboring columns are multiplied by; the last group
             may be smaller
     values  (rows, kept): in place of both, the numbers themselves
     places  (rows, bytes) uint8: of each group of the pattern the number of its combination; without a pattern none
-    shares  (columns,): what a column is multiplied by besides; with `finer` only
+    shares  (columns,): what a column is multiplied by besides; with `important_inputs` only
 
     Of the numbers that are kept those come first that are the first of their group, then the second ones, and so on.
-    entry: `bits` (none for values), `floating`, `scale_group` (or `tensor`, `channel`), `pattern` (keep and group, or
-    none), `finer`.
+    quantization: `num_bits`, `type` (`int` or `float`), `strategy` and `group_size` in the words of compressed-tensors;
+    None for values. pattern: keep and group, or None.
     """
 
-    def __init__(self, rows, columns, entry):
+    def __init__(self, rows, columns, quantization, pattern=None, important_inputs=False):
         super().__init__()
         self.num_rows = rows
         self.columns = columns
-        self.bits = entry["bits"]
-        self.floating = entry["floating"]
-        self.keep, self.group = entry["pattern"] or (1, 1)
-        shared = entry["scale_group"]
-        self.scale_group = columns if isinstance(shared, str) else shared
+        quantization = quantization or {}
+        self.num_bits = quantization.get("num_bits")
+        self.is_float = quantization.get("type") == "float"
+        self.group_size = quantization.get("group_size") or columns
+        self.keep, self.group = pattern or (1, 1)
         stored = dict.fromkeys(("codes", "scale", "values", "places", "shares"))
-        if self.bits is None:
+        if self.num_bits is None:
             stored["values"] = torch.zeros(rows, self.kept)
         else:
-            stored["codes"] = torch.zeros(rows, packed_bytes(self.kept, self.bits), dtype=torch.uint8)
-            stored["scale"] = torch.zeros(1 if shared == "tensor" else rows, math.ceil(columns / self.scale_group))
+            stored["codes"] = torch.zeros(rows, packed_bytes(self.kept, self.num_bits), dtype=torch.uint8)
+            scales = 1 if quantization["strategy"] == "tensor" else rows
+            stored["scale"] = torch.zeros(scales, math.ceil(columns / self.group_size))
         if self.keep < self.group:
             width = packed_bytes(columns // self.group, place_bits(self.keep, self.group))
             stored["places"] = torch.zeros(rows, width, dtype=torch.uint8)
-        if entry["finer"]:
+        if important_inputs:
             stored["shares"] = torch.ones(columns)
         for name, tensor in stored.items():
             self.register_buffer(name, tensor)
@@ -586,10 +588,10 @@ class StoredMatrix(nn.Module):
         """(stop - start, columns), as they are without the storage."""
         if self.values is not None:
             return self.spread(self.values[start:stop].to(dtype), start, stop)
-        codes = unpack_bits(self.codes[start:stop], self.bits, self.kept)
-        if not self.floating:
-            codes -= 1 << (self.bits - 1)  # wraps: the byte of a negative number
-        codes = self.spread(codes.contiguous(), start, stop).view(FLOAT8 if self.floating else torch.int8)
+        codes = unpack_bits(self.codes[start:stop], self.num_bits, self.kept)
+        if not self.is_float:
+            codes -= 1 << (self.num_bits - 1)  # wraps: the byte of a negative number
+        codes = self.spread(codes.contiguous(), start, stop).view(FLOAT8 if self.is_float else torch.int8)
         return codes.to(dtype).mul_(self.scales(start, stop, dtype))
 
     def spread(self, kept, start, stop):
@@ -613,7 +615,7 @@ class StoredMatrix(nn.Module):
         scale = self.scale if len(self.scale) == 1 else self.scale[start:stop]
         scale = scale.to(dtype)
         if scale.shape[1] > 1:
-            scale = scale[..., None].expand(-1, -1, self.scale_group).flatten(1)[:, : self.columns]
+            scale = scale[..., None].expand(-1, -1, self.group_size).flatten(1)[:, : self.columns]
         return scale if self.shares is None else scale * self.shares.to(dtype)
 
 
@@ -685,19 +687,18 @@ class AdaptedLinear(nn.Module):
 class CompactLinear(AdaptedLinear):
     """`weight` (m, n), and of the adapter `first`, A (r, n), and `second`, B^T (r, m).
 
-    entry: how `weight` is stored, `rank` (0 for no adapter), and `adapter_bits` and `adapter_group` of both factors'
-    codes, which run along n and along m.
+    entry: how the `weights` are quantized, the `pattern` that is kept, `important_inputs`, the `rank` (0 for no
+    adapter), and how the `adapter` is quantized, whose groups run along n and along m.
     """
 
     def __init__(self, in_features, out_features, entry, *, bias):
         super().__init__(in_features, out_features, bias)
-        self.weight = StoredMatrix(out_features, in_features, entry)
+        how = (entry["weights"], entry["pattern"], entry["important_inputs"])
+        self.weight = StoredMatrix(out_features, in_features, *how)
         self.first = self.second = None
         if entry["rank"]:
-            factor = {"bits": entry["adapter_bits"], "scale_group": entry["adapter_group"]}
-            factor |= {"floating": False, "pattern": None, "finer": False}
-            self.first = StoredMatrix(entry["rank"], in_features, factor)
-            self.second = StoredMatrix(entry["rank"], out_features, factor)
+            self.first = StoredMatrix(entry["rank"], in_features, entry["adapter"])
+            self.second = StoredMatrix(entry["rank"], out_features, entry["adapter"])
 
     @property
     def num_parameters(self):

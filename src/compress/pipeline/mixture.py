@@ -1,4 +1,4 @@
-"""The types of a GGUF file's matrices within a run: found once, by survey and trials, or taken from a frontier.
+"""The types of matrices within a run: found once, by survey and trials, or taken from a frontier.
 
 A frontier says which types the matrices get at many sizes, from one survey, and all that one of them needs:
 
@@ -20,7 +20,6 @@ from compress.checkpoints.metadata import Record, input_fingerprint, validated
 from compress.checkpoints.run_folder import RunFolder
 from compress.errors import UsageError
 from compress.io import atomic_write
-from compress.models.storage import Storage
 from compress.models.untrusted import read_json
 from compress.pipeline.output import TRIAL
 from compress.planning.budget import Choice
@@ -34,7 +33,7 @@ POINTS, MEASURED = 12, 3  # sizes, and how many of them are measured
 
 
 class Point(Record):
-    """bytes: of the file. predicted, measured: divergence from the dense model in nats a token. types: by path."""
+    """A size of a frontier. bytes: of the file. predicted, measured: divergence in nats a token. types: by path."""
 
     bytes: int
     predicted: float
@@ -43,7 +42,8 @@ class Point(Record):
 
 
 class Frontier(Record):
-    """
+    """The types of matrices at many sizes: all of frontier.json.
+
     model: its fingerprint. recipe: what makes any point, but for its size. costs, factors, scale: as `TypeSearch` has
     them.
     """
@@ -66,7 +66,7 @@ class Frontier(Record):
         from compress.inspection.drawing import Drawing, axes, look, save, style
 
         with style():
-            figure, (plot,) = axes(6, 4, title=f"{self.base_model}, types of a GGUF file")
+            figure, (plot,) = axes(6, 4, title=f"{self.base_model}, a type for each matrix")
             lines = (("predicted", self.points), ("measured", [each for each in self.points if each.measured]))
             for number, (name, points) in enumerate(lines):
                 values = [getattr(point, name) for point in points]
@@ -98,7 +98,7 @@ def read_frontier(folder: Path) -> Frontier:
 
 @dataclass
 class Trials:
-    """model: made when the first trial is measured; those of a run that goes on are read back."""
+    """Measure sets of types. model: made for the first trial; those of a run that goes on are read back."""
 
     prepared: Prepared
     folder: RunFolder
@@ -173,11 +173,10 @@ def chosen_types(prepared: Prepared, folder: RunFolder, survey: Survey | None, p
         _, types, _ = searched(prepared, folder, survey, limit, progress)
     if CHOSEN not in folder.findings:
         folder.note(CHOSEN, types)
-    storage = {path: Storage(form="gguf", bits=None, block_type=name) for path, name in types.items()}
-    spec = replace(prepared.plan.spec, storage=storage, undecided=frozenset())
     tables = {path: name for path, name in types.items() if path in space.tables}
-    linears = {path: name for path, name in types.items() if path not in space.tables}
-    return replace(prepared, plan=prepared.plan.chosen(Choice({"types": linears, "tables": tables}, spec)))
+    counts = {"types": {path: name for path, name in types.items() if path not in tables}, "tables": tables}
+    plan = prepared.plan
+    return replace(prepared, plan=plan.chosen(Choice(counts, plan.space.spec(counts))))
 
 
 def frontier_points(

@@ -11,8 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-from compress.architectures.architecture import Size
-from compress.architectures.gguf_types import file_type_of, row_bytes
+from compress.architectures import packed_types
+from compress.architectures.architecture import Size, tensor_bytes
+from compress.architectures.gguf_types import file_type_of
 from compress.calibration.groups import short_of_tokens
 from compress.calibration.sites import Count
 from compress.checkpoints import files
@@ -22,9 +23,11 @@ from compress.checkpoints.metadata import Metadata, read_metadata
 from compress.checkpoints.run_folder import RunFolder, clear
 from compress.checkpoints.verify import why_own
 from compress.io import sha256
-from compress.models.packing import not_for_vllm, unpacks_while_loading
+from compress.models.packing import unpacks_while_loading
+from compress.numerics.grids import QuantizationArgs
 from compress.planning.plan import Plan
 from compress.planning.prepare import Prepared
+from compress.stages.slim import Slim
 from compress.version import FORMAT
 
 TRIALS = "trials.jsonl"
@@ -55,6 +58,8 @@ def write_companions(prepared: Prepared, folder: RunFolder) -> Metadata:
     )
     metadata.write(target)
     write_card(target, metadata)
+    if prepared.types is not None and metadata.trials:
+        write_trials(target, metadata.trials)
     return metadata
 
 
@@ -76,11 +81,9 @@ def write_gguf_file(prepared: Prepared, folder: RunFolder, ids: Tensor, logits: 
     write_gguf(target, file, name=metadata.name, types=types, file_type=file_type)
     difference = verify_gguf(target, file, ids, logits)
     metadata = metadata.model_copy(update={"parts": {file.name: sha256(file)}})
-    clear(target, kept={file.name})
+    clear(target, kept={file.name, TRIALS})
     metadata.write(target)
     write_card(target, metadata)
-    if metadata.trials:
-        write_trials(target, metadata.trials)
     return difference
 
 
@@ -94,8 +97,8 @@ def write_trials(folder: Path, trials: Iterable[Mapping[str, Any]]) -> None:
 
 
 def mixture_of(plan: Plan) -> list[dict[str, Any]]:
-    """How many of the matrices of each kind have which type in a GGUF file, and the bytes of the kind."""
-    if not plan.spec.is_gguf:
+    """How many of the matrices of each kind have which type, and the bytes of the kind; nothing where all have one."""
+    if not any(isinstance(stage, Slim) and stage.has_types for stage in plan.stages):
         return []
     dense, dtype = replace(plan.spec, storage={}), plan.spec.dtype
     rows = {linear.path: (linear.m, linear.n) for linear in dense.written_linears}
@@ -103,15 +106,16 @@ def mixture_of(plan: Plan) -> list[dict[str, Any]]:
     found = dict[str, dict[str, Any]]()
     for path, (m, n) in rows.items():
         stored, kind = plan.spec.storage.get(path), path.rpartition(".")[2]
-        name = str(dtype).removeprefix("torch.") if stored is None else str(stored.block_type)
+        name = str(dtype).removeprefix("torch.") if stored is None else stored.type_name
         part = found.setdefault(kind, {"part": kind, "types": {}, "bytes": 0})
         part["types"][name] = part["types"].get(name, 0) + 1
-        part["bytes"] += m * (n * min(4, dtype.itemsize) if stored is None else row_bytes(name, n))
+        tensors = {"weight": m * n * min(4, dtype.itemsize)} if stored is None else tensor_bytes(stored, m, n, dtype)
+        part["bytes"] += sum(tensors.values())
     return [*found.values()]
 
 
 def _metadata(prepared: Prepared, folder: RunFolder, adapter: dict[str, Any] | None, parts: dict[str, str]) -> Metadata:
-    """adapter: its config. parts: the sha256 of the files of weights."""
+    """Make compress.json. adapter: its config. parts: the sha256 of the files of weights."""
     job, plan = prepared.job, prepared.plan
     run, reports = folder.run.identity, [part.report for part in folder.parts]
     recipe = run["recipe"]
@@ -119,8 +123,7 @@ def _metadata(prepared: Prepared, folder: RunFolder, adapter: dict[str, Any] | N
         decided = job.recipe.model_copy(update={"stages": plan.stages, "budget": None})
         recipe = decided.model_dump(mode="json")
     groups = [group for report in reports for group in report["groups"]]
-    ranks = [each.rank for each in plan.spec.storage.values()]
-    storage = next(iter(plan.spec.storage.values()), None)  # all are stored alike
+    stored = [*dict.fromkeys(plan.spec.storage.values())]
     model_type = plan.spec.architecture.dense.model_type
     return Metadata.model_validate(
         {
@@ -146,11 +149,13 @@ def _metadata(prepared: Prepared, folder: RunFolder, adapter: dict[str, Any] | N
                 "bytes": sum(report["tensor_bytes"] + report["adapter_bytes"] for report in reports),
             },
             "adapter": adapter,
-            "storage": None if storage is None else storage.form,
-            "quantized": storage is not None and storage.bits is not None,
-            "unpacks_while_loading": storage is not None and unpacks_while_loading(storage, model_type),
+            "form": stored[0].form if stored else None,
+            "quantized": any(each.weights is not None for each in stored),
+            "unpacks_while_loading": plan.spec.packs_embeddings
+            or any(unpacks_while_loading(each, model_type) for each in stored),
             "not_for_vllm": plan.spec.architecture.not_for_vllm(plan.spec)
-            or (None if storage is None else not_for_vllm(storage, max(ranks))),
+            or packed_types.not_for_vllm(plan.spec)
+            or plan.spec.tables_not_for_vllm,
             "mixture": mixture_of(plan),
             "alternatives": [alternative.to_dict() for alternative in plan.alternatives],
             "units": {kind: n if isinstance(n, int) else list(n) for kind, n in plan.spec.units.items()},
@@ -158,6 +163,10 @@ def _metadata(prepared: Prepared, folder: RunFolder, adapter: dict[str, Any] | N
             "points": [point for report in reports for point in report["points"]],
             "groups": [group for group in groups if "group" in group],
             "linears": [group for group in groups if "linear" in group],
+            "tables": [
+                {"linear": path, "bits": (plan.spec.storage[path].weights or QuantizationArgs()).num_bits}
+                for path in plan.spec.packed_tables
+            ],
             "parts": parts,
         }
     )
@@ -165,7 +174,8 @@ def _metadata(prepared: Prepared, folder: RunFolder, adapter: dict[str, Any] | N
 
 @dataclass(frozen=True)
 class Result:
-    """
+    """What a run has come to.
+
     metadata: what compress.json says. units: how many of each kind a block keeps. num_blocks: of the result.
     seconds: by kind of work; `total` is the whole run's, imports left out. difference: of the reloaded logits, as a
         share of the largest.
@@ -229,7 +239,7 @@ def result_of(
     if dropped := sorted(block for stage in plan.stages for block in stage.dropped):
         notes.append(f"Blocks left out, counted from 0: {', '.join(map(str, dropped))}.")
     notes += short_of_tokens([linear.to_dict() for linear in metadata.linears] or metadata.groups)
-    if job.export == "gguf" or metadata.storage == "gguf":
+    if job.export == "gguf" or metadata.form == "gguf":
         from compress.checkpoints.gguf import reader_notes
 
         notes += reader_notes(job.out / f"{job.out.name}.gguf")

@@ -48,7 +48,8 @@ def plan_stages(stages: Sequence[StageConfig], spec: ModelSpec) -> tuple[tuple[S
 
 @dataclass(frozen=True)
 class Choice:
-    """
+    """A shape, or an allocation of ranks, that a budget allows.
+
     counts: what stages left open: widths by kind, or the `allocation`, its `ranks` and their `forms`.
     spec: what they make of the model.
     """
@@ -183,7 +184,7 @@ def combinations(ladders: Sequence[tuple[str, list[int]]]) -> Iterator[dict[str,
 
 @dataclass(frozen=True)
 class RankSpace:
-    """stage: the one that leaves ranks open. spec: what the model is without its factors."""
+    """Ranks left open. stage: the one that leaves them open. spec: what the model is without its factors."""
 
     stage: Factorize
     spec: ModelSpec

@@ -28,6 +28,7 @@ from compress.models.decoder import Decoder
 from compress.numerics.sums import ROWS_AT_ONCE
 from compress.recipe import Calibration, Recipe
 from compress.stages._stage import StageConfig
+from compress.stages.tables import ROWS
 
 TOKENS_PER_BATCH = 8192
 DOUBLE = 8  # bytes of a float64
@@ -142,7 +143,10 @@ class Footprint:
         turned = self.matrix * (2 * DOUBLE + self.itemsize)
         if any(stage.in_written_form for stage in self.stages):
             # Sweeps and ADMM hold a linear a dozen times.
-            turned = max(turned, max(m * n for m, n in self.linears) * (8 * DOUBLE + 12 * self.itemsize))
+            swept = max(m * n for m, n in self.linears)
+            if any(stage.site is sites.Table for stage in self.stages):
+                swept = max(swept, min(ROWS, self.vocabulary) * self.width)
+            turned = max(turned, swept * (8 * DOUBLE + 12 * self.itemsize))
         return statistics * DOUBLE + turned
 
     def logits(self, batch_size: int) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from compress.architectures.architecture import ModelSpec, Size, stored_bytes
+from compress.architectures.architecture import ModelSpec, Size, tensor_bytes
 from compress.architectures.own import DECI_LM, Own
 from compress.architectures.stock import Stock
 from compress.calibration.depth import Depth
@@ -19,7 +19,8 @@ from compress.checkpoints.metadata import Alternative
 from compress.errors import UsageError, report
 from compress.families import Family, check_exact
 from compress.models.gguf_header import DECI
-from compress.models.storage import Storage, empty_linear
+from compress.models.storage import Storage
+from compress.numerics.grids import QuantizationArgs
 from compress.planning.budget import Choice, Limit, RankSpace, WidthSpace, plan_stages, width_choices
 from compress.planning.memory import Footprint, Room, surveyed
 from compress.recipe import Recipe
@@ -29,7 +30,8 @@ from compress.stages.factorize import Factorize
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """
+    """What a recipe does to a model, known before its weights are read.
+
     stages: as they will be run; with a budget, still open. spec: what the model becomes, as far as it is decided.
     space: the dense model, and what the stages can make of it. dense: its size. ranks: what ranks are to be found for,
         where a stage leaves them open.
@@ -69,12 +71,17 @@ class Plan:
 
     @property
     def opens_types(self) -> bool:
-        """Whether the types of a GGUF file are to be found."""
+        """Whether types of matrices are to be found."""
         return "types" in self.spec.undecided
+
+    @property
+    def packs(self) -> bool:
+        """Whether linears are stored as compressed-tensors has them, in types that may still be to be found."""
+        return bool(self.spec.packed) or self.opens_types
 
     def chosen(self, choice: Choice) -> "Plan":
         space = self.space.decided(choice.counts)
-        others = alternatives(choice.spec) if choice.spec.is_gguf else self.alternatives
+        others = alternatives(choice.spec) if "types" in choice.counts else self.alternatives
         # What was said of our architecture is untrue of a choice that stays the stock class.
         untrue = set(self.spec.notes) - set(space.base.notes)
         notes, stages = [note for note in self.notes if note not in untrue], tuple(space.stages)
@@ -141,6 +148,7 @@ def make_plan(
         what = f"Calibration has {tokens:,} tokens for linears of {widest:,} inputs: expect a poor fit."
         notes.append(f"{what} Use more --samples.")
     sizes = [spec.size] if spec.is_decided else [choice.size for choice in choices] or [dense]
+    notes += tables_in_full(spec)
     memory, disk = Footprint(stages, config, family, computing).needs(recipe.calibration, room)
     plan = Plan(
         stages=stages,
@@ -149,7 +157,7 @@ def make_plan(
         dense=dense,
         ranks=ranks,
         choices=choices,
-        alternatives=alternatives(spec) if spec.storage else (),
+        alternatives=alternatives(spec) if spec.storage and "types" not in spec.undecided else (),
         notes=notes,
         room=room,
         memory_bytes=memory,
@@ -209,8 +217,8 @@ def mixture_faults(stages: Sequence[StageConfig], *, has_budget: bool) -> list[s
     """Say what cannot be in one recipe with a stage that stores linears in fewer bits."""
     storing = [stage for stage in stages if stage.in_written_form]
     tables = [stage.stage for stage in stages if stage.site is Table]
-    if tables and not any(stage.model_dump().get("form") == "gguf" for stage in storing):
-        return [f"{tables[0]} is for GGUF files. Give slim form: gguf, or leave it out."]
+    if tables and not any(stage.model_dump().get("form") in ("gguf", "packed") for stage in storing):
+        return [f"{tables[0]} is for GGUF files and packed form. Give slim form: gguf or packed, or leave it out."]
     if not storing:
         return []
     name, problems = storing[0].stage, list[str]()
@@ -238,30 +246,52 @@ def mixture_faults(stages: Sequence[StageConfig], *, has_budget: bool) -> list[s
     return problems
 
 
+def tables_in_full(spec: ModelSpec) -> list[str]:
+    """Say what embeddings and head take beside packed linears where they are in the model's dtype."""
+    like, dense = next(iter(spec.storage.values()), None), replace(spec, storage={})
+    if not spec.is_decided or like is None or like.form != "packed" or like.weights is None:
+        return []
+    kept = {path: width for path, width in dense.tables if path not in spec.storage}
+    if not kept:
+        return []
+    family, config = spec.architecture.family, dense.config()
+    share = sum(kept.values()) * config.vocab_size * spec.dtype.itemsize / spec.size.bytes
+    names = [name for path, name in ((family.embeddings[0], "embeddings"), (family.head, "head")) if path in kept]
+    remedy = (
+        "--head-bits 8 stores the head in fewer" if family.head in kept else "--embedding-bits stores them in fewer"
+    )
+    if config.tie_word_embeddings:
+        names, remedy = ["embeddings, the head too,"], "a GGUF file (--type) stores them in fewer"
+    what = " and ".join(names).capitalize()
+    return [f"{what} stay in {str(spec.dtype).removeprefix('torch.')}, {share:.0%} of the bytes; {remedy}."]
+
+
 def alternatives(spec: ModelSpec) -> list[Alternative]:
     """List the plan and unpruned formats: the largest two that are no larger than it, and the next larger one."""
-    dense, dtype = replace(spec, storage={}), spec.dtype
+    dense, dtype = replace(spec, storage={path: spec.storage[path] for path in spec.packed_tables}), spec.dtype
     linears = {linear.path: linear for linear in dense.written_linears}
+    in_blocks = {path: storage for path, storage in spec.storage.items() if path in linears}
     if spec.is_gguf:
-        in_blocks = {path: storage for path, storage in spec.storage.items() if path in linears}
         bits = bits_per_weight(linears, in_blocks, dtype)
         return [Alternative(name="this plan", bits_per_weight=bits, bytes=spec.size.bytes)]
-    weights = sum(linears[path].m * linears[path].n for path in spec.storage)
+    weights = sum(linears[path].m * linears[path].n for path in in_blocks)
     elsewhere = dense.size.bytes - weights * dtype.itemsize
 
     def alternative(name: str, stored: Mapping[str, Storage]) -> Alternative:
         bits = bits_per_weight(linears, stored, dtype)
         return Alternative(name=name, bits_per_weight=bits, bytes=elsewhere + round(bits * weights / 8))
 
-    found = [alternative("this plan", spec.storage)]
+    found = [alternative("this plan", in_blocks)]
     if next(iter(spec.storage.values())).pattern is None:
         return found
     unpruned = []
     for adapted, bits in product((True, False), range(2, 9)):
-        stored, same = dict[str, Storage](), ("rank", "adapter_bits", "adapter_group") if adapted else ()
-        for path, each in spec.storage.items():
-            adapter = {name: getattr(each, name) for name in same}
-            stored[path] = Storage(form=each.form, bits=bits, group=each.group, **adapter)
+        stored = dict[str, Storage]()
+        for path, each in in_blocks.items():
+            integers = {"num_bits": bits, "type": "int", "symmetric": True}
+            args = (each.weights or QuantizationArgs()).model_copy(update=integers)
+            adapter: dict[str, Any] = {"rank": each.rank, "adapter": each.adapter} if adapted else {}
+            stored[path] = Storage(each.form, args, **adapter)
         unpruned.append(alternative(f"{bits} bits, unpruned{', the same adapter' if adapted else ''}", stored))
     unpruned.sort(key=lambda each: each.bytes)
     fitting = sum(each.bytes <= found[0].bytes for each in unpruned)
@@ -271,9 +301,5 @@ def alternatives(spec: ModelSpec) -> list[Alternative]:
 def bits_per_weight(linears: Mapping[str, LinearShape], storage: Mapping[str, Storage], dtype: torch.dtype) -> float:
     """Bits per weight of the stored linears, everything counted but biases."""
     shapes = Counter((stored, linears[path].m, linears[path].n) for path, stored in storage.items())
-    with torch.device("meta"):
-        total = sum(
-            count * stored_bytes(empty_linear(stored, n, m, bias=False, dtype=dtype), dtype)
-            for (stored, m, n), count in shapes.items()
-        )
+    total = sum(count * sum(tensor_bytes(*each, dtype).values()) for each, count in shapes.items())
     return 8 * total / sum(count * m * n for (_, m, n), count in shapes.items())

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from compress import families
-from compress.architectures.gguf_types import candidates
 from compress.calibration.depth import Depth, DroppedBlocks
 from compress.calibration.observers import GradientFiles, LinearObserver, UnitObserver
 from compress.calibration.processes import ALONE, Processes
@@ -32,7 +31,7 @@ from compress.models.loading import check_positions, check_vocabulary, load_conf
 from compress.models.tensor_files import ADAPTER, SafetensorsFolder
 from compress.planning.memory import Footprint, Room, fit_to_limit, resident_bytes, usual_batch_size
 from compress.planning.plan import Plan, make_plan
-from compress.planning.types import TypeSpace
+from compress.planning.types import TypeSpace, open_stage
 from compress.recipe import Recipe
 from compress.stages._stage import StageConfig
 
@@ -46,13 +45,14 @@ FREE_SHARE = 0.25  # of a uniform allocation's neurons: a free one leaves no blo
 
 @dataclass(frozen=True, kw_only=True)
 class Job(Output):
-    """
+    """A model, a recipe and where the result goes.
+
     command: how a user would ask for it again; it goes into the model card.
     export: `hf` for the checkpoint folder alone, `gguf` for a GGUF file in it as well.
     batch_size: windows at a time; None for about 8192 tokens.
     cache_memory: bytes of activations to hold in memory; None for half of what is free.
     max_memory: bytes that the run may hold at once, the process that reloads the result included; None for no limit.
-    frontier: a folder that says what types of a GGUF file cost, found before; None to find it.
+    frontier: a folder that says what types of matrices cost, found before; None to find it.
     """
 
     recipe: Recipe
@@ -77,7 +77,7 @@ class Prepared:
 
     written, computing: the dtype weights are written in, and the one the walk computes in.
     processes: those that do it together. held: bytes that this one held before.
-    types: what a GGUF file can come to, where the types of its matrices are to be found.
+    types: what the result can come to, where the types of its matrices are to be found.
     """
 
     job: Job
@@ -125,10 +125,10 @@ def prepare(job: Job, processes: Processes = ALONE) -> Prepared:
         problems.check(companions, folder)
         if writes_gguf:
             problems.check(check_gguf, plan, folder)
-            if plan.opens_types and job.recipe.budget is not None:
-                with problems.collect():
-                    types = TypeSpace.of(plan, folder, job.output_name)
-                    types.check(job.recipe.budget.target_size or 0)
+        if plan.opens_types and job.recipe.budget is not None:
+            with problems.collect():
+                types = TypeSpace.of(plan, folder, job.output_name)
+                types.check(job.recipe.budget.target_size or 0)
     windows = problems.check(read_windows, job, folder, config)
     problems.report()
     assert plan is not None
@@ -180,7 +180,7 @@ def plan_job(job: Job, folder: Path, config: Any, processes: Processes = ALONE) 
         return plan
     before, footprint = resident_bytes(), Footprint(plan.stages, config, family, computing)
     # The process that reloads the result takes it part by part, unless its form cannot stay on disk.
-    whole = bool(plan.spec.packed) or job.export == "gguf"
+    whole = plan.packs or job.export == "gguf"
     proof = 2 * (plan.dense.bytes if whole else footprint.part * footprint.itemsize)
 
     def need(room: Room) -> int:
@@ -228,7 +228,7 @@ def check_gguf(plan: Plan, folder: Path) -> None:
     from compress.checkpoints.gguf import check_exportable
 
     spec = plan.choices[0].spec if plan.choices else plan.spec
-    if spec.storage and not spec.is_gguf:
+    if (spec.storage or plan.opens_types) and not spec.is_gguf:
         raise UnsupportedModel(
             "A GGUF file has no linears as other engines pack them, and no adapters. Quantize into its own types "
             "(compress quantize --type Q4_K_M), or merge them (--materialize)."
@@ -272,7 +272,9 @@ def take_survey(prepared: Prepared, begin: Callable[[str], None]) -> Survey | No
                 fewest[kind] = max(1, int(share * min(int(choice.counts[kind]) for choice in plan.choices)))
     watch = next((watch for stage in plan.stages if (watch := stage.requires.watch) is not None), None)
     observing = (watch, files, decoder, processes)
-    rounding = RoundingObserver(*observing, candidates=candidates) if SurveyNeed.TYPES in need else None
+    rounding = None
+    if SurveyNeed.TYPES in need:
+        rounding = RoundingObserver(*observing, candidates=open_stage(plan).candidates, stored=prepared.written)
     surveyor = Surveyor(
         loader,
         split_windows(windows, prepared.batch_size(windows), held_out=0),
@@ -285,7 +287,8 @@ def take_survey(prepared: Prepared, begin: Callable[[str], None]) -> Survey | No
     survey = surveyor.run(gradient=SurveyNeed.GRADIENT in need, stream=SurveyNeed.STREAM in need, begin=begin)
     if rounding is None:
         return survey
-    rounding.tables(surveyor.loader, surveyor.batches, surveyor.stream)
+    if prepared.types is not None and prepared.types.tables:
+        rounding.tables(surveyor.loader, surveyor.batches, surveyor.stream)
     return replace(survey, roundings=rounding.found)
 
 
@@ -331,6 +334,7 @@ def new_rounded_model(prepared: Prepared, survey: Survey) -> RoundedModel:
         [Batch(index, ids, held_out=True) for index, ids in enumerate(parts)],
         CacheFolder(loader.decoder, prepared.job.partial),
         survey.roundings,
+        stored=prepared.written,
         memory=prepared.plan.room.cache_memory,
         processes=processes,
     )

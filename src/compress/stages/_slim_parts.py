@@ -3,20 +3,21 @@
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
-import torch
 from pydantic import Field, field_validator, model_validator
 
 from compress.architectures.gguf_types import AUTO, FileType
+from compress.architectures.packed_types import Engine
 from compress.calibration.linears import LinearShape
 from compress.numerics.decomposition import Pruner
-from compress.numerics.grids import BLOCK, FLOAT4_STEPS, Granularity
+from compress.numerics.grids import QuantizationArgs, Strategy
 from compress.numerics.lowrank import AdapterMethod
 from compress.numerics.sparsity import Pattern
 from compress.stages._stage import Strict
 
 
 class Prune(Strict):
-    """
+    """How weights are pruned.
+
     method: `magnitude`, `wanda`, `sparsegpt` or `admm`. pattern: 2:4 and its like, or the share deleted, 50%.
     iterations: of ADMM, whose penalty grows every 8.
     """
@@ -36,35 +37,29 @@ class Prune(Strict):
         return Pattern.parse(self.pattern)
 
 
-class Quantize(Strict):
-    """
+class Quantize(QuantizationArgs):
+    """How weights are quantized.
+
     method: `absmax`, `slim` and `mse` round to nearest, `gptq` sweeps on the grid of `mse`.
-    bits: of integers, or of floats with `floating`: 8 (fp8), or 4 in groups of 16 (NVFP4) or 32 (MXFP4).
-    group: what shares a scale: `tensor`, `channel`, so many inputs, or, of fp8, `128x128`, those of so many rows; by
-        default 128, or a channel where the linears' inputs are no multiples of that.
-    gguf_type: of a GGUF file, such as Q4_K_M, in place of bits and group; with types by tensor Q4_K_M,ffn_down=Q6_K;
-        or `auto`, types found under the recipe's budget.
-    gguf_tensors: the type of each linear, by its path; settled when the model is known, or given beside `auto`.
-    act_order: gptq takes inputs by decreasing activation. important_inputs: SLiM-Quant^O, which rounds one input in
-        a hundred twice as finely.
+    num_bits, type, symmetric, strategy, group_size: see `QuantizationArgs`. By default groups of 128, or channels where
+        the linears' inputs are no multiples of that.
+    gguf_type: of a GGUF file, such as Q4_K_M, in place of all these; with types by tensor Q4_K_M,ffn_down=Q6_K; or
+        `auto`, types found under the recipe's budget.
+    types: of each linear, by its path: a GGUF file's, settled when the model is known or given beside `auto`; or
+        integers such as int4-g128 in place of num_bits and group_size, by patterns as `target` has them too, of which
+        the last that fits counts. Linears without one stay as they are.
+    engine: `vllm` or `transformers`: types are integers that it runs, found under the recipe's budget if not given.
+    actorder: `weight`: gptq takes inputs by decreasing activation, and groups stay as they lie.
+    important_inputs: SLiM-Quant^O, which rounds one input in a hundred twice as finely.
     """
 
     method: Literal["absmax", "slim", "mse", "gptq"] = "gptq"
-    bits: Annotated[int, Field(ge=2, le=8)] = 4
-    floating: bool = False
-    group: int | str | None = None
+    strategy: Strategy | None = None  # type: ignore[assignment]  # settled when the model is known
     gguf_type: str | None = None
-    gguf_tensors: Mapping[str, str] | None = None
-    symmetric: bool = True
-    act_order: bool = False
+    types: Mapping[str, str] | None = None
+    engine: Engine | None = None
+    actorder: Literal["weight"] | None = None
     important_inputs: bool = False
-
-    @field_validator("group")
-    @classmethod
-    def _known_group(cls, value: int | str | None) -> int | str | None:
-        if value in (None, "tensor", "channel", BLOCK) or (isinstance(value, int) and value >= 2):
-            return value
-        raise ValueError(f"group is tensor, channel, {BLOCK} or 2 inputs at least, got {value!r}")
 
     @field_validator("gguf_type")
     @classmethod
@@ -74,34 +69,34 @@ class Quantize(Strict):
         return value
 
     @property
-    def granularity(self) -> Granularity:
-        """What shares a step; a channel where that is still open."""
-        if self.group == BLOCK:
-            return BLOCK
-        return self.group if isinstance(self.group, int) else "tensor" if self.group == "tensor" else "channel"
+    def args(self) -> QuantizationArgs:
+        """The grid alone; channels where what shares a scale is still open."""
+        said = self.model_dump(include={*QuantizationArgs.model_fields})
+        return QuantizationArgs(**said | {"strategy": self.strategy or "channel"})
 
     @property
-    def precision(self) -> int | str:
-        """As the command says it: bits of integers, `fp8`, `nvfp4` or `mxfp4`."""
-        if not self.floating:
-            return self.bits
-        return "fp8" if self.bits == 8 else "nvfp4" if self.group == 16 else "mxfp4"
+    def is_open(self) -> bool:
+        """Whether types are to be found."""
+        return self.types is None and (self.engine is not None or self.gguf_type == AUTO)
 
-    @property
-    def step_dtype(self) -> torch.dtype | None:
-        """What the format has steps in; None where it is the model's dtype."""
-        return FLOAT4_STEPS[self.group] if self.floating and self.bits == 4 else None  # type: ignore[index]
+    @model_validator(mode="after")
+    def _fitting_types(self) -> "Quantize":
+        if self.gguf_type is None:
+            for name in (self.types or {}).values():
+                QuantizationArgs.of_name(name)
+        if self.engine is not None and self.gguf_type is not None:
+            raise ValueError(f"{self.engine} runs no GGUF file; leave engine or gguf_type out")
+        is_plain = self.symmetric and self.type == "int"
+        if self.gguf_type is None and (self.engine or self.types) and not is_plain:
+            raise ValueError("types are symmetric integers; leave asymmetric and float out")
+        return self
 
     @model_validator(mode="after")
     def _consistent(self) -> "Quantize":
-        if self.floating and self.bits != 8 and (self.bits != 4 or self.group not in FLOAT4_STEPS):
-            raise ValueError("floats have 8 bits (fp8), or 4 in groups of 16 (nvfp4) or 32 (mxfp4); take one of these")
-        if self.group == BLOCK and not self.floating:
-            raise ValueError(f"group {BLOCK} is of fp8 weights; take --bits fp8, or another group")
-        if self.floating and (not self.symmetric or self.method == "slim"):
-            raise ValueError(f"{self.precision} is symmetric, by absmax, mse or gptq; leave the others out")
-        if self.act_order and self.method != "gptq":
-            raise ValueError(f"act_order is of method gptq, not of {self.method}")
+        if self.type == "float" and self.method == "slim":
+            raise ValueError("slim looks for grids of integers; take absmax, mse or gptq for floats")
+        if self.actorder and self.method != "gptq":
+            raise ValueError(f"actorder is of method gptq, not of {self.method}")
         if self.method == "slim" and not self.symmetric:
             raise ValueError("slim looks for symmetric grids; take absmax, mse or gptq")
         if self.important_inputs and not self.symmetric:
@@ -110,16 +105,17 @@ class Quantize(Strict):
 
 
 class Adapt(Strict):
-    """
+    """How the low-rank adapter is fitted.
+
     rank: a share of min(m, n), or a number. rounds: how often adapter and weights are fitted to one another.
-    bits, group: of the adapter's own codes; by default it keeps the model's dtype.
+    num_bits, group_size: of the adapter's own codes; by default it keeps the model's dtype.
     """
 
     method: AdapterMethod = "whitened"
     rank: float | int = 0.1
     rounds: Annotated[int, Field(ge=1)] = 1
-    bits: Annotated[int, Field(ge=2, le=8)] | None = None
-    group: Annotated[int, Field(ge=2)] = 128
+    num_bits: Annotated[int, Field(ge=2, le=8)] | None = None
+    group_size: Annotated[int, Field(ge=2)] = 128
 
     @field_validator("rank")
     @classmethod
@@ -131,6 +127,10 @@ class Adapt(Strict):
                 raise ValueError(f"a rank is a share of the full one below 1, or a whole number; got {value}")
             return int(value)
         return value
+
+    @property
+    def args(self) -> QuantizationArgs | None:
+        return None if self.num_bits is None else QuantizationArgs(num_bits=self.num_bits, group_size=self.group_size)
 
     def rank_of(self, linear: LinearShape) -> int:
         wanted = self.rank if isinstance(self.rank, int) else int(self.rank * linear.full_rank)

@@ -97,7 +97,8 @@ class StageConfig(Strict):
 
 
 def is_target(patterns: Sequence[str], name: str, part: str) -> bool:
-    """
+    """Tell whether patterns match a linear.
+
     name: of the linear below its block. part: of the block, `attention`, `mlp` or `router`, which `all` leaves out.
     """
     name = name.removesuffix(".first").removesuffix(".second")  # of what is factorized

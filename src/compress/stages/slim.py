@@ -6,7 +6,7 @@ rounds, with `refit` before it: what is decomposed is then the weight that turns
 into the dense model's, and the adapter is the reduced-rank regression of what is still missing.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import zip_longest
@@ -16,19 +16,19 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from compress.architectures import gguf_types, packed_types
 from compress.architectures.architecture import ModelSpec
-from compress.architectures.gguf_types import AUTO, check_named, misfits, resolve
+from compress.architectures.gguf_types import AUTO, check_named, resolve
 from compress.architectures.own import as_own
 from compress.calibration.linears import LinearShape, LinearSite, lost
 from compress.calibration.observers import LinearFilter
-from compress.calibration.sites import Requirements, Table
+from compress.calibration.sites import Requirements
 from compress.calibration.survey import SurveyNeed
 from compress.errors import report
 from compress.models.factors import fill
-from compress.models.packing import lacks_cpu_kernel, not_for_vllm, stored_linear
+from compress.models.packing import lacks_cpu_kernel, stored_linear
 from compress.models.storage import Storage
 from compress.models.tensor_files import fused_piece
-from compress.numerics.block_grid import fit_blocks
 from compress.numerics.block_types import TYPES
 from compress.numerics.decomposition import (
     Adapting,
@@ -38,7 +38,7 @@ from compress.numerics.decomposition import (
     Rounding,
     decompose_together,
 )
-from compress.numerics.grids import BLOCK, SIDE, Granularity, QuantType
+from compress.numerics.grids import SIDE, QuantizationArgs
 from compress.own_model.modeling_compress import AdaptedLinear
 from compress.stages._slim_parts import Adapt, Prune, Quantize
 from compress.stages._stage import StageConfig, is_target, unmatched
@@ -75,25 +75,29 @@ class Slim(StageConfig):
     def _consistent(self) -> "Slim":
         form, prune, adapt, inputs, given = self.form, self.prune, self.adapt, self.inputs, self.quantize
         quantize, gguf, compact = given or Quantize(), form == "gguf", form == "compact"
-        fits = given is not None and quantize.step_dtype is None and quantize.floating == (inputs == "fp8")
+        fits = given is not None and quantize.scale_dtype is None and (quantize.type == "float") == (inputs == "fp8")
         unfit, unpacked = inputs is not None and not fits, inputs is not None and form != "packed"
         beside = prune is not None or adapt is not None or inputs is not None
         shares = prune is not None and not prune.parsed.is_grouped
-        coded = adapt is not None and adapt.bits is not None
+        coded = adapt is not None and adapt.num_bits is not None
+        typed = quantize.gguf_type is None and (quantize.engine is not None or quantize.types is not None)
         rules = {
             "slim needs prune or quantize; give it one": prune is None and given is None,
             "form gguf and quantize.gguf_type go together; give both or neither": gguf == (quantize.gguf_type is None),
             "a GGUF file has no room for pruning, adapters or rounded inputs; leave them out": gguf and beside,
+            "types of integers are for packed form without pruning, adapters or rounded inputs; leave these out": typed
+            and (beside or form != "packed"),
             f"inputs {inputs} goes with packed form, not {form}; leave inputs out or take packed": unpacked,
             f"inputs {inputs} does not fit the weights; it is int8 beside integers, fp8 beside fp8": unfit,
             "compact form holds integers, not fp8, nvfp4 or mxfp4; take integers or packed form": compact
-            and quantize.floating,
+            and quantize.type == "float",
             "compact form holds symmetric grids; leave asymmetric out or take packed form": compact
             and not quantize.symmetric,
             "compact form holds patterns such as 2:4, no shares; prune 2:4 or take packed form": compact and shares,
             "important_inputs has no room in packed form; take compact form, or dense": form == "packed"
             and quantize.important_inputs,
-            "adapters in few bits are for compact form; leave their bits out or take compact": coded and not compact,
+            "adapters in few bits are for compact form; leave their num_bits out or take compact": coded
+            and not compact,
         }
         if broken := [rule for rule, is_broken in rules.items() if is_broken]:
             raise ValueError("; ".join(broken))
@@ -101,14 +105,12 @@ class Slim(StageConfig):
 
     @property
     def opens(self) -> str | None:
-        quantize = self.quantize
-        is_open = quantize is not None and quantize.gguf_type == AUTO and quantize.gguf_tensors is None
-        return "types" if is_open else None
+        return "types" if self.quantize is not None and self.quantize.is_open else None
 
     def decided(self, choice: Mapping[str, Any]) -> "Slim":
         if self.quantize is None or "types" not in choice:
             return self
-        return self.model_copy(update={"quantize": self.quantize.model_copy(update={"gguf_tensors": choice["types"]})})
+        return self.model_copy(update={"quantize": self.quantize.model_copy(update={"types": choice["types"]})})
 
     @property
     def requires(self) -> Requirements:
@@ -118,23 +120,43 @@ class Slim(StageConfig):
         watch = LinearFilter(partial(is_target, self.target), 0.0, lambda has_bias: self.center and has_bias)
         return Requirements(inputs="single_pass", survey=need, watch=watch)
 
+    @property
+    def has_types(self) -> bool:
+        """Whether each linear has a type of its own."""
+        return self.quantize is not None and self.quantize.types is not None
+
     def targets(self, linear: LinearShape) -> bool:
-        tensors = None if self.quantize is None else self.quantize.gguf_tensors
-        return (tensors is None or linear.path in tensors) and is_target(self.target, linear.name, linear.part)
+        return not (self.has_types and self.type_of(linear) is None) and is_target(
+            self.target, linear.name, linear.part
+        )
+
+    def type_of(self, linear: LinearShape) -> str | None:
+        """The type that it has of its own."""
+        types = (self.quantize and self.quantize.types) or {}
+        if linear.path in types or (self.quantize and self.quantize.gguf_type):
+            return types.get(linear.path)
+        fitting = (name for pattern, name in types.items() if is_target((pattern,), linear.name, linear.part))
+        return next(iter([*fitting][::-1]), None)
+
+    def candidates(self, inputs: int) -> tuple[str, ...]:
+        """The types among which that of a matrix is found whose rows have so many weights."""
+        engine = self.quantize and self.quantize.engine
+        return packed_types.candidates(engine, inputs) if engine else gguf_types.candidates(inputs)
 
     def plan(self, spec: ModelSpec) -> tuple["Slim", ModelSpec]:
         spec.require_decided("Storage goes by widths that are known beforehand. Give slice a ratio.")
         linears = spec.written_linears
         report(self.problems(linears))
         settled = self.settled(linears, spec)
+        report(settled.unfit(spec))
         stored = [linear for linear in linears if settled.targets(linear) and self.form != "dense"]
         storage = {linear.path: settled.storage(linear) for linear in stored} if not self.opens else {}
         if self.opens:
             undecided = spec.undecided | {"types"}
-            return settled, replace(spec, gguf_type=AUTO, undecided=undecided)
+            return settled, replace(spec, gguf_type=AUTO if self.form == "gguf" else None, undecided=undecided)
         if self.form == "compact":
             spec = replace(spec, architecture=as_own(spec.architecture))
-        notes = [*spec.notes, *storage_notes(storage.values())]
+        notes = [*spec.notes, *storage_notes(replace(spec, storage=storage))]
         if self.prune is not None and self.prune.parsed.is_grouped:
             notes.append(
                 f"No engine runs {self.prune.pattern} faster any more: take `compress quantize` instead, unless you "
@@ -155,11 +177,17 @@ class Slim(StageConfig):
         elif self.quantize is not None and self.quantize.gguf_type is not None:
             rows = [(linear.path, linear.n) for linear in linears if self.targets(linear)]
             tensors = resolve(self.quantize.gguf_type, spec.config(), rows)
-            changes["quantize"] = self.quantize.model_copy(update={"gguf_tensors": tensors})
-        elif self.quantize is not None and self.quantize.group is None:
+            changes["quantize"] = self.quantize.model_copy(update={"types": tensors})
+        elif self.quantize is not None and self.quantize.types is not None:
+            types = {linear.path: str(self.type_of(linear)) for linear in linears if self.targets(linear)}
+            changes["quantize"] = self.quantize.model_copy(update={"types": types})
+        elif self.quantize is not None and self.quantize.engine is not None:
+            pass  # types are to be found
+        elif self.quantize is not None and self.quantize.strategy is None:
             divides = all(linear.n % USUAL_GROUP == 0 for linear in linears if self.targets(linear))
-            group: Granularity = USUAL_GROUP if divides else "channel"
-            changes["quantize"] = self.quantize.model_copy(update={"group": group})
+            shared = ("group", USUAL_GROUP) if divides else ("channel", None)
+            update = dict(zip(("strategy", "group_size"), shared, strict=True))
+            changes["quantize"] = self.quantize.model_copy(update=update)
         return self.model_copy(update=changes)
 
     def problems(self, linears: Sequence[LinearShape]) -> list[str]:
@@ -170,15 +198,23 @@ class Slim(StageConfig):
             problems += uneven(
                 targets, group, f"{self.prune.pattern} takes", "Leave it out with --target, or prune 50%"
             )
-        if self.quantize is not None and self.quantize.group == BLOCK:
+        if self.quantize is not None and self.quantize.strategy == "block":
             problems += uneven(targets, SIDE, "A block takes", "Leave it out with --target, or take --group channel")
-        if self.quantize is not None and isinstance(self.quantize.group, int) and self.form == "packed":
+        if self.quantize is not None and self.form == "packed":
             remedy = "Take another --group, or channel"
-            if self.quantize.step_dtype is not None:
+            if self.quantize.scale_dtype is not None:
                 remedy = "Leave it out with --target, or take other --bits"
-            problems += uneven(targets, self.quantize.group, "A scale takes", remedy)
+            groups = dict[int, list[LinearShape]]()
+            for linear in targets:
+                if (size := self.quantize_of(linear).group_size) is not None:
+                    groups.setdefault(size, []).append(linear)
+            for size, found in groups.items():
+                problems += uneven(found, size, "A scale takes", remedy)
+            patterns = (self.quantize.types or {}).keys() - {linear.path for linear in linears}
+            problems += unmatched(sorted(patterns), linears)[:3]
         if self.quantize is not None and self.quantize.gguf_type == AUTO:
-            problems += misfits(self.quantize.gguf_tensors or {}, {linear.path: linear.n for linear in linears})
+            inputs = {linear.path: linear.n for linear in linears}
+            problems += gguf_types.misfits(self.quantize.types or {}, inputs)
         if self.form == "packed" and any(fused_piece(linear.path) for linear in linears):
             problems.append(
                 "A model with experts cannot be packed: transformers fuses them while it loads, looks for the packed "
@@ -187,40 +223,49 @@ class Slim(StageConfig):
             )
         return problems
 
+    def unfit(self, spec: ModelSpec) -> list[str]:
+        """What of the types that are given, or to be found, engines do not run."""
+        quantize = self.quantize
+        if quantize is None or quantize.gguf_type is not None or not (quantize.engine or quantize.types):
+            return []
+        return packed_types.misfits(quantize.engine, quantize.types or {}, spec)
+
+    def quantize_of(self, linear: LinearShape) -> Quantize:
+        """What is said of quantization, with the bits and the group of the linear's own type."""
+        quantize, name = self.quantize or Quantize(), self.type_of(linear)
+        if name is None or quantize.gguf_type is not None:
+            return quantize
+        kind = QuantizationArgs.of_name(name)
+        return quantize.model_copy(update=kind.model_dump(include={"num_bits", "strategy", "group_size"}))
+
     def storage(self, linear: LinearShape) -> Storage:
-        quantize, adapt = self.quantize, self.adapt
-        if quantize is not None and quantize.gguf_tensors is not None:
-            return Storage(form="gguf", bits=None, block_type=quantize.gguf_tensors[linear.path])
-        options: dict[str, Any] = {}
-        if quantize is not None:
-            options |= {"floating": quantize.floating, "group": quantize.granularity}
-            options |= {"symmetric": quantize.symmetric, "finer": quantize.important_inputs}
-        if adapt is not None:
-            options |= {"rank": adapt.rank_of(linear), "adapter_bits": adapt.bits, "adapter_group": adapt.group}
+        quantize, adapt = self.quantize and self.quantize_of(linear), self.adapt
+        if quantize is not None and quantize.gguf_type is not None:
+            return Storage(form="gguf", block_type=self.type_of(linear))
         return Storage(
             form="compact" if self.form == "compact" else "packed",
-            bits=None if quantize is None else quantize.bits,
+            weights=None if quantize is None else quantize.args,
             pattern=None if self.prune is None else self.prune.parsed,
+            rank=0 if adapt is None else adapt.rank_of(linear),
+            adapter=None if adapt is None else adapt.args,
             inputs=self.inputs,
-            **options,
+            important_inputs=quantize is not None and quantize.important_inputs,
         )
 
     def decomposition(self, linear: LinearShape) -> Decomposition:
-        prune, quantize, adapt = self.prune, self.quantize, self.adapt
+        prune, quantize, adapt = self.prune, self.quantize and self.quantize_of(linear), self.adapt
         pruning = rounding = adapting = None
         if prune is not None:
             pruning = Pruning(method=prune.method, pattern=prune.parsed, iterations=prune.iterations)
         if quantize is not None:
             rounding = Rounding(
-                quant_type=QuantType(quantize.bits, quantize.floating),
-                group=quantize.granularity,
+                args=quantize.args,
                 steps="mse" if quantize.method == "gptq" else quantize.method,
                 sweeps=quantize.method == "gptq",
-                symmetric=quantize.symmetric,
-                act_order=quantize.act_order,
-                finer=quantize.important_inputs,
-                stored=quantize.step_dtype or (None if self.dtype is None else getattr(torch, self.dtype)),
-                blocks=TYPES[quantize.gguf_tensors[linear.path]] if quantize.gguf_tensors else None,
+                actorder=quantize.actorder is not None,
+                important_inputs=quantize.important_inputs,
+                stored=quantize.scale_dtype or (None if self.dtype is None else getattr(torch, self.dtype)),
+                blocks=TYPES[str(self.type_of(linear))] if quantize.gguf_type else None,
             )
         if adapt is not None:
             adapting = Adapting(method=adapt.method, rank=adapt.rank_of(linear), rounds=adapt.rounds)
@@ -257,8 +302,7 @@ class Slim(StageConfig):
         for site, how, found in zip(sites, hows, decomposed, strict=True):
             site.notes |= {"adapter_rank": how.adapt.rank} if how.adapt else {}
             if self.quantize is not None:
-                types = self.quantize.gguf_tensors or {}
-                site.notes["bits"] = types.get(site.shape.path, self.quantize.precision)
+                site.notes["bits"] = self.type_of(site.shape) or self.quantize.precision
             site.notes |= {"pattern": self.prune.pattern} if self.prune else {}
             bias = site.bias if found.shift is None or site.bias is None else site.bias + found.shift
             site.replace(self.module(site, found, bias))
@@ -274,38 +318,6 @@ class Slim(StageConfig):
         return stored_linear(storage, found.S, found.grid, found.mask, A, B, bias, site.dtype)
 
 
-class QuantizeEmbeddings(StageConfig):
-    """Quantize the embeddings' table and the head as a GGUF file of the type that `slim` writes has them.
-
-    A tied matrix is stored once. Rows are rounded by themselves, each group of a row with its best scale.
-
-    types: of each table, by its path; settled when the model is known.
-    """
-
-    site: ClassVar = Table
-    after: ClassVar = ("slim",)
-    stage: Literal["quantize_embeddings"] = "quantize_embeddings"
-    types: Mapping[str, str] = Field(default_factory=dict)
-
-    def decided(self, choice: Mapping[str, Any]) -> "QuantizeEmbeddings":
-        return self.model_copy(update={"types": choice["tables"]}) if "tables" in choice else self
-
-    def plan(self, spec: ModelSpec) -> tuple["QuantizeEmbeddings", ModelSpec]:
-        if spec.gguf_type is None or "types" in spec.undecided:
-            return self, spec  # of a recipe that is refused, or has a budget to be spent
-        if spec.gguf_type == AUTO:
-            report(misfits(self.types, dict(spec.tables)))
-        types = self.types if spec.gguf_type == AUTO else resolve(spec.gguf_type, spec.config(), spec.tables)
-        storage = {path: Storage(form="gguf", bits=None, block_type=name) for path, name in types.items()}
-        return self.model_copy(update={"types": types}), replace(spec, storage={**spec.storage, **storage})
-
-    def apply(self, table: Table) -> None:
-        if table.path in self.types:
-            weight = table.weight.float()
-            grid = fit_blocks(weight, TYPES[self.types[table.path]])
-            table.blocks, table.values = grid.encoded(weight), grid.dequantized(weight)
-
-
 def uneven(linears: Sequence[LinearShape], group: int, what: str, remedy: str) -> list[str]:
     """That there are linears whose inputs come in no whole groups."""
     found = {linear.name: linear.n for linear in linears if linear.n % group}
@@ -316,18 +328,20 @@ def some(inputs: Mapping[str, int]) -> str:
     return ", ".join(f"{name} has {n}" for name, n in list(inputs.items())[:3])
 
 
-def storage_notes(storage: Collection[Storage]) -> list[str]:
+def storage_notes(spec: ModelSpec) -> list[str]:
     """Say what packed linears ask of the engines that load them."""
-    first = next(iter(storage), None)
+    first = next(iter(spec.storage.values()), None)
     if first is None or first.form != "packed":
         return []
-    reason = not_for_vllm(first, max(each.rank for each in storage))
+    reason = packed_types.not_for_vllm(spec)
     notes = [] if reason is None else [f"vLLM cannot serve this: {reason}. transformers and compress.load run it."]
-    if reason is None and (what := lacks_cpu_kernel(first)) is not None:
+    lacking = [*filter(None, map(lacks_cpu_kernel, dict.fromkeys(spec.storage.values())))]
+    if reason is None and lacking:
+        what = " or ".join(dict.fromkeys(lacking))
         notes.append(f"vLLM runs this on GPUs; its build for CPUs has no kernel for {what}.")
-    if first.in_float4 and first.group == 32:
+    if first.weights is not None and first.weights.precision == "mxfp4":
         notes.append("vLLM runs MXFP4 weights in bfloat16 alone; on Blackwell GPUs it may round inputs to MXFP4 too.")
-    if first.pattern is not None and first.bits is not None:
+    if first.pattern is not None and first.weights is not None:
         notes.append(
             "Packed for engines, pruned weights are stored as zeros, in as many bytes as unpruned ones. --compact "
             "stores them small; unpruned is better at these bytes."

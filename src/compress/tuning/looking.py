@@ -36,7 +36,8 @@ HOW = "compress slim --adapter-rank 0.1"
 
 @dataclass(frozen=True)
 class Prepared:
-    """
+    """A tuning job whose inputs have all been checked.
+
     num_trained: numbers that change. num_in_codes: weights that are stored in codes.
     merge: whether what is trained ends in tensors that are there already.
     teacher: the dense model's folder. rate: Adam's.
@@ -139,7 +140,7 @@ def trainable(metadata: Metadata, model: nn.Module) -> tuple[What, ...]:
 
     model: it may be on the meta device. Raises UsageError where nothing can.
     """
-    if metadata.storage == "compact":
+    if metadata.form == "compact":
         if not any(linear.first is not None for linear in found(model, CompactLinear).values()):
             raise UsageError(
                 "This compact checkpoint has no adapters, and its weights are kept as they are stored: nothing in it "
@@ -148,7 +149,7 @@ def trainable(metadata: Metadata, model: nn.Module) -> tuple[What, ...]:
         return ("adapters",)
     if metadata.adapter is not None:
         return ("adapters",)
-    if metadata.storage == "packed":
+    if metadata.form == "packed":
         return ("lora",)
     return ("factors", "lora", "all") if thin_linears(model) else ("lora", "all")
 
@@ -169,7 +170,7 @@ def chosen(settings: Settings, possible: tuple[What, ...]) -> What:
 
 def why_not_merged(metadata: Metadata) -> str | None:
     """Why what a LoRA adds cannot go into the weights; None where it can."""
-    if metadata.storage is not None:
+    if metadata.form is not None:
         return "its weights are stored in few bits"
     if any(linear.pattern for linear in metadata.linears):
         return "its weights are pruned, and the sum would fill the zeros"
@@ -197,7 +198,7 @@ def thin_linears(model: nn.Module) -> dict[str, LowRankLinear | PivotLinear]:
 
 
 def num_trained(what: What, model: nn.Module, config: Any, rank: int) -> int:
-    """model: on the meta device. rank: of a LoRA."""
+    """Count the numbers that training changes. model: on the meta device. rank: of a LoRA."""
     if what in ("factors", "all"):
         parts = [model] if what == "all" else thin_linears(model).values()
         return sum(parameter.numel() for part in parts for parameter in part.parameters())

@@ -37,7 +37,8 @@ Windows = Int64[Tensor, "_ seq_len"]
 
 
 class Settings(Strict):
-    """
+    """How a checkpoint is tuned.
+
     distill: toward the text alone, or the dense model's distribution over next tokens.
     data: the text's name, or a file. steps, tokens, epochs: how long, one of the three. seq_len: tokens a window.
     batch_size: windows a step, of all processes together. train: None for what suits the checkpoint (`trainable`).
@@ -77,7 +78,7 @@ class Settings(Strict):
         return self.lora_alpha or self.lora_rank
 
     def num_steps(self, available: int) -> int:
-        """available: windows of the text."""
+        """Count the optimizer's steps. available: windows of the text."""
         if self.tokens is not None:
             return max(1, round(self.tokens / (self.batch_size * self.seq_len)))
         if self.epochs is not None:
@@ -106,7 +107,8 @@ def parse_settings(values: Mapping[str, Any], flags: Mapping[str, str]) -> Setti
 
 @dataclass(frozen=True, kw_only=True)
 class TuningJob(Output):
-    """
+    """A compressed checkpoint, how it is tuned, and where the result goes.
+
     model: the compressed checkpoint. teacher: the dense model, None where nothing is distilled from it.
     command: how a user would ask for it again; it goes into the model card. dtype: what is frozen is held in it; None
         for float32 on the CPU, elsewhere the checkpoint's own.
@@ -169,7 +171,7 @@ def share_of_rate(step: int, steps: int, warmup: float) -> float:
 
 @dataclass(frozen=True)
 class Texts:
-    """unlike: windows of a text of another kind, by its name; None where none is on this machine."""
+    """Windows of texts. unlike: those of a text of another kind, by its name; None where none is on this machine."""
 
     train: Windows
     held_out: Windows
@@ -186,7 +188,8 @@ class Reader:
     data_dir: Path | None
 
     def texts(self, source: str, count: int | None, others: Iterable[str]) -> Texts:
-        """
+        """Cut the windows.
+
         count: windows to train on, None for all there are. others: texts that may be another kind, the best one first.
         """
         if is_file(source):

@@ -46,7 +46,8 @@ class Settled:
 
 @dataclass(frozen=True)
 class Trained:
-    """
+    """A model and what of it is trained.
+
     model: to be asked for logits. parameters: what a step changes, by name. settled: gives what they have come to.
     """
 
@@ -64,7 +65,7 @@ def open_trained(prepared: Prepared, device: torch.device) -> Trained:
     torch.manual_seed(settings.seed)
     if what == "lora":
         linears: dict[str, Any] = block_linears(model, prepared.config)
-        if prepared.metadata.storage == "packed":
+        if prepared.metadata.form == "packed":
             linears = {path: linear for path, linear in linears.items() if isinstance(linear, LoraLinear)}
         trained = lora(model, linears, rank=settings.lora_rank, alpha=settings.alpha, merge=prepared.merge)
     elif what == "adapters":
@@ -96,7 +97,7 @@ def open_folder(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTr
 
 
 def weights(model: PreTrainedModel, parameters: dict[str, nn.Parameter]) -> Trained:
-    """parameters: by their names in the model, tied ones once."""
+    """Train weights as they are. parameters: by their names in the model, tied ones once."""
     model.requires_grad_(False)
     for parameter in parameters.values():
         parameter.requires_grad_()
@@ -131,7 +132,7 @@ class AdapterLinear(nn.Module):
 def lora(
     model: PreTrainedModel, linears: Mapping[str, nn.Linear | LoraLinear], *, rank: int, alpha: int, merge: bool
 ) -> Trained:
-    """linears: by their paths in the model; to be merged they must be plain ones."""
+    """Train a LoRA on linears. linears: by their paths in the model; to be merged they must be plain ones."""
     model.requires_grad_(False)
     layers = {}
     for path, linear in linears.items():
@@ -211,15 +212,15 @@ class TrainedMatrix(nn.Module):
 
     def __init__(self, stored: StoredMatrix) -> None:
         super().__init__()
-        self.bits = stored.bits
+        self.num_bits = stored.num_bits
         self.weight = nn.Parameter(stored.rows(0, stored.num_rows, torch.float32))
-        scale = None if stored.bits is None else stored.scales(0, stored.num_rows, torch.float32)
+        scale = None if stored.num_bits is None else stored.scales(0, stored.num_rows, torch.float32)
         self.register_buffer("scale", scale)
 
     def forward(self) -> Tensor:
         if self.scale is None:
             return self.weight
-        rounded: Tensor = OnGrid.apply(self.weight, self.scale, self.bits)
+        rounded: Tensor = OnGrid.apply(self.weight, self.scale, self.num_bits)
         return rounded
 
     def tensors(self) -> dict[str, Tensor]:
@@ -227,11 +228,11 @@ class TrainedMatrix(nn.Module):
         if self.scale is None:
             return {"values": self.weight.detach()}
         codes = (self().detach() / self.scale).round().to(torch.int8)
-        return {"codes": pack_bits(unsigned(codes, self.bits), self.bits)}
+        return {"codes": pack_bits(unsigned(codes, self.num_bits), self.num_bits)}
 
 
 class CompactAdapterLinear(AdapterLinear):
-    """first: A (r, n). second: B^T (r, m)."""
+    """A compact linear whose adapter is trained. first: A (r, n). second: B^T (r, m)."""
 
     def __init__(self, base: nn.Module, first: StoredMatrix, second: StoredMatrix) -> None:
         nn.Module.__init__(self)

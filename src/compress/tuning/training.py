@@ -67,7 +67,7 @@ class Course:
 
 
 class Training:
-    """best: the parameters at the best look. moments: AdamW's, by the parameter's name."""
+    """The training loop. best: the parameters at the best look. moments: AdamW's, by the parameter's name."""
 
     def __init__(
         self,

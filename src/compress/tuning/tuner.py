@@ -61,7 +61,8 @@ STALE = {"lost", "relative_error"}  # measured of weights that are others now
 
 @dataclass(frozen=True)
 class Result:
-    """
+    """What tuning has come to.
+
     tuning: what compress.json says of it. compressed_bytes, bytes: of the compressed checkpoint and of the tuned one.
     difference: of the reloaded logits, as a share of the largest; None where it was seen before an interruption.
     """
@@ -235,7 +236,7 @@ def prove(prepared: Prepared, metadata: Metadata, target: Path) -> float:
     memory, own = max(psutil.virtual_memory().available // 2, SMALL), prepared.config.dtype or torch.float32
     computing = torch.promote_types(own, torch.float32)
     # What is packed stays so in memory. Another model that is too large in float32 is held in its own dtype.
-    fits = metadata.storage == "packed" or fits_in_float32(metadata.size.parameters, memory)
+    fits = metadata.form == "packed" or fits_in_float32(metadata.size.parameters, memory)
     model = open_folder(target, computing if fits else own, torch.device("cpu"))
     compute_in(model, computing)
     ids = prepared.texts.held_out[:1, :PROBE]
@@ -245,7 +246,7 @@ def prove(prepared: Prepared, metadata: Metadata, target: Path) -> float:
 
 
 def notes(prepared: Prepared, tuning: TuningMetadata, added: int) -> list[str]:
-    """added: bytes."""
+    """Say what the user should know of it. added: bytes."""
     found, other = [], tuning.other_text
     if tuning.best_step == 0:
         found.append("Nothing was better on the held-out windows than the checkpoint was: its weights are unchanged.")

@@ -50,7 +50,8 @@ class Entry:
 
 @dataclass(frozen=True)
 class Model:
-    """
+    """What of a checkpoint's config goes into a GGUF file.
+
     architecture: llama.cpp's name for it. rope: the rotary parameters. mlp_widths: one a block, where they differ.
     """
 

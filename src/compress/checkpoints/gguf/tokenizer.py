@@ -40,7 +40,8 @@ AT_SPACES = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWit
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """
+    """A tokenizer as a GGUF file has it.
+
     kind: `gpt2` for byte-level merges, `llama` for SentencePiece. With the latter llama.cpp puts a space before text
         after any special token, as older tokenizers do; newer ones and transformers' reader put it at the start alone.
         Gemma's has none. prefixed: whether there is one.

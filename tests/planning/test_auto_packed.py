@@ -1,0 +1,248 @@
+"""`compress auto --for vllm` and `--for transformers`: packed linears, each in a type that the engine runs."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import tiny
+from cli_runner import invoke, succeeds
+from compress import presets
+from compress.architectures import packed_types
+from compress.calibration.roundings import RoundedModel
+from compress.models.hub import find_model
+from compress.numerics.grids import QuantizationArgs
+from compress.planning.prepare import Job, new_rounded_model, prepare, take_survey
+from compress.planning.types import DENSE, TypeSearch
+from compress.recipe import parse_recipe
+
+SIZES = {
+    **{"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 4, "head_dim": 16},
+    **{"num_key_value_heads": 2, "attention_bias": False, "mlp_bias": False},
+}
+SIZE = 300_000
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("home")
+    tiny.write_model(folder / "llama", "llama", dtype=torch.float32, **SIZES)
+    tiny.write_text(folder / "text.txt")
+    return folder
+
+
+def auto(home, engine, *options):
+    text = ["--calib", home / "text.txt", "--samples", 8, "--seq-len", 32]
+    return ["auto", "--model", home / "llama", *text, "--trials", 3, "--for", engine, *options]
+
+
+@pytest.fixture(scope="module")
+def written(home):
+    """For each engine, at one size."""
+    for engine in packed_types.ENGINES:
+        succeeds(*auto(home, engine, "--target-size", SIZE, "--out", home / engine))
+    return home
+
+
+def on_disk(folder):
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def types_of(folder):
+    """The types of linears by path, as config.json says them."""
+    groups = json.loads((folder / "config.json").read_text())["quantization_config"]["config_groups"].values()
+    args = [(group["targets"], group["weights"]) for group in groups]
+    return {
+        path: QuantizationArgs(num_bits=each["num_bits"], group_size=each["group_size"]).name
+        for paths, each in args
+        for path in paths
+    }
+
+
+def prepared(home, out, engine, size=SIZE, **sizes):
+    calibration = {"source": str(home / "text.txt"), "samples": 8, "seq_len": 32}
+    data = presets.load("auto-packed") | {"calibration": calibration, "budget": {"target_size": size}}
+    data["stages"][1]["quantize"]["engine"] = engine
+    model = home / "llama"
+    if sizes:
+        model = out / "model"
+        tiny.write_model(model, "llama", dtype=torch.float32, **{**SIZES, **sizes})
+    job = Job(model=find_model(str(model)), recipe=parse_recipe(data), out=out / "x", command="")
+    return prepare(job)
+
+
+@pytest.mark.parametrize("engine", packed_types.ENGINES)
+def test_the_files_are_never_larger_than_asked(written, engine):
+    folder = written / engine
+    trials = [json.loads(line) for line in (folder / "trials.jsonl").read_text().splitlines()]
+    counted = min(trials, key=lambda trial: trial["divergence"])["bytes"]
+    assert 0.9 * SIZE < on_disk(folder) <= counted <= SIZE
+    assert len({*types_of(folder).values()}) > 1
+
+
+def test_what_vllm_makes_one_linear_of_has_one_type(written):
+    found = types_of(written / "vllm")
+    for path, name in found.items():
+        block, _, kind = path.rpartition(".")
+        parts = next((names for names in FUSED if kind in names), (kind,))
+        assert {found.get(f"{block}.{part}") for part in parts} == {name}
+        assert QuantizationArgs.of_name(name).num_bits in (4, 8)
+    assert json.loads((written / "vllm" / "compress.json").read_text())["not_for_vllm"] is None
+
+
+def test_the_card_says_where_vllm_cannot_follow(written):
+    facts = json.loads((written / "transformers" / "compress.json").read_text())
+    found = types_of(written / "transformers")
+    torn = any(
+        len({found.get(f"model.layers.{block}.{module}.{part}") for part in parts}) > 1
+        for block in range(tiny.NUM_BLOCKS)
+        for module, parts in zip(("self_attn", "mlp"), FUSED, strict=True)
+    )
+    assert ("one linear of" in (facts["not_for_vllm"] or "")) == torn
+
+
+@pytest.mark.parametrize("engine", packed_types.ENGINES)
+def test_bytes_are_counted_as_the_plan_counts_them(home, tmp_path, engine):
+    found = prepared(home, tmp_path, engine)
+    space = found.types
+    assert space is not None
+    types = {path: sorted(rungs, key=rungs.get)[1] for path, rungs in space.rungs.items()}
+    types = {path: types[next((unit[0] for unit in space.units if path in unit), path)] for path in types}
+    decided = found.plan.space.spec({"types": types, "tables": {}})
+    assert space.bytes_of(types) == decided.disk_bytes
+    assert space.bytes_of({}) == space.most
+
+
+def test_linears_that_no_group_divides_have_a_scale_a_channel_or_stay(home, tmp_path):
+    space = prepared(home, tmp_path, "vllm", intermediate_size=84).types
+    assert {*space.rungs["model.layers.0.mlp.down_proj"]} == {"int8-channel", DENSE}  # rows of whole words
+    space = prepared(home, tmp_path, "transformers", intermediate_size=84).types
+    assert {*space.rungs["model.layers.0.mlp.down_proj"]} == {f"int{bits}-channel" for bits in (2, 3, 4, 5, 6, 8)} | {
+        DENSE
+    }
+
+
+def test_predicted_costs_are_near_the_measured_ones(home, tmp_path):
+    """Of single matrices in their smallest type."""
+    found = prepared(home, tmp_path, "transformers")
+    found.job.partial.mkdir()
+    survey = take_survey(found, lambda _name: None)
+    search, model = TypeSearch.of(found.types, survey.roundings), new_rounded_model(found, survey)
+    for path in ("model.layers.0.mlp.up_proj", "model.layers.2.self_attn.o_proj", "model.layers.1.mlp.down_proj"):
+        assert model.divergence({path: "int2-g32"}) == pytest.approx(search.costs[path]["int2-g32"], rel=0.6)
+        assert search.costs[path]["int8-g32"] < search.costs[path]["int4-g32"] < search.costs[path]["int2-g32"]
+
+
+def test_the_recipe_repeats_to_the_byte_without_a_search(home, written, tmp_path):
+    ran = succeeds("run", written / "vllm", "--model", home / "llama", "--out", tmp_path / "again")
+    assert "surveying" not in ran.err
+    assert "The same bytes" in ran.out
+
+
+def test_a_resumed_run_repeats_no_trial_and_gives_the_same_bytes(home, written, tmp_path, monkeypatch):
+    log, measured, calls = (written / "vllm" / "trials.jsonl").read_text(), RoundedModel.divergence, []
+
+    def interrupted(model, chosen):
+        calls.append(chosen)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return measured(model, chosen)
+
+    monkeypatch.setattr(RoundedModel, "divergence", interrupted)
+    again = auto(home, "vllm", "--target-size", SIZE, "--out", tmp_path / "again")
+    assert invoke(*again).code == 130
+    succeeds(*again, "--resume")
+    assert len(calls) == len(log.splitlines()) + 1
+    assert (tmp_path / "again" / "trials.jsonl").read_text() == log
+    for file in (written / "vllm").glob("*.safetensors"):
+        assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_a_frontier_is_found_once_and_any_point_written_later(home, tmp_path):
+    found = succeeds(*auto(home, "transformers", "--frontier", "280kB:600kB", "--out", tmp_path / "map", "--json")).json
+    assert len(found["points"]) == 12
+    predicted = [point["predicted"] for point in found["points"]]
+    assert predicted == sorted(predicted, reverse=True)
+    words = ["auto", "--from", tmp_path / "map", "--model", home / "llama", "--target-size", SIZE]
+    ran = succeeds(*words, "--out", tmp_path / "out")
+    assert "surveying" not in ran.err
+    assert on_disk(tmp_path / "out") <= SIZE
+    for engine in ("llama.cpp", "vllm"):
+        other = invoke(*words, "--for", engine, "--out", tmp_path / "never")
+        assert (other.code, len(other.faults)) == (2, 1), other.err
+    assert not (tmp_path / "never").exists()
+
+
+@pytest.mark.parametrize("size", ["150kB", "2MB"])
+def test_sizes_that_no_types_come_to_are_refused_before_the_work(home, tmp_path, size):
+    ran = invoke(*auto(home, "vllm", "--target-size", size, "--out", tmp_path / "out"))
+    assert (ran.code, len(ran.faults)) == (2, 1)
+    assert "at least, and it has" in ran.faults[0]
+    assert not (tmp_path / "out").exists()
+
+
+def quantized(home, out, *settings):
+    text = ["--calib", home / "text.txt", "--samples", 8, "--seq-len", 32, "--no-refit", "--out", out]
+    return ["quantize", "--model", home / "llama", *text, *(word for each in settings for word in ("--set", each))]
+
+
+def test_types_by_pattern_are_stored_as_said_and_the_last_that_fits_counts(home, tmp_path):
+    types = {
+        "all": "int4-g32",
+        "mlp": "int3-g64",
+        "down_proj": "int8-channel",
+        "model.layers.0.mlp.up_proj": "int5-g32",
+    }
+    succeeds(*quantized(home, tmp_path / "out", f"slim.quantize.types={json.dumps(types)}"))
+    found = types_of(tmp_path / "out")
+    assert len(found) == 7 * tiny.NUM_BLOCKS
+    assert found["model.layers.1.self_attn.q_proj"] == "int4-g32"
+    assert found["model.layers.1.mlp.up_proj"] == "int3-g64"
+    assert found["model.layers.0.mlp.down_proj"] == "int8-channel"
+    assert found["model.layers.0.mlp.up_proj"] == "int5-g32"
+    stored = {name: each for file in (tmp_path / "out").glob("*.safetensors") for name, each in load_file(file).items()}
+    assert stored["model.layers.0.mlp.up_proj.weight_packed"].shape == (256, 64 * 5 // 32)
+    assert stored["model.layers.1.mlp.up_proj.weight_scale"].shape == (256, 1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (['slim.quantize.types={"all": "Q4_K"}'], ["int4-g128"]),
+        (['slim.quantize.types={"all": "int9-g32"}'], ["int9-g32"]),
+        (['slim.quantize.types={"nowhere": "int4-g32"}'], ["No linear matches", "nowhere"]),
+        (['slim.quantize.types={"all": "int4-g128"}'], ["groups of 128", "q_proj has 64"]),
+        (['slim.quantize.types={"all": "int5-g32"}', "slim.quantize.engine=vllm"], ["vllm does not run", "int5-g32"]),
+        (['slim.quantize.types={"q_proj": "int4-g32"}', "slim.quantize.engine=vllm"], ["one linear", "k_proj"]),
+        (["slim.quantize.engine=vllm"], ["budget"]),
+        (["slim.quantize.engine=vllm", "slim.quantize.gguf_type=Q4_K_M"], ["vllm runs no GGUF file"]),
+        (["slim.quantize.engine=vllm", "slim.quantize.symmetric=false"], ["symmetric integers"]),
+        (["slim.quantize.engine=vllm", "slim.form=compact"], ["packed form"]),
+    ],
+)
+def test_what_cannot_be_is_said_in_a_line(home, tmp_path, settings, words):
+    ran = invoke(*quantized(home, tmp_path / "out", *settings))
+    assert ran.code == 2, ran.err
+    assert all(word in " ".join(ran.faults) for word in words), ran.faults
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_head_in_few_bits_is_counted(home):
+    """What it saves goes to the linears."""
+    data = presets.load("auto-packed") | {
+        "calibration": {"source": str(home / "text.txt"), "samples": 8, "seq_len": 32}
+    }
+    data |= {"budget": {"target_size": 250_000, "trials": 2}}
+    data["stages"].append({"stage": "quantize_embeddings", "head_bits": 8})
+    (home / "head.yaml").write_text(json.dumps(data))
+    succeeds("run", home / "head.yaml", "--model", home / "llama", "--out", home / "head")
+    types = types_of(home / "head")
+    assert types.pop("lm_head") == "int8-channel"  # of 64 inputs
+    assert len({*types.values()}) > 1
+    assert 0.9 * 250_000 < on_disk(home / "head") <= 250_000
+    embeddings = [{"stage": "quantize_embeddings", "embedding_bits": 4}]
+    (home / "all.yaml").write_text(json.dumps(data | {"stages": [*data["stages"][:-1], *embeddings]}))
+    ran = invoke("run", home / "all.yaml", "--model", home / "llama", "--out", home / "never")
+    assert "here they have several. Leave embedding_bits out" in ran.faults[0]
