@@ -264,7 +264,7 @@ REFUSED = {
     "slim --set slim.quantize.important_inputs=true": "important_inputs has no room in packed form",
     "slim --set slim.adapt.num_bits=4": "adapters in few bits are for compact form; leave their num_bits out",
     "quantize --method mse --act-order": "actorder is of method gptq, not of mse",
-    "slim --method slim --asymmetric": "slim looks for symmetric grids; take absmax, mse or gptq",
+    "slim --method slim --asymmetric": "slim looks for symmetric grids of integers; take absmax",
     "slim --bits fp8 --asymmetric": "fp8 is symmetric; leave asymmetric out",
     "slim --target experts": "No linear matches the target 'experts'. There are mlp.down_proj",
     "run slicegpt --samples 0": "--samples 0: Input should be greater than or equal to 1",

@@ -147,10 +147,7 @@ class Stock(Architecture):
 
 @dataclass(frozen=True, kw_only=True)
 class NarrowLayout(Layout):
-    """Norms with a gain of sqrt(D / d), readers and writers that go with it.
-
-    dtype: of the written weights.
-    """
+    """Norms with a gain of sqrt(D / d), readers and writers that go with it. dtype: of the written weights."""
 
     family: Family
     rules: StockShape

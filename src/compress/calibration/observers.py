@@ -189,10 +189,7 @@ class LinearObserver:
 
     @torch.no_grad()
     def add(self, tokens: int, gradients: Mapping[str, Tensor] | None = None) -> None:
-        """Take in the batch that has passed, of so many tokens, of which experts see some.
-
-        gradients: by the linears' outputs.
-        """
+        """Take in a batch of so many tokens, of which experts see some. gradients: by the linears' outputs."""
         for group, sums in zip(self.groups, self.sums, strict=True):
             if (given := self.inputs.get(next(iter(group)))) is not None:
                 sums.add(rows(given.detach()))

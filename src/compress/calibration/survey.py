@@ -138,11 +138,7 @@ class Surveyor:
         self.moment, self.gradient = (GramSum(decoder.dense_width, decoder.device) for _ in range(2))
 
     def run(self, *, gradient: bool, stream: bool = True, begin: Callable[[str], None] = lambda _step: None) -> Survey:
-        """Take the survey.
-
-        stream: whether the stream's moments are wanted. begin: called with the name of each step that is begun
-            (`num_steps`).
-        """
+        """Take the survey. stream: whether its moments are wanted. begin: called with the name of each step."""
         self.counts_stream, blocks = stream, range(len(self.decoder.blocks))
         inputs: list[ActivationCache] = []
         begin("embeddings")

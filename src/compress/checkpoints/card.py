@@ -73,10 +73,7 @@ def untrusted(value: Any) -> Any:
 
 
 def model_card(metadata: Metadata, quality: Quality | None = None, pictures: Sequence[str] = ()) -> str:
-    """Fill the template.
-
-    quality: what has been measured since. pictures: files of the folder that are named by letters, digits and dashes.
-    """
+    """Fill the template. quality: measured since. pictures: files of the folder named by letters, digits and dashes."""
     from huggingface_hub import ModelCard
 
     tuning, linears = metadata.tuning, metadata.linears
@@ -162,10 +159,7 @@ def perplexity(nats: float) -> float:
 
 
 def write_card(folder: Path, metadata: Metadata, quality: Quality | None = None) -> None:
-    """Write or replace the card, atomically, with the plots of the folder's `plots`.
-
-    Raises OutputError where it cannot be written.
-    """
+    """Write or replace the card, with the plots in `plots`. Raises OutputError where it cannot be written."""
     names = sorted(file.name for file in (folder / PLOTS).glob("*.png") if PICTURE.fullmatch(file.name))
     try:
         with atomic_write(folder / CARD) as unfinished:

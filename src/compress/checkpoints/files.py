@@ -135,10 +135,7 @@ def target_modules(paths: Sequence[str], others: Collection[str]) -> list[str]:
 
 
 def write_adapter(target: Path, parts: Sequence[Path], config: Mapping[str, Any]) -> Path:
-    """The folder, from safetensors files that hold parts of the adapter's tensors; returns its weights' file.
-
-    Nothing is held in memory.
-    """
+    """Join parts of the adapter's tensors into its folder, nothing held in memory; return its weights' file."""
     (target / ADAPTER).mkdir(exist_ok=True)
     write_json(target / ADAPTER / "adapter_config.json", config)
     with atomic_write(target / ADAPTER_WEIGHTS) as unfinished:

@@ -39,10 +39,7 @@ logger = logging.getLogger("compress")
 
 
 class Part(BaseModel):
-    """A finished part. weights: its file in the checkpoint. adapter: a file beside it, joined with others at the end.
-
-    report: plain data.
-    """
+    """A finished part. weights: its file. adapter: a file that is joined with others at the end. report: plain data."""
 
     model_config = ConfigDict(strict=True)
     weights: WrittenFile | None = None

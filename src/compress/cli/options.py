@@ -245,10 +245,7 @@ def own_gpu(name: str, gpus: int) -> str:
 
 
 def kept_in(source: ModelSource) -> Path:
-    """The folder that keeps a model's quality.json; of a GGUF file the checkpoint of ours that it is.
-
-    Raises UsageError where there is none.
-    """
+    """The folder of a model's quality.json, of a GGUF file its checkpoint's. Raises UsageError where there is none."""
     beside = None if source.gguf is None else source.gguf.parent
     if beside is not None and (beside / "compress.json").is_file() and not (beside / "config.json").exists():
         return beside

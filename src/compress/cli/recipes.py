@@ -127,10 +127,7 @@ class Draft:
 
 
 def apply_settings(draft: Draft, settings: Sequence[str]) -> None:
-    """Put in what --set says, each `ADDRESS=VALUE`; a value is JSON, or the word itself.
-
-    Raises all problems at once.
-    """
+    """Put in what --set says, `ADDRESS=VALUE`; a value is JSON, or the word itself. Raises all problems at once."""
     problems = Problems()
     for text in settings:
         with problems.collect():

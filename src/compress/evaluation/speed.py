@@ -124,10 +124,7 @@ class Workload:
 
 
 class Decoding:
-    """Rows that grow by a token a step, whatever these are.
-
-    ids: the prompts.
-    """
+    """Rows that grow by a token a step, whatever these are. ids: the prompts."""
 
     def __init__(self, model: PreTrainedModel, ids: Int64[Tensor, "batch prompt"]) -> None:
         self.model, self.ids = model, ids

@@ -53,10 +53,7 @@ def unsigned(codes: Int[Tensor, "rows count"], bits: int) -> UInt8[Tensor, "rows
 
 @dataclass(frozen=True)
 class Kept:
-    """The weights that a sparsity pattern keeps.
-
-    mask: (m, n).
-    """
+    """The weights that a sparsity pattern keeps. mask: (m, n)."""
 
     mask: Bool[Tensor, "m n"]
     pattern: Pattern
@@ -66,10 +63,7 @@ class Kept:
         return weights[self.mask].view(len(weights), -1, int(self.pattern.keep)).transpose(1, 2).flatten(1)
 
     def places(self) -> UInt8[Tensor, "m _"]:
-        """The index of each group's combination.
-
-        Raises ValueError where a group does not keep as many as the pattern.
-        """
+        """The index of each group's combination. Raises ValueError where a group keeps not as many as the pattern."""
         keep, group, device = int(self.pattern.keep), self.pattern.group, self.mask.device
         digits = 2 ** torch.arange(group, dtype=torch.int32, device=device)
         table = combinations(keep, group, device)

@@ -197,10 +197,7 @@ class BlockLinear(LoraLinear):
 
 
 class QuantizedLinear(LoraLinear):
-    """A weight in integer or float codes, with scales.
-
-    groups: how many scales a row has. as_stored: buffers of floats that no .to(dtype) changes.
-    """
+    """Codes and scales. groups: how many scales a row has. as_stored: buffers of floats that no .to(dtype) changes."""
 
     weight_zero_point: Tensor | None
     num_bits: int

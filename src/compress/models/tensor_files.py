@@ -44,10 +44,7 @@ BITS = {
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor's header entry.
-
-    name: in the file. dtype: as safetensors call it.
-    """
+    """A tensor's header entry. name: in the file. dtype: as safetensors call it."""
 
     file: Path
     name: str

@@ -90,10 +90,7 @@ class OutputChunk:
         return free_mask(scores, self.pattern.density, by_row=True).T.to(scores.dtype)
 
     def update_sparse(self, inverse: Square, dual_factor: float) -> None:
-        """Update E, D and U; C is left with U alone.
-
-        inverse: rho (G + rho I)^-1. dual_factor: what U is multiplied by as rho grows.
-        """
+        """Update E, D and U; C keeps U alone. inverse: rho (G + rho I)^-1. dual_factor: of U, as rho grows."""
         change = torch.mm(inverse, self.D.sub_(self.C), out=self.E)  # S - (T - L)
         wanted = self.C.add_(change)
         torch.sub(self.L, change, out=self.E)

@@ -58,12 +58,11 @@ class QuantizationArgs(BaseModel):
     @model_validator(mode="after")
     def _known_format(self) -> "QuantizationArgs":
         size, strategy = self.group_size, self.strategy
-        is_float4 = self.type == "float" and self.num_bits == 4 and size in FLOAT4_STEPS
-        if self.type == "float" and self.num_bits != 8 and not is_float4:
+        if self.type == "float" and self.num_bits != 8 and self.scale_dtype is None:
             raise ValueError("floats have 8 bits (fp8), or 4 in groups of 16 (nvfp4) or 32 (mxfp4); take one of these")
         if (strategy in ("group", "tensor_group")) != (size is not None):
             raise ValueError(f"strategy group and a group_size go together; got strategy {strategy}, group_size {size}")
-        if (strategy == "tensor_group") != (is_float4 and size == 16):
+        if (strategy == "tensor_group") != (self.scale_dtype == FLOAT8):
             raise ValueError(
                 f"strategy tensor_group is that of nvfp4 and of nothing else; got {strategy} with {self.precision}"
             )
@@ -83,8 +82,7 @@ class QuantizationArgs(BaseModel):
     @property
     def scale_dtype(self) -> torch.dtype | None:
         """What the format has scales in; None where it is the model's dtype."""
-        is_float4 = self.type == "float" and self.num_bits == 4
-        return FLOAT4_STEPS[self.group_size] if is_float4 and self.group_size else None
+        return FLOAT4_STEPS.get(self.group_size or 0) if self.type == "float" and self.num_bits == 4 else None
 
     @classmethod
     def of_name(cls, name: str) -> "QuantizationArgs":

@@ -101,10 +101,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class InputMoments:
-    """Moments of a linear's inputs x over the calibration tokens.
-
-    second: E x x^T. mean: E x. mean_abs: E |x|.
-    """
+    """Moments of a linear's inputs x over the calibration tokens. second: E x x^T. mean: E x. mean_abs: E |x|."""
 
     second: Float64[Tensor, "n n"]
     mean: Float64[Tensor, "n"]

@@ -201,10 +201,7 @@ FURTHEST = 2.0  # a step moves to no less than half of itself and no more than t
 def rescaled(
     Q: Weight, W: Weight, hessian: Hessian, grid: Grid, *, stored: torch.dtype | None = None
 ) -> tuple[Weight, Grid]:
-    """Return Q with the same codes and better steps, and the grid with these steps.
-
-    stored: the dtype that steps are rounded to.
-    """
+    """Return Q with the same codes and better steps, and their grid. stored: the dtype that steps are rounded to."""
     H, size, n = hessian.damped.to(W.dtype), grid.group_size, W.shape[1]
     units = replace(grid, step=torch.ones_like(grid.step)).values(grid.codes(Q)).T.contiguous()
     slope, steps = H @ (W - Q).T, grid.step.T.clone(memory_format=torch.contiguous_format)

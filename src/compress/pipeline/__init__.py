@@ -45,10 +45,7 @@ def plan_only(job: Job) -> Plan:
 
 
 def run(job: Job, progress: Progress = silent) -> Result:
-    """Compress.
-
-    Raises a CompressError for what a user can mend; until the first part is written, nothing is left behind.
-    """
+    """Compress. Raises a CompressError for what a user can mend; before the first part, nothing is left behind."""
     result = run_together(job, ALONE, progress)
     assert result is not None
     return result

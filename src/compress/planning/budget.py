@@ -33,10 +33,7 @@ DELETES_NOTHING = "The budget deletes nothing: the whole model fits under it. Al
 
 
 def plan_stages(stages: Sequence[StageConfig], spec: ModelSpec) -> tuple[tuple[StageConfig, ...], ModelSpec]:
-    """Apply stages to a model's sizes, one after another.
-
-    Raises UsageError with what does not fit, a line for each problem of all stages.
-    """
+    """Apply stages to a model's sizes, in turn. Raises UsageError with all that does not fit, a line a problem."""
     problems, planned = Problems(), list[StageConfig]()
     for stage in stages:
         with problems.collect():

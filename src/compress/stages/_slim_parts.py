@@ -93,12 +93,10 @@ class Quantize(QuantizationArgs):
 
     @model_validator(mode="after")
     def _consistent(self) -> "Quantize":
-        if self.type == "float" and self.method == "slim":
-            raise ValueError("slim looks for grids of integers; take absmax, mse or gptq for floats")
         if self.actorder and self.method != "gptq":
             raise ValueError(f"actorder is of method gptq, not of {self.method}")
-        if self.method == "slim" and not self.symmetric:
-            raise ValueError("slim looks for symmetric grids; take absmax, mse or gptq")
+        if self.method == "slim" and not (self.symmetric and self.type == "int"):
+            raise ValueError("slim looks for symmetric grids of integers; take absmax, mse or gptq")
         if self.important_inputs and not self.symmetric:
             raise ValueError("important_inputs goes with symmetric grids")
         return self

@@ -185,9 +185,8 @@ class Slim(StageConfig):
             pass  # types are to be found
         elif self.quantize is not None and self.quantize.strategy is None:
             divides = all(linear.n % USUAL_GROUP == 0 for linear in linears if self.targets(linear))
-            shared = ("group", USUAL_GROUP) if divides else ("channel", None)
-            update = dict(zip(("strategy", "group_size"), shared, strict=True))
-            changes["quantize"] = self.quantize.model_copy(update=update)
+            usual = {"strategy": "group", "group_size": USUAL_GROUP} if divides else {"strategy": "channel"}
+            changes["quantize"] = self.quantize.model_copy(update=usual)
         return self.model_copy(update=changes)
 
     def problems(self, linears: Sequence[LinearShape]) -> list[str]:

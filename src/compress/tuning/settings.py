@@ -188,10 +188,7 @@ class Reader:
     data_dir: Path | None
 
     def texts(self, source: str, count: int | None, others: Iterable[str]) -> Texts:
-        """Cut the windows.
-
-        count: windows to train on, None for all there are. others: texts that may be another kind, the best one first.
-        """
+        """Cut the windows. count: to train on, None for all. others: texts that may be another kind, the best first."""
         if is_file(source):
             train, held_out = self.of_file(source, count)
         else:

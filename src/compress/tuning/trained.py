@@ -108,10 +108,7 @@ def weights(model: PreTrainedModel, parameters: dict[str, nn.Parameter]) -> Trai
 
 
 class AdapterLinear(nn.Module):
-    """y = W x + b + scale B (A x), of which A and B are trained.
-
-    base: computes W x + b.
-    """
+    """y = W x + b + scale B (A x), of which A and B are trained. base: computes W x + b."""
 
     def __init__(self, base: nn.Module, A: Tensor, B: Tensor, scale: float = 1.0) -> None:
         super().__init__()
