@@ -63,7 +63,7 @@ class TypeSpace:
         engine, dtype, rungs = stage.quantize.engine, spec.dtype, dict[str, dict[str, int]]()
 
         def bytes_of(linear: LinearShape, name: str) -> int:
-            tensors = {"weight": linear.m * linear.n * dtype.itemsize}
+            tensors: Mapping[str, int] = {"weight": linear.m * linear.n * dtype.itemsize}
             if name != DENSE:
                 storage = Storage("packed", QuantizationArgs.of_name(name))
                 tensors = tensor_bytes(storage, linear.m, linear.n, dtype)
