@@ -20,7 +20,7 @@ from compress.stages.tables import QuantizeEmbeddings
 
 pytest.importorskip("compressed_tensors")
 pytestmark = pytest.mark.filterwarnings("ignore:You passed .quantization_config.")
-SIZES = {"hidden_size": 32, "intermediate_size": 64, "attention_bias": False, "mlp_bias": False, "num_hidden_layers": 2}
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "attention_bias": False, "mlp_bias": False, "num_hidden_layers": 1}
 IDS = oracles.random_ids(1, 12)
 
 
@@ -112,9 +112,9 @@ def test_a_tied_table_is_stored_and_counted_once(home, tied):
 @pytest.mark.parametrize(
     ("out", "made", "model", "options", "bits"),
     [
-        ("head", "head", "llama", ["--head-bits", 8], [[], [4], [4], [8]]),
-        ("both", "both", "llama", ["--head-bits", 4, "--embedding-bits", 4], [[4], [4], [4], [4]]),
-        ("one", "tied", "tied", ["--embedding-bits", 4], [[4], [4], [4], []]),
+        ("head", "head", "llama", ["--head-bits", 8], [[], [4], [8]]),
+        ("both", "both", "llama", ["--head-bits", 4, "--embedding-bits", 4], [[4], [4], [4]]),
+        ("one", "tied", "tied", ["--embedding-bits", 4], [[4], [4], []]),
     ],
 )
 def test_the_plan_counts_what_is_written(home, request, out, made, model, options, bits):
