@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import runs
 import tiny
 from cli_runner import invoke, succeeds
 from compress import presets
@@ -23,6 +24,12 @@ SIZES = {
 }
 SIZE = 300_000
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def proved_here(tmp_path_factory):
+    with runs.proved_here(tmp_path_factory.mktemp("modules")):
+        yield
 
 
 @pytest.fixture(scope="module")
