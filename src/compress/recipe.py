@@ -4,6 +4,7 @@ It comes from plain data, from YAML that people write, with the line of every pr
 checkpoint, which holds the one it is of.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from inspect import isclass
@@ -31,6 +32,7 @@ RENAMED = {  # keys of earlier versions
     "floating": "type: float",
     "group": "group_size, and strategy for tensor, channel or block",
     "act_order": "actorder: weight",
+    "inputs": "input_activations",
 }
 MOST_VALUES = 10_000  # a few lines of YAML that refer to one another can stand for billions
 
@@ -211,8 +213,8 @@ def described(error: ValidationError, model: type[BaseModel]) -> list[Problem]:
                 kind = owner.model_fields[str(step)].annotation
                 owner = next(each for each in (kind, *get_args(kind)) if isclass(each) and issubclass(each, BaseModel))
             name, known = str(where[-1]), owner.model_fields
-            renamed = name in RENAMED and "num_bits" in known
-            what = f"{name!r} is now {RENAMED[name]}." if renamed else unknown_name("key", name, known)
+            new = RENAMED.get(name, "")
+            what = f"{name!r} is now {new}." if re.split(r"\W", new)[0] in known else unknown_name("key", name, known)
         found.append((where, what))
     return found
 

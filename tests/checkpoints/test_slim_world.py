@@ -34,7 +34,7 @@ CHECKPOINTS: dict[str, Made] = {
     "packed, rounded and tied": ("opt", OURS, "bfloat16", True),
     "zero points and an adapter": ("qwen2", OURS | {"quantize": FOUR | {"symmetric": False}}, "float32", True),
     "sparse": ("llama", {"prune": WANDA, "adapt": ADAPTER}, "float32", False),
-    "fp8 inputs": ("llama", {"quantize": EIGHT | {"type": "float"}, "inputs": "fp8"}, "float32", False),
+    "fp8 inputs": ("llama", {"quantize": EIGHT | {"type": "float"}, "input_activations": "fp8"}, "float32", False),
     "nvfp4 and an adapter": ("opt", OURS | {"quantize": NVFP4, "prune": None}, "float16", True),
     "mxfp4": ("opt", {"quantize": NVFP4 | {"group_size": 32}, "target": ["attention", "fc1"]}, "float32", False),
     "compact, rounded and tied": ("opt", OURS | {"form": "compact"}, "float16", True),

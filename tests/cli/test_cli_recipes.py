@@ -100,7 +100,7 @@ RECIPES: dict[str, tuple[list[str], dict[str, dict[str, Any]]]] = {
         ["slim"],
         {
             "slim": {
-                "inputs": "fp8",
+                "input_activations": "fp8",
                 "quantize": {
                     **{"method": "mse", "num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True},
                     **{"important_inputs": False},
@@ -248,14 +248,15 @@ REFUSED = {
     "slim --method slim --fast": "--fast is an option of --method anchored",
     "slim --adapter-rank 0 --set slim.adapt.num_bits=4": "slim.adapt.num_bits=4 has no effect with --adapter-rank 0.",
     "slim --bits none --group 16": "--group 16 has no effect with --bits none. Leave one out.",
-    "slim --inputs int8 --bits fp8": "inputs int8 does not fit the weights; it is int8 beside integers",
-    "slim --inputs int8 --compact": "goes with packed form, not compact; leave inputs out or take packed",
+    "slim --inputs int8 --bits fp8": "input_activations int8 does not fit the weights; it is int8 beside integers",
+    "slim --inputs int8 --compact": "goes with packed form, not compact; leave it out or take packed",
     "slim --compact --bits fp8": "compact form holds integers, not fp8, nvfp4 or mxfp4; take integers or packed form",
     "quantize --bits mxfp4": "but mlp.down_proj has 48. Leave it out with --target, or take other --bits.",
     "quantize --bits nvfp4 --group 32": "--bits nvfp4 and --group 32 both set slim.quantize.strategy. Leave one out.",
     "quantize --bits mxfp4 --asymmetric": "mxfp4 is symmetric; leave asymmetric out",
     "quantize --set slim.quantize.type=float": "floats have 8 bits (fp8), or 4 in groups of 16 (nvfp4)",
     "quantize --set slim.quantize.bits=4": "slim.quantize.bits=4: 'bits' is now num_bits.",
+    "quantize --set slim.inputs=fp8": "'inputs' is now input_activations.",
     "quantize --set slim.quantize.act_order=true": "'act_order' is now actorder: weight.",
     "slim --set slim.adapt.group=64": "'group' is now group_size, and strategy for tensor, channel or block.",
     "quantize --group channel --set slim.quantize.group_size=64": "strategy group and a group_size go together; got",

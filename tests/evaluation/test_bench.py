@@ -152,7 +152,7 @@ def test_a_model_that_does_not_load_in_the_clean_process(process, error, said, t
 
 STORAGES = {
     "packed": storage_of("packed", 4, rank=3),
-    "eight bits": storage_of("packed", 8, type="float", inputs="fp8"),
+    "eight bits": storage_of("packed", 8, type="float", input_activations="fp8"),
     "compact": storage_of("compact", 4, pattern=Pattern.parse("2:4"), rank=2),
 }
 FORMS = {

@@ -22,7 +22,7 @@ from stored import label
 
 M, N = 200, 384  # the last block has 72 rows
 FP8 = args_of(8, "block", type="float")
-STORAGES = [Storage("packed", FP8, inputs="fp8"), Storage("packed", FP8)]
+STORAGES = [Storage("packed", FP8, input_activations="fp8"), Storage("packed", FP8)]
 WIDE = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "attention_bias": False}
 
 
@@ -81,7 +81,7 @@ def test_compressed_tensors_rounds_inputs_as_we_do():
 
 def stages(**quantize: Any) -> list[dict[str, Any]]:
     told = {"num_bits": 8, "type": "float", "strategy": "block"} | quantize
-    return [{"stage": "refit"}, {"stage": "slim", "quantize": told, "polish": 1, "inputs": "fp8"}]
+    return [{"stage": "refit"}, {"stage": "slim", "quantize": told, "polish": 1, "input_activations": "fp8"}]
 
 
 def test_a_run_is_written_as_the_preset_of_compressed_tensors(tmp_path: Path):

@@ -43,10 +43,10 @@ WRITTEN = {
         *((storage_of("packed", bits, group=group), 42) for bits, group in ((2, "tensor"), (3, "channel"))),
         (storage_of("packed", 4, group=16), 48),
         (storage_of("packed", 4, group=16, symmetric=False), 48),
-        (storage_of("packed", 8, type="float", inputs="fp8"), 42),
+        (storage_of("packed", 8, type="float", input_activations="fp8"), 42),
         (storage_of("packed", 4, type="float", group=16), 48),
         (storage_of("packed", 4, type="float", group=32), 64),
-        (storage_of("packed", 8, group=16, symmetric=False, inputs="int8"), 48),
+        (storage_of("packed", 8, group=16, symmetric=False, input_activations="int8"), 48),
         (storage_of("packed", 4, group=16, pattern=Pattern(2.0, 4)), 48),
     ]
 }
@@ -170,7 +170,7 @@ def test_adapter_bias_and_weight_are_added(storage, bias):
 
 
 def test_inputs_are_rounded_for_the_weight_and_not_for_the_adapter():
-    storage = storage_of("packed", 8, rank=3, inputs="int8")
+    storage = storage_of("packed", 8, rank=3, input_activations="int8")
     parts = random_parts(storage, M, N, torch.float64)
     x = torch.randn(5, N, dtype=torch.float64, requires_grad=True)
     y, unrounded = parts.stored(storage, torch.float64)(x), parts.of(x)

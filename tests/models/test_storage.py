@@ -19,8 +19,8 @@ PATTERNS = [None, Pattern(2.0, 4), Pattern(4.0, 8), Pattern(3.0, 5), Pattern(8.0
 PACKED = [
     *(storage_of("packed", bits, group=16, rank=3) for bits in BITS),
     *(storage_of("packed", 3, group=group, symmetric=False) for group in GROUPS),
-    *(storage_of("packed", 8, type="float", group=group, inputs="fp8") for group in GROUPS),
-    storage_of("packed", 8, symmetric=False, inputs="int8"),
+    *(storage_of("packed", 8, type="float", group=group, input_activations="fp8") for group in GROUPS),
+    storage_of("packed", 8, symmetric=False, input_activations="int8"),
     *(storage_of("packed", 4, type="float", group=group, rank=3) for group in (16, 32)),
     storage_of("packed", None, rank=3),
     storage_of("packed", 4, pattern=Pattern(2.0, 4)),

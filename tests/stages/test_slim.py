@@ -191,7 +191,10 @@ def test_every_form_is_one_function(logits, name):
 
 
 SIZED: dict[str, tuple[str, dict[str, Any]]] = {
-    "packed, fp8 and its inputs": ("packed", {"quantize": {"num_bits": 8, "type": "float"}, "inputs": "fp8"}),
+    "packed, fp8 and its inputs": (
+        "packed",
+        {"quantize": {"num_bits": 8, "type": "float"}, "input_activations": "fp8"},
+    ),
     "packed, nvfp4": ("packed", {"quantize": {"num_bits": 4, "type": "float", "group_size": 16}, "adapt": TENTH}),
     "compact, ragged groups": (
         "compact",

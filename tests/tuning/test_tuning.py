@@ -258,7 +258,7 @@ def test_compact_adapters_are_trained_and_nothing_else_is_written(tmp_path, adap
 
 STORED = {
     "zero points": storage_of("packed", 4, group=16, symmetric=False),
-    "bytes, rounded inputs": storage_of("packed", 8, inputs="int8"),
+    "bytes, rounded inputs": storage_of("packed", 8, input_activations="int8"),
     "compact": storage_of("compact", 3, pattern=Pattern(2, 4), rank=3, adapter=args_of(4, 16)),
 }
 

@@ -57,7 +57,7 @@ class StorageOptions(RunOptions):
     """What both commands take: fields of the `slim` stage."""
 
     group: Annotated[str | None, Amounts(GROUP)] = None
-    inputs: Annotated[Literal["fp8", "int8"] | None, Amounts(INPUTS, sets="slim.inputs")] = None
+    inputs: Annotated[Literal["fp8", "int8"] | None, Amounts(INPUTS, sets="slim.input_activations")] = None
     refit: Annotated[bool | None, Method(REFIT, "--refit/--no-refit")] = None
     act_order: Annotated[bool, Method(ACT_ORDER, "--act-order", sets=("slim.quantize.actorder", "weight"))] = False
     asymmetric: Annotated[bool, Method(ASYMMETRIC, "--asymmetric", sets=("slim.quantize.symmetric", False))] = False

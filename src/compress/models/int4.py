@@ -50,7 +50,10 @@ class Int4Linear(LoraLinear):
     num_bits = 4
 
     def __init__(self, linear: PackedLinear) -> None:
-        group, storage = kernel_group(linear), Storage("packed", QuantizationArgs(num_bits=4), inputs=linear.inputs)
+        group, storage = (
+            kernel_group(linear),
+            Storage("packed", QuantizationArgs(num_bits=4), input_activations=linear.inputs),
+        )
         assert group is not None
         with torch.device("meta"):
             super().__init__(linear.in_features, linear.out_features, storage, bias=False)

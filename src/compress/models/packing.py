@@ -225,7 +225,7 @@ def config_group(storage: Storage, targets: list[str]) -> dict[str, Any]:
     return {
         "targets": targets,
         "weights": weights,
-        "input_activations": inputs if storage.inputs else None,
+        "input_activations": inputs if storage.input_activations else None,
         "output_activations": None,
         "format": name,
     }
@@ -253,7 +253,7 @@ def not_for_vllm(storage: Storage, largest_rank: int) -> str | None:
         return "its packed integers have a scale a channel or a group"
     if storage.in_bytes and weights.type == "float" and weights.group_size is not None:
         return "its fp8 weights have a scale a channel or a tensor"
-    if storage.inputs is not None and not storage.in_bytes:
+    if storage.input_activations is not None and not storage.in_bytes:
         return "it rounds inputs beside 8-bit weights alone"
     return None
 
@@ -271,7 +271,7 @@ def embeddings_not_for_vllm(storage: Storage, *, is_tied: bool) -> str | None:
 def lacks_cpu_kernel(storage: Storage) -> str | None:
     """Which packed weights vLLM 0.32 runs on GPUs alone (docs/engines.md); None where its CPU build has a kernel."""
     weights = storage.weights
-    if weights is None or storage.inputs is not None:
+    if weights is None or storage.input_activations is not None:
         return None
     if weights.type == "float":
         return "fp8 weights beside 16-bit inputs" if storage.in_bytes else "4-bit floats"

@@ -44,7 +44,7 @@ class Storage:
     floats and blocks; the last group of a row may be smaller there.
     pattern: which weights are kept; of the others compact stores nothing, where it is a grouped one.
     rank: of the adapter. adapter: how its factors are quantized; None for floats. Compact only.
-    inputs: what each token's inputs are rounded to as they come, packed only; the adapter gets them as they are.
+    input_activations: what each token's inputs are rounded to, packed only; the adapter gets them as they are.
     important_inputs: inputs have factors of their own (SLiM-Quant^O), compact only.
     block_type: of llama.cpp, gguf only.
     """
@@ -54,7 +54,7 @@ class Storage:
     pattern: Pattern | None = None
     rank: int = 0
     adapter: QuantizationArgs | None = None
-    inputs: InputNumbers | None = None
+    input_activations: InputNumbers | None = None
     important_inputs: bool = False
     block_type: str | None = None
 
@@ -62,11 +62,11 @@ class Storage:
         """Raises ValueError for what no form has room for."""
         weights = self.weights
         fits = weights is None or (weights.symmetric and weights.strategy != "block" and not self.in_float4)
-        if self.form == "compact" and (self.inputs is not None or not fits):
+        if self.form == "compact" and (self.input_activations is not None or not fits):
             raise ValueError("Compact linears have symmetric grids, no blocks or 4-bit floats, and no rounded inputs.")
         if self.form == "packed" and (self.adapter is not None or self.important_inputs):
             raise ValueError("Packed linears have adapters of floats, and no factors for single inputs.")
-        rounds = {"fp8": "float", "int8": "int"}.get(str(self.inputs))
+        rounds = {"fp8": "float", "int8": "int"}.get(str(self.input_activations))
         if rounds is not None and (weights is None or self.in_float4 or weights.type != rounds):
             raise ValueError("Inputs are rounded to fp8 where weights are, and to int8 where weights are integers.")
 
@@ -88,8 +88,8 @@ class Storage:
     @property
     def in_bytes(self) -> bool:
         """Whether packed form gives each code a byte, as engines want that compute in 8 bits."""
-        weights = self.weights
-        return weights is not None and weights.num_bits == 8 and (weights.type == "float" or self.inputs is not None)
+        weights, rounds = self.weights, self.input_activations is not None
+        return weights is not None and weights.num_bits == 8 and (weights.type == "float" or rounds)
 
     @property
     def in_float4(self) -> bool:
@@ -134,7 +134,7 @@ class LoraLinear(AdaptedLinear):
 
     def __init__(self, in_features: int, out_features: int, storage: Storage, *, bias: bool) -> None:
         super().__init__(in_features, out_features, bias)
-        self.inputs = storage.inputs
+        self.inputs = storage.input_activations
         self.input_group = SIDE if storage.weights is not None and storage.weights.strategy == "block" else None
         self.lora_A = self.lora_B = None
         if storage.rank:

@@ -90,7 +90,7 @@ def scheme(found: dict[str, Any], group: dict[str, Any]) -> Storage:
     return Storage(
         "packed",
         args,
-        inputs=None if inputs is None else {"float": "fp8", "int": "int8"}[inputs["type"]],  # type: ignore[arg-type]
+        input_activations=None if inputs is None else {"float": "fp8", "int": "int8"}[inputs["type"]],  # type: ignore[arg-type]
     )
 
 

@@ -52,7 +52,7 @@ class Slim(StageConfig):
     target: which linears: `all`, `attention`, `mlp`, or patterns of names below a block such as `*.down_proj`.
     polish: rounds of coordinate descent after a sweep.
     center: a linear with a bias keeps the mean of its outputs by it, so that only what varies about it counts.
-    inputs: what each token's inputs are rounded to when the model runs.
+    input_activations: what each token's inputs are rounded to when the model runs.
     form: `packed`, for engines, `compact`, in as few bits as we can, `gguf`, in llama.cpp's types, or `dense`, merged
         again at the old size.
     dtype: of scales; settled when the model is known.
@@ -68,12 +68,12 @@ class Slim(StageConfig):
     adapt: Adapt | None = None
     polish: Annotated[int, Field(ge=0)] = 0
     center: bool = False
-    inputs: Literal["fp8", "int8"] | None = None
+    input_activations: Literal["fp8", "int8"] | None = None
     dtype: str | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> "Slim":
-        form, prune, adapt, inputs, given = self.form, self.prune, self.adapt, self.inputs, self.quantize
+        form, prune, adapt, inputs, given = self.form, self.prune, self.adapt, self.input_activations, self.quantize
         quantize, gguf, compact = given or Quantize(), form == "gguf", form == "compact"
         fits = given is not None and quantize.scale_dtype is None and (quantize.type == "float") == (inputs == "fp8")
         unfit, unpacked = inputs is not None and not fits, inputs is not None and form != "packed"
@@ -87,8 +87,8 @@ class Slim(StageConfig):
             "a GGUF file has no room for pruning, adapters or rounded inputs; leave them out": gguf and beside,
             "types of integers are for packed form without pruning, adapters or rounded inputs; leave these out": typed
             and (beside or form != "packed"),
-            f"inputs {inputs} goes with packed form, not {form}; leave inputs out or take packed": unpacked,
-            f"inputs {inputs} does not fit the weights; it is int8 beside integers, fp8 beside fp8": unfit,
+            f"input_activations {inputs} goes with packed form, not {form}; leave it out or take packed": unpacked,
+            f"input_activations {inputs} does not fit the weights; it is int8 beside integers, fp8 beside fp8": unfit,
             "compact form holds integers, not fp8, nvfp4 or mxfp4; take integers or packed form": compact
             and quantize.type == "float",
             "compact form holds symmetric grids; leave asymmetric out or take packed form": compact
@@ -247,7 +247,7 @@ class Slim(StageConfig):
             pattern=None if self.prune is None else self.prune.parsed,
             rank=0 if adapt is None else adapt.rank_of(linear),
             adapter=None if adapt is None else adapt.args,
-            inputs=self.inputs,
+            input_activations=self.input_activations,
             important_inputs=quantize is not None and quantize.important_inputs,
         )
 

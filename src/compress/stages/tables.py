@@ -118,7 +118,7 @@ class QuantizeEmbeddings(StageConfig):
             problems.append(f"{said}, and here they have several. Leave embedding_bits out.")
         elif like.weights is not None and self.asked != {bits := like.weights.num_bits}:
             problems.append(f"{said}. Give head_bits and embedding_bits the linears' {bits}, or leave them out.")
-        elif like.inputs is not None or not divides(n, like.weights):
+        elif like.input_activations is not None or not divides(n, like.weights):
             problems.append(f"{said}, which does not fit embeddings of {n}. Take --group channel without --inputs.")
         return problems
 
