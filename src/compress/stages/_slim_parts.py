@@ -14,6 +14,8 @@ from compress.numerics.lowrank import AdapterMethod
 from compress.numerics.sparsity import Pattern
 from compress.stages._stage import Strict
 
+USUAL_GROUP = 128  # inputs that share a scale: what engines' kernels are made for
+
 
 class Prune(Strict):
     """How weights are pruned.

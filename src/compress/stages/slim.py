@@ -40,10 +40,8 @@ from compress.numerics.decomposition import (
 )
 from compress.numerics.grids import SIDE, QuantizationArgs
 from compress.own_model.modeling_compress import AdaptedLinear
-from compress.stages._slim_parts import Adapt, Prune, Quantize
+from compress.stages._slim_parts import USUAL_GROUP, Adapt, Prune, Quantize
 from compress.stages._stage import StageConfig, is_target, unmatched
-
-USUAL_GROUP = 128  # what engines' kernels are made for
 
 
 class Slim(StageConfig):
