@@ -10,6 +10,8 @@ from compress.calibration.groups import LinearGroup
 from compress.calibration.linears import LinearShape
 from compress.calibration.sites import Requirements, Site
 
+USUAL_GROUP = 128  # what engines' kernels are made for
+
 
 class Strict(BaseModel):
     """Fields that are known, of the kinds that they say, and finite."""

@@ -41,9 +41,7 @@ from compress.numerics.decomposition import (
 from compress.numerics.grids import SIDE, QuantizationArgs
 from compress.own_model.modeling_compress import AdaptedLinear
 from compress.stages._slim_parts import Adapt, Prune, Quantize
-from compress.stages._stage import StageConfig, is_target, unmatched
-
-USUAL_GROUP = 128  # what engines' kernels are made for
+from compress.stages._stage import USUAL_GROUP, StageConfig, is_target, unmatched
 
 
 class Slim(StageConfig):

@@ -28,8 +28,7 @@ from compress.numerics.block_types import TYPES
 from compress.numerics.decomposition import Decomposition, Rounding, decompose_together
 from compress.numerics.grids import QuantizationArgs
 from compress.numerics.steps import make_grid
-from compress.stages._stage import StageConfig
-from compress.stages.slim import USUAL_GROUP
+from compress.stages._stage import USUAL_GROUP, StageConfig
 
 Bits = Annotated[int, Field(ge=2, le=8)]
 POLISH = 3  # rounds after a sweep, as linears have
