@@ -81,7 +81,7 @@ def by_us(folder):
 
 def test_a_head_has_bits_of_its_own_and_transformers_reads_them(home, head):
     assert head["reload_difference"] < 1e-4
-    assert groups(home / "head") == [(["Linear"], 4), (["lm_head"], 8)]
+    assert groups(home / "head") == [(["lm_head"], 8), (["Linear"], 4)]
     stored = names(home / "head")
     assert {"lm_head.weight_packed", "lm_head.weight_scale", "lm_head.weight_shape"} <= stored
     assert "lm_head.weight" not in stored
@@ -90,7 +90,7 @@ def test_a_head_has_bits_of_its_own_and_transformers_reads_them(home, head):
 
 
 def test_head_and_embeddings_share_the_scheme_of_the_linears(home, both):
-    assert groups(home / "both") == [(["Linear", "Embedding", "lm_head"], 4)]
+    assert groups(home / "both") == [(["lm_head", "Embedding", "Linear"], 4)]
     assert json.loads((home / "both" / "compress.json").read_text())["unpacks_while_loading"]
     found = by_transformers(home / "both", quantization_config=CompressedTensorsConfig(dequantize=True))
     assert oracles.largest_difference(found, by_us(home / "both")) < 1e-4

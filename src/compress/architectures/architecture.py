@@ -207,7 +207,7 @@ class ModelSpec:
             modules = replace(self, storage={}).model().named_modules()
             untouched = [name for name, module in modules if isinstance(module, kinds) and name not in packed]
             # vLLM's heads are no linears, and some of its embeddings have no name.
-            tables = {path: "Embedding" if path in family.embeddings else path for path in self.packed_tables}
+            tables = {path: "Embedding" if path in family.embeddings else path for path in self.packed_tables[::-1]}
             config.quantization_config = quantization_config(packed, untouched, tables)
         return config
 

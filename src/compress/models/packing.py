@@ -186,15 +186,16 @@ def quantization_config(
     stored: by path. Where all linears are stored alike their group is of all but the untouched ones. tables: of these
     paths those of embeddings and head, and what engines find them by.
     """
-    tables, schemes = tables or {}, dict[Storage, list[str]]()
+    tables, linears, schemes = tables or {}, dict[Storage, list[str]](), dict[Storage, list[str]]()
     for path, storage in stored.items():
         if path not in tables and (scheme := storage.scheme) is not None:
-            schemes.setdefault(scheme, []).append(path)
-    if len(schemes) == 1:
-        schemes = {scheme: ["Linear"] for scheme in schemes}
+            linears.setdefault(scheme, []).append(path)
+    # Names before classes, or compressed-tensors warns that it did not come to them.
     for path, target in tables.items():
         if (scheme := stored[path].scheme) is not None:
             schemes.setdefault(scheme, []).append(target)
+    for scheme, paths in linears.items():
+        schemes.setdefault(scheme, []).extend(paths if len(linears) > 1 else ["Linear"])
     groups = [config_group(scheme, targets) for scheme, targets in schemes.items()]
     formats = {group["format"] for group in groups}
     return {
