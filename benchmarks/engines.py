@@ -308,9 +308,7 @@ def reason(error: str) -> str:
 def write(kind: Kind, folder: Path) -> Path:
     """The checkpoint of a kind. The proof by reloading is left out: transformers loads it below."""
     pipeline.verify = pipeline.verify_tokens = lambda *_arguments, **_options: 0.0
-    # llama.cpp wants Phi-3's own special tokens of a model that is called so.
-    name = kind.name.replace(",", "").replace("phi3", "Phi three")
-    dense, out = folder / kind.family, folder / "-".join(name.split())
+    dense, out = folder / kind.family, folder / "-".join(kind.name.replace(",", "").split())
     if out.exists():
         return out
     if not dense.exists():

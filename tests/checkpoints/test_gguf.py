@@ -282,6 +282,11 @@ NO_LLAMA: dict[str, tuple[str, dict[str, Any], str]] = {
         {"tie_word_embeddings": False},
         "its head has weights of its own, and llama.cpp takes the embeddings for it",
     ),
+    # As slicing leaves them: their heads keep their size.
+    **{
+        f"heads of {kind}": (kind, {"head_dim": 16}, "its heads together are not as wide as the stream")
+        for kind in ("phi3", "starcoder2")
+    },
     "dynamic": (
         "llama",
         {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},

@@ -132,7 +132,7 @@ def test_the_config_says_what_it_is(made):
         "AutoModelForCausalLM": "modeling_compress.CompressForCausalLM",
     }
     said = json.loads((checkpoint.out / "compress.json").read_text())
-    assert said["not_for_vllm"] == "of our architecture it is known to run only llama, mistral, qwen3"
+    assert said["not_for_vllm"] == "of our architecture it is known to run only llama, mistral, qwen2, qwen3"
     assert str(checkpoint.source) not in (checkpoint.out / "config.json").read_text()
     loaded: Any = AutoConfig.from_pretrained(checkpoint.out)
     assert (loaded.vocab_size, loaded.get_text_config().num_hidden_layers) == (tiny.VOCAB_SIZE, tiny.NUM_BLOCKS)

@@ -17,7 +17,7 @@ from compress.calibration.weights import Layout
 from compress.own_model.configuration_compress import CompressConfig
 
 CLASS = "CompressForCausalLM"
-BY_BACKEND = ("llama", "mistral", "qwen3")  # the model_types that vLLM's Transformers backend has run as ours
+BY_BACKEND = ("llama", "mistral", "qwen2", "qwen3")  # the model_types that vLLM's Transformers backend has run as ours
 DECI_LM = "DeciLMForCausalLM"  # of engines: a Llama whose MLPs have a width each
 AUTO_MAP = {
     "AutoConfig": "configuration_compress.CompressConfig",
