@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from compress import pipeline
 from compress.errors import UsageError
-from compress.models.packing import stored_linear
+from compress.models.packing import lacks_cpu_kernel, stored_linear
 from compress.models.storage import RoundedInputs, Storage
 from compress.models.stored_loading import load_stored
 from compress.numerics.grids import FLOAT8
@@ -24,6 +24,10 @@ M, N = 200, 384  # the last block has 72 rows
 FP8 = args_of(8, "block", type="float")
 STORAGES = [Storage("packed", FP8, input_activations="fp8"), Storage("packed", FP8)]
 WIDE = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "attention_bias": False}
+
+
+def test_cpus_that_have_no_kernel_for_them():
+    assert {lacks_cpu_kernel(each) for each in STORAGES} == {"fp8 by blocks on CPUs without AMX"}
 
 
 def matrix() -> Tensor:

@@ -272,6 +272,8 @@ def embeddings_not_for_vllm(storage: Storage, *, is_tied: bool) -> str | None:
 def lacks_cpu_kernel(storage: Storage) -> str | None:
     """Which packed weights vLLM 0.32 runs on GPUs alone (docs/engines.md); None where its CPU build has a kernel."""
     weights = storage.weights
+    if weights is not None and weights.strategy == "block":
+        return "fp8 by blocks on CPUs without AMX"
     if weights is None or storage.input_activations is not None:
         return None
     if weights.type == "float":

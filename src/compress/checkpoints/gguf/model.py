@@ -204,7 +204,8 @@ def why_not_its_family(kind: str, has_biases: bool, config: Any) -> str | None:
             "other blocks than each fourth are without rotary embeddings",
         ),
         (
-            kind in ("olmo2", "phi3", "starcoder2") and head_size(config) * config.num_attention_heads != config.hidden_size,
+            kind in ("olmo2", "phi3", "starcoder2")
+            and head_size(config) * config.num_attention_heads != config.hidden_size,
             "its heads together are not as wide as the stream",
         ),
         (
