@@ -183,6 +183,9 @@ def why_not_writable(config: Any) -> str | None:
     return why_not_its_family(kind, ARCHITECTURES[architecture].biases, config)
 
 
+WHOLE_HEADS = ("olmo2", "phi3", "starcoder2")  # whose loader has no size of a head
+
+
 def why_not_its_family(kind: str, has_biases: bool, config: Any) -> str | None:
     """What llama.cpp takes for granted in a family and a config may say otherwise."""
     rules = [
