@@ -100,7 +100,7 @@ class Kind:
 SLICE = "slice --ratio 0.25 --round-to 64"
 KINDS = [
     *(
-        Kind(f"{family}, sliced", family, SLICE, gguf=family != "phi")
+        Kind(f"{family}, sliced", family, SLICE, gguf=family != "phi", served=family in ("llama", "qwen3"))
         for family in ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "phi", "starcoder2")
     ),
     *(
@@ -131,8 +131,8 @@ KINDS = [
         for family in ("mistral", "qwen2", "qwen3")
     ),
     Kind("4 bits on a narrower stream", "llama", "run slice-then-slim --set slim.adapt=null"),
-    Kind("a width of each MLP", "llama", "slice --keep-params 0.7 --allocation free", gguf=True),
-    Kind("low-rank factors", "llama", "lord --rank-frac 0.5 --form factors"),
+    Kind("a width of each MLP", "llama", "slice --keep-params 0.7 --allocation free", gguf=True, served=True),
+    Kind("low-rank factors", "llama", "lord --rank-frac 0.5 --form factors", served=True),
     Kind("low-rank factors, pivots", "llama", "lord --rank-frac 0.5 --form pivot"),
     *(
         Kind(f"low-rank factors, {family}", family, "lord --rank-frac 0.5 --form factors")
@@ -302,6 +302,7 @@ def reason(error: str) -> str:
     """The first sentence of a message, without a path of this machine."""
     lines = [line.strip() for line in error.splitlines() if line.strip()]
     line = lines[1] if lines[0].startswith("ValidationError") and len(lines) > 1 else lines[0]
+    line = line.partition(". ")[0]
     return re.sub(r"'?/[^ ']*/[^ ']*'?", "the folder", line).removesuffix(" Reasons:").replace("|", "/")[:160]
 
 
