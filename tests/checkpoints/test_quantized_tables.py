@@ -144,6 +144,7 @@ def test_what_stays_in_full_is_said(home, model, options, tables, words):
 @pytest.mark.parametrize(
     ("model", "options", "reason"),
     [
+        ("llama", ["--head-bits", 0], "--head-bits 0: Input should be greater than or equal to 2"),
         ("tied", ["--head-bits", 8], "head_bits has no effect: the head is the embeddings' table."),
         ("llama", ["--embedding-bits", 8], "Give head_bits and embedding_bits the linears' 4, or leave them out."),
         ("llama", ["--asymmetric", "--head-bits", 8], "Give head_bits and embedding_bits the linears' 4"),

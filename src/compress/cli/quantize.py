@@ -80,7 +80,7 @@ class StorageOptions(RunOptions):
             word = "group" if isinstance(size, int) else "block" if size == "128x128" else size
             for field, value in {"strategy": word, "group_size": size if word == "group" else None}.items():
                 draft.set(f"slim.quantize.{field}", value, f"--group {self.group}")
-        if self.head_bits or self.embedding_bits:
+        if (self.head_bits, self.embedding_bits) != (None, None):
             draft.stages.append({"stage": "quantize_embeddings"})
         if self.refit and not any(entry["stage"] == "refit" for entry in draft.stages):
             draft.stages.insert(0, {"stage": "refit"})
