@@ -3,6 +3,7 @@
     python scripts/train_demo.py                 # about 40 minutes on two CPU cores, seeded
     python scripts/train_demo.py --steps 20 --out /tmp/demo     # a quick look at the machinery
     python scripts/train_demo.py --architecture gpt_bigcode --steps 5000 --out bigcode-py  # StarCoder, not shipped
+    python scripts/train_demo.py --architecture llama --steps 800 --out llama-256  # K-quants, not shipped
 
 The library's test packages, where the distribution installs them, are trained on too (they triple the text); the
 held-out splits of the dataset `stdlib` never are. The weights are written in float16, which is what is shipped.
@@ -19,6 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
     GPTBigCodeConfig,
+    LlamaConfig,
     OPTConfig,
     OPTForCausalLM,
     PretrainedConfig,
@@ -114,7 +116,22 @@ def demo_config() -> PretrainedConfig:
     )
 
 
-CONFIGS = {"opt": demo_config, "gpt_bigcode": bigcode_config}
+def llama_config() -> PretrainedConfig:
+    return LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=SEQ_LEN,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+    )
+
+
+CONFIGS = {"opt": demo_config, "gpt_bigcode": bigcode_config, "llama": llama_config}
 
 
 def train_tokenizer(text: list[str]) -> PreTrainedTokenizerFast:

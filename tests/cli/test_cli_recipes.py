@@ -87,10 +87,10 @@ RECIPES: dict[str, tuple[list[str], dict[str, dict[str, Any]]]] = {
         ["refit", "slim"],
         {
             "slim": {
-                "prune": {"method": "admm", "pattern": "2:4", "iterations": 48},
+                "prune": {"method": "admm", "pattern": "2:4", "iterations": 64},
                 "quantize": {
                     **{"method": "gptq", "num_bits": 4, "type": "int", "symmetric": True},
-                    **{"important_inputs": False},
+                    **{"actorder": "weight", "important_inputs": False},
                 },
                 "adapt": {"method": "whitened", "rank": 0.1, "rounds": 2, "group_size": 128},
                 **{"polish": 2, "center": True, "form": "packed", "target": ["all"]},
@@ -113,7 +113,7 @@ RECIPES: dict[str, tuple[list[str], dict[str, dict[str, Any]]]] = {
                 "input_activations": "fp8",
                 "quantize": {
                     **{"method": "mse", "num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True},
-                    **{"important_inputs": False},
+                    **{"actorder": "weight", "important_inputs": False},
                 },
             }
         },
@@ -149,6 +149,22 @@ def test_the_recipe_of_a_command(home, line, tmp_path):
     assert {name: differs(found[name], fields) for name, fields in expected.items()} == {name: {} for name in expected}
     (tmp_path / "mine.yaml").write_text(text)
     assert succeeds("run", tmp_path / "mine.yaml", "--model", home / "llama", "--show-recipe").out == text
+
+
+@pytest.mark.parametrize(
+    ("line", "symmetric", "actorder"),
+    [
+        ("quantize --bits 2", False, "weight"),
+        ("quantize --bits 4", True, "weight"),
+        ("quantize --bits 3 --no-asymmetric --no-act-order", True, "none"),
+        ("quantize --bits 3 --compact", True, "weight"),
+        ("quantize --bits 3 --head-bits 8", True, "weight"),
+        ("slim --bits 3", True, "weight"),
+    ],
+)
+def test_few_packed_bits_have_zero_points_by_default(home, line, symmetric, actorder):
+    (stage,) = (each for each in shown(home, line)["stages"] if each["stage"] == "slim")
+    assert (stage["quantize"]["symmetric"], stage["quantize"]["actorder"]) == (symmetric, actorder)
 
 
 @pytest.mark.parametrize(
@@ -274,7 +290,7 @@ REFUSED = {
     "slim --compact --asymmetric": "leave asymmetric out or take packed form",
     "slim --set slim.quantize.important_inputs=true": "important_inputs has no room in packed form",
     "slim --set slim.adapt.num_bits=4": "adapters in few bits are for compact form; leave their num_bits out",
-    "quantize --method mse --act-order": "actorder is of method gptq, not of mse",
+    "quantize --method mse --act-order": "--act-order is an option of --method gptq, not of mse. Leave it out.",
     "slim --method slim --asymmetric": "slim looks for symmetric grids of integers; take absmax",
     "slim --bits fp8 --asymmetric": "fp8 is symmetric; leave asymmetric out",
     "slim --target experts": "No linear matches the target 'experts'. There are mlp.down_proj",

@@ -4,6 +4,7 @@ auto`: name a size, get the best model of that size."""
 import math
 from collections import Counter
 from dataclasses import dataclass, replace
+from operator import not_
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -27,6 +28,7 @@ FLOATS = {
     "mxfp4": {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32},
 }
 FAST_ITERATIONS = 20
+FEW_BITS = ("2", "3")  # where zero points are worth their bytes
 POLISH = 3  # rounds without an adapter; with one, every round of it polishes again
 
 GROUP = (
@@ -35,8 +37,10 @@ GROUP = (
 )
 INPUTS = "Quantize activations too, per token, at run time: fp8 with fp8 weights, int8 with integer weights."
 REFIT = "Solve every linear again, toward the dense model, before it is compressed. Default: --refit for our methods."
-ACT_ORDER = "GPTQ in order of decreasing activation (desc_act)."
-ASYMMETRIC = "Asymmetric quantization, with zero points."
+ACT_ORDER = "GPTQ in order of decreasing activation (desc_act), groups as they lie. Default: --act-order."
+ASYMMETRIC = (
+    "Asymmetric quantization, with zero points. Default: of packed weights in 2 or 3 bits alone (compress quantize)."
+)
 HEAD_BITS = "Bits of the head, 2 to 8, where it is not the embeddings' table. Default: it stays in the model's dtype."
 EMBEDDING_BITS = (
     "Bits of the embeddings' table, which have to be the linears'; transformers unpacks it while it loads. Default: it "
@@ -49,6 +53,7 @@ COMPACT = (
 MATERIALIZE = "Write the compressed weights as dense ones: a stock model of the old size, for any engine."
 
 
+ORDERS = {True: "weight", False: "none"}
 BITS = "Weight precision: 2 to 8 bits, fp8, nvfp4 or mxfp4. Default: 4."
 
 
@@ -59,8 +64,8 @@ class StorageOptions(RunOptions):
     group: Annotated[str | None, Amounts(GROUP)] = None
     inputs: Annotated[Literal["fp8", "int8"] | None, Amounts(INPUTS, sets="slim.input_activations")] = None
     refit: Annotated[bool | None, Method(REFIT, "--refit/--no-refit")] = None
-    act_order: Annotated[bool, Method(ACT_ORDER, "--act-order", sets=("slim.quantize.actorder", "weight"))] = False
-    asymmetric: Annotated[bool, Method(ASYMMETRIC, "--asymmetric", sets=("slim.quantize.symmetric", False))] = False
+    act_order: Annotated[bool | None, Method(ACT_ORDER, sets=("slim.quantize.actorder", ORDERS.get))] = None
+    asymmetric: Annotated[bool | None, Method(ASYMMETRIC, sets=("slim.quantize.symmetric", not_))] = None
     target: Annotated[str | None, Method(TARGET, sets=("slim.target", names_in))] = None
     compact: Annotated[bool, Output(COMPACT, "--compact", sets=("slim.form", "compact"))] = False
     materialize: Annotated[bool, Output(MATERIALIZE, "--materialize", sets=("slim.form", "dense"))] = False
@@ -71,7 +76,7 @@ class StorageOptions(RunOptions):
     def put(self, draft: Draft, bits: str | None) -> None:
         """Put the bits and the refit in. Raises UsageError for options that say what --type says too."""
         others = ("group", "inputs", "asymmetric", "compact", "materialize", "head_bits", "embedding_bits")
-        given = ["--bits"] if bits else [flag_of(name) for name in others if getattr(self, name)]
+        given = ["--bits"] if bits else [flag_of(name) for name in others if getattr(self, name) not in (None, False)]
         if self.type_ is not None and given:
             raise UsageError(f"{given[0]} has no effect with --type, which says all of that. Leave one out.")
         put_bits(draft, bits)
@@ -110,7 +115,7 @@ RANK = "Rank of the low-rank adapters: a share of each matrix's full rank below 
 SLIM_METHOD = (
     "anchored: ours (ADMM, GPTQ, adapters fitted to the dense model). slim: the paper's (Wanda, SLiM-Quant, SLiM-LoRA)."
 )
-FAST = "anchored: 20 iterations of ADMM instead of 48, and one round of the adapter."
+FAST = "anchored: 20 iterations of ADMM instead of 64, and one round of the adapter."
 
 
 @reporting_errors
@@ -173,7 +178,13 @@ def quantize_model(
     Example: compress quantize --model llama-2-7b --bits 4 --group 128
     """
     problems, draft = Problems(), Draft.preset("quantize" if run.type_ is None else "gguf")
-    problems.check(run.put, draft, bits)
+    with problems.collect():
+        run.put(draft, bits)
+        if method in ("mse", "absmax") and run.act_order is not None:
+            raise UsageError(f"--act-order is an option of --method gptq, not of {method}. Leave it out.")
+        beside = (run.asymmetric, run.inputs, run.head_bits, run.embedding_bits)
+        if bits in FEW_BITS and not run.compact and all(each is None for each in beside):
+            draft.stage("slim")["quantize"]["symmetric"] = False
     run.compress(draft, problems, verb="quantize", amount=amount_of)
 
 

@@ -10,12 +10,13 @@ S that keeps to the pattern, U the scaled dual:
     U <- U + S - D
     L <- the best rank r of W - S, an error measured by G
 
-The schedule of rho and the update of L are ours. rho grows from RHO_FIRST to RHO_LAST, by the same factor every PERIOD
-iterations: the mask changes much at first and hardly in the end, and the slower rho grows, the better the mask. (3BASiL
-raises rho by how much the mask has changed.) What is slow is not the mask but that S and L take turns, so L moves on
-from the best of rank r by MOMENTUM times its last change, until three quarters of the iterations are done: that halves
-the iterations to the same error. An iteration takes one product of n x n with n x m, by a matrix that is made anew only
-when rho changes. L takes one step of subspace iteration from its last directions instead of a decomposition.
+The schedule of rho and the update of L are ours. rho grows from RHO_FIRST to RHO_LAST, or RHO_ALONE without a low rank,
+by the same factor every PERIOD iterations: the mask changes much at first and hardly in the end, and the slower rho
+grows, the better the mask. (3BASiL raises rho by how much the mask has changed.) What is slow is not the mask but that
+S and L take turns, so L moves on from the best of rank r by MOMENTUM times its last change, until three quarters of the
+iterations are done: that halves the iterations to the same error. An iteration takes one product of n x n with n x m,
+by a matrix that is made anew only when rho changes. L takes one step of subspace iteration from its last directions
+instead of a decomposition.
 
 Dimensions: W (m, n), m outputs, n inputs, r the rank. Everything is transposed here, so that the weights that a mask
 compares lie in different rows: T, the scaled W, S and L are (n, m).
@@ -34,11 +35,11 @@ from compress.numerics.sparsity import Pattern, free_mask, ranks_in_group
 Weight = Float[Tensor, "n m"]
 Square = Float[Tensor, "n n"]
 
-RHO_FIRST, RHO_LAST = 0.1, 0.6  # in units of G's diagonal
+RHO_FIRST, RHO_LAST, RHO_ALONE = 0.1, 0.6, 1.0  # in units of G's diagonal
 PERIOD = 8  # iterations with the same rho
 START_STEPS = 4  # of subspace iteration in the first iteration; one in each of the others
 CHUNK = 2**18  # weights that an iteration works on at a time: what is computed from them stays in a core's cache
-MOMENTUM = 0.8
+MOMENTUM = 0.95
 
 
 @dataclass(frozen=True)
@@ -59,14 +60,14 @@ def sparse_plus_lowrank(
     iterations: int,
 ) -> list[Split]:
     """Split weights with the same inputs, each with a rank of its own."""
-    dtype, rho = weights[0].dtype, RHO_FIRST
+    dtype, rho, growth = weights[0].dtype, RHO_FIRST, (RHO_LAST if any(ranks) else RHO_ALONE) / RHO_FIRST
     scale, (values, Q) = hessian.scale.to(dtype)[:, None], hessian.scaled_eigen(dtype)
     G = (Q * values) @ Q.T
     solvers = [Solver(W.T * scale, pattern, rank) for W, rank in zip(weights, ranks, strict=True)]
     for iteration in range(1, iterations + 1):
         if iteration % PERIOD == 1:
             inverse = (Q * (rho / (values + rho))) @ Q.T
-        before, rho = rho, RHO_FIRST * (RHO_LAST / RHO_FIRST) ** (iteration // PERIOD * PERIOD / iterations)
+        before, rho = rho, RHO_FIRST * growth ** (iteration // PERIOD * PERIOD / iterations)
         for solver in solvers:
             solver.step(inverse, G, dual_factor=before / rho, accelerate=4 * iteration <= 3 * iterations)
     return [solver.split(scale) for solver in solvers]

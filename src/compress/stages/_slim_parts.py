@@ -26,7 +26,7 @@ class Prune(Strict):
 
     method: Pruner = "admm"
     pattern: str = "2:4"
-    iterations: Annotated[int, Field(ge=1)] = 48
+    iterations: Annotated[int, Field(ge=1)] = 64
 
     @field_validator("pattern")
     @classmethod
@@ -51,7 +51,7 @@ class Quantize(QuantizationArgs):
         integers such as int4-g128 in place of num_bits and group_size, by patterns as `target` has them too, of which
         the last that fits counts. Linears without one stay as they are.
     engine: `vllm` or `transformers`: types are integers that it runs, found under the recipe's budget if not given.
-    actorder: `weight`: gptq takes inputs by decreasing activation, and groups stay as they lie.
+    actorder: `weight`: gptq takes inputs by decreasing activation; groups stay as they lie. `none`: all as they lie.
     important_inputs: SLiM-Quant^O, which rounds one input in a hundred twice as finely.
     """
 
@@ -60,7 +60,7 @@ class Quantize(QuantizationArgs):
     gguf_type: str | None = None
     types: Mapping[str, str] | None = None
     engine: Engine | None = None
-    actorder: Literal["weight"] | None = None
+    actorder: Literal["weight", "none"] = "weight"
     important_inputs: bool = False
 
     @field_validator("gguf_type")
@@ -95,8 +95,6 @@ class Quantize(QuantizationArgs):
 
     @model_validator(mode="after")
     def _consistent(self) -> "Quantize":
-        if self.actorder and self.method != "gptq":
-            raise ValueError(f"actorder is of method gptq, not of {self.method}")
         if self.method == "slim" and not (self.symmetric and self.type == "int"):
             raise ValueError("slim looks for symmetric grids of integers; take absmax, mse or gptq")
         if self.important_inputs and not self.symmetric:

@@ -260,7 +260,7 @@ class Slim(StageConfig):
                 args=quantize.args,
                 steps="mse" if quantize.method == "gptq" else quantize.method,
                 sweeps=quantize.method == "gptq",
-                actorder=quantize.actorder is not None,
+                actorder=quantize.actorder == "weight",
                 important_inputs=quantize.important_inputs,
                 stored=quantize.scale_dtype or (None if self.dtype is None else getattr(torch, self.dtype)),
                 blocks=TYPES[str(self.type_of(linear))] if quantize.gguf_type else None,
