@@ -6,7 +6,7 @@
 
 Every row is one command in a process of its own, as a user runs it; its seconds are the whole run's without imports, by
 kind of work. Beside each row, before and after it, a plain forward pass of the same windows is timed (float32, without
-the head, a quarter of the windows times four), so that rows compare across machines and hours. The limit is what the
+the head), so that rows compare across machines and hours. The limit is what the
 row's forward and backward passes and products of activations would take at the rate of a matrix product timed in the
 same run: no arrangement of the same arithmetic is faster. A step of `finetune`, on the last result, stands beside the
 plain forward and backward pass of its tokens (finetune_cost.py).
@@ -140,13 +140,12 @@ class Bench:
         )
 
     def forward_pass(self) -> float:
-        """Seconds of a plain forward pass over all windows, from a quarter of them, in a process of its own."""
+        """Seconds of a plain forward pass over all windows, in a process of its own."""
         with tempfile.NamedTemporaryFile(suffix=".pt") as file:
-            some = self.windows[: max(1, len(self.windows) // 4)]
-            torch.save(some, file.name)
+            torch.save(self.windows, file.name)
             command = [sys.executable, str(Path(__file__)), "--forward-pass", str(self.folder), file.name]
             printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        return float(printed.splitlines()[-1]) * len(self.windows) / len(some)
+        return float(printed.splitlines()[-1])
 
     def row(self, row: Row) -> str:
         self.made = self.place / row.label

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from compress.cli.quantize import FAST_ITERATIONS
 from compress.datasets.windows import evaluation_windows
 from compress.evaluation.windows import perplexity
 from compress.models.hub import find_model
@@ -94,7 +95,7 @@ TOGETHER: dict[str, Way] = {
     "SparseGPT + GPTQ, no adapters": way(pruned("sparsegpt", "2:4"), GPTQ),
     "SparseGPT + GPTQ, whitened adapters 0.1": way(pruned("sparsegpt", "2:4"), GPTQ, WHITENED),
     "the same, refitted, 3 rounds": way(pruned("sparsegpt", "2:4"), GPTQ, ROUNDS, **OURS),
-    "ours, --fast": way(pruned("admm", "2:4", iterations=40), GPTQ, WHITENED, **OURS),
+    "ours, --fast": way(pruned("admm", "2:4", iterations=FAST_ITERATIONS), GPTQ, WHITENED, **OURS),
     "ours": way(pruned("admm", "2:4"), GPTQ, ROUNDS, **OURS),
     "ours, adapters 0.09": way(pruned("admm", "2:4"), GPTQ, ROUNDS | {"rank": 0.09}, **OURS),
     "ours, adapters in 4 bits": way(pruned("admm", "2:4"), GPTQ, ROUNDS | {"num_bits": 4}, **OURS),

@@ -121,10 +121,9 @@ class Solver:
                 self.V = torch.linalg.qr(torch.cat([chunk.E.T @ weighted for chunk in self.chunks])).Q
             self.Y, self.steps = self.product(self.V), 1
             # L <- new + momentum (new - Y V^T), Y V^T the best of the iteration before
-            for chunk, new, old in zip(self.chunks, self.V.split(self.sizes), V.split(self.sizes), strict=True):
-                torch.mm(self.Y, ((1 + momentum) * new).T, out=chunk.L)
-                if momentum:
-                    chunk.L.addmm_(Y, old.T, alpha=-momentum)
+            Y, V = torch.cat([self.Y * (1 + momentum), Y * -momentum], dim=1), torch.cat([self.V, V], dim=1)
+            for chunk, both in zip(self.chunks, V.split(self.sizes), strict=True):
+                torch.mm(Y, both.T, out=chunk.L)
         for chunk in self.chunks:
             chunk.C.add_(chunk.T).sub_(chunk.L)
 
