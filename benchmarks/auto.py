@@ -123,7 +123,7 @@ class Bench:
         calibration = {"source": options.calib, "samples": options.samples, "seq_len": options.seq_len}
         data = presets.load("auto" if self.is_gguf else "auto-packed") | {"calibration": calibration}
         if not self.is_gguf:
-            data["stages"][1]["quantize"]["engine"] = options.engine
+            data["stages"][-1]["quantize"]["engine"] = options.engine
         recipe = parse_recipe(data)
         job = Job(model=find_model(options.model), recipe=recipe, out=out, command="", data_dir=options.data_dir)
         with full_precision():

@@ -135,11 +135,12 @@ class Recipe(Strict):
             return
         if not opened:
             raise ValueError("the recipe has a budget, but every stage says how much it keeps; leave one open")
-        if {"ranks", "types"} & {*opened} and len(opened) > 1:
+        if {"ranks", "types"} & {*opened} and len(opened) > 1 and {*opened} != {"blocks", "types"}:
             raise ValueError(f"a budget is spent on widths, ranks or types; tell {name} how much to keep")
         if "types" in opened and budget.target_size is None:
             raise ValueError("types of matrices are found under bytes; give the budget a target_size")
-        for rule in ("trials", "trial_seconds") if "types" not in opened else ():
+        stores = any(stage.in_written_form for stage in self.stages)
+        for rule in () if stores else ("trials", "trial_seconds"):
             if getattr(budget, rule) != Budget.model_fields[rule].default:
                 raise ValueError(f"{rule} is for types of matrices; shapes and ranks have three trials. Leave it out")
         if budget.allocation == "free" and "neurons" not in opened:

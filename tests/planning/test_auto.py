@@ -68,7 +68,7 @@ def test_a_file_is_as_large_as_planned_and_never_larger_than_asked(home, written
 
 
 def test_sizes_that_no_types_come_to_are_refused_before_the_work(home, tmp_path):
-    for size in ("100kB", "2MB"):
+    for size in ("40kB", "2MB"):
         ran = invoke(*auto(home, "--target-size", size, "--out", tmp_path / "out"))
         assert (ran.code, len(ran.faults)) == (2, 1)
         assert "at least, and it has" in ran.faults[0]

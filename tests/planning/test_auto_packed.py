@@ -71,7 +71,7 @@ def types_of(folder):
 def prepared(home, out, engine, size=SIZE, **sizes):
     calibration = {"source": str(home / "text.txt"), "samples": 8, "seq_len": 32}
     data = presets.load("auto-packed") | {"calibration": calibration, "budget": {"target_size": size}}
-    data["stages"][1]["quantize"]["engine"] = engine
+    data["stages"][-1]["quantize"]["engine"] = engine
     model = home / "llama"
     if sizes:
         model = out / "model"
@@ -117,7 +117,7 @@ def test_bytes_are_counted_as_the_plan_counts_them(home, tmp_path, engine):
     assert space is not None
     types = {path: sorted(rungs, key=rungs.get)[1] for path, rungs in space.rungs.items()}
     types = {path: types[next((unit[0] for unit in space.units if path in unit), path)] for path in types}
-    decided = found.plan.space.spec({"types": types, "tables": {}})
+    decided = found.without(()).plan.space.spec({"types": types, "tables": {}})
     assert space.bytes_of(types) == decided.disk_bytes
     assert space.bytes_of({}) == space.most
 
@@ -182,7 +182,7 @@ def test_a_frontier_is_found_once_and_any_point_written_later(home, tmp_path):
     assert not (tmp_path / "never").exists()
 
 
-@pytest.mark.parametrize("size", ["150kB", "2MB"])
+@pytest.mark.parametrize("size", ["70kB", "2MB"])
 def test_sizes_that_no_types_come_to_are_refused_before_the_work(home, tmp_path, size):
     ran = invoke(*auto(home, "vllm", "--target-size", size, "--out", tmp_path / "out"))
     assert (ran.code, len(ran.faults)) == (2, 1)

@@ -56,8 +56,8 @@ class DroppedBlocks:
 class Depth:
     """The blocks of the dense model, seen by calibration windows that pass through them.
 
-    wanted: how many are to be left out. begin: called with the name of each pass that is begun. processes: each passes
-    its share of the windows.
+    wanted: how many are to be left out at most. enough: whether those that are chosen so far do. begin: called with the
+    name of each pass that is begun. processes: each passes its share of the windows.
     dense: the dense model's last stream, by batch; `similarities` sets it, `measure` needs it.
     dropped: the blocks to leave out, in the order in which they were chosen; set by a stage. divergences: what the
     model diverges by with each of them gone too, nothing refitted, in nats.
@@ -70,8 +70,10 @@ class Depth:
         wanted: int,
         begin: Callable[[str], None] = lambda _pass: None,
         processes: Processes = ALONE,
+        enough: Callable[["Depth"], bool] = lambda _depth: False,
     ) -> None:
         self.loader, self.wanted, self.begin, self.processes = loader, wanted, begin, processes
+        self.enough = enough
         self.batches = own_batches(batches, processes)
         with torch.no_grad(), loader.embeddings():
             self.embedded = list(embedded(loader.decoder, self.batches))

@@ -175,6 +175,7 @@ class Metadata(Record):
     """compress.json.
 
     format: see `compress.version`. parts: the sha256 of the files of weights. trials: what a search has tried.
+    dropped: the blocks of the dense model that are left out, counted from 0.
     tables: embeddings and head where they are packed.
     """
 
@@ -185,6 +186,7 @@ class Metadata(Record):
     recipe: RecipeMetadata
     stages: list[dict[str, Any]] = []
     trials: list[dict[str, Any]] = []
+    dropped: list[int] = []
     architecture: Annotated[str, Field(pattern=r"\A\w{1,200}\z")]
     loads_without_our_code: bool
     versions: dict[str, str]

@@ -40,6 +40,7 @@ TYPE = (
     "Write one GGUF file in llama.cpp's types instead: Q4_K_M, IQ4_XS, Q3_K_S and the like. Other types for some "
     "tensors: Q4_K_M,ffn_down=Q6_K."
 )
+DEPTH = "Number of blocks to leave out, those that the model misses least; chosen under a budget, 0 for none."
 EXPORT = "gguf: also write a GGUF file for llama.cpp (Llama-like architectures)."
 
 

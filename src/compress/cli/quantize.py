@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from compress.cli.compressing import EXPORT, MODEL, TARGET, TYPE, RunOptions, amount_of, keeping_what_is_done
+from compress.cli.compressing import DEPTH, EXPORT, MODEL, TARGET, TYPE, RunOptions, amount_of, keeping_what_is_done
 from compress.cli.console import progress_bar, reporting_errors, seeing_interrupts
 from compress.cli.options import Amounts, Method, Output, flag_of, names_in, parse_size, with_options
 from compress.cli.recipes import Draft, check_method, plain_value
@@ -238,10 +238,13 @@ def auto_model(
     model: Annotated[str | None, typer.Option(help=f"{MODEL} Default: that of --from, else demo.")] = None,
     target_size: Annotated[str | None, Amounts(AT_MOST)] = None,
     for_: Annotated[Literal["llama.cpp", "vllm", "transformers"] | None, Output(FOR, "--for")] = None,
+    drop_blocks: Annotated[int | None, Amounts(DEPTH)] = None,
     trials: Annotated[int | None, Method(TRIALS, min=0, sets="budget.trials")] = None,
     time: Annotated[float | None, Method(TIME, sets="budget.trial_seconds")] = None,
 ) -> None:
     """Find the best types for a size, for one of three engines: each matrix gets its own, by what the loss feels.
+
+    Where types alone do not reach the size, or cost more, blocks are left out.
 
     Example: compress auto --model llama-2-7b --target-size 3.5GB --for vllm
     """
@@ -251,6 +254,8 @@ def auto_model(
             raise UsageError("Say how large by --target-size 88MB, or by --frontier 40MB:120MB; one of the two.")
         if run.frontier is not None and run.from_ is not None:
             raise UsageError("--from takes one size of a frontier. Say which by --target-size.")
+        if drop_blocks and (run.frontier or run.from_):
+            raise UsageError("A frontier keeps all blocks. Leave --drop-blocks out.")
     if run.from_ is not None:
         from compress.pipeline.mixture import read_frontier
 
@@ -263,6 +268,9 @@ def auto_model(
             middle = None if target_size else round(math.sqrt(math.prod(run.sizes)))  # where a frontier's trials are
             size = parse_size(target_size, "--target-size") if target_size else middle
             draft.set("budget.target_size", size, f"--target-size {target_size}")
+            if drop_blocks == 0 or run.frontier is not None:
+                draft.remove_stage("drop_blocks")
+            draft.set("drop_blocks.count", drop_blocks or None, f"--drop-blocks {drop_blocks}")
             if for_ is not None:
                 field, value = ("gguf_type", "auto") if is_gguf else ("engine", for_)
                 draft.set(f"slim.quantize.{field}", value, f"--for {for_}")

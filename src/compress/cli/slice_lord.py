@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from compress.cli.compressing import EXPORT, TARGET, TYPE, RunOptions, amount_of
+from compress.cli.compressing import DEPTH, EXPORT, TARGET, TYPE, RunOptions, amount_of
 from compress.cli.console import reporting_errors
 from compress.cli.options import Amounts, Method, Output, flag_of, names_in, parse_size, with_options
 from compress.cli.recipes import Draft, check_method, plain_value
@@ -87,7 +87,6 @@ SLICE_METHOD = "anchored: ours, refitted to the dense model. slicegpt: the paper
 ROTATION = "One rotation for the whole stream (a stock architecture), or one per layer with shortcuts. Default: shared."
 SLICE_REFIT = "Solve the layers that read and write the stream again, toward the dense model. Default: --refit."
 MLP = "Share of the MLP neurons to delete; chosen under a budget."
-DEPTH = "Number of blocks to leave out, those that the model misses least; chosen under a budget, 0 for none."
 NEURONS = "Under a budget: as many neurons in every block, or free, without a stock architecture. Default: uniform."
 ROUND = "Round widths down to a multiple. Default: what suits the architecture."
 Neurons = Annotated[Literal["uniform", "free"] | None, Method(NEURONS, sets="budget.allocation")]

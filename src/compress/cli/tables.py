@@ -134,7 +134,8 @@ def planned(job: "Job", plan: "Plan") -> Row:
     budget, most = job.recipe.budget, dict[str, str]()
     if plan.opens_types and budget is not None:
         size = gigabytes(budget.target_size or 0)
-        return {"types": f"found by a survey and {budget.trials} trials at most", "bytes, at most": size}
+        what = "types, blocks to leave out" if "blocks" in plan.spec.undecided else "types"
+        return {what: f"found by a survey and {budget.trials} trials at most", "bytes, at most": size}
     if plan.ranks is not None:
         if budget is not None and budget.target_size is not None:
             most = {"bytes, at most": gigabytes(budget.target_size)}

@@ -7,6 +7,7 @@ Nothing volatile (times, paths of this machine) goes into it: the same inputs gi
 """
 
 import time
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -20,28 +21,41 @@ from compress.checkpoints.metadata import Metadata, input_fingerprint, read_meta
 from compress.checkpoints.run_folder import Part, RunFolder, open_run
 from compress.checkpoints.verify import verify, verify_tokens
 from compress.datasets.windows import fingerprint
+from compress.errors import CheckpointError
 from compress.io import write_tensors
 from compress.models.loading import load_config
 from compress.numerics.sums import full_precision
 from compress.pipeline import output
-from compress.pipeline.mixture import Frontier, chosen_types, frontier_points
+from compress.pipeline.mixture import DEPTH, Frontier, chosen_types, frontier_points
 from compress.pipeline.output import Result
 from compress.planning import search
 from compress.planning.budget import rank_choices
 from compress.planning.memory import resident_bytes, usual_batch_size
 from compress.planning.plan import Plan
-from compress.planning.prepare import Job, Prepared, depth_site, kept_blocks, new_walk, plan_job, prepare, take_survey
+from compress.planning.prepare import (
+    Job,
+    Prepared,
+    depth_site,
+    new_walk,
+    plan_job,
+    prepare,
+    take_survey,
+    type_space,
+)
 from compress.progress import Progress, Steps, Stopwatch, silent
 from compress.version import FORMAT
 
-DEPTH = "depth"  # the finding
 SMALL = 5 * 10**8  # bytes: a model below this is reloaded whole, whatever the walk needed
 
 
 def plan_only(job: Job) -> Plan:
     """The plan, from config.json alone: the weights need not be on this machine."""
     folder = job.model.config_folder()
-    return plan_job(job, folder, load_config(folder))
+    plan = plan_job(job, folder, load_config(folder))
+    if plan.opens_types:
+        with suppress(CheckpointError):  # no tokenizer is here, and a GGUF file has it
+            type_space(job, plan, folder)
+    return plan
 
 
 def run(job: Job, progress: Progress = silent) -> Result:
@@ -128,7 +142,7 @@ def _shallower(prepared: Prepared, folder: RunFolder, progress: Progress) -> Pre
         stage.apply(depth)
         steps.end()
         folder.note(DEPTH, {"dropped": depth.dropped, "divergences": depth.divergences})
-    return replace(prepared, plan=prepared.plan.without(folder.findings[DEPTH].data["dropped"]))
+    return prepared.without(folder.findings[DEPTH].data["dropped"])
 
 
 def _survey(prepared: Prepared, folder: RunFolder, progress: Progress) -> Survey | None:
@@ -153,8 +167,7 @@ def _chosen(prepared: Prepared, folder: RunFolder, survey: Survey | None, progre
     if prepared.types is not None:
         return chosen_types(prepared, folder, survey, progress)
     if plan.ranks is not None:  # each allocation's, now that the dense model has been looked at
-        kept = kept_blocks(plan.stages, plan.space.base.num_blocks)
-        spectra = {} if survey is None else survey.of_blocks(kept).spectra
+        spectra = {} if survey is None else survey.of_blocks(plan.kept).spectra
         found = rank_choices(plan.ranks, prepared.job.recipe.budget, plan.dense, spectra)
         plan = plan.chosen(found[0]) if len(found) == 1 else replace(plan, choices=found)
         prepared = replace(prepared, plan=plan)

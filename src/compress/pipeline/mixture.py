@@ -1,5 +1,7 @@
 """The types of matrices within a run: found once, by survey and trials, or taken from a frontier.
 
+Where a recipe leaves that open, as many blocks are left out as make the predicted loss of depth and types the least.
+
 A frontier says which types the matrices get at many sizes, from one survey, and all that one of them needs:
 
 FRONTIER/frontier.json    costs by matrix and type, what trials corrected, the sizes
@@ -9,13 +11,18 @@ FRONTIER/frontier.png     the picture, where matplotlib is installed
 
 import importlib.util
 import json
+import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from compress.calibration.depth import Depth
 from compress.calibration.roundings import RoundedModel
 from compress.calibration.survey import Survey
+from compress.calibration.weights import renumbered
 from compress.checkpoints.metadata import Record, input_fingerprint, validated
 from compress.checkpoints.run_folder import RunFolder
 from compress.errors import UsageError
@@ -23,13 +30,16 @@ from compress.io import atomic_write
 from compress.models.untrusted import read_json
 from compress.pipeline.output import TRIAL
 from compress.planning.budget import Choice
-from compress.planning.prepare import Prepared, new_rounded_model
+from compress.planning.prepare import Prepared, depth_site, new_rounded_model
+from compress.planning.search import LEFT_OF_BLOCKS
 from compress.planning.types import Types, TypeSearch, TypeSpace, improved
 from compress.progress import Progress, Steps
 
-CHOSEN = "types"  # the name of what was chosen among the findings
+CHOSEN, DEPTH = "types", "depth"  # the names of what was chosen among the findings
 FRONTIER = "frontier.json"
 POINTS, MEASURED = 12, 3  # sizes, and how many of them are measured
+CHEAP = 0.1  # nats a token: no block is left out where types cost less, for a block costs about as much
+PAST = 2  # so many more blocks are tried to go than is best so far
 
 
 class Point(Record):
@@ -149,12 +159,49 @@ def searched(
     return search, types, trials
 
 
+def left_out(prepared: Prepared, survey: Survey, limit: int, progress: Progress) -> list[int]:
+    """Choose the blocks to leave out, in the order in which they go; none where types alone cost little.
+
+    For each number of them the loss is predicted: what the refit leaves of the divergence without them, and what the
+    best types cost that the matrices of the others get in the bytes that are left.
+    """
+
+    def cost(dropped: Sequence[int], divergence: float) -> float:
+        space = prepared.without(dropped).types
+        assert space is not None
+        if not space.least <= limit < space.most:
+            return math.inf
+        search = TypeSearch.of(space, survey.roundings)
+        return LEFT_OF_BLOCKS * divergence + search.predicted(search.allocated(limit))
+
+    def enough(depth: Depth) -> bool:
+        if depth.dropped:
+            costs.append(cost(depth.dropped, depth.divergences[-1]))
+        return min(costs) < math.inf and len(costs) > costs.index(min(costs)) + PAST
+
+    costs, most = [cost((), 0.0)], prepared.plan.spec.num_blocks - 1
+    if costs[0] <= CHEAP:
+        return []
+    steps = Steps(progress, "choosing blocks", 1 + most)
+    depth = depth_site(prepared, most, steps.next, enough)
+    next(stage for stage in prepared.plan.stages if stage.site is Depth).apply(depth)
+    steps.end()
+    return [*depth.dropped[: costs.index(min(costs))]]
+
+
 def chosen_types(prepared: Prepared, folder: RunFolder, survey: Survey | None, progress: Progress) -> Prepared:
-    """With the types chosen that the budget allows; a run that goes on reads them back."""
-    job, space = prepared.job, prepared.types
+    """With types, and blocks to leave out, chosen that the budget allows; a run that goes on reads them back."""
+    job = prepared.job
     assert job.recipe.budget is not None
-    assert space is not None
     limit = job.recipe.budget.target_size or 0
+    if "blocks" in prepared.plan.spec.undecided:
+        if DEPTH not in folder.findings:
+            dropped = [] if survey is None else left_out(prepared, survey, limit, progress)
+            folder.note(DEPTH, {"dropped": dropped})
+        prepared = prepared.without(folder.findings[DEPTH].data["dropped"])
+    plan, space = prepared.plan, prepared.types
+    assert space is not None
+    space.check(limit)
     if CHOSEN in folder.findings:
         types = folder.findings[CHOSEN].data
     elif job.frontier is not None:
@@ -173,9 +220,10 @@ def chosen_types(prepared: Prepared, folder: RunFolder, survey: Survey | None, p
         _, types, _ = searched(prepared, folder, survey, limit, progress)
     if CHOSEN not in folder.findings:
         folder.note(CHOSEN, types)
+    path_of = partial(renumbered, numbers={dense: block for block, dense in enumerate(plan.kept)})
+    types = {path_of(path): name for path, name in types.items()}
     tables = {path: name for path, name in types.items() if path in space.tables}
     counts = {"types": {path: name for path, name in types.items() if path not in tables}, "tables": tables}
-    plan = prepared.plan
     return replace(prepared, plan=plan.chosen(Choice(counts, plan.space.spec(counts))))
 
 

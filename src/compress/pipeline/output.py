@@ -136,6 +136,7 @@ def _metadata(prepared: Prepared, folder: RunFolder, adapter: dict[str, Any] | N
             "loads_without_our_code": plan.spec.architecture.is_stock,
             "stages": [stage.model_dump(mode="json") for stage in plan.stages],
             "trials": trials_of(folder),
+            "dropped": sorted(block for stage in plan.stages for block in stage.dropped),
             "versions": run["versions"],
             "origin": read_origin(prepared.folder),
             "export": job.export,
@@ -236,8 +237,8 @@ def result_of(
     prepared: Prepared, metadata: Metadata, seconds: dict[str, float], difference: float | None, resumed: int
 ) -> Result:
     job, plan, notes = prepared.job, prepared.plan, [*prepared.plan.notes]
-    if dropped := sorted(block for stage in plan.stages for block in stage.dropped):
-        notes.append(f"Blocks left out, counted from 0: {', '.join(map(str, dropped))}.")
+    if metadata.dropped:
+        notes.append(f"Blocks left out, counted from 0: {', '.join(map(str, metadata.dropped))}.")
     notes += short_of_tokens([linear.to_dict() for linear in metadata.linears] or metadata.groups)
     if job.export == "gguf" or metadata.form == "gguf":
         from compress.checkpoints.gguf import reader_notes

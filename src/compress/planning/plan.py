@@ -79,6 +79,12 @@ class Plan:
         """Whether linears are stored as compressed-tensors has them, in types that may still be to be found."""
         return bool(self.spec.packed) or self.opens_types
 
+    @property
+    def kept(self) -> list[int]:
+        """The numbers of the dense model's blocks that stay, as far as is known."""
+        dropped = {block for stage in self.stages for block in stage.dropped}
+        return [block for block in range(self.space.base.num_blocks) if block not in dropped]
+
     def chosen(self, choice: Choice) -> "Plan":
         space = self.space.decided(choice.counts)
         others = alternatives(choice.spec) if "types" in choice.counts else self.alternatives
@@ -89,7 +95,7 @@ class Plan:
         return replace(decided, notes=notes, alternatives=others)
 
     def without(self, dropped: Sequence[int]) -> "Plan":
-        """The plan once it is known which blocks are left out, in the order in which they go."""
+        """The plan once it is known which blocks, if any, are left out, in the order in which they go."""
         if self.choices:
             blocks = self.space.base.num_blocks
             found = [
@@ -97,7 +103,11 @@ class Plan:
                 for choice in self.choices
             ]
             return replace(self, choices=[Choice(counts, self.space.spec(counts)) for counts in found])
-        decided = [stage.decided({"dropped": dropped}) if stage.site is Depth else stage for stage in self.stages]
+        decided = [
+            stage.decided({"dropped": dropped}) if stage.site is Depth else stage
+            for stage in self.stages
+            if dropped or stage.site is not Depth
+        ]
         stages, spec = plan_stages(decided, self.space.base)
         ranks = None if self.ranks is None else replace(self.ranks, spec=spec)
         return replace(self, stages=stages, spec=spec, space=replace(self.space, stages=stages), ranks=ranks)
@@ -236,7 +246,7 @@ def mixture_faults(stages: Sequence[StageConfig], *, has_budget: bool) -> list[s
         problems.append("A GGUF file has no factors. Give factorize form: dense (--materialize), or slim another form.")
     open_ranks = any(isinstance(stage, Factorize) and stage.open_ranks for stage in stages)
     opens_types = storing[0].opens == "types"
-    if opens_types and any(stage.reshapes or stage.site is Depth or isinstance(stage, Factorize) for stage in stages):
+    if opens_types and any(stage.reshapes or isinstance(stage, Factorize) for stage in stages):
         problems.append("Types under a budget are found for the dense model's own matrices. Run two recipes.")
     elif not opens_types and (has_budget or open_ranks or any(stage.opens for stage in stages)):
         problems.append(

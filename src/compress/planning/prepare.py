@@ -103,6 +103,11 @@ class Prepared:
         decoder = Decoder(self.config, self.family, dtype=self.computing, device=self.job.device)
         return PartLoader(decoder, self.weights)
 
+    def without(self, dropped: Sequence[int]) -> "Prepared":
+        """Once it is known which blocks, if any, are left out, in the order in which they go."""
+        plan, folder, name = self.plan.without(dropped), self.folder, self.job.output_name
+        return replace(self, plan=plan, types=None if self.types is None else TypeSpace.of(plan, folder, name))
+
     def batch_size(self, windows: Tensor) -> int:
         """Windows per batch, few enough that every process gets one."""
         return max(1, min(self.plan.room.batch_size, len(windows) // self.processes.count))
@@ -123,12 +128,10 @@ def prepare(job: Job, processes: Processes = ALONE) -> Prepared:
         problems.check(check_machine, job.out, disk, plan.memory_bytes * processes.local_count)
         weights = problems.check(open_weights, folder, config, families.find(config))
         problems.check(companions, folder)
-        if writes_gguf:
+        if plan.opens_types:
+            types = problems.check(type_space, job, plan, folder)
+        elif writes_gguf:
             problems.check(check_gguf, plan, folder)
-        if plan.opens_types and job.recipe.budget is not None:
-            with problems.collect():
-                types = TypeSpace.of(plan, folder, job.output_name)
-                types.check(job.recipe.budget.target_size or 0)
     windows = problems.check(read_windows, job, folder, config)
     problems.report()
     assert plan is not None
@@ -236,6 +239,19 @@ def check_gguf(plan: Plan, folder: Path) -> None:
     check_exportable(spec.config(torch.float32), folder)
 
 
+def type_space(job: Job, plan: Plan, folder: Path) -> TypeSpace:
+    """The types that matrices may get. Raises UsageError for a size that neither types nor depth come to."""
+    if plan.spec.is_gguf or job.export == "gguf":
+        check_gguf(plan, folder)
+    assert job.recipe.budget is not None
+    limit, found, shallowest = job.recipe.budget.target_size or 0, TypeSpace.of(plan, folder, job.output_name), None
+    if "blocks" in plan.spec.undecided and not found.least <= limit < found.most:
+        one = plan.without(range(1, plan.spec.num_blocks))
+        shallowest = TypeSpace.of(one, folder, job.output_name).least
+    found.check(limit, shallowest)
+    return found
+
+
 def open_weights(folder: Path, config: Any, family: families.Family) -> LazyWeights:
     weights = LazyWeights(folder)
     shapes = Decoder(config, family, dtype=torch.float32, device=torch.device("cpu")).parameter_shapes()
@@ -247,11 +263,16 @@ def open_weights(folder: Path, config: Any, family: families.Family) -> LazyWeig
 # The survey and the walk of a prepared job.
 
 
-def depth_site(prepared: Prepared, wanted: int, begin: Callable[[str], None]) -> Depth:
-    """The dense model's blocks with some of the calibration windows. wanted: how many blocks are to go."""
+def depth_site(
+    prepared: Prepared,
+    wanted: int,
+    begin: Callable[[str], None],
+    enough: Callable[[Depth], bool] = lambda _depth: False,
+) -> Depth:
+    """The dense model's blocks with some of the calibration windows. wanted, enough: as `Depth` has them."""
     windows = spread(prepared.windows, max(len(prepared.windows) // DEPTH_SHARE, 2, prepared.processes.count))
     batches = split_windows(windows, prepared.batch_size(windows), held_out=0)
-    return Depth(prepared.loader, batches, wanted, begin, prepared.processes)
+    return Depth(prepared.loader, batches, wanted, begin, prepared.processes, enough)
 
 
 def take_survey(prepared: Prepared, begin: Callable[[str], None]) -> Survey | None:
@@ -297,7 +318,7 @@ def new_walk(
 ) -> Walk:
     job, loader, dropped = prepared.job, prepared.loader, None
     decoder, weights = loader.decoder, prepared.weights
-    kept = kept_blocks(stages, len(decoder.blocks))
+    kept = prepared.plan.kept
     if len(kept) < len(decoder.blocks):
         dropped = DroppedBlocks(loader, kept)
         config, weights = with_blocks(prepared.config, kept), weights.of_blocks(kept)
@@ -316,12 +337,6 @@ def new_walk(
     if dropped is not None and survey is not None:
         survey = survey.of_blocks(kept)
     return Walk(decoder, weights, windows, stages, settings, survey, prepared.processes)
-
-
-def kept_blocks(stages: Sequence[StageConfig], num_blocks: int) -> list[int]:
-    """The numbers of the dense model's blocks that stages leave."""
-    dropped = {block for stage in stages for block in stage.dropped}
-    return [block for block in range(num_blocks) if block not in dropped]
 
 
 def new_rounded_model(prepared: Prepared, survey: Survey) -> RoundedModel:

@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from compress.architectures.architecture import header_bytes, tensor_bytes
 from compress.architectures.gguf_types import row_bytes
 from compress.calibration.linears import LinearShape
 from compress.calibration.sites import Table
+from compress.calibration.weights import renumbered
 from compress.errors import UsageError
 from compress.models.gguf_header import ALIGNMENT
 from compress.models.storage import Storage
@@ -41,7 +42,8 @@ Types = dict[str, str]
 class TypeSpace:
     """The types that matrices may get, and their bytes.
 
-    rungs: of each matrix, by path, the types it may get and their bytes, the last as it is. beside: bytes of all else.
+    rungs: of each matrix, by its path in the dense model, the types it may get and their bytes, the last as it is.
+    beside: bytes of all else.
     tables: those of the matrices that are no linears of a block. units: matrices that have one type, by path; others
         are alone.
     """
@@ -54,7 +56,10 @@ class TypeSpace:
     @classmethod
     def of(cls, plan: Plan, folder: Path, name: str) -> "TypeSpace":
         """Find the matrices and their types. folder: of the dense model. name: as a GGUF file will call it."""
-        return cls._of_gguf(plan, folder, name) if plan.spec.is_gguf else cls._of_packed(plan)
+        found = cls._of_gguf(plan, folder, name) if plan.spec.is_gguf else cls._of_packed(plan)
+        dense_path = partial(renumbered, numbers=dict(enumerate(plan.kept)))
+        rungs = {dense_path(path): sizes for path, sizes in found.rungs.items()}
+        return replace(found, rungs=rungs, units=[tuple(map(dense_path, unit)) for unit in found.units])
 
     @classmethod
     def _of_packed(cls, plan: Plan) -> "TypeSpace":
@@ -116,13 +121,14 @@ class TypeSpace:
         """The bytes of a unit in each of its types, from the smallest."""
         return sorted((sum(self.rungs[path][name] for path in unit), name) for name in self.rungs[unit[0]])
 
-    def check(self, limit: int) -> None:
-        """Raises UsageError for a size that no types come to."""
+    def check(self, limit: int, shallowest: int | None = None) -> None:
+        """Raises UsageError for a size that no types come to. shallowest: the least, one block left."""
         if not self.rungs:
             raise UsageError("None of the model's linears has inputs in whole groups. Quantize it another way.")
-        if not self.least <= limit < self.most:
+        least, what = (self.least, "types") if shallowest is None else (shallowest, "types, with one block left,")
+        if not least <= limit < self.most:
             raise UsageError(
-                f"{limit:,} bytes cannot be made of this model, or need not: types take it to {self.least:,} at least, "
+                f"{limit:,} bytes cannot be made of this model, or need not: {what} take it to {least:,} at least, "
                 f"and it has {self.most:,} as it is. Name a size between them."
             )
 

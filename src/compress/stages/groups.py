@@ -204,7 +204,7 @@ class DropBlocks(StageConfig):
         similarity = depth.similarities()
         waiting = sorted(range(depth.num_blocks), key=lambda block: -similarity[block])
         rises, reached = dict[int, float](), 0.0
-        while len(depth.dropped) < depth.wanted:
+        while len(depth.dropped) < depth.wanted and not depth.enough(depth):
             tried = sorted(rises, key=rises.__getitem__)[: THEN_TRIED - 1]
             fresh = THEN_TRIED - len(tried) if rises else FIRST_TRIED
             tried, waiting = [*tried, *waiting[:fresh]], waiting[fresh:]

@@ -142,7 +142,8 @@ class Slim(StageConfig):
         return packed_types.candidates(engine, inputs) if engine else gguf_types.candidates(inputs)
 
     def plan(self, spec: ModelSpec) -> tuple["Slim", ModelSpec]:
-        spec.require_decided("Storage goes by widths that are known beforehand. Give slice a ratio.")
+        known = replace(spec, undecided=spec.undecided - {"blocks"}) if self.opens else spec
+        known.require_decided("Storage goes by widths that are known beforehand. Give slice a ratio.")
         linears = spec.written_linears
         report(self.problems(linears))
         settled = self.settled(linears, spec)
