@@ -32,16 +32,7 @@ from compress.planning import search
 from compress.planning.budget import rank_choices
 from compress.planning.memory import resident_bytes, usual_batch_size
 from compress.planning.plan import Plan
-from compress.planning.prepare import (
-    Job,
-    Prepared,
-    depth_site,
-    new_walk,
-    plan_job,
-    prepare,
-    take_survey,
-    type_space,
-)
+from compress.planning.prepare import Job, Prepared, depth_site, new_walk, plan_job, prepare, take_survey, type_space
 from compress.progress import Progress, Steps, Stopwatch, silent
 from compress.version import FORMAT
 
