@@ -87,7 +87,7 @@ RECIPES: dict[str, tuple[list[str], dict[str, dict[str, Any]]]] = {
         ["refit", "slim"],
         {
             "slim": {
-                "prune": {"method": "admm", "pattern": "2:4", "iterations": 56},
+                "prune": {"method": "admm", "pattern": "2:4", "iterations": 48},
                 "quantize": {
                     **{"method": "gptq", "num_bits": 4, "type": "int", "symmetric": True},
                     **{"actorder": "weight", "important_inputs": False},

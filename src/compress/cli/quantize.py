@@ -115,7 +115,7 @@ RANK = "Rank of the low-rank adapters: a share of each matrix's full rank below 
 SLIM_METHOD = (
     "anchored: ours (ADMM, GPTQ, adapters fitted to the dense model). slim: the paper's (Wanda, SLiM-Quant, SLiM-LoRA)."
 )
-FAST = "anchored: 20 iterations of ADMM instead of 56, and one round of the adapter."
+FAST = "anchored: 20 iterations of ADMM instead of 48, and one round of the adapter."
 
 
 @reporting_errors

@@ -26,7 +26,7 @@ class Prune(Strict):
 
     method: Pruner = "admm"
     pattern: str = "2:4"
-    iterations: Annotated[int, Field(ge=1)] = 56
+    iterations: Annotated[int, Field(ge=1)] = 48
 
     @field_validator("pattern")
     @classmethod
