@@ -158,6 +158,7 @@ def test_the_recipe_of_a_command(home, line, tmp_path):
         ("quantize --bits 4", True, "weight"),
         ("quantize --bits 3 --no-asymmetric --no-act-order", True, "none"),
         ("quantize --bits 3 --compact", True, "weight"),
+        ("quantize --bits 3 --set slim.form=compact", True, "weight"),
         ("quantize --bits 3 --head-bits 8", True, "weight"),
         ("slim --bits 3", True, "weight"),
     ],

@@ -182,7 +182,7 @@ def quantize_model(
         run.put(draft, bits)
         if method in ("mse", "absmax") and run.act_order is not None:
             raise UsageError(f"--act-order is an option of --method gptq, not of {method}. Leave it out.")
-        beside = (run.asymmetric, run.inputs, run.head_bits, run.embedding_bits)
+        beside = (run.asymmetric, run.inputs, run.head_bits, run.embedding_bits, run.set_)
         if bits in FEW_BITS and not run.compact and all(each is None for each in beside):
             draft.stage("slim")["quantize"]["symmetric"] = False
     run.compress(draft, problems, verb="quantize", amount=amount_of)
