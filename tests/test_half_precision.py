@@ -83,7 +83,6 @@ def test_no_tuning_does(memory, root, reloads, monkeypatch):
     out = root / f"tuned-{memory}"
     available = SimpleNamespace(virtual_memory=lambda: SimpleNamespace(available=2 * memory))
     monkeypatch.setattr(tuner, "psutil", available)
-    monkeypatch.setattr(tuner, "SMALL", 0)
     words = ["finetune", "narrow", "--data", "text.txt", "--seq-len", 32, "--teacher", "model", "--out", out]
     with Products() as products:
         succeeds(*words, "--distill", "logits", "--steps", 2, "--batch-size", 2)

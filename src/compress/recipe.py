@@ -50,6 +50,7 @@ class Budget(Strict):
 
     keep_params: a share of the dense model's parameters, a tied head counted once.
     target_size: bytes of the safetensors files on disk, or of the GGUF file.
+    target_latency: a share of the time that a token takes to decode in the dense model, in llama.cpp on this machine.
     trial_samples: windows of each trial of a way to spend it, a quarter of them held out. Default: a quarter of all.
     trials, trial_seconds: how many sets of types of matrices are tried, and how long at most.
     allocation: `uniform`, as many neurons in every block, or `free`: as many in all, where the loss feels them most.
@@ -58,6 +59,7 @@ class Budget(Strict):
 
     keep_params: Annotated[float, Field(gt=0, lt=1)] | None = None
     target_size: Annotated[int, Field(ge=1)] | None = None
+    target_latency: Annotated[float, Field(gt=0, lt=1)] | None = None
     trial_samples: Annotated[int, Field(ge=8)] | None = None
     trials: Annotated[int, Field(ge=0)] = 20
     trial_seconds: Annotated[float, Field(gt=0)] | None = None
@@ -65,8 +67,8 @@ class Budget(Strict):
 
     @model_validator(mode="after")
     def _one_limit(self) -> "Budget":
-        if (self.keep_params is None) == (self.target_size is None):
-            raise ValueError("a budget is keep_params or target_size, one of the two")
+        if [self.keep_params, self.target_size, self.target_latency].count(None) != 2:
+            raise ValueError("a budget is keep_params, target_size or target_latency, one of them")
         return self
 
 
@@ -137,8 +139,11 @@ class Recipe(Strict):
             raise ValueError("the recipe has a budget, but every stage says how much it keeps; leave one open")
         if {"ranks", "types"} & {*opened} and len(opened) > 1 and {*opened} != {"blocks", "types"}:
             raise ValueError(f"a budget is spent on widths, ranks or types; tell {name} how much to keep")
-        if "types" in opened and budget.target_size is None:
+        if "types" in opened and budget.keep_params is not None:
             raise ValueError("types of matrices are found under bytes; give the budget a target_size")
+        is_gguf = any(stage.opens == "types" and getattr(stage, "form", None) == "gguf" for stage in self.stages)
+        if budget.target_latency is not None and not is_gguf:
+            raise ValueError("target_latency is measured in llama.cpp, for types of a GGUF file; give a target_size")
         stores = any(stage.in_written_form for stage in self.stages)
         for rule in () if stores else ("trials", "trial_seconds"):
             if getattr(budget, rule) != Budget.model_fields[rule].default:

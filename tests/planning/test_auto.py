@@ -222,7 +222,7 @@ def test_a_frontier_is_found_once_and_any_point_written_later(home, tmp_path):
     ("options", "words"),
     [
         ([], ["--target-size 88MB", "--frontier 40MB:120MB"]),
-        (["--target-size", "200kB", "--frontier", "1MB:2MB"], ["one of the two"]),
+        (["--target-size", "200kB", "--frontier", "1MB:2MB"], ["one of the three"]),
         (["--frontier", "2MB:1MB"], ["the smaller one first"]),
         (["--target-size", "many"], ["--target-size takes a size"]),
         (["--target-size", "200kB", "--from", "nowhere"], ["frontier.json"]),

@@ -195,6 +195,10 @@ FOR = (
     "them. Default: llama.cpp, or that of --from."
 )
 AT_MOST = "Bytes of the weights' files at most: 88.2MB, 4GB. Never exceeded."
+LATENCY = (
+    "Decode time of a token at most, as a share of the dense model's in llama.cpp on this machine: 0.6. Both are timed "
+    "there."
+)
 TRIALS = "Sets of types to measure, each a forward pass over a few windows. Default: 20."
 TIME = "Seconds of trials at most; what has been found by then is taken."
 BETWEEN = "Find the types at twelve sizes, such as 40MB:120MB, and write a table and a picture in place of a model."
@@ -237,6 +241,7 @@ def auto_model(
     run: AutoOptions,
     model: Annotated[str | None, typer.Option(help=f"{MODEL} Default: that of --from, else demo.")] = None,
     target_size: Annotated[str | None, Amounts(AT_MOST)] = None,
+    target_latency: Annotated[float | None, Amounts(LATENCY, sets="budget.target_latency")] = None,
     for_: Annotated[Literal["llama.cpp", "vllm", "transformers"] | None, Output(FOR, "--for")] = None,
     drop_blocks: Annotated[int | None, Amounts(DEPTH)] = None,
     trials: Annotated[int | None, Method(TRIALS, min=0, sets="budget.trials")] = None,
@@ -250,9 +255,12 @@ def auto_model(
     """
     problems, data = Problems(), None
     with problems.collect():
-        if (target_size is None) == (run.frontier is None):
-            raise UsageError("Say how large by --target-size 88MB, or by --frontier 40MB:120MB; one of the two.")
-        if run.frontier is not None and run.from_ is not None:
+        if [target_size, target_latency, run.frontier].count(None) != 2:
+            raise UsageError(
+                "Say how large by --target-size 88MB, how fast by --target-latency 0.6, or --frontier 40MB:120MB; one "
+                "of the three."
+            )
+        if run.from_ is not None and target_size is None:
             raise UsageError("--from takes one size of a frontier. Say which by --target-size.")
         if drop_blocks and (run.frontier or run.from_):
             raise UsageError("A frontier keeps all blocks. Leave --drop-blocks out.")
@@ -265,16 +273,21 @@ def auto_model(
     draft = Draft(data["recipe"]) if data is not None else Draft.preset("auto" if is_gguf else "auto-packed")
     if not problems.found:
         with problems.collect():
-            middle = None if target_size else round(math.sqrt(math.prod(run.sizes)))  # where a frontier's trials are
-            size = parse_size(target_size, "--target-size") if target_size else middle
-            draft.set("budget.target_size", size, f"--target-size {target_size}")
+            if run.frontier is not None:  # whose trials are in the middle
+                draft.set("budget.target_size", round(math.sqrt(math.prod(run.sizes))), f"--frontier {run.frontier}")
+            elif target_size is not None:
+                draft.set(
+                    "budget.target_size", parse_size(target_size, "--target-size"), f"--target-size {target_size}"
+                )
+            else:
+                draft.remove("budget.target_size", f"--target-latency {target_latency}")
             if drop_blocks == 0 or run.frontier is not None:
                 draft.remove_stage("drop_blocks")
             draft.set("drop_blocks.count", drop_blocks or None, f"--drop-blocks {drop_blocks}")
             if for_ is not None:
                 field, value = ("gguf_type", "auto") if is_gguf else ("engine", for_)
                 draft.set(f"slim.quantize.{field}", value, f"--for {for_}")
-    amount = target_size or "frontier"
+    amount = target_size or ("frontier" if target_latency is None else f"{target_latency:g}-time")
     base = "demo" if data is None else data["base_model"]
     run.compress(draft, problems, verb="auto", amount=lambda _: amount, model=model or base)
 

@@ -133,9 +133,11 @@ def planned(job: "Job", plan: "Plan") -> Row:
         return {"shapes that fit": f"{len(plan.choices)}, see below; predicted, then chosen by at most three trials"}
     budget, most = job.recipe.budget, dict[str, str]()
     if plan.opens_types and budget is not None:
-        size = gigabytes(budget.target_size or 0)
+        most = {"bytes, at most": gigabytes(budget.target_size or 0)}
+        if budget.target_latency is not None:
+            most = {"decode time, at most": f"{budget.target_latency:g} of the dense model's, in llama.cpp here"}
         what = "types, blocks to leave out" if "blocks" in plan.spec.undecided else "types"
-        return {what: f"found by a survey and {budget.trials} trials at most", "bytes, at most": size}
+        return {what: f"found by a survey and {budget.trials} trials at most", **most}
     if plan.ranks is not None:
         if budget is not None and budget.target_size is not None:
             most = {"bytes, at most": gigabytes(budget.target_size)}

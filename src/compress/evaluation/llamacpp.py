@@ -25,6 +25,15 @@ FORCED = 1e6  # what is added to a logit
 VERBOSE = "COMPRESS_LLAMACPP_LOG"
 
 
+def package() -> Any:
+    """llama.cpp as a module. Raises UsageError where it is not installed."""
+    try:
+        import xllamacpp
+    except ImportError as error:
+        raise UsageError("llama.cpp needs the package xllamacpp: pip install compress-llm[llamacpp]") from error
+    return xllamacpp
+
+
 class LlamaCpp:
     """A file that llama.cpp has loaded, on the CPU.
 
@@ -34,11 +43,7 @@ class LlamaCpp:
     """
 
     def __init__(self, file: Path, *, context: int, vocabulary: int, exact: bool = True) -> None:
-        self.vocabulary = vocabulary
-        try:
-            import xllamacpp
-        except ImportError as error:
-            raise UsageError("llama.cpp needs the package xllamacpp: pip install compress-llm[llamacpp]") from error
+        self.vocabulary, xllamacpp = vocabulary, package()
         params: Any = xllamacpp.CommonParams()
         params.model.path, params.n_ctx, params.n_parallel = str(file), context, 1
         params.cpuparams.n_threads = torch.get_num_threads()

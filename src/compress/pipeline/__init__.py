@@ -11,6 +11,8 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
+import psutil
+
 from compress.calibration.depth import Depth
 from compress.calibration.observers import GradientFiles
 from compress.calibration.processes import ALONE, Processes
@@ -35,8 +37,6 @@ from compress.planning.plan import Plan
 from compress.planning.prepare import Job, Prepared, depth_site, new_walk, plan_job, prepare, take_survey, type_space
 from compress.progress import Progress, Steps, Stopwatch, silent
 from compress.version import FORMAT
-
-SMALL = 5 * 10**8  # bytes: a model below this is reloaded whole, whatever the walk needed
 
 
 def plan_only(job: Job) -> Plan:
@@ -229,8 +229,8 @@ def _complete(prepared: Prepared, walk: Walk, folder: RunFolder, progress: Progr
         ids, logits = walk.probe_ids, walk.probe
         assert logits is not None
         verify_tokens(prepared.folder, target)
-        # What the process that reloads the result may take beside its interpreter, which is as large as ours.
-        memory = max(prepared.plan.memory_bytes, SMALL)
+        # What the process that reloads the result may take: in less than a model's float32 needs, 16 bits are compared.
+        memory = max(prepared.plan.memory_bytes, psutil.virtual_memory().available // 2)
         if job.max_memory is not None:
             memory = max(0, job.max_memory - resident_bytes() - prepared.held)
         if prepared.plan.spec.is_gguf:

@@ -28,6 +28,7 @@ from compress.checkpoints.run_folder import RunFolder
 from compress.errors import UsageError
 from compress.io import atomic_write
 from compress.models.untrusted import read_json
+from compress.pipeline.latency import TRIES, decode_shares, largest_fast
 from compress.pipeline.output import TRIAL
 from compress.planning.budget import Choice
 from compress.planning.prepare import Prepared, depth_site, new_rounded_model
@@ -35,7 +36,7 @@ from compress.planning.search import LEFT_OF_BLOCKS
 from compress.planning.types import Types, TypeSearch, TypeSpace, improved
 from compress.progress import Progress, Steps
 
-CHOSEN, DEPTH = "types", "depth"  # the names of what was chosen among the findings
+CHOSEN, DEPTH, SIZE = "types", "depth", "size"  # the names of what was chosen among the findings
 FRONTIER = "frontier.json"
 POINTS, MEASURED = 12, 3  # sizes, and how many of them are measured
 CHEAP = 0.1  # nats a token: no block is left out where types cost less, for a block costs about as much
@@ -159,72 +160,125 @@ def searched(
     return search, types, trials
 
 
-def left_out(prepared: Prepared, survey: Survey, limit: int, progress: Progress) -> list[int]:
-    """Choose the blocks to leave out, in the order in which they go; none where types alone cost little.
+@dataclass
+class DepthChoice:
+    """Choose the blocks to leave out under a size: none where types alone cost little.
 
     For each number of them the loss is predicted: what the refit leaves of the divergence without them, and what the
     best types cost that the matrices of the others get in the bytes that are left.
+    dropped, divergences: what has been measured, in the order in which blocks go.
     """
 
-    def cost(dropped: Sequence[int], divergence: float) -> float:
-        space = prepared.without(dropped).types
+    prepared: Prepared
+    survey: Survey
+    progress: Progress
+    dropped: tuple[int, ...] = ()
+    divergences: tuple[float, ...] = ()
+
+    def __call__(self, limit: int) -> list[int]:
+        costs, most = [self.cost((), 0.0, limit)], self.prepared.plan.spec.num_blocks - 1
+
+        def enough(dropped: Sequence[int], divergences: Sequence[float]) -> bool:
+            for count in range(len(costs), len(dropped) + 1):
+                costs.append(self.cost(dropped[:count], divergences[count - 1], limit))
+            return min(costs) < math.inf and len(costs) > costs.index(min(costs)) + PAST
+
+        if costs[0] <= CHEAP:
+            return []
+        if not enough(self.dropped, self.divergences) and len(self.dropped) < most:
+            del costs[1:]
+            steps = Steps(self.progress, "choosing blocks", 1 + most)
+            depth = depth_site(self.prepared, most, steps.next, lambda depth: enough(depth.dropped, depth.divergences))
+            next(stage for stage in self.prepared.plan.stages if stage.site is Depth).apply(depth)
+            steps.end()
+            self.dropped, self.divergences = depth.dropped, depth.divergences
+            enough(self.dropped, self.divergences)
+        return [*self.dropped[: costs.index(min(costs))]]
+
+    def cost(self, dropped: Sequence[int], divergence: float, limit: int) -> float:
+        space = self.prepared.without(dropped).types
         assert space is not None
         if not space.least <= limit < space.most:
             return math.inf
-        search = TypeSearch.of(space, survey.roundings)
+        search = TypeSearch.of(space, self.survey.roundings)
         return LEFT_OF_BLOCKS * divergence + search.predicted(search.allocated(limit))
-
-    def enough(depth: Depth) -> bool:
-        if depth.dropped:
-            costs.append(cost(depth.dropped, depth.divergences[-1]))
-        return min(costs) < math.inf and len(costs) > costs.index(min(costs)) + PAST
-
-    costs, most = [cost((), 0.0)], prepared.plan.spec.num_blocks - 1
-    if costs[0] <= CHEAP:
-        return []
-    steps = Steps(progress, "choosing blocks", 1 + most)
-    depth = depth_site(prepared, most, steps.next, enough)
-    next(stage for stage in prepared.plan.stages if stage.site is Depth).apply(depth)
-    steps.end()
-    return [*depth.dropped[: costs.index(min(costs))]]
 
 
 def chosen_types(prepared: Prepared, folder: RunFolder, survey: Survey | None, progress: Progress) -> Prepared:
     """With types, and blocks to leave out, chosen that the budget allows; a run that goes on reads them back."""
-    job = prepared.job
-    assert job.recipe.budget is not None
-    limit = job.recipe.budget.target_size or 0
+    budget, depth = prepared.job.recipe.budget, None
+    assert budget is not None
+    if "blocks" in prepared.plan.spec.undecided and survey is not None:
+        depth = DepthChoice(prepared, survey, progress)
+    limit = budget.target_size or fast_size(prepared, folder, survey, depth, progress)
     if "blocks" in prepared.plan.spec.undecided:
         if DEPTH not in folder.findings:
-            dropped = [] if survey is None else left_out(prepared, survey, limit, progress)
-            folder.note(DEPTH, {"dropped": dropped})
+            folder.note(DEPTH, {"dropped": [] if depth is None else depth(limit)})
         prepared = prepared.without(folder.findings[DEPTH].data["dropped"])
+    assert prepared.types is not None
+    prepared.types.check(limit)
+    if CHOSEN not in folder.findings:
+        folder.note(CHOSEN, found_types(prepared, folder, survey, limit, progress))
+    return decided(prepared, folder.findings[CHOSEN].data)
+
+
+def found_types(prepared: Prepared, folder: RunFolder, survey: Survey | None, limit: int, progress: Progress) -> Types:
+    """The best types under a size, by trials or from a frontier."""
+    job, space = prepared.job, prepared.types
+    assert space is not None
+    if job.frontier is None:
+        assert survey is not None
+        return searched(prepared, folder, survey, limit, progress)[1]
+    frontier = read_frontier(job.frontier)
+    if frontier.model != input_fingerprint(prepared.folder, prepared.weights):
+        raise UsageError(
+            f"The frontier in {job.frontier} is of another model, {frontier.base_model}. Name that one, or make "
+            "another frontier."
+        )
+    for place, point in enumerate(frontier.points):
+        told = {"bytes": point.bytes, "predicted": point.predicted, "divergence": point.measured}
+        folder.note(f"{TRIAL}{place}", told)
+    return frontier.search(space).allocated(limit)
+
+
+def decided(prepared: Prepared, types: Types) -> Prepared:
+    """With types of matrices, which have the dense model's paths."""
     plan, space = prepared.plan, prepared.types
     assert space is not None
-    space.check(limit)
-    if CHOSEN in folder.findings:
-        types = folder.findings[CHOSEN].data
-    elif job.frontier is not None:
-        frontier = read_frontier(job.frontier)
-        if frontier.model != input_fingerprint(prepared.folder, prepared.weights):
-            raise UsageError(
-                f"The frontier in {job.frontier} is of another model, {frontier.base_model}. Name that one, or make "
-                "another frontier."
-            )
-        types = frontier.search(space).allocated(limit)
-        for place, point in enumerate(frontier.points):
-            told = {"bytes": point.bytes, "predicted": point.predicted, "divergence": point.measured}
-            folder.note(f"{TRIAL}{place}", told)
-    else:
-        assert survey is not None
-        _, types, _ = searched(prepared, folder, survey, limit, progress)
-    if CHOSEN not in folder.findings:
-        folder.note(CHOSEN, types)
     path_of = partial(renumbered, numbers={dense: block for block, dense in enumerate(plan.kept)})
-    types = {path_of(path): name for path, name in types.items()}
-    tables = {path: name for path, name in types.items() if path in space.tables}
-    counts = {"types": {path: name for path, name in types.items() if path not in tables}, "tables": tables}
+    types, tables = {path_of(path): name for path, name in types.items()}, {*map(path_of, space.tables)}
+    counts = {
+        "types": {path: name for path, name in types.items() if path not in tables},
+        "tables": {path: name for path, name in types.items() if path in tables},
+    }
     return replace(prepared, plan=plan.chosen(Choice(counts, plan.space.spec(counts))))
+
+
+def fast_size(
+    prepared: Prepared, folder: RunFolder, survey: Survey | None, depth: DepthChoice | None, progress: Progress
+) -> int:
+    """The largest size whose decode time is within the budget's share of the dense model's, measured."""
+    budget, space = prepared.job.recipe.budget, prepared.types
+    assert budget is not None
+    assert space is not None
+    if SIZE not in folder.findings:
+        assert survey is not None
+        least, target, roundings = space.least, budget.target_latency or 0.0, survey.roundings
+        if depth is not None and (one := prepared.without(range(1, prepared.plan.spec.num_blocks)).types) is not None:
+            least = one.least
+        steps = Steps(progress, "timing sizes", TRIES)
+        with decode_shares(prepared) as share_of:
+
+            def measure(size: int) -> float:
+                steps.next(f"{size:,} bytes")
+                shallower = prepared if depth is None else prepared.without(depth(size))
+                assert shallower.types is not None
+                return share_of(decided(shallower, TypeSearch.of(shallower.types, roundings).allocated(size)))
+
+            size, share = largest_fast(least, space.most, target, measure)
+        steps.end()
+        folder.note(SIZE, {"target_size": size, "decode_time": share})
+    return int(folder.findings[SIZE].data["target_size"])
 
 
 def frontier_points(

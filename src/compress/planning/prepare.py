@@ -26,6 +26,7 @@ from compress.checkpoints.files import companions
 from compress.checkpoints.output_folder import Output, check_output
 from compress.datasets.windows import calibration_windows
 from compress.errors import CheckpointError, OutputError, Problems, UnsupportedModel, UsageError
+from compress.evaluation import llamacpp
 from compress.models.decoder import Decoder
 from compress.models.loading import check_positions, check_vocabulary, load_config, load_tokenizer, with_blocks
 from compress.models.tensor_files import ADAPTER, SafetensorsFolder
@@ -244,7 +245,10 @@ def type_space(job: Job, plan: Plan, folder: Path) -> TypeSpace:
     if plan.spec.is_gguf or job.export == "gguf":
         check_gguf(plan, folder)
     assert job.recipe.budget is not None
-    limit, found, shallowest = job.recipe.budget.target_size or 0, TypeSpace.of(plan, folder, job.output_name), None
+    limit, found, shallowest = job.recipe.budget.target_size, TypeSpace.of(plan, folder, job.output_name), None
+    if limit is None:  # a time, which llama.cpp will say
+        llamacpp.package()
+        return found
     if "blocks" in plan.spec.undecided and not found.least <= limit < found.most:
         one = plan.without(range(1, plan.spec.num_blocks))
         shallowest = TypeSpace.of(one, folder, job.output_name).least

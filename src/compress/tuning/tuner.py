@@ -44,7 +44,6 @@ from compress.models.stored_loading import read_lora, stored_tensors
 from compress.models.tensor_files import ADAPTER, INDEX
 from compress.models.untrusted import read_json
 from compress.numerics.sums import full_precision
-from compress.pipeline import SMALL
 from compress.pipeline.output import proof_notes
 from compress.progress import Progress, Steps, silent
 from compress.tuning.looking import Prepared, look
@@ -233,7 +232,7 @@ def record(
 
 def prove(prepared: Prepared, metadata: Metadata, target: Path) -> float:
     """By how much the logits of a clean process differ from those of this one, as a share of the largest."""
-    memory, own = max(psutil.virtual_memory().available // 2, SMALL), prepared.config.dtype or torch.float32
+    memory, own = psutil.virtual_memory().available // 2, prepared.config.dtype or torch.float32
     computing = torch.promote_types(own, torch.float32)
     # What is packed stays so in memory. Another model that is too large in float32 is held in its own dtype.
     fits = metadata.form == "packed" or fits_in_float32(metadata.size.parameters, memory)

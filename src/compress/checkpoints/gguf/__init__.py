@@ -16,13 +16,14 @@ That the file reads back as its folder is proved by checkpoints/verify.py.
 
 import tempfile
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from compress.checkpoints.files import copy_companions, write_json
-from compress.checkpoints.gguf.model import check_writable, model_to_come, read_model
+from compress.checkpoints.gguf.model import check_writable, in_type, model_to_come, read_model
 from compress.checkpoints.gguf.tokenizer import Vocabulary, read_vocabulary
 from compress.checkpoints.verify import verify_gguf
 from compress.errors import CompressError, OutputError
@@ -32,7 +33,7 @@ from compress.models.gguf_weights import check_extra
 
 IN_TRANSFORMERS = ("llama", "qwen2", "phi3", "starcoder2")  # architectures that its reader (5.23) reads alike
 
-__all__ = ["bytes_beside", "check_exportable", "reader_notes", "verify_gguf", "write_gguf"]
+__all__ = ["bytes_beside", "check_exportable", "reader_notes", "verify_gguf", "write_gguf", "write_zeros"]
 
 
 def write_gguf(
@@ -83,6 +84,18 @@ def bytes_beside(config: Any, folder: Path, apart: Collection[str], *, name: str
     beside = [entry for entry in model.entries if entry.path not in apart]
     tensors = sum(-(-entry.shape.numel() * entry.dtype.itemsize // ALIGNMENT) * ALIGNMENT for entry in beside)
     return header_bytes(model, vocabulary_to_come(config, folder), name) + tensors
+
+
+def write_zeros(config: Any, folder: Path, file: Path, *, types: Mapping[str, str], dtype: torch.dtype) -> None:
+    """A file as that of a checkpoint to come, with zeros for weights: it takes as long to run.
+
+    config, folder: as `check_exportable` has them. types: as `write_gguf` has them; all else is in `dtype`.
+    """
+    from compress.checkpoints.gguf.container import write_container
+
+    model = model_to_come(config, dtype)
+    model = replace(model, entries=[in_type(entry, types.get(entry.path)) for entry in model.entries])
+    write_container(file, model, vocabulary_to_come(config, folder), "zeros", "Q8_0")
 
 
 def vocabulary_to_come(config: Any, folder: Path) -> Vocabulary:

@@ -1,7 +1,7 @@
 """A checkpoint as the tensors of a GGUF file: their names, shapes and the order of rows in them."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from compress.architectures.gguf_types import row_bytes
 from compress.calibration.weights import READABLE, LazyWeights
 from compress.errors import UnsupportedModel
 from compress.models.gguf_header import (
@@ -126,9 +127,18 @@ def model_to_come(config: Any, dtype: torch.dtype) -> Model:
     names = tensor_names(architecture, config.num_hidden_layers)
     for name, shape in stored_shapes(config).items():
         theirs, kept = names.get_name(name, try_suffixes=(".weight", ".bias")), written_dtype(shape, dtype)
-        read = partial(torch.empty, shape, dtype=kept)
+        read = partial(torch.zeros, shape, dtype=kept)
         entries.append(Entry(theirs, shape, kept, read, path=name.removesuffix(".weight")))
     return Model.of(architecture, config, entries)
+
+
+def in_type(entry: Entry, block_type: str | None) -> Entry:
+    """A matrix to come, zeros in a block type."""
+    if block_type is None:
+        return entry
+    shape = torch.Size((entry.shape[0], row_bytes(block_type, entry.shape[1])))
+    read = partial(torch.zeros, shape, dtype=torch.uint8)
+    return replace(entry, shape=shape, dtype=torch.uint8, read=read, block_type=block_type)
 
 
 def stored_shapes(config: Any) -> dict[str, torch.Size]:
