@@ -33,6 +33,7 @@ from compress.models.loading import load_tokenizer
 COLUMNS = ["file", "bytes", "perplexity", "divergence, nats", "of llama-quantize's", "seconds", "forward passes"]
 LABEL = "gguf types"
 AT_ONCE = 16  # windows
+OF_LLAMA_CPP = {"IQ4_XS": ["--attn-v-type", "iq4_xs"]}  # where ik_llama.cpp's program takes a type of its own
 
 
 def write_importance(folder: Path, windows: torch.Tensor, file: Path) -> None:
@@ -87,7 +88,7 @@ class Bench:
 
     def theirs(self, name: str) -> Path:
         file = self.scratch / f"llama-quantize-{name}.gguf"
-        command = [self.options.llama_quantize, "--imatrix", self.importance, *self.options.theirs]
+        command = [self.options.llama_quantize, "--imatrix", self.importance, *OF_LLAMA_CPP.get(name, ())]
         command += [self.dense, file, name]
         subprocess.run(command, check=True, capture_output=True)
         return file
@@ -125,7 +126,6 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--windows", type=int, default=100)
-    parser.add_argument("--theirs", nargs="*", default=[], help="llama-quantize's, such as --theirs=--attn-v-type=...")
     parser.add_argument("--write", type=Path)
     options = parser.parse_args()
     if options.write:

@@ -17,6 +17,7 @@ import tiny
 from cli_runner import environment, succeeds
 from compress import pipeline
 from compress.checkpoints import reload
+from compress.checkpoints.verify import TOLERANCE_16_BIT
 from oracles import logits_of, random_ids
 from runs import job_of
 
@@ -41,6 +42,7 @@ CHECKPOINTS: dict[str, Made] = {
     "materialized": ("opt", OURS | {"form": "dense"}, "float16", True),
 }
 OFFLOADED = ("packed, rounded and tied", "sparse", "compact, rounded and tied")
+IN_HALF = OFFLOADED[0]  # held in its own dtype where float32 does not fit
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +139,12 @@ def outside(made, tmp_path_factory) -> tuple[dict[str, Any], dict[str, Tensor]]:
     tensors[max(tensors)] *= -1
     save_file(tensors, file)
     reloaded["a wrong adapter"] = [str(wrong), reloaded["sparse"][1], 2**30, str(scratch)]
+    for tokens in (1, IDS.shape[1]):
+        probe = load_file(reloaded[IN_HALF][1])
+        probe["logits"][:, :tokens] += probe["logits"].abs().max()
+        save_file(probe, scratch / f"{tokens}.safetensors")
+        arguments = [reloaded[IN_HALF][0], str(scratch / f"{tokens}.safetensors"), 10**5, str(scratch)]
+        reloaded[f"{tokens} tokens"] = arguments
     found, logits = run_clean(scratch, reloaded, code)
     assert found["ours"] == []
     return found, logits
@@ -176,6 +184,14 @@ def test_the_code_of_the_card_runs_without_our_package_and_gives_the_same_with_i
         exec(blocks[0], names)
         ours = logits_of(names["model"].eval(), IDS).float()
         assert float((logits - ours).abs().max()) < tolerance(name) * float(logits.abs().max())
+
+
+def test_in_16_bits_the_median_token_counts(outside):
+    """A token of massive activations moves by far more than rounding; a wrong matrix moves all tokens."""
+    one, every = (outside[0]["found"][f"{tokens} tokens"] for tokens in (1, IDS.shape[1]))
+    assert one["bits"] == every["bits"] == 16
+    assert one["difference"] < TOLERANCE_16_BIT * one["largest_logit"]
+    assert every["difference"] > 10 * TOLERANCE_16_BIT * every["largest_logit"]
 
 
 def test_a_wrong_adapter_is_noticed(outside):
