@@ -187,8 +187,16 @@ class DepthChoice:
             return []
         if not enough(self.dropped, self.divergences) and len(self.dropped) < most:
             del costs[1:]
-            steps = Steps(self.progress, "choosing blocks", 1 + most)
-            depth = depth_site(self.prepared, most, steps.next, lambda depth: enough(depth.dropped, depth.divergences))
+            steps = Steps(self.progress, "choosing blocks", 1 + PAST)
+
+            def begin(step: str) -> None:
+                steps.total = max(steps.total, int(steps.done) + 2)  # how many blocks will do is found on the way
+                steps.next(step)
+
+            def is_enough(depth: Depth) -> bool:
+                return enough(depth.dropped, depth.divergences)
+
+            depth = depth_site(self.prepared, most, begin, is_enough)
             next(stage for stage in self.prepared.plan.stages if stage.site is Depth).apply(depth)
             steps.end()
             self.dropped, self.divergences = depth.dropped, depth.divergences
