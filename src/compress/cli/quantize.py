@@ -19,7 +19,7 @@ from compress.errors import Problems, UsageError
 from compress.process import launch
 
 if TYPE_CHECKING:
-    from compress.pipeline.mixture import Frontier
+    from compress.pipeline.frontier import Frontier
     from compress.planning.prepare import Job
 
 FLOATS = {
@@ -265,7 +265,7 @@ def auto_model(
         if drop_blocks and (run.frontier or run.from_):
             raise UsageError("A frontier keeps all blocks. Leave --drop-blocks out.")
     if run.from_ is not None:
-        from compress.pipeline.mixture import read_frontier
+        from compress.pipeline.frontier import read_frontier
 
         with problems.collect():
             data = read_frontier(run.from_).model_dump()

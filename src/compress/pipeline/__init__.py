@@ -28,7 +28,8 @@ from compress.io import write_tensors
 from compress.models.loading import load_config
 from compress.numerics.sums import full_precision
 from compress.pipeline import output
-from compress.pipeline.mixture import DEPTH, Frontier, chosen_types, frontier_points
+from compress.pipeline.frontier import Frontier
+from compress.pipeline.mixture import DEPTH, chosen_types, frontier_points
 from compress.pipeline.output import Result
 from compress.planning import search
 from compress.planning.budget import rank_choices
