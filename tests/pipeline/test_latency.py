@@ -4,18 +4,14 @@ import json
 from typing import ClassVar
 
 import pytest
-import torch
 
 import tiny
 from cli_runner import invoke, succeeds
 from compress.errors import UsageError
 from compress.pipeline import latency
+from tiny import auto
 
 pytest.importorskip("gguf")
-SIZES = {
-    **{"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 4, "head_dim": 16},
-    **{"num_key_value_heads": 2, "attention_bias": False, "mlp_bias": False, "num_hidden_layers": 3},
-}
 
 
 class Engine:
@@ -33,10 +29,7 @@ class Engine:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("home")
-    tiny.write_model(folder / "llama", "llama", dtype=torch.float32, **SIZES)
-    tiny.write_text(folder / "text.txt")
-    return folder
+    return tiny.write_even(tmp_path_factory.mktemp("home"), num_hidden_layers=3)
 
 
 @pytest.fixture
@@ -44,11 +37,6 @@ def loaded(monkeypatch):
     monkeypatch.setattr(latency, "LlamaCpp", Engine)
     monkeypatch.setattr(Engine, "loaded", found := [])
     return found
-
-
-def auto(home, *options):
-    text = ["--calib", home / "text.txt", "--samples", 8, "--seq-len", 32]
-    return ["auto", "--model", home / "llama", *text, "--trials", 2, *options]
 
 
 @pytest.mark.parametrize("fixed", [0, 300])  # what a token takes besides

@@ -15,26 +15,16 @@ from compress.numerics.functional import kl_divergence
 from compress.planning.prepare import Job, new_rounded_model, prepare, take_survey
 from compress.planning.types import DENSE, TypeSearch, TypeSpace, improved
 from compress.recipe import parse_recipe
+from tiny import auto
 
 gguf = pytest.importorskip("gguf")
-SIZES = {
-    **{"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 4, "head_dim": 16},
-    **{"num_key_value_heads": 2, "attention_bias": False, "mlp_bias": False},
-}
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("home")
-    tiny.write_model(folder / "llama", "llama", dtype=torch.float32, **SIZES)
-    tiny.write_model(folder / "tied", "qwen2", dtype=torch.float32, **{**SIZES, "vocab_size": 264})
-    tiny.write_text(folder / "text.txt")
+    folder = tiny.write_even(tmp_path_factory.mktemp("home"))
+    tiny.write_model(folder / "tied", "qwen2", dtype=torch.float32, **{**tiny.EVEN, "vocab_size": 264})
     return folder
-
-
-def auto(home, *options, model="llama"):
-    text = ["--calib", home / "text.txt", "--samples", 8, "--seq-len", 32]
-    return ["auto", "--model", home / model, *text, "--trials", 3, *options]
 
 
 @pytest.fixture(scope="module")

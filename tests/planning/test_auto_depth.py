@@ -20,10 +20,6 @@ from compress.recipe import parse_recipe
 
 pytest.importorskip("gguf")
 BLOCKS, IDLE = 4, 1
-SIZES = {
-    **{"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 4, "head_dim": 16},
-    **{"num_key_value_heads": 2, "attention_bias": False, "mlp_bias": False, "num_hidden_layers": BLOCKS},
-}
 ENGINES = ("llama.cpp", "vllm", "transformers")
 
 
@@ -37,7 +33,7 @@ def proved_here(tmp_path_factory):
 def home(tmp_path_factory):
     """A model of four blocks, of which the second does nothing."""
     folder = tmp_path_factory.mktemp("home")
-    model = tiny.tiny_model("llama", dtype=torch.float32, **SIZES)
+    model = tiny.tiny_model("llama", dtype=torch.float32, num_hidden_layers=BLOCKS, **tiny.EVEN)
     for writer in (model.model.layers[IDLE].self_attn.o_proj, model.model.layers[IDLE].mlp.down_proj):
         torch.nn.init.zeros_(writer.weight)
     model.save_pretrained(folder / "llama")
@@ -47,8 +43,7 @@ def home(tmp_path_factory):
 
 
 def auto(home, engine, *options):
-    text = ["--calib", home / "text.txt", "--samples", 8, "--seq-len", 32]
-    return ["auto", "--model", home / "llama", *text, "--trials", 3, "--for", engine, *options]
+    return tiny.auto(home, "--for", engine, *options)
 
 
 def space_of(home, engine, dropped=()):

@@ -18,10 +18,6 @@ from compress.planning.prepare import Job, new_rounded_model, prepare, take_surv
 from compress.planning.types import DENSE, TypeSearch
 from compress.recipe import parse_recipe
 
-SIZES = {
-    **{"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 4, "head_dim": 16},
-    **{"num_key_value_heads": 2, "attention_bias": False, "mlp_bias": False},
-}
 SIZE = 300_000
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
@@ -34,15 +30,11 @@ def proved_here(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("home")
-    tiny.write_model(folder / "llama", "llama", dtype=torch.float32, **SIZES)
-    tiny.write_text(folder / "text.txt")
-    return folder
+    return tiny.write_even(tmp_path_factory.mktemp("home"))
 
 
 def auto(home, engine, *options):
-    text = ["--calib", home / "text.txt", "--samples", 8, "--seq-len", 32]
-    return ["auto", "--model", home / "llama", *text, "--trials", 3, "--for", engine, *options]
+    return tiny.auto(home, "--for", engine, *options)
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +67,7 @@ def prepared(home, out, engine, size=SIZE, **sizes):
     model = home / "llama"
     if sizes:
         model = out / "model"
-        tiny.write_model(model, "llama", dtype=torch.float32, **{**SIZES, **sizes})
+        tiny.write_model(model, "llama", dtype=torch.float32, **{**tiny.EVEN, **sizes})
     job = Job(model=find_model(str(model)), recipe=parse_recipe(data), out=out / "x", command="")
     return prepare(job)
 
