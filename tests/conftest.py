@@ -15,8 +15,9 @@ FIRST = pytest.StashKey[dict[Any, str]]()
 # Folders and files whose tests run whole commands or the whole pipeline; the others are the units.
 FOLDERS = {"architectures", "cli", "inspection", "pipeline"}
 FILES = re.compile(
-    "test_(adding_a_family|allocation|budget|checkpoint_files|every_family|family_table|gguf|humaneval|max_memory|"
-    "processes|ranks|registration|security|sliced_model|slim|slim_world|soundness)"
+    "test_(adding_a_family|allocation|auto|auto_depth|auto_packed|budget|checkpoint_files|drop_blocks|every_family|"
+    "family_table|float8_blocks|gguf|gguf_quantized|half_precision|humaneval|llamacpp|max_memory|processes|"
+    "quantized_tables|ranks|registration|security|sliced_model|slim|slim_world|soundness)"
 )
 
 
