@@ -52,7 +52,8 @@ class Budget(Strict):
     target_size: bytes of the safetensors files on disk, or of the GGUF file.
     target_latency: a share of the time that a token takes to decode in the dense model, in llama.cpp on this machine.
     trial_samples: windows of each trial of a way to spend it, a quarter of them held out. Default: a quarter of all.
-    trials, trial_seconds: how many sets of types of matrices are tried, and how long at most.
+    trials, trial_seconds: how many sets of types of matrices are tried, and how long at most. Default: none, what the
+        survey predicts is taken.
     allocation: `uniform`, as many neurons in every block, or `free`: as many in all, where the loss feels them most.
         The result then has no stock shape.
     """
@@ -61,7 +62,7 @@ class Budget(Strict):
     target_size: Annotated[int, Field(ge=1)] | None = None
     target_latency: Annotated[float, Field(gt=0, lt=1)] | None = None
     trial_samples: Annotated[int, Field(ge=8)] | None = None
-    trials: Annotated[int, Field(ge=0)] = 20
+    trials: Annotated[int, Field(ge=0)] = 0
     trial_seconds: Annotated[float, Field(gt=0)] | None = None
     allocation: Literal["uniform", "free"] = "uniform"
 
@@ -69,6 +70,8 @@ class Budget(Strict):
     def _one_limit(self) -> "Budget":
         if [self.keep_params, self.target_size, self.target_latency].count(None) != 2:
             raise ValueError("a budget is keep_params, target_size or target_latency, one of them")
+        if self.trial_seconds is not None and not self.trials:
+            raise ValueError("trial_seconds limits trials; say how many there are at most (--trials 20)")
         return self
 
 

@@ -199,8 +199,8 @@ LATENCY = (
     "Decode time of a token at most, as a share of the dense model's in llama.cpp on this machine: 0.6. Both are timed "
     "there."
 )
-TRIALS = "Sets of types to measure, each a forward pass over a few windows. Default: 20."
-TIME = "Seconds of trials at most; what has been found by then is taken."
+TRIALS = "Sets of types to measure, each a forward pass over a few windows. Default: 0, what is predicted is taken."
+TIME = "Seconds of --trials at most; what has been found by then is taken."
 BETWEEN = "Find the types at twelve sizes, such as 40MB:120MB, and write a table and a picture in place of a model."
 FROM = "Take what a --frontier has found, which needs no survey and no trials."
 

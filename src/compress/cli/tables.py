@@ -137,7 +137,8 @@ def planned(job: "Job", plan: "Plan") -> Row:
         if budget.target_latency is not None:
             most = {"decode time, at most": f"{budget.target_latency:g} of the dense model's, in llama.cpp here"}
         what = "types, blocks to leave out" if "blocks" in plan.spec.undecided else "types"
-        return {what: f"found by a survey and {budget.trials} trials at most", **most}
+        trials = f" and {budget.trials} trials at most" if budget.trials else ""
+        return {what: f"found by a survey{trials}", **most}
     if plan.ranks is not None:
         if budget is not None and budget.target_size is not None:
             most = {"bytes, at most": gigabytes(budget.target_size)}
