@@ -72,6 +72,7 @@ def test_the_order_of_stages(stages, needs):
         ({"budget": {}}, "budget", "target_size or target_latency, one of them"),
         ({"budget": {"keep_params": 0.5, "target_size": 9}}, "budget", "target_size or target_latency, one of them"),
         ({"budget": {"keep_params": 1}}, "budget.keep_params", "less than 1"),
+        ({"budget": {"keep_params": 0.5, "trial_seconds": 9}}, "budget", "say how many there are at most"),
         ({"stages": [FOLD, ROTATE, SLICE | {"explained_variance": 0.9}]}, "stages", "got ratio, explained_variance"),
         ({"stages": [FOLD, ROTATE, {"stage": "slice", "ratio": 1.5}]}, "stages", "less than 1"),
         ({"stages": [FOLD, ROTATE, SLICE | {"round_to": 0}]}, "stages", "greater than or equal to 1"),
