@@ -15,8 +15,9 @@ FIRST = pytest.StashKey[dict[Any, str]]()
 # Folders and files whose tests run whole commands or the whole pipeline; the others are the units.
 FOLDERS = {"architectures", "cli", "inspection", "pipeline"}
 FILES = re.compile(
-    "test_(adding_a_family|allocation|budget|checkpoint_files|every_family|family_table|gguf|humaneval|max_memory|"
-    "processes|ranks|registration|security|sliced_model|slim|slim_world|soundness)"
+    "test_(adding_a_family|allocation|auto|auto_depth|auto_packed|budget|checkpoint_files|drop_blocks|every_family|"
+    "family_table|gguf|gguf_input|gguf_quantized|half_precision|humaneval|llamacpp|max_memory|processes|"
+    "quantized_tables|ranks|registration|security|sliced_model|slim|slim_world|soundness)"
 )
 
 
@@ -47,6 +48,14 @@ def _store(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Where the processes of a run keep what each would otherwise make again."""
     base = tmp_path_factory.getbasetemp()
     os.environ["COMPRESS_TESTS_STORE"] = str((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "store")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _unflushed() -> Any:
+    """Files wait for no disk: no test takes the power away. In which order they would, test_io.py has."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _descriptor: None)
+        yield
 
 
 @pytest.fixture(scope="module")
