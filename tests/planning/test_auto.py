@@ -213,8 +213,9 @@ def test_a_frontier_is_found_once_and_any_point_written_later(home, tmp_path):
     ]
     succeeds("report", tmp_path / "out")
     assert "The search" in (tmp_path / "out" / "report.html").read_text()
-    other = invoke(*words, "180kB", "--model", home / "tied", "--out", tmp_path / "never")
-    assert (other.code, len(other.faults)) == (2, 1)
+    for options in (["--model", home / "tied"], ["--for", "vllm"]):
+        other = invoke(*words, "180kB", *options, "--out", tmp_path / "never")
+        assert (other.code, len(other.faults)) == (2, 1), other.err
     assert not (tmp_path / "never").exists()
 
 

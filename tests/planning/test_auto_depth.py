@@ -24,7 +24,7 @@ SIZES = {
     **{"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 4, "head_dim": 16},
     **{"num_key_value_heads": 2, "attention_bias": False, "mlp_bias": False, "num_hidden_layers": BLOCKS},
 }
-ENGINES = ("llama.cpp", "vllm", "transformers")
+ENGINES = ("llama.cpp", "vllm")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -100,9 +100,8 @@ def test_blocks_go_where_types_alone_do_not_reach_the_size(written, sizes, engin
     )
 
 
-@pytest.mark.parametrize("engine", ENGINES[:2])
-def test_the_recipe_repeats_to_the_byte_without_a_search(home, written, tmp_path, engine):
-    ran = succeeds("run", written / engine, "--model", home / "llama", "--out", tmp_path / "again")
+def test_the_recipe_repeats_to_the_byte_without_a_search(home, written, tmp_path):
+    ran = succeeds("run", written / "vllm", "--model", home / "llama", "--out", tmp_path / "again")
     assert "surveying" not in ran.err
     assert "choosing blocks" not in ran.err
     assert "The same bytes" in ran.out
@@ -147,8 +146,8 @@ def test_where_types_cost_more_than_a_block_it_goes(home, tmp_path, monkeypatch)
     monkeypatch.setattr(
         Depth, "measure", lambda depth, choices: tried.append(len(choices[0])) or measured(depth, choices)
     )
-    size = space_of(home, "transformers").least + 2000
-    succeeds(*auto(home, "transformers", "--target-size", size, "--out", tmp_path / "out"))
+    size = space_of(home, "vllm").least + 2000
+    succeeds(*auto(home, "vllm", "--target-size", size, "--out", tmp_path / "out"))
     assert json.loads((tmp_path / "out" / "compress.json").read_text())["dropped"] == [IDLE]
     assert tried == [1, 2, 3]
     assert sum(file.stat().st_size for file in weights_of(tmp_path / "out")) <= size
@@ -166,7 +165,7 @@ def test_how_many_go_may_be_said(home, tmp_path):
 
 
 @pytest.mark.parametrize("options", [[], ["--dry-run"]])
-@pytest.mark.parametrize("engine", ["llama.cpp", "vllm"])
+@pytest.mark.parametrize("engine", ENGINES)
 def test_a_size_that_nothing_comes_to_is_refused_before_the_work(home, tmp_path, engine, options):
     least = space_of(home, engine, range(1, BLOCKS)).least
     for size in (least - 1, "4MB"):

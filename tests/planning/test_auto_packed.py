@@ -11,7 +11,6 @@ import tiny
 from cli_runner import invoke, succeeds
 from compress import presets
 from compress.architectures import packed_types
-from compress.calibration.roundings import RoundedModel
 from compress.models.hub import find_model
 from compress.numerics.grids import QuantizationArgs
 from compress.planning.prepare import Job, new_rounded_model, prepare, take_survey
@@ -140,46 +139,6 @@ def test_predicted_costs_are_near_the_measured_ones(home, tmp_path):
     for path in ("model.layers.0.mlp.up_proj", "model.layers.2.self_attn.o_proj", "model.layers.1.mlp.down_proj"):
         assert model.divergence({path: "int2-g32"}) == pytest.approx(search.costs[path]["int2-g32"], rel=0.6)
         assert search.costs[path]["int8-g32"] < search.costs[path]["int4-g32"] < search.costs[path]["int2-g32"]
-
-
-def test_the_recipe_repeats_to_the_byte_without_a_search(home, written, tmp_path):
-    ran = succeeds("run", written / "vllm", "--model", home / "llama", "--out", tmp_path / "again")
-    assert "surveying" not in ran.err
-    assert "The same bytes" in ran.out
-
-
-def test_a_resumed_run_repeats_no_trial_and_gives_the_same_bytes(home, written, tmp_path, monkeypatch):
-    log, measured, calls = (written / "vllm" / "trials.jsonl").read_text(), RoundedModel.divergence, []
-
-    def interrupted(model, chosen):
-        calls.append(chosen)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return measured(model, chosen)
-
-    monkeypatch.setattr(RoundedModel, "divergence", interrupted)
-    again = auto(home, "vllm", "--target-size", SIZE, "--out", tmp_path / "again")
-    assert invoke(*again).code == 130
-    succeeds(*again, "--resume")
-    assert len(calls) == len(log.splitlines()) + 1
-    assert (tmp_path / "again" / "trials.jsonl").read_text() == log
-    for file in (written / "vllm").glob("*.safetensors"):
-        assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes()
-
-
-def test_a_frontier_is_found_once_and_any_point_written_later(home, tmp_path):
-    found = succeeds(*auto(home, "transformers", "--frontier", "280kB:600kB", "--out", tmp_path / "map", "--json")).json
-    assert len(found["points"]) == 12
-    predicted = [point["predicted"] for point in found["points"]]
-    assert predicted == sorted(predicted, reverse=True)
-    words = ["auto", "--from", tmp_path / "map", "--model", home / "llama", "--target-size", SIZE]
-    ran = succeeds(*words, "--out", tmp_path / "out")
-    assert "surveying" not in ran.err
-    assert on_disk(tmp_path / "out") <= SIZE
-    for engine in ("llama.cpp", "vllm"):
-        other = invoke(*words, "--for", engine, "--out", tmp_path / "never")
-        assert (other.code, len(other.faults)) == (2, 1), other.err
-    assert not (tmp_path / "never").exists()
 
 
 @pytest.mark.parametrize("size", ["70kB", "2MB"])
