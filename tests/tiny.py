@@ -113,6 +113,11 @@ BY_BLOCK = {"layer_types"}
 UNKNOWN = {"codegen": ("pad_token_id",)}
 # Granite 4.0 H's kind: Mamba layers in some blocks.
 HYBRID: dict[str, Any] = {"layer_types": ["linear_attention", "full_attention"]}
+# A Llama with rows of whole blocks, as types of GGUF files take them.
+IN_BLOCKS: dict[str, Any] = {
+    **{"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 4, "head_dim": 16},
+    **{"num_key_value_heads": 2, "attention_bias": False, "mlp_bias": False},
+}
 # OPT-350m's kind: norms of the stream behind the branches, embeddings narrower than the stream.
 OPT_350M: dict[str, Any] = {"do_layer_norm_before": False, "word_embed_proj_dim": 16}
 

@@ -14,21 +14,12 @@ from compress import pipeline
 from compress.checkpoints.quality import read_quality
 
 gguf = pytest.importorskip("gguf")
-SIZES = {
-    "hidden_size": 64,
-    "intermediate_size": 256,
-    "num_attention_heads": 4,
-    "head_dim": 16,
-    "num_key_value_heads": 2,
-    "attention_bias": False,
-    "mlp_bias": False,
-}
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     folder = tmp_path_factory.mktemp("home")
-    tiny.write_model(folder / "llama", "llama", dtype=torch.float32, **SIZES)
+    tiny.write_model(folder / "llama", "llama", dtype=torch.float32, **tiny.IN_BLOCKS)
     tiny.write_text(folder / "text.txt")
     return folder
 
@@ -161,7 +152,7 @@ def test_the_held_out_divergence_is_from_the_dense_head(tmp_path, monkeypatch):
         {"stage": "slim", "form": "gguf", "quantize": {"gguf_type": "Q4_0"}},
         {"stage": "quantize_embeddings"},
     ]
-    job = runs.job_of(tmp_path, "llama", stages, changes={**SIZES, "tie_word_embeddings": True})
+    job = runs.job_of(tmp_path, "llama", stages, changes={**tiny.IN_BLOCKS, "tie_word_embeddings": True})
     pipeline.run(job)
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32)
     assert torch.equal(heads[0], dense.lm_head.weight)

@@ -11,16 +11,11 @@ import tiny
 from cli_runner import invoke, succeeds
 from compress import presets
 from compress.architectures import packed_types
-from compress.models.hub import find_model
 from compress.numerics.grids import QuantizationArgs
-from compress.planning.prepare import Job, new_rounded_model, prepare, take_survey
+from compress.planning.prepare import new_rounded_model, take_survey
 from compress.planning.types import DENSE, TypeSearch
-from compress.recipe import parse_recipe
+from searches import auto, prepared_for
 
-SIZES = {
-    **{"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 4, "head_dim": 16},
-    **{"num_key_value_heads": 2, "attention_bias": False, "mlp_bias": False},
-}
 SIZE = 300_000
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
@@ -32,23 +27,10 @@ def proved_here(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("home")
-    tiny.write_model(folder / "llama", "llama", dtype=torch.float32, **SIZES)
-    tiny.write_text(folder / "text.txt")
-    return folder
-
-
-def auto(home, engine, *options):
-    text = ["--calib", home / "text.txt", "--samples", 8, "--seq-len", 32]
-    return ["auto", "--model", home / "llama", *text, "--trials", 3, "--for", engine, *options]
-
-
-@pytest.fixture(scope="module")
 def written(home):
     """For each engine, at one size."""
     for engine in packed_types.ENGINES:
-        succeeds(*auto(home, engine, "--target-size", SIZE, "--out", home / engine))
+        succeeds(*auto(home, "--for", engine, "--target-size", SIZE, "--out", home / engine))
     return home
 
 
@@ -65,18 +47,6 @@ def types_of(folder):
         for paths, each in args
         for path in paths
     }
-
-
-def prepared(home, out, engine, size=SIZE, **sizes):
-    calibration = {"source": str(home / "text.txt"), "samples": 8, "seq_len": 32}
-    data = presets.load("auto-packed") | {"calibration": calibration, "budget": {"target_size": size}}
-    data["stages"][-1]["quantize"]["engine"] = engine
-    model = home / "llama"
-    if sizes:
-        model = out / "model"
-        tiny.write_model(model, "llama", dtype=torch.float32, **{**SIZES, **sizes})
-    job = Job(model=find_model(str(model)), recipe=parse_recipe(data), out=out / "x", command="")
-    return prepare(job)
 
 
 @pytest.mark.parametrize("engine", packed_types.ENGINES)
@@ -111,7 +81,7 @@ def test_the_card_says_where_vllm_cannot_follow(written):
 
 @pytest.mark.parametrize("engine", packed_types.ENGINES)
 def test_bytes_are_counted_as_the_plan_counts_them(home, tmp_path, engine):
-    found = prepared(home, tmp_path, engine)
+    found = prepared_for(home, engine, SIZE, tmp_path / "x")
     space = found.types
     assert space is not None
     types = {path: sorted(rungs, key=rungs.get)[1] for path, rungs in space.rungs.items()}
@@ -122,9 +92,10 @@ def test_bytes_are_counted_as_the_plan_counts_them(home, tmp_path, engine):
 
 
 def test_linears_that_no_group_divides_have_a_scale_a_channel_or_stay(home, tmp_path):
-    space = prepared(home, tmp_path, "vllm", intermediate_size=84).types
+    tiny.write_model(home / "odd", "llama", dtype=torch.float32, **tiny.IN_BLOCKS | {"intermediate_size": 84})
+    space = prepared_for(home, "vllm", SIZE, tmp_path / "x", model="odd").types
     assert {*space.rungs["model.layers.0.mlp.down_proj"]} == {"int8-channel", DENSE}  # rows of whole words
-    space = prepared(home, tmp_path, "transformers", intermediate_size=84).types
+    space = prepared_for(home, "transformers", SIZE, tmp_path / "x", model="odd").types
     assert {*space.rungs["model.layers.0.mlp.down_proj"]} == {f"int{bits}-channel" for bits in (2, 3, 4, 5, 6, 8)} | {
         DENSE
     }
@@ -132,21 +103,13 @@ def test_linears_that_no_group_divides_have_a_scale_a_channel_or_stay(home, tmp_
 
 def test_predicted_costs_are_near_the_measured_ones(home, tmp_path):
     """Of single matrices in their smallest type."""
-    found = prepared(home, tmp_path, "transformers")
+    found = prepared_for(home, "transformers", SIZE, tmp_path / "x")
     found.job.partial.mkdir()
     survey = take_survey(found, lambda _name: None)
     search, model = TypeSearch.of(found.types, survey.roundings), new_rounded_model(found, survey)
     for path in ("model.layers.0.mlp.up_proj", "model.layers.2.self_attn.o_proj", "model.layers.1.mlp.down_proj"):
         assert model.divergence({path: "int2-g32"}) == pytest.approx(search.costs[path]["int2-g32"], rel=0.6)
         assert search.costs[path]["int8-g32"] < search.costs[path]["int4-g32"] < search.costs[path]["int2-g32"]
-
-
-@pytest.mark.parametrize("size", ["70kB", "2MB"])
-def test_sizes_that_no_types_come_to_are_refused_before_the_work(home, tmp_path, size):
-    ran = invoke(*auto(home, "vllm", "--target-size", size, "--out", tmp_path / "out"))
-    assert (ran.code, len(ran.faults)) == (2, 1)
-    assert "at least, and it has" in ran.faults[0]
-    assert not (tmp_path / "out").exists()
 
 
 def quantized(home, out, *settings):
