@@ -86,6 +86,16 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return make
 
 
+@pytest.fixture(scope="module")
+def root(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A folder with a checkpoint of each kind that the test file has in WRITTEN, and the models they are of."""
+    from outputs import write_outputs
+
+    folder = tmp_path_factory.mktemp("outputs")
+    write_outputs(folder, *request.module.WRITTEN)
+    return folder
+
+
 @pytest.fixture
 def unproved(monkeypatch: pytest.MonkeyPatch) -> None:
     """No GPU is seen and no data folder is set, and what is written is not reloaded in a process of its own."""

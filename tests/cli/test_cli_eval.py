@@ -271,16 +271,11 @@ def test_the_result_is_kept_if_asked(home, place, tmp_path):
     assert "quality.json is damaged" in fault
 
 
-def test_a_gguf_file_is_its_folder(home, place, tmp_path):
+def test_a_gguf_file_is_its_folder(home, place):
     models = [home / "plain", home / "plain.gguf"]
     both = succeeds("eval", "--compare", *models, *texts(home), "--json").json["models"]
     assert both[1]["perplexity"][0]["ppl"] == pytest.approx(both[0]["perplexity"][0]["ppl"], rel=1e-5)
     assert both[1]["parameters"] == both[0]["parameters"]
-    (tmp_path / "export").mkdir()
-    shutil.copy(home / "plain.gguf", tmp_path / "export" / "model.gguf")
-    assert find_model("export").name == "model"
-    shutil.copy(home / "plain.gguf", tmp_path / "export" / "another.gguf")
-    assert "export has 2 GGUF files. Name one" in refused(2, "--model", "export", *texts(home))[0]
     assert "plain is none of yours" in refused(2, "--model", home / "plain.gguf", *texts(home), "--save")[0]
 
 
