@@ -144,8 +144,8 @@ def test_gguf_lies_beside_the_checkpoint(place):
     assert "GGUF" in ran.faults[0]
 
 
-@pytest.mark.parametrize("name", ["quantized"])
-def test_the_command_in_the_card_makes_it_again(place, made, name):
+def test_the_command_in_the_card_makes_it_again(place, made):
+    name = "quantized"
     made(name)
     model, line = RUNS[name]
     verb, *typed = line.split()
