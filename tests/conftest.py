@@ -16,7 +16,7 @@ FIRST = pytest.StashKey[dict[Any, str]]()
 FOLDERS = {"architectures", "cli", "inspection", "pipeline"}
 FILES = re.compile(
     "test_(adding_a_family|allocation|auto|auto_depth|auto_packed|budget|checkpoint_files|drop_blocks|every_family|"
-    "family_table|float8_blocks|gguf|gguf_quantized|half_precision|humaneval|llamacpp|max_memory|processes|"
+    "family_table|float8_blocks|gguf|gguf_input|gguf_quantized|half_precision|humaneval|llamacpp|max_memory|processes|"
     "quantized_tables|ranks|registration|security|sliced_model|slim|slim_world|soundness)"
 )
 
@@ -50,6 +50,14 @@ def _store(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["COMPRESS_TESTS_STORE"] = str((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "store")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _unflushed() -> Any:
+    """Files wait for no disk: no test takes the power away. In which order they would, test_io.py has."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _descriptor: None)
+        yield
+
+
 @pytest.fixture(scope="module")
 def exact_norms() -> Any:
     import oracles
@@ -76,6 +84,16 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="module")
+def root(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A folder with a checkpoint of each kind that the test file has in WRITTEN, and the models they are of."""
+    from outputs import write_outputs
+
+    folder = tmp_path_factory.mktemp("outputs")
+    write_outputs(folder, *request.module.WRITTEN)
+    return folder
 
 
 @pytest.fixture

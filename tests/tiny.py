@@ -113,15 +113,13 @@ BY_BLOCK = {"layer_types"}
 UNKNOWN = {"codegen": ("pad_token_id",)}
 # Granite 4.0 H's kind: Mamba layers in some blocks.
 HYBRID: dict[str, Any] = {"layer_types": ["linear_attention", "full_attention"]}
-# OPT-350m's kind: norms of the stream behind the branches, embeddings narrower than the stream.
-OPT_350M: dict[str, Any] = {"do_layer_norm_before": False, "word_embed_proj_dim": 16}
-
-
-# Whose rows are whole blocks and groups: of 32 and of 64 weights, those of down_proj of 256.
-EVEN = {
+# A Llama with rows of whole blocks, as types of GGUF files take them.
+IN_BLOCKS: dict[str, Any] = {
     **{"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 4, "head_dim": 16},
     **{"num_key_value_heads": 2, "attention_bias": False, "mlp_bias": False},
 }
+# OPT-350m's kind: norms of the stream behind the branches, embeddings narrower than the stream.
+OPT_350M: dict[str, Any] = {"do_layer_norm_before": False, "word_embed_proj_dim": 16}
 
 
 def tiny_config(model_type: str, **changes: Any) -> Any:
@@ -180,16 +178,3 @@ def write_text(file: Path, *, lines: int = 400, seed: int = 0) -> Path:
     picks = torch.randint(len(words), (lines, 8), generator=generator).tolist()
     file.write_text("\n".join(" ".join(words[i] for i in line) for line in picks), encoding="utf-8")
     return file
-
-
-def write_even(folder: Path, **more: Any) -> Path:
-    """A Llama of the sizes `EVEN`, and a text to calibrate on."""
-    write_model(folder / "llama", "llama", dtype=torch.float32, **EVEN | more)
-    write_text(folder / "text.txt")
-    return folder
-
-
-def auto(home: Path, *options: Any, model: str = "llama", trials: int = 3) -> list[Any]:
-    """The words of compress auto for what `write_even` wrote."""
-    text = ["--calib", home / "text.txt", "--samples", 8, "--seq-len", 32]
-    return ["auto", "--model", home / model, *text, "--trials", trials, *options]

@@ -163,13 +163,14 @@ def cases() -> dict[str, Case]:
         width, neurons = variant.width, {"neurons": {"keep": NEURONS - IDLE}}
         units = neurons | ({"kv_groups": {"keep": variant.groups - 1}} if variant.groups else {})
         fewer_heads = NARROW if width % HEADS == 0 else width  # no multiple of the dense model's heads
-        found[f"{name}: sliced"] = Case(variant, width)
         if name in ("llama", "phi"):
             found[f"{name}: idle units"] = Case(variant, fewer_heads, units=units)
+        elif name == "gemma":
+            found[f"{name}: rounded gain"] = Case(variant, width, gain_dtype=torch.bfloat16)
+        else:
+            found[f"{name}: sliced"] = Case(variant, width)
         if name == "starcoder2":
             found[f"{name}: full width"] = Case(variant, D, units=neurons)
-        if name == "gemma":
-            found[f"{name}: rounded gain"] = Case(variant, width, gain_dtype=torch.bfloat16)
     return found | {f"{name}: fallback": Case(variant, NARROW) for name, (variant, _) in FALLBACKS.items()}
 
 

@@ -170,17 +170,16 @@ def test_experts_linears_are_measured_by_the_tokens_that_reach_them(model_type, 
     assert notes["mlp.gate"] is None
 
 
-@pytest.mark.parametrize("model_type", ["mixtral"])
-def test_an_expert_that_no_token_reaches_has_a_spectrum_of_its_weights(model_type, folders, tmp_path):
+def test_an_expert_that_no_token_reaches_has_a_spectrum_of_its_weights(folders, tmp_path):
     """Of white inputs; the loss feels nothing of it."""
     watch = Factorize(gradient_weight=0.5).requires.watch
     surveyor = oracles.surveyor(
-        folders[model_type],
+        folders["mixtral"],
         WINDOWS[:1, :2],
         observe=lambda decoder: LinearObserver(watch, GradientFiles(tmp_path), decoder),
     )
     found = surveyor.run(gradient=True).spectra
-    model, reached = unfuse_experts(stock_model(folders[model_type])), set[str]()
+    model, reached = unfuse_experts(stock_model(folders["mixtral"])), set[str]()
     for path in found:
         model.get_submodule(path).register_forward_hook(lambda *_, path=path: reached.add(path))
     oracles.logits_of(model, WINDOWS[:1, :2])
@@ -292,6 +291,3 @@ def test_each_expert_is_to_make_up_for_its_share_of_what_its_tokens_lack(model_t
                 missing = filled.fit.G - G
                 assert missing.trace() > 0
                 assert torch.allclose(filled.fit.B - B, missing @ expert.down_proj.weight.T)
-
-
-# ---- the report ----

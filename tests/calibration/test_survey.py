@@ -92,9 +92,8 @@ def test_it_is_autograd_through_the_whole_model(model_type, models):
             assert float(matrix.sum(0).abs().max()) < 1e-5 * float(matrix.abs().max())
 
 
-@pytest.mark.parametrize("model_type", ["opt"])
-def test_without_the_gradient_it_stops_at_the_head(model_type, models):
-    _, folder = models(model_type)
+def test_without_the_gradient_it_stops_at_the_head(models):
+    _, folder = models("opt")
     steps: list[str] = []
     found = surveyor(folder).run(gradient=False, begin=steps.append)
     assert found.gradient is None

@@ -96,8 +96,8 @@ def test_the_walk_is_the_paper(rule, signal, folders):
     assert oracles.largest_difference(written, paper.logits(UNSEEN)) < 1e-8
 
 
-@pytest.mark.parametrize("model_type", ["opt"])
-def test_the_error_report_is_the_papers_prefix_against_the_dense_one(model_type, folders):
+def test_the_error_report_is_the_papers_prefix_against_the_dense_one(folders):
+    model_type = "opt"
     model = tiny.tiny_model(model_type)
     paper = oracles.PaperSliceGPT(model).slice(WINDOWS, by_rule(SLICED, model_type))
     dense = oracles.PaperSliceGPT(model).slice(WINDOWS, lambda point, eigenvalues: D)
@@ -182,8 +182,7 @@ def test_the_probe_sees_the_rounded_weights(folders):
     assert oracles.largest_difference(written, result.probe_logits) < 1e-4 * float(written.abs().max())
 
 
-@pytest.mark.parametrize("model_type", ["opt"])
-def test_one_part_at_a_time_has_weights_and_each_is_read_once(model_type, folders, monkeypatch):
+def test_one_part_at_a_time_has_weights_and_each_is_read_once(folders, monkeypatch):
     asked: list[str] = []
     read = LazyWeights.read
 
@@ -192,15 +191,14 @@ def test_one_part_at_a_time_has_weights_and_each_is_read_once(model_type, folder
         return read(weights, names)
 
     monkeypatch.setattr(LazyWeights, "read", noting)
-    walk = oracles.new_walk(folders[model_type], oracles.slicegpt(SLICED), WINDOWS)
+    walk = oracles.new_walk(folders["opt"], oracles.slicegpt(SLICED), WINDOWS)
     every, tables = set(walk.decoder.parameter_shapes()), set(walk.decoder.embedding_names())
     for part in walk.parts():
         filled = [name for name, p in walk.decoder.model.named_parameters() if p.device.type != "meta"]
         assert not filled or part.name == "head"
     once = [name for name in asked if name not in tables]
     assert len(once) == len(set(once))
-    tied = {"lm_head.weight"} if model_type == "opt" else set()
-    assert set(asked) == every - tied
+    assert set(asked) == every - {"lm_head.weight"}
 
 
 def test_a_weight_too_large_for_the_output_names_the_dtype(tmp_path):

@@ -16,7 +16,8 @@ from compress.checkpoints.card import model_card, read_origin
 from compress.checkpoints.metadata import Metadata, read_metadata
 from compress.checkpoints.quality import Quality
 from measures import MEASURED, NASTY, TUNING
-from outputs import write_outputs
+
+WRITTEN = ("sliced", "thin", "packed")
 
 POINT = {"point": "embeddings", "width": 24, "dense_width": 32}
 
@@ -243,13 +244,6 @@ def test_license_and_language_come_from_the_input(tmp_path):
 )
 def test_a_card_that_says_nothing_of_use(text, tmp_path):
     assert read_origin(write_card(tmp_path, text)) == {}
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    root = tmp_path_factory.mktemp("outputs")
-    write_outputs(root, "sliced", "thin", "packed")
-    return root
 
 
 @pytest.mark.parametrize("kind", ["thin", "packed"])

@@ -18,7 +18,10 @@ gguf = pytest.importorskip("gguf")
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    return tiny.write_even(tmp_path_factory.mktemp("home"))
+    folder = tmp_path_factory.mktemp("home")
+    tiny.write_model(folder / "llama", "llama", dtype=torch.float32, **tiny.IN_BLOCKS)
+    tiny.write_text(folder / "text.txt")
+    return folder
 
 
 def quantize(home, out, *options, verb="quantize"):
@@ -149,7 +152,7 @@ def test_the_held_out_divergence_is_from_the_dense_head(tmp_path, monkeypatch):
         {"stage": "slim", "form": "gguf", "quantize": {"gguf_type": "Q4_0"}},
         {"stage": "quantize_embeddings"},
     ]
-    job = runs.job_of(tmp_path, "llama", stages, changes={**tiny.EVEN, "tie_word_embeddings": True})
+    job = runs.job_of(tmp_path, "llama", stages, changes={**tiny.IN_BLOCKS, "tie_word_embeddings": True})
     pipeline.run(job)
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32)
     assert torch.equal(heads[0], dense.lm_head.weight)

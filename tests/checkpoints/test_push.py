@@ -11,14 +11,8 @@ import pytest
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
 from cli_runner import invoke, succeeds
-from outputs import write_outputs
 
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    root = tmp_path_factory.mktemp("outputs")
-    write_outputs(root, "packed", "thin")
-    return root
+WRITTEN = ("packed", "thin")
 
 
 class Url(str):

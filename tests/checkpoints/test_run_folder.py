@@ -160,13 +160,12 @@ def test_only_files_of_its_own_folder_count(out, partial, name):
     assert resumed(out) == ([], None)
 
 
-@pytest.mark.parametrize("options", [{"overwrite": True}])
-def test_two_runs_cannot_share_a_folder(out, partial, options):
+def test_two_runs_cannot_share_a_folder(out, partial):
     with open_run(job(out, resume=True), IDENTITY) as folder:
         before = snapshot(partial)
         with (
             pytest.raises(UsageError, match=r"Another run is writing .*out\.partial"),
-            open_run(job(out, **options), IDENTITY),
+            open_run(job(out, overwrite=True), IDENTITY),
         ):
             pass
         assert snapshot(partial) == before

@@ -207,8 +207,8 @@ def test_ours_is_nearer_to_the_dense_model_than_the_papers_method(tmp_path, monk
     for name, options in {"dense": None, "slim": ["--method", "slim"], "ours": ["--fast"]}.items():
         model = "demo" if options is None else tmp_path / name
         if options is not None:
-            succeeds("slim", *options, "--samples", 16, "--seq-len", 64, "--out", model, "--device", "cpu")
-        words = ["--ppl", "stdlib", "--seq-len", 128, "--limit", 8, "--device", "cpu", "--json"]
+            succeeds("slim", *options, "--samples", 8, "--seq-len", 64, "--out", model, "--device", "cpu")
+        words = ["--ppl", "stdlib", "--seq-len", 128, "--limit", 4, "--device", "cpu", "--json"]
         (found,) = succeeds("eval", "--model", model, *words).json["perplexity"]
         losses[name] = found["nll"]
     assert losses["dense"] < losses["ours"]

@@ -11,7 +11,6 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import compress
-from cli_runner import Ran, environment, finish, flat, invoke, snapshot, start_installed, succeeds
+from cli_runner import environment, finish, flat, invoke, snapshot, start_installed, succeeds
 from compress.cli.options import newest_output
 from tiny import write_model, write_text
 
@@ -67,33 +66,19 @@ def words(home):
     return ["slice", "--model", home / "tiny", "--method", "slicegpt", *text]
 
 
-# The installed command runs in processes of its own, while the other tests of this file do; its tests come last.
+# The installed command runs in a process of its own, while the other tests of this file do; its test comes last.
 
 
 @pytest.fixture(scope="module", autouse=True)
 def started(home, tmp_path_factory):
-    """slice and then eval of its output."""
     folder = tmp_path_factory.mktemp("installed")
     slicing = ["--model", home / "tiny", "--method", "slicegpt", "--ratio", 0.25, "--calib", home / "text.txt"]
     slicing += ["--samples", 4, "--seq-len", 32]
-    evaluating = ["--ppl", home / "text.txt", "--seq-len", 32, "--limit", 4]
-    ran: dict[str, Ran] = {}
-
-    def in_turn():
-        for name, words in {"slice": ["slice", *slicing], "eval": ["eval", *evaluating]}.items():
-            ran[name] = finish(start_installed(*words, "--device", "cpu", "--json", cwd=folder))
-
-    thread = threading.Thread(target=in_turn)
-    thread.start()
-    yield folder, ran, thread
-    thread.join()
-
-
-@pytest.fixture
-def installed(started):
-    folder, ran, thread = started
-    thread.join()
-    return folder, ran
+    process = start_installed("slice", *slicing, "--device", "cpu", "--json", cwd=folder)
+    yield folder, process
+    if process.poll() is None:
+        process.kill()
+        finish(process)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -284,23 +269,19 @@ def test_local_data_sets(home, words, place, monkeypatch):
     assert json.loads((place / "out" / "compress.json").read_text())["recipe"]["calibration"]["source"] == "ptb"
 
 
-def test_installed_slice(installed):
-    folder, ran = installed
-    assert ran["slice"].code == 0, ran["slice"].err
-    result = ran["slice"].json
-    assert result["reload_difference"] < 1e-6
-    assert (folder / result["out"] / "model.safetensors.index.json").is_file()
-    assert "verifying: 0/1, reloading, " in ran["slice"].err
-    assert "Warning" not in ran["slice"].err
-
-
-def test_installed_eval(installed):
-    _, ran = installed
-    assert ran["eval"].code == 0, ran["eval"].err
-    assert ran["eval"].json["model"] == "tiny-slicegpt-0.25"
-    assert ran["eval"].json["parameters"] == ran["slice"].json["parameters"]
-    assert ran["eval"].json["perplexity"][0]["ppl"] > 1
-    assert ran["eval"].progress[-1][1].startswith("4/4, took ")
+def test_installed_slice_and_an_eval_of_the_newest_output(home, started, monkeypatch):
+    folder, process = started
+    ran = finish(process)
+    assert ran.code == 0, ran.err
+    assert ran.json["reload_difference"] < 1e-6
+    assert (folder / ran.json["out"] / "model.safetensors.index.json").is_file()
+    assert "verifying: 0/1, reloading, " in ran.err
+    assert "Warning" not in ran.err
+    monkeypatch.chdir(folder)
+    evaluated = succeeds("eval", "--ppl", home / "text.txt", "--seq-len", 32, "--limit", 4, "--device", "cpu", "--json")
+    assert evaluated.json["model"] == "tiny-slicegpt-0.25"
+    assert evaluated.json["parameters"] == ran.json["parameters"]
+    assert evaluated.progress[-1][1].startswith("4/4, took ")
 
 
 def test_an_interruption_before_any_command_is_told_in_a_word(monkeypatch, capsys):

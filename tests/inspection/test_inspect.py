@@ -9,17 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cli_runner import flat, succeeds
-from outputs import KINDS, write_outputs
+from outputs import KINDS
 from tiny import HIDDEN, NUM_BLOCKS
 
+WRITTEN = KINDS
+
 BLOCK_LINEARS = 7  # of a Llama
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    root = tmp_path_factory.mktemp("outputs")
-    write_outputs(root, *KINDS)
-    return root
 
 
 def facts_of(folder: Path) -> dict:

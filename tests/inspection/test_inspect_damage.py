@@ -13,20 +13,14 @@ from test_inspect import change
 
 from cli_runner import Ran, invoke, succeeds, untouched
 from compress.checkpoints.run_folder import checksum
-from outputs import write_outputs
 from tiny import NUM_BLOCKS
+
+WRITTEN = ("packed", "thin")
 
 PARTS = NUM_BLOCKS + 2
 FIRST, SECOND = (f"model-{number:05d}-of-{PARTS:05d}.safetensors" for number in (1, 2))
 INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter/adapter_model.safetensors"
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    root = tmp_path_factory.mktemp("outputs")
-    write_outputs(root, "packed", "thin")
-    return root
 
 
 @pytest.fixture

@@ -24,7 +24,6 @@ from compress.inspection.plots import (
     plot_ranks,
     plot_sizes,
 )
-from outputs import write_outputs
 
 PLOTS = {
     "sliced": {"spectra", "energy", "errors", "sizes"},
@@ -33,13 +32,7 @@ PLOTS = {
     "packed": {"errors", "bits", "ranks", "sizes"},
     "compact": {"errors", "bits", "ranks", "sizes"},
 }
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    root = tmp_path_factory.mktemp("outputs")
-    write_outputs(root, *PLOTS)
-    return root
+WRITTEN = PLOTS
 
 
 def seen(folder: Path) -> Inspection:

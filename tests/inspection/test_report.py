@@ -24,7 +24,8 @@ from compress.cli import app
 from compress.inspection.drawing import Drawing, as_svg, axes, style
 from compress.inspection.report import stage_in_words
 from measures import MEASURED, NASTY, TUNING
-from outputs import write_outputs
+
+WRITTEN = ("sliced", "packed", "thin", "turned")
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 RATE = {"median": 150.0, "low": 140.0, "high": 160.0}
@@ -73,13 +74,6 @@ class Page(HTMLParser):
     def commands(self) -> list[str]:
         found = re.findall(r'<pre class="command"><code>(.*?)</code></pre>', self.source, re.DOTALL)
         return [html.unescape(each) for each in found]
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    root = tmp_path_factory.mktemp("outputs")
-    write_outputs(root, "sliced", "packed", "thin", "turned")
-    return root
 
 
 def page_of(folder: Path, *options: object) -> Page:

@@ -17,7 +17,7 @@ from compress.numerics.grids import FLOAT8
 from compress.numerics.steps import StepMethod, make_grid
 from matrices import args_of
 from oracles import random_ids
-from runs import job_of
+from runs import job_of, proved_here
 from stored import label
 
 M, N = 200, 384  # the last block has 72 rows
@@ -89,11 +89,12 @@ def stages(**quantize: Any) -> list[dict[str, Any]]:
 
 
 def test_a_run_is_written_as_the_preset_of_compressed_tensors(tmp_path: Path):
-    """Proved by reload in the run itself, by transformers."""
+    """Proved by reload, by transformers."""
     presets = pytest.importorskip("compressed_tensors.quantization.quant_scheme")
     from transformers import AutoModelForCausalLM
 
-    pipeline.run(job_of(tmp_path, "llama", stages(), changes=WIDE, dtype="float32"))
+    with proved_here(tmp_path / "modules"):
+        pipeline.run(job_of(tmp_path, "llama", stages(), changes=WIDE, dtype="float32"))
     out = tmp_path / "out"
     written = json.loads((out / "config.json").read_text(encoding="utf-8"))["quantization_config"]
     (group,) = written["config_groups"].values()

@@ -344,10 +344,6 @@ def tensor(file: str, name: str, make: Callable[[Any], Any]) -> Callable[[Path],
     return change
 
 
-def of_lora(name: str) -> str:
-    return f"base_model.model.{name}.weight"
-
-
 FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "another method": (quantized(quant_method="gptq"), "quant_method is 'gptq'"),
     "a cache scheme": (quantized(kv_cache_scheme={"num_bits": 8}), "kv_cache_scheme"),

@@ -51,12 +51,11 @@ def test_killed_while_measures_are_saved(place, wholes):
     assert len(trials) == 3
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM])
-def test_the_process_that_reloads_ends_too(place, wholes, number):
+def test_the_process_that_reloads_ends_too(place, wholes):
     """Nothing is left of it, neither itself nor its files."""
     whole = wholes[OVER]
-    hit = Disturbance(fault_kinds.STARTED, number=int(number), delay=0.5)
-    fault = Fault("proof", "0.5 s into the proof", int(number), {"disturbance": hit, "verify": True})
+    hit = Disturbance(fault_kinds.STARTED, number=signal.SIGTERM, delay=0.5)
+    fault = Fault("proof", "0.5 s into the proof", signal.SIGTERM, {"disturbance": hit, "verify": True})
     assert struck(place, [Trial(whole, fault, place.folder(whole.before))])
 
 

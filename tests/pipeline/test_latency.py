@@ -4,12 +4,13 @@ import json
 from typing import ClassVar
 
 import pytest
+import torch
 
 import tiny
 from cli_runner import invoke, succeeds
 from compress.errors import UsageError
 from compress.pipeline import latency
-from tiny import auto
+from searches import auto
 
 pytest.importorskip("gguf")
 
@@ -29,7 +30,10 @@ class Engine:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    return tiny.write_even(tmp_path_factory.mktemp("home"), num_hidden_layers=3)
+    folder = tmp_path_factory.mktemp("home")
+    tiny.write_model(folder / "llama", "llama", dtype=torch.float32, num_hidden_layers=3, **tiny.IN_BLOCKS)
+    tiny.write_text(folder / "text.txt")
+    return folder
 
 
 @pytest.fixture

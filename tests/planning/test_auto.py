@@ -8,35 +8,27 @@ import torch
 
 import tiny
 from cli_runner import invoke, succeeds
-from compress import presets
-from compress.models.hub import find_model
 from compress.models.loading import load_model
 from compress.numerics.functional import kl_divergence
-from compress.planning.prepare import Job, new_rounded_model, prepare, take_survey
+from compress.pipeline import mixture
+from compress.planning.prepare import new_rounded_model, take_survey
 from compress.planning.types import DENSE, TypeSearch, TypeSpace, improved
-from compress.recipe import parse_recipe
-from tiny import auto
+from searches import auto, prepared_for
 
 gguf = pytest.importorskip("gguf")
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    folder = tiny.write_even(tmp_path_factory.mktemp("home"))
-    tiny.write_model(folder / "tied", "qwen2", dtype=torch.float32, **{**tiny.EVEN, "vocab_size": 264})
-    return folder
+def home(home):
+    tiny.write_model(home / "tied", "qwen2", dtype=torch.float32, **tiny.IN_BLOCKS, vocab_size=264)
+    return home
 
 
 @pytest.fixture(scope="module")
 def prepared(home, tmp_path_factory):
     """A job whose dense model has been surveyed."""
-    calibration = {"source": str(home / "text.txt"), "samples": 8, "seq_len": 32}
-    recipe = parse_recipe(presets.load("auto") | {"calibration": calibration, "budget": {"target_size": 200_000}})
-    job = Job(
-        model=find_model(str(home / "llama")), recipe=recipe, out=tmp_path_factory.mktemp("out") / "x", command=""
-    )
-    found = prepare(job)
-    job.partial.mkdir()
+    found = prepared_for(home, "llama.cpp", 200_000, tmp_path_factory.mktemp("out") / "x")
+    found.job.partial.mkdir()
     survey = take_survey(found, lambda _name: None)
     return found, survey
 
@@ -57,13 +49,13 @@ def test_a_file_is_as_large_as_planned_and_never_larger_than_asked(home, written
         assert 0.9 * size < on_disk == least["bytes"] <= size
 
 
-def test_sizes_that_no_types_come_to_are_refused_before_the_work(home, tmp_path):
-    for size in ("40kB", "2MB"):
-        ran = invoke(*auto(home, "--target-size", size, "--out", tmp_path / "out"))
-        assert (ran.code, len(ran.faults)) == (2, 1)
-        assert "at least, and it has" in ran.faults[0]
-        assert "surveying" not in ran.err
-        assert not (tmp_path / "out").exists()
+def test_what_is_predicted_is_taken_where_no_trials_are_asked_for(home, tmp_path, monkeypatch):
+    monkeypatch.delattr(mixture, "new_rounded_model")
+    words = auto(home, "--target-size", "200kB", "--out", tmp_path / "out")
+    place = words.index("--trials")
+    succeeds(*words[:place], *words[place + 2 :])
+    assert 180_000 < (tmp_path / "out" / "out.gguf").stat().st_size <= 200_000
+    assert not (tmp_path / "out" / "trials.jsonl").exists()
 
 
 def test_the_least_that_is_told_can_be_reached(prepared):
@@ -203,8 +195,9 @@ def test_a_frontier_is_found_once_and_any_point_written_later(home, tmp_path):
     ]
     succeeds("report", tmp_path / "out")
     assert "The search" in (tmp_path / "out" / "report.html").read_text()
-    other = invoke(*words, "180kB", "--model", home / "tied", "--out", tmp_path / "never")
-    assert (other.code, len(other.faults)) == (2, 1)
+    for options in (["--model", home / "tied"], ["--for", "vllm"]):
+        other = invoke(*words, "180kB", *options, "--out", tmp_path / "never")
+        assert (other.code, len(other.faults)) == (2, 1), other.err
     assert not (tmp_path / "never").exists()
 
 

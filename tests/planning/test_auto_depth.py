@@ -9,18 +9,15 @@ import torch
 import runs
 import tiny
 from cli_runner import invoke, succeeds
-from compress import presets
 from compress.calibration.depth import Depth
 from compress.calibration.roundings import RoundedModel
 from compress.models.gguf_header import read_header
-from compress.models.hub import find_model
 from compress.pipeline import mixture
-from compress.planning.prepare import Job, prepare
-from compress.recipe import parse_recipe
+from searches import auto, prepared_for
 
 pytest.importorskip("gguf")
 BLOCKS, IDLE = 4, 1
-ENGINES = ("llama.cpp", "vllm", "transformers")
+ENGINES = ("llama.cpp", "vllm")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -33,7 +30,7 @@ def proved_here(tmp_path_factory):
 def home(tmp_path_factory):
     """A model of four blocks, of which the second does nothing."""
     folder = tmp_path_factory.mktemp("home")
-    model = tiny.tiny_model("llama", dtype=torch.float32, num_hidden_layers=BLOCKS, **tiny.EVEN)
+    model = tiny.tiny_model("llama", dtype=torch.float32, **tiny.IN_BLOCKS, num_hidden_layers=BLOCKS)
     for writer in (model.model.layers[IDLE].self_attn.o_proj, model.model.layers[IDLE].mlp.down_proj):
         torch.nn.init.zeros_(writer.weight)
     model.save_pretrained(folder / "llama")
@@ -42,19 +39,9 @@ def home(tmp_path_factory):
     return folder
 
 
-def auto(home, engine, *options):
-    return tiny.auto(home, "--for", engine, *options)
-
-
 def space_of(home, engine, dropped=()):
     """What types come to, without some of the blocks."""
-    data = presets.load("auto" if engine == "llama.cpp" else "auto-packed")
-    data |= {"calibration": {"source": str(home / "text.txt"), "samples": 8, "seq_len": 32}}
-    data |= {"budget": {"target_size": 300_000}}
-    if engine != "llama.cpp":
-        data["stages"][-1]["quantize"]["engine"] = engine
-    job = Job(model=find_model(str(home / "llama")), recipe=parse_recipe(data), out=home / "planned", command="")
-    return prepare(job).without(dropped).types
+    return prepared_for(home, engine, 300_000, home / "planned").without(dropped).types
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +53,7 @@ def sizes(home):
 @pytest.fixture(scope="module")
 def written(home, sizes):
     for engine in ENGINES:
-        succeeds(*auto(home, engine, "--target-size", sizes[engine], "--out", home / engine))
+        succeeds(*auto(home, "--for", engine, "--target-size", sizes[engine], "--out", home / engine))
     return home
 
 
@@ -95,9 +82,8 @@ def test_blocks_go_where_types_alone_do_not_reach_the_size(written, sizes, engin
     )
 
 
-@pytest.mark.parametrize("engine", ENGINES[:2])
-def test_the_recipe_repeats_to_the_byte_without_a_search(home, written, tmp_path, engine):
-    ran = succeeds("run", written / engine, "--model", home / "llama", "--out", tmp_path / "again")
+def test_the_recipe_repeats_to_the_byte_without_a_search(home, written, tmp_path):
+    ran = succeeds("run", written / "vllm", "--model", home / "llama", "--out", tmp_path / "again")
     assert "surveying" not in ran.err
     assert "choosing blocks" not in ran.err
     assert "The same bytes" in ran.out
@@ -115,7 +101,7 @@ def test_a_stopped_run_goes_on_without_choosing_again(home, written, sizes, tmp_
     def interrupt(*_arguments):
         raise KeyboardInterrupt
 
-    again = auto(home, "vllm", "--target-size", sizes["vllm"], "--out", tmp_path / "again")
+    again = auto(home, "--for", "vllm", "--target-size", sizes["vllm"], "--out", tmp_path / "again")
     with monkeypatch.context() as patch:
         patch.setattr(RoundedModel, "divergence", interrupt)
         assert invoke(*again).code == 130
@@ -128,7 +114,7 @@ def test_a_stopped_run_goes_on_without_choosing_again(home, written, sizes, tmp_
 def test_where_types_cost_little_all_blocks_stay_and_none_is_measured(home, tmp_path, monkeypatch):
     monkeypatch.setattr(Depth, "__init__", None)
     size = space_of(home, "vllm").least + 20_000
-    succeeds(*auto(home, "vllm", "--target-size", size, "--out", tmp_path / "out"))
+    succeeds(*auto(home, "--for", "vllm", "--target-size", size, "--out", tmp_path / "out"))
     facts = json.loads((tmp_path / "out" / "compress.json").read_text())
     assert (layers_of(tmp_path / "out"), facts["dropped"]) == (BLOCKS, [])
     assert [stage["stage"] for stage in facts["recipe"]["stages"]] == ["refit", "slim"]
@@ -142,8 +128,8 @@ def test_where_types_cost_more_than_a_block_it_goes(home, tmp_path, monkeypatch)
     monkeypatch.setattr(
         Depth, "measure", lambda depth, choices: tried.append(len(choices[0])) or measured(depth, choices)
     )
-    size = space_of(home, "transformers").least + 2000
-    succeeds(*auto(home, "transformers", "--target-size", size, "--out", tmp_path / "out"))
+    size = space_of(home, "vllm").least + 2000
+    succeeds(*auto(home, "--for", "vllm", "--target-size", size, "--out", tmp_path / "out"))
     assert json.loads((tmp_path / "out" / "compress.json").read_text())["dropped"] == [IDLE]
     assert tried == [1, 2, 3]
     assert sum(file.stat().st_size for file in weights_of(tmp_path / "out")) <= size
@@ -151,26 +137,26 @@ def test_where_types_cost_more_than_a_block_it_goes(home, tmp_path, monkeypatch)
 
 def test_how_many_go_may_be_said(home, tmp_path):
     size = space_of(home, "vllm").least
-    succeeds(*auto(home, "vllm", "--target-size", size, "--drop-blocks", 1, "--out", tmp_path / "out"))
+    succeeds(*auto(home, "--for", "vllm", "--target-size", size, "--drop-blocks", 1, "--out", tmp_path / "out"))
     assert json.loads((tmp_path / "out" / "compress.json").read_text())["dropped"] == [IDLE]
     for options in (["--drop-blocks", 0], ["--drop-blocks", 0, "--dry-run"]):
-        ran = invoke(*auto(home, "vllm", "--target-size", size - 1, *options, "--out", tmp_path / "never"))
+        ran = invoke(*auto(home, "--for", "vllm", "--target-size", size - 1, *options, "--out", tmp_path / "never"))
         assert (ran.code, len(ran.faults)) == (2, 1)
         assert f"types take it to {size:,} at least" in ran.faults[0]
     assert not (tmp_path / "never").exists()
 
 
 @pytest.mark.parametrize("options", [[], ["--dry-run"]])
-@pytest.mark.parametrize("engine", ["llama.cpp", "vllm"])
+@pytest.mark.parametrize("engine", ENGINES)
 def test_a_size_that_nothing_comes_to_is_refused_before_the_work(home, tmp_path, engine, options):
     least = space_of(home, engine, range(1, BLOCKS)).least
     for size in (least - 1, "4MB"):
-        ran = invoke(*auto(home, engine, "--target-size", size, *options, "--out", tmp_path / "out"))
+        ran = invoke(*auto(home, "--for", engine, "--target-size", size, *options, "--out", tmp_path / "out"))
         assert (ran.code, len(ran.faults)) == (2, 1), ran.err
         assert f"one block left, take it to {least:,} at least, and it has" in ran.faults[0]
         assert not list(tmp_path.iterdir())
     if options:
-        succeeds(*auto(home, engine, "--target-size", least, *options, "--out", tmp_path / "out"))
+        succeeds(*auto(home, "--for", engine, "--target-size", least, *options, "--out", tmp_path / "out"))
 
 
 def test_a_dry_run_needs_the_config_alone(home, tmp_path):
@@ -188,6 +174,6 @@ def test_a_frontier_keeps_all_blocks(home, sizes, tmp_path):
         "300kB:400kB": (["--drop-blocks", 1], "A frontier keeps all blocks"),
     }
     for between, (options, said) in words.items():
-        ran = invoke(*auto(home, "vllm", "--frontier", between, *options, "--out", tmp_path / "out"))
+        ran = invoke(*auto(home, "--for", "vllm", "--frontier", between, *options, "--out", tmp_path / "out"))
         assert (ran.code, len(ran.faults)) == (2, 1), ran.err
         assert said in ran.faults[0]

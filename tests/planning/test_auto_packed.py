@@ -11,12 +11,10 @@ import tiny
 from cli_runner import invoke, succeeds
 from compress import presets
 from compress.architectures import packed_types
-from compress.calibration.roundings import RoundedModel
-from compress.models.hub import find_model
 from compress.numerics.grids import QuantizationArgs
-from compress.planning.prepare import Job, new_rounded_model, prepare, take_survey
+from compress.planning.prepare import new_rounded_model, take_survey
 from compress.planning.types import DENSE, TypeSearch
-from compress.recipe import parse_recipe
+from searches import auto, prepared_for
 
 SIZE = 300_000
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -29,19 +27,10 @@ def proved_here(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    return tiny.write_even(tmp_path_factory.mktemp("home"))
-
-
-def auto(home, engine, *options):
-    return tiny.auto(home, "--for", engine, *options)
-
-
-@pytest.fixture(scope="module")
 def written(home):
     """For each engine, at one size."""
     for engine in packed_types.ENGINES:
-        succeeds(*auto(home, engine, "--target-size", SIZE, "--out", home / engine))
+        succeeds(*auto(home, "--for", engine, "--target-size", SIZE, "--out", home / engine))
     return home
 
 
@@ -58,18 +47,6 @@ def types_of(folder):
         for paths, each in args
         for path in paths
     }
-
-
-def prepared(home, out, engine, size=SIZE, **sizes):
-    calibration = {"source": str(home / "text.txt"), "samples": 8, "seq_len": 32}
-    data = presets.load("auto-packed") | {"calibration": calibration, "budget": {"target_size": size}}
-    data["stages"][-1]["quantize"]["engine"] = engine
-    model = home / "llama"
-    if sizes:
-        model = out / "model"
-        tiny.write_model(model, "llama", dtype=torch.float32, **{**tiny.EVEN, **sizes})
-    job = Job(model=find_model(str(model)), recipe=parse_recipe(data), out=out / "x", command="")
-    return prepare(job)
 
 
 @pytest.mark.parametrize("engine", packed_types.ENGINES)
@@ -104,7 +81,7 @@ def test_the_card_says_where_vllm_cannot_follow(written):
 
 @pytest.mark.parametrize("engine", packed_types.ENGINES)
 def test_bytes_are_counted_as_the_plan_counts_them(home, tmp_path, engine):
-    found = prepared(home, tmp_path, engine)
+    found = prepared_for(home, engine, SIZE, tmp_path / "x")
     space = found.types
     assert space is not None
     types = {path: sorted(rungs, key=rungs.get)[1] for path, rungs in space.rungs.items()}
@@ -115,9 +92,10 @@ def test_bytes_are_counted_as_the_plan_counts_them(home, tmp_path, engine):
 
 
 def test_linears_that_no_group_divides_have_a_scale_a_channel_or_stay(home, tmp_path):
-    space = prepared(home, tmp_path, "vllm", intermediate_size=84).types
+    tiny.write_model(home / "odd", "llama", dtype=torch.float32, **tiny.IN_BLOCKS | {"intermediate_size": 84})
+    space = prepared_for(home, "vllm", SIZE, tmp_path / "x", model="odd").types
     assert {*space.rungs["model.layers.0.mlp.down_proj"]} == {"int8-channel", DENSE}  # rows of whole words
-    space = prepared(home, tmp_path, "transformers", intermediate_size=84).types
+    space = prepared_for(home, "transformers", SIZE, tmp_path / "x", model="odd").types
     assert {*space.rungs["model.layers.0.mlp.down_proj"]} == {f"int{bits}-channel" for bits in (2, 3, 4, 5, 6, 8)} | {
         DENSE
     }
@@ -125,61 +103,13 @@ def test_linears_that_no_group_divides_have_a_scale_a_channel_or_stay(home, tmp_
 
 def test_predicted_costs_are_near_the_measured_ones(home, tmp_path):
     """Of single matrices in their smallest type."""
-    found = prepared(home, tmp_path, "transformers")
+    found = prepared_for(home, "transformers", SIZE, tmp_path / "x")
     found.job.partial.mkdir()
     survey = take_survey(found, lambda _name: None)
     search, model = TypeSearch.of(found.types, survey.roundings), new_rounded_model(found, survey)
     for path in ("model.layers.0.mlp.up_proj", "model.layers.2.self_attn.o_proj", "model.layers.1.mlp.down_proj"):
         assert model.divergence({path: "int2-g32"}) == pytest.approx(search.costs[path]["int2-g32"], rel=0.6)
         assert search.costs[path]["int8-g32"] < search.costs[path]["int4-g32"] < search.costs[path]["int2-g32"]
-
-
-def test_the_recipe_repeats_to_the_byte_without_a_search(home, written, tmp_path):
-    ran = succeeds("run", written / "vllm", "--model", home / "llama", "--out", tmp_path / "again")
-    assert "surveying" not in ran.err
-    assert "The same bytes" in ran.out
-
-
-def test_a_resumed_run_repeats_no_trial_and_gives_the_same_bytes(home, written, tmp_path, monkeypatch):
-    log, measured, calls = (written / "vllm" / "trials.jsonl").read_text(), RoundedModel.divergence, []
-
-    def interrupted(model, chosen):
-        calls.append(chosen)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return measured(model, chosen)
-
-    monkeypatch.setattr(RoundedModel, "divergence", interrupted)
-    again = auto(home, "vllm", "--target-size", SIZE, "--out", tmp_path / "again")
-    assert invoke(*again).code == 130
-    succeeds(*again, "--resume")
-    assert len(calls) == len(log.splitlines()) + 1
-    assert (tmp_path / "again" / "trials.jsonl").read_text() == log
-    for file in (written / "vllm").glob("*.safetensors"):
-        assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes()
-
-
-def test_a_frontier_is_found_once_and_any_point_written_later(home, tmp_path):
-    found = succeeds(*auto(home, "transformers", "--frontier", "280kB:600kB", "--out", tmp_path / "map", "--json")).json
-    assert len(found["points"]) == 12
-    predicted = [point["predicted"] for point in found["points"]]
-    assert predicted == sorted(predicted, reverse=True)
-    words = ["auto", "--from", tmp_path / "map", "--model", home / "llama", "--target-size", SIZE]
-    ran = succeeds(*words, "--out", tmp_path / "out")
-    assert "surveying" not in ran.err
-    assert on_disk(tmp_path / "out") <= SIZE
-    for engine in ("llama.cpp", "vllm"):
-        other = invoke(*words, "--for", engine, "--out", tmp_path / "never")
-        assert (other.code, len(other.faults)) == (2, 1), other.err
-    assert not (tmp_path / "never").exists()
-
-
-@pytest.mark.parametrize("size", ["70kB", "2MB"])
-def test_sizes_that_no_types_come_to_are_refused_before_the_work(home, tmp_path, size):
-    ran = invoke(*auto(home, "vllm", "--target-size", size, "--out", tmp_path / "out"))
-    assert (ran.code, len(ran.faults)) == (2, 1)
-    assert "at least, and it has" in ran.faults[0]
-    assert not (tmp_path / "out").exists()
 
 
 def quantized(home, out, *settings):

@@ -21,7 +21,7 @@ from compress.calibration.observers import Spectrum
 from compress.planning import search
 from compress.planning.budget import RankSpace, rank_choices
 from compress.planning.plan import Plan
-from compress.planning.prepare import Job, prepare, take_survey
+from compress.planning.prepare import prepare, take_survey
 from compress.recipe import Recipe, parse_recipe
 from orders import Made, maker, planned, refusal
 from recipes import lowrank
@@ -289,29 +289,15 @@ def killed_at(call: int, function: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-# Where it dies, and what the run that goes on need not do again.
-MOMENTS: dict[str, tuple[Any, str, int, list[tuple[Any, str]]]] = {
-    "between trials": (search, "try_out", 3, [(pipeline, "take_survey")]),
-    "after two parts": (pipeline, "_write_part", 3, [(pipeline, "take_survey"), (search, "try_out")]),
-}
-
-
-def kill(job: Job, moment: str) -> None:
-    module, name, call, _ = MOMENTS[moment]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, name, killed_at(call, getattr(module, name)))
+def test_a_killed_run_goes_on_between_trials_to_the_same_bytes(made, monkeypatch):
+    run = made(AUTO)
+    job = run.beside("killed")
+    with monkeypatch.context() as patch:
+        patch.setattr(search, "try_out", killed_at(3, search.try_out))
         with pytest.raises(Killed):
             pipeline.run(job)
     assert not job.out.exists()
-
-
-@pytest.mark.parametrize("moment", MOMENTS)
-def test_a_killed_run_goes_on_to_the_same_bytes(moment, made, monkeypatch):
-    run = made(AUTO)
-    job = run.beside(f"killed {moment}")
-    kill(job, moment)
-    for module, name in MOMENTS[moment][3]:
-        monkeypatch.setattr(module, name, forbidden)
+    monkeypatch.setattr(pipeline, "take_survey", forbidden)
     result = pipeline.run(replace(job, resume=True))
     assert result.ranks == run.result.ranks
     assert snapshot(job.out) == snapshot(run.job.out)
