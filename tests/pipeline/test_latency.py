@@ -106,7 +106,7 @@ def test_the_plan_says_the_time(home):
     assert "0.5 of the dense model's" in succeeds(*auto(home, "--target-latency", 0.5, "--dry-run")).out
 
 
-def test_zeros_run_in_llama_cpp(home, tmp_path):
+def test_random_weights_run_in_llama_cpp(home, tmp_path):
     pytest.importorskip("xllamacpp")
     succeeds(*auto(home, "--target-latency", 0.97, "--out", tmp_path / "out"))
     assert [*(tmp_path / "out").glob("*.gguf")]

@@ -1,7 +1,8 @@
 """The largest file that decodes fast enough on this machine, measured in llama.cpp before there are weights.
 
 How long a token takes depends on the shapes and the types of a file's matrices, not on what is in them. So a file of
-each size that is tried is written with zeros for weights, and decodes in turns with the dense model's, written so too.
+each size that is tried is written with random numbers for weights, and decodes in turns with the dense model's, written
+so too.
 """
 
 import statistics
@@ -14,7 +15,7 @@ from compress.errors import UsageError
 from compress.evaluation.llamacpp import LlamaCpp
 from compress.planning.prepare import Prepared
 
-PROMPT, NEW, ROUNDS = 8, 32, 5  # tokens, and how often both files decode; the median ratio counts
+PROMPT, NEW, ROUNDS = 128, 32, 5  # tokens, and how often both files decode; the median ratio counts
 TRIES = 6
 NEAR = 0.01  # of the dense model's time: a size that leaves no more of what is allowed is taken
 
@@ -68,17 +69,18 @@ def decode_shares(prepared: Prepared) -> Iterator[Callable[[Prepared], float]]:
 
 
 class Decoding:
-    """A file of zeros in llama.cpp."""
+    """A file of random weights in llama.cpp."""
 
     def __init__(self, prepared: Prepared, config: object, types: dict[str, str], scratch: Path) -> None:
-        from compress.checkpoints.gguf import write_zeros
+        from compress.checkpoints.gguf import write_drawn
 
-        file = scratch / "zeros.gguf"
-        write_zeros(config, prepared.folder, file, types=types, dtype=prepared.written)
-        self.engine = LlamaCpp(file, context=PROMPT + NEW, vocabulary=prepared.config.vocab_size, exact=False)
+        file = scratch / "drawn.gguf"
+        write_drawn(config, prepared.folder, file, types=types, dtype=prepared.written)
+        self.prompt = max(1, min(PROMPT, prepared.config.max_position_embeddings - NEW))
+        self.engine = LlamaCpp(file, context=self.prompt + NEW, vocabulary=prepared.config.vocab_size, exact=False)
         file.unlink()
         self.seconds()  # caches and pages
 
     def seconds(self) -> float:
         """Of one token."""
-        return 1 / self.engine.speed(PROMPT, NEW)[1]
+        return 1 / self.engine.speed(self.prompt, NEW)[1]

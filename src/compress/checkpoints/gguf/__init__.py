@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from compress.checkpoints.files import copy_companions, write_json
-from compress.checkpoints.gguf.model import check_writable, in_type, model_to_come, read_model
+from compress.checkpoints.gguf.model import check_writable, drawn, model_to_come, read_model
 from compress.checkpoints.gguf.tokenizer import Vocabulary, read_vocabulary
 from compress.checkpoints.verify import verify_gguf
 from compress.errors import CompressError, OutputError
@@ -33,7 +33,7 @@ from compress.models.gguf_weights import check_extra
 
 IN_TRANSFORMERS = ("llama", "qwen2", "phi3", "starcoder2")  # architectures that its reader (5.23) reads alike
 
-__all__ = ["bytes_beside", "check_exportable", "reader_notes", "verify_gguf", "write_gguf", "write_zeros"]
+__all__ = ["bytes_beside", "check_exportable", "reader_notes", "verify_gguf", "write_drawn", "write_gguf"]
 
 
 def write_gguf(
@@ -86,16 +86,16 @@ def bytes_beside(config: Any, folder: Path, apart: Collection[str], *, name: str
     return header_bytes(model, vocabulary_to_come(config, folder), name) + tensors
 
 
-def write_zeros(config: Any, folder: Path, file: Path, *, types: Mapping[str, str], dtype: torch.dtype) -> None:
-    """A file as that of a checkpoint to come, with zeros for weights: it takes as long to run.
+def write_drawn(config: Any, folder: Path, file: Path, *, types: Mapping[str, str], dtype: torch.dtype) -> None:
+    """A file as that of a checkpoint to come, with random numbers for weights: it takes as long to run.
 
     config, folder: as `check_exportable` has them. types: as `write_gguf` has them; all else is in `dtype`.
     """
     from compress.checkpoints.gguf.container import write_container
 
     model = model_to_come(config, dtype)
-    model = replace(model, entries=[in_type(entry, types.get(entry.path)) for entry in model.entries])
-    write_container(file, model, vocabulary_to_come(config, folder), "zeros", "Q8_0")
+    model = replace(model, entries=[drawn(entry, types.get(entry.path)) for entry in model.entries])
+    write_container(file, model, vocabulary_to_come(config, folder), "drawn", "Q8_0")
 
 
 def vocabulary_to_come(config: Any, folder: Path) -> Vocabulary:

@@ -27,9 +27,12 @@ from compress.models.gguf_header import (
 )
 from compress.models.gguf_weights import interleaved
 from compress.models.loading import empty_model, load_config
+from compress.numerics.block_grid import fit_blocks
+from compress.numerics.block_types import TYPES
 
 ROPE = {"rope_type": "default", "rope_theta": 1e4}  # where a config does not say
 BIASES = ("attention_bias", "mlp_bias")
+DRAWN, SPREAD = 64, 0.02  # rows of a matrix of random numbers, and how far these spread
 ROPE_TYPES = {"llama": ("default", "linear", "llama3"), "gemma3": ("default", "linear")}  # where not the default alone
 
 
@@ -127,17 +130,30 @@ def model_to_come(config: Any, dtype: torch.dtype) -> Model:
     names = tensor_names(architecture, config.num_hidden_layers)
     for name, shape in stored_shapes(config).items():
         theirs, kept = names.get_name(name, try_suffixes=(".weight", ".bias")), written_dtype(shape, dtype)
-        read = partial(torch.zeros, shape, dtype=kept)
+        read = partial(torch.empty, shape, dtype=kept)
         entries.append(Entry(theirs, shape, kept, read, path=name.removesuffix(".weight")))
     return Model.of(architecture, config, entries)
 
 
-def in_type(entry: Entry, block_type: str | None) -> Entry:
-    """A matrix to come, zeros in a block type."""
-    if block_type is None:
+def drawn(entry: Entry, block_type: str | None) -> Entry:
+    """A tensor to come, of random numbers: a matrix in its dtype or in a block type, the same rows again and again."""
+    if not entry.path:  # not a weight
         return entry
-    shape = torch.Size((entry.shape[0], row_bytes(block_type, entry.shape[1])))
-    read = partial(torch.zeros, shape, dtype=torch.uint8)
+    if len(entry.shape) == 1:
+        return replace(entry, read=partial(torch.ones, entry.shape, dtype=entry.dtype))
+    rows, columns = entry.shape
+
+    def read() -> Tensor:
+        some = torch.randn(min(rows, DRAWN), columns) * SPREAD
+        if block_type is None:
+            some = some.to(entry.dtype)
+        else:
+            some = fit_blocks(some, TYPES[block_type], trials=2).encoded(some)
+        return some.repeat(-(-rows // len(some)), 1)[:rows]
+
+    if block_type is None:
+        return replace(entry, read=read)
+    shape = torch.Size((rows, row_bytes(block_type, columns)))
     return replace(entry, shape=shape, dtype=torch.uint8, read=read, block_type=block_type)
 
 
