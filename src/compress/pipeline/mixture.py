@@ -205,7 +205,8 @@ def fast_size(
                 steps.next(f"{size:,} bytes")
                 shallower = prepared if depth is None else prepared.without(depth(size))
                 assert shallower.types is not None
-                return share_of(decided(shallower, TypeSearch.of(shallower.types, roundings).allocated(size)))
+                types = TypeSearch.of(shallower.types, roundings).allocated(size)
+                return prepared.processes.from_first(share_of(decided(shallower, types)))  # all go the same way
 
             size, share = largest_fast(least, space.most, target, measure)
         steps.end()
